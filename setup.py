@@ -1,0 +1,37 @@
+"""Package metadata; the build backend and the tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "depass_fast/__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="depass-fast",
+    version=VERSION,
+    description="Exact decomposed forward passes (DePass) for Hugging Face language models, fast",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["depass_fast", "depass_fast.*"]),
+    package_data={"depass_fast.demo": ["model/*"]},
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=4.51,!=4.51.0,<6",  # 4.51.0 loads no model without accelerate, by mistake
+        "triton>=3.4,<4; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "rich>=13",
+    ],
+    extras_require={
+        "pandas": ["pandas>=2"],  # Attribution.to_dataframe
+        "device-map": ["accelerate>=1"],  # models spread over several devices
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
+        "lint": ["ruff>=0.12"],
+    },
+    entry_points={"console_scripts": ["depass-fast = depass_fast.cli:main"]},
+)
