@@ -1,0 +1,124 @@
+"""The allocation rules: how a frozen neuron's output is shared out among the components that drive it.
+
+Plain and complete, written once (DESIGN.md section 2). The reference backend uses nothing else; a fast backend has
+its own way for the common case and comes back here for the corners. A rule maps gates to weights (n, M, I) that sum
+to one over the components; a user's own rule is any callable of that form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a rule sees of n positions with M components and I neurons, components in row order.
+
+    ``values`` (n, M, I): g, each component's share of the gate's pre-activation; ``total`` (n, I): the frozen
+    pre-activation itself; ``alive`` (n, M): the component's state is not exactly zero there; ``excluded`` (n, M):
+    special tokens away from home; ``positions`` (n,): positions in the prompt; ``rest``: the index of `rest` or None.
+    """
+
+    values: Tensor
+    total: Tensor
+    alive: Tensor
+    excluded: Tensor
+    positions: Tensor
+    rest: int | None
+
+    @property
+    def eligible(self) -> Tensor:
+        """Who takes part: a component whose g is exactly zero does not, nor does an excluded one. (n, M, I)."""
+        return (self.values != 0) & ~self.excluded[..., None]
+
+
+Rule = Callable[[Gates, float], Tensor]
+
+
+def softmax(gates: Gates, temperature: float) -> Tensor:
+    """w = softmax over the components of g / T."""
+    eligible = gates.eligible
+    z = (gates.values / temperature).masked_fill(~eligible, -torch.inf)
+    top = z.amax(1, keepdim=True)
+    z = torch.exp(z - top.masked_fill(top == -torch.inf, 0.0))
+    return _normalised(z, eligible, gates)
+
+
+def linear(gates: Gates, temperature: float) -> Tensor:
+    """w ∝ g - min g; an even split where all g are equal."""
+    eligible = gates.eligible
+    low = gates.values.masked_fill(~eligible, torch.inf).amin(1, keepdim=True)
+    shifted = torch.where(eligible, gates.values - low.masked_fill(low == torch.inf, 0.0), 0.0)
+    level = shifted.sum(1, keepdim=True) == 0
+    return _normalised(torch.where(level & eligible, 1.0, shifted), eligible, gates)
+
+
+def relu(gates: Gates, temperature: float) -> Tensor:
+    """w ∝ max(g, 0): only components that open the gate take part."""
+    eligible = gates.eligible & (gates.values > 0)
+    return _normalised(gates.values.clamp_min(0.0), eligible, gates)
+
+
+def winner(gates: Gates, temperature: float) -> Tensor:
+    """All to the component with the largest g (the first of equals)."""
+    eligible = gates.eligible
+    best = gates.values.masked_fill(~eligible, -torch.inf).argmax(1, keepdim=True)
+    return _normalised(torch.zeros_like(gates.values).scatter_(1, best, 1.0), eligible, gates)
+
+
+def taylor(gates: Gates, temperature: float) -> Tensor:
+    """w = g / gate, so that a component receives g · act(gate)/gate · up: linear in its state."""
+    total = gates.total[:, None]
+    return torch.where(total == 0, 0.0, gates.values / torch.where(total == 0, 1.0, total))
+
+
+RULES: dict[str, Rule] = {"softmax": softmax, "linear": linear, "relu": relu, "max": winner, "taylor": taylor}
+
+
+def _normalised(weights: Tensor, eligible: Tensor, gates: Gates) -> Tensor:
+    """Normalise over the components. Where nobody is eligible: all to `rest`, else evenly among those alive."""
+    weights = torch.where(eligible, weights, 0.0)
+    nobody = ~eligible.any(1, keepdim=True)
+    weights = weights / torch.where(nobody, 1.0, weights.sum(1, keepdim=True))
+    if gates.rest is not None:
+        fallback = torch.zeros_like(weights[:, :, :1])
+        fallback[:, gates.rest] = 1.0
+    else:
+        alive = gates.alive[..., None].to(weights.dtype)
+        fallback = alive / alive.sum(1, keepdim=True).clamp_min(1.0)
+    return torch.where(nobody, fallback, weights)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A rule and its temperature T > 0 (only `softmax` reads it)."""
+
+    rule: str | Rule = "softmax"
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule) and self.rule not in RULES:
+            raise ValueError(
+                f"allocation: unknown rule {self.rule!r}. Allowed: {', '.join(RULES)}, or a callable (gates, T) -> "
+                "weights."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: {self.temperature!r} is out of range; it must be positive and finite.")
+
+    @property
+    def name(self) -> str:
+        return getattr(self.rule, "__name__", type(self.rule).__name__) if callable(self.rule) else self.rule
+
+    def weights(self, gates: Gates) -> Tensor:
+        """The weights (n, M, I) of this rule."""
+        if not callable(self.rule):
+            return RULES[self.rule](gates, self.temperature)
+        weights = self.rule(gates, self.temperature)
+        if not isinstance(weights, Tensor) or weights.shape != gates.values.shape:
+            given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"allocation: {self.name} must return weights {tuple(gates.values.shape)}, got {given}.")
+        return weights.to(gates.values)

@@ -1,0 +1,166 @@
+"""The MLP's allocation for the torch backend, a chunk of positions at a time: the softmax, and the corners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..allocation import Allocation, Gates
+from ..state import BIAS, REST, ComponentState
+from .blocks import Chunk
+
+# exp(-80) is below the rounding of any dtype; what lies below it would only make denormals, which CPUs are slow at
+_FLOOR = -80.0
+_LEAST = 1.01 * math.exp(_FLOOR)
+
+
+@dataclass(frozen=True)
+class MlpStep:
+    """One layer's MLP at the state's segments: scale (S,), w_gate (I, D) with γ, w_down (D, I), act and gate (S, I)."""
+
+    scale: Tensor
+    w_gate: Tensor
+    w_down: Tensor
+    gate_constant: Tensor | None
+    act: Tensor
+    gate: Tensor
+    allocation: Allocation
+    sparse: bool  # w_gate holds exact zeros
+
+
+class Workspace:
+    """Buffers that are used again for every chunk of a layer: fresh memory costs as much as the arithmetic on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.buffers = device, {}
+
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised (rows, columns) tensor; what ``name`` held before is gone."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
+        return buffer[: rows * columns].view(rows, columns)
+
+
+def softmax_chunk(
+    state: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice], workspace: Workspace
+) -> bool:
+    """The common case, in place. False, and the state untouched, where a neuron finds nobody eligible."""
+    if chunk.deserted:
+        return False
+    rows, dtype = state.rows[chunk.rows], step.act.dtype
+    # in place with one block of neurons, else nothing is written before it is known that the chunk is an ordinary one
+    out = rows if len(neurons) == 1 else workspace.take("out", *rows.shape, rows.dtype).copy_(rows)
+    # in half precision g / T could overflow: there T is applied to the float32 gates instead
+    temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
+    before, after = (1.0, 1.0 / temperature) if dtype != wide else (1.0 / temperature, 1.0)
+    scale = (step.scale * before)[chunk.segment_of, None]
+    x = torch.mul(rows, scale, out=workspace.take("x", *rows.shape, dtype))
+    # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
+    may_vanish = step.sparse or has_zeros(x[:, 0])
+    bias, ends = state.layout.index(BIAS), np.cumsum(chunk.counts)
+    for part in neurons:
+        g = torch.mm(x, step.w_gate[part].T, out=workspace.take("g", len(x), part.stop - part.start, dtype))
+        if step.gate_constant is not None:
+            at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
+            g[at] += step.gate_constant[part] * before
+        if dtype != wide:  # nor would shares sum to one
+            g = g.to(wide).mul_(after)
+        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish):
+            return False
+        accumulate(out, g.to(dtype), step.w_down[:, part].T)
+    if out is not rows:
+        rows.copy_(out)
+    return True
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b, where ``out`` may be of a wider dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out += a @ b
+
+
+def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool) -> bool:
+    """g (r, i) in units of T becomes softmax over each segment's rows, times its frozen activation ``act`` (S, i).
+
+    A gate of exactly zero takes no part, nor do special tokens away from home. False where that leaves nobody.
+    """
+    zeros = may_vanish and has_zeros(g)
+    if zeros:
+        g.masked_fill_(g == 0, -torch.inf)
+    if chunk.away is not None:
+        g[chunk.away] = -torch.inf
+    sums = workspace.take("sums", len(chunk.counts), g.shape[1], g.dtype)
+    parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in _runs(chunk.counts)]
+    for part, segments in parts:
+        part -= torch.amax(part, 1, keepdim=True, out=sums[segments, None])
+    if zeros and (sums == -torch.inf).any():
+        return False
+    g.clamp_min_(_FLOOR).exp_()
+    if zeros or chunk.away is not None:
+        _clear(g, zeros, chunk.away)
+    for part, segments in parts:
+        torch.sum(part, 1, out=sums[segments])
+    torch.div(act, sums, out=sums)
+    for part, segments in parts:
+        part *= sums[segments, None]
+    return True
+
+
+def _clear(shares: Tensor, zeros: bool, away: Tensor | None) -> None:
+    """The floor of the exponent is no share: exactly zero for those that take no part."""
+    if zeros:
+        shares.masked_fill_(shares <= _LEAST, 0.0)
+    elif away is not None:
+        shares[away] = 0.0
+
+
+def has_zeros(x: Tensor) -> bool:
+    """Whether any element is exactly zero."""
+    return int(torch.count_nonzero(x)) < x.numel()
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring segments of equal length: their rows, the segments, and how many they are."""
+    row = segment = 0
+    for count, run in groupby(counts):
+        n = len(list(run))
+        yield slice(row, row + n * count), slice(segment, segment + n), n
+        row, segment = row + n * count, segment + n
+
+
+def general_chunk(state: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice]) -> None:
+    """Any rule and every corner, through the plain rules of :mod:`depass_fast.allocation`."""
+    layout, device, dtype = state.layout, state.device, step.act.dtype
+    segments = range(chunk.segments.start, chunk.segments.stop)
+    for (prompt, count), run in groupby(segments, key=lambda s: (int(layout.prompt[s]), int(layout.counts[s]))):
+        run = list(run)
+        at, components = slice(run[0], run[-1] + 1), layout.components[prompt]
+        rows = state.rows[int(layout.starts[at.start]) : int(layout.starts[at.stop])].view(len(run), count, -1)
+        local = torch.from_numpy(layout.local[at]).to(device)
+        births, excluded = (torch.from_numpy(a[:count]).to(device) for a in (components.births, components.excluded))
+        x = (rows * step.scale[at, None, None]).to(dtype)
+        alive, out = (rows != 0).any(-1), torch.zeros_like(rows)
+        for part in neurons:
+            g = (x @ step.w_gate[part].T).to(torch.promote_types(dtype, torch.float32))  # (n, M, i)
+            if step.gate_constant is not None:
+                g[:, layout.index(BIAS)] += step.gate_constant[part]
+            gates = Gates(
+                values=g,
+                total=step.gate[at, part].to(g.dtype),
+                alive=alive,
+                excluded=excluded & (births != local[:, None]),
+                positions=local,
+                rest=layout.index(REST),
+            )
+            shares = step.allocation.weights(gates) * step.act[at, part][:, None]
+            out += shares.to(dtype) @ step.w_down[:, part].T
+        rows += out

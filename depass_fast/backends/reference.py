@@ -1,0 +1,93 @@
+"""The oracle: DESIGN.md section 2 written down, on dense (N, M, D) blocks, in any dtype. Slow and plain on purpose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import Attention, Mlp, Norm
+from ..allocation import Allocation, Gates
+from ..state import BIAS, REST, ComponentState, Layout
+from ..trace import AttentionTrace, LayerTrace, causal_mask
+
+
+class ReferenceBackend:
+    """Plain PyTorch, one prompt at a time, everything in the state's dtype."""
+
+    name = "reference"
+
+    def aggregate_ov(
+        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        dtype, layout = state.rows.dtype, state.layout
+        out = ComponentState(state.rows, layout, state.layer)
+        if queries is not None:
+            out = ComponentState(state.rows.new_zeros(queries.n_rows, state.rows.shape[1]), queries, state.layer)
+        bias, constant = layout.index(BIAS), weights.constant(dtype)
+        for prompt in range(len(layout.components)):
+            where = torch.from_numpy(layout.packed[layout.segments(prompt)]).to(state.device)
+            read = torch.from_numpy(out.layout.local[out.layout.segments(prompt)]).to(state.device)
+            x = state.block(prompt)  # (N, M, D)
+            normed = _frozen_norm(weights.norm, x, trace.resid_pre[where])
+            values = (normed @ weights.w_v.to(dtype).T).unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+            values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=2)  # (N, M, H, d)
+            p = attention_probabilities(trace.attention, where, read, dtype)  # (H, Q, N)
+            mixed = torch.einsum("hqk,kmhd->qmhd", p, values).flatten(2)
+            x = x[read] + mixed @ weights.w_o.to(dtype).T  # (Q, M, D)
+            if bias is not None and constant is not None:
+                x[:, bias] += constant
+            out.set_block(prompt, x)
+        return out
+
+    def allocate_mlp(
+        self, state: ComponentState, weights: Mlp, trace: LayerTrace, allocation: Allocation
+    ) -> ComponentState:
+        dtype, layout = state.rows.dtype, state.layout
+        bias, gate_constant, constant = layout.index(BIAS), weights.gate_constant(dtype), weights.constant(dtype)
+        for prompt, components in enumerate(layout.components):
+            segments = layout.segments(prompt)
+            where = torch.from_numpy(layout.packed[segments]).to(state.device)
+            local = torch.from_numpy(layout.local[segments]).to(state.device)
+            x = state.block(prompt)  # (N, M, D)
+            g = _frozen_norm(weights.norm, x, trace.resid_mid[where]) @ weights.w_gate.to(dtype).T  # (N, M, I)
+            if bias is not None and gate_constant is not None:
+                g[:, bias] += gate_constant
+            births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
+            gates = Gates(
+                values=g,
+                total=trace.gate[where].to(dtype),
+                alive=(x != 0).any(-1),
+                excluded=excluded & (births != local[:, None]),
+                positions=local,
+                rest=layout.index(REST),
+            )
+            w = allocation.weights(gates)  # (N, M, I)
+            x = x + (w * trace.act[where].to(dtype)[:, None]) @ weights.w_down.to(dtype).T
+            if bias is not None and constant is not None:
+                x[:, bias] += constant
+            state.set_block(prompt, x)
+        return state
+
+    def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
+        rows = state.rows
+        if norm is not None:
+            where = torch.from_numpy(state.layout.packed[state.layout.row_segments()]).to(rows.device)
+            rows = _frozen_norm(norm, rows, resid[where])
+        return rows @ directions.to(rows.dtype).T
+
+
+def _frozen_norm(norm: Norm, x: Tensor, resid: Tensor) -> Tensor:
+    """γ ⊙ x · s with s of the hidden states ``resid`` (N, D); ``x`` is (N, ..., D)."""
+    s = norm.scale(resid.to(x.dtype)).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return x * s * norm.weight.to(x.dtype)
+
+
+def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """P of one prompt: packed positions ``keys`` (N,), local positions ``queries`` (Q,) -> (H, Q, N)."""
+    k = trace.k[keys].to(dtype)
+    q = trace.q[keys[queries]].to(dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q, k) * trace.scale
+    if trace.softcap is not None:
+        logits = trace.softcap * torch.tanh(logits / trace.softcap)
+    return logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)

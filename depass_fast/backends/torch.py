@@ -1,0 +1,199 @@
+"""Fast on any device with PyTorch alone: jagged rows, P between V and O, a bounded workspace.
+
+Attention is carried block by block of components, the MLP chunk by chunk of positions and neurons. Both are exact:
+components meet only inside one position's softmax, which no chunk ever cuts (a neuron's allocation does not depend
+on another neuron). So results do not depend on the block sizes beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..adapters import Attention, Mlp, Norm
+from ..allocation import Allocation
+from ..state import BIAS, ComponentState, Layout
+from ..trace import AttentionTrace, LayerTrace
+from .attention import FrozenAttention
+from .blocks import Block, Chunk, make_blocks, make_chunks
+from .mlp import MlpStep, Workspace, accumulate, general_chunk, has_zeros, softmax_chunk
+
+CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
+_TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
+
+
+class TorchBackend:
+    """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
+
+    name = "torch"
+
+    def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
+        self.compute_dtype = compute_dtype
+        self.memory_budget = memory_budget
+        self._plans: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
+
+    # -- attention ----------------------------------------------------------------------------------------------
+
+    def aggregate_ov(
+        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        if queries is not None:
+            out = self._aggregate_at(state, weights, trace, queries)
+        else:
+            out = self._aggregate_everywhere(state, weights, trace)
+        _add_to_bias(out, weights.constant(state.rows.dtype))
+        return out
+
+    def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: LayerTrace) -> ComponentState:
+        dtype = self._dtype(state)
+        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))  # (T,)
+        w_v, w_o = _folded(weights.w_v, weights.norm, dtype), weights.w_o.to(dtype)
+        for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
+            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            for block in blocks:
+                x = _take(state.rows, block.rows)
+                mixed = frozen.mix(_scatter(x.to(dtype) @ w_v.T, block), block.start)  # (N'·B, H·d)
+                if block.slots is not None:
+                    mixed = mixed.index_select(0, block.slots)
+                accumulate(x, mixed, w_o.T)
+                if not isinstance(block.rows, slice):
+                    state.rows.index_copy_(0, block.rows, x)
+        return state
+
+    def _frozen_attention(
+        self, state: ComponentState, prompt: int, trace: AttentionTrace, scale: Tensor
+    ) -> FrozenAttention:
+        packed = state.layout.packed[state.layout.segments(prompt)]
+        keys = slice(int(packed[0]), int(packed[-1]) + 1)
+        tile = self._budget(state.device) // (4 * scale.dtype.itemsize)
+        return FrozenAttention(trace.q[keys], trace.k[keys], trace, scale[keys], tile, self._dtype(state))
+
+    def _aggregate_at(
+        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout
+    ) -> ComponentState:
+        """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
+        dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
+        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))
+        w_v = _folded(weights.w_v, weights.norm, dtype).view(weights.n_kv_heads, weights.head_dim, width)
+        w_o = weights.w_o.to(dtype)
+        out = ComponentState(state.rows.new_zeros(queries.n_rows, width), queries, state.layer)
+        for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
+            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            at, origin = queries.segments(prompt), layout.segments(prompt).start
+            probabilities = {q: frozen.probabilities(slice(None), slice(q, q + 1)) for q in queries.local[at].tolist()}
+            for block in blocks:
+                x = _scatter(_take(state.rows, block.rows).to(dtype), block)  # (N', B, D)
+                for segment, q in enumerate(queries.local[at].tolist(), at.start):
+                    alive = min(int(queries.counts[segment]) - block.first, block.n_components)
+                    if alive <= 0:
+                        continue
+                    p = probabilities[q].flatten(0, 2)[:, block.start :]  # (H, K)
+                    z = (p @ x[: p.shape[1]].flatten(1)).view(weights.n_kv_heads, -1, width)  # (Hkv, G·B, D)
+                    y = torch.bmm(z, w_v.transpose(1, 2)).view(weights.n_heads, block.n_components, -1)
+                    y = y.transpose(0, 1).flatten(1)[:alive] @ w_o.T
+                    row = int(queries.starts[segment]) + block.first
+                    residual = int(layout.starts[origin + q]) + block.first
+                    out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
+        return out
+
+    # -- MLP ----------------------------------------------------------------------------------------------------
+
+    def allocate_mlp(
+        self, state: ComponentState, weights: Mlp, trace: LayerTrace, allocation: Allocation
+    ) -> ComponentState:
+        dtype, layout = self._dtype(state), state.layout
+        packed = torch.from_numpy(layout.packed).to(state.device)
+        w_gate = _folded(weights.w_gate, weights.norm, dtype)
+        step = MlpStep(
+            scale=weights.norm.scale(trace.resid_mid[packed].to(state.rows.dtype)),
+            w_gate=w_gate,
+            w_down=weights.w_down.to(dtype),
+            gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
+            act=trace.act[packed].to(dtype),
+            gate=trace.gate[packed],
+            allocation=allocation,
+            sparse=has_zeros(w_gate),
+        )
+        workspace = Workspace(state.device)
+        for chunk in self._chunks(state, weights):
+            neurons = self._neuron_blocks(chunk, state, weights)
+            if not (allocation.rule == "softmax" and softmax_chunk(state, chunk, step, neurons, workspace)):
+                general_chunk(state, chunk, step, neurons)
+        _add_to_bias(state, weights.constant(state.rows.dtype))
+        return state
+
+    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
+        n = weights.w_down.shape[1]
+        rows = max(1, chunk.rows.stop - chunk.rows.start)
+        size = self._budget(state.device) // (2 * rows * self._dtype(state).itemsize)
+        if state.device.type == "cpu":
+            size = min(size, 2048)
+        parts = -(-n // max(1, min(n, max(size, 16))))
+        size = -(-n // parts)
+        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    # -- readout ------------------------------------------------------------------------------------------------
+
+    def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
+        directions = directions.to(state.rows.dtype)
+        if norm is None:
+            return state.rows @ directions.T
+        segment = torch.from_numpy(state.layout.row_segments()).to(state.device)
+        packed = torch.from_numpy(state.layout.packed).to(state.device)
+        scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
+        return state.rows @ (directions * norm.weight.to(state.rows.dtype)).T * scale[:, None]
+
+    # -- what fits ----------------------------------------------------------------------------------------------
+
+    def _dtype(self, state: ComponentState) -> torch.dtype:
+        return self.compute_dtype or state.rows.dtype
+
+    def _budget(self, device: torch.device) -> int:
+        return self.memory_budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET)
+
+    def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
+        plans = self._plans.setdefault(layout, {})
+        if key not in plans:
+            plans[key] = make()
+        return plans[key]
+
+    def _blocks(self, state: ComponentState, weights: Attention) -> list[Block]:
+        width = state.rows.shape[1] + 2 * (weights.n_heads + weights.n_kv_heads) * weights.head_dim
+        slots = max(1, self._budget(state.device) // (2 * width * self._dtype(state).itemsize))
+        return self._plan(
+            state.layout, ("blocks", slots, state.device), lambda: make_blocks(state.layout, slots, state.device)
+        )
+
+    def _chunks(self, state: ComponentState, weights: Mlp) -> list[Chunk]:
+        neurons = min(weights.w_down.shape[1], 2048)
+        rows = self._budget(state.device) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize)
+        rows = max(1, min(rows, _TARGET_ROWS) if state.device.type == "cpu" else rows)
+        return self._plan(
+            state.layout, ("chunks", rows, state.device), lambda: make_chunks(state.layout, rows, state.device)
+        )
+
+
+def _folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """``weight`` (out, D) with the norm's γ in its columns."""
+    return weight.to(dtype) * norm.weight.to(dtype)
+
+
+def _take(rows: Tensor, index: Tensor | slice) -> Tensor:
+    return rows[index] if isinstance(index, slice) else rows.index_select(0, index)
+
+
+def _scatter(rows: Tensor, block: Block) -> Tensor:
+    """A block's rows (r, C) in their places: (N', B, C), zero where not alive."""
+    if block.slots is None:
+        return rows.view(-1, block.n_components, rows.shape[1])
+    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
+    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
+
+
+def _add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
+    if state.layout.index(BIAS) is not None and constant is not None:
+        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant

@@ -1,0 +1,355 @@
+"""What a hidden state is split into: the initial decompositions (DESIGN.md section 2, *Decompositions*).
+
+Every kind says where in the network it starts, which components it has, and fills their initial states. Whatever
+they lack to the hidden state becomes `rest`; so the sum is exact from the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter
+from .backends.reference import attention_probabilities
+from .prompts import as_index
+from .state import BIAS, REST, Components, ComponentState, Layout
+from .trace import Trace
+
+Site = Literal["resid_pre", "resid_mid", "resid_post"]
+_SITES = ("resid_pre", "resid_mid", "resid_post")
+_TILE = 1 << 22  # probabilities held at once, in elements
+
+
+@dataclass(frozen=True)
+class ComponentKind:
+    """A kind of component at a ``layer`` (0 to L-1; negative counts from the end).
+
+    ``site`` is where in that layer the components enter the residual stream: before its attention (`resid_pre`),
+    between attention and MLP (`resid_mid`) or after its MLP (`resid_post`).
+    """
+
+    layer: int = 0
+
+    kind = ""  # not annotated: constants of the class, not fields
+    site = "resid_pre"
+
+    def resolve(self, adapter: Adapter) -> int:
+        """The layer, counted from 0. Raises ValueError where there is no such layer."""
+        n = adapter.n_layers
+        layer = as_index(self.layer, "layer")
+        if not -n <= layer < n:
+            raise ValueError(f"layer: {layer} is out of range; this model has layers 0 to {n - 1}.")
+        return layer % n
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
+        self.resolve(adapter)
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        """Labels of the named components of a prompt with these ``tokens``."""
+        raise NotImplementedError
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        """Write the initial states of one prompt into all of ``out`` (N, M, D), without the extras."""
+        raise NotImplementedError
+
+    def given(self) -> Sequence[Tensor]:
+        """The tensors that the user gave; they carry the rounding of their dtype."""
+        return ()
+
+    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
+        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,) or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Tokens(ComponentKind):
+    """One component per token, at the input of ``layer``: X[n, m] = x[n] if m = n else 0."""
+
+    kind = "tokens"
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{token!r}@{n}" for n, token in enumerate(tokens))
+
+
+@dataclass(frozen=True)
+class Heads(ComponentKind):
+    """One component per attention head of ``layer``: its output, after W_O."""
+
+    kind = "heads"
+    site = "resid_mid"
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        layer = self.resolve(adapter)
+        return tuple(f"L{layer}H{h}" for h in range(adapter.layer(layer).attention.n_heads))
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        layer, span = self.resolve(adapter), trace.span(prompt)
+        weights, record = adapter.layer(layer).attention, trace.layers[layer]
+        x = record.resid_pre[span].to(out.dtype)
+        normed = x * weights.norm.scale(x)[:, None].to(x.dtype) * weights.norm.weight.to(out.dtype)
+        values = (normed @ weights.w_v.to(out.dtype).T).unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+        values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)  # (N, H, d)
+        w_o = weights.w_o.to(out.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
+        positions = torch.arange(len(x), device=x.device)
+        # a few queries at a time: P of a long prompt would be the N² that is nowhere held
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * len(x)))):
+            p = attention_probabilities(record.attention, positions + span.start, queries, out.dtype)
+            mixed = torch.einsum("hqk,khd->hqd", p, values)
+            out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+
+    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
+        return adapter.layer(self.resolve(adapter)).attention.constant(dtype)
+
+
+@dataclass(frozen=True)
+class Modules(ComponentKind):
+    """The outputs of ``layer``'s modules: attention, MLP, or both.
+
+    With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP; with ``"attention"`` between
+    the two, so that the MLP of the same layer is shared out as well.
+    """
+
+    which: Literal["both", "attention", "mlp"] = "both"
+
+    kind = "modules"
+
+    @property
+    def site(self) -> Site:
+        return "resid_mid" if self.which == "attention" else "resid_post"
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
+        if self.which not in ("both", "attention", "mlp"):
+            raise ValueError(f"which: {self.which!r} is not one of 'both', 'attention', 'mlp'.")
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        layer = self.resolve(adapter)
+        both = {"attention": f"L{layer}.attn", "mlp": f"L{layer}.mlp"}
+        return tuple(both.values()) if self.which == "both" else (both[self.which],)
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        layer, span = self.resolve(adapter), trace.span(prompt)
+        pre, mid, post = (_resid(trace, layer, site)[span].to(out) for site in _SITES)
+        outputs = {"attention": mid - pre, "mlp": post - mid}
+        constants = self._constants(adapter, out.dtype)
+        for m, module in enumerate(constants):
+            out[:, m] = outputs[module]
+            if constants[module] is not None:
+                out[:, m] -= constants[module]
+
+    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
+        present = [c for c in self._constants(adapter, dtype).values() if c is not None]
+        return sum(present[1:], present[0]) if present else None
+
+    def _constants(self, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """The chosen modules, each with the constant part of its output."""
+        weights = adapter.layer(self.resolve(adapter))
+        parts = {"attention": weights.attention, "mlp": weights.mlp}
+        return {name: part.constant(dtype) for name, part in parts.items() if self.which in ("both", name)}
+
+
+@dataclass(frozen=True)
+class Neurons(ComponentKind):
+    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i]."""
+
+    kind = "neurons"
+    site = "resid_post"
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        layer = self.resolve(adapter)
+        return tuple(f"L{layer}N{i}" for i in range(adapter.layer(layer).mlp.w_down.shape[1]))
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        layer = self.resolve(adapter)
+        act = trace.layers[layer].act[trace.span(prompt)].to(out.dtype)
+        torch.mul(act[..., None], adapter.layer(layer).mlp.w_down.to(out.dtype).T, out=out)
+
+    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
+        return adapter.layer(self.resolve(adapter)).mlp.constant(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces(ComponentKind):
+    """Projections of the input of ``layer`` on linear subspaces; the complement is `rest`.
+
+    ``bases`` is a sequence of (D, k) matrices, orthonormalised here. They must be mutually orthogonal.
+    """
+
+    bases: Sequence[Tensor] = ()
+    labels: Sequence[str] | None = None
+
+    kind = "subspaces"
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
+        self._orthonormal(adapter)
+        _check_labels(self.labels, len(self.bases))
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return tuple(self.labels or (f"L{self.resolve(adapter)}.subspace{i}" for i in range(len(self.bases))))
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        x = trace.resid(self.resolve(adapter))[trace.span(prompt)].to(out.dtype)
+        for m, basis in enumerate(self._orthonormal(adapter)):
+            basis = basis.to(out)
+            out[:, m] = x @ basis @ basis.T
+
+    def given(self) -> Sequence[Tensor]:
+        return [torch.as_tensor(basis) for basis in self.bases]
+
+    def _orthonormal(self, adapter: Adapter) -> list[Tensor]:
+        """Orthonormal bases of the given subspaces, in float64, also of each other to its last digit."""
+        if isinstance(self.bases, Tensor) and self.bases.ndim == 2:
+            raise TypeError("bases: expected a list of (D, k) matrices, got one; write [basis].")
+        if not len(self.bases):
+            raise ValueError("bases: empty; give at least one (D, k) matrix.")
+        done: list[Tensor] = []
+        for i, basis in enumerate(self.bases):
+            basis = torch.as_tensor(basis).detach().to("cpu", torch.float64)
+            if basis.ndim != 2 or basis.shape[0] != adapter.hidden_size or not 1 <= basis.shape[1] <= basis.shape[0]:
+                raise ValueError(
+                    f"bases[{i}]: expected shape ({adapter.hidden_size}, k) with 1 ≤ k ≤ D, got {tuple(basis.shape)}."
+                )
+            if not basis.isfinite().all():
+                raise ValueError(f"bases[{i}]: holds NaN or inf.")
+            if torch.linalg.matrix_rank(basis) < basis.shape[1]:
+                raise ValueError(f"bases[{i}]: its columns are linearly dependent.")
+            basis = torch.linalg.qr(basis).Q
+            for j, other in enumerate(done):
+                overlap = (basis.T @ other).abs().max().item()
+                if overlap > 1e-5:
+                    raise ValueError(
+                        f"bases[{j}] and bases[{i}] overlap (largest cosine {overlap:.2g}); subspaces must be mutually "
+                        "orthogonal. Orthogonalise them, or give their sum as one subspace."
+                    )
+            for other in done:
+                basis = basis - other @ (other.T @ basis)
+            done.append(torch.linalg.qr(basis).Q)
+        return done
+
+
+@dataclass(frozen=True, eq=False)
+class Custom(ComponentKind):
+    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. What they lack to the hidden state is `rest`."""
+
+    states: Tensor | None = None
+    labels: Sequence[str] | None = None
+    site: Site = "resid_pre"
+
+    kind = "custom"
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
+        if self.site not in _SITES:
+            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, _SITES))}.")
+        if len(lengths) != 1:
+            raise ValueError(f"Custom: its states belong to one prompt, got {len(lengths)} prompts.")
+        states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
+        if not isinstance(states, Tensor) or not states.is_floating_point():
+            given = f"dtype {states.dtype}" if isinstance(states, Tensor) else type(states).__name__
+            raise TypeError(f"states: expected a floating-point tensor of shape {expected}, got {given}.")
+        if states.ndim != 3 or states.shape[::2] != (lengths[0], adapter.hidden_size) or states.shape[1] == 0:
+            raise ValueError(f"states: expected shape {expected} with M ≥ 1, got {tuple(states.shape)}.")
+        if not states.isfinite().all():
+            raise ValueError("states: holds NaN or inf.")
+        _check_labels(self.labels, states.shape[1])
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(self.states.shape[1])))
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        out.copy_(self.states)
+
+    def given(self) -> Sequence[Tensor]:
+        return (self.states,)
+
+
+def _check_labels(labels: Sequence[str] | None, count: int) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels: expected a list of strings, got {labels!r}.")
+    if len(labels) != count:
+        raise ValueError(f"labels: expected {count}, one per component, got {len(labels)}.")
+    for label in labels:
+        if label in (REST, BIAS) or list(labels).count(label) > 1:
+            raise ValueError(
+                f"labels: {label!r} is taken; labels must differ, {REST!r} and {BIAS!r} are the library's."
+            )
+
+
+def _resid(trace: Trace, layer: int, site: Site) -> Tensor:
+    """The residual stream at a site of a layer, (T, D)."""
+    if site == "resid_mid":
+        return trace.layers[layer].resid_mid
+    return trace.resid(layer + (site == "resid_post"))
+
+
+def initial_state(
+    kind: ComponentKind,
+    adapter: Adapter,
+    trace: Trace,
+    tokens: Sequence[Sequence[str]],
+    excluded: Sequence[set[int]],
+    has_bias: bool,
+    dtype: torch.dtype,
+) -> ComponentState:
+    """The component state at the start of ``kind``; its sum is the residual stream there.
+
+    ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
+    ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
+    """
+    layer = kind.resolve(adapter)
+    x = _resid(trace, layer, kind.site).to(adapter.layer(layer).device)
+    entering = layer + (kind.site == "resid_post")
+    constant = kind.constant(adapter, dtype)
+    bias = (BIAS,) if has_bias or constant is not None else ()
+    names = [kind.names(adapter, t) for t in tokens]
+    if isinstance(kind, Tokens):
+        components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
+        layout = Layout.of(components, trace.offsets)
+        rows = torch.zeros(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
+        rows[torch.from_numpy(layout.starts[1:] - 1).to(x.device)] = x.to(dtype)
+        return ComponentState(rows, layout, entering)
+
+    extras = (REST, *bias)
+    components = tuple(Components.everywhere(n, extras) for n in names)
+    layout = Layout.of(components, trace.offsets)
+    rows = torch.empty(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
+    wide = torch.promote_types(dtype, torch.float32)
+    may_be_complete = isinstance(kind, (Custom, Subspaces))  # the outputs of modules never are
+    coarsest = max(torch.finfo(t.dtype).eps for t in (rows, x, *kind.given()))
+    for prompt in range(trace.n_prompts):
+        block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
+        named = block[:, len(extras) :]
+        kind.fill(named, adapter, trace, prompt)
+        if bias:
+            block[:, 1] = 0.0 if constant is None else constant
+        block[:, 0] = x[trace.span(prompt)] - block[:, 1:].sum(1, dtype=wide)
+        if may_be_complete:
+            _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
+    if may_be_complete and not rows[torch.from_numpy(layout.starts[:-1]).to(x.device)].any():
+        fewer = tuple(Components.everywhere(c.names, bias) for c in components)
+        rows = rows.view(-1, len(components[0]), rows.shape[1])[:, 1:].flatten(0, 1)
+        return ComponentState(rows, Layout.of(fewer, trace.offsets), entering)
+    return ComponentState(rows, layout, entering)
+
+
+def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> None:
+    """Where ``rest`` (N, D) is only rounding, give it to the largest of ``named`` (N, M, D): the sum stays exact.
+
+    Rounding must not become a component: the softmax would give it a share like any other. Rounding is what is below
+    eps^0.75 (6e-6 in float32: states from another run or machine differ by more than the rounding of one sum) of the
+    largest component, and below a hundredth of x.
+    """
+    size, norms = rest.norm(dim=-1), named.norm(dim=-1)
+    rounding = (size <= eps**0.75 * torch.maximum(norms.amax(1), x.norm(dim=-1))) & (size <= 0.01 * x.norm(dim=-1))
+    at = rounding.nonzero().flatten()
+    largest = norms[at].argmax(1)
+    named[at, largest] += rest[at]
+    rest[at] = 0.0

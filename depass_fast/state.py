@@ -1,0 +1,191 @@
+"""The component state: every hidden state written as a sum of components, as jagged rows.
+
+A *row* is one component at one position. Rows are grouped by position; components that do not exist yet at a
+position (token m before position m) have no row there. Within a prompt the components are ordered by the position
+of their birth: first those that live everywhere (`rest`, `bias`, heads, neurons, ...), then tokens as they appear.
+So the components alive at a position are always the first ``count`` ones, and row ``start[position] + m`` is
+component m: no index per row is ever stored. A rectangle (N, M, D) is the case of equal counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REST, BIAS = "rest", "bias"
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of one prompt, in row order: the extras (`rest`, `bias`), then the named ones.
+
+    ``births`` (M,) is the first position at which each is alive, non-decreasing; ``excluded`` (M,) marks special
+    tokens, which take part in the allocation at the position of their birth only.
+    """
+
+    extras: tuple[str, ...]
+    names: tuple[str, ...]
+    births: np.ndarray
+    excluded: np.ndarray
+
+    @staticmethod
+    def everywhere(names: tuple[str, ...], extras: tuple[str, ...]) -> Components:
+        """Components that live at every position."""
+        m = len(names) + len(extras)
+        return Components(extras, names, np.zeros(m, np.int64), np.zeros(m, bool))
+
+    @staticmethod
+    def tokens(names: tuple[str, ...], extras: tuple[str, ...], excluded: set[int]) -> Components:
+        """One component per position, born there; ``excluded`` holds positions."""
+        births = np.concatenate([np.zeros(len(extras), np.int64), np.arange(len(names))])
+        flags = np.zeros(len(births), bool)
+        flags[[len(extras) + n for n in excluded]] = True
+        return Components(extras, names, births, flags)
+
+    def __len__(self) -> int:
+        return len(self.births)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names in the order that users see: the named ones, then `rest` and `bias`."""
+        return [*self.names, *self.extras]
+
+    def index(self, extra: str) -> int | None:
+        """The row of an extra component within a position, or None."""
+        return self.extras.index(extra) if extra in self.extras else None
+
+    def alive(self, positions: np.ndarray) -> np.ndarray:
+        """How many components are alive at each position: (S,) -> (S,)."""
+        return np.searchsorted(self.births, positions, side="right")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which rows there are: for every segment (a position that carries rows) its prompt, position and count.
+
+    ``prompt`` (S,), ``local`` (S,) position within the prompt, ``packed`` (S,) position in the trace, ``counts`` (S,);
+    ``starts`` (S + 1,) is the first row of every segment. Segments of a prompt follow each other in order.
+    """
+
+    components: tuple[Components, ...]
+    prompt: np.ndarray
+    local: np.ndarray
+    packed: np.ndarray
+    counts: np.ndarray
+    starts: np.ndarray
+
+    @staticmethod
+    def of(
+        components: tuple[Components, ...], offsets: np.ndarray, positions: list[np.ndarray] | None = None
+    ) -> Layout:
+        """Rows for all positions of every prompt, or for the given local ``positions`` of each."""
+        if positions is None:
+            positions = [np.arange(length) for length in np.diff(offsets)]
+        prompt = np.repeat(np.arange(len(components)), [len(p) for p in positions])
+        local = np.concatenate(positions).astype(np.int64)
+        counts = np.concatenate([c.alive(p) for c, p in zip(components, positions, strict=True)]).astype(np.int64)
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Layout(components, prompt, local, offsets[prompt] + local, counts, starts)
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def segments(self, prompt: int) -> slice:
+        """The segments of one prompt."""
+        return slice(*(int(i) for i in np.searchsorted(self.prompt, [prompt, prompt + 1])))
+
+    def row_segments(self, segments: slice | None = None) -> np.ndarray:
+        """The segment of every row (of a range of segments)."""
+        segments = segments or slice(0, len(self.counts))
+        return np.repeat(np.arange(segments.start, segments.stop), self.counts[segments])
+
+    def rows(self, prompt: int) -> slice:
+        """The rows of one prompt."""
+        segments = self.segments(prompt)
+        return slice(int(self.starts[segments.start]), int(self.starts[segments.stop]))
+
+    def index(self, extra: str) -> int | None:
+        """The row of `rest` or `bias` within every segment: the same for all prompts, or None."""
+        return self.components[0].index(extra)
+
+    def extra_rows(self, extra: str) -> np.ndarray:
+        """The rows of `rest` or `bias`, one per segment."""
+        return self.starts[:-1] + self.index(extra)
+
+
+@dataclass
+class ComponentState:
+    """The rows (R, D) of a layout, in the state's dtype. ``layer`` is the layer that they enter."""
+
+    rows: Tensor
+    layout: Layout
+    layer: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def labels(self) -> list[str]:
+        """Component labels of the first prompt, in the order of :meth:`dense`."""
+        return self.labels_of(0)
+
+    def labels_of(self, prompt: int) -> list[str]:
+        """Component labels of one prompt, in the order of :meth:`dense`."""
+        return self.layout.components[self._checked(prompt)].labels
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.numel() * self.rows.element_size()
+
+    def dense(self, prompt: int = 0) -> Tensor:
+        """The state of one prompt as a tensor (N, M, D), components in the order of the labels, zero where not alive.
+
+        N counts the positions that the state still carries: all of them unless it was pruned to a readout.
+        """
+        extras = len(self.layout.components[self._checked(prompt)].extras)
+        return torch.roll(self.block(prompt), -extras, dims=1)
+
+    def _checked(self, prompt: int) -> int:
+        count = len(self.layout.components)
+        if not 0 <= prompt < count:
+            raise IndexError(f"prompt: {prompt} is out of range; this state holds {count} (0 to {count - 1}).")
+        return prompt
+
+    def block(self, prompt: int) -> Tensor:
+        """Like :meth:`dense`, in row order."""
+        mask = self.mask(prompt)
+        out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
+        out[mask] = self.rows[self.layout.rows(prompt)]
+        return out
+
+    def set_block(self, prompt: int, values: Tensor) -> None:
+        """Write a dense (N, M, D) block in row order back into the rows."""
+        self.rows[self.layout.rows(prompt)] = values[self.mask(prompt)]
+
+    def at(self, layout: Layout) -> ComponentState:
+        """The same state at fewer positions: ``layout``'s, which keep all their components."""
+        segment = {int(packed): s for s, packed in enumerate(self.layout.packed)}
+        chosen = [segment[int(packed)] for packed in layout.packed]
+        rows = [self.rows[int(self.layout.starts[s]) : int(self.layout.starts[s + 1])] for s in chosen]
+        return ComponentState(torch.cat(rows), layout, self.layer)
+
+    def mask(self, prompt: int) -> Tensor:
+        """Which components have a row: (N, M) bool, in row order."""
+        layout = self.layout
+        counts = torch.from_numpy(layout.counts[layout.segments(prompt)]).to(self.device)
+        return torch.arange(len(layout.components[prompt]), device=self.device) < counts[:, None]
+
+    def total(self) -> Tensor:
+        """The sum over the components at every segment: (S, D)."""
+        counts = self.layout.counts
+        if (counts == counts[0]).all():
+            return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
+        if len(counts) * len(self.rows) <= 1 << 17:  # short prompts: one small product beats many small sums
+            member = torch.from_numpy(self.layout.row_segments()).to(self.device)
+            return (member == torch.arange(len(counts), device=self.device)[:, None]).to(self.rows) @ self.rows
+        return torch.stack([part.sum(0) for part in self.rows.split(counts.tolist())])
