@@ -1,0 +1,52 @@
+"""depass_fast: exact decomposed forward passes (DePass) through Hugging Face causal language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
+    from .engine import DePass
+    from .options import Options
+    from .result import Attribution
+    from .state import ComponentState
+    from .trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attribution",
+    "ComponentKind",
+    "ComponentState",
+    "Custom",
+    "DePass",
+    "Heads",
+    "Modules",
+    "Neurons",
+    "Options",
+    "Subspaces",
+    "Tokens",
+    "Trace",
+    "__version__",
+]
+
+# Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
+_HOME = {
+    **dict.fromkeys(("ComponentKind", "Custom", "Heads", "Modules", "Neurons", "Subspaces", "Tokens"), "components"),
+    "Attribution": "result",
+    "ComponentState": "state",
+    "DePass": "engine",
+    "Options": "options",
+    "Trace": "trace",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,309 @@
+"""DePass: capture once, decompose, propagate, read out. The way of the data is this file, top to bottom.
+
+trace (one forward pass, frozen) -> components (initial state) -> layer loop (backend steps) -> readout -> result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .adapters import adapt
+from .components import ComponentKind, initial_state
+from .loading import check_ready, check_weights, load_model
+from .options import Options, Run
+from .prompts import Prompt, as_index, encode, is_batch, token_texts
+from .readout import parse_target, read_scores, resolve_target
+from .result import Attribution
+from .state import BIAS, ComponentState, Layout
+from .trace import Trace, capture
+
+
+class DePass:
+    """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
+
+    Args:
+        model: in any floating dtype, on any device or devices; never modified.
+        tokenizer: needed for text prompts, string targets and readable labels only.
+        options: defaults for every call, see :class:`depass_fast.Options`.
+
+    Raises:
+        ValueError: unsupported family, weights that cannot be read (quantised or offloaded), options out of range.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any | None = None, **options: Any) -> None:
+        self.adapter = adapt(model)
+        self.tokenizer = tokenizer
+        self.options = Options().updated(options)
+        self.options.build(self.adapter)
+        check_weights(self.adapter)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> DePass:
+        """Load model and tokenizer from ``path`` (a folder or a hub name). A folder without a tokenizer is fine.
+
+        ``dtype="auto"`` is the stored one; ``model_kwargs`` (revision, token, ...) go to transformers.
+        ``device_map="auto"`` over several devices needs accelerate; on one device it does not.
+        """
+        Options().updated(options)  # before a model is loaded for nothing
+        return cls(*load_model(path, dtype=dtype, device_map=device_map, **(model_kwargs or {})), **options)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.adapter.model
+
+    def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
+        """One ordinary forward pass, recorded; it is accepted wherever a prompt is, so that it runs only once."""
+        return self._capture([self._encode(p) for p in (prompt if is_batch(prompt) else [prompt])])
+
+    @torch.no_grad()
+    def attribute(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        target: Any = None,
+        *,
+        targets: Sequence[Any] | None = None,
+        position: int = -1,
+        end: int | None = None,
+        **options: Any,
+    ) -> Attribution | list[Attribution]:
+        """The share of every component in the logit of ``target``.
+
+        Args:
+            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
+            components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces` or `Custom`.
+            target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
+                difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
+            targets: one target per prompt of a batch, instead of ``target`` for all.
+            position: where the readout happens, -N to N - 1.
+            end: read the input of this layer instead, without the final norm; ``target`` must be a vector then.
+            options: overrides of :class:`depass_fast.Options`.
+
+        Returns:
+            An :class:`Attribution`; a list of them for a list of prompts.
+
+        Raises:
+            ValueError, TypeError: bad input, before any work.
+            FloatingPointError: NaN or inf in weights or activations, with the layer.
+        """
+        began = time.perf_counter()
+        plan = self._plan(prompt, components, end, options)
+        reads = [_position(position, len(ids)) for ids in plan.prompts]
+        if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
+            raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
+        wanted = [target] * len(plan.prompts) if targets is None else targets
+        specs = [parse_target(t, self.adapter, self.tokenizer) for t in wanted]
+        if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
+            raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
+
+        trace, state = self._start(plan)
+        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, reads)
+
+        device = self.adapter.unembedding.weight.device
+        norm = self.adapter.final_norm().to(device) if end is None else None
+        wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
+        state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
+        final = resid if norm is None else trace.normed_final.to(device)
+        hidden = [final[trace.span(p)][read] for p, read in enumerate(reads)]
+        directions = [
+            resolve_target(spec, self.adapter, self.tokenizer, h, wide) for spec, h in zip(specs, hidden, strict=True)
+        ]
+        scores = read_scores(state, plan.run.backend, norm, resid, directions)
+        seconds = time.perf_counter() - began
+        results = [
+            Attribution.assemble(
+                scores=scores[p],
+                logits=directions[p].vectors @ hidden[p].to(scores[p]) + directions[p].constants,
+                labels=state.layout.components[p].labels,
+                layer_errors=torch.stack([e[p] for e in errors]),
+                directions=directions[p],
+                input_ids=plan.prompts[p].tolist(),
+                tokens=plan.tokens[p],
+                components=components.kind,
+                layer=plan.layer,
+                position=reads[p],
+                allocation=plan.run.allocation.name,
+                temperature=plan.run.allocation.temperature,
+                backend=plan.run.backend.name,
+                device=str(self.adapter.device),
+                dtype=str(self.adapter.dtype).removeprefix("torch."),
+                seconds=seconds,
+            )
+            for p in range(len(plan.prompts))
+        ]
+        return results if plan.batch else results[0]
+
+    @torch.no_grad()
+    def decompose(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        *,
+        end: int | None = None,
+        **options: Any,
+    ) -> ComponentState:
+        """The component state entering layer ``end`` (L: after the last layer); None: after the final norm.
+
+        ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
+        """
+        plan = self._plan(prompt, components, end, options)
+        trace, state = self._start(plan)
+        state, _ = self.propagate(trace, state, plan.site, plan.end, plan.run)
+        return state if end is not None else self._normed(state, trace)
+
+    @torch.no_grad()
+    def propagate(
+        self,
+        trace: Trace,
+        state: ComponentState,
+        site: str,
+        end: int,
+        run: Run,
+        reads: Sequence[int] | None = None,
+    ) -> tuple[ComponentState, list[Tensor]]:
+        """Carry ``state``, which enters its layer at ``site``, to the input of layer ``end``: the layer loop.
+
+        With ``reads`` (a local position per prompt) the last layer computes those positions only. Also returned are
+        the completeness errors (P,) at the start and after every layer.
+        """
+        first = state.layer
+        queries = None
+        if reads is not None:
+            queries = Layout.of(state.layout.components, trace.offsets, [np.array([r]) for r in reads])
+        start = trace.layers[first].resid_mid if site == "resid_mid" else trace.resid(first)
+        errors = [_completeness(state, start)]
+        for index in range(first, end):
+            layer, record = self.adapter.layer(index), trace.layers[index]
+            state.rows = state.rows.to(layer.device)
+            kept = queries if index == end - 1 else None
+            if index > first or site != "resid_mid":
+                state = run.backend.aggregate_ov(state, layer.attention, record, kept)
+            elif kept is not None:
+                state = state.at(kept)
+            state = run.backend.allocate_mlp(state, layer.mlp, record, run.allocation)
+            state.layer = index + 1
+            errors.append(_completeness(state, trace.resid(index + 1)))
+        if queries is not None and first == end:
+            state = state.at(queries)
+        return state, errors
+
+    def _encode(self, prompt: Prompt) -> Tensor:
+        return encode(prompt, self.adapter, self.tokenizer)
+
+    def _capture(self, prompts: list[Tensor]) -> Trace:
+        check_ready(self.adapter)
+        return capture(self.adapter, prompts)
+
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | None, options: dict[str, Any]) -> _Plan:
+        """Everything that can be checked before any work, checked."""
+        settings = self.options.updated(options)
+        run = settings.build(self.adapter)
+        trace = prompt if isinstance(prompt, Trace) else None
+        if trace is not None:
+            trace.source.check(self.model)
+            batch, ids = trace.n_prompts > 1, trace.input_ids.cpu()
+            prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
+        else:
+            batch = is_batch(prompt)
+            prompts = [self._encode(p) for p in (prompt if batch else [prompt])]
+        if not isinstance(components, ComponentKind):
+            raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
+        components.check(self.adapter, [len(ids) for ids in prompts])
+        layer, n_layers = components.resolve(self.adapter), self.adapter.n_layers
+        first = layer + (components.site != "resid_pre")
+        end = None if end is None else as_index(end, "end")
+        if end is not None and not first <= end <= n_layers:
+            raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
+        return _Plan(
+            run=run,
+            batch=batch,
+            prompts=prompts,
+            tokens=[token_texts(ids, self.tokenizer) for ids in prompts],
+            excluded=[settings.excluded(len(ids)) for ids in prompts],
+            trace=trace,
+            components=components,
+            layer=layer,
+            end=n_layers if end is None else end,
+            has_bias=self._meets_bias(components, layer, end),
+        )
+
+    def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
+        """Whether an additive constant lies between the components and the end."""
+        if end is None:
+            if self.adapter.final_norm().bias is not None or self.adapter.unembedding_bias is not None:
+                return True
+            end = self.adapter.n_layers
+        for index in range(layer, end):
+            weights, start = self.adapter.layer(index), index == layer
+            if weights.has_attention_bias and not (start and components.site != "resid_pre"):
+                return True
+            if weights.has_mlp_bias and not (start and components.site == "resid_post"):
+                return True
+        return False
+
+    def _start(self, plan: _Plan) -> tuple[Trace, ComponentState]:
+        trace = plan.trace or self._capture(plan.prompts)
+        state = initial_state(
+            plan.components, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
+        )
+        return trace, state
+
+    def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
+        """The state after the frozen final norm."""
+        norm, layout, rows = self.adapter.final_norm(), state.layout, state.rows
+        packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
+        scale = norm.scale(trace.resid_final.to(rows))[packed]
+        rows = rows * scale[:, None].to(rows.dtype) * norm.weight.to(rows)
+        if norm.bias is not None:
+            rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)
+        return ComponentState(rows, layout, state.layer)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One call, checked: what is to be done."""
+
+    run: Run
+    batch: bool
+    prompts: list[Tensor]
+    tokens: list[list[str]]
+    excluded: list[set[int]]
+    trace: Trace | None
+    components: ComponentKind
+    layer: int
+    end: int
+    has_bias: bool
+
+    @property
+    def site(self) -> str:
+        return self.components.site
+
+
+def _position(position: int, length: int) -> int:
+    position = as_index(position, "position")
+    if not -length <= position < length:
+        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+    return position % length
+
+
+def _completeness(state: ComponentState, resid: Tensor) -> Tensor:
+    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+    layout = state.layout
+    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
+    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()

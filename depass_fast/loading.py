@@ -1,0 +1,103 @@
+"""Loading a model, and refusing before any work the ones that cannot be decomposed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .adapters import Adapter
+from .options import parse_dtype
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
+    """Model (in eval mode) and tokenizer of ``path``, a folder or a hub name; a missing tokenizer is None.
+
+    Raises:
+        ImportError: ``device_map`` needs accelerate to spread the model over several devices.
+        OSError, ValueError: as transformers raises them.
+    """
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    if dtype is not None:
+        model_kwargs[name] = dtype if dtype == "auto" else parse_dtype(dtype, "dtype")
+    device = None
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        device, device_map = _single_device(device_map), None
+    if device_map is not None:
+        model_kwargs["device_map"] = device_map
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
+    if device is not None:
+        model = model.to(device)
+    shared = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "subfolder", "trust_remote_code")}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **shared)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # how it says that there is none varies
+        if any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
+            raise  # there is one, and it is broken
+        tokenizer = None
+    return model, tokenizer
+
+
+def _single_device(device_map: Any) -> str:
+    """The one device that a device map means; several need accelerate."""
+    if device_map == "auto" and torch.cuda.device_count() <= 1:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
+        return str(torch.device(device_map))
+    raise ImportError(
+        f"device_map={device_map!r} over several devices needs accelerate: pip install 'depass-fast[device-map]', "
+        "or name one device ('cuda:0', 'cpu')."
+    )
+
+
+def check_weights(adapter: Adapter) -> None:
+    """Refuse weights that are not plain floating tensors in memory: quantised, packed or offloaded ones.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    for index in range(adapter.n_layers):
+        for name, module in adapter.named_weights(index).items():
+            _check_weight(name, module)
+    _check_weight(adapter.family.unembedding, adapter.unembedding)
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if weight is not None and any(module.children()):
+        parts = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(
+            f"{name}: {type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
+            "merge the adapter into the model first."
+        )
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        kind = getattr(weight, "dtype", type(weight).__name__)
+        raise ValueError(
+            f"{name}: its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
+            "bfloat16 or float16, or dequantise it first (model.dequantize())."
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name}: its weight is offloaded (meta device); load the model into memory.")
+
+
+def check_ready(adapter: Adapter) -> None:
+    """Refuse a model whose forward pass is random: in training mode with dropout.
+
+    Raises:
+        ValueError: saying which dropout is active.
+    """
+    model = adapter.model
+    if not model.training:
+        return
+    active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
+    if getattr(adapter.config, "attention_dropout", 0.0):
+        active.append("attention_dropout")
+    if active:
+        raise ValueError(f"model: in training mode with dropout ({', '.join(active[:3])}); call model.eval() first.")

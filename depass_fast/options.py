@@ -1,0 +1,97 @@
+"""How a decomposition is computed: the options, their defaults, and their check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from .adapters import Adapter
+from .allocation import Allocation, Rule
+from .backends import Backend, make_backend, resolve
+from .prompts import as_index
+
+
+@dataclass(frozen=True)
+class Options:
+    """Given to :class:`depass_fast.DePass` as defaults, to a single call as overrides.
+
+    allocation: "softmax", "linear", "relu", "max", "taylor", or a callable (:mod:`depass_fast.allocation`).
+    temperature: T of the softmax, positive.
+    exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
+        position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
+    backend: "auto", "reference" (the oracle) or "torch".
+    compute_dtype: of the GEMMs. Default: the model's on a GPU, the state's on a CPU.
+    state_dtype: of the component state. Default: float32; float64 for a float64 model.
+    memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
+        Default: chosen by the backend.
+    """
+
+    allocation: str | Rule = "softmax"
+    temperature: float = 0.1
+    exclude_special: bool | Sequence[int] = True
+    backend: str = "auto"
+    compute_dtype: torch.dtype | str | None = None
+    state_dtype: torch.dtype | str | None = None
+    memory_budget: int | None = None
+
+    def updated(self, overrides: dict[str, Any]) -> Options:
+        """These options with some replaced; TypeError for a name that is none."""
+        known = [f.name for f in fields(self)]
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}; options: {', '.join(known)}.")
+        return replace(self, **overrides)
+
+    def build(self, adapter: Adapter) -> Run:
+        """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
+        state = parse_dtype(self.state_dtype, "state_dtype")
+        state = state or (torch.float64 if adapter.dtype == torch.float64 else torch.float32)
+        compute = parse_dtype(self.compute_dtype, "compute_dtype")
+        name = resolve(self.backend)
+        if name == "reference" and compute not in (None, state):
+            raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
+        if compute is None:
+            compute = adapter.dtype if adapter.device.type != "cpu" else state
+        budget = self.memory_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
+        if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
+            raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
+        return Run(Allocation(self.allocation, self.temperature), make_backend(name, compute, budget), state)
+
+    def excluded(self, length: int) -> set[int]:
+        """The positions of special tokens in a prompt of ``length`` tokens."""
+        if isinstance(self.exclude_special, bool):
+            return {0} if self.exclude_special else set()
+        if not isinstance(self.exclude_special, Iterable):
+            raise TypeError(
+                f"exclude_special: expected True, False or a list of positions, got {self.exclude_special!r}."
+            )
+        positions = set()
+        for p in (as_index(p, "exclude_special") for p in self.exclude_special):
+            if not -length <= p < length:
+                raise ValueError(f"exclude_special: position {p} is out of range for a prompt of {length} tokens.")
+            positions.add(p % length)
+        return positions
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of one call, checked."""
+
+    allocation: Allocation
+    backend: Backend
+    state_dtype: torch.dtype
+
+
+def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:
+    """A floating dtype by itself or by name ("bfloat16"), or None."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if dtype is None and value is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"{argument}: {value!r} is no floating dtype; try 'float32', 'bfloat16' or 'float64'.")
+    return dtype

@@ -1,0 +1,199 @@
+"""The result of an attribution: scores with aligned labels, their measured error, and how they came about."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .state import BIAS, REST
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .readout import Directions
+
+_FORMAT = "depass_fast.attribution.v1"
+_TENSORS = ("scores", "target_logits", "layer_errors")
+
+
+@dataclass(eq=False)
+class Attribution:
+    """The share of every component in the target's logit.
+
+    ``scores`` (M,), or (K, M) for a list of K targets, in the order of ``labels``: tokens, heads or neurons in their
+    natural order, then `rest` and `bias` where they exist. ``target_logits`` () or (K,) are the model's own; they
+    equal the sum of the scores up to ``completeness_error``.
+
+    ``completeness_error`` is the largest of |Σ_m score - logit| / Σ_m |score|, over the targets, and of
+    ``layer_errors``: max_n ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, at the start and after every layer passed.
+    """
+
+    scores: Tensor
+    labels: list[str]
+    target_logits: Tensor
+    completeness_error: float
+    layer_errors: Tensor
+    target_names: list[str]
+    target_ids: list[int | None]
+    contrast_ids: list[int | None]
+    input_ids: list[int]
+    tokens: list[str]
+    components: str
+    layer: int
+    position: int
+    allocation: str
+    temperature: float
+    backend: str
+    device: str
+    dtype: str
+    seconds: float
+
+    @classmethod
+    def assemble(
+        cls, *, scores: Tensor, logits: Tensor, layer_errors: Tensor, directions: Directions, **rest: Any
+    ) -> Attribution:
+        """From scores (K, M) and logits (K,) on any device; measures the error, drops the axis of a single target."""
+        if not (scores.isfinite().all() and layer_errors.isfinite().all()):
+            bad = (~layer_errors.isfinite()).nonzero()
+            where = f"after {int(bad[0])} layers" if len(bad) else "at the readout"
+            raise FloatingPointError(
+                f"the components hold NaN or inf {where}, though the model's own activations do not: a temperature too "
+                "small for the dtype, a rule of your own, or compute_dtype or state_dtype that overflow."
+            )
+        magnitude = torch.maximum(scores.abs().sum(1), logits.abs()).clamp_min(torch.finfo(scores.dtype).tiny)
+        error = ((scores.sum(1) - logits).abs() / magnitude).max()
+        keep = slice(None) if directions.several else 0
+        return cls(
+            scores=scores[keep].cpu(),
+            target_logits=logits[keep].cpu(),
+            completeness_error=max(float(error), float(layer_errors.max())),
+            layer_errors=layer_errors,
+            target_names=list(directions.names),
+            target_ids=list(directions.ids),
+            contrast_ids=list(directions.contrast_ids),
+            **rest,
+        )
+
+    def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
+        """The ``k`` leading components as (label, score): ``by`` "magnitude", "positive" (largest) or "negative".
+
+        `rest` and `bias` are left out unless ``extras``: what is not decomposed is not ranked with what is.
+        """
+        keys = {"magnitude": torch.abs, "positive": lambda s: s, "negative": torch.neg}
+        if by not in keys:
+            raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, keys))}.")
+        if k < 1:
+            raise ValueError(f"k: {k} is out of range; it must be at least 1.")
+        scores = self._of(target)
+        if not extras:
+            scores = scores[: len(self.labels) - self.n_extras]
+        order = keys[by](scores).argsort(descending=True, stable=True)[:k].tolist()
+        return [(self.labels[i], float(scores[i])) for i in order]
+
+    @property
+    def n_extras(self) -> int:
+        """How many of the last labels are `rest` and `bias`, which no component kind names so itself."""
+        return sum(label in (REST, BIAS) for label in self.labels[-2:])
+
+    def score(self, label: str, target: int = 0) -> float:
+        """The score of one component by its label."""
+        try:
+            return float(self._of(target)[self.labels.index(label)])
+        except ValueError:
+            span = f"{self.labels[0]!r} to {self.labels[-1]!r}"
+            raise KeyError(f"no component {label!r}; labels run from {span}") from None
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A DataFrame with a row per component: `label`, and a column of scores per target. Needs pandas."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_dataframe needs pandas: pip install 'depass-fast[pandas]'") from error
+        names, columns = self._columns()
+        return pandas.DataFrame(list(zip(*columns, strict=True)), columns=names)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write a table with a row per component: `label`, and a column of scores per target."""
+        names, columns = self._columns()
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            writer.writerows(zip(*columns, strict=True))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file whose header carries everything else as JSON. Nothing is pickled."""
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        save_file(tensors, str(path), metadata={"format": _FORMAT, "json": json.dumps(self._metadata())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no saved attribution.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path}: not a safetensors file ({error})") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a saved attribution (format {metadata.get('format')!r}, not {_FORMAT!r})")
+        return cls(**tensors, **json.loads(metadata["json"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values under the names that ``depass-fast attribute --json`` prints."""
+        scores = self.scores.tolist()
+        single = self.scores.ndim == 1
+        return {
+            "input_ids": self.input_ids,
+            "components": self.components,
+            "layer": self.layer,
+            "labels": self.labels,
+            "scores": scores,
+            "target_id": self.target_ids[0] if single else self.target_ids,
+            "contrast_id": self.contrast_ids[0] if single else self.contrast_ids,
+            "target": self.target_names[0] if single else self.target_names,
+            "target_logit": self.target_logits.tolist(),
+            "position": self.position,
+            "completeness_error": self.completeness_error,
+            "allocation": self.allocation,
+            "temperature": self.temperature,
+            "backend": self.backend,
+            "device": self.device,
+            "dtype": self.dtype,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        from .render import plain
+
+        return plain(self)
+
+    def __rich__(self) -> Any:
+        from .render import rich_view
+
+        return rich_view(self)
+
+    def _of(self, target: int) -> Tensor:
+        return self.scores if self.scores.ndim == 1 else self.scores[target]
+
+    def _columns(self) -> tuple[list[str], list[list]]:
+        """Names and values of a table's columns: the labels, then the scores of every target."""
+        if self.scores.ndim == 1:
+            return ["label", "score"], [self.labels, self.scores.tolist()]
+        return ["label", *self.target_names], [self.labels, *self.scores.tolist()]
+
+    def _metadata(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
