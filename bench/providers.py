@@ -1,0 +1,85 @@
+"""Who is measured: every provider takes a workload to the scores of all its components at the last position.
+
+`published` is the published algorithm, which computes the full final state and then the score; `depass_fast` is the
+library through its public API, forward pass included, as it is for the published one; `depass_fast/trace` is the same
+with the forward pass taken beforehand. `oracle` is the library's reference backend in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from depass_fast import ComponentKind, DePass, Neurons, Tokens
+
+from .harness import SHAPES, Shape, build_model, floor_flops, live_rows, random_prompt
+from .published import Published
+
+TARGET = 7
+PROVIDERS = ("published", "depass_fast", "depass_fast/trace")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Components of a prompt of ``length`` tokens; neurons are those of layer 0."""
+
+    model: str
+    components: str
+    length: int
+
+    @property
+    def name(self) -> str:
+        layer = " of layer 0" if self.components == "neurons" else ""
+        return f"{self.components}{layer}, N={self.length}"
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.model]
+
+    @property
+    def kind(self) -> ComponentKind:
+        return {"tokens": Tokens(), "neurons": Neurons(0)}[self.components]
+
+    @property
+    def rows(self) -> int:
+        return live_rows(self.shape, self.components, self.length)[0]
+
+    @property
+    def flops(self) -> int:
+        return floor_flops(self.shape, self.components, self.length)
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """Model and prompt."""
+        return build_model(self.shape), random_prompt(self.shape, self.length)
+
+
+def provider(name: str, work: Workload, model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """A provider, ready to be timed: a function that returns the scores (M,)."""
+    if name in ("published", "published/corrected"):
+        published = Published(model, corrected=name != "published")
+        if work.components == "tokens":
+            return lambda: published.score(published.tokens(ids), -1, TARGET)
+        return lambda: published.score(published.neurons(ids, 0), -1, TARGET)
+    oracle = name == "oracle"
+    library = DePass(copy.deepcopy(model).double(), backend="reference") if oracle else DePass(model)
+    prompt = library.trace(ids) if name == "depass_fast/trace" else ids
+    return lambda: library.attribute(prompt, work.kind, target=TARGET).scores
+
+
+def named_scores(name: str, work: Workload, scores: Tensor) -> Tensor:
+    """The scores of the named components only (tokens or neurons), in float64: (M',).
+
+    The published neurons come after their residual, the library's before `rest`; tokens have no further component.
+    """
+    count = work.length if work.components == "tokens" else work.shape.intermediate
+    scores = torch.as_tensor(scores).double().flatten()
+    return scores[-count:] if name.startswith("published") else scores[:count]
+
+
+def error_against(oracle: Tensor, scores: Tensor) -> float:
+    """Largest difference, relative to the largest score."""
+    return float((scores - oracle).abs().max() / oracle.abs().max())

@@ -1,0 +1,94 @@
+"""bench/RESULTS.md out of result files: ``python -m bench.report bench/results/*.json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+HEAD = """# Results
+
+Made by `python -m bench.report bench/results/*.json`; do not edit. Times are medians with [p20, p80] of interleaved
+runs. GFLOP/s are useful ones: the floor of the workload (see `harness.py`) over the time, whoever does the work. The
+GEMM row is the machine's own rate for the two MLP products in the same interleaved run. Errors are relative to the
+largest score. "Without capture": the library's forward pass was taken beforehand, the published one's was not.
+"""
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, the first columns left-aligned."""
+    rule = ["---" if i < 3 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def report(results: list[dict]) -> str:
+    """The whole page."""
+    return "\n\n".join([HEAD.rstrip(), *(section(result) for result in results)]) + "\n"
+
+
+def section(result: dict) -> str:
+    """One result file: where it was measured, the ratios if it has any, the rows, what they were compared with."""
+    env = result["environment"]
+    place = ", ".join(f"{key} {env[key]}" for key in env if key not in ("device", "threads", "date"))
+    threads = f", {env['threads']} threads" if "threads" in env else ""
+    parts = [f"## {result['benchmark']}: {env['device']}{threads} ({env['date']})", place + "."]
+    if result.get("ratios"):
+        header = ["workload", "model", "speed", "goal", "without capture", "memory", "goal", "GEMM", "goal", "reached"]
+        parts.append(table(header, [_ratio(r) for r in result["ratios"]]))
+    header = ["workload", "provider", "model", "dtype", "median", "[p20, p80]", "GFLOP/s", "of GEMM", "peak", "error"]
+    parts.append(table(header, [_row(r) for r in result["rows"]]))
+    notes: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["compared_with"] != "-":
+            notes.setdefault(row["compared_with"], []).append(f"{row['provider']} ({row['workload']})")
+    lines = [f"- {what}: {'; '.join(who)}." for what, who in notes.items()]
+    parts.append("Errors are against:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _ratio(r: dict) -> list[str]:
+    return [
+        r["workload"],
+        r["model"],
+        f"{r['speed']:.2f}×",
+        f"≥ {r['speed_goal']:g}×",
+        f"{r['speed_without_capture']:.2f}×",
+        _percent(r["memory"]),
+        "-" if r["memory_goal"] is None else f"≤ {r['memory_goal']:.0%}",
+        _percent(r["gemm_fraction"]),
+        "-" if r["gemm_goal"] is None else f"≥ {r['gemm_goal']:.0%}",
+        "yes" if r["reached"] else "**no**",
+    ]
+
+
+def _row(r: dict) -> list[str]:
+    peak, error, rate = r["peak_bytes"], r["max_error"], r["gflops"]
+    return [
+        r["workload"],
+        r["provider"],
+        r["model"],
+        r["dtype"],
+        f"{r['median_s'] * 1e3:.1f} ms",
+        f"[{r['p20_s'] * 1e3:.1f}, {r['p80_s'] * 1e3:.1f}]",
+        "-" if rate is None else f"{rate:.1f}",
+        _percent(r["gemm_fraction"]),
+        "-" if peak is None else f"{peak / 2**20:.1f} MiB",
+        "-" if error is None else f"{error:.0e}",
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmarks wrote")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.out.write_text(report([json.loads(path.read_text()) for path in options.results]))
+
+
+if __name__ == "__main__":
+    main()
