@@ -1,0 +1,172 @@
+"""One test-suite for all backends: the fast one agrees with the oracle whatever it is cut into."""
+
+import pytest
+import torch
+from conftest import FAMILIES, build, random_ids
+from test_completeness import kinds
+
+from depass_fast import Custom, Heads, Neurons, Tokens
+from depass_fast.allocation import RULES, Gates
+
+
+def close(a, b, tolerance=1e-5):
+    """Scores or states agree relative to the largest."""
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torch_agrees_with_the_reference(name, rule):
+    dp, ids = build(name), random_ids(9, seed=5)
+    trace = dp.trace(ids)
+    for label, kind in kinds(len(ids)).items():
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
+        assert close(dp.decompose(trace, kind, allocation=rule, backend="torch").dense(), oracle), label
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2"])
+def test_results_do_not_depend_on_the_chunks(name):
+    dp, ids = build(name), random_ids(13, seed=6)
+    trace = dp.trace(ids)
+    for kind in (Tokens(), Tokens(1), Heads(0), Neurons(0)):
+        oracle = dp.decompose(trace, kind, backend="reference").dense()
+        for budget in (1, 2_000, 20_000, 200_000, 1 << 30):
+            assert close(dp.decompose(trace, kind, memory_budget=budget).dense(), oracle), (kind, budget)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2"])
+def test_a_batch_equals_the_prompts_one_by_one(name, backend):
+    dp = build(name)
+    prompts = [random_ids(n, seed=n) for n in (7, 1, 12, 7)]
+    targets = [None, 3, (4, 5), [6, 7]]
+    for kind in (Tokens(), Tokens(1), Heads(1), Neurons(0)):
+        together = dp.attribute(prompts, kind, targets=targets, backend=backend)
+        for prompt, target, batched in zip(prompts, targets, together, strict=True):
+            alone = dp.attribute(prompt, kind, target, backend=backend)
+            assert batched.labels == alone.labels and batched.target_ids == alone.target_ids
+            assert torch.allclose(batched.scores, alone.scores, atol=1e-5 * float(alone.scores.abs().max()))
+            assert torch.allclose(batched.target_logits, alone.target_logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 4])
+def test_the_pruned_readout_equals_the_full_state(family, position):
+    """attribute computes the last layer at one position only; decompose computes all of it."""
+    ids = random_ids(8, seed=2)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    for kind in (Tokens(), Heads(-1), Neurons(-1), Neurons(0)):
+        result = family.attribute(ids, kind, direction, position=position)
+        full = family.decompose(ids, kind).dense()[position] @ direction
+        assert torch.allclose(result.scores, full, atol=2e-5 * float(full.abs().max().clamp_min(1)))
+
+
+def test_compute_and_state_dtypes_are_respected():
+    dp, ids = build("llama-gqa"), random_ids(6)
+    assert dp.decompose(ids, Tokens()).rows.dtype == torch.float32
+    assert build("llama-gqa", torch.float64).decompose(ids, Tokens()).rows.dtype == torch.float64
+    assert build("llama-gqa", torch.bfloat16).decompose(ids, Tokens()).rows.dtype == torch.float32
+    oracle = dp.decompose(ids, Tokens(), state_dtype="float64", backend="reference").dense()
+    half = dp.decompose(ids, Tokens(), state_dtype=torch.bfloat16)
+    assert half.rows.dtype == torch.bfloat16 and close(half.dense().double(), oracle, 0.1)
+    mixed = dp.decompose(ids, Tokens(), compute_dtype="bfloat16")
+    assert mixed.rows.dtype == torch.float32 and close(mixed.dense().double(), oracle, 0.1)
+    for rule in RULES:  # as on a GPU: bfloat16 products, float32 state and statistics
+        assert dp.attribute(ids, Tokens(), allocation=rule, compute_dtype="bfloat16").layer_errors.max() < 1e-2
+    assert not close(mixed.dense().double(), oracle, 1e-5)
+    wide = dp.decompose(ids, Tokens(), compute_dtype="float64", state_dtype="float64").dense()
+    assert close(wide, oracle, 1e-12)
+
+
+# -- the corners of the allocation ---------------------------------------------------------------------------------
+
+
+def corner_states(trace, layer=1):
+    """Components that meet every corner: absent ones, duplicates, opposite ones, one that is all of x."""
+    x = trace.resid(layer)
+    n = len(x)
+    states = torch.zeros(n, 5, x.shape[1])
+    states[:, 0] = x
+    states[n // 2 :, 1] = x[n // 2 :]
+    states[n // 2 :, 2] = -x[n // 2 :]
+    states[0, 3] = 2 * x[0]
+    return states
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+def test_zero_components_stay_zero_and_the_sum_exact(name, rule):
+    dp, ids = build(name, torch.float64), random_ids(8)
+    trace = dp.trace(ids)
+    kind = Custom(1, corner_states(trace).double())
+    out = {b: dp.decompose(trace, kind, allocation=rule, backend=b).dense() for b in ("reference", "torch")}
+    assert close(out["torch"], out["reference"], 1e-10)
+    assert not out["torch"][:, 4].any()
+    assert close(out["torch"].sum(1), trace.normed_final, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_where_nobody_is_eligible_rest_takes_all_else_those_alive(backend):
+    """With every token excluded nobody may take part away from home: the shares are split among those alive."""
+    dp, ids = build("llama-gqa", torch.float64), random_ids(5)
+    trace = dp.trace(ids)
+    everyone = list(range(5))
+    for rule in ("softmax", "linear", "relu", "max"):
+        state = dp.decompose(trace, Tokens(), end=1, exclude_special=everyone, allocation=rule, backend=backend)
+        assert close(state.dense().sum(1), trace.resid(1), 1e-12), rule
+
+
+def gates(values, **changes) -> Gates:
+    values = torch.tensor(values, dtype=torch.float64)[None, :, None]
+    m = values.shape[1]
+    fields = {
+        "values": values,
+        "total": values.sum(1),
+        "alive": torch.ones(1, m, dtype=torch.bool),
+        "excluded": torch.zeros(1, m, dtype=torch.bool),
+        "positions": torch.zeros(1, dtype=torch.long),
+        "rest": None,
+    }
+    return Gates(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "expected"),
+    [
+        ("softmax", [0.1, 0.2, 0.0], [0.26894142, 0.73105858, 0.0]),  # exp(1) : exp(2), the exact zero left out
+        ("linear", [1.0, 2.0, 4.0], [0.0, 0.25, 0.75]),
+        ("linear", [3.0, 3.0, 0.0], [0.5, 0.5, 0.0]),
+        ("linear", [-3.0], [1.0]),
+        ("relu", [-1.0, 1.0, 3.0], [0.0, 0.25, 0.75]),
+        ("relu", [-1.0, -2.0], [0.5, 0.5]),  # nobody opens the gate: evenly among those alive
+        ("max", [1.0, 5.0, 5.0], [0.0, 1.0, 0.0]),
+        ("max", [-1.0, -5.0, 0.0], [1.0, 0.0, 0.0]),
+        ("taylor", [1.0, 2.0, 1.0], [0.25, 0.5, 0.25]),
+        ("taylor", [-1.0, 2.0], [-1.0, 2.0]),
+        ("taylor", [1.0, -1.0], [0.0, 0.0]),  # gate zero, activation zero
+        ("softmax", [1e4, -1e4], [1.0, 0.0]),
+    ],
+)
+def test_rules_by_hand(rule, values, expected):
+    weights = RULES[rule](gates(values), 0.1)[0, :, 0]
+    assert torch.allclose(weights, torch.tensor(expected, dtype=torch.float64), atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "linear", "relu", "max"])
+def test_rest_takes_what_nobody_is_eligible_for(rule):
+    nobody = gates([0.0, 0.0, 0.0], rest=0)
+    assert RULES[rule](nobody, 0.1)[0, :, 0].tolist() == [1.0, 0.0, 0.0]
+    excluded = gates([0.0, 2.0, 0.0], rest=0, excluded=torch.tensor([[False, True, False]]))
+    assert RULES[rule](excluded, 0.1)[0, :, 0].tolist() == [1.0, 0.0, 0.0]
+    alive = gates([0.0, 0.0, 0.0], alive=torch.tensor([[True, False, True]]))
+    assert RULES[rule](alive, 0.1)[0, :, 0].tolist() == [0.5, 0.0, 0.5]
+
+
+def test_a_rule_of_ones_own_serves_both_backends():
+    def even(gates, temperature):
+        weights = gates.alive[..., None].expand_as(gates.values).double()
+        return (weights / weights.sum(1, keepdim=True)).to(gates.values)
+
+    dp, ids = build("llama-gqa"), random_ids(6)
+    results = [dp.attribute(ids, Tokens(), allocation=even, backend=b) for b in ("reference", "torch")]
+    assert close(results[1].scores, results[0].scores)
+    assert results[0].allocation == "even" and results[0].completeness_error < 1e-5
