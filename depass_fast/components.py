@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .backends.reference import attention_probabilities
 from .prompts import as_index
-from .state import BIAS, REST, Components, ComponentState, Layout
+from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
 
 Site = Literal["resid_pre", "resid_mid", "resid_post"]
@@ -57,6 +57,10 @@ class ComponentKind:
         """Write the initial states of one prompt into all of ``out`` (N, M, D), without the extras."""
         raise NotImplementedError
 
+    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors | None:
+        """The same as products of numbers and vectors, where the kind is made of such."""
+        return None
+
     def given(self) -> Sequence[Tensor]:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
@@ -74,6 +78,9 @@ class Tokens(ComponentKind):
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         return tuple(f"{token!r}@{n}" for n, token in enumerate(tokens))
+
+    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
+        return Factors(None, trace.resid(self.resolve(adapter))[trace.span(prompt)])
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,12 @@ class Neurons(ComponentKind):
         return tuple(f"L{layer}N{i}" for i in range(adapter.layer(layer).mlp.w_down.shape[1]))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        factors = self.factors(adapter, trace, prompt)
+        torch.mul(factors.coefficients.to(out.dtype)[..., None], factors.vectors.to(out.dtype), out=out)
+
+    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
         layer = self.resolve(adapter)
-        act = trace.layers[layer].act[trace.span(prompt)].to(out.dtype)
-        torch.mul(act[..., None], adapter.layer(layer).mlp.w_down.to(out.dtype).T, out=out)
+        return Factors(trace.layers[layer].act[trace.span(prompt)], adapter.layer(layer).mlp.w_down.T)
 
     def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
         return adapter.layer(self.resolve(adapter)).mlp.constant(dtype)
@@ -310,12 +320,14 @@ def initial_state(
     constant = kind.constant(adapter, dtype)
     bias = (BIAS,) if has_bias or constant is not None else ()
     names = [kind.names(adapter, t) for t in tokens]
+    factors = tuple(kind.factors(adapter, trace, prompt) for prompt in range(trace.n_prompts))
+    factors = None if None in factors else factors
     if isinstance(kind, Tokens):
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
         layout = Layout.of(components, trace.offsets)
         rows = torch.zeros(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
         rows[torch.from_numpy(layout.starts[1:] - 1).to(x.device)] = x.to(dtype)
-        return ComponentState(rows, layout, entering)
+        return ComponentState(rows, layout, entering, factors)
 
     extras = (REST, *bias)
     components = tuple(Components.everywhere(n, extras) for n in names)
@@ -337,7 +349,7 @@ def initial_state(
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
         rows = rows.view(-1, len(components[0]), rows.shape[1])[:, 1:].flatten(0, 1)
         return ComponentState(rows, Layout.of(fewer, trace.offsets), entering)
-    return ComponentState(rows, layout, entering)
+    return ComponentState(rows, layout, entering, factors)
 
 
 def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> None:

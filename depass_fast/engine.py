@@ -196,10 +196,11 @@ class DePass:
             elif kept is not None:
                 state = state.at(kept)
             state = run.backend.allocate_mlp(state, layer.mlp, record, run.allocation)
-            state.layer = index + 1
+            state.layer, state.factors = index + 1, None
             errors.append(_completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
+        state.factors = None
         return state, errors
 
     def _encode(self, prompt: Prompt) -> Tensor:

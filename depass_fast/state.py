@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REST, BIAS = "rest", "bias"
 
@@ -117,13 +117,29 @@ class Layout:
         return self.starts[:-1] + self.index(extra)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """One prompt's named components as products: at position n component m is ``coefficients``[n, m] · ``vectors``[m].
+
+    Tokens and neurons are like that where they start. ``coefficients`` is (N, M), None for the identity (each
+    component at its own position only); ``vectors`` is (M, D).
+    """
+
+    coefficients: Tensor | None
+    vectors: Tensor
+
+
 @dataclass
 class ComponentState:
-    """The rows (R, D) of a layout, in the state's dtype. ``layer`` is the layer that they enter."""
+    """The rows (R, D) of a layout, in the state's dtype. ``layer`` is the layer that they enter.
+
+    ``factors``, one per prompt, say the same of the named components in less, where they have just started.
+    """
 
     rows: Tensor
     layout: Layout
     layer: int
+    factors: tuple[Factors, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +201,6 @@ class ComponentState:
         counts = self.layout.counts
         if (counts == counts[0]).all():
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
-        if len(counts) * len(self.rows) <= 1 << 17:  # short prompts: one small product beats many small sums
-            member = torch.from_numpy(self.layout.row_segments()).to(self.device)
-            return (member == torch.arange(len(counts), device=self.device)[:, None]).to(self.rows) @ self.rows
-        return torch.stack([part.sum(0) for part in self.rows.split(counts.tolist())])
+        order = torch.arange(len(self.rows), device=self.device)
+        starts = torch.from_numpy(self.layout.starts[:-1]).to(self.device)
+        return nn.functional.embedding_bag(order, self.rows, starts, mode="sum")  # the fast segmented sum

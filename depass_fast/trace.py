@@ -269,19 +269,25 @@ def _full_precision(norm) -> object:
 
 def _check_finite(adapter: Adapter, trace: Trace) -> None:
     """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
-    if not trace.resid(0).isfinite().all():
+    if not _is_finite(trace.resid(0)):
         raise FloatingPointError("embedding: the hidden states entering layer 0 hold NaN or inf.")
     for index, layer in enumerate(trace.layers):
         recorded = (layer.attention.q, layer.attention.k, layer.gate, layer.act, trace.resid(index + 1))
-        if all(tensor.isfinite().all() for tensor in recorded):
+        if _is_finite(*recorded):
             continue
         for name, parameter in adapter.blocks[index].named_parameters():
-            if not parameter.isfinite().all():
+            if not _is_finite(parameter):
                 name = f"{adapter.family.layers}.{index}.{name.removesuffix('.weight')}"
                 raise FloatingPointError(f"layer {index}: the weights of {name} hold NaN or inf.")
         raise FloatingPointError(
             f"layer {index}: its activations hold NaN or inf on this prompt in {adapter.dtype}. "
             "Load the model in float32 or bfloat16 if they overflow."
         )
-    if not trace.normed_final.isfinite().all():
+    if not _is_finite(trace.normed_final):
         raise FloatingPointError("final norm: its output holds NaN or inf.")
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or inf; the maximum carries both, and is several times faster than `isfinite`."""
+    device = tensors[0].device  # what enters the next layer may live elsewhere
+    return bool(torch.stack([tensor.abs().amax().to(device) for tensor in tensors]).isfinite().all())

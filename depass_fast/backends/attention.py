@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..trace import AttentionTrace, causal_mask
+from .blocks import Block
+from .workspace import Workspace
 
 
 class FrozenAttention:
@@ -39,18 +41,50 @@ class FrozenAttention:
         seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
         return logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys]).to(self.dtype)
 
-    def mix(self, values: Tensor, start: int) -> Tensor:
-        """P · s applied to the values (N', B, Hkv·d) of positions ``start`` and up -> (N'·B, H·d)."""
-        n, b = values.shape[:2]
-        values = values.view(n, b, self.kv, -1)
-        out = values.new_empty(n, b, self.kv, self.groups, values.shape[-1])
+    def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """P · s applied to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""
+        n, b, start = block.n_positions, block.n_components, block.start
+        columns = values.view(len(values), self.kv, -1).transpose(0, 1)  # (Hkv, r, d)
+        keys = workspace.take("keys", (self.kv, n * b, columns.shape[2]), values)
+        if block.slots is None:
+            keys.copy_(columns)
+        else:
+            keys.zero_().index_copy_(1, block.slots, columns)
+        keys = keys.view(self.kv, n, -1)  # (Hkv, N', B·d)
+        mixed = workspace.take("mixed", (n, b, self.kv, self.groups, columns.shape[2]), values)
         for heads, queries in self.tiles:
             if queries.stop <= start:
                 continue
             first = max(queries.start, start)
             p = self.probabilities(heads, slice(first, queries.stop)) if self.only is None else self.only[:, :, first:]
             p = p[..., start:].flatten(1, 2)  # (h, G·Q, K)
-            v = values[: p.shape[-1], :, heads].permute(2, 0, 1, 3).flatten(2)  # (h, K, B·d)
-            y = torch.bmm(p, v).unflatten(1, (self.groups, -1)).unflatten(-1, (b, -1))  # (h, G, Q, B, d)
-            out[first - start : queries.stop - start, :, heads] = y.permute(2, 3, 0, 1, 4)
-        return out.view(n * b, -1)
+            y = workspace.take("values", (*p.shape[:2], keys.shape[2]), values)
+            torch.bmm(p, keys[heads, : p.shape[2]], out=y)
+            y = y.view(len(p), self.groups, -1, b, columns.shape[2])  # (h, G, Q, B, d)
+            mixed[first - start : queries.stop - start, :, heads] = y.permute(2, 3, 0, 1, 4)
+        mixed = mixed.view(n * b, -1)
+        if block.slots is None:
+            return mixed
+        out = workspace.take("values", (len(block.slots), mixed.shape[1]), values)
+        return torch.index_select(mixed, 0, block.slots, out=out)
+
+    def spread(self, writes: Tensor, coefficients: Tensor | None, start: int) -> Tensor:
+        """P · s applied to components that are products: (H, B, D) -> (B, N - start, D).
+
+        ``writes`` is what every head makes of the components' vectors, ``coefficients`` (N, B) how much of them there
+        is at each position; None: component b is there at position ``start`` + b only, with coefficient one. So the
+        sum over keys is taken on single numbers, and only a sum over the heads is left for the vectors.
+        """
+        b = writes.shape[1]
+        writes = writes.unflatten(0, (self.kv, self.groups))
+        out = writes.new_zeros(b, len(self.q) - start, writes.shape[-1])
+        for heads, queries in self.tiles:
+            if queries.stop <= start:
+                continue
+            first = max(queries.start, start)
+            p = self.probabilities(heads, slice(first, queries.stop)) if self.only is None else self.only[:, :, first:]
+            p = p.flatten(0, 1)  # (h·G, Q, K)
+            seen = p[..., start : start + b] if coefficients is None else p @ coefficients[: p.shape[2]]  # (h·G, Q, B)
+            alive, at = seen.shape[2], slice(first - start, queries.stop - start)
+            out[:alive, at].baddbmm_(seen.permute(2, 1, 0), writes[heads, :, :alive].flatten(0, 1).transpose(0, 1))
+        return out

@@ -44,13 +44,13 @@ class Chunk:
     deserted: bool  # some segment has nobody else
 
 
-def make_blocks(layout: Layout, slots: int, device: torch.device) -> list[Block]:
-    """Cut every prompt's components into blocks of at most ``slots`` places, or of one component."""
+def make_blocks(layout: Layout, slots: int, device: torch.device, extras_only: bool = False) -> list[Block]:
+    """Cut every prompt's components, or its extras, into blocks of at most ``slots`` places, or of one component."""
     blocks = []
     for prompt, components in enumerate(layout.components):
         segments = layout.segments(prompt)
         starts, counts = layout.starts[segments], layout.counts[segments]
-        n, m, first = len(starts), len(components), 0
+        n, m, first = len(starts), len(components.extras) if extras_only else len(components), 0
         staggered = bool(components.births.any())
         while first < m:
             birth = int(components.births[first])
@@ -61,7 +61,7 @@ def make_blocks(layout: Layout, slots: int, device: torch.device) -> list[Block]
             places = starts[birth:, None] + np.arange(first, last)
             alive = np.arange(first, last) < counts[birth:, None]
             slot = None if alive.all() else torch.from_numpy(np.flatnonzero(alive)).to(device)
-            whole = last - first == m
+            whole = last - first == len(components)
             rows = layout.rows(prompt) if whole else torch.from_numpy(places[alive]).to(device)
             blocks.append(Block(prompt, birth, first, n - birth, last - first, rows, slot))
             first = last

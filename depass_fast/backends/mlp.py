@@ -14,6 +14,7 @@ from torch import Tensor
 from ..allocation import Allocation, Gates
 from ..state import BIAS, REST, ComponentState
 from .blocks import Chunk
+from .workspace import Workspace
 
 # exp(-80) is below the rounding of any dtype; what lies below it would only make denormals, which CPUs are slow at
 _FLOOR = -80.0
@@ -34,20 +35,6 @@ class MlpStep:
     sparse: bool  # w_gate holds exact zeros
 
 
-class Workspace:
-    """Buffers that are used again for every chunk of a layer: fresh memory costs as much as the arithmetic on it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.buffers = device, {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised (rows, columns) tensor; what ``name`` held before is gone."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < rows * columns:
-            buffer = self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
-        return buffer[: rows * columns].view(rows, columns)
-
-
 def softmax_chunk(
     state: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice], workspace: Workspace
 ) -> bool:
@@ -56,17 +43,21 @@ def softmax_chunk(
         return False
     rows, dtype = state.rows[chunk.rows], step.act.dtype
     # in place with one block of neurons, else nothing is written before it is known that the chunk is an ordinary one
-    out = rows if len(neurons) == 1 else workspace.take("out", *rows.shape, rows.dtype).copy_(rows)
+    out = rows if len(neurons) == 1 else workspace.take("out", rows.shape, rows).copy_(rows)
     # in half precision g / T could overflow: there T is applied to the float32 gates instead
     temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
     before, after = (1.0, 1.0 / temperature) if dtype != wide else (1.0 / temperature, 1.0)
-    scale = (step.scale * before)[chunk.segment_of, None]
-    x = torch.mul(rows, scale, out=workspace.take("x", *rows.shape, dtype))
+    if len(chunk.counts) == 1 and rows.dtype == dtype and not rows.is_cuda:  # the scale is the product's own factor
+        x, factor = rows, (before * step.scale[chunk.segments]).item()
+    else:
+        scale, factor = (step.scale * before)[chunk.segment_of, None], 1.0
+        x = torch.mul(rows, scale, out=workspace.take("rows", rows.shape, rows, dtype))
     # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
     may_vanish = step.sparse or has_zeros(x[:, 0])
     bias, ends = state.layout.index(BIAS), np.cumsum(chunk.counts)
     for part in neurons:
-        g = torch.mm(x, step.w_gate[part].T, out=workspace.take("g", len(x), part.stop - part.start, dtype))
+        g = workspace.take("values", (len(x), part.stop - part.start), x)
+        torch.addmm(g, x, step.w_gate[part].T, beta=0.0, alpha=factor, out=g)
         if step.gate_constant is not None:
             at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
             g[at] += step.gate_constant[part] * before
@@ -98,7 +89,7 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
         g.masked_fill_(g == 0, -torch.inf)
     if chunk.away is not None:
         g[chunk.away] = -torch.inf
-    sums = workspace.take("sums", len(chunk.counts), g.shape[1], g.dtype)
+    sums = workspace.take("sums", (len(chunk.counts), g.shape[1]), g)
     parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in _runs(chunk.counts)]
     for part, segments in parts:
         part -= torch.amax(part, 1, keepdim=True, out=sums[segments, None])

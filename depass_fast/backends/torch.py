@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from ..state import BIAS, ComponentState, Layout
 from ..trace import AttentionTrace, LayerTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
-from .mlp import MlpStep, Workspace, accumulate, general_chunk, has_zeros, softmax_chunk
+from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
+from .workspace import Workspace
 
 CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
@@ -34,6 +36,7 @@ class TorchBackend:
     def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
         self.compute_dtype = compute_dtype
         self.memory_budget = memory_budget
+        self._workspace = Workspace()
         self._plans: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
 
     # -- attention ----------------------------------------------------------------------------------------------
@@ -43,26 +46,70 @@ class TorchBackend:
     ) -> ComponentState:
         if queries is not None:
             out = self._aggregate_at(state, weights, trace, queries)
+        elif state.factors is not None:
+            out = self._aggregate_factors(state, weights, trace)
+            out = self._aggregate_everywhere(out, weights, trace, extras_only=True)
         else:
             out = self._aggregate_everywhere(state, weights, trace)
         _add_to_bias(out, weights.constant(state.rows.dtype))
         return out
 
-    def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: LayerTrace) -> ComponentState:
+    def _aggregate_everywhere(
+        self, state: ComponentState, weights: Attention, trace: LayerTrace, extras_only: bool = False
+    ) -> ComponentState:
         dtype = self._dtype(state)
         scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))  # (T,)
-        w_v, w_o = _folded(weights.w_v, weights.norm, dtype), weights.w_o.to(dtype)
-        for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
+        w_v, w_o = self._folded("w_v", weights.w_v, weights.norm, dtype), weights.w_o.to(dtype)
+        for prompt, blocks in groupby(self._blocks(state, weights, extras_only), key=lambda block: block.prompt):
             frozen = self._frozen_attention(state, prompt, trace.attention, scale)
             for block in blocks:
-                x = _take(state.rows, block.rows)
-                mixed = frozen.mix(_scatter(x.to(dtype) @ w_v.T, block), block.start)  # (N'·B, H·d)
-                if block.slots is not None:
-                    mixed = mixed.index_select(0, block.slots)
+                x = self._take(state.rows, block.rows)
+                values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
+                mixed = frozen.mix(torch.mm(x.to(dtype), w_v.T, out=values), block, self._workspace)
                 accumulate(x, mixed, w_o.T)
                 if not isinstance(block.rows, slice):
                     state.rows.index_copy_(0, block.rows, x)
         return state
+
+    def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: LayerTrace) -> ComponentState:
+        """Components that have just started as products of numbers and vectors: V and O see only the vectors.
+
+        That is one row per component, instead of one per component and position.
+        """
+        dtype, width = self._dtype(state), state.rows.shape[1]
+        groups = weights.n_heads // weights.n_kv_heads
+        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))
+        w_v = self._folded("w_v", weights.w_v, weights.norm, dtype)
+        w_o = weights.w_o.to(dtype).view(width, weights.n_heads, -1).permute(1, 2, 0)  # (H, d, D)
+        for prompt, factors in enumerate(state.factors):
+            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            numbers, vectors = factors.coefficients, factors.vectors.to(state.device)
+            numbers = None if numbers is None else numbers.to(state.device, dtype)
+            size = max(
+                1, self._budget(state.device) // (2 * width * (len(frozen.q) + weights.n_heads) * dtype.itemsize)
+            )
+            for first in range(0, len(vectors), size):
+                part = slice(first, min(first + size, len(vectors)))
+                values = (vectors[part].to(dtype) @ w_v.T).unflatten(1, (weights.n_kv_heads, 1, -1))  # (B, Hkv, 1, d)
+                values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (H, B, d)
+                writes = torch.bmm(values, w_o)
+                if numbers is None:
+                    _add_later(state, prompt, part, frozen.spread(writes, None, first))
+                else:
+                    _add_everywhere(state, prompt, part, frozen.spread(writes, numbers[:, part], 0))
+        return state
+
+    def _folded(self, name: str, weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+        """``weight`` (out, D) with the norm's γ in its columns, in the workspace."""
+        out = self._workspace.take(name, weight.shape, weight, dtype)
+        gamma = norm.weight.to(dtype)
+        return torch.mul(weight, gamma, out=out) if weight.dtype == dtype else out.copy_(weight).mul_(gamma)
+
+    def _take(self, rows: Tensor, index: Tensor | slice) -> Tensor:
+        """Some of the rows: a view of neighbours, else a copy in the workspace."""
+        if isinstance(index, slice):
+            return rows[index]
+        return torch.index_select(rows, 0, index, out=self._workspace.take("rows", (len(index), rows.shape[1]), rows))
 
     def _frozen_attention(
         self, state: ComponentState, prompt: int, trace: AttentionTrace, scale: Tensor
@@ -78,7 +125,7 @@ class TorchBackend:
         """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
         scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))
-        w_v = _folded(weights.w_v, weights.norm, dtype).view(weights.n_kv_heads, weights.head_dim, width)
+        w_v = self._folded("w_v", weights.w_v, weights.norm, dtype).view(weights.n_kv_heads, weights.head_dim, width)
         w_o = weights.w_o.to(dtype)
         out = ComponentState(state.rows.new_zeros(queries.n_rows, width), queries, state.layer)
         for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
@@ -86,7 +133,7 @@ class TorchBackend:
             at, origin = queries.segments(prompt), layout.segments(prompt).start
             probabilities = {q: frozen.probabilities(slice(None), slice(q, q + 1)) for q in queries.local[at].tolist()}
             for block in blocks:
-                x = _scatter(_take(state.rows, block.rows).to(dtype), block)  # (N', B, D)
+                x = _scatter(self._take(state.rows, block.rows).to(dtype), block)  # (N', B, D)
                 for segment, q in enumerate(queries.local[at].tolist(), at.start):
                     alive = min(int(queries.counts[segment]) - block.first, block.n_components)
                     if alive <= 0:
@@ -107,7 +154,7 @@ class TorchBackend:
     ) -> ComponentState:
         dtype, layout = self._dtype(state), state.layout
         packed = torch.from_numpy(layout.packed).to(state.device)
-        w_gate = _folded(weights.w_gate, weights.norm, dtype)
+        w_gate = self._folded("w_gate", weights.w_gate, weights.norm, dtype)
         step = MlpStep(
             scale=weights.norm.scale(trace.resid_mid[packed].to(state.rows.dtype)),
             w_gate=w_gate,
@@ -118,10 +165,9 @@ class TorchBackend:
             allocation=allocation,
             sparse=has_zeros(w_gate),
         )
-        workspace = Workspace(state.device)
         for chunk in self._chunks(state, weights):
             neurons = self._neuron_blocks(chunk, state, weights)
-            if not (allocation.rule == "softmax" and softmax_chunk(state, chunk, step, neurons, workspace)):
+            if not (allocation.rule == "softmax" and softmax_chunk(state, chunk, step, neurons, self._workspace)):
                 general_chunk(state, chunk, step, neurons)
         _add_to_bias(state, weights.constant(state.rows.dtype))
         return state
@@ -161,29 +207,24 @@ class TorchBackend:
             plans[key] = make()
         return plans[key]
 
-    def _blocks(self, state: ComponentState, weights: Attention) -> list[Block]:
+    def _blocks(self, state: ComponentState, weights: Attention, extras_only: bool = False) -> list[Block]:
         width = state.rows.shape[1] + 2 * (weights.n_heads + weights.n_kv_heads) * weights.head_dim
         slots = max(1, self._budget(state.device) // (2 * width * self._dtype(state).itemsize))
         return self._plan(
-            state.layout, ("blocks", slots, state.device), lambda: make_blocks(state.layout, slots, state.device)
+            state.layout,
+            ("blocks", slots, extras_only, state.device),
+            lambda: make_blocks(state.layout, slots, state.device, extras_only),
         )
 
     def _chunks(self, state: ComponentState, weights: Mlp) -> list[Chunk]:
         neurons = min(weights.w_down.shape[1], 2048)
-        rows = self._budget(state.device) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize)
-        rows = max(1, min(rows, _TARGET_ROWS) if state.device.type == "cpu" else rows)
+        rows = max(1, self._budget(state.device) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize))
+        if state.device.type == "cpu":  # of equal size: a small one at the end would cost as much as a whole one
+            n_rows, longest = state.layout.n_rows, int(state.layout.counts.max())
+            rows = min(rows, -(-n_rows // max(1, round(n_rows / _TARGET_ROWS))) + longest - 1)
         return self._plan(
             state.layout, ("chunks", rows, state.device), lambda: make_chunks(state.layout, rows, state.device)
         )
-
-
-def _folded(weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    """``weight`` (out, D) with the norm's γ in its columns."""
-    return weight.to(dtype) * norm.weight.to(dtype)
-
-
-def _take(rows: Tensor, index: Tensor | slice) -> Tensor:
-    return rows[index] if isinstance(index, slice) else rows.index_select(0, index)
 
 
 def _scatter(rows: Tensor, block: Block) -> Tensor:
@@ -197,3 +238,22 @@ def _scatter(rows: Tensor, block: Block) -> Tensor:
 def _add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
     if state.layout.index(BIAS) is not None and constant is not None:
         state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant
+
+
+def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
+    """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
+    rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
+    block = rows.view(new.shape[1], -1, rows.shape[1])
+    block[:, extras + part.start : extras + part.stop] += new.transpose(0, 1)
+
+
+def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
+    """Add ``new`` (B, N - part.start, D) to the tokens ``part``, each from its own position on."""
+    layout, extras = state.layout, len(state.layout.components[prompt].extras)
+    starts = layout.starts[layout.segments(prompt)]
+    token = np.arange(part.start, part.stop)[:, None]
+    alive = token <= np.arange(part.start, len(starts))
+    rows = (starts[part.start :] + extras + token)[alive]
+    slots = torch.from_numpy(np.flatnonzero(alive)).to(state.device)
+    new = new.flatten(0, 1).index_select(0, slots).to(state.rows.dtype)
+    state.rows.index_add_(0, torch.from_numpy(rows).to(state.device), new)
