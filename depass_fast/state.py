@@ -201,6 +201,10 @@ class ComponentState:
         counts = self.layout.counts
         if (counts == counts[0]).all():
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
-        order = torch.arange(len(self.rows), device=self.device)
-        starts = torch.from_numpy(self.layout.starts[:-1]).to(self.device)
-        return nn.functional.embedding_bag(order, self.rows, starts, mode="sum")  # the fast segmented sum
+        return segment_sums(self.rows, torch.from_numpy(self.layout.starts[:-1]).to(self.device))
+
+
+def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
+    """Sums of runs of rows: (R, C) and the first row of every run (S,) -> (S, C)."""
+    order = torch.arange(len(rows), device=rows.device)
+    return nn.functional.embedding_bag(order, rows, starts, mode="sum")  # the fast segmented sum

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import Allocation, Gates
-from ..state import BIAS, REST, ComponentState
+from ..state import BIAS, REST, ComponentState, segment_sums
 from .blocks import Chunk
 from .workspace import Workspace
 
@@ -98,9 +98,11 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
     g.clamp_min_(_FLOOR).exp_()
     if zeros or chunk.away is not None:
         _clear(g, zeros, chunk.away)
-    for part, segments in parts:
-        torch.sum(part, 1, out=sums[segments])
-    torch.div(act, sums, out=sums)
+    if len(parts) == 1:
+        torch.sum(parts[0][0], 1, out=sums)
+    else:
+        sums = segment_sums(g, torch.from_numpy(np.cumsum(chunk.counts) - chunk.counts).to(g.device))
+    sums = torch.div(act, sums, out=sums)
     for part, segments in parts:
         part *= sums[segments, None]
     return True
