@@ -95,7 +95,7 @@ class DePass:
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
-            An :class:`Attribution`; a list of them for a list of prompts.
+            An :class:`Attribution`; a list of them for a list of prompts, or for a trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work.

@@ -93,11 +93,9 @@ def check_ready(adapter: Adapter) -> None:
     Raises:
         ValueError: saying which dropout is active.
     """
-    model = adapter.model
-    if not model.training:
-        return
-    active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0]
-    if getattr(adapter.config, "attention_dropout", 0.0):
+    training = {name: m for name, m in adapter.model.named_modules() if m.training}  # the model or a part of it
+    active = [name for name, m in training.items() if isinstance(m, nn.Dropout) and m.p > 0]
+    if training and getattr(adapter.config, "attention_dropout", 0.0):
         active.append("attention_dropout")
     if active:
         raise ValueError(f"model: in training mode with dropout ({', '.join(active[:3])}); call model.eval() first.")

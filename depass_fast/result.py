@@ -187,7 +187,10 @@ class Attribution:
         return rich_view(self)
 
     def _of(self, target: int) -> Tensor:
-        return self.scores if self.scores.ndim == 1 else self.scores[target]
+        scores = torch.atleast_2d(self.scores)
+        if not -len(scores) <= target < len(scores):
+            raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
+        return scores[target]
 
     def _columns(self) -> tuple[list[str], list[list]]:
         """Names and values of a table's columns: the labels, then the scores of every target."""

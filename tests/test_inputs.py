@@ -168,6 +168,11 @@ def test_training_mode_with_dropout():
     with pytest.raises(ValueError, match=r"training mode with dropout \(attention_dropout\); call model.eval"):
         dp.attribute(IDS, Tokens())
     assert model.training
+    model.eval()
+    model.model.layers[1].train()  # a part is enough
+    with pytest.raises(ValueError, match="training mode with dropout"):
+        dp.attribute(IDS, Tokens())
+    model.train()
     model.config.attention_dropout = 0.0
     assert dp.attribute(IDS, Tokens()).completeness_error < 1e-5  # training mode alone changes nothing
 

@@ -44,6 +44,8 @@ def test_top_and_score(result):
     assert result.score("rest") == pytest.approx(float(scores[4]))
     with pytest.raises(KeyError, match="no component 'L9H9'"):
         result.score("L9H9")
+    with pytest.raises(IndexError, match="target: 9 is out of range"):
+        result.top(1, target=9)
     with pytest.raises(ValueError, match="k: 0 is out of range"):
         result.top(0)
     with pytest.raises(ValueError, match="by: 'size' is not one of"):
