@@ -38,6 +38,11 @@ class Gates:
 
 Rule = Callable[[Gates, float], Tensor]
 
+# A rule may have an attribute `edit` of this form: gates (n, M, I) of all components, changed in place, and the
+# positions (n,) that they are at. It promises that the rule is the softmax of what is left, and says whether it may
+# have made zeros, which take no part. Fast backends then call the rule itself only where a neuron finds nobody.
+Edit = Callable[[Tensor, Tensor], bool]
+
 
 def softmax(gates: Gates, temperature: float) -> Tensor:
     """w = softmax over the components of g / T."""
@@ -108,6 +113,15 @@ class Allocation:
             )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature!r} is out of range; it must be positive and finite.")
+
+    @property
+    def edit(self) -> Edit | None:
+        """What a rule that is a softmax of edited gates does to them (see :data:`Edit`)."""
+        return getattr(self.rule, "edit", None)
+
+    @property
+    def is_softmax(self) -> bool:
+        return self.rule == "softmax" or self.edit is not None
 
     @property
     def name(self) -> str:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt
-from .components import ComponentKind, initial_state
+from .components import ComponentKind, Tokens, initial_state
+from .generation import Generation, generate
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
-from .readout import parse_target, read_scores, resolve_target
+from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import BIAS, ComponentState, Layout
 from .trace import Trace, capture
@@ -112,41 +113,46 @@ class DePass:
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
 
         trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, reads)
-
-        device = self.adapter.unembedding.weight.device
-        norm = self.adapter.final_norm().to(device) if end is None else None
-        wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
-        state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
-        final = resid if norm is None else trace.normed_final.to(device)
-        hidden = [final[trace.span(p)][read] for p, read in enumerate(reads)]
-        directions = [
-            resolve_target(spec, self.adapter, self.tokenizer, h, wide) for spec, h in zip(specs, hidden, strict=True)
-        ]
-        scores = read_scores(state, plan.run.backend, norm, resid, directions)
-        seconds = time.perf_counter() - began
-        results = [
-            Attribution.assemble(
-                scores=scores[p],
-                logits=directions[p].vectors @ hidden[p].to(scores[p]) + directions[p].constants,
-                labels=state.layout.components[p].labels,
-                layer_errors=torch.stack([e[p] for e in errors]),
-                directions=directions[p],
-                input_ids=plan.prompts[p].tolist(),
-                tokens=plan.tokens[p],
-                components=components.kind,
-                layer=plan.layer,
-                position=reads[p],
-                allocation=plan.run.allocation.name,
-                temperature=plan.run.allocation.temperature,
-                backend=plan.run.backend.name,
-                device=str(self.adapter.device),
-                dtype=str(self.adapter.dtype).removeprefix("torch."),
-                seconds=seconds,
-            )
-            for p in range(len(plan.prompts))
-        ]
+        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, [[read] for read in reads])
+        results = self._read(plan, trace, state, errors, reads, specs, began)
         return results if plan.batch else results[0]
+
+    def generate(self, prompt: Prompt, **arguments: Any) -> tuple[Tensor, int]:
+        """The model's own generation: all ids (N,), and how many of them are the prompt's. See ``model.generate``."""
+        check_ready(self.adapter)
+        return generate(self.adapter, self._encode(prompt), **arguments)
+
+    @torch.no_grad()
+    def attribute_generation(
+        self, prompt: Prompt, *, max_new_tokens: int = 20, generation: dict[str, Any] | None = None, **options: Any
+    ) -> Generation:
+        """Generate, then decompose the whole sequence once: the shares of all earlier tokens in every new one's logit.
+
+        Args:
+            prompt: text, ids or chat messages.
+            max_new_tokens, generation: how to generate; ``generation`` holds further arguments of ``model.generate``,
+                as ``{"do_sample": True}``. Default: greedy.
+            options: overrides of :class:`depass_fast.Options`.
+
+        Raises:
+            ValueError: as :meth:`attribute`; the model generated nothing.
+        """
+        began = time.perf_counter()
+        self.options.updated(options).build(self.adapter)
+        ids, length = self.generate(
+            prompt, max_new_tokens=max_new_tokens, **({"do_sample": False} | (generation or {}))
+        )
+        if len(ids) == length:
+            raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
+        plan = self._plan(ids, Tokens(), None, options)
+        trace, state = self._start(plan)
+        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
+        steps = []
+        for read in range(length - 1, len(ids) - 1):
+            here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
+            spec = parse_target(int(ids[read + 1]), self.adapter, self.tokenizer)
+            steps += self._read(plan, trace, here, errors, [read], [spec], began)
+        return Generation.of(steps, length, self.tokenizer)
 
     @torch.no_grad()
     def decompose(
@@ -167,6 +173,29 @@ class DePass:
         return state if end is not None else self._normed(state, trace)
 
     @torch.no_grad()
+    def start(
+        self, prompt: Prompt | Sequence[Prompt] | Trace, components: ComponentKind, *, end: int | None = None, **options
+    ) -> ComponentState:
+        """The components where they start, with what they need on their way to ``end``: input of :meth:`carry`.
+
+        Arguments and errors as in :meth:`attribute`. Whoever changes the rows of named components sets ``factors`` of
+        the state to None.
+        """
+        return self._start(self._plan(prompt, components, end, options))[1]
+
+    @torch.no_grad()
+    def carry(
+        self, trace: Trace, state: ComponentState, site: str = "resid_pre", end: int | None = None, **options: Any
+    ) -> ComponentState:
+        """A state that enters its layer at ``site``, carried to the input of layer ``end``; None: after the final norm.
+
+        ``state`` is used up. It need not be complete.
+        """
+        run = self.options.updated(options).build(self.adapter)
+        state, _ = self.propagate(trace, state, site, self.adapter.n_layers if end is None else end, run)
+        return state if end is not None else self._normed(state, trace)
+
+    @torch.no_grad()
     def propagate(
         self,
         trace: Trace,
@@ -174,17 +203,17 @@ class DePass:
         site: str,
         end: int,
         run: Run,
-        reads: Sequence[int] | None = None,
+        reads: Sequence[Sequence[int]] | None = None,
     ) -> tuple[ComponentState, list[Tensor]]:
         """Carry ``state``, which enters its layer at ``site``, to the input of layer ``end``: the layer loop.
 
-        With ``reads`` (a local position per prompt) the last layer computes those positions only. Also returned are
+        With ``reads`` (local positions of every prompt) the last layer computes those positions only. Also returned are
         the completeness errors (P,) at the start and after every layer.
         """
         first = state.layer
         queries = None
         if reads is not None:
-            queries = Layout.of(state.layout.components, trace.offsets, [np.array([r]) for r in reads])
+            queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.layers[first].resid_mid if site == "resid_mid" else trace.resid(first)
         errors = [_completeness(state, start)]
         for index in range(first, end):
@@ -239,6 +268,7 @@ class DePass:
             trace=trace,
             components=components,
             layer=layer,
+            end_given=end,
             end=n_layers if end is None else end,
             has_bias=self._meets_bias(components, layer, end),
         )
@@ -264,6 +294,51 @@ class DePass:
         )
         return trace, state
 
+    def _read(
+        self,
+        plan: _Plan,
+        trace: Trace,
+        state: ComponentState,
+        errors: list[Tensor],
+        reads: Sequence[int],
+        specs: Sequence[TargetSpec],
+        began: float,
+    ) -> list[Attribution]:
+        """A result per prompt, from a state with one position of each."""
+        device = self.adapter.unembedding.weight.device
+        final_norm = plan.end_given is None
+        norm = self.adapter.final_norm().to(device) if final_norm else None
+        wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
+        state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
+        final = trace.normed_final.to(device) if final_norm else resid
+        hidden = [final[trace.span(p)][read] for p, read in enumerate(reads)]
+        directions = [
+            resolve_target(spec, self.adapter, self.tokenizer, h, wide) for spec, h in zip(specs, hidden, strict=True)
+        ]
+        scores = read_scores(state, plan.run.backend, norm, resid, directions)
+        seconds = time.perf_counter() - began
+        return [
+            Attribution.assemble(
+                scores=scores[p],
+                logits=directions[p].vectors @ hidden[p].to(scores[p]) + directions[p].constants,
+                labels=state.layout.components[p].labels,
+                layer_errors=torch.stack([e[p] for e in errors]),
+                directions=directions[p],
+                input_ids=plan.prompts[p].tolist(),
+                tokens=plan.tokens[p],
+                components=plan.components.kind,
+                layer=plan.layer,
+                position=reads[p],
+                allocation=plan.run.allocation.name,
+                temperature=plan.run.allocation.temperature,
+                backend=plan.run.backend.name,
+                device=str(self.adapter.device),
+                dtype=str(self.adapter.dtype).removeprefix("torch."),
+                seconds=seconds,
+            )
+            for p in range(len(plan.prompts))
+        ]
+
     def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
         """The state after the frozen final norm."""
         norm, layout, rows = self.adapter.final_norm(), state.layout, state.rows
@@ -287,6 +362,7 @@ class _Plan:
     trace: Trace | None
     components: ComponentKind
     layer: int
+    end_given: int | None
     end: int
     has_bias: bool
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..allocation import Allocation, Gates
-from ..state import BIAS, REST, ComponentState, segment_sums
+from ..allocation import Allocation, Edit, Gates
+from ..state import BIAS, REST, ComponentState, Layout, segment_sums
 from .blocks import Chunk
 from .workspace import Workspace
 
@@ -46,7 +46,8 @@ def softmax_chunk(
     out = rows if len(neurons) == 1 else workspace.take("out", rows.shape, rows).copy_(rows)
     # in half precision g / T could overflow: there T is applied to the float32 gates instead
     temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
-    before, after = (1.0, 1.0 / temperature) if dtype != wide else (1.0 / temperature, 1.0)
+    edit = step.allocation.edit  # knows gates, not gates over T
+    before, after = (1.0, 1.0 / temperature) if dtype != wide or edit else (1.0 / temperature, 1.0)
     if len(chunk.counts) == 1 and rows.dtype == dtype and not rows.is_cuda:  # the scale is the product's own factor
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
@@ -61,9 +62,12 @@ def softmax_chunk(
         if step.gate_constant is not None:
             at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
             g[at] += step.gate_constant[part] * before
-        if dtype != wide:  # nor would shares sum to one
-            g = g.to(wide).mul_(after)
-        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish):
+        g, zeros = g.to(wide), may_vanish  # in half precision shares would not sum to one either
+        if edit:
+            zeros |= _edited(edit, g, chunk, state.layout)
+        if after != 1.0:
+            g.mul_(after)
+        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, zeros):
             return False
         accumulate(out, g.to(dtype), step.w_down[:, part].T)
     if out is not rows:
@@ -77,6 +81,13 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a, b)
     else:
         out += a @ b
+
+
+def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout) -> bool:
+    """Apply ``edit`` to the gates (r, i) of a chunk; whether it may have made zeros."""
+    local = torch.from_numpy(layout.local[chunk.segments]).to(g.device)
+    edits = [edit(g[rows].view(n, -1, g.shape[1]), local[segments]) for rows, segments, n in _runs(chunk.counts)]
+    return any(edits)
 
 
 def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool) -> bool:

@@ -167,7 +167,7 @@ class TorchBackend:
         )
         for chunk in self._chunks(state, weights):
             neurons = self._neuron_blocks(chunk, state, weights)
-            if not (allocation.rule == "softmax" and softmax_chunk(state, chunk, step, neurons, self._workspace)):
+            if not (allocation.is_softmax and softmax_chunk(state, chunk, step, neurons, self._workspace)):
                 general_chunk(state, chunk, step, neurons)
         _add_to_bias(state, weights.constant(state.rows.dtype))
         return state
