@@ -11,38 +11,11 @@ import pytest
 import torch
 from test_published import cases, load
 
-from bench.published import Published
 from depass_fast import ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
-from depass_fast.allocation import Gates
+from depass_fast.compat.rules import PublishedRule
 from depass_fast.state import Components, Layout
 
 ABSOLUTE = 1e-4
-
-
-class PublishedRule:
-    """The published gates: component 0 overridden, small gates of the last one zeroed, and shares that can be lost.
-
-    ``tokens`` adds the published component for what the tokens lack, which is nothing.
-    """
-
-    def __init__(self, rule: str, tokens: bool = False, ignore_special: bool = False) -> None:
-        self.rule, self.tokens, self.ignore_special = rule, tokens, ignore_special
-
-    def __call__(self, gates: Gates, temperature: float) -> torch.Tensor:
-        g = gates.values.transpose(0, 1).clone()  # (M, n, I)
-        if self.tokens:
-            g = torch.cat([g, torch.zeros_like(g[:1])])
-        if self.ignore_special:
-            g[0] = 0
-        g[0, gates.positions == 0] = 1.0
-        g[-1][g[-1].abs() < 1e-5] = 0
-        mask = g != 0
-        nobody = ~mask.any(0)
-        g[-1][nobody] = 1.0
-        mask[-1] |= nobody
-        self.temperature = temperature
-        shares = Published._shares(self, g, mask)
-        return (shares[:-1] if self.tokens else shares).transpose(0, 1)
 
 
 def library(name: str) -> DePass:

@@ -1,0 +1,284 @@
+"""The published manager's class: its calls turned into decompositions, its deviations into initial states and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..components import ComponentKind, Custom, Heads, Modules, Neurons, Tokens
+from ..engine import DePass
+from ..prompts import Prompt, encode
+from ..state import BIAS, REST, Components, ComponentState, Layout
+from ..trace import Trace
+from .rules import RULES, PublishedRule
+
+_MODULES = {"attn": "attention", "mlp": "mlp"}
+
+
+class decomposed_state_manager:
+    """The published interface, see :mod:`depass_fast.compat`.
+
+    States are returned on the CPU, in the model's dtype, positions first: (N, M, D). ``states`` is the residual stream
+    before and after every attention and, last, before the final norm: 2 L + 1 tensors (1, N, D).
+
+    Args:
+        model: a Hugging Face model of any family that depass_fast supports.
+        tokenizer: needed for text prompts and for generation; ids (list or tensor) are accepted too.
+        mlp_softmax_temp: T of the softmax rule.
+        ignore_special_token: keep token 0 out of the other tokens' allocation.
+        mlp_decomposed_function: "softmax", "linear", "relu", "max" or "taylor".
+        corrected: the complete decomposition instead of the published one.
+        options: of :class:`depass_fast.Options`, for instance ``backend`` or ``memory_budget``.
+
+    Raises:
+        ValueError: unknown rule or unsupported model; every call: bad prompts and layers, before any work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        mlp_softmax_temp: float = 0.1,
+        ignore_special_token: bool = True,
+        mlp_decomposed_function: str = "softmax",
+        *,
+        corrected: bool = False,
+        **options: Any,
+    ) -> None:
+        if mlp_decomposed_function not in RULES:
+            raise ValueError(f"mlp_decomposed_function: {mlp_decomposed_function!r} is not one of {', '.join(RULES)}.")
+        self.model, self.tokenizer = model, tokenizer
+        self.mlp_softmax_temp = mlp_softmax_temp
+        self.ignore_special_token = ignore_special_token
+        self.mlp_decomposed_function = mlp_decomposed_function
+        self.corrected = corrected
+        self.dp = DePass(model, tokenizer, **options)
+        if not corrected:
+            self.dp.adapter = self.dp.adapter.without_biases()
+        attention = self.dp.adapter.layer(0).attention
+        self.num_layers, self.hidden_dim = self.dp.adapter.n_layers, self.dp.adapter.hidden_size
+        self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
+        self.head_dim = attention.head_dim
+        self._trace: Trace | None = None
+
+    # -- states -------------------------------------------------------------------------------------------------
+
+    def get_states(self, prompt: Prompt) -> list[Tensor]:
+        """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``.
+
+        The forward pass of the last prompt is kept, and taken again for the same prompt and unchanged weights.
+        """
+        ids = encode(prompt, self.dp.adapter, self.tokenizer)
+        if not self._is_traced(ids):
+            self._trace = None
+            self._trace = self.dp.trace(ids)
+        stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
+        self.states = [x[None] for x in (*stream, self._trace.resid_final)]
+        self.attribute_len = len(ids)
+        return self.states
+
+    def _is_traced(self, ids: Tensor) -> bool:
+        if self._trace is None or not torch.equal(self._trace.input_ids.cpu(), ids):
+            return False
+        try:
+            self._trace.source.check(self.model)
+        except ValueError:  # the weights have changed
+            return False
+        return True
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    def get_last_layer_decomposed_state(
+        self, prompt: Prompt, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens at the embedding, carried to the final norm: (N, N, D); and the states."""
+        return self.get_middle_to_last_decomposed_state(prompt, 0)
+
+    def get_middle_to_last_decomposed_state(self, prompt: Prompt, start_layer_idx: int) -> tuple[Tensor, list[Tensor]]:
+        """Tokens entering ``start_layer_idx``, carried to the final norm: (N, N, D); and the states."""
+        states = self.get_states(prompt)
+        return self.compute_decomposed_state(start_layer_idx), states
+
+    def compute_decomposed_state(self, start_layer_idx: int, single_compute_token: int | None = None) -> Tensor:
+        """The same for the prompt that :meth:`get_states` has seen last."""
+        if self._trace is None:
+            raise RuntimeError("compute_decomposed_state: call get_states(prompt) first.")
+        return self._finish(*self._start(Tokens(start_layer_idx)))
+
+    def get_middel_to_middle_decomposed_state(
+        self, prompt: Prompt, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens entering one layer, carried to the input of another, no norm: (N, N, D); and the states."""
+        states = self.get_states(prompt)
+        state, options = self._start(Tokens(start_layer_idx), end_layer_idx)
+        return self._returned(self.dp.carry(self._trace, state, end=end_layer_idx, **options)), states
+
+    def all_layer_to_init_attribute_state(
+        self, prompt: Prompt, single_compute_token: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens at the embedding and after every layer, no norm: (L + 1, N, N, D); and the states."""
+        states = self.get_states(prompt)
+        state, options = self._start(Tokens())
+        layers = [self._returned(state)]
+        layers += [self._returned(s) for s in self._layers(state, options, "resid_pre", self.num_layers)]
+        return torch.stack(layers), states
+
+    # -- modules, heads, neurons ----------------------------------------------------------------------------------
+
+    def get_layer_module_decomposed_state(
+        self,
+        prompt: Prompt,
+        start_layer_idx: int,
+        single_compute_token: int | None = None,
+        type: Literal["attn", "mlp", "attn_head"] | None = None,
+    ) -> Tensor:
+        """What is left, then the output of a layer's attention, of its MLP, or of every head: (N, 1 + M, D)."""
+        if type not in (*_MODULES, "attn_head"):
+            raise ValueError("type must be 'attn' or 'mlp' or 'attn_head'")
+        self.get_states(prompt)
+        kind = Heads(start_layer_idx) if type == "attn_head" else Modules(start_layer_idx, _MODULES[type])
+        return self._finish(*self._start(kind), kind.site)
+
+    def get_mlp_neuron_decomposed_state(
+        self, prompt: Prompt, start_layer_idx: int, compute_num: int | None = None
+    ) -> Tensor:
+        """What is left, then every neuron of ``start_layer_idx``: (N, 1 + I, D)."""
+        self.get_states(prompt)
+        return self._finish(*self._start(Neurons(start_layer_idx)))
+
+    # -- subspaces ------------------------------------------------------------------------------------------------
+
+    def get_subspace_decomposed_state(self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
+        """Given states (M, N, D) after ``start_layer_idx``, carried to the final norm: (N, M, D)."""
+        self.get_states(prompt)
+        return self._finish(*self._given(start_layer_idx, attribute_state))
+
+    def get_subspace_decomposed_state_all_layer(
+        self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor
+    ) -> list[Tensor]:
+        """Given states (M, N, D) after ``start_layer_idx``, as they are after every later layer: each (N, M, D)."""
+        self.get_states(prompt)
+        state, options = self._given(start_layer_idx, attribute_state)
+        return [self._returned(s) for s in self._layers(state, options, "resid_pre", self.num_layers)]
+
+    # -- readout and generation -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compute_attribute_score(
+        self, attribute_state: Tensor, token_idx: int, decode_token_id: int | Tensor | list[int]
+    ) -> Tensor:
+        """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
+        head = self.dp.adapter.unembedding
+        scores = nn.functional.linear(attribute_state[token_idx].to(head.weight), head.weight[decode_token_id])
+        return (scores if self.dp.adapter.unembedding_bias is None else scores + head.bias[decode_token_id]).float()
+
+    @torch.no_grad()
+    def model_generate_cite(
+        self,
+        prompt: Prompt,
+        inputs: Tensor | None = None,
+        max_length: int | None = None,
+        min_length: int | None = None,
+        do_sample: bool | None = None,
+        num_beams: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        bad_words_ids: list[list[int]] | None = None,
+        force_words_ids: list | None = None,
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        length_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        encoder_no_repeat_ngram_size: int | None = None,
+        num_return_sequences: int | None = None,
+        **generation: Any,
+    ) -> tuple[str, list[dict[str, Any]], Tensor, list[Tensor]]:
+        """Generate, then decompose the whole sequence once.
+
+        Arguments are those of ``model.generate`` (and more of them, as ``max_new_tokens``); ``inputs`` is ignored, as
+        published.
+
+        Returns:
+            the text; per generated token a dict of ``token`` and ``attribute_score`` (N,), the shares of all N tokens
+            in its logit (those from itself on are zero); the state (N, N, D); the states of :meth:`get_states`.
+        """
+        if num_return_sequences not in (None, 1):
+            raise ValueError("num_return_sequences must be 1")
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "prompt", "inputs", "generation")}
+        arguments = {k: v for k, v in arguments.items() if v is not None} | generation
+        ids, length = self.dp.generate(prompt, **arguments)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        attribute_state, states = self.get_last_layer_decomposed_state(ids)
+        scores = [
+            {
+                "token": self.tokenizer.decode(ids[i]),
+                "attribute_score": self.compute_attribute_score(attribute_state, i - 1, int(ids[i])),
+            }
+            for i in range(length, len(ids))
+        ]
+        return text, scores, attribute_state, states
+
+    # -- how ------------------------------------------------------------------------------------------------------
+
+    def _options(self, tokens: bool) -> dict[str, Any]:
+        rule, ignore = self.mlp_decomposed_function, self.ignore_special_token
+        # what differs from the method is the rule itself, or component 0's gate; tokens are alone at position 0
+        as_published = rule in ("linear", "relu") or (not tokens and rule in ("softmax", "max"))
+        if as_published and not self.corrected:
+            rule = PublishedRule(rule, tokens, tokens and ignore)
+        return {"allocation": rule, "temperature": self.mlp_softmax_temp, "exclude_special": ignore}
+
+    @torch.no_grad()
+    def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
+        """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
+        options = self._options(isinstance(kind, Tokens))
+        state = self.dp.start(self._trace, kind, end=end, **options)
+        if not self.corrected and isinstance(kind, (Heads, Neurons)):
+            record = self._trace.layers[kind.layer]
+            rest = torch.from_numpy(state.layout.extra_rows(REST)).to(state.device)
+            if isinstance(kind, Heads):
+                state.rows[rest] = record.resid_pre.to(state.rows)
+            else:
+                state.rows[rest] -= (self._trace.resid(kind.layer + 1) - record.resid_mid).to(state.rows)
+        return state, options
+
+    def _given(self, layer: int, attribute_state: Tensor) -> tuple[ComponentState, dict[str, Any]]:
+        """A state from the user: as it is, complete or not; completed by `rest` if corrected."""
+        options = self._options(tokens=False)
+        states = attribute_state.detach().transpose(0, 1).contiguous()
+        kind = Custom(layer, states, site="resid_post")
+        state = self.dp.start(self._trace, kind, **options)
+        if not self.corrected:
+            names = tuple(f"component {m}" for m in range(1, states.shape[1]))
+            layout = Layout.of((Components.everywhere(names, (REST,)),), self._trace.offsets)
+            state = ComponentState(states.flatten(0, 1).to(state.rows, copy=True), layout, state.layer)
+        return state, options
+
+    def _layers(self, state: ComponentState, options: dict[str, Any], site: str, end: int) -> Iterator[ComponentState]:
+        """The state after every layer, up to the input of layer ``end``."""
+        for layer in range(state.layer, end):
+            state = self.dp.carry(self._trace, state, site, layer + 1, **options)
+            yield state
+            site = "resid_pre"
+
+    def _finish(self, state: ComponentState, options: dict[str, Any], site: str = "resid_pre") -> Tensor:
+        """Carried through all layers that are left, and the final norm."""
+        state = self.dp.carry(self._trace, state, site, None, **options)
+        return self._returned(state)
+
+    def _returned(self, state: ComponentState) -> Tensor:
+        """The state of the prompt (N, M, D) in the published order: what is left, the components, then `bias`."""
+        block, components = state.block(0), state.layout.components[0]
+        order = list(range(len(components.extras), len(components)))
+        order[:0] = [i for i, extra in enumerate(components.extras) if extra == REST]
+        order += [i for i, extra in enumerate(components.extras) if extra == BIAS]
+        if order != list(range(len(components))):
+            block = block[:, order]
+        return block.to("cpu", self.dp.adapter.dtype)
