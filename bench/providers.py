@@ -2,7 +2,8 @@
 
 `published` is the published algorithm, which computes the full final state and then the score; `depass_fast` is the
 library through its public API, forward pass included, as it is for the published one; `depass_fast/trace` is the same
-with the forward pass taken beforehand. `oracle` is the library's reference backend in float64.
+with the forward pass taken beforehand; `compat` is the published interface on the library, which like the published code
+computes the full final state. `oracle` is the library's reference backend in float64.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from depass_fast import ComponentKind, DePass, Neurons, Tokens
+from depass_fast.compat import decomposed_state_manager
 
 from .harness import SHAPES, Shape, build_model, floor_flops, live_rows, random_prompt
 from .published import Published
 
 TARGET = 7
-PROVIDERS = ("published", "depass_fast", "depass_fast/trace")
+PROVIDERS = ("published", "depass_fast", "depass_fast/trace", "compat")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ def provider(name: str, work: Workload, model: nn.Module, ids: Tensor) -> Callab
         if work.components == "tokens":
             return lambda: published.score(published.tokens(ids), -1, TARGET)
         return lambda: published.score(published.neurons(ids, 0), -1, TARGET)
+    if name == "compat":
+        manager = decomposed_state_manager(model, None)
+
+        def scores() -> Tensor:
+            manager.forget()  # the forward pass is part of what is timed
+            if work.components == "tokens":
+                return manager.compute_attribute_score(manager.get_last_layer_decomposed_state(ids)[0], -1, TARGET)
+            return manager.compute_attribute_score(manager.get_mlp_neuron_decomposed_state(ids, 0), -1, TARGET)
+
+        return scores
     oracle = name == "oracle"
     library = DePass(copy.deepcopy(model).double(), backend="reference") if oracle else DePass(model)
     prompt = library.trace(ids) if name == "depass_fast/trace" else ids
@@ -73,11 +85,11 @@ def provider(name: str, work: Workload, model: nn.Module, ids: Tensor) -> Callab
 def named_scores(name: str, work: Workload, scores: Tensor) -> Tensor:
     """The scores of the named components only (tokens or neurons), in float64: (M',).
 
-    The published neurons come after their residual, the library's before `rest`; tokens have no further component.
+    The published (and compat's) neurons come after their residual, the library's before `rest`; tokens have no further component.
     """
     count = work.length if work.components == "tokens" else work.shape.intermediate
     scores = torch.as_tensor(scores).double().flatten()
-    return scores[-count:] if name.startswith("published") else scores[:count]
+    return scores[-count:] if name.startswith(("published", "compat")) else scores[:count]
 
 
 def error_against(oracle: Tensor, scores: Tensor) -> float:

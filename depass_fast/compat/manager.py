@@ -62,7 +62,7 @@ class decomposed_state_manager:
         self.num_layers, self.hidden_dim = self.dp.adapter.n_layers, self.dp.adapter.hidden_size
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
-        self._trace: Trace | None = None
+        self.forget()
 
     # -- states -------------------------------------------------------------------------------------------------
 
@@ -79,6 +79,11 @@ class decomposed_state_manager:
         self.states = [x[None] for x in (*stream, self._trace.resid_final)]
         self.attribute_len = len(ids)
         return self.states
+
+    def forget(self) -> None:
+        """Give back the memory of the last forward pass; the next call makes its own."""
+        self._trace: Trace | None = None
+        self.states: list[Tensor] = []
 
     def _is_traced(self, ids: Tensor) -> bool:
         if self._trace is None or not torch.equal(self._trace.input_ids.cpu(), ids):
