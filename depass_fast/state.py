@@ -173,10 +173,13 @@ class ComponentState:
         return prompt
 
     def block(self, prompt: int) -> Tensor:
-        """Like :meth:`dense`, in row order."""
+        """Like :meth:`dense`, in row order; a copy."""
+        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
+        if (counts == len(self.layout.components[prompt])).all():
+            return rows.view(len(counts), -1, rows.shape[1]).clone()
         mask = self.mask(prompt)
         out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
-        out[mask] = self.rows[self.layout.rows(prompt)]
+        out[mask] = rows
         return out
 
     def set_block(self, prompt: int, values: Tensor) -> None:

@@ -60,6 +60,19 @@ def test_the_pruned_readout_equals_the_full_state(family, position):
         assert torch.allclose(result.scores, full, atol=2e-5 * float(full.abs().max().clamp_min(1)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_start_and_carry_are_decompose_in_steps(family, backend):
+    ids = random_ids(8, seed=3)
+    trace = family.trace(ids)
+    for label, kind in kinds(len(ids)).items():
+        state = family.start(trace, kind, backend=backend)
+        stops = [*range(state.layer + 1, family.adapter.n_layers + 1), None]
+        site = kind.site
+        for stop in stops:
+            state, site = family.carry(trace, state, site, stop, backend=backend), "resid_pre"
+        assert close(state.dense(), family.decompose(trace, kind, backend=backend).dense()), label
+
+
 def test_compute_and_state_dtypes_are_respected():
     dp, ids = build("llama-gqa"), random_ids(6)
     assert dp.decompose(ids, Tokens()).rows.dtype == torch.float32
