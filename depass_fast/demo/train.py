@@ -1,7 +1,8 @@
 """Generate the text, train the demo model, print its figures and write it: ``python -m depass_fast.demo.train``.
 
 Same seed, same machine, same number of threads: same model. The schedule counts steps; ``--minutes`` only
-shortens the first phase where a machine is too slow to finish its steps in that time, as it did for the shipped model.
+shortens the first phase where a machine is too slow to finish its steps in that time. The shipped model is what this
+command wrote, in 21 minutes on two busy cores.
 """
 
 from __future__ import annotations
