@@ -193,8 +193,8 @@ def summary(ratio: dict, rows: list[Row]) -> str:
     lines = [
         f"{ratio['model']}  {ratio['workload']}: {ratio['speed']:.2f}× faster ({ratio['speed_without_capture']:.2f}× "
         f"without capture), {memory}, {ratio['gemm_fraction']:.0%} of the GEMM rate "
-        f"({ratio['gemm_fraction_without_capture']:.0%} without capture), compat {ratio['compat']:.2f}×   goal: {', '.join(goals)}   "
-        f"{'reached' if ratio['reached'] else 'MISSED'}"
+        f"({ratio['gemm_fraction_without_capture']:.0%} without capture), compat {ratio['compat']:.2f}×   "
+        f"goal: {', '.join(goals)}   {'reached' if ratio['reached'] else 'MISSED'}"
     ]
     for row in rows:
         peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**20:8.1f} MiB"

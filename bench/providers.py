@@ -2,8 +2,8 @@
 
 `published` is the published algorithm, which computes the full final state and then the score; `depass_fast` is the
 library through its public API, forward pass included, as it is for the published one; `depass_fast/trace` is the same
-with the forward pass taken beforehand; `compat` is the published interface on the library, which like the published code
-computes the full final state. `oracle` is the library's reference backend in float64.
+with the forward pass taken beforehand; `compat` is the published interface on the library, which like the published
+code computes the full final state. `oracle` is the library's reference backend in float64.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def provider(name: str, work: Workload, model: nn.Module, ids: Tensor) -> Callab
 def named_scores(name: str, work: Workload, scores: Tensor) -> Tensor:
     """The scores of the named components only (tokens or neurons), in float64: (M',).
 
-    The published (and compat's) neurons come after their residual, the library's before `rest`; tokens have no further component.
+    The published (and compat's) neurons come after their residual, the library's before `rest`; tokens have none.
     """
     count = work.length if work.components == "tokens" else work.shape.intermediate
     scores = torch.as_tensor(scores).double().flatten()

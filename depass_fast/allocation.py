@@ -38,10 +38,11 @@ class Gates:
 
 Rule = Callable[[Gates, float], Tensor]
 
-# A rule may have an attribute `edit` of this form: gates (n, M, I) of all components, changed in place, and the
-# positions (n,) that they are at. It promises that the rule is the softmax of what is left, and says whether it may
-# have made zeros, which take no part. Fast backends then call the rule itself only where a neuron finds nobody.
-Edit = Callable[[Tensor, Tensor], bool]
+# A rule may have an attribute `edit` of this form: gates (n, M, I) of all components, changed in place, the positions
+# (n,) that they are at, and the factor that they have been multiplied by. It promises that the rule is the softmax of
+# what is left, sets to -inf whom it shuts out, and says whether there are such. Fast backends then call the rule itself
+# only where a neuron finds nobody.
+Edit = Callable[[Tensor, Tensor, float], bool]
 
 
 def softmax(gates: Gates, temperature: float) -> Tensor:

@@ -340,11 +340,11 @@ class DePass:
         ]
 
     def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
-        """The state after the frozen final norm."""
+        """The state after the frozen final norm; in place."""
         norm, layout, rows = self.adapter.final_norm(), state.layout, state.rows
         packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
         scale = norm.scale(trace.resid_final.to(rows))[packed]
-        rows = rows * scale[:, None].to(rows.dtype) * norm.weight.to(rows)
+        rows.mul_(scale[:, None].to(rows.dtype)).mul_(norm.weight.to(rows))
         if norm.bias is not None:
             rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)
         return ComponentState(rows, layout, state.layer)

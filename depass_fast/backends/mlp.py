@@ -46,8 +46,8 @@ def softmax_chunk(
     out = rows if len(neurons) == 1 else workspace.take("out", rows.shape, rows).copy_(rows)
     # in half precision g / T could overflow: there T is applied to the float32 gates instead
     temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
-    edit = step.allocation.edit  # knows gates, not gates over T
-    before, after = (1.0, 1.0 / temperature) if dtype != wide or edit else (1.0 / temperature, 1.0)
+    edit = step.allocation.edit
+    before, after = (1.0, 1.0 / temperature) if dtype != wide else (1.0 / temperature, 1.0)
     if len(chunk.counts) == 1 and rows.dtype == dtype and not rows.is_cuda:  # the scale is the product's own factor
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
@@ -62,12 +62,10 @@ def softmax_chunk(
         if step.gate_constant is not None:
             at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
             g[at] += step.gate_constant[part] * before
-        g, zeros = g.to(wide), may_vanish  # in half precision shares would not sum to one either
-        if edit:
-            zeros |= _edited(edit, g, chunk, state.layout)
-        if after != 1.0:
-            g.mul_(after)
-        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, zeros):
+        if dtype != wide:  # nor would shares sum to one
+            g = g.to(wide).mul_(after)
+        shut = edit is not None and _edited(edit, g, chunk, state.layout, 1.0 / temperature)
+        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish, shut):
             return False
         accumulate(out, g.to(dtype), step.w_down[:, part].T)
     if out is not rows:
@@ -83,17 +81,18 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out += a @ b
 
 
-def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout) -> bool:
-    """Apply ``edit`` to the gates (r, i) of a chunk; whether it may have made zeros."""
+def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
+    """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves; whether it shut anyone out."""
     local = torch.from_numpy(layout.local[chunk.segments]).to(g.device)
-    edits = [edit(g[rows].view(n, -1, g.shape[1]), local[segments]) for rows, segments, n in _runs(chunk.counts)]
-    return any(edits)
+    parts = _runs(chunk.counts)
+    return any([edit(g[rows].view(n, -1, g.shape[1]), local[segments], factor) for rows, segments, n in parts])
 
 
-def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool) -> bool:
+def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool, shut: bool) -> bool:
     """g (r, i) in units of T becomes softmax over each segment's rows, times its frozen activation ``act`` (S, i).
 
-    A gate of exactly zero takes no part, nor do special tokens away from home. False where that leaves nobody.
+    A gate of exactly zero takes no part, nor do special tokens away from home, nor who has been ``shut`` out with -inf.
+    False where that leaves nobody.
     """
     zeros = may_vanish and has_zeros(g)
     if zeros:
@@ -104,11 +103,11 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
     parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in _runs(chunk.counts)]
     for part, segments in parts:
         part -= torch.amax(part, 1, keepdim=True, out=sums[segments, None])
-    if zeros and (sums == -torch.inf).any():
+    if (zeros or shut) and (sums == -torch.inf).any():
         return False
     g.clamp_min_(_FLOOR).exp_()
-    if zeros or chunk.away is not None:
-        _clear(g, zeros, chunk.away)
+    if zeros or shut or chunk.away is not None:
+        _clear(g, zeros or shut, chunk.away)
     if len(parts) == 1:
         torch.sum(parts[0][0], 1, out=sums)
     else:

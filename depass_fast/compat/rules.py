@@ -31,7 +31,7 @@ class PublishedRule:
             g = torch.cat([g, torch.zeros_like(g[:, :1])], dim=1)
         if self.ignore_special:
             g[:, 0] = 0.0
-        override(g, gates.positions)
+        override(g, gates.positions, absent=0.0)
         g[:, -1].masked_fill_((g == 0).all(1), 1.0)
         shares = self._shares(g, temperature)
         return shares[:, :-1] if self.tokens else shares
@@ -52,9 +52,9 @@ class PublishedRule:
         return g / (g.sum(1, keepdim=True) + _EPSILON)
 
 
-def override(gates: Tensor, positions: Tensor) -> bool:
-    """The published exceptions, on gates (n, M, I) in place; whether there are zeros now."""
-    gates[positions == 0, 0] = 1.0
-    last = gates[:, -1]
-    last.masked_fill_(last.abs() < _SMALL, 0.0)
-    return bool((last == 0).any())
+def override(gates: Tensor, positions: Tensor, factor: float = 1.0, absent: float = -torch.inf) -> bool:
+    """The published exceptions, on ``factor`` times the gates (n, M, I) in place; whether anyone is absent now."""
+    gates[positions == 0, 0] = factor
+    small = gates[:, -1].abs() < _SMALL * factor
+    gates[:, -1].masked_fill_(small, absent)
+    return bool(small.any())
