@@ -8,13 +8,12 @@ go to the JSON file, of which ``python -m bench.report`` makes RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .harness import Gemm, Row, environment, interleaved, quantiles
+from .harness import Gemm, Row, environment, interleaved, quantiles, write_results
 from .memory import peak_bytes
 from .providers import PROVIDERS, Workload, error_against, named_scores, provider
 
@@ -168,19 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
             ratios.append(ratio(work, goal, measured))
             print(summary(ratios[-1], measured), flush=True)
             if options.out:  # after every workload: a run that is cut short keeps what it has measured
-                _write(options.out, options.quick, ratios, rows)
-
-
-def _write(path: Path, quick: bool, ratios: list[dict], rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "benchmark": "cpu",
-        "environment": environment(),
-        "quick": quick,
-        "ratios": ratios,
-        "rows": [row.as_dict() for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+                write_results(options.out, "cpu", rows, quick=options.quick, ratios=ratios)
 
 
 def summary(ratio: dict, rows: list[Row]) -> str:

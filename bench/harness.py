@@ -8,6 +8,7 @@ is not counted, nor is the forward pass. All providers' rates are *useful* rates
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import time
@@ -19,12 +20,12 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama with random weights."""
+    """A Llama, or another family of that layout, with random weights."""
 
     name: str
     hidden: int
@@ -33,6 +34,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int = 1024
+    model_type: str = "llama"
 
     @property
     def head_dim(self) -> int:
@@ -50,13 +52,19 @@ SHAPES = {
     for shape in (
         Shape("llama-512", 512, 1408, 6, 8, 8),  # the issue's shape
         Shape("llama-tiny", 64, 96, 3, 4, 2, vocabulary=64),
+        Shape("llama-2-7b", 4096, 11008, 32, 32, 32, vocabulary=32000),
+        Shape("llama-3.1-8b", 4096, 14336, 32, 32, 8, vocabulary=128256),
+        Shape("qwen2-7b", 3584, 18944, 28, 28, 4, vocabulary=152064, model_type="qwen2"),
     )
 }
 
 
-def build_model(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A random Llama of this shape, with eager attention (the published implementation needs it)."""
-    config = LlamaConfig(
+def build_model(
+    shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A random model of this shape, with eager attention (the published implementation needs it)."""
+    config = AutoConfig.for_model(
+        shape.model_type,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -65,10 +73,15 @@ def build_model(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0)
         vocab_size=shape.vocabulary,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        attn_implementation="eager",
     )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made in place: a 7B model in float32 would take its memory twice over
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def random_prompt(shape: Shape, length: int, seed: int = 1) -> torch.Tensor:
@@ -87,7 +100,11 @@ def live_rows(shape: Shape, components: str, length: int, layer: int = 0) -> tup
 def floor_flops(shape: Shape, components: str, length: int, layer: int = 0) -> int:
     """The floor of one attribution at the last position, in FLOP (see the module)."""
     rows, last, layers = live_rows(shape, components, length, layer)
-    return ((layers - 1) * rows + last) * shape.flops_per_row if layers else 0
+    if not layers:
+        return 0
+    # heads start after their layer's attention
+    skipped = rows * (shape.flops_per_row - 4 * shape.hidden * shape.intermediate) if components == "heads" else 0
+    return ((layers - 1) * rows + last) * shape.flops_per_row - (skipped if layers > 1 else 0)
 
 
 # -- rows -----------------------------------------------------------------------------------------------------------
@@ -130,6 +147,14 @@ def environment(device: str = "cpu") -> dict:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def write_results(path: Path, benchmark: str, rows: list[Row], **more: object) -> None:
+    """A result file: where it was measured, the rows, and ``more``. What :mod:`bench.report` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = environment("cpu" if benchmark == "cpu" or not torch.cuda.is_available() else "cuda")
+    content = {"benchmark": benchmark, "environment": place, **more, "rows": [row.as_dict() for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _cpu_name() -> str:

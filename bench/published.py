@@ -67,11 +67,19 @@ class Published:
     # -- decompositions -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def tokens(self, ids: Tensor, layer: int = 0, end: int | None = None) -> Tensor:
-        """Tokens entering ``layer``, carried to the final norm, or to the input of layer ``end``: (N, N, D)."""
+    def tokens(self, ids: Tensor, layer: int = 0, end: int | None = None, groups: int = 1) -> Tensor:
+        """Tokens entering ``layer``, carried to the final norm, or to the input of layer ``end``: (N, N, D).
+
+        More than one of ``groups`` is the published way where memory is short; it changes the result.
+        """
         record = self.record(ids)
-        state = self._propagate(self._diagonal(record.x(layer)), record, layer, end, self.ignore_special)
-        return (self._normed(state, record) if end is None else state)[:-1].transpose(0, 1)
+        x, parts = record.x(layer), []
+        for group in torch.arange(len(x), device=x.device).chunk(groups):
+            special = self.ignore_special and bool(group[0])  # goes along, so that it can be kept out
+            state = self._diagonal(x, torch.cat([group[:1] * 0, group]) if special else group)
+            state = self._propagate(state, record, layer, end, self.ignore_special)
+            parts.append((self._normed(state, record) if end is None else state)[int(special) : -1])
+        return torch.cat(parts).transpose(0, 1)
 
     @torch.no_grad()
     def all_layers(self, ids: Tensor) -> Tensor:
@@ -82,16 +90,21 @@ class Published:
         return torch.stack([s[:-1].transpose(0, 1) for s in states])
 
     @torch.no_grad()
-    def neurons(self, ids: Tensor, layer: int) -> Tensor:
-        """The residual (as published: that before the MLP), then every neuron of ``layer``: (N, 1 + I, D)."""
+    def neurons(self, ids: Tensor, layer: int, groups: int = 1) -> Tensor:
+        """The residual (as published: that before the MLP), then every neuron of ``layer``: (N, 1 + I, D).
+
+        ``groups`` as in :meth:`tokens`.
+        """
         record = self.record(ids)
         mlp = self.layers[layer].mlp
         act = mlp.act_fn(record.gate[layer]) * record.up[layer]
-        neurons = act.T[:, :, None] * mlp.down_proj.weight.T[:, None]  # (I, N, D)
-        total = record.x(layer + 1) if self.corrected else record.x_mid[layer]
-        state = torch.cat([(total - neurons.sum(0))[None], neurons])
-        del neurons
-        return self._finish(state, record, layer + 1)
+        total, parts = record.x(layer + 1) if self.corrected else record.x_mid[layer], []
+        for numbers, vectors in zip(act.T.chunk(groups), mlp.down_proj.weight.T.chunk(groups), strict=True):
+            neurons = numbers[:, :, None] * vectors[:, None]  # (I', N, D)
+            state = torch.cat([(total - neurons.sum(0))[None], neurons])
+            del neurons
+            parts.append(self._finish(state, record, layer + 1)[:, min(len(parts), 1) :])
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def module(self, ids: Tensor, layer: int, kind: Literal["attn", "mlp", "attn_head"]) -> Tensor:
@@ -219,11 +232,11 @@ class Published:
             return g / (g.sum(0) + 1e-6)
         raise ValueError(f"rule: {self.rule!r} is not one of softmax, linear, relu, max, taylor.")
 
-    def _diagonal(self, x: Tensor) -> Tensor:
-        """Token states of (N, D): component m is x[m] at position m; one more holds what is left, nothing."""
-        n = len(x)
-        state = x.new_zeros(n + 1, n, x.shape[1])
-        state[torch.arange(n), torch.arange(n)] = x
+    def _diagonal(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """States of some or all tokens of (N, D): each is x[m] at its position m; one more holds what is left."""
+        tokens = torch.arange(len(x), device=x.device) if tokens is None else tokens
+        state = x.new_zeros(len(tokens) + 1, len(x), x.shape[1])
+        state[torch.arange(len(tokens), device=x.device), tokens] = x[tokens]
         state[-1] = x - state.sum(0)
         return state
 

@@ -1,0 +1,260 @@
+"""Speed and memory on a GPU: ``python -m bench.gpu --out FILE.json`` (at most 8 minutes), ``--tiny`` anywhere.
+
+First every backend is verified on a small model in every dtype against the reference backend in float64; nothing is
+timed before. Then the machine's own rates are measured, random models of real shapes are built on the device, in
+bfloat16, and the providers timed in turns. ``--tiny`` runs all of it with tiny shapes, on a CPU too, so that a first
+run on a GPU is a productive one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.backends import backend_status
+
+from .harness import (
+    SHAPES,
+    Row,
+    Shape,
+    build_model,
+    environment,
+    floor_flops,
+    interleaved,
+    quantiles,
+    random_prompt,
+    write_results,
+)
+from .published import Published
+
+TARGET = 7
+PUBLISHED_BYTES = 40 << 30  # what the published algorithm may hold at once; it is cut into groups to fit
+ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest score, against float64
+VERIFIED = Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512)
+
+
+@dataclass(frozen=True)
+class Work:
+    """``prompts`` prompts of ``length`` tokens; ``components``: tokens, neurons (of layer 0), heads (of all layers)."""
+
+    shape: Shape
+    components: str
+    length: int
+    prompts: int = 1
+    published: bool = True  # whether the published algorithm ends in reasonable time
+
+    @property
+    def name(self) -> str:
+        kind = {"neurons": "neurons of layer 0", "heads": "heads of all layers"}.get(self.components, self.components)
+        return f"{kind}, N={self.length}" + (f", {self.prompts} prompts" if self.prompts > 1 else "")
+
+    @property
+    def flops(self) -> int:
+        layers = range(self.shape.layers) if self.components == "heads" else [0]
+        return self.prompts * sum(floor_flops(self.shape, self.components, self.length, layer) for layer in layers)
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups the published algorithm must be cut."""
+        shape, components = self.shape, self.length if self.components == "tokens" else self.shape.intermediate
+        row = 2 * shape.heads * shape.hidden + 5 * shape.intermediate + 4 * shape.hidden
+        return max(1, -(-components * self.length * row * 2 // PUBLISHED_BYTES))
+
+
+def full(shapes: list[str]) -> Iterator[Work]:
+    for shape in (SHAPES[name] for name in shapes):
+        yield Work(shape, "neurons", 20)
+        yield Work(shape, "tokens", 128)
+        yield Work(shape, "tokens", 512, published=shape.name == "llama-2-7b")
+        yield Work(shape, "tokens", 20, prompts=64, published=False)
+        yield Work(shape, "heads", 20, published=False)
+        yield Work(shape, "tokens", 2048, published=False)
+
+
+def tiny() -> Iterator[Work]:
+    shape = SHAPES["llama-tiny"]
+    yield Work(shape, "neurons", 5)
+    yield Work(shape, "tokens", 9)
+    yield Work(shape, "tokens", 4, prompts=3, published=False)
+    yield Work(shape, "heads", 5, published=False)
+
+
+def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
+    """Scores of all components at the last position, forward pass included."""
+    device = next(model.parameters()).device
+    prompts = [random_prompt(work.shape, work.length, seed).to(device) for seed in range(work.prompts)]
+    if name == "published":
+        published = Published(model)
+        if work.components == "tokens":
+            return lambda: published.score(published.tokens(prompts[0], groups=work.groups), -1, TARGET)
+        return lambda: published.score(published.neurons(prompts[0], 0, groups=work.groups), -1, TARGET)
+    library = DePass(model, backend=name)
+
+    def scores() -> Tensor:
+        if work.components == "heads":
+            trace = library.trace(prompts[0])
+            return torch.cat([library.attribute(trace, Heads(i), TARGET).scores for i in range(work.shape.layers)])
+        kind = Neurons(0) if work.components == "neurons" else Tokens()
+        if work.prompts == 1:
+            return library.attribute(prompts[0], kind, TARGET).scores
+        return torch.cat([result.scores for result in library.attribute(prompts, kind, TARGET)])
+
+    return scores
+
+
+def backends() -> list[str]:
+    """The library's backends that are worth timing here."""
+    return [name for name, reason in backend_status().items() if reason is None and name != "reference"]
+
+
+def verify(device: torch.device) -> dict[tuple[str, str, torch.dtype], float]:
+    """The error of every backend, kind of component and dtype on a small model, against float64.
+
+    Raises:
+        RuntimeError: an error is above its limit; nothing is timed then.
+    """
+    errors = {}
+    for dtype, limit in ERRORS.items():
+        model = build_model(VERIFIED, dtype, device=device)
+        exact = DePass(copy.deepcopy(model).double(), backend="reference")
+        for components in ("tokens", "neurons", "heads"):
+            work = Work(VERIFIED, components, 12)
+            kind = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0)}[components]
+            ids = random_prompt(VERIFIED, work.length)
+            oracle = exact.attribute(ids, kind, TARGET).scores
+            for name in backends():
+                library = DePass(model, backend=name, compute_dtype=dtype)
+                scores = library.attribute(ids, kind, TARGET).scores
+                error = float((scores - oracle).abs().max() / oracle.abs().max())
+                if not error <= limit:
+                    raise RuntimeError(f"{name}, {components}, {dtype}: differs from float64 by {error:.2e}.")
+                errors[name, components, dtype] = error
+    return errors
+
+
+def machine(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float, float]:
+    """What the machine can do: the GEMM rate of the MLP's products in FLOP/s, and the copy bandwidth in bytes/s."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    bulk = torch.empty(size * size * 16, dtype=torch.uint8, device=device)
+    other = torch.empty_like(bulk)
+    seconds = interleaved({"gemm": lambda: torch.mm(a, b, out=out), "copy": lambda: other.copy_(bulk)}, 20, warmup=5)
+    best = {name: quantiles(values)["median_s"] for name, values in seconds.items()}
+    return 2 * size**3 / best["gemm"], 2 * bulk.numel() / best["copy"]
+
+
+def measure(work: Work, model: nn.Module, errors: dict, rate: float, seconds: float, place: dict) -> list[Row]:
+    """A row per provider, timed in turns for about ``seconds``."""
+    names = (["published"] if work.published else []) + backends()
+    device = next(model.parameters()).device
+    calls, peaks, first = {}, {}, {}
+    for name in names:
+        call = provider(name, work, model)
+        try:
+            peaks[name], first[name] = _peak(call, device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            print(f"  {work.name}: {name} does not fit", flush=True)
+            continue
+        calls[name] = call
+    runs = int(min(9, max(1, seconds / max(sum(first.values()), 1e-9))))
+    rows = []
+    for name, values in interleaved(calls, runs, warmup=0).items():
+        timing = quantiles(values)
+        gflops = work.flops / timing["median_s"] / 1e9
+        dtype = model.dtype
+        rows.append(
+            Row(
+                workload=work.name,
+                model=work.shape.name,
+                provider=name + (f" in {work.groups} groups" if name == "published" and work.groups > 1 else ""),
+                dtype=str(dtype).removeprefix("torch."),
+                **timing,
+                gflops=gflops,
+                gemm_fraction=gflops * 1e9 / rate,
+                gemm_gflops=rate / 1e9,
+                peak_bytes=peaks[name],
+                max_error=errors.get((name, work.components, dtype)),
+                compared_with="-" if name == "published" else "reference backend, float64, on a small model",
+                verified=name != "published",
+                environment=place,
+            )
+        )
+    return rows
+
+
+def _peak(call: Callable[[], Tensor], device: torch.device) -> tuple[int | None, float]:
+    """Bytes beyond the model that a first call held at most, and its seconds."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    began = time.perf_counter()
+    if not bool(torch.isfinite(call()).all()):
+        raise RuntimeError("scores hold NaN or inf.")
+    if not cuda:
+        return None, time.perf_counter() - began
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - began
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: checks that it runs")
+    parser.add_argument(
+        "--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b", "qwen2-7b"], choices=tuple(SHAPES)
+    )
+    parser.add_argument("--only", help="workloads whose name contains this")
+    parser.add_argument("--minutes", type=float, default=7.0, help="no workload is begun after this time")
+    parser.add_argument("--seconds", type=float, default=12.0, help="timed per workload, beyond a first call each")
+    options = parser.parse_args(arguments)
+    if not options.tiny and not torch.cuda.is_available():
+        raise SystemExit("bench.gpu: no GPU here. --tiny runs it with tiny shapes on the CPU; bench.cpu is for CPUs.")
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    place = environment(device.type)
+    with torch.no_grad():
+        errors = verify(device)
+        for (name, components, kind), error in errors.items():
+            print(f"verified  {name:8} {components:8} {str(kind).removeprefix('torch.'):9} error {error:.1e}")
+        rate, bandwidth = machine(device, dtype, 256 if options.tiny else 8192)
+        print(
+            f"{place['device']}: GEMM {rate / 1e12:.2f} TFLOP/s in {dtype}, copy {bandwidth / 1e9:.0f} GB/s", flush=True
+        )
+        rows: list[Row] = []
+        model, built = None, None
+        for work in tiny() if options.tiny else full(options.models):
+            if options.only and options.only not in work.name:
+                continue
+            if (time.monotonic() - began) / 60 > options.minutes:
+                print(f"{work.shape.name} {work.name}: left out, the time is over", flush=True)
+                continue
+            if built != work.shape:
+                model = None  # before its successor is made
+                model, built = build_model(work.shape, dtype, device=device), work.shape
+            rows += (new := measure(work, model, errors, rate, 0.0 if options.tiny else options.seconds, place))
+            for row in new:
+                peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**30:6.2f} GiB"
+                print(
+                    f"{row.model:13} {row.workload:28} {row.provider:24} {row.median_s:9.4f} s "
+                    f"[{row.p20_s:.4f}, {row.p80_s:.4f}]  {row.gflops / 1e3:7.2f} TFLOP/s  "
+                    f"{row.gemm_fraction:4.0%} of GEMM{peak}",
+                    flush=True,
+                )
+            if options.out:
+                machine_rates = {"gemm_tflops": rate / 1e12, "copy_gbytes_per_s": bandwidth / 1e9}
+                write_results(options.out, "gpu", rows, quick=options.tiny, machine=machine_rates)
+
+
+if __name__ == "__main__":
+    main()
