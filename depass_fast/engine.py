@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapt
+from .adapters import adapt, unwrap
 from .components import ComponentKind, initial_state
 from .hook_names import layer_input
 from .loading import check_ready, check_weights, load_model
@@ -30,7 +30,8 @@ class DePass:
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:
-        model: in any floating dtype, on any device or devices; never modified.
+        model: in any floating dtype, on any device or devices; never modified. An nnsight `LanguageModel` and a
+            TransformerLens `TransformerBridge` stand for the model and the tokenizer inside.
         tokenizer: needed for text prompts, string targets and readable labels only.
         options: defaults for every call, see :class:`depass_fast.Options`.
 
@@ -39,6 +40,7 @@ class DePass:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any | None = None, **options: Any) -> None:
+        model, tokenizer = unwrap(model, tokenizer)
         self.adapter = adapt(model)
         self.tokenizer = tokenizer
         self.options = Options().updated(options)
