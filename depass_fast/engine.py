@@ -89,7 +89,7 @@ class DePass:
 
         Args:
             prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
-            components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces` or `Custom`.
+            components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
             targets: one target per prompt of a batch, instead of ``target`` for all.
