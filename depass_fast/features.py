@@ -15,6 +15,8 @@ from .hook_names import RESIDUAL, SITES, Site, parse_hook_name, place_in_residua
 from .state import Factors
 from .trace import Trace
 
+_ROUNDING = 0.01  # relative, of two ways to multiply the same matrices, also in TF32
+
 
 @dataclass(frozen=True, eq=False)
 class Features(ComponentKind):
@@ -129,11 +131,11 @@ def _active(sae: Any, x: Tensor) -> tuple[Tensor, Factors, Tensor | None]:
         numbers = numbers / vectors.norm(dim=-1)
     plain, wanted = numbers @ vectors, decoded - offset
     scale = (plain * wanted).sum(-1) / plain.square().sum(-1).clamp_min(torch.finfo(plain.dtype).tiny)
-    eps = torch.finfo(plain.dtype).eps ** 0.5
-    if (scale[plain.any(-1)] - 1).abs().max() <= eps:
+    rounding = max(_ROUNDING, torch.finfo(plain.dtype).eps ** 0.5)
+    if (scale[plain.any(-1)] - 1).abs().max() <= rounding:
         scale = torch.ones_like(scale)
     error = (scale[:, None] * plain - wanted).norm(dim=-1)
-    if (error > eps * (wanted.norm(dim=-1) + offset.norm(dim=-1))).any():
+    if (error > rounding * (wanted.norm(dim=-1) + offset.norm(dim=-1))).any():
         raise ValueError(f"sae: what {type(sae).__name__} decodes is not its activations times W_dec, plus a bias.")
     bias = offset[0] if (scale == 1).all() and torch.allclose(offset, offset[:1]) and offset.any() else None
     products = Factors((numbers * scale[:, None]).to(x.device), vectors.to(x.device))

@@ -7,6 +7,7 @@ import torch
 from conftest import build, random_ids
 
 from depass_fast import Custom, Features
+from depass_fast.backends.torch import TorchBackend
 
 IDS = random_ids(7, seed=4)
 SITES = ["resid_pre", "resid_mid", "resid_post"]
@@ -152,3 +153,11 @@ def test_what_is_no_dictionary_of_this_model():
             dp.attribute(IDS, Features(1, sae, "resid_pre"))
     with pytest.raises(ValueError, match="site: 'middle' is not one of"):
         dp.attribute(IDS, Features(1, Dictionary(), "middle"))
+
+
+def test_the_first_attention_sees_products(monkeypatch):
+    seen = []
+    aggregate = TorchBackend._aggregate_factors
+    monkeypatch.setattr(TorchBackend, "_aggregate_factors", lambda *args: seen.append(args) or aggregate(*args))
+    build("llama-gqa").decompose([IDS, IDS[:3]], Features(1, Dictionary(), "resid_post"), backend="torch")
+    assert len(seen) == 1
