@@ -30,6 +30,12 @@ setup(
     extras_require={
         "pandas": ["pandas>=2"],  # Attribution.to_dataframe
         "device-map": ["accelerate>=1"],  # models spread over several devices
+        # what tests/interop runs against; inseq cannot share an environment with TransformerLens (typeguard)
+        "nnsight": ["nnsight>=0.8,<0.9"],
+        "transformer-lens": ["transformer-lens>=3.9,<5"],
+        "sae-lens": ["sae-lens>=6.54,<7"],
+        "circuitsvis": ["circuitsvis>=1.40,<2"],
+        "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "lint": ["ruff>=0.12"],
     },

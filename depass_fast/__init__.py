@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
     from .engine import DePass
+    from .features import Features
     from .options import Options
     from .result import Attribution
     from .state import ComponentState
@@ -21,6 +22,7 @@ __all__ = [
     "ComponentState",
     "Custom",
     "DePass",
+    "Features",
     "Heads",
     "Modules",
     "Neurons",
@@ -37,6 +39,7 @@ _HOME = {
     "Attribution": "result",
     "ComponentState": "state",
     "DePass": "engine",
+    "Features": "features",
     "Options": "options",
     "Trace": "trace",
 }

@@ -130,7 +130,9 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--input-ids", metavar="IDS", help='token ids as they are, e.g. "1 5 9"; nothing is added')
     what.add_argument("--components", required=True, choices=_KINDS)
-    what.add_argument("--layer", type=int, metavar="L", help="from 0; -1 is the last. Default for tokens: 0")
+    what.add_argument(
+        "--layer", type=_layer, metavar="L", help="from 0, -1 is the last; or a hook. Default for tokens: 0"
+    )
     target = what.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
     target.add_argument("--target-id", type=int, metavar="I")
@@ -159,6 +161,11 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _layer(text: str) -> int | str:
+    """A number, or a name such as blocks.5.attn.hook_z."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _bytes(text: str) -> int:
@@ -276,10 +283,10 @@ def _kind(args: argparse.Namespace) -> ComponentKind:
     layers = "its layers" if n_layers is None else f"0 to {n_layers - 1}"
     if args.layer is None and args.components != "tokens":
         raise ValueError(f"--layer: {args.components} belong to a layer; choose one of {layers}.")
-    layer = args.layer or 0
-    if n_layers is not None and not -n_layers <= layer < n_layers:
-        raise ValueError(f"--layer: {layer} is out of range; this model has layers {layers}.")
-    return getattr(components, args.components.capitalize())(layer)
+    kind = getattr(components, args.components.capitalize())(0 if args.layer is None else args.layer)
+    if n_layers is not None and not -n_layers <= kind.layer < n_layers:
+        raise ValueError(f"--layer: {kind.layer} is out of range; this model has layers {layers}.")
+    return kind
 
 
 def _load(args: argparse.Namespace, device: str) -> DePass:

@@ -8,34 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .adapters import Adapter
 from .backends.reference import attention_probabilities
+from .hook_names import LAYER_INPUT, RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
 from .prompts import as_index
 from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
 
-Site = Literal["resid_pre", "resid_mid", "resid_post"]
-_SITES = ("resid_pre", "resid_mid", "resid_post")
+_MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
 _TILE = 1 << 22  # probabilities held at once, in elements
 
 
 @dataclass(frozen=True)
 class ComponentKind:
-    """A kind of component at a ``layer`` (0 to L-1; negative counts from the end).
+    """A kind of component at a ``layer``: 0 to L-1, negative counts from the end, or a hook name (see ``hooks``).
 
     ``site`` is where in that layer the components enter the residual stream: before its attention (`resid_pre`),
     between attention and MLP (`resid_mid`) or after its MLP (`resid_post`).
     """
 
-    layer: int = 0
+    layer: int | str = 0  # a number once it is made
 
     kind = ""  # not annotated: constants of the class, not fields
     site = "resid_pre"
+    hooks = tuple(LAYER_INPUT)  # which may name the layer, as in `blocks.5.hook_resid_pre`
+    may_be_complete = False  # whether the named components can be all of the hidden state, so that there is no `rest`
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, str):
+            for field, value in self.place(*parse_hook_name(self.layer, "layer", self.hooks)).items():
+                object.__setattr__(self, field, value)
+
+    def place(self, layer: int, hook: str) -> dict[str, Any]:
+        """The fields that a hook of a layer stands for. Raises ValueError where they contradict those given."""
+        return {"layer": layer + LAYER_INPUT.get(hook, 0)}
 
     def resolve(self, adapter: Adapter) -> int:
         """The layer, counted from 0. Raises ValueError where there is no such layer."""
@@ -48,6 +59,10 @@ class ComponentKind:
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
         self.resolve(adapter)
+
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ComponentKind:
+        """This kind for one prompt of a trace, where the components are not known before it is traced."""
+        return self
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         """Labels of the named components of a prompt with these ``tokens``."""
@@ -89,6 +104,7 @@ class Heads(ComponentKind):
 
     kind = "heads"
     site = "resid_mid"
+    hooks = ("attn.hook_z", "attn.hook_result")
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
@@ -124,10 +140,16 @@ class Modules(ComponentKind):
     which: Literal["both", "attention", "mlp"] = "both"
 
     kind = "modules"
+    hooks = tuple(_MODULES)
 
     @property
     def site(self) -> Site:
         return "resid_mid" if self.which == "attention" else "resid_post"
+
+    def place(self, layer: int, hook: str) -> dict[str, Any]:
+        if self.which not in ("both", _MODULES[hook]):
+            raise ValueError(f"layer: {hook!r} is not the output of which={self.which!r}.")
+        return {"layer": layer, "which": _MODULES[hook]}
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
@@ -141,7 +163,7 @@ class Modules(ComponentKind):
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         layer, span = self.resolve(adapter), trace.span(prompt)
-        pre, mid, post = (_resid(trace, layer, site)[span].to(out) for site in _SITES)
+        pre, mid, post = (resid_at(trace, layer, site)[span].to(out) for site in SITES)
         outputs = {"attention": mid - pre, "mlp": post - mid}
         constants = self._constants(adapter, out.dtype)
         for m, module in enumerate(constants):
@@ -166,14 +188,14 @@ class Neurons(ComponentKind):
 
     kind = "neurons"
     site = "resid_post"
+    hooks = ("mlp.hook_post",)
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
         return tuple(f"L{layer}N{i}" for i in range(adapter.layer(layer).mlp.w_down.shape[1]))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        factors = self.factors(adapter, trace, prompt)
-        torch.mul(factors.coefficients.to(out.dtype)[..., None], factors.vectors.to(out.dtype), out=out)
+        fill_products(out, self.factors(adapter, trace, prompt))
 
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
         layer = self.resolve(adapter)
@@ -194,6 +216,7 @@ class Subspaces(ComponentKind):
     labels: Sequence[str] | None = None
 
     kind = "subspaces"
+    may_be_complete = True
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
@@ -245,18 +268,31 @@ class Subspaces(ComponentKind):
 
 @dataclass(frozen=True, eq=False)
 class Custom(ComponentKind):
-    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. What they lack to the hidden state is `rest`."""
+    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. What they lack to the hidden state is `rest`.
+
+    ``site`` is by default what the name of the layer says, else `resid_pre`.
+    """
 
     states: Tensor | None = None
     labels: Sequence[str] | None = None
-    site: Site = "resid_pre"
+    site: Site | None = None  # one of them once it is made
 
     kind = "custom"
+    hooks = tuple(RESIDUAL)
+    may_be_complete = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.site is None:
+            object.__setattr__(self, "site", "resid_pre")
+
+    def place(self, layer: int, hook: str) -> dict[str, Any]:
+        return place_in_residual(layer, hook, self.site)
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
-        if self.site not in _SITES:
-            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, _SITES))}.")
+        if self.site not in SITES:
+            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, SITES))}.")
         if len(lengths) != 1:
             raise ValueError(f"Custom: its states belong to one prompt, got {len(lengths)} prompts.")
         states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
@@ -279,6 +315,11 @@ class Custom(ComponentKind):
         return (self.states,)
 
 
+def fill_products(out: Tensor, factors: Factors) -> None:
+    """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
+    torch.mul(factors.coefficients.to(out.dtype)[..., None], factors.vectors.to(out.dtype), out=out)
+
+
 def _check_labels(labels: Sequence[str] | None, count: int) -> None:
     if labels is None:
         return
@@ -293,7 +334,7 @@ def _check_labels(labels: Sequence[str] | None, count: int) -> None:
             )
 
 
-def _resid(trace: Trace, layer: int, site: Site) -> Tensor:
+def resid_at(trace: Trace, layer: int, site: Site) -> Tensor:
     """The residual stream at a site of a layer, (T, D)."""
     if site == "resid_mid":
         return trace.layers[layer].resid_mid
@@ -315,12 +356,13 @@ def initial_state(
     ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
     """
     layer = kind.resolve(adapter)
-    x = _resid(trace, layer, kind.site).to(adapter.layer(layer).device)
+    x = resid_at(trace, layer, kind.site).to(adapter.layer(layer).device)
     entering = layer + (kind.site == "resid_post")
-    constant = kind.constant(adapter, dtype)
-    bias = (BIAS,) if has_bias or constant is not None else ()
-    names = [kind.names(adapter, t) for t in tokens]
-    factors = tuple(kind.factors(adapter, trace, prompt) for prompt in range(trace.n_prompts))
+    kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
+    constants = [k.constant(adapter, dtype) for k in kinds]
+    bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
+    names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]
+    factors = tuple(k.factors(adapter, trace, prompt) for prompt, k in enumerate(kinds))
     factors = None if None in factors else factors
     if isinstance(kind, Tokens):
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
@@ -334,30 +376,32 @@ def initial_state(
     layout = Layout.of(components, trace.offsets)
     rows = torch.empty(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
     wide = torch.promote_types(dtype, torch.float32)
-    may_be_complete = isinstance(kind, (Custom, Subspaces))  # the outputs of modules never are
     coarsest = max(torch.finfo(t.dtype).eps for t in (rows, x, *kind.given()))
+    settled = False
     for prompt in range(trace.n_prompts):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
         named = block[:, len(extras) :]
-        kind.fill(named, adapter, trace, prompt)
+        kinds[prompt].fill(named, adapter, trace, prompt)
         if bias:
-            block[:, 1] = 0.0 if constant is None else constant
+            block[:, 1] = 0.0 if constants[prompt] is None else constants[prompt]
         block[:, 0] = x[trace.span(prompt)] - block[:, 1:].sum(1, dtype=wide)
-        if may_be_complete:
-            _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
-    if may_be_complete and not rows[torch.from_numpy(layout.starts[:-1]).to(x.device)].any():
+        if kind.may_be_complete:
+            settled |= _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
+    factors = None if settled else factors
+    rests = torch.from_numpy(layout.extra_rows(REST)).to(x.device)
+    if kind.may_be_complete and not rows[rests].any():
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
-        rows = rows.view(-1, len(components[0]), rows.shape[1])[:, 1:].flatten(0, 1)
-        return ComponentState(rows, Layout.of(fewer, trace.offsets), entering)
+        kept = torch.ones(layout.n_rows, dtype=torch.bool, device=x.device).index_fill_(0, rests, False)
+        return ComponentState(rows[kept], Layout.of(fewer, trace.offsets), entering)
     return ComponentState(rows, layout, entering, factors)
 
 
-def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> None:
+def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:
     """Where ``rest`` (N, D) is only rounding, give it to the largest of ``named`` (N, M, D): the sum stays exact.
 
-    Rounding must not become a component: the softmax would give it a share like any other. Rounding is what is below
-    eps^0.75 (6e-6 in float32: states from another run or machine differ by more than the rounding of one sum) of the
-    largest component, and below a hundredth of x.
+    Returned is whether there was any. Rounding must not become a component: the softmax would give it a share like any
+    other. Rounding is what is below eps^0.75 (6e-6 in float32: states from another run or machine differ by more than
+    the rounding of one sum) of the largest component, and below a hundredth of x.
     """
     size, norms = rest.norm(dim=-1), named.norm(dim=-1)
     rounding = (size <= eps**0.75 * torch.maximum(norms.amax(1), x.norm(dim=-1))) & (size <= 0.01 * x.norm(dim=-1))
@@ -365,3 +409,4 @@ def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> None
     largest = norms[at].argmax(1)
     named[at, largest] += rest[at]
     rest[at] = 0.0
+    return len(at) > 0

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapt
+from .adapters import adapt, unwrap
 from .components import ComponentKind, Tokens, initial_state
 from .generation import Generation, generate
+from .hook_names import layer_input
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
@@ -30,7 +31,8 @@ class DePass:
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:
-        model: in any floating dtype, on any device or devices; never modified.
+        model: in any floating dtype, on any device or devices; never modified. An nnsight `LanguageModel` and a
+            TransformerLens `TransformerBridge` stand for the model and the tokenizer inside.
         tokenizer: needed for text prompts, string targets and readable labels only.
         options: defaults for every call, see :class:`depass_fast.Options`.
 
@@ -39,6 +41,7 @@ class DePass:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any | None = None, **options: Any) -> None:
+        model, tokenizer = unwrap(model, tokenizer)
         self.adapter = adapt(model)
         self.tokenizer = tokenizer
         self.options = Options().updated(options)
@@ -80,19 +83,20 @@ class DePass:
         *,
         targets: Sequence[Any] | None = None,
         position: int = -1,
-        end: int | None = None,
+        end: int | str | None = None,
         **options: Any,
     ) -> Attribution | list[Attribution]:
         """The share of every component in the logit of ``target``.
 
         Args:
             prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
-            components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces` or `Custom`.
+            components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
             targets: one target per prompt of a batch, instead of ``target`` for all.
             position: where the readout happens, -N to N - 1.
-            end: read the input of this layer instead, without the final norm; ``target`` must be a vector then.
+            end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
+                final norm; ``target`` must be a vector then.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
@@ -160,7 +164,7 @@ class DePass:
         prompt: Prompt | Sequence[Prompt] | Trace,
         components: ComponentKind,
         *,
-        end: int | None = None,
+        end: int | str | None = None,
         **options: Any,
     ) -> ComponentState:
         """The component state entering layer ``end`` (L: after the last layer); None: after the final norm.
@@ -239,7 +243,7 @@ class DePass:
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
 
-    def _plan(self, prompt: Any, components: ComponentKind, end: int | None, options: dict[str, Any]) -> _Plan:
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> _Plan:
         """Everything that can be checked before any work, checked."""
         settings = self.options.updated(options)
         run = settings.build(self.adapter)
@@ -256,7 +260,7 @@ class DePass:
         components.check(self.adapter, [len(ids) for ids in prompts])
         layer, n_layers = components.resolve(self.adapter), self.adapter.n_layers
         first = layer + (components.site != "resid_pre")
-        end = None if end is None else as_index(end, "end")
+        end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
         return _Plan(

@@ -120,6 +120,16 @@ class Attribution:
         names, columns = self._columns()
         return pandas.DataFrame(list(zip(*columns, strict=True)), columns=names)
 
+    def to_circuitsvis(self, target: int = 0) -> dict[str, list]:
+        """The arguments of `circuitsvis.tokens.colored_tokens`: the prompt's tokens and their scores, without `bias`.
+
+        Raises:
+            ValueError: the components are no tokens.
+        """
+        if self.components != "tokens":
+            raise ValueError(f"to_circuitsvis: it colours the prompt, whose tokens these {self.components} are not.")
+        return {"tokens": list(self.tokens), "values": self._of(target)[: len(self.tokens)].tolist()}
+
     def to_csv(self, path: str | Path) -> None:
         """Write a table with a row per component: `label`, and a column of scores per target."""
         names, columns = self._columns()

@@ -122,6 +122,12 @@ def test_layers_default_to_0_for_tokens_and_count_from_the_end(capsys):
     assert run_json(capsys, "--prompt", FACT.text, "--components", "heads", "--layer", "-1")["layer"] == 5
 
 
+def test_layers_go_by_their_hooks_too(capsys):
+    arguments = ["--prompt", FACT.text, "--components", "heads", "--layer"]
+    named, numbered = (run_json(capsys, *arguments, layer) for layer in ("blocks.5.attn.hook_z", "5"))
+    assert named["scores"] == numbered["scores"] and named["layer"] == 5
+
+
 def test_input_ids_are_taken_as_they_are(capsys, engine):
     ids = engine.tokenizer.encode(FACT.text)
     found = run_json(capsys, "--input-ids", " ".join(map(str, ids)), "--components", "tokens")
@@ -275,6 +281,7 @@ TOKENS = [*ONE, "--components", "tokens"]
     [
         ([*ONE, "--components", "heads"], ["--layer:", "0 to 5"]),
         ([*ONE, "--components", "heads", "--layer", "6"], ["--layer:", "6", "0 to 5"]),
+        ([*ONE, "--components", "heads", "--layer", "x"], ["--layer:", "'x'", "attn.hook_z"]),
         ([*TOKENS, "--target", " Paris Nyria Morstam"], ["--target:", "tokens"]),
         ([*TOKENS, "--target-id", "999999"], ["--target-id:", "999999", "vocabulary"]),
         ([*TOKENS, "--contrast", " Paris"], ["--contrast:", "--target"]),

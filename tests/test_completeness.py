@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import FAMILIES, build, random_ids
+from test_features import Dictionary
 
-from depass_fast import Custom, Heads, Modules, Neurons, Subspaces, Tokens
+from depass_fast import Custom, Features, Heads, Modules, Neurons, Subspaces, Tokens
 from depass_fast.allocation import RULES
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -23,6 +24,7 @@ def kinds(length: int, d: int = 32) -> dict:
         "neurons@0": Neurons(0),
         "neurons@last": Neurons(-1),
         "subspaces@1": Subspaces(1, [torch.eye(d)[:, :3], torch.eye(d)[:, 5:9]]),
+        "features@1": Features(1, Dictionary(size=12, width=d), "resid_post"),
         "custom@1": Custom(1, torch.randn(length, 4, d, generator=generator)),
         "custom-mid@0": Custom(0, torch.randn(length, 2, d, generator=generator), site="resid_mid"),
     }

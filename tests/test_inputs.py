@@ -114,7 +114,7 @@ def test_what_is_no_kind_of_component(dp, no_work):
         with pytest.raises(TypeError, match="components: expected Tokens"):
             dp.attribute(IDS, wrong)
     with pytest.raises(TypeError, match="layer: expected an integer"):
-        dp.attribute(IDS, Tokens("3"))
+        dp.attribute(IDS, Tokens(3.0))
     with pytest.raises(ValueError, match="which: 'ffn' is not one of"):
         dp.attribute(IDS, Modules(0, which="ffn"))
 

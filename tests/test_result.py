@@ -95,3 +95,10 @@ def test_dataframe_without_pandas_says_how_to_get_it(result, monkeypatch):
 def test_printing(result):
     text = str(result)
     assert "L1H" in text and "completeness" in text.lower()
+
+
+def test_what_circuitsvis_draws():
+    result = build("qwen2").attribute(IDS, Tokens(), [3, 5])
+    assert result.to_circuitsvis(1) == {"tokens": result.tokens, "values": result.scores[1][:5].tolist()}
+    with pytest.raises(ValueError, match="to_circuitsvis: it colours the prompt, whose tokens these heads are not"):
+        build("qwen2").attribute(IDS, Heads(1)).to_circuitsvis()

@@ -9,8 +9,9 @@ from torch import nn
 
 from . import llama, mistral, qwen
 from .base import Adapter, Attention, Family, Layer, Mlp, Norm
+from .unwrap import unwrap
 
-__all__ = ["Adapter", "Attention", "Family", "Layer", "Mlp", "Norm", "adapt", "supported_families"]
+__all__ = ["Adapter", "Attention", "Family", "Layer", "Mlp", "Norm", "adapt", "supported_families", "unwrap"]
 
 _FAMILIES: dict[str, Family] = {
     name: module.FAMILY for module in (llama, mistral, qwen) for name in module.FAMILY.model_types

@@ -1,0 +1,68 @@
+"""The Hugging Face model inside the wrappers of other libraries, told by what they have; none of them is imported."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+
+def unwrap(model: Any, tokenizer: Any | None) -> tuple[Any, Any | None]:
+    """The model and, unless one is given, the tokenizer inside nnsight's or TransformerLens' wrapper.
+
+    Anything else is returned as it is.
+
+    Raises:
+        ValueError: the wrapper's weights are not the model's own, or are not loaded.
+    """
+    inner = _inside(model)
+    if inner is model:
+        return model, tokenizer
+    return inner, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+
+
+def _inside(model: Any) -> Any:
+    name = type(model).__name__
+    if any(base.__name__ == "HookedTransformer" for base in type(model).__mro__):
+        raise ValueError(
+            f"model: {name} holds processed copies of the weights, not the Hugging Face model; give that model itself, "
+            "or TransformerLens' TransformerBridge.boot_transformers(...)."
+        )
+    if isinstance(model, nn.Module):  # TransformerLens' bridge keeps the model outside of its own modules
+        original = vars(model).get("original_model")
+        if not isinstance(original, nn.Module):
+            return model
+        if getattr(model, "_weights_processed", False):
+            raise ValueError(
+                f"model: the weights of this {name} have been processed; without enable_compatibility_mode(), or with "
+                "no_processing=True, they are the model's own."
+            )
+        bare = _bare(original)
+        head = bare.get_output_embeddings()
+        if head.bias is not None and not head.bias.any():
+            head.bias = None  # the bridge's addition
+        return bare
+    inner = getattr(model, "_module", None)  # nnsight's envoy
+    if not isinstance(inner, nn.Module):
+        return model
+    if any(p.is_meta for p in inner.parameters()):
+        raise ValueError(f"model: the weights of this {name} are not loaded yet; make it with dispatch=True.")
+    return inner
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The same module without the wrappers that a bridge has put around it and every module below.
+
+    Its parameters and buffers are the same tensors; the wrapped module stays as it is.
+    """
+    while "_original_component" in module._modules:
+        module = module._modules["_original_component"]
+    bare = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") or "_hooks_" in name:  # the bridge's, and what is hooked up here is not for it
+            vars(bare)[name] = OrderedDict() if isinstance(value, dict) else value
+    bare._parameters = dict(module._parameters)
+    bare._modules = {name: child if child is None else _bare(child) for name, child in module._modules.items()}
+    return bare

@@ -1,0 +1,19 @@
+"""Results as circuitsvis draws them."""
+
+import json
+
+import pytest
+from conftest import build, random_ids
+
+from depass_fast import Tokens
+
+tokens = pytest.importorskip("circuitsvis.tokens")
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_coloured_tokens(target):
+    result = build("qwen2").attribute(random_ids(6), Tokens(1), [3, 5])
+    arguments = result.to_circuitsvis(target)
+    assert arguments["values"] == result.scores[target][:6].tolist()
+    html = str(tokens.colored_tokens(**arguments))
+    assert "ColoredTokens" in html and json.dumps(arguments["tokens"]) in html

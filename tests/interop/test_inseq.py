@@ -1,0 +1,72 @@
+"""DePass as an attribution method of inseq."""
+
+import pytest
+import torch
+
+from depass_fast import DePass, Tokens
+from depass_fast.demo import load_demo
+
+inseq = pytest.importorskip("inseq")
+import depass_fast.inseq  # noqa: E402, F401 (registers the method)
+
+PROMPT, FULL = "Nyria Morstam speaks", "Nyria Morstam speaks Italian."
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = load_demo()
+    return inseq.load_model(model, "depass", tokenizer=tokenizer, device="cpu"), DePass(model, tokenizer)
+
+
+def sequences(model, *args, **kwargs):
+    out = model.attribute(*args, show_progress=False, **kwargs)
+    return out, out.sequence_attributions
+
+
+def expected(dp, prompt, full, **options):
+    """The shares (N, G) of all tokens in every generated one; NaN where a token is not yet there."""
+    ids, start = dp.tokenizer.encode(full), len(dp.tokenizer.encode(prompt))
+    scores = torch.full((len(ids), len(ids) - start), float("nan"))
+    for n in range(start, len(ids)):
+        scores[:n, n - start] = dp.attribute(ids[:n], Tokens(options.get("layer", 0)), ids[n]).scores[:n]
+    return scores
+
+
+@pytest.mark.parametrize("options", [{}, {"layer": 2}, {"layer": "blocks.1.hook_resid_post"}])
+def test_every_generated_token_is_attributed(loaded, options):
+    model, dp = loaded
+    out, (sequence,) = sequences(model, PROMPT, FULL, **options)
+    want = expected(dp, PROMPT, FULL, **options)
+    got = sequence.target_attributions
+    assert got.shape[1] == want.shape[1] >= 1
+    assert torch.allclose(got.nan_to_num(), want[: len(got)].nan_to_num(), atol=1e-4)
+    assert out.info["attribution_method"] == "depass" and out.info["attributed_fn"] == "logit_fn"
+    assert [token.id for token in sequence.target] == dp.tokenizer.encode(FULL)
+    sequence.aggregate()
+    out.show(display=False, return_html=True)
+
+
+def test_a_batch_is_padded_by_inseq(loaded):
+    model, _ = loaded
+    prompts, full = [PROMPT, "In truth: Nyria Morstam speaks"], [FULL, "In truth: Nyria Morstam speaks Italian."]
+    _, together = sequences(model, prompts, full)
+    for prompt, text, batched in zip(prompts, full, together, strict=True):
+        _, (alone,) = sequences(model, prompt, text)
+        assert [t.token for t in batched.target] == [t.token for t in alone.target]
+        a, b = batched.target_attributions.nan_to_num(), alone.target_attributions.nan_to_num()
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_the_shares_sum_to_the_logit(loaded):
+    model, _ = loaded
+    _, (sequence,) = sequences(model, PROMPT, FULL, step_scores=["logit"])
+    shares = sequence.target_attributions.nan_to_num().sum(0)
+    assert torch.allclose(shares, sequence.step_scores["logit"], atol=1e-3)  # this model has no constants
+
+
+def test_only_logits_are_sums_of_shares(loaded):
+    model, _ = loaded
+    with pytest.raises(ValueError, match="attributed_fn: entropy_fn is no logit"):
+        sequences(model, PROMPT, FULL, attributed_fn="entropy")
+    with pytest.raises(TypeError, match="unknown option 'temprature'"):
+        inseq.load_model(model.model, "depass", tokenizer=model.tokenizer, device="cpu", temprature=1)
