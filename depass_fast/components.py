@@ -1,7 +1,7 @@
 """What a hidden state is split into: the initial decompositions (DESIGN.md section 2, *Decompositions*).
 
 Every kind says where in the network it starts, which components it has, and fills their initial states. Whatever
-they lack to the hidden state becomes `rest`; so the sum is exact from the first step.
+they lack to the hidden state becomes `rest` (:mod:`depass_fast.initial`); so the sum is exact from the first step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .adapters import Adapter
 from .backends.reference import attention_probabilities
 from .hook_names import LAYER_INPUT, RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
 from .prompts import as_index
-from .state import BIAS, REST, Components, ComponentState, Factors, Layout
+from .state import BIAS, REST, Factors
 from .trace import Trace
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
@@ -163,7 +163,7 @@ class Modules(ComponentKind):
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         layer, span = self.resolve(adapter), trace.span(prompt)
-        pre, mid, post = (resid_at(trace, layer, site)[span].to(out) for site in SITES)
+        pre, mid, post = (trace.resid_at(layer, site)[span].to(out) for site in SITES)
         outputs = {"attention": mid - pre, "mlp": post - mid}
         constants = self._constants(adapter, out.dtype)
         for m, module in enumerate(constants):
@@ -332,81 +332,3 @@ def _check_labels(labels: Sequence[str] | None, count: int) -> None:
             raise ValueError(
                 f"labels: {label!r} is taken; labels must differ, {REST!r} and {BIAS!r} are the library's."
             )
-
-
-def resid_at(trace: Trace, layer: int, site: Site) -> Tensor:
-    """The residual stream at a site of a layer, (T, D)."""
-    if site == "resid_mid":
-        return trace.layers[layer].resid_mid
-    return trace.resid(layer + (site == "resid_post"))
-
-
-def initial_state(
-    kind: ComponentKind,
-    adapter: Adapter,
-    trace: Trace,
-    tokens: Sequence[Sequence[str]],
-    excluded: Sequence[set[int]],
-    has_bias: bool,
-    dtype: torch.dtype,
-) -> ComponentState:
-    """The component state at the start of ``kind``; its sum is the residual stream there.
-
-    ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
-    ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
-    """
-    layer = kind.resolve(adapter)
-    x = resid_at(trace, layer, kind.site).to(adapter.layer(layer).device)
-    entering = layer + (kind.site == "resid_post")
-    kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
-    constants = [k.constant(adapter, dtype) for k in kinds]
-    bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
-    names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]
-    factors = tuple(k.factors(adapter, trace, prompt) for prompt, k in enumerate(kinds))
-    factors = None if None in factors else factors
-    if isinstance(kind, Tokens):
-        components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
-        layout = Layout.of(components, trace.offsets)
-        rows = torch.zeros(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
-        rows[torch.from_numpy(layout.starts[1:] - 1).to(x.device)] = x.to(dtype)
-        return ComponentState(rows, layout, entering, factors)
-
-    extras = (REST, *bias)
-    components = tuple(Components.everywhere(n, extras) for n in names)
-    layout = Layout.of(components, trace.offsets)
-    rows = torch.empty(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
-    wide = torch.promote_types(dtype, torch.float32)
-    coarsest = max(torch.finfo(t.dtype).eps for t in (rows, x, *kind.given()))
-    settled = False
-    for prompt in range(trace.n_prompts):
-        block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
-        named = block[:, len(extras) :]
-        kinds[prompt].fill(named, adapter, trace, prompt)
-        if bias:
-            block[:, 1] = 0.0 if constants[prompt] is None else constants[prompt]
-        block[:, 0] = x[trace.span(prompt)] - block[:, 1:].sum(1, dtype=wide)
-        if kind.may_be_complete:
-            settled |= _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
-    factors = None if settled else factors
-    rests = torch.from_numpy(layout.extra_rows(REST)).to(x.device)
-    if kind.may_be_complete and not rows[rests].any():
-        fewer = tuple(Components.everywhere(c.names, bias) for c in components)
-        kept = torch.ones(layout.n_rows, dtype=torch.bool, device=x.device).index_fill_(0, rests, False)
-        return ComponentState(rows[kept], Layout.of(fewer, trace.offsets), entering)
-    return ComponentState(rows, layout, entering, factors)
-
-
-def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:
-    """Where ``rest`` (N, D) is only rounding, give it to the largest of ``named`` (N, M, D): the sum stays exact.
-
-    Returned is whether there was any. Rounding must not become a component: the softmax would give it a share like any
-    other. Rounding is what is below eps^0.75 (6e-6 in float32: states from another run or machine differ by more than
-    the rounding of one sum) of the largest component, and below a hundredth of x.
-    """
-    size, norms = rest.norm(dim=-1), named.norm(dim=-1)
-    rounding = (size <= eps**0.75 * torch.maximum(norms.amax(1), x.norm(dim=-1))) & (size <= 0.01 * x.norm(dim=-1))
-    at = rounding.nonzero().flatten()
-    largest = norms[at].argmax(1)
-    named[at, largest] += rest[at]
-    rest[at] = 0.0
-    return len(at) > 0

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
-from .components import ComponentKind, Tokens, initial_state
+from .components import ComponentKind, Tokens
 from .generation import Generation, generate
 from .hook_names import layer_input
+from .initial import initial_state
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
 from .prompts import Prompt, as_index, encode, is_batch, token_texts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .components import ComponentKind, fill_products, resid_at
+from .components import ComponentKind, fill_products
 from .hook_names import RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
 from .state import Factors
 from .trace import Trace
@@ -75,7 +75,7 @@ class Features(ComponentKind):
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ActiveFeatures:
         layer = self.resolve(adapter)
-        x = resid_at(trace, layer, self.site)[trace.span(prompt)]
+        x = trace.resid_at(layer, self.site)[trace.span(prompt)]
         indices, products, bias = _active(self.sae, x)
         return ActiveFeatures(layer=layer, site=self.site, indices=indices, products=products, bias=bias)
 

@@ -99,6 +99,10 @@ class Trace:
         """The residual stream entering ``layer`` (T, D); after the last one for ``layer`` = number of layers."""
         return self.resid_final if layer == len(self.layers) else self.layers[layer].resid_pre
 
+    def resid_at(self, layer: int, site: str) -> Tensor:
+        """The residual stream at a site of ``layer``: `resid_pre`, `resid_mid` or `resid_post`. (T, D)."""
+        return self.layers[layer].resid_mid if site == "resid_mid" else self.resid(layer + (site == "resid_post"))
+
     @property
     def nbytes(self) -> int:
         """Memory held by the trace, in bytes; grows with the number of positions, not with its square."""
