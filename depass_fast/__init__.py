@@ -23,6 +23,7 @@ __all__ = [
     "Custom",
     "DePass",
     "Features",
+    "Generation",
     "Heads",
     "Modules",
     "Neurons",
@@ -40,6 +41,7 @@ _HOME = {
     "ComponentState": "state",
     "DePass": "engine",
     "Features": "features",
+    "Generation": "generation",
     "Options": "options",
     "Trace": "trace",
 }

@@ -38,10 +38,10 @@ class Gates:
 
 Rule = Callable[[Gates, float], Tensor]
 
-# A rule may have an attribute `edit` of this form: gates (n, M, I) of all components, changed in place, the positions
-# (n,) that they are at, and the factor that they have been multiplied by. It promises that the rule is the softmax of
-# what is left, sets to -inf whom it shuts out, and says whether there are such. Fast backends then call the rule itself
-# only where a neuron finds nobody.
+# A rule may have an attribute `edit_gates` of this form: gates (n, M, I) of all components, changed in place, the
+# positions (n,) that they are at, and the factor that they have been multiplied by. It promises that the rule is the
+# softmax of what is left, sets to -inf whom it shuts out, and says whether there are such. Fast backends then call the
+# rule itself only where a neuron finds nobody.
 Edit = Callable[[Tensor, Tensor, float], bool]
 
 
@@ -118,7 +118,7 @@ class Allocation:
     @property
     def edit(self) -> Edit | None:
         """What a rule that is a softmax of edited gates does to them (see :data:`Edit`)."""
-        return getattr(self.rule, "edit", None)
+        return getattr(self.rule, "edit_gates", None)
 
     @property
     def is_softmax(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,9 @@ class DePass:
 
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """One ordinary forward pass, recorded; it is accepted wherever a prompt is, so that it runs only once."""
-        return self._capture([self._encode(p) for p in (prompt if is_batch(prompt) else [prompt])])
+        batch = is_batch(prompt)
+        trace = self._capture([self._encode(p) for p in (prompt if batch else [prompt])])
+        return replace(trace, batch=batch)
 
     @torch.no_grad()
     def attribute(
@@ -101,7 +103,7 @@ class DePass:
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
-            An :class:`Attribution`; a list of them for a list of prompts, or for a trace of several.
+            An :class:`Attribution`; a list of them for a list of prompts, or for the trace of a list.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
@@ -118,14 +120,9 @@ class DePass:
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
 
         trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, [[read] for read in reads])
+        state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
         results = self._read(plan, trace, state, errors, reads, specs, began)
         return results if plan.batch else results[0]
-
-    def generate(self, prompt: Prompt, **arguments: Any) -> tuple[Tensor, int]:
-        """The model's own generation: all ids (N,), and how many of them are the prompt's. See ``model.generate``."""
-        check_ready(self.adapter)
-        return generate(self.adapter, self._encode(prompt), **arguments)
 
     @torch.no_grad()
     def attribute_generation(
@@ -134,24 +131,26 @@ class DePass:
         """Generate, then decompose the whole sequence once: the shares of all earlier tokens in every new one's logit.
 
         Args:
-            prompt: text, ids or chat messages.
+            prompt: text, ids or chat messages; one.
             max_new_tokens, generation: how to generate; ``generation`` holds further arguments of ``model.generate``,
                 as ``{"do_sample": True}``. Default: greedy.
             options: overrides of :class:`depass_fast.Options`.
 
         Raises:
-            ValueError: as :meth:`attribute`; the model generated nothing.
+            ValueError, TypeError: as :meth:`attribute`; more tokens than the model's context; nothing was generated.
         """
         began = time.perf_counter()
         self.options.updated(options).build(self.adapter)
-        ids, length = self.generate(
-            prompt, max_new_tokens=max_new_tokens, **({"do_sample": False} | (generation or {}))
-        )
+        if isinstance(prompt, Trace) or is_batch(prompt):
+            raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
+        check_ready(self.adapter)
+        arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
+        ids, length = generate(self.adapter, self._encode(prompt), **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)
         trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.site, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
+        state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
         steps = []
         for read in range(length - 1, len(ids) - 1):
             here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
@@ -174,30 +173,37 @@ class DePass:
         """
         plan = self._plan(prompt, components, end, options)
         trace, state = self._start(plan)
-        state, _ = self.propagate(trace, state, plan.site, plan.end, plan.run)
+        state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
 
     @torch.no_grad()
-    def start(
-        self, prompt: Prompt | Sequence[Prompt] | Trace, components: ComponentKind, *, end: int | None = None, **options
-    ) -> ComponentState:
-        """The components where they start, with what they need on their way to ``end``: input of :meth:`carry`.
+    def start(self, trace: Trace, components: ComponentKind, **options: Any) -> ComponentState:
+        """The components where they start, as :meth:`carry` takes them. Its rows may be changed.
 
-        Arguments and errors as in :meth:`attribute`. Whoever changes the rows of named components sets ``factors`` of
-        the state to None.
+        Errors as in :meth:`attribute`.
         """
-        return self._start(self._plan(prompt, components, end, options))[1]
+        if not isinstance(trace, Trace):
+            raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
+        state = self._start(self._plan(trace, components, None, options))[1]
+        state.factors = None  # they would no longer hold
+        return state
 
     @torch.no_grad()
-    def carry(
-        self, trace: Trace, state: ComponentState, site: str = "resid_pre", end: int | None = None, **options: Any
-    ) -> ComponentState:
-        """A state that enters its layer at ``site``, carried to the input of layer ``end``; None: after the final norm.
+    def carry(self, trace: Trace, state: ComponentState, end: int | None = None, **options: Any) -> ComponentState:
+        """A state, complete or not, carried to the input of layer ``end``; None: after the final norm. It is used up.
 
-        ``state`` is used up. It need not be complete.
+        Raises:
+            ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.
         """
         run = self.options.updated(options).build(self.adapter)
-        state, _ = self.propagate(trace, state, site, self.adapter.n_layers if end is None else end, run)
+        trace.source.check(self.model)
+        if not np.array_equal(state.layout.packed, np.arange(trace.offsets[-1])):
+            raise ValueError("state: it does not hold all positions of the trace's prompts.")
+        n_layers = self.adapter.n_layers
+        first, last = state.layer + (state.site == "resid_mid"), n_layers if end is None else layer_input(end, "end")
+        if not first <= last <= n_layers:
+            raise ValueError(f"end: {end!r} is out of range; this state reaches layers {first} to {n_layers}.")
+        state, _ = self.propagate(trace, state, last, run)
         return state if end is not None else self._normed(state, trace)
 
     @torch.no_grad()
@@ -205,12 +211,11 @@ class DePass:
         self,
         trace: Trace,
         state: ComponentState,
-        site: str,
         end: int,
         run: Run,
         reads: Sequence[Sequence[int]] | None = None,
     ) -> tuple[ComponentState, list[Tensor]]:
-        """Carry ``state``, which enters its layer at ``site``, to the input of layer ``end``: the layer loop.
+        """Carry ``state`` to the input of layer ``end``: the layer loop.
 
         With ``reads`` (local positions of every prompt) the last layer computes those positions only. Also returned are
         the completeness errors (P,) at the start and after every layer.
@@ -219,18 +224,18 @@ class DePass:
         queries = None
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
-        start = trace.layers[first].resid_mid if site == "resid_mid" else trace.resid(first)
+        start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
         errors = [_completeness(state, start)]
         for index in range(first, end):
             layer, record = self.adapter.layer(index), trace.layers[index]
             state.rows = state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
-            if index > first or site != "resid_mid":
+            if state.site == "resid_pre":
                 state = run.backend.aggregate_ov(state, layer.attention, record, kept)
             elif kept is not None:
                 state = state.at(kept)
             state = run.backend.allocate_mlp(state, layer.mlp, record, run.allocation)
-            state.layer, state.factors = index + 1, None
+            state.layer, state.site, state.factors = index + 1, "resid_pre", None
             errors.append(_completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
@@ -251,7 +256,7 @@ class DePass:
         trace = prompt if isinstance(prompt, Trace) else None
         if trace is not None:
             trace.source.check(self.model)
-            batch, ids = trace.n_prompts > 1, trace.input_ids.cpu()
+            batch, ids = trace.batch, trace.input_ids.cpu()
             prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
         else:
             batch = is_batch(prompt)
@@ -370,10 +375,6 @@ class _Plan:
     end_given: int | None
     end: int
     has_bias: bool
-
-    @property
-    def site(self) -> str:
-        return self.components.site
 
 
 def _position(position: int, length: int) -> int:

@@ -20,34 +20,27 @@ if TYPE_CHECKING:
 class Generation:
     """A generated sequence of N tokens, the first ``prompt_length`` of them the prompt's.
 
+    ``input_ids`` and ``tokens`` (N,) are all of them; ``text`` is the whole sequence's, None without a tokenizer.
     ``steps`` holds an :class:`Attribution` per generated token: the shares of all tokens before it in its logit.
-    ``text`` is the whole sequence's, None without a tokenizer.
     """
 
     prompt_length: int
-    steps: list[Attribution]
+    input_ids: list[int]
+    tokens: list[str]
     text: str | None
+    steps: list[Attribution]
 
     @classmethod
     def of(cls, steps: Sequence[Attribution], prompt_length: int, tokenizer: Any | None) -> Generation:
         """From attributions over all N tokens: those that do not come before a step's token are cut off."""
-        text = None if tokenizer is None else tokenizer.decode(steps[0].input_ids, skip_special_tokens=True)
-        return cls(prompt_length, [_of_the_past(step) for step in steps], text)
-
-    @property
-    def input_ids(self) -> list[int]:
-        """All ids (N,), the generated ones included."""
-        return self.steps[0].input_ids
-
-    @property
-    def tokens(self) -> list[str]:
-        """The text of every token (N,)."""
-        return self.steps[0].tokens
+        ids, tokens = steps[0].input_ids, steps[0].tokens
+        text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+        return cls(prompt_length, ids, tokens, text, [_of_the_past(step) for step in steps])
 
     @property
     def scores(self) -> Tensor:
         """The shares of tokens in generated tokens: (N - prompt_length, N), zero where they do not come before."""
-        scores = torch.zeros(len(self.steps), len(self.input_ids))
+        scores = torch.zeros(len(self.steps), len(self.input_ids), dtype=self.steps[0].scores.dtype)
         for row, step in zip(scores, self.steps, strict=True):
             row[: step.position + 1] = step.scores[: step.position + 1]
         return scores
@@ -81,11 +74,23 @@ def _of_the_past(step: Attribution) -> Attribution:
     """Without the tokens after the position that is read, which have no share."""
     n, first_extra = step.position + 1, len(step.labels) - step.n_extras
     kept = [*range(n), *range(first_extra, len(step.labels))]
-    return replace(step, scores=step.scores[kept], labels=[step.labels[i] for i in kept])
+    labels = [step.labels[i] for i in kept]
+    return replace(step, scores=step.scores[kept], labels=labels, input_ids=step.input_ids[:n], tokens=step.tokens[:n])
 
 
 def generate(adapter: Adapter, ids: Tensor, **arguments: Any) -> tuple[Tensor, int]:
-    """``model.generate`` on one prompt (N,): all ids, on the CPU, and N."""
+    """``model.generate`` on one prompt (N,): all ids, on the CPU, and N.
+
+    Raises:
+        ValueError: several sequences are asked for, or more tokens than fit into the model's context.
+    """
+    if arguments.get("num_return_sequences") not in (None, 1):
+        raise ValueError("num_return_sequences must be 1: one sequence is decomposed.")
+    new, limit = arguments.get("max_new_tokens"), adapter.context_length
+    if new is not None and limit is not None and len(ids) + new > limit:
+        raise ValueError(
+            f"max_new_tokens: {new} after a prompt of {len(ids)} tokens pass the model's context of {limit}."
+        )
     prompt = ids[None].to(adapter.device)
-    output = adapter.model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
-    return output[0].cpu(), len(ids)
+    arguments = {"attention_mask": torch.ones_like(prompt)} | arguments | {"return_dict_in_generate": False}
+    return adapter.model.generate(prompt, **arguments)[0].cpu(), len(ids)

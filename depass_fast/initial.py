@@ -30,6 +30,7 @@ def initial_state(
     layer = kind.resolve(adapter)
     x = trace.resid_at(layer, kind.site).to(adapter.layer(layer).device)
     entering = layer + (kind.site == "resid_post")
+    site = "resid_mid" if kind.site == "resid_mid" else "resid_pre"
     kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
     constants = [k.constant(adapter, dtype) for k in kinds]
     bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
@@ -41,7 +42,7 @@ def initial_state(
         layout = Layout.of(components, trace.offsets)
         rows = torch.zeros(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
         rows[torch.from_numpy(layout.starts[1:] - 1).to(x.device)] = x.to(dtype)
-        return ComponentState(rows, layout, entering, factors)
+        return ComponentState(rows, layout, entering, site, factors)
 
     extras = (REST, *bias)
     components = tuple(Components.everywhere(n, extras) for n in names)
@@ -64,8 +65,8 @@ def initial_state(
     if kind.may_be_complete and not rows[rests].any():
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
         kept = torch.ones(layout.n_rows, dtype=torch.bool, device=x.device).index_fill_(0, rests, False)
-        return ComponentState(rows[kept], Layout.of(fewer, trace.offsets), entering)
-    return ComponentState(rows, layout, entering, factors)
+        return ComponentState(rows[kept], Layout.of(fewer, trace.offsets), entering, site)
+    return ComponentState(rows, layout, entering, site, factors)
 
 
 def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:

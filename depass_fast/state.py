@@ -131,7 +131,7 @@ class Factors:
 
 @dataclass
 class ComponentState:
-    """The rows (R, D) of a layout, in the state's dtype. ``layer`` is the layer that they enter.
+    """The rows (R, D) of a layout, in the state's dtype, entering ``layer`` at ``site``: `resid_pre`, or `resid_mid`.
 
     ``factors``, one per prompt, say the same of the named components in less, where they have just started.
     """
@@ -139,6 +139,7 @@ class ComponentState:
     rows: Tensor
     layout: Layout
     layer: int
+    site: str = "resid_pre"
     factors: tuple[Factors, ...] | None = None
 
     @property
@@ -184,6 +185,7 @@ class ComponentState:
 
     def set_block(self, prompt: int, values: Tensor) -> None:
         """Write a dense (N, M, D) block in row order back into the rows."""
+        self.factors = None
         self.rows[self.layout.rows(prompt)] = values[self.mask(prompt)]
 
     def at(self, layout: Layout) -> ComponentState:

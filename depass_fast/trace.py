@@ -83,6 +83,7 @@ class Trace:
     resid_final: Tensor
     normed_final: Tensor
     source: TraceSource
+    batch: bool = False  # made of a list of prompts, though it may hold but one
 
     @property
     def n_prompts(self) -> int:

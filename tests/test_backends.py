@@ -66,11 +66,49 @@ def test_start_and_carry_are_decompose_in_steps(family, backend):
     trace = family.trace(ids)
     for label, kind in kinds(len(ids)).items():
         state = family.start(trace, kind, backend=backend)
-        stops = [*range(state.layer + 1, family.adapter.n_layers + 1), None]
-        site = kind.site
-        for stop in stops:
-            state, site = family.carry(trace, state, site, stop, backend=backend), "resid_pre"
+        for stop in [*range(state.layer + 1, family.adapter.n_layers + 1), None]:
+            state = family.carry(trace, state, stop, backend=backend)
         assert close(state.dense(), family.decompose(trace, kind, backend=backend).dense()), label
+
+
+def test_a_state_may_be_changed_before_it_is_carried():
+    """Doubled states give doubled states where the rule is linear; every backend sees the change."""
+    dp = build("llama-gqa")
+    trace = dp.trace(random_ids(7))
+    for kind in (Tokens(), Neurons(0)):
+        for backend in ("reference", "torch"):
+            state = dp.start(trace, kind)
+            state.set_block(0, 2 * state.block(0))
+            doubled = dp.carry(trace, state, allocation="taylor", backend=backend).dense()
+            assert close(doubled, 2 * dp.decompose(trace, kind, allocation="taylor").dense())
+
+
+def test_carry_refuses_what_does_not_fit():
+    dp, ids = build("llama-gqa"), random_ids(7)
+    trace = dp.trace(ids)
+    with pytest.raises(TypeError, match=r"trace: expected dp.trace\(prompt\), got list"):
+        dp.start(ids, Tokens())
+    for kind, end, first in ((Tokens(1), 0, 1), (Heads(1), 1, 2), (Neurons(0), -1, 1), (Tokens(), 9, 0)):
+        with pytest.raises(ValueError, match=f"end: {end} is out of range; this state reaches layers {first} to 3"):
+            dp.carry(trace, dp.start(trace, kind), end)
+    with pytest.raises(ValueError, match="does not hold all positions"):
+        dp.carry(dp.trace(ids[:5]), dp.start(trace, Tokens()))
+    with pytest.raises(ValueError, match="made by another model"):
+        dp.carry(build("qwen2").trace(ids), dp.start(trace, Tokens()))
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_any_number_of_positions_can_be_read(family, count):
+    """Few are computed one by one, many with all others."""
+    ids = random_ids(13, seed=4)
+    trace = family.trace([ids, ids[:6]])
+    reads = [list(range(13 - count, 13)), [0, 5]]
+    for kind in (Tokens(), Heads(1), Neurons(0)):
+        run = family.options.build(family.adapter)
+        state, errors = family.propagate(trace, family.start(trace, kind), 3, run, reads)
+        whole = family.decompose(trace, kind, end=3)
+        for p, at in enumerate(reads):
+            assert close(state.dense(p), whole.dense(p)[at]) and errors[-1][p] < 1e-5
 
 
 def test_compute_and_state_dtypes_are_respected():

@@ -14,7 +14,7 @@ from conftest import build, build_model, random_ids
 from test_parity import agree, select
 from test_published import cases, load
 
-from depass_fast import Tokens
+from depass_fast import Attribution, Tokens
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.compat.rules import RULES
 from depass_fast.demo import demo_path, load_demo
@@ -76,18 +76,60 @@ def test_states_are_the_residual_stream():
     assert again is subject.states and torch.allclose(subject.compute_decomposed_state(0), state)
 
 
-def test_the_forward_pass_is_taken_again_when_it_must():
-    subject = decomposed_state_manager(build_model("llama"), None)
-    ids = random_ids(5)
-    subject.get_states(ids)
-    trace = subject._trace
-    subject.get_mlp_neuron_decomposed_state(ids, 0)
-    assert subject._trace is trace
-    with torch.no_grad():
-        subject.model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    changed = subject.get_states(ids)
-    assert subject._trace is not trace and not torch.equal(changed[-1][0], trace.resid_final)
-    assert len(subject.get_states(ids[:3])) == len(changed) and subject.attribute_len == 3
+def test_every_call_makes_its_own_forward_pass():
+    """What a script does to the model between two calls is seen; what it does to the states it was given is not."""
+    subject, ids = decomposed_state_manager(build_model("llama"), None), random_ids(5)
+    first, states = subject.get_last_layer_decomposed_state(ids)
+    for x in states:
+        x.mul_(2)
+    assert torch.equal(subject.compute_decomposed_state(0), first)
+    hook = subject.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 3 * output)
+    assert not torch.allclose(subject.get_states(ids)[-1], states[-1] / 2)
+    hook.remove()
+    assert torch.equal(subject.get_last_layer_decomposed_state(ids)[0], first)
+    subject.model.double()
+    state, states = subject.get_last_layer_decomposed_state(ids)
+    assert state.dtype == states[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2"])
+def test_negative_layers_count_from_the_end(name, corrected):
+    dp, ids = build(name), random_ids(5)
+    subject = decomposed_state_manager(dp.model, None, corrected=corrected)
+    part = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    for layer, other in ((-1, 2), (-3, 0)):
+        assert torch.equal(
+            subject.get_mlp_neuron_decomposed_state(ids, layer), subject.get_mlp_neuron_decomposed_state(ids, other)
+        )
+        for kind in ("attn", "mlp", "attn_head"):
+            ours = subject.get_layer_module_decomposed_state(ids, layer, type=kind)
+            assert torch.equal(ours, subject.get_layer_module_decomposed_state(ids, other, type=kind))
+        ours = subject.get_subspace_decomposed_state(ids, layer, part)
+        assert torch.equal(ours, subject.get_subspace_decomposed_state(ids, other, part))
+        assert ours.shape[1] == 2 + corrected + (corrected and name == "qwen2" and layer == -3)
+        ours, theirs = (subject.get_middle_to_last_decomposed_state(ids, i)[0] for i in (layer, other))
+        assert torch.equal(ours, theirs)
+
+
+def test_corrected_subspaces_have_a_first_component_even_where_nothing_is_lacking():
+    dp, ids = build("llama-gqa"), random_ids(5)
+    subject = decomposed_state_manager(dp.model, None, corrected=True)
+    x = dp.trace(ids).resid(1)
+    state = subject.get_subspace_decomposed_state(ids, 0, torch.stack([x / 4, 3 * x / 4]))
+    assert state.shape == (5, 3, 32) and not state[:, 0].any()
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_unembeddings_bias(corrected):
+    """Published: in every component. Corrected: in `bias`, so that the shares sum to the logit."""
+    model = build_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+    subject, ids = decomposed_state_manager(model, None, corrected=corrected), random_ids(6)
+    state, _ = subject.get_last_layer_decomposed_state(ids)
+    score, logit = subject.compute_attribute_score(state, -1, 9), model(torch.tensor([ids])).logits[0, -1, 9]
+    expected = logit if corrected else logit + (len(score) - 1) * model.lm_head.bias[9]
+    assert torch.allclose(score.sum(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -127,6 +169,10 @@ def test_bad_input():
     model = build_model("llama")
     with pytest.raises(ValueError, match="mlp_decomposed_function: 'mean' is not one of softmax, linear"):
         decomposed_state_manager(model, None, mlp_decomposed_function="mean")
+    with pytest.raises(TypeError, match="temperature: say it by the published arguments"):
+        decomposed_state_manager(model, None, temperature=1.0)
+    with pytest.raises(ValueError, match="temperature: -1 is out of range"):
+        decomposed_state_manager(model, None, mlp_softmax_temp=-1)
     subject = decomposed_state_manager(model, None)
     with pytest.raises(RuntimeError, match="call get_states"):
         subject.compute_decomposed_state(0)
@@ -177,6 +223,37 @@ def test_generation_without_a_tokenizer_and_with_biases():
         dp.attribute_generation(ids, colour=1)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2"])
+def test_a_step_of_a_generation_is_an_attribution_like_any_other(name, tmp_path):
+    dp, ids = build(name), random_ids(4)
+    arguments = {"eos_token_id": None, "return_dict_in_generate": True}
+    result = dp.attribute_generation(ids, max_new_tokens=3, generation=arguments)
+    for step in result.steps:
+        assert len(step.tokens) == len(step.input_ids) == step.position + 1
+        alone = dp.attribute(result.input_ids[: step.position + 1], Tokens(), step.target_ids[0])
+        assert str(step).splitlines()[1:] != [] and step.labels == alone.labels and step.tokens == alone.tokens
+        step.save(tmp_path / "step.safetensors")
+        assert torch.equal(Attribution.load(tmp_path / "step.safetensors").scores, step.scores)
+        assert len(step.to_dataframe()) == len(step.labels)
+
+
+def test_generation_refuses_before_any_work(monkeypatch):
+    dp = build("llama-gqa")
+    monkeypatch.setattr(dp.model, "generate", lambda *args, **kwargs: pytest.fail("work was done"))
+    with pytest.raises(
+        ValueError, match="max_new_tokens: 30 after a prompt of 60 tokens pass the model's context of 64"
+    ):
+        dp.attribute_generation(random_ids(60), max_new_tokens=30)
+    with pytest.raises(TypeError, match="prompt: one prompt at a time"):
+        dp.attribute_generation([random_ids(4), random_ids(5)])
+    with pytest.raises(TypeError, match="prompt: one prompt at a time"):
+        dp.attribute_generation(dp.trace(random_ids(4)))
+    with pytest.raises(ValueError, match="num_return_sequences must be 1"):
+        dp.attribute_generation(random_ids(4), generation={"num_beams": 2, "num_return_sequences": 2})
+    with pytest.raises(ValueError, match="a tokenizer is needed"):
+        decomposed_state_manager(dp.model, None).model_generate_cite(random_ids(4))
+
+
 def test_generate_cite_returns_what_was_published():
     model, tokenizer = load_demo()
     subject = decomposed_state_manager(model, tokenizer)
@@ -214,7 +291,7 @@ def test_argument_names_are_the_published_ones():
 # -- scripts --------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import argparse, json, os, sys
+import argparse, json, multiprocessing, os, sys
 sys.path.append(os.path.join(os.path.dirname(__file__), ".."))
 from DePass import decomposed_state_manager
 import DePass.manager
@@ -241,8 +318,13 @@ def main():
         neurons = manager.get_mlp_neuron_decomposed_state(data["prompt"], 1)
         assert manager.model is model and manager.tokenizer is tokenizer and len(manager.states) == len(states)
         results.append({"DePass": scores, "neurons": np.asarray(neurons[-1].sum(-1).numpy()).tolist()})
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a worker can import it too
+        assert pool.apply(worker)
     with open(args.output, "w") as f:
         json.dump(results, f)
+
+def worker():
+    return decomposed_state_manager.__name__ == "decomposed_state_manager"
 
 if __name__ == "__main__":
     main()

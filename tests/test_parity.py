@@ -44,9 +44,9 @@ def propagated(dp: DePass, trace: Trace, states: torch.Tensor, layer: int, site:
     """
     names = tuple(f"component {m}" for m in range(1, states.shape[1]))
     layout = Layout.of((Components.everywhere(names, ("rest",)),), trace.offsets)
-    state = ComponentState(states.flatten(0, 1), layout, layer)
+    state = ComponentState(states.flatten(0, 1), layout, layer, site)
     run = dp.options.updated({"allocation": PublishedRule("softmax"), "backend": backend}).build(dp.adapter)
-    state, errors = dp.propagate(trace, state, site, dp.adapter.n_layers, run)
+    state, errors = dp.propagate(trace, state, dp.adapter.n_layers, run)
     assert float(errors[0]) > 1e-3  # the deviation, measured
     return dp._normed(state, trace).block(0)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -27,7 +30,20 @@ class FrozenAttention:
             for h in range(0, self.kv, heads)
             for i in range(0, n, rows)
         ]
-        self.only = self.probabilities(*self.tiles[0]) if len(self.tiles) == 1 else None
+
+    @cached_property
+    def only(self) -> Tensor | None:
+        """All of it, where one tile holds it."""
+        return self.probabilities(*self.tiles[0]) if len(self.tiles) == 1 else None
+
+    def walk(self, start: int) -> Iterator[tuple[slice, int, int, Tensor]]:
+        """Tiles of the queries from ``start`` on: KV heads, first and last (excluded) query, and P · s of them."""
+        for heads, queries in self.tiles:
+            if queries.stop > start:
+                first = max(queries.start, start)
+                whole = self.only is not None
+                p = self.only[:, :, first:] if whole else self.probabilities(heads, slice(first, queries.stop))
+                yield heads, first, queries.stop, p
 
     def probabilities(self, heads: slice, queries: slice) -> Tensor:
         """P · s of a tile of KV heads and queries, keys up to the last query, made in ≥ float32: (h, G, Q, K)."""
@@ -52,16 +68,12 @@ class FrozenAttention:
             keys.zero_().index_copy_(1, block.slots, columns)
         keys = keys.view(self.kv, n, -1)  # (Hkv, N', B·d)
         mixed = workspace.take("mixed", (n, b, self.kv, self.groups, columns.shape[2]), values)
-        for heads, queries in self.tiles:
-            if queries.stop <= start:
-                continue
-            first = max(queries.start, start)
-            p = self.probabilities(heads, slice(first, queries.stop)) if self.only is None else self.only[:, :, first:]
+        for heads, first, last, p in self.walk(start):
             p = p[..., start:].flatten(1, 2)  # (h, G·Q, K)
             y = workspace.take("values", (*p.shape[:2], keys.shape[2]), values)
             torch.bmm(p, keys[heads, : p.shape[2]], out=y)
             y = y.view(len(p), self.groups, -1, b, columns.shape[2])  # (h, G, Q, B, d)
-            mixed[first - start : queries.stop - start, :, heads] = y.permute(2, 3, 0, 1, 4)
+            mixed[first - start : last - start, :, heads] = y.permute(2, 3, 0, 1, 4)
         mixed = mixed.view(n * b, -1)
         if block.slots is None:
             return mixed
@@ -78,13 +90,9 @@ class FrozenAttention:
         b = writes.shape[1]
         writes = writes.unflatten(0, (self.kv, self.groups))
         out = writes.new_zeros(b, len(self.q) - start, writes.shape[-1])
-        for heads, queries in self.tiles:
-            if queries.stop <= start:
-                continue
-            first = max(queries.start, start)
-            p = self.probabilities(heads, slice(first, queries.stop)) if self.only is None else self.only[:, :, first:]
+        for heads, first, last, p in self.walk(start):
             p = p.flatten(0, 1)  # (h·G, Q, K)
             seen = p[..., start : start + b] if coefficients is None else p @ coefficients[: p.shape[2]]  # (h·G, Q, B)
-            alive, at = seen.shape[2], slice(first - start, queries.stop - start)
+            alive, at = seen.shape[2], slice(first - start, last - start)
             out[:alive, at].baddbmm_(seen.permute(2, 1, 0), writes[heads, :, :alive].flatten(0, 1).transpose(0, 1))
         return out

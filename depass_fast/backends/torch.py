@@ -45,6 +45,9 @@ class TorchBackend:
         self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
     ) -> ComponentState:
         if queries is not None:
+            n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
+            if n_reads > max(n_prompts, n_positions // weights.n_heads):  # by itself a query costs as much as H of all
+                return self.aggregate_ov(state, weights, trace).at(queries)
             out = self._aggregate_at(state, weights, trace, queries)
         elif state.factors is not None:
             out = self._aggregate_factors(state, weights, trace)

@@ -4,23 +4,21 @@
 decomposed_state_manager`` and shall stay as it is, ``python -m depass_fast.compat SCRIPT.py ARGS``.
 
 What the published code does beside the method (DESIGN.md section 6) is reproduced by default, by initial states
-(:mod:`.manager`) and rules (:mod:`.rules`) of this package; ``corrected=True`` leaves it out:
+(:mod:`.manager`) and rules (:mod:`.rules`) of this package. ``corrected=True`` leaves it out:
 
-================================================  =====================================================================
-published                                         with ``corrected=True``
-================================================  =====================================================================
-neurons: `rest` is what the neurons lack to the   ... to the state *after* it, where they are: components sum to the
-state *before* the MLP                            hidden state
-biases (Qwen2's V, ...) are dropped               they are one more, last component, `bias`
-modules, heads, neurons, subspaces: component 0's  no such exception
-gate is 1.0 at position 0; a last component's
-gate below 1e-5 counts as zero
-``linear``, ``relu``: shares may sum to less      normalised
-than one
-a subspace state is taken as it is                what it lacks to the hidden state is `rest`, first in order
-================================================  =====================================================================
+| published                                           | with ``corrected=True``                                       |
+|-----------------------------------------------------|---------------------------------------------------------------|
+| neurons: `rest` is what they lack to the state      | what they lack to the state after it, where they are: the sum |
+| before the MLP                                      | is the hidden state                                           |
+| biases (Qwen2's V, ...) are dropped                 | one more component, `bias`, the last                          |
+| the unembedding's bias is added to every component  | to `bias` only                                                |
+| modules, heads, neurons, subspaces: component 0's   | no exception                                                  |
+| gate is 1.0 at position 0; the last component's     |                                                               |
+| gates below 1e-5 count as zero                      |                                                               |
+| `linear`, `relu`: shares may sum to less than one   | normalised                                                    |
+| a subspace state is taken as it is                  | what it lacks is one more component, the first                |
 
-One deviation is not reproduced: ``single_compute_token`` and ``compute_num``, which cut the components into groups and
+Two things are not reproduced. ``single_compute_token`` and ``compute_num``, which cut the components into groups and
 so changed the result, are accepted and change nothing. And generation works: the published helper called a method that
 does not exist, and would have tokenised the generated text anew.
 """

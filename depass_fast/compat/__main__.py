@@ -5,33 +5,26 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from types import ModuleType
+from pathlib import Path
 
-from .manager import decomposed_state_manager
+STANDIN = Path(__file__).parent / "standin"  # holds a package `DePass`
 
 
 def main(arguments: list[str]) -> None:
-    """Run ``arguments[0]`` as the main program, with ``DePass`` standing for this package."""
+    """Run ``arguments[0]`` as the main program; what it and its workers import as ``DePass`` is this package."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m depass_fast.compat SCRIPT.py [ARGS ...]\n\n" + __doc__)
         raise SystemExit(0 if arguments else 2)
     script = arguments[0]
     if not os.path.isfile(script):
         raise SystemExit(f"depass_fast.compat: there is no script {script!r}.")
-    install()
     sys.argv = list(arguments)
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # what `python -m` put there; a script has its own folder
+    sys.path[:0] = [str(STANDIN), os.path.dirname(os.path.abspath(script))]
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STANDIN), *([inherited] if inherited else [])])  # for its workers
     runpy.run_path(script, run_name="__main__")
-
-
-def install() -> None:
-    """Make ``DePass`` and ``DePass.manager`` importable; a package of that name on the path is not looked at."""
-    package, manager = ModuleType("DePass"), ModuleType("DePass.manager")
-    package.__path__ = []
-    package.manager = manager
-    for module in (package, manager):
-        module.decomposed_state_manager = decomposed_state_manager
-        sys.modules[module.__name__] = module
 
 
 if __name__ == "__main__":

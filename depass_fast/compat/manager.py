@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..components import ComponentKind, Custom, Heads, Modules, Neurons, Tokens
 from ..engine import DePass
+from ..generation import generate
+from ..options import Run
 from ..prompts import Prompt, encode
 from ..state import BIAS, REST, Components, ComponentState, Layout
 from ..trace import Trace
@@ -21,8 +23,9 @@ _MODULES = {"attn": "attention", "mlp": "mlp"}
 class decomposed_state_manager:
     """The published interface, see :mod:`depass_fast.compat`.
 
-    States are returned on the CPU, in the model's dtype, positions first: (N, M, D). ``states`` is the residual stream
-    before and after every attention and, last, before the final norm: 2 L + 1 tensors (1, N, D).
+    Component states are returned on the CPU, in the model's dtype, positions first: (N, M, D). ``states`` is the
+    residual stream of the last forward pass, before and after every attention and, last, before the final norm: 2 L + 1
+    tensors (1, N, D) where the layers are.
 
     Args:
         model: a Hugging Face model of any family that depass_fast supports.
@@ -31,10 +34,11 @@ class decomposed_state_manager:
         ignore_special_token: keep token 0 out of the other tokens' allocation.
         mlp_decomposed_function: "softmax", "linear", "relu", "max" or "taylor".
         corrected: the complete decomposition instead of the published one.
-        options: of :class:`depass_fast.Options`, for instance ``backend`` or ``memory_budget``.
+        options: others of :class:`depass_fast.Options`, as ``backend`` or ``memory_budget``.
 
     Raises:
-        ValueError: unknown rule or unsupported model; every call: bad prompts and layers, before any work.
+        ValueError, TypeError: unknown rule or option, unsupported model; every call: bad prompts and layers, before any
+            work.
     """
 
     def __init__(
@@ -50,49 +54,34 @@ class decomposed_state_manager:
     ) -> None:
         if mlp_decomposed_function not in RULES:
             raise ValueError(f"mlp_decomposed_function: {mlp_decomposed_function!r} is not one of {', '.join(RULES)}.")
+        for name in ("allocation", "temperature", "exclude_special"):
+            if name in options:
+                raise TypeError(f"{name}: say it by the published arguments.")
         self.model, self.tokenizer = model, tokenizer
         self.mlp_softmax_temp = mlp_softmax_temp
         self.ignore_special_token = ignore_special_token
         self.mlp_decomposed_function = mlp_decomposed_function
         self.corrected = corrected
-        self.dp = DePass(model, tokenizer, **options)
+        self.dp = DePass(model, tokenizer, temperature=mlp_softmax_temp, **options)
         if not corrected:
             self.dp.adapter = self.dp.adapter.without_biases()
         attention = self.dp.adapter.layer(0).attention
         self.num_layers, self.hidden_dim = self.dp.adapter.n_layers, self.dp.adapter.hidden_size
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
-        self.forget()
+        self._trace: Trace | None = None
+        self.states: list[Tensor] = []
 
     # -- states -------------------------------------------------------------------------------------------------
 
     def get_states(self, prompt: Prompt) -> list[Tensor]:
-        """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``.
-
-        The forward pass of the last prompt is kept, and taken again for the same prompt and unchanged weights.
-        """
-        ids = encode(prompt, self.dp.adapter, self.tokenizer)
-        if not self._is_traced(ids):
-            self._trace = None
-            self._trace = self.dp.trace(ids)
+        """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``."""
+        self._trace = None  # its memory, before that of the next one is needed
+        self._trace = self.dp.trace(encode(prompt, self.dp.adapter, self.tokenizer))
         stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
-        self.states = [x[None] for x in (*stream, self._trace.resid_final)]
-        self.attribute_len = len(ids)
+        self.states = [x[None].clone() for x in (*stream, self._trace.resid_final)]
+        self.attribute_len = self.states[0].shape[1]
         return self.states
-
-    def forget(self) -> None:
-        """Give back the memory of the last forward pass; the next call makes its own."""
-        self._trace: Trace | None = None
-        self.states: list[Tensor] = []
-
-    def _is_traced(self, ids: Tensor) -> bool:
-        if self._trace is None or not torch.equal(self._trace.input_ids.cpu(), ids):
-            return False
-        try:
-            self._trace.source.check(self.model)
-        except ValueError:  # the weights have changed
-            return False
-        return True
 
     # -- tokens -------------------------------------------------------------------------------------------------
 
@@ -119,7 +108,8 @@ class decomposed_state_manager:
         """Tokens entering one layer, carried to the input of another, no norm: (N, N, D); and the states."""
         states = self.get_states(prompt)
         state, options = self._start(Tokens(start_layer_idx), end_layer_idx)
-        return self._returned(self.dp.carry(self._trace, state, end=end_layer_idx, **options)), states
+        state, _ = self.dp.propagate(self._trace, state, end_layer_idx, self._run(options))
+        return self._returned(state), states
 
     def all_layer_to_init_attribute_state(
         self, prompt: Prompt, single_compute_token: int | None = None
@@ -128,7 +118,7 @@ class decomposed_state_manager:
         states = self.get_states(prompt)
         state, options = self._start(Tokens())
         layers = [self._returned(state)]
-        layers += [self._returned(s) for s in self._layers(state, options, "resid_pre", self.num_layers)]
+        layers += [self._returned(s) for s in self._layers(state, options)]
         return torch.stack(layers), states
 
     # -- modules, heads, neurons ----------------------------------------------------------------------------------
@@ -145,7 +135,7 @@ class decomposed_state_manager:
             raise ValueError("type must be 'attn' or 'mlp' or 'attn_head'")
         self.get_states(prompt)
         kind = Heads(start_layer_idx) if type == "attn_head" else Modules(start_layer_idx, _MODULES[type])
-        return self._finish(*self._start(kind), kind.site)
+        return self._finish(*self._start(kind))
 
     def get_mlp_neuron_decomposed_state(
         self, prompt: Prompt, start_layer_idx: int, compute_num: int | None = None
@@ -157,9 +147,12 @@ class decomposed_state_manager:
     # -- subspaces ------------------------------------------------------------------------------------------------
 
     def get_subspace_decomposed_state(self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
-        """Given states (M, N, D) after ``start_layer_idx``, carried to the final norm: (N, M, D)."""
+        """Given states (M, N, D) after ``start_layer_idx``, carried to the final norm: (N, M, D).
+
+        With ``corrected`` what they lack comes before them, and `bias`, where there is one, after them.
+        """
         self.get_states(prompt)
-        return self._finish(*self._given(start_layer_idx, attribute_state))
+        return self._finish(*self._given(start_layer_idx, attribute_state), rest=self.corrected)
 
     def get_subspace_decomposed_state_all_layer(
         self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor
@@ -167,7 +160,7 @@ class decomposed_state_manager:
         """Given states (M, N, D) after ``start_layer_idx``, as they are after every later layer: each (N, M, D)."""
         self.get_states(prompt)
         state, options = self._given(start_layer_idx, attribute_state)
-        return [self._returned(s) for s in self._layers(state, options, "resid_pre", self.num_layers)]
+        return [self._returned(s, rest=self.corrected) for s in self._layers(state, options)]
 
     # -- readout and generation -------------------------------------------------------------------------------------
 
@@ -178,7 +171,12 @@ class decomposed_state_manager:
         """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
         head = self.dp.adapter.unembedding
         scores = nn.functional.linear(attribute_state[token_idx].to(head.weight), head.weight[decode_token_id])
-        return (scores if self.dp.adapter.unembedding_bias is None else scores + head.bias[decode_token_id]).float()
+        bias = getattr(head, "bias", None)
+        if bias is not None and self.corrected:
+            scores[-1] += bias[decode_token_id]  # `bias` is the last component
+        elif bias is not None:
+            scores += bias[decode_token_id]
+        return scores.float()
 
     @torch.no_grad()
     def model_generate_cite(
@@ -214,11 +212,11 @@ class decomposed_state_manager:
             the text; per generated token a dict of ``token`` and ``attribute_score`` (N,), the shares of all N tokens
             in its logit (those from itself on are zero); the state (N, N, D); the states of :meth:`get_states`.
         """
-        if num_return_sequences not in (None, 1):
-            raise ValueError("num_return_sequences must be 1")
         arguments = {k: v for k, v in locals().items() if k not in ("self", "prompt", "inputs", "generation")}
         arguments = {k: v for k, v in arguments.items() if v is not None} | generation
-        ids, length = self.dp.generate(prompt, **arguments)
+        if self.tokenizer is None:
+            raise ValueError("model_generate_cite: a tokenizer is needed for the text that it returns.")
+        ids, length = generate(self.dp.adapter, encode(prompt, self.dp.adapter, self.tokenizer), **arguments)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         attribute_state, states = self.get_last_layer_decomposed_state(ids)
         scores = [
@@ -244,46 +242,52 @@ class decomposed_state_manager:
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
         """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
-        state = self.dp.start(self._trace, kind, end=end, **options)
+        _, state = self.dp._start(self.dp._plan(self._trace, kind, end, options))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
-            record = self._trace.layers[kind.layer]
+            layer = kind.resolve(self.dp.adapter)
+            record = self._trace.layers[layer]
             rest = torch.from_numpy(state.layout.extra_rows(REST)).to(state.device)
             if isinstance(kind, Heads):
                 state.rows[rest] = record.resid_pre.to(state.rows)
             else:
-                state.rows[rest] -= (self._trace.resid(kind.layer + 1) - record.resid_mid).to(state.rows)
+                state.rows[rest] -= (self._trace.resid(layer + 1) - record.resid_mid).to(state.rows)
         return state, options
 
     def _given(self, layer: int, attribute_state: Tensor) -> tuple[ComponentState, dict[str, Any]]:
         """A state from the user: as it is, complete or not; completed by `rest` if corrected."""
-        options = self._options(tokens=False)
         states = attribute_state.detach().transpose(0, 1).contiguous()
-        kind = Custom(layer, states, site="resid_post")
-        state = self.dp.start(self._trace, kind, **options)
+        state, options = self._start(Custom(layer, states, site="resid_post"))
         if not self.corrected:
             names = tuple(f"component {m}" for m in range(1, states.shape[1]))
             layout = Layout.of((Components.everywhere(names, (REST,)),), self._trace.offsets)
             state = ComponentState(states.flatten(0, 1).to(state.rows, copy=True), layout, state.layer)
         return state, options
 
-    def _layers(self, state: ComponentState, options: dict[str, Any], site: str, end: int) -> Iterator[ComponentState]:
-        """The state after every layer, up to the input of layer ``end``."""
-        for layer in range(state.layer, end):
-            state = self.dp.carry(self._trace, state, site, layer + 1, **options)
+    def _run(self, options: dict[str, Any]) -> Run:
+        return self.dp.options.updated(options).build(self.dp.adapter)
+
+    def _layers(self, state: ComponentState, options: dict[str, Any]) -> Iterator[ComponentState]:
+        """The state after every layer that is left."""
+        run = self._run(options)
+        for layer in range(state.layer, self.num_layers):
+            state, _ = self.dp.propagate(self._trace, state, layer + 1, run)
             yield state
-            site = "resid_pre"
 
-    def _finish(self, state: ComponentState, options: dict[str, Any], site: str = "resid_pre") -> Tensor:
+    def _finish(self, state: ComponentState, options: dict[str, Any], rest: bool = False) -> Tensor:
         """Carried through all layers that are left, and the final norm."""
-        state = self.dp.carry(self._trace, state, site, None, **options)
-        return self._returned(state)
+        return self._returned(self.dp.carry(self._trace, state, **options), rest)
 
-    def _returned(self, state: ComponentState) -> Tensor:
-        """The state of the prompt (N, M, D) in the published order: what is left, the components, then `bias`."""
+    def _returned(self, state: ComponentState, rest: bool = False) -> Tensor:
+        """The state of the prompt (N, M, D) in the published order: what is left, the components, then `bias`.
+
+        With ``rest`` what is left is there even if it is nothing.
+        """
         block, components = state.block(0), state.layout.components[0]
         order = list(range(len(components.extras), len(components)))
         order[:0] = [i for i, extra in enumerate(components.extras) if extra == REST]
         order += [i for i, extra in enumerate(components.extras) if extra == BIAS]
         if order != list(range(len(components))):
             block = block[:, order]
+        if rest and REST not in components.extras:
+            block = torch.cat([torch.zeros_like(block[:, :1]), block], dim=1)
         return block.to("cpu", self.dp.adapter.dtype)

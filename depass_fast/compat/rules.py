@@ -23,7 +23,7 @@ class PublishedRule:
         self.rule, self.tokens, self.ignore_special = rule, tokens, ignore_special
         self.__name__ = rule
         if rule == "softmax" and not tokens:
-            self.edit = override
+            self.edit_gates = override
 
     def __call__(self, gates: Gates, temperature: float) -> Tensor:
         g = gates.values.clone()
