@@ -44,6 +44,8 @@ class Features(ComponentKind):
 
     def __post_init__(self) -> None:
         missing = [name for name in ("encode", "decode", "W_dec") if not hasattr(self.sae, name)]
+        if missing and hasattr(self.layer, "encode"):
+            raise TypeError("sae: give the dictionary by its name, Features(sae=...); the first argument is the layer.")
         if missing:
             kind = type(self.sae).__name__
             raise TypeError(f"sae: expected a dictionary like SAE Lens', got {kind} without {', '.join(missing)}.")
@@ -76,7 +78,7 @@ class Features(ComponentKind):
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ActiveFeatures:
         layer = self.resolve(adapter)
         x = trace.resid_at(layer, self.site)[trace.span(prompt)]
-        indices, products, bias = _active(self.sae, x)
+        indices, products, bias = _active(self.sae, x, prompt)
         return ActiveFeatures(layer=layer, site=self.site, indices=indices, products=products, bias=bias)
 
     def given(self) -> Sequence[Tensor]:
@@ -111,31 +113,39 @@ def hook_name(sae: Any) -> str | None:
     return getattr(getattr(config, "metadata", None), "hook_name", None) or getattr(config, "hook_name", None)
 
 
-def _active(sae: Any, x: Tensor) -> tuple[Tensor, Factors, Tensor | None]:
+def _active(sae: Any, x: Tensor, prompt: int) -> tuple[Tensor, Factors, Tensor | None]:
     """The active features of hidden states ``x`` (N, D) and what they add, on the device of ``x``.
 
     Raises:
         ValueError: no feature is active, or the decoder is not linear in the activations.
+        FloatingPointError: the dictionary makes NaN or inf.
     """
-    given = x.to(sae.W_dec)[None]
-    activations = _dense(sae.encode(given))
-    decoded = sae.decode(activations)[0]  # undoes the normalisation of the input that it was last given
-    sae.encode(given)
-    offset = sae.decode(torch.zeros_like(activations))[0]  # what is decoded of nothing, (N, D)
+    before = dict(vars(sae))  # encoding leaves its mark on a dictionary that normalises its inputs
+    try:
+        given = x.to(sae.W_dec)[None]
+        activations = _dense(sae.encode(given))
+        decoded = sae.decode(activations)[0]  # undoes the normalisation of the input that it was last given
+        sae.encode(given)
+        offset = sae.decode(torch.zeros_like(activations))[0]  # what is decoded of nothing, (N, D)
+    finally:
+        vars(sae).clear()
+        vars(sae).update(before)
     indices = (activations[0] != 0).any(0).nonzero().flatten()
     if not len(indices):
-        raise ValueError(f"sae: none of its {activations.shape[-1]} features is active in this prompt.")
+        raise ValueError(f"sae: none of its {activations.shape[-1]} features is active in prompt {prompt}.")
 
-    vectors, numbers = sae.W_dec[indices].detach(), activations[0][:, indices]
+    wide = torch.promote_types(activations.dtype, torch.float32)  # squares overflow in half precision
+    vectors, numbers = sae.W_dec[indices].detach().to(wide), activations[0][:, indices].to(wide)
     if getattr(getattr(sae, "cfg", None), "rescale_acts_by_decoder_norm", False):
         numbers = numbers / vectors.norm(dim=-1)
-    plain, wanted = numbers @ vectors, decoded - offset
-    scale = (plain * wanted).sum(-1) / plain.square().sum(-1).clamp_min(torch.finfo(plain.dtype).tiny)
-    rounding = max(_ROUNDING, torch.finfo(plain.dtype).eps ** 0.5)
-    if (scale[plain.any(-1)] - 1).abs().max() <= rounding:
-        scale = torch.ones_like(scale)
-    error = (scale[:, None] * plain - wanted).norm(dim=-1)
-    if (error > rounding * (wanted.norm(dim=-1) + offset.norm(dim=-1))).any():
+    plain, wanted, offset = numbers @ vectors, (decoded - offset).to(wide), offset.to(wide)
+    if not all(part.isfinite().all() for part in (plain, wanted, offset)):
+        raise FloatingPointError(f"sae: its activations or what it decodes hold NaN or inf in prompt {prompt}.")
+    allowed = max(_ROUNDING, torch.finfo(activations.dtype).eps ** 0.5) * (wanted.norm(dim=-1) + offset.norm(dim=-1))
+    scale = torch.ones_like(plain[:, 0])
+    if ((plain - wanted).norm(dim=-1) > allowed).any():
+        scale = (plain * wanted).sum(-1) / plain.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+    if ((scale[:, None] * plain - wanted).norm(dim=-1) > allowed).any():
         raise ValueError(f"sae: what {type(sae).__name__} decodes is not its activations times W_dec, plus a bias.")
     bias = offset[0] if (scale == 1).all() and torch.allclose(offset, offset[:1]) and offset.any() else None
     products = Factors((numbers * scale[:, None]).to(x.device), vectors.to(x.device))

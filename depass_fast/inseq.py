@@ -5,7 +5,8 @@
     model = inseq.load_model(hf_model, "depass", tokenizer=tokenizer)
     model.attribute("The capital of France is", "The capital of France is Paris").show()
 
-Every generated token gets the shares of all tokens before it in its logit. The constants' share, `bias`, is no token's.
+Every generated token gets the shares of all tokens before it in its logit; inseq's default, its probability, is no sum
+over tokens and becomes the logit. The constants' share, `bias`, is no token's.
 """
 
 from __future__ import annotations

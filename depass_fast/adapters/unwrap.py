@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_BARE: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # one per bridged model, so that traces fit
 
 
 def unwrap(model: Any, tokenizer: Any | None) -> tuple[Any, Any | None]:
@@ -33,17 +36,24 @@ def _inside(model: Any) -> Any:
     if isinstance(model, nn.Module):  # TransformerLens' bridge keeps the model outside of its own modules
         original = vars(model).get("original_model")
         if not isinstance(original, nn.Module):
+            if any("_original_component" in module._modules for module in model.modules()):
+                raise ValueError("model: it has been put into a TransformerBridge, which rewires it; give the bridge.")
             return model
         if getattr(model, "_weights_processed", False):
             raise ValueError(
                 f"model: the weights of this {name} have been processed; without enable_compatibility_mode(), or with "
                 "no_processing=True, they are the model's own."
             )
-        bare = _bare(original)
-        head = bare.get_output_embeddings()
-        if head.bias is not None and not head.bias.any():
-            head.bias = None  # the bridge's addition
-        return bare
+        if any(getattr(model, name, None) for name in ("acts_to_saes", "_acts_to_saes")):
+            raise ValueError(
+                f"model: dictionaries are spliced into this {name}; remove them first, Features takes one."
+            )
+        if original not in _BARE:
+            _BARE[original] = _bare(original)
+            head = _BARE[original].get_output_embeddings()
+            if getattr(head, "bias", None) is not None and not head.bias.any():  # the bridge's addition
+                vars(head)["_parameters"] = ChainMap({"bias": None}, head._parameters)
+        return _BARE[original]
     inner = getattr(model, "_module", None)  # nnsight's envoy
     if not isinstance(inner, nn.Module):
         return model
@@ -55,14 +65,22 @@ def _inside(model: Any) -> Any:
 def _bare(module: nn.Module) -> nn.Module:
     """The same module without the wrappers that a bridge has put around it and every module below.
 
-    Its parameters and buffers are the same tensors; the wrapped module stays as it is.
+    Its parameters and buffers are those of the wrapped module, also after they have been replaced there; that stays
+    as it is.
+
+    Raises:
+        ValueError: a module has a forward of its own, which would lead back into the wrappers.
     """
     while "_original_component" in module._modules:
         module = module._modules["_original_component"]
+    if "forward" in vars(module):
+        raise ValueError(
+            f"model: {type(module).__name__} inside this bridge has had its forward replaced (as accelerate does for a "
+            "device_map); give DePass a Hugging Face model of its own."
+        )
     bare = copy.copy(module)
     for name, value in vars(module).items():
         if name.endswith("_hooks") or "_hooks_" in name:  # the bridge's, and what is hooked up here is not for it
             vars(bare)[name] = OrderedDict() if isinstance(value, dict) else value
-    bare._parameters = dict(module._parameters)
     bare._modules = {name: child if child is None else _bare(child) for name, child in module._modules.items()}
     return bare

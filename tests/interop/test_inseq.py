@@ -46,7 +46,7 @@ def test_every_generated_token_is_attributed(loaded, options):
     out.show(display=False, return_html=True)
 
 
-def test_a_batch_is_padded_by_inseq(loaded):
+def test_a_list_of_texts(loaded):
     model, _ = loaded
     prompts, full = [PROMPT, "In truth: Nyria Morstam speaks"], [FULL, "In truth: Nyria Morstam speaks Italian."]
     _, together = sequences(model, prompts, full)
@@ -55,6 +55,28 @@ def test_a_batch_is_padded_by_inseq(loaded):
         assert [t.token for t in batched.target] == [t.token for t in alone.target]
         a, b = batched.target_attributions.nan_to_num(), alone.target_attributions.nan_to_num()
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_step_of_a_padded_batch(loaded, monkeypatch):
+    """Prompts of different lengths, as inseq hands them over when it generates: padding is no token."""
+    model, dp = loaded
+    seen, attribute = [], DePass.attribute
+    monkeypatch.setattr(
+        DePass, "attribute", lambda self, p, *args, **kw: (seen.append(len(p)), attribute(self, p, *args, **kw))[1]
+    )
+    prompts = [PROMPT, "In truth: Nyria Morstam speaks"]
+    ids = [dp.tokenizer.encode(prompt) for prompt in prompts]
+    width = max(map(len, ids))
+    padded = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    targets = torch.tensor([[5], [6]])
+    step = model.attribution_method.attribute_step(
+        {"additional_forward_args": (padded, targets, None, mask)}, {"temperature": 0.2}
+    )
+    assert seen == [2]
+    for row, keep, prompt, target in zip(step.target_attributions, mask.bool(), ids, (5, 6), strict=True):
+        alone = attribute(dp, prompt, Tokens(), target, temperature=0.2).scores
+        assert torch.allclose(row[keep], alone, atol=1e-5) and not row[~keep].any()
 
 
 def test_the_shares_sum_to_the_logit(loaded):

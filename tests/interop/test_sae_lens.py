@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import build, random_ids
+from conftest import build, build_model, random_ids
 
-from depass_fast import Custom, Features
+from depass_fast import Custom, DePass, Features
 
 saes = pytest.importorskip("sae_lens.saes")
 SAEMetadata = pytest.importorskip("sae_lens.saes.sae").SAEMetadata
@@ -87,3 +87,36 @@ def test_dictionaries_of_other_places():
     config = saes.TranscoderConfig(d_in=32, d_out=32, d_sae=40, apply_b_dec_to_input=False)
     with pytest.raises(ValueError, match="sae: a transcoder writes elsewhere"):
         build("llama-gqa").attribute(IDS, Features("blocks.1.hook_resid_pre", saes.Transcoder(config)))
+
+
+def test_half_precision_dictionaries_at_large_norms():
+    """The first position of real models has norms of hundreds: squares overflow in float16."""
+    model = build_model("llama", num_key_value_heads=2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1000)
+    dp, sae = DePass(model), make("standard")
+    exact = dp.attribute(IDS, Features(sae=sae), 3)
+    result = dp.attribute(IDS, Features(sae=sae.to(torch.float16)), 3)
+    assert result.completeness_error < 1e-4 and exact.completeness_error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["constant norm", "layer norm", "standard"])
+def test_the_dictionary_is_left_as_it_was(name):
+    dp, sae = build("llama-gqa"), make(name)
+    x = dp.trace(IDS).resid(2)[None]
+    with torch.no_grad():
+        activations = sae.encode(x)
+        expected = sae.decode(activations)
+        activations = sae.encode(x)
+        dp.attribute(IDS[:3], Features(sae=sae), 3)
+        assert torch.equal(sae.decode(activations), expected)
+
+
+def test_nan_in_a_dictionary_is_named():
+    sae = make("standard")
+    with torch.no_grad():
+        sae.W_dec[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="sae: its activations or what it decodes hold NaN or inf in prompt 0"):
+        build("llama-gqa").attribute(IDS, Features(sae=sae), 3)
+    with pytest.raises(TypeError, match="give the dictionary by its name"):
+        Features(sae)

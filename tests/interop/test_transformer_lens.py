@@ -81,3 +81,36 @@ def test_a_hooked_transformer_is_refused():
         pytest.skip("TransformerLens 4 has none")
     with pytest.raises(ValueError, match="HookedTransformer holds processed copies.*TransformerBridge"):
         DePass(lens.HookedTransformer(config))
+
+
+def test_weights_replaced_in_the_bridge_are_seen():
+    model = build_model("llama", num_key_value_heads=2)
+    wrapped = boot(model)
+    dp = DePass(wrapped)
+    first = dp.attribute(IDS, Tokens(), 3).target_logits
+    model.load_state_dict({k: 1.3 * v for k, v in model.state_dict().items()}, assign=True)
+    with torch.no_grad():
+        logit = wrapped(torch.tensor([IDS]))[0, -1, 3]
+    assert torch.allclose(dp.attribute(IDS, Tokens(), 3).target_logits, logit, atol=1e-4)
+    assert not torch.allclose(first, logit, atol=1e-2)
+
+
+def test_traces_fit_every_depass_of_one_bridge():
+    wrapped = boot(build_model("llama", num_key_value_heads=2))
+    first, second = DePass(wrapped), DePass(wrapped)
+    assert torch.equal(second.attribute(first.trace(IDS), Tokens(), 3).scores, first.attribute(IDS, Tokens(), 3).scores)
+
+
+def test_what_would_be_left_out_is_refused():
+    model = build_model("llama", num_key_value_heads=2)
+    wrapped = boot(model)
+    with pytest.raises(ValueError, match="has been put into a TransformerBridge, which rewires it; give the bridge"):
+        DePass(model)
+    model = build_model("llama", num_key_value_heads=2)
+    forward = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer inside this bridge has had its forward replaced"):
+        DePass(boot(model))
+    wrapped._acts_to_saes = {"blocks.1.hook_out": object()}
+    with pytest.raises(ValueError, match="dictionaries are spliced into this TransformerBridge"):
+        DePass(wrapped)
