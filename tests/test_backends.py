@@ -83,6 +83,19 @@ def test_a_state_may_be_changed_before_it_is_carried():
             assert close(doubled, 2 * dp.decompose(trace, kind, allocation="taylor").dense())
 
 
+@torch.no_grad()
+def test_a_state_that_is_written_to_is_no_product_any_more():
+    """Tokens and neurons start as numbers times vectors, which the first layer makes use of; not after a change."""
+    dp = build("llama-gqa")
+    trace = dp.trace(random_ids(7))
+    for kind in (Tokens(), Neurons(0)):
+        trace, state = dp._start(dp._plan(trace, kind, None, {"allocation": "taylor"}))
+        assert state.factors is not None
+        state.set_block(0, 2 * state.block(0))
+        doubled = dp.carry(trace, state, allocation="taylor").dense()
+        assert close(doubled, 2 * dp.decompose(trace, kind, allocation="taylor").dense())
+
+
 def test_carry_refuses_what_does_not_fit():
     dp, ids = build("llama-gqa"), random_ids(7)
     trace = dp.trace(ids)
