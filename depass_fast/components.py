@@ -16,6 +16,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .backends.reference import attention_probabilities
 from .hook_names import LAYER_INPUT, RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
+from .outputs import Outputs
 from .prompts import as_index
 from .state import BIAS, REST, Factors
 from .trace import Trace
@@ -56,6 +57,13 @@ class ComponentKind:
             raise ValueError(f"layer: {layer} is out of range; this model has layers 0 to {n - 1}.")
         return layer % n
 
+    def start_site(self, adapter: Adapter) -> Site:
+        """Where the components enter the residual stream of this model.
+
+        In a parallel layer attention and MLP read the same, so that what attention adds enters after both.
+        """
+        return "resid_post" if self.site == "resid_mid" and adapter.family.parallel else self.site
+
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
         self.resolve(adapter)
@@ -80,8 +88,8 @@ class ComponentKind:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,) or None."""
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,), or (N, D), or None."""
         return None
 
 
@@ -112,21 +120,22 @@ class Heads(ComponentKind):
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         layer, span = self.resolve(adapter), trace.span(prompt)
-        weights, record = adapter.layer(layer).attention, trace.layers[layer]
-        x = record.resid_pre[span].to(out.dtype)
-        normed = x * weights.norm.scale(x)[:, None].to(x.dtype) * weights.norm.weight.to(out.dtype)
-        values = (normed @ weights.w_v.to(out.dtype).T).unflatten(-1, (weights.n_kv_heads, weights.head_dim))
-        values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)  # (N, H, d)
+        outputs = Outputs(adapter, trace, layer, prompt, out.dtype)
+        weights, record = outputs.weights.attention, trace.layers[layer].attention
+        values = outputs.values()  # (N, H, d)
         w_o = weights.w_o.to(out.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
-        positions = torch.arange(len(x), device=x.device)
+        positions = torch.arange(len(values), device=values.device)
         # a few queries at a time: P of a long prompt would be the N² that is nowhere held
-        for queries in positions.split(max(1, _TILE // (weights.n_heads * len(x)))):
-            p = attention_probabilities(record.attention, positions + span.start, queries, out.dtype)
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * len(values)))):
+            p = attention_probabilities(record, positions + span.start, queries, out.dtype)
             mixed = torch.einsum("hqk,khd->hqd", p, values)
             out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+        entering = outputs.entering(out, "attention")
+        if entering is not out:
+            out.copy_(entering)
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        return adapter.layer(self.resolve(adapter)).attention.constant(dtype)
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,10 @@ class Modules(ComponentKind):
     def site(self) -> Site:
         return "resid_mid" if self.which == "attention" else "resid_post"
 
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        return ("attention", "mlp") if self.which == "both" else (self.which,)
+
     def place(self, layer: int, hook: str) -> dict[str, Any]:
         if self.which not in ("both", _MODULES[hook]):
             raise ValueError(f"layer: {hook!r} is not the output of which={self.which!r}.")
@@ -162,47 +175,68 @@ class Modules(ComponentKind):
         return tuple(both.values()) if self.which == "both" else (both[self.which],)
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        layer, span = self.resolve(adapter), trace.span(prompt)
-        pre, mid, post = (trace.resid_at(layer, site)[span].to(out) for site in SITES)
-        outputs = {"attention": mid - pre, "mlp": post - mid}
-        constants = self._constants(adapter, out.dtype)
-        for m, module in enumerate(constants):
-            out[:, m] = outputs[module]
-            if constants[module] is not None:
-                out[:, m] -= constants[module]
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        for m, module in enumerate(self._chosen):
+            whole = outputs.whole(module)
+            out[:, m] = outputs.through_stream(whole, "mlp") if self._goes_on(module) else whole
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        present = [c for c in self._constants(adapter, dtype).values() if c is not None]
-        return sum(present[1:], present[0]) if present else None
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, dtype)
+        constants = []
+        for module in self._chosen:
+            constant = outputs.constant(module)
+            if constant is not None:
+                constants.append(outputs.through_stream(constant, "mlp") if self._goes_on(module) else constant)
+        return sum(constants[1:], constants[0]) if constants else None
 
-    def _constants(self, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        """The chosen modules, each with the constant part of its output."""
-        weights = adapter.layer(self.resolve(adapter))
-        parts = {"attention": weights.attention, "mlp": weights.mlp}
-        return {name: part.constant(dtype) for name, part in parts.items() if self.which in ("both", name)}
+    def _goes_on(self, module: str) -> bool:
+        """Whether what a module adds passes the end of the layer before the components start."""
+        return module == "attention" and self.site == "resid_post"
 
 
 @dataclass(frozen=True)
 class Neurons(ComponentKind):
-    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i]."""
+    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
+
+    In a mixture of experts these are the neurons of every expert that any position was sent to, `L3E5N12`; a neuron's
+    activation has the router's weight in it.
+    """
 
     kind = "neurons"
     site = "resid_post"
     hooks = ("mlp.hook_post",)
 
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
         layer = self.resolve(adapter)
-        return tuple(f"L{layer}N{i}" for i in range(adapter.layer(layer).mlp.w_down.shape[1]))
+        dtype = torch.promote_types(adapter.dtype, torch.float32)
+        outputs = Outputs(adapter, trace, layer, prompt, dtype)
+        names, products = outputs.neurons()
+        labels = tuple(f"L{layer}{name}" for name in names)
+        return Products(layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site=self.site)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Products(ComponentKind):
+    """Components of one prompt that are numbers times vectors, with what else they bring to ``bias``."""
+
+    labels: tuple[str, ...]
+    products: Factors
+    bias: Tensor | None
+    site: Site
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return self.labels
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        fill_products(out, self.factors(adapter, trace, prompt))
+        """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
+        numbers, vectors = self.products.coefficients.to(out.dtype), self.products.vectors.to(out.dtype)
+        torch.mul(numbers[..., None], vectors, out=out)
 
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
-        layer = self.resolve(adapter)
-        return Factors(trace.layers[layer].act[trace.span(prompt)], adapter.layer(layer).mlp.w_down.T)
+        return self.products
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        return adapter.layer(self.resolve(adapter)).mlp.constant(dtype)
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,8 +325,7 @@ class Custom(ComponentKind):
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
-        if self.site not in SITES:
-            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, SITES))}.")
+        check_site(self.site, adapter)
         if len(lengths) != 1:
             raise ValueError(f"Custom: its states belong to one prompt, got {len(lengths)} prompts.")
         states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
@@ -315,9 +348,15 @@ class Custom(ComponentKind):
         return (self.states,)
 
 
-def fill_products(out: Tensor, factors: Factors) -> None:
-    """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
-    torch.mul(factors.coefficients.to(out.dtype)[..., None], factors.vectors.to(out.dtype), out=out)
+def check_site(site: str, adapter: Adapter) -> None:
+    """Refuse a site that there is not, or not in this model."""
+    if site not in SITES:
+        raise ValueError(f"site: {site!r} is not one of {', '.join(map(repr, SITES))}.")
+    if site == "resid_mid" and adapter.family.parallel:
+        raise ValueError(
+            "site: attention and MLP of this model's layers read the same, there is no 'resid_mid' between them; take "
+            "'resid_pre' or 'resid_post'."
+        )
 
 
 def _check_labels(labels: Sequence[str] | None, count: int) -> None:

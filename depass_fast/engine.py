@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
+from .capture import capture
 from .components import ComponentKind, Tokens
 from .generation import Generation, generate
 from .hook_names import layer_input
@@ -24,8 +25,9 @@ from .options import Options, Run
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
-from .state import BIAS, ComponentState, Layout
-from .trace import Trace, capture
+from .state import ComponentState, Layout
+from .step import normalise, through_layer
+from .trace import Trace
 
 
 class DePass:
@@ -227,15 +229,9 @@ class DePass:
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
         errors = [_completeness(state, start)]
         for index in range(first, end):
-            layer, record = self.adapter.layer(index), trace.layers[index]
+            layer = self.adapter.layer(index)
             state.rows = state.rows.to(layer.device)
-            kept = queries if index == end - 1 else None
-            if state.site == "resid_pre":
-                state = run.backend.aggregate_ov(state, layer.attention, record, kept)
-            elif kept is not None:
-                state = state.at(kept)
-            state = run.backend.allocate_mlp(state, layer.mlp, record, run.allocation)
-            state.layer, state.site, state.factors = index + 1, "resid_pre", None
+            state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
             errors.append(_completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
@@ -265,7 +261,7 @@ class DePass:
             raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
         components.check(self.adapter, [len(ids) for ids in prompts])
         layer, n_layers = components.resolve(self.adapter), self.adapter.n_layers
-        first = layer + (components.site != "resid_pre")
+        first = layer + (components.start_site(self.adapter) != "resid_pre")
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
@@ -286,14 +282,15 @@ class DePass:
     def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
         """Whether an additive constant lies between the components and the end."""
         if end is None:
-            if self.adapter.final_norm().bias is not None or self.adapter.unembedding_bias is not None:
+            norm = self.adapter.final_norm()
+            if (norm is not None and norm.bias is not None) or self.adapter.unembedding_bias is not None:
                 return True
             end = self.adapter.n_layers
         for index in range(layer, end):
-            weights, start = self.adapter.layer(index), index == layer
-            if weights.has_attention_bias and not (start and components.site != "resid_pre"):
+            weights, site = self.adapter.layer(index), components.start_site(self.adapter) if index == layer else ""
+            if weights.attention.has_bias and site not in ("resid_mid", "resid_post"):
                 return True
-            if weights.has_mlp_bias and not (start and components.site == "resid_post"):
+            if weights.has_mlp_bias and site != "resid_post":
                 return True
         return False
 
@@ -317,7 +314,8 @@ class DePass:
         """A result per prompt, from a state with one position of each."""
         device = self.adapter.unembedding.weight.device
         final_norm = plan.end_given is None
-        norm = self.adapter.final_norm().to(device) if final_norm else None
+        norm = self.adapter.final_norm() if final_norm else None
+        norm = None if norm is None else norm.to(device)
         wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
         state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
         final = trace.normed_final.to(device) if final_norm else resid
@@ -351,13 +349,8 @@ class DePass:
 
     def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
         """The state after the frozen final norm; in place."""
-        norm, layout, rows = self.adapter.final_norm(), state.layout, state.rows
-        packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
-        scale = norm.scale(trace.resid_final.to(rows))[packed]
-        rows.mul_(scale[:, None].to(rows.dtype)).mul_(norm.weight.to(rows))
-        if norm.bias is not None:
-            rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)
-        return ComponentState(rows, layout, state.layer)
+        normalise(state, self.adapter.final_norm(), trace.resid_final)
+        return ComponentState(state.rows, state.layout, state.layer)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ def initial_state(
     ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
     """
     layer = kind.resolve(adapter)
-    x = trace.resid_at(layer, kind.site).to(adapter.layer(layer).device)
-    entering = layer + (kind.site == "resid_post")
-    site = "resid_mid" if kind.site == "resid_mid" else "resid_pre"
+    place = kind.start_site(adapter)
+    x = trace.resid_at(layer, place).to(adapter.layer(layer).device)
+    entering = layer + (place == "resid_post")
+    site = "resid_mid" if place == "resid_mid" else "resid_pre"
     kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
-    constants = [k.constant(adapter, dtype) for k in kinds]
+    constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
     bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
     names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]
     factors = tuple(k.factors(adapter, trace, prompt) for prompt, k in enumerate(kinds))

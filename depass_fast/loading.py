@@ -63,28 +63,31 @@ def check_weights(adapter: Adapter) -> None:
     Raises:
         ValueError: naming the module.
     """
-    for index in range(adapter.n_layers):
-        for name, module in adapter.named_weights(index).items():
-            _check_weight(name, module)
-    _check_weight(adapter.family.unembedding, adapter.unembedding)
+    modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
+    for module in [*modules, adapter.unembedding]:
+        problem = _problem(module)
+        if problem is not None:
+            raise ValueError(f"{adapter.name_of(module)}: {problem}")
 
 
-def _check_weight(name: str, module: nn.Module) -> None:
+def _problem(module: nn.Module) -> str | None:
+    """Why the weight of a module cannot be read, if it cannot."""
     weight = getattr(module, "weight", None)
     if weight is not None and any(module.children()):
         parts = ", ".join(name for name, _ in module.named_children())
-        raise ValueError(
-            f"{name}: {type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
+        return (
+            f"{type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
             "merge the adapter into the model first."
         )
+    if weight is None and not any(module.parameters()):
+        return None  # a norm without parameters
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         kind = getattr(weight, "dtype", type(weight).__name__)
-        raise ValueError(
-            f"{name}: its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
+        return (
+            f"its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
             "bfloat16 or float16, or dequantise it first (model.dequantize())."
         )
-    if weight.is_meta:
-        raise ValueError(f"{name}: its weight is offloaded (meta device); load the model into memory.")
+    return "its weight is offloaded (meta device); load the model into memory." if weight.is_meta else None
 
 
 def check_ready(adapter: Adapter) -> None:

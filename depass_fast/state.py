@@ -90,6 +90,11 @@ class Layout:
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return Layout(components, prompt, local, offsets[prompt] + local, counts, starts)
 
+    def only(self, segments: np.ndarray) -> Layout:
+        """The layout of some of the segments (S',), which keep their order."""
+        parts = {name: getattr(self, name)[segments] for name in ("prompt", "local", "packed", "counts")}
+        return Layout(self.components, starts=np.concatenate([[0], np.cumsum(parts["counts"])]), **parts)
+
     @property
     def n_rows(self) -> int:
         return int(self.starts[-1])
@@ -194,6 +199,14 @@ class ComponentState:
         chosen = [segment[int(packed)] for packed in layout.packed]
         rows = [self.rows[int(self.layout.starts[s]) : int(self.layout.starts[s + 1])] for s in chosen]
         return ComponentState(torch.cat(rows), layout, self.layer)
+
+    def put(self, part: ComponentState) -> None:
+        """Write back the rows of some of the positions, as :meth:`at` took them out."""
+        self.factors = None
+        mine = np.searchsorted(self.layout.packed, part.layout.packed)
+        first = self.layout.starts[mine] - part.layout.starts[:-1]
+        rows = np.arange(part.layout.n_rows) + np.repeat(first, part.layout.counts)
+        self.rows[torch.from_numpy(rows).to(self.device)] = part.rows
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""

@@ -157,6 +157,6 @@ def test_neurons_from_the_published_initial_state(name, case, backend):
     layer, dp = case["args"]["start_layer_idx"], library(name)
     trace = dp.trace(case["input_ids"])
     record = trace.layers[layer]
-    neurons = record.act[..., None] * dp.adapter.layer(layer).mlp.w_down.detach().T  # (N, I, D)
+    neurons = record.mlp.act[..., None] * dp.adapter.layer(layer).mlp.w_down.detach().T  # (N, I, D)
     states = torch.cat([(record.resid_mid - neurons.sum(1))[:, None], neurons], dim=1)
     agree(propagated(dp, trace, states, layer + 1, "resid_pre", backend), case, load(name)[1])
