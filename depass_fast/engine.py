@@ -26,7 +26,7 @@ from .prompts import Prompt, as_index, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
-from .step import normalise, through_layer
+from .step import completeness, normalise, through_attention, through_mlp
 from .trace import Trace
 
 
@@ -227,12 +227,14 @@ class DePass:
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
-        errors = [_completeness(state, start)]
+        errors = [completeness(state, start)]
         for index in range(first, end):
             layer = self.adapter.layer(index)
             state.rows = state.rows.to(layer.device)
-            state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
-            errors.append(_completeness(state, trace.resid(index + 1)))
+            kept = queries if index == end - 1 else None
+            state, source = through_attention(state, layer, trace.layers[index], run, kept)
+            state = through_mlp(state, source, layer, trace.layers[index], run)
+            errors.append(completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
@@ -375,11 +377,3 @@ def _position(position: int, length: int) -> int:
     if not -length <= position < length:
         raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
     return position % length
-
-
-def _completeness(state: ComponentState, resid: Tensor) -> Tensor:
-    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
-    layout = state.layout
-    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
-    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()

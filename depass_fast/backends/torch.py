@@ -44,19 +44,25 @@ class TorchBackend:
     def aggregate_ov(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
     ) -> ComponentState:
+        wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
+        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
+        out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
+        _add_to_bias(out, self._attention_constant(out, weights, trace))
+        return out
+
+    def _aggregate(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None
+    ) -> ComponentState:
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
             alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
             if n_reads > alone or trace.value_ratio is not None:
-                return self.aggregate_ov(state, weights, trace).at(queries)
-            out = self._aggregate_at(state, weights, trace, queries)
-        elif state.factors is not None and trace.value_ratio is None:
-            out = self._aggregate_factors(state, weights, trace)
-            out = self._aggregate_everywhere(out, weights, trace, extras_only=True)
-        else:
-            out = self._aggregate_everywhere(state, weights, trace)
-        _add_to_bias(out, self._attention_constant(out, weights, trace))
-        return out
+                return self._aggregate(state, weights, trace, None).at(queries)
+            return self._aggregate_at(state, weights, trace, queries)
+        if state.factors is not None and trace.value_ratio is None:
+            state = self._aggregate_factors(state, weights, trace)
+            return self._aggregate_everywhere(state, weights, trace, extras_only=True)
+        return self._aggregate_everywhere(state, weights, trace)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
         dtype, packed = state.rows.dtype, torch.from_numpy(state.layout.packed).to(state.device)
