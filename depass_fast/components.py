@@ -80,6 +80,21 @@ class ComponentKind:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
 
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        """This kind layer by layer: itself, but for :class:`Neurons` of several layers."""
+        return [self]
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether several layers were asked for, be it in a list of one."""
+        return False
+
+    def single(self) -> ComponentKind:
+        """This kind, if it is of one layer; else ValueError."""
+        if self.is_layered:
+            raise ValueError("layers: only attribute() takes several layers; give one layer here.")
+        return self
+
     def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
         """What of the decomposed outputs is an additive constant, and thus `bias`: (D,) or None."""
         return None
@@ -184,11 +199,42 @@ class Modules(ComponentKind):
 
 @dataclass(frozen=True)
 class Neurons(ComponentKind):
-    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i]."""
+    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
+
+    ``layers``, "all" or a list, asks for several layers at once: a decomposition for each of them, and a
+    :class:`depass_fast.LayeredAttribution` of `attribute`. ``layer`` is not read then.
+    """
+
+    layers: Literal["all"] | Sequence[int | str] | None = None
 
     kind = "neurons"
     site = "resid_post"
     hooks = ("mlp.hook_post",)
+
+    @property
+    def is_layered(self) -> bool:
+        return self.layers is not None
+
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        if self.layers is None:
+            return [self]
+        if isinstance(self.layers, str):
+            if self.layers != "all":
+                raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
+            return [Neurons(layer) for layer in range(adapter.n_layers)]
+        found = sorted({Neurons(layer).resolve(adapter) for layer in self.layers})
+        if not found:
+            raise ValueError("layers: empty; give 'all' or at least one layer.")
+        return [Neurons(layer) for layer in found]
+
+    def count(self, adapter: Adapter) -> int:
+        """How many neurons the layer has."""
+        return adapter.layer(self.resolve(adapter)).mlp.w_down.shape[1]
+
+    def resolve(self, adapter: Adapter) -> int:
+        if self.layers is None:
+            return super().resolve(adapter)
+        return max(kind.resolve(adapter) for kind in self.each(adapter))
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)

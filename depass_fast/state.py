@@ -213,3 +213,11 @@ def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
     """Sums of runs of rows: (R, C) and the first row of every run (S,) -> (S, C)."""
     order = torch.arange(len(rows), device=rows.device)
     return nn.functional.embedding_bag(order, rows, starts, mode="sum")  # the fast segmented sum
+
+
+def completeness(state: ComponentState, resid: Tensor) -> Tensor:
+    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+    layout = state.layout
+    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
+    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()
