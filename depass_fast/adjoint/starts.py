@@ -139,7 +139,7 @@ def make_start(
     where = {"layer": layer, "entering": layer + (kind.site == "resid_post"), "mid": kind.site == "resid_mid"}
     bias = x.new_zeros(n, x.shape[1])
     if constant is not None:
-        bias += constant
+        bias, has_bias = bias + constant, True
     if factors is not None:
         named = Products(factors.coefficients.to(device, dtype), factors.vectors.to(device))
         rest = x - named.sum() - (0.0 if constant is None else constant)
