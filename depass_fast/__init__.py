@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
     from .engine import DePass
     from .features import Features
+    from .layered import LayeredAttribution
     from .options import Options
     from .result import Attribution
     from .state import ComponentState
@@ -25,6 +26,7 @@ __all__ = [
     "Features",
     "Generation",
     "Heads",
+    "LayeredAttribution",
     "Modules",
     "Neurons",
     "Options",
@@ -42,6 +44,7 @@ _HOME = {
     "DePass": "engine",
     "Features": "features",
     "Generation": "generation",
+    "LayeredAttribution": "layered",
     "Options": "options",
     "Trace": "trace",
 }

@@ -7,7 +7,7 @@ they lack to the hidden state becomes `rest` (:mod:`depass_fast.initial`); so th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,21 @@ class ComponentKind:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
 
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        """This kind layer by layer: itself, unless several layers were asked for."""
+        return [self]
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether several layers were asked for, be it in a list of one."""
+        return False
+
+    def single(self) -> ComponentKind:
+        """This kind, if it is of one layer; else ValueError."""
+        if self.is_layered:
+            raise ValueError("layers: only attribute() takes several layers; give one layer here.")
+        return self
+
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         """What of the decomposed outputs is an additive constant, and thus `bias`: (D,), or (N, D), or None."""
         return None
@@ -107,7 +122,40 @@ class Tokens(ComponentKind):
 
 
 @dataclass(frozen=True)
-class Heads(ComponentKind):
+class LayerKind(ComponentKind):
+    """A kind that can be asked for in several layers at once: a decomposition for each of them.
+
+    ``layers``, "all" or a list, makes `attribute` return a :class:`depass_fast.LayeredAttribution`; ``layer`` is not
+    read then.
+    """
+
+    layers: Literal["all"] | Sequence[int | str] | None = field(default=None, kw_only=True)
+
+    @property
+    def is_layered(self) -> bool:
+        return self.layers is not None
+
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        if self.layers is None:
+            return [self]
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
+        if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
+            raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
+        named = range(adapter.n_layers) if isinstance(self.layers, str) else self.layers
+        found = sorted({replace(self, layer=layer, layers=None).resolve(adapter) for layer in named})
+        if not found:
+            raise ValueError("layers: empty; give 'all' or at least one layer.")
+        return [replace(self, layer=layer, layers=None) for layer in found]
+
+    def resolve(self, adapter: Adapter) -> int:
+        if self.layers is None:
+            return super().resolve(adapter)
+        return max(kind.resolve(adapter) for kind in self.each(adapter))
+
+
+@dataclass(frozen=True)
+class Heads(LayerKind):
     """One component per attention head of ``layer``: its output, after W_O."""
 
     kind = "heads"
@@ -139,7 +187,7 @@ class Heads(ComponentKind):
 
 
 @dataclass(frozen=True)
-class Modules(ComponentKind):
+class Modules(LayerKind):
     """The outputs of ``layer``'s modules: attention, MLP, or both.
 
     With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP; with ``"attention"`` between
@@ -195,7 +243,7 @@ class Modules(ComponentKind):
 
 
 @dataclass(frozen=True)
-class Neurons(ComponentKind):
+class Neurons(LayerKind):
     """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
 
     In a mixture of experts these are the neurons of every expert that any position was sent to, `L3E5N12`; a neuron's
@@ -205,6 +253,10 @@ class Neurons(ComponentKind):
     kind = "neurons"
     site = "resid_post"
     hooks = ("mlp.hook_post",)
+
+    def count(self, adapter: Adapter) -> int:
+        """How many neurons the layer has, at most."""
+        return sum(mlp.w_down.shape[1] for mlp in adapter.layer(self.resolve(adapter)).mlps)
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
         layer = self.resolve(adapter)

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
+from .adjoint.attribute import by_adjoint, one_by_one
+from .adjoint.method import choose
 from .capture import capture
 from .components import ComponentKind, Tokens
 from .generation import Generation, generate
 from .hook_names import layer_input
 from .initial import initial_state
+from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .prompts import Prompt, as_index, encode, is_batch, token_texts
+from .prompts import Prompt, checked_position, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
@@ -89,8 +92,13 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
+        method: str | None = None,
+        refine: int | None = None,
+        refine_within: str = "all",
+        sample: int | None = None,
+        seed: int = 0,
         **options: Any,
-    ) -> Attribution | list[Attribution]:
+    ) -> Attribution | LayeredAttribution | list[Attribution] | list[LayeredAttribution]:
         """The share of every component in the logit of ``target``.
 
         Args:
@@ -102,10 +110,17 @@ class DePass:
             position: where the readout happens, -N to N - 1.
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
+            method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
+                of a few forward passes (docs/adjoint.md). None: exact, but for several layers with more than 4,096
+                components in all, or where ``refine`` or ``sample`` is given. The result says which.
+            refine: how many of the largest adjoint scores are replaced by exact ones, given log Z. Default: 64.
+            refine_within: "all" layers together, or as many in each "layer".
+            sample: how many components are drawn (by ``seed``) to estimate the error. Default: 64.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
-            An :class:`Attribution`; a list of them for a list of prompts, or for the trace of a list.
+            An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers; a list of them for
+            a list of prompts, or for the trace of a list.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
@@ -113,13 +128,20 @@ class DePass:
         """
         began = time.perf_counter()
         plan = self._plan(prompt, components, end, options)
-        reads = [_position(position, len(ids)) for ids in plan.prompts]
+        reads = [checked_position(position, len(ids)) for ids in plan.prompts]
         if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
             raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
         wanted = [target] * len(plan.prompts) if targets is None else targets
         specs = [parse_target(t, self.adapter, self.tokenizer) for t in wanted]
         if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
+        chosen = choose(components, self.adapter, plan.run.allocation, method, refine, refine_within, sample, seed)
+        if chosen.name == "adjoint":
+            results = by_adjoint(self, plan, reads, specs, chosen, began)
+            return results if plan.batch else results[0]
+        if components.is_layered:
+            results = one_by_one(self, plan, {"target": target, "targets": targets}, position, options)
+            return results if plan.batch else results[0]
 
         trace, state = self._start(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
@@ -247,7 +269,7 @@ class DePass:
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
 
-    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> _Plan:
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Plan:
         """Everything that can be checked before any work, checked."""
         settings = self.options.updated(options)
         run = settings.build(self.adapter)
@@ -267,7 +289,7 @@ class DePass:
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
-        return _Plan(
+        return Plan(
             run=run,
             batch=batch,
             prompts=prompts,
@@ -296,16 +318,17 @@ class DePass:
                 return True
         return False
 
-    def _start(self, plan: _Plan) -> tuple[Trace, ComponentState]:
+    def _start(self, plan: Plan) -> tuple[Trace, ComponentState]:
+        kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
         state = initial_state(
-            plan.components, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
+            kind, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
         )
         return trace, state
 
     def _read(
         self,
-        plan: _Plan,
+        plan: Plan,
         trace: Trace,
         state: ComponentState,
         errors: list[Tensor],
@@ -356,7 +379,7 @@ class DePass:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One call, checked: what is to be done."""
 
     run: Run
@@ -370,10 +393,3 @@ class _Plan:
     end_given: int | None
     end: int
     has_bias: bool
-
-
-def _position(position: int, length: int) -> int:
-    position = as_index(position, "position")
-    if not -length <= position < length:
-        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
-    return position % length

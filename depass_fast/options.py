@@ -61,7 +61,8 @@ class Options:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
         if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
-        return Run(Allocation(self.allocation, self.temperature), make_backend(name, compute, budget), state)
+        backend = make_backend(name, compute, budget)
+        return Run(Allocation(self.allocation, self.temperature), backend, state, compute, budget)
 
     def excluded(self, length: int) -> set[int]:
         """The positions of special tokens in a prompt of ``length`` tokens."""
@@ -86,6 +87,8 @@ class Run:
     allocation: Allocation
     backend: Backend
     state_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    memory_budget: int | None
 
 
 def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:

@@ -87,6 +87,14 @@ def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
     return tensor
 
 
+def checked_position(position: int, length: int) -> int:
+    """A position from 0, of one that may count from the end."""
+    position = as_index(position, "position")
+    if not -length <= position < length:
+        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+    return position % length
+
+
 def token_texts(ids: Tensor, tokenizer: Any | None) -> list[str]:
     """The text of every token; its number where there is no tokenizer."""
     if tokenizer is None:
