@@ -149,6 +149,7 @@ class LayerKind(ComponentKind):
         return [replace(self, layer=layer, layers=None) for layer in found]
 
     def resolve(self, adapter: Adapter) -> int:
+        """The layer; of several, the last, which is the first that everything is under way at."""
         if self.layers is None:
             return super().resolve(adapter)
         return max(kind.resolve(adapter) for kind in self.each(adapter))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
-from .adjoint.attribute import by_adjoint, one_by_one
+from .adjoint.attribute import by_adjoint
 from .adjoint.method import choose
 from .capture import capture
 from .components import ComponentKind, Tokens
+from .exact_layers import exact_layers
 from .generation import Generation, generate
 from .hook_names import layer_input
 from .initial import initial_state
@@ -138,14 +139,12 @@ class DePass:
         chosen = choose(components, self.adapter, plan.run.allocation, method, refine, refine_within, sample, seed)
         if chosen.name == "adjoint":
             results = by_adjoint(self, plan, reads, specs, chosen, began)
-            return results if plan.batch else results[0]
-        if components.is_layered:
-            results = one_by_one(self, plan, {"target": target, "targets": targets}, position, options)
-            return results if plan.batch else results[0]
-
-        trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
-        results = self._read(plan, trace, state, errors, reads, specs, began)
+        elif components.is_layered:
+            results = exact_layers(self, plan, reads, specs, began)
+        else:
+            trace, state = self.start_state(plan)
+            state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
+            results = self.read(plan, trace, state, errors, reads, specs, began)
         return results if plan.batch else results[0]
 
     @torch.no_grad()
@@ -173,13 +172,13 @@ class DePass:
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
         steps = []
         for read in range(length - 1, len(ids) - 1):
             here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
             spec = parse_target(int(ids[read + 1]), self.adapter, self.tokenizer)
-            steps += self._read(plan, trace, here, errors, [read], [spec], began)
+            steps += self.read(plan, trace, here, errors, [read], [spec], began)
         return Generation.of(steps, length, self.tokenizer)
 
     @torch.no_grad()
@@ -196,7 +195,7 @@ class DePass:
         ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
         """
         plan = self._plan(prompt, components, end, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
 
@@ -208,7 +207,7 @@ class DePass:
         """
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
-        state = self._start(self._plan(trace, components, None, options))[1]
+        state = self.start_state(self._plan(trace, components, None, options))[1]
         state.factors = None  # they would no longer hold
         return state
 
@@ -300,10 +299,10 @@ class DePass:
             layer=layer,
             end_given=end,
             end=n_layers if end is None else end,
-            has_bias=self._meets_bias(components, layer, end),
+            has_bias=self.meets_bias(components, layer, end),
         )
 
-    def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
+    def meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
         """Whether an additive constant lies between the components and the end."""
         if end is None:
             norm = self.adapter.final_norm()
@@ -318,7 +317,7 @@ class DePass:
                 return True
         return False
 
-    def _start(self, plan: Plan) -> tuple[Trace, ComponentState]:
+    def start_state(self, plan: Plan) -> tuple[Trace, ComponentState]:
         kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
         state = initial_state(
@@ -326,7 +325,7 @@ class DePass:
         )
         return trace, state
 
-    def _read(
+    def read(
         self,
         plan: Plan,
         trace: Trace,

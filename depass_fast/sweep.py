@@ -8,7 +8,7 @@ segment per position and decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -22,14 +22,14 @@ from .trace import Trace
 _BYTES = 1 << 30  # of states that are carried together
 
 
-def can_sweep(states: Sequence[ComponentState], trace: Trace, run: Run) -> bool:
-    """Whether these states can be carried together: components that live everywhere, on a backend for jagged rows."""
-    everywhere = not any(c.births.any() or c.excluded.any() for state in states for c in state.layout.components)
-    clamped = any(layer.attention.value_ratio is not None for layer in trace.layers)
-    return run.backend.name != "reference" and everywhere and not clamped
+def can_sweep(trace: Trace, run: Run) -> bool:
+    """Whether states can be carried together: on a backend for jagged rows, and where no values are clamped."""
+    return run.backend.name != "reference" and not any(
+        layer.attention.value_ratio is not None for layer in trace.layers
+    )
 
 
-def together(states: Sequence[ComponentState]) -> Iterator[list[ComponentState]]:
+def together(states: Iterable[ComponentState]) -> Iterator[list[ComponentState]]:
     """Neighbouring states, as many as fit into memory together with a copy."""
     group: list[ComponentState] = []
     for state in states:
@@ -50,8 +50,9 @@ def sweep(
 ) -> list[tuple[ComponentState, list[Tensor]]]:
     """Carry every state to the input of layer ``end``, as `DePass.propagate` does one; they are used up.
 
-    ``states`` must be in the order of where they start, and agree in which extras they have. Returned are, in that
-    order, the states (at ``reads`` of every prompt, if given) and completeness errors at the start and at every layer.
+    ``states`` must be in the order of where they start, of components that live everywhere, and agree in their extras.
+    Returned are, in that order, the states (at ``reads`` of every prompt, if given) and their completeness errors at
+    the start and after every layer.
     """
     reads = None if reads is None else [np.array(r) for r in reads]
     errors = [[completeness(s, trace.resid_at(s.layer, s.site))] for s in states]

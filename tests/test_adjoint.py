@@ -55,14 +55,14 @@ def test_taylor_is_exact(name):
 def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward, torch.Tensor]:
     """The steps of a sweep as the exact run has them: log Z of all components, the crowd's mean gate."""
     adapter, n = dp.adapter, read + 1
-    has_bias = dp._meets_bias(kind, kind.resolve(adapter), None)
+    has_bias = dp.meets_bias(kind, kind.resolve(adapter), None)
     start = make_start(kind, adapter, trace, 0, n, has_bias, torch.float64)
     state = dp.start(trace, kind, backend="reference", state_dtype="float64") if kind.site != "resid_post" else None
     steps = []
     reference = ReferenceBackend()
     for index in range(start.entering, adapter.n_layers):
         if state is None:
-            state = dp._start(dp._plan(trace, kind, None, {"backend": "reference", "state_dtype": "float64"}))[1]
+            state = dp.start_state(dp._plan(trace, kind, None, {"backend": "reference", "state_dtype": "float64"}))[1]
         layer, record = adapter.layer(index), trace.layers[index]
         queries = slice(read, n) if index == adapter.n_layers - 1 else slice(0, n)
         if state.site == "resid_pre":

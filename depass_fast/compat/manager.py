@@ -242,7 +242,7 @@ class decomposed_state_manager:
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
         """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
-        _, state = self.dp._start(self.dp._plan(self._trace, kind, end, options))
+        _, state = self.dp.start_state(self.dp._plan(self._trace, kind, end, options))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
             layer = kind.resolve(self.dp.adapter)
             record = self._trace.layers[layer]
