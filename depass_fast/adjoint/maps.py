@@ -78,9 +78,9 @@ class LayerMaps:
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
         return (out @ self._w_v).to(self.dtype) * self._gamma
 
-    def gates(self, x: Tensor) -> Tensor:
-        """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`."""
-        return ((x * self._mlp_scale).to(self.compute) @ self._w_gate.T).to(self.dtype)
+    def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
+        """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`; at some of the queries."""
+        return ((x * self._mlp_scale[at]).to(self.compute) @ self._w_gate.T).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """The transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
