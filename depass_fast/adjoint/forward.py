@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..trace import Trace
-from .maps import LayerMaps
-from .starts import Start, gate_size
+from .maps import LayerMaps, Road
+from .starts import Start
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,6 @@ class Settings:
     """
 
     temperature: float | None
-    compute: torch.dtype
     loud: float = 2.0
     at_most: int = 128
     scatter: bool = True
@@ -72,30 +69,25 @@ REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
 
 
 def mean_field(
-    adapter: Adapter,
-    trace: Trace,
-    prompt: int,
+    road: Road,
     starts: Sequence[Start],
     loud: Sequence[Tensor],
-    end: int,
-    n: int,
     settings: Settings,
     fixed: Sequence[Tensor] | None = None,
     budget: int = 1 << 28,
 ) -> Forward:
-    """Carry the explicit rows of ``starts`` (in order) to layer ``end``, read at position ``n`` - 1.
+    """Carry the explicit rows of ``starts`` (in order) to the end of the road.
 
     ``loud`` holds the loud components of every start, (k,) indices: explicit until they are released. ``fixed`` holds
     others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
     """
     fixed = fixed or [indices[:0] for indices in loud]
-    span = slice(trace.span(prompt).start, trace.span(prompt).start + n)
-    rows = _Rows(starts[0].bias.new_zeros(0, n, starts[0].bias.shape[1]))
+    rows = _Rows(starts[0].bias.new_zeros(0, road.n, starts[0].bias.shape[1]))
     masks: list[Tensor | None] = []
     out = Forward(list(starts), [], rows)
-    for index in range(starts[0].entering, end):
-        queries = slice(n - 1, n) if index == end - 1 else slice(0, n)
-        maps = LayerMaps(adapter.layer(index), trace.layers[index], span, queries, rows.x.dtype, settings.compute)
+    for index in range(starts[0].entering, road.end):
+        maps = road.maps(index)
+        queries = maps.queries
         rows.to(maps.device)
         joining = [s for s in range(len(starts)) if starts[s].entering == index]
         for s in joining:
@@ -116,13 +108,13 @@ def mean_field(
         if maps.mlp_constant is not None:
             rows.x[rows.member == BIAS_ROW] += maps.mlp_constant
         out.steps.append(step)
-        if index + 1 < end and settings.temperature is not None:
-            _release(rows, adapter, trace, span, index + 1, settings, out)
+        if index + 1 < road.end and settings.temperature is not None:
+            _release(rows, road, index + 1, settings, out)
     rows.x = rows.x[:, -1:]
     for s, start in enumerate(starts):
-        if start.entering >= end:  # nothing in between: what starts is what is read
+        if start.entering >= road.end:  # nothing in between: what starts is what is read
             rows.to(start.bias.device)
-            late = _Rows(rows.x.new_zeros(0, n, rows.x.shape[2]))
+            late = _Rows(rows.x.new_zeros(0, road.n, rows.x.shape[2]))
             late.join(s, start, loud[s][:0], loud[s][:0], settings)
             rows.append(late.x[:, -1:], late.owner, late.member, late.stays)
             out.alive.append(None)
@@ -153,7 +145,9 @@ class _Rows:
     def join(self, s: int, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
         """Append the rows of start ``s``: its probe, `rest`, `bias`, the loud ones and those that stay to the end."""
         n_loud, loud = len(loud), torch.cat([loud, fixed])
-        rows, members = [start.bias[None], start.named.rows(loud)], [BIAS_ROW]
+        rows, members = [start.named.rows(loud)], []
+        if start.has_bias:
+            rows, members = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
             rows, members = [start.rest[None], *rows], [REST_ROW, *members]
         if settings.temperature is not None:
@@ -300,16 +294,12 @@ def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
     return log_kappa, torch.where(frozen, most / spread.clamp_min(1e-30), 1.0)
 
 
-def _release(
-    rows: _Rows, adapter: Adapter, trace: Trace, span: slice, index: int, settings: Settings, out: Forward
-) -> None:
+def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
-    if not settings.releases or len(rows.sizes) * 3 >= len(rows.x):  # nobody to be released, as the host can tell
+    if not settings.releases or len(rows.x) <= 2 * len(rows.sizes):  # nobody to be released, as the host can tell
         return
-    norm, w_gate = adapter.layer(index).mlp.norm, adapter.layer(index).mlp.w_gate
-    resid = trace.layers[index].resid_mid[span].to(rows.x)
-    weight = norm.scale(resid).to(resid)[:, None] * norm.weight.to(resid)
-    size = (rows.x * weight).norm(dim=2).amax(1) * (gate_size(w_gate) / settings.temperature)
+    weight, gate = road.drive(index)
+    size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
     quiet = ~rows.stays & (size < settings.loud)
     where = quiet.nonzero()[:, 0]
     if not len(where):

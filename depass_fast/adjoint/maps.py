@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters import Layer
+from ..adapters import Adapter, Layer
 from ..backends.attention import FrozenAttention
-from ..trace import LayerTrace
+from ..trace import LayerTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
+_KEPT = 1 << 28  # and between the ways there and back, of all layers
 
 
 class LayerMaps:
@@ -109,3 +110,55 @@ class LayerMaps:
         else:
             p = self._frozen.probabilities(slice(None), self.queries)
             yield slice(0, self._kv), 0, p.shape[2], p
+
+
+class Road:
+    """The layers up to ``end`` as the first ``n`` positions of one prompt pass them; read at the last of these."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        trace: Trace,
+        prompt: int,
+        n: int,
+        end: int,
+        dtype: torch.dtype,
+        compute: torch.dtype,
+    ) -> None:
+        self.adapter, self.trace, self.n, self.end = adapter, trace, n, end
+        self.dtype, self.compute = dtype, compute
+        first = trace.span(prompt).start
+        self.prompt, self.span = prompt, slice(first, first + n)
+        self._layers: dict[int, Layer] = {}
+        self._maps: dict[int, LayerMaps] = {}
+
+    def layer(self, index: int) -> Layer:
+        if index not in self._layers:
+            self._layers[index] = self.adapter.layer(index)
+        return self._layers[index]
+
+    def queries(self, index: int) -> slice:
+        """Where layer ``index`` is needed: everywhere, but in the last one only where it is read."""
+        return slice(self.n - 1 if index == self.end - 1 else 0, self.n)
+
+    def maps(self, index: int) -> LayerMaps:
+        """The maps of a layer; kept where that costs little: no other copy of the weights, few probabilities."""
+        if index in self._maps:
+            return self._maps[index]
+        layer = self.layer(index)
+        maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
+        probabilities = self.end * layer.attention.n_heads * self.n**2
+        if layer.mlp.w_down.dtype == self.compute and probabilities <= _KEPT:
+            self._maps[index] = maps
+        return maps
+
+    def drive(self, index: int) -> tuple[Tensor, float]:
+        """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
+
+        The product of that with a component's norm is how far its gates can be expected from zero.
+        """
+        mlp = self.layer(index).mlp
+        resid = self.trace.layers[index].resid_mid[self.span].to(self.dtype)
+        weight = mlp.norm.scale(resid).to(self.dtype)[:, None] * mlp.norm.weight.to(self.dtype)
+        size = torch.linalg.vector_norm(mlp.w_gate, dtype=torch.float32) / mlp.w_gate.numel() ** 0.5
+        return weight, float(size.detach())

@@ -13,6 +13,7 @@ from ..components import ComponentKind
 from ..initial import initial_state
 from ..state import BIAS, REST
 from ..trace import Trace
+from .maps import Road
 
 
 class Named(Protocol):
@@ -67,7 +68,7 @@ class Products:
         return (self.coefficients * scale[:, None]).abs_().mul_((self._wide() * gamma).norm(dim=1))
 
     def alive(self) -> Tensor:
-        return (self.coefficients != 0) & (self.vectors != 0).any(1)
+        return (self.coefficients != 0) & (self.vectors.abs().amax(1) != 0)
 
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
@@ -154,21 +155,13 @@ def make_start(
     return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
 
 
-def loudness(start: Start, adapter: Adapter, trace: Trace, prompt: int, temperature: float) -> Tensor:
+def loudness(start: Start, road: Road, temperature: float) -> Tensor:
     """How far a component's g/T at its first MLP can be expected from zero: (M,).
 
     The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.
     """
-    record, mlp = trace.layers[start.entering], adapter.layer(start.entering).mlp
-    n = start.bias.shape[0]
-    resid = record.resid_mid[trace.span(prompt)][:n].to(start.bias)
-    weight = mlp.norm.scale(resid).to(resid.dtype)[:, None] * mlp.norm.weight.to(resid.dtype)
-    return start.named.sizes(weight).amax(0) * (gate_size(mlp.w_gate) / temperature)
-
-
-def gate_size(w_gate: Tensor) -> float:
-    """Root mean square over the neurons of a gate's response to a random unit vector."""
-    return float(torch.linalg.vector_norm(w_gate, dtype=torch.float32)) / (w_gate.shape[0] * w_gate.shape[1]) ** 0.5
+    weight, gate = road.drive(start.entering)
+    return start.named.sizes(weight.to(start.bias)).amax(0) * (gate / temperature)
 
 
 def _rounding(rest: Tensor, x: Tensor) -> Tensor:

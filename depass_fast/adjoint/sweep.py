@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..trace import Trace
 from .backward import extra_scores, linear_scores
 from .estimate import Estimate, draw, judge
 from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
+from .maps import Road
 from .method import Method
 from .refine import scores_given_z
 from .starts import Start, loudness
@@ -32,15 +31,11 @@ class Scores:
 
 @dataclass
 class Sweep:
-    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at layer ``end`` and position ``n`` - 1."""
+    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at the end of the road."""
 
-    adapter: Adapter
-    trace: Trace
-    prompt: int
+    road: Road
     starts: list[Start]
     directions: Tensor
-    end: int
-    n: int
     settings: Settings
     budget: int | None
 
@@ -73,13 +68,13 @@ class Sweep:
         """Indices of every start's loud components."""
         sizes, t = [], self.settings.temperature
         for start in self.starts[group]:
-            if t is None or start.entering >= self.end:
+            if t is None or start.entering >= self.road.end:
                 sizes.append(start.bias.new_zeros(len(start.named)))
             else:
-                sizes.append(loudness(start, self.adapter, self.trace, self.prompt, t))
+                sizes.append(loudness(start, self.road, t))
         devices = [size.device for size in sizes]
         numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
-        row = self.n * self.directions.shape[1] * self.directions.element_size()
+        row = self.road.n * self.directions.shape[1] * self.directions.element_size()
         fitting = self._row_budget // (4 * row * len(sizes))
         most = max(8, min(self.settings.at_most, fitting))
         return [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
@@ -88,11 +83,11 @@ class Sweep:
         """Start layers that are carried together: as many as their tables leave room for."""
         on_cpu = self.starts[0].bias.device.type == "cpu"
         budget = self.budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
-        widest = max((len(record.act[0]) for record in self.trace.layers), default=1)
-        table = 3 * self.n * widest * self.starts[0].bias.element_size()
+        widest = max((len(record.act[0]) for record in self.road.trace.layers), default=1)
+        table = 3 * self.road.n * widest * self.starts[0].bias.element_size()
         groups, first, used = [], 0, 0
         for s, start in enumerate(self.starts):
-            needed = table * max(0, self.end - start.entering)
+            needed = table * max(0, self.road.end - start.entering)
             if s > first and used + needed > budget:
                 groups.append(slice(first, s))
                 first, used = s, 0
@@ -111,7 +106,7 @@ class Sweep:
             chosen.append(part.topk(min(method.refine, part.shape[1]), dim=1).indices.flatten() + first)
             first += part.shape[1]
         index = torch.cat(chosen).unique()
-        late = torch.cat([torch.full((len(s.named),), s.entering >= self.end) for s in self.starts])
+        late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end) for s in self.starts])
         return index[~late[index]]
 
     def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Method) -> Estimate | None:
@@ -167,20 +162,21 @@ class _Pass:
         self._kept: Forward | None = None
         for group in groups:
             forward = self._forward(group)
-            where = (sweep.adapter, sweep.trace, sweep.prompt, forward, sweep.directions)
-            named += linear_scores(*where, sweep.end, sweep.n, sweep.settings)
+            named += linear_scores(sweep.road, forward, sweep.directions, sweep.settings)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
-            settled += [_settled(forward, s, len(start.named), sweep.end) for s, start in enumerate(forward.starts)]
+            settled += [
+                _settled(forward, s, len(start.named), sweep.road.end) for s, start in enumerate(forward.starts)
+            ]
             self._kept = forward if keep and len(groups) == 1 else None
         self.flat = torch.cat([scores.cpu() for scores in named], dim=1)
         self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
 
     def _forward(self, group: slice) -> Forward:
         sweep = self.sweep
-        where = (sweep.adapter, sweep.trace, sweep.prompt, sweep.starts[group], self._loud[group])
         fixed = None if self._fixed is None else self._fixed[group]
-        return mean_field(*where, sweep.end, sweep.n, sweep.settings, fixed, sweep._row_budget)
+        where = (sweep.road, sweep.starts[group], self._loud[group])
+        return mean_field(*where, sweep.settings, fixed, sweep._row_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
         """Scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z; and how far that is off."""
@@ -190,9 +186,8 @@ class _Pass:
             if not sum(map(len, chosen[group])):
                 continue
             forward = self._kept or self._forward(group)
-            where = (sweep.adapter, sweep.trace, sweep.prompt, forward.starts, forward.steps, chosen[group])
-            end = (sweep.directions, sweep.end, sweep.n, sweep.settings, sweep._row_budget)
-            given = scores_given_z(*where, *end, forward.released, measure)
+            where = (sweep.road, forward.starts, forward.steps, chosen[group], sweep.directions, sweep.settings)
+            given = scores_given_z(*where, sweep._row_budget, forward.released, measure)
             found.append(given.scores.T.cpu())
             drifts += [] if given.drift is None else [given.drift]
         scores = torch.cat(found, dim=1) if found else self.flat.new_zeros(len(self.flat), 0)
