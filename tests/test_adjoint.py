@@ -13,7 +13,7 @@ from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.estimate import ApproximationWarning, spearman
 from depass_fast.adjoint.forward import Forward, Settings, Step, _Rows, mean_field
-from depass_fast.adjoint.maps import LayerMaps
+from depass_fast.adjoint.maps import LayerMaps, Road
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.starts import Dense, make_start
 from depass_fast.backends import ReferenceBackend
@@ -81,6 +81,10 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
     return steps, Forward([start], steps, rows, alive=[None]), start
 
 
+def road(dp: DePass, trace, n: int) -> Road:
+    return Road(dp.adapter, trace, 0, n, dp.adapter.n_layers, torch.float64, torch.float64)
+
+
 def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
     directions = resolve_target(parse_target(target, dp.adapter, None), dp.adapter, None, None, torch.float64)
     norm = dp.adapter.final_norm()
@@ -92,14 +96,14 @@ def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
 def test_refinement_is_exact_given_an_exact_log_z(name):
     """One function refines; with log Z of the exact run it returns the exact run's scores."""
     dp, ids = build(name, torch.float64), random_ids(6, seed=4)
-    trace, options = dp.trace(ids), Settings(T, torch.float64)
+    trace, options = dp.trace(ids), Settings(T)
     for kind in (Neurons(0), custom(dp, ids, site="resid_mid", scale=1.0)):
         steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
         for step in steps:
             step.log_share = None
         chosen = [torch.arange(0, len(start.named), 2)]
-        where = (dp.adapter, trace, 0, [start], steps, chosen, seeds(dp, trace, len(ids) - 1))
-        found = scores_given_z(*where, dp.adapter.n_layers, len(ids), options, budget=1 << 14).scores[:, 0]
+        where = (road(dp, trace, len(ids)), [start], steps, chosen, seeds(dp, trace, len(ids) - 1))
+        found = scores_given_z(*where, options, budget=1 << 14).scores[:, 0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         close(found, exact[: len(start.named) : 2], 1e-9)
 
@@ -107,13 +111,13 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
 @torch.no_grad()
 def test_the_error_falls_with_the_square_of_the_components():
     dp, ids = build("qwen2", torch.float64), random_ids(6, seed=5)
-    trace, options = dp.trace(ids), Settings(T, torch.float64)
+    trace, options = dp.trace(ids), Settings(T)
     errors = []
     for scale in (1e-2, 5e-3, 2.5e-3):
         kind = custom(dp, ids, layer=0, scale=scale)
         _, forward, _ = exact_steps(dp, trace, kind, len(ids) - 1)
-        where = (dp.adapter, trace, 0, forward, seeds(dp, trace, len(ids) - 1), dp.adapter.n_layers)
-        found = linear_scores(*where, len(ids), options)[0][0]
+        where = (road(dp, trace, len(ids)), forward, seeds(dp, trace, len(ids) - 1))
+        found = linear_scores(*where, options)[0][0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         errors.append(float((found - exact[: len(found)]).norm()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
@@ -155,7 +159,7 @@ def test_lambda_agrees_with_autograd(name):
     seen: list[torch.Tensor] = []
     start.named = Spy(start.named.states)
     with torch.no_grad():
-        linear_scores(dp.adapter, trace, 0, forward, seed, dp.adapter.n_layers, read + 1, Settings(T, torch.float64))
+        linear_scores(road(dp, trace, read + 1), forward, seed, Settings(T))
     assert torch.allclose(seen[0], expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
 
 
@@ -279,7 +283,7 @@ def test_nothing_is_ever_nan_or_inf(change, length):
 
 def test_a_wild_model_says_so_loudly():
     """More loud neurons than are carried, at a temperature where one of them takes all."""
-    dp, ids = DePass(build_model("llama", intermediate_size=400)), random_ids(6)
+    dp, ids = DePass(build_model("llama", intermediate_size=1500, initializer_range=1.0)), random_ids(6)
     with pytest.warns(ApproximationWarning, match="adjoint scores: "):
         found = dp.attribute(ids, Neurons(0), 5, method="adjoint", temperature=1e-3)
     assert found.warnings and "WARNING: " in str(found) and found.to_dict()["warnings"] == found.warnings
@@ -335,8 +339,7 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     dp, ids = extreme("weights")[0], random_ids(6)
     trace = dp.trace(ids)
     start = make_start(Neurons(0), dp.adapter, trace, 0, 6, False, torch.float32)
-    forward = mean_field(
-        dp.adapter, trace, 0, [start], [torch.arange(4)], dp.adapter.n_layers, 6, Settings(T, torch.float32)
-    )
+    way = Road(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
+    forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
         assert (step.log_share <= 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()

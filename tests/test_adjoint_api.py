@@ -85,7 +85,7 @@ def test_exact_layers_are_those_of_single_calls(layered):
     assert layered.layers == [0, 2] and len(layered) == 2 and layered.method == "exact"
     for one in layered:
         single = dp.attribute(IDS, Neurons(one.layer), [3, (4, 5)] if several else 3)
-        assert torch.equal(one.scores, single.scores) and one.labels == single.labels
+        assert torch.allclose(one.scores, single.scores, atol=1e-5) and one.labels == single.labels
     assert layered.scores.shape == ((2, 2, 48) if several else (2, 48))
     assert layered.rest.shape == layered.bias.shape == ((2, 2) if several else (2,))
     assert layered.layer(2) is layered.by_layer[1]
@@ -175,20 +175,17 @@ def test_custom_and_features(site):
 
 
 def test_refinement_overall_and_per_layer():
-    dp = build("qwen3")
-    rough = dp.attribute(IDS, Neurons(layers="all"), 5, method="adjoint", refine=0, sample=0, temperature=0.3)
-    overall = dp.attribute(IDS, Neurons(layers="all"), 5, method="adjoint", refine=9, sample=0, temperature=0.3)
-    each = dp.attribute(
-        IDS, Neurons(layers="all"), 5, method="adjoint", refine=3, refine_within="layer", sample=0, temperature=0.3
-    )
-    for found, allowed in ((overall, rough.scores.abs().flatten().topk(9).indices), (each, None)):
-        changed = (found.scores != rough.scores).flatten().nonzero()[:, 0]
-        if allowed is None:
-            allowed = torch.cat([row.abs().topk(3).indices + 48 * i for i, row in enumerate(rough.scores)])
-        assert set(changed.tolist()) <= set(allowed.tolist())
-    exact = dp.attribute(IDS, Neurons(layers="all"), 5, method="exact", temperature=0.3)
-    full = dp.attribute(IDS, Neurons(layers="all"), 5, method="adjoint", refine=144, temperature=0.3)
-    assert (full.scores - exact.scores).norm() <= (rough.scores - exact.scores).norm() + 1e-6
+    """What is refined comes nearer to exact; all of it refined leaves only what log Z was off by, which is nothing."""
+    dp, options = build("qwen3"), {"method": "adjoint", "sample": 0}
+    exact = dp.attribute(IDS, Neurons(layers="all"), 5, method="exact").scores
+
+    def error(**more) -> torch.Tensor:
+        return (dp.attribute(IDS, Neurons(layers="all"), 5, **options, **more).scores - exact).norm()
+
+    rough = error(refine=0)
+    assert error(refine=30) < rough and error(refine=10, refine_within="layer") < rough
+    assert error(refine=48, refine_within="layer") <= 1e-5 * exact.norm()
+    assert error(refine=144) <= 1e-5 * exact.norm()
 
 
 def test_start_layers_in_groups_give_the_same(monkeypatch):

@@ -19,6 +19,7 @@ from ..state import BIAS, REST
 from ..trace import Trace
 from .estimate import ApproximationWarning, warnings_of
 from .forward import Settings
+from .maps import Road
 from .method import Method
 from .starts import make_start
 from .sweep import Scores, Sweep
@@ -54,12 +55,10 @@ def _one(
     ahead = [engine.meets_bias(kind, kind.resolve(adapter), plan.end_given) for kind in kinds]
     starts = [make_start(kind, adapter, trace, prompt, n, b, wide) for kind, b in zip(kinds, ahead, strict=True)]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
-    settings = Settings(
-        temperature=run.allocation.temperature if run.allocation.is_softmax else None,
-        compute=wide if run.backend.name == "reference" else run.compute_dtype,
-        seed=method.seed,
-    )
-    sweep = Sweep(adapter, trace, prompt, starts, seeds, plan.end, n, settings, run.memory_budget)
+    compute = wide if run.backend.name == "reference" else run.compute_dtype
+    road = Road(adapter, trace, prompt, n, plan.end, wide, compute)
+    settings = Settings(run.allocation.temperature if run.allocation.is_softmax else None, seed=method.seed)
+    sweep = Sweep(road, starts, seeds, settings, run.memory_budget)
     scores = sweep.run(method)
     results = _assemble(engine, plan, sweep, scores, directions, logits.cpu(), constants.cpu(), prompt, read, began)
     estimate = None if scores.estimate is None else scores.estimate.as_dict()

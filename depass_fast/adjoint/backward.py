@@ -7,28 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..trace import Trace
 from .forward import Forward, Settings, Step, taylor_factor
-from .maps import LayerMaps
+from .maps import LayerMaps, Road
 
 
-def linear_scores(
-    adapter: Adapter,
-    trace: Trace,
-    prompt: int,
-    forward: Forward,
-    directions: Tensor,
-    end: int,
-    n: int,
-    settings: Settings,
-) -> list[Tensor]:
-    """First-order scores (K, M) of every start's named components, in ``directions`` (K, D) at layer ``end``.
+def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
+    """First-order scores (K, M) of every start's named components, in ``directions`` (K, D) at the end of the road.
 
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
-    span = slice(trace.span(prompt).start, trace.span(prompt).start + n)
-    starts, k = forward.starts, len(directions)
+    starts, k, n = forward.starts, len(directions), road.n
     scores: list[Tensor] = [directions] * len(starts)
     offsets: list[list[Tensor]] = [[] for _ in starts]  # (K, Q) per layer, from the last one on
     own: list[tuple[Tensor, Tensor, Tensor]] = [_at_the_end(forward, directions)]  # owner, member, score (r, K)
@@ -37,12 +25,11 @@ def linear_scores(
     if not forward.steps:
         back = _everywhere(back, slice(n - 1, n), n)
     for s, start in enumerate(starts):
-        if start.entering >= end:
+        if start.entering >= road.end:
             last = _everywhere(back[s : s + 1, :, -1:], slice(n - 1, n), n)[0]
             scores[s] = start.named.project(last.to(start.bias))
     for step in reversed(forward.steps):
-        layer, record = adapter.layer(step.index), trace.layers[step.index]
-        maps = LayerMaps(layer, record, span, step.queries, back.dtype, settings.compute)
+        maps = road.maps(step.index)
         active = sum(start.entering <= step.index for start in starts)
         back = back[:active].to(maps.device)  # (S, K, Q, D)
         back = maps.normed(back.flatten(0, 1), "mlp", transposed=True).unflatten(0, (active, k))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Beyond these a result carries a warning.
-LEAST_SPEARMAN, MOST_ERROR, MOST_MISSED, MOST_INCOMPLETE = 0.98, 0.1, 0.1, 0.05
+LEAST_SPEARMAN, MOST_ERROR, MOST_MISSED, MOST_MOVED, MOST_INCOMPLETE = 0.98, 0.1, 0.1, 0.25, 0.01
 _Z = 1.96  # of a 95 % interval
 
 
@@ -24,7 +24,8 @@ class Estimate:
     sample: how many were drawn; half of them from all that were not refined, half from the ranks next to the refined.
     spearman: rank correlation over the first half, or None with fewer than 8.
     relative_error: root mean square of the differences over that of the exact scores, over the first half.
-    refined_error: the same over the refined components, before they were refined; None without.
+    refined_error: by how much refinement moved the refined components, relatively; None without. A large one says that
+        log Z was off, or that the first order is not enough: for the others, too.
     top: the K of ``missed``: as many as were refined, else one in a hundred.
     missed: the share of the true top K that is not among the refined; ``missed_interval`` is its 95 % interval.
     partition_error: by how much, relatively, Z is off, as the sample shows it; None with too few.
@@ -140,6 +141,8 @@ def warnings_of(estimate: dict[str, Any] | None, completeness_error: float) -> l
         said.append(f"a sample's rank correlation with exact scores is {e['spearman']:.3f}")
     if e.get("relative_error") is not None and e["relative_error"] > MOST_ERROR:
         said.append(f"a sample's relative error is {e['relative_error']:.1%}")
+    if e.get("refined_error") is not None and e["refined_error"] > MOST_MOVED:
+        said.append(f"refinement moved the largest scores by {e['refined_error']:.0%}")
     if e.get("missed") is not None and e["missed"] > MOST_MISSED:
         said.append(f"about {e['missed']:.0%} of the true top {e['top']} were not refined")
     if e.get("partition_error") is not None and e["partition_error"] > MOST_ERROR:

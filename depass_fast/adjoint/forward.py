@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..trace import Trace
-from .maps import LayerMaps, gate_reading
+from .maps import LayerMaps, Road
 from .starts import Start
 
 
@@ -28,10 +26,10 @@ class Settings:
     """
 
     temperature: float | None
-    compute: torch.dtype
     loud: float = 2.0
     at_most: int = 128
     scatter: bool = True
+    releases: bool = True
     seed: int = 0
 
 
@@ -71,30 +69,29 @@ REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
 
 
 def mean_field(
-    adapter: Adapter,
-    trace: Trace,
-    prompt: int,
+    road: Road,
     starts: Sequence[Start],
     loud: Sequence[Tensor],
-    end: int,
-    n: int,
     settings: Settings,
+    fixed: Sequence[Tensor] | None = None,
+    budget: int = 1 << 28,
 ) -> Forward:
-    """Carry the explicit rows of ``starts`` (in order) to layer ``end``, read at position ``n`` - 1.
+    """Carry the explicit rows of ``starts`` (in order) to the end of the road.
 
-    ``loud`` holds the loud components of every start, (k,) indices.
+    ``loud`` holds the loud components of every start, (k,) indices: explicit until they are released. ``fixed`` holds
+    others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
     """
-    span = slice(trace.span(prompt).start, trace.span(prompt).start + n)
-    rows = _Rows(starts[0].bias.new_zeros(0, n, starts[0].bias.shape[1]))
+    fixed = fixed or [indices[:0] for indices in loud]
+    rows = _Rows(starts[0].bias.new_zeros(0, road.n, starts[0].bias.shape[1]))
     masks: list[Tensor | None] = []
     out = Forward(list(starts), [], rows)
-    for index in range(starts[0].entering, end):
-        queries = slice(n - 1, n) if index == end - 1 else slice(0, n)
-        maps = LayerMaps(adapter.layer(index), trace.layers[index], span, queries, rows.x.dtype, settings.compute)
+    for index in range(starts[0].entering, road.end):
+        maps = road.maps(index)
+        queries = maps.queries
         rows.to(maps.device)
         joining = [s for s in range(len(starts)) if starts[s].entering == index]
         for s in joining:
-            rows.join(s, starts[s], loud[s], settings)
+            rows.join(s, starts[s], loud[s], fixed[s], settings)
             mask = starts[s].named.alive()
             masks.append(None if bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
             out.alive.append(None if masks[s] is None else [])
@@ -110,18 +107,18 @@ def mean_field(
         if settings.temperature is None:
             _allocate_taylor(rows, read, maps)
         else:
-            _allocate_softmax(rows, read, counts, maps, settings, step)
+            _allocate_softmax(rows, read, counts, maps, settings, step, budget)
         _add_constant(rows, maps, "mlp")
         out.steps.append(step)
-        if index + 1 < end and settings.temperature is not None:
-            _release(rows, adapter, trace, span, index + 1, settings, out)
+        if index + 1 < road.end and settings.temperature is not None:
+            _release(rows, road, index + 1, settings, out)
     rows.x = rows.x[:, -1:]
     for s, start in enumerate(starts):
-        if start.entering >= end:  # nothing in between: what starts is what is read
+        if start.entering >= road.end:  # nothing in between: what starts is what is read
             rows.to(start.bias.device)
-            late = _Rows(rows.x.new_zeros(0, n, rows.x.shape[2]))
-            late.join(s, start, loud[s][:0], settings)
-            rows.append(late.x[:, -1:], late.owner, late.member)
+            late = _Rows(rows.x.new_zeros(0, road.n, rows.x.shape[2]))
+            late.join(s, start, loud[s][:0], loud[s][:0], settings)
+            rows.append(late.x[:, -1:], late.owner, late.member, late.stays)
             out.alive.append(None)
     return out
 
@@ -129,34 +126,43 @@ def mean_field(
 class _Rows:
     """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
 
-    ``sizes`` holds the number of rows of every start; the first of them is its probe (not for `taylor`).
+    ``stays`` (R,) says which are never released, ``sizes`` how many a start has. The first of a start's rows is its
+    probe (not for `taylor`).
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.sizes = x, []
         self.owner = self.member = torch.zeros(0, dtype=torch.long, device=x.device)
+        self.stays = torch.zeros(0, dtype=torch.bool, device=x.device)
 
     def to(self, device: torch.device) -> None:
         self.x, self.owner, self.member = self.x.to(device), self.owner.to(device), self.member.to(device)
+        self.stays = self.stays.to(device)
 
-    def append(self, x: Tensor, owner: Tensor, member: Tensor) -> None:
-        self.x = torch.cat([self.x, x])
+    def append(self, x: Tensor, owner: Tensor, member: Tensor, stays: Tensor) -> None:
+        self.x, self.stays = torch.cat([self.x, x]), torch.cat([self.stays, stays])
         self.owner, self.member = torch.cat([self.owner, owner]), torch.cat([self.member, member])
         self.sizes.append(len(x))
 
-    def join(self, s: int, start: Start, loud: Tensor, settings: Settings) -> None:
-        """Append the rows of start ``s``: its probe, `rest`, `bias` and the loud ones."""
-        rows, members = [start.bias[None], start.named.rows(loud)], [BIAS_ROW]
+    def join(self, s: int, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
+        """Append the rows of start ``s``: its probe, `rest`, `bias`, the loud ones and those that stay to the end."""
+        n_loud, loud = len(loud), torch.cat([loud, fixed])
+        rows, members = [start.named.rows(loud)], []
+        if start.has_bias:
+            rows, members = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
             rows, members = [start.rest[None], *rows], [REST_ROW, *members]
         if settings.temperature is not None:
             rows, members = [_probe(start, loud, settings)[None], *rows], [PROBE_ROW, *members]
         member = torch.cat([torch.tensor(members, device=loud.device), loud]).to(self.x.device)
-        self.append(torch.cat(rows).to(self.x), torch.full_like(member, s), member)
+        stays = torch.ones(len(member), dtype=torch.bool, device=self.x.device)
+        stays[len(members) : len(members) + n_loud] = False
+        self.append(torch.cat(rows).to(self.x), torch.full_like(member, s), member, stays)
 
     def keep(self, kept: Tensor) -> None:
         """Drop the rows that are not ``kept`` (R,) bool."""
-        self.x, self.owner, self.member = self.x[kept], self.owner[kept], self.member[kept]
+        self.x, self.stays = self.x[kept], self.stays[kept]
+        self.owner, self.member = self.owner[kept], self.member[kept]
         self.sizes = torch.zeros(len(self.sizes), dtype=torch.long, device=self.x.device).index_add_(
             0, self.owner, torch.ones_like(self.owner)
         ).tolist()  # fmt: skip
@@ -237,40 +243,65 @@ def taylor_factor(maps: LayerMaps) -> Tensor:
     return torch.where(total == 0, 0.0, maps.act / torch.where(total == 0, 1.0, total))
 
 
-def _gates(rows: _Rows, read: Tensor | None, maps: LayerMaps) -> Tensor:
-    """Gates (R, Q, I) of the rows, or of what is ``read`` in their place (in a parallel layer)."""
-    g = maps.gates(rows.x if read is None else read)
+def _gates(rows: _Rows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
+    """Gates (R, q, I) of the rows at some positions, or of what is ``read`` in their place (in a parallel layer)."""
+    g = maps.gates((rows.x if read is None else read)[:, at], at)
     if maps.gate_constant is not None:
         g[rows.member == BIAS_ROW] += maps.gate_constant
     return g
 
 
 def _allocate_softmax(
-    rows: _Rows, read: Tensor | None, counts: Tensor, maps: LayerMaps, settings: Settings, step: Step
+    rows: _Rows,
+    read: Tensor | None,
+    counts: Tensor,
+    maps: LayerMaps,
+    settings: Settings,
+    step: Step,
+    budget: int,
 ) -> None:
-    """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it."""
-    g = _gates(rows, read, maps)  # (R, Q, I)
+    """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it. Position by position."""
+    q, width = maps.act.shape
+    size = max(1, budget // (5 * len(rows.x) * width * rows.x.element_size()))
+    parts = []
+    for first in range(0, q, size):
+        at = slice(first, min(first + size, q))
+        part = Step(step.index, step.queries)
+        g = _gates(rows, read, maps, at)
+        here = counts if counts.shape[1] == 1 else counts[:, at]
+        rows.x[:, at] += maps.down(_shares(rows, g, here, maps, settings, part, at))
+        parts.append(part)
+    for name in ("log_z", "log_share", "mean", "slope"):
+        tables = [getattr(part, name) for part in parts]
+        setattr(step, name, tables[0] if len(tables) == 1 else torch.cat(tables, dim=1))
+
+
+def _shares(
+    rows: _Rows, g: Tensor, counts: Tensor, maps: LayerMaps, settings: Settings, step: Step, at: slice
+) -> Tensor:
+    """What every row takes, by its gates ``g`` (R, q, I), of the activations ``at`` some positions; and the tables."""
     lses, sums, probes = [], [], []
-    for at, s in rows.runs():
-        part = g[at].view(s, -1, *g.shape[1:])
+    for run, s in rows.runs():
+        part = g[run].view(s, -1, *g.shape[1:])
         probes.append(part[:, 0])
         sums.append(part[:, 1:].sum(1))
         lses.append(torch.logsumexp((part[:, 1:] / settings.temperature).masked_fill_(part[:, 1:] == 0, -torch.inf), 1))
-    probe = torch.cat(probes) / settings.temperature  # (S, Q, I)
+    probe = torch.cat(probes) / settings.temperature  # (S, q, I)
     some, log_count = counts > 0, counts.log()
-    step.mean = (maps.gate_total - torch.cat(sums)) / counts.clamp_min(1.0) / settings.temperature
-    spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, Q, 1)
+    step.mean = (maps.gate_total[at] - torch.cat(sums)) / counts.clamp_min(1.0) / settings.temperature
+    spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, q, 1)
     log_kappa, step.slope = _moment(spread, torch.where(some, log_count, 0.0))
     log_crowd = torch.where(some, step.mean + log_kappa + log_count, -torch.inf)
     log_z = torch.logaddexp(torch.cat(lses), log_crowd)
     nobody = log_z == -torch.inf
     step.log_z = log_z.masked_fill_(nobody, torch.inf)
     step.log_share = torch.where(some, step.mean + log_kappa - step.log_z, -torch.inf)
-    shares = torch.exp(g.div_(settings.temperature).masked_fill_(g == 0, -torch.inf) - step.log_z[rows.owner])
+    shares = torch.exp((g / settings.temperature).masked_fill_(g == 0, -torch.inf).sub_(step.log_z[rows.owner]))
     shares[rows.member == PROBE_ROW] = step.log_share.exp() * step.slope * probe
     if bool(nobody.any()):  # all to `rest`, where there is one
-        shares[rows.member == REST_ROW] += nobody[rows.owner[rows.member == REST_ROW]].to(shares)
-    rows.x = rows.x + maps.down(shares.mul_(maps.act))
+        rests = rows.member == REST_ROW
+        shares[rests] += nobody[rows.owner[rests]].to(shares)
+    return shares.mul_(maps.act[at])
 
 
 def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,16 +316,13 @@ def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
     return log_kappa, torch.where(frozen, most / spread.clamp_min(1e-30), 1.0)
 
 
-def _release(
-    rows: _Rows, adapter: Adapter, trace: Trace, span: slice, index: int, settings: Settings, out: Forward
-) -> None:
+def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
-    named = rows.member >= 0
-    if settings.loud <= 0 or len(rows.sizes) * 3 >= len(rows.x):  # none, as far as the host knows
+    if not settings.releases or len(rows.x) <= 2 * len(rows.sizes):  # nobody to be released, as the host can tell
         return
-    weight, response = gate_reading(adapter.layer(index), trace.layers[index], span, rows.x.dtype)
-    size = (rows.x * weight.to(rows.x.device)).norm(dim=2).amax(1) * (response / settings.temperature)
-    quiet = named & (size < settings.loud)
+    weight, gate = road.drive(index)
+    size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
+    quiet = ~rows.stays & (size < settings.loud)
     where = quiet.nonzero()[:, 0]
     if not len(where):
         return

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters import Layer
+from ..adapters import Adapter, Layer, Norm
 from ..backends.attention import FrozenAttention
-from ..trace import LayerTrace, MlpTrace
+from ..trace import LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
+_KEPT = 1 << 28  # and between the ways there and back, of all layers
 
 
 class LayerMaps:
@@ -39,8 +40,7 @@ class LayerMaps:
         self.parallel, attention, mlp = layer.parallel, layer.attention, layer.mlp
         self._attention, self._mlp, self._record, self._span = attention, mlp, record, span
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
-        self._w_v = attention.reading(attention.w_v, compute)
-        self._w_o = attention.writing(attention.w_o, compute)
+        self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
         heard = record.attention
         self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
         scale = attention.scale(heard.resid[span].to(dtype))  # (N,)
@@ -49,7 +49,7 @@ class LayerMaps:
         self._frozen = FrozenAttention(heard, span, every, _TILE, compute)
 
         parts = [(layer.mlps[part.part], part) for part in record.mlps]
-        self._w_gate = _joined([mlp.reading(mlp.w_gate, compute) for mlp, _ in parts])
+        self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
         self._w_down = _joined([mlp.writing(mlp.w_down, compute) for mlp, _ in parts], 1)
         self.gate_total = _joined([_dense(part, part.gate, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
         self.act = _joined([_dense(part, part.act, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
@@ -59,12 +59,18 @@ class LayerMaps:
         self._mlp_scale = mlp.scale(record.mlp.resid[span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
         constants = [mlp.gate_constant(dtype) for mlp, _ in parts]
         self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
+        used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
+        self.borrows = all(  # whether all weights are the model's own, and no copies
+            weight.data_ptr() == getattr(branch, name).weight.data_ptr()
+            for branch, weights in zip((attention, mlp), used, strict=True)
+            for name, weight in weights.items()
+        )
         self.attention_constant = self._constant("attention")  # (D,), (Q, D) or None, as is the next
         self.mlp_constant = self._constant("mlp")
 
     def ov(self, x: Tensor) -> Tensor:
         """What attention adds: (R, N, D) -> (R, Q, D)."""
-        return self._mixed(x.to(self.compute) @ self._w_v.T)
+        return self._mixed(_linear(self._attention.norm, x).to(self.compute) @ self._w_v.T)
 
     def _mixed(self, values: Tensor) -> Tensor:
         """Values (R, N, Hkv·d), without s, through P and W_O: (R, Q, D)."""
@@ -93,15 +99,17 @@ class LayerMaps:
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
         if self._values is not None:
             out = out * self._values[:n]
-        return (out @ self._w_v).to(self.dtype)
+        return _linear_transposed(self._attention.norm, (out @ self._w_v).to(self.dtype))
 
-    def gates(self, x: Tensor) -> Tensor:
-        """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`."""
-        return ((x * self._mlp_scale).to(self.compute) @ self._w_gate.T).to(self.dtype)
+    def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
+        """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`; at some of the queries."""
+        x = _linear(self._mlp.norm, x) * self._mlp_scale[at]
+        return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """The transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
-        return (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
+        y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
+        return _linear_transposed(self._mlp.norm, y)
 
     def down(self, y: Tensor) -> Tensor:
         """What neurons write: (R, Q, I) -> (R, Q, D)."""
@@ -117,12 +125,8 @@ class LayerMaps:
         if norm is None:
             return x
         resid = self._record.attention_sum if module == "attention" else self._record.mlp_sum
-        scale = norm.scale(resid[self._span][self.queries].to(self.dtype)).to(self.dtype)[:, None]
-        weight = scale if norm.weight is None else scale * norm.weight.to(self.dtype)
-        if transposed:
-            x = x * weight
-            return x - x.mean(-1, keepdim=True) if norm.centred else x
-        return (x - x.mean(-1, keepdim=True) if norm.centred else x) * weight
+        x = x * norm.scale(resid[self._span][self.queries].to(self.dtype)).to(self.dtype)[:, None]
+        return _linear_transposed(norm, x) if transposed else _linear(norm, x)
 
     def _constant(self, module: str) -> Tensor | None:
         """What `bias` receives of a module, in the stream before its own norm; behind that, add :meth:`stream_bias`."""
@@ -158,20 +162,60 @@ class LayerMaps:
             yield slice(0, self._kv), 0, p.shape[2], p
 
 
-def gate_reading(layer: Layer, record: LayerTrace, span: slice, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """How large gates are to be expected: what scales a state before them, s[n] · γ (N, D) or (N, 1), and the root
+class Road:
+    """The layers up to ``end`` as the first ``n`` positions of one prompt pass them; read at the last of these."""
 
-    mean square over the neurons of a gate's response to a random unit vector behind that.
-    """
-    mlp = layer.mlp
-    weight = mlp.scale(record.mlp.resid[span].to(dtype)).to(dtype)[:, None]
-    if mlp.norm is not None and mlp.norm.weight is not None:
-        weight = weight * mlp.norm.weight.to(dtype)
-    else:
-        weight = weight.expand(-1, record.resid_pre.shape[1])
-    parts = [layer.mlps[part.part].w_gate for part in record.mlps]
-    square = sum(float(torch.linalg.vector_norm(w, dtype=torch.float32)) ** 2 for w in parts)
-    return weight, (square / sum(w.numel() for w in parts)) ** 0.5
+    def __init__(
+        self,
+        adapter: Adapter,
+        trace: Trace,
+        prompt: int,
+        n: int,
+        end: int,
+        dtype: torch.dtype,
+        compute: torch.dtype,
+    ) -> None:
+        self.adapter, self.trace, self.n, self.end = adapter, trace, n, end
+        self.dtype, self.compute = dtype, compute
+        first = trace.span(prompt).start
+        self.prompt, self.span = prompt, slice(first, first + n)
+        self._layers: dict[int, Layer] = {}
+        self._maps: dict[int, LayerMaps] = {}
+
+    def layer(self, index: int) -> Layer:
+        if index not in self._layers:
+            self._layers[index] = self.adapter.layer(index)
+        return self._layers[index]
+
+    def queries(self, index: int) -> slice:
+        """Where layer ``index`` is needed: everywhere, but in the last one only where it is read."""
+        return slice(self.n - 1 if index == self.end - 1 else 0, self.n)
+
+    def maps(self, index: int) -> LayerMaps:
+        """The maps of a layer; kept where that costs little: no other copy of the weights, few probabilities."""
+        if index in self._maps:
+            return self._maps[index]
+        layer = self.layer(index)
+        maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
+        probabilities = self.end * layer.attention.n_heads * self.n**2
+        if maps.borrows and probabilities <= _KEPT:
+            self._maps[index] = maps
+        return maps
+
+    def drive(self, index: int) -> tuple[Tensor, float]:
+        """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
+
+        The product of that with a component's norm is how far its gates can be expected from zero.
+        """
+        layer, record = self.layer(index), self.trace.layers[index]
+        mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
+        gamma = resid.new_ones(resid.shape[1])
+        if mlp.norm is not None and mlp.norm.weight is not None:
+            gamma = mlp.norm.weight.to(self.dtype)
+        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+        square = sum(torch.linalg.vector_norm(w.detach(), dtype=torch.float32) ** 2 for w in gates)
+        size = float(square / sum(w.numel() for w in gates)) ** 0.5
+        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, size
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -186,3 +230,19 @@ def _dense(part: MlpTrace, values: Tensor, span: slice) -> Tensor:
     out = values.new_zeros(span.stop - span.start, values.shape[1])
     out[part.positions[here] - span.start] = values[here]
     return out
+
+
+def _linear(norm: Norm | None, x: Tensor) -> Tensor:
+    """γ ⊙ (x - mean x): a norm without its scale."""
+    if norm is None:
+        return x
+    x = x - x.mean(-1, keepdim=True) if norm.centred else x
+    return x if norm.weight is None else x * norm.weight.to(x.dtype)
+
+
+def _linear_transposed(norm: Norm | None, y: Tensor) -> Tensor:
+    """The transpose of :func:`_linear`."""
+    if norm is None:
+        return y
+    y = y if norm.weight is None else y * norm.weight.to(y.dtype)
+    return y - y.mean(-1, keepdim=True) if norm.centred else y

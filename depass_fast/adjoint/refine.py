@@ -9,10 +9,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..trace import Trace
 from .forward import Settings, Step
-from .maps import LayerMaps
+from .maps import Road
 from .starts import Start
 
 
@@ -25,15 +23,11 @@ class Given:
 
 
 def scores_given_z(
-    adapter: Adapter,
-    trace: Trace,
-    prompt: int,
+    road: Road,
     starts: Sequence[Start],
     steps: Sequence[Step],
     chosen: Sequence[Tensor],
     directions: Tensor,
-    end: int,
-    n: int,
     settings: Settings,
     budget: int = 1 << 28,
     released: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
@@ -49,7 +43,7 @@ def scores_given_z(
     """
     journeys = _journeys(starts, chosen, released or {})
     width = max((step.log_z.shape[2] for step in steps), default=1)
-    size = max(1, budget // (6 * n * width * directions.element_size()))
+    size = max(1, budget // (6 * road.n * width * directions.element_size()))
     scores = directions.new_zeros(sum(map(len, chosen)), len(directions))
     drift = _Drift() if measure else None
     order = sorted(
@@ -57,8 +51,8 @@ def scores_given_z(
     )
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        walk = ([journeys[row] for row in rows], starts, steps, directions, end, n, settings, drift)
-        scores[rows] = _walk(adapter, trace, prompt, *walk)
+        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift)
+        scores[rows] = _walk(road, *walk)
     return Given(scores, None if drift is None else drift.value())
 
 
@@ -101,28 +95,22 @@ def _first_rows(starts: Sequence[Start], journeys: Sequence[_Journey]) -> list[T
 
 
 def _walk(
-    adapter: Adapter,
-    trace: Trace,
-    prompt: int,
+    road: Road,
     journeys: Sequence[_Journey],
     starts: Sequence[Start],
     steps: Sequence[Step],
     directions: Tensor,
-    end: int,
-    n: int,
     settings: Settings,
     drift: _Drift | None,
 ) -> Tensor:
     """Scores (R, K) of journeys in the order of their beginnings."""
-    span = slice(trace.span(prompt).start, trace.span(prompt).start + n)
-    x = directions.new_zeros(0, n, directions.shape[1])
+    x = directions.new_zeros(0, road.n, directions.shape[1])
     owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long)
     for step in steps:
         joining = [journey for journey in journeys if journey.entering == step.index]
         if not len(x) and not joining:
             continue
-        record = trace.layers[step.index]
-        maps = LayerMaps(adapter.layer(step.index), record, span, step.queries, x.dtype, settings.compute)
+        maps = road.maps(step.index)
         new = _first_rows(starts, joining)
         x = torch.cat([x.to(maps.device), *(rows.to(maps.device, x.dtype) for rows in new)])
         read = x[:, step.queries]
@@ -136,7 +124,7 @@ def _walk(
         if drift is not None:
             drift.add(u, owner, step, [len(starts[s].named) for s in range(len(step.log_z))])
         x = maps.normed(x + maps.down(shares.mul_(maps.act)), "mlp")
-    late = _first_rows(starts, [journey for journey in journeys if journey.entering >= end])
+    late = _first_rows(starts, [journey for journey in journeys if journey.entering >= road.end])
     x = torch.cat([x[:, -1].to(directions.device), *(rows[:, -1].to(directions) for rows in late)])
     return x @ directions.T
 

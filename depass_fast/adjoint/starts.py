@@ -13,7 +13,7 @@ from ..components import ComponentKind
 from ..initial import initial_state
 from ..state import BIAS, REST
 from ..trace import Trace
-from .maps import gate_reading
+from .maps import Road
 
 
 class Named(Protocol):
@@ -68,7 +68,7 @@ class Products:
         return (self.coefficients * scale[:, None]).abs_().mul_((self._wide() * gamma).norm(dim=1))
 
     def alive(self) -> Tensor:
-        return (self.coefficients != 0) & (self.vectors != 0).any(1)
+        return (self.coefficients != 0) & (self.vectors.abs().amax(1) != 0)
 
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
@@ -156,15 +156,13 @@ def make_start(
     return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
 
 
-def loudness(start: Start, adapter: Adapter, trace: Trace, prompt: int, temperature: float) -> Tensor:
+def loudness(start: Start, road: Road, temperature: float) -> Tensor:
     """How far a component's g/T at its first MLP can be expected from zero: (M,).
 
     The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.
     """
-    span = slice(trace.span(prompt).start, trace.span(prompt).start + start.bias.shape[0])
-    where = (adapter.layer(start.entering), trace.layers[start.entering], span)
-    weight, response = gate_reading(*where, start.bias.dtype)
-    return start.named.sizes(weight.to(start.bias.device)).amax(0) * (response / temperature)
+    weight, gate = road.drive(start.entering)
+    return start.named.sizes(weight.to(start.bias)).amax(0) * (gate / temperature)
 
 
 def _rounding(rest: Tensor, x: Tensor) -> Tensor:
