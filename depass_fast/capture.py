@@ -42,7 +42,7 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
     """
     device = adapter.embedding.weight.device
     recorder = _Recorder(adapter)
-    groups = [[prompt] for prompt in prompts] if adapter.observed is not None else [prompts]
+    groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.lengths = [len(prompt) for prompt in group]
@@ -169,10 +169,11 @@ def _attention_function(
     recorder: _Recorder | None = getattr(_active, "recorder", None)
     if recorder is None:
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling is None:
+        scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
     window = recorder.adapter.window(sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
-    return recorder.attend(module.layer_idx, query, key, value, scale=scale, window=window, softcap=softcap), None
+    return recorder.attend(module.layer_idx, query, key, value, scale=scaling, window=window, softcap=softcap), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)
@@ -256,7 +257,8 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
             return None
         outputs = [seen[name] for name in observed.projections]
         attention = observed.read(module, outputs, seen["kwargs"])
-        out = recorder.attend(index, **{"window": None, "softcap": None, **attention})
+        window = recorder.adapter.window(None, recorder.implementation)
+        out = recorder.attend(index, window=window, softcap=None, **attention)
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 
     undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
@@ -295,8 +297,9 @@ class _Tap:
             return
         if self.batched:
             self.record[self.name] = x
-        elif isinstance(x, tuple) and self.name != "resid_final":  # a router's
-            self.record[self.name] = tuple(y.detach() for y in x)
+        elif isinstance(x, tuple) and self.name == "routing":
+            before = self.record.get(self.name, (x[0][:0], x[1][:0], x[2][:0]))
+            self.record[self.name] = tuple(torch.cat(parts) for parts in zip(before, x, strict=True))
         else:
             x = x[0] if isinstance(x, tuple) else x
             x = x.detach().flatten(0, -2)

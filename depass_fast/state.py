@@ -231,8 +231,9 @@ class ComponentState:
     def block(self, prompt: int) -> Tensor:
         """Like :meth:`dense`, in row order; a copy."""
         rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
-        if (counts == len(self.layout.components[prompt])).all():
-            return rows.view(len(counts), -1, rows.shape[1]).clone()
+        m = len(self.layout.components[prompt])
+        if (counts == m).all():
+            return rows.view(len(counts), m, rows.shape[1]).clone()
         mask = self.mask(prompt)
         out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
         out[mask] = rows

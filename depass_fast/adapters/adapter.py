@@ -30,9 +30,8 @@ class Adapter:
 
     @property
     def config(self) -> Any:
-        """Of the text model, which is all of it unless the model sees or hears, too."""
-        config = self.model.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        """Of the text model, which is all of it unless the model sees, too; the one that its attention looks at."""
+        return self.decoder.config
 
     @property
     def n_layers(self) -> int:
@@ -57,7 +56,9 @@ class Adapter:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        """The most positions that the model can have, None where nothing limits them (BLOOM's ALiBi)."""
+        names = ("max_position_embeddings", "max_seq_len")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +80,11 @@ class Adapter:
             return getattr(self.config, "sliding_window", None)
         return announced
 
+    def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
+        """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""
+        own = self.family.eager_scale
+        return own(attention) if own is not None and implementation == "eager" else None
+
     @property
     def observed(self) -> Observed | None:
         """How to observe attention, where this version of transformers does not let it be replaced."""
@@ -93,6 +99,17 @@ class Adapter:
         if self.takes_positions:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every prompt needs a forward pass of its own.
+
+        That is so where attention is observed, and where the rotary embedding depends on the longest of all positions.
+        """
+        return self.observed is not None or any(
+            "longrope" in str(kind) or "dynamic" in str(kind)
+            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+        )
 
     @property
     def takes_positions(self) -> bool:
