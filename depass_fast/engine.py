@@ -309,7 +309,7 @@ class DePass:
         began: float,
     ) -> list[Attribution]:
         """A result per prompt, from a state with one position of each."""
-        device = self.adapter.unembedding.weight.device
+        device = self.adapter.unembedding_device
         final_norm = plan.end_given is None
         norm = self.adapter.final_norm() if final_norm else None
         norm = None if norm is None else norm.to(device)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters.tuned import tuning
+
 
 @dataclass
 class AttentionTrace:
@@ -83,7 +85,7 @@ class TraceSource:
     """Which model a trace was made by, and whether its weights have been written to since."""
 
     model: weakref.ref
-    version: int
+    version: tuple
 
     @staticmethod
     def of(model: nn.Module) -> TraceSource:
@@ -97,9 +99,9 @@ class TraceSource:
             raise ValueError("trace: the model's weights have changed since it was made; trace the prompt again.")
 
 
-def _version(model: nn.Module) -> int:
-    """Grows with every in-place change of a weight (inference tensors do not count them)."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters())
+def _version(model: nn.Module) -> tuple:
+    """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
+    return sum(0 if p.is_inference() else p._version for p in model.parameters()), tuning(model)
 
 
 @dataclass

@@ -82,7 +82,7 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     size += (attention.n_heads + attention.n_kv_heads) * attention.head_dim * item
     size += attention.n_heads * wide if family.alibi else 0
     if family.v_clip is not None:
-        size += attention.w_v.shape[0] * item
+        size += attention.v.shape[0] * item
     if not adapter.is_mixture(index):
         return size + 2 * mlps[0].w_gate.shape[0] * item
     size += family.experts.top_k * (_INDEX + 2 * mlps[0].w_gate.shape[0] * item)
