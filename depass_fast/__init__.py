@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .result import Attribution
     from .state import ComponentState
     from .trace import Trace
+    from .trace_size import trace_nbytes
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Tokens",
     "Trace",
     "__version__",
+    "trace_nbytes",
 ]
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
@@ -47,6 +49,7 @@ _HOME = {
     "LayeredAttribution": "layered",
     "Options": "options",
     "Trace": "trace",
+    "trace_nbytes": "trace_size",
 }
 
 

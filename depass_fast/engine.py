@@ -26,7 +26,7 @@ from .initial import initial_state
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .prompts import Prompt, checked_position, encode, is_batch, token_texts
+from .prompts import Prompt, checked_position, encode, encode_all, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
@@ -79,9 +79,8 @@ class DePass:
 
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """One ordinary forward pass, recorded; it is accepted wherever a prompt is, so that it runs only once."""
-        batch = is_batch(prompt)
-        trace = self._capture([self._encode(p) for p in (prompt if batch else [prompt])])
-        return replace(trace, batch=batch)
+        batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
+        return replace(self._capture(prompts), batch=batch)
 
     @torch.no_grad()
     def attribute(
@@ -103,7 +102,9 @@ class DePass:
         """The share of every component in the logit of ``target``.
 
         Args:
-            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
+            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts; or what a
+                tokenizer returns, ``input_ids`` (B, N) with ``attention_mask``, padded on any side: the padding is
+                dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
@@ -121,7 +122,7 @@ class DePass:
 
         Returns:
             An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers; a list of them for
-            a list of prompts, or for the trace of a list.
+            several prompts, or for the trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
@@ -168,7 +169,7 @@ class DePass:
             raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
         check_ready(self.adapter)
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
-        ids, length = generate(self.adapter, self._encode(prompt), **arguments)
+        ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)
@@ -261,9 +262,6 @@ class DePass:
         state.factors = None
         return state, errors
 
-    def _encode(self, prompt: Prompt) -> Tensor:
-        return encode(prompt, self.adapter, self.tokenizer)
-
     def _capture(self, prompts: list[Tensor]) -> Trace:
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
@@ -278,8 +276,7 @@ class DePass:
             batch, ids = trace.batch, trace.input_ids.cpu()
             prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
         else:
-            batch = is_batch(prompt)
-            prompts = [self._encode(p) for p in (prompt if batch else [prompt])]
+            batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
         if not isinstance(components, ComponentKind):
             raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
         components.check(self.adapter, [len(ids) for ids in prompts])
@@ -336,7 +333,7 @@ class DePass:
         began: float,
     ) -> list[Attribution]:
         """A result per prompt, from a state with one position of each."""
-        device = self.adapter.unembedding.weight.device
+        device = self.adapter.unembedding_device
         final_norm = plan.end_given is None
         norm = self.adapter.final_norm() if final_norm else None
         norm = None if norm is None else norm.to(device)

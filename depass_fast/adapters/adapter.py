@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_mlps, has_router
+from .experts import expert_mlps, expert_modules, has_router
 from .family import Family, Observed, Path
-from .stored import stored_bias, stored_weight
+from .stored import stored_bias, stored_device, stored_shape, stored_weight
+from .tuned import inside
 from .weights import Attention, Layer, Linear, Mlp, Norm
+
+_NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
 
 
 @dataclass(frozen=True)
@@ -132,20 +135,26 @@ class Adapter:
         return None if self.drop_biases else stored_bias(self.unembedding)
 
     @property
+    def unembedding_device(self) -> torch.device:
+        return stored_device(self.unembedding)
+
+    @property
     def vocabulary_size(self) -> int:
-        return self.unembedding.weight.shape[0]
+        return stored_shape(self.unembedding)[0]
 
     @property
     def hidden_size(self) -> int:
         """D, the width of the residual stream."""
-        return (self._project_out or self.unembedding).weight.shape[1]
+        return stored_shape(self._project_out or self.unembedding)[1]
 
     def final_norm(self) -> Norm | None:
         return self._norm(self.final_norm_module)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits of normed final hidden states: (..., D) -> (..., vocabulary)."""
-        hidden = hidden.to(self.unembedding.weight)
+        weight = getattr(self.unembedding, "weight", None)
+        stored = isinstance(weight, Tensor) and weight.is_floating_point()  # else it is quantised
+        hidden = hidden.to(self.unembedding_device, weight.dtype if stored else self.dtype)
         raw = self.unembedding(hidden if self._project_out is None else self._project_out(hidden))
         raw = raw * self.family.logit_scale
         cap = self.family.logit_cap
@@ -206,7 +215,7 @@ class Adapter:
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm on the residual stream or on what is added to it, with its module."""
-        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in ("_norm", "_output_norm", "_stream_norm")]
+        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
         for index in range(self.n_layers):
             for part in parts:
                 if (module := self.module(index, part)) is not None:
@@ -215,19 +224,20 @@ class Adapter:
             yield self.final_norm_module, self.final_norm()
 
     def weighty(self, index: int) -> list[nn.Module]:
-        """The modules of layer ``index`` whose weights the propagation reads."""
-        parts = ["attention_norm", "v_proj", "o_proj", "mlp_norm"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
-        return [module for part in parts if (module := self.module(index, part)) is not None]
+        """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
+        parts = ["v_proj", "o_proj"] + ([] if self.is_mixture(index) else ["gate_proj", "down_proj"])
+        parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+        modules = [module for part in parts if (module := self.module(index, part)) is not None]
+        if self.is_mixture(index):
+            modules += expert_modules(self.module(index, "mlp"), self.family.experts)
+        return modules
 
     def name_of(self, module: nn.Module) -> str:
         """A module's name below the model."""
         return next(name for name, found in self.model.named_modules() if found is module)
 
     def _branch(self, index: int, kind: str) -> dict[str, Any]:
-        norm, output, stream = (
-            self._norm(self.module(index, f"{kind}{where}")) for where in ("_norm", "_output_norm", "_stream_norm")
-        )
+        norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
         return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
 
     def _linear(self, index: int, path: str, part: str | None = None) -> Linear:
@@ -250,10 +260,10 @@ class Adapter:
 def _below(module: nn.Module, path: Path) -> nn.Module:
     """What is found under a path, or under the first of several that exists."""
     if isinstance(path, str):
-        return attrgetter(path)(module)
+        return inside(attrgetter(path)(module))
     for name in path[:-1]:
         try:
-            return attrgetter(name)(module)
+            return inside(attrgetter(name)(module))
         except AttributeError:
             continue
-    return attrgetter(path[-1])(module)
+    return inside(attrgetter(path[-1])(module))
