@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .result import Attribution
     from .state import ComponentState
     from .trace import Trace
+    from .trace_size import trace_nbytes
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Tokens",
     "Trace",
     "__version__",
+    "trace_nbytes",
 ]
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
@@ -44,6 +46,7 @@ _HOME = {
     "Generation": "generation",
     "Options": "options",
     "Trace": "trace",
+    "trace_nbytes": "trace_size",
 }
 
 

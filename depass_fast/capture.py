@@ -79,7 +79,7 @@ class _Recorder:
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
         for length in self.lengths:
-            bias = None if key_bias is None else key_bias(length)
+            bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             part = (x[:, :, first : first + length] for x in (q, k, v))
             parts.append(_causal_attention(*part, key_bias=bias, **rest))
             biases.append(bias)
@@ -148,7 +148,7 @@ def _causal_attention(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if key_bias is not None:
-            logits = logits + key_bias.T[:, None].to(wide)
+            logits = logits + key_bias.T[:, None]
         seen = causal_mask(queries, n, window)
         out[:, :, queries] = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
     return out

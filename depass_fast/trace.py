@@ -28,7 +28,7 @@ class AttentionTrace:
     scale: float
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
-    key_bias: Tensor | None = None  # (T, H) added to the logits of a key (ALiBi, up to what is the same for all keys)
+    key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) of the norm on its output
 

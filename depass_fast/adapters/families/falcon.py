@@ -27,6 +27,7 @@ def declare(config: Any) -> Family:
         v_part=_values(config),
         o_proj="self_attention.dense",
         observed=Observed(("query_key_value",), _read),
+        alibi=config.alibi,
         mlp_norm="ln_mlp" if two_norms else norm if parallel else "post_attention_layernorm",
         gate_proj="mlp.dense_h_to_4h",
         down_proj="mlp.dense_4h_to_h",
