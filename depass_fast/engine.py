@@ -19,7 +19,7 @@ from .capture import capture
 from .components import ComponentKind, Tokens
 from .generation import Generation, generate
 from .hook_names import layer_input
-from .initial import initial_state
+from .initial import initial_state, meets_bias
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
@@ -276,23 +276,8 @@ class DePass:
             layer=layer,
             end_given=end,
             end=n_layers if end is None else end,
-            has_bias=self._meets_bias(components, layer, end),
+            has_bias=meets_bias(components, self.adapter, end),
         )
-
-    def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
-        """Whether an additive constant lies between the components and the end."""
-        if end is None:
-            norm = self.adapter.final_norm()
-            if (norm is not None and norm.bias is not None) or self.adapter.unembedding_bias is not None:
-                return True
-            end = self.adapter.n_layers
-        for index in range(layer, end):
-            weights, site = self.adapter.layer(index), components.start_site(self.adapter) if index == layer else ""
-            if weights.attention.has_bias and site not in ("resid_mid", "resid_post"):
-                return True
-            if weights.has_mlp_bias and site != "resid_post":
-                return True
-        return False
 
     def _start(self, plan: _Plan) -> tuple[Trace, ComponentState]:
         trace = plan.trace or self._capture(plan.prompts)
