@@ -22,7 +22,7 @@ from .state import BIAS, REST, Factors
 from .trace import Trace
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
-_TILE = 1 << 22  # probabilities held at once, in elements
+_TILE = 1 << 22  # probabilities or outputs held at once, in elements
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Heads(LayerKind):
         values = outputs.values()  # (N, H, d)
         w_o = weights.w_o.to(out.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
         positions = torch.arange(len(values), device=values.device)
-        # a few queries at a time: P of a long prompt would be the N² that is nowhere held
-        for queries in positions.split(max(1, _TILE // (weights.n_heads * len(values)))):
+        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
             p = attention_probabilities(record, positions + span.start, queries, out.dtype)
             mixed = torch.einsum("hqk,khd->hqd", p, values)
             out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)

@@ -22,7 +22,7 @@ from .components import ComponentKind, Tokens
 from .exact_layers import exact_layers
 from .generation import Generation, generate
 from .hook_names import layer_input
-from .initial import initial_state
+from .initial import initial_state, meets_bias
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
@@ -296,25 +296,11 @@ class DePass:
             layer=layer,
             end_given=end,
             end=n_layers if end is None else end,
-            has_bias=self.meets_bias(components, layer, end),
+            has_bias=meets_bias(components, self.adapter, end),
         )
 
-    def meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
-        """Whether an additive constant lies between the components and the end."""
-        if end is None:
-            norm = self.adapter.final_norm()
-            if (norm is not None and norm.bias is not None) or self.adapter.unembedding_bias is not None:
-                return True
-            end = self.adapter.n_layers
-        for index in range(layer, end):
-            weights, site = self.adapter.layer(index), components.start_site(self.adapter) if index == layer else ""
-            if weights.attention.has_bias and site not in ("resid_mid", "resid_post"):
-                return True
-            if weights.has_mlp_bias and site != "resid_post":
-                return True
-        return False
-
     def start_state(self, plan: Plan) -> tuple[Trace, ComponentState]:
+        """The forward pass, unless it was taken already, and the components where they start."""
         kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
         state = initial_state(

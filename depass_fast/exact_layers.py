@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .initial import meets_bias
 from .layered import LayeredAttribution
 from .readout import TargetSpec
 from .result import Attribution
@@ -28,7 +29,7 @@ def exact_layers(
         layer = kind.resolve(adapter)
         bound = kind.bound(adapter, trace, 0)
         constant = bound.constant(adapter, trace, 0, plan.run.state_dtype)
-        own_bias.append(constant is not None or engine.meets_bias(kind, layer, plan.end_given))
+        own_bias.append(constant is not None or meets_bias(kind, adapter, plan.end_given))
         plans.append(replace(plan, components=kind, layer=layer, trace=trace))
     plans = [replace(one, has_bias=any(own_bias)) for one in plans]  # joint states have the same extras
     by_layer = [

@@ -220,7 +220,10 @@ class ComponentState:
         N counts the positions that the state still carries: all of them unless it was pruned to a readout.
         """
         extras = len(self.layout.components[self._checked(prompt)].extras)
-        return torch.roll(self.block(prompt), -extras, dims=1)
+        view = self._view(prompt)
+        if view is None and not extras:
+            return self.block(prompt)
+        return torch.roll(self.block(prompt) if view is None else view, -extras, dims=1)
 
     def _checked(self, prompt: int) -> int:
         count = len(self.layout.components)
@@ -230,14 +233,19 @@ class ComponentState:
 
     def block(self, prompt: int) -> Tensor:
         """Like :meth:`dense`, in row order; a copy."""
-        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
-        m = len(self.layout.components[prompt])
-        if (counts == m).all():
-            return rows.view(len(counts), m, rows.shape[1]).clone()
+        view = self._view(prompt)
+        if view is not None:
+            return view.clone()
         mask = self.mask(prompt)
         out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
-        out[mask] = rows
+        out[mask] = self.rows[self.layout.rows(prompt)]
         return out
+
+    def _view(self, prompt: int) -> Tensor | None:
+        """The rows themselves as a block, where every component is alive everywhere."""
+        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
+        m = len(self.layout.components[prompt])
+        return rows.view(len(counts), m, rows.shape[1]) if (counts == m).all() else None
 
     def set_block(self, prompt: int, values: Tensor) -> None:
         """Write a dense (N, M, D) block in row order back into the rows."""

@@ -53,15 +53,15 @@ class _Key:
 
 @functools.lru_cache(maxsize=16)
 def _bytes_per_position(key: _Key, dtype: torch.dtype) -> int:
-    adapter = _without_weights(key.config)
+    adapter = without_weights(key.config)
     width, item = adapter.hidden_size, dtype.itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))
     return _INDEX + stream * width * item + layers
 
 
-def _without_weights(config: Any) -> Adapter:
-    """The adapter of a model with shapes and nothing else."""
+def without_weights(config: Any) -> Adapter:
+    """The adapter of a model with shapes and nothing else. Raises ValueError as :func:`trace_nbytes`."""
     home = next((base for base in type(config).__mro__ if base in MODEL_FOR_CAUSAL_LM_MAPPING), None)
     if home is None:
         raise ValueError(f"config: {type(config).__name__} is not the config of a causal language model.")

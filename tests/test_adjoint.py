@@ -17,6 +17,7 @@ from depass_fast.adjoint.maps import LayerMaps, Road
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.starts import Dense, make_start
 from depass_fast.backends import ReferenceBackend
+from depass_fast.initial import meets_bias
 from depass_fast.readout import parse_target, resolve_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
@@ -55,7 +56,7 @@ def test_taylor_is_exact(name):
 def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward, torch.Tensor]:
     """The steps of a sweep as the exact run has them: log Z of all components, the crowd's mean gate."""
     adapter, n = dp.adapter, read + 1
-    has_bias = dp.meets_bias(kind, kind.resolve(adapter), None)
+    has_bias = meets_bias(kind, adapter, None)
     start = make_start(kind, adapter, trace, 0, n, has_bias, torch.float64)
     state = dp.start(trace, kind, backend="reference", state_dtype="float64") if kind.site != "resid_post" else None
     steps = []

@@ -28,6 +28,11 @@ CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes of workspace, unless told otherwise."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
+
 class TorchBackend:
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
 
@@ -195,11 +200,12 @@ class TorchBackend:
     ) -> ComponentState:
         dtype, layout = self._dtype(state), state.layout
         packed = torch.from_numpy(layout.packed).to(state.device)
-        recorded = trace.rows(packed)
+        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
+        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
         act, out_scale = trace.act[recorded].to(dtype), None
         if trace.out_scale is not None:
             out_scale = trace.out_scale[packed]
-            act *= out_scale[:, None].to(dtype)
+            act = act * out_scale[:, None].to(dtype)
         w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
         step = MlpStep(
             scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
@@ -246,7 +252,7 @@ class TorchBackend:
         return self.compute_dtype or state.rows.dtype
 
     def _budget(self, device: torch.device) -> int:
-        return self.memory_budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET)
+        return self.memory_budget or default_budget(device)
 
     def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
         plans = self._plans.setdefault(layout, {})
