@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
+    from .components import ComponentKind, Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .features import Features
+    from .given import Custom, Subspaces
     from .layered import LayeredAttribution
     from .options import Options
     from .result import Attribution
@@ -40,7 +41,8 @@ __all__ = [
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
 _HOME = {
-    **dict.fromkeys(("ComponentKind", "Custom", "Heads", "Modules", "Neurons", "Subspaces", "Tokens"), "components"),
+    **dict.fromkeys(("ComponentKind", "Heads", "Modules", "Neurons", "Tokens"), "components"),
+    **dict.fromkeys(("Custom", "Subspaces"), "given"),
     "Attribution": "result",
     "ComponentState": "state",
     "DePass": "engine",

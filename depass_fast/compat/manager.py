@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..components import ComponentKind, Custom, Heads, Modules, Neurons, Tokens
+from ..components import ComponentKind, Heads, Modules, Neurons, Tokens
 from ..engine import DePass
 from ..generation import generate
+from ..given import Custom
 from ..options import Run
 from ..prompts import Prompt, encode
 from ..state import BIAS, REST, Components, ComponentState, Layout
