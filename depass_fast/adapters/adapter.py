@@ -215,6 +215,30 @@ class Adapter:
             modules += expert_modules(self.module(index, "mlp"), self.family.experts)
         return modules
 
+    def missing(self) -> str | None:
+        """The path of a module that the family declares and this model lacks, or None."""
+        for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
+            path = getattr(self.family, part)
+            try:
+                if path is not None:
+                    self._below_model(path)
+            except AttributeError:
+                return _name(path)
+        for index in range(self.n_layers):
+            parts = ["attention", "v_proj", "o_proj", "mlp"]
+            parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+            for part in [*parts, "gate_proj", "down_proj"]:
+                try:
+                    if part not in ("gate_proj", "down_proj") or not self.is_mixture(index):
+                        self.module(index, part)
+                except AttributeError:
+                    return self.path(index, part)
+        return None
+
+    def path(self, index: int, part: str) -> str:
+        """The name below the model of what the family calls ``part`` in layer ``index``."""
+        return f"{_name(self.family.layers)}.{index}.{_name(getattr(self.family, part))}"
+
     def name_of(self, module: nn.Module) -> str:
         """A module's name below the model."""
         return next(name for name, found in self.model.named_modules() if found is module)
@@ -238,6 +262,10 @@ class Adapter:
 
     def _below_model(self, path: Path) -> nn.Module:
         return _below(self.model, path)
+
+
+def _name(path: Path) -> str:
+    return path if isinstance(path, str) else path[0]
 
 
 def _below(module: nn.Module, path: Path) -> nn.Module:
