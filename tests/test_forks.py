@@ -60,17 +60,13 @@ class Gated(modeling_llama.LlamaAttention):
 
     def forward(self, hidden_states, **kwargs):
         out, weights = super().forward(hidden_states, **kwargs)
-        return out * 0.9, weights
-
-
-def scaled_values(attention, module, x, out):
-    return out * 1.1
+        return out * 0.5, weights
 
 
 class Twice(nn.Module):
     """What is put between two modules."""
 
-    def __init__(self, inner, factor=1.05):
+    def __init__(self, inner, factor=1.5):
         super().__init__()
         self.inner, self.factor = inner, factor
 
@@ -123,7 +119,7 @@ def changed_mlp_norm(layer):
 
 
 def changed_layer(layer):
-    layer.register_forward_hook(lambda module, args, out: out + 0.1 if torch.is_tensor(out) else (out[0] + 0.1,))
+    layer.register_forward_hook(lambda module, args, out: out + 1.0 if torch.is_tensor(out) else (out[0] + 1.0,))
 
 
 CHANGES = {
@@ -194,7 +190,7 @@ def test_observed_attention_is_compared_with_the_models_own(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_supported_model_is_refused(name, dtype, monkeypatch):
-    """Differences stay below a third of what is allowed."""
+    """Differences stay below half of what is allowed."""
     if not available(name) or (name.startswith("mpt") and dtype == torch.float64):
         pytest.skip("this transformers cannot run it")
     monkeypatch.setattr("depass_fast.consistency.Consistency.verdict", lower_verdict)
@@ -203,7 +199,7 @@ def test_no_supported_model_is_refused(name, dtype, monkeypatch):
 
 def lower_verdict(self) -> None:
     for name, error, allowed in zip(self.names, self.errors, self.allowed, strict=True):
-        assert float(error) <= allowed / 3, (name, float(error), allowed)
+        assert float(error.detach()) <= allowed / 2, (name, float(error), allowed)
 
 
 @pytest.mark.parametrize("how", ["model", "in place", "below", "layers", "projections", "forward"])
