@@ -156,8 +156,13 @@ def _causal_attention(
     if softcap is None and key_bias is None:
         if window is None or window >= n:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        mask = causal_mask(torch.arange(n, device=q.device), n, window)
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        parts = []
+        for queries in torch.arange(n, device=q.device).split(max(window, 256)):  # no mask of N x N
+            first, end = max(0, int(queries[0]) - window + 1), int(queries[-1]) + 1
+            mask = causal_mask(queries, end, window)[:, first:]
+            part = (q[:, :, queries], k[:, :, first:end], v[:, :, first:end])
+            parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
+        return torch.cat(parts, dim=2)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
