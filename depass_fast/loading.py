@@ -74,14 +74,23 @@ def check_weights(adapter: Adapter) -> None:
         kind = kind_of(module)
         if problem is None and kind is not None and kind not in tried:
             tried.add(kind)
-            error = reads_as_computed(module, adapter.dtype)
-            if not error <= _READING_TOLERANCE:
-                problem = (
-                    f"what this {type(module).__name__} computes is not what its weight says (the outputs differ by "
-                    f"{error:.1%}); merge or dequantise it first."
-                )
+            problem = _misread(module, adapter.dtype)
         if problem is not None:
             raise ValueError(f"{adapter.name_of(module)}: {problem}")
+
+
+def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why the weight that is read is not the one that a module computes with, if it is not."""
+    try:
+        error = reads_as_computed(module, dtype)
+    except ValueError as unreadable:
+        return str(unreadable)
+    if error <= _READING_TOLERANCE:
+        return None
+    return (
+        f"what this {type(module).__name__} computes is not what its weight says (the outputs differ by {error:.1%}); "
+        "merge or dequantise it first."
+    )
 
 
 def check_ready(adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .experts import expert_mlps, expert_modules, has_router
 from .family import Family, Observed, Path
-from .stored import stored_bias, stored_device, stored_shape, stored_weight
+from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
 from .weights import Attention, Layer, Linear, Mlp, Norm
 
@@ -223,7 +223,7 @@ class Adapter:
         if self.final_norm_module is not None:
             yield self.final_norm_module, self.final_norm()
 
-    def weighty(self, index: int) -> list[nn.Module]:
+    def weighty(self, index: int) -> list[nn.Module | Stacked]:
         """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
         parts = ["v_proj", "o_proj"] + ([] if self.is_mixture(index) else ["gate_proj", "down_proj"])
         parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
@@ -232,8 +232,34 @@ class Adapter:
             modules += expert_modules(self.module(index, "mlp"), self.family.experts)
         return modules
 
-    def name_of(self, module: nn.Module) -> str:
-        """A module's name below the model."""
+    def missing(self) -> str | None:
+        """The path of a module that the family declares and this model lacks, or None."""
+        for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
+            path = getattr(self.family, part)
+            try:
+                if path is not None:
+                    self._below_model(path)
+            except AttributeError:
+                return _name(path)
+        for index in range(self.n_layers):
+            parts = ["attention", "v_proj", "o_proj", "mlp"]
+            parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+            for part in [*parts, "gate_proj", "down_proj"]:
+                try:
+                    if part not in ("gate_proj", "down_proj") or not self.is_mixture(index):
+                        self.module(index, part)
+                except AttributeError:
+                    return self.path(index, part)
+        return None
+
+    def path(self, index: int, part: str) -> str:
+        """The name below the model of what the family calls ``part`` in layer ``index``."""
+        return f"{_name(self.family.layers)}.{index}.{_name(getattr(self.family, part))}"
+
+    def name_of(self, module: nn.Module | Stacked) -> str:
+        """A module's name below the model, or that of a tensor of experts."""
+        if isinstance(module, Stacked):
+            return next(name for name, found in self.model.named_parameters() if found is module.stack)
         return next(name for name, found in self.model.named_modules() if found is module)
 
     def _branch(self, index: int, kind: str) -> dict[str, Any]:
@@ -255,6 +281,10 @@ class Adapter:
 
     def _below_model(self, path: Path) -> nn.Module:
         return _below(self.model, path)
+
+
+def _name(path: Path) -> str:
+    return path if isinstance(path, str) else path[0]
 
 
 def _below(module: nn.Module, path: Path) -> nn.Module:

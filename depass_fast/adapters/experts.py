@@ -35,10 +35,9 @@ def expert_mlps(mlp: nn.Module, experts: Experts, branch: dict[str, Any]) -> tup
     return tuple(Mlp(**branch, gate=part.gate, down=part.down, name=part.name) for part in _projections(mlp, experts))
 
 
-def expert_modules(mlp: nn.Module, experts: Experts) -> list[nn.Module]:
-    """The linear modules of all experts; none where all experts are two tensors."""
-    linears = [linear.module for part in _projections(mlp, experts) for linear in (part.gate, part.up, part.down)]
-    return [module for module in linears if isinstance(module, nn.Module)]
+def expert_modules(mlp: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
+    """What holds the weights of all experts."""
+    return [linear.module for part in _projections(mlp, experts) for linear in (part.gate, part.up, part.down)]
 
 
 def route(mlp: nn.Module, experts: Experts, x: Tensor, routing: Any) -> list[Routed]:

@@ -61,20 +61,22 @@ def stored_device(module: nn.Module | Stacked) -> torch.device:
     return held[0].device
 
 
-def unreadable(module: nn.Module) -> str | None:
+def unreadable(module: nn.Module | Stacked) -> str | None:
     """Why the weight of a module cannot be read as numbers, if it cannot."""
     if is_tuned(module):
         return why_unreadable(module) or unreadable(module.base_layer)
     if is_quantised(module):
         return None
     weight = getattr(module, "weight", None)
-    if weight is not None and any(module.children()):
+    if isinstance(module, Stacked):
+        weight = module.stack  # of all experts: no need to look at each
+    elif weight is not None and any(module.children()):
         parts = ", ".join(name for name, _ in module.named_children())
         return (
             f"{type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
             "merge the adapter into the model first."
         )
-    if weight is None and not any(module.parameters()) and not any(module.buffers()):
+    elif weight is None and not [*module.parameters(), *module.buffers()]:
         return None  # a norm without parameters
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         kind = getattr(weight, "dtype", type(weight).__name__)
@@ -85,7 +87,7 @@ def unreadable(module: nn.Module) -> str | None:
     return "its weight is offloaded (meta device); load the model into memory." if weight.is_meta else None
 
 
-def kind_of(module: nn.Module) -> tuple | None:
+def kind_of(module: nn.Module | Stacked) -> tuple | None:
     """What modules whose weights are read in the same way have in common; None where the weight is plain."""
     if is_tuned(module):
         return (type(module), *at_work(module), kind_of(module.base_layer))

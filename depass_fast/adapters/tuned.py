@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MERGE = "merge the adapter into the model first (model.merge_and_unload())."
+
 
 def is_tuned(module: Any) -> bool:
     """Whether this is a base layer with PEFT's adapters around it."""
@@ -45,6 +47,9 @@ def tuned_weight(module: Any, base: Tensor) -> Tensor:
     """The weight (out, in) that a wrapped module computes with, ``base`` being that of its base layer.
 
     In float32 at least: an adapter's part may be smaller than the rounding of the base in half precision.
+
+    Raises:
+        ValueError: what an adapter says that it adds has another shape.
     """
     names = at_work(module)
     if not names:
@@ -54,6 +59,8 @@ def tuned_weight(module: Any, base: Tensor) -> Tensor:
     for name in names:
         delta = module.get_delta_weight(name).detach().to(base)
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+        if delta.shape != base.shape:
+            raise ValueError(f"{type(module).__name__} does not add to its weight (adapter {name!r}); {_MERGE}")
         if name in getattr(module, "lora_magnitude_vector", ()):  # DoRA, arXiv 2402.09353 equation 5
             tuned = base + delta
             lengths = module.lora_magnitude_vector[name].weight.detach().to(base).flatten()
@@ -65,7 +72,7 @@ def tuned_weight(module: Any, base: Tensor) -> Tensor:
 def tuned_bias(module: Any, base: Tensor | None) -> Tensor | None:
     """The bias (out,) of a wrapped module, or None."""
     for name in at_work(module):
-        b = module.lora_B[name].bias if name in getattr(module, "lora_B", ()) else None
+        b = getattr(module.lora_B[name], "bias", None) if name in getattr(module, "lora_B", ()) else None
         if b is not None:
             b = b.detach() * module.scaling[name]
             base = b if base is None else base + b.to(base)
@@ -78,13 +85,12 @@ def why_unreadable(module: Any) -> str | None:
     if module.merged and module.disable_adapters:
         return "its adapters are merged and disabled at once; unmerge them first (model.unmerge_adapter())."
     names = at_work(module)
-    hint = "merge the adapter into the model first (model.merge_and_unload())."
     if names and not hasattr(module, "get_delta_weight"):
-        return f"{kind} changes what it computes otherwise than by adding to its weight; {hint}"
+        return f"{kind} changes what it computes otherwise than by adding to its weight; {_MERGE}"
     for name in names:
         variant = type(getattr(module, "lora_variant", {}).get(name)).__name__
         if variant != "NoneType" and not variant.startswith("Dora"):
-            return f"{kind} holds the adapter {name!r} of a kind ({variant}) that is not one weight; {hint}"
+            return f"{kind} holds the adapter {name!r} of a kind ({variant}) that is not one weight; {_MERGE}"
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters.stored import stored_bias, stored_weight
 from ..components import ComponentKind, Heads, Modules, Neurons, Tokens
 from ..engine import DePass
 from ..generation import generate
@@ -171,8 +172,8 @@ class decomposed_state_manager:
     ) -> Tensor:
         """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
         head = self.dp.adapter.unembedding
-        scores = nn.functional.linear(attribute_state[token_idx].to(head.weight), head.weight[decode_token_id])
-        bias = getattr(head, "bias", None)
+        weight, bias = stored_weight(head), stored_bias(head)
+        scores = nn.functional.linear(attribute_state[token_idx].to(weight), weight[decode_token_id])
         if bias is not None and self.corrected:
             scores[-1] += bias[decode_token_id]  # `bias` is the last component
         elif bias is not None:
