@@ -52,7 +52,7 @@ def adapt(model: nn.Module) -> Adapter:
 
     Raises:
         TypeError: ``model`` is no Hugging Face model (it has no ``config``), or no causal language model.
-        ValueError: its family is not supported; the message names those that are.
+        ValueError: its family is not supported, the message names those that are; or it looks ahead.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -65,4 +65,7 @@ def adapt(model: nn.Module) -> Adapter:
         )
     if model.get_output_embeddings() is None:
         raise TypeError(f"model: {type(model).__name__} has no unembedding; load it with AutoModelForCausalLM instead.")
-    return Adapter(model, file.declare(config))
+    adapter = Adapter(model, file.declare(config))
+    if not getattr(adapter.config, "is_causal", True) or getattr(adapter.config, "use_bidirectional_attention", False):
+        raise ValueError("model: its attention looks ahead, by its config; only causal models are decomposed.")
+    return adapter
