@@ -72,22 +72,26 @@ def check_weights(adapter: Adapter) -> None:
 
 def _problem(module: nn.Module) -> str | None:
     """Why the weight of a module cannot be read, if it cannot."""
-    weight = getattr(module, "weight", None)
-    if weight is not None and any(module.children()):
+    if getattr(module, "weight", None) is not None and any(module.children()):
         parts = ", ".join(name for name, _ in module.named_children())
         return (
             f"{type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
             "merge the adapter into the model first."
         )
-    if weight is None and not any(module.parameters()):
+    if getattr(module, "weight", None) is None and next(module.parameters(), None) is None:
         return None  # a norm without parameters
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        kind = getattr(weight, "dtype", type(weight).__name__)
-        return (
-            f"its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
-            "bfloat16 or float16, or dequantise it first (model.dequantize())."
-        )
-    return "its weight is offloaded (meta device); load the model into memory." if weight.is_meta else None
+    # all experts of a layer are a module without a `weight`
+    weights = [module.weight] if hasattr(module, "weight") else list(module.parameters(recurse=False)) or [None]
+    for weight in weights:
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+            kind = getattr(weight, "dtype", type(weight).__name__)
+            return (
+                f"its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
+                "bfloat16 or float16, or dequantise it first (model.dequantize())."
+            )
+        if weight.is_meta:
+            return "its weight is offloaded (meta device); load the model into memory."
+    return None
 
 
 def check_ready(adapter: Adapter) -> None:
@@ -98,7 +102,18 @@ def check_ready(adapter: Adapter) -> None:
     """
     training = {name: m for name, m in adapter.model.named_modules() if m.training}  # the model or a part of it
     active = [name for name, m in training.items() if isinstance(m, nn.Dropout) and m.p > 0]
-    if training and getattr(adapter.config, "attention_dropout", 0.0):
-        active.append("attention_dropout")
+    if training:
+        active += _random_by_config(adapter.config.to_dict())
     if active:
         raise ValueError(f"model: in training mode with dropout ({', '.join(active[:3])}); call model.eval() first.")
+
+
+def _random_by_config(config: dict[str, Any]) -> list[str]:
+    """What a config says that is random in training without being a module: dropout, layerdrop, a router's jitter."""
+    found = []
+    for name, value in ((str(name), value) for name, value in config.items()):
+        if isinstance(value, dict):
+            found += _random_by_config(value)
+        elif any(word in name for word in ("drop", "jitter")) and not name.startswith(("classifier", "summary")):
+            found += [name] if isinstance(value, float) and value > 0 else []
+    return found

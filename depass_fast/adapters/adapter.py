@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_mlps, has_router
+from .experts import expert_mlps, expert_modules, has_router
 from .family import Family, Observed, Path
 from .stored import stored_bias, stored_weight
 from .weights import Attention, Layer, Linear, Mlp, Norm
@@ -217,8 +217,10 @@ class Adapter:
     def weighty(self, index: int) -> list[nn.Module]:
         """The modules of layer ``index`` whose weights the propagation reads."""
         parts = ["attention_norm", "v_proj", "o_proj", "mlp_norm"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
-        return [module for part in parts if (module := self.module(index, part)) is not None]
+        sparse = self.is_mixture(index)
+        parts += [] if sparse else ["gate_proj", "down_proj"]
+        experts = expert_modules(self.module(index, "mlp"), self.family.experts) if sparse else []
+        return [module for part in parts if (module := self.module(index, part)) is not None] + experts
 
     def name_of(self, module: nn.Module) -> str:
         """A module's name below the model."""
