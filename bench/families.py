@@ -64,13 +64,17 @@ KNOWN = {
 
 def families_table(results: list[dict]) -> str:
     """The table in Markdown, from result files in ascending order of their versions of transformers."""
-    kinds = sorted({kind for result in results for measured in result["variants"].values() for kind in measured["kinds"]})
+    kinds = sorted(
+        {kind for result in results for measured in result["variants"].values() for kind in measured["kinds"]}
+    )
     rows = []
     for model_type, known in KNOWN.items():
         names = [name for name, (family, _) in VARIANTS.items() if family == model_type]
         measured = [result["variants"][name] for result in results for name in names if name in result["variants"]]
         tested = {kind for one in measured for kind in one["kinds"]}
-        errors = (max(one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one) for dtype in _DTYPES)
+        errors = (
+            max(one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one) for dtype in _DTYPES
+        )
         versions = [result["transformers"] for result in results if any(name in result["variants"] for name in names)]
         rows.append(
             [

@@ -72,3 +72,27 @@ def test_what_is_refused(model_type, changes, message):
         pytest.skip("the installed transformers does not have it")
     with pytest.raises(ValueError, match=message):
         DePass(build_model(model_type, **changes))
+
+
+@pytest.mark.parametrize(("name", "path"), [("mixtral", "experts"), ("qwen2_moe", "shared_expert.down_proj")])
+def test_experts_weights_are_checked_too(name, path):
+    model = build_variant(name)
+    layer = DePass(model).adapter.module(0, "mlp").get_submodule(path)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=f"{path.split('.')[0]}.*quantised .torch.float8_e4m3fn."):
+        DePass(model)
+
+
+@pytest.mark.parametrize("name", ["opt", "starcoder2: window", "falcon: 7B", "mpt"])
+def test_dropout_that_is_no_module_is_refused_in_training(name):
+    model = build_variant(name)
+    config = model.config.attn_config if name == "mpt" else model.config
+    option = next(
+        key for key in ("hidden_dropout", "residual_dropout", "dropout", "attn_pdrop") if hasattr(config, key)
+    )
+    setattr(config, option, 0.1)
+    with pytest.raises(ValueError, match=f"in training mode with dropout .*{option}.*model.eval"):
+        DePass(model.train()).attribute(IDS, Tokens())
+    assert DePass(model.eval()).attribute(IDS, Tokens()).completeness_error < 1e-5
