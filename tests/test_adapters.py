@@ -85,14 +85,13 @@ def test_experts_weights_are_checked_too(name, path):
         DePass(model)
 
 
-@pytest.mark.parametrize("name", ["opt", "starcoder2: window", "falcon: 7B", "mpt"])
-def test_dropout_that_is_no_module_is_refused_in_training(name):
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("opt", "dropout"), ("starcoder2: window", "residual_dropout"), ("falcon: 7B", "hidden_dropout")],
+)
+def test_dropout_that_is_no_module_is_refused_in_training(name, option):
     model = build_variant(name)
-    config = model.config.attn_config if name == "mpt" else model.config
-    option = next(
-        key for key in ("hidden_dropout", "residual_dropout", "dropout", "attn_pdrop") if hasattr(config, key)
-    )
-    setattr(config, option, 0.1)
+    setattr(model.config, option, 0.1)
     with pytest.raises(ValueError, match=f"in training mode with dropout .*{option}.*model.eval"):
         DePass(model.train()).attribute(IDS, Tokens())
     assert DePass(model.eval()).attribute(IDS, Tokens()).completeness_error < 1e-5
