@@ -44,7 +44,7 @@ _FAMILIES: dict[str, ModuleType] = {name: file for file in _FILES for name in fi
 
 def supported_families() -> tuple[str, ...]:
     """The ``model_type`` of every supported family."""
-    return tuple(_FAMILIES)
+    return tuple(sorted(_FAMILIES))
 
 
 def adapt(model: nn.Module) -> Adapter:
