@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .backends.reference import attention_probabilities
 from .hook_names import LAYER_INPUT, Site, parse_hook_name
 from .outputs import Outputs
 from .prompts import as_index
@@ -22,7 +21,6 @@ from .state import Factors
 from .trace import Trace
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
-_TILE = 1 << 22  # probabilities or outputs held at once, in elements
 
 
 @dataclass(frozen=True)
@@ -168,17 +166,8 @@ class Heads(LayerKind):
         return tuple(f"L{layer}H{h}" for h in range(adapter.layer(layer).attention.n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        layer, span = self.resolve(adapter), trace.span(prompt)
-        outputs = Outputs(adapter, trace, layer, prompt, out.dtype)
-        weights, record = outputs.weights.attention, trace.layers[layer].attention
-        values = outputs.values()  # (N, H, d)
-        w_o = weights.w_o.to(out.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
-        positions = torch.arange(len(values), device=values.device)
-        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
-        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
-            p = attention_probabilities(record, positions + span.start, queries, out.dtype)
-            mixed = torch.einsum("hqk,khd->hqd", p, values)
-            out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        outputs.attend(outputs.values(), out)
         entering = outputs.entering(out, "attention")
         if entering is not out:
             out.copy_(entering)

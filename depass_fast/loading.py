@@ -101,7 +101,18 @@ def check_ready(adapter: Adapter) -> None:
     """
     training = {name: m for name, m in adapter.model.named_modules() if m.training}  # the model or a part of it
     active = [name for name, m in training.items() if isinstance(m, nn.Dropout) and m.p > 0]
-    if training and getattr(adapter.config, "attention_dropout", 0.0):
-        active.append("attention_dropout")
+    if training:
+        active += _random_by_config(adapter.config.to_dict())
     if active:
         raise ValueError(f"model: in training mode with dropout ({', '.join(active[:3])}); call model.eval() first.")
+
+
+def _random_by_config(config: dict[str, Any]) -> list[str]:
+    """What a config says that is random in training without being a module: dropout, layerdrop, a router's jitter."""
+    found = []
+    for name, value in ((str(name), value) for name, value in config.items()):
+        if isinstance(value, dict):
+            found += _random_by_config(value)
+        elif any(word in name for word in ("drop", "jitter")) and not name.startswith(("classifier", "summary")):
+            found += [name] if isinstance(value, float) and value > 0 else []
+    return found

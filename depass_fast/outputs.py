@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Branch
+from .backends.reference import attention_probabilities
 from .state import Factors
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace
+
+_TILE = 1 << 22  # probabilities or outputs held at once, in elements
 
 
 class Outputs:
@@ -27,11 +30,18 @@ class Outputs:
         weights, record = self.weights.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
         normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
-        values = normed @ weights.w_v.to(self.dtype).T
-        if record.value_ratio is not None:
-            values = values * record.value_ratio[self.span].to(self.dtype)
-        values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
-        return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
+        return self._clamped(normed @ weights.w_v.to(self.dtype).T)
+
+    def attend(self, values: Tensor, out: Tensor) -> None:
+        """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""
+        weights = self.weights.attention
+        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
+        positions = torch.arange(len(values), device=values.device)
+        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
+            p = attention_probabilities(self.record.attention, positions + self.span.start, queries, self.dtype)
+            mixed = torch.einsum("hqk,khd->hqd", p, values)
+            out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
 
     def entering(self, y: Tensor, module: str) -> Tensor:
         """Raw outputs (N, M, D) of a module as they enter the stream."""
@@ -96,14 +106,30 @@ class Outputs:
             numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
         if mlp.stream is not None:
             numbers = numbers * mlp.stream.scale(self.record.mlp_sum[self.span].to(self.dtype))[:, None]
-            w_down = mlp.stream.apply(w_down.T, w_down.new_ones(w_down.shape[1])).T
+            w_down = mlp.stream.apply(w_down.T, None).T
         return w_down, numbers
 
     def _linear_constant(self, module: str) -> Tensor | None:
         branch, record = self._of(module)
         scale = None if record.out_scale is None else record.out_scale[self.span]
-        constant = branch.constant(self.dtype, scale)
+        value = branch.value_constant(self.dtype) if module == "attention" and record.value_ratio is not None else None
+        if value is None:
+            constant = branch.constant(self.dtype, scale)
+        else:  # clamped like the rest of the value, it is another one at every position
+            heads = self.after.new_empty(
+                len(self.after[self.span]), branch.n_heads, self.after.shape[1], dtype=self.dtype
+            )
+            self.attend(self._clamped(value.expand(len(heads), -1)), heads)
+            raw = heads.sum(1) if branch.o.bias is None else heads.sum(1) + branch.o.bias.to(self.dtype)
+            constant = branch.written_constant(raw, scale, self.dtype)
         return None if constant is None else self.through_stream(constant, module)
+
+    def _clamped(self, values: Tensor) -> Tensor:
+        """A part of the values (N, Hkv·d), clamped as all of each was, for every head: (N, H, d)."""
+        weights, ratio = self.weights.attention, self.record.attention.value_ratio
+        values = values if ratio is None else values * ratio[self.span].to(self.dtype)
+        values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+        return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
 
     def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
         if module == "attention":

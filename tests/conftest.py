@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 
+from bench.family_models import VARIANTS, build_model
 from depass_fast import DePass
 from depass_fast.demo import load_demo
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
-_SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-
-# name -> (model_type, what differs from _SHAPE)
+# name -> (model_type, what differs from the shape of bench/family_models.py)
 FAMILIES = {
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
     "llama-gqa": ("llama", {"num_key_value_heads": 2}),
@@ -46,17 +40,6 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> DePas
     return DePass(build_model(model_type, seed=seed, **changes).to(dtype))
 
 
-def build_model(model_type: str, seed: int = 0, **changes) -> torch.nn.Module:
-    config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
-    return model
-
-
 def random_ids(length: int, seed: int = 0, vocabulary: int = 64) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
@@ -70,3 +53,36 @@ def family(request) -> DePass:
 @pytest.fixture(scope="session")
 def demo() -> DePass:
     return DePass(*load_demo())
+
+
+# -- what tests/test_families.py measures -----------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--family-results", metavar="FILE.json", help="write what tests/test_families.py measures")
+
+
+def pytest_collection_modifyitems(items):
+    """All tests of a variant together: they share its models and traces."""
+    first = [i for i, item in enumerate(items) if item.path.name == "test_families.py"]
+    chosen = sorted((items[i] for i in first), key=lambda item: list(VARIANTS).index(item.callspec.params["name"]))
+    for i, item in zip(first, chosen, strict=True):
+        items[i] = item
+
+
+@pytest.fixture(scope="session")
+def family_results(request):
+    """Takes a variant's name, what was measured, and the value; the largest is kept, or every name."""
+    measured = defaultdict(dict)
+
+    def note(name: str, what: str, value: float | str) -> None:
+        before = measured[name].get(what)
+        if isinstance(value, str):
+            measured[name][what] = sorted({*(before or ()), value})
+        else:
+            measured[name][what] = value if before is None else max(before, value)
+
+    yield note
+    if path := request.config.getoption("--family-results"):
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        Path(path).write_text(json.dumps({**versions, "variants": measured}, indent=1) + "\n")

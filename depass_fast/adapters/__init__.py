@@ -46,7 +46,7 @@ _FAMILIES: dict[str, ModuleType] = {name: file for file in _FILES for name in fi
 
 def supported_families() -> tuple[str, ...]:
     """The ``model_type`` of every supported family."""
-    return tuple(_FAMILIES)
+    return tuple(sorted(_FAMILIES))
 
 
 def adapt(model: nn.Module) -> Adapter:
@@ -56,8 +56,8 @@ def adapt(model: nn.Module) -> Adapter:
 
     Raises:
         TypeError: ``model`` is no Hugging Face model (it has no ``config``), or no causal language model.
-        ValueError: its family is not supported; the message names those that are. Or it is a fork without the modules
-            of its family, or that calls them otherwise.
+        ValueError: its family is not supported, the message names those that are; it looks ahead; or it is a fork
+            without the modules of its family.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -78,6 +78,8 @@ def adapt(model: nn.Module) -> Adapter:
             f"model: {type(model).__name__} has no {missing}, where the family {family!r} keeps it; a fork must keep "
             "its family's modules under their names."
         )
+    if not getattr(adapter.config, "is_causal", True) or getattr(adapter.config, "use_bidirectional_attention", False):
+        raise ValueError("model: its attention looks ahead, by its config; only causal models are decomposed.")
     return adapter
 
 

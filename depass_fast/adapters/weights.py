@@ -42,11 +42,12 @@ class Norm:
             x = x - x.mean(-1, keepdim=True)
         return torch.rsqrt(x.square().mean(-1) + self.eps)
 
-    def apply(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The linear part, with ``scale`` (N,) frozen: (N, ..., D) -> (N, ..., D), in the dtype of ``x``."""
+    def apply(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """The linear part, with ``scale`` (N,) frozen, or left out: (N, ..., D) -> (N, ..., D), in x's dtype."""
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        if scale is not None:
+            x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
     def fold(self, weight: Tensor, out: Tensor) -> Tensor:
@@ -120,10 +121,10 @@ class Branch:
 
     def writing(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight (D, C) of the output, with the output's γ, mean and factor in it, but not its scale."""
-        if self.output is None:
-            return weight.to(dtype) if self.factor == 1.0 else weight.to(dtype) * self.factor
-        folded = weight.new_empty(weight.shape[::-1], dtype=dtype)
-        return self.output.fold(weight.T, folded).mul_(self.factor).T
+        weight = weight.to(dtype)
+        if self.output is not None:
+            weight = self.output.apply(weight.T, None).T
+        return weight if self.factor == 1.0 else weight * self.factor
 
     def written(self, y: Tensor, out_scale: Tensor | None) -> Tensor:
         """What raw outputs ``y`` (N, ..., D) add to the residual stream, the output norm's scale (N,) being frozen."""

@@ -2,14 +2,14 @@
 
 Mistral adds a sliding window, which the attention call announces. Qwen 2 has biases on Q, K and V, Qwen 3 norms on Q
 and K: these end in the frozen attention probabilities, only V's bias is ever propagated. SmolLM 3 leaves the rotary
-embedding out of some layers, which concerns Q and K only.
+embedding out of some layers, which concerns Q and K only; so do the norms of HunYuan and the windows of Ministral.
 """
 
 from typing import Any
 
 from ..family import Family
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral", "seed_oss", "helium", "hunyuan_v1_dense")
 
 
 def declare(config: Any) -> Family:

@@ -1,10 +1,13 @@
-"""OLMo 1: LayerNorm without parameters, values that may be clamped. OLMo 2: norms on the outputs only."""
+"""OLMo 1: LayerNorm without parameters, values that may be clamped. OLMo 2 and 3: norms on the outputs only.
+
+OLMo 3 has a sliding window in most layers, which the attention call announces. EXAONE 4 has OLMo 2's layout.
+"""
 
 from typing import Any
 
 from ..family import Family
 
-MODEL_TYPES = ("olmo", "olmo2")
+MODEL_TYPES = ("olmo", "olmo2", "olmo3", "exaone4")
 
 
 def declare(config: Any) -> Family:
