@@ -37,6 +37,7 @@ setup(
         "circuitsvis": ["circuitsvis>=1.40,<2"],
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
+        "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "lint": ["ruff>=0.12"],
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli:main"]},
