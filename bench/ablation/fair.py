@@ -66,11 +66,17 @@ class FairAblation:
     def best_batch(
         self, ids: Tensor, target: int, layer: int = 0, grid: Sequence[int] = (8, 16, 32, 64, 128, 256, 512)
     ) -> dict[int, float]:
-        """Try every batch size on a sample of a layer's neurons and keep the fastest. Returned: neurons/s of each."""
+        """Try batch sizes on a sample of a layer's neurons and keep the fastest. Returned: neurons/s of those tried.
+
+        Larger ones are tried until two in a row are slower than the best, or memory is out.
+        """
         width = self.layers[layer].mlp.down_proj.in_features
         values, rates = torch.zeros(len(self.layers), width, device=ids.device), {}
         clean = self.clean(ids, target)
         for batch in (size for size in grid if size <= width):
+            best = max(rates.values(), default=0.0)
+            if len(rates) > 2 and max(list(rates.values())[-2:]) < best:
+                break
             parts = torch.arange(min(width, max(batch, 128)), device=ids.device).split(batch)
             try:
                 self._logits(clean, layer, values[layer], parts[0])
@@ -113,7 +119,9 @@ class FairAblation:
         return self._logit(hidden[:, -1], clean)
 
     def _logit(self, hidden: Tensor, clean: Clean) -> Tensor:
-        return _normed(hidden, self.model.model.norm) @ clean.direction
+        # differences of logits would drown in the rounding of half precision
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return _normed(hidden, self.model.model.norm).to(wide) @ clean.direction.to(wide)
 
     def _attention(self, hidden: Tensor, index: int, rotary: tuple[Tensor, Tensor], only_last: bool = False) -> Tensor:
         """The residual stream after the attention of a layer, at all positions or at the last one."""

@@ -53,7 +53,7 @@ def has_adjoint() -> bool:
 
 
 class OneAtATime:
-    """Ablation as published: a whole forward pass for every neuron."""
+    """Ablation as published: a whole forward pass for every neuron, through transformers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
