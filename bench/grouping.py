@@ -103,15 +103,22 @@ def measure(
     width = library.adapter.layer(0).mlp.w_down.shape[1]
     for layer in layers:
         exact = [library.attribute(q.ids, Neurons(layer), q.target).scores[:width] for q in asked]
+        only_way: dict[int, Row] = {}  # one group, and a group for every neuron: there is nothing to choose
         for grouping in ("contiguous", "random"):
             for count in counts:
+                if count in only_way:
+                    yield replace(only_way[count], grouping=grouping)
+                    continue
                 figures = defaultdict(list)
                 for number, (question, expected) in enumerate(zip(asked, exact, strict=True)):
                     groups = split(width, count, grouping, seed=number)
                     for name, value in compare(grouped_scores(library, question, layer, groups), expected).items():
                         figures[name].append(value)
                 spreads = {name: spread(values) for name, values in figures.items()}
-                yield Row("demo", layer, grouping, count, **spreads, n_prompts=len(asked), environment=place)
+                row = Row("demo", layer, grouping, count, **spreads, n_prompts=len(asked), environment=place)
+                if count in (1, width):
+                    only_way[count] = row
+                yield row
 
 
 def compare(scores: Tensor, exact: Tensor) -> dict[str, float]:

@@ -14,6 +14,7 @@ PANELS = {
     "relative_error": "‖grouped − exact‖ / ‖exact‖",
     "spearman": "Spearman with exact",
     "top1_overlap": "top 1 % in common",
+    "sum_ratio": "sum of all neurons / exact sum",
 }
 COLOURS, STYLES = ("#1b6ca8", "#c1440e", "#3a7d44", "#7b4b94"), {"contiguous": "-", "random": "--"}
 
@@ -25,8 +26,15 @@ def plot(result: dict, path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"svg.hashsalt": "depass", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(10.5, 3.2), layout="constrained")
+    plt.rcParams |= {
+        "svg.hashsalt": "depass",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.2), layout="constrained")
+    ticks = sorted({row["groups"] for row in result["rows"]})[::2]
     layers = sorted({row["layer"] for row in result["rows"]})
     for axis, (figure_name, title) in zip(axes, PANELS.items(), strict=True):
         for layer, colour in zip(layers, COLOURS, strict=False):
@@ -38,10 +46,12 @@ def plot(result: dict, path: Path) -> None:
                 axis.plot(x, [s["median"] for s in spread], style, color=colour, marker=".", label=label)
                 axis.fill_between(x, [s["p20"] for s in spread], [s["p80"] for s in spread], color=colour, alpha=0.1)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("number of groups")
         axis.grid(alpha=0.25)
     axes[0].set_yscale("symlog", linthresh=0.01)
+    axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=7.5)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
 
