@@ -11,7 +11,9 @@ an approximation (`bench/ablation/fair.py`), at its best batch size. *Attributio
 it, from one backward pass. DePass asks another question: not by how much the logit would fall, but which share of
 it the neuron brought. How its shares rank the neurons beside the measured effect is written down as it falls out;
 that attribution patching comes closer to ablation, in less time, is no surprise, for it approximates just that.
-What the shares have and the others have not: together with `rest` they sum to the logit."""
+What the shares have and the others have not: together with `rest` they sum to the logit. Every time includes the
+method's own forward pass; timed is zero-ablation, mean-ablation is the same arithmetic. "All layers" is every layer in
+turn, or in one sweep where a method has one."""
 
 QUALITY_TEXT = """Quality is measured on {n_prompts} held-out prompts of the demo model, half of them indirect
 objects, half facts; the logit is the right answer's. Against the effect of zero-ablation and of mean-ablation
