@@ -35,6 +35,8 @@ setup(
         "transformer-lens": ["transformer-lens>=3.9,<5"],
         "sae-lens": ["sae-lens>=6.54,<7"],
         "circuitsvis": ["circuitsvis>=1.40,<2"],
+        "peft": ["peft>=0.15"],
+        "quantised": ["bitsandbytes>=0.46", "torchao>=0.12", "optimum-quanto>=0.2.7", "peft>=0.15"],
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/

@@ -11,6 +11,7 @@ before the output projection. Such a model runs prompt by prompt.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import consistency
 from .adapters import Adapter, route
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
 
@@ -38,20 +40,21 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
 
     Raises:
         FloatingPointError: weights or activations hold NaN or inf; the message names the layer.
-        RuntimeError: the model's attention did not go through the recorder.
+        RuntimeError: the model's attention did not go through the recorder, or what was recorded does not add up.
     """
     device = adapter.embedding.weight.device
     recorder = _Recorder(adapter)
-    groups = [[prompt] for prompt in prompts] if adapter.observed is not None else [prompts]
+    groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
-            recorder.lengths = [len(prompt) for prompt in group]
+            recorder.enter([len(prompt) for prompt in group])
             position_ids = torch.cat([torch.arange(n) for n in recorder.lengths]).to(device)
             ids = torch.cat(group).to(device)
             adapter.run(input_ids=ids[None], position_ids=position_ids[None])
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
     trace = recorder.trace(torch.cat(prompts).to(device), offsets)
     _check_finite(adapter, trace)
+    consistency.check(adapter, trace, recorder.layers, recorder.positions)
     return trace
 
 
@@ -62,8 +65,18 @@ class _Recorder:
         self.adapter = adapter
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
+        self.watched: list[int] = []  # positions of these that are looked at more closely
+        self.seen = 0  # positions that have gone before
+        self.positions: list[int] = []  # the same among all that have been in the model
         self.layers: list[dict[str, Any]] = [{} for _ in range(adapter.n_layers)]
         self.final: dict[str, Any] = {}
+
+    def enter(self, lengths: list[int]) -> None:
+        """Prompts of these lengths go through the model next."""
+        total = sum(lengths)
+        self.seen += sum(self.lengths)
+        self.lengths, self.watched = lengths, sorted({0, total // 2, total - 1})
+        self.positions += [self.seen + position for position in self.watched]
 
     def keep(self, record: dict[str, Any], name: str, x: Any) -> None:
         """Note what a forward pass made, after what earlier ones did."""
@@ -79,7 +92,7 @@ class _Recorder:
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
         for length in self.lengths:
-            bias = None if key_bias is None else key_bias(length)
+            bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             part = (x[:, :, first : first + length] for x in (q, k, v))
             parts.append(_causal_attention(*part, key_bias=bias, **rest))
             biases.append(bias)
@@ -87,7 +100,10 @@ class _Recorder:
         if key_bias is not None:
             self.keep(record, "key_bias", torch.cat(biases))
         record["mask"] = rest
-        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        out = torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
+        self.keep(record, "attended", out[0, self.watched].flatten(1))
+        return out
 
     def trace(self, input_ids: Tensor, offsets: np.ndarray) -> Trace:
         layers = [self._layer(index, record) for index, record in enumerate(self.layers)]
@@ -140,15 +156,20 @@ def _causal_attention(
     if softcap is None and key_bias is None:
         if window is None or window >= n:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        mask = causal_mask(torch.arange(n, device=q.device), n, window)
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        parts = []
+        for queries in torch.arange(n, device=q.device).split(max(window, 256)):  # no mask of N x N
+            first, end = max(0, int(queries[0]) - window + 1), int(queries[-1]) + 1
+            mask = causal_mask(queries, end, window)[:, first:]
+            part = (q[:, :, queries], k[:, :, first:end], v[:, :, first:end])
+            parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
+        return torch.cat(parts, dim=2)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
     for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if key_bias is not None:
-            logits = logits + key_bias.T[:, None].to(wide)
+            logits = logits + key_bias.T[:, None]
         seen = causal_mask(queries, n, window)
         out[:, :, queries] = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
     return out
@@ -169,10 +190,11 @@ def _attention_function(
     recorder: _Recorder | None = getattr(_active, "recorder", None)
     if recorder is None:
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling is None:
+        scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
     window = recorder.adapter.window(sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
-    return recorder.attend(module.layer_idx, query, key, value, scale=scale, window=window, softcap=softcap), None
+    return recorder.attend(module.layer_idx, query, key, value, scale=scaling, window=window, softcap=softcap), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)
@@ -182,6 +204,8 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)
 def _recording(adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
     """Hook the model up to ``recorder`` and undo all of it, whatever happens in between."""
     with _one_at_a_time, ExitStack() as undo:
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes seconds
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         for index in range(adapter.n_layers):
             _hook_layer(adapter, index, recorder, undo)
         end = adapter.final_norm_module
@@ -227,6 +251,13 @@ def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitSta
             undo.callback(tap(f"{kind}_out_scale", branch.output.scale).before(part(f"{kind}_output_norm")))
         if branch.stream is not None:
             undo.callback(tap(f"{kind}_sum").before(part(f"{kind}_stream_norm")))
+    for place, (before, after) in consistency.WATCHED.items():
+        if adapter.is_mixture(index) and place in ("gate_proj", "down_proj"):
+            continue
+        if before is not None:
+            undo.callback(tap(before, lambda x: x[recorder.watched]).before(part(place)))
+        if after is not None:
+            undo.callback(tap(after, lambda x: x[recorder.watched]).after(part(place)))
     if family.v_clip is not None:
         v_part, limit = family.v_part or (lambda weight: weight), family.v_clip
         undo.callback(tap("value_ratio", lambda x: _clamped_ratio(v_part(x.T).T, limit)).after(part("v_proj")))
@@ -256,7 +287,8 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
             return None
         outputs = [seen[name] for name in observed.projections]
         attention = observed.read(module, outputs, seen["kwargs"])
-        out = recorder.attend(index, **{"window": None, "softcap": None, **attention})
+        window = recorder.adapter.window(None, recorder.implementation)
+        out = recorder.attend(index, window=window, softcap=None, **attention)
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 
     undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
@@ -295,8 +327,9 @@ class _Tap:
             return
         if self.batched:
             self.record[self.name] = x
-        elif isinstance(x, tuple) and self.name != "resid_final":  # a router's
-            self.record[self.name] = tuple(y.detach() for y in x)
+        elif isinstance(x, tuple) and self.name == "routing":
+            before = self.record.get(self.name, (x[0][:0], x[1][:0], x[2][:0]))
+            self.record[self.name] = tuple(torch.cat(parts) for parts in zip(before, x, strict=True))
         else:
             x = x[0] if isinstance(x, tuple) else x
             x = x.detach().flatten(0, -2)

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from .components import ComponentKind
-    from .engine import DePass
-    from .result import Attribution
+from .cli_attribute import attribute, check_out, one_line, quiet
 
 _KINDS = ("tokens", "heads", "modules", "neurons")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FLAGS = (
     *("prompt", "input-ids", "target", "target-id", "contrast", "model", "layer", "position"),
-    *("allocation", "temperature", "backend", "dtype", "memory-budget"),
+    *("allocation", "temperature", "backend", "dtype", "memory-budget", "method", "refine", "sample", "seed"),
 )
-_SUFFIXES = (".safetensors", ".csv")
 
 _DESCRIPTION = """\
 Exact attributions for Hugging Face causal language models: how much of a logit comes from every input token,
@@ -41,6 +35,8 @@ examples:
   depass-fast attribute --model ./llama --prompt "The capital of France is" --components heads --layer 12 \\
       --target " Paris" --contrast " Rome"
   depass-fast attribute --model ./llama --input-ids "1 450 7483" --components neurons --layer 3 --out n3.safetensors
+  depass-fast attribute --model ./llama --prompt "The capital of France is" --components neurons --layer all \\
+      --method adjoint --refine 200 --sample 200
 """
 
 
@@ -63,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if getattr(args, "debug", False) or not _is_users(error):
             raise
-        return _fail(_in_flags(_one_line(error), args))
+        return _fail(_in_flags(one_line(error), args))
     return 0
 
 
@@ -111,15 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_doctor)
 
-    attribute = commands.add_parser(
+    shares = commands.add_parser(
         "attribute",
         help="the share of every token, head, module or neuron in a logit",
         description="Print the share of every component in the logit of a target token.",
         epilog=_ATTRIBUTE_EXAMPLES,
         **shape,
     )
-    _attribute_arguments(attribute)
-    attribute.set_defaults(run=_attribute)
+    _attribute_arguments(shares)
+    shares.set_defaults(run=attribute)
     return parser
 
 
@@ -131,7 +127,7 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--input-ids", metavar="IDS", help='token ids as they are, e.g. "1 5 9"; nothing is added')
     what.add_argument("--components", required=True, choices=_KINDS)
     what.add_argument(
-        "--layer", type=_layer, metavar="L", help="from 0, -1 is the last; or a hook. Default for tokens: 0"
+        "--layer", type=_layer, metavar="L", help="from 0, -1 is the last; a hook; or all. Default for tokens: 0"
     )
     target = what.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
@@ -142,6 +138,13 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--position", type=int, default=-1, metavar="P", help="where the logit is read. Default: -1")
 
     how = parser.add_argument_group("how it is computed")
+    how.add_argument(
+        "--method", metavar="M", help="exact or adjoint. Default: exact, but for many neurons of all layers"
+    )
+    how.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
+    how.add_argument("--refine-within", default="all", metavar="W", help="K of all layers together, or of each: layer")
+    how.add_argument("--sample", type=int, metavar="S", help="adjoint: estimate the error from S others. Default: 64")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random. Default: 0")
     how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
     how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax. Default: 0.1")
     how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
@@ -175,178 +178,6 @@ def _bytes(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-# ------------------------------------------------------------------------------------------------ attribute
-
-
-def _attribute(args: argparse.Namespace) -> None:
-    # stdout belongs to the result: whatever a library prints on the way goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr):
-        result = _result(args)
-        if args.out is not None:
-            (result.save if args.out.suffix == ".safetensors" else result.to_csv)(args.out)
-    if args.json:
-        print(json.dumps(result.to_dict(), allow_nan=False))
-    else:
-        _show(result, args.top)
-    if args.out is not None:
-        print(f"wrote {args.out}", file=sys.stderr)
-
-
-def _result(args: argparse.Namespace) -> Attribution:
-    """The attribution that was asked for; everything that can be checked before loading the model is."""
-    _check_out(args.out, _SUFFIXES, "--out")
-    prompt = _prompt(args)
-    if (args.contrast is not None or args.contrast_id is not None) and args.target is None and args.target_id is None:
-        raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
-    _check_model(args.model)
-    _quiet()
-    from .allocation import Allocation
-    from .backends import resolve
-
-    Allocation(args.allocation, args.temperature)
-    resolve(args.backend)
-    device = _device(args.device)
-    kind = _kind(args)
-    engine = _load(args, device)
-    return engine.attribute(prompt, kind, _target(args, engine), position=args.position)
-
-
-def _prompt(args: argparse.Namespace) -> str | list[int]:
-    if args.prompt is not None:
-        if not args.prompt:
-            raise ValueError("--prompt: empty; at least one token is needed.")
-        return args.prompt
-    ids = args.input_ids.replace(",", " ").split()
-    for item in ids:
-        if not item.isdecimal():
-            raise ValueError(f'--input-ids: {item!r} is not a token id; expected integers such as "1 5 9".')
-    if not ids:
-        raise ValueError('--input-ids: empty; expected integers such as "1 5 9".')
-    return [int(item) for item in ids]
-
-
-def _check_out(path: Path | None, suffixes: Sequence[str], flag: str) -> None:
-    if path is None:
-        return
-    if path.suffix not in suffixes:
-        raise ValueError(f"{flag}: {str(path)!r} must end in {' or '.join(suffixes)}.")
-    if path.is_dir() or not path.parent.is_dir():
-        wrong = "is a folder" if path.is_dir() else f"lies in a folder that does not exist: {path.parent}"
-        raise ValueError(f"{flag}: {str(path)!r} {wrong}.")
-
-
-def _check_model(model: str) -> None:
-    path = Path(model).expanduser()
-    if model == "demo" or (path.is_dir() and (path / "config.json").is_file()):
-        return
-    if path.exists():
-        raise ValueError(f"--model: {model!r} is no model folder: it holds no config.json.")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        raise ValueError(f"--model: there is no folder {model!r}. Give a model folder, a hub name, or demo.")
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        here.append("mps")
-    if name is None:
-        return "cuda" if "cuda" in here else "cpu"
-    if name not in here:
-        raise ValueError(f"--device: {name!r} does not exist here; devices: {', '.join(here)}.")
-    return name
-
-
-def _kind(args: argparse.Namespace) -> ComponentKind:
-    """The component kind. The layer is checked against the model's config, before any weight is read."""
-    from transformers import AutoConfig
-
-    from . import components
-
-    path = _path(args.model)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else f"{args.model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{_one_line(error)}") from error
-    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    layers = "its layers" if n_layers is None else f"0 to {n_layers - 1}"
-    if args.layer is None and args.components != "tokens":
-        raise ValueError(f"--layer: {args.components} belong to a layer; choose one of {layers}.")
-    kind = getattr(components, args.components.capitalize())(0 if args.layer is None else args.layer)
-    if n_layers is not None and not -n_layers <= kind.layer < n_layers:
-        raise ValueError(f"--layer: {kind.layer} is out of range; this model has layers {layers}.")
-    return kind
-
-
-def _load(args: argparse.Namespace, device: str) -> DePass:
-    from .engine import DePass
-
-    options = {
-        "allocation": args.allocation,
-        "temperature": args.temperature,
-        "exclude_special": not args.no_exclude_special,
-        "backend": args.backend,
-        "memory_budget": args.memory_budget,
-    }
-    if args.model == "demo":
-        import torch
-
-        from .demo import load_demo
-
-        model, tokenizer = load_demo(getattr(torch, args.dtype) if args.dtype else None)
-        engine = DePass(model.to(device), tokenizer, **options)
-    else:
-        engine = DePass.from_pretrained(_path(args.model), dtype=args.dtype or "auto", device_map=device, **options)
-    if engine.tokenizer is None:
-        for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
-            if getattr(args, flag) is not None:
-                raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")
-    return engine
-
-
-def _path(model: str) -> str:
-    from .demo import demo_path
-
-    return str(demo_path() if model == "demo" else Path(model).expanduser())
-
-
-def _target(args: argparse.Namespace, engine: DePass) -> Any:
-    from .prompts import single_token
-
-    target = args.target if args.target is not None else args.target_id
-    contrast = args.contrast_id
-    if args.contrast is not None:
-        contrast = single_token(args.contrast, engine.tokenizer, "contrast")
-    elif contrast is not None and not 0 <= contrast < engine.adapter.vocabulary_size:
-        size = engine.adapter.vocabulary_size
-        raise ValueError(f"--contrast-id: id {contrast} is outside the vocabulary (0 to {size - 1}).")
-    return target if contrast is None else (target, contrast)
-
-
-def _show(result: Attribution, top: int | None) -> None:
-    """In colour on a terminal, else as plain text."""
-    from rich.console import Console
-
-    from .render import plain, rich_view
-
-    console = Console()
-    if console.is_terminal:
-        console.print(rich_view(result, top))
-    else:
-        print(plain(result, top))
-
-
 # ------------------------------------------------------------------------------------------------ doctor, demo
 
 
@@ -358,8 +189,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    _check_out(args.svg, (".svg",), "--svg")
-    _quiet()
+    check_out(args.svg, (".svg",), "--svg")
+    quiet()
     import torch
     from rich.console import Console
 
@@ -385,13 +216,6 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError)):
         return True
     return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory; give a smaller --memory-budget, or a shorter prompt. {text}"
-    return text or type(error).__name__
 
 
 def _in_flags(message: str, args: argparse.Namespace) -> str:

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
+from .adjoint.attribute import by_adjoint
+from .adjoint.method import choose
 from .capture import capture
 from .components import ComponentKind, Tokens
+from .exact_layers import exact_layers
 from .generation import Generation, generate
 from .hook_names import layer_input
-from .initial import initial_state
+from .initial import initial_state, meets_bias
+from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .prompts import Prompt, as_index, encode, is_batch, token_texts
+from .prompts import Prompt, checked_position, encode, encode_all, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
-from .step import normalise, through_layer
+from .step import completeness, normalise, through_attention, through_mlp
 from .trace import Trace
 
 
@@ -75,9 +79,8 @@ class DePass:
 
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """One ordinary forward pass, recorded; it is accepted wherever a prompt is, so that it runs only once."""
-        batch = is_batch(prompt)
-        trace = self._capture([self._encode(p) for p in (prompt if batch else [prompt])])
-        return replace(trace, batch=batch)
+        batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
+        return replace(self._capture(prompts), batch=batch)
 
     @torch.no_grad()
     def attribute(
@@ -89,12 +92,19 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
+        method: str | None = None,
+        refine: int | None = None,
+        refine_within: str = "all",
+        sample: int | None = None,
+        seed: int = 0,
         **options: Any,
-    ) -> Attribution | list[Attribution]:
+    ) -> Attribution | LayeredAttribution | list[Attribution] | list[LayeredAttribution]:
         """The share of every component in the logit of ``target``.
 
         Args:
-            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
+            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts; or what a
+                tokenizer returns, ``input_ids`` (B, N) with ``attention_mask``, padded on any side: the padding is
+                dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
@@ -102,10 +112,17 @@ class DePass:
             position: where the readout happens, -N to N - 1.
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
+            method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
+                of a few forward passes (docs/adjoint.md). None: exact, but for several layers with more than 4,096
+                components in all, or where ``refine`` or ``sample`` is given. The result says which.
+            refine: how many of the largest adjoint scores are replaced by exact ones, given log Z. Default: 64.
+            refine_within: "all" layers together, or as many in each "layer".
+            sample: how many components are drawn (by ``seed``) to estimate the error. Default: 64.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
-            An :class:`Attribution`; a list of them for a list of prompts, or for the trace of a list.
+            An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers; a list of them for
+            several prompts, or for the trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
@@ -113,17 +130,22 @@ class DePass:
         """
         began = time.perf_counter()
         plan = self._plan(prompt, components, end, options)
-        reads = [_position(position, len(ids)) for ids in plan.prompts]
+        reads = [checked_position(position, len(ids)) for ids in plan.prompts]
         if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
             raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
         wanted = [target] * len(plan.prompts) if targets is None else targets
         specs = [parse_target(t, self.adapter, self.tokenizer) for t in wanted]
         if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
-
-        trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
-        results = self._read(plan, trace, state, errors, reads, specs, began)
+        chosen = choose(components, self.adapter, plan.run.allocation, method, refine, refine_within, sample, seed)
+        if chosen.name == "adjoint":
+            results = by_adjoint(self, plan, reads, specs, chosen, began)
+        elif components.is_layered:
+            results = exact_layers(self, plan, reads, specs, began)
+        else:
+            trace, state = self.start_state(plan)
+            state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
+            results = self.read(plan, trace, state, errors, reads, specs, began)
         return results if plan.batch else results[0]
 
     @torch.no_grad()
@@ -147,17 +169,17 @@ class DePass:
             raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
         check_ready(self.adapter)
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
-        ids, length = generate(self.adapter, self._encode(prompt), **arguments)
+        ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
         steps = []
         for read in range(length - 1, len(ids) - 1):
             here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
             spec = parse_target(int(ids[read + 1]), self.adapter, self.tokenizer)
-            steps += self._read(plan, trace, here, errors, [read], [spec], began)
+            steps += self.read(plan, trace, here, errors, [read], [spec], began)
         return Generation.of(steps, length, self.tokenizer)
 
     @torch.no_grad()
@@ -174,7 +196,7 @@ class DePass:
         ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
         """
         plan = self._plan(prompt, components, end, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
 
@@ -186,7 +208,7 @@ class DePass:
         """
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
-        state = self._start(self._plan(trace, components, None, options))[1]
+        state = self.start_state(self._plan(trace, components, None, options))[1]
         state.factors = None  # they would no longer hold
         return state
 
@@ -227,25 +249,24 @@ class DePass:
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
-        errors = [_completeness(state, start)]
+        errors = [completeness(state, start)]
         for index in range(first, end):
             layer = self.adapter.layer(index)
             state.rows = state.rows.to(layer.device)
-            state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
-            errors.append(_completeness(state, trace.resid(index + 1)))
+            kept = queries if index == end - 1 else None
+            state, source = through_attention(state, layer, trace.layers[index], run, kept)
+            state = through_mlp(state, source, layer, trace.layers[index], run)
+            errors.append(completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
         return state, errors
 
-    def _encode(self, prompt: Prompt) -> Tensor:
-        return encode(prompt, self.adapter, self.tokenizer)
-
     def _capture(self, prompts: list[Tensor]) -> Trace:
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
 
-    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> _Plan:
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Plan:
         """Everything that can be checked before any work, checked."""
         settings = self.options.updated(options)
         run = settings.build(self.adapter)
@@ -255,8 +276,7 @@ class DePass:
             batch, ids = trace.batch, trace.input_ids.cpu()
             prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
         else:
-            batch = is_batch(prompt)
-            prompts = [self._encode(p) for p in (prompt if batch else [prompt])]
+            batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
         if not isinstance(components, ComponentKind):
             raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
         components.check(self.adapter, [len(ids) for ids in prompts])
@@ -265,7 +285,7 @@ class DePass:
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
-        return _Plan(
+        return Plan(
             run=run,
             batch=batch,
             prompts=prompts,
@@ -276,34 +296,21 @@ class DePass:
             layer=layer,
             end_given=end,
             end=n_layers if end is None else end,
-            has_bias=self._meets_bias(components, layer, end),
+            has_bias=meets_bias(components, self.adapter, end),
         )
 
-    def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
-        """Whether an additive constant lies between the components and the end."""
-        if end is None:
-            norm = self.adapter.final_norm()
-            if (norm is not None and norm.bias is not None) or self.adapter.unembedding_bias is not None:
-                return True
-            end = self.adapter.n_layers
-        for index in range(layer, end):
-            weights, site = self.adapter.layer(index), components.start_site(self.adapter) if index == layer else ""
-            if weights.attention.has_bias and site not in ("resid_mid", "resid_post"):
-                return True
-            if weights.has_mlp_bias and site != "resid_post":
-                return True
-        return False
-
-    def _start(self, plan: _Plan) -> tuple[Trace, ComponentState]:
+    def start_state(self, plan: Plan) -> tuple[Trace, ComponentState]:
+        """The forward pass, unless it was taken already, and the components where they start."""
+        kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
         state = initial_state(
-            plan.components, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
+            kind, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
         )
         return trace, state
 
-    def _read(
+    def read(
         self,
-        plan: _Plan,
+        plan: Plan,
         trace: Trace,
         state: ComponentState,
         errors: list[Tensor],
@@ -312,7 +319,7 @@ class DePass:
         began: float,
     ) -> list[Attribution]:
         """A result per prompt, from a state with one position of each."""
-        device = self.adapter.unembedding.weight.device
+        device = self.adapter.unembedding_device
         final_norm = plan.end_given is None
         norm = self.adapter.final_norm() if final_norm else None
         norm = None if norm is None else norm.to(device)
@@ -354,7 +361,7 @@ class DePass:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One call, checked: what is to be done."""
 
     run: Run
@@ -368,18 +375,3 @@ class _Plan:
     end_given: int | None
     end: int
     has_bias: bool
-
-
-def _position(position: int, length: int) -> int:
-    position = as_index(position, "position")
-    if not -length <= position < length:
-        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
-    return position % length
-
-
-def _completeness(state: ComponentState, resid: Tensor) -> Tensor:
-    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
-    layout = state.layout
-    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
-    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .components import ComponentKind, Products, check_site
+from .components import ComponentKind, Products
+from .given import check_site
 from .hook_names import RESIDUAL, Site, parse_hook_name, place_in_residual
 from .state import Factors
 from .trace import Trace

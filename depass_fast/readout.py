@@ -107,7 +107,7 @@ def resolve_target(
     Raises:
         ValueError: an unembedding row holds NaN or inf.
     """
-    device = adapter.unembedding.weight.device
+    device = adapter.unembedding_device
     own = int(adapter.logits(final).argmax()) if spec.needs_logits() else None
     vectors, constants, names, ids, contrasts = [], [], [], [], []
     for token, contrast, vector in spec.items:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .layered import LayeredAttribution
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -37,7 +39,7 @@ def plain(result: Attribution, top: int | None = None) -> str:
     ``top`` asks for a table of that many components (default: 10, and for tokens the prompt instead).
     """
     as_prompt = result.components == "tokens" and len(result.tokens) <= _LONG
-    text = [*(_headline(result, k) for k in _targets(result)), about(result)]
+    text = [*_warned(result), *(_headline(result, k) for k in _targets(result)), about(result)]
     if as_prompt:
         text += ["", *aligned(result)]
     for k in _targets(result) if top or not as_prompt else ():
@@ -52,11 +54,11 @@ def rich_view(result: Attribution, top: int | None = None) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = []
+    parts: list[Any] = [Text(line, style="bold red") for line in _warned(result)]
     for k in _targets(result):
-        scores = _scores(result, k)
         parts += [Text(_headline(result, k), style="bold"), ""]
         if result.components == "tokens":
+            scores = _scores(result, k)
             parts += [token_line(result.tokens, scores), legend(scores[: len(result.tokens)]), ""]
         parts += [rich_table(_rows(result, k, top or _TOP)), ""]
     return Group(*parts, Text(about(result), style="dim"))
@@ -65,10 +67,31 @@ def rich_view(result: Attribution, top: int | None = None) -> Any:
 def about(result: Attribution) -> str:
     """One line on how a result came about."""
     rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
+    layers = f"layer {result.layer}"
+    if isinstance(result, LayeredAttribution):
+        layers = f"layers {', '.join(map(str, result.layers))}" if len(result) < 5 else f"{len(result)} layers"
+    how = result.method + (f" ({_estimated(result.estimate)})" if result.estimate else "")
     return (
-        f"{result.components} at layer {result.layer} | {rule} | {result.backend} on {result.device}, {result.dtype} | "
+        f"{result.components} at {layers} | {how} | {rule} | {result.backend} on {result.device}, {result.dtype} | "
         f"completeness error {result.completeness_error:.1e} | {result.seconds:.2f} s"
     )
+
+
+def _warned(result: Attribution) -> list[str]:
+    return [f"WARNING: {text}. These scores are approximate; see docs/adjoint.md." for text in result.warnings or []]
+
+
+def _estimated(estimate: dict[str, Any]) -> str:
+    """What a sample says of approximate scores, in a few words."""
+    found = [f"sample of {estimate['sample']}"] if estimate["sample"] else []
+    if estimate["spearman"] is not None:
+        found.append(f"Spearman {estimate['spearman']:.4f}")
+    if estimate["relative_error"] is not None:
+        found.append(f"error {estimate['relative_error']:.1%}")
+    if estimate["missed"] is not None:
+        low, high = estimate["missed_interval"]
+        found.append(f"missed of the top {estimate['top']}: {estimate['missed']:.0%} ({low:.0%} to {high:.0%})")
+    return ", ".join(found) or "no sample"
 
 
 def token_line(tokens: Sequence[str], scores: Sequence[float]) -> Text:
@@ -177,7 +200,9 @@ def _headline(result: Attribution, target: int) -> str:
 
 
 def _rows(result: Attribution, target: int, top: int) -> list[_Row]:
-    """The leading components, the sum of the others, `rest` and `bias`, and the sum of all."""
+    """The leading components, the sum of the others, `rest` and `bias`, and the sum of all; of layers, the former."""
+    if isinstance(result, LayeredAttribution):
+        return leading(result.top(top, target))
     scores = _scores(result, target)
     named = len(scores) - result.n_extras
     shown = result.top(top, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from .state import BIAS, REST
 if TYPE_CHECKING:
     import pandas
 
+    from .layered import LayeredAttribution
     from .readout import Directions
 
 _FORMAT = "depass_fast.attribution.v1"
-_TENSORS = ("scores", "target_logits", "layer_errors")
+TENSORS = ("scores", "target_logits", "layer_errors")
 
 
 @dataclass(eq=False)
@@ -34,6 +36,10 @@ class Attribution:
 
     ``completeness_error`` is the largest of |Σ_m score - logit| / Σ_m |score|, over the targets, and of
     ``layer_errors``: max_n ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, at the start and after every layer passed.
+
+    ``method`` says how the scores were computed: "exact", or "adjoint" (approximate; it passes no states, so there are
+    no ``layer_errors``). An approximate result holds an ``estimate`` of its error where a sample was drawn
+    (:class:`depass_fast.adjoint.estimate.Estimate`), and ``warnings`` where it is not to be relied upon.
     """
 
     scores: Tensor
@@ -55,6 +61,9 @@ class Attribution:
     device: str
     dtype: str
     seconds: float
+    method: str = "exact"
+    estimate: dict[str, Any] | None = None
+    warnings: list[str] | None = None
 
     @classmethod
     def assemble(
@@ -74,7 +83,7 @@ class Attribution:
         return cls(
             scores=scores[keep].cpu(),
             target_logits=logits[keep].cpu(),
-            completeness_error=max(float(error), float(layer_errors.max())),
+            completeness_error=max([float(error), *layer_errors.tolist()]),
             layer_errors=layer_errors,
             target_names=list(directions.names),
             target_ids=list(directions.ids),
@@ -87,15 +96,11 @@ class Attribution:
 
         `rest` and `bias` are left out unless ``extras``: what is not decomposed is not ranked with what is.
         """
-        keys = {"magnitude": torch.abs, "positive": lambda s: s, "negative": torch.neg}
-        if by not in keys:
-            raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, keys))}.")
-        if k < 1:
-            raise ValueError(f"k: {k} is out of range; it must be at least 1.")
+        check_top(k, by)
         scores = self._of(target)
         if not extras:
             scores = scores[: len(self.labels) - self.n_extras]
-        order = keys[by](scores).argsort(descending=True, stable=True)[:k].tolist()
+        order = ranking(scores, by)[:k].tolist()
         return [(self.labels[i], float(scores[i])) for i in order]
 
     @property
@@ -117,7 +122,7 @@ class Attribution:
             import pandas
         except ImportError as error:
             raise ImportError("to_dataframe needs pandas: pip install 'depass-fast[pandas]'") from error
-        names, columns = self._columns()
+        names, columns = self.columns()
         return pandas.DataFrame(list(zip(*columns, strict=True)), columns=names)
 
     def to_circuitsvis(self, target: int = 0) -> dict[str, list]:
@@ -132,35 +137,25 @@ class Attribution:
 
     def to_csv(self, path: str | Path) -> None:
         """Write a table with a row per component: `label`, and a column of scores per target."""
-        names, columns = self._columns()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(zip(*columns, strict=True))
+        names, columns = self.columns()
+        write_csv(path, names, zip(*columns, strict=True))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose header carries everything else as JSON. Nothing is pickled."""
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, str(path), metadata={"format": _FORMAT, "json": json.dumps(self._metadata())})
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        save_file(tensors, str(path), metadata={"format": _FORMAT, "json": json.dumps(self.metadata())})
 
     @classmethod
-    def load(cls, path: str | Path) -> Attribution:
-        """Read what :meth:`save` wrote.
+    def load(cls, path: str | Path) -> Attribution | LayeredAttribution:
+        """Read what :meth:`save` wrote, also that of :class:`depass_fast.LayeredAttribution`.
 
         Raises:
             ValueError: the file is no saved attribution.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{path}: not a safetensors file ({error})") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path}: not a saved attribution (format {metadata.get('format')!r}, not {_FORMAT!r})")
-        return cls(**tensors, **json.loads(metadata["json"]))
+        from .layered import FORMAT, LayeredAttribution
+
+        tensors, content = open_saved(path, _FORMAT, FORMAT)
+        return LayeredAttribution.restore(tensors, content) if "layers" in content else cls(**tensors, **content)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values under the names that ``depass-fast attribute --json`` prints."""
@@ -184,6 +179,9 @@ class Attribution:
             "device": self.device,
             "dtype": self.dtype,
             "seconds": self.seconds,
+            "method": self.method,
+            "estimate": self.estimate,
+            "warnings": self.warnings or [],
         }
 
     def __str__(self) -> str:
@@ -202,11 +200,51 @@ class Attribution:
             raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
         return scores[target]
 
-    def _columns(self) -> tuple[list[str], list[list]]:
+    def columns(self) -> tuple[list[str], list[list]]:
         """Names and values of a table's columns: the labels, then the scores of every target."""
         if self.scores.ndim == 1:
             return ["label", "score"], [self.labels, self.scores.tolist()]
         return ["label", *self.target_names], [self.labels, *self.scores.tolist()]
 
-    def _metadata(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the tensors, as a file keeps it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+
+
+_KEYS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": torch.abs, "positive": lambda s: s, "negative": torch.neg}
+
+
+def check_top(k: int, by: str) -> None:
+    """Raises ValueError for an unknown order or fewer than one."""
+    if by not in _KEYS:
+        raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, _KEYS))}.")
+    if k < 1:
+        raise ValueError(f"k: {k} is out of range; it must be at least 1.")
+
+
+def ranking(scores: Tensor, by: str) -> Tensor:
+    """Indices of scores (M,), the leading one first."""
+    return _KEYS[by](scores).argsort(descending=True, stable=True)
+
+
+def write_csv(path: str | Path, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table with a head."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def open_saved(path: str | Path, *formats: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the rest of a saved result. Raises ValueError where the file is none of these ``formats``."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    if metadata.get("format") not in formats:
+        raise ValueError(f"{path}: not a saved attribution (format {metadata.get('format')!r}, not {formats[0]!r})")
+    return tensors, json.loads(metadata["json"])

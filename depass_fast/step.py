@@ -12,21 +12,30 @@ from .state import BIAS, ComponentState, Layout
 from .trace import LayerTrace
 
 
-def through_layer(
+def through_attention(
     state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
-) -> ComponentState:
-    """The state after ``layer``, at all positions or at those of ``queries``. ``state`` is used up."""
+) -> tuple[ComponentState, ComponentState | None]:
+    """The state after the attention of ``layer``, at all positions or at those of ``queries``, and what the MLP reads.
+
+    The latter is None where the MLP reads the state itself. ``state`` is used up; where it starts behind the attention,
+    only its positions are chosen.
+    """
+    if state.site == "resid_mid":
+        return (state if queries is None else state.at(queries)), None
     source = None
-    if state.site == "resid_pre":
-        if layer.parallel:  # attention must not be read by the MLP
-            source = ComponentState(state.rows.clone(), state.layout, state.layer)
-            source = source if queries is None else source.at(queries)
-        state = run.backend.aggregate_ov(state, layer.attention, record.attention, queries)
-        normalise(state, layer.attention.stream, record.attention_sum)
-    elif queries is not None:
-        state = state.at(queries)
+    if layer.parallel:
+        source = _copy(state) if queries is None else state.at(queries)
+    state = run.backend.aggregate_ov(state, layer.attention, record.attention, queries)
+    normalise(state, layer.attention.stream, record.attention_sum)
+    return state, source
+
+
+def through_mlp(
+    state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
+) -> ComponentState:
+    """The state after the MLP, or the experts, of ``layer``, which read ``source`` or the state itself."""
     if source is None and len(record.mlps) > 1:  # experts must not read one another
-        source = ComponentState(state.rows.clone(), state.layout, state.layer)
+        source = _copy(state)
     for part in record.mlps:
         mlp = layer.mlps[part.part]
         if part.positions is None:
@@ -34,12 +43,24 @@ def through_layer(
             continue
         sent = np.flatnonzero(np.isin(state.layout.packed, part.positions.cpu().numpy()))
         if len(sent):
-            some = state.layout.only(sent)
-            done = run.backend.allocate_mlp(state.at(some), mlp, part, run.allocation, source and source.at(some))
-            state.put(done)
+            read = None if source is None else source.take(sent)
+            state.put(run.backend.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
     normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
+
+
+def completeness(state: ComponentState, resid: Tensor) -> Tensor:
+    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+    layout = state.layout
+    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
+    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    worst = error.new_zeros(len(layout.components))
+    return worst.scatter_reduce_(0, torch.from_numpy(layout.prompt).to(error.device), error, "amax").cpu()
+
+
+def _copy(state: ComponentState) -> ComponentState:
+    return ComponentState(state.rows.clone(), state.layout, state.layer, state.site)
 
 
 def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters.tuned import tuning
+
 
 @dataclass
 class AttentionTrace:
@@ -28,7 +30,7 @@ class AttentionTrace:
     scale: float
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
-    key_bias: Tensor | None = None  # (T, H) added to the logits of a key (ALiBi, up to what is the same for all keys)
+    key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) of the norm on its output
 
@@ -83,7 +85,7 @@ class TraceSource:
     """Which model a trace was made by, and whether its weights have been written to since."""
 
     model: weakref.ref
-    version: int
+    version: tuple
 
     @staticmethod
     def of(model: nn.Module) -> TraceSource:
@@ -97,9 +99,9 @@ class TraceSource:
             raise ValueError("trace: the model's weights have changed since it was made; trace the prompt again.")
 
 
-def _version(model: nn.Module) -> int:
-    """Grows with every in-place change of a weight (inference tensors do not count them)."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters())
+def _version(model: nn.Module) -> tuple:
+    """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
+    return sum(0 if p.is_inference() else p._version for p in model.parameters()), tuning(model)
 
 
 @dataclass

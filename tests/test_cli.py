@@ -357,3 +357,26 @@ def test_interrupt(monkeypatch):
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="position"):
         main([*ATTRIBUTE, *TOKENS, "--position", "99", "--debug"])
+
+
+def test_neurons_of_all_layers(capsys, tmp_path):
+    arguments = ["--prompt", FACT.text, "--components", "neurons", "--layer", "all"]
+    found = run_json(capsys, *arguments, "--method", "adjoint", "--refine", "20", "--sample", "20")
+    assert found["method"] == "adjoint" and found["estimate"]["sample"] and len(found["layers"]) == 6
+    assert [one["layer"] for one in found["layers"]] == list(range(6))
+    out = run(capsys, *ATTRIBUTE, *arguments, "--method", "exact", "--top", "3", "--out", str(tmp_path / "all.csv"))
+    assert "neurons at 6 layers | exact" in out and len((tmp_path / "all.csv").read_text().splitlines()) > 3000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--components", "heads", "--layer", "all"], ["--layer:", "neurons"]),
+        (["--components", "neurons", "--layer", "0", "--method", "quick"], ["--method:", "'quick'"]),
+        (["--components", "neurons", "--layer", "0", "--refine", "-3"], ["--refine:", "-3"]),
+        (["--components", "tokens", "--method", "adjoint"], ["--method:", "tokens"]),
+    ],
+)
+def test_errors_about_the_method(capsys, arguments, parts):
+    error = fail(capsys, *ATTRIBUTE, "--prompt", FACT.text, *arguments)
+    assert all(part in error for part in parts), error

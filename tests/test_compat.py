@@ -83,7 +83,8 @@ def test_every_call_makes_its_own_forward_pass():
     for x in states:
         x.mul_(2)
     assert torch.equal(subject.compute_decomposed_state(0), first)
-    hook = subject.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: 3 * output)
+    q_proj = subject.model.model.layers[0].self_attn.q_proj  # a hook on what is recorded; one between is refused
+    hook = q_proj.register_forward_hook(lambda module, args, output: 3 * output)
     assert not torch.allclose(subject.get_states(ids)[-1], states[-1] / 2)
     hook.remove()
     assert torch.equal(subject.get_last_layer_decomposed_state(ids)[0], first)

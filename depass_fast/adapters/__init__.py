@@ -6,9 +6,11 @@ A family is one short file that says for which ``model_type`` it stands (``MODEL
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -50,19 +52,36 @@ def supported_families() -> tuple[str, ...]:
 def adapt(model: nn.Module) -> Adapter:
     """The adapter of a loaded causal language model.
 
+    A fork, whose config is a subclass of a supported family's, is taken for a model of that family.
+
     Raises:
         TypeError: ``model`` is no Hugging Face model (it has no ``config``), or no causal language model.
-        ValueError: its family is not supported; the message names those that are.
+        ValueError: its family is not supported; the message names those that are. Or it is a fork without the modules
+            of its family, or that calls them otherwise.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise TypeError(f"model: expected a loaded Hugging Face causal language model, got {type(model).__name__}.")
-    file = _FAMILIES.get(model_type)
-    if file is None:
+    family = family_of(config)
+    if family is None:
         raise ValueError(
             f"model: family {model_type!r} is not supported. Supported families: {', '.join(supported_families())}."
         )
     if model.get_output_embeddings() is None:
         raise TypeError(f"model: {type(model).__name__} has no unembedding; load it with AutoModelForCausalLM instead.")
-    return Adapter(model, file.declare(config))
+    declared = copy.copy(config)
+    declared.model_type = family
+    adapter = Adapter(model, _FAMILIES[family].declare(declared))
+    if (missing := adapter.missing()) is not None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no {missing}, where the family {family!r} keeps it; a fork must keep "
+            "its family's modules under their names."
+        )
+    return adapter
+
+
+def family_of(config: Any) -> str | None:
+    """The supported ``model_type`` of a config, or the most specific one among its class's ancestors; None without."""
+    own = [config.model_type, *(vars(base).get("model_type") for base in type(config).__mro__)]
+    return next((name for name in own if name in _FAMILIES), None)

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_mlps, has_router
+from .experts import expert_mlps, expert_modules, has_router
 from .family import Family, Observed, Path
-from .stored import stored_bias, stored_weight
+from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
+from .tuned import inside
 from .weights import Attention, Layer, Linear, Mlp, Norm
+
+_NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,8 @@ class Adapter:
 
     @property
     def config(self) -> Any:
-        """Of the text model, which is all of it unless the model sees or hears, too."""
-        config = self.model.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        """Of the text model, which is all of it unless the model sees, too; the one that its attention looks at."""
+        return self.decoder.config
 
     @property
     def n_layers(self) -> int:
@@ -57,7 +59,9 @@ class Adapter:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.config, "max_position_embeddings", None)
+        """The most positions that the model can have, None where nothing limits them (BLOOM's ALiBi)."""
+        names = ("max_position_embeddings", "max_seq_len")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +83,11 @@ class Adapter:
             return getattr(self.config, "sliding_window", None)
         return announced
 
+    def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
+        """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""
+        own = self.family.eager_scale
+        return own(attention) if own is not None and implementation == "eager" else None
+
     @property
     def observed(self) -> Observed | None:
         """How to observe attention, where this version of transformers does not let it be replaced."""
@@ -93,6 +102,17 @@ class Adapter:
         if self.takes_positions:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every prompt needs a forward pass of its own.
+
+        That is so where attention is observed, and where the rotary embedding depends on the longest of all positions.
+        """
+        return self.observed is not None or any(
+            "longrope" in str(kind) or "dynamic" in str(kind)
+            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+        )
 
     @property
     def takes_positions(self) -> bool:
@@ -115,20 +135,26 @@ class Adapter:
         return None if self.drop_biases else stored_bias(self.unembedding)
 
     @property
+    def unembedding_device(self) -> torch.device:
+        return stored_device(self.unembedding)
+
+    @property
     def vocabulary_size(self) -> int:
-        return self.unembedding.weight.shape[0]
+        return stored_shape(self.unembedding)[0]
 
     @property
     def hidden_size(self) -> int:
         """D, the width of the residual stream."""
-        return (self._project_out or self.unembedding).weight.shape[1]
+        return stored_shape(self._project_out or self.unembedding)[1]
 
     def final_norm(self) -> Norm | None:
         return self._norm(self.final_norm_module)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits of normed final hidden states: (..., D) -> (..., vocabulary)."""
-        hidden = hidden.to(self.unembedding.weight)
+        weight = getattr(self.unembedding, "weight", None)
+        stored = isinstance(weight, Tensor) and weight.is_floating_point()  # else it is quantised
+        hidden = hidden.to(self.unembedding_device, weight.dtype if stored else self.dtype)
         raw = self.unembedding(hidden if self._project_out is None else self._project_out(hidden))
         raw = raw * self.family.logit_scale
         cap = self.family.logit_cap
@@ -189,7 +215,7 @@ class Adapter:
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm on the residual stream or on what is added to it, with its module."""
-        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in ("_norm", "_output_norm", "_stream_norm")]
+        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
         for index in range(self.n_layers):
             for part in parts:
                 if (module := self.module(index, part)) is not None:
@@ -197,20 +223,47 @@ class Adapter:
         if self.final_norm_module is not None:
             yield self.final_norm_module, self.final_norm()
 
-    def weighty(self, index: int) -> list[nn.Module]:
-        """The modules of layer ``index`` whose weights the propagation reads."""
-        parts = ["attention_norm", "v_proj", "o_proj", "mlp_norm"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
-        return [module for part in parts if (module := self.module(index, part)) is not None]
+    def weighty(self, index: int) -> list[nn.Module | Stacked]:
+        """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
+        parts = ["v_proj", "o_proj"] + ([] if self.is_mixture(index) else ["gate_proj", "down_proj"])
+        parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+        modules = [module for part in parts if (module := self.module(index, part)) is not None]
+        if self.is_mixture(index):
+            modules += expert_modules(self.module(index, "mlp"), self.family.experts)
+        return modules
 
-    def name_of(self, module: nn.Module) -> str:
-        """A module's name below the model."""
+    def missing(self) -> str | None:
+        """The path of a module that the family declares and this model lacks, or None."""
+        for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
+            path = getattr(self.family, part)
+            try:
+                if path is not None:
+                    self._below_model(path)
+            except AttributeError:
+                return _name(path)
+        for index in range(self.n_layers):
+            parts = ["attention", "v_proj", "o_proj", "mlp"]
+            parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+            for part in [*parts, "gate_proj", "down_proj"]:
+                try:
+                    if part not in ("gate_proj", "down_proj") or not self.is_mixture(index):
+                        self.module(index, part)
+                except AttributeError:
+                    return self.path(index, part)
+        return None
+
+    def path(self, index: int, part: str) -> str:
+        """The name below the model of what the family calls ``part`` in layer ``index``."""
+        return f"{_name(self.family.layers)}.{index}.{_name(getattr(self.family, part))}"
+
+    def name_of(self, module: nn.Module | Stacked) -> str:
+        """A module's name below the model, or that of a tensor of experts."""
+        if isinstance(module, Stacked):
+            return next(name for name, found in self.model.named_parameters() if found is module.stack)
         return next(name for name, found in self.model.named_modules() if found is module)
 
     def _branch(self, index: int, kind: str) -> dict[str, Any]:
-        norm, output, stream = (
-            self._norm(self.module(index, f"{kind}{where}")) for where in ("_norm", "_output_norm", "_stream_norm")
-        )
+        norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
         return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
 
     def _linear(self, index: int, path: str, part: str | None = None) -> Linear:
@@ -230,13 +283,17 @@ class Adapter:
         return _below(self.model, path)
 
 
+def _name(path: Path) -> str:
+    return path if isinstance(path, str) else path[0]
+
+
 def _below(module: nn.Module, path: Path) -> nn.Module:
     """What is found under a path, or under the first of several that exists."""
     if isinstance(path, str):
-        return attrgetter(path)(module)
+        return inside(attrgetter(path)(module))
     for name in path[:-1]:
         try:
-            return attrgetter(name)(module)
+            return inside(attrgetter(name)(module))
         except AttributeError:
             continue
-    return attrgetter(path[-1])(module)
+    return inside(attrgetter(path[-1])(module))

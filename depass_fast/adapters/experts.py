@@ -35,6 +35,11 @@ def expert_mlps(mlp: nn.Module, experts: Experts, branch: dict[str, Any]) -> tup
     return tuple(Mlp(**branch, gate=part.gate, down=part.down, name=part.name) for part in _projections(mlp, experts))
 
 
+def expert_modules(mlp: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
+    """What holds the weights of all experts."""
+    return [linear.module for part in _projections(mlp, experts) for linear in (part.gate, part.up, part.down)]
+
+
 def route(mlp: nn.Module, experts: Experts, x: Tensor, routing: Any) -> list[Routed]:
     """What the experts did with normed states ``x`` (T, D), given the router's output. Who got nothing is left out."""
     weights, chosen = _routing(experts, routing, x.dtype)

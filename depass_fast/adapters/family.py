@@ -81,6 +81,8 @@ class Family:
     v_clip: float | None = None  # values are clamped to ± this
     o_proj: Path = "self_attn.o_proj"
     observed: Observed | None = None  # where attention does not go through transformers' interface
+    eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
+    alibi: bool = False  # `observed` gives a `key_bias`
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
     mlp: Path = "mlp"

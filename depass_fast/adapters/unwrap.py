@@ -10,20 +10,25 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _BARE: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # one per bridged model, so that traces fit
+_PEFT = ("PeftModel", "PeftMixedModel", "BaseTuner")
 
 
 def unwrap(model: Any, tokenizer: Any | None) -> tuple[Any, Any | None]:
-    """The model and, unless one is given, the tokenizer inside nnsight's or TransformerLens' wrapper.
+    """The model and, unless one is given, the tokenizer inside a wrapper.
+
+    Wrappers are nnsight's and TransformerLens', PEFT's, whose adapters stay in the layers of the model inside, and
+    ``torch.compile``'s, whose original is used.
 
     Anything else is returned as it is.
 
     Raises:
-        ValueError: the wrapper's weights are not the model's own, or are not loaded.
+        ValueError: the wrapper's weights are not the model's own, or are not loaded; it does more than its weights say.
     """
-    inner = _inside(model)
-    if inner is model:
-        return model, tokenizer
-    return inner, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    while (inner := _inside(model)) is not model:
+        if tokenizer is None:
+            tokenizer = getattr(model, "tokenizer", None)
+        model = inner
+    return model, tokenizer
 
 
 def _inside(model: Any) -> Any:
@@ -33,6 +38,10 @@ def _inside(model: Any) -> Any:
             f"model: {name} holds processed copies of the weights, not the Hugging Face model; give that model itself, "
             "or TransformerLens' TransformerBridge.boot_transformers(...)."
         )
+    if type(model).__name__ == "OptimizedModule":  # torch.compile's
+        return model._orig_mod
+    if _is_peft(model):
+        return _without_peft(model)
     if isinstance(model, nn.Module):  # TransformerLens' bridge keeps the model outside of its own modules
         original = vars(model).get("original_model")
         if not isinstance(original, nn.Module):
@@ -60,6 +69,21 @@ def _inside(model: Any) -> Any:
     if any(p.is_meta for p in inner.parameters()):
         raise ValueError(f"model: the weights of this {name} are not loaded yet; make it with dispatch=True.")
     return inner
+
+
+def _is_peft(model: Any) -> bool:
+    """PEFT's model, or the tuner inside it; not a Hugging Face model that adapters have been added to."""
+    return isinstance(model, nn.Module) and any(b.__name__ in _PEFT for b in type(model).__mro__)
+
+
+def _without_peft(model: Any) -> nn.Module:
+    for name, config in model.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: its adapter {name!r} ({type(config).__name__}) puts vectors of its own before the "
+                "prompt, which belong to no token; give the model inside (model.get_base_model()) to leave them out."
+            )
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model.model
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .stored import Stacked, stored_bias, stored_weight
+from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,16 @@ class Linear:
     module: nn.Module | Stacked
     part: Callable[[Tensor], Tensor] | None = None  # of the outputs, which are the first axis
     drop_bias: bool = False
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), without reading the weight."""
+        shape = stored_shape(self.module)
+        return shape if self.part is None else tuple(self.part(torch.empty(shape, device="meta")).shape)
+
+    @property
+    def device(self) -> torch.device:
+        return stored_device(self.module)
 
     @cached_property
     def weight(self) -> Tensor:
@@ -161,11 +171,11 @@ class Attention(Branch):
 
     @cached_property
     def n_heads(self) -> int:
-        return self.w_o.shape[1] // self.head_dim
+        return self.o.shape[1] // self.head_dim
 
     @cached_property
     def n_kv_heads(self) -> int:
-        return self.w_v.shape[0] // self.head_dim
+        return self.v.shape[0] // self.head_dim
 
     @property
     def has_bias(self) -> bool:
@@ -232,7 +242,7 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        return self.attention.w_v.device
+        return self.attention.v.device
 
     @property
     def mlp(self) -> Mlp:

@@ -28,6 +28,11 @@ CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes of workspace, unless told otherwise."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
+
 class TorchBackend:
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
 
@@ -44,19 +49,25 @@ class TorchBackend:
     def aggregate_ov(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
     ) -> ComponentState:
+        wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
+        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
+        out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
+        _add_to_bias(out, self._attention_constant(out, weights, trace))
+        return out
+
+    def _aggregate(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None
+    ) -> ComponentState:
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
             alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
             if n_reads > alone or trace.value_ratio is not None:
-                return self.aggregate_ov(state, weights, trace).at(queries)
-            out = self._aggregate_at(state, weights, trace, queries)
-        elif state.factors is not None and trace.value_ratio is None:
-            out = self._aggregate_factors(state, weights, trace)
-            out = self._aggregate_everywhere(out, weights, trace, extras_only=True)
-        else:
-            out = self._aggregate_everywhere(state, weights, trace)
-        _add_to_bias(out, self._attention_constant(out, weights, trace))
-        return out
+                return self._aggregate(state, weights, trace, None).at(queries)
+            return self._aggregate_at(state, weights, trace, queries)
+        if state.factors is not None and trace.value_ratio is None:
+            state = self._aggregate_factors(state, weights, trace)
+            return self._aggregate_everywhere(state, weights, trace, extras_only=True)
+        return self._aggregate_everywhere(state, weights, trace)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
         dtype, packed = state.rows.dtype, torch.from_numpy(state.layout.packed).to(state.device)
@@ -189,11 +200,12 @@ class TorchBackend:
     ) -> ComponentState:
         dtype, layout = self._dtype(state), state.layout
         packed = torch.from_numpy(layout.packed).to(state.device)
-        recorded = trace.rows(packed)
+        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
+        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
         act, out_scale = trace.act[recorded].to(dtype), None
         if trace.out_scale is not None:
             out_scale = trace.out_scale[packed]
-            act *= out_scale[:, None].to(dtype)
+            act = act * out_scale[:, None].to(dtype)
         w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
         step = MlpStep(
             scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
@@ -240,7 +252,7 @@ class TorchBackend:
         return self.compute_dtype or state.rows.dtype
 
     def _budget(self, device: torch.device) -> int:
-        return self.memory_budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET)
+        return self.memory_budget or default_budget(device)
 
     def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
         plans = self._plans.setdefault(layout, {})

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..components import ComponentKind, Custom, Heads, Modules, Neurons, Tokens
+from ..adapters.stored import stored_bias, stored_weight
+from ..components import ComponentKind, Heads, Modules, Neurons, Tokens
 from ..engine import DePass
 from ..generation import generate
+from ..given import Custom
 from ..options import Run
 from ..prompts import Prompt, encode
 from ..state import BIAS, REST, Components, ComponentState, Layout
@@ -170,8 +172,8 @@ class decomposed_state_manager:
     ) -> Tensor:
         """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
         head = self.dp.adapter.unembedding
-        scores = nn.functional.linear(attribute_state[token_idx].to(head.weight), head.weight[decode_token_id])
-        bias = getattr(head, "bias", None)
+        weight, bias = stored_weight(head), stored_bias(head)
+        scores = nn.functional.linear(attribute_state[token_idx].to(weight), weight[decode_token_id])
         if bias is not None and self.corrected:
             scores[-1] += bias[decode_token_id]  # `bias` is the last component
         elif bias is not None:
@@ -242,7 +244,7 @@ class decomposed_state_manager:
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
         """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
-        _, state = self.dp._start(self.dp._plan(self._trace, kind, end, options))
+        _, state = self.dp.start_state(self.dp._plan(self._trace, kind, end, options))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
             layer = kind.resolve(self.dp.adapter)
             record = self._trace.layers[layer]

@@ -22,6 +22,7 @@ def declare(config: Any) -> Family:
         v_part=of_each_head(config.n_head, 3, 2),
         o_proj="self_attention.dense",
         observed=Observed(("query_key_value",), _read),
+        alibi=True,
         gate_proj="mlp.dense_h_to_4h",
         down_proj="mlp.dense_4h_to_h",
     )

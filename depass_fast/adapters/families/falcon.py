@@ -27,6 +27,7 @@ def declare(config: Any) -> Family:
         v_part=_values(config),
         o_proj="self_attention.dense",
         observed=Observed(("query_key_value",), _read),
+        alibi=config.alibi,
         mlp_norm="ln_mlp" if two_norms else norm if parallel else "post_attention_layernorm",
         gate_proj="mlp.dense_h_to_4h",
         down_proj="mlp.dense_4h_to_h",
@@ -53,5 +54,6 @@ def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -
     if alibi is None:
         q, k = sys.modules[type(attention).__module__].apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
         return {"q": q, "k": k, "v": v, "scale": scale}
-    bias = alibi.reshape(attention.num_heads, -1).T * scale  # (T, H)
+    times = 2 if attention.config._attn_implementation == "eager" else 1  # which adds what is in the mask already
+    bias = alibi.reshape(attention.num_heads, -1).T * (scale * times)  # (T, H)
     return {"q": q, "k": k, "v": v, "scale": scale, "key_bias": lambda n: bias[:n]}

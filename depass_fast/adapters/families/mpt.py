@@ -22,6 +22,7 @@ def declare(config: Any) -> Family:
         v_clip=config.attn_config.clip_qkv,
         o_proj="attn.out_proj",
         observed=Observed(("Wqkv",), _read),
+        alibi=True,
         mlp="ffn",
         mlp_norm="norm_2",
         gate_proj="ffn.up_proj",

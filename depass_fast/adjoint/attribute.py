@@ -1,0 +1,141 @@
+"""`attribute` by the adjoint sweep, for one or several layers."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..components import ComponentKind
+from ..initial import meets_bias
+from ..layered import LayeredAttribution
+from ..readout import Directions, TargetSpec, resolve_target
+from ..result import Attribution
+from ..state import BIAS, REST
+from ..trace import Trace
+from .estimate import ApproximationWarning, warnings_of
+from .forward import Settings
+from .maps import Road
+from .method import Method
+from .starts import make_start
+from .sweep import Scores, Sweep
+
+if TYPE_CHECKING:
+    from ..engine import DePass, Plan
+
+
+def by_adjoint(
+    engine: DePass, plan: Plan, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
+) -> list[Attribution] | list[LayeredAttribution]:
+    """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
+    trace = plan.trace or engine._capture(plan.prompts)
+    kinds = plan.components.each(engine.adapter)
+    return [_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began) for p in range(trace.n_prompts)]
+
+
+def _one(
+    engine: DePass,
+    plan: Plan,
+    kinds: Sequence[ComponentKind],
+    trace: Trace,
+    prompt: int,
+    read: int,
+    spec: TargetSpec,
+    method: Method,
+    began: float,
+) -> Attribution | LayeredAttribution:
+    adapter, run = engine.adapter, plan.run
+    wide = torch.promote_types(run.state_dtype, torch.float32)
+    directions, seeds, logits, constants = _readout(engine, plan, trace, prompt, read, spec, wide)
+    n = read + 1
+    ahead = [meets_bias(kind, adapter, plan.end_given) for kind in kinds]
+    starts = [make_start(kind, adapter, trace, prompt, n, b, wide) for kind, b in zip(kinds, ahead, strict=True)]
+    starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
+    compute = wide if run.backend.name == "reference" else run.compute_dtype
+    road = Road(adapter, trace, prompt, n, plan.end, wide, compute)
+    settings = Settings(run.allocation.temperature if run.allocation.is_softmax else None, seed=method.seed)
+    sweep = Sweep(road, starts, seeds, settings, run.memory_budget)
+    scores = sweep.run(method)
+    results = _assemble(engine, plan, sweep, scores, directions, logits.cpu(), constants.cpu(), prompt, read, began)
+    estimate = None if scores.estimate is None else scores.estimate.as_dict()
+    said = warnings_of(estimate, max(result.completeness_error for result in results))
+    if said:
+        warnings.warn(f"adjoint scores: {'; '.join(said)}", ApproximationWarning, stacklevel=4)
+    if plan.components.is_layered:
+        return LayeredAttribution(results, estimate, said)
+    return replace(results[0], estimate=estimate, warnings=said)
+
+
+def _readout(
+    engine: DePass, plan: Plan, trace: Trace, prompt: int, read: int, spec: TargetSpec, wide: torch.dtype
+) -> tuple[Directions, Tensor, Tensor, Tensor]:
+    """The directions; the same as gradients (K, D) of the state that enters the end; logits and constants (K,)."""
+    adapter = engine.adapter
+    device = adapter.unembedding.weight.device
+    at = trace.span(prompt).start + read
+    resid = trace.resid(plan.end)[at].to(device)
+    if plan.end_given is not None:
+        directions = resolve_target(spec, adapter, engine.tokenizer, resid, wide)
+        return directions, directions.vectors, directions.vectors @ resid.to(wide), directions.constants
+    norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
+    directions = resolve_target(spec, adapter, engine.tokenizer, final, wide)
+    constants, seeds = directions.constants, directions.vectors
+    if norm is not None:
+        norm = norm.to(device)
+        if norm.bias is not None:
+            constants = constants + directions.vectors @ norm.bias.to(wide)
+        seeds = norm.fold(seeds, torch.empty_like(seeds)) * norm.scale(resid.to(wide)).to(wide)
+    return directions, seeds, directions.vectors @ final.to(wide) + directions.constants, constants
+
+
+def _assemble(
+    engine: DePass,
+    plan: Plan,
+    sweep: Sweep,
+    scores: Scores,
+    directions: Directions,
+    logits: Tensor,
+    constants: Tensor,
+    prompt: int,
+    read: int,
+    began: float,
+) -> list[Attribution]:
+    """A result per start, in order of layers."""
+    results = []
+    for s, start in enumerate(sweep.starts):
+        columns, labels = [scores.named[s]], list(start.names)
+        if start.rest is not None:
+            columns.append(scores.rest[s][:, None])
+            labels.append(REST)
+        if start.has_bias:
+            columns.append((scores.bias[s] + constants)[:, None])
+            labels.append(BIAS)
+        results.append(
+            Attribution.assemble(
+                scores=torch.cat(columns, dim=1),
+                logits=logits,
+                layer_errors=torch.zeros(0),
+                directions=directions,
+                labels=labels,
+                input_ids=plan.prompts[prompt].tolist(),
+                tokens=plan.tokens[prompt],
+                components=plan.components.kind,
+                layer=start.layer,
+                position=read,
+                allocation=plan.run.allocation.name,
+                temperature=plan.run.allocation.temperature,
+                backend=plan.run.backend.name,
+                device=str(engine.adapter.device),
+                dtype=str(engine.adapter.dtype).removeprefix("torch."),
+                seconds=0.0,
+                method="adjoint",
+            )
+        )
+    for result in results:
+        result.seconds = time.perf_counter() - began
+    return results

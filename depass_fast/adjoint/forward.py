@@ -1,0 +1,336 @@
+"""The mean-field forward: what has to be carried explicitly so that log Z is known at every layer (docs/adjoint.md).
+
+Explicit are `rest`, `bias` and the loud components, each as in an exact run. All others, the *crowd*, are known by
+their sum, which is what the explicit ones lack to the hidden state, and by how far they scatter, which one component
+with random signs shows. Start layers of one prompt are carried together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .maps import LayerMaps, Road
+from .starts import Start
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep approximates. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
+
+    ``loud``: components whose expected g/T (:func:`loudness`) is above this are carried explicitly until it no longer
+    is, the ``at_most`` loudest of every start layer. ``scatter``: whether the crowd's spread is estimated.
+    """
+
+    temperature: float | None
+    loud: float = 2.0
+    at_most: int = 128
+    scatter: bool = True
+    releases: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Step:
+    """What the way back needs of one layer, for the S start layers under way there, the first S in order.
+
+    A component of the crowd with gate g takes the share exp(log_share) · (1 + slope · (g/T - mean)) of a neuron's
+    activation: ``log_z``, ``log_share``, ``mean``, ``slope`` are (S, Q, I). For `taylor` all four are None.
+    """
+
+    index: int
+    queries: slice
+    log_z: Tensor | None = None
+    log_share: Tensor | None = None
+    mean: Tensor | None = None
+    slope: Tensor | None = None
+
+
+@dataclass
+class Forward:
+    """The result of the mean-field forward.
+
+    ``rows`` are the explicit ones at the end, at the read position: of start ``owner[r]``, component ``member[r]`` (or
+    one of the three below). ``released`` are those that went back to the crowd, by the layer that they enter: rows
+    (r, N, D), owner, member. ``alive[s]`` lists the masks (M, Q) of start s at every layer, None: all are alive.
+    """
+
+    starts: list[Start]
+    steps: list[Step]
+    rows: _Rows
+    released: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    alive: list[list[Tensor] | None] = field(default_factory=list)
+
+
+REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
+
+
+def mean_field(
+    road: Road,
+    starts: Sequence[Start],
+    loud: Sequence[Tensor],
+    settings: Settings,
+    fixed: Sequence[Tensor] | None = None,
+    budget: int = 1 << 28,
+) -> Forward:
+    """Carry the explicit rows of ``starts`` (in order) to the end of the road.
+
+    ``loud`` holds the loud components of every start, (k,) indices: explicit until they are released. ``fixed`` holds
+    others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
+    """
+    fixed = fixed or [indices[:0] for indices in loud]
+    rows = _Rows(starts[0].bias.new_zeros(0, road.n, starts[0].bias.shape[1]))
+    masks: list[Tensor | None] = []
+    out = Forward(list(starts), [], rows)
+    for index in range(starts[0].entering, road.end):
+        maps = road.maps(index)
+        queries = maps.queries
+        rows.to(maps.device)
+        joining = [s for s in range(len(starts)) if starts[s].entering == index]
+        for s in joining:
+            rows.join(s, starts[s], loud[s], fixed[s], settings)
+            mask = starts[s].named.alive()
+            masks.append(None if bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
+            out.alive.append(None if masks[s] is None else [])
+        mid = bool(joining) and starts[joining[0]].mid
+        read = rows.x[:, queries] if maps.parallel else None
+        if mid:
+            rows.x = rows.x[:, queries]
+        else:
+            rows.x = rows.x[:, queries] + maps.ov(rows.x)
+            _add_constant(rows, maps, "attention")
+        counts = _crowd_counts(rows, starts, masks, out.alive, maps, mid)
+        step = Step(index, queries)
+        if settings.temperature is None:
+            _allocate_taylor(rows, read, maps)
+        else:
+            _allocate_softmax(rows, read, counts, maps, settings, step, budget)
+        _add_constant(rows, maps, "mlp")
+        out.steps.append(step)
+        if index + 1 < road.end and settings.temperature is not None:
+            _release(rows, road, index + 1, settings, out)
+    rows.x = rows.x[:, -1:]
+    for s, start in enumerate(starts):
+        if start.entering >= road.end:  # nothing in between: what starts is what is read
+            rows.to(start.bias.device)
+            late = _Rows(rows.x.new_zeros(0, road.n, rows.x.shape[2]))
+            late.join(s, start, loud[s][:0], loud[s][:0], settings)
+            rows.append(late.x[:, -1:], late.owner, late.member, late.stays)
+            out.alive.append(None)
+    return out
+
+
+class _Rows:
+    """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
+
+    ``stays`` (R,) says which are never released, ``sizes`` how many a start has. The first of a start's rows is its
+    probe (not for `taylor`).
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.sizes = x, []
+        self.owner = self.member = torch.zeros(0, dtype=torch.long, device=x.device)
+        self.stays = torch.zeros(0, dtype=torch.bool, device=x.device)
+
+    def to(self, device: torch.device) -> None:
+        self.x, self.owner, self.member = self.x.to(device), self.owner.to(device), self.member.to(device)
+        self.stays = self.stays.to(device)
+
+    def append(self, x: Tensor, owner: Tensor, member: Tensor, stays: Tensor) -> None:
+        self.x, self.stays = torch.cat([self.x, x]), torch.cat([self.stays, stays])
+        self.owner, self.member = torch.cat([self.owner, owner]), torch.cat([self.member, member])
+        self.sizes.append(len(x))
+
+    def join(self, s: int, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
+        """Append the rows of start ``s``: its probe, `rest`, `bias`, the loud ones and those that stay to the end."""
+        n_loud, loud = len(loud), torch.cat([loud, fixed])
+        rows, members = [start.named.rows(loud)], []
+        if start.has_bias:
+            rows, members = [start.bias[None], *rows], [BIAS_ROW]
+        if start.rest is not None:
+            rows, members = [start.rest[None], *rows], [REST_ROW, *members]
+        if settings.temperature is not None:
+            rows, members = [_probe(start, loud, settings)[None], *rows], [PROBE_ROW, *members]
+        member = torch.cat([torch.tensor(members, device=loud.device), loud]).to(self.x.device)
+        stays = torch.ones(len(member), dtype=torch.bool, device=self.x.device)
+        stays[len(members) : len(members) + n_loud] = False
+        self.append(torch.cat(rows).to(self.x), torch.full_like(member, s), member, stays)
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop the rows that are not ``kept`` (R,) bool."""
+        self.x, self.stays = self.x[kept], self.stays[kept]
+        self.owner, self.member = self.owner[kept], self.member[kept]
+        self.sizes = torch.zeros(len(self.sizes), dtype=torch.long, device=self.x.device).index_add_(
+            0, self.owner, torch.ones_like(self.owner)
+        ).tolist()  # fmt: skip
+
+    def runs(self) -> list[tuple[slice, int]]:
+        """Neighbouring starts with equally many rows: their rows, and how many starts they are."""
+        found, row, at = [], 0, 0
+        while at < len(self.sizes):
+            stop = at
+            while stop < len(self.sizes) and self.sizes[stop] == self.sizes[at]:
+                stop += 1
+            rows = (stop - at) * self.sizes[at]
+            found.append((slice(row, row + rows), stop - at))
+            row, at = row + rows, stop
+        return found
+
+
+def _probe(start: Start, loud: Tensor, settings: Settings) -> Tensor:
+    """The crowd with random signs that sum to zero: Σ ε[m] · X[n, m], (N, D). Its square tells how far they scatter."""
+    m = len(start.named)
+    if not settings.scatter or len(loud) == m:
+        return torch.zeros_like(start.bias)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + start.layer)
+    signs = (torch.randint(0, 2, (m,), generator=generator) * 2 - 1).to(start.bias)
+    signs[loud] = 0.0
+    signs -= signs.sum() / (m - len(loud))
+    signs[loud] = 0.0
+    return start.named.sum(signs)
+
+
+def _crowd_counts(
+    rows: _Rows,
+    starts: Sequence[Start],
+    masks: list[Tensor | None],
+    alive: list[list[Tensor] | None],
+    maps: LayerMaps,
+    mid: bool,
+) -> Tensor:
+    """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1)."""
+    named = rows.member >= 0
+    explicit = torch.zeros(len(masks), dtype=rows.x.dtype, device=rows.x.device)
+    explicit.index_add_(0, rows.owner, named.to(rows.x.dtype))
+    counts = torch.tensor([float(len(start.named)) for start in starts[: len(masks)]], device=explicit.device)
+    counts = (counts.to(explicit) - explicit)[:, None]
+    if any(mask is not None for mask in masks):
+        q = maps.queries.stop - maps.queries.start
+        counts = counts.expand(-1, q).clone()
+        seen = None if mid else maps.sees().T.to(rows.x.dtype)  # (N, Q)
+        for s, mask in enumerate(masks):
+            if mask is None:
+                continue
+            mask = mask.to(maps.device)
+            masks[s] = mask[:, maps.queries] if mid else ((mask @ seen + mask[:, maps.queries]) > 0).to(mask)
+            alive[s].append(masks[s] > 0)
+            counts[s] = masks[s].sum(0) - masks[s][rows.member[(rows.owner == s) & named]].sum(0)
+    return counts[..., None]
+
+
+def _add_constant(rows: _Rows, maps: LayerMaps, module: str) -> None:
+    """The constants of "attention" or "mlp" for `bias`, and the stream's own norm behind them."""
+    at = rows.member == BIAS_ROW
+    constant = maps.attention_constant if module == "attention" else maps.mlp_constant
+    if constant is not None:
+        rows.x[at] += constant
+    rows.x, beta = maps.normed(rows.x, module), maps.stream_bias(module)
+    if beta is not None:
+        rows.x[at] += beta
+
+
+def _allocate_taylor(rows: _Rows, read: Tensor | None, maps: LayerMaps) -> None:
+    """Every row by itself: g / gate of the neuron's output."""
+    rows.x = rows.x + maps.down(_gates(rows, read, maps) * taylor_factor(maps))
+
+
+def taylor_factor(maps: LayerMaps) -> Tensor:
+    """act / gate, zero where the gate is: (Q, I)."""
+    total = maps.gate_total
+    return torch.where(total == 0, 0.0, maps.act / torch.where(total == 0, 1.0, total))
+
+
+def _gates(rows: _Rows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
+    """Gates (R, q, I) of the rows at some positions, or of what is ``read`` in their place (in a parallel layer)."""
+    g = maps.gates((rows.x if read is None else read)[:, at], at)
+    if maps.gate_constant is not None:
+        g[rows.member == BIAS_ROW] += maps.gate_constant
+    return g
+
+
+def _allocate_softmax(
+    rows: _Rows,
+    read: Tensor | None,
+    counts: Tensor,
+    maps: LayerMaps,
+    settings: Settings,
+    step: Step,
+    budget: int,
+) -> None:
+    """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it. Position by position."""
+    q, width = maps.act.shape
+    size = max(1, budget // (5 * len(rows.x) * width * rows.x.element_size()))
+    parts = []
+    for first in range(0, q, size):
+        at = slice(first, min(first + size, q))
+        part = Step(step.index, step.queries)
+        g = _gates(rows, read, maps, at)
+        here = counts if counts.shape[1] == 1 else counts[:, at]
+        rows.x[:, at] += maps.down(_shares(rows, g, here, maps, settings, part, at))
+        parts.append(part)
+    for name in ("log_z", "log_share", "mean", "slope"):
+        tables = [getattr(part, name) for part in parts]
+        setattr(step, name, tables[0] if len(tables) == 1 else torch.cat(tables, dim=1))
+
+
+def _shares(
+    rows: _Rows, g: Tensor, counts: Tensor, maps: LayerMaps, settings: Settings, step: Step, at: slice
+) -> Tensor:
+    """What every row takes, by its gates ``g`` (R, q, I), of the activations ``at`` some positions; and the tables."""
+    lses, sums, probes = [], [], []
+    for run, s in rows.runs():
+        part = g[run].view(s, -1, *g.shape[1:])
+        probes.append(part[:, 0])
+        sums.append(part[:, 1:].sum(1))
+        lses.append(torch.logsumexp((part[:, 1:] / settings.temperature).masked_fill_(part[:, 1:] == 0, -torch.inf), 1))
+    probe = torch.cat(probes) / settings.temperature  # (S, q, I)
+    some, log_count = counts > 0, counts.log()
+    step.mean = (maps.gate_total[at] - torch.cat(sums)) / counts.clamp_min(1.0) / settings.temperature
+    spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, q, 1)
+    log_kappa, step.slope = _moment(spread, torch.where(some, log_count, 0.0))
+    log_crowd = torch.where(some, step.mean + log_kappa + log_count, -torch.inf)
+    log_z = torch.logaddexp(torch.cat(lses), log_crowd)
+    nobody = log_z == -torch.inf
+    step.log_z = log_z.masked_fill_(nobody, torch.inf)
+    step.log_share = torch.where(some, step.mean + log_kappa - step.log_z, -torch.inf)
+    shares = torch.exp((g / settings.temperature).masked_fill_(g == 0, -torch.inf).sub_(step.log_z[rows.owner]))
+    shares[rows.member == PROBE_ROW] = step.log_share.exp() * step.slope * probe
+    if bool(nobody.any()):  # all to `rest`, where there is one
+        rests = rows.member == REST_ROW
+        shares[rests] += nobody[rows.owner[rests]].to(shares)
+    return shares.mul_(maps.act[at])
+
+
+def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the mean of e^(u - mean) over a normal crowd, and the slope of its linear regression over its mean.
+
+    e^(σ²/2) and 1, until so few components hold the sum that their number counts (σ² > 2 log M): from there on the
+    largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates.
+    """
+    most = (2.0 * log_count).sqrt()
+    frozen = spread > most
+    log_kappa = torch.where(frozen, spread * most - log_count, spread.square() / 2)
+    return log_kappa, torch.where(frozen, most / spread.clamp_min(1e-30), 1.0)
+
+
+def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
+    """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
+    if not settings.releases or len(rows.x) <= 2 * len(rows.sizes):  # nobody to be released, as the host can tell
+        return
+    weight, gate = road.drive(index)
+    size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
+    quiet = ~rows.stays & (size < settings.loud)
+    where = quiet.nonzero()[:, 0]
+    if not len(where):
+        return
+    x, owner = rows.x[where], rows.owner[where]
+    out.released[index] = (x, owner, rows.member[where])
+    if settings.scatter:
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+        signs = (torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x)
+        probes = (rows.member == PROBE_ROW).nonzero()[:, 0]  # one per start, in order
+        rows.x.index_add_(0, probes[owner], x * signs[:, None, None])
+    rows.keep(~quiet)

@@ -1,0 +1,170 @@
+"""Where a sweep starts: one prompt's named components at one layer, as products or dense, `rest`, `bias`, the loud."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..components import ComponentKind
+from ..initial import initial_state
+from ..state import BIAS, REST
+from ..trace import Trace
+from .maps import Road
+
+
+class Named(Protocol):
+    """M named components at N positions, in the state's dtype; some may be zero at some positions."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Initial states of some: (k,) -> (k, N, D)."""
+
+    def sum(self, signs: Tensor | None = None) -> Tensor:
+        """Their sum, or Σ signs[m] · X[n, m]: (N, D)."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Σ_n x[k, n] · X[n, m]: (K, N, D) -> (K, M)."""
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        """‖weight ⊙ X[n, m]‖ with ``weight`` (N, D) of the form s[n] · γ: (N, M)."""
+
+    def alive(self) -> Tensor:
+        """Which are not exactly zero: (N, M) bool."""
+
+    def first(self, n: int) -> Named:
+        """The same at the first ``n`` positions."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Components ``coefficients`` (N, M) times ``vectors`` (M, D): neurons, features.
+
+    The vectors may be a model's own weights: they are widened where they are used, and never kept.
+    """
+
+    coefficients: Tensor
+    vectors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.coefficients[:, index].T[..., None] * self.vectors[index].to(self.coefficients)[:, None]
+
+    def sum(self, signs: Tensor | None = None) -> Tensor:
+        return (self.coefficients if signs is None else self.coefficients * signs) @ self._wide()
+
+    def project(self, x: Tensor) -> Tensor:
+        return ((x @ self._wide().T) * self.coefficients).sum(1)
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        scale = weight.norm(dim=1)  # s[n] · ‖γ‖: γ's direction is taken from the last position, they all share it
+        gamma = weight[-1] / scale[-1].clamp_min(torch.finfo(scale.dtype).tiny)
+        return (self.coefficients * scale[:, None]).abs_().mul_((self._wide() * gamma).norm(dim=1))
+
+    def alive(self) -> Tensor:
+        return (self.coefficients != 0) & (self.vectors.abs().amax(1) != 0)
+
+    def _wide(self) -> Tensor:
+        return self.vectors.to(self.coefficients)
+
+    def first(self, n: int) -> Products:
+        return Products(self.coefficients[:n], self.vectors)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Components as they are: ``states`` (N, M, D)."""
+
+    states: Tensor
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.states[:, index].transpose(0, 1)
+
+    def sum(self, signs: Tensor | None = None) -> Tensor:
+        return self.states.sum(1) if signs is None else torch.einsum("nmd,m->nd", self.states, signs)
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.einsum("nmd,knd->km", self.states, x)
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        return torch.einsum("nmd,nd->nm", self.states.square(), weight.square()).sqrt()
+
+    def alive(self) -> Tensor:
+        return (self.states != 0).any(-1)
+
+    def first(self, n: int) -> Dense:
+        return Dense(self.states[:n])
+
+
+@dataclass(eq=False)
+class Start:
+    """One start layer of a sweep.
+
+    ``layer`` is the kind's; the components enter layer ``entering``, after its attention where ``mid``. ``rest`` (N, D)
+    or None where the components are complete; ``bias`` (N, D), zero where the decomposition has no constant of its own.
+    """
+
+    layer: int
+    entering: int
+    mid: bool
+    names: tuple[str, ...]
+    named: Named
+    rest: Tensor | None
+    bias: Tensor
+    has_bias: bool
+
+
+def make_start(
+    kind: ComponentKind, adapter: Adapter, trace: Trace, prompt: int, n: int, has_bias: bool, dtype: torch.dtype
+) -> Start:
+    """The components of ``kind`` at the first ``n`` positions of a prompt, on the device of their layer.
+
+    ``has_bias`` says whether constants are still to come. The split is that of :func:`initial_state`, without ever
+    writing down products as vectors per position.
+    """
+    layer = kind.resolve(adapter)
+    bound = kind.bound(adapter, trace, prompt)
+    device = adapter.layer(layer).device
+    site = kind.start_site(adapter)
+    x = trace.resid_at(layer, site).to(device)[trace.span(prompt)].to(dtype)
+    constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
+    names = bound.names(adapter, [""] * len(x))
+    where = {"layer": layer, "entering": layer + (site == "resid_post"), "mid": site == "resid_mid"}
+    bias = x.new_zeros(n, x.shape[1])
+    if constant is not None:
+        bias, has_bias = bias + constant, True
+    if factors is not None:
+        named = Products(factors.coefficients.to(device, dtype), factors.vectors.to(device))
+        rest = x - named.sum() - (0.0 if constant is None else constant)
+        if not (kind.may_be_complete and _rounding(rest, x).any()):
+            return Start(**where, names=names, named=named.first(n), rest=rest[:n], bias=bias, has_bias=has_bias)
+    # what may leave nothing over: the library's one way to tell rounding from a rest
+    state = initial_state(kind, adapter, trace, [[""] * trace.length(p) for p in range(trace.n_prompts)],
+                          [set()] * trace.n_prompts, has_bias, dtype)  # fmt: skip
+    block, extras = state.block(prompt), state.layout.components[prompt].extras
+    rest = block[:n, extras.index(REST)] if REST in extras else None
+    named = Dense(block[:n, len(extras) :])
+    return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
+
+
+def loudness(start: Start, road: Road, temperature: float) -> Tensor:
+    """How far a component's g/T at its first MLP can be expected from zero: (M,).
+
+    The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.
+    """
+    weight, gate = road.drive(start.entering)
+    return start.named.sizes(weight.to(start.bias)).amax(0) * (gate / temperature)
+
+
+def _rounding(rest: Tensor, x: Tensor) -> Tensor:
+    """Where `rest` is so small that it may be rounding (N,): generous, the last word is initial_state's."""
+    return rest.norm(dim=1) <= 0.01 * x.norm(dim=1)

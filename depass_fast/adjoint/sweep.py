@@ -1,0 +1,201 @@
+"""One prompt's sweep from the trace to scores: mean field, adjoint, refinement, estimate (DESIGN.md section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backward import extra_scores, linear_scores
+from .estimate import Estimate, draw, judge
+from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
+from .maps import Road
+from .method import Method
+from .refine import scores_given_z
+from .starts import Start, loudness
+
+CPU_BUDGET, GPU_BUDGET = 1 << 30, 16 << 30  # of the tables of the start layers that are carried together
+ROWS_ON_CPU, ROWS_ON_GPU = 1 << 28, 4 << 30  # of the rows that are propagated together
+
+
+@dataclass
+class Scores:
+    """Per start: ``named`` (K, M) on the CPU; ``rest`` and ``bias`` (starts, K), without the readout's constants."""
+
+    named: list[Tensor]
+    rest: Tensor
+    bias: Tensor
+    estimate: Estimate | None
+
+
+@dataclass
+class Sweep:
+    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at the end of the road."""
+
+    road: Road
+    starts: list[Start]
+    directions: Tensor
+    settings: Settings
+    budget: int | None
+
+    def run(self, method: Method) -> Scores:
+        """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined."""
+        groups = self._groups()
+        loud = [indices for group in groups for indices in self._loud(group)]
+        approximate = self.settings.temperature is not None
+        found = _Pass(self, groups, loud, None, keep=approximate and method.sample > 0 and not method.refine)
+        screened, refined = found.flat, torch.zeros(0, dtype=torch.long)
+        if approximate and method.refine:
+            refined = self._largest(screened, method)
+            found = _Pass(self, groups, loud, self._split(refined), keep=method.sample > 0)
+        estimate = None
+        if approximate and (method.refine or method.sample):
+            estimate = self._estimate(found, screened, refined, method)
+        return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(start.named) for start in self.starts]
+
+    def _split(self, index: Tensor) -> list[Tensor]:
+        """Sorted positions in the flat list of all components as indices of every start's."""
+        edges = torch.tensor([0, *self._sizes]).cumsum(0)
+        bounds = torch.searchsorted(index, edges).tolist()
+        return [index[a:b] - edge for a, b, edge in zip(bounds[:-1], bounds[1:], edges.tolist(), strict=False)]
+
+    def _loud(self, group: slice) -> list[Tensor]:
+        """Indices of every start's loud components."""
+        sizes, t = [], self.settings.temperature
+        for start in self.starts[group]:
+            if t is None or start.entering >= self.road.end:
+                sizes.append(start.bias.new_zeros(len(start.named)))
+            else:
+                sizes.append(loudness(start, self.road, t))
+        devices = [size.device for size in sizes]
+        numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
+        row = self.road.n * self.directions.shape[1] * self.directions.element_size()
+        fitting = self._row_budget // (4 * row * len(sizes))
+        most = max(8, min(self.settings.at_most, fitting))
+        return [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
+
+    def _groups(self) -> list[slice]:
+        """Start layers that are carried together: as many as their tables leave room for."""
+        on_cpu = self.starts[0].bias.device.type == "cpu"
+        budget = self.budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
+        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
+        table = 3 * self.road.n * widest * self.starts[0].bias.element_size()
+        groups, first, used = [], 0, 0
+        for s, start in enumerate(self.starts):
+            needed = table * max(0, self.road.end - start.entering)
+            if s > first and used + needed > budget:
+                groups.append(slice(first, s))
+                first, used = s, 0
+            used += needed
+        return [*groups, slice(first, len(self.starts))]
+
+    @property
+    def _row_budget(self) -> int:
+        return max(self.budget or 0, ROWS_ON_CPU if self.directions.device.type == "cpu" else ROWS_ON_GPU)
+
+    def _largest(self, flat: Tensor, method: Method) -> Tensor:
+        """The components to be refined: the largest of any target, sorted. Those that start at the end are exact."""
+        parts = flat.abs().split(self._sizes, dim=1) if method.within == "layer" else [flat.abs()]
+        chosen, first = [], 0
+        for part in parts:
+            chosen.append(part.topk(min(method.refine, part.shape[1]), dim=1).indices.flatten() + first)
+            first += part.shape[1]
+        index = torch.cat(chosen).unique()
+        late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end) for s in self.starts])
+        return index[~late[index]]
+
+    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Method) -> Estimate | None:
+        """What refinement and a sample say; the worst target's figures."""
+        flat = found.flat
+        top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
+        figures, count, drift = [], 0, None
+        left = (~found.settled).nonzero()[:, 0]
+        if method.sample and len(left):
+            generator = torch.Generator().manual_seed(method.seed)
+            drawn = [draw(scores[left].abs(), left, top, method.sample, generator) for scores in flat]
+            uniform = torch.cat([d.uniform for d in drawn]).unique()
+            near = torch.cat([d.near for d in drawn]).unique()
+            near = near[~torch.isin(near, uniform)]
+            exact = torch.full_like(flat, float("nan"))
+            exact[:, uniform], drift = found.given_z(uniform, measure=True)
+            exact[:, near], _ = found.given_z(near)
+            figures = [judge(*pair, d, top) for *pair, d in zip(flat, exact, drawn, strict=True)]
+            count = len(uniform) + len(near)
+        changes = None
+        if len(refined):
+            change = (screened[:, refined] - flat[:, refined]).norm(dim=1)
+            changes = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
+        missed = [(f["missed"], f["missed_interval"]) for f in figures if f.get("missed") is not None]
+        return Estimate(
+            sample=count,
+            spearman=min((f["spearman"] for f in figures if f["spearman"] is not None), default=None),
+            relative_error=max((f["relative_error"] for f in figures if f["relative_error"] is not None), default=None),
+            refined_error=changes,
+            top=top,
+            missed=max(missed)[0] if missed else None,
+            missed_interval=max(missed)[1] if missed else None,
+            partition_error=drift,
+        )
+
+
+class _Pass:
+    """There and back once: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
+
+    ``fixed`` components of every start are explicit to the end; ``settled`` (all,) are those, and those that start
+    there: nothing but log Z stands between their scores and exact ones.
+    """
+
+    def __init__(
+        self, sweep: Sweep, groups: list[slice], loud: list[Tensor], fixed: list[Tensor] | None, keep: bool
+    ) -> None:
+        self.sweep, self.groups, self._fixed = sweep, groups, fixed
+        self._loud = loud
+        if fixed is not None:
+            fixed = self._fixed = [f.to(quick.device) for f, quick in zip(fixed, loud, strict=True)]
+            self._loud = [quick[~torch.isin(quick, f)] for f, quick in zip(fixed, loud, strict=True)]
+        named, rest, bias, settled = [], [], [], []
+        self._kept: Forward | None = None
+        for group in groups:
+            forward = self._forward(group)
+            named += linear_scores(sweep.road, forward, sweep.directions, sweep.settings)
+            rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
+            bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
+            settled += [
+                _settled(forward, s, len(start.named), sweep.road.end) for s, start in enumerate(forward.starts)
+            ]
+            self._kept = forward if keep and len(groups) == 1 else None
+        self.flat = torch.cat([scores.cpu() for scores in named], dim=1)
+        self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
+
+    def _forward(self, group: slice) -> Forward:
+        sweep = self.sweep
+        fixed = None if self._fixed is None else self._fixed[group]
+        where = (sweep.road, sweep.starts[group], self._loud[group])
+        return mean_field(*where, sweep.settings, fixed, sweep._row_budget)
+
+    def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
+        """Scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z; and how far that is off."""
+        sweep, chosen = self.sweep, self.sweep._split(index)
+        found, drifts = [], []
+        for group in self.groups:
+            if not sum(map(len, chosen[group])):
+                continue
+            forward = self._kept or self._forward(group)
+            where = (sweep.road, forward.starts, forward.steps, chosen[group], sweep.directions, sweep.settings)
+            given = scores_given_z(*where, sweep._row_budget, forward.released, measure)
+            found.append(given.scores.T.cpu())
+            drifts += [] if given.drift is None else [given.drift]
+        scores = torch.cat(found, dim=1) if found else self.flat.new_zeros(len(self.flat), 0)
+        return scores.to(self.flat), max(drifts, default=None)
+
+
+def _settled(forward: Forward, s: int, count: int, end: int) -> Tensor:
+    done = torch.full((count,), forward.starts[s].entering >= end)
+    rows = forward.rows
+    done[rows.member[(rows.owner == s) & (rows.member >= 0)].cpu()] = True
+    return done

@@ -1,0 +1,169 @@
+"""Whether the recorded pieces of a forward pass make it up as the family says: a fork may compute something else.
+
+At a few positions of every layer: what projections read is the frozen norm of the residual stream, what attention gets
+and gives are the values and the mixture of them, and what attention and MLP write is what the stream gains. A
+difference would otherwise end in a component that has nothing to do with it. Weights are not part of this: that they
+are read as the model computes with them shows in the completeness of every result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, Branch, Norm
+from .trace import LayerTrace, Trace
+
+# part of a layer -> what is recorded of it at the watched positions: its input and its output
+WATCHED = {
+    "v_proj": ("values_input", "values_output"),
+    "o_proj": ("heads", "attention_written"),
+    "gate_proj": ("gate_input", None),
+    "down_proj": (None, "mlp_written"),
+}
+
+
+class Consistency:
+    """Differences found so far, relative to the size of what was compared, each with its tolerance and its name.
+
+    Two or three roundings separate correct values, each of half an eps at most, relative to the sum of the norms
+    compared: together below one eps. In half precision 1.5 eps of the coarsest dtype are allowed, else 1e-4.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[Tensor] = []
+        self.allowed: list[float] = []
+        self.names: list[str] = []
+
+    def compare(self, name: str, got: Tensor, expected: Tensor, *sizes: Tensor, tolerance: float | None = None) -> None:
+        """Note that ``got`` (S, C) should be ``expected``; rounding is relative to these and to ``sizes``."""
+        wide = torch.promote_types(got.dtype, torch.float32)
+        total = sum(x.to(wide).norm(dim=1) for x in (got, expected, *sizes))
+        error = (got.to(wide) - expected.to(wide)).norm(dim=1) / total.clamp_min(torch.finfo(wide).tiny)
+        coarsest = max(torch.finfo(x.dtype).eps for x in (got, expected, *sizes))
+        self.errors.append(error.max())
+        self.allowed.append(max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance)
+        self.names.append(name)
+
+    def verdict(self) -> None:
+        """RuntimeError for the first difference that is too large. One synchronisation of the device for all."""
+        device = self.errors[0].device
+        errors = torch.stack([error.to(device, torch.float64) for error in self.errors]).tolist()
+        for name, error, allowed in zip(self.names, errors, self.allowed, strict=True):
+            if error > allowed:
+                raise RuntimeError(
+                    f"{name} (a difference of {error:.1%}). This model, or a hook on it, computes something that the "
+                    "family does not declare, and cannot be decomposed as one of that family."
+                )
+
+
+def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positions: list[int]) -> None:
+    """Compare what is recorded at packed ``positions``: the trace has it for all, ``records`` for these alone.
+
+    Raises:
+        RuntimeError: naming the layer and the module, and what it should be.
+    """
+    found, at = Consistency(), torch.tensor(positions)
+    for index, record in enumerate(records):
+        _check_attention(found, adapter, index, trace.layers[index], record, at)
+        _check_mlp(found, adapter, index, trace, record, at)
+    norm = adapter.final_norm()
+    resid, final = (_rows(x, at) for x in (trace.resid_final, trace.normed_final))
+    found.compare("the final norm gives something else than its formula", final, _normed(norm, resid).to(final))
+    found.verdict()
+
+
+def _check_attention(
+    found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
+) -> None:
+    weights, family = adapter.layer(index).attention, adapter.family
+    values = record["values_output"] if family.v_part is None else family.v_part(record["values_output"].T).T
+    if family.v_clip is not None:
+        values = values.clamp(-family.v_clip, family.v_clip)
+    name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
+    found.compare(
+        f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
+        record["values_input"],
+        _normed(weights.norm, pre).to(pre),
+    )
+    found.compare(f"{name} changes the values between their projection and the heads", record["values"], values)
+    # attention that is observed computes its logits by itself, in half precision perhaps
+    own = adapter.observed is not None
+    half = record["heads"].element_size() < 4
+    found.compare(
+        f"{name} gives its output projection something else than the heads' mixture of values",
+        record["heads"],
+        record["attended"].view(record["heads"].shape).to(record["heads"]),
+        tolerance=None if not own else 0.25 if half else 1e-3,
+    )
+    if family.parallel:
+        return  # what attention writes is part of what the stream gains in all: see the MLP
+    mid = _rows(layer.resid_mid, at)
+    after = mid if layer.attention_sum is None else _rows(layer.attention_sum, at)
+    _check_write(found, name, weights, record["attention_written"], pre, after, mid)
+
+
+def _check_mlp(
+    found: Consistency, adapter: Adapter, index: int, trace: Trace, record: dict[str, Any], at: Tensor
+) -> None:
+    layer, weights = trace.layers[index], adapter.layer(index)
+    mixture = adapter.is_mixture(index)
+    name, read = f"layer {index}: {adapter.path(index, 'mlp')}", _rows(layer.mlp.resid, at)
+    found.compare(
+        f"{name} reads something else than the norm of the residual stream",
+        _rows(record["experts_input"], at) if mixture else record["gate_input"],
+        _normed(weights.mlp.norm, read).to(read),
+    )
+    written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
+    mid, post = _rows(layer.resid_mid, at), _rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
+    after = post if layer.mlp_sum is None else _rows(layer.mlp_sum, at)
+    _check_write(found, name, weights.mlp, written, mid, after, post)
+
+
+def _check_write(
+    found: Consistency, name: str, branch: Branch, raw: Tensor, before: Tensor, after: Tensor, stream: Tensor
+) -> None:
+    """``raw`` outputs (S, D) lead from ``before`` to ``after``, and through a norm of the stream to ``stream``."""
+    written, wide = _normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
+    found.compare(
+        f"{name} writes something else than what the residual stream gains there",
+        after.to(wide) - before.to(wide),
+        written.to(before),
+        before,
+        after,
+    )
+    if branch.stream is not None:
+        found.compare(
+            f"{name} is followed by something else than its norm", stream, _normed(branch.stream, after).to(stream)
+        )
+
+
+def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
+    """What the experts write at positions (S,): (S, D)."""
+    wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
+    total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
+    at = at.to(total.device)
+    for part in layer.mlps:
+        w_down = mlps[part.part].w_down
+        if part.positions is None:
+            total += part.act[at].to(wide) @ w_down.T.to(wide)
+            continue
+        here = torch.isin(at, part.positions).nonzero().flatten()
+        if len(here):
+            total[here] += part.act[part.rows(at[here])].to(wide) @ w_down.T.to(wide)
+    return total.to(layer.resid_mid)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    """A norm by its formula, of hidden states (S, D), in float32 at least."""
+    if norm is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = norm.apply(wide, norm.scale(wide))
+    return y if norm.bias is None else y + norm.bias.to(y)
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    return x[at.to(x.device)]

@@ -1,0 +1,227 @@
+"""A user's own fork of a supported model works, or is refused with the reason."""
+
+import pytest
+import torch
+from conftest import build, build_model, random_ids
+from torch import nn
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from bench.family_models import VARIANTS, available, build_variant
+from depass_fast import DePass, Heads, Tokens
+from depass_fast.adapters import family_of
+from depass_fast.trace_size import trace_nbytes
+
+IDS = random_ids(8)
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnerConfig(OwnConfig):
+    model_type = "owner"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def fork() -> nn.Module:
+    """A subclass, never registered, with the weights of the tests' Llama."""
+    original = build_model("llama", num_key_value_heads=2)
+    changes = {k: v for k, v in original.config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    model = OwnForCausalLM(OwnConfig(**changes)).eval()
+    model.load_state_dict(original.state_dict())
+    return model
+
+
+def test_a_subclass_is_taken_for_its_family():
+    model = fork()
+    dp = DePass(model)
+    for kind in (Tokens(), Heads(1)):
+        expected = build("llama-gqa").attribute(IDS, kind)
+        assert torch.equal(dp.attribute(IDS, kind).scores, expected.scores)
+    assert model.config.model_type == "own"
+    assert trace_nbytes(model.config, [8], torch.float32) == dp.trace(IDS).nbytes
+
+
+def test_the_most_specific_supported_family():
+    assert family_of(OwnerConfig()) == "llama"
+
+    class OwnGemma(Gemma2Config):
+        model_type = "own_gemma"
+
+    assert family_of(OwnGemma()) == "gemma2"
+
+
+class Gated(modeling_llama.LlamaAttention):
+    """Attention with a gate on its output."""
+
+    def forward(self, hidden_states, **kwargs):
+        out, weights = super().forward(hidden_states, **kwargs)
+        return out * 0.5, weights
+
+
+class Twice(nn.Module):
+    """What is put between two modules."""
+
+    def __init__(self, inner, factor=1.5):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * self.factor
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+def changed_attention(layer):
+    layer.self_attn.__class__ = Gated
+
+
+def changed_values(layer):
+    original = layer.self_attn.forward
+
+    def forward(hidden_states, **kwargs):
+        own = modeling_llama.ALL_ATTENTION_FUNCTIONS[layer.self_attn.config._attn_implementation]
+
+        def changed(module, query, key, value, *args, **rest):
+            return own(module, query, key, value * 1.05, *args, **rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(modeling_llama.ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *_: changed)
+            return original(hidden_states, **kwargs)
+
+    layer.self_attn.forward = forward
+
+
+def changed_heads(layer):
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 0.95,))
+
+
+def changed_mlp(layer):
+    layer.mlp = Twice(layer.mlp)
+
+
+def changed_norm(layer):
+    norm = layer.input_layernorm
+    norm.forward = lambda x, forward=norm.forward: forward(x) * 1.05
+
+
+def changed_mlp_norm(layer):
+    norm = layer.post_attention_layernorm
+    norm.forward = lambda x, forward=norm.forward: forward(x) + 0.05
+
+
+def changed_layer(layer):
+    layer.register_forward_hook(lambda module, args, out: out + 1.0 if torch.is_tensor(out) else (out[0] + 1.0,))
+
+
+CHANGES = {
+    changed_attention: "layer 1: model.layers.1.self_attn writes something else than what the residual stream gains",
+    changed_values: "layer 1: model.layers.1.self_attn changes the values between their projection and the heads",
+    changed_heads: "layer 1: model.layers.1.self_attn gives its output projection something else",
+    changed_mlp: "layer 1: model.layers.1.mlp writes something else than what the residual stream gains",
+    changed_norm: "layer 1: model.layers.1.self_attn.v_proj reads something else than the norm",
+    changed_mlp_norm: "layer 1: model.layers.1.mlp reads something else than the norm",
+    changed_layer: "layer 1: model.layers.1.mlp writes something else than what the residual stream gains",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_forward_pass_is_refused_by_name(change, dtype):
+    if change is changed_values and not hasattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        pytest.skip("this transformers looks its attention function up in another way")
+    model = fork().to(dtype)
+    change(model.model.layers[1])
+    with pytest.raises(RuntimeError, match=CHANGES[change]):
+        DePass(model).attribute(IDS, Heads(1))
+
+
+def test_a_changed_final_norm():
+    model = fork()
+    model.model.norm.forward = lambda x, forward=model.model.norm.forward: forward(x) * 1.05
+    with pytest.raises(RuntimeError, match="the final norm gives something else than its formula"):
+        DePass(model).trace(IDS)
+
+
+def test_attention_that_does_not_call_the_interface():
+    model = fork()
+    attention = model.model.layers[2].self_attn
+    attention.forward = lambda hidden_states, **_: (attention.o_proj(attention.q_proj(hidden_states)), None)
+    with pytest.raises(RuntimeError, match="layer 2: the forward pass recorded no attention"):
+        DePass(model).trace(IDS)
+
+
+def test_modules_that_are_not_where_the_family_keeps_them():
+    model = fork()
+    mlp = model.model.layers[1].mlp
+    mlp.first = mlp.gate_proj
+    del mlp.gate_proj
+    with pytest.raises(
+        ValueError, match="OwnForCausalLM has no model.layers.1.mlp.gate_proj, where the family 'llama'"
+    ):
+        DePass(model)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "ALiBi" in name or name in ("bloom", "mpt", "gptj")])
+def test_observed_attention_is_compared_with_the_models_own(name):
+    """Ours takes its place: a fork's own would silently be overwritten."""
+    model = build_variant(name)
+    dp = DePass(model)
+    dp.trace(IDS)
+    o_proj = dp.adapter.module(1, "o_proj")
+    own = o_proj.forward
+    handle = o_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.05,))
+    if dp.adapter.observed is None:
+        pytest.skip("not observed in this transformers")
+    with pytest.raises(RuntimeError, match="layer 1: .* gives its output projection something else"):
+        dp.trace(IDS)
+    handle.remove()
+    o_proj.forward = own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_supported_model_is_refused(name, dtype, monkeypatch):
+    """Differences stay below half of what is allowed."""
+    if not available(name) or (name.startswith("mpt") and dtype == torch.float64):
+        pytest.skip("this transformers cannot run it")
+    monkeypatch.setattr("depass_fast.consistency.Consistency.verdict", lower_verdict)
+    DePass(build_variant(name).to(dtype)).trace([random_ids(n, seed=n) for n in (1, 40, 7)])
+
+
+def lower_verdict(self) -> None:
+    for name, error, allowed in zip(self.names, self.errors, self.allowed, strict=True):
+        assert float(error.detach()) <= allowed / 2, (name, float(error), allowed)
+
+
+@pytest.mark.parametrize("how", ["model", "in place", "below", "layers", "projections", "forward"])
+def test_compiled_models_are_traced_uncompiled(how):
+    model = build_model("llama", num_key_value_heads=2)
+    layers, given = model.model.layers, model
+    if how == "model":
+        given = torch.compile(model)
+    elif how == "in place":
+        model.compile()
+    elif how == "below":
+        model.model.compile()
+    elif how == "layers":
+        for index in range(3):
+            layers[index] = torch.compile(layers[index])
+    elif how == "projections":
+        for layer in layers:
+            layer.self_attn.v_proj, layer.mlp.down_proj = map(
+                torch.compile, (layer.self_attn.v_proj, layer.mlp.down_proj)
+            )
+    else:
+        model.model.forward = torch.compile(model.model.forward)
+    expected = build("llama-gqa").attribute(IDS, Tokens())
+    for _ in range(2):
+        assert torch.equal(DePass(given).attribute(IDS, Tokens()).scores, expected.scores)

@@ -1,0 +1,122 @@
+"""Weights as numbers: of modules in 8 and 4 bit that cannot run here, told by their attributes, and of wrapped ones.
+
+The real libraries are in tests/interop/test_quantised.py and tests/interop/test_peft.py.
+"""
+
+import pytest
+import torch
+from conftest import build, build_model, random_ids
+from torch import nn
+
+from depass_fast import DePass, Heads, Tokens
+
+IDS = random_ids(6)
+
+
+class StandIn(nn.Module):
+    """A linear module whose weight is stored as something else; ``factor`` is what it computes too much."""
+
+    def __init__(self, linear: nn.Linear, factor: float = 1.0) -> None:
+        super().__init__()
+        self.numbers, self.factor = [linear.weight.detach()], factor  # in a list: no parameter
+        self.out_features, self.in_features = linear.weight.shape
+        self.bias = None
+        self.register_buffer("packed", torch.zeros(1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.numbers[0]) * self.factor
+
+
+class Hqq(StandIn):
+    W_q = "packed"
+
+    def dequantize(self):
+        return self.numbers[0]
+
+
+class Gptq(StandIn):
+    qweight = "packed"
+
+    def dequantize_weight(self):
+        return self.numbers[0].T
+
+
+class Compressed(StandIn):
+    class Compressor:
+        def decompress_module(self, module):
+            return module.numbers[0]
+
+    compressor = Compressor()
+
+
+class Awq(StandIn):
+    qweight = "packed"
+
+
+def replaced(kind, **arguments):
+    model = build_model("llama", num_key_value_heads=2)
+    for layer in model.model.layers:
+        for home, names in (
+            (layer.self_attn, ("v_proj", "o_proj")),
+            (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+        ):
+            for name in names:
+                setattr(home, name, kind(getattr(home, name), **arguments))
+    return model
+
+
+@pytest.mark.parametrize("kind", [Hqq, Gptq, Compressed])
+def test_what_can_be_dequantised_is_read(kind):
+    dp = DePass(replaced(kind))
+    for component in (Tokens(), Heads(1)):
+        expected = build("llama-gqa").attribute(IDS, component)
+        result = dp.attribute(IDS, component)
+        assert torch.allclose(result.scores, expected.scores, atol=1e-5)
+        assert result.completeness_error < 1e-5
+
+
+def test_it_is_dequantised_once_per_use_of_a_layer():
+    count = []
+
+    class Counted(Hqq):
+        def dequantize(self):
+            count.append(self)
+            return super().dequantize()
+
+    dp = DePass(replaced(Counted))
+    trace = dp.trace(IDS)
+    assert len(count) == 1  # one module, tried
+    count.clear()
+    dp.attribute(trace, Tokens())
+    assert len(count) == 12 and len(set(map(id, count))) == 12  # V, O, gate and down of three layers
+
+
+def test_a_weight_that_is_not_what_the_module_computes_with():
+    with pytest.raises(
+        ValueError, match=r"self_attn.v_proj: what this Hqq computes is not what its weight says .*10.0%"
+    ):
+        DePass(replaced(Hqq, factor=1.1))
+
+
+def test_what_cannot_be_dequantised_is_refused():
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.v_proj: its weight is quantised .* cannot be read"):
+        DePass(replaced(Awq))
+
+
+def test_float8_without_its_scale_is_refused():
+    model = build_model("llama", num_key_value_heads=2)
+    projection = model.model.layers[0].mlp.down_proj
+    projection.weight = nn.Parameter(projection.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"mlp.down_proj: its weight is quantised .torch.float8_e4m3fn."):
+        DePass(model)
+
+
+def test_experts_are_checked_too():
+    model = build_model("mixtral", num_key_value_heads=2, num_local_experts=4)
+    experts = getattr(model.model.layers[0], "mlp", None) or model.model.layers[0].block_sparse_moe
+    if isinstance(experts.experts, nn.ModuleList):
+        experts.experts[2].w3.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    else:
+        experts.experts.down_proj = nn.Parameter(torch.zeros(4, 4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="experts.*: its weight is quantised .torch.uint8."):
+        DePass(model)
