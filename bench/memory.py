@@ -34,8 +34,12 @@ def fresh_process(module: str, *arguments: object) -> int | None:
     return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def growth(call: Callable[[], object], device: str = "cpu") -> int:
-    """By how many bytes the memory grew at most during a call: the process's, or the GPU's."""
+def _status(key: str) -> int:
+    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+
+
+def measured(call: Callable[[], object], device: str = "cpu") -> int:
+    """The high-water mark of the resident set (or of the GPU's memory) during ``call``, less that just before it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -49,10 +53,6 @@ def growth(call: Callable[[], object], device: str = "cpu") -> int:
     return _status("VmHWM") - before
 
 
-def _status(key: str) -> int:
-    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
-
-
 def main(arguments: list[str]) -> None:
     model_name, components, length, name, *threads = arguments
     if name not in PROVIDERS:
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     short = Workload(model_name, "tokens", 4)
     provider(name, short, model, random_prompt(work.shape, 4))()
     call = provider(name, work, model, ids)
-    print(growth(call))
+    print(measured(call))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..memory import fresh_process, growth
+from ..memory import fresh_process, measured
 from .methods import FAIR, ONE_BY_ONE, methods
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     some = {"neurons": range(4)} if name == ONE_BY_ONE else {}  # every one takes the same memory
     zero, last = subject.zero, subject.model.config.num_hidden_layers - 1
     method.effects(subject.ids[:4], subject.target, [last], zero, **some)  # thread pools and GEMM buffers
-    print(growth(lambda: method.effects(subject.ids, subject.target, subject.layers, zero, **some), device))
+    print(measured(lambda: method.effects(subject.ids, subject.target, subject.layers, zero, **some), device))
 
 
 if __name__ == "__main__":
