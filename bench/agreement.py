@@ -1,17 +1,11 @@
-"""How far two rankings of the same components agree, and the spread of such figures over prompts."""
+"""How much two rankings of the same components have in common, and the spread of such figures over prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors (M,); equal values share their ranks' mean. NaN for constants."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def top_overlap(a: Tensor, b: Tensor, share: float = 0.01) -> float:
@@ -25,9 +19,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, p20 and p80 over the prompts."""
     low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.2, 0.5, 0.8])
     return {"median": float(middle), "p20": float(low), "p80": float(high)}
-
-
-def _ranks(x: Tensor) -> np.ndarray:
-    values = torch.as_tensor(x).detach().cpu().double().numpy()
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]

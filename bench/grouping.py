@@ -22,11 +22,12 @@ from torch import Tensor
 
 from depass_fast import DePass, Neurons, Trace
 from depass_fast.adapters import Adapter
+from depass_fast.adjoint.estimate import spearman
 from depass_fast.components import Products
 from depass_fast.state import Factors
 
 from .ablation.quality import Question, demo_model, questions
-from .agreement import spearman, spread, top_overlap
+from .agreement import spread, top_overlap
 from .harness import environment, write_results
 
 ROWS = 1 << 18  # of the component state at once

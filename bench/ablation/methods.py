@@ -6,10 +6,8 @@ DePass answers "which share of the logit did this neuron bring". The second is c
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -34,22 +32,15 @@ class Method(Protocol):
 
 
 def methods() -> dict[str, Callable[[nn.Module], Method]]:
-    """Everything that can take part here, by name. Each takes a Llama with eager attention."""
-    found: dict[str, Callable[[nn.Module], Method]] = {
+    """Everyone who takes part, by name. Each takes a Llama with eager attention."""
+    return {
         ONE_BY_ONE: OneAtATime,
         FAIR: FairAblation,
         PATCHING: AttributionPatching,
         PUBLISHED: PublishedShares,
         EXACT: Shares,
+        ADJOINT: lambda model: Shares(model, "adjoint"),
     }
-    if has_adjoint():
-        found[ADJOINT] = lambda model: Shares(model, "adjoint")
-    return found
-
-
-def has_adjoint() -> bool:
-    """Whether the library has ``attribute(..., method="adjoint")`` and several layers in one call."""
-    return "method" in inspect.signature(DePass.attribute).parameters and "layers" in {f.name for f in fields(Neurons)}
 
 
 class OneAtATime:
@@ -136,18 +127,10 @@ class PublishedShares:
 
 
 class Shares:
-    """DePass by this library: exact, or its adjoint."""
+    """DePass by this library: exact, or by its adjoint sweep."""
 
-    def __init__(self, model: nn.Module, method: str | None = None) -> None:
+    def __init__(self, model: nn.Module, method: str = "exact") -> None:
         self.library, self.method = DePass(model), method
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
-        width = values.shape[1]
-        if self.method is None:
-            trace = self.library.trace(ids)
-            results = [self.library.attribute(trace, Neurons(layer), target) for layer in layers]
-        else:
-            kind = Neurons(layers[0]) if len(layers) == 1 else Neurons(layers=list(layers))
-            result = self.library.attribute(ids, kind, target, method=self.method)
-            results = [result] if len(layers) == 1 else list(result)
-        return torch.stack([result.scores[:width] for result in results])
+        return self.library.attribute(ids, Neurons(layers=list(layers)), target, method=self.method).scores

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from depass_fast.adjoint.estimate import spearman
 from depass_fast.demo import demo_prompts, load_demo
 from depass_fast.demo.text import training_examples
 
-from ..agreement import spearman, spread, top_overlap
+from ..agreement import spread, top_overlap
 from .fair import FairAblation
 from .methods import ABLATIONS, PATCHING, Method
 
@@ -88,12 +89,12 @@ def quality(
     judged = {name: make(model) for name, make in methods.items() if name not in ABLATIONS}
     found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
     for done, question in enumerate(asked):
-        effects = {kind: truth.effects(question.ids, question.target, layers, v) for kind, v in values.items()}
+        effects = {k: truth.effects(question.ids, question.target, layers, v).cpu() for k, v in values.items()}
         for name, method in judged.items():
             scores = {}
             for kind in values:
                 if kind == ZERO or name == PATCHING:
-                    scores[kind] = method.effects(question.ids, question.target, layers, values[kind])
+                    scores[kind] = method.effects(question.ids, question.target, layers, values[kind]).cpu()
                 else:
                     scores[kind] = scores[ZERO]
                 for metric, measure in METRICS.items():
