@@ -39,6 +39,7 @@ setup(
         "quantised": ["bitsandbytes>=0.46", "torchao>=0.12", "optimum-quanto>=0.2.7", "peft>=0.15"],
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
+        "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "lint": ["ruff>=0.12"],
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli:main"]},

@@ -33,10 +33,9 @@ from .harness import (
     random_prompt,
     write_results,
 )
-from .published import Published
+from .published import Published, groups_for
 
 TARGET = 7
-PUBLISHED_BYTES = 40 << 30  # what the published algorithm may hold at once; it is cut into groups to fit
 ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest score, against float64
 VERIFIED = Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512)
 
@@ -65,8 +64,7 @@ class Work:
     def groups(self) -> int:
         """Into how many groups the published algorithm must be cut."""
         shape, components = self.shape, self.length if self.components == "tokens" else self.shape.intermediate
-        row = 2 * shape.heads * shape.hidden + 5 * shape.intermediate + 4 * shape.hidden
-        return max(1, -(-components * self.length * row * 2 // PUBLISHED_BYTES))
+        return groups_for(shape.heads, shape.hidden, shape.intermediate, components, self.length, itemsize=2)
 
 
 def full(shapes: list[str]) -> Iterator[Work]:

@@ -12,9 +12,10 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -110,6 +111,12 @@ def floor_flops(shape: Shape, components: str, length: int, layer: int = 0) -> i
 # -- rows -----------------------------------------------------------------------------------------------------------
 
 
+class Fact(Protocol):
+    """What a result file holds many of."""
+
+    def as_dict(self) -> dict: ...
+
+
 @dataclass
 class Row:
     """One measured fact. Times in seconds, memory in bytes; ``max_error`` is relative to the largest score."""
@@ -149,10 +156,15 @@ def environment(device: str = "cpu") -> dict:
     }
 
 
-def write_results(path: Path, benchmark: str, rows: list[Row], **more: object) -> None:
-    """A result file: where it was measured, the rows, and ``more``. What :mod:`bench.report` reads."""
+def write_results(path: Path, benchmark: str, rows: Sequence[Fact], device: str | None = None, **more: object) -> None:
+    """A result file: where it was measured, the rows, and ``more``. What :mod:`bench.report` reads.
+
+    ``device``: default the GPU where there is one, but for `cpu`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = environment("cpu" if benchmark == "cpu" or not torch.cuda.is_available() else "cuda")
+    if device is None:
+        device = "cpu" if benchmark == "cpu" or not torch.cuda.is_available() else "cuda"
+    place = environment(torch.device(device).type)
     content = {"benchmark": benchmark, "environment": place, **more, "rows": [row.as_dict() for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -195,14 +207,14 @@ def interleaved(candidates: dict[str, Callable[[], object]], runs: int, warmup: 
 
 
 def _timed(candidate: Callable[[], object]) -> float:
-    _synchronise()
+    synchronise()
     began = time.perf_counter()
     candidate()
-    _synchronise()
+    synchronise()
     return time.perf_counter() - began
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

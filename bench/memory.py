@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,16 +22,35 @@ from .providers import PROVIDERS, Workload, provider
 
 def peak_bytes(work: Workload, name: str, threads: int) -> int | None:
     """The peak of one provider in a fresh process; None where the system cannot tell."""
+    return fresh_process("bench.memory", work.model, work.components, work.length, name, threads)
+
+
+def fresh_process(module: str, *arguments: object) -> int | None:
+    """The number that ``python -m module arguments`` prints last; None where the system cannot tell a peak."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    arguments = [work.model, work.components, str(work.length), name, str(threads)]
-    command = [sys.executable, "-m", "bench.memory", *arguments]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     root = Path(__file__).parent.parent
     return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def _status(key: str) -> int:
     return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
+
+
+def measured(call: Callable[[], object], device: str = "cpu") -> int:
+    """The high-water mark of the resident set (or of the GPU's memory) during ``call``, less that just before it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
 
 
 def main(arguments: list[str]) -> None:
@@ -43,10 +63,7 @@ def main(arguments: list[str]) -> None:
     short = Workload(model_name, "tokens", 4)
     provider(name, short, model, random_prompt(work.shape, 4))()
     call = provider(name, work, model, ids)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    print(_status("VmHWM") - before)
+    print(measured(call))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ from torch import Tensor, nn
 
 Rule = Literal["softmax", "linear", "relu", "max", "taylor"]
 
+MEMORY = 40 << 30  # bytes that a published run may hold at once; it is cut into groups to fit
+
+
+def groups_for(heads: int, hidden: int, width: int, components: int, length: int, itemsize: int) -> int:
+    """Into how many groups a published run with so many components must be cut to stay within ``MEMORY``."""
+    row = 2 * heads * hidden + 5 * width + 4 * hidden
+    return max(1, -(-components * length * row * itemsize // MEMORY))
+
 
 @dataclass
 class Record:

@@ -6,6 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from . import tables
+from .ablation import table as ablation_table
+from .markdown import heading, percent, table
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Results
 
@@ -17,23 +21,20 @@ largest score. "Without capture": the library's forward pass was taken beforehan
 """
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first columns left-aligned."""
-    rule = ["---" if i < 3 else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
 def report(results: list[dict]) -> str:
     """The whole page."""
     return "\n\n".join([HEAD.rstrip(), *(section(result) for result in results)]) + "\n"
 
 
 def section(result: dict) -> str:
-    """One result file: where it was measured, the ratios if it has any, the rows, what they were compared with."""
-    env = result["environment"]
-    place = ", ".join(f"{key} {env[key]}" for key in env if key not in ("device", "threads", "date"))
-    threads = f", {env['threads']} threads" if "threads" in env else ""
-    parts = [f"## {result['benchmark']}: {env['device']}{threads} ({env['date']})", place + "."]
+    """One result file."""
+    kind = "suite" if "benchmarks" in result else result["benchmark"]  # pytest-benchmark writes its own format
+    return SECTIONS.get(kind, speeds)(result)
+
+
+def speeds(result: dict) -> str:
+    """Where it was measured, the ratios if it has any, the rows, what they were compared with."""
+    parts = [heading(result["benchmark"], result["environment"])]
     if result.get("ratios"):
         header = ["workload", "model", "speed", "goal", "without capture", "compat", "goal"]
         header += ["memory", "goal", "GEMM", "goal", "reached"]
@@ -58,9 +59,9 @@ def _ratio(r: dict) -> list[str]:
         f"{r['speed_without_capture']:.2f}×",
         "-" if r.get("compat") is None else f"{r['compat']:.2f}×",
         "-" if r.get("compat_goal") is None else f"≥ {r['compat_goal']:g}×",
-        _percent(r["memory"]),
+        percent(r["memory"]),
         "-" if r["memory_goal"] is None else f"≤ {r['memory_goal']:.0%}",
-        _percent(r["gemm_fraction"]),
+        percent(r["gemm_fraction"]),
         "-" if r["gemm_goal"] is None else f"≥ {r['gemm_goal']:.0%}",
         "yes" if r["reached"] else "**no**",
     ]
@@ -76,14 +77,18 @@ def _row(r: dict) -> list[str]:
         f"{r['median_s'] * 1e3:.1f} ms",
         f"[{r['p20_s'] * 1e3:.1f}, {r['p80_s'] * 1e3:.1f}]",
         "-" if rate is None else f"{rate:.1f}",
-        _percent(r["gemm_fraction"]),
+        percent(r["gemm_fraction"]),
         "-" if peak is None else f"{peak / 2**20:.1f} MiB",
         "-" if error is None else f"{error:.0e}",
     ]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+SECTIONS = {
+    "ablation": ablation_table.section,
+    "grouping": tables.grouping,
+    "prompts": tables.prompts,
+    "suite": tables.suite,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

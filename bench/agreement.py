@@ -1,0 +1,21 @@
+"""How much two rankings of the same components have in common, and the spread of such figures over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+
+def top_overlap(a: Tensor, b: Tensor, share: float = 0.01) -> float:
+    """Which part of the largest ``share`` of ``a`` (M,) by magnitude is among those of ``b``: 0 to 1. At least one."""
+    count = max(1, round(share * len(a)))
+    largest = [set(x.abs().topk(count).indices.tolist()) for x in (a, b)]
+    return len(largest[0] & largest[1]) / count
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80 over the prompts."""
+    low, middle, high = np.quantile(np.asarray(values, dtype=float), [0.2, 0.5, 0.8])
+    return {"median": float(middle), "p20": float(low), "p80": float(high)}
