@@ -74,7 +74,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
             g[bias] += maps.gate_constant
         u = (g / T).masked_fill(g == 0, -torch.inf)
         log_z, mean = torch.logsumexp(u, 0)[None], (g[len(state.layout.components[0].extras) :] / T).mean(0)[None]
-        steps.append(Step(index, queries, log_z, mean - log_z, mean, torch.ones_like(log_z)))
+        steps.append(Step(index, queries, log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1])))
         state = reference.allocate_mlp(state, layer.mlp, record, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
     rows = _Rows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
@@ -100,7 +100,7 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
     for kind in (Neurons(0), custom(dp, ids, site="resid_mid", scale=1.0)):
         steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
         for step in steps:
-            step.log_share = None
+            step.share = None
         chosen = [torch.arange(0, len(start.named), 2)]
         where = (road(dp, trace, len(ids)), [start], steps, chosen, seeds(dp, trace, len(ids) - 1))
         found = scores_given_z(*where, options, budget=1 << 14).scores[:, 0]
@@ -342,4 +342,4 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     way = Road(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
     forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
-        assert (step.log_share <= 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
+        assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .forward import Forward, Settings, Step, taylor_factor
-from .maps import LayerMaps, Road
+from .forward import Forward, Settings, taylor_factor
+from .maps import Road
 
 
 def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
@@ -33,12 +33,16 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
         active = sum(start.entering <= step.index for start in starts)
         back = back[:active].to(maps.device)  # (S, K, Q, D)
         y = maps.down_transposed(back.flatten(0, 1)).unflatten(0, (active, k))  # (S, K, Q, I)
-        slope, constant = _linearised(step, maps, settings)
-        if constant is not None:
-            beta = torch.einsum("skqi,sqi->skq", y, constant)
+        if settings.temperature is None:
+            y *= taylor_factor(maps)
+            back = back + maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+        else:  # a component receives share · act · (1 - slope · mean + slope · g / T)
+            y *= (step.share * maps.act)[:, None]
+            beta = y.sum(-1) - step.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, step.mean)
             for s in range(active):
                 offsets[s].append(beta[s])
-        back = back + maps.gates_transposed((y * slope[:, None]).flatten(0, 1)).view_as(back)
+            through = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+            back = back + through * (step.slope / settings.temperature)[:, None]
         if any(start.mid and start.entering == step.index for start in starts):
             back = _everywhere(back, step.queries, n)
         else:
@@ -82,14 +86,6 @@ def _everywhere(back: Tensor, queries: slice, n: int) -> Tensor:
     out = back.new_zeros(*back.shape[:2], n, back.shape[3])
     out[:, :, queries] = back
     return out
-
-
-def _linearised(step: Step, maps: LayerMaps, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """What a component of the crowd receives of every neuron's output, as slope · g + constant: (S, Q, I) each."""
-    if settings.temperature is None:
-        return taylor_factor(maps)[None], None
-    share = step.log_share.exp() * maps.act
-    return share * step.slope / settings.temperature, share * (1.0 - step.slope * step.mean)
 
 
 def _offset(forward: Forward, s: int, offsets: Sequence[Tensor], member: Tensor | None) -> Tensor:
