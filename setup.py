@@ -38,6 +38,7 @@ setup(
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "lint": ["ruff>=0.12"],
+        "bench": ["matplotlib>=3.9"],  # the plot of bench.faithfulness
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli:main"]},
 )
