@@ -1,6 +1,7 @@
 """The adjoint sweep against exact propagation: exact where it can be, second order elsewhere, finite always."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -240,6 +241,19 @@ def test_sparse_components_take_no_share_where_they_are_zero():
             assert found.scores[5] == 0.0 == exact[5]
             assert torch.corrcoef(torch.stack([found.scores[:12], exact[:12]]))[0, 1] > 0.99
             assert found.completeness_error <= 2e-5
+
+
+def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
+    """Hardly any of many loud components carried, at a mad temperature: the measured scatter bounds every step."""
+    dp, ids = DePass(build_model("llama", intermediate_size=100, num_hidden_layers=12)), random_ids(6)
+    kind, largest = Custom(0, torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))), []
+    for scatter in (True, False):
+        changed = partial(Settings, scatter=scatter, at_most=4)
+        monkeypatch.setattr("depass_fast.adjoint.attribute.Settings", changed)
+        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
+        largest.append(float(found.abs().max()))
+    exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
+    assert largest[0] < 10 * exact and largest[1] > 1e10 * exact
 
 
 # ------------------------------------------------------------------------------------------------------ finite always
