@@ -274,10 +274,37 @@ def extreme(change: str) -> tuple[DePass, dict]:
         elif change == "half the activations":
             for layer in model.model.layers:
                 layer.mlp.up_proj.weight[::2] = 0.0
+        elif change == "half the gates":
+            for layer in model.model.layers:
+                layer.mlp.gate_proj.weight[::2] = 0.0
         elif change == "no gates":
             for layer in model.model.layers:
                 layer.mlp.gate_proj.weight.zero_()
     return DePass(model), options
+
+
+@pytest.mark.parametrize("change", ["no gates", "half the gates", "half the activations", "no activations"])
+def test_dead_neurons_are_those_of_an_exact_run(change):
+    """What nobody drives goes to `rest` in both."""
+    (dp, options), ids = extreme(change), random_ids(6, seed=12)
+    for kind in (Neurons(0), custom(dp, ids, layer=0, scale=0.02)):
+        exact = dp.attribute(ids, kind, 5, **options).scores
+        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, **options).scores
+        close(found, exact, 0.06)
+
+
+def test_complete_components_without_rest_or_bias():
+    dp, ids = build("llama-gqa"), random_ids(6)
+    trace = dp.trace(ids)
+    for change, count in (("", 30), ("half the gates", 30), ("", 1)):
+        dp = extreme(change)[0] if change else dp
+        trace = dp.trace(ids)
+        kind = Custom(1, trace.resid(1)[:, None].expand(-1, count, -1).detach() / count)
+        exact = dp.attribute(trace, kind, 5)
+        found = dp.attribute(trace, kind, 5, method="adjoint", sample=0, refine=0)
+        assert exact.labels == found.labels and "rest" not in found.labels
+        close(found.scores, exact.scores, 1e-3)
+        assert dp.attribute(trace, kind, 5, method="adjoint").scores.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -260,33 +260,53 @@ def _allocate_softmax(
 def _shares(rows: _Rows, counts: Tensor, certain: bool, maps: LayerMaps, t: float, step: Step, at: slice) -> Tensor:
     """What every row takes of the activations ``at`` some positions: (R, q, I); and the tables of the step."""
     u = _gates(rows, maps, at).div_(t)
-    runs = [(u[run].view(s, -1, *u.shape[1:]), slice(first, first + s)) for run, first, s in rows.runs()]
-    probe = torch.cat([part[:, 0] for part, _ in runs])  # (S, q, I)
-    sums = torch.cat([part[:, 1:].sum(1) if part.shape[1] > 2 else part[:, 1] for part, _ in runs])
+    zeros = u == 0
+    runs = [(run, u[run].view(s, -1, *u.shape[1:]), slice(first, first + s)) for run, first, s in rows.runs()]
+    probe = torch.cat([part[:, 0] for _, part, _ in runs])  # (S, q, I)
+    sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for _, part, _ in runs])
     step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(counts.clamp_min(1.0))
     spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, q, 1)
     some, log_count = counts > 0, counts.clamp_min(1.0).log()
+    if bool(zeros.any()):  # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
+        u.masked_fill_(zeros, -torch.inf)
+        silent = torch.cat([zeros[run].view_as(part).all(1) for run, part, _ in runs])
+        some, certain = some & ~(silent & (step.mean == 0)), False
     log_kappa, step.slope = _moment(spread, log_count)
     log_crowd = step.mean + (log_kappa + log_count)
-    u.masked_fill_(u == 0, -torch.inf)
-    lses = torch.cat([torch.logsumexp(part[:, 1:], 1) if part.shape[1] > 2 else part[:, 1] for part, _ in runs])
-    step.log_z = torch.logaddexp(lses, log_crowd if certain else torch.where(some, log_crowd, -torch.inf))
-    nobody = None
-    if not certain:
-        nobody = step.log_z == -torch.inf
+    step.log_z = torch.cat([_logsumexp(part[:, 1:]) for _, part, _ in runs])
+    step.log_z = torch.logaddexp(step.log_z, log_crowd if certain else torch.where(some, log_crowd, -torch.inf))
+    nobody = None if certain else step.log_z == -torch.inf
+    if nobody is not None:
         step.log_z.masked_fill_(nobody, torch.inf)
     step.share = log_crowd.sub_(log_count).sub_(step.log_z).exp_()
     if not certain:
         step.share.masked_fill_(~some, 0.0)
     probe *= step.share
     probe *= step.slope
-    for part, starts in runs:
+    for _, part, starts in runs:
         part.sub_(step.log_z[starts, None]).exp_()
         part[:, 0] = probe[starts]
-    if nobody is not None and bool(nobody.any()):  # all to `rest`, where there is one
-        rests = rows.member == REST_ROW
-        u[rests] += nobody[rows.owner[rests]].to(u)
+    if nobody is not None and bool(nobody.any()):
+        _to_nobody(rows, u, nobody, counts, step)
     return u.mul_(maps.act[at])
+
+
+def _logsumexp(part: Tensor) -> Tensor:
+    """Over the second axis of (s, E, q, I), of which there may be none."""
+    if part.shape[1] == 1:
+        return part[:, 0].clone()
+    return torch.logsumexp(part, 1) if part.shape[1] else torch.full_like(part.sum(1), -torch.inf)
+
+
+def _to_nobody(rows: _Rows, shares: Tensor, nobody: Tensor, counts: Tensor, step: Step) -> None:
+    """What nobody drives goes to `rest`; where there is none, evenly to the crowd."""
+    rests = (rows.member == REST_ROW).nonzero()[:, 0]
+    shares[rests] += nobody[rows.owner[rests]].to(shares)
+    without = torch.ones(len(nobody), dtype=torch.bool, device=nobody.device)
+    without[rows.owner[rests]] = False
+    even = (nobody & without[:, None, None]).to(shares) / counts.clamp_min(1.0)
+    step.share += even
+    step.mean = torch.where(even > 0, 0.0, step.mean)
 
 
 def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
