@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
+    from .components import ComponentKind, Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .features import Features
+    from .given import Custom, Subspaces
     from .layered import LayeredAttribution
     from .options import Options
     from .result import Attribution
     from .state import ComponentState
     from .trace import Trace
+    from .trace_size import trace_nbytes
 
 __version__ = "0.1.0"
 
@@ -34,11 +36,13 @@ __all__ = [
     "Tokens",
     "Trace",
     "__version__",
+    "trace_nbytes",
 ]
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
 _HOME = {
-    **dict.fromkeys(("ComponentKind", "Custom", "Heads", "Modules", "Neurons", "Subspaces", "Tokens"), "components"),
+    **dict.fromkeys(("ComponentKind", "Heads", "Modules", "Neurons", "Tokens"), "components"),
+    **dict.fromkeys(("Custom", "Subspaces"), "given"),
     "Attribution": "result",
     "ComponentState": "state",
     "DePass": "engine",
@@ -47,6 +51,7 @@ _HOME = {
     "LayeredAttribution": "layered",
     "Options": "options",
     "Trace": "trace",
+    "trace_nbytes": "trace_size",
 }
 
 

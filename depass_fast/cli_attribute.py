@@ -180,8 +180,8 @@ def _target(args: argparse.Namespace, engine: DePass) -> Any:
     contrast = args.contrast_id
     if args.contrast is not None:
         contrast = single_token(args.contrast, engine.tokenizer, "contrast")
-    elif contrast is not None and not 0 <= contrast < engine.adapter.unembedding.weight.shape[0]:
-        size = engine.adapter.unembedding.weight.shape[0]
+    elif contrast is not None and not 0 <= contrast < engine.adapter.vocabulary_size:
+        size = engine.adapter.vocabulary_size
         raise ValueError(f"--contrast-id: id {contrast} is outside the vocabulary (0 to {size - 1}).")
     return target if contrast is None else (target, contrast)
 

@@ -7,7 +7,7 @@ they lack to the hidden state becomes `rest` (:mod:`depass_fast.initial`); so th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .backends.reference import attention_probabilities
-from .hook_names import LAYER_INPUT, RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
+from .hook_names import LAYER_INPUT, Site, parse_hook_name
+from .outputs import Outputs
 from .prompts import as_index
-from .state import BIAS, REST, Factors
+from .state import Factors
 from .trace import Trace
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
-_TILE = 1 << 22  # probabilities held at once, in elements
+_TILE = 1 << 22  # probabilities or outputs held at once, in elements
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class ComponentKind:
             raise ValueError(f"layer: {layer} is out of range; this model has layers 0 to {n - 1}.")
         return layer % n
 
+    def start_site(self, adapter: Adapter) -> Site:
+        """Where the components enter the residual stream of this model.
+
+        In a parallel layer attention and MLP read the same, so that what attention adds enters after both.
+        """
+        return "resid_post" if self.site == "resid_mid" and adapter.family.parallel else self.site
+
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
         self.resolve(adapter)
@@ -81,7 +89,7 @@ class ComponentKind:
         return ()
 
     def each(self, adapter: Adapter) -> list[ComponentKind]:
-        """This kind layer by layer: itself, but for :class:`Neurons` of several layers."""
+        """This kind layer by layer: itself, unless several layers were asked for."""
         return [self]
 
     @property
@@ -95,8 +103,8 @@ class ComponentKind:
             raise ValueError("layers: only attribute() takes several layers; give one layer here.")
         return self
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,) or None."""
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,), or (N, D), or None."""
         return None
 
 
@@ -114,7 +122,41 @@ class Tokens(ComponentKind):
 
 
 @dataclass(frozen=True)
-class Heads(ComponentKind):
+class LayerKind(ComponentKind):
+    """A kind that can be asked for in several layers at once: a decomposition for each of them.
+
+    ``layers``, "all" or a list, makes `attribute` return a :class:`depass_fast.LayeredAttribution`; ``layer`` is not
+    read then.
+    """
+
+    layers: Literal["all"] | Sequence[int | str] | None = field(default=None, kw_only=True)
+
+    @property
+    def is_layered(self) -> bool:
+        return self.layers is not None
+
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        if self.layers is None:
+            return [self]
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
+        if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
+            raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
+        named = range(adapter.n_layers) if isinstance(self.layers, str) else self.layers
+        found = sorted({replace(self, layer=layer, layers=None).resolve(adapter) for layer in named})
+        if not found:
+            raise ValueError("layers: empty; give 'all' or at least one layer.")
+        return [replace(self, layer=layer, layers=None) for layer in found]
+
+    def resolve(self, adapter: Adapter) -> int:
+        """The layer; of several, the last, which is the first that everything is under way at."""
+        if self.layers is None:
+            return super().resolve(adapter)
+        return max(kind.resolve(adapter) for kind in self.each(adapter))
+
+
+@dataclass(frozen=True)
+class Heads(LayerKind):
     """One component per attention head of ``layer``: its output, after W_O."""
 
     kind = "heads"
@@ -127,25 +169,26 @@ class Heads(ComponentKind):
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         layer, span = self.resolve(adapter), trace.span(prompt)
-        weights, record = adapter.layer(layer).attention, trace.layers[layer]
-        x = record.resid_pre[span].to(out.dtype)
-        normed = x * weights.norm.scale(x)[:, None].to(x.dtype) * weights.norm.weight.to(out.dtype)
-        values = (normed @ weights.w_v.to(out.dtype).T).unflatten(-1, (weights.n_kv_heads, weights.head_dim))
-        values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)  # (N, H, d)
+        outputs = Outputs(adapter, trace, layer, prompt, out.dtype)
+        weights, record = outputs.weights.attention, trace.layers[layer].attention
+        values = outputs.values()  # (N, H, d)
         w_o = weights.w_o.to(out.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
-        positions = torch.arange(len(x), device=x.device)
-        # a few queries at a time: P of a long prompt would be the N² that is nowhere held
-        for queries in positions.split(max(1, _TILE // (weights.n_heads * len(x)))):
-            p = attention_probabilities(record.attention, positions + span.start, queries, out.dtype)
+        positions = torch.arange(len(values), device=values.device)
+        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
+            p = attention_probabilities(record, positions + span.start, queries, out.dtype)
             mixed = torch.einsum("hqk,khd->hqd", p, values)
             out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+        entering = outputs.entering(out, "attention")
+        if entering is not out:
+            out.copy_(entering)
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        return adapter.layer(self.resolve(adapter)).attention.constant(dtype)
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
 
 
 @dataclass(frozen=True)
-class Modules(ComponentKind):
+class Modules(LayerKind):
     """The outputs of ``layer``'s modules: attention, MLP, or both.
 
     With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP; with ``"attention"`` between
@@ -160,6 +203,10 @@ class Modules(ComponentKind):
     @property
     def site(self) -> Site:
         return "resid_mid" if self.which == "attention" else "resid_post"
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        return ("attention", "mlp") if self.which == "both" else (self.which,)
 
     def place(self, layer: int, hook: str) -> dict[str, Any]:
         if self.which not in ("both", _MODULES[hook]):
@@ -177,204 +224,69 @@ class Modules(ComponentKind):
         return tuple(both.values()) if self.which == "both" else (both[self.which],)
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        layer, span = self.resolve(adapter), trace.span(prompt)
-        pre, mid, post = (trace.resid_at(layer, site)[span].to(out) for site in SITES)
-        outputs = {"attention": mid - pre, "mlp": post - mid}
-        constants = self._constants(adapter, out.dtype)
-        for m, module in enumerate(constants):
-            out[:, m] = outputs[module]
-            if constants[module] is not None:
-                out[:, m] -= constants[module]
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        for m, module in enumerate(self._chosen):
+            whole = outputs.whole(module)
+            out[:, m] = outputs.through_stream(whole, "mlp") if self._goes_on(module) else whole
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        present = [c for c in self._constants(adapter, dtype).values() if c is not None]
-        return sum(present[1:], present[0]) if present else None
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, dtype)
+        constants = []
+        for module in self._chosen:
+            constant = outputs.constant(module)
+            if constant is not None:
+                constants.append(outputs.through_stream(constant, "mlp") if self._goes_on(module) else constant)
+        return sum(constants[1:], constants[0]) if constants else None
 
-    def _constants(self, adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        """The chosen modules, each with the constant part of its output."""
-        weights = adapter.layer(self.resolve(adapter))
-        parts = {"attention": weights.attention, "mlp": weights.mlp}
-        return {name: part.constant(dtype) for name, part in parts.items() if self.which in ("both", name)}
+    def _goes_on(self, module: str) -> bool:
+        """Whether what a module adds passes the end of the layer before the components start."""
+        return module == "attention" and self.site == "resid_post"
 
 
 @dataclass(frozen=True)
-class Neurons(ComponentKind):
+class Neurons(LayerKind):
     """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
 
-    ``layers``, "all" or a list, asks for several layers at once: a decomposition for each of them, and a
-    :class:`depass_fast.LayeredAttribution` of `attribute`. ``layer`` is not read then.
+    In a mixture of experts these are the neurons of every expert that any position was sent to, `L3E5N12`; a neuron's
+    activation has the router's weight in it.
     """
-
-    layers: Literal["all"] | Sequence[int | str] | None = None
 
     kind = "neurons"
     site = "resid_post"
     hooks = ("mlp.hook_post",)
 
-    @property
-    def is_layered(self) -> bool:
-        return self.layers is not None
-
-    def each(self, adapter: Adapter) -> list[ComponentKind]:
-        if self.layers is None:
-            return [self]
-        if isinstance(self.layers, str):
-            if self.layers != "all":
-                raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
-            return [Neurons(layer) for layer in range(adapter.n_layers)]
-        found = sorted({Neurons(layer).resolve(adapter) for layer in self.layers})
-        if not found:
-            raise ValueError("layers: empty; give 'all' or at least one layer.")
-        return [Neurons(layer) for layer in found]
-
     def count(self, adapter: Adapter) -> int:
-        """How many neurons the layer has."""
-        return adapter.layer(self.resolve(adapter)).mlp.w_down.shape[1]
+        """How many neurons the layer has, at most."""
+        return sum(mlp.w_down.shape[1] for mlp in adapter.layer(self.resolve(adapter)).mlps)
 
-    def resolve(self, adapter: Adapter) -> int:
-        if self.layers is None:
-            return super().resolve(adapter)
-        return max(kind.resolve(adapter) for kind in self.each(adapter))
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
+        layer = self.resolve(adapter)
+        dtype = torch.promote_types(adapter.dtype, torch.float32)
+        outputs = Outputs(adapter, trace, layer, prompt, dtype)
+        names, products = outputs.neurons()
+        labels = tuple(f"L{layer}{name}" for name in names)
+        return Products(layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site=self.site)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Products(ComponentKind):
+    """Components of one prompt that are numbers times vectors, with what else they bring to ``bias``."""
+
+    labels: tuple[str, ...]
+    products: Factors
+    bias: Tensor | None
+    site: Site
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        layer = self.resolve(adapter)
-        return tuple(f"L{layer}N{i}" for i in range(adapter.layer(layer).mlp.w_down.shape[1]))
+        return self.labels
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        fill_products(out, self.factors(adapter, trace, prompt))
+        """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
+        numbers, vectors = self.products.coefficients.to(out.dtype), self.products.vectors.to(out.dtype)
+        torch.mul(numbers[..., None], vectors, out=out)
 
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
-        layer = self.resolve(adapter)
-        return Factors(trace.layers[layer].act[trace.span(prompt)], adapter.layer(layer).mlp.w_down.T)
+        return self.products
 
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        return adapter.layer(self.resolve(adapter)).mlp.constant(dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Subspaces(ComponentKind):
-    """Projections of the input of ``layer`` on linear subspaces; the complement is `rest`.
-
-    ``bases`` is a sequence of (D, k) matrices, orthonormalised here. They must be mutually orthogonal.
-    """
-
-    bases: Sequence[Tensor] = ()
-    labels: Sequence[str] | None = None
-
-    kind = "subspaces"
-    may_be_complete = True
-
-    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
-        super().check(adapter, lengths)
-        self._orthonormal(adapter)
-        _check_labels(self.labels, len(self.bases))
-
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(self.labels or (f"L{self.resolve(adapter)}.subspace{i}" for i in range(len(self.bases))))
-
-    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        x = trace.resid(self.resolve(adapter))[trace.span(prompt)].to(out.dtype)
-        for m, basis in enumerate(self._orthonormal(adapter)):
-            basis = basis.to(out)
-            out[:, m] = x @ basis @ basis.T
-
-    def given(self) -> Sequence[Tensor]:
-        return [torch.as_tensor(basis) for basis in self.bases]
-
-    def _orthonormal(self, adapter: Adapter) -> list[Tensor]:
-        """Orthonormal bases of the given subspaces, in float64, also of each other to its last digit."""
-        if isinstance(self.bases, Tensor) and self.bases.ndim == 2:
-            raise TypeError("bases: expected a list of (D, k) matrices, got one; write [basis].")
-        if not len(self.bases):
-            raise ValueError("bases: empty; give at least one (D, k) matrix.")
-        done: list[Tensor] = []
-        for i, basis in enumerate(self.bases):
-            basis = torch.as_tensor(basis).detach().to("cpu", torch.float64)
-            if basis.ndim != 2 or basis.shape[0] != adapter.hidden_size or not 1 <= basis.shape[1] <= basis.shape[0]:
-                raise ValueError(
-                    f"bases[{i}]: expected shape ({adapter.hidden_size}, k) with 1 ≤ k ≤ D, got {tuple(basis.shape)}."
-                )
-            if not basis.isfinite().all():
-                raise ValueError(f"bases[{i}]: holds NaN or inf.")
-            if torch.linalg.matrix_rank(basis) < basis.shape[1]:
-                raise ValueError(f"bases[{i}]: its columns are linearly dependent.")
-            basis = torch.linalg.qr(basis).Q
-            for j, other in enumerate(done):
-                overlap = (basis.T @ other).abs().max().item()
-                if overlap > 1e-5:
-                    raise ValueError(
-                        f"bases[{j}] and bases[{i}] overlap (largest cosine {overlap:.2g}); subspaces must be mutually "
-                        "orthogonal. Orthogonalise them, or give their sum as one subspace."
-                    )
-            for other in done:
-                basis = basis - other @ (other.T @ basis)
-            done.append(torch.linalg.qr(basis).Q)
-        return done
-
-
-@dataclass(frozen=True, eq=False)
-class Custom(ComponentKind):
-    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. What they lack to the hidden state is `rest`.
-
-    ``site`` is by default what the name of the layer says, else `resid_pre`.
-    """
-
-    states: Tensor | None = None
-    labels: Sequence[str] | None = None
-    site: Site | None = None  # one of them once it is made
-
-    kind = "custom"
-    hooks = tuple(RESIDUAL)
-    may_be_complete = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.site is None:
-            object.__setattr__(self, "site", "resid_pre")
-
-    def place(self, layer: int, hook: str) -> dict[str, Any]:
-        return place_in_residual(layer, hook, self.site)
-
-    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
-        super().check(adapter, lengths)
-        if self.site not in SITES:
-            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, SITES))}.")
-        if len(lengths) != 1:
-            raise ValueError(f"Custom: its states belong to one prompt, got {len(lengths)} prompts.")
-        states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
-        if not isinstance(states, Tensor) or not states.is_floating_point():
-            given = f"dtype {states.dtype}" if isinstance(states, Tensor) else type(states).__name__
-            raise TypeError(f"states: expected a floating-point tensor of shape {expected}, got {given}.")
-        if states.ndim != 3 or states.shape[::2] != (lengths[0], adapter.hidden_size) or states.shape[1] == 0:
-            raise ValueError(f"states: expected shape {expected} with M ≥ 1, got {tuple(states.shape)}.")
-        if not states.isfinite().all():
-            raise ValueError("states: holds NaN or inf.")
-        _check_labels(self.labels, states.shape[1])
-
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(self.states.shape[1])))
-
-    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        out.copy_(self.states)
-
-    def given(self) -> Sequence[Tensor]:
-        return (self.states,)
-
-
-def fill_products(out: Tensor, factors: Factors) -> None:
-    """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
-    torch.mul(factors.coefficients.to(out.dtype)[..., None], factors.vectors.to(out.dtype), out=out)
-
-
-def _check_labels(labels: Sequence[str] | None, count: int) -> None:
-    if labels is None:
-        return
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"labels: expected a list of strings, got {labels!r}.")
-    if len(labels) != count:
-        raise ValueError(f"labels: expected {count}, one per component, got {len(labels)}.")
-    for label in labels:
-        if label in (REST, BIAS) or list(labels).count(label) > 1:
-            raise ValueError(
-                f"labels: {label!r} is taken; labels must differ, {REST!r} and {BIAS!r} are the library's."
-            )
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)

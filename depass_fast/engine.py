@@ -15,20 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
-from .adjoint.attribute import by_adjoint, one_by_one
+from .adjoint.attribute import by_adjoint
 from .adjoint.method import choose
+from .capture import capture
 from .components import ComponentKind, Tokens
+from .exact_layers import exact_layers
 from .generation import Generation, generate
 from .hook_names import layer_input
-from .initial import initial_state
+from .initial import initial_state, meets_bias
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .prompts import Prompt, checked_position, encode, is_batch, token_texts
+from .prompts import Prompt, checked_position, encode, encode_all, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
-from .state import BIAS, ComponentState, Layout, completeness
-from .trace import Trace, capture
+from .state import ComponentState, Layout
+from .step import completeness, normalise, through_attention, through_mlp
+from .trace import Trace
 
 
 class DePass:
@@ -76,9 +79,8 @@ class DePass:
 
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """One ordinary forward pass, recorded; it is accepted wherever a prompt is, so that it runs only once."""
-        batch = is_batch(prompt)
-        trace = self._capture([self._encode(p) for p in (prompt if batch else [prompt])])
-        return replace(trace, batch=batch)
+        batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
+        return replace(self._capture(prompts), batch=batch)
 
     @torch.no_grad()
     def attribute(
@@ -100,7 +102,9 @@ class DePass:
         """The share of every component in the logit of ``target``.
 
         Args:
-            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts.
+            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts; or what a
+                tokenizer returns, ``input_ids`` (B, N) with ``attention_mask``, padded on any side: the padding is
+                dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
@@ -118,7 +122,7 @@ class DePass:
 
         Returns:
             An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers; a list of them for
-            a list of prompts, or for the trace of a list.
+            several prompts, or for the trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
@@ -136,14 +140,12 @@ class DePass:
         chosen = choose(components, self.adapter, plan.run.allocation, method, refine, refine_within, sample, seed)
         if chosen.name == "adjoint":
             results = by_adjoint(self, plan, reads, specs, chosen, began)
-            return results if plan.batch else results[0]
-        if components.is_layered:
-            results = one_by_one(self, plan, {"target": target, "targets": targets}, position, options)
-            return results if plan.batch else results[0]
-
-        trace, state = self._start(plan)
-        state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
-        results = self._read(plan, trace, state, errors, reads, specs, began)
+        elif components.is_layered:
+            results = exact_layers(self, plan, reads, specs, began)
+        else:
+            trace, state = self.start_state(plan)
+            state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
+            results = self.read(plan, trace, state, errors, reads, specs, began)
         return results if plan.batch else results[0]
 
     @torch.no_grad()
@@ -167,17 +169,17 @@ class DePass:
             raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
         check_ready(self.adapter)
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
-        ids, length = generate(self.adapter, self._encode(prompt), **arguments)
+        ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
         steps = []
         for read in range(length - 1, len(ids) - 1):
             here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
             spec = parse_target(int(ids[read + 1]), self.adapter, self.tokenizer)
-            steps += self._read(plan, trace, here, errors, [read], [spec], began)
+            steps += self.read(plan, trace, here, errors, [read], [spec], began)
         return Generation.of(steps, length, self.tokenizer)
 
     @torch.no_grad()
@@ -194,7 +196,7 @@ class DePass:
         ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
         """
         plan = self._plan(prompt, components, end, options)
-        trace, state = self._start(plan)
+        trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
 
@@ -206,7 +208,7 @@ class DePass:
         """
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
-        state = self._start(self._plan(trace, components, None, options))[1]
+        state = self.start_state(self._plan(trace, components, None, options))[1]
         state.factors = None  # they would no longer hold
         return state
 
@@ -249,23 +251,16 @@ class DePass:
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
         errors = [completeness(state, start)]
         for index in range(first, end):
-            layer, record = self.adapter.layer(index), trace.layers[index]
+            layer = self.adapter.layer(index)
             state.rows = state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
-            if state.site == "resid_pre":
-                state = run.backend.aggregate_ov(state, layer.attention, record, kept)
-            elif kept is not None:
-                state = state.at(kept)
-            state = run.backend.allocate_mlp(state, layer.mlp, record, run.allocation)
-            state.layer, state.site, state.factors = index + 1, "resid_pre", None
+            state, source = through_attention(state, layer, trace.layers[index], run, kept)
+            state = through_mlp(state, source, layer, trace.layers[index], run)
             errors.append(completeness(state, trace.resid(index + 1)))
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
         return state, errors
-
-    def _encode(self, prompt: Prompt) -> Tensor:
-        return encode(prompt, self.adapter, self.tokenizer)
 
     def _capture(self, prompts: list[Tensor]) -> Trace:
         check_ready(self.adapter)
@@ -281,13 +276,12 @@ class DePass:
             batch, ids = trace.batch, trace.input_ids.cpu()
             prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
         else:
-            batch = is_batch(prompt)
-            prompts = [self._encode(p) for p in (prompt if batch else [prompt])]
+            batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
         if not isinstance(components, ComponentKind):
             raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
         components.check(self.adapter, [len(ids) for ids in prompts])
         layer, n_layers = components.resolve(self.adapter), self.adapter.n_layers
-        first = layer + (components.site != "resid_pre")
+        first = layer + (components.start_site(self.adapter) != "resid_pre")
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
@@ -302,24 +296,11 @@ class DePass:
             layer=layer,
             end_given=end,
             end=n_layers if end is None else end,
-            has_bias=self._meets_bias(components, layer, end),
+            has_bias=meets_bias(components, self.adapter, end),
         )
 
-    def _meets_bias(self, components: ComponentKind, layer: int, end: int | None) -> bool:
-        """Whether an additive constant lies between the components and the end."""
-        if end is None:
-            if self.adapter.final_norm().bias is not None or self.adapter.unembedding_bias is not None:
-                return True
-            end = self.adapter.n_layers
-        for index in range(layer, end):
-            weights, start = self.adapter.layer(index), index == layer
-            if weights.has_attention_bias and not (start and components.site != "resid_pre"):
-                return True
-            if weights.has_mlp_bias and not (start and components.site == "resid_post"):
-                return True
-        return False
-
-    def _start(self, plan: Plan) -> tuple[Trace, ComponentState]:
+    def start_state(self, plan: Plan) -> tuple[Trace, ComponentState]:
+        """The forward pass, unless it was taken already, and the components where they start."""
         kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
         state = initial_state(
@@ -327,7 +308,7 @@ class DePass:
         )
         return trace, state
 
-    def _read(
+    def read(
         self,
         plan: Plan,
         trace: Trace,
@@ -338,9 +319,10 @@ class DePass:
         began: float,
     ) -> list[Attribution]:
         """A result per prompt, from a state with one position of each."""
-        device = self.adapter.unembedding.weight.device
+        device = self.adapter.unembedding_device
         final_norm = plan.end_given is None
-        norm = self.adapter.final_norm().to(device) if final_norm else None
+        norm = self.adapter.final_norm() if final_norm else None
+        norm = None if norm is None else norm.to(device)
         wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
         state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
         final = trace.normed_final.to(device) if final_norm else resid
@@ -374,13 +356,8 @@ class DePass:
 
     def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
         """The state after the frozen final norm; in place."""
-        norm, layout, rows = self.adapter.final_norm(), state.layout, state.rows
-        packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
-        scale = norm.scale(trace.resid_final.to(rows))[packed]
-        rows.mul_(scale[:, None].to(rows.dtype)).mul_(norm.weight.to(rows))
-        if norm.bias is not None:
-            rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)
-        return ComponentState(rows, layout, state.layer)
+        normalise(state, self.adapter.final_norm(), trace.resid_final)
+        return ComponentState(state.rows, state.layout, state.layer)
 
 
 @dataclass(frozen=True)

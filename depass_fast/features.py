@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .components import ComponentKind, fill_products
-from .hook_names import RESIDUAL, SITES, Site, parse_hook_name, place_in_residual
+from .components import ComponentKind, Products
+from .given import check_site
+from .hook_names import RESIDUAL, Site, parse_hook_name, place_in_residual
 from .state import Factors
 from .trace import Trace
 
@@ -67,44 +68,22 @@ class Features(ComponentKind):
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
-        if self.site not in SITES:
-            raise ValueError(f"site: {self.site!r} is not one of {', '.join(map(repr, SITES))}.")
+        check_site(self.site, adapter)
         if hasattr(getattr(self.sae, "cfg", None), "d_out"):
             raise ValueError("sae: a transcoder writes elsewhere than it reads; its features are not what it reads.")
         shape = tuple(self.sae.W_dec.shape)
         if len(shape) != 2 or shape[1] != adapter.hidden_size:
             raise ValueError(f"sae: its W_dec must have shape (F, {adapter.hidden_size}), got {shape}.")
 
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ActiveFeatures:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
         layer = self.resolve(adapter)
         x = trace.resid_at(layer, self.site)[trace.span(prompt)]
         indices, products, bias = _active(self.sae, x, prompt)
-        return ActiveFeatures(layer=layer, site=self.site, indices=indices, products=products, bias=bias)
+        labels = tuple(f"L{layer}F{feature}" for feature in indices.tolist())
+        return Products(layer=layer, labels=labels, products=products, bias=bias, site=self.site)
 
     def given(self) -> Sequence[Tensor]:
         return (self.sae.W_dec,)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ActiveFeatures(ComponentKind):
-    """The features of one prompt: ``indices`` (A,), their ``products``, and the decoder's ``bias`` (D,) or None."""
-
-    indices: Tensor
-    products: Factors
-    bias: Tensor | None
-    site: Site
-
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"L{self.layer}F{feature}" for feature in self.indices.tolist())
-
-    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        fill_products(out, self.products)
-
-    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
-        return self.products
-
-    def constant(self, adapter: Adapter, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
 
 
 def hook_name(sae: Any) -> str | None:

@@ -28,11 +28,12 @@ def initial_state(
     ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
     """
     layer = kind.resolve(adapter)
-    x = trace.resid_at(layer, kind.site).to(adapter.layer(layer).device)
-    entering = layer + (kind.site == "resid_post")
-    site = "resid_mid" if kind.site == "resid_mid" else "resid_pre"
+    place = kind.start_site(adapter)
+    x = trace.resid_at(layer, place).to(adapter.layer(layer).device)
+    entering = layer + (place == "resid_post")
+    site = "resid_mid" if place == "resid_mid" else "resid_pre"
     kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
-    constants = [k.constant(adapter, dtype) for k in kinds]
+    constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
     bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
     names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]
     factors = tuple(k.factors(adapter, trace, prompt) for prompt, k in enumerate(kinds))
@@ -64,9 +65,34 @@ def initial_state(
     rests = torch.from_numpy(layout.extra_rows(REST)).to(x.device)
     if kind.may_be_complete and not rows[rests].any():
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
-        kept = torch.ones(layout.n_rows, dtype=torch.bool, device=x.device).index_fill_(0, rests, False)
-        return ComponentState(rows[kept], Layout.of(fewer, trace.offsets), entering, site)
+        return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), entering, site)
     return ComponentState(rows, layout, entering, site, factors)
+
+
+def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:
+    """Whether an additive constant lies between the components and the input of layer ``end``, or the logits (None)."""
+    first, site = kind.resolve(adapter), kind.start_site(adapter)
+    if end is None:
+        norm = adapter.final_norm()
+        if (norm is not None and norm.bias is not None) or adapter.unembedding_bias is not None:
+            return True
+        end = adapter.n_layers
+    for index in range(first, end):
+        weights, passed = adapter.layer(index), site if index == first else ""
+        if weights.attention.has_bias and passed not in ("resid_mid", "resid_post"):
+            return True
+        if weights.has_mlp_bias and passed != "resid_post":
+            return True
+    return False
+
+
+def _without_first(rows: Tensor, layout: Layout) -> Tensor:
+    """The rows without the first of every segment, moved up in place: a second state would be the peak of memory."""
+    kept = 0
+    for start, count in zip(layout.starts[:-1].tolist(), layout.counts.tolist(), strict=True):
+        rows[kept : kept + count - 1] = rows[start + 1 : start + count].clone()
+        kept += count - 1
+    return rows[:kept]
 
 
 def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:

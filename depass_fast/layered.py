@@ -60,8 +60,19 @@ class LayeredAttribution:
 
     @property
     def scores(self) -> Tensor:
-        """(layers, I), with the targets' axis in front if they were a list; without `rest` and `bias`."""
-        return torch.stack([r.scores[..., : len(r.labels) - r.n_extras] for r in self.by_layer], dim=-2)
+        """(layers, I), with the targets' axis in front if they were a list; without `rest` and `bias`.
+
+        Raises:
+            ValueError: the layers have different numbers of components (in mixtures of experts); see :attr:`by_layer`.
+        """
+        parts = self._named()
+        if len({part.shape[-1] for part in parts}) > 1:
+            counts = ", ".join(f"layer {r.layer}: {p.shape[-1]}" for r, p in zip(self.by_layer, parts, strict=True))
+            raise ValueError(f"scores: no table, the layers have different numbers of components ({counts}); iterate.")
+        return torch.stack(parts, dim=-2)
+
+    def _named(self) -> list[Tensor]:
+        return [r.scores[..., : len(r.labels) - r.n_extras] for r in self.by_layer]
 
     @property
     def rest(self) -> Tensor:
@@ -169,8 +180,8 @@ class LayeredAttribution:
         return rich_view(self)
 
     def _of(self, target: int) -> Tensor:
-        """All scores of a target, flattened."""
-        scores = self.scores if self.scores.ndim == 3 else self.scores[None]
+        """All scores of a target, one layer after the other."""
+        scores = torch.atleast_2d(torch.cat(self._named(), dim=-1))
         if not -len(scores) <= target < len(scores):
             raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
-        return scores[target].flatten()
+        return scores[target]

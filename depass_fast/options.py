@@ -48,14 +48,10 @@ class Options:
 
     def build(self, adapter: Adapter) -> Run:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
-        state = parse_dtype(self.state_dtype, "state_dtype")
-        state = state or (torch.float64 if adapter.dtype == torch.float64 else torch.float32)
-        compute = parse_dtype(self.compute_dtype, "compute_dtype")
+        state, compute = self.dtypes(adapter.dtype, adapter.device)
         name = resolve(self.backend)
-        if name == "reference" and compute not in (None, state):
+        if name == "reference" and self.compute_dtype is not None and compute != state:
             raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
-        if compute is None:
-            compute = adapter.dtype if adapter.device.type != "cpu" else state
         budget = self.memory_budget
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
@@ -63,6 +59,13 @@ class Options:
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
         backend = make_backend(name, compute, budget)
         return Run(Allocation(self.allocation, self.temperature), backend, state, compute, budget)
+
+    def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+        """Of the state and of the GEMMs, for a model of a dtype on a device."""
+        state = parse_dtype(self.state_dtype, "state_dtype")
+        state = state or (torch.float64 if model == torch.float64 else torch.float32)
+        compute = parse_dtype(self.compute_dtype, "compute_dtype")
+        return state, compute or (model if device.type != "cpu" else state)
 
     def excluded(self, length: int) -> set[int]:
         """The positions of special tokens in a prompt of ``length`` tokens."""

@@ -11,19 +11,34 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
+from .padding import is_encoded_batch, is_encoding, unpadded
 
-Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
+Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 def is_batch(prompt: Any) -> bool:
-    """Several prompts: a (P, N) tensor with P > 1, or a list of texts, id lists, id tensors or conversations."""
+    """Several prompts: a (P, N) tensor or a tokenizer's result with P > 1, or a list of what one prompt can be."""
     if isinstance(prompt, (Tensor, np.ndarray)):
         return prompt.ndim == 2 and len(prompt) > 1
+    if is_encoding(prompt):
+        return is_encoded_batch(prompt)
     return isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0 and _is_prompt(prompt[0])
 
 
 def _is_prompt(item: Any) -> bool:
-    return isinstance(item, (str, list, tuple)) or (isinstance(item, (Tensor, np.ndarray)) and item.ndim > 0)
+    if isinstance(item, (Tensor, np.ndarray)):
+        return item.ndim > 0
+    return isinstance(item, (str, list, tuple)) or is_encoding(item)
+
+
+def encode_all(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[bool, list[Tensor]]:
+    """Whether several prompts are given, and the ids (N,) of each."""
+    batch = is_batch(prompt)
+    if is_encoding(prompt):
+        prompt = unpadded(prompt)
+    elif not batch:
+        prompt = [prompt]
+    return batch, [encode(p, adapter, tokenizer) for p in prompt]
 
 
 def as_index(value: Any, argument: str) -> int:
@@ -40,11 +55,16 @@ def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
     """The ids (N,) of one prompt.
 
     Text goes through the tokenizer with its special tokens, chat messages through its template, which adds them itself.
+    What a tokenizer has returned (`input_ids`, `attention_mask`) loses its padding.
 
     Raises:
         ValueError: empty prompt, ids outside the vocabulary, longer than the model's context, no tokenizer for text.
         TypeError: anything that is no prompt.
     """
+    if is_encoding(prompt):
+        if is_encoded_batch(prompt):
+            raise ValueError("prompt: input_ids of one prompt are expected here, (N,) or (1, N).")
+        prompt = unpadded(prompt)[0]
     if isinstance(prompt, np.ndarray):
         prompt = torch.from_numpy(prompt)
     if isinstance(prompt, str):

@@ -93,7 +93,7 @@ def _token(item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "
             f"{argument}: expected None, a token id, a string, a pair, a vector in R^{adapter.hidden_size}, or a list "
             f"of these, got {item!r}."
         ) from None
-    size = adapter.unembedding.weight.shape[0]
+    size = adapter.vocabulary_size
     if not 0 <= token < size:
         raise ValueError(f"{argument}: id {token} is outside the vocabulary (0 to {size - 1}).")
     return token
@@ -107,22 +107,20 @@ def resolve_target(
     Raises:
         ValueError: an unembedding row holds NaN or inf.
     """
-    weight, bias = adapter.unembedding.weight, adapter.unembedding_bias
-    own = int(adapter.unembedding(final.to(weight)).argmax()) if spec.needs_logits() else None
+    device = adapter.unembedding_device
+    own = int(adapter.logits(final).argmax()) if spec.needs_logits() else None
     vectors, constants, names, ids, contrasts = [], [], [], [], []
     for token, contrast, vector in spec.items:
-        constant = torch.zeros((), dtype=dtype, device=weight.device)
+        constant = torch.zeros((), dtype=dtype, device=device)
         if vector is None:
             token = own if token is None else token
-            vector = weight[token].to(dtype)
-            if bias is not None:
-                constant = bias[token].to(dtype)
+            vector, constant = adapter.token_direction(token, final, dtype)
             if contrast is not None:
-                vector = vector - weight[contrast].to(dtype)
-                constant = constant if bias is None else constant - bias[contrast].to(dtype)
+                other = adapter.token_direction(contrast, final, dtype)
+                vector, constant = vector - other[0], constant - other[1]
             if not vector.isfinite().all():
                 raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
-        vectors.append(vector.to(weight.device, dtype))
+        vectors.append(vector.to(device, dtype))
         constants.append(constant)
         names.append(_name(token, contrast, tokenizer))
         ids.append(token)

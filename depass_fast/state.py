@@ -9,6 +9,7 @@ component m: no index per row is ever stored. A rectangle (N, M, D) is the case 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,9 @@ class Layout:
 
     ``prompt`` (S,), ``local`` (S,) position within the prompt, ``packed`` (S,) position in the trace, ``counts`` (S,);
     ``starts`` (S + 1,) is the first row of every segment. Segments of a prompt follow each other in order.
+
+    In a joint layout (:meth:`join`) a position carries a segment per decomposition, which is a prompt of its own here,
+    one after the other; ``positions`` is then the same rows with one segment per position, as attention sees them.
     """
 
     components: tuple[Components, ...]
@@ -76,6 +80,31 @@ class Layout:
     packed: np.ndarray
     counts: np.ndarray
     starts: np.ndarray
+    positions: Layout | None = None
+
+    @property
+    def by_position(self) -> Layout:
+        """The same rows with one segment per position."""
+        return self.positions or self
+
+    @staticmethod
+    def join(layouts: Sequence[Layout]) -> Layout:
+        """Decompositions of the same positions, by components that live everywhere: position by position.
+
+        Prompt p of the d-th layout becomes prompt d · P + p.
+        """
+        parts, count = range(len(layouts)), len(layouts[0].components)
+        prompt = np.stack([layout.prompt + d * count for d, layout in enumerate(layouts)], 1).flatten()
+        local, packed = (np.repeat(getattr(layouts[0], name), len(layouts)) for name in ("local", "packed"))
+        counts = np.stack([layout.counts for layout in layouts], 1)
+        together = []
+        for p in range(count):
+            size = sum(len(layouts[d].components[p]) for d in parts)
+            together.append(Components((), (), np.zeros(size, np.int64), np.zeros(size, bool)))
+        first = layouts[0]
+        wide = Layout(tuple(together), first.prompt, first.local, first.packed, *_counted(counts.sum(1)))
+        components = tuple(c for layout in layouts for c in layout.components)
+        return Layout(components, prompt, local, packed, *_counted(counts.flatten()), positions=wide)
 
     @staticmethod
     def of(
@@ -87,8 +116,29 @@ class Layout:
         prompt = np.repeat(np.arange(len(components)), [len(p) for p in positions])
         local = np.concatenate(positions).astype(np.int64)
         counts = np.concatenate([c.alive(p) for c, p in zip(components, positions, strict=True)]).astype(np.int64)
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return Layout(components, prompt, local, offsets[prompt] + local, counts, starts)
+        return Layout(components, prompt, local, offsets[prompt] + local, *_counted(counts))
+
+    def only(self, segments: np.ndarray) -> Layout:
+        """The layout of some of the segments (S',), in that order."""
+        parts = [getattr(self, name)[segments] for name in ("prompt", "local", "packed")]
+        return Layout(self.components, *parts, *_counted(self.counts[segments]))
+
+    def rows_of(self, segments: np.ndarray) -> np.ndarray:
+        """The rows of some of the segments (S',), one segment after the other."""
+        counts = self.counts[segments]
+        ends = np.cumsum(counts)
+        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[segments] - (ends - counts), counts)
+
+    def apart(self) -> list[Layout]:
+        """The layouts that were joined, or this one."""
+        if self.positions is None:
+            return [self]
+        count, wide, layouts = len(self.positions.components), self.positions, []
+        for first in range(0, len(self.components), count):
+            mine = np.flatnonzero((self.prompt >= first) & (self.prompt < first + count))
+            components = self.components[first : first + count]
+            layouts.append(Layout(components, wide.prompt, wide.local, wide.packed, *_counted(self.counts[mine])))
+        return layouts
 
     @property
     def n_rows(self) -> int:
@@ -115,6 +165,11 @@ class Layout:
     def extra_rows(self, extra: str) -> np.ndarray:
         """The rows of `rest` or `bias`, one per segment."""
         return self.starts[:-1] + self.index(extra)
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts (S,) and the first row of every segment (S + 1,)."""
+    return counts, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -165,7 +220,10 @@ class ComponentState:
         N counts the positions that the state still carries: all of them unless it was pruned to a readout.
         """
         extras = len(self.layout.components[self._checked(prompt)].extras)
-        return torch.roll(self.block(prompt), -extras, dims=1)
+        view = self._view(prompt)
+        if view is None and not extras:
+            return self.block(prompt)
+        return torch.roll(self.block(prompt) if view is None else view, -extras, dims=1)
 
     def _checked(self, prompt: int) -> int:
         count = len(self.layout.components)
@@ -175,13 +233,19 @@ class ComponentState:
 
     def block(self, prompt: int) -> Tensor:
         """Like :meth:`dense`, in row order; a copy."""
-        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
-        if (counts == len(self.layout.components[prompt])).all():
-            return rows.view(len(counts), -1, rows.shape[1]).clone()
+        view = self._view(prompt)
+        if view is not None:
+            return view.clone()
         mask = self.mask(prompt)
         out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
-        out[mask] = rows
+        out[mask] = self.rows[self.layout.rows(prompt)]
         return out
+
+    def _view(self, prompt: int) -> Tensor | None:
+        """The rows themselves as a block, where every component is alive everywhere."""
+        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
+        m = len(self.layout.components[prompt])
+        return rows.view(len(counts), m, rows.shape[1]) if (counts == m).all() else None
 
     def set_block(self, prompt: int, values: Tensor) -> None:
         """Write a dense (N, M, D) block in row order back into the rows."""
@@ -190,10 +254,47 @@ class ComponentState:
 
     def at(self, layout: Layout) -> ComponentState:
         """The same state at fewer positions: ``layout``'s, which keep all their components."""
-        segment = {int(packed): s for s, packed in enumerate(self.layout.packed)}
-        chosen = [segment[int(packed)] for packed in layout.packed]
-        rows = [self.rows[int(self.layout.starts[s]) : int(self.layout.starts[s + 1])] for s in chosen]
-        return ComponentState(torch.cat(rows), layout, self.layer)
+        segment = {key: s for s, key in enumerate(zip(self.layout.prompt, self.layout.packed, strict=True))}
+        chosen = [segment[key] for key in zip(layout.prompt, layout.packed, strict=True)]
+        return ComponentState(self.take(np.array(chosen, np.int64)).rows, layout, self.layer)
+
+    def take(self, segments: np.ndarray) -> ComponentState:
+        """A copy of some of the segments (S',)."""
+        rows = torch.from_numpy(self.layout.rows_of(segments)).to(self.device)
+        return ComponentState(self.rows[rows], self.layout.only(segments), self.layer, self.site)
+
+    def put(self, part: ComponentState, segments: np.ndarray) -> None:
+        """Write back the rows of some of the segments, as :meth:`take` took them out."""
+        self.factors = None
+        self.rows[torch.from_numpy(self.layout.rows_of(segments)).to(self.device)] = part.rows
+
+    @staticmethod
+    def join(states: Sequence[ComponentState]) -> ComponentState:
+        """Several decompositions at the same place, as one state in a joint layout."""
+        if len(states) == 1:
+            return states[0]
+        layouts = [part for state in states for part in state.layout.apart()]
+        parts = []
+        for p in range(len(layouts[0].components)):
+            blocks = []
+            for state in states:
+                wide = state.layout.by_position
+                rows = state.rows[wide.rows(p)]
+                blocks.append(rows.view(-1, len(wide.components[p]), rows.shape[1]))
+            parts.append(torch.cat(blocks, 1).flatten(0, 1))
+        first = states[0]
+        return ComponentState(torch.cat(parts), Layout.join(layouts), first.layer, first.site)
+
+    def apart(self) -> list[ComponentState]:
+        """The decompositions of a joint state, each by itself."""
+        layouts = self.layout.apart()
+        if len(layouts) == 1:
+            return [self]
+        count, found = len(layouts[0].components), []
+        for d, layout in enumerate(layouts):
+            segments = np.flatnonzero(self.layout.prompt // count == d)
+            found.append(ComponentState(self.take(segments).rows, layout, self.layer, self.site))
+        return found
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""
@@ -213,11 +314,3 @@ def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
     """Sums of runs of rows: (R, C) and the first row of every run (S,) -> (S, C)."""
     order = torch.arange(len(rows), device=rows.device)
     return nn.functional.embedding_bag(order, rows, starts, mode="sum")  # the fast segmented sum
-
-
-def completeness(state: ComponentState, resid: Tensor) -> Tensor:
-    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
-    layout = state.layout
-    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
-    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()

@@ -71,7 +71,7 @@ def _step(
     trace = engine.trace(text)
     targets = [None, tuple(contrast)] if contrast else [None]
     tokens = engine.attribute(trace, Tokens(), targets)
-    logits = engine.adapter.unembedding(trace.normed_final[-1])
+    logits = engine.adapter.logits(trace.normed_final[-1])
     answer = tokens.target_ids[0]
     probability = logits.softmax(-1)[answer].item()
     said = engine.tokenizer.decode([answer])

@@ -18,6 +18,7 @@ from depass_fast.adjoint.maps import LayerMaps, Road
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.starts import Dense, make_start
 from depass_fast.backends import ReferenceBackend
+from depass_fast.initial import meets_bias
 from depass_fast.readout import parse_target, resolve_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
@@ -56,18 +57,18 @@ def test_taylor_is_exact(name):
 def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward, torch.Tensor]:
     """The steps of a sweep as the exact run has them: log Z of all components, the crowd's mean gate."""
     adapter, n = dp.adapter, read + 1
-    has_bias = dp._meets_bias(kind, kind.resolve(adapter), None)
+    has_bias = meets_bias(kind, adapter, None)
     start = make_start(kind, adapter, trace, 0, n, has_bias, torch.float64)
     state = dp.start(trace, kind, backend="reference", state_dtype="float64") if kind.site != "resid_post" else None
     steps = []
     reference = ReferenceBackend()
     for index in range(start.entering, adapter.n_layers):
         if state is None:
-            state = dp._start(dp._plan(trace, kind, None, {"backend": "reference", "state_dtype": "float64"}))[1]
+            state = dp.start_state(dp._plan(trace, kind, None, {"backend": "reference", "state_dtype": "float64"}))[1]
         layer, record = adapter.layer(index), trace.layers[index]
         queries = slice(read, n) if index == adapter.n_layers - 1 else slice(0, n)
         if state.site == "resid_pre":
-            state = reference.aggregate_ov(state, layer.attention, record)
+            state = reference.aggregate_ov(state, layer.attention, record.attention)
         maps = LayerMaps(layer, record, slice(0, n), queries, torch.float64, torch.float64)
         g = maps.gates(state.block(0)[queries].transpose(0, 1))
         bias = state.layout.index("bias")
@@ -76,7 +77,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
         u = (g / T).masked_fill(g == 0, -torch.inf)
         log_z, mean = torch.logsumexp(u, 0)[None], (g[len(state.layout.components[0].extras) :] / T).mean(0)[None]
         steps.append(Step(index, queries, log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1])))
-        state = reference.allocate_mlp(state, layer.mlp, record, dp.options.build(adapter).allocation)
+        state = reference.allocate_mlp(state, layer.mlp, record.mlp, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
     rows = _Rows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
     return steps, Forward([start], steps, rows, alive=[None]), start
@@ -143,7 +144,7 @@ def test_lambda_agrees_with_autograd(name):
     for index, record in enumerate(trace.layers):
         layer, backend = dp.adapter.layer(index), ReferenceBackend()
         state = backend.allocate_mlp(
-            backend.aggregate_ov(state, layer.attention, record), layer.mlp, record, allocation
+            backend.aggregate_ov(state, layer.attention, record.attention), layer.mlp, record.mlp, allocation
         )
     seed = seeds(dp, trace, read)
     extras = len(state.layout.components[0].extras)

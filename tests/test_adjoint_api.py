@@ -85,7 +85,7 @@ def test_exact_layers_are_those_of_single_calls(layered):
     assert layered.layers == [0, 2] and len(layered) == 2 and layered.method == "exact"
     for one in layered:
         single = dp.attribute(IDS, Neurons(one.layer), [3, (4, 5)] if several else 3)
-        assert torch.equal(one.scores, single.scores) and one.labels == single.labels
+        assert torch.allclose(one.scores, single.scores, atol=1e-5) and one.labels == single.labels
     assert layered.scores.shape == ((2, 2, 48) if several else (2, 48))
     assert layered.rest.shape == layered.bias.shape == ((2, 2) if several else (2,))
     assert layered.layer(2) is layered.by_layer[1]

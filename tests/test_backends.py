@@ -89,7 +89,7 @@ def test_a_state_that_is_written_to_is_no_product_any_more():
     dp = build("llama-gqa")
     trace = dp.trace(random_ids(7))
     for kind in (Tokens(), Neurons(0)):
-        trace, state = dp._start(dp._plan(trace, kind, None, {"allocation": "taylor"}))
+        trace, state = dp.start_state(dp._plan(trace, kind, None, {"allocation": "taylor"}))
         assert state.factors is not None
         state.set_block(0, 2 * state.block(0))
         doubled = dp.carry(trace, state, allocation="taylor").dense()

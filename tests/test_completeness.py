@@ -93,7 +93,7 @@ def _initial(dp, trace, kind):
         state = dp.decompose(trace, kind, end=kind.layer + 1)
         return state.dense(), state.labels
     plan = dp._plan(trace, kind, None, {})
-    state = dp._start(plan)[1]
+    state = dp.start_state(plan)[1]
     return state.dense(), state.labels
 
 

@@ -123,7 +123,7 @@ def test_modules_and_heads(name, case, backend):
     trace = dp.trace(case["input_ids"])
     components = {"attn": Modules(layer, "attention"), "mlp": Modules(layer, "mlp"), "attn_head": Heads(layer)}[kind]
     if name == "qwen2_gqa" and kind == "attn_head":  # published: V's bias is in no head and in no residual
-        heads = dp._start(dp._plan(trace, components, None, {}))[1].block(0)[:, 1:]
+        heads = dp.start_state(dp._plan(trace, components, None, {}))[1].block(0)[:, 1:]
         states = torch.cat([trace.layers[layer].resid_pre[:, None], heads], dim=1)
         ours = propagated(dp, trace, states, layer, "resid_mid", backend)
     else:
@@ -157,6 +157,6 @@ def test_neurons_from_the_published_initial_state(name, case, backend):
     layer, dp = case["args"]["start_layer_idx"], library(name)
     trace = dp.trace(case["input_ids"])
     record = trace.layers[layer]
-    neurons = record.act[..., None] * dp.adapter.layer(layer).mlp.w_down.detach().T  # (N, I, D)
+    neurons = record.mlp.act[..., None] * dp.adapter.layer(layer).mlp.w_down.detach().T  # (N, I, D)
     states = torch.cat([(record.resid_mid - neurons.sum(1))[:, None], neurons], dim=1)
     agree(propagated(dp, trace, states, layer + 1, "resid_pre", backend), case, load(name)[1])

@@ -1,4 +1,4 @@
-"""`attribute` by the adjoint sweep, for one or several layers; and several layers one by one."""
+"""`attribute` by the adjoint sweep, for one or several layers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..components import ComponentKind
+from ..initial import meets_bias
 from ..layered import LayeredAttribution
 from ..readout import Directions, TargetSpec, resolve_target
 from ..result import Attribution
@@ -37,19 +38,6 @@ def by_adjoint(
     return [_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began) for p in range(trace.n_prompts)]
 
 
-def one_by_one(
-    engine: DePass, plan: Plan, target: dict[str, Any], position: int, options: dict[str, Any]
-) -> list[LayeredAttribution]:
-    """A result per prompt: every layer that ``plan`` names, propagated exactly, one after the other."""
-    trace = plan.trace or replace(engine._capture(plan.prompts), batch=True)
-    found = [
-        engine.attribute(trace, kind, **target, position=position, end=plan.end_given, method="exact", **options)
-        for kind in plan.components.each(engine.adapter)
-    ]
-    found = [results if isinstance(results, list) else [results] for results in found]
-    return [LayeredAttribution(list(results)) for results in zip(*found, strict=True)]
-
-
 def _one(
     engine: DePass,
     plan: Plan,
@@ -65,7 +53,7 @@ def _one(
     wide = torch.promote_types(run.state_dtype, torch.float32)
     directions, seeds, logits, constants = _readout(engine, plan, trace, prompt, read, spec, wide)
     n = read + 1
-    ahead = [engine._meets_bias(kind, kind.resolve(adapter), plan.end_given) for kind in kinds]
+    ahead = [meets_bias(kind, adapter, plan.end_given) for kind in kinds]
     starts = [make_start(kind, adapter, trace, prompt, n, b, wide) for kind, b in zip(kinds, ahead, strict=True)]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = wide if run.backend.name == "reference" else run.compute_dtype
@@ -94,12 +82,14 @@ def _readout(
     if plan.end_given is not None:
         directions = resolve_target(spec, adapter, engine.tokenizer, resid, wide)
         return directions, directions.vectors, directions.vectors @ resid.to(wide), directions.constants
-    norm, final = adapter.final_norm().to(device), trace.normed_final[at].to(device)
+    norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
     directions = resolve_target(spec, adapter, engine.tokenizer, final, wide)
-    constants = directions.constants
-    if norm.bias is not None:
-        constants = constants + directions.vectors @ norm.bias.to(wide)
-    seeds = directions.vectors * (norm.weight.to(wide) * norm.scale(resid.to(wide)).to(wide))
+    constants, seeds = directions.constants, directions.vectors
+    if norm is not None:
+        norm = norm.to(device)
+        if norm.bias is not None:
+            constants = constants + directions.vectors @ norm.bias.to(wide)
+        seeds = norm.fold(seeds, torch.empty_like(seeds)) * norm.scale(resid.to(wide)).to(wide)
     return directions, seeds, directions.vectors @ final.to(wide) + directions.constants, constants
 
 

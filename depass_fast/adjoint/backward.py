@@ -27,19 +27,24 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
         maps = road.maps(step.index)
         active = sum(start.entering <= step.index for start in starts)
         back = back[:active].to(maps.device)
+        back = maps.normed(back.flatten(0, 1), "mlp", transposed=True).unflatten(0, (active, k))
         y = maps.down_transposed(back.flatten(0, 1)).unflatten(0, (active, k))  # (S, K, Q, I)
         if settings.temperature is None:
             y *= taylor_factor(maps)
-            back = back + maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
         else:  # a component receives share · act · (1 - slope · mean + slope · g / T)
             y *= (step.share * maps.act)[:, None]
             offsets.add(y.sum(-1) - step.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, step.mean))
-            through = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
-            back = back + through * (step.slope / settings.temperature)[:, None]
+            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+            read = read * (step.slope / settings.temperature)[:, None]
+        if not maps.parallel:
+            back = back + read
         if any(start.mid and start.entering == step.index for start in starts):
             back = _everywhere(back, step.queries, n)
         else:
-            through = maps.ov_transposed(back.flatten(0, 1)).unflatten(0, (active, k))
+            back = maps.normed(back.flatten(0, 1), "attention", transposed=True)
+            through = maps.ov_transposed(back).unflatten(0, (active, k))
+            back = back.unflatten(0, (active, k)) + (read if maps.parallel else 0.0)
             back = _everywhere(back, step.queries, n) + through
         if step.index in forward.released:
             x, owner, member = forward.released[step.index]

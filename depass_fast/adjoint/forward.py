@@ -96,17 +96,19 @@ def mean_field(
             masks.append(None if mask is None or bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
             out.alive.append(None if masks[s] is None else [])
         mid = bool(joining) and starts[joining[0]].mid
-        rows.x = rows.x[:, queries] if mid else rows.x[:, queries] + maps.ov(rows.x)
-        if not mid and maps.attention_constant is not None:
-            rows.x[rows.member == BIAS_ROW] += maps.attention_constant
+        read = rows.x[:, queries] if maps.parallel else None
+        if mid:
+            rows.x = rows.x[:, queries]
+        else:
+            rows.x = rows.x[:, queries] + maps.ov(rows.x)
+            _add_constant(rows, maps, "attention")
         step = Step(index, queries)
         if settings.temperature is None:
-            _allocate_taylor(rows, maps)
+            _allocate_taylor(rows, read, maps)
         else:
             counts = _crowd_counts(rows, starts, masks, out.alive, maps, mid)
-            _allocate_softmax(rows, *counts, maps, settings, step, budget)
-        if maps.mlp_constant is not None:
-            rows.x[rows.member == BIAS_ROW] += maps.mlp_constant
+            _allocate_softmax(rows, read, *counts, maps, settings, step, budget)
+        _add_constant(rows, maps, "mlp")
         out.steps.append(step)
         if index + 1 < road.end and settings.temperature is not None:
             _release(rows, road, index + 1, settings, out)
@@ -221,9 +223,20 @@ def _crowd_counts(
     return counts[..., None], certain
 
 
-def _allocate_taylor(rows: _Rows, maps: LayerMaps) -> None:
+def _add_constant(rows: _Rows, maps: LayerMaps, module: str) -> None:
+    """The constants of "attention" or "mlp" for `bias`, and the stream's own norm behind them."""
+    at = rows.member == BIAS_ROW
+    constant = maps.attention_constant if module == "attention" else maps.mlp_constant
+    if constant is not None:
+        rows.x[at] += constant
+    rows.x, beta = maps.normed(rows.x, module), maps.stream_bias(module)
+    if beta is not None:
+        rows.x[at] += beta
+
+
+def _allocate_taylor(rows: _Rows, read: Tensor | None, maps: LayerMaps) -> None:
     """Every row by itself: g / gate of the neuron's output."""
-    rows.x += maps.down(_gates(rows, maps) * taylor_factor(maps))
+    rows.x = rows.x + maps.down(_gates(rows, read, maps) * taylor_factor(maps))
 
 
 def taylor_factor(maps: LayerMaps) -> Tensor:
@@ -232,34 +245,47 @@ def taylor_factor(maps: LayerMaps) -> Tensor:
     return torch.where(total == 0, 0.0, maps.act / torch.where(total == 0, 1.0, total))
 
 
-def _gates(rows: _Rows, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
-    g = maps.gates(rows.x[:, at], at)
+def _gates(rows: _Rows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
+    """Gates (R, q, I) of the rows at some positions, or of what is ``read`` in their place (in a parallel layer)."""
+    g = maps.gates((rows.x if read is None else read)[:, at], at)
     if maps.gate_constant is not None:
         g[rows.member == BIAS_ROW] += maps.gate_constant
     return g
 
 
 def _allocate_softmax(
-    rows: _Rows, counts: Tensor, certain: bool, maps: LayerMaps, settings: Settings, step: Step, budget: int
+    rows: _Rows,
+    read: Tensor | None,
+    counts: Tensor,
+    certain: bool,
+    maps: LayerMaps,
+    settings: Settings,
+    step: Step,
+    budget: int,
 ) -> None:
     """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it. Position by position."""
-    q, width = maps.act.shape
+    (q, width), t = maps.act.shape, settings.temperature
     size = max(1, budget // (5 * len(rows.x) * width * rows.x.element_size()))
     parts = []
     for first in range(0, q, size):
         at = slice(first, min(first + size, q))
         part = Step(step.index, step.queries)
+        g = _gates(rows, read, maps, at)
         here = counts if counts.shape[1] == 1 else counts[:, at]
-        rows.x[:, at] += maps.down(_shares(rows, here, certain, maps, settings.temperature, part, at))
+        rows.x[:, at] += maps.down(_shares(rows, g.div_(t), here, certain, maps, t, part, at))
         parts.append(part)
     for name in ("log_z", "share", "mean", "slope"):
         tables = [getattr(part, name) for part in parts]
         setattr(step, name, tables[0] if len(tables) == 1 else torch.cat(tables, dim=1))
 
 
-def _shares(rows: _Rows, counts: Tensor, certain: bool, maps: LayerMaps, t: float, step: Step, at: slice) -> Tensor:
-    """What every row takes of the activations ``at`` some positions: (R, q, I); and the tables of the step."""
-    u = _gates(rows, maps, at).div_(t)
+def _shares(
+    rows: _Rows, u: Tensor, counts: Tensor, certain: bool, maps: LayerMaps, t: float, step: Step, at: slice
+) -> Tensor:
+    """What every row takes, by its gates ``u`` (R, q, I) in units of T, of the activations ``at`` some positions.
+
+    ``u`` is used up; the tables of the step are filled in.
+    """
     zeros = u == 0
     runs = [(run, u[run].view(s, -1, *u.shape[1:]), slice(first, first + s)) for run, first, s in rows.runs()]
     probe = torch.cat([part[:, 0] for _, part, _ in runs])  # (S, q, I)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Layer
+from ..adapters import Adapter, Layer, Norm
 from ..backends.attention import FrozenAttention
-from ..trace import LayerTrace, Trace
+from ..trace import LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
 _KEPT = 1 << 28  # and between the ways there and back, of all layers
@@ -23,7 +23,8 @@ _KEPT = 1 << 28  # and between the ways there and back, of all layers
 class LayerMaps:
     """One layer at the first N positions of a prompt, ``span`` of the trace; it writes at ``queries`` (Q of them) only.
 
-    GEMMs run in ``compute``, everything else, and what is returned, is in ``dtype`` (float32 or float64).
+    GEMMs run in ``compute``, everything else, and what is returned, is in ``dtype`` (float32 or float64). The neurons
+    are those of the MLP, or of all experts that anything was sent to, whose activations are zero elsewhere.
     """
 
     def __init__(
@@ -36,27 +37,46 @@ class LayerMaps:
         compute: torch.dtype,
     ) -> None:
         self.device, self.queries, self.dtype, self.compute = layer.device, queries, dtype, compute
-        attention, mlp = layer.attention, layer.mlp
+        self.parallel, attention, mlp = layer.parallel, layer.attention, layer.mlp
+        self._attention, self._mlp, self._record, self._span = attention, mlp, record, span
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
-        self._w_v, self._w_o = attention.w_v.to(compute), attention.w_o.to(compute)
-        self._w_gate, self._w_down = mlp.w_gate.to(compute), mlp.w_down.to(compute)
-        self._gamma = attention.norm.weight.to(dtype)
-        before, after = record.resid_pre[span], record.resid_mid[span][queries]
-        q, k = record.attention.q[span], record.attention.k[span]
-        scale = attention.norm.scale(before.to(dtype))  # (N,)
-        self._frozen = FrozenAttention(q, k, record.attention, scale, _TILE, compute)
-        self._mlp_scale = mlp.norm.scale(after.to(dtype)).to(dtype)[:, None] * mlp.norm.weight.to(dtype)  # (Q, D)
-        self.resid_mid = after.to(dtype)  # (Q, D)
-        self.gate_total = record.gate[span][queries].to(dtype)  # (Q, I)
-        self.act = record.act[span][queries].to(dtype)  # (Q, I)
-        self.attention_constant = attention.constant(dtype)  # (D,) or None, as are the next two
-        self.gate_constant = mlp.gate_constant(dtype)  # (I,)
-        self.mlp_constant = mlp.constant(dtype)
+        self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
+        heard = record.attention
+        self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
+        scale = attention.scale(heard.resid[span].to(dtype))  # (N,)
+        every = scale.new_ones(heard.resid.shape[0])
+        every[span] = scale
+        self._frozen = FrozenAttention(heard, span, every, _TILE, compute)
+
+        parts = [(layer.mlps[part.part], part) for part in record.mlps]
+        self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
+        self._w_down = _joined([mlp.writing(mlp.w_down, compute) for mlp, _ in parts], 1)
+        self.gate_total = _joined([_dense(part, part.gate, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
+        self.act = _joined([_dense(part, part.act, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
+        out_scale = record.mlp.out_scale
+        if out_scale is not None:
+            self.act = self.act * out_scale[span][queries, None].to(dtype)
+        self._mlp_scale = mlp.scale(record.mlp.resid[span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
+        constants = [mlp.gate_constant(dtype) for mlp, _ in parts]
+        self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
+        used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
+        self.borrows = all(  # whether all weights are the model's own, and no copies
+            weight.data_ptr() == getattr(branch, name).weight.data_ptr()
+            for branch, weights in zip((attention, mlp), used, strict=True)
+            for name, weight in weights.items()
+        )
+        self.attention_constant = self._constant("attention")  # (D,), (Q, D) or None, as is the next
+        self.mlp_constant = self._constant("mlp")
 
     def ov(self, x: Tensor) -> Tensor:
         """What attention adds: (R, N, D) -> (R, Q, D)."""
-        r, n, _ = x.shape
-        values = (x * self._gamma).to(self.compute) @ self._w_v.T
+        return self._mixed(_linear(self._attention.norm, x).to(self.compute) @ self._w_v.T)
+
+    def _mixed(self, values: Tensor) -> Tensor:
+        """Values (R, N, Hkv·d), without s, through P and W_O: (R, Q, D)."""
+        r, n, _ = values.shape
+        if self._values is not None:
+            values = values * self._values
         values = values.view(r, n, self._kv, -1).permute(2, 1, 0, 3).reshape(self._kv, n, -1)  # (Hkv, N, R·d)
         q = self.queries.stop - self.queries.start
         out = values.new_empty(self._kv, self._groups, q, values.shape[2])
@@ -77,15 +97,19 @@ class LayerMaps:
             part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
             out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
-        return (out @ self._w_v).to(self.dtype) * self._gamma
+        if self._values is not None:
+            out = out * self._values[:n]
+        return _linear_transposed(self._attention.norm, (out @ self._w_v).to(self.dtype))
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`; at some of the queries."""
-        return ((x * self._mlp_scale[at]).to(self.compute) @ self._w_gate.T).to(self.dtype)
+        x = _linear(self._mlp.norm, x) * self._mlp_scale[at]
+        return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """The transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
-        return (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
+        y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
+        return _linear_transposed(self._mlp.norm, y)
 
     def down(self, y: Tensor) -> Tensor:
         """What neurons write: (R, Q, I) -> (R, Q, D)."""
@@ -94,6 +118,32 @@ class LayerMaps:
     def down_transposed(self, x: Tensor) -> Tensor:
         """The transpose of :meth:`down`: (R, Q, D) -> (R, Q, I)."""
         return (x.to(self.compute) @ self._w_down).to(self.dtype)
+
+    def normed(self, x: Tensor, module: str, transposed: bool = False) -> Tensor:
+        """Rows (R, Q, D) after the stream's own norm behind "attention" or "mlp", if there is one; or its transpose."""
+        norm = (self._attention if module == "attention" else self._mlp).stream
+        if norm is None:
+            return x
+        resid = self._record.attention_sum if module == "attention" else self._record.mlp_sum
+        x = x * norm.scale(resid[self._span][self.queries].to(self.dtype)).to(self.dtype)[:, None]
+        return _linear_transposed(norm, x) if transposed else _linear(norm, x)
+
+    def _constant(self, module: str) -> Tensor | None:
+        """What `bias` receives of a module, in the stream before its own norm; behind that, add :meth:`stream_bias`."""
+        mine = module == "attention"
+        branch, record = (self._attention, self._record.attention) if mine else (self._mlp, self._record.mlp)
+        scale = None if record.out_scale is None else record.out_scale[self._span][self.queries]
+        value = self._attention.value_constant(self.dtype) if mine and self._values is not None else None
+        if value is None:
+            return branch.constant(self.dtype, scale)
+        mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped
+        written = branch.written_constant(branch.o.bias, scale, self.dtype)
+        return mixed if written is None else mixed + written
+
+    def stream_bias(self, module: str) -> Tensor | None:
+        """β of the stream's own norm behind a module: (D,) or None."""
+        norm = (self._attention if module == "attention" else self._mlp).stream
+        return None if norm is None or norm.bias is None else norm.bias.to(self.dtype)
 
     def sees(self) -> Tensor:
         """Which positions each query receives anything from: (Q, N) bool."""
@@ -148,7 +198,7 @@ class Road:
         layer = self.layer(index)
         maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
         probabilities = self.end * layer.attention.n_heads * self.n**2
-        if layer.mlp.w_down.dtype == self.compute and probabilities <= _KEPT:
+        if maps.borrows and probabilities <= _KEPT:
             self._maps[index] = maps
         return maps
 
@@ -157,8 +207,42 @@ class Road:
 
         The product of that with a component's norm is how far its gates can be expected from zero.
         """
-        mlp = self.layer(index).mlp
-        resid = self.trace.layers[index].resid_mid[self.span].to(self.dtype)
-        weight = mlp.norm.scale(resid).to(self.dtype)[:, None] * mlp.norm.weight.to(self.dtype)
-        size = torch.linalg.vector_norm(mlp.w_gate, dtype=torch.float32) / mlp.w_gate.numel() ** 0.5
-        return weight, float(size.detach())
+        layer, record = self.layer(index), self.trace.layers[index]
+        mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
+        gamma = resid.new_ones(resid.shape[1])
+        if mlp.norm is not None and mlp.norm.weight is not None:
+            gamma = mlp.norm.weight.to(self.dtype)
+        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+        square = sum(torch.linalg.vector_norm(w.detach(), dtype=torch.float32) ** 2 for w in gates)
+        size = float(square / sum(w.numel() for w in gates)) ** 0.5
+        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, size
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _dense(part: MlpTrace, values: Tensor, span: slice) -> Tensor:
+    """What an MLP recorded at the positions of a prompt (N, I), zero at those that were not sent to it."""
+    if part.positions is None:
+        return values[span]
+    here = (part.positions >= span.start) & (part.positions < span.stop)
+    out = values.new_zeros(span.stop - span.start, values.shape[1])
+    out[part.positions[here] - span.start] = values[here]
+    return out
+
+
+def _linear(norm: Norm | None, x: Tensor) -> Tensor:
+    """γ ⊙ (x - mean x): a norm without its scale."""
+    if norm is None:
+        return x
+    x = x - x.mean(-1, keepdim=True) if norm.centred else x
+    return x if norm.weight is None else x * norm.weight.to(x.dtype)
+
+
+def _linear_transposed(norm: Norm | None, y: Tensor) -> Tensor:
+    """The transpose of :func:`_linear`."""
+    if norm is None:
+        return y
+    y = y if norm.weight is None else y * norm.weight.to(y.dtype)
+    return y - y.mean(-1, keepdim=True) if norm.centred else y

@@ -57,9 +57,9 @@ def choose(
     able = kind.kind in KINDS and allocation.rule in RULES
     if method is None:
         layers = kind.each(adapter)
-        many = len(layers) > 1 and sum(k.count(adapter) for k in layers) > MOST_EXACT
+        many = able and len(layers) > 1 and sum(k.count(adapter) for k in layers) > MOST_EXACT
         asked = refine is not None or sample is not None  # what only the sweep has a use for
-        method = "adjoint" if asked or (many and able) else "exact"
+        method = "adjoint" if asked or many else "exact"
     if method == "exact":
         for name in ("refine", "sample"):
             if numbers[name] is not None:

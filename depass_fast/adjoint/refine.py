@@ -113,16 +113,17 @@ def _walk(
         maps = road.maps(step.index)
         new = _first_rows(starts, joining)
         x = torch.cat([x.to(maps.device), *(rows.to(maps.device, x.dtype) for rows in new)])
+        read = x[:, step.queries]
         if any(starts[journey.start].mid and journey.row is None for journey in joining):
-            x = x[:, step.queries]
+            x = read
         else:
-            x = x[:, step.queries] + maps.ov(x)
+            x = maps.normed(read + maps.ov(x), "attention")
         owner = owners[: len(x)].to(maps.device)
-        u = maps.gates(x).div_(settings.temperature)
+        u = maps.gates(read if maps.parallel else x).div_(settings.temperature)
         shares = _shares(u, owner, step)
         if drift is not None:
             drift.add(u, owner, step, [len(starts[s].named) for s in range(len(step.log_z))])
-        x = x + maps.down(shares.mul_(maps.act))
+        x = maps.normed(x + maps.down(shares.mul_(maps.act)), "mlp")
     late = _first_rows(starts, [journey for journey in journeys if journey.entering >= road.end])
     x = torch.cat([x[:, -1].to(directions.device), *(rows[:, -1].to(directions) for rows in late)])
     return x @ directions.T

@@ -134,10 +134,11 @@ def make_start(
     layer = kind.resolve(adapter)
     bound = kind.bound(adapter, trace, prompt)
     device = adapter.layer(layer).device
-    x = trace.resid_at(layer, kind.site).to(device)[trace.span(prompt)].to(dtype)
-    constant, factors = bound.constant(adapter, dtype), bound.factors(adapter, trace, prompt)
+    site = kind.start_site(adapter)
+    x = trace.resid_at(layer, site).to(device)[trace.span(prompt)].to(dtype)
+    constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
     names = bound.names(adapter, [""] * len(x))
-    where = {"layer": layer, "entering": layer + (kind.site == "resid_post"), "mid": kind.site == "resid_mid"}
+    where = {"layer": layer, "entering": layer + (site == "resid_post"), "mid": site == "resid_mid"}
     bias = x.new_zeros(n, x.shape[1])
     if constant is not None:
         bias, has_bias = bias + constant, True

@@ -83,7 +83,7 @@ class Sweep:
         """Start layers that are carried together: as many as their tables leave room for."""
         on_cpu = self.starts[0].bias.device.type == "cpu"
         budget = self.budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
-        widest = max((len(record.act[0]) for record in self.road.trace.layers), default=1)
+        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
         table = 3 * self.road.n * widest * self.starts[0].bias.element_size()
         groups, first, used = [], 0, 0
         for s, start in enumerate(self.starts):

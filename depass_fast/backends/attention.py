@@ -14,12 +14,16 @@ from .workspace import Workspace
 
 
 class FrozenAttention:
-    """One prompt's P with s[k] folded into its columns, in tiles of at most ``tile`` elements."""
+    """One prompt's P with s[k] folded into its columns, in tiles of at most ``tile`` elements.
 
-    def __init__(
-        self, q: Tensor, k: Tensor, trace: AttentionTrace, scale: Tensor, tile: int, dtype: torch.dtype
-    ) -> None:
-        self.q, self.k, self.scale = q, k, scale  # (N, H, d), (N, Hkv, d), (N,)
+    ``keys`` are the prompt's packed positions, ``scale`` (T,) is s of all. A scale of the output is in P's rows.
+    """
+
+    def __init__(self, trace: AttentionTrace, keys: slice, scale: Tensor, tile: int, dtype: torch.dtype) -> None:
+        q, k = trace.q[keys], trace.k[keys]
+        self.q, self.k, self.scale = q, k, scale[keys]  # (N, H, d), (N, Hkv, d), (N,)
+        self.key_bias = None if trace.key_bias is None else trace.key_bias[keys]  # (N, H)
+        self.out_scale = None if trace.out_scale is None else trace.out_scale[keys]  # (N,)
         self.trace, self.dtype = trace, dtype
         self.kv, self.groups = k.shape[1], q.shape[1] // k.shape[1]
         n = len(q)
@@ -54,8 +58,14 @@ class FrozenAttention:
         if self.trace.softcap is not None:
             logits = torch.tanh(logits / self.trace.softcap).mul_(self.trace.softcap)
         logits = logits.unflatten(1, (self.groups, -1))
+        if self.key_bias is not None:
+            bias = self.key_bias[:n_keys].to(wide).unflatten(1, (self.kv, self.groups))[:, heads]  # (K, h, G)
+            logits += bias.permute(1, 2, 0)[:, :, None]
         seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
-        return logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys]).to(self.dtype)
+        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
+        if self.out_scale is not None:
+            p *= self.out_scale[queries, None].to(wide)
+        return p.to(self.dtype)
 
     def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
         """P · s applied to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""

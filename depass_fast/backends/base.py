@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters import Attention, Mlp, Norm
 from ..allocation import Allocation
 from ..state import ComponentState, Layout
-from ..trace import LayerTrace
+from ..trace import AttentionTrace, MlpTrace
 
 
 class Backend(Protocol):
@@ -21,7 +21,7 @@ class Backend(Protocol):
     name: str
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
     ) -> ComponentState:
         """Frozen attention applied to every component's values (DESIGN.md section 2, *Attention*).
 
@@ -31,11 +31,18 @@ class Backend(Protocol):
         ...
 
     def allocate_mlp(
-        self, state: ComponentState, weights: Mlp, trace: LayerTrace, allocation: Allocation
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        trace: MlpTrace,
+        allocation: Allocation,
+        source: ComponentState | None = None,
     ) -> ComponentState:
-        """The MLP's frozen activations shared out among the components (DESIGN.md section 2, *MLP*).
+        """An MLP's frozen activations shared out among the components (DESIGN.md section 2, *MLP*).
 
         X[n, m] += Σ_i w[n, m, i] · act[n, i] · W_down[i], and its constants to `bias`. ``state`` is used up.
+        ``source``, of the same layout, is the state that the MLP reads where that is another one: in a parallel layer,
+        and where several experts add to the same state. All positions must have been sent to this MLP.
         """
         ...
 

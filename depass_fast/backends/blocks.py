@@ -74,6 +74,8 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device) -> list[Chu
     component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
     away = np.zeros(layout.n_rows, bool)
     for prompt, components in enumerate(layout.components):
+        if not components.excluded.any():
+            continue
         r = layout.rows(prompt)
         m = component[r]
         away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])

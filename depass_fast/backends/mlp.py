@@ -36,14 +36,22 @@ class MlpStep:
 
 
 def softmax_chunk(
-    state: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice], workspace: Workspace
+    state: ComponentState,
+    source: ComponentState,
+    chunk: Chunk,
+    step: MlpStep,
+    neurons: list[slice],
+    workspace: Workspace,
 ) -> bool:
-    """The common case, in place. False, and the state untouched, where a neuron finds nobody eligible."""
+    """The common case, in place: ``state`` receives what ``source`` drives, which may be the same.
+
+    False, and the state untouched, where a neuron finds nobody eligible.
+    """
     if chunk.deserted:
         return False
-    rows, dtype = state.rows[chunk.rows], step.act.dtype
+    target, rows, dtype = state.rows[chunk.rows], source.rows[chunk.rows], step.act.dtype
     # in place with one block of neurons, else nothing is written before it is known that the chunk is an ordinary one
-    out = rows if len(neurons) == 1 else workspace.take("out", rows.shape, rows).copy_(rows)
+    out = target if len(neurons) == 1 else workspace.take("out", target.shape, target).copy_(target)
     # in half precision g / T could overflow: there T is applied to the float32 gates instead
     temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
     edit = step.allocation.edit
@@ -68,8 +76,8 @@ def softmax_chunk(
         if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish, shut):
             return False
         accumulate(out, g.to(dtype), step.w_down[:, part].T)
-    if out is not rows:
-        rows.copy_(out)
+    if out is not target:
+        target.copy_(out)
     return True
 
 
@@ -140,14 +148,17 @@ def _runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
         row, segment = row + n * count, segment + n
 
 
-def general_chunk(state: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice]) -> None:
+def general_chunk(
+    state: ComponentState, source: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice]
+) -> None:
     """Any rule and every corner, through the plain rules of :mod:`depass_fast.allocation`."""
     layout, device, dtype = state.layout, state.device, step.act.dtype
     segments = range(chunk.segments.start, chunk.segments.stop)
     for (prompt, count), run in groupby(segments, key=lambda s: (int(layout.prompt[s]), int(layout.counts[s]))):
         run = list(run)
         at, components = slice(run[0], run[-1] + 1), layout.components[prompt]
-        rows = state.rows[int(layout.starts[at.start]) : int(layout.starts[at.stop])].view(len(run), count, -1)
+        here = slice(int(layout.starts[at.start]), int(layout.starts[at.stop]))
+        rows = source.rows[here].view(len(run), count, -1)
         local = torch.from_numpy(layout.local[at]).to(device)
         births, excluded = (torch.from_numpy(a[:count]).to(device) for a in (components.births, components.excluded))
         x = (rows * step.scale[at, None, None]).to(dtype)
@@ -166,4 +177,4 @@ def general_chunk(state: ComponentState, chunk: Chunk, step: MlpStep, neurons: l
             )
             shares = step.allocation.weights(gates) * step.act[at, part][:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
-        rows += out
+        state.rows[here] += out.flatten(0, 1)

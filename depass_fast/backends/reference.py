@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Mlp, Norm
+from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation, Gates
 from ..state import BIAS, REST, ComponentState, Layout
-from ..trace import AttentionTrace, LayerTrace, causal_mask
+from ..trace import AttentionTrace, MlpTrace, causal_mask
 
 
 class ReferenceBackend:
@@ -17,55 +17,62 @@ class ReferenceBackend:
     name = "reference"
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
     ) -> ComponentState:
         dtype, layout = state.rows.dtype, state.layout
         out = ComponentState(state.rows, layout, state.layer)
         if queries is not None:
             out = ComponentState(state.rows.new_zeros(queries.n_rows, state.rows.shape[1]), queries, state.layer)
-        bias, constant = layout.index(BIAS), weights.constant(dtype)
+        bias, value_constant = layout.index(BIAS), weights.value_constant(dtype)
         for prompt in range(len(layout.components)):
             where = torch.from_numpy(layout.packed[layout.segments(prompt)]).to(state.device)
             read = torch.from_numpy(out.layout.local[out.layout.segments(prompt)]).to(state.device)
             x = state.block(prompt)  # (N, M, D)
-            normed = _frozen_norm(weights.norm, x, trace.resid_pre[where])
-            values = (normed @ weights.w_v.to(dtype).T).unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+            values = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
+            if bias is not None and value_constant is not None:
+                values[:, bias] += value_constant
+            if trace.value_ratio is not None:
+                values = values * trace.value_ratio[where].to(dtype)[:, None]
+            values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
             values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=2)  # (N, M, H, d)
-            p = attention_probabilities(trace.attention, where, read, dtype)  # (H, Q, N)
+            p = attention_probabilities(trace, where, read, dtype)  # (H, Q, N)
             mixed = torch.einsum("hqk,kmhd->qmhd", p, values).flatten(2)
-            x = x[read] + mixed @ weights.w_o.to(dtype).T  # (Q, M, D)
-            if bias is not None and constant is not None:
-                x[:, bias] += constant
-            out.set_block(prompt, x)
+            y = mixed @ weights.w_o.to(dtype).T  # (Q, M, D)
+            out.set_block(prompt, x[read] + _written(weights, y, weights.o.bias, trace.out_scale, where[read], bias))
         return out
 
     def allocate_mlp(
-        self, state: ComponentState, weights: Mlp, trace: LayerTrace, allocation: Allocation
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        trace: MlpTrace,
+        allocation: Allocation,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         dtype, layout = state.rows.dtype, state.layout
-        bias, gate_constant, constant = layout.index(BIAS), weights.gate_constant(dtype), weights.constant(dtype)
+        bias, gate_constant = layout.index(BIAS), weights.gate_constant(dtype)
         for prompt, components in enumerate(layout.components):
             segments = layout.segments(prompt)
             where = torch.from_numpy(layout.packed[segments]).to(state.device)
             local = torch.from_numpy(layout.local[segments]).to(state.device)
-            x = state.block(prompt)  # (N, M, D)
-            g = _frozen_norm(weights.norm, x, trace.resid_mid[where]) @ weights.w_gate.to(dtype).T  # (N, M, I)
+            x = (source or state).block(prompt)  # (N, M, D)
+            g = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_gate.to(dtype).T  # (N, M, I)
             if bias is not None and gate_constant is not None:
                 g[:, bias] += gate_constant
             births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
+            recorded = trace.rows(where)
             gates = Gates(
                 values=g,
-                total=trace.gate[where].to(dtype),
+                total=trace.gate[recorded].to(dtype),
                 alive=(x != 0).any(-1),
                 excluded=excluded & (births != local[:, None]),
                 positions=local,
                 rest=layout.index(REST),
             )
             w = allocation.weights(gates)  # (N, M, I)
-            x = x + (w * trace.act[where].to(dtype)[:, None]) @ weights.w_down.to(dtype).T
-            if bias is not None and constant is not None:
-                x[:, bias] += constant
-            state.set_block(prompt, x)
+            y = (w * trace.act[recorded].to(dtype)[:, None]) @ weights.w_down.to(dtype).T
+            y = _written(weights, y, weights.down.bias, trace.out_scale, where, bias)
+            state.set_block(prompt, y + (x if source is None else state.block(prompt)))
         return state
 
     def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
@@ -76,10 +83,22 @@ class ReferenceBackend:
         return rows @ directions.to(rows.dtype).T
 
 
-def _frozen_norm(norm: Norm, x: Tensor, resid: Tensor) -> Tensor:
+def _frozen_norm(norm: Norm | None, x: Tensor, resid: Tensor) -> Tensor:
     """γ ⊙ x · s with s of the hidden states ``resid`` (N, D); ``x`` is (N, ..., D)."""
-    s = norm.scale(resid.to(x.dtype)).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-    return x * s * norm.weight.to(x.dtype)
+    return x if norm is None else norm.apply(x, norm.scale(resid.to(x.dtype)))
+
+
+def _written(
+    weights: Branch, y: Tensor, constant: Tensor | None, out_scale: Tensor | None, where: Tensor, bias: int | None
+) -> Tensor:
+    """What raw outputs ``y`` (N, M, D) at packed positions ``where`` add to the stream, constants going to ``bias``."""
+    if bias is not None and constant is not None:
+        y[:, bias] += constant.to(y.dtype)
+    if weights.output is not None:
+        y = weights.output.apply(y, out_scale[where])
+        if bias is not None and weights.output.bias is not None:
+            y[:, bias] += weights.output.bias.to(y.dtype)
+    return y * weights.factor
 
 
 def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,4 +109,6 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
     logits = torch.einsum("qhd,khd->hqk", q, k) * trace.scale
     if trace.softcap is not None:
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
+    if trace.key_bias is not None:
+        logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
     return logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)

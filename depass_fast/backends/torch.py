@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Mlp, Norm
+from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation
 from ..state import BIAS, ComponentState, Layout
-from ..trace import AttentionTrace, LayerTrace
+from ..trace import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
@@ -26,6 +26,11 @@ from .workspace import Workspace
 
 CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of workspace, unless told otherwise."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
 
 
 class TorchBackend:
@@ -42,50 +47,69 @@ class TorchBackend:
     # -- attention ----------------------------------------------------------------------------------------------
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout | None = None
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
+        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
+        out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
+        _add_to_bias(out, self._attention_constant(out, weights, trace))
+        return out
+
+    def _aggregate(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None
     ) -> ComponentState:
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
-            if n_reads > max(n_prompts, n_positions // weights.n_heads):  # by itself a query costs as much as H of all
-                return self.aggregate_ov(state, weights, trace).at(queries)
-            out = self._aggregate_at(state, weights, trace, queries)
-        elif state.factors is not None:
-            out = self._aggregate_factors(state, weights, trace)
-            out = self._aggregate_everywhere(out, weights, trace, extras_only=True)
-        else:
-            out = self._aggregate_everywhere(state, weights, trace)
-        _add_to_bias(out, weights.constant(state.rows.dtype))
-        return out
+            alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
+            if n_reads > alone or trace.value_ratio is not None:
+                return self._aggregate(state, weights, trace, None).at(queries)
+            return self._aggregate_at(state, weights, trace, queries)
+        if state.factors is not None and trace.value_ratio is None:
+            state = self._aggregate_factors(state, weights, trace)
+            return self._aggregate_everywhere(state, weights, trace, extras_only=True)
+        return self._aggregate_everywhere(state, weights, trace)
+
+    def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
+        dtype, packed = state.rows.dtype, torch.from_numpy(state.layout.packed).to(state.device)
+        if state.layout.index(BIAS) is None:
+            return None
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
+        if trace.value_ratio is None:
+            return weights.constant(dtype, out_scale)
+        return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
 
     def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: LayerTrace, extras_only: bool = False
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
         dtype = self._dtype(state)
-        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))  # (T,)
-        w_v, w_o = self._folded("w_v", weights.w_v, weights.norm, dtype), weights.w_o.to(dtype)
+        scale = weights.scale(trace.resid.to(state.rows.dtype))  # (T,)
+        w_v, w_o = self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
         for prompt, blocks in groupby(self._blocks(state, weights, extras_only), key=lambda block: block.prompt):
-            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            frozen = self._frozen_attention(state, prompt, trace, scale)
             for block in blocks:
                 x = self._take(state.rows, block.rows)
                 values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
-                mixed = frozen.mix(torch.mm(x.to(dtype), w_v.T, out=values), block, self._workspace)
+                torch.mm(x.to(dtype), w_v.T, out=values)
+                if trace.value_ratio is not None:
+                    self._clamp(values, state.layout, block, weights, trace, scale)
+                mixed = frozen.mix(values, block, self._workspace)
                 accumulate(x, mixed, w_o.T)
                 if not isinstance(block.rows, slice):
                     state.rows.index_copy_(0, block.rows, x)
         return state
 
-    def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: LayerTrace) -> ComponentState:
+    def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         """Components that have just started as products of numbers and vectors: V and O see only the vectors.
 
         That is one row per component, instead of one per component and position.
         """
         dtype, width = self._dtype(state), state.rows.shape[1]
         groups = weights.n_heads // weights.n_kv_heads
-        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))
-        w_v = self._folded("w_v", weights.w_v, weights.norm, dtype)
-        w_o = weights.w_o.to(dtype).view(width, weights.n_heads, -1).permute(1, 2, 0)  # (H, d, D)
+        scale = weights.scale(trace.resid.to(state.rows.dtype))
+        w_v = self._reading("w_v", weights.w_v, weights, dtype)
+        w_o = weights.writing(weights.w_o, dtype).unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
         for prompt, factors in enumerate(state.factors):
-            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            frozen = self._frozen_attention(state, prompt, trace, scale)
             numbers, vectors = factors.coefficients, factors.vectors.to(state.device)
             numbers = None if numbers is None else numbers.to(state.device, dtype)
             size = max(
@@ -102,11 +126,25 @@ class TorchBackend:
                     _add_everywhere(state, prompt, part, frozen.spread(writes, numbers[:, part], 0))
         return state
 
-    def _folded(self, name: str, weight: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    def _reading(self, name: str, weight: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
         """``weight`` (out, D) with the norm's γ in its columns, in the workspace."""
-        out = self._workspace.take(name, weight.shape, weight, dtype)
-        gamma = norm.weight.to(dtype)
-        return torch.mul(weight, gamma, out=out) if weight.dtype == dtype else out.copy_(weight).mul_(gamma)
+        return branch.reading(weight, dtype, self._workspace.take(name, weight.shape, weight, dtype))
+
+    def _clamp(
+        self, values: Tensor, layout: Layout, block: Block, weights: Attention, trace: AttentionTrace, scale: Tensor
+    ) -> None:
+        """Values (r, Hkv·d) of a block, of which a family clamps the sum: by the frozen ratio, each of its elements.
+
+        The constant part of a value belongs to `bias` before that. ``values`` lack s, which is in P's columns.
+        """
+        rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
+        segment = torch.from_numpy(layout.row_segments()).to(values.device)[rows]
+        packed = torch.from_numpy(layout.packed).to(values.device)[segment]
+        constant, bias = weights.value_constant(values.dtype), layout.index(BIAS)
+        if constant is not None and bias is not None:
+            first = torch.from_numpy(layout.starts[:-1]).to(values.device)[segment]
+            values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
+        values *= trace.value_ratio[packed].to(values.dtype)
 
     def _take(self, rows: Tensor, index: Tensor | slice) -> Tensor:
         """Some of the rows: a view of neighbours, else a copy in the workspace."""
@@ -120,19 +158,19 @@ class TorchBackend:
         packed = state.layout.packed[state.layout.segments(prompt)]
         keys = slice(int(packed[0]), int(packed[-1]) + 1)
         tile = self._budget(state.device) // (4 * scale.dtype.itemsize)
-        return FrozenAttention(trace.q[keys], trace.k[keys], trace, scale[keys], tile, self._dtype(state))
+        return FrozenAttention(trace, keys, scale, tile, self._dtype(state))
 
     def _aggregate_at(
-        self, state: ComponentState, weights: Attention, trace: LayerTrace, queries: Layout
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
     ) -> ComponentState:
         """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
-        scale = weights.norm.scale(trace.resid_pre.to(state.rows.dtype))
-        w_v = self._folded("w_v", weights.w_v, weights.norm, dtype).view(weights.n_kv_heads, weights.head_dim, width)
-        w_o = weights.w_o.to(dtype)
+        scale = weights.scale(trace.resid.to(state.rows.dtype))
+        w_v = self._reading("w_v", weights.w_v, weights, dtype).view(weights.n_kv_heads, weights.head_dim, width)
+        w_o = weights.writing(weights.w_o, dtype)
         out = ComponentState(state.rows.new_zeros(queries.n_rows, width), queries, state.layer)
         for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
-            frozen = self._frozen_attention(state, prompt, trace.attention, scale)
+            frozen = self._frozen_attention(state, prompt, trace, scale)
             at, origin = queries.segments(prompt), layout.segments(prompt).start
             probabilities = {q: frozen.probabilities(slice(None), slice(q, q + 1)) for q in queries.local[at].tolist()}
             for block in blocks:
@@ -153,26 +191,38 @@ class TorchBackend:
     # -- MLP ----------------------------------------------------------------------------------------------------
 
     def allocate_mlp(
-        self, state: ComponentState, weights: Mlp, trace: LayerTrace, allocation: Allocation
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        trace: MlpTrace,
+        allocation: Allocation,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         dtype, layout = self._dtype(state), state.layout
         packed = torch.from_numpy(layout.packed).to(state.device)
-        w_gate = self._folded("w_gate", weights.w_gate, weights.norm, dtype)
+        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
+        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
+        act, out_scale = trace.act[recorded].to(dtype), None
+        if trace.out_scale is not None:
+            out_scale = trace.out_scale[packed]
+            act = act * out_scale[:, None].to(dtype)
+        w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
         step = MlpStep(
-            scale=weights.norm.scale(trace.resid_mid[packed].to(state.rows.dtype)),
+            scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
             w_gate=w_gate,
-            w_down=weights.w_down.to(dtype),
+            w_down=weights.writing(weights.w_down, dtype),
             gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
-            act=trace.act[packed].to(dtype),
-            gate=trace.gate[packed],
+            act=act,
+            gate=trace.gate[recorded],
             allocation=allocation,
             sparse=has_zeros(w_gate),
         )
+        source = state if source is None else source
         for chunk in self._chunks(state, weights):
             neurons = self._neuron_blocks(chunk, state, weights)
-            if not (allocation.is_softmax and softmax_chunk(state, chunk, step, neurons, self._workspace)):
-                general_chunk(state, chunk, step, neurons)
-        _add_to_bias(state, weights.constant(state.rows.dtype))
+            if not (allocation.is_softmax and softmax_chunk(state, source, chunk, step, neurons, self._workspace)):
+                general_chunk(state, source, chunk, step, neurons)
+        _add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
         return state
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
@@ -194,7 +244,7 @@ class TorchBackend:
         segment = torch.from_numpy(state.layout.row_segments()).to(state.device)
         packed = torch.from_numpy(state.layout.packed).to(state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
-        return state.rows @ (directions * norm.weight.to(state.rows.dtype)).T * scale[:, None]
+        return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
 
     # -- what fits ----------------------------------------------------------------------------------------------
 
@@ -202,7 +252,7 @@ class TorchBackend:
         return self.compute_dtype or state.rows.dtype
 
     def _budget(self, device: torch.device) -> int:
-        return self.memory_budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET)
+        return self.memory_budget or default_budget(device)
 
     def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
         plans = self._plans.setdefault(layout, {})

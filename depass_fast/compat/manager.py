@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..components import ComponentKind, Custom, Heads, Modules, Neurons, Tokens
+from ..components import ComponentKind, Heads, Modules, Neurons, Tokens
 from ..engine import DePass
 from ..generation import generate
+from ..given import Custom
 from ..options import Run
 from ..prompts import Prompt, encode
 from ..state import BIAS, REST, Components, ComponentState, Layout
@@ -242,7 +243,7 @@ class decomposed_state_manager:
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
         """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
-        _, state = self.dp._start(self.dp._plan(self._trace, kind, end, options))
+        _, state = self.dp.start_state(self.dp._plan(self._trace, kind, end, options))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
             layer = kind.resolve(self.dp.adapter)
             record = self._trace.layers[layer]

@@ -1,0 +1,190 @@
+"""Small random models of every supported family and of its variants, all norm weights and biases randomised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+_GQA = {"num_key_value_heads": 2}
+_MHA = {"num_key_value_heads": 4}
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA = {**_GQA, "head_dim": 16, "query_pre_attn_scalar": 24}
+_GEMMA3 = {**_GEMMA, **_LOCAL, "sliding_window_pattern": 2}
+_LOCAL_ROPE = {
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e2,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 14,
+    "patch_size": 14,
+}
+_MULTIPLIERS = {
+    "residual_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 4.0,
+}
+
+# name -> (model_type, what differs from the shape above)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama: MHA": ("llama", _MHA),
+    "llama: GQA": ("llama", _GQA),
+    "llama: biases": ("llama", {**_GQA, **_BIASES}),
+    "llama: wide heads, tied": ("llama", {**_GQA, "head_dim": 12, "tie_word_embeddings": True}),
+    "mistral: window": ("mistral", {**_GQA, "sliding_window": 3}),
+    "mistral: no window, narrow heads": ("mistral", {**_GQA, "sliding_window": None, "head_dim": 6}),
+    "qwen2": ("qwen2", _GQA),
+    "qwen2: window": ("qwen2", {**_GQA, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}),
+    "qwen3": ("qwen3", {**_GQA, "head_dim": 16}),
+    "qwen3: MQA, biases": ("qwen3", {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
+    "smollm3": ("smollm3", {**_GQA, "pad_token_id": 0, "no_rope_layers": [1, 0, 1]}),
+    "gpt2": ("gpt2", {}),
+    "gpt2: scaled by layer": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_inner": 40},
+    ),
+    "gpt2: unscaled": ("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt_neox: parallel": ("gpt_neox", {"rotary_pct": 0.5}),
+    "gpt_neox: sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox: no attention bias": ("gpt_neox", {"attention_bias": False, "rotary_pct": 1.0}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "gptj: all rotary": ("gptj", {"rotary_dim": 8, "n_inner": 40}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt: stream norms, projected embedding": (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
+    "opt: no biases": (
+        "opt",
+        {
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 32,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+        },
+    ),
+    "phi": ("phi", {**_GQA, "partial_rotary_factor": 0.5}),
+    "phi: QK norms": ("phi", {**_MHA, "qk_layernorm": True}),
+    "phi3": ("phi3", {**_GQA, "pad_token_id": 0}),
+    "phi3: window": ("phi3", {**_MHA, "pad_token_id": 0, "sliding_window": 3}),
+    "phi3: LongRoPE, partial rotary, tied": (
+        "phi3",
+        {
+            **_GQA,
+            "pad_token_id": 0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 6,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [2.0, 5.0]},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma": ("gemma", {**_GQA, "head_dim": 16}),
+    "gemma: MQA": ("gemma", {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
+    "gemma2": ("gemma2", {**_GEMMA, **_LOCAL}),
+    "gemma2: tight caps": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": ("gemma3_text", {**_GEMMA3, **_LOCAL_ROPE}),
+    "gemma3: with vision": ("gemma3", {"text_config": {**_SHAPE, **_GEMMA3}, "vision_config": _VISION}),
+    "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4}),
+    "mixtral: top-1, window": (
+        "mixtral",
+        {**_MHA, "num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 3},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_GQA, **_EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1], "decoder_sparse_step": 1},
+    ),
+    "qwen2_moe: window, normalised": (
+        "qwen2_moe",
+        {
+            **_MHA,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 0,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_GQA, **_EXPERTS, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 1}),
+    "qwen3_moe: every second layer": (
+        "qwen3_moe",
+        {**_GQA, **_EXPERTS, "head_dim": 16, "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "olmo": ("olmo", _GQA),
+    "olmo: clamped": ("olmo", {**_GQA, "clip_qkv": 0.7}),
+    "olmo: clamped, biases": ("olmo", {**_MHA, "clip_qkv": 0.7, "attention_bias": True}),
+    "olmo2": ("olmo2", _GQA),
+    "olmo2: biases": ("olmo2", {**_MHA, "attention_bias": True}),
+    "granite": ("granite", {**_GQA, **_MULTIPLIERS}),
+    "granite: biases": ("granite", {**_GQA, **_BIASES, "residual_multiplier": 0.3}),
+    "cohere": ("cohere", {**_GQA, "logit_scale": 0.2}),
+    "cohere: QK norms": ("cohere", {**_GQA, "use_qk_norm": True, "attention_bias": True}),
+    "cohere2": (
+        "cohere2",
+        {**_GQA, "logit_scale": 0.2, "head_dim": 8, "sliding_window_pattern": 2, **_LOCAL},
+    ),
+    "falcon: 7B": ("falcon", {}),
+    "falcon: 7B, biases": ("falcon", {"bias": True, "ffn_hidden_size": 40}),
+    "falcon: 40B": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon: 11B": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon: RW, ALiBi": ("falcon", {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}),
+    "stablelm": ("stablelm", {**_GQA, "use_qkv_bias": True}),
+    "stablelm: parallel, QK norms": ("stablelm", {**_GQA, "use_parallel_residual": True, "qk_layernorm": True}),
+    "bloom": ("bloom", {}),
+    "bloom: odd heads": ("bloom", {"hidden_size": 36, "n_head": 6}),
+    "mpt": ("mpt", {}),
+    "mpt: clamped, scaled": ("mpt", {"attn_config": {"clip_qkv": 0.7, "softmax_scale": 0.5}}),
+    "mpt: odd heads": ("mpt", {"hidden_size": 36, "num_attention_heads": 6}),
+    "starcoder2: window": ("starcoder2", {**_GQA, "sliding_window": 3}),
+    "starcoder2: no biases": ("starcoder2", {**_MHA, "use_bias": False, "sliding_window": None}),
+}
+_NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}}
+
+
+def available(name: str) -> bool:
+    """Whether the installed transformers knows this variant's family."""
+    return VARIANTS[name][0] in CONFIG_MAPPING
+
+
+def build_variant(name: str, seed: int = 0, implementation: str | None = None) -> torch.nn.Module:
+    """A random model of a variant, in float32 and eval mode; ``implementation`` is that of its attention."""
+    model_type, changes = VARIANTS[name]
+    return build_model(model_type, seed, implementation, **changes)
+
+
+def build_model(model_type: str, seed: int = 0, implementation: str | None = None, **changes: Any) -> torch.nn.Module:
+    """A random model of a family in the small shape, with some of its config changed."""
+    names = _NAMES.get(model_type, {})
+    shape = {names.get(key, key): value for key, value in {**_SHAPE, **changes}.items()}
+    config = AutoConfig.for_model(model_type, **shape)
+    torch.manual_seed(seed)
+    attention = {} if implementation is None else {"attn_implementation": implementation}
+    model = AutoModelForCausalLM.from_config(config, **attention).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0.0 if parameter_name.endswith("bias") else 1.0, 0.3)
+    return model

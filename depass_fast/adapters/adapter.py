@@ -1,0 +1,269 @@
+"""A model seen through its family's declaration: the weights of every layer, and the modules that a trace hooks."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .experts import expert_mlps, expert_modules, has_router
+from .family import Family, Observed, Path
+from .stored import stored_bias, stored_device, stored_shape, stored_weight
+from .tuned import inside
+from .weights import Attention, Layer, Linear, Mlp, Norm
+
+_NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model and where its family keeps its parts. ``drop_biases`` keeps constants out of the propagation."""
+
+    model: nn.Module
+    family: Family
+    drop_biases: bool = False
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """Of the text model, which is all of it unless the model sees, too; the one that its attention looks at."""
+        return self.decoder.config
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self._below_model(self.family.layers)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its unembedding."""
+        return self.model.base_model if self.family.decoder is None else self._below_model(self.family.decoder)
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self._below_model(self.family.embedding)
+
+    @property
+    def final_norm_module(self) -> nn.Module | None:
+        return None if self.family.final_norm is None else self._below_model(self.family.final_norm)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most positions that the model can have, None where nothing limits them (BLOOM's ALiBi)."""
+        names = ("max_position_embeddings", "max_seq_len")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model begins; `device_map` may put later layers elsewhere."""
+        return self.embedding.weight.device
+
+    def window(self, announced: int | None, implementation: str | None) -> int | None:
+        """The sliding window of the model's own mask, given what a layer announces and the attention implementation.
+
+        Before transformers made masks per layer, eager and sdpa masks applied the configured window to every layer,
+        whatever the layer announced; flash attention never did.
+        """
+        one_mask_for_all = hasattr(self.decoder, "_update_causal_mask") and not self.family.layer_windows
+        if one_mask_for_all and "flash" not in (implementation or "eager"):
+            return getattr(self.config, "sliding_window", None)
+        return announced
+
+    def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
+        """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""
+        own = self.family.eager_scale
+        return own(attention) if own is not None and implementation == "eager" else None
+
+    @property
+    def observed(self) -> Observed | None:
+        """How to observe attention, where this version of transformers does not let it be replaced."""
+        attention = type(self.module(0, "attention"))
+        homes = [sys.modules[base.__module__] for base in attention.__mro__]
+        pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
+        return None if pluggable else self.family.observed
+
+    def run(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """One forward pass without the unembedding."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = position_ids
+        self.decoder(**inputs)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every prompt needs a forward pass of its own.
+
+        That is so where attention is observed, and where the rotary embedding depends on the longest of all positions.
+        """
+        return self.observed is not None or any(
+            "longrope" in str(kind) or "dynamic" in str(kind)
+            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+        )
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the forward pass can be told the positions; without (ALiBi), it needs none."""
+        parameters = inspect.signature(self.decoder.forward).parameters
+        return "position_ids" in parameters
+
+    def without_biases(self) -> Adapter:
+        """The same model with its additive constants left out of the propagation (not out of the forward pass)."""
+        return replace(self, drop_biases=True)
+
+    # -- its end ------------------------------------------------------------------------------------------------
+
+    @property
+    def unembedding(self) -> nn.Module:
+        return self._below_model(self.family.unembedding)
+
+    @property
+    def unembedding_bias(self) -> Tensor | None:
+        return None if self.drop_biases else stored_bias(self.unembedding)
+
+    @property
+    def unembedding_device(self) -> torch.device:
+        return stored_device(self.unembedding)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return stored_shape(self.unembedding)[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the residual stream."""
+        return stored_shape(self._project_out or self.unembedding)[1]
+
+    def final_norm(self) -> Norm | None:
+        return self._norm(self.final_norm_module)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own logits of normed final hidden states: (..., D) -> (..., vocabulary)."""
+        weight = getattr(self.unembedding, "weight", None)
+        stored = isinstance(weight, Tensor) and weight.is_floating_point()  # else it is quantised
+        hidden = hidden.to(self.unembedding_device, weight.dtype if stored else self.dtype)
+        raw = self.unembedding(hidden if self._project_out is None else self._project_out(hidden))
+        raw = raw * self.family.logit_scale
+        cap = self.family.logit_cap
+        return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    def token_direction(self, token: int, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a token's logit is the product with: a direction (D,) and a constant (), on the unembedding's device.
+
+        A cap on the logits is frozen at the ratio capped / raw that it has at the normed hidden state (D,).
+        """
+        weight, bias = stored_weight(self.unembedding), self.unembedding_bias
+        vector = weight[token].to(dtype)
+        if self._project_out is not None:
+            vector = vector @ stored_weight(self._project_out).to(dtype)
+        constant = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias[token].to(dtype)
+        ratio = torch.tensor(self.family.logit_scale, dtype=dtype, device=weight.device)
+        if self.family.logit_cap is not None:
+            raw = ratio * (vector @ hidden.to(vector) + constant) / self.family.logit_cap
+            ratio = ratio * torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
+        return vector * ratio, constant * ratio
+
+    @property
+    def _project_out(self) -> nn.Module | None:
+        return self._below_model(self.family.project_out) if self.family.project_out else None
+
+    # -- a layer ------------------------------------------------------------------------------------------------
+
+    def module(self, index: int, part: str) -> nn.Module | None:
+        """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
+        layers = self._below_model(self.family.layers)  # much cheaper than get_submodule, which checks every step
+        path = getattr(self.family, part)
+        return None if path is None else _below(layers._modules[str(index)], path)
+
+    def is_mixture(self, index: int) -> bool:
+        """Whether the MLP of layer ``index`` is a mixture of experts."""
+        return self.family.experts is not None and has_router(self.module(index, "mlp"), self.family.experts)
+
+    def layer(self, index: int) -> Layer:
+        """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
+        attention = Attention(
+            **self._branch(index, "attention"),
+            v=self._linear(index, "v_proj", "v_part"),
+            o=self._linear(index, "o_proj"),
+            head_dim=self.head_dim(index),
+        )
+        branch = self._branch(index, "mlp")
+        if self.is_mixture(index):
+            mlps = expert_mlps(self.module(index, "mlp"), self.family.experts, branch)
+        else:
+            gate, down = self._linear(index, "gate_proj", "gate_part"), self._linear(index, "down_proj")
+            mlps = (Mlp(**branch, gate=gate, down=down),)
+        return Layer(attention, mlps, self.family.parallel)
+
+    def head_dim(self, index: int) -> int:
+        module = self.module(index, "attention")
+        named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
+        return int(named or self.config.hidden_size // self.config.num_attention_heads)
+
+    def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
+        """Every norm on the residual stream or on what is added to it, with its module."""
+        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+        for index in range(self.n_layers):
+            for part in parts:
+                if (module := self.module(index, part)) is not None:
+                    yield module, self._norm(module)
+        if self.final_norm_module is not None:
+            yield self.final_norm_module, self.final_norm()
+
+    def weighty(self, index: int) -> list[nn.Module]:
+        """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
+        parts = ["v_proj", "o_proj"] + ([] if self.is_mixture(index) else ["gate_proj", "down_proj"])
+        parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+        modules = [module for part in parts if (module := self.module(index, part)) is not None]
+        if self.is_mixture(index):
+            modules += expert_modules(self.module(index, "mlp"), self.family.experts)
+        return modules
+
+    def name_of(self, module: nn.Module) -> str:
+        """A module's name below the model."""
+        return next(name for name, found in self.model.named_modules() if found is module)
+
+    def _branch(self, index: int, kind: str) -> dict[str, Any]:
+        norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
+        return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
+
+    def _linear(self, index: int, path: str, part: str | None = None) -> Linear:
+        return Linear(self.module(index, path), part and getattr(self.family, part), self.drop_biases)
+
+    def _norm(self, module: nn.Module | None) -> Norm | None:
+        if module is None:
+            return None
+        weight = getattr(module, "weight", None)
+        if weight is not None and self.family.norm_offset:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset
+        eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-5)
+        bias = None if self.drop_biases else stored_bias(module)
+        return Norm(weight, float(eps), bias, centred=self.family.norm == "layer")
+
+    def _below_model(self, path: Path) -> nn.Module:
+        return _below(self.model, path)
+
+
+def _below(module: nn.Module, path: Path) -> nn.Module:
+    """What is found under a path, or under the first of several that exists."""
+    if isinstance(path, str):
+        return inside(attrgetter(path)(module))
+    for name in path[:-1]:
+        try:
+            return inside(attrgetter(name)(module))
+        except AttributeError:
+            continue
+    return inside(attrgetter(path[-1])(module))

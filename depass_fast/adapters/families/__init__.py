@@ -1,0 +1,1 @@
+"""One file per model family. Every file here is found by itself."""

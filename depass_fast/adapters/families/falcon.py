@@ -1,0 +1,59 @@
+"""Falcon: LayerNorm, one or few KV heads in a fused QKV; rotary embedding or ALiBi; parallel in all but the oldest."""
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..family import Family, Observed, Part, of_each_head
+
+MODEL_TYPES = ("falcon",)
+
+
+def declare(config: Any) -> Family:
+    new = config.new_decoder_architecture
+    parallel = new or config.parallel_attn
+    two_norms = new and config.num_ln_in_parallel_attn in (None, 2)
+    norm = "ln_attn" if two_norms else "input_layernorm"
+    return Family(
+        layers="transformer.h",
+        embedding="transformer.word_embeddings",
+        final_norm="transformer.ln_f",
+        norm="layer",
+        parallel=parallel,
+        attention="self_attention",
+        attention_norm=norm,
+        v_proj="self_attention.query_key_value",
+        v_part=_values(config),
+        o_proj="self_attention.dense",
+        observed=Observed(("query_key_value",), _read),
+        alibi=config.alibi,
+        mlp_norm="ln_mlp" if two_norms else norm if parallel else "post_attention_layernorm",
+        gate_proj="mlp.dense_h_to_4h",
+        down_proj="mlp.dense_4h_to_h",
+    )
+
+
+def _values(config: Any) -> Part:
+    """V's part of QKV: beside the queries that share it, beside its own, or behind all."""
+    heads = config.num_attention_heads
+    if config.new_decoder_architecture:
+        group = heads // config.num_kv_heads + 2
+        return of_each_head(config.num_kv_heads, group, group - 1)
+    if not config.multi_query:
+        return of_each_head(heads, 3, 2)
+    return lambda weight: weight.unflatten(0, (heads + 2, -1))[-1]
+
+
+def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    q, k, v = attention._split_heads(outputs[0])  # (1, T, H, d), (1, T, Hkv, d), or repeated for every head
+    if attention.new_decoder_architecture:
+        k, v = (x[:, :, :: attention.num_heads // attention.num_kv_heads] for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scale, alibi = attention.inv_norm_factor, kwargs["alibi"]
+    if alibi is None:
+        q, k = sys.modules[type(attention).__module__].apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
+        return {"q": q, "k": k, "v": v, "scale": scale}
+    times = 2 if attention.config._attn_implementation == "eager" else 1  # which adds what is in the mask already
+    bias = alibi.reshape(attention.num_heads, -1).T * (scale * times)  # (T, H)
+    return {"q": q, "k": k, "v": v, "scale": scale, "key_bias": lambda n: bias[:n]}

@@ -1,0 +1,16 @@
+"""Llama's layout: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Mistral adds a sliding window, which the attention call announces. Qwen 2 has biases on Q, K and V, Qwen 3 norms on Q
+and K: these end in the frozen attention probabilities, only V's bias is ever propagated. SmolLM 3 leaves the rotary
+embedding out of some layers, which concerns Q and K only.
+"""
+
+from typing import Any
+
+from ..family import Family
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+def declare(config: Any) -> Family:
+    return Family()

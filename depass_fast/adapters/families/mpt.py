@@ -1,0 +1,38 @@
+"""MPT: LayerNorm without β, ALiBi, fused QKV that may be clamped, an ungated MLP."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..family import Family, Observed, third
+
+MODEL_TYPES = ("mpt",)
+
+
+def declare(config: Any) -> Family:
+    return Family(
+        layers="transformer.blocks",
+        embedding="transformer.wte",
+        final_norm="transformer.norm_f",
+        norm="layer",
+        attention="attn",
+        attention_norm="norm_1",
+        v_proj="attn.Wqkv",
+        v_part=third(2),
+        v_clip=config.attn_config.clip_qkv,
+        o_proj="attn.out_proj",
+        observed=Observed(("Wqkv",), _read),
+        alibi=True,
+        mlp="ffn",
+        mlp_norm="norm_2",
+        gate_proj="ffn.up_proj",
+        down_proj="ffn.down_proj",
+    )
+
+
+def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    fused, limit = outputs[0], attention.clip_qkv
+    fused = fused.clamp(-limit, limit) if limit else fused
+    q, k, v = fused.unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
+    alibi = kwargs["position_bias"][:, 0].T  # (longest, H), the last key's at the end
+    return {"q": q, "k": k, "v": v, "scale": attention.softmax_scale, "key_bias": lambda n: alibi[-n:]}

@@ -1,0 +1,18 @@
+"""Phi-3 and Phi-4: Llama's layout with fused QKV and fused gate and up projections."""
+
+from typing import Any
+
+from ..family import Family, first_half
+
+MODEL_TYPES = ("phi3",)
+
+
+def declare(config: Any) -> Family:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = config.num_key_value_heads * head_dim
+    return Family(
+        v_proj="self_attn.qkv_proj",
+        v_part=lambda weight: weight[-values:],
+        gate_proj="mlp.gate_up_proj",
+        gate_part=first_half,
+    )

@@ -1,0 +1,17 @@
+"""Qwen 2 MoE and Qwen 3 MoE: Qwen's layout with mixtures of experts in some layers; Qwen 2 has a shared expert."""
+
+from typing import Any
+
+from ..family import Experts, Family, Observed, read_rotary
+
+MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
+
+
+def declare(config: Any) -> Family:
+    shared = (
+        {"shared": "shared_expert", "shared_gate": "shared_expert_gate"} if config.model_type == "qwen2_moe" else {}
+    )
+    return Family(
+        observed=Observed(("q_proj", "k_proj", "v_proj"), read_rotary),
+        experts=Experts(top_k=config.num_experts_per_tok, normalised=config.norm_topk_prob, **shared),
+    )

@@ -1,0 +1,122 @@
+"""How a model family is declared: where its modules live and of which kind they are. Data, and nothing that runs.
+
+`docs/adding-a-family.md` shows it on a real one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Part = Callable[[Tensor], Tensor]
+Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts below the MLP's module: paths below it. The router is frozen.
+
+    ``gate``, ``up`` and ``down`` are the names of an expert's projections where it is a module; in recent transformers
+    all experts of a layer are two tensors, `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I).
+    """
+
+    top_k: int
+    normalised: bool  # whether the chosen experts' probabilities are made to sum to one
+    router: str = "gate"
+    experts: str = "experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str | None = None  # an expert that every position goes through
+    shared_gate: str | None = None  # which of it, between 0 and 1
+
+
+@dataclass(frozen=True)
+class Observed:
+    """How Q, K and V come about in attention that does not go through transformers' interface.
+
+    ``projections`` are paths below the attention's module. ``read(module, outputs, kwargs)`` gets that module, their
+    outputs (1, T, C) in that order, and the named arguments that the module was called with. It gives q (1, H, T, d)
+    and k, v (1, Hkv, T, d) after rotary embedding, the logits' scale, and ``key_bias`` where there is ALiBi: a function
+    of a prompt's length N that says what the logits of its keys are raised by, (N, H).
+    """
+
+    projections: tuple[str, ...]
+    read: Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model of a family keeps its parts: paths below the model, or below a layer. Defaults are Llama's.
+
+    What a family does not have is None. A norm of a branch sits before it (`attention_norm`), on its output before that
+    is added (`attention_output_norm`), or on the residual stream after it (`attention_stream_norm`).
+    """
+
+    decoder: Path | None = None  # the model without its unembedding; None: what transformers calls the base model
+    layers: Path = "model.layers"
+    embedding: Path = "model.embed_tokens"
+    final_norm: Path | None = "model.norm"
+    unembedding: Path = "lm_head"
+    project_out: Path | None = None  # between the final norm and the unembedding
+    logit_scale: float = 1.0
+    logit_cap: float | None = None  # c · tanh(logit / c)
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
+    parallel: bool = False  # the MLP reads what the attention reads
+    factor: float = 1.0  # of what a branch adds to the residual stream
+
+    attention: Path = "self_attn"
+    attention_norm: Path | None = "input_layernorm"
+    attention_output_norm: Path | None = None
+    attention_stream_norm: Path | None = None
+    v_proj: Path = "self_attn.v_proj"
+    v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
+    v_clip: float | None = None  # values are clamped to ± this
+    o_proj: Path = "self_attn.o_proj"
+    observed: Observed | None = None  # where attention does not go through transformers' interface
+    eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
+    alibi: bool = False  # `observed` gives a `key_bias`
+    layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
+
+    mlp: Path = "mlp"
+    mlp_norm: Path | None = "post_attention_layernorm"
+    mlp_output_norm: Path | None = None
+    mlp_stream_norm: Path | None = None
+    gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
+    gate_part: Part | None = None
+    down_proj: Path = "mlp.down_proj"
+    experts: Experts | None = None  # in the layers whose MLP has a router
+
+
+def third(index: int) -> Part:
+    """One of the three equal parts [Q; K; V] of a fused projection."""
+    return lambda weight: weight.chunk(3)[index]
+
+
+def first_half(weight: Tensor) -> Tensor:
+    """The gate's part of a fused [gate; up] projection."""
+    return weight.chunk(2)[0]
+
+
+def of_each_head(heads: int, parts: int, index: int) -> Part:
+    """One of ``parts`` equal parts of every head in a projection fused by head, as [q1; k1; v1; q2; k2; v2; ...]."""
+    return lambda weight: weight.unflatten(0, (heads, parts, -1))[:, index].flatten(0, 1)
+
+
+def read_rotary(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Q, K and V of separate projections, with norms on Q and K and a rotary embedding of some or all dimensions."""
+    q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in outputs)
+    if getattr(attention, "qk_layernorm", False):
+        q, k = attention.q_layernorm(q), attention.k_layernorm(k)
+    cos, sin = kwargs["position_embeddings"]
+    width, rotate = cos.shape[-1], sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    turned = rotate(q[..., :width], k[..., :width], cos, sin)
+    q, k = (torch.cat([new, x[..., width:]], dim=-1) for new, x in zip(turned, (q, k), strict=True))
+    return {"q": q, "k": k, "v": v, "scale": attention.head_dim**-0.5}

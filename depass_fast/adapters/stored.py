@@ -1,0 +1,106 @@
+"""Weights as numbers, however a module stores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .quantised import dequantised, is_quantised
+from .tuned import at_work, is_tuned, tuned_bias, tuned_weight, why_unreadable
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """One expert's matrix within a tensor of all of them, (E, out, in), as if it were a linear module."""
+
+    stack: Tensor
+    index: int
+
+    @property
+    def weight(self) -> Tensor:
+        return self.stack[self.index]
+
+
+def stored_weight(module: nn.Module | Stacked) -> Tensor:
+    """The weight of a linear module, (out, in): a view of the model's own wherever that is plain.
+
+    That of a quantised module or of one that PEFT has wrapped is computed at every call.
+    """
+    if is_tuned(module):
+        return tuned_weight(module, stored_weight(module.base_layer))
+    if is_quantised(module):
+        return dequantised(module)
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def stored_bias(module: nn.Module | Stacked) -> Tensor | None:
+    """The bias (out,) of a module, or None."""
+    if is_tuned(module):
+        return tuned_bias(module, stored_bias(module.base_layer))
+    return getattr(module, "bias", None)
+
+
+def stored_shape(module: nn.Module | Stacked) -> tuple[int, int]:
+    """(out, in) of a linear module, without reading its weight."""
+    if is_tuned(module):
+        return stored_shape(module.base_layer)
+    if is_quantised(module):
+        return module.out_features, module.in_features
+    out, size = (module.weight.T if isinstance(module, Conv1D) else module.weight).shape
+    return out, size
+
+
+def stored_device(module: nn.Module | Stacked) -> torch.device:
+    """Where a linear module lives."""
+    if isinstance(module, Stacked):
+        return module.stack.device
+    held = [*module.parameters(), *module.buffers()]
+    return held[0].device
+
+
+def unreadable(module: nn.Module) -> str | None:
+    """Why the weight of a module cannot be read as numbers, if it cannot."""
+    if is_tuned(module):
+        return why_unreadable(module) or unreadable(module.base_layer)
+    if is_quantised(module):
+        return None
+    weight = getattr(module, "weight", None)
+    if weight is not None and any(module.children()):
+        parts = ", ".join(name for name, _ in module.named_children())
+        return (
+            f"{type(module).__name__} wraps its weight (it holds {parts}), which is not all it computes with; "
+            "merge the adapter into the model first."
+        )
+    if weight is None and not any(module.parameters()) and not any(module.buffers()):
+        return None  # a norm without parameters
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        kind = getattr(weight, "dtype", type(weight).__name__)
+        return (
+            f"its weight is quantised ({kind}) and cannot be read as numbers; load the model in float32, "
+            "bfloat16 or float16, or dequantise it first (model.dequantize())."
+        )
+    return "its weight is offloaded (meta device); load the model into memory." if weight.is_meta else None
+
+
+def kind_of(module: nn.Module) -> tuple | None:
+    """What modules whose weights are read in the same way have in common; None where the weight is plain."""
+    if is_tuned(module):
+        return (type(module), *at_work(module), kind_of(module.base_layer))
+    return (type(module), type(getattr(module, "weight", None))) if is_quantised(module) else None
+
+
+def reads_as_computed(module: nn.Module, dtype: torch.dtype) -> float:
+    """How far a module's output on random input is from what its weight makes of it, relative to its size.
+
+    That of a module with 8-bit activations is about 0.01.
+    """
+    weight, bias = stored_weight(module), stored_bias(module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, weight.shape[1], generator=generator).to(weight.device, dtype)
+    with torch.no_grad():
+        own = module.forward(x)
+        ours = nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight))
+    return float((own.to(ours) - ours).norm() / ours.norm().clamp_min(torch.finfo(ours.dtype).tiny))

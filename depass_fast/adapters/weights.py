@@ -1,0 +1,254 @@
+"""What a layer is to the engine: two kinds of branches that read the residual stream and write to it.
+
+Every family is expressed in these terms (DESIGN.md section 2). A branch reads through a norm with its scale frozen, is
+linear or an MLP in what it has read, and writes through a norm, if there is one, and a factor. Nothing here knows a
+model; backends know nothing else of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation with its scale frozen: ``y = γ ⊙ (x - mean x) · s + β``, without the mean unless ``centred``.
+
+    ``s[n] = 1 / sqrt(mean(x[n]²) + eps)``, of the centred x for LayerNorm. ``weight`` γ and ``bias`` β are (D,) or
+    absent.
+    """
+
+    weight: Tensor | None
+    eps: float
+    bias: Tensor | None = None
+    centred: bool = False
+
+    def to(self, device: torch.device) -> Norm:
+        """The same norm on another device."""
+        parts = {name: getattr(self, name) for name in ("weight", "bias")}
+        return replace(self, **{name: part if part is None else part.to(device) for name, part in parts.items()})
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The frozen factor s of hidden states ``x`` (..., D) -> (...), in float32 or wider."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return torch.rsqrt(x.square().mean(-1) + self.eps)
+
+    def apply(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The linear part, with ``scale`` (N,) frozen: (N, ..., D) -> (N, ..., D), in the dtype of ``x``."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return x if self.weight is None else x * self.weight.to(x.dtype)
+
+    def fold(self, weight: Tensor, out: Tensor) -> Tensor:
+        """``weight`` (C, D) of what reads the normed x, made to read x · s instead: γ and the mean go into it."""
+        if self.weight is not None and weight.dtype == out.dtype:
+            torch.mul(weight, self.weight.to(out.dtype), out=out)
+        else:
+            out.copy_(weight)
+            if self.weight is not None:
+                out.mul_(self.weight.to(out.dtype))
+        return out.sub_(out.mean(1, keepdim=True)) if self.centred else out
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection of the model, or a part of a fused one: ``weight`` (out, in), ``bias`` (out,) or None."""
+
+    module: nn.Module | Stacked
+    part: Callable[[Tensor], Tensor] | None = None  # of the outputs, which are the first axis
+    drop_bias: bool = False
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), without reading the weight."""
+        shape = stored_shape(self.module)
+        return shape if self.part is None else tuple(self.part(torch.empty(shape, device="meta")).shape)
+
+    @property
+    def device(self) -> torch.device:
+        return stored_device(self.module)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        weight = stored_weight(self.module)
+        return weight if self.part is None else self.part(weight)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        bias = None if self.drop_bias else stored_bias(self.module)
+        return bias if bias is None or self.part is None else self.part(bias)
+
+    @property
+    def has_bias(self) -> bool:
+        return not self.drop_bias and stored_bias(self.module) is not None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What attention and MLP have in common: the norm that they read through, and how they write.
+
+    ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
+    of the residual stream itself, after the branch has been added (OPT-350m).
+    """
+
+    norm: Norm | None
+    output: Norm | None
+    stream: Norm | None
+    factor: float
+
+    def scale(self, resid: Tensor) -> Tensor:
+        """s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
+        if self.norm is None:
+            return resid.new_ones(len(resid), dtype=torch.promote_types(resid.dtype, torch.float32))
+        return self.norm.scale(resid)
+
+    def reading(self, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """A weight (C, D) on the normed input, as one on x · s, in ``dtype``; in ``out`` where a copy is needed."""
+        if self.norm is None:
+            return weight.to(dtype)
+        return self.norm.fold(weight, weight.new_empty(weight.shape, dtype=dtype) if out is None else out)
+
+    def writing(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight (D, C) of the output, with the output's γ, mean and factor in it, but not its scale."""
+        if self.output is None:
+            return weight.to(dtype) if self.factor == 1.0 else weight.to(dtype) * self.factor
+        folded = weight.new_empty(weight.shape[::-1], dtype=dtype)
+        return self.output.fold(weight.T, folded).mul_(self.factor).T
+
+    def written(self, y: Tensor, out_scale: Tensor | None) -> Tensor:
+        """What raw outputs ``y`` (N, ..., D) add to the residual stream, the output norm's scale (N,) being frozen."""
+        if self.output is not None:
+            y = self.output.apply(y, out_scale)
+        return y if self.factor == 1.0 else y * self.factor
+
+    def written_constant(self, y: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What a constant raw output ``y`` (D,) or None, and the output norm's β, add: (D,), or (N, D), or None."""
+        if self.output is None:
+            return None if y is None else self.written(y.to(dtype), None)
+        beta = None if self.output.bias is None else self.output.bias.to(dtype) * self.factor
+        if y is None:
+            return beta
+        y = self.written(y.to(dtype).expand(len(out_scale), -1), out_scale)
+        return y if beta is None else y + beta
+
+    @property
+    def has_norm_bias(self) -> bool:
+        return any(norm is not None and norm.bias is not None for norm in (self.norm, self.output, self.stream))
+
+    def _read_constant(self, weight: Callable[[], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What a projection makes of the norm's β, and its own bias: (C,) or None."""
+        if self.norm is None or self.norm.bias is None:
+            return None if bias is None else bias.to(dtype)
+        value = weight().to(dtype) @ self.norm.bias.to(dtype)
+        return value if bias is None else value + bias.to(dtype)
+
+
+@dataclass(frozen=True)
+class Attention(Branch):
+    """The OV path of one layer: ``v`` maps D to Hkv·d, ``o`` maps H·d to D."""
+
+    v: Linear
+    o: Linear
+    head_dim: int
+
+    @property
+    def w_v(self) -> Tensor:
+        return self.v.weight
+
+    @property
+    def w_o(self) -> Tensor:
+        return self.o.weight
+
+    @cached_property
+    def n_heads(self) -> int:
+        return self.o.shape[1] // self.head_dim
+
+    @cached_property
+    def n_kv_heads(self) -> int:
+        return self.v.shape[0] // self.head_dim
+
+    @property
+    def has_bias(self) -> bool:
+        return self.has_norm_bias or self.v.has_bias or self.o.has_bias
+
+    def value_constant(self, dtype: torch.dtype) -> Tensor | None:
+        """The constant part of every value, (Hkv·d,), or None."""
+        return self._read_constant(lambda: self.w_v, self.v.bias, dtype)
+
+    def constant(self, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor | None:
+        """What positions receive whatever their components are: (D,), or (N, D), or None. P's rows sum to one."""
+        value, raw = self.value_constant(dtype), self.o.bias
+        if value is not None:
+            groups = self.n_heads // self.n_kv_heads
+            value = value.view(self.n_kv_heads, 1, self.head_dim).expand(-1, groups, -1).reshape(-1)
+            value = self.w_o.to(dtype) @ value
+            raw = value if raw is None else value + raw.to(dtype)
+        return self.written_constant(raw, out_scale, dtype)
+
+
+@dataclass(frozen=True)
+class Mlp(Branch):
+    """An MLP, or one expert of several: ``gate`` maps D to I (in an ungated MLP it is the only way in), ``down`` back.
+
+    ``name`` tells experts apart; it is empty for the only MLP of a layer.
+    """
+
+    gate: Linear
+    down: Linear
+    name: str = ""
+
+    @property
+    def w_gate(self) -> Tensor:
+        return self.gate.weight
+
+    @property
+    def w_down(self) -> Tensor:
+        return self.down.weight
+
+    @property
+    def has_bias(self) -> bool:
+        return self.has_norm_bias or self.gate.has_bias or self.down.has_bias
+
+    def gate_constant(self, dtype: torch.dtype) -> Tensor | None:
+        """What the `bias` component drives every gate with besides its own state, (I,), or None."""
+        return self._read_constant(lambda: self.w_gate, self.gate.bias, dtype)
+
+    def constant(self, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor | None:
+        """What positions receive whatever their components are: (D,), or (N, D), or None."""
+        return self.written_constant(self.down.bias, out_scale, dtype)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Everything of one layer that propagates components.
+
+    ``mlps`` is one MLP, or the experts of a mixture; they read the same and their outputs are summed. In a ``parallel``
+    layer the MLP reads what the attention reads.
+    """
+
+    attention: Attention
+    mlps: tuple[Mlp, ...]
+    parallel: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.attention.v.device
+
+    @property
+    def mlp(self) -> Mlp:
+        """The only MLP, or one of them: norms and factor are the same in all."""
+        return self.mlps[0]
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        return any(mlp.has_bias for mlp in self.mlps)

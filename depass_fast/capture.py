@@ -1,0 +1,348 @@
+"""One ordinary forward pass, recorded. The model is left as it was found, whatever happens.
+
+Prompts of different lengths go through the model as one packed sequence without padding: T positions in all, with
+position ids that start over at every prompt and an attention function of our own that never looks past a prompt's
+edges. That function also is where Q, K and the kind of mask are recorded.
+
+Attention that does not go through transformers' interface is observed instead: its family says how Q, K and V come from
+its projections (:class:`depass_fast.adapters.family.Observed`), and our function's output takes the place of its own
+before the output projection. Such a model runs prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .adapters import Adapter, route
+from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
+
+_ATTENTION_NAME = "depass_fast_recorder"
+_TILE = 1 << 24  # attention logits held at once, in elements, where they cannot be left to torch
+
+_active = threading.local()
+_one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
+
+
+def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
+    """Run the model once over ``prompts`` (ids, each (N,), N ≥ 1) and record what the decomposition freezes.
+
+    The model is left as it was found, also after an exception or Ctrl-C: its attention implementation and hooks.
+
+    Raises:
+        FloatingPointError: weights or activations hold NaN or inf; the message names the layer.
+        RuntimeError: the model's attention did not go through the recorder.
+    """
+    device = adapter.embedding.weight.device
+    recorder = _Recorder(adapter)
+    groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
+    with torch.no_grad(), _recording(adapter, recorder):
+        for group in groups:
+            recorder.lengths = [len(prompt) for prompt in group]
+            position_ids = torch.cat([torch.arange(n) for n in recorder.lengths]).to(device)
+            ids = torch.cat(group).to(device)
+            adapter.run(input_ids=ids[None], position_ids=position_ids[None])
+    offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
+    trace = recorder.trace(torch.cat(prompts).to(device), offsets)
+    _check_finite(adapter, trace)
+    return trace
+
+
+class _Recorder:
+    """Collects forward passes; hooks and the attention function write into it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
+        self.lengths: list[int] = []  # of the prompts that are now in the model, packed
+        self.layers: list[dict[str, Any]] = [{} for _ in range(adapter.n_layers)]
+        self.final: dict[str, Any] = {}
+
+    def keep(self, record: dict[str, Any], name: str, x: Any) -> None:
+        """Note what a forward pass made, after what earlier ones did."""
+        before = record.get(name)
+        record[name] = torch.cat([before, x]) if isinstance(before, Tensor) else x
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, key_bias: Any = None, **rest: Any) -> Tensor:
+        """Record Q and K, and attend within each prompt. q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d).
+
+        ``key_bias`` maps a prompt's length N to what its keys' logits are raised by, (N, H).
+        """
+        record, biases, parts, first = self.layers[index], [], [], 0
+        for name, x in (("q", q), ("k", k)):
+            self.keep(record, name, x[0].transpose(0, 1).contiguous())
+        for length in self.lengths:
+            bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
+            part = (x[:, :, first : first + length] for x in (q, k, v))
+            parts.append(_causal_attention(*part, key_bias=bias, **rest))
+            biases.append(bias)
+            first += length
+        if key_bias is not None:
+            self.keep(record, "key_bias", torch.cat(biases))
+        record["mask"] = rest
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+    def trace(self, input_ids: Tensor, offsets: np.ndarray) -> Trace:
+        layers = [self._layer(index, record) for index, record in enumerate(self.layers)]
+        if self.adapter.final_norm_module is None:
+            self.final["normed_final"] = self.final["resid_final"]
+        return Trace(input_ids, offsets, layers, **self.final, source=TraceSource.of(self.adapter.model))
+
+    def _layer(self, index: int, record: dict[str, Any]) -> LayerTrace:
+        adapter, mixture = self.adapter, self.adapter.is_mixture(index)
+        parallel, wanted = adapter.family.parallel, {"resid_pre", "mask"}
+        wanted |= {"attention_output"} if parallel else {"resid_mid"}
+        wanted |= {"experts_input", "routing"} if mixture else {"gate", "act"}
+        if missing := wanted - record.keys():
+            names = sorted("attention" if name == "mask" else name for name in missing)
+            raise RuntimeError(
+                f"layer {index}: the forward pass recorded no {', '.join(names)}. The model's code does "
+                "not call these modules, or not through transformers' attention interface; supported: "
+                "transformers 4.51 to 5.x, models as transformers defines them."
+            )
+        pre = record["resid_pre"]
+        mid = pre + record["attention_output"] * adapter.family.factor if parallel else record["resid_mid"]
+        ratio = record.get("value_ratio")
+        attention = AttentionTrace(
+            resid=pre,
+            q=record["q"],
+            k=record["k"],
+            key_bias=record.get("key_bias"),
+            value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
+            out_scale=record.get("attention_out_scale"),
+            **record["mask"],
+        )
+        common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
+        if mixture:
+            done = route(
+                adapter.module(index, "mlp"), adapter.family.experts, record["experts_input"], record["routing"]
+            )
+            mlps = tuple(MlpTrace(gate=r.gate, act=r.act, part=r.index, positions=r.positions, **common) for r in done)
+        else:
+            mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
+        return LayerTrace(pre, mid, attention, mlps, record.get("attention_sum"), record.get("mlp_sum"))
+
+
+def _causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, key_bias: Tensor | None
+) -> Tensor:
+    """Causal attention of one prompt with grouped heads; (1, H, N, d) -> (1, H, N, d)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    n = q.shape[2]
+    if softcap is None and key_bias is None:
+        if window is None or window >= n:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        mask = causal_mask(torch.arange(n, device=q.device), n, window)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
+    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
+        logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if key_bias is not None:
+            logits = logits + key_bias.T[:, None]
+        seen = causal_mask(queries, n, window)
+        out[:, :, queries] = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return out
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,  # built for an unpacked sequence, or not at all: ours is made of the offsets
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    recorder: _Recorder | None = getattr(_active, "recorder", None)
+    if recorder is None:
+        raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
+    if scaling is None:
+        scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
+    window = recorder.adapter.window(sliding_window, recorder.implementation)
+    softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
+    return recorder.attend(module.layer_idx, query, key, value, scale=scaling, window=window, softcap=softcap), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)
+
+
+@contextmanager
+def _recording(adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
+    """Hook the model up to ``recorder`` and undo all of it, whatever happens in between."""
+    with _one_at_a_time, ExitStack() as undo:
+        for index in range(adapter.n_layers):
+            _hook_layer(adapter, index, recorder, undo)
+        end = adapter.final_norm_module
+        if end is None:
+            after = _Tap(recorder, recorder.final, "resid_final").after(adapter.blocks[-1])
+            undo.callback(after)
+        else:
+            undo.callback(_Tap(recorder, recorder.final, "resid_final").before(end))
+        if adapter.dtype == torch.float64:
+            for module, norm in adapter.norms():
+                undo.callback(module.register_forward_hook(_full_precision(norm)).remove)
+        if end is not None:
+            undo.callback(_Tap(recorder, recorder.final, "normed_final").after(end))
+
+        changes = {} if adapter.observed is not None else {"_attn_implementation": _ATTENTION_NAME}
+        if adapter.dtype == torch.float64:
+            changes["_experts_implementation"] = "eager"  # the others know no float64
+        for name, value in changes.items():
+            if hasattr(adapter.config, name):
+                undo.callback(setattr, adapter.config, name, getattr(adapter.config, name))
+                setattr(adapter.config, name, value)
+        undo.callback(setattr, _active, "recorder", getattr(_active, "recorder", None))
+        _active.recorder = recorder
+        yield
+
+
+def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack) -> None:
+    family, weights, record = adapter.family, adapter.layer(index), recorder.layers[index]
+
+    def tap(name: str, made: Callable[[Tensor], Tensor] | None = None) -> _Tap:
+        return _Tap(recorder, record, name, made)
+
+    def part(name: str) -> nn.Module | None:
+        return adapter.module(index, name)
+
+    undo.callback(tap("resid_pre").before(part("attention_norm") or part("attention")))
+    if family.parallel:
+        undo.callback(tap("attention_output").after(part("o_proj")))
+    else:
+        undo.callback(tap("resid_mid").before(part("mlp_norm") or part("mlp")))
+    for kind, branch in (("attention", weights.attention), ("mlp", weights.mlp)):
+        if branch.output is not None:
+            undo.callback(tap(f"{kind}_out_scale", branch.output.scale).before(part(f"{kind}_output_norm")))
+        if branch.stream is not None:
+            undo.callback(tap(f"{kind}_sum").before(part(f"{kind}_stream_norm")))
+    if family.v_clip is not None:
+        v_part, limit = family.v_part or (lambda weight: weight), family.v_clip
+        undo.callback(tap("value_ratio", lambda x: _clamped_ratio(v_part(x.T).T, limit)).after(part("v_proj")))
+    if adapter.is_mixture(index):
+        undo.callback(tap("experts_input").before(part("mlp")))
+        router = part("mlp").get_submodule(family.experts.router)
+        undo.callback(tap("routing").after(router))
+    else:
+        gate = family.gate_part
+        undo.callback(tap("gate", gate and (lambda x: gate(x.T).T.contiguous())).after(part("gate_proj")))
+        undo.callback(tap("act").before(part("down_proj")))
+    if adapter.observed is not None:
+        _observe(adapter, index, recorder, undo)
+
+
+def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack) -> None:
+    """Attention that is not pluggable: its projections give Q, K and V, and our output replaces its own."""
+    module, observed = adapter.module(index, "attention"), adapter.observed
+    seen: dict[str, Any] = {}
+
+    def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(_active, "recorder", None) is recorder:
+            seen["kwargs"] = kwargs
+
+    def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if getattr(_active, "recorder", None) is not recorder:
+            return None
+        outputs = [seen[name] for name in observed.projections]
+        attention = observed.read(module, outputs, seen["kwargs"])
+        window = recorder.adapter.window(None, recorder.implementation)
+        out = recorder.attend(index, window=window, softcap=None, **attention)
+        return (out.reshape(args[0].shape).to(args[0].dtype),)
+
+    undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
+    for name in observed.projections:
+        undo.callback(_Tap(recorder, seen, name, batched=True).after(module.get_submodule(name)))
+    undo.callback(adapter.module(index, "o_proj").register_forward_pre_hook(replaced).remove)
+
+
+class _Tap:
+    """A hook that records the input or the output of a module, (T, C), or what is ``made`` of it."""
+
+    def __init__(
+        self,
+        recorder: _Recorder,
+        record: dict[str, Any],
+        name: str,
+        made: Callable[[Tensor], Tensor] | None = None,
+        batched: bool = False,
+    ) -> None:
+        self.recorder, self.record, self.name, self.made, self.batched = recorder, record, name, made, batched
+
+    def before(self, module: nn.Module) -> Callable[[], None]:
+        """Record the module's input; returned is the way back."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._keep(args[0] if args else kwargs["hidden_states"])
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+    def after(self, module: nn.Module) -> Callable[[], None]:
+        """Record the module's output; returned is the way back."""
+        return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
+
+    def _keep(self, x: Any) -> None:
+        if getattr(_active, "recorder", None) is not self.recorder:  # what another thread runs meanwhile
+            return
+        if self.batched:
+            self.record[self.name] = x
+        elif isinstance(x, tuple) and self.name == "routing":
+            before = self.record.get(self.name, (x[0][:0], x[1][:0], x[2][:0]))
+            self.record[self.name] = tuple(torch.cat(parts) for parts in zip(before, x, strict=True))
+        else:
+            x = x[0] if isinstance(x, tuple) else x
+            x = x.detach().flatten(0, -2)
+            self.recorder.keep(self.record, self.name, x if self.made is None else self.made(x))
+
+
+def _clamped_ratio(raw: Tensor, limit: float) -> Tensor:
+    """Clamped / raw, one where a value is within ± ``limit``."""
+    return torch.where(raw.abs() > limit, limit / raw.abs(), 1.0)
+
+
+def _full_precision(norm) -> object:
+    """transformers computes norms in float32 even in a float64 model: that rounding would be all of the error."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].flatten(0, -2)
+        y = norm.apply(x, norm.scale(x))
+        return (y if norm.bias is None else y + norm.bias).view(args[0].shape)
+
+    return hook
+
+
+def _check_finite(adapter: Adapter, trace: Trace) -> None:
+    """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
+    if not _is_finite(trace.resid(0)):
+        raise FloatingPointError("embedding: the hidden states entering layer 0 hold NaN or inf.")
+    for index, layer in enumerate(trace.layers):
+        recorded = (layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act)))
+        if _is_finite(*recorded, trace.resid(index + 1)):
+            continue
+        for name, parameter in adapter.blocks[index].named_parameters():
+            if not _is_finite(parameter):
+                name = f"{adapter.name_of(adapter.blocks)}.{index}.{name.removesuffix('.weight')}"
+                raise FloatingPointError(f"layer {index}: the weights of {name} hold NaN or inf.")
+        raise FloatingPointError(
+            f"layer {index}: its activations hold NaN or inf on this prompt in {adapter.dtype}. "
+            "Load the model in float32 or bfloat16 if they overflow."
+        )
+    if not _is_finite(trace.normed_final):
+        raise FloatingPointError("final norm: its output holds NaN or inf.")
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or inf; the maximum carries both, and is several times faster than `isfinite`."""
+    device = tensors[0].device  # what enters the next layer may live elsewhere
+    return bool(torch.stack([tensor.abs().amax().to(device) for tensor in tensors]).isfinite().all())

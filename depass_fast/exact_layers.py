@@ -1,0 +1,63 @@
+"""`attribute` for components of several layers, exactly: a decomposition per layer, all in one sweep where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .initial import meets_bias
+from .layered import LayeredAttribution
+from .readout import TargetSpec
+from .result import Attribution
+from .state import BIAS, ComponentState
+from .sweep import can_sweep, sweep, together
+
+if TYPE_CHECKING:
+    from .engine import DePass, Plan
+
+
+def exact_layers(
+    engine: DePass, plan: Plan, reads: Sequence[int], specs: Sequence[TargetSpec], began: float
+) -> list[LayeredAttribution]:
+    """A result per prompt, of every layer that ``plan`` names."""
+    adapter, trace = engine.adapter, plan.trace or engine._capture(plan.prompts)
+    plans, own_bias = [], []
+    for kind in plan.components.each(adapter):
+        layer = kind.resolve(adapter)
+        bound = kind.bound(adapter, trace, 0)
+        constant = bound.constant(adapter, trace, 0, plan.run.state_dtype)
+        own_bias.append(constant is not None or meets_bias(kind, adapter, plan.end_given))
+        plans.append(replace(plan, components=kind, layer=layer, trace=trace))
+    plans = [replace(one, has_bias=any(own_bias)) for one in plans]  # joint states have the same extras
+    by_layer = [
+        [
+            result if has_bias else _without_bias(result)
+            for result in engine.read(one, trace, *done, reads, specs, began)
+        ]
+        for one, has_bias, done in zip(plans, own_bias, _carried(engine, plans, reads), strict=True)
+    ]
+    return [LayeredAttribution(list(results)) for results in zip(*by_layer, strict=True)]
+
+
+def _carried(
+    engine: DePass, plans: Sequence[Plan], reads: Sequence[int]
+) -> Iterator[tuple[ComponentState, list[Tensor]]]:
+    """Every plan's state at the end, and its completeness errors."""
+    run, trace, end, at = plans[0].run, plans[0].trace, plans[0].end, [[read] for read in reads]
+    states = (engine.start_state(one)[1] for one in plans)
+    if can_sweep(trace, run):
+        for group in together(states):
+            yield from sweep(engine.adapter, trace, group, end, run, at)
+    else:
+        for state in states:
+            yield engine.propagate(trace, state, end, run, at)
+
+
+def _without_bias(result: Attribution) -> Attribution:
+    """A result without `bias`: if there, it is zero, and was there for the sake of other layers only."""
+    if result.labels[-1] != BIAS:
+        return result
+    return replace(result, scores=result.scores[..., :-1], labels=result.labels[:-1])

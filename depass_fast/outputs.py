@@ -1,0 +1,111 @@
+"""What the modules of one layer add to the residual stream, as the decompositions of that layer need it.
+
+An output passes the branch's own norm and factor, and the norm of the residual stream itself where there is one: all
+with their scales frozen, so that heads and neurons pass them one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, Branch
+from .state import Factors
+from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace
+
+
+class Outputs:
+    """Layer ``layer`` on one prompt; everything is computed in ``dtype``. Modules are "attention" and "mlp"."""
+
+    def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int, dtype: torch.dtype) -> None:
+        self.weights, self.dtype = adapter.layer(layer), dtype
+        self.record: LayerTrace = trace.layers[layer]
+        self.span, self.after = trace.span(prompt), trace.resid(layer + 1)
+
+    def values(self) -> Tensor:
+        """The values that every head reads, without their constant part: (N, H, d)."""
+        weights, record = self.weights.attention, self.record.attention
+        x = record.resid[self.span].to(self.dtype)
+        normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
+        values = normed @ weights.w_v.to(self.dtype).T
+        if record.value_ratio is not None:
+            values = values * record.value_ratio[self.span].to(self.dtype)
+        values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+        return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
+
+    def entering(self, y: Tensor, module: str) -> Tensor:
+        """Raw outputs (N, M, D) of a module as they enter the stream."""
+        branch, record = self._of(module)
+        scale = None if record.out_scale is None else record.out_scale[self.span]
+        return self.through_stream(branch.written(y, scale), module)
+
+    def whole(self, module: str) -> Tensor:
+        """All that a module adds to the stream, without its constant part: (N, D)."""
+        record = self.record
+        before = record.resid_pre if module == "attention" else record.resid_mid
+        after = record.resid_mid if module == "attention" else self.after
+        total = record.attention_sum if module == "attention" else record.mlp_sum  # before a norm of the stream
+        y = (after if total is None else total)[self.span].to(self.dtype) - before[self.span].to(self.dtype)
+        y, constant = self.through_stream(y, module), self._linear_constant(module)
+        return y if constant is None else y - constant
+
+    def constant(self, module: str) -> Tensor | None:
+        """What of the stream after a module is a constant that it added: (D,), or (N, D), or None."""
+        stream, constant = self._of(module)[0].stream, self._linear_constant(module)
+        if stream is None or stream.bias is None:
+            return constant
+        beta = stream.bias.to(self.dtype)
+        return beta if constant is None else constant + beta
+
+    def through_stream(self, y: Tensor, module: str) -> Tensor:
+        """What is in the stream (N, ..., D) or (D,) before a module's norm of the stream, after it; without its β."""
+        stream = self._of(module)[0].stream
+        if stream is None:
+            return y
+        resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
+        scale = stream.scale(resid[self.span].to(self.dtype))
+        return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
+
+    def neurons(self) -> tuple[list[str], Factors]:
+        """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
+        names, numbers, vectors = [], [], []
+        for part in self.record.mlps:
+            mlp, act, first = self.weights.mlps[part.part], part.act, self.span.start
+            if part.positions is not None:
+                here = (part.positions >= first) & (part.positions < self.span.stop)
+                if not here.any():
+                    continue
+                act = act.new_zeros(self.span.stop - first, act.shape[1])
+                act[part.positions[here] - first] = part.act[here]
+            else:
+                act = act[self.span]
+            stored, numbers_of_part = mlp.w_down, act
+            if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
+                stored, numbers_of_part = self._written_factors(mlp, part, act)
+            names += [f"{mlp.name}N{i}" for i in range(act.shape[1])]
+            numbers.append(numbers_of_part)
+            vectors.append(stored.T)
+        if len(vectors) == 1:
+            return names, Factors(numbers[0], vectors[0])
+        return names, Factors(torch.cat(numbers, 1), torch.cat(vectors))
+
+    def _written_factors(self, mlp: Branch, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
+        """W_down and activations (N, I) with the norms and factors that lie between a neuron and the stream."""
+        w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype)
+        if part.out_scale is not None:
+            numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
+        if mlp.stream is not None:
+            numbers = numbers * mlp.stream.scale(self.record.mlp_sum[self.span].to(self.dtype))[:, None]
+            w_down = mlp.stream.apply(w_down.T, w_down.new_ones(w_down.shape[1])).T
+        return w_down, numbers
+
+    def _linear_constant(self, module: str) -> Tensor | None:
+        branch, record = self._of(module)
+        scale = None if record.out_scale is None else record.out_scale[self.span]
+        constant = branch.constant(self.dtype, scale)
+        return None if constant is None else self.through_stream(constant, module)
+
+    def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
+        if module == "attention":
+            return self.weights.attention, self.record.attention
+        return self.weights.mlp, self.record.mlp

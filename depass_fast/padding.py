@@ -1,0 +1,100 @@
+"""What a tokenizer returns, `input_ids` with an `attention_mask`, as prompts without their padding.
+
+A prompt's padding is no part of it: no position of the model, no component, no label. The forward pass packs prompts of
+different lengths without any (:mod:`depass_fast.capture`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# what tokenizers and collators add that the forward pass of a language model does not read
+_ABOUT_THE_TEXT = {
+    "labels",
+    "length",
+    "num_truncated_tokens",
+    "offset_mapping",
+    "overflow_to_sample_mapping",
+    "overflowing_tokens",
+    "special_tokens_mask",
+}
+
+
+def is_encoding(prompt: Any) -> bool:
+    """Whether this is what a tokenizer returns: a mapping with ids, not a chat message."""
+    return isinstance(prompt, Mapping) and "input_ids" in prompt
+
+
+def is_encoded_batch(encoding: Mapping[str, Any]) -> bool:
+    """Whether several prompts are encoded. One row is one prompt, as one without an axis for the batch is."""
+    return len(_rows(encoding["input_ids"], "input_ids")) != 1
+
+
+def unpadded(encoding: Mapping[str, Any]) -> list[Tensor]:
+    """The ids (N,) of every prompt, those that the mask has at 1.
+
+    Args:
+        encoding: ``input_ids`` (B, N) or (N,), of any kind (tensor, array, lists), and unless there is no padding an
+            ``attention_mask`` of the same shape: ones, with zeros on one or both sides.
+
+    Raises:
+        ValueError: a mask of another shape, with other values, with zeros between ones or with nothing else; inputs
+            that the decomposition would leave out.
+    """
+    _refuse_other_inputs(encoding)
+    rows = _rows(encoding["input_ids"], "input_ids")
+    if not rows:
+        raise ValueError("prompt: input_ids holds no prompts.")
+    if encoding.get("attention_mask") is None:
+        return rows
+    masks = _rows(encoding["attention_mask"], "attention_mask")
+    shapes = [[len(row) for row in x] for x in (rows, masks)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"prompt: attention_mask must have the shape of input_ids; their rows are {shapes[1]} and {shapes[0]} long."
+        )
+    return [ids[_real(mask, row)] for row, (ids, mask) in enumerate(zip(rows, masks, strict=True))]
+
+
+def _rows(x: Any, name: str) -> list[Tensor]:
+    """One tensor per prompt."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        if x.ndim not in (1, 2):
+            raise ValueError(f"prompt: expected {name} of shape (B, N) or (N,), got {tuple(x.shape)}.")
+        x = torch.as_tensor(x)
+        return list(x) if x.ndim == 2 else [x]
+    nested = len(x) == 0 or not hasattr(x[0], "__index__")
+    return [torch.as_tensor(row) if len(row) else torch.zeros(0, dtype=torch.long) for row in (x if nested else [x])]
+
+
+def _real(mask: Tensor, row: int) -> slice:
+    """The positions of one prompt that are no padding."""
+    where = f"prompt: attention_mask of row {row}"
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"{where}: expected 0 for padding and 1 for tokens, got other values.")
+    ones = mask.nonzero().flatten()
+    if not len(ones):
+        raise ValueError(f"{where}: all padding; at least one token is needed.")
+    first, last = int(ones[0]), int(ones[-1])
+    if last + 1 - first != len(ones):
+        raise ValueError(
+            f"{where}: zeros between ones (at {first + int((mask[first:last] == 0).nonzero()[0])}); only padding at "
+            "the sides can be dropped."
+        )
+    return slice(first, last + 1)
+
+
+def _refuse_other_inputs(encoding: Mapping[str, Any]) -> None:
+    for name, value in encoding.items():
+        if value is None or name in _ABOUT_THE_TEXT or name in ("input_ids", "attention_mask"):
+            continue
+        if name == "token_type_ids" and not any(row.any() for row in _rows(value, name)):
+            continue  # one kind of text, which is what there is
+        raise ValueError(
+            f"prompt: {name} is an input that a decomposition would leave out; give input_ids and attention_mask only."
+        )

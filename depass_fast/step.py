@@ -1,0 +1,78 @@
+"""One layer of the propagation: attention, then the MLP or the experts, each a step of the backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .adapters import Layer, Norm
+from .options import Run
+from .state import BIAS, ComponentState, Layout
+from .trace import LayerTrace
+
+
+def through_attention(
+    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+) -> tuple[ComponentState, ComponentState | None]:
+    """The state after the attention of ``layer``, at all positions or at those of ``queries``, and what the MLP reads.
+
+    The latter is None where the MLP reads the state itself. ``state`` is used up; where it starts behind the attention,
+    only its positions are chosen.
+    """
+    if state.site == "resid_mid":
+        return (state if queries is None else state.at(queries)), None
+    source = None
+    if layer.parallel:
+        source = _copy(state) if queries is None else state.at(queries)
+    state = run.backend.aggregate_ov(state, layer.attention, record.attention, queries)
+    normalise(state, layer.attention.stream, record.attention_sum)
+    return state, source
+
+
+def through_mlp(
+    state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
+) -> ComponentState:
+    """The state after the MLP, or the experts, of ``layer``, which read ``source`` or the state itself."""
+    if source is None and len(record.mlps) > 1:  # experts must not read one another
+        source = _copy(state)
+    for part in record.mlps:
+        mlp = layer.mlps[part.part]
+        if part.positions is None:
+            state = run.backend.allocate_mlp(state, mlp, part, run.allocation, source)
+            continue
+        sent = np.flatnonzero(np.isin(state.layout.packed, part.positions.cpu().numpy()))
+        if len(sent):
+            read = None if source is None else source.take(sent)
+            state.put(run.backend.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
+    normalise(state, layer.mlp.stream, record.mlp_sum)
+    state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
+    return state
+
+
+def completeness(state: ComponentState, resid: Tensor) -> Tensor:
+    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+    layout = state.layout
+    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
+    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    worst = error.new_zeros(len(layout.components))
+    return worst.scatter_reduce_(0, torch.from_numpy(layout.prompt).to(error.device), error, "amax").cpu()
+
+
+def _copy(state: ComponentState) -> ComponentState:
+    return ComponentState(state.rows.clone(), state.layout, state.layer, state.site)
+
+
+def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
+    """Apply a norm of the residual stream itself to every component, its scale frozen at ``resid`` (T, D); in place."""
+    if norm is None:
+        return
+    layout, rows = state.layout, state.rows
+    packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
+    if norm.centred:
+        rows.sub_(rows.mean(-1, keepdim=True))
+    rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
+    if norm.weight is not None:
+        rows.mul_(norm.weight.to(rows))
+    if norm.bias is not None:
+        rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)

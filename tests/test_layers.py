@@ -1,0 +1,109 @@
+"""Components of several layers in one call: what each layer by itself gives, in one sweep."""
+
+import pytest
+import torch
+from conftest import FAMILIES, build, random_ids
+
+from bench.family_models import build_model as build_family
+from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
+from depass_fast.sweep import sweep, together
+
+_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+
+
+def same(together, alone):
+    assert together.labels == alone.labels and together.layer == alone.layer
+    assert together.target_ids == alone.target_ids and together.completeness_error <= 1e-5
+    assert torch.allclose(together.scores, alone.scores, rtol=0, atol=1e-5 * float(alone.scores.abs().max()))
+    assert torch.equal(together.target_logits, alone.target_logits)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_layers_equal_each_by_itself(name, backend):
+    dp, ids = build(name), random_ids(8, seed=1)
+    trace = dp.trace(ids)
+    for kind in (Heads, Neurons, Modules):
+        found = dp.attribute(trace, kind(layers="all"), [None, (3, 4)], method="exact", backend=backend)
+        assert isinstance(found, LayeredAttribution) and found.layers == [0, 1, 2]
+        for layer, result in enumerate(found):
+            same(result, dp.attribute(trace, kind(layer), [None, (3, 4)], backend=backend))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "qwen2_moe", "opt", "mpt"])
+def test_all_layers_of_other_families(model_type):
+    dp, ids = DePass(build_family(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {}))), random_ids(6, seed=2)
+    trace = dp.trace([ids, ids[:3]])
+    for kind in (Heads, Neurons):
+        for p, found in enumerate(dp.attribute(trace, kind(layers="all"), method="exact")):
+            for layer, result in enumerate(found):
+                same(result, dp.attribute(trace, kind(layer))[p])
+
+
+def test_some_layers_rules_and_an_end():
+    dp, ids = build("qwen2"), random_ids(7, seed=3)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    for rule in ("softmax", "linear", "max"):
+        found = dp.attribute(ids, Heads(layers=[1, 0]), direction, end=2, allocation=rule, position=4)
+        assert found.layers == [0, 1]
+        for result in found:
+            same(result, dp.attribute(ids, Heads(result.layer), direction, end=2, allocation=rule, position=4))
+    last = dp.attribute(ids, Neurons(layers=[-1]), direction, end=3)
+    same(last.layer(2), dp.attribute(ids, Neurons(-1), direction, end=3))
+
+
+def test_bias_is_there_only_where_constants_are_to_come():
+    found = build("qwen2").attribute(random_ids(5), Neurons(layers="all"), method="exact")
+    assert [result.labels[-1] for result in found] == ["bias", "bias", "rest"]
+
+
+def test_experts_of_different_layers_are_no_table(tmp_path):
+    dp = DePass(build_family("qwen2_moe", **_EXPERTS, mlp_only_layers=[1]))
+    found = dp.attribute(random_ids(2), Neurons(layers="all"), method="exact")
+    with pytest.raises(ValueError, match="scores: no table, the layers have different numbers of components"):
+        _ = found.scores
+    (label, score), *_ = found.top(3)
+    assert found.score(label) == pytest.approx(score) and len(found.labels) == len(set(found.labels))
+    found.save(tmp_path / "experts.safetensors")
+    assert Attribution.load(tmp_path / "experts.safetensors").top(3) == found.top(3)
+
+
+@torch.no_grad()
+def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
+    dp, ids = build("llama-gqa"), random_ids(7, seed=4)
+    trace = dp.trace(ids)
+    states = [dp.start_state(dp._plan(trace, Heads(layer), None, {}))[1] for layer in range(3)]
+    monkeypatch.setattr("depass_fast.sweep._BYTES", states[0].nbytes * 2)
+    assert [len(group) for group in together(states)] == [2, 1]
+    found = dp.attribute(trace, Heads(layers="all"))
+    for result in found:
+        same(result, dp.attribute(trace, Heads(result.layer)))
+
+
+@torch.no_grad()
+def test_a_sweep_may_end_anywhere_and_keep_all_positions():
+    dp, ids = build("llama-biases"), random_ids(7, seed=5)
+    trace, run = dp.trace([ids, ids[:4]]), dp.options.build(dp.adapter)
+    for end in (1, 2, 3):
+        states = [dp.start_state(dp._plan(trace, Neurons(layer), None, {}))[1] for layer in range(end)]
+        for layer, (state, errors) in enumerate(sweep(dp.adapter, trace, states, end, run)):
+            alone = dp.decompose(trace, Neurons(layer), end=end)
+            assert len(errors) == end - layer
+            for prompt in range(2):
+                whole = alone.dense(prompt)
+                assert torch.allclose(state.dense(prompt), whole, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_what_is_no_list_of_layers():
+    dp, ids = build("llama-gqa"), random_ids(4)
+    for layers, error in (
+        ("most", "neither 'all'"),
+        ([], "empty"),
+        ([0, 3], "out of range"),
+        (1, "expected 'all' or a"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"layers?: .*{error}"):
+            dp.attribute(ids, Heads(layers=layers))
+    for call in (dp.decompose, lambda *a: dp.start(dp.trace(ids), a[1])):
+        with pytest.raises(ValueError, match=r"layers: only attribute\(\) takes several layers"):
+            call(ids, Heads(layers="all"))

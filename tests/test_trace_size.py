@@ -1,0 +1,40 @@
+"""A trace's size is known beforehand, and grows with the number of positions, never with its square."""
+
+import pytest
+import torch
+from conftest import random_ids
+
+from bench.family_models import VARIANTS, available, build_variant
+from depass_fast import DePass
+from depass_fast.trace_size import trace_nbytes
+
+LENGTHS = (9, 1, 24)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_is_what_the_trace_holds(name):
+    if not available(name):
+        pytest.skip("this transformers does not know the family")
+    model = build_variant(name)
+    for dtype in (torch.float32, torch.bfloat16):
+        trace = DePass(model.to(dtype)).trace([random_ids(n, seed=n) for n in LENGTHS])
+        assert trace_nbytes(model.config, LENGTHS, dtype) == trace.nbytes
+
+
+def test_the_config_says_it_all():
+    """Nothing of the config is changed, a fork's own name is no hindrance, and what is asked for is what counts."""
+    config = build_variant("llama: GQA").config
+    before = config.to_dict()
+    one = trace_nbytes(config, [1], torch.float32)
+    assert trace_nbytes(config, [3, 0, 4], torch.float32) == 7 * one
+    config.num_hidden_layers += 1
+    assert trace_nbytes(config, [1], torch.float32) > one
+    config.num_hidden_layers -= 1
+    assert config.to_dict() == before
+
+
+def test_no_causal_language_model():
+    from transformers import CLIPTextConfig
+
+    with pytest.raises(ValueError, match="config: CLIPTextConfig is not the config of a causal language model"):
+        trace_nbytes(CLIPTextConfig(), [1], torch.float32)
