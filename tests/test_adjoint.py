@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_features import Dictionary
 
+from bench.family_models import build_model as build_family
 from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.estimate import ApproximationWarning, spearman
@@ -385,3 +386,23 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
         assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- other families
+
+_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "qwen2_moe", "opt", "mpt", "olmo2", "phi"])
+def test_other_families(model_type):
+    """Norms before and behind a branch, parallel branches, plain MLPs, experts: exact and complete as in a Llama."""
+    dp = DePass(build_family(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {})))
+    trace = dp.trace(random_ids(6, seed=2))
+    for rule, tolerance in (("taylor", 1e-4), ("softmax", 0.05)):
+        exact = dp.attribute(trace, Neurons(layers="all"), 5, method="exact", allocation=rule)
+        found = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=500, allocation=rule)
+        for one, other in zip(found, exact, strict=True):
+            assert one.labels == other.labels
+            close(one.scores, other.scores, tolerance)
+        rough = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=0, sample=0, allocation=rule)
+        assert rough.completeness_error <= 1e-4
