@@ -259,7 +259,7 @@ def run(size: Size, plot: Path | None) -> dict:
               f"found {row['found']:.3f}  error {row['relative_error']:.3f}  FLOP {row['flop_share']:.2%}")  # fmt: skip
     curves: Curves = measure_faithfulness(demo, texts, plot)
     for method, values in curves["accuracy"].items():
-        print(f"masked  {method:22} " + "  ".join(f"{f:.1%}: {v:.2f}" for f, v in zip(curves["shares"], values)))  # noqa: B905
+        print(f"masked  {method:22} " + "  ".join(f"{f:.2%}: {v:.2f}" for f, v in zip(curves["shares"], values)))  # noqa: B905
     return {
         "agreement": rows,
         "speed": speeds,

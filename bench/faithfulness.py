@@ -56,7 +56,7 @@ def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, T
     trace, every = engine.trace(ids), Neurons(layers="all")
     norms = torch.stack(
         [
-            record.act.norm(dim=0) * engine.adapter.layer(index).mlp.w_down.norm(dim=0)
+            record.mlp.act.norm(dim=0) * engine.adapter.layer(index).mlp.w_down.norm(dim=0)
             for index, record in enumerate(trace.layers)
         ]
     ).detach()

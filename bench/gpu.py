@@ -37,26 +37,39 @@ from .published import Published, groups_for
 
 TARGET = 7
 ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest score, against float64
+APPROXIMATE = 0.02  # the same, of adjoint scores
 VERIFIED = Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512)
 
 
 @dataclass(frozen=True)
 class Work:
-    """``prompts`` prompts of ``length`` tokens; ``components``: tokens, neurons (of layer 0), heads (of all layers)."""
+    """``prompts`` prompts of ``length`` tokens.
+
+    ``components``: tokens, neurons (of layer 0), heads (of all layers), all neurons (of all layers, by the adjoint
+    sweep with ``refine`` of them propagated exactly).
+    """
 
     shape: Shape
     components: str
     length: int
     prompts: int = 1
     published: bool = True  # whether the published algorithm ends in reasonable time
+    refine: int = 0
 
     @property
     def name(self) -> str:
-        kind = {"neurons": "neurons of layer 0", "heads": "heads of all layers"}.get(self.components, self.components)
+        kind = {
+            "neurons": "neurons of layer 0",
+            "heads": "heads of all layers",
+            "all neurons": f"all neurons, adjoint, refine {self.refine:,}",
+        }.get(self.components, self.components)
         return f"{kind}, N={self.length}" + (f", {self.prompts} prompts" if self.prompts > 1 else "")
 
     @property
     def flops(self) -> int:
+        if self.components == "all neurons":  # there twice and back once per start layer, twice; refined half-way
+            passes = 6 * self.length * self.shape.layers * (self.shape.layers - 1) // 2
+            return (passes + self.refine * self.length * self.shape.layers // 2) * self.shape.flops_per_row
         layers = range(self.shape.layers) if self.components == "heads" else [0]
         return self.prompts * sum(floor_flops(self.shape, self.components, self.length, layer) for layer in layers)
 
@@ -70,6 +83,7 @@ class Work:
 def full(shapes: list[str]) -> Iterator[Work]:
     for shape in (SHAPES[name] for name in shapes):
         yield Work(shape, "neurons", 20)
+        yield Work(shape, "all neurons", 20, published=False, refine=1000)
         yield Work(shape, "tokens", 128)
         yield Work(shape, "tokens", 512, published=shape.name == "llama-2-7b")
         yield Work(shape, "tokens", 20, prompts=64, published=False)
@@ -80,6 +94,7 @@ def full(shapes: list[str]) -> Iterator[Work]:
 def tiny() -> Iterator[Work]:
     shape = SHAPES["llama-tiny"]
     yield Work(shape, "neurons", 5)
+    yield Work(shape, "all neurons", 5, published=False, refine=20)
     yield Work(shape, "tokens", 9)
     yield Work(shape, "tokens", 4, prompts=3, published=False)
     yield Work(shape, "heads", 5, published=False)
@@ -100,6 +115,9 @@ def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
         if work.components == "heads":
             trace = library.trace(prompts[0])
             return torch.cat([library.attribute(trace, Heads(i), TARGET).scores for i in range(work.shape.layers)])
+        if work.components == "all neurons":
+            options = {"method": "adjoint", "refine": work.refine, "sample": 0}
+            return library.attribute(prompts[0], Neurons(layers="all"), TARGET, **options).scores
         kind = Neurons(0) if work.components == "neurons" else Tokens()
         if work.prompts == 1:
             return library.attribute(prompts[0], kind, TARGET).scores
@@ -135,6 +153,15 @@ def verify(device: torch.device) -> dict[tuple[str, str, torch.dtype], float]:
                 if not error <= limit:
                     raise RuntimeError(f"{name}, {components}, {dtype}: differs from float64 by {error:.2e}.")
                 errors[name, components, dtype] = error
+        every, ids = Neurons(layers="all"), random_prompt(VERIFIED, 12)
+        oracle = exact.attribute(ids, every, TARGET, method="exact").scores
+        for name in backends():
+            library = DePass(model, backend=name, compute_dtype=dtype)
+            scores = library.attribute(ids, every, TARGET, method="adjoint", refine=40, sample=0).scores
+            error = float((scores - oracle).abs().max() / oracle.abs().max())
+            if not error <= max(limit, APPROXIMATE):
+                raise RuntimeError(f"{name}, all neurons, {dtype}: differs from float64 by {error:.2e}.")
+            errors[name, "all neurons", dtype] = error
     return errors
 
 

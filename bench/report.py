@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import tables
+from . import adjoint_table, tables
 from .ablation import table as ablation_table
 from .markdown import heading, percent, table
 
@@ -84,6 +84,7 @@ def _row(r: dict) -> list[str]:
 
 
 SECTIONS = {
+    "adjoint": adjoint_table.section,
     "ablation": ablation_table.section,
     "grouping": tables.grouping,
     "prompts": tables.prompts,

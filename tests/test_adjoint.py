@@ -1,6 +1,7 @@
 """The adjoint sweep against exact propagation: exact where it can be, second order elsewhere, finite always."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_features import Dictionary
 
+from bench.family_models import build_model as build_family
 from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.estimate import ApproximationWarning, spearman
@@ -75,7 +77,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
             g[bias] += maps.gate_constant
         u = (g / T).masked_fill(g == 0, -torch.inf)
         log_z, mean = torch.logsumexp(u, 0)[None], (g[len(state.layout.components[0].extras) :] / T).mean(0)[None]
-        steps.append(Step(index, queries, log_z, mean - log_z, mean, torch.ones_like(log_z)))
+        steps.append(Step(index, queries, log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1])))
         state = reference.allocate_mlp(state, layer.mlp, record.mlp, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
     rows = _Rows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
@@ -101,7 +103,7 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
     for kind in (Neurons(0), custom(dp, ids, site="resid_mid", scale=1.0)):
         steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
         for step in steps:
-            step.log_share = None
+            step.share = None
         chosen = [torch.arange(0, len(start.named), 2)]
         where = (road(dp, trace, len(ids)), [start], steps, chosen, seeds(dp, trace, len(ids) - 1))
         found = scores_given_z(*where, options, budget=1 << 14).scores[:, 0]
@@ -243,6 +245,19 @@ def test_sparse_components_take_no_share_where_they_are_zero():
             assert found.completeness_error <= 2e-5
 
 
+def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
+    """Hardly any of many loud components carried, at a mad temperature: the measured scatter bounds every step."""
+    dp, ids = DePass(build_model("llama", intermediate_size=100, num_hidden_layers=12)), random_ids(6)
+    kind, largest = Custom(0, torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))), []
+    for scatter in (True, False):
+        changed = partial(Settings, scatter=scatter, at_most=4)
+        monkeypatch.setattr("depass_fast.adjoint.attribute.Settings", changed)
+        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
+        largest.append(float(found.abs().max()))
+    exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
+    assert largest[0] < 10 * exact and largest[1] > 1e10 * exact
+
+
 # ------------------------------------------------------------------------------------------------------ finite always
 
 
@@ -261,10 +276,37 @@ def extreme(change: str) -> tuple[DePass, dict]:
         elif change == "half the activations":
             for layer in model.model.layers:
                 layer.mlp.up_proj.weight[::2] = 0.0
+        elif change == "half the gates":
+            for layer in model.model.layers:
+                layer.mlp.gate_proj.weight[::2] = 0.0
         elif change == "no gates":
             for layer in model.model.layers:
                 layer.mlp.gate_proj.weight.zero_()
     return DePass(model), options
+
+
+@pytest.mark.parametrize("change", ["no gates", "half the gates", "half the activations", "no activations"])
+def test_dead_neurons_are_those_of_an_exact_run(change):
+    """What nobody drives goes to `rest` in both."""
+    (dp, options), ids = extreme(change), random_ids(6, seed=12)
+    for kind in (Neurons(0), custom(dp, ids, layer=0, scale=0.02)):
+        exact = dp.attribute(ids, kind, 5, **options).scores
+        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, **options).scores
+        close(found, exact, 0.06)
+
+
+def test_complete_components_without_rest_or_bias():
+    dp, ids = build("llama-gqa"), random_ids(6)
+    trace = dp.trace(ids)
+    for change, count in (("", 30), ("half the gates", 30), ("", 1)):
+        dp = extreme(change)[0] if change else dp
+        trace = dp.trace(ids)
+        kind = Custom(1, trace.resid(1)[:, None].expand(-1, count, -1).detach() / count)
+        exact = dp.attribute(trace, kind, 5)
+        found = dp.attribute(trace, kind, 5, method="adjoint", sample=0, refine=0)
+        assert exact.labels == found.labels and "rest" not in found.labels
+        close(found.scores, exact.scores, 1e-3)
+        assert dp.attribute(trace, kind, 5, method="adjoint").scores.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 6])
@@ -343,4 +385,24 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     way = Road(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
     forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
-        assert (step.log_share <= 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
+        assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- other families
+
+_EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "qwen2_moe", "opt", "mpt", "olmo2", "phi"])
+def test_other_families(model_type):
+    """Norms before and behind a branch, parallel branches, plain MLPs, experts: exact and complete as in a Llama."""
+    dp = DePass(build_family(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {})))
+    trace = dp.trace(random_ids(6, seed=2))
+    for rule, tolerance in (("taylor", 1e-4), ("softmax", 0.05)):
+        exact = dp.attribute(trace, Neurons(layers="all"), 5, method="exact", allocation=rule)
+        found = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=500, allocation=rule)
+        for one, other in zip(found, exact, strict=True):
+            assert one.labels == other.labels
+            close(one.scores, other.scores, tolerance)
+        rough = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=0, sample=0, allocation=rule)
+        assert rough.completeness_error <= 1e-4

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .forward import Forward, Settings, Step, taylor_factor
-from .maps import LayerMaps, Road
+from .forward import Forward, Settings, taylor_factor
+from .maps import Road
 
 
 def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
@@ -17,29 +15,28 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
     starts, k, n = forward.starts, len(directions), road.n
+    edges = torch.tensor([0, *(len(start.named) for start in starts)]).cumsum(0).to(directions.device)
     scores: list[Tensor] = [directions] * len(starts)
-    offsets: list[list[Tensor]] = [[] for _ in starts]  # (K, Q) per layer, from the last one on
-    own: list[tuple[Tensor, Tensor, Tensor]] = [_at_the_end(forward, directions)]  # owner, member, score (r, K)
-    back = directions.new_zeros(len(starts), k, 1, directions.shape[1])
-    back += directions[None, :, None]
-    if not forward.steps:
-        back = _everywhere(back, slice(n - 1, n), n)
+    offsets = _Offsets(forward, k, directions)
+    own = [_at_the_end(forward, directions)]  # owner, member, score (r, K)
+    back = directions[None, :, None].expand(len(starts), -1, -1, -1)  # (S, K, Q, D)
     for s, start in enumerate(starts):
         if start.entering >= road.end:
-            last = _everywhere(back[s : s + 1, :, -1:], slice(n - 1, n), n)[0]
-            scores[s] = start.named.project(last.to(start.bias))
+            scores[s] = start.named.project(_everywhere(back[s : s + 1], slice(n - 1, n), n)[0].to(start.bias))
     for step in reversed(forward.steps):
         maps = road.maps(step.index)
         active = sum(start.entering <= step.index for start in starts)
-        back = back[:active].to(maps.device)  # (S, K, Q, D)
+        back = back[:active].to(maps.device)
         back = maps.normed(back.flatten(0, 1), "mlp", transposed=True).unflatten(0, (active, k))
         y = maps.down_transposed(back.flatten(0, 1)).unflatten(0, (active, k))  # (S, K, Q, I)
-        slope, constant = _linearised(step, maps, settings)
-        if constant is not None:
-            beta = torch.einsum("skqi,sqi->skq", y, constant)
-            for s in range(active):
-                offsets[s].append(beta[s])
-        read = maps.gates_transposed((y * slope[:, None]).flatten(0, 1)).view_as(back)
+        if settings.temperature is None:
+            y *= taylor_factor(maps)
+            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+        else:  # a component receives share · act · (1 - slope · mean + slope · g / T)
+            y *= (step.share * maps.act)[:, None]
+            offsets.add(y.sum(-1) - step.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, step.mean))
+            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
+            read = read * (step.slope / settings.temperature)[:, None]
         if not maps.parallel:
             back = back + read
         if any(start.mid and start.entering == step.index for start in starts):
@@ -51,20 +48,52 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
             back = _everywhere(back, step.queries, n) + through
         if step.index in forward.released:
             x, owner, member = forward.released[step.index]
-            score = torch.einsum("rnd,rknd->rk", x, back[owner])
-            for s in range(active):
-                at = owner == s
-                score[at] += _offset(forward, s, offsets[s], member[at]).T
-            own.append((owner, member, score))
+            own.append((owner, member, torch.einsum("rnd,rknd->rk", x, back[owner]) + offsets.of_rows(owner, member)))
         for s, start in enumerate(starts):
             if start.entering == step.index:
-                scores[s] = start.named.project(back[s].to(start.bias.device))
-                scores[s] += _offset(forward, s, offsets[s], None).to(scores[s])
+                scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)
+    flat = torch.cat([part.to(directions.device) for part in scores], dim=1)
     for owner, member, score in own:
-        for s, start in enumerate(starts):
-            at = (owner == s) & (member >= 0)
-            scores[s][:, member[at].to(start.bias.device)] = score[at].T.to(scores[s])
-    return scores
+        owner, member, score = (part.to(directions.device) for part in (owner, member, score))
+        named = (member >= 0).nonzero()[:, 0]
+        flat[:, edges[owner[named]] + member[named]] = score[named].T.to(flat)
+    return list(flat.split([len(start.named) for start in starts], dim=1))
+
+
+class _Offsets:
+    """What components receive at the layers passed so far though their states were zero, where they are alive."""
+
+    def __init__(self, forward: Forward, k: int, like: Tensor) -> None:
+        self._alive = forward.alive
+        self._total = like.new_zeros(len(forward.starts), k)  # where all are alive
+        self._passed: dict[int, list[Tensor]] = {s: [] for s, masks in enumerate(forward.alive) if masks is not None}
+
+    def add(self, beta: Tensor) -> None:
+        """A layer's, per position: (S, K, Q)."""
+        self._total = self._total.to(beta.device)
+        self._total[: len(beta)] += beta.sum(2)
+        for s in self._passed:
+            if s < len(beta):
+                self._passed[s].append(beta[s])
+
+    def of_start(self, s: int, device: torch.device) -> Tensor:
+        """Of all components of a start: (K, 1), or (K, M)."""
+        return (self._masked(s) if s in self._passed else self._total[s][:, None]).to(device)
+
+    def of_rows(self, owner: Tensor, member: Tensor) -> Tensor:
+        """Of single components: (r, K)."""
+        found = self._total[owner]
+        for s in self._passed:
+            at = (owner == s).nonzero()[:, 0]
+            if len(at):
+                found[at] = self._masked(s)[:, member[at]].T
+        return found
+
+    def _masked(self, s: int) -> Tensor:
+        if not self._passed[s]:
+            return self._total[s][:, None].expand(-1, len(self._alive[s][0]))
+        pairs = zip(self._passed[s], reversed(self._alive[s]), strict=False)  # the masks go from the first layer on
+        return sum((beta @ mask.T.to(beta)).to(self._total.device) for beta, mask in pairs)
 
 
 def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
@@ -87,25 +116,3 @@ def _everywhere(back: Tensor, queries: slice, n: int) -> Tensor:
     out = back.new_zeros(*back.shape[:2], n, back.shape[3])
     out[:, :, queries] = back
     return out
-
-
-def _linearised(step: Step, maps: LayerMaps, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """What a component of the crowd receives of every neuron's output, as slope · g + constant: (S, Q, I) each."""
-    if settings.temperature is None:
-        return taylor_factor(maps)[None], None
-    share = step.log_share.exp() * maps.act
-    return share * step.slope / settings.temperature, share * (1.0 - step.slope * step.mean)
-
-
-def _offset(forward: Forward, s: int, offsets: Sequence[Tensor], member: Tensor | None) -> Tensor:
-    """What a component receives at the layers passed so far though its state were zero: (K, 1 or M)."""
-    if not offsets:
-        return torch.zeros(1, 1, device=forward.rows.x.device)
-    masks = forward.alive[s]
-    if masks is None:
-        return sum(beta.sum(1, keepdim=True).to(offsets[-1].device) for beta in offsets)
-    total = 0.0
-    for beta, mask in zip(offsets, reversed(masks), strict=False):
-        mask = mask if member is None else mask[member.to(mask.device)]
-        total = total + (beta @ mask.T.to(beta)).to(offsets[-1].device)
-    return total

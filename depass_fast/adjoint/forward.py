@@ -37,14 +37,14 @@ class Settings:
 class Step:
     """What the way back needs of one layer, for the S start layers under way there, the first S in order.
 
-    A component of the crowd with gate g takes the share exp(log_share) · (1 + slope · (g/T - mean)) of a neuron's
-    activation: ``log_z``, ``log_share``, ``mean``, ``slope`` are (S, Q, I). For `taylor` all four are None.
+    A component of the crowd with gate g takes the share · (1 + slope · (g/T - mean)) of a neuron's activation.
+    ``log_z``, ``share`` and ``mean`` are (S, Q, I), ``slope`` is (S, Q, 1). For `taylor` all four are None.
     """
 
     index: int
     queries: slice
     log_z: Tensor | None = None
-    log_share: Tensor | None = None
+    share: Tensor | None = None
     mean: Tensor | None = None
     slope: Tensor | None = None
 
@@ -92,8 +92,8 @@ def mean_field(
         joining = [s for s in range(len(starts)) if starts[s].entering == index]
         for s in joining:
             rows.join(s, starts[s], loud[s], fixed[s], settings)
-            mask = starts[s].named.alive()
-            masks.append(None if bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
+            mask = None if settings.temperature is None else starts[s].named.alive()
+            masks.append(None if mask is None or bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
             out.alive.append(None if masks[s] is None else [])
         mid = bool(joining) and starts[joining[0]].mid
         read = rows.x[:, queries] if maps.parallel else None
@@ -102,12 +102,12 @@ def mean_field(
         else:
             rows.x = rows.x[:, queries] + maps.ov(rows.x)
             _add_constant(rows, maps, "attention")
-        counts = _crowd_counts(rows, starts, masks, out.alive, maps, mid)
         step = Step(index, queries)
         if settings.temperature is None:
             _allocate_taylor(rows, read, maps)
         else:
-            _allocate_softmax(rows, read, counts, maps, settings, step, budget)
+            counts = _crowd_counts(rows, starts, masks, out.alive, maps, mid)
+            _allocate_softmax(rows, read, *counts, maps, settings, step, budget)
         _add_constant(rows, maps, "mlp")
         out.steps.append(step)
         if index + 1 < road.end and settings.temperature is not None:
@@ -167,15 +167,15 @@ class _Rows:
             0, self.owner, torch.ones_like(self.owner)
         ).tolist()  # fmt: skip
 
-    def runs(self) -> list[tuple[slice, int]]:
-        """Neighbouring starts with equally many rows: their rows, and how many starts they are."""
+    def runs(self) -> list[tuple[slice, int, int]]:
+        """Neighbouring starts with equally many rows: their rows, the first start, and how many they are."""
         found, row, at = [], 0, 0
         while at < len(self.sizes):
             stop = at
             while stop < len(self.sizes) and self.sizes[stop] == self.sizes[at]:
                 stop += 1
             rows = (stop - at) * self.sizes[at]
-            found.append((slice(row, row + rows), stop - at))
+            found.append((slice(row, row + rows), at, stop - at))
             row, at = row + rows, stop
         return found
 
@@ -200,16 +200,18 @@ def _crowd_counts(
     alive: list[list[Tensor] | None],
     maps: LayerMaps,
     mid: bool,
-) -> Tensor:
-    """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1)."""
-    named = rows.member >= 0
-    explicit = torch.zeros(len(masks), dtype=rows.x.dtype, device=rows.x.device)
-    explicit.index_add_(0, rows.owner, named.to(rows.x.dtype))
-    counts = torch.tensor([float(len(start.named)) for start in starts[: len(masks)]], device=explicit.device)
-    counts = (counts.to(explicit) - explicit)[:, None]
+) -> tuple[Tensor, bool]:
+    """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1).
+
+    And whether there certainly is one everywhere.
+    """
+    extras = [1 + (start.rest is not None) + start.has_bias for start in starts[: len(masks)]]
+    each = [len(start.named) - size + n for start, size, n in zip(starts, rows.sizes, extras, strict=False)]
+    certain = min(each) > 0
+    counts = torch.tensor(each, dtype=rows.x.dtype, device=rows.x.device)[:, None]
     if any(mask is not None for mask in masks):
-        q = maps.queries.stop - maps.queries.start
-        counts = counts.expand(-1, q).clone()
+        named, certain = rows.member >= 0, False
+        counts = counts.expand(-1, maps.queries.stop - maps.queries.start).clone()
         seen = None if mid else maps.sees().T.to(rows.x.dtype)  # (N, Q)
         for s, mask in enumerate(masks):
             if mask is None:
@@ -218,7 +220,7 @@ def _crowd_counts(
             masks[s] = mask[:, maps.queries] if mid else ((mask @ seen + mask[:, maps.queries]) > 0).to(mask)
             alive[s].append(masks[s] > 0)
             counts[s] = masks[s].sum(0) - masks[s][rows.member[(rows.owner == s) & named]].sum(0)
-    return counts[..., None]
+    return counts[..., None], certain
 
 
 def _add_constant(rows: _Rows, maps: LayerMaps, module: str) -> None:
@@ -255,13 +257,14 @@ def _allocate_softmax(
     rows: _Rows,
     read: Tensor | None,
     counts: Tensor,
+    certain: bool,
     maps: LayerMaps,
     settings: Settings,
     step: Step,
     budget: int,
 ) -> None:
     """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it. Position by position."""
-    q, width = maps.act.shape
+    (q, width), t = maps.act.shape, settings.temperature
     size = max(1, budget // (5 * len(rows.x) * width * rows.x.element_size()))
     parts = []
     for first in range(0, q, size):
@@ -269,39 +272,67 @@ def _allocate_softmax(
         part = Step(step.index, step.queries)
         g = _gates(rows, read, maps, at)
         here = counts if counts.shape[1] == 1 else counts[:, at]
-        rows.x[:, at] += maps.down(_shares(rows, g, here, maps, settings, part, at))
+        rows.x[:, at] += maps.down(_shares(rows, g.div_(t), here, certain, maps, t, part, at))
         parts.append(part)
-    for name in ("log_z", "log_share", "mean", "slope"):
+    for name in ("log_z", "share", "mean", "slope"):
         tables = [getattr(part, name) for part in parts]
         setattr(step, name, tables[0] if len(tables) == 1 else torch.cat(tables, dim=1))
 
 
 def _shares(
-    rows: _Rows, g: Tensor, counts: Tensor, maps: LayerMaps, settings: Settings, step: Step, at: slice
+    rows: _Rows, u: Tensor, counts: Tensor, certain: bool, maps: LayerMaps, t: float, step: Step, at: slice
 ) -> Tensor:
-    """What every row takes, by its gates ``g`` (R, q, I), of the activations ``at`` some positions; and the tables."""
-    lses, sums, probes = [], [], []
-    for run, s in rows.runs():
-        part = g[run].view(s, -1, *g.shape[1:])
-        probes.append(part[:, 0])
-        sums.append(part[:, 1:].sum(1))
-        lses.append(torch.logsumexp((part[:, 1:] / settings.temperature).masked_fill_(part[:, 1:] == 0, -torch.inf), 1))
-    probe = torch.cat(probes) / settings.temperature  # (S, q, I)
-    some, log_count = counts > 0, counts.log()
-    step.mean = (maps.gate_total[at] - torch.cat(sums)) / counts.clamp_min(1.0) / settings.temperature
+    """What every row takes, by its gates ``u`` (R, q, I) in units of T, of the activations ``at`` some positions.
+
+    ``u`` is used up; the tables of the step are filled in.
+    """
+    zeros = u == 0
+    runs = [(run, u[run].view(s, -1, *u.shape[1:]), slice(first, first + s)) for run, first, s in rows.runs()]
+    probe = torch.cat([part[:, 0] for _, part, _ in runs])  # (S, q, I)
+    sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for _, part, _ in runs])
+    step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(counts.clamp_min(1.0))
     spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, q, 1)
-    log_kappa, step.slope = _moment(spread, torch.where(some, log_count, 0.0))
-    log_crowd = torch.where(some, step.mean + log_kappa + log_count, -torch.inf)
-    log_z = torch.logaddexp(torch.cat(lses), log_crowd)
-    nobody = log_z == -torch.inf
-    step.log_z = log_z.masked_fill_(nobody, torch.inf)
-    step.log_share = torch.where(some, step.mean + log_kappa - step.log_z, -torch.inf)
-    shares = torch.exp((g / settings.temperature).masked_fill_(g == 0, -torch.inf).sub_(step.log_z[rows.owner]))
-    shares[rows.member == PROBE_ROW] = step.log_share.exp() * step.slope * probe
-    if bool(nobody.any()):  # all to `rest`, where there is one
-        rests = rows.member == REST_ROW
-        shares[rests] += nobody[rows.owner[rests]].to(shares)
-    return shares.mul_(maps.act[at])
+    some, log_count = counts > 0, counts.clamp_min(1.0).log()
+    if bool(zeros.any()):  # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
+        u.masked_fill_(zeros, -torch.inf)
+        silent = torch.cat([zeros[run].view_as(part).all(1) for run, part, _ in runs])
+        some, certain = some & ~(silent & (step.mean == 0)), False
+    log_kappa, step.slope = _moment(spread, log_count)
+    log_crowd = step.mean + (log_kappa + log_count)
+    step.log_z = torch.cat([_logsumexp(part[:, 1:]) for _, part, _ in runs])
+    step.log_z = torch.logaddexp(step.log_z, log_crowd if certain else torch.where(some, log_crowd, -torch.inf))
+    nobody = None if certain else step.log_z == -torch.inf
+    if nobody is not None:
+        step.log_z.masked_fill_(nobody, torch.inf)
+    step.share = log_crowd.sub_(log_count).sub_(step.log_z).exp_()
+    if not certain:
+        step.share.masked_fill_(~some, 0.0)
+    probe *= step.share
+    probe *= step.slope
+    for _, part, starts in runs:
+        part.sub_(step.log_z[starts, None]).exp_()
+        part[:, 0] = probe[starts]
+    if nobody is not None and bool(nobody.any()):
+        _to_nobody(rows, u, nobody, counts, step)
+    return u.mul_(maps.act[at])
+
+
+def _logsumexp(part: Tensor) -> Tensor:
+    """Over the second axis of (s, E, q, I), of which there may be none."""
+    if part.shape[1] == 1:
+        return part[:, 0].clone()
+    return torch.logsumexp(part, 1) if part.shape[1] else torch.full_like(part.sum(1), -torch.inf)
+
+
+def _to_nobody(rows: _Rows, shares: Tensor, nobody: Tensor, counts: Tensor, step: Step) -> None:
+    """What nobody drives goes to `rest`; where there is none, evenly to the crowd."""
+    rests = (rows.member == REST_ROW).nonzero()[:, 0]
+    shares[rests] += nobody[rows.owner[rests]].to(shares)
+    without = torch.ones(len(nobody), dtype=torch.bool, device=nobody.device)
+    without[rows.owner[rests]] = False
+    even = (nobody & without[:, None, None]).to(shares) / counts.clamp_min(1.0)
+    step.share += even
+    step.mean = torch.where(even > 0, 0.0, step.mean)
 
 
 def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:

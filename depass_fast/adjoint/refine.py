@@ -36,7 +36,7 @@ def scores_given_z(
     """Propagate ``chosen[s]`` (k,) of every start and read them in ``directions`` (K, D): rows in the order of starts.
 
     In Z a component's own term is its mean field's; it is replaced by its real one (no share then exceeds 1, however
-    loud it is). Where ``steps`` hold an exact log Z, with a ``log_share`` of None, Z is left as it is. Components that
+    loud it is). Where ``steps`` hold an exact log Z, with a ``share`` of None, Z is left as it is. Components that
     were explicit at first (``released``, as :class:`Forward` has them) go on from where they were released.
 
     ``measure``: the components are a random sample of the crowd, to be told how far Z is off.
@@ -134,10 +134,10 @@ def _shares(u: Tensor, owner: Tensor, step: Step) -> Tensor:
     log_z = step.log_z[owner]
     w = (u - log_z).clamp_(max=80.0).exp_()
     w = w.masked_fill_(u == 0, 0.0)
-    if step.log_share is None:
+    if step.share is None:
         return w.clamp_(max=1.0)
     # Z without its mean field's term, and with its own
-    others = (1.0 - step.log_share[owner].exp()).clamp_min_(0.0)
+    others = (1.0 - step.share[owner]).clamp_min_(0.0)
     return w / (others + w).clamp_min_(torch.finfo(w.dtype).tiny)
 
 
@@ -151,7 +151,7 @@ class _Drift:
         self._total, self._count = 0.0, 0
 
     def add(self, u: Tensor, owner: Tensor, step: Step, counts: Sequence[int]) -> None:
-        mean, slope, share = (t.expand_as(step.log_z)[owner] for t in (step.mean, step.slope, step.log_share.exp()))
+        mean, slope, share = (t.expand_as(step.log_z)[owner] for t in (step.mean, step.slope, step.share))
         exact = (u - step.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(u == 0, 0.0)
         off = exact - share * (1.0 + slope * (u - mean))
         halves = torch.zeros(2, len(step.log_z), *off.shape[1:], dtype=off.dtype, device=off.device)

@@ -76,7 +76,7 @@ class Sweep:
         numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
         row = self.road.n * self.directions.shape[1] * self.directions.element_size()
         fitting = self._row_budget // (4 * row * len(sizes))
-        most = max(8, min(self.settings.at_most, fitting))
+        most = min(self.settings.at_most, max(8, fitting))
         return [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
 
     def _groups(self) -> list[slice]:
