@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,14 @@ def _status(key: str) -> int:
     return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1])
 
 
+def measured(call: Callable[[], object]) -> int:
+    """The high-water mark of the resident set during ``call`` less the resident set just before it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
 def main(arguments: list[str]) -> None:
     model_name, components, length, name, *threads = arguments
     if name not in PROVIDERS:
@@ -42,11 +51,7 @@ def main(arguments: list[str]) -> None:
     model, ids = work.build()
     short = Workload(model_name, "tokens", 4)
     provider(name, short, model, random_prompt(work.shape, 4))()
-    call = provider(name, work, model, ids)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    print(_status("VmHWM") - before)
+    print(measured(provider(name, work, model, ids)))
 
 
 if __name__ == "__main__":

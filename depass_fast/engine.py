@@ -22,6 +22,7 @@ from .hook_names import layer_input
 from .initial import initial_state, meets_bias
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
+from .planner import Plan, plan_call
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
@@ -78,6 +79,22 @@ class DePass:
         batch = is_batch(prompt)
         trace = self._capture([self._encode(p) for p in (prompt if batch else [prompt])])
         return replace(trace, batch=batch)
+
+    def plan(
+        self,
+        prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        *,
+        end: int | str | None = None,
+        measure: bool = True,
+        **options: Any,
+    ) -> Plan:
+        """What a decomposition of a prompt, or of any of N tokens, will take: FLOP, memory and time, before any work.
+
+        ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Else as
+        :meth:`decompose`.
+        """
+        return plan_call(self, prompt_or_length, components, end, measure, options)
 
     @torch.no_grad()
     def attribute(

@@ -215,7 +215,7 @@ class ComponentState:
         mine = np.searchsorted(self.layout.packed, part.layout.packed)
         first = self.layout.starts[mine] - part.layout.starts[:-1]
         rows = np.arange(part.layout.n_rows) + np.repeat(first, part.layout.counts)
-        self.rows[torch.from_numpy(rows).to(self.device)] = part.rows
+        self.rows.index_copy_(0, torch.from_numpy(rows).to(self.device), part.rows)
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""

@@ -153,6 +153,7 @@ def general_chunk(
 ) -> None:
     """Any rule and every corner, through the plain rules of :mod:`depass_fast.allocation`."""
     layout, device, dtype = state.layout, state.device, step.act.dtype
+    gained = torch.zeros_like(source.rows[chunk.rows])  # written to the state at last, all at once
     segments = range(chunk.segments.start, chunk.segments.stop)
     for (prompt, count), run in groupby(segments, key=lambda s: (int(layout.prompt[s]), int(layout.counts[s]))):
         run = list(run)
@@ -162,7 +163,8 @@ def general_chunk(
         local = torch.from_numpy(layout.local[at]).to(device)
         births, excluded = (torch.from_numpy(a[:count]).to(device) for a in (components.births, components.excluded))
         x = (rows * step.scale[at, None, None]).to(dtype)
-        alive, out = (rows != 0).any(-1), torch.zeros_like(rows)
+        alive = (rows != 0).any(-1)
+        out = gained[here.start - chunk.rows.start : here.stop - chunk.rows.start].view_as(rows)
         for part in neurons:
             g = (x @ step.w_gate[part].T).to(torch.promote_types(dtype, torch.float32))  # (n, M, i)
             if step.gate_constant is not None:
@@ -177,4 +179,4 @@ def general_chunk(
             )
             shares = step.allocation.weights(gates) * step.act[at, part][:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
-        state.rows[here] += out.flatten(0, 1)
+    state.rows[chunk.rows] += gained
