@@ -1,4 +1,4 @@
-"""The command ``depass-fast``: demo, attribute, doctor. What is heavy is imported inside the subcommands."""
+"""The command ``depass-fast``: demo, attribute, plan, doctor. What is heavy is imported inside the subcommands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="{demo,attribute,doctor}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="{demo,attribute,plan,doctor}")
 
     demo = commands.add_parser(
         "demo",
@@ -120,6 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _attribute_arguments(attribute)
     attribute.set_defaults(run=_attribute)
+
+    from . import cli_plan
+
+    plan = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
+    types = SimpleNamespace(lengths=cli_plan.lengths, layer=_layer, bytes=_bytes)
+    cli_plan.add_arguments(plan, _KINDS, _DTYPES, types)
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -154,6 +162,7 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--top", type=_positive, metavar="K", help="print the K leading components. Default: 10")
     out.add_argument("--json", action="store_true", help="print one JSON object with every score, and nothing else")
     out.add_argument("--out", type=Path, metavar="FILE", help="write every score to FILE.safetensors or FILE.csv")
+    out.add_argument("--quiet", action="store_true", help="no progress bar; there is none either where no terminal is")
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -267,18 +276,23 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _kind(args: argparse.Namespace) -> ComponentKind:
-    """The component kind. The layer is checked against the model's config, before any weight is read."""
+def _config(model: str) -> Any:
+    """The config of a model, and nothing else of it."""
     from transformers import AutoConfig
 
+    path = _path(model)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
+        raise ValueError(f"--model: {where}{_one_line(error)}") from error
+
+
+def _kind(args: argparse.Namespace) -> ComponentKind:
+    """The component kind. The layer is checked against the model's config, before any weight is read."""
     from . import components
 
-    path = _path(args.model)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else f"{args.model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{_one_line(error)}") from error
+    config = _config(args.model)
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     layers = "its layers" if n_layers is None else f"0 to {n_layers - 1}"
     if args.layer is None and args.components != "tokens":
@@ -298,6 +312,7 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         "exclude_special": not args.no_exclude_special,
         "backend": args.backend,
         "memory_budget": args.memory_budget,
+        "progress": not args.quiet,
     }
     if args.model == "demo":
         import torch
@@ -347,7 +362,17 @@ def _show(result: Attribution, top: int | None) -> None:
         print(plain(result, top))
 
 
-# ------------------------------------------------------------------------------------------------ doctor, demo
+# ------------------------------------------------------------------------------------------------ plan, doctor, demo
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from . import cli_plan
+
+    with contextlib.redirect_stdout(sys.stderr):
+        _check_model(args.model)
+        _quiet()
+        text = cli_plan.show(args, _path(args.model), _kind(args), _config(args.model), _device(args.device))
+    print(text)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -382,7 +407,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _is_users(error: Exception) -> bool:
     """What a user can mend: bad input, a missing or broken file, a missing package, too little memory. Else: a bug."""
-    if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError)):
+    if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)):
         return True
     return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
 

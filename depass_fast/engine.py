@@ -22,7 +22,8 @@ from .hook_names import layer_input
 from .initial import initial_state, meets_bias
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .planner import Plan, plan_call
+from .planner import Plan, fitted, plan_call
+from .progress import bar
 from .prompts import Prompt, as_index, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
@@ -127,6 +128,7 @@ class DePass:
         Raises:
             ValueError, TypeError: bad input, before any work.
             FloatingPointError: NaN or inf in weights or activations, with the layer.
+            MemoryError: it cannot fit on the device, whatever the workspace; before any work.
         """
         began = time.perf_counter()
         plan = self._plan(prompt, components, end, options)
@@ -245,11 +247,14 @@ class DePass:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
         errors = [_completeness(state, start)]
-        for index in range(first, end):
-            layer = self.adapter.layer(index)
-            state.rows = state.rows.to(layer.device)
-            state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
-            errors.append(_completeness(state, trace.resid(index + 1)))
+        with bar("layers", end - first, run.progress) as shown:
+            for index in range(first, end):
+                layer = self.adapter.layer(index)
+                state.rows = state.rows.to(layer.device)
+                state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
+                errors.append(_completeness(state, trace.resid(index + 1)))
+                if shown is not None:
+                    shown.finish()
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
@@ -282,6 +287,8 @@ class DePass:
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
+        lengths = [len(ids) for ids in prompts]
+        run = fitted(run, self.adapter, lengths, components, settings, end, traced=trace is not None)
         return _Plan(
             run=run,
             batch=batch,
@@ -345,6 +352,7 @@ class DePass:
                 device=str(self.adapter.device),
                 dtype=str(self.adapter.dtype).removeprefix("torch."),
                 seconds=seconds,
+                memory_budget=plan.run.workspace(self.adapter.device),
             )
             for p in range(len(plan.prompts))
         ]

@@ -27,7 +27,9 @@ class Options:
         near a tie that changes whom `max` gives everything to.
     state_dtype: of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
-        Default: chosen by the backend.
+        Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,
+        where memory runs out all the same; results do not change.
+    progress: whether a bar appears after two seconds, on a terminal only.
     """
 
     allocation: str | Rule = "softmax"
@@ -37,6 +39,7 @@ class Options:
     compute_dtype: torch.dtype | str | None = None
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
+    progress: bool = True
 
     def updated(self, overrides: dict[str, Any]) -> Options:
         """These options with some replaced; TypeError for a name that is none."""
@@ -57,7 +60,8 @@ class Options:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
         if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
-        return Run(Allocation(self.allocation, self.temperature), make_backend(name, compute, budget), state)
+        backend = make_backend(name, compute, budget)
+        return Run(Allocation(self.allocation, self.temperature), backend, state, bool(self.progress))
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of the state and of the GEMMs, for a model of a dtype on a device."""
@@ -89,6 +93,12 @@ class Run:
     allocation: Allocation
     backend: Backend
     state_dtype: torch.dtype
+    progress: bool = True
+
+    def workspace(self, device: torch.device) -> int | None:
+        """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
+        budget = getattr(self.backend, "budget", None)
+        return None if budget is None else budget.bytes(device)
 
 
 def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:

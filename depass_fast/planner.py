@@ -14,14 +14,15 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .adapters import Adapter
+from .backends import make_backend, resolve
 from .backends.torch import default_budget
-from .components import ComponentKind, Neurons, Tokens
+from .components import ComponentKind, Custom, Neurons, Tokens
 from .features import Features
 from .gemm_rate import gemm_rate
 from .hook_names import layer_input
 from .initial import meets_bias
 from .memory import available, readable
-from .options import Options
+from .options import Options, Run
 from .prompts import encode, is_batch
 from .trace import Trace
 from .trace_size import bytes_per_position, without_weights
@@ -171,7 +172,7 @@ def plan(
     dense = sum(n * m for n, m in zip(lengths, counts, strict=True))
     estimates = []
     for name, work, workspace, held in (
-        ("torch", flop, job.workspace(), job.copies() * state_bytes + total * _INDEX),
+        ("torch", flop, job.workspace(), int(job.copies() * state_bytes) + total * _INDEX),
         ("torch, streamed", flop + job.gates_again(), job.workspace(), 0),
         ("reference", flop * dense / max(1, total), job.dense_workspace(), state_bytes),
     ):
@@ -183,7 +184,7 @@ def plan(
                 flop=work,
                 workspace_bytes=workspace,
                 peak_bytes=max(capture, given + held + workspace + job.weight_copies() + job.activations()),
-                host_bytes=job.copies() * state_bytes if streamed else 0,
+                host_bytes=int(job.copies() * state_bytes) if streamed else 0,
                 seconds=None if rate is None else (work + forward) / rate,
             )
         )
@@ -245,6 +246,87 @@ def plan_call(
     last = None if end is None else layer_input(end, "end")
     return plan(
         adapter, lengths, kind, options, end=last, traced=traced, gemm_flops=rate, rate_source=source
+    )
+
+
+def fitted(
+    run: Run,
+    adapter: Adapter,
+    lengths: Sequence[int],
+    kind: ComponentKind,
+    options: Options,
+    end: int | None,
+    traced: bool,
+) -> Run:
+    """The run with the workspace that the device has room for.
+
+    Raises:
+        MemoryError: not even the state and the trace fit; what does is in the message.
+    """
+    name, device = run.backend.name, adapter.device
+    made = plan(adapter, lengths, kind, options, end=end, traced=traced)
+    free = made.available_bytes
+    if free is None or made.upper_bound:
+        return run
+    need, workspace = _least(made, name), made.of(name).workspace_bytes
+    if need > free:
+        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced))
+    room = free - (need - min(workspace, _LEAST))
+    if name == "reference" or options.memory_budget is not None or workspace <= room:
+        return run
+    budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
+    return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+
+
+def _least(made: Plan, backend: str) -> int:
+    """Bytes below which a run cannot be done whatever its workspace."""
+    estimate = made.of(backend)
+    if backend == "reference":
+        return estimate.peak_bytes
+    return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
+
+
+def _refusal(
+    made: Plan,
+    adapter: Adapter,
+    lengths: Sequence[int],
+    kind: ComponentKind,
+    options: Options,
+    end: int | None,
+    traced: bool,
+) -> str:
+    """What is needed, what there is, and what would fit."""
+    name, free = resolve(options.backend), made.available_bytes
+
+    def fits(lengths: Sequence[int], options: Options = options) -> int | None:
+        need = _least(plan(adapter, lengths, kind, options, end=end, traced=traced), name)
+        return need if need <= free else None
+
+    ways = []
+    if name == "reference" and (need := _least(made, "torch")) <= free:
+        ways.append(f"backend='torch' ({readable(need)})")
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
+            need = fits(lengths, replace(options, state_dtype=dtype))
+            if need is not None:
+                ways.append(f"state_dtype='{_name(dtype)}' ({readable(need)})")
+                break
+    ordered = sorted(lengths, reverse=True)
+    several = [k for k in range(1, len(lengths)) if fits(ordered[:k]) is not None] if not traced else []
+    if several:
+        ways.append(f"{several[-1]} of these {len(lengths)} prompts at a time")
+    if not isinstance(kind, Custom) and not several and not traced:
+        low, high = 0, max(lengths)
+        while high - low > 1:  # the longest prompt that fits
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits([middle]) is not None else (low, middle)
+        if low:
+            ways.append(f"a prompt of {low} tokens ({readable(fits([low]))})")
+    what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
+    ways = f"It fits with {', or with '.join(ways)}." if ways else "Take a shorter prompt or a machine with more memory."
+    return (
+        f"{made.components}: needs {readable(_least(made, name))} on {made.device} and {readable(free)} are available: "
+        f"{what}. {ways}"
     )
 
 
@@ -354,9 +436,10 @@ class _Job:
         attention = max(3 * size.o + 2 * size.v for size in self.layers)
         return self.positions * (self.width + max(mlp, attention)) * self.model.itemsize
 
-    def copies(self) -> int:
-        """States held at once."""
-        return 2 if any(size.copied for size in self.passed) else 1
+    def copies(self) -> float:
+        """States held at once: what several MLPs read and, twice, what is sent to one of them."""
+        sent = max((share for size in self.passed for _, share in size.mlps if share < 1), default=0.0)
+        return 1 + any(size.copied for size in self.passed) + 2 * sent
 
     def weight_copies(self) -> int:
         """Weights with a norm folded into them, and what has to change its dtype."""

@@ -55,6 +55,7 @@ class Attribution:
     device: str
     dtype: str
     seconds: float
+    memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
 
     @classmethod
     def assemble(
@@ -184,6 +185,7 @@ class Attribution:
             "device": self.device,
             "dtype": self.dtype,
             "seconds": self.seconds,
+            "memory_budget": self.memory_budget,
         }
 
     def __str__(self) -> str:

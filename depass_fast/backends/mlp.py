@@ -179,4 +179,4 @@ def general_chunk(
             )
             shares = step.allocation.weights(gates) * step.act[at, part][:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
-    state.rows[chunk.rows] += gained
+    state.rows[chunk.rows].add_(gained)  # += would copy it onto itself afterwards, and could fail there

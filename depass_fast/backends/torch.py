@@ -345,7 +345,7 @@ def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor
     """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
     rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
     block = rows.view(new.shape[1], -1, rows.shape[1])
-    block[:, extras + part.start : extras + part.stop] += new.transpose(0, 1)
+    block[:, extras + part.start : extras + part.stop].add_(new.transpose(0, 1))
 
 
 def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
