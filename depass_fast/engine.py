@@ -250,7 +250,7 @@ class DePass:
         with bar("layers", end - first, run.progress) as shown:
             for index in range(first, end):
                 layer = self.adapter.layer(index)
-                state.rows = state.rows.to(layer.device)
+                state.rows = state.rows if run.host else state.rows.to(layer.device)
                 state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
                 errors.append(_completeness(state, trace.resid(index + 1)))
                 if shown is not None:
@@ -305,10 +305,9 @@ class DePass:
 
     def _start(self, plan: _Plan) -> tuple[Trace, ComponentState]:
         trace = plan.trace or self._capture(plan.prompts)
-        state = initial_state(
-            plan.components, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
-        )
-        return trace, state
+        run, kind = plan.run, plan.components
+        settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)
+        return trace, initial_state(kind, self.adapter, trace, *settings)
 
     def _read(
         self,

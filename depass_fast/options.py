@@ -10,7 +10,7 @@ import torch
 
 from .adapters import Adapter
 from .allocation import Allocation, Rule
-from .backends import Backend, make_backend, resolve
+from .backends import Backend, StreamBackend, make_backend, resolve
 from .prompts import as_index
 
 
@@ -29,6 +29,8 @@ class Options:
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
         Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,
         where memory runs out all the same; results do not change.
+    stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
+        MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
     progress: whether a bar appears after two seconds, on a terminal only.
     """
 
@@ -39,6 +41,7 @@ class Options:
     compute_dtype: torch.dtype | str | None = None
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
+    stream: bool | str = "auto"
     progress: bool = True
 
     def updated(self, overrides: dict[str, Any]) -> Options:
@@ -60,7 +63,18 @@ class Options:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
         if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
+        if self.stream not in (True, False, "auto"):
+            raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
+        if self.stream is True and name == "reference":
+            raise ValueError("stream: the reference backend does not stream; take backend='torch'.")
+        if self.stream is True and callable(self.allocation):
+            raise ValueError(
+                f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
+                "take stream=False, or one of the rules by name."
+            )
         backend = make_backend(name, compute, budget)
+        if self.stream is True:
+            backend = StreamBackend(adapter.device, compute, budget)
         return Run(Allocation(self.allocation, self.temperature), backend, state, bool(self.progress))
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -94,6 +108,11 @@ class Run:
     backend: Backend
     state_dtype: torch.dtype
     progress: bool = True
+
+    @property
+    def host(self) -> bool:
+        """Whether the state stays in host memory."""
+        return isinstance(self.backend, StreamBackend)
 
     def workspace(self, device: torch.device) -> int | None:
         """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from .adapters import Adapter
-from .backends import make_backend, resolve
+from .backends import StreamBackend, make_backend, resolve
 from .backends.torch import default_budget
 from .components import ComponentKind, Custom, Neurons, Tokens
 from .features import Features
@@ -269,10 +269,15 @@ def fitted(
     if free is None or made.upper_bound:
         return run
     need, workspace = _least(made, name), made.of(name).workspace_bytes
+    if need > free and options.stream == "auto" and device.type != "cpu" and name == "torch":
+        streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
+        possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
+        if possible and _least(made, streamed.backend) <= free:
+            return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
     if need > free:
         raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced))
     room = free - (need - min(workspace, _LEAST))
-    if name == "reference" or options.memory_budget is not None or workspace <= room:
+    if name != "torch" or options.memory_budget is not None or workspace <= room:
         return run
     budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
@@ -296,7 +301,7 @@ def _refusal(
     traced: bool,
 ) -> str:
     """What is needed, what there is, and what would fit."""
-    name, free = resolve(options.backend), made.available_bytes
+    name, free = "torch, streamed" if options.stream is True else resolve(options.backend), made.available_bytes
 
     def fits(lengths: Sequence[int], options: Options = options) -> int | None:
         need = _least(plan(adapter, lengths, kind, options, end=end, traced=traced), name)

@@ -17,7 +17,7 @@ from ..state import Layout
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Components from ``first`` on of one prompt, at the local positions from ``start`` on, where they can be alive.
+    """Components from ``first`` on of one prompt, at its segments from ``start`` on, where they can be alive.
 
     ``rows`` (r,) are the state's rows, ``slots`` (r,) their places in the dense (N - start, n_components) block, or
     None where all of it is alive.
@@ -45,7 +45,11 @@ class Chunk:
 
 
 def make_blocks(
-    layout: Layout, slots: int, device: torch.device, extras_only: bool = False, begin: tuple[int, int] = (0, 0)
+    layout: Layout,
+    slots: int,
+    device: torch.device,
+    extras_only: bool = False,
+    begin: tuple[int, int] = (0, 0),
 ) -> list[Block]:
     """Cut every prompt's components, or its extras, into blocks of at most ``slots`` places, or of one component.
 
@@ -61,7 +65,9 @@ def make_blocks(
         first = begin[1] if prompt == begin[0] else 0
         staggered = bool(components.births.any())
         while first < m:
-            birth = int(components.births[first])
+            birth = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
+            if birth == n:
+                break  # nor any later one
             size = max(1, slots // (n - birth))
             if staggered:  # components born together share the positions that none of them reaches
                 size = min(size, max(64, n // 4))

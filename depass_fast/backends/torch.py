@@ -37,6 +37,7 @@ class TorchBackend:
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
 
     name = "torch"
+    takes_factors = True  # whether components that have just started are carried as what they are products of
 
     def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
         self.compute_dtype = compute_dtype
@@ -55,12 +56,12 @@ class TorchBackend:
             if n_reads > alone or trace.value_ratio is not None:
                 return self.aggregate_ov(state, weights, trace).at(queries)
             out = self._aggregate_at(state, weights, trace, queries)
-        elif state.factors is not None and trace.value_ratio is None:
+        elif state.factors is not None and trace.value_ratio is None and self.takes_factors:
             out = self._aggregate_factors(state, weights, trace)
             out = self._aggregate_everywhere(out, weights, trace, extras_only=True)
         else:
             out = self._aggregate_everywhere(state, weights, trace)
-        _add_to_bias(out, self._attention_constant(out, weights, trace))
+        add_to_bias(out, self._attention_constant(out, weights, trace))
         return out
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
@@ -199,7 +200,7 @@ class TorchBackend:
 
         def step(block: Block) -> None:
             at, origin = queries.segments(block.prompt), layout.segments(block.prompt).start
-            x = _scatter(self._take(state.rows, block.rows, device).to(dtype), block)  # (N', B, D)
+            x = scatter(self._take(state.rows, block.rows, device).to(dtype), block)  # (N', B, D)
             for segment, q in enumerate(queries.local[at].tolist(), at.start):
                 alive = min(int(queries.counts[segment]) - block.first, block.n_components)
                 if alive <= 0:
@@ -225,30 +226,10 @@ class TorchBackend:
         allocation: Allocation,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        dtype, layout = self._dtype(state), state.layout
-        packed = torch.from_numpy(layout.packed).to(state.device)
-        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
-        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
-        act, out_scale = trace.act[recorded].to(dtype), None
-        if trace.out_scale is not None:
-            out_scale = trace.out_scale[packed]
-            act = act * out_scale[:, None].to(dtype)
-
-        def make() -> MlpStep:
-            w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
-            return MlpStep(
-                scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
-                w_gate=w_gate,
-                w_down=weights.writing(weights.w_down, dtype),
-                gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
-                act=act,
-                gate=trace.gate[recorded],
-                allocation=allocation,
-                sparse=has_zeros(w_gate),
-            )
-
         source = state if source is None else source
-        parts = self.budget.prepare(state.device, make)
+        parts, out_scale = self.budget.prepare(
+            state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
+        )
 
         def step(chunk: Chunk) -> None:
             neurons = self._neuron_blocks(chunk, state, weights)
@@ -256,8 +237,33 @@ class TorchBackend:
                 general_chunk(state, source, chunk, parts, neurons)
 
         self.budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
-        _add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
+        add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
         return state
+
+    def _mlp_step(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
+    ) -> tuple[MlpStep, Tensor | None]:
+        """What the MLP of a layer needs at the state's segments, and the frozen scale (S,) of its output's norm."""
+        dtype, layout = self._dtype(state), state.layout
+        packed = torch.from_numpy(layout.packed).to(device)
+        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
+        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
+        act, out_scale = trace.act[recorded].to(dtype), None
+        if trace.out_scale is not None:
+            out_scale = trace.out_scale[packed]
+            act = act * out_scale[:, None].to(dtype)
+        w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
+        step = MlpStep(
+            scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
+            w_gate=w_gate,
+            w_down=weights.writing(weights.w_down, dtype),
+            gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
+            act=act,
+            gate=trace.gate[recorded],
+            allocation=allocation,
+            sparse=has_zeros(w_gate),
+        )
+        return step, out_scale
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
         n = weights.w_down.shape[1]
@@ -307,11 +313,11 @@ class TorchBackend:
         width = state.rows.shape[1] + 2 * (weights.n_heads + weights.n_kv_heads) * weights.head_dim
         slots = max(1, self._bytes(state) // (2 * width * self._dtype(state).itemsize))
         if undone is not None:
-            return make_blocks(state.layout, slots, state.device, extras_only, (undone.prompt, undone.first))
+            return make_blocks(state.layout, slots, weights.w_v.device, extras_only, (undone.prompt, undone.first))
         return self._plan(
             state.layout,
             ("blocks", slots, extras_only, state.device),
-            lambda: make_blocks(state.layout, slots, state.device, extras_only),
+            lambda: make_blocks(state.layout, slots, weights.w_v.device, extras_only),
         )
 
     def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
@@ -328,7 +334,7 @@ class TorchBackend:
         return make_chunks(state.layout, rows, state.device, undone.segments.start)
 
 
-def _scatter(rows: Tensor, block: Block) -> Tensor:
+def scatter(rows: Tensor, block: Block) -> Tensor:
     """A block's rows (r, C) in their places: (N', B, C), zero where not alive."""
     if block.slots is None:
         return rows.view(-1, block.n_components, rows.shape[1])
@@ -336,9 +342,9 @@ def _scatter(rows: Tensor, block: Block) -> Tensor:
     return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
 
 
-def _add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
+def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
     if state.layout.index(BIAS) is not None and constant is not None:
-        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant
+        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant.to(state.rows)
 
 
 def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:

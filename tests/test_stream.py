@@ -1,0 +1,88 @@
+"""A state that streams through the device in blocks has the same numbers, whatever the blocks."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, build, random_ids
+from test_backends import close, corner_states
+from test_completeness import kinds
+
+from depass_fast import Custom, Heads, Neurons, Tokens
+from depass_fast.allocation import RULES
+from depass_fast.backends import blocks
+from depass_fast.backends import stream as stream_module
+from depass_fast.backends import torch as torch_module
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streaming_agrees_with_the_reference(name, rule):
+    dp, ids = build(name), random_ids(9, seed=5)
+    trace = dp.trace(ids)
+    for label, kind in kinds(len(ids)).items():
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
+        for budget in (2_000, None):
+            state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+            assert close(state.dense(), oracle), (label, budget)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
+    """Components at a time, 1 to M, in attention and in both passes of the MLP."""
+    dp, prompts = build("llama-biases"), [random_ids(7, seed=2), random_ids(4, seed=3)]
+    trace = dp.trace(prompts)
+    for kind in (Tokens(), Heads(0)):
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").rows
+        for size in range(1, 9):
+
+            def cut(layout, slots, device, extras_only=False, begin=(0, 0), size=size):
+                """As many slots as ``size`` components take at all positions."""
+                longest = int(np.bincount(layout.prompt).max())
+                return blocks.make_blocks(layout, size * longest, device, extras_only, begin)
+
+            monkeypatch.setattr(stream_module, "make_blocks", cut)
+            monkeypatch.setattr(torch_module, "make_blocks", cut)
+            assert close(dp.decompose(trace, kind, allocation=rule, stream=True).rows, oracle), size
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+def test_the_corners(name, rule):
+    """Absent components, duplicates, opposite ones, and positions where nobody is eligible."""
+    dp, ids = build(name, torch.float64), random_ids(8)
+    trace = dp.trace(ids)
+    kind = Custom(1, corner_states(trace).double())
+    oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
+    for budget in (2_000, None):
+        state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+        assert close(state.dense(), oracle, 1e-10) and not state.dense()[:, 4].any()
+        options = {"exclude_special": list(range(8)), "allocation": rule, "end": 2}
+        oracle_of_all = dp.decompose(trace, Tokens(), backend="reference", **options).rows
+        assert close(dp.decompose(trace, Tokens(), stream=True, memory_budget=budget, **options).rows, oracle_of_all, 1e-10)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 3])
+def test_attributions_stream_too(family, position):
+    ids = [random_ids(8, seed=2), random_ids(5, seed=3)]
+    for kind in (Tokens(), Tokens(1), Heads(-1), Neurons(0)):
+        for usual, streamed in zip(
+            family.attribute(ids, kind, 7, position=position),
+            family.attribute(ids, kind, 7, position=position, stream=True, memory_budget=5_000),
+            strict=True,
+        ):
+            assert close(streamed.scores, usual.scores) and streamed.labels == usual.labels
+            assert streamed.completeness_error < 1e-5
+
+
+def test_what_cannot_stream_is_refused():
+    dp, ids = build("llama-gqa"), random_ids(5)
+    with pytest.raises(ValueError, match="stream: the reference backend does not stream"):
+        dp.attribute(ids, Tokens(), stream=True, backend="reference")
+    with pytest.raises(ValueError, match="stream: own sees all components at once"):
+
+        def own(gates, temperature):
+            return gates.values
+
+        dp.attribute(ids, Tokens(), stream=True, allocation=own)
+    with pytest.raises(ValueError, match="stream: expected True, False or 'auto'"):
+        dp.attribute(ids, Tokens(), stream="yes")
