@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from .components import ComponentKind, Custom, Heads, Modules, Neurons, Subspaces, Tokens
     from .engine import DePass
     from .features import Features
+    from .focus import Focus, Partition
+    from .generation import Generation
     from .options import Options
+    from .planner import Plan
     from .result import Attribution
     from .state import ComponentState
     from .trace import Trace
@@ -24,11 +27,14 @@ __all__ = [
     "Custom",
     "DePass",
     "Features",
+    "Focus",
     "Generation",
     "Heads",
     "Modules",
     "Neurons",
     "Options",
+    "Partition",
+    "Plan",
     "Subspaces",
     "Tokens",
     "Trace",
@@ -43,8 +49,11 @@ _HOME = {
     "ComponentState": "state",
     "DePass": "engine",
     "Features": "features",
+    "Focus": "focus",
     "Generation": "generation",
     "Options": "options",
+    "Partition": "focus",
+    "Plan": "planner",
     "Trace": "trace",
     "trace_nbytes": "trace_size",
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapters import adapt, unwrap
 from .capture import capture
 from .components import ComponentKind, Tokens
+from .focus import Focus, Partition, focused, make_partition
 from .generation import Generation, generate
 from .hook_names import layer_input
 from .initial import initial_state, meets_bias
@@ -186,16 +187,33 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
+        focus: Sequence[int | str] | None = None,
+        partition: Partition | None = None,
         **options: Any,
-    ) -> ComponentState:
+    ) -> ComponentState | Focus:
         """The component state entering layer ``end`` (L: after the last layer); None: after the final norm.
 
         ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
+
+        With ``focus``, labels or indices of components, these are carried alone, exactly, and a :class:`Focus` holds
+        their states at every layer (before the final norm), without the others; from a ``partition``, or one run more.
         """
         plan = self._plan(prompt, components, end, options)
+        if focus is not None or partition is not None:
+            return focused(self, plan, [] if focus is None else focus, partition)
         trace, state = self._start(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
+
+    @torch.no_grad()
+    def partition(
+        self, prompt: Prompt | Trace, components: ComponentKind, *, end: int | str | None = None, **options: Any
+    ) -> Partition:
+        """One run over all components that keeps log Z of every layer, for ``decompose(..., focus=..., partition=...)``.
+
+        Arguments and errors as in :meth:`decompose`; one prompt.
+        """
+        return make_partition(self, self._plan(prompt, components, end, options))
 
     @torch.no_grad()
     def start(self, trace: Trace, components: ComponentKind, **options: Any) -> ComponentState:
