@@ -48,7 +48,9 @@ class Case:
 def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> Case:
     heads = hidden // 64
     shape = {"model_type": "llama", "layers": 3, "kv_heads": heads, **more}
-    return Case(name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape)
+    return Case(
+        name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape
+    )
 
 
 FULL = [

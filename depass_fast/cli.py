@@ -10,8 +10,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import cli_plan, cli_types
 
 if TYPE_CHECKING:
     from .components import ComponentKind
@@ -22,7 +23,7 @@ _KINDS = ("tokens", "heads", "modules", "neurons")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FLAGS = (
     *("prompt", "input-ids", "target", "target-id", "contrast", "model", "layer", "position"),
-    *("allocation", "temperature", "backend", "dtype", "memory-budget"),
+    *("allocation", "temperature", "backend", "dtype", "memory-budget", "length"),
 )
 _SUFFIXES = (".safetensors", ".csv")
 
@@ -90,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="{demo,attribute,plan,doctor}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="{demo,attribute,plan,doctor}"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -122,11 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     _attribute_arguments(attribute)
     attribute.set_defaults(run=_attribute)
 
-    from . import cli_plan
-
     plan = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
-    types = SimpleNamespace(lengths=cli_plan.lengths, layer=_layer, bytes=_bytes)
-    cli_plan.add_arguments(plan, _KINDS, _DTYPES, types)
+    cli_plan.add_arguments(plan, _KINDS, _DTYPES)
     plan.set_defaults(run=_plan)
     return parser
 
@@ -139,7 +139,7 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--input-ids", metavar="IDS", help='token ids as they are, e.g. "1 5 9"; nothing is added')
     what.add_argument("--components", required=True, choices=_KINDS)
     what.add_argument(
-        "--layer", type=_layer, metavar="L", help="from 0, -1 is the last; or a hook. Default for tokens: 0"
+        "--layer", type=cli_types.layer, metavar="L", help="from 0, -1 is the last; or a hook. Default for tokens: 0"
     )
     target = what.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
@@ -156,32 +156,16 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--backend", default="auto", metavar="B", help="auto, or one that `depass-fast doctor` lists")
     how.add_argument("--dtype", choices=_DTYPES, help="how the model is loaded. Default: as stored")
     how.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu")
-    how.add_argument("--memory-budget", type=_bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen")
+    how.add_argument(
+        "--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen"
+    )
 
     out = parser.add_argument_group("output")
-    out.add_argument("--top", type=_positive, metavar="K", help="print the K leading components. Default: 10")
+    out.add_argument("--top", type=cli_types.positive, metavar="K", help="print the K leading components. Default: 10")
     out.add_argument("--json", action="store_true", help="print one JSON object with every score, and nothing else")
     out.add_argument("--out", type=Path, metavar="FILE", help="write every score to FILE.safetensors or FILE.csv")
     out.add_argument("--quiet", action="store_true", help="no progress bar; there is none either where no terminal is")
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def _layer(text: str) -> int | str:
-    """A number, or a name such as blocks.5.attn.hook_z."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 500000000, 512M or 2G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
 # ------------------------------------------------------------------------------------------------ attribute
@@ -366,8 +350,6 @@ def _show(result: Attribution, top: int | None) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from . import cli_plan
-
     with contextlib.redirect_stdout(sys.stderr):
         _check_model(args.model)
         _quiet()

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import cli_types
+
 _DESCRIPTION = """\
 FLOP, memory and time of a decomposition, before it is run. Of the model only the config is read, no weights: a folder
 with nothing but a config.json will do.
@@ -18,30 +20,26 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtypes: tuple[str, ...], types: Any) -> None:
-    """The flags; ``types`` holds the parsers that they share with other commands."""
+def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
+    """The flags."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.add_argument("--model", required=True, metavar="PATH", help="model folder, hub name, or demo")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--length", type=types.lengths, metavar="N", help='tokens of a prompt; "20 35 12" for several')
+    length.add_argument(
+        "--length", type=cli_types.lengths, metavar="N", help='tokens of a prompt; "20 35 12" for several'
+    )
     length.add_argument("--prompt", metavar="TEXT", help="a text; needs the model's tokenizer")
     parser.add_argument("--components", required=True, choices=kinds)
-    parser.add_argument("--layer", type=types.layer, metavar="L", help="as in attribute. Default for tokens: 0")
+    parser.add_argument("--layer", type=cli_types.layer, metavar="L", help="as in attribute. Default for tokens: 0")
     parser.add_argument("--dtype", choices=dtypes, help="of the model. Default: what its config says")
     parser.add_argument("--state-dtype", choices=dtypes, help="of the component state. Default: float32")
-    parser.add_argument("--device", metavar="D", help="that it would run on. Default: cuda where there is one, else cpu")
-    parser.add_argument("--memory-budget", type=types.bytes, metavar="BYTES", help="of workspace. Default: chosen")
+    parser.add_argument(
+        "--device", metavar="D", help="that it would run on. Default: cuda where there is one, else cpu"
+    )
+    parser.add_argument("--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace. Default: chosen")
     parser.add_argument("--gemm-tflops", type=float, metavar="X", help="of the machine. Default: measured on this one")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def lengths(text: str) -> list[int]:
-    """One number of tokens, or several."""
-    items = text.replace(",", " ").split()
-    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, nor a list of such")
-    return [int(item) for item in items]
 
 
 def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: str) -> str:

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from .adapters import adapt, unwrap
 from .capture import capture
 from .components import ComponentKind, Tokens
+from .fitting import fitted
 from .focus import Focus, Partition, focused, make_partition
 from .generation import Generation, generate
 from .hook_names import layer_input
 from .initial import initial_state, meets_bias
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .planner import Plan, fitted, plan_call
+from .planner import Plan, plan_call
 from .progress import bar
-from .prompts import Prompt, as_index, encode, is_batch, token_texts
+from .prompts import Prompt, as_position, encode, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
@@ -133,7 +134,7 @@ class DePass:
         """
         began = time.perf_counter()
         plan = self._plan(prompt, components, end, options)
-        reads = [_position(position, len(ids)) for ids in plan.prompts]
+        reads = [as_position(position, len(ids)) for ids in plan.prompts]
         if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
             raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
         wanted = [target] * len(plan.prompts) if targets is None else targets
@@ -209,7 +210,7 @@ class DePass:
     def partition(
         self, prompt: Prompt | Trace, components: ComponentKind, *, end: int | str | None = None, **options: Any
     ) -> Partition:
-        """One run over all components that keeps log Z of every layer, for ``decompose(..., focus=..., partition=...)``.
+        """One run over all components that keeps log Z of every layer, for ``decompose(..., focus=, partition=)``.
 
         Arguments and errors as in :meth:`decompose`; one prompt.
         """
@@ -264,13 +265,13 @@ class DePass:
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
-        errors = [_completeness(state, start)]
+        errors = [state.completeness(start)]
         with bar("layers", end - first, run.progress) as shown:
             for index in range(first, end):
                 layer = self.adapter.layer(index)
                 state.rows = state.rows if run.host else state.rows.to(layer.device)
                 state = through_layer(state, layer, trace.layers[index], run, queries if index == end - 1 else None)
-                errors.append(_completeness(state, trace.resid(index + 1)))
+                errors.append(state.completeness(trace.resid(index + 1)))
                 if shown is not None:
                     shown.finish()
         if queries is not None and first == end:
@@ -395,18 +396,3 @@ class _Plan:
     end_given: int | None
     end: int
     has_bias: bool
-
-
-def _position(position: int, length: int) -> int:
-    position = as_index(position, "position")
-    if not -length <= position < length:
-        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
-    return position % length
-
-
-def _completeness(state: ComponentState, resid: Tensor) -> Tensor:
-    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
-    layout = state.layout
-    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
-    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()

@@ -150,9 +150,7 @@ def _resolve(which: Sequence[int | str], labels: list[str]) -> list[int]:
     return found
 
 
-def _chosen_state(
-    dp: DePass, call: _Plan, trace: Trace, whole: Components, members: np.ndarray
-) -> ComponentState:
+def _chosen_state(dp: DePass, call: _Plan, trace: Trace, whole: Components, members: np.ndarray) -> ComponentState:
     """Some of the components where they start; tokens, neurons and features without making the others."""
     extras = tuple(whole.extras[i] for i in members if i < len(whole.extras))
     named = members[members >= len(whole.extras)] - len(whole.extras)

@@ -9,20 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from .adapters import Adapter
-from .backends import StreamBackend, make_backend, resolve
 from .backends.torch import default_budget
-from .components import ComponentKind, Custom, Neurons, Tokens
-from .features import Features
+from .components import ComponentKind, Tokens
 from .gemm_rate import gemm_rate
 from .hook_names import layer_input
-from .initial import meets_bias
+from .job_size import Job, has_bias, layer_sizes, named_components
 from .memory import available, readable
-from .options import Options, Run
+from .options import Options
 from .prompts import encode, is_batch
 from .trace import Trace
 from .trace_size import bytes_per_position, without_weights
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
 
 EFFICIENCY = {"torch": 0.75, "reference": 0.25}  # of the GEMM rate, as bench.cpu measures the torch backend
 _INDEX = 40  # bytes of indices per row, held along with a state
-_LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,11 @@ def plan(
     kind.check(adapter, lengths)
     state, compute = options.dtypes(adapter.dtype, device)
     budget = options.memory_budget or default_budget(device)
-    layers, last = _sizes(adapter), adapter.n_layers if end is None else end
+    layers, last = layer_sizes(adapter), adapter.n_layers if end is None else end
     site, first = kind.start_site(adapter), kind.resolve(adapter)
     entering = first + (site == "resid_post")
-    extras = int(not isinstance(kind, Tokens)) + _has_bias(kind, adapter, end)
-    named, exact = zip(*(_named(kind, adapter, n) for n in lengths), strict=True)
+    extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
+    named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     counts = [n + extras for n in named]
     staggered = isinstance(kind, Tokens)
     rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
@@ -165,7 +161,7 @@ def plan(
     flop = sum(size.flop(width, total, keys) for size in passed)
     trace = sum(lengths) * bytes_per_position(adapter, adapter.dtype)
     state_bytes = total * width * state.itemsize
-    job = _Job(sum(lengths), max(lengths), counts, total, width, state, compute, adapter.dtype, budget, passed, layers)
+    job = Job(sum(lengths), max(lengths), counts, total, width, state, compute, adapter.dtype, budget, passed, layers)
     given = 0 if traced else trace
     capture = 0 if traced else trace + job.capturing()
     forward = 0 if traced else 2 * job.positions * sum(size.parameters(width) for size in layers)
@@ -207,7 +203,7 @@ def plan(
         estimates=tuple(estimates),
         available_bytes=available(device),
         gemm_flops=gemm_flops,
-        rate_source=rate_source,
+        rate_source="" if gemm_flops is None else rate_source,
         upper_bound=not all(exact),
     )
 
@@ -244,95 +240,7 @@ def plan_call(
     if measure:
         rate, source = gemm_rate(adapter.device, options.dtypes(adapter.dtype, adapter.device)[1])
     last = None if end is None else layer_input(end, "end")
-    return plan(
-        adapter, lengths, kind, options, end=last, traced=traced, gemm_flops=rate, rate_source=source
-    )
-
-
-def fitted(
-    run: Run,
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    traced: bool,
-) -> Run:
-    """The run with the workspace that the device has room for.
-
-    Raises:
-        MemoryError: not even the state and the trace fit; what does is in the message.
-    """
-    name, device = run.backend.name, adapter.device
-    made = plan(adapter, lengths, kind, options, end=end, traced=traced)
-    free = made.available_bytes
-    if free is None or made.upper_bound:
-        return run
-    need, workspace = _least(made, name), made.of(name).workspace_bytes
-    if need > free and options.stream == "auto" and device.type != "cpu" and name == "torch":
-        streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
-        possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
-        if possible and _least(made, streamed.backend) <= free:
-            return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
-    if need > free:
-        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced))
-    room = free - (need - min(workspace, _LEAST))
-    if name != "torch" or options.memory_budget is not None or workspace <= room:
-        return run
-    budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
-    return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
-
-
-def _least(made: Plan, backend: str) -> int:
-    """Bytes below which a run cannot be done whatever its workspace."""
-    estimate = made.of(backend)
-    if backend == "reference":
-        return estimate.peak_bytes
-    return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
-
-
-def _refusal(
-    made: Plan,
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    traced: bool,
-) -> str:
-    """What is needed, what there is, and what would fit."""
-    name, free = "torch, streamed" if options.stream is True else resolve(options.backend), made.available_bytes
-
-    def fits(lengths: Sequence[int], options: Options = options) -> int | None:
-        need = _least(plan(adapter, lengths, kind, options, end=end, traced=traced), name)
-        return need if need <= free else None
-
-    ways = []
-    if name == "reference" and (need := _least(made, "torch")) <= free:
-        ways.append(f"backend='torch' ({readable(need)})")
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
-            need = fits(lengths, replace(options, state_dtype=dtype))
-            if need is not None:
-                ways.append(f"state_dtype='{_name(dtype)}' ({readable(need)})")
-                break
-    ordered = sorted(lengths, reverse=True)
-    several = [k for k in range(1, len(lengths)) if fits(ordered[:k]) is not None] if not traced else []
-    if several:
-        ways.append(f"{several[-1]} of these {len(lengths)} prompts at a time")
-    if not isinstance(kind, Custom) and not several and not traced:
-        low, high = 0, max(lengths)
-        while high - low > 1:  # the longest prompt that fits
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits([middle]) is not None else (low, middle)
-        if low:
-            ways.append(f"a prompt of {low} tokens ({readable(fits([low]))})")
-    what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
-    ways = f"It fits with {', or with '.join(ways)}." if ways else "Take a shorter prompt or a machine with more memory."
-    return (
-        f"{made.components}: needs {readable(_least(made, name))} on {made.device} and {readable(free)} are available: "
-        f"{what}. {ways}"
-    )
+    return plan(adapter, lengths, kind, options, end=last, traced=traced, gemm_flops=rate, rate_source=source)
 
 
 def check_length(length: int, adapter: Adapter) -> int:
@@ -341,145 +249,6 @@ def check_length(length: int, adapter: Adapter) -> int:
     if isinstance(length, bool) or length < 1 or (limit is not None and length > limit):
         raise ValueError(f"length: {length} is out of range; this model reads 1 to {limit or 'any number of'} tokens.")
     return length
-
-
-# -- shapes ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Size:
-    """The widths of one layer: of V, of what O reads, and of every MLP with the share of positions sent to it."""
-
-    v: int
-    o: int
-    mlps: tuple[tuple[int, float], ...]
-    copied: bool  # a parallel layer, or several MLPs: they read a copy of the state
-    has_up: bool
-    output_norms: bool
-    skip_attention: bool = False
-
-    def flop(self, width: int, rows: int, keys: float) -> float:
-        attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
-        return attention + rows * sum(4 * width * neurons * share for neurons, share in self.mlps)
-
-    def gates(self, width: int, rows: int) -> float:
-        return rows * sum(2 * width * neurons * share for neurons, share in self.mlps)
-
-    def parameters(self, width: int) -> float:
-        """Weights that a position meets on its way."""
-        return width * (2 * self.v + 2 * self.o + sum((3 if self.has_up else 2) * n * share for n, share in self.mlps))
-
-    @property
-    def neurons(self) -> int:
-        return max(neurons for neurons, _ in self.mlps)
-
-
-_known: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def _sizes(adapter: Adapter) -> list[_Size]:
-    if adapter.model not in _known:
-        _known[adapter.model] = [_size(adapter, index) for index in range(adapter.n_layers)]
-    return _known[adapter.model]
-
-
-def _size(adapter: Adapter, index: int) -> _Size:
-    layer, experts = adapter.layer(index), adapter.family.experts
-    attention, mlps = layer.attention, layer.mlps
-    routed = sum(mlp.name not in ("", "shared") for mlp in mlps)
-    shares = [experts.top_k / routed if mlp.name not in ("", "shared") else 1.0 for mlp in mlps]
-    gated = getattr(adapter.module(index, "mlp"), "up_proj", None) is not None or routed > 0
-    return _Size(
-        v=attention.n_kv_heads * attention.head_dim,
-        o=attention.n_heads * attention.head_dim,
-        mlps=tuple((mlp.w_gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
-        copied=layer.parallel or len(mlps) > 1,
-        has_up=gated,
-        output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
-    )
-
-
-def _named(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
-    """How many components a prompt will have, without the extras, and whether that is known before it is traced."""
-    if isinstance(kind, Neurons):
-        mlps = _sizes(adapter)[kind.resolve(adapter)].mlps
-        sent = [n for n, share in mlps if share < 1]
-        reached = min(len(sent), round(length * sum(share for _, share in mlps if share < 1)))
-        return sum(n for n, share in mlps if share == 1) + reached * (max(sent) if sent else 0), not sent
-    if isinstance(kind, Features):
-        return kind.sae.W_dec.shape[0], False
-    return len(kind.names(adapter, [""] * length)), True
-
-
-def _has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
-    layer = adapter.layer(kind.resolve(adapter))
-    own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
-    if kind.kind == "modules":
-        own = layer.attention.has_bias or layer.has_mlp_bias
-    return int(own or meets_bias(kind, adapter, end))
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The parts of the peak. All in bytes."""
-
-    positions: int
-    longest: int
-    counts: list[int]
-    rows: int
-    width: int
-    state: torch.dtype
-    compute: torch.dtype
-    model: torch.dtype
-    budget: int
-    passed: list[_Size]
-    layers: list[_Size]
-
-    def capturing(self) -> int:
-        """What the forward pass holds beside the trace: in its MLP, or in its attention."""
-        mlp = max((2 if size.has_up else 1) * size.neurons for size in self.layers)
-        attention = max(3 * size.o + 2 * size.v for size in self.layers)
-        return self.positions * (self.width + max(mlp, attention)) * self.model.itemsize
-
-    def copies(self) -> float:
-        """States held at once: what several MLPs read and, twice, what is sent to one of them."""
-        sent = max((share for size in self.passed for _, share in size.mlps if share < 1), default=0.0)
-        return 1 + any(size.copied for size in self.passed) + 2 * sent
-
-    def weight_copies(self) -> int:
-        """Weights with a norm folded into them, and what has to change its dtype."""
-        folded = max((size.v + size.neurons for size in self.passed), default=0)
-        cast = self.compute != self.model
-        changed = max((max(size.o, size.neurons) * (cast or size.output_norms) for size in self.passed), default=0)
-        return self.width * (folded + changed) * self.compute.itemsize
-
-    def activations(self) -> int:
-        """What a layer's step makes of the trace, per position."""
-        cast = max((size.neurons for size in self.passed), default=0) * (self.compute != self.model)
-        return self.positions * (cast * self.compute.itemsize + 3 * self.width * 4)
-
-    def workspace(self) -> int:
-        """Of the torch backend: buffers for blocks of attention and chunks of the MLP, and tiles of P."""
-        if not self.passed:
-            return 0
-        item = self.compute.itemsize
-        attention = max(self.width + 2 * (size.o + size.v) for size in self.passed)
-        mlp = max(self.width + min(size.neurons, 2048) for size in self.passed)
-        rows = min(self.rows, self.budget // (2 * min(attention, mlp) * item) + self.longest)
-        tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
-        return min(self.budget, rows * max(attention, mlp) * item) + tiles
-
-    def dense_workspace(self) -> int:
-        """Of the reference backend: dense blocks of one prompt, several at a time."""
-        if not self.passed:
-            return 0
-        attention = max(4 * self.width + 3 * size.o for size in self.passed)
-        mlp = max(3 * self.width + 6 * size.neurons for size in self.passed)
-        return self.longest * max(self.counts) * max(attention, mlp) * self.state.itemsize
-
-    def gates_again(self) -> float:
-        """FLOP that streaming adds: the gates are computed in both passes."""
-        return sum(size.gates(self.width, self.rows) for size in self.passed)
 
 
 # -- words ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,14 @@ def as_index(value: Any, argument: str) -> int:
         raise TypeError(f"{argument}: expected an integer, got {value!r}.") from None
 
 
+def as_position(position: int, length: int) -> int:
+    """A position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
+    position = as_index(position, "position")
+    if not -length <= position < length:
+        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+    return position % length
+
+
 def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
     """The ids (N,) of one prompt.
 

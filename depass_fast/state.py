@@ -230,6 +230,13 @@ class ComponentState:
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
         return segment_sums(self.rows, torch.from_numpy(self.layout.starts[:-1]).to(self.device))
 
+    def completeness(self, resid: Tensor) -> Tensor:
+        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+        layout = self.layout
+        x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(self.rows)
+        error = (self.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        return torch.stack([error[layout.segments(p)].max() for p in range(len(layout.components))]).cpu()
+
 
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
     """Sums of runs of rows: (R, C) and the first row of every run (S,) -> (S, C)."""

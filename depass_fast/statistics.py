@@ -42,7 +42,7 @@ class GateBlock:
 
 @dataclass
 class Statistics:
-    """What all components at S positions say to I neurons: ``tables`` (S, I) each, ``alive`` (S,) how many there are."""
+    """What all components at S positions say to I neurons: ``tables`` (S, I); ``alive`` (S,) is how many there are."""
 
     rule: str
     temperature: float

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import depass_fast.planner
 from depass_fast import Heads, Neurons, Tokens
 from depass_fast.backends.budget import Budget
+from depass_fast.fitting import least_bytes
 
 KINDS = {"tokens": Tokens(), "heads": Heads(0), "neurons": Neurons(0)}
 
@@ -47,12 +48,16 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("rule", ["softmax", "linear"])
+@pytest.mark.parametrize(
+    ("rule", "stream"), [("softmax", False), ("linear", False), ("linear", True), ("softmax", True)]
+)
 @pytest.mark.parametrize("label", KINDS)
-def test_running_out_of_memory_anywhere_changes_nothing(label, rule, monkeypatch):
+def test_running_out_of_memory_anywhere_changes_nothing(label, rule, stream, monkeypatch):
     """Wherever it happens: at operations from the first to the last."""
+    if stream and label == "neurons":
+        pytest.skip("thousands of operations; tokens and heads pass through the same lines")
     dp, prompts, kind = build("qwen2"), [random_ids(5, seed=3), random_ids(3, seed=4)], KINDS[label]
-    trace, options = dp.trace(prompts), {"memory_budget": 16_000, "allocation": rule}
+    trace, options = dp.trace(prompts), {"memory_budget": 16_000, "allocation": rule, "stream": stream}
 
     def attempt(run, at, error=None):
         with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as said:
@@ -68,7 +73,7 @@ def test_running_out_of_memory_anywhere_changes_nothing(label, rule, monkeypatch
     for name, run in runs.items():
         expected, total = attempt(run, -1)
         assert total > 100
-        for i, at in enumerate([*range(1, 6), *range(7, total, total // 16), *range(total - 3, total + 1)]):
+        for i, at in enumerate([1, 2, 3, *range(4, total, total // 10), total - 1, total]):
             result, _ = attempt(run, at, list(ERRORS.values())[i % 3])
             if name == "decompose":
                 assert close(result.rows, expected.rows), at
@@ -131,14 +136,18 @@ def test_what_cannot_fit_is_refused_before_any_work(free, monkeypatch):
     least = dp.plan(ids, Tokens(), measure=False)
     free(10_000)
     monkeypatch.setattr(dp.adapter.model, "forward", None)  # no work
-    with pytest.raises(MemoryError, match=r"tokens: needs .* on cpu and 9.8 KiB are available: the state takes 228.8 KiB"):
+    with pytest.raises(
+        MemoryError, match=r"tokens: needs .* on cpu and 9.8 KiB are available: the state takes 228.8 KiB"
+    ):
         dp.attribute(ids, Tokens())
-    peak = depass_fast.planner._least(least, "torch")
+    peak = least_bytes(least, "torch")
     free(peak - 1000)
-    with pytest.raises(MemoryError, match=r"It fits with state_dtype='bfloat16' \(.*\), or with a prompt of (\d+) tokens"):
+    with pytest.raises(
+        MemoryError, match=r"It fits with state_dtype='bfloat16' \(.*\), or with a prompt of (\d+) tokens"
+    ):
         dp.attribute(ids, Tokens())
     many = [random_ids(40, seed=i) for i in range(6)]
-    free(depass_fast.planner._least(dp.plan(many[:3], Tokens(), measure=False), "torch"))
+    free(least_bytes(dp.plan(many[:3], Tokens(), measure=False), "torch"))
     with pytest.raises(MemoryError, match="3 of these 6 prompts at a time"):
         dp.attribute(many, Tokens())
     with pytest.raises(MemoryError, match="It fits with backend='torch'"):
@@ -147,7 +156,7 @@ def test_what_cannot_fit_is_refused_before_any_work(free, monkeypatch):
 
 def test_what_is_said_to_fit_does(free):
     dp, ids = build("llama-gqa"), random_ids(60)
-    peak = depass_fast.planner._least(dp.plan(ids, Tokens(), measure=False), "torch")
+    peak = least_bytes(dp.plan(ids, Tokens(), measure=False), "torch")
     free(peak - 1000)
     with pytest.raises(MemoryError) as refused:
         dp.attribute(ids, Tokens())
@@ -163,7 +172,7 @@ def test_the_workspace_is_what_there_is_room_for(free):
     dp, ids = build("llama-gqa"), random_ids(60)
     usual = dp.attribute(ids, Tokens(), 7)
     plan = dp.plan(ids, Tokens(), measure=False)
-    free(depass_fast.planner._least(plan, "torch"))
+    free(least_bytes(plan, "torch"))
     tight = dp.attribute(ids, Tokens(), 7)
     assert tight.memory_budget <= usual.memory_budget and close(tight.scores, usual.scores)
     assert usual.memory_budget == 32 << 20
@@ -176,5 +185,3 @@ def test_needless_copies_stay_away():
     dp, ids = build("llama-gqa"), random_ids(7)
     for kind in kinds(len(ids)).values():
         assert dp.attribute(ids, kind).completeness_error < 1e-5
-
-

@@ -58,7 +58,9 @@ def test_the_corners(name, rule):
         assert close(state.dense(), oracle, 1e-10) and not state.dense()[:, 4].any()
         options = {"exclude_special": list(range(8)), "allocation": rule, "end": 2}
         oracle_of_all = dp.decompose(trace, Tokens(), backend="reference", **options).rows
-        assert close(dp.decompose(trace, Tokens(), stream=True, memory_budget=budget, **options).rows, oracle_of_all, 1e-10)
+        assert close(
+            dp.decompose(trace, Tokens(), stream=True, memory_budget=budget, **options).rows, oracle_of_all, 1e-10
+        )
 
 
 @pytest.mark.parametrize("position", [-1, 0, 3])

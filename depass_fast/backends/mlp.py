@@ -60,7 +60,11 @@ def softmax_chunk(
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
         scale, factor = (step.scale * before)[chunk.segment_of, None], 1.0
-        x = torch.mul(rows, scale, out=workspace.take("rows", rows.shape, rows, dtype))
+        x = workspace.take("rows", rows.shape, rows, dtype)
+        if rows.dtype == scale.dtype:
+            torch.mul(rows, scale, out=x)
+        else:  # a product of two dtypes makes temporaries of every size, which fragment a CPU's memory
+            x.copy_(workspace.take("wide rows", rows.shape, rows, scale.dtype).copy_(rows).mul_(scale))
     # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
     may_vanish = step.sparse or has_zeros(x[:, 0])
     bias, ends = state.layout.index(BIAS), np.cumsum(chunk.counts)
@@ -71,11 +75,11 @@ def softmax_chunk(
             at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
             g[at] += step.gate_constant[part] * before
         if dtype != wide:  # nor would shares sum to one
-            g = g.to(wide).mul_(after)
+            half, g = g, workspace.take("gates", g.shape, g, wide).copy_(g).mul_(after)
         shut = edit is not None and _edited(edit, g, chunk, state.layout, 1.0 / temperature)
         if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish, shut):
             return False
-        accumulate(out, g.to(dtype), step.w_down[:, part].T)
+        accumulate(out, g if dtype == wide else half.copy_(g), step.w_down[:, part].T)
     if out is not target:
         target.copy_(out)
     return True

@@ -162,9 +162,7 @@ class StreamBackend(TorchBackend):
         size = min(n, max(16, size))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
-    def _gates(
-        self, layout: Layout, block: Block, x: Tensor, alive: Tensor, step: MlpStep, part: slice
-    ) -> GateBlock:
+    def _gates(self, layout: Layout, block: Block, x: Tensor, alive: Tensor, step: MlpStep, part: slice) -> GateBlock:
         at, components = self._at(layout, block), layout.components[block.prompt]
         chosen = slice(block.first, block.first + block.n_components)
         g = (x @ step.w_gate[part].T).to(torch.promote_types(x.dtype, torch.float32))  # (n, b, i)

@@ -170,9 +170,7 @@ class TorchBackend:
         if not isinstance(index, slice):
             rows.index_copy_(0, index, changed)
 
-    def _frozen(
-        self, state: ComponentState, trace: AttentionTrace, scale: Tensor
-    ) -> Callable[[int], FrozenAttention]:
+    def _frozen(self, state: ComponentState, trace: AttentionTrace, scale: Tensor) -> Callable[[int], FrozenAttention]:
         """P of a prompt; the last one is kept, as long as the workspace is as large as it was."""
         kept: dict[tuple[int, int], FrozenAttention] = {}
 
