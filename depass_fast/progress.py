@@ -41,7 +41,7 @@ class Bar:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._shown = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+            self._shown = Progress(*columns, console=Console(file=sys.stderr), transient=True, auto_refresh=False)
             self._shown.start()
             self._shown.add_task(self.label, total=self.total)
         if self._shown is not None:

@@ -7,7 +7,8 @@ from conftest import FAMILIES, build, random_ids
 from test_backends import close, corner_states
 from test_completeness import kinds
 
-from depass_fast import Custom, Heads, Neurons, Tokens
+from bench.family_models import available, build_variant
+from depass_fast import Custom, DePass, Heads, Neurons, Tokens
 from depass_fast.allocation import RULES
 from depass_fast.backends import blocks
 from depass_fast.backends import stream as stream_module
@@ -88,3 +89,25 @@ def test_what_cannot_stream_is_refused():
         dp.attribute(ids, Tokens(), stream=True, allocation=own)
     with pytest.raises(ValueError, match="stream: expected True, False or 'auto'"):
         dp.attribute(ids, Tokens(), stream="yes")
+
+
+@pytest.mark.parametrize("rule", ["softmax", "linear"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "gpt_neox: parallel", "olmo2: biases", "gemma2", "mpt: clamped"]
+)
+def test_experts_parallel_layers_and_norms_anywhere(name, rule):
+    if not available(name):
+        pytest.skip("not in this version of transformers")
+    dp, ids = DePass(build_variant(name)), random_ids(9, seed=5)
+    trace = dp.trace(ids)
+    for kind in (Tokens(), Heads(1), Neurons(0)):
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").rows
+        for budget in (20_000, None):
+            state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+            assert close(state.rows, oracle), budget
+        partition = dp.partition(trace, kind, allocation=rule)
+        chosen = [partition.labels[0], partition.labels[-1]]
+        focus = dp.decompose(trace, kind, focus=chosen, partition=partition, allocation=rule)
+        last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference", allocation=rule)
+        expected = last.dense()[:, [last.labels.index(label) for label in chosen]]
+        assert float((focus.entering(3) - expected).abs().max()) <= 1e-5 * float(last.rows.abs().max())
