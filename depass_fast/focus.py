@@ -179,7 +179,7 @@ def _chosen_state(dp: DePass, call: _Plan, trace: Trace, whole: Components, memb
         if REST in extras:
             for n, of_all in enumerate(numbers):  # summed up as where all are made, so that it is rounded alike
                 named = (of_all[:, None] * vectors).to(dtype).sum(0, dtype=wide)
-                block[n, extras.index(REST)] = (x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - named)
+                block[n, extras.index(REST)] = x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - named
         return state
     every = initial_state(kind, adapter, trace, call.tokens, call.excluded, call.has_bias, dtype).block(0)
     state.set_block(0, every[:, torch.from_numpy(members).to(every.device)])

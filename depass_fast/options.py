@@ -23,7 +23,7 @@ class Options:
     exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
     backend: "auto", "reference" (the oracle) or "torch".
-    compute_dtype: of the GEMMs. Default: the model's on a GPU, the state's on a CPU. Half precision rounds the gates:
+    compute_dtype: of the GEMMs. Default: the model's on a GPU; the state's on a CPU, but float32 at least. Half precision rounds the gates:
         near a tie that changes whom `max` gives everything to.
     state_dtype: of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
@@ -82,7 +82,7 @@ class Options:
         state = parse_dtype(self.state_dtype, "state_dtype")
         state = state or (torch.float64 if model == torch.float64 else torch.float32)
         compute = parse_dtype(self.compute_dtype, "compute_dtype")
-        return state, compute or (model if device.type != "cpu" else state)
+        return state, compute or (model if device.type != "cpu" else torch.promote_types(state, torch.float32))
 
     def excluded(self, length: int) -> set[int]:
         """The positions of special tokens in a prompt of ``length`` tokens."""

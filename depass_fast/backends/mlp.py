@@ -90,7 +90,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     else:
-        out += a @ b
+        out.add_(a @ b)
 
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
