@@ -127,7 +127,7 @@ def line(row: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="two small shapes, in seconds")
+    parser.add_argument("--quick", action="store_true", help="two small shapes, in seconds: does it run")
     parser.add_argument("--only", metavar="NAME", help="one shape of the grid")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -147,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(line(rows[-1]), flush=True)
     worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
-    print(f"furthest off: {worst:.1%}; goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}")
+    goal = f"goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}"
+    print(f"furthest off: {worst:.1%}; {'too small to be held to the goal' if options.quick else goal}")
     if options.out is not None:
         write_results(options.out, "plan", [], goal=GOAL, predictions=rows)
 
