@@ -79,6 +79,10 @@ def _refusal(
     ways = []
     if name == "reference" and (need := least_bytes(made, "torch")) <= free:
         ways.append(f"backend='torch' ({readable(need)})")
+    if name == "torch" and adapter.device.type != "cpu" and not callable(options.allocation):
+        need = least_bytes(made, "torch, streamed")
+        if need <= free and options.stream is False:
+            ways.append(f"stream=True ({readable(need)})")
     for dtype in (torch.float32, torch.bfloat16):
         if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
             need = fits(lengths, replace(options, state_dtype=dtype))

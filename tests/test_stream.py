@@ -1,5 +1,7 @@
 """A state that streams through the device in blocks has the same numbers, whatever the blocks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_backends import close, corner_states
 from test_completeness import kinds
 
 from bench.family_models import available, build_variant
-from depass_fast import Custom, DePass, Heads, Neurons, Tokens
+from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens, fitting, planner
 from depass_fast.allocation import RULES
 from depass_fast.backends import blocks
 from depass_fast.backends import stream as stream_module
@@ -111,3 +113,38 @@ def test_experts_parallel_layers_and_norms_anywhere(name, rule):
         last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference", allocation=rule)
         expected = last.dense()[:, [last.labels.index(label) for label in chosen]]
         assert float((focus.entering(3) - expected).abs().max()) <= 1e-5 * float(last.rows.abs().max())
+
+
+def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
+    """The choice alone, for a device that is not there: its memory is said to be small, the host's large."""
+    adapter = build("llama-gqa").adapter
+    kind, lengths = Tokens(), [60]
+    gpu = SimpleNamespace(type="cuda")
+    placed = SimpleNamespace(
+        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
+        layer=adapter.layer,
+        is_mixture=adapter.is_mixture,
+        module=adapter.module,
+        final_norm=adapter.final_norm,
+        final_norm_module=adapter.final_norm_module,
+        unembedding_bias=None,
+        device=gpu,
+    )
+    monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "available", lambda device: None)
+    made = planner.plan(placed, lengths, kind, device=gpu)
+    room = fitting.least_bytes(made, "torch, streamed")
+    assert room < fitting.least_bytes(made, "torch")
+    for module in (fitting, planner):
+        monkeypatch.setattr(module, "available", lambda device: room if device.type == "cuda" else 1 << 40)
+
+    def chosen(**options):
+        options = Options(**options)
+        return fitting.fitted(options.build(adapter), placed, lengths, kind, options, None, False)
+
+    assert chosen().host
+    with pytest.raises(MemoryError, match=r"It fits with stream=True"):
+        chosen(stream=False)
+    with pytest.raises(MemoryError, match="tokens: needs"):
+        chosen(allocation=lambda gates, temperature: gates.values)
