@@ -39,6 +39,8 @@ def speeds(result: dict) -> str:
         header = ["workload", "model", "speed", "goal", "without capture", "compat", "goal"]
         header += ["memory", "goal", "GEMM", "goal", "reached"]
         parts.append(table(header, [_ratio(r) for r in result["ratios"]]))
+    if result.get("predictions"):
+        return "\n\n".join([*parts, *predictions(result)])
     header = ["workload", "provider", "model", "dtype", "median", "[p20, p80]", "GFLOP/s", "of GEMM", "peak", "error"]
     parts.append(table(header, [_row(r) for r in result["rows"]]))
     notes: dict[str, list[str]] = {}
@@ -48,6 +50,36 @@ def speeds(result: dict) -> str:
     lines = [f"- {what}: {'; '.join(who)}." for what, who in notes.items()]
     parts.append("Errors are against:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def predictions(result: dict) -> list[str]:
+    """The peaks of memory that the planner predicts beside the measured ones, and the furthest off."""
+    header = [
+        "case",
+        "model",
+        "components",
+        "tokens",
+        "D",
+        "I",
+        "layers",
+        "dtype",
+        "state",
+        "predicted",
+        "measured",
+        "off",
+    ]
+    rows, worst = [], 0.0
+    for r in result["predictions"]:
+        off = r["predicted_bytes"] / r["measured_bytes"] - 1
+        worst = max(worst, abs(off))
+        tokens = str(r["lengths"][0]) if len(r["lengths"]) == 1 else f"{len(r['lengths'])} prompts"
+        shape = [str(r[name]) for name in ("hidden", "intermediate", "layers")]
+        sizes = [f"{r[name] / 2**20:.0f} MiB" for name in ("predicted_bytes", "measured_bytes")]
+        cells = [r["name"], r["model_type"], f"{r['components']}, {r['call']}", tokens, *shape]
+        rows.append([*cells, r["dtype"], r["state_dtype"], *sizes, f"{off:+.1%}"])
+    reached = "reached" if worst <= result["goal"] else "**missed**"
+    text = f"Peak of memory beyond the loaded model. Furthest off: {worst:.1%}; goal {result['goal']:.0%}, {reached}."
+    return [table(header, rows), text]
 
 
 def _ratio(r: dict) -> list[str]:

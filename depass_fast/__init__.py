@@ -9,9 +9,12 @@ if TYPE_CHECKING:
     from .components import ComponentKind, Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .features import Features
+    from .focus import Focus, Partition
+    from .generation import Generation
     from .given import Custom, Subspaces
     from .layered import LayeredAttribution
     from .options import Options
+    from .planner import Plan
     from .result import Attribution
     from .state import ComponentState
     from .trace import Trace
@@ -26,12 +29,15 @@ __all__ = [
     "Custom",
     "DePass",
     "Features",
+    "Focus",
     "Generation",
     "Heads",
     "LayeredAttribution",
     "Modules",
     "Neurons",
     "Options",
+    "Partition",
+    "Plan",
     "Subspaces",
     "Tokens",
     "Trace",
@@ -47,9 +53,12 @@ _HOME = {
     "ComponentState": "state",
     "DePass": "engine",
     "Features": "features",
+    "Focus": "focus",
     "Generation": "generation",
     "LayeredAttribution": "layered",
     "Options": "options",
+    "Partition": "focus",
+    "Plan": "planner",
     "Trace": "trace",
     "trace_nbytes": "trace_size",
 }

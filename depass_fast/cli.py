@@ -1,22 +1,34 @@
-"""The command ``depass-fast``: demo, attribute, doctor. What is heavy is imported inside the subcommands."""
+"""The command ``depass-fast``: demo, attribute, plan, doctor. What is heavy is imported inside the subcommands."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .cli_attribute import attribute, check_out, one_line, quiet
+from . import cli_plan, cli_types
+from .cli_attribute import (
+    attribute,
+    check_model,
+    check_out,
+    config_of,
+    device_of,
+    kind_of,
+    one_line,
+    path_of,
+    quiet,
+)
 
 _KINDS = ("tokens", "heads", "modules", "neurons")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FLAGS = (
     *("prompt", "input-ids", "target", "target-id", "contrast", "model", "layer", "position"),
     *("allocation", "temperature", "backend", "dtype", "memory-budget", "method", "refine", "sample", "seed"),
+    "length",
 )
 
 _DESCRIPTION = """\
@@ -85,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="{demo,attribute,doctor}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="{demo,attribute,plan,doctor}"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -116,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _attribute_arguments(shares)
     shares.set_defaults(run=attribute)
+
+    plan = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
+    cli_plan.add_arguments(plan, _KINDS, _DTYPES)
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -127,7 +145,10 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--input-ids", metavar="IDS", help='token ids as they are, e.g. "1 5 9"; nothing is added')
     what.add_argument("--components", required=True, choices=_KINDS)
     what.add_argument(
-        "--layer", type=_layer, metavar="L", help="from 0, -1 is the last; a hook; or all. Default for tokens: 0"
+        "--layer",
+        type=cli_types.layer,
+        metavar="L",
+        help="from 0, -1 is the last; a hook; or all. Default for tokens: 0",
     )
     target = what.add_mutually_exclusive_group()
     target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
@@ -151,34 +172,27 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--backend", default="auto", metavar="B", help="auto, or one that `depass-fast doctor` lists")
     how.add_argument("--dtype", choices=_DTYPES, help="how the model is loaded. Default: as stored")
     how.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu")
-    how.add_argument("--memory-budget", type=_bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen")
+    how.add_argument(
+        "--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen"
+    )
 
     out = parser.add_argument_group("output")
-    out.add_argument("--top", type=_positive, metavar="K", help="print the K leading components. Default: 10")
+    out.add_argument("--top", type=cli_types.positive, metavar="K", help="print the K leading components. Default: 10")
     out.add_argument("--json", action="store_true", help="print one JSON object with every score, and nothing else")
     out.add_argument("--out", type=Path, metavar="FILE", help="write every score to FILE.safetensors or FILE.csv")
+    out.add_argument("--quiet", action="store_true", help="no progress bar; there is none either where no terminal is")
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+# ------------------------------------------------------------------------------------------------ plan, doctor, demo
 
 
-def _layer(text: str) -> int | str:
-    """A number, or a name such as blocks.5.attn.hook_z."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 500000000, 512M or 2G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
-
-
-# ------------------------------------------------------------------------------------------------ doctor, demo
+def _plan(args: argparse.Namespace) -> None:
+    with contextlib.redirect_stdout(sys.stderr):
+        check_model(args.model)
+        quiet()
+        text = cli_plan.show(args, path_of(args.model), kind_of(args), config_of(args.model), device_of(args.device))
+    print(text)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -213,7 +227,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _is_users(error: Exception) -> bool:
     """What a user can mend: bad input, a missing or broken file, a missing package, too little memory. Else: a bug."""
-    if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError)):
+    if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)):
         return True
     return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
 

@@ -41,15 +41,15 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     prompt = _prompt(args)
     if (args.contrast is not None or args.contrast_id is not None) and args.target is None and args.target_id is None:
         raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
-    _check_model(args.model)
+    check_model(args.model)
     quiet()
     from .allocation import Allocation
     from .backends import resolve
 
     Allocation(args.allocation, args.temperature)
     resolve(args.backend)
-    device = _device(args.device)
-    kind = _kind(args)
+    device = device_of(args.device)
+    kind = kind_of(args)
     engine = _load(args, device)
     how = {"method": args.method, "refine": args.refine, "refine_within": args.refine_within, "sample": args.sample}
     with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def check_out(path: Path | None, suffixes: Sequence[str], flag: str) -> None:
         raise ValueError(f"{flag}: {str(path)!r} {wrong}.")
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     path = Path(model).expanduser()
     if model == "demo" or (path.is_dir() and (path / "config.json").is_file()):
         return
@@ -100,7 +100,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _device(name: str | None) -> str:
+def device_of(name: str | None) -> str:
     import torch
 
     here = ["cpu"]
@@ -115,26 +115,31 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _kind(args: argparse.Namespace) -> ComponentKind:
-    """The component kind. The layer is checked against the model's config, before any weight is read."""
+def config_of(model: str) -> Any:
+    """The config of a model, and nothing else of it."""
     from transformers import AutoConfig
 
+    path = path_of(model)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
+        raise ValueError(f"--model: {where}{one_line(error)}") from error
+
+
+def kind_of(args: argparse.Namespace) -> ComponentKind:
+    """The component kind. The layer is checked against the model's config, before any weight is read."""
     from . import components
 
-    path = _path(args.model)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else f"{args.model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{one_line(error)}") from error
+    config = config_of(args.model)
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     layers = "its layers" if n_layers is None else f"0 to {n_layers - 1}"
     if args.layer is None and args.components != "tokens":
         raise ValueError(f"--layer: {args.components} belong to a layer; choose one of {layers}.")
     if args.layer == "all":
-        if args.components != "neurons":
-            raise ValueError(f"--layer: all layers at once are for neurons; choose one of {layers}.")
-        return components.Neurons(layers="all")
+        if args.components == "tokens":
+            raise ValueError(f"--layer: tokens enter at one layer; choose one of {layers}.")
+        return getattr(components, args.components.capitalize())(layers="all")
     kind = getattr(components, args.components.capitalize())(0 if args.layer is None else args.layer)
     if n_layers is not None and not -n_layers <= kind.layer < n_layers:
         raise ValueError(f"--layer: {kind.layer} is out of range; this model has layers {layers}.")
@@ -150,6 +155,7 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         "exclude_special": not args.no_exclude_special,
         "backend": args.backend,
         "memory_budget": args.memory_budget,
+        "progress": not args.quiet,
     }
     if args.model == "demo":
         import torch
@@ -159,7 +165,7 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         model, tokenizer = load_demo(getattr(torch, args.dtype) if args.dtype else None)
         engine = DePass(model.to(device), tokenizer, **options)
     else:
-        engine = DePass.from_pretrained(_path(args.model), dtype=args.dtype or "auto", device_map=device, **options)
+        engine = DePass.from_pretrained(path_of(args.model), dtype=args.dtype or "auto", device_map=device, **options)
     if engine.tokenizer is None:
         for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
             if getattr(args, flag) is not None:
@@ -167,7 +173,8 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
     return engine
 
 
-def _path(model: str) -> str:
+def path_of(model: str) -> str:
+    """Where a model is: the demo model's folder, or what was given."""
     from .demo import demo_path
 
     return str(demo_path() if model == "demo" else Path(model).expanduser())

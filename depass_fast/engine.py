@@ -20,17 +20,21 @@ from .adjoint.method import choose
 from .capture import capture
 from .components import ComponentKind, Tokens
 from .exact_layers import exact_layers
+from .fitting import fitted
+from .focus import Focus, Partition, focused, make_partition
 from .generation import Generation, generate
 from .hook_names import layer_input
 from .initial import initial_state, meets_bias
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
-from .prompts import Prompt, checked_position, encode, encode_all, is_batch, token_texts
+from .planner import Plan, plan_call
+from .progress import bar
+from .prompts import Prompt, as_position, encode, encode_all, is_batch, token_texts
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
-from .step import completeness, normalise, through_attention, through_mlp
+from .step import normalise, through_attention, through_mlp
 from .trace import Trace
 
 
@@ -82,6 +86,22 @@ class DePass:
         batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
         return replace(self._capture(prompts), batch=batch)
 
+    def plan(
+        self,
+        prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        *,
+        end: int | str | None = None,
+        measure: bool = True,
+        **options: Any,
+    ) -> Plan:
+        """What a decomposition of a prompt, or of any of N tokens, will take: FLOP, memory and time, before any work.
+
+        ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Else as
+        :meth:`decompose`.
+        """
+        return plan_call(self, prompt_or_length, components, end, measure, options)
+
     @torch.no_grad()
     def attribute(
         self,
@@ -127,10 +147,11 @@ class DePass:
         Raises:
             ValueError, TypeError: bad input, before any work.
             FloatingPointError: NaN or inf in weights or activations, with the layer.
+            MemoryError: it cannot fit on the device, whatever the workspace; before any work.
         """
         began = time.perf_counter()
         plan = self._plan(prompt, components, end, options)
-        reads = [checked_position(position, len(ids)) for ids in plan.prompts]
+        reads = [as_position(position, len(ids)) for ids in plan.prompts]
         if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
             raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
         wanted = [target] * len(plan.prompts) if targets is None else targets
@@ -189,16 +210,33 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
+        focus: Sequence[int | str] | None = None,
+        partition: Partition | None = None,
         **options: Any,
-    ) -> ComponentState:
+    ) -> ComponentState | Focus:
         """The component state entering layer ``end`` (L: after the last layer); None: after the final norm.
 
         ``dense(p)`` of the result is (N, M, D) for prompt p. Arguments and errors as in :meth:`attribute`.
+
+        With ``focus``, labels or indices of components, these are carried alone, exactly, and a :class:`Focus` holds
+        their states at every layer (before the final norm), without the others; from a ``partition``, or one run more.
         """
         plan = self._plan(prompt, components, end, options)
+        if focus is not None or partition is not None:
+            return focused(self, plan, [] if focus is None else focus, partition)
         trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
+
+    @torch.no_grad()
+    def partition(
+        self, prompt: Prompt | Trace, components: ComponentKind, *, end: int | str | None = None, **options: Any
+    ) -> Partition:
+        """One run over all components that keeps log Z of every layer, for ``decompose(..., focus=, partition=)``.
+
+        Arguments and errors as in :meth:`decompose`; one prompt.
+        """
+        return make_partition(self, self._plan(prompt, components, end, options))
 
     @torch.no_grad()
     def start(self, trace: Trace, components: ComponentKind, **options: Any) -> ComponentState:
@@ -249,14 +287,17 @@ class DePass:
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
-        errors = [completeness(state, start)]
-        for index in range(first, end):
-            layer = self.adapter.layer(index)
-            state.rows = state.rows.to(layer.device)
-            kept = queries if index == end - 1 else None
-            state, source = through_attention(state, layer, trace.layers[index], run, kept)
-            state = through_mlp(state, source, layer, trace.layers[index], run)
-            errors.append(completeness(state, trace.resid(index + 1)))
+        errors = [state.completeness(start)]
+        with bar("layers", end - first, run.progress) as shown:
+            for index in range(first, end):
+                layer = self.adapter.layer(index)
+                state.rows = state.rows if run.host else state.rows.to(layer.device)
+                kept = queries if index == end - 1 else None
+                state, source = through_attention(state, layer, trace.layers[index], run, kept)
+                state = through_mlp(state, source, layer, trace.layers[index], run)
+                errors.append(state.completeness(trace.resid(index + 1)))
+                if shown is not None:
+                    shown.finish()
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
@@ -266,7 +307,7 @@ class DePass:
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
 
-    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Plan:
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
         """Everything that can be checked before any work, checked."""
         settings = self.options.updated(options)
         run = settings.build(self.adapter)
@@ -285,7 +326,9 @@ class DePass:
         end = None if end is None else layer_input(end, "end")
         if end is not None and not first <= end <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
-        return Plan(
+        lengths = [len(ids) for ids in prompts]
+        run = fitted(run, self.adapter, lengths, components, settings, end, traced=trace is not None)
+        return Call(
             run=run,
             batch=batch,
             prompts=prompts,
@@ -299,18 +342,17 @@ class DePass:
             has_bias=meets_bias(components, self.adapter, end),
         )
 
-    def start_state(self, plan: Plan) -> tuple[Trace, ComponentState]:
+    def start_state(self, plan: Call) -> tuple[Trace, ComponentState]:
         """The forward pass, unless it was taken already, and the components where they start."""
         kind = plan.components.single()
         trace = plan.trace or self._capture(plan.prompts)
-        state = initial_state(
-            kind, self.adapter, trace, plan.tokens, plan.excluded, plan.has_bias, plan.run.state_dtype
-        )
-        return trace, state
+        run = plan.run
+        settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)
+        return trace, initial_state(kind, self.adapter, trace, *settings)
 
     def read(
         self,
-        plan: Plan,
+        plan: Call,
         trace: Trace,
         state: ComponentState,
         errors: list[Tensor],
@@ -350,6 +392,7 @@ class DePass:
                 device=str(self.adapter.device),
                 dtype=str(self.adapter.dtype).removeprefix("torch."),
                 seconds=seconds,
+                memory_budget=plan.run.workspace(self.adapter.device),
             )
             for p in range(len(plan.prompts))
         ]
@@ -361,7 +404,7 @@ class DePass:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Call:
     """One call, checked: what is to be done."""
 
     run: Run

@@ -16,11 +16,11 @@ from .state import BIAS, ComponentState
 from .sweep import can_sweep, sweep, together
 
 if TYPE_CHECKING:
-    from .engine import DePass, Plan
+    from .engine import Call, DePass
 
 
 def exact_layers(
-    engine: DePass, plan: Plan, reads: Sequence[int], specs: Sequence[TargetSpec], began: float
+    engine: DePass, plan: Call, reads: Sequence[int], specs: Sequence[TargetSpec], began: float
 ) -> list[LayeredAttribution]:
     """A result per prompt, of every layer that ``plan`` names."""
     adapter, trace = engine.adapter, plan.trace or engine._capture(plan.prompts)
@@ -43,7 +43,7 @@ def exact_layers(
 
 
 def _carried(
-    engine: DePass, plans: Sequence[Plan], reads: Sequence[int]
+    engine: DePass, plans: Sequence[Call], reads: Sequence[int]
 ) -> Iterator[tuple[ComponentState, list[Tensor]]]:
     """Every plan's state at the end, and its completeness errors."""
     run, trace, end, at = plans[0].run, plans[0].trace, plans[0].end, [[read] for read in reads]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .components import ComponentKind, Tokens
-from .state import BIAS, REST, Components, ComponentState, Layout
+from .components import ComponentKind, Products, Tokens
+from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
+
+_PART = 1 << 26  # elements on the device at once, on their way to host memory
 
 
 def initial_state(
@@ -21,11 +23,13 @@ def initial_state(
     excluded: Sequence[set[int]],
     has_bias: bool,
     dtype: torch.dtype,
+    host: bool = False,
 ) -> ComponentState:
     """The component state at the start of ``kind``; its sum is the residual stream there.
 
     ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
-    ``has_bias`` says whether constants are still to come, so that there must be a `bias` component.
+    ``has_bias`` says whether constants are still to come, so that there must be a `bias` component. With ``host`` the
+    rows lie in host memory, pinned where the model is on a GPU.
     """
     layer = kind.resolve(adapter)
     place = kind.start_site(adapter)
@@ -41,21 +45,29 @@ def initial_state(
     if isinstance(kind, Tokens):
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
         layout = Layout.of(components, trace.offsets)
-        rows = torch.zeros(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
-        rows[torch.from_numpy(layout.starts[1:] - 1).to(x.device)] = x.to(dtype)
+        rows = _rows(layout, x, dtype, host).zero_()
+        rows[torch.from_numpy(layout.starts[1:] - 1).to(rows.device)] = x.to(rows)
         return ComponentState(rows, layout, entering, site, factors)
 
     extras = (REST, *bias)
     components = tuple(Components.everywhere(n, extras) for n in names)
     layout = Layout.of(components, trace.offsets)
-    rows = torch.empty(layout.n_rows, x.shape[1], dtype=dtype, device=x.device)
+    rows = _rows(layout, x, dtype, host)
+    near, x = x, x.to(rows.device)
     wide = torch.promote_types(dtype, torch.float32)
     coarsest = max(torch.finfo(t.dtype).eps for t in (rows, x, *kind.given()))
     settled = False
     for prompt in range(trace.n_prompts):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
         named = block[:, len(extras) :]
-        kinds[prompt].fill(named, adapter, trace, prompt)
+        if not host:
+            kinds[prompt].fill(named, adapter, trace, prompt)
+        elif isinstance(kinds[prompt], Products):
+            _fill_in_parts(named, kinds[prompt].products)
+        else:  # few components
+            made = torch.empty(named.shape, dtype=dtype, device=near.device)
+            kinds[prompt].fill(made, adapter, trace, prompt)
+            named.copy_(made)
         if bias:
             block[:, 1] = 0.0 if constants[prompt] is None else constants[prompt]
         block[:, 0] = x[trace.span(prompt)] - block[:, 1:].sum(1, dtype=wide)
@@ -67,6 +79,23 @@ def initial_state(
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
         return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), entering, site)
     return ComponentState(rows, layout, entering, site, factors)
+
+
+def _rows(layout: Layout, x: Tensor, dtype: torch.dtype, host: bool) -> Tensor:
+    """Room for the rows of a state, where ``x`` is or in host memory."""
+    shape = layout.n_rows, x.shape[1]
+    if not host:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+    return torch.empty(shape, dtype=dtype, pin_memory=x.is_cuda)
+
+
+def _fill_in_parts(out: Tensor, products: Factors) -> None:
+    """Products into ``out`` (N, M, D) in host memory, some positions at a time: they need not fit on the device."""
+    vectors = products.vectors.to(out.dtype)
+    size = max(1, _PART // vectors.numel())
+    for first in range(0, len(out), size):
+        part = slice(first, first + size)
+        out[part].copy_(products.coefficients[part].to(out.dtype)[..., None] * vectors)
 
 
 def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from .adapters import Adapter
 from .allocation import Allocation, Rule
-from .backends import Backend, make_backend, resolve
+from .backends import Backend, StreamBackend, make_backend, resolve
 from .prompts import as_index
 
 
@@ -23,11 +23,15 @@ class Options:
     exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
     backend: "auto", "reference" (the oracle) or "torch".
-    compute_dtype: of the GEMMs. Default: the model's on a GPU, the state's on a CPU. Half precision rounds the gates:
-        near a tie that changes whom `max` gives everything to.
+    compute_dtype: of the GEMMs. Default: the model's on a GPU; the state's on a CPU, but float32 at least. Half
+        precision rounds the gates: near a tie that changes whom `max` gives everything to.
     state_dtype: of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
-        Default: chosen by the backend.
+        Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,
+        where memory runs out all the same; results do not change.
+    stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
+        MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
+    progress: whether a bar appears after two seconds, on a terminal only.
     """
 
     allocation: str | Rule = "softmax"
@@ -37,6 +41,8 @@ class Options:
     compute_dtype: torch.dtype | str | None = None
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
+    stream: bool | str = "auto"
+    progress: bool = True
 
     def updated(self, overrides: dict[str, Any]) -> Options:
         """These options with some replaced; TypeError for a name that is none."""
@@ -57,15 +63,27 @@ class Options:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
         if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
+        if self.stream not in (True, False, "auto"):
+            raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
+        if self.stream is True and name == "reference":
+            raise ValueError("stream: the reference backend does not stream; take backend='torch'.")
+        if self.stream is True and callable(self.allocation):
+            raise ValueError(
+                f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
+                "take stream=False, or one of the rules by name."
+            )
         backend = make_backend(name, compute, budget)
-        return Run(Allocation(self.allocation, self.temperature), backend, state, compute, budget)
+        if self.stream is True:
+            backend = StreamBackend(adapter.device, compute, budget)
+        rule = Allocation(self.allocation, self.temperature)
+        return Run(rule, backend, state, compute, budget, bool(self.progress))
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of the state and of the GEMMs, for a model of a dtype on a device."""
         state = parse_dtype(self.state_dtype, "state_dtype")
         state = state or (torch.float64 if model == torch.float64 else torch.float32)
         compute = parse_dtype(self.compute_dtype, "compute_dtype")
-        return state, compute or (model if device.type != "cpu" else state)
+        return state, compute or (model if device.type != "cpu" else torch.promote_types(state, torch.float32))
 
     def excluded(self, length: int) -> set[int]:
         """The positions of special tokens in a prompt of ``length`` tokens."""
@@ -92,6 +110,17 @@ class Run:
     state_dtype: torch.dtype
     compute_dtype: torch.dtype
     memory_budget: int | None
+    progress: bool = True
+
+    @property
+    def host(self) -> bool:
+        """Whether the state stays in host memory."""
+        return isinstance(self.backend, StreamBackend)
+
+    def workspace(self, device: torch.device) -> int | None:
+        """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
+        budget = getattr(self.backend, "budget", None)
+        return None if budget is None else budget.bytes(device)
 
 
 def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:

@@ -51,6 +51,14 @@ def as_index(value: Any, argument: str) -> int:
         raise TypeError(f"{argument}: expected an integer, got {value!r}.") from None
 
 
+def as_position(position: int, length: int) -> int:
+    """A position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
+    position = as_index(position, "position")
+    if not -length <= position < length:
+        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+    return position % length
+
+
 def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
     """The ids (N,) of one prompt.
 
@@ -105,14 +113,6 @@ def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
     if len(outside):
         raise ValueError(f"prompt: id {int(outside[0])} is outside the vocabulary (0 to {vocabulary - 1}).")
     return tensor
-
-
-def checked_position(position: int, length: int) -> int:
-    """A position from 0, of one that may count from the end."""
-    position = as_index(position, "position")
-    if not -length <= position < length:
-        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
-    return position % length
 
 
 def token_texts(ids: Tensor, tokenizer: Any | None) -> list[str]:

@@ -64,6 +64,7 @@ class Attribution:
     method: str = "exact"
     estimate: dict[str, Any] | None = None
     warnings: list[str] | None = None
+    memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
 
     @classmethod
     def assemble(
@@ -182,6 +183,7 @@ class Attribution:
             "method": self.method,
             "estimate": self.estimate,
             "warnings": self.warnings or [],
+            "memory_budget": self.memory_budget,
         }
 
     def __str__(self) -> str:

@@ -266,7 +266,7 @@ class ComponentState:
     def put(self, part: ComponentState, segments: np.ndarray) -> None:
         """Write back the rows of some of the segments, as :meth:`take` took them out."""
         self.factors = None
-        self.rows[torch.from_numpy(self.layout.rows_of(segments)).to(self.device)] = part.rows
+        self.rows.index_copy_(0, torch.from_numpy(self.layout.rows_of(segments)).to(self.device), part.rows)
 
     @staticmethod
     def join(states: Sequence[ComponentState]) -> ComponentState:
@@ -308,6 +308,14 @@ class ComponentState:
         if (counts == counts[0]).all():
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
         return segment_sums(self.rows, torch.from_numpy(self.layout.starts[:-1]).to(self.device))
+
+    def completeness(self, resid: Tensor) -> Tensor:
+        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+        layout = self.layout
+        x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(self.rows)
+        error = (self.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        worst = error.new_zeros(len(layout.components))
+        return worst.scatter_reduce_(0, torch.from_numpy(layout.prompt).to(error.device), error, "amax").cpu()
 
 
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:

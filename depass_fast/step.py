@@ -50,15 +50,6 @@ def through_mlp(
     return state
 
 
-def completeness(state: ComponentState, resid: Tensor) -> Tensor:
-    """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
-    layout = state.layout
-    x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(state.rows)
-    error = (state.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-    worst = error.new_zeros(len(layout.components))
-    return worst.scatter_reduce_(0, torch.from_numpy(layout.prompt).to(error.device), error, "amax").cpu()
-
-
 def _copy(state: ComponentState) -> ComponentState:
     return ComponentState(state.rows.clone(), state.layout, state.layer, state.site)
 

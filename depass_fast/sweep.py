@@ -16,7 +16,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .options import Run
 from .state import ComponentState, Layout
-from .step import completeness, through_attention, through_mlp
+from .step import through_attention, through_mlp
 from .trace import Trace
 
 _BYTES = 1 << 30  # of states that are carried together
@@ -55,7 +55,7 @@ def sweep(
     the start and after every layer.
     """
     reads = None if reads is None else [np.array(r) for r in reads]
-    errors = [[completeness(s, trace.resid_at(s.layer, s.site))] for s in states]
+    errors = [[s.completeness(trace.resid_at(s.layer, s.site))] for s in states]
     joint, n_joined = None, 0
     for index in range(states[0].layer, end):
         layer, record, kept = adapter.layer(index), trace.layers[index], reads if index == end - 1 else None
@@ -69,7 +69,7 @@ def sweep(
         joint = ComponentState.join([state for state, _ in parts])
         sources = [source for _, source in parts]
         joint = through_mlp(joint, None if None in sources else ComponentState.join(sources), layer, record, run)
-        worst = completeness(joint, trace.resid(index + 1)).view(n_joined, -1)
+        worst = joint.completeness(trace.resid(index + 1)).view(n_joined, -1)
         for d in range(n_joined):
             errors[d].append(worst[d])
     done = [] if joint is None else joint.apart()

@@ -53,7 +53,11 @@ class _Key:
 
 @functools.lru_cache(maxsize=16)
 def _bytes_per_position(key: _Key, dtype: torch.dtype) -> int:
-    adapter = without_weights(key.config)
+    return bytes_per_position(without_weights(key.config), dtype)
+
+
+def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
+    """What a trace holds of one position of a model of ``dtype``."""
     width, item = adapter.hidden_size, dtype.itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))

@@ -26,11 +26,11 @@ from .starts import make_start
 from .sweep import Scores, Sweep
 
 if TYPE_CHECKING:
-    from ..engine import DePass, Plan
+    from ..engine import Call, DePass
 
 
 def by_adjoint(
-    engine: DePass, plan: Plan, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
+    engine: DePass, plan: Call, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
 ) -> list[Attribution] | list[LayeredAttribution]:
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
     trace = plan.trace or engine._capture(plan.prompts)
@@ -40,7 +40,7 @@ def by_adjoint(
 
 def _one(
     engine: DePass,
-    plan: Plan,
+    plan: Call,
     kinds: Sequence[ComponentKind],
     trace: Trace,
     prompt: int,
@@ -72,7 +72,7 @@ def _one(
 
 
 def _readout(
-    engine: DePass, plan: Plan, trace: Trace, prompt: int, read: int, spec: TargetSpec, wide: torch.dtype
+    engine: DePass, plan: Call, trace: Trace, prompt: int, read: int, spec: TargetSpec, wide: torch.dtype
 ) -> tuple[Directions, Tensor, Tensor, Tensor]:
     """The directions; the same as gradients (K, D) of the state that enters the end; logits and constants (K,)."""
     adapter = engine.adapter
@@ -95,7 +95,7 @@ def _readout(
 
 def _assemble(
     engine: DePass,
-    plan: Plan,
+    plan: Call,
     sweep: Sweep,
     scores: Scores,
     directions: Directions,

@@ -9,9 +9,19 @@ import torch
 
 from .base import Backend
 from .reference import ReferenceBackend
+from .stream import StreamBackend
 from .torch import TorchBackend
 
-__all__ = ["BACKENDS", "Backend", "ReferenceBackend", "TorchBackend", "backend_status", "make_backend", "resolve"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ReferenceBackend",
+    "StreamBackend",
+    "TorchBackend",
+    "backend_status",
+    "make_backend",
+    "resolve",
+]
 
 BACKENDS = ("reference", "torch")
 

@@ -29,6 +29,7 @@ class FrozenAttention:
         n = len(q)
         heads = max(1, min(self.kv, tile // (self.groups * n * n)))
         rows = n if self.groups * n * n <= tile else max(1, tile // (self.groups * n))
+        self._rows: dict[int, Tensor] = {}
         self.tiles = [
             (slice(h, min(h + heads, self.kv)), slice(i, min(i + rows, n)))
             for h in range(0, self.kv, heads)
@@ -66,6 +67,12 @@ class FrozenAttention:
         if self.out_scale is not None:
             p *= self.out_scale[queries, None].to(wide)
         return p.to(self.dtype)
+
+    def row(self, query: int) -> Tensor:
+        """P · s of one query, (H, K), kept."""
+        if query not in self._rows:
+            self._rows[query] = self.probabilities(slice(None), slice(query, query + 1)).flatten(0, 2)
+        return self._rows[query]
 
     def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
         """P · s applied to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""

@@ -17,7 +17,7 @@ from ..state import Layout
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Components from ``first`` on of one prompt, at the local positions from ``start`` on, where they can be alive.
+    """Components from ``first`` on of one prompt, at its segments from ``start`` on, where they can be alive.
 
     ``rows`` (r,) are the state's rows, ``slots`` (r,) their places in the dense (N - start, n_components) block, or
     None where all of it is alive.
@@ -44,16 +44,30 @@ class Chunk:
     deserted: bool  # some segment has nobody else
 
 
-def make_blocks(layout: Layout, slots: int, device: torch.device, extras_only: bool = False) -> list[Block]:
-    """Cut every prompt's components, or its extras, into blocks of at most ``slots`` places, or of one component."""
+def make_blocks(
+    layout: Layout,
+    slots: int,
+    device: torch.device,
+    extras_only: bool = False,
+    begin: tuple[int, int] = (0, 0),
+) -> list[Block]:
+    """Cut every prompt's components, or its extras, into blocks of at most ``slots`` places, or of one component.
+
+    ``begin`` is the prompt and the component to begin with.
+    """
     blocks = []
     for prompt, components in enumerate(layout.components):
+        if prompt < begin[0]:
+            continue
         segments = layout.segments(prompt)
         starts, counts = layout.starts[segments], layout.counts[segments]
-        n, m, first = len(starts), len(components.extras) if extras_only else len(components), 0
+        n, m = len(starts), len(components.extras) if extras_only else len(components)
+        first = begin[1] if prompt == begin[0] else 0
         staggered = bool(components.births.any())
         while first < m:
-            birth = int(components.births[first])
+            birth = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
+            if birth == n:
+                break  # nor any later one
             size = max(1, slots // (n - birth))
             if staggered:  # components born together share the positions that none of them reaches
                 size = min(size, max(64, n // 4))
@@ -68,8 +82,8 @@ def make_blocks(layout: Layout, slots: int, device: torch.device, extras_only: b
     return blocks
 
 
-def make_chunks(layout: Layout, max_rows: int, device: torch.device) -> list[Chunk]:
-    """Cut the segments into chunks of at most ``max_rows`` rows, or of one segment."""
+def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[Chunk]:
+    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
     segment_of_row = layout.row_segments()
     component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
     away = np.zeros(layout.n_rows, bool)
@@ -79,7 +93,7 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device) -> list[Chu
         r = layout.rows(prompt)
         m = component[r]
         away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])
-    chunks, first, n = [], 0, len(layout.counts)
+    chunks, n = [], len(layout.counts)
     while first < n:
         last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
         last = min(max(last, first + 1), n)

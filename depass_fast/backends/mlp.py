@@ -60,7 +60,11 @@ def softmax_chunk(
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
         scale, factor = (step.scale * before)[chunk.segment_of, None], 1.0
-        x = torch.mul(rows, scale, out=workspace.take("rows", rows.shape, rows, dtype))
+        x = workspace.take("rows", rows.shape, rows, dtype)
+        if rows.dtype == scale.dtype:
+            torch.mul(rows, scale, out=x)
+        else:  # a product of two dtypes makes temporaries of every size, which fragment a CPU's memory
+            x.copy_(workspace.take("wide rows", rows.shape, rows, scale.dtype).copy_(rows).mul_(scale))
     # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
     may_vanish = step.sparse or has_zeros(x[:, 0])
     bias, ends = state.layout.index(BIAS), np.cumsum(chunk.counts)
@@ -71,11 +75,11 @@ def softmax_chunk(
             at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
             g[at] += step.gate_constant[part] * before
         if dtype != wide:  # nor would shares sum to one
-            g = g.to(wide).mul_(after)
+            half, g = g, workspace.take("gates", g.shape, g, wide).copy_(g).mul_(after)
         shut = edit is not None and _edited(edit, g, chunk, state.layout, 1.0 / temperature)
         if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish, shut):
             return False
-        accumulate(out, g.to(dtype), step.w_down[:, part].T)
+        accumulate(out, g if dtype == wide else half.copy_(g), step.w_down[:, part].T)
     if out is not target:
         target.copy_(out)
     return True
@@ -86,7 +90,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dtype == a.dtype:
         out.addmm_(a, b)
     else:
-        out += a @ b
+        out.add_(a @ b)
 
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
@@ -153,6 +157,7 @@ def general_chunk(
 ) -> None:
     """Any rule and every corner, through the plain rules of :mod:`depass_fast.allocation`."""
     layout, device, dtype = state.layout, state.device, step.act.dtype
+    gained = torch.zeros_like(source.rows[chunk.rows])  # written to the state at last, all at once
     segments = range(chunk.segments.start, chunk.segments.stop)
     for (prompt, count), run in groupby(segments, key=lambda s: (int(layout.prompt[s]), int(layout.counts[s]))):
         run = list(run)
@@ -162,7 +167,8 @@ def general_chunk(
         local = torch.from_numpy(layout.local[at]).to(device)
         births, excluded = (torch.from_numpy(a[:count]).to(device) for a in (components.births, components.excluded))
         x = (rows * step.scale[at, None, None]).to(dtype)
-        alive, out = (rows != 0).any(-1), torch.zeros_like(rows)
+        alive = (rows != 0).any(-1)
+        out = gained[here.start - chunk.rows.start : here.stop - chunk.rows.start].view_as(rows)
         for part in neurons:
             g = (x @ step.w_gate[part].T).to(torch.promote_types(dtype, torch.float32))  # (n, M, i)
             if step.gate_constant is not None:
@@ -177,4 +183,4 @@ def general_chunk(
             )
             shares = step.allocation.weights(gates) * step.act[at, part][:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
-        state.rows[here] += out.flatten(0, 1)
+    state.rows[chunk.rows].add_(gained)  # += would copy it onto itself afterwards, and could fail there

@@ -8,7 +8,6 @@ on another neuron). So results do not depend on the block sizes beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..state import BIAS, ComponentState, Layout
 from ..trace import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
+from .budget import Budget
 from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
 from .workspace import Workspace
 
@@ -37,11 +37,12 @@ class TorchBackend:
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
 
     name = "torch"
+    takes_factors = True  # whether components that have just started are carried as what they are products of
 
     def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
         self.compute_dtype = compute_dtype
-        self.memory_budget = memory_budget
         self._workspace = Workspace()
+        self.budget = Budget(memory_budget, default_budget, self._release)
         self._plans: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
 
     # -- attention ----------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ class TorchBackend:
         wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
         rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
         out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
-        _add_to_bias(out, self._attention_constant(out, weights, trace))
+        add_to_bias(out, self._attention_constant(out, weights, trace))
         return out
 
     def _aggregate(
@@ -64,7 +65,7 @@ class TorchBackend:
             if n_reads > alone or trace.value_ratio is not None:
                 return self._aggregate(state, weights, trace, None).at(queries)
             return self._aggregate_at(state, weights, trace, queries)
-        if state.factors is not None and trace.value_ratio is None:
+        if state.factors is not None and trace.value_ratio is None and self.takes_factors:
             state = self._aggregate_factors(state, weights, trace)
             return self._aggregate_everywhere(state, weights, trace, extras_only=True)
         return self._aggregate_everywhere(state, weights, trace)
@@ -81,22 +82,33 @@ class TorchBackend:
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        dtype = self._dtype(state)
-        scale = weights.scale(trace.resid.to(state.rows.dtype))  # (T,)
-        w_v, w_o = self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
-        for prompt, blocks in groupby(self._blocks(state, weights, extras_only), key=lambda block: block.prompt):
-            frozen = self._frozen_attention(state, prompt, trace, scale)
-            for block in blocks:
-                x = self._take(state.rows, block.rows)
-                values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
-                torch.mm(x.to(dtype), w_v.T, out=values)
-                if trace.value_ratio is not None:
-                    self._clamp(values, state.layout, block, weights, trace, scale)
-                mixed = frozen.mix(values, block, self._workspace)
-                accumulate(x, mixed, w_o.T)
-                if not isinstance(block.rows, slice):
-                    state.rows.index_copy_(0, block.rows, x)
+        dtype, device = self._dtype(state), weights.w_v.device
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        frozen = self._frozen(state, trace, scale)
+
+        def step(block: Block) -> None:
+            x = self._take(state.rows, block.rows, device)
+            values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
+            torch.mm(x.to(dtype), w_v.T, out=values)
+            if trace.value_ratio is not None:
+                self._clamp(values, state.layout, block, weights, trace, scale)
+            accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
+            self._put(state.rows, block.rows, x)
+
+        self.budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
         return state
+
+    def _attention_weights(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """s of all positions (T,), W_V with the norm folded in, W_O."""
+        dtype = self._dtype(state)
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            scale = weights.scale(trace.resid.to(state.rows.dtype))
+            return scale, self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
+
+        return self.budget.prepare(weights.w_v.device, make)
 
     def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         """Components that have just started as products of numbers and vectors: V and O see only the vectors.
@@ -105,25 +117,32 @@ class TorchBackend:
         """
         dtype, width = self._dtype(state), state.rows.shape[1]
         groups = weights.n_heads // weights.n_kv_heads
-        scale = weights.scale(trace.resid.to(state.rows.dtype))
-        w_v = self._reading("w_v", weights.w_v, weights, dtype)
-        w_o = weights.writing(weights.w_o, dtype).unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
-        for prompt, factors in enumerate(state.factors):
-            frozen = self._frozen_attention(state, prompt, trace, scale)
-            numbers, vectors = factors.coefficients, factors.vectors.to(state.device)
-            numbers = None if numbers is None else numbers.to(state.device, dtype)
-            size = max(
-                1, self._budget(state.device) // (2 * width * (len(frozen.q) + weights.n_heads) * dtype.itemsize)
-            )
-            for first in range(0, len(vectors), size):
-                part = slice(first, min(first + size, len(vectors)))
-                values = (vectors[part].to(dtype) @ w_v.T).unflatten(1, (weights.n_kv_heads, 1, -1))  # (B, Hkv, 1, d)
-                values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (H, B, d)
-                writes = torch.bmm(values, w_o)
-                if numbers is None:
-                    _add_later(state, prompt, part, frozen.spread(writes, None, first))
-                else:
-                    _add_everywhere(state, prompt, part, frozen.spread(writes, numbers[:, part], 0))
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        w_o = w_o.unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
+        frozen = self._frozen(state, trace, scale)
+
+        def cut(undone: tuple[int, slice] | None) -> list[tuple[int, slice]]:
+            parts, (begun, at) = [], undone or (0, slice(0, 0))
+            for prompt in range(begun, len(state.factors)):
+                last, n = len(state.factors[prompt].vectors), len(state.layout.counts[state.layout.segments(prompt)])
+                size = max(1, self._bytes(state) // (2 * width * (n + weights.n_heads) * dtype.itemsize))
+                first = at.start if prompt == begun else 0
+                parts += [(prompt, slice(i, min(i + size, last))) for i in range(first, last, size)]
+            return parts
+
+        def step(piece: tuple[int, slice]) -> None:
+            prompt, part = piece
+            numbers, vectors = state.factors[prompt].coefficients, state.factors[prompt].vectors[part]
+            values = (vectors.to(state.device, dtype) @ w_v.T).unflatten(1, (weights.n_kv_heads, 1, -1))
+            values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (B, Hkv, 1, d) -> (H, B, d)
+            writes = torch.bmm(values, w_o)
+            if numbers is None:
+                _add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
+            else:
+                numbers = numbers[:, part].to(state.device, dtype)
+                _add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
+
+        self.budget.each(state.device, cut, step)
         return state
 
     def _reading(self, name: str, weight: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
@@ -146,46 +165,59 @@ class TorchBackend:
             values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
         values *= trace.value_ratio[packed].to(values.dtype)
 
-    def _take(self, rows: Tensor, index: Tensor | slice) -> Tensor:
+    def _take(self, rows: Tensor, index: Tensor | slice, device: torch.device) -> Tensor:
         """Some of the rows: a view of neighbours, else a copy in the workspace."""
         if isinstance(index, slice):
             return rows[index]
         return torch.index_select(rows, 0, index, out=self._workspace.take("rows", (len(index), rows.shape[1]), rows))
 
-    def _frozen_attention(
-        self, state: ComponentState, prompt: int, trace: AttentionTrace, scale: Tensor
-    ) -> FrozenAttention:
-        packed = state.layout.packed[state.layout.segments(prompt)]
-        keys = slice(int(packed[0]), int(packed[-1]) + 1)
-        tile = self._budget(state.device) // (4 * scale.dtype.itemsize)
-        return FrozenAttention(trace, keys, scale, tile, self._dtype(state))
+    def _put(self, rows: Tensor, index: Tensor | slice, changed: Tensor) -> None:
+        """Write back what :meth:`_take` gave: nothing to do for a view."""
+        if not isinstance(index, slice):
+            rows.index_copy_(0, index, changed)
+
+    def _frozen(self, state: ComponentState, trace: AttentionTrace, scale: Tensor) -> Callable[[int], FrozenAttention]:
+        """P of a prompt; the last one is kept, as long as the workspace is as large as it was."""
+        kept: dict[tuple[int, int], FrozenAttention] = {}
+
+        def make(prompt: int) -> FrozenAttention:
+            key = (prompt, self._bytes(state))
+            if key not in kept:
+                kept.clear()
+                packed = state.layout.packed[state.layout.segments(prompt)]
+                keys = slice(int(packed[0]), int(packed[-1]) + 1)
+                tile = key[1] // (4 * scale.dtype.itemsize)
+                kept[key] = FrozenAttention(trace, keys, scale, tile, self._dtype(state))
+            return kept[key]
+
+        return make
 
     def _aggregate_at(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
     ) -> ComponentState:
         """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
-        scale = weights.scale(trace.resid.to(state.rows.dtype))
-        w_v = self._reading("w_v", weights.w_v, weights, dtype).view(weights.n_kv_heads, weights.head_dim, width)
-        w_o = weights.writing(weights.w_o, dtype)
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
         out = ComponentState(state.rows.new_zeros(queries.n_rows, width), queries, state.layer)
-        for prompt, blocks in groupby(self._blocks(state, weights), key=lambda block: block.prompt):
-            frozen = self._frozen_attention(state, prompt, trace, scale)
-            at, origin = queries.segments(prompt), layout.segments(prompt).start
-            probabilities = {q: frozen.probabilities(slice(None), slice(q, q + 1)) for q in queries.local[at].tolist()}
-            for block in blocks:
-                x = _scatter(self._take(state.rows, block.rows).to(dtype), block)  # (N', B, D)
-                for segment, q in enumerate(queries.local[at].tolist(), at.start):
-                    alive = min(int(queries.counts[segment]) - block.first, block.n_components)
-                    if alive <= 0:
-                        continue
-                    p = probabilities[q].flatten(0, 2)[:, block.start :]  # (H, K)
-                    z = (p @ x[: p.shape[1]].flatten(1)).view(weights.n_kv_heads, -1, width)  # (Hkv, G·B, D)
-                    y = torch.bmm(z, w_v.transpose(1, 2)).view(weights.n_heads, block.n_components, -1)
-                    y = y.transpose(0, 1).flatten(1)[:alive] @ w_o.T
-                    row = int(queries.starts[segment]) + block.first
-                    residual = int(layout.starts[origin + q]) + block.first
-                    out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
+        frozen = self._frozen(state, trace, scale)
+
+        def step(block: Block) -> None:
+            at, origin = queries.segments(block.prompt), layout.segments(block.prompt).start
+            x = scatter(self._take(state.rows, block.rows, device).to(dtype), block)  # (N', B, D)
+            for segment, q in enumerate(queries.local[at].tolist(), at.start):
+                alive = min(int(queries.counts[segment]) - block.first, block.n_components)
+                if alive <= 0:
+                    continue
+                p = frozen(block.prompt).row(q)[:, block.start :]  # (H, K)
+                z = (p @ x[: p.shape[1]].flatten(1)).view(weights.n_kv_heads, -1, width)  # (Hkv, G·B, D)
+                y = torch.bmm(z, w_v.transpose(1, 2)).view(weights.n_heads, block.n_components, -1)
+                y = (y.transpose(0, 1).flatten(1)[:alive] @ w_o.T).to(state.device)
+                row = int(queries.starts[segment]) + block.first
+                residual = int(layout.starts[origin + q]) + block.first
+                out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
+
+        self.budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
         return out
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -198,8 +230,26 @@ class TorchBackend:
         allocation: Allocation,
         source: ComponentState | None = None,
     ) -> ComponentState:
+        source = state if source is None else source
+        parts, out_scale = self.budget.prepare(
+            state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
+        )
+
+        def step(chunk: Chunk) -> None:
+            neurons = self._neuron_blocks(chunk, state, weights)
+            if not (allocation.is_softmax and softmax_chunk(state, source, chunk, parts, neurons, self._workspace)):
+                general_chunk(state, source, chunk, parts, neurons)
+
+        self.budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
+        add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
+        return state
+
+    def _mlp_step(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
+    ) -> tuple[MlpStep, Tensor | None]:
+        """What the MLP of a layer needs at the state's segments, and the frozen scale (S,) of its output's norm."""
         dtype, layout = self._dtype(state), state.layout
-        packed = torch.from_numpy(layout.packed).to(state.device)
+        packed = torch.from_numpy(layout.packed).to(device)
         everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
         recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
         act, out_scale = trace.act[recorded].to(dtype), None
@@ -217,18 +267,12 @@ class TorchBackend:
             allocation=allocation,
             sparse=has_zeros(w_gate),
         )
-        source = state if source is None else source
-        for chunk in self._chunks(state, weights):
-            neurons = self._neuron_blocks(chunk, state, weights)
-            if not (allocation.is_softmax and softmax_chunk(state, source, chunk, step, neurons, self._workspace)):
-                general_chunk(state, source, chunk, step, neurons)
-        _add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
-        return state
+        return step, out_scale
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
         n = weights.w_down.shape[1]
         rows = max(1, chunk.rows.stop - chunk.rows.start)
-        size = self._budget(state.device) // (2 * rows * self._dtype(state).itemsize)
+        size = self._bytes(state) // (2 * rows * self._dtype(state).itemsize)
         if state.device.type == "cpu":
             size = min(size, 2048)
         parts = -(-n // max(1, min(n, max(size, 16))))
@@ -251,8 +295,15 @@ class TorchBackend:
     def _dtype(self, state: ComponentState) -> torch.dtype:
         return self.compute_dtype or state.rows.dtype
 
-    def _budget(self, device: torch.device) -> int:
-        return self.memory_budget or default_budget(device)
+    def _bytes(self, state: ComponentState) -> int:
+        return self.budget.bytes(state.device)
+
+    def _release(self) -> None:
+        """Hold nothing that is not needed to carry on."""
+        self._workspace.clear()
+        self._plans.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
         plans = self._plans.setdefault(layout, {})
@@ -260,27 +311,34 @@ class TorchBackend:
             plans[key] = make()
         return plans[key]
 
-    def _blocks(self, state: ComponentState, weights: Attention, extras_only: bool = False) -> list[Block]:
+    def _blocks(
+        self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
+    ) -> list[Block]:
         width = state.rows.shape[1] + 2 * (weights.n_heads + weights.n_kv_heads) * weights.head_dim
-        slots = max(1, self._budget(state.device) // (2 * width * self._dtype(state).itemsize))
+        slots = max(1, self._bytes(state) // (2 * width * self._dtype(state).itemsize))
+        if undone is not None:
+            return make_blocks(state.layout, slots, weights.w_v.device, extras_only, (undone.prompt, undone.first))
         return self._plan(
             state.layout,
             ("blocks", slots, extras_only, state.device),
-            lambda: make_blocks(state.layout, slots, state.device, extras_only),
+            lambda: make_blocks(state.layout, slots, weights.w_v.device, extras_only),
         )
 
-    def _chunks(self, state: ComponentState, weights: Mlp) -> list[Chunk]:
+    def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
         neurons = min(weights.w_down.shape[1], 2048)
-        rows = max(1, self._budget(state.device) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize))
+        rows = max(1, self._bytes(state) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize))
         if state.device.type == "cpu":  # of equal size: a small one at the end would cost as much as a whole one
             n_rows, longest = state.layout.n_rows, int(state.layout.counts.max())
             rows = min(rows, -(-n_rows // max(1, round(n_rows / _TARGET_ROWS))) + longest - 1)
-        return self._plan(
+        chunks = self._plan(
             state.layout, ("chunks", rows, state.device), lambda: make_chunks(state.layout, rows, state.device)
         )
+        if undone is None:
+            return chunks
+        return make_chunks(state.layout, rows, state.device, undone.segments.start)
 
 
-def _scatter(rows: Tensor, block: Block) -> Tensor:
+def scatter(rows: Tensor, block: Block) -> Tensor:
     """A block's rows (r, C) in their places: (N', B, C), zero where not alive."""
     if block.slots is None:
         return rows.view(-1, block.n_components, rows.shape[1])
@@ -288,16 +346,16 @@ def _scatter(rows: Tensor, block: Block) -> Tensor:
     return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
 
 
-def _add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
+def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
     if state.layout.index(BIAS) is not None and constant is not None:
-        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant
+        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant.to(state.rows)
 
 
 def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
     """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
     rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
     block = rows.view(new.shape[1], -1, rows.shape[1])
-    block[:, extras + part.start : extras + part.stop] += new.transpose(0, 1)
+    block[:, extras + part.start : extras + part.stop].add_(new.transpose(0, 1))
 
 
 def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:

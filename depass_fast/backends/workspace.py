@@ -14,6 +14,10 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._buffers.clear()
+
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor of ``shape`` on the device (and of the dtype) of ``like``.
 

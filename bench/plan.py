@@ -1,0 +1,157 @@
+"""Whether the planner can be believed: ``python -m bench.plan [--out FILE.json] [--quick]``.
+
+Over a grid of shapes the predicted peak of memory stands beside the measured one, each in a process of its own: the
+high-water mark of the resident set less the resident set with the model loaded (see :mod:`bench.memory`). The table is
+printed; the JSON file is what ``python -m bench.report`` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
+
+from .family_models import build_model as build_family
+from .harness import write_results
+from .memory import measured
+
+GOAL = 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by its config, prompts by their lengths, components of a layer, and dtypes."""
+
+    name: str
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    components: str
+    lengths: tuple[int, ...]
+    layer: int = 0
+    dtype: str = "float32"
+    state_dtype: str = "float32"
+    call: str = "attribute"
+    memory_budget: int | None = None
+
+
+def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> Case:
+    heads = hidden // 64
+    shape = {"model_type": "llama", "layers": 3, "kv_heads": heads, **more}
+    return Case(
+        name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape
+    )
+
+
+FULL = [
+    _llama("tokens", 1024, 1024, "tokens", 300),
+    _llama("tokens, long", 512, 1024, "tokens", 900, layers=2),
+    _llama("tokens, wide MLP", 512, 4096, "tokens", 500, layers=2),
+    _llama("tokens, grouped heads", 2048, 1024, "tokens", 250, kv_heads=4, layers=2),
+    _llama("tokens, decompose", 1024, 1024, "tokens", 400, call="decompose", layers=2),
+    _llama("tokens, half state", 1024, 1024, "tokens", 500, state_dtype="bfloat16", layers=2),
+    _llama("tokens, half model", 1024, 1024, "tokens", 400, dtype="bfloat16", layers=2),
+    _llama("tokens, 512M of workspace", 1024, 1024, "tokens", 400, memory_budget=512 << 20, layers=2),
+    _llama("tokens of 8 prompts", 1024, 1024, "tokens", 40, 80, 120, 160, 200, 240, 60, 100, layers=2),
+    _llama("neurons", 512, 2816, "neurons", 60, layers=2),
+    _llama("neurons, short", 1024, 4096, "neurons", 16, layers=3),
+    _llama("neurons, decompose", 512, 2816, "neurons", 100, layers=2, call="decompose"),
+    _llama("heads", 2048, 2048, "heads", 1500, layers=2, call="decompose"),
+    _llama("modules", 2048, 4096, "modules", 4000, layers=2),
+    _llama("custom", 1024, 2048, "custom", 1500, layers=2, call="decompose"),
+    _llama("qwen2: biases", 1024, 1024, "tokens", 300, model_type="qwen2", kv_heads=4, layers=2),
+    _llama("gpt_neox: parallel", 1024, 1024, "tokens", 300, model_type="gpt_neox", layers=2),
+    _llama("gpt2", 1024, 2048, "tokens", 300, model_type="gpt2", layers=2),
+    _llama("gemma2: output norms", 1024, 2048, "tokens", 300, model_type="gemma2", layers=2),
+    _llama("mixtral: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2),
+]
+QUICK = [_llama("tokens", 256, 256, "tokens", 150), _llama("neurons", 128, 1024, "neurons", 40)]
+
+
+def build(case: Case) -> DePass:
+    shape = {
+        "hidden_size": case.hidden,
+        "intermediate_size": case.intermediate,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.heads,
+        "max_position_embeddings": 8192,
+    }
+    if case.model_type not in ("gpt2", "gpt_neox"):
+        shape |= {"num_key_value_heads": case.kv_heads, "head_dim": case.hidden // case.heads}
+    if case.model_type == "gpt2":
+        shape["n_inner"] = shape.pop("intermediate_size")
+    if case.model_type == "mixtral":
+        shape["num_local_experts"] = 4
+    return DePass(build_family(case.model_type, **shape).to(getattr(torch, case.dtype)))
+
+
+def kind(case: Case):
+    named = {"tokens": Tokens, "neurons": Neurons, "heads": Heads, "modules": Modules}
+    if case.components == "custom":
+        return Custom(case.layer, torch.randn(case.lengths[0], 64, case.hidden))
+    return named[case.components](case.layer)
+
+
+def run(case: Case) -> dict:
+    """The prediction beside what is measured, in this process."""
+    torch.set_num_threads(1)
+    dp, components = build(case), kind(case)
+    options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget}
+    make = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 64, (n,), generator=make) for n in case.lengths]
+    plan = dp.plan(prompts, components, measure=False, **options)
+    dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
+    if case.call == "decompose":
+        peak = measured(lambda: dp.decompose(prompts, components, **options))
+    else:
+        peak = measured(lambda: dp.attribute(prompts, components, 7, **options))
+    return {**asdict(case), "predicted_bytes": plan.of("torch").peak_bytes, "measured_bytes": peak}
+
+
+def line(row: dict) -> str:
+    predicted, found = row["predicted_bytes"], row["measured_bytes"]
+    sizes = f"{predicted / 2**20:8.0f} MiB predicted {found / 2**20:8.0f} MiB measured"
+    return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="two small shapes, in seconds: does it run")
+    parser.add_argument("--only", metavar="NAME", help="one shape of the grid")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.case:
+        given = json.loads(options.case)
+        print(json.dumps(run(Case(**{**given, "lengths": tuple(given["lengths"])}))))
+        return
+    if not Path("/proc/self/clear_refs").exists():
+        raise SystemExit("bench.plan: peaks of memory can be measured on Linux only.")
+    rows = []
+    for case in QUICK if options.quick else FULL:
+        if options.only and case.name != options.only:
+            continue
+        command = [sys.executable, "-m", "bench.plan", "--case", json.dumps(asdict(case))]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(line(rows[-1]), flush=True)
+    worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
+    goal = f"goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}"
+    print(f"furthest off: {worst:.1%}; {'too small to be held to the goal' if options.quick else goal}")
+    if options.out is not None:
+        write_results(options.out, "plan", [], goal=GOAL, predictions=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Every run takes its workspace from its plan, and is refused before any work where it cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .adapters import Adapter
+from .backends import StreamBackend, make_backend, resolve
+from .backends.torch import default_budget
+from .components import ComponentKind
+from .given import Custom
+from .memory import available, readable
+from .options import Options, Run
+from .planner import Plan, plan
+
+_LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
+
+
+def fitted(
+    run: Run,
+    adapter: Adapter,
+    lengths: Sequence[int],
+    kind: ComponentKind,
+    options: Options,
+    end: int | None,
+    traced: bool,
+) -> Run:
+    """The run with the workspace that the device has room for.
+
+    Raises:
+        MemoryError: not even the state and the trace fit; what does is in the message.
+    """
+    name, device = run.backend.name, adapter.device
+    made = plan(adapter, lengths, kind, options, end=end, traced=traced)
+    free = made.available_bytes
+    if free is None or made.upper_bound:
+        return run
+    need, workspace = least_bytes(made, name), made.of(name).workspace_bytes
+    if need > free and options.stream == "auto" and device.type != "cpu" and name == "torch":
+        streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
+        possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
+        if possible and least_bytes(made, streamed.backend) <= free:
+            return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
+    if need > free:
+        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced))
+    room = free - (need - min(workspace, _LEAST))
+    if name != "torch" or options.memory_budget is not None or workspace <= room:
+        return run
+    budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
+    return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+
+
+def least_bytes(made: Plan, backend: str) -> int:
+    """Bytes below which a run cannot be done whatever its workspace."""
+    estimate = made.of(backend)
+    if backend == "reference":
+        return estimate.peak_bytes
+    return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
+
+
+def _refusal(
+    made: Plan,
+    adapter: Adapter,
+    lengths: Sequence[int],
+    kind: ComponentKind,
+    options: Options,
+    end: int | None,
+    traced: bool,
+) -> str:
+    """What is needed, what there is, and what would fit."""
+    name, free = "torch, streamed" if options.stream is True else resolve(options.backend), made.available_bytes
+
+    def fits(lengths: Sequence[int], options: Options = options) -> int | None:
+        need = least_bytes(plan(adapter, lengths, kind, options, end=end, traced=traced), name)
+        return need if need <= free else None
+
+    ways = []
+    if name == "reference" and (need := least_bytes(made, "torch")) <= free:
+        ways.append(f"backend='torch' ({readable(need)})")
+    if name == "torch" and adapter.device.type != "cpu" and not callable(options.allocation):
+        need = least_bytes(made, "torch, streamed")
+        if need <= free and options.stream is False:
+            ways.append(f"stream=True ({readable(need)})")
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
+            need = fits(lengths, replace(options, state_dtype=dtype))
+            if need is not None:
+                ways.append(f"state_dtype='{str(dtype).removeprefix('torch.')}' ({readable(need)})")
+                break
+    ordered = sorted(lengths, reverse=True)
+    several = [k for k in range(1, len(lengths)) if fits(ordered[:k]) is not None] if not traced else []
+    if several:
+        ways.append(f"{several[-1]} of these {len(lengths)} prompts at a time")
+    if not isinstance(kind, Custom) and not several and not traced:
+        low, high = 0, max(lengths)
+        while high - low > 1:  # the longest prompt that fits
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits([middle]) is not None else (low, middle)
+        if low:
+            ways.append(f"a prompt of {low} tokens ({readable(fits([low]))})")
+    what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
+    ways = (
+        f"It fits with {', or with '.join(ways)}." if ways else "Take a shorter prompt or a machine with more memory."
+    )
+    need = f"needs {readable(least_bytes(made, name))} on {made.device} and {readable(free)} are available"
+    return f"{made.components}: {need}: {what}. {ways}"

@@ -1,0 +1,152 @@
+"""The parts that a plan is made of: the widths of layers, and what a run holds at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .adapters import Adapter
+from .components import ComponentKind, Modules, Neurons
+from .features import Features
+from .initial import meets_bias
+
+_BUSIEST = 1.4  # times the even share, which one expert of a layer gets
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """The widths of one layer: of V, of what O reads, and of every MLP with the share of positions sent to it."""
+
+    v: int
+    o: int
+    mlps: tuple[tuple[int, float], ...]
+    copied: bool  # a parallel layer, or several MLPs: they read a copy of the state
+    has_up: bool
+    output_norms: bool
+    skip_attention: bool = False
+
+    def flop(self, width: int, rows: int, keys: float) -> float:
+        attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
+        return attention + rows * sum(4 * width * neurons * share for neurons, share in self.mlps)
+
+    def gates(self, width: int, rows: int) -> float:
+        return rows * sum(2 * width * neurons * share for neurons, share in self.mlps)
+
+    def parameters(self, width: int) -> float:
+        """Weights that a position meets on its way."""
+        return width * (2 * self.v + 2 * self.o + sum((3 if self.has_up else 2) * n * share for n, share in self.mlps))
+
+    @property
+    def neurons(self) -> int:
+        return max(neurons for neurons, _ in self.mlps)
+
+
+_known: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def layer_sizes(adapter: Adapter) -> list[LayerSize]:
+    if adapter.model not in _known:
+        _known[adapter.model] = [_size(adapter, index) for index in range(adapter.n_layers)]
+    return _known[adapter.model]
+
+
+def _size(adapter: Adapter, index: int) -> LayerSize:
+    layer, experts = adapter.layer(index), adapter.family.experts
+    attention, mlps = layer.attention, layer.mlps
+    routed = sum(mlp.name not in ("", "shared") for mlp in mlps)
+    shares = [experts.top_k / routed if mlp.name not in ("", "shared") else 1.0 for mlp in mlps]
+    gated = getattr(adapter.module(index, "mlp"), "up_proj", None) is not None or routed > 0
+    return LayerSize(
+        v=attention.n_kv_heads * attention.head_dim,
+        o=attention.n_heads * attention.head_dim,
+        mlps=tuple((mlp.w_gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
+        copied=layer.parallel or len(mlps) > 1,
+        has_up=gated,
+        output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
+    )
+
+
+def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
+    """How many components a prompt will have, without the extras, and whether that is known before it is traced."""
+    if isinstance(kind, Neurons):
+        mlps = layer_sizes(adapter)[kind.resolve(adapter)].mlps
+        sent = [n for n, share in mlps if share < 1]
+        reached = min(len(sent), round(length * sum(share for _, share in mlps if share < 1)))
+        return sum(n for n, share in mlps if share == 1) + reached * (max(sent) if sent else 0), not sent
+    if isinstance(kind, Features):
+        return kind.sae.W_dec.shape[0], False
+    return len(kind.names(adapter, [""] * length)), True
+
+
+def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
+    layer = adapter.layer(kind.resolve(adapter))
+    own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
+    if isinstance(kind, Modules):
+        own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
+    return int(own or meets_bias(kind, adapter, end))
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of the peak. All in bytes."""
+
+    positions: int
+    longest: int
+    counts: list[int]
+    rows: int
+    width: int
+    state: torch.dtype
+    compute: torch.dtype
+    model: torch.dtype
+    budget: int
+    passed: list[LayerSize]
+    layers: list[LayerSize]
+
+    def capturing(self) -> int:
+        """What the forward pass holds beside the trace: in its MLP, or in its attention."""
+        mlp = max((2 if size.has_up else 1) * size.neurons for size in self.layers)
+        attention = max(3 * size.o + 2 * size.v for size in self.layers)
+        return self.positions * (self.width + max(mlp, attention)) * self.model.itemsize
+
+    def copies(self) -> float:
+        """States held at once: what several MLPs read and, twice, what is sent to the busiest of them."""
+        shares = [min(1.0, _BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
+        sent = max(shares, default=0.0)
+        return 1 + any(size.copied for size in self.passed) + 2 * sent
+
+    def weight_copies(self) -> int:
+        """Weights with a norm folded into them, and what has to change its dtype."""
+        folded = max((size.v + size.neurons for size in self.passed), default=0)
+        cast = self.compute != self.model
+        changed = max((max(size.o, size.neurons) * (cast or size.output_norms) for size in self.passed), default=0)
+        return self.width * (folded + changed) * self.compute.itemsize
+
+    def activations(self) -> int:
+        """What a layer's step makes of the trace, per position."""
+        cast = max((size.neurons for size in self.passed), default=0) * (self.compute != self.model)
+        return self.positions * (cast * self.compute.itemsize + 3 * self.width * 4)
+
+    def workspace(self) -> int:
+        """Of the torch backend: buffers for blocks of attention and chunks of the MLP, and tiles of P."""
+        if not self.passed:
+            return 0
+        item = self.compute.itemsize
+        attention = max(self.width + 2 * (size.o + size.v) for size in self.passed)
+        mlp = max(self.width + min(size.neurons, 2048) for size in self.passed)
+        rows = min(self.rows, self.budget // (2 * min(attention, mlp) * item) + self.longest)
+        tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
+        return min(self.budget, rows * max(attention, mlp) * item) + tiles
+
+    def dense_workspace(self) -> int:
+        """Of the reference backend: dense blocks of one prompt, several at a time."""
+        if not self.passed:
+            return 0
+        attention = max(4 * self.width + 3 * size.o for size in self.passed)
+        mlp = max(3 * self.width + 6 * size.neurons for size in self.passed)
+        return self.longest * max(self.counts) * max(attention, mlp) * self.state.itemsize
+
+    def gates_again(self) -> float:
+        """FLOP that streaming adds: the gates are computed in both passes."""
+        return sum(size.gates(self.width, self.rows) for size in self.passed)

@@ -1,0 +1,75 @@
+"""Progress bars on whatever takes more than two seconds: on a terminal only, on stderr, gone when done.
+
+The engine opens a bar for its layers; a step of a backend says how far it has come within one, through
+:func:`advance`. Every thread has a bar of its own, of which one at a time is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DELAY = 2.0  # seconds before a bar appears
+_PAUSE = 0.1  # seconds between two drawings
+
+_here = threading.local()
+_terminal = threading.Lock()  # held by the bar that is shown
+
+
+class Bar:
+    """``total`` units of work, of which some are done; drawn by rich once it takes long."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done, self.steps = label, total, 0.0, 1
+        self._next, self._shown = time.monotonic() + _DELAY, None
+
+    def finish(self) -> None:
+        """One unit is done."""
+        self.done = int(self.done) + 1
+        self.draw(0.0)
+
+    def draw(self, part: float) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _PAUSE
+        if self._shown is None and _terminal.acquire(blocking=False):
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            self._shown = Progress(*columns, console=Console(file=sys.stderr), transient=True, auto_refresh=False)
+            self._shown.start()
+            self._shown.add_task(self.label, total=self.total)
+        if self._shown is not None:
+            self._shown.update(self._shown.task_ids[0], completed=self.done + part, refresh=True)
+
+    def close(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+            _terminal.release()
+
+
+@contextmanager
+def bar(label: str, total: int, wanted: bool = True) -> Iterator[Bar | None]:
+    """A bar of ``total`` units; None, and nothing is ever drawn, where it is not wanted or stderr is no terminal."""
+    outer = getattr(_here, "bar", None)
+    if not wanted or total < 1 or outer is not None or not sys.stderr.isatty():
+        yield None
+        return
+    _here.bar = made = Bar(label, total)
+    try:
+        yield made
+    finally:
+        _here.bar = None
+        made.close()
+
+
+def advance(part: float) -> None:
+    """Say how much of the present unit of this thread's bar is done, 0 to 1."""
+    shown = getattr(_here, "bar", None)
+    if shown is not None:
+        shown.draw(min(part, 1.0))

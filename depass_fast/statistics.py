@@ -1,0 +1,126 @@
+"""The allocation rules in two passes over blocks of components: what all of them amount to, then each one's share.
+
+Components meet only in a few numbers per position and neuron (DESIGN.md section 2, *Independence given the partition
+function*): for the softmax the maximum and the sum, which is log Z; for the other rules as little. Once these are known
+every component's share is its own affair, whatever the blocks. The numbers are those of :mod:`depass_fast.allocation`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+_START = {
+    "softmax": {"top": -torch.inf, "sum": 0.0},
+    "linear": {"low": torch.inf, "sum": 0.0, "count": 0.0},
+    "relu": {"sum": 0.0},
+    "max": {"top": -torch.inf, "winner": -1.0},
+    "taylor": {},
+}
+
+
+@dataclass(frozen=True)
+class GateBlock:
+    """Gates of a block of components: ``values`` (n, b, I), ``total`` (n, I) of all; ``alive``, ``excluded`` (n, b).
+
+    ``members`` (b,) are the components' places among all of the prompt, ``rest`` which of the block is `rest`, or None.
+    """
+
+    values: Tensor
+    total: Tensor
+    alive: Tensor
+    excluded: Tensor
+    members: Tensor
+    rest: int | None
+
+    @property
+    def eligible(self) -> Tensor:
+        return (self.values != 0) & ~self.excluded[..., None]
+
+
+@dataclass
+class Statistics:
+    """What all components at S positions say to I neurons: ``tables`` (S, I); ``alive`` (S,) is how many there are."""
+
+    rule: str
+    temperature: float
+    has_rest: bool
+    alive: Tensor
+    tables: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def fresh(rule: str, temperature: float, has_rest: bool, like: Tensor) -> Statistics:
+        """Of nobody yet; ``like`` (S, I) gives shape, dtype and device."""
+        tables = {name: torch.full_like(like, value) for name, value in _START[rule].items()}
+        return Statistics(rule, temperature, has_rest, like.new_zeros(len(like)), tables)
+
+    def on(self, device: torch.device) -> Statistics:
+        """The same on another device."""
+        tables = {name: table.to(device) for name, table in self.tables.items()}
+        return replace(self, alive=self.alive.to(device), tables=tables)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.alive, *self.tables.values()))
+
+    def meet(self, block: GateBlock, at: slice, part: slice) -> None:
+        """Take in a block of components, at some of the positions and neurons. Blocks come in the components' order."""
+        g, eligible = block.values, block.eligible
+        t = {name: table[at, part] for name, table in self.tables.items()}  # views
+        if self.rule == "softmax":
+            z = (g / self.temperature).masked_fill_(~eligible, -torch.inf)
+            top = torch.maximum(t["top"], z.amax(1))
+            finite = top.masked_fill(top == -torch.inf, 0.0)
+            t["sum"].mul_(torch.exp(t["top"] - finite)).add_(torch.exp(z - finite[:, None]).sum(1))
+            t["top"].copy_(top)
+        elif self.rule == "linear":
+            low = torch.minimum(t["low"], g.masked_fill(~eligible, torch.inf).amin(1))
+            finite = low.masked_fill(low == torch.inf, 0.0)
+            fallen = torch.where(t["count"] > 0, t["low"] - low, 0.0)
+            above = torch.where(eligible, g - finite[:, None], 0.0).sum(1)
+            t["sum"].add_(t["count"] * fallen).add_(above)
+            t["count"].add_(eligible.sum(1))
+            t["low"].copy_(low)
+        elif self.rule == "relu":
+            t["sum"].add_(torch.where(eligible, g, 0.0).clamp_min(0.0).sum(1))
+        elif self.rule == "max":
+            g = g.masked_fill(~eligible, -torch.inf)
+            first = g.argmax(1, keepdim=True)
+            top = g.gather(1, first)[:, 0]
+            ahead = top > t["top"]
+            winner = block.members[first[:, 0]].to(top.dtype)
+            t["winner"].copy_(torch.where(ahead, winner, t["winner"]))
+            t["top"].copy_(torch.where(ahead, top, t["top"]))
+
+    def shares(self, block: GateBlock, at: slice, part: slice) -> Tensor:
+        """The weights (n, b, I) of a block's components."""
+        g = block.values
+        if self.rule == "taylor":
+            total = block.total[:, None]
+            return torch.where(total == 0, 0.0, g / torch.where(total == 0, 1.0, total))
+        t = {name: table[at, part][:, None] for name, table in self.tables.items()}
+        eligible = block.eligible
+        if self.rule == "softmax":
+            nobody = t["top"] == -torch.inf
+            weights = torch.exp((g / self.temperature - t["top"].masked_fill(nobody, 0.0)).clamp_max_(0.0))
+            weights = weights / t["sum"].masked_fill(nobody, 1.0)
+        elif self.rule == "linear":
+            nobody, level = t["count"] == 0, t["sum"] == 0
+            above = (g - t["low"].masked_fill(nobody, 0.0)) / t["sum"].masked_fill(level, 1.0)
+            weights = torch.where(level, 1.0 / t["count"].clamp_min(1.0), above)
+        elif self.rule == "relu":
+            nobody = t["sum"] == 0
+            weights = g.clamp_min(0.0) / t["sum"].masked_fill(nobody, 1.0)
+        else:
+            nobody = t["top"] == -torch.inf
+            weights = (block.members[:, None] == t["winner"]).to(g.dtype)
+        weights = torch.where(eligible, weights, 0.0)
+        if self.has_rest:
+            fallback = torch.zeros_like(weights[:, :, :1])
+            if block.rest is not None:
+                fallback[:, block.rest] = 1.0
+        else:
+            fallback = (block.alive.to(g.dtype) / self.alive[at, None].clamp_min(1.0))[..., None]
+        return torch.where(nobody, fallback, weights)

@@ -1,0 +1,150 @@
+"""A state that streams through the device in blocks has the same numbers, whatever the blocks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, build, random_ids
+from test_backends import close, corner_states
+from test_completeness import kinds
+
+from bench.family_models import available, build_variant
+from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens, fitting, planner
+from depass_fast.allocation import RULES
+from depass_fast.backends import blocks
+from depass_fast.backends import stream as stream_module
+from depass_fast.backends import torch as torch_module
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streaming_agrees_with_the_reference(name, rule):
+    dp, ids = build(name), random_ids(9, seed=5)
+    trace = dp.trace(ids)
+    for label, kind in kinds(len(ids)).items():
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
+        for budget in (2_000, None):
+            state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+            assert close(state.dense(), oracle), (label, budget)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
+    """Components at a time, 1 to M, in attention and in both passes of the MLP."""
+    dp, prompts = build("llama-biases"), [random_ids(7, seed=2), random_ids(4, seed=3)]
+    trace = dp.trace(prompts)
+    for kind in (Tokens(), Heads(0)):
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").rows
+        for size in range(1, 9):
+
+            def cut(layout, slots, device, extras_only=False, begin=(0, 0), size=size):
+                """As many slots as ``size`` components take at all positions."""
+                longest = int(np.bincount(layout.prompt).max())
+                return blocks.make_blocks(layout, size * longest, device, extras_only, begin)
+
+            monkeypatch.setattr(stream_module, "make_blocks", cut)
+            monkeypatch.setattr(torch_module, "make_blocks", cut)
+            assert close(dp.decompose(trace, kind, allocation=rule, stream=True).rows, oracle), size
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+def test_the_corners(name, rule):
+    """Absent components, duplicates, opposite ones, and positions where nobody is eligible."""
+    dp, ids = build(name, torch.float64), random_ids(8)
+    trace = dp.trace(ids)
+    kind = Custom(1, corner_states(trace).double())
+    oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
+    for budget in (2_000, None):
+        state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+        assert close(state.dense(), oracle, 1e-10) and not state.dense()[:, 4].any()
+        options = {"exclude_special": list(range(8)), "allocation": rule, "end": 2}
+        oracle_of_all = dp.decompose(trace, Tokens(), backend="reference", **options).rows
+        assert close(
+            dp.decompose(trace, Tokens(), stream=True, memory_budget=budget, **options).rows, oracle_of_all, 1e-10
+        )
+
+
+@pytest.mark.parametrize("position", [-1, 0, 3])
+def test_attributions_stream_too(family, position):
+    ids = [random_ids(8, seed=2), random_ids(5, seed=3)]
+    for kind in (Tokens(), Tokens(1), Heads(-1), Neurons(0)):
+        for usual, streamed in zip(
+            family.attribute(ids, kind, 7, position=position),
+            family.attribute(ids, kind, 7, position=position, stream=True, memory_budget=5_000),
+            strict=True,
+        ):
+            assert close(streamed.scores, usual.scores) and streamed.labels == usual.labels
+            assert streamed.completeness_error < 1e-5
+
+
+def test_what_cannot_stream_is_refused():
+    dp, ids = build("llama-gqa"), random_ids(5)
+    with pytest.raises(ValueError, match="stream: the reference backend does not stream"):
+        dp.attribute(ids, Tokens(), stream=True, backend="reference")
+    with pytest.raises(ValueError, match="stream: own sees all components at once"):
+
+        def own(gates, temperature):
+            return gates.values
+
+        dp.attribute(ids, Tokens(), stream=True, allocation=own)
+    with pytest.raises(ValueError, match="stream: expected True, False or 'auto'"):
+        dp.attribute(ids, Tokens(), stream="yes")
+
+
+@pytest.mark.parametrize("rule", ["softmax", "linear"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "gpt_neox: parallel", "olmo2: biases", "gemma2", "mpt: clamped"]
+)
+def test_experts_parallel_layers_and_norms_anywhere(name, rule):
+    if not available(name):
+        pytest.skip("not in this version of transformers")
+    dp, ids = DePass(build_variant(name)), random_ids(9, seed=5)
+    trace = dp.trace(ids)
+    for kind in (Tokens(), Heads(1), Neurons(0)):
+        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").rows
+        for budget in (20_000, None):
+            state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
+            assert close(state.rows, oracle), budget
+        partition = dp.partition(trace, kind, allocation=rule)
+        chosen = [partition.labels[0], partition.labels[-1]]
+        focus = dp.decompose(trace, kind, focus=chosen, partition=partition, allocation=rule)
+        last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference", allocation=rule)
+        expected = last.dense()[:, [last.labels.index(label) for label in chosen]]
+        assert float((focus.entering(3) - expected).abs().max()) <= 1e-5 * float(last.rows.abs().max())
+
+
+def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
+    """The choice alone, for a device that is not there: its memory is said to be small, the host's large."""
+    adapter = build("llama-gqa").adapter
+    kind, lengths = Tokens(), [60]
+    gpu = SimpleNamespace(type="cuda")
+    placed = SimpleNamespace(
+        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
+        layer=adapter.layer,
+        is_mixture=adapter.is_mixture,
+        module=adapter.module,
+        final_norm=adapter.final_norm,
+        final_norm_module=adapter.final_norm_module,
+        unembedding_bias=None,
+        device=gpu,
+    )
+    monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "available", lambda device: None)
+    made = planner.plan(placed, lengths, kind, device=gpu)
+    room = fitting.least_bytes(made, "torch, streamed")
+    assert room < fitting.least_bytes(made, "torch")
+    for module in (fitting, planner):
+        monkeypatch.setattr(module, "available", lambda device: room if device.type == "cuda" else 1 << 40)
+
+    def chosen(**options):
+        options = Options(**options)
+        return fitting.fitted(options.build(adapter), placed, lengths, kind, options, None, False)
+
+    assert chosen().host
+    with pytest.raises(MemoryError, match=r"It fits with stream=True"):
+        chosen(stream=False)
+    with pytest.raises(MemoryError, match="tokens: needs"):
+        chosen(allocation=lambda gates, temperature: gates.values)
