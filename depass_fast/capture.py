@@ -43,7 +43,9 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
         RuntimeError: the model's attention did not go through the recorder, or what was recorded does not add up.
     """
     device = adapter.embedding.weight.device
-    recorder = _Recorder(adapter)
+    computation = consistency.computation(adapter.model, max(map(len, prompts)))
+    watching = not consistency.is_known(adapter.model, computation)
+    recorder = _Recorder(adapter, watching)
     groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
@@ -54,15 +56,17 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
     trace = recorder.trace(torch.cat(prompts).to(device), offsets)
     _check_finite(adapter, trace)
-    consistency.check(adapter, trace, recorder.layers, recorder.positions)
+    if watching:
+        consistency.check(adapter, trace, recorder.layers, recorder.positions)
+        consistency.know(adapter.model, computation)
     return trace
 
 
 class _Recorder:
     """Collects forward passes; hooks and the attention function write into it."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, watching: bool) -> None:
+        self.adapter, self.watching = adapter, watching
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
         self.watched: list[int] = []  # positions of these that are looked at more closely
@@ -101,8 +105,9 @@ class _Recorder:
             self.keep(record, "key_bias", torch.cat(biases))
         record["mask"] = rest
         out = torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-        self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
-        self.keep(record, "attended", out[0, self.watched].flatten(1))
+        if self.watching:
+            self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
+            self.keep(record, "attended", out[0, self.watched].flatten(1))
         return out
 
     def trace(self, input_ids: Tensor, offsets: np.ndarray) -> Trace:
@@ -251,7 +256,7 @@ def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitSta
             undo.callback(tap(f"{kind}_out_scale", branch.output.scale).before(part(f"{kind}_output_norm")))
         if branch.stream is not None:
             undo.callback(tap(f"{kind}_sum").before(part(f"{kind}_stream_norm")))
-    for place, (before, after) in consistency.WATCHED.items():
+    for place, (before, after) in consistency.WATCHED.items() if recorder.watching else ():
         if adapter.is_mixture(index) and place in ("gate_proj", "down_proj"):
             continue
         if before is not None:

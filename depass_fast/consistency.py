@@ -3,15 +3,17 @@
 At a few positions of every layer: what projections read is the frozen norm of the residual stream, what attention gets
 and gives are the values and the mixture of them, and what attention and MLP write is what the stream gains. A
 difference would otherwise end in a component that has nothing to do with it. Weights are not part of this: that they
-are read as the model computes with them shows in the completeness of every result.
+are read as the model computes with them shows in the completeness of every result. A model is looked at once, and again
+where its hooks or its code have changed, or with prompts twice as long.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import Adapter, Branch, Norm
 from .trace import LayerTrace, Trace
@@ -23,6 +25,30 @@ WATCHED = {
     "gate_proj": ("gate_input", None),
     "down_proj": (None, "mlp_written"),
 }
+
+
+_known: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what has been checked of a model
+
+
+def computation(model: nn.Module, length: int) -> tuple:
+    """What can change how a model computes: the code and the hooks of its modules, and how long the prompts are."""
+    hooked = [
+        (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
+        for place, module in enumerate(model.modules())
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+    code = tuple(vars(module).get("forward", type(module).forward) for module in model.modules())
+    return tuple(hooked), code, length.bit_length()
+
+
+def is_known(model: nn.Module, computation: tuple) -> bool:
+    """Whether a forward pass of this computation has been checked already."""
+    return computation in _known.get(model, ())
+
+
+def know(model: nn.Module, computation: tuple) -> None:
+    """Remember that it has been."""
+    _known.setdefault(model, set()).add(computation)
 
 
 class Consistency:

@@ -12,10 +12,12 @@ from .backends import StreamBackend, make_backend, resolve
 from .backends.torch import default_budget
 from .components import ComponentKind
 from .given import Custom
+from .job_size import layer_sizes
 from .memory import available, readable
 from .options import Options, Run
 from .planner import Plan, plan
 
+_SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 _LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 
@@ -34,6 +36,8 @@ def fitted(
         MemoryError: not even the state and the trace fit; what does is in the message.
     """
     name, device = run.backend.name, adapter.device
+    if _is_small(adapter, lengths, kind):
+        return run
     made = plan(adapter, lengths, kind, options, end=end, traced=traced)
     free = made.available_bytes
     if free is None or made.upper_bound:
@@ -51,6 +55,17 @@ def fitted(
         return run
     budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+
+
+def _is_small(adapter: Adapter, lengths: Sequence[int], kind: ComponentKind) -> bool:
+    """Whether a run so surely fits anywhere that planning it, a few milliseconds, would be wasted."""
+    sizes, longest = layer_sizes(adapter), max(lengths)
+    most = {"tokens": longest, "heads": max(size.o for size in sizes), "modules": 2}
+    most["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
+    if kind.kind not in most:
+        return False
+    width = adapter.hidden_size * (most[kind.kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
+    return 16 * sum(lengths) * width <= _SMALL
 
 
 def least_bytes(made: Plan, backend: str) -> int:

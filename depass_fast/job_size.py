@@ -61,7 +61,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     return LayerSize(
         v=attention.n_kv_heads * attention.head_dim,
         o=attention.n_heads * attention.head_dim,
-        mlps=tuple((mlp.w_gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
+        mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel or len(mlps) > 1,
         has_up=gated,
         output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,

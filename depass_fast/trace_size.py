@@ -88,6 +88,6 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     if family.v_clip is not None:
         size += attention.v.shape[0] * item
     if not adapter.is_mixture(index):
-        return size + 2 * mlps[0].w_gate.shape[0] * item
-    size += family.experts.top_k * (_INDEX + 2 * mlps[0].w_gate.shape[0] * item)
-    return size + 2 * sum(mlp.w_gate.shape[0] for mlp in mlps if mlp.name == "shared") * item
+        return size + 2 * mlps[0].gate.shape[0] * item
+    size += family.experts.top_k * (_INDEX + 2 * mlps[0].gate.shape[0] * item)
+    return size + 2 * sum(mlp.gate.shape[0] for mlp in mlps if mlp.name == "shared") * item

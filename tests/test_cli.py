@@ -371,7 +371,7 @@ def test_neurons_of_all_layers(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--components", "heads", "--layer", "all"], ["--layer:", "neurons"]),
+        (["--components", "tokens", "--layer", "all"], ["--layer:", "tokens"]),
         (["--components", "neurons", "--layer", "0", "--method", "quick"], ["--method:", "'quick'"]),
         (["--components", "neurons", "--layer", "0", "--refine", "-3"], ["--refine:", "-3"]),
         (["--components", "tokens", "--method", "adjoint"], ["--method:", "tokens"]),

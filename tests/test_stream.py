@@ -95,24 +95,25 @@ def test_what_cannot_stream_is_refused():
 
 @pytest.mark.parametrize("rule", ["softmax", "linear"])
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen2_moe", "gpt_neox: parallel", "olmo2: biases", "gemma2", "mpt: clamped"]
+    "name", ["mixtral", "qwen2_moe", "gpt_neox: parallel", "olmo2: biases", "gemma2", "mpt: clamped, scaled"]
 )
 def test_experts_parallel_layers_and_norms_anywhere(name, rule):
     if not available(name):
         pytest.skip("not in this version of transformers")
-    dp, ids = DePass(build_variant(name)), random_ids(9, seed=5)
+    # in float64: at T = 0.1 a softmax makes much of the rounding of its gates
+    dp, ids = DePass(build_variant(name), allocation=rule, state_dtype="float64"), random_ids(9, seed=5)
     trace = dp.trace(ids)
     for kind in (Tokens(), Heads(1), Neurons(0)):
-        oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").rows
+        oracle = dp.decompose(trace, kind, backend="reference").rows
         for budget in (20_000, None):
-            state = dp.decompose(trace, kind, allocation=rule, stream=True, memory_budget=budget)
-            assert close(state.rows, oracle), budget
-        partition = dp.partition(trace, kind, allocation=rule)
+            state = dp.decompose(trace, kind, stream=True, memory_budget=budget)
+            assert close(state.rows, oracle, 1e-10), budget
+        partition = dp.partition(trace, kind)
         chosen = [partition.labels[0], partition.labels[-1]]
-        focus = dp.decompose(trace, kind, focus=chosen, partition=partition, allocation=rule)
-        last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference", allocation=rule)
+        focus = dp.decompose(trace, kind, focus=chosen, partition=partition)
+        last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference")
         expected = last.dense()[:, [last.labels.index(label) for label in chosen]]
-        assert float((focus.entering(3) - expected).abs().max()) <= 1e-5 * float(last.rows.abs().max())
+        assert float((focus.entering(3) - expected).abs().max()) <= 1e-10 * float(last.rows.abs().max())
 
 
 def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
