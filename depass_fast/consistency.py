@@ -27,6 +27,7 @@ WATCHED = {
 }
 
 
+_MOST_KNOWN = 32  # computations of a model
 _known: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what has been checked of a model
 
 
@@ -37,7 +38,8 @@ def computation(model: nn.Module, length: int) -> tuple:
         for place, module in enumerate(model.modules())
         if module._forward_hooks or module._forward_pre_hooks
     ]
-    code = tuple(vars(module).get("forward", type(module).forward) for module in model.modules())
+    own = (vars(module).get("forward") for module in model.modules())  # what a module does instead of its class
+    code = tuple(type(m).forward if f is None else id(f) for m, f in zip(model.modules(), own, strict=True))
     return tuple(hooked), code, length.bit_length()
 
 
@@ -47,8 +49,11 @@ def is_known(model: nn.Module, computation: tuple) -> bool:
 
 
 def know(model: nn.Module, computation: tuple) -> None:
-    """Remember that it has been."""
-    _known.setdefault(model, set()).add(computation)
+    """Remember that it has been; the last few of a model."""
+    known = _known.setdefault(model, set())
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known.add(computation)
 
 
 class Consistency:

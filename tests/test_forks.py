@@ -8,7 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from bench.family_models import VARIANTS, available, build_variant
-from depass_fast import DePass, Heads, Tokens
+from depass_fast import DePass, Heads, Tokens, consistency
 from depass_fast.adapters import family_of
 from depass_fast.trace_size import trace_nbytes
 
@@ -225,3 +225,30 @@ def test_compiled_models_are_traced_uncompiled(how):
     expected = build("llama-gqa").attribute(IDS, Tokens())
     for _ in range(2):
         assert torch.equal(DePass(given).attribute(IDS, Tokens()).scores, expected.scores)
+
+
+def test_a_model_is_looked_at_again_where_it_has_changed():
+    """Once is enough for the same code, the same hooks and prompts that are not twice as long."""
+    model, seen = build_model("llama", num_key_value_heads=2), []
+    check = consistency.check
+
+    def counted(*arguments):
+        seen.append(arguments)
+        return check(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(consistency, "check", counted)
+        dp = DePass(model)
+        for length, expected in ((8, 1), (9, 1), (15, 1), (16, 2), (8, 2)):
+            dp.trace(random_ids(length))
+            assert len(seen) == expected
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+        with pytest.raises(RuntimeError, match="layer 1: model.layers.1.mlp writes something else"):
+            dp.trace(random_ids(8))
+        with pytest.raises(RuntimeError, match="layer 1"):  # a refusal is not forgotten
+            dp.trace(random_ids(8))
+        handle.remove()
+        dp.trace(random_ids(8))
+        model.model.layers[0].mlp.forward = lambda x: x
+        with pytest.raises(RuntimeError, match="layer 0"):
+            dp.trace(random_ids(8))
