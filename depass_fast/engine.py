@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from .adapters import adapt, unwrap
 from .adjoint.attribute import by_adjoint
 from .adjoint.method import choose
+from .call import Call, fit, make_call
 from .capture import capture
 from .components import ComponentKind, Tokens
 from .exact_layers import exact_layers
-from .fitting import fitted
 from .focus import Focus, Partition, focused, make_partition
 from .generation import Generation, generate
 from .hook_names import layer_input
-from .initial import initial_state, meets_bias
+from .initial import initial_state
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
 from .options import Options, Run
 from .planner import Plan, plan_call
 from .progress import bar
-from .prompts import Prompt, as_position, encode, encode_all, is_batch, token_texts
+from .prompts import Prompt, as_position, encode, encode_all, is_batch
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
@@ -150,7 +150,7 @@ class DePass:
             MemoryError: it cannot fit on the device, whatever the workspace; before any work.
         """
         began = time.perf_counter()
-        plan = self._plan(prompt, components, end, options)
+        plan = self._check(prompt, components, end, options)
         reads = [as_position(position, len(ids)) for ids in plan.prompts]
         if targets is not None and (target is not None or len(targets) != len(plan.prompts)):
             raise ValueError(f"targets: expected one per prompt ({len(plan.prompts)}), and no target beside it.")
@@ -164,6 +164,7 @@ class DePass:
         elif components.is_layered:
             results = exact_layers(self, plan, reads, specs, began)
         else:
+            plan = fit(plan, self.adapter)
             trace, state = self.start_state(plan)
             state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
             results = self.read(plan, trace, state, errors, reads, specs, began)
@@ -308,39 +309,11 @@ class DePass:
         return capture(self.adapter, prompts)
 
     def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
-        """Everything that can be checked before any work, checked."""
-        settings = self.options.updated(options)
-        run = settings.build(self.adapter)
-        trace = prompt if isinstance(prompt, Trace) else None
-        if trace is not None:
-            trace.source.check(self.model)
-            batch, ids = trace.batch, trace.input_ids.cpu()
-            prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
-        else:
-            batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
-        if not isinstance(components, ComponentKind):
-            raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
-        components.check(self.adapter, [len(ids) for ids in prompts])
-        layer, n_layers = components.resolve(self.adapter), self.adapter.n_layers
-        first = layer + (components.start_site(self.adapter) != "resid_pre")
-        end = None if end is None else layer_input(end, "end")
-        if end is not None and not first <= end <= n_layers:
-            raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
-        lengths = [len(ids) for ids in prompts]
-        run = fitted(run, self.adapter, lengths, components, settings, end, traced=trace is not None)
-        return Call(
-            run=run,
-            batch=batch,
-            prompts=prompts,
-            tokens=[token_texts(ids, self.tokenizer) for ids in prompts],
-            excluded=[settings.excluded(len(ids)) for ids in prompts],
-            trace=trace,
-            components=components,
-            layer=layer,
-            end_given=end,
-            end=n_layers if end is None else end,
-            has_bias=meets_bias(components, self.adapter, end),
-        )
+        """Everything that can be checked before any work, checked; with the workspace that there is room for."""
+        return fit(self._check(prompt, components, end, options), self.adapter)
+
+    def _check(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
+        return make_call(self.adapter, self.tokenizer, self.options.updated(options), prompt, components, end)
 
     def start_state(self, plan: Call) -> tuple[Trace, ComponentState]:
         """The forward pass, unless it was taken already, and the components where they start."""
@@ -401,20 +374,3 @@ class DePass:
         """The state after the frozen final norm; in place."""
         normalise(state, self.adapter.final_norm(), trace.resid_final)
         return ComponentState(state.rows, state.layout, state.layer)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call, checked: what is to be done."""
-
-    run: Run
-    batch: bool
-    prompts: list[Tensor]
-    tokens: list[list[str]]
-    excluded: list[set[int]]
-    trace: Trace | None
-    components: ComponentKind
-    layer: int
-    end_given: int | None
-    end: int
-    has_bias: bool

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .call import fit
 from .initial import meets_bias
 from .layered import LayeredAttribution
 from .readout import TargetSpec
@@ -16,16 +17,20 @@ from .state import BIAS, ComponentState
 from .sweep import can_sweep, sweep, together
 
 if TYPE_CHECKING:
-    from .engine import Call, DePass
+    from .call import Call
+    from .engine import DePass
 
 
 def exact_layers(
     engine: DePass, plan: Call, reads: Sequence[int], specs: Sequence[TargetSpec], began: float
 ) -> list[LayeredAttribution]:
     """A result per prompt, of every layer that ``plan`` names."""
-    adapter, trace = engine.adapter, plan.trace or engine._capture(plan.prompts)
+    adapter, kinds = engine.adapter, plan.components.each(engine.adapter)
+    first = kinds[0].resolve(adapter)  # which has the longest way to go
+    plan = replace(plan, run=fit(replace(plan, components=kinds[0], layer=first), adapter).run)
+    trace = plan.trace or engine._capture(plan.prompts)
     plans, own_bias = [], []
-    for kind in plan.components.each(adapter):
+    for kind in kinds:
         layer = kind.resolve(adapter)
         bound = kind.bound(adapter, trace, 0)
         constant = bound.constant(adapter, trace, 0, plan.run.state_dtype)

@@ -60,12 +60,13 @@ def fitted(
 def _is_small(adapter: Adapter, lengths: Sequence[int], kind: ComponentKind) -> bool:
     """Whether a run so surely fits anywhere that planning it, a few milliseconds, would be wasted."""
     sizes, longest = layer_sizes(adapter), max(lengths)
-    most = {"tokens": longest, "heads": max(size.o for size in sizes), "modules": 2}
-    most["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
-    if kind.kind not in most:
+    counts = {"tokens": longest, "heads": max(size.o for size in sizes), "modules": 2}
+    counts["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
+    if kind.kind not in counts:
         return False
-    width = adapter.hidden_size * (most[kind.kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
-    return 16 * sum(lengths) * width <= _SMALL
+    width = adapter.hidden_size * (counts[kind.kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
+    most, free = 16 * sum(lengths) * width, available(adapter.device)
+    return most <= _SMALL and (free is None or most <= free // 8)
 
 
 def least_bytes(made: Plan, backend: str) -> int:

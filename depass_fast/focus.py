@@ -23,7 +23,8 @@ from .statistics import Statistics
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from .engine import Call, DePass
+    from .call import Call
+    from .engine import DePass
 
 
 @dataclass(frozen=True, eq=False)

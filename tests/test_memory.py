@@ -9,6 +9,7 @@ from test_backends import close
 from test_completeness import kinds
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import depass_fast.fitting
 import depass_fast.planner
 from depass_fast import Heads, Neurons, Tokens
 from depass_fast.backends.budget import Budget
@@ -128,7 +129,11 @@ def test_an_undone_piece_is_cut_again_and_nothing_is_done_twice(monkeypatch):
 
 @pytest.fixture
 def free(monkeypatch):
-    return lambda size: monkeypatch.setattr(depass_fast.planner, "available", lambda device: size)
+    def say(size):
+        for place in (depass_fast.planner, depass_fast.fitting):
+            monkeypatch.setattr(place, "available", lambda device: size)
+
+    return say
 
 
 def test_what_cannot_fit_is_refused_before_any_work(free, monkeypatch):

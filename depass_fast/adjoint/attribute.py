@@ -26,7 +26,8 @@ from .starts import make_start
 from .sweep import Scores, Sweep
 
 if TYPE_CHECKING:
-    from ..engine import Call, DePass
+    from ..call import Call
+    from ..engine import DePass
 
 
 def by_adjoint(

@@ -1,0 +1,89 @@
+"""One call, checked before any work: what is to be done, to which prompts, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .adapters import Adapter
+from .components import ComponentKind
+from .fitting import fitted
+from .hook_names import layer_input
+from .initial import meets_bias
+from .options import Options, Run
+from .prompts import encode_all, token_texts
+from .trace import Trace
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is to be done: ``components`` at ``layer``, carried to the input of layer ``end``.
+
+    ``end_given`` is None where the final norm follows. ``excluded`` are the positions of special tokens, per prompt.
+    """
+
+    settings: Options
+    run: Run
+    batch: bool
+    prompts: list[Tensor]
+    tokens: list[list[str]]
+    excluded: list[set[int]]
+    trace: Trace | None
+    components: ComponentKind
+    layer: int
+    end_given: int | None
+    end: int
+    has_bias: bool
+
+
+def make_call(
+    adapter: Adapter, tokenizer: Any, settings: Options, prompt: Any, components: ComponentKind, end: int | str | None
+) -> Call:
+    """Everything that can be checked before any work, checked.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    run = settings.build(adapter)
+    trace = prompt if isinstance(prompt, Trace) else None
+    if trace is not None:
+        trace.source.check(adapter.model)
+        batch, ids = trace.batch, trace.input_ids.cpu()
+        prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
+    else:
+        batch, prompts = encode_all(prompt, adapter, tokenizer)
+    if not isinstance(components, ComponentKind):
+        raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
+    components.check(adapter, [len(ids) for ids in prompts])
+    layer, n_layers = components.resolve(adapter), adapter.n_layers
+    first = layer + (components.start_site(adapter) != "resid_pre")
+    end = None if end is None else layer_input(end, "end")
+    if end is not None and not first <= end <= n_layers:
+        raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
+    return Call(
+        settings=settings,
+        run=run,
+        batch=batch,
+        prompts=prompts,
+        tokens=[token_texts(ids, tokenizer) for ids in prompts],
+        excluded=[settings.excluded(len(ids)) for ids in prompts],
+        trace=trace,
+        components=components,
+        layer=layer,
+        end_given=end,
+        end=n_layers if end is None else end,
+        has_bias=meets_bias(components, adapter, end),
+    )
+
+
+def fit(call: Call, adapter: Adapter) -> Call:
+    """The same call with the workspace that the device has room for.
+
+    Raises:
+        MemoryError: it cannot fit at all; what would is in the message.
+    """
+    lengths, traced = [len(ids) for ids in call.prompts], call.trace is not None
+    run = fitted(call.run, adapter, lengths, call.components, call.settings, call.end_given, traced)
+    return replace(call, run=run)
