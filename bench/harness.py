@@ -51,7 +51,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("llama-512", 512, 1408, 6, 8, 8),  # the shape
+        Shape("llama-512", 512, 1408, 6, 8, 8),  # small, for a CPU
         Shape("llama-tiny", 64, 96, 3, 4, 2, vocabulary=64),
         Shape("llama-2-7b", 4096, 11008, 32, 32, 32, vocabulary=32000),
         Shape("llama-3.1-8b", 4096, 14336, 32, 32, 8, vocabulary=128256),

@@ -119,6 +119,7 @@ SECTIONS = {
     "adjoint": adjoint_table.section,
     "ablation": ablation_table.section,
     "grouping": tables.grouping,
+    "layers": tables.layers,
     "prompts": tables.prompts,
     "suite": tables.suite,
 }

@@ -10,6 +10,10 @@ prompts. Error: ‖grouped - exact‖ / ‖exact‖ over all neurons; largest: t
 score; sum: all neurons' scores over those of the exact decomposition, where 1 means that the shares still add up.
 See `docs/grouping.md`."""
 
+LAYERS = (
+    "A decomposition for every start layer, all in one sweep against a loop over the layers; goal: twice as fast. Both "
+    "do the same arithmetic."
+)
 PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
 the other. Both were verified to give the same scores before they were timed, in turns."""
 
@@ -49,6 +53,24 @@ def prompts(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Prompts per second", result["environment"]), PROMPTS, table(header, lines)])
+
+
+def layers(result: dict) -> str:
+    header = ["workload", "way", "model", "layers", "from a", "time", "[p20, p80]", "one by one"]
+    lines = [
+        [
+            row["workload"],
+            row["provider"],
+            row["model"],
+            str(row["layers"]),
+            row["source"],
+            duration(row["median_s"]),
+            f"[{duration(row['p20_s'])}, {duration(row['p80_s'])}]",
+            f"{row['ratio']:.2f}×",
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("All layers in one call", result["environment"]), LAYERS, table(header, lines)])
 
 
 def suite(result: dict) -> str:
