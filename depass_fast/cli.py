@@ -27,7 +27,18 @@ _KINDS = ("tokens", "heads", "modules", "neurons")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FLAGS = (
     *("prompt", "input-ids", "target", "target-id", "contrast", "model", "layer", "position"),
-    *("allocation", "temperature", "backend", "dtype", "memory-budget", "method", "refine", "sample", "seed"),
+    *(
+        "allocation",
+        "temperature",
+        "backend",
+        "dtype",
+        "memory-budget",
+        "method",
+        "refine",
+        "refine-within",
+        "sample",
+        "seed",
+    ),
     "length",
 )
 

@@ -141,10 +141,13 @@ class LayerKind(ComponentKind):
         if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
             raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
         named = range(adapter.n_layers) if isinstance(self.layers, str) else self.layers
-        found = sorted({replace(self, layer=layer, layers=None).resolve(adapter) for layer in named})
-        if not found:
+        made = [replace(self, layer=layer, layers=None) for layer in named]  # a hook's name may say more than the layer
+        if not made:
             raise ValueError("layers: empty; give 'all' or at least one layer.")
-        return [replace(self, layer=layer, layers=None) for layer in found]
+        found = {replace(one, layer=one.resolve(adapter)) for one in made}
+        if len({replace(one, layer=0) for one in found}) > 1:
+            raise ValueError(f"layers: {list(named)!r} name different outputs; ask for each of them by itself.")
+        return sorted(found, key=lambda one: one.layer)
 
     def resolve(self, adapter: Adapter) -> int:
         """The layer; of several, the last, which is the first that everything is under way at."""

@@ -158,7 +158,9 @@ class DePass:
         specs = [parse_target(t, self.adapter, self.tokenizer) for t in wanted]
         if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
-        chosen = choose(components, self.adapter, plan.run.allocation, method, refine, refine_within, sample, seed)
+        streams = plan.settings.stream is True
+        asked = (method, refine, refine_within, sample, seed, streams)
+        chosen = choose(components, self.adapter, plan.run.allocation, *asked)
         if chosen.name == "adjoint":
             results = by_adjoint(self, plan, reads, specs, chosen, began)
         elif components.is_layered:

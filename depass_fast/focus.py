@@ -88,6 +88,8 @@ def make_partition(dp: DePass, call: Call) -> Partition:
 def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Partition | None) -> Focus:
     """The components ``which``, by label or by index, from ``partition`` or from one that is made now."""
     _check(call)
+    if not isinstance(which, (str, int)) and not len(which):
+        raise ValueError("focus: empty; give labels or indices of components.")
     trace = call.trace or dp._capture(call.prompts)
     call = replace(call, trace=trace)
     if partition is None:
@@ -113,6 +115,7 @@ def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Parti
 
 
 def _check(call: Call) -> None:
+    call.components.single()
     if len(call.prompts) != 1:
         raise ValueError(f"focus: components of one prompt at a time, got {len(call.prompts)} prompts.")
     if callable(call.run.allocation.rule):

@@ -97,6 +97,11 @@ class LayeredAttribution:
         return [label for r in self.by_layer for label in r.labels[: len(r.labels) - r.n_extras]]
 
     @property
+    def seconds(self) -> float:
+        """Of all layers together: each layer's counts from the beginning of the call."""
+        return max(r.seconds for r in self.by_layer)
+
+    @property
     def completeness_error(self) -> float:
         """The largest of the layers'."""
         return max(r.completeness_error for r in self.by_layer)

@@ -63,7 +63,7 @@ class Options:
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
         if not isinstance(self.temperature, (int, float)) or isinstance(self.temperature, bool):
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
-        if self.stream not in (True, False, "auto"):
+        if not isinstance(self.stream, bool) and self.stream != "auto":
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
         if self.stream is True and name == "reference":
             raise ValueError("stream: the reference backend does not stream; take backend='torch'.")

@@ -20,7 +20,8 @@ from .hook_names import layer_input
 from .job_size import Job, has_bias, layer_sizes, named_components
 from .memory import available, readable
 from .options import Options
-from .prompts import encode, is_batch
+from .prompts import encode_all
+from .sweep import BYTES
 from .trace import Trace
 from .trace_size import bytes_per_position, without_weights
 
@@ -143,11 +144,18 @@ def plan(
     options = options or Options()
     device = device or adapter.device
     kind.check(adapter, lengths)
+    if kind.is_layered:
+        more = {"end": end, "device": device, "traced": traced, "gemm_flops": gemm_flops, "rate_source": rate_source}
+        return _together([plan(adapter, lengths, one, options, **more) for one in kind.each(adapter)])
     state, compute = options.dtypes(adapter.dtype, device)
     budget = options.memory_budget or default_budget(device)
     layers, last = layer_sizes(adapter), adapter.n_layers if end is None else end
     site, first = kind.start_site(adapter), kind.resolve(adapter)
     entering = first + (site == "resid_post")
+    if not entering <= last <= adapter.n_layers:
+        raise ValueError(
+            f"end: {end!r} is out of range; these components reach layers {entering} to {adapter.n_layers}."
+        )
     extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
     named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     counts = [n + extras for n in named]
@@ -208,6 +216,33 @@ def plan(
     )
 
 
+def _together(plans: list[Plan]) -> Plan:
+    """Several start layers in one sweep: at most, since states are held together as far as there is room."""
+    first, states = plans[0], [made.state_bytes for made in plans]
+    held = 2 * max(min(sum(states), BYTES), max(states))  # as they start, and joined
+    estimates = []
+    for parts in zip(*(made.estimates for made in plans), strict=True):
+        seconds = [part.seconds for part in parts]
+        peak = max(part.peak_bytes for part in parts) + (held if parts[0].backend == "torch" else 0)
+        estimates.append(
+            replace(
+                parts[0],
+                flop=sum(part.flop for part in parts),
+                peak_bytes=peak,
+                seconds=None if None in seconds else sum(seconds),
+            )
+        )
+    return replace(
+        first,
+        layers_passed=sum(made.layers_passed for made in plans),
+        rows=sum(made.rows for made in plans),
+        flop=sum(made.flop for made in plans),
+        state_bytes=sum(states),
+        estimates=tuple(estimates),
+        upper_bound=True,
+    )
+
+
 def for_config(config: Any, dtype: torch.dtype | None = None) -> Adapter:
     """An adapter to plan with, from transformers' config alone; ``dtype`` of the weights, by default the stored one.
 
@@ -234,8 +269,7 @@ def plan_call(
     elif isinstance(what, int):
         lengths = [check_length(what, adapter)]
     else:
-        prompts = what if is_batch(what) else [what]
-        lengths = [len(encode(p, adapter, dp.tokenizer)) for p in prompts]
+        lengths = [len(ids) for ids in encode_all(what, adapter, dp.tokenizer)[1]]
     rate, source = None, ""
     if measure:
         rate, source = gemm_rate(adapter.device, options.dtypes(adapter.dtype, adapter.device)[1])

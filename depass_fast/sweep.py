@@ -1,6 +1,6 @@
 """All start layers in one sweep: several decompositions of one trace carried through the layers together.
 
-They share the trace and every weight (DESIGN.md section 3): at a layer, the rows of all that have started before go
+They share the trace and every weight: at a layer, the rows of all that have started before go
 through one step of the backend, each with its own softmax. A joint state orders rows by position, then by
 decomposition: attention, to which it is all the same where a component belongs, sees one wide decomposition, the MLP a
 segment per position and decomposition.
@@ -14,30 +14,35 @@ import numpy as np
 from torch import Tensor
 
 from .adapters import Adapter
+from .memory import available
 from .options import Run
+from .progress import bar
 from .state import ComponentState, Layout
 from .step import through_attention, through_mlp
 from .trace import Trace
 
-_BYTES = 1 << 30  # of states that are carried together
+BYTES = 1 << 30  # of states that are carried together, at most
 
 
 def can_sweep(trace: Trace, run: Run) -> bool:
-    """Whether states can be carried together: on a backend for jagged rows, and where no values are clamped."""
-    return run.backend.name != "reference" and not any(
-        layer.attention.value_ratio is not None for layer in trace.layers
-    )
+    """Whether states can be carried together: on a backend for jagged rows in memory, where no values are clamped."""
+    clamped = any(layer.attention.value_ratio is not None for layer in trace.layers)
+    return run.backend.name != "reference" and not run.host and not clamped
 
 
 def together(states: Iterable[ComponentState]) -> Iterator[list[ComponentState]]:
-    """Neighbouring states, as many as fit into memory together with a copy."""
+    """Neighbouring states, as many as fit into memory together with two copies. A group is the caller's to empty."""
     group: list[ComponentState] = []
     for state in states:
-        if group and sum(other.nbytes for other in group) + state.nbytes > _BYTES:
-            yield group
-            group = []
         group.append(state)
-    yield group
+        size, free = state.nbytes, available(state.device)
+        limit = BYTES if free is None else min(BYTES, free // 8)
+        del state  # before the next one is made
+        if sum(other.nbytes for other in group) + size > limit:
+            yield group
+            group.clear()
+    if group:
+        yield group
 
 
 def sweep(
@@ -57,21 +62,29 @@ def sweep(
     reads = None if reads is None else [np.array(r) for r in reads]
     errors = [[s.completeness(trace.resid_at(s.layer, s.site))] for s in states]
     joint, n_joined = None, 0
-    for index in range(states[0].layer, end):
-        layer, record, kept = adapter.layer(index), trace.layers[index], reads if index == end - 1 else None
-        starting = [s for s in states[n_joined:] if s.layer == index]
-        n_joined += len(starting)
-        parts = []
-        for state in ([] if joint is None else [joint]) + starting:
-            state.rows = state.rows.to(layer.device)
-            queries = None if kept is None else _at(state.layout, trace.offsets, kept)
-            parts.append(through_attention(state, layer, record, run, queries))
-        joint = ComponentState.join([state for state, _ in parts])
-        sources = [source for _, source in parts]
-        joint = through_mlp(joint, None if None in sources else ComponentState.join(sources), layer, record, run)
-        worst = joint.completeness(trace.resid(index + 1)).view(n_joined, -1)
-        for d in range(n_joined):
-            errors[d].append(worst[d])
+    with bar("layers", end - states[0].layer, run.progress) as shown:
+        for index in range(states[0].layer, end):
+            layer, record, kept = adapter.layer(index), trace.layers[index], reads if index == end - 1 else None
+            starting = [s for s in states[n_joined:] if s.layer == index]
+            n_joined += len(starting)
+            parts = []
+            for state in ([] if joint is None else [joint]) + starting:
+                state.rows = state.rows.to(layer.device)
+                queries = None if kept is None else _at(state.layout, trace.offsets, kept)
+                parts.append(through_attention(state, layer, record, run, queries))
+            joint = ComponentState.join([state for state, _ in parts])
+            sources = [source for _, source in parts]
+            source = None if None in sources else ComponentState.join(sources)
+            del parts, sources
+            if len(joint.layout.components) > len(trace.offsets) - 1:  # a copy: the rows that went into it can go
+                for state in states[:n_joined]:
+                    state.rows = state.rows[:0].clone()
+            joint = through_mlp(joint, source, layer, record, run)
+            worst = joint.completeness(trace.resid(index + 1)).view(n_joined, -1)
+            for d in range(n_joined):
+                errors[d].append(worst[d])
+            if shown is not None:
+                shown.finish()
     done = [] if joint is None else joint.apart()
     for state in states[n_joined:]:  # they start where the sweep ends
         done.append(state if reads is None else state.at(_at(state.layout, trace.offsets, reads)))

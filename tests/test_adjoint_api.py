@@ -248,3 +248,11 @@ def test_a_draw_that_misses_says_so():
     with warnings.catch_warnings(record=True):
         said = estimate.warnings_of({**figures, "top": 20, "partition_error": 0.5}, 0.2)
     assert len(said) >= 4 and "miss the logit by 20.0%" in said[0]
+
+
+def test_double_precision_and_streaming():
+    dp = build("llama-gqa", torch.float64)
+    found = dp.attribute(IDS, Neurons(0), 3, method="adjoint", refine=48, sample=0)
+    assert torch.allclose(found.scores, dp.attribute(IDS, Neurons(0), 3).scores, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="stream: method='adjoint' holds no state"):
+        dp.attribute(IDS, Neurons(0), 3, method="adjoint", stream=True)

@@ -73,7 +73,7 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     dp, ids = build("llama-gqa"), random_ids(7, seed=4)
     trace = dp.trace(ids)
     states = [dp.start_state(dp._plan(trace, Heads(layer), None, {}))[1] for layer in range(3)]
-    monkeypatch.setattr("depass_fast.sweep._BYTES", states[0].nbytes * 2)
+    monkeypatch.setattr("depass_fast.sweep.BYTES", states[0].nbytes * 2)
     assert [len(group) for group in together(states)] == [2, 1]
     found = dp.attribute(trace, Heads(layers="all"))
     for result in found:
@@ -107,3 +107,29 @@ def test_what_is_no_list_of_layers():
     for call in (dp.decompose, lambda *a: dp.start(dp.trace(ids), a[1])):
         with pytest.raises(ValueError, match=r"layers: only attribute\(\) takes several layers"):
             call(ids, Heads(layers="all"))
+
+
+def test_streamed_batches_go_layer_by_layer():
+    dp, prompts = build("llama-gqa"), [random_ids(7, seed=1), random_ids(4, seed=2)]
+    for kind in (Heads(layers="all"), Modules(layers=[0, 2], which="attention")):
+        oracle = dp.attribute(prompts, kind, 3, backend="reference")
+        for found, expected in zip(dp.attribute(prompts, kind, 3, stream=True), oracle, strict=True):
+            for result, other in zip(found, expected, strict=True):
+                same(result, other)
+
+
+def test_hooks_in_a_list_say_what_they_say_alone():
+    dp, ids = build("llama-gqa"), random_ids(5)
+    found = dp.attribute(ids, Modules(layers=["blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out"]))
+    assert [result.labels for result in found] == [["L0.mlp", "rest"], ["L1.mlp", "rest"]]
+    with pytest.raises(ValueError, match="layers: .* name different outputs"):
+        dp.attribute(ids, Modules(layers=["blocks.1.hook_mlp_out", "blocks.1.hook_attn_out"]))
+
+
+def test_the_plan_of_all_layers_is_that_of_each_together():
+    dp = build("llama-gqa")
+    whole, each = dp.plan(9, Heads(layers="all")), [dp.plan(9, Heads(layer)) for layer in range(3)]
+    assert whole.flop == sum(one.flop for one in each) and whole.rows == sum(one.rows for one in each)
+    assert whole.upper_bound and whole.of().peak_bytes >= max(one.of().peak_bytes for one in each)
+    with pytest.raises(ValueError, match="end: 9 is out of range; these components reach layers 1 to 3"):
+        dp.plan(9, Heads(1), end=9)

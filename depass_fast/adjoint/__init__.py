@@ -1,1 +1,1 @@
-"""The adjoint sweep (DESIGN.md section 4): every neuron's score at the price of a few forward passes."""
+"""The adjoint sweep (docs/adjoint.md): every neuron's score at the price of a few forward passes."""

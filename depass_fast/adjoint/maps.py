@@ -213,7 +213,8 @@ class Road:
         if mlp.norm is not None and mlp.norm.weight is not None:
             gamma = mlp.norm.weight.to(self.dtype)
         gates = [layer.mlps[part.part].w_gate for part in record.mlps]
-        square = sum(torch.linalg.vector_norm(w.detach(), dtype=torch.float32) ** 2 for w in gates)
+        wide = torch.promote_types(gates[0].dtype, torch.float32)
+        square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
         size = float(square / sum(w.numel() for w in gates)) ** 0.5
         return mlp.scale(resid).to(self.dtype)[:, None] * gamma, size
 

@@ -39,6 +39,7 @@ def choose(
     within: str,
     sample: int | None,
     seed: int,
+    streams: bool = False,
 ) -> Method:
     """Check what was asked for. None: exact for one layer, and for several with up to MOST_EXACT components in all.
 
@@ -65,6 +66,8 @@ def choose(
             if numbers[name] is not None:
                 raise ValueError(f"{name}: it belongs to method='adjoint'; exact scores have nothing to be refined.")
         return Method("exact")
+    if streams:
+        raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
     if kind.kind not in KINDS:
         raise ValueError(
             f"method: 'adjoint' is for many fine-grained components ({', '.join(KINDS)}); {kind.kind} are few, for "

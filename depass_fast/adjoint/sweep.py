@@ -1,4 +1,4 @@
-"""One prompt's sweep from the trace to scores: mean field, adjoint, refinement, estimate (DESIGN.md section 4)."""
+"""One prompt's sweep from the trace to scores: mean field, adjoint, refinement, estimate (docs/adjoint.md)."""
 
 from __future__ import annotations
 
