@@ -224,9 +224,10 @@ class DePass:
         With ``focus``, labels or indices of components, these are carried alone, exactly, and a :class:`Focus` holds
         their states at every layer (before the final norm), without the others; from a ``partition``, or one run more.
         """
-        plan = self._plan(prompt, components, end, options)
         if focus is not None or partition is not None:
-            return focused(self, plan, [] if focus is None else focus, partition)
+            check = self._plan if partition is None else self._check  # from a partition there are few rows
+            return focused(self, check(prompt, components, end, options), [] if focus is None else focus, partition)
+        plan = self._plan(prompt, components, end, options)
         trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return state if end is not None else self._normed(state, trace)
