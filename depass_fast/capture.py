@@ -29,6 +29,8 @@ from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, cau
 _ATTENTION_NAME = "depass_fast_recorder"
 _TILE = 1 << 24  # attention logits held at once, in elements, where they cannot be left to torch
 
+_ORDINARY = 256  # positions that are also looked at without any hook: all that comes later sees these
+
 _active = threading.local()
 _one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
 
@@ -43,8 +45,13 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
         RuntimeError: the model's attention did not go through the recorder, or what was recorded does not add up.
     """
     device = adapter.embedding.weight.device
-    computation = consistency.computation(adapter.model, max(map(len, prompts)))
-    watching = not consistency.is_known(adapter.model, computation)
+    with _one_at_a_time:
+        return _capture(adapter, prompts, device)
+
+
+def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> Trace:
+    computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
+    watching = not consistency.is_known(adapter.model, computation, longest)
     recorder = _Recorder(adapter, watching)
     groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
@@ -58,8 +65,30 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
     _check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        consistency.know(adapter.model, computation)
+        known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
+        consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
+        consistency.know(adapter.model, computation, longest)
     return trace
+
+
+@torch.no_grad()
+def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
+    """What the last norm gives in an ordinary forward pass over ``ids``, (N, D): nothing is replaced."""
+    seen: list[Tensor] = []
+    end = adapter.final_norm_module or adapter.blocks[-1]
+
+    def look(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2))
+
+    with _one_at_a_time, ExitStack() as undo:
+        if "torch._dynamo" in sys.modules:
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        if adapter.dtype == torch.float64 and hasattr(adapter.config, "_experts_implementation"):
+            undo.callback(setattr, adapter.config, "_experts_implementation", adapter.config._experts_implementation)
+            adapter.config._experts_implementation = "eager"
+        undo.callback(end.register_forward_hook(look).remove)
+        adapter.decoder(input_ids=ids[None], use_cache=False)
+    return seen[-1]
 
 
 class _Recorder:
@@ -67,6 +96,7 @@ class _Recorder:
 
     def __init__(self, adapter: Adapter, watching: bool) -> None:
         self.adapter, self.watching = adapter, watching
+        self.places = {id(adapter.module(index, "attention")): index for index in range(adapter.n_layers)}
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
         self.watched: list[int] = []  # positions of these that are looked at more closely
@@ -199,7 +229,8 @@ def _attention_function(
         scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
     window = recorder.adapter.window(sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
-    return recorder.attend(module.layer_idx, query, key, value, scale=scaling, window=window, softcap=softcap), None
+    index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
+    return recorder.attend(index, query, key, value, scale=scaling, window=window, softcap=softcap), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)

@@ -9,51 +9,52 @@ where its hooks or its code have changed, or with prompts twice as long.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, Branch, Norm
+from .adapters import Adapter, Branch, Linear, Norm
+from .adapters.stored import kind_of
 from .trace import LayerTrace, Trace
 
 # part of a layer -> what is recorded of it at the watched positions: its input and its output
 WATCHED = {
     "v_proj": ("values_input", "values_output"),
     "o_proj": ("heads", "attention_written"),
-    "gate_proj": ("gate_input", None),
-    "down_proj": (None, "mlp_written"),
+    "gate_proj": ("gate_input", "gate_output"),
+    "down_proj": ("act_input", "mlp_written"),
 }
 
 
-_MOST_KNOWN = 32  # computations of a model
-_known: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # what has been checked of a model
+_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what has been checked of a model, and how long
+_KEPT = 8  # computations remembered of a model
 
 
-def computation(model: nn.Module, length: int) -> tuple:
-    """What can change how a model computes: the code and the hooks of its modules, and how long the prompts are."""
+def computation(model: nn.Module) -> tuple:
+    """What can change how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
     hooked = [
         (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
         for place, module in enumerate(model.modules())
         if module._forward_hooks or module._forward_pre_hooks
     ]
-    own = (vars(module).get("forward") for module in model.modules())  # what a module does instead of its class
-    code = tuple(type(m).forward if f is None else id(f) for m, f in zip(model.modules(), own, strict=True))
-    return tuple(hooked), code, length.bit_length()
+    code = (vars(module).get("forward", type(module).forward) for module in model.modules())
+    return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
 
 
-def is_known(model: nn.Module, computation: tuple) -> bool:
-    """Whether a forward pass of this computation has been checked already."""
-    return computation in _known.get(model, ())
+def is_known(model: nn.Module, computation: tuple, length: int) -> bool:
+    """Whether a forward pass of this computation has been checked already, with prompts of half this length at least."""
+    return _known.get(model, {}).get(computation, 0) >= length.bit_length()
 
 
-def know(model: nn.Module, computation: tuple) -> None:
-    """Remember that it has been; the last few of a model."""
-    known = _known.setdefault(model, set())
-    if len(known) >= _MOST_KNOWN:
-        known.clear()
-    known.add(computation)
+def know(model: nn.Module, computation: tuple, length: int) -> None:
+    """Remember that it has been."""
+    known = _known.setdefault(model, {})
+    known[computation] = max(known.pop(computation, 0), length.bit_length())
+    while len(known) > _KEPT:
+        del known[next(iter(known))]
 
 
 class Consistency:
@@ -106,6 +107,31 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
     found.verdict()
 
 
+_READING = 0.05  # of an output; 8-bit activations round it by 0.01
+
+
+def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor, got: Tensor) -> None:
+    """That a projection's outputs are what the weight that is read makes of its inputs."""
+    wide = torch.promote_types(given.dtype, torch.float32)
+    bias = None if linear.bias is None else linear.bias.to(wide)
+    got = got if linear.part is None else linear.part(got.T).T
+    ours = nn.functional.linear(given.to(wide), linear.weight.to(wide), bias)
+    found.compare(f"{name} computes something else than its weight says", got, ours, tolerance=_READING)
+
+
+def check_end(adapter: Adapter, trace: Trace, own: Tensor) -> None:
+    """Compare the last prompt's final states with the model's ``own`` (N, D), of an ordinary forward pass."""
+    found, first = Consistency(), trace.span(trace.n_prompts - 1).start
+    got = trace.normed_final[first : first + len(own)]
+    found.compare(
+        "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
+        got,
+        own.to(got),
+        tolerance=0.1 if own.element_size() < 4 else 1e-3,
+    )
+    found.verdict()
+
+
 def _check_attention(
     found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
 ) -> None:
@@ -129,6 +155,12 @@ def _check_attention(
         record["attended"].view(record["heads"].shape).to(record["heads"]),
         tolerance=None if not own else 0.25 if half else 1e-3,
     )
+    for part, linear, given in (
+        ("v_proj", weights.v, record["values_input"]),
+        ("o_proj", weights.o, record["attended"]),
+    ):
+        got = record[WATCHED[part][1]]
+        _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
     if family.parallel:
         return  # what attention writes is part of what the stream gains in all: see the MLP
     mid = _rows(layer.resid_mid, at)
@@ -147,14 +179,26 @@ def _check_mlp(
         _rows(record["experts_input"], at) if mixture else record["gate_input"],
         _normed(weights.mlp.norm, read).to(read),
     )
+    if not mixture:
+        for part, linear in (("gate_proj", weights.mlp.gate), ("down_proj", weights.mlp.down)):
+            given, got = (record[name] for name in WATCHED[part])
+            _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
     written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
     mid, post = _rows(layer.resid_mid, at), _rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     after = post if layer.mlp_sum is None else _rows(layer.mlp_sum, at)
-    _check_write(found, name, weights.mlp, written, mid, after, post)
+    rounds = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # made of weights, see _experts
+    _check_write(found, name, weights.mlp, written, mid, after, post, _READING if rounds else None)
 
 
 def _check_write(
-    found: Consistency, name: str, branch: Branch, raw: Tensor, before: Tensor, after: Tensor, stream: Tensor
+    found: Consistency,
+    name: str,
+    branch: Branch,
+    raw: Tensor,
+    before: Tensor,
+    after: Tensor,
+    stream: Tensor,
+    tolerance: float | None = None,
 ) -> None:
     """``raw`` outputs (S, D) lead from ``before`` to ``after``, and through a norm of the stream to ``stream``."""
     written, wide = _normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
@@ -164,6 +208,7 @@ def _check_write(
         written.to(before),
         before,
         after,
+        tolerance=tolerance,
     )
     if branch.stream is not None:
         found.compare(

@@ -65,5 +65,5 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) ->
     rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
     if norm.weight is not None:
         rows.mul_(norm.weight.to(rows))
-    if norm.bias is not None:
+    if norm.bias is not None and layout.index(BIAS) is not None:  # of chosen components, `bias` may be none
         rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)

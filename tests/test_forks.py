@@ -1,5 +1,8 @@
 """A user's own fork of a supported model works, or is refused with the reason."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import build, build_model, random_ids
@@ -252,3 +255,61 @@ def test_a_model_is_looked_at_again_where_it_has_changed():
         model.model.layers[0].mlp.forward = lambda x: x
         with pytest.raises(RuntimeError, match="layer 0"):
             dp.trace(random_ids(8))
+
+
+def test_a_pruned_model():
+    model = build_model("llama", num_key_value_heads=2)
+    del model.model.layers[0]
+    dp, ids = DePass(model), torch.tensor([IDS])
+    assert torch.allclose(
+        dp.adapter.logits(dp.trace(IDS).normed_final), model(ids, use_cache=False).logits[0], atol=1e-5
+    )
+    assert dp.attribute(IDS, Heads(1)).completeness_error <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_traced_pass_alone_does_otherwise_is_noticed(dtype):
+    """The recorder's attention and norms take the place of the model's: they must end where those end."""
+    model = fork().to(dtype)
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(RuntimeError, match="ends otherwise than the ordinary one"):
+        DePass(model).trace(IDS)
+    model = fork().to(dtype)
+    model.model.norm.forward = lambda x, forward=model.model.norm.forward: forward(x) * 1.5
+    with pytest.raises(RuntimeError, match="final norm gives something else|ends otherwise than the ordinary one"):
+        DePass(model).trace(IDS)
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_a_projection_that_is_not_its_weight(part):
+    model = fork()
+    module = model.model.layers[1].get_submodule(part)
+    module.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(RuntimeError, match=f"layer 1: model.layers.1.{part} computes something else than its weight"):
+        DePass(model).trace(IDS)
+
+
+def test_packed_prompts_of_a_fork_that_hides_its_arguments():
+    """Its learned positions start over at every prompt all the same."""
+    model = build_model("gpt2")
+    forward = type(model.transformer).forward
+
+    class Hidden(type(model.transformer)):
+        def forward(self, *args, **kwargs):
+            return forward(self, *args, **kwargs)
+
+    model.transformer.__class__ = Hidden
+    dp = DePass(model)
+    trace = dp.trace([IDS, IDS[:3]])
+    own = model(torch.tensor([IDS[:3]])).logits[0]
+    assert torch.allclose(dp.adapter.logits(trace.normed_final[trace.span(1)]), own, atol=1e-5)
+
+
+def test_a_model_is_not_kept_alive():
+    model = build_model("llama", num_key_value_heads=2)
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward  # a bound method of its own
+    gone = weakref.ref(model)
+    DePass(model).trace(IDS)
+    del model
+    gc.collect()
+    assert gone() is None

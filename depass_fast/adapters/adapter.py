@@ -47,7 +47,7 @@ class Adapter:
     @property
     def decoder(self) -> nn.Module:
         """The model without its unembedding."""
-        return self.model.base_model if self.family.decoder is None else self._below_model(self.family.decoder)
+        return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
     def embedding(self) -> nn.Module:
@@ -117,8 +117,10 @@ class Adapter:
     @property
     def takes_positions(self) -> bool:
         """Whether the forward pass can be told the positions; without (ALiBi), it needs none."""
-        parameters = inspect.signature(self.decoder.forward).parameters
-        return "position_ids" in parameters
+        forwards = [
+            vars(base).get("forward") for base in type(self.decoder).__mro__
+        ]  # a fork's may be (*args, **kwargs)
+        return any(f is not None and "position_ids" in inspect.signature(f).parameters for f in forwards)
 
     def without_biases(self) -> Adapter:
         """The same model with its additive constants left out of the propagation (not out of the forward pass)."""

@@ -55,10 +55,15 @@ def route(mlp: nn.Module, experts: Experts, x: Tensor, routing: Any) -> list[Rou
             if not len(positions):
                 continue
             inputs, share = x[positions], weights[positions, rank, None]
-        gate = nn.functional.linear(inputs, part.gate.weight, part.gate.bias)
-        up = nn.functional.linear(inputs, part.up.weight, part.up.bias)
+        gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
         done.append(Routed(index, positions, gate, (part.activation(gate) * up * share).to(x.dtype)))
     return done
+
+
+def _projected(linear: Linear, x: Tensor) -> Tensor:
+    """In x's dtype; weights that are computed (dequantised, or with an adapter's part) may be wider."""
+    weight, bias = linear.weight, linear.bias
+    return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class _Projections:
 
 def _projections(mlp: nn.Module, experts: Experts) -> Iterator[_Projections]:
     held = attrgetter(experts.experts)(mlp)
+    if not isinstance(held, nn.ModuleList) and not hasattr(held, "down_proj"):
+        raise ValueError(f"model: its experts are wrapped by {type(held).__name__}; merge the adapter into them first.")
     if isinstance(held, nn.ModuleList):
         modules = [(f"E{index}", module) for index, module in enumerate(held)]
     else:

@@ -57,7 +57,10 @@ def tuned_weight(module: Any, base: Tensor) -> Tensor:
     base = base.to(torch.promote_types(base.dtype, torch.float32))
     weight = base.clone()
     for name in names:
-        delta = module.get_delta_weight(name).detach().to(base)
+        try:
+            delta = module.get_delta_weight(name).detach().to(base)
+        except (TypeError, AttributeError):  # some kinds mean something else by this method
+            delta = base.new_zeros(0)
         delta = delta.T if getattr(module, "fan_in_fan_out", False) else delta
         if delta.shape != base.shape:
             raise ValueError(f"{type(module).__name__} does not add to its weight (adapter {name!r}); {_MERGE}")
