@@ -45,7 +45,7 @@ def computation(model: nn.Module) -> tuple:
 
 
 def is_known(model: nn.Module, computation: tuple, length: int) -> bool:
-    """Whether a forward pass of this computation has been checked already, with prompts of half this length at least."""
+    """Whether a forward pass of this computation has been checked already, with prompts of half this length."""
     return _known.get(model, {}).get(computation, 0) >= length.bit_length()
 
 

@@ -117,9 +117,8 @@ class Adapter:
     @property
     def takes_positions(self) -> bool:
         """Whether the forward pass can be told the positions; without (ALiBi), it needs none."""
-        forwards = [
-            vars(base).get("forward") for base in type(self.decoder).__mro__
-        ]  # a fork's may be (*args, **kwargs)
+        # a fork's own forward may be one of (*args, **kwargs)
+        forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
         return any(f is not None and "position_ids" in inspect.signature(f).parameters for f in forwards)
 
     def without_biases(self) -> Adapter:

@@ -60,7 +60,7 @@ def test_hook_names_of_heads_and_neurons():
         (Neurons("blocks.2.mlp.hook_post"), post[..., None] * layer.mlp.w_down.T),
     ]:
         states = torch.empty_like(expected)
-        kind.fill(states, dp.adapter, trace, 0)
+        kind.bound(dp.adapter, trace, 0).fill(states, dp.adapter, trace, 0)
         assert torch.allclose(states, expected, atol=1e-4)
 
 
