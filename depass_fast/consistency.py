@@ -10,6 +10,7 @@ where its hooks or its code have changed, or with prompts twice as long.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,7 +113,7 @@ _READING = 0.05  # of an output; 8-bit activations round it by 0.01
 
 def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor, got: Tensor) -> None:
     """That a projection's outputs are what the weight that is read makes of its inputs."""
-    wide = torch.promote_types(given.dtype, torch.float32)
+    wide, linear = torch.promote_types(given.dtype, torch.float32), replace(linear, drop_bias=False)
     bias = None if linear.bias is None else linear.bias.to(wide)
     got = got if linear.part is None else linear.part(got.T).T
     ours = nn.functional.linear(given.to(wide), linear.weight.to(wide), bias)
