@@ -1,0 +1,263 @@
+"""Softmax neuron allocation, and the other rules: a segmented reduction over the components of every position.
+
+For every position and neuron the gates g of all components are read once to find their maximum and sum, streaming over
+the components, and once more to be replaced by w · a, the component's share of the frozen activation (DESIGN.md
+section 2, *MLP*). A gate of exactly zero takes no part, nor does a special token away from home. Where nobody is left,
+`rest` takes all, or those alive share evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LOG2E
+from .launch import allocation_config
+
+RULES = ("softmax", "linear", "relu", "max", "taylor")
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The positions of a chunk of rows: ``starts`` (S + 1,) int64 first rows, ``recorded`` (S,) int64 rows of the trace.
+
+    ``away`` (r,) uint8 marks special tokens away from home, or is None; ``longest`` is the largest segment's length;
+    ``bias`` and ``rest`` are these components' places within a segment, or None.
+    """
+
+    starts: Tensor
+    recorded: Tensor
+    longest: int
+    away: Tensor | None = None
+    bias: int | None = None
+    rest: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.recorded)
+
+
+@triton.jit
+def _tile(
+    g, away, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr
+):
+    """Gates of components m and neurons i, and which of them take part: [BM, BI]."""
+    row = first + m
+    alive = (m < count)[:, None] & inside[None, :]
+    values = tl.load(g + row[:, None] * stride + i[None, :], mask=alive, other=0.0).to(tl.float32)
+    if HAS_CONSTANT:
+        values += tl.where((m == bias)[:, None], constant[None, :], 0.0)
+    part = alive & (values != 0)
+    if HAS_AWAY:
+        part = part & (tl.load(away + row, mask=m < count, other=1) == 0)[:, None]
+    return values, part
+
+
+@triton.jit
+def _share_linearly(
+    g, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, bias, gate_stride,
+    HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """`taylor`: w = g / gate, for which nothing needs to be known of the other components."""
+    blocks = tl.cdiv(n_neurons, BI)
+    segment = tl.program_id(0) // blocks
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    inside = i < n_neurons
+    first = tl.load(starts + segment)
+    count = (tl.load(starts + segment + 1) - first).to(tl.int32)
+    at = tl.load(recorded + segment)
+    a = tl.load(act + at * act_stride + i, mask=inside, other=0.0).to(tl.float32)  # [BI]
+    total = tl.load(gate + at * gate_stride + i, mask=inside, other=0.0).to(tl.float32)
+    constant = total
+    if HAS_CONSTANT:
+        constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
+    a = tl.where(total == 0, 0.0, a / tl.where(total == 0, 1.0, total))
+    for t in range(0, count, BM):
+        m = t + tl.arange(0, BM)
+        values, _ = _tile(g, g, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT, False)
+        where = g + (first + m)[:, None] * stride + i[None, :]
+        tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _allocate(
+    g,
+    act,
+    constants,
+    away,
+    alive,
+    log_z,
+    starts,
+    recorded,
+    n_neurons,
+    stride,
+    act_stride,
+    per_t,
+    bias,
+    rest,
+    RULE: tl.constexpr,
+    HAS_CONSTANT: tl.constexpr,
+    HAS_AWAY: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BI: tl.constexpr,
+):
+    blocks = tl.cdiv(n_neurons, BI)
+    segment = tl.program_id(0) // blocks
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    inside = i < n_neurons
+    first = tl.load(starts + segment)
+    count = (tl.load(starts + segment + 1) - first).to(tl.int32)
+    at = tl.load(recorded + segment) * act_stride + i
+    a = tl.load(act + at, mask=inside, other=0.0).to(tl.float32)  # [BI]
+    constant = a
+    if HAS_CONSTANT:
+        constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
+    m = tl.arange(0, BM)
+    NEVER: tl.constexpr = float("-inf")
+    top = tl.full((BI,), NEVER, tl.float32)  # the largest that takes part
+    low = tl.full((BI,), float("inf"), tl.float32)
+    total = tl.zeros((BI,), tl.float32)
+    best = tl.zeros((BI,), tl.int32)  # `max`: who has it
+    if RULE == "softmax" and not ONE_TILE:  # a maximum and a sum of each place in the tile: nobody waits for others
+        FLOOR: tl.constexpr = -1e30
+        tops = tl.full((BM, BI), FLOOR, tl.float32)
+        sums = tl.zeros((BM, BI), tl.float32)
+    if ONE_TILE:
+        values, part = _tile(g, away, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY)
+    for t in range(0, count, BM):
+        if not ONE_TILE:
+            values, part = _tile(
+                g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
+            )
+        if RULE == "softmax" and ONE_TILE:
+            z = tl.where(part, values * per_t, NEVER)
+            top = tl.max(z, 0)
+            total = tl.sum(tl.exp2(z - tl.where(top == NEVER, 0.0, top)[None, :]), 0)
+        elif RULE == "softmax":
+            z = tl.where(part, values * per_t, 4.0 * FLOOR)
+            e = tl.exp2(-tl.abs(z - tops))  # the smaller in units of the larger, whichever that is
+            sums = tl.where(z > tops, sums * e + 1.0, sums + e)
+            tops = tl.maximum(tops, z)
+        elif RULE == "relu":
+            z = tl.where(part & (values > 0), values, NEVER)
+            top = tl.maximum(top, tl.max(z, 0))
+            total += tl.sum(tl.where(z > 0, z, 0.0), 0)
+        elif RULE == "linear":
+            top = tl.maximum(top, tl.max(tl.where(part, values, NEVER), 0))
+            low = tl.minimum(low, tl.min(tl.where(part, values, float("inf")), 0))
+        else:
+            z = tl.where(part, values, NEVER)
+            high = tl.max(z, 0)
+            who = t + tl.min(tl.where(z == high[None, :], m[:, None], BM), 0)  # the first of equals
+            best = tl.where(high > top, who, best)
+            top = tl.maximum(top, high)
+    if RULE == "softmax" and not ONE_TILE:
+        top = tl.max(tops, 0)
+        total = tl.sum(sums * tl.exp2(tops - top[None, :]), 0)
+        top = tl.where(top == FLOOR, NEVER, top)
+    nobody = top == NEVER
+    level = top == low  # `linear`: all equal
+    if RULE == "linear":
+        for t in range(0, count, BM):
+            if not ONE_TILE:
+                values, part = _tile(
+                    g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
+                )
+            total += tl.sum(tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0), 0)
+    if KEEP_Z:
+        kept = log_z + segment.to(tl.int64) * n_neurons + i
+        tl.store(kept, tl.where(nobody, NEVER, top + tl.log2(tl.where(nobody, 1.0, total))), mask=inside)
+    if RULE == "softmax":  # one factor for the whole column
+        factor = a / tl.where(nobody, 1.0, total)
+        shift = tl.where(nobody, 0.0, top)
+    else:
+        factor = a / tl.where(nobody | (total == 0), 1.0, total)
+        shift = low
+    lost = tl.max((nobody & inside).to(tl.int32), 0) > 0
+    n_alive = 0.0
+    if not HAS_REST:
+        if lost:
+            for t in range(0, count, BM):
+                n_alive += tl.sum(tl.load(alive + first + t + m, mask=t + m < count, other=0).to(tl.float32), 0)
+    for t in range(0, count, BM):
+        if not ONE_TILE:
+            values, part = _tile(
+                g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
+            )
+        if RULE == "softmax":
+            shares = tl.where(part, tl.exp2(values * per_t - shift[None, :]), 0.0) * factor[None, :]
+        elif RULE == "relu":
+            shares = tl.where(part & (values > 0), values, 0.0) * factor[None, :]
+        elif RULE == "linear":
+            shares = tl.where(part, tl.where(level[None, :], 1.0, values - shift[None, :]), 0.0) * factor[None, :]
+        else:
+            shares = tl.where((t + m)[:, None] == best[None, :], a[None, :], 0.0)
+        if lost:
+            if HAS_REST:
+                fallback = tl.where(t + m == rest, 1.0, 0.0)
+            else:
+                is_alive = tl.load(alive + first + t + m, mask=t + m < count, other=0).to(tl.float32)
+                fallback = is_alive / tl.maximum(n_alive, 1.0)
+            shares = tl.where(nobody[None, :], fallback[:, None] * a[None, :], shares)
+        where = g + (first + t + m)[:, None] * stride + i[None, :]
+        tl.store(where, shares.to(g.dtype.element_ty), mask=(t + m < count)[:, None] & inside[None, :])
+
+
+def allocate(
+    g: Tensor,
+    segments: Segments,
+    act: Tensor,
+    gate: Tensor,
+    rule: str,
+    temperature: float,
+    alive: Tensor,
+    constant: Tensor | None = None,
+    keep_z: bool = False,
+) -> Tensor | None:
+    """Gates become shares of the frozen activation, in place: g (r, i) <- w · a.
+
+    ``act`` and ``gate`` (P, i) are the trace's; only `taylor` reads the latter. ``constant`` (i,) is the gate's bias,
+    which `bias` drives; ``alive`` (r,) uint8 whether a component is there at all. With ``keep_z``, for `softmax`, log Z
+    in base 2 is returned, (S, i) float32.
+    """
+    n_neurons = g.shape[1]
+    log_z = g.new_empty(len(segments), n_neurons, dtype=torch.float32) if keep_z else None
+    if rule not in RULES or (keep_z and rule != "softmax"):
+        raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}, or has no partition function.")
+    if not g.numel():
+        return log_z
+    config = allocation_config(segments.longest, n_neurons, g.dtype, g.device)
+    grid = (len(segments) * triton.cdiv(n_neurons, config["BI"]),)
+    common = (segments.starts, segments.recorded, n_neurons, g.stride(0), act.stride(0))
+    constants, bias = act if constant is None else constant, -1 if segments.bias is None else segments.bias
+    if rule == "taylor":
+        del config["ONE_TILE"]
+        _share_linearly[grid](
+            g, act, gate, constants, *common, bias, gate.stride(0), HAS_CONSTANT=constant is not None, **config
+        )
+        return None
+    _allocate[grid](
+        g,
+        act,
+        constants,
+        alive if segments.away is None else segments.away,
+        alive,
+        act if log_z is None else log_z,
+        *common,
+        LOG2E / temperature,
+        bias,
+        -1 if segments.rest is None else segments.rest,
+        RULE=rule,
+        HAS_CONSTANT=constant is not None,
+        HAS_AWAY=segments.away is not None,
+        HAS_REST=segments.rest is not None,
+        KEEP_Z=keep_z,
+        **config,
+    )
+    return log_z

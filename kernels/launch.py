@@ -1,0 +1,89 @@
+"""Launch configurations: computed from shape and device, with measured exceptions per device in ``tuned.json``.
+
+Nothing is tuned when a user calls. ``python -m bench.tune`` measures candidates on a device and writes the file: a
+device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from .common import power_of_two
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+def row_config(n_columns: int) -> tuple[int, int]:
+    """Block and warps for a kernel that holds a whole row of D columns."""
+    block = power_of_two(n_columns)
+    return block, min(16, max(1, block // 512))
+
+
+def mix_tile(longest: int, groups: int, dtype: torch.dtype) -> int:
+    """Rows, pairs of query and head, per tile; few in float32, whose products take many registers."""
+    return min(64 if dtype.itemsize == 2 else 16, power_of_two(longest * groups, 16))
+
+
+def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """For prompts of up to ``longest`` positions: keys per tile (all of them, if few), components per step."""
+    half = dtype.itemsize == 2
+    keys, width = min(64 if half else 32, power_of_two(longest, 16)), power_of_two(head_dim)
+    one = longest <= keys
+    columns = 1 if one or not half or width > 128 or groups & (groups - 1) else 2  # two take all registers
+    keys = 32 if columns == 2 else keys
+    warps = 4 if tile * width <= 64 * 128 else 8
+    config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
+    return config | (tuned(device, "mix", f"{'one' if one else 'many'} d{width} r{tile}") if half else {})
+
+
+def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """For segments of up to ``longest`` rows: all of them at once where they are few."""
+    rows = min(32, power_of_two(longest, 4))
+    one = longest <= rows
+    columns = min(64 if rows < longest < 2048 else 128, power_of_two(n_neurons))
+    config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 1 if one else 8, "num_stages": 3}
+    return config | tuned(device, "allocate", "one" if one else "some" if longest < 2048 else "many")
+
+
+def product_config(dtype: torch.dtype, device: torch.device, which: str = "gate") -> dict:
+    """Tiles of the products with the allocation inside, ``which`` is gate or down; ``BM`` is the same for both."""
+    if dtype == torch.float32:
+        config = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
+    elif shared_memory(device) >= 160 << 10:
+        wide = 256 if which == "gate" else 128  # `down` has exponentials in its registers, too
+        config = {"BM": 128, "BN": wide, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+    else:
+        config = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
+    return config | tuned(device, which, str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10))
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(TUNED.read_text()) if TUNED.is_file() else {}
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def tuned(device: torch.device, kernel: str, bucket: str) -> dict:
+    """What has been measured to be better on this device, or nothing."""
+    if device.type != "cuda":
+        return {}
+    return _table().get(_device_name(device.index or 0), {}).get(kernel, {}).get(bucket, {})
+
+
+__all__ = ["allocation_config", "mix_config", "mix_tile", "product_config", "row_config", "tuned"]
