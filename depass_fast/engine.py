@@ -305,7 +305,7 @@ class DePass:
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
-        return state, errors
+        return state, [error.cpu() for error in errors]  # not before the end: the device need not be waited for
 
     def _capture(self, prompts: list[Tensor]) -> Trace:
         check_ready(self.adapter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -81,6 +82,17 @@ class Layout:
     counts: np.ndarray
     starts: np.ndarray
     positions: Layout | None = None
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One of the arrays on a device, int64, kept there: a copy would wait for all that the device has to do."""
+        key = (name, device)
+        if key not in self._tensors:
+            self._tensors[key] = torch.from_numpy(getattr(self, name)).to(device)
+        return self._tensors[key]
 
     @property
     def by_position(self) -> Layout:
@@ -307,15 +319,15 @@ class ComponentState:
         counts = self.layout.counts
         if (counts == counts[0]).all():
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
-        return segment_sums(self.rows, torch.from_numpy(self.layout.starts[:-1]).to(self.device))
+        return segment_sums(self.rows, self.layout.tensor("starts", self.device)[:-1])
 
     def completeness(self, resid: Tensor) -> Tensor:
-        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,)."""
+        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,), on the state's device."""
         layout = self.layout
-        x = resid[torch.from_numpy(layout.packed).to(resid.device)].to(self.rows)
+        x = resid[layout.tensor("packed", resid.device)].to(self.rows)
         error = (self.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
         worst = error.new_zeros(len(layout.components))
-        return worst.scatter_reduce_(0, torch.from_numpy(layout.prompt).to(error.device), error, "amax").cpu()
+        return worst.scatter_reduce_(0, layout.tensor("prompt", error.device), error, "amax")
 
 
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:

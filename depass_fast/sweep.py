@@ -60,7 +60,8 @@ def sweep(
     the start and after every layer.
     """
     reads = None if reads is None else [np.array(r) for r in reads]
-    errors = [[s.completeness(trace.resid_at(s.layer, s.site))] for s in states]
+    starts = [s.completeness(trace.resid_at(s.layer, s.site)) for s in states]
+    passed: list[Tensor] = []  # per layer, of those that have started (d, P)
     joint, n_joined = None, 0
     with bar("layers", end - states[0].layer, run.progress) as shown:
         for index in range(states[0].layer, end):
@@ -80,11 +81,13 @@ def sweep(
                 for state in states[:n_joined]:
                     state.rows = state.rows[:0].clone()
             joint = through_mlp(joint, source, layer, record, run)
-            worst = joint.completeness(trace.resid(index + 1)).view(n_joined, -1)
-            for d in range(n_joined):
-                errors[d].append(worst[d])
+            passed.append(joint.completeness(trace.resid(index + 1)).view(n_joined, -1))
             if shown is not None:
                 shown.finish()
+    errors = [[start.cpu()] for start in starts]  # not before the end: the device need not be waited for
+    for worst in passed:
+        for mine, error in zip(errors, worst.cpu(), strict=False):
+            mine.append(error)
     done = [] if joint is None else joint.apart()
     for state in states[n_joined:]:  # they start where the sweep ends
         done.append(state if reads is None else state.at(_at(state.layout, trace.offsets, reads)))
