@@ -84,15 +84,7 @@ def make_blocks(
 
 def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[Chunk]:
     """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
-    segment_of_row = layout.row_segments()
-    component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
-    away = np.zeros(layout.n_rows, bool)
-    for prompt, components in enumerate(layout.components):
-        if not components.excluded.any():
-            continue
-        r = layout.rows(prompt)
-        m = component[r]
-        away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])
+    segment_of_row, away = layout.row_segments(), away_from_home(layout)
     chunks, n = [], len(layout.counts)
     while first < n:
         last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
@@ -113,3 +105,16 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int 
         )
         first = last
     return chunks
+
+
+def away_from_home(layout: Layout) -> np.ndarray:
+    """Which rows are special tokens at another position than their own: (R,) bool."""
+    segment_of_row = layout.row_segments()
+    component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
+    away = np.zeros(layout.n_rows, bool)
+    for prompt, components in enumerate(layout.components):
+        if components.excluded.any():
+            r = layout.rows(prompt)
+            m = component[r]
+            away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])
+    return away
