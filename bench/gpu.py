@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status
@@ -31,8 +33,10 @@ from .harness import (
     interleaved,
     quantiles,
     random_prompt,
+    synchronise,
     write_results,
 )
+from .kernel_checks import verify as verify_kernels
 from .published import Published, groups_for
 
 TARGET = 7
@@ -113,8 +117,7 @@ def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
 
     def scores() -> Tensor:
         if work.components == "heads":
-            trace = library.trace(prompts[0])
-            return torch.cat([library.attribute(trace, Heads(i), TARGET).scores for i in range(work.shape.layers)])
+            return library.attribute(prompts[0], Heads(layers="all"), TARGET).scores
         if work.components == "all neurons":
             options = {"method": "adjoint", "refine": work.refine, "sample": 0}
             return library.attribute(prompts[0], Neurons(layers="all"), TARGET, **options).scores
@@ -131,7 +134,7 @@ def backends() -> list[str]:
     return [name for name, reason in backend_status().items() if reason is None and name != "reference"]
 
 
-def verify(device: torch.device) -> dict[tuple[str, str, torch.dtype], float]:
+def verify(device: torch.device, shape: Shape = VERIFIED) -> dict[tuple[str, str, torch.dtype], float]:
     """The error of every backend, kind of component and dtype on a small model, against float64.
 
     Raises:
@@ -139,12 +142,12 @@ def verify(device: torch.device) -> dict[tuple[str, str, torch.dtype], float]:
     """
     errors = {}
     for dtype, limit in ERRORS.items():
-        model = build_model(VERIFIED, dtype, device=device)
+        model = build_model(shape, dtype, device=device)
         exact = DePass(copy.deepcopy(model).double(), backend="reference")
         for components in ("tokens", "neurons", "heads"):
-            work = Work(VERIFIED, components, 12)
+            work = Work(shape, components, 12)
             kind = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0)}[components]
-            ids = random_prompt(VERIFIED, work.length)
+            ids = random_prompt(shape, work.length)
             oracle = exact.attribute(ids, kind, TARGET).scores
             for name in backends():
                 library = DePass(model, backend=name, compute_dtype=dtype)
@@ -153,7 +156,7 @@ def verify(device: torch.device) -> dict[tuple[str, str, torch.dtype], float]:
                 if not error <= limit:
                     raise RuntimeError(f"{name}, {components}, {dtype}: differs from float64 by {error:.2e}.")
                 errors[name, components, dtype] = error
-        every, ids = Neurons(layers="all"), random_prompt(VERIFIED, 12)
+        every, ids = Neurons(layers="all"), random_prompt(shape, 12)
         oracle = exact.attribute(ids, every, TARGET, method="exact").scores
         for name in backends():
             library = DePass(model, backend=name, compute_dtype=dtype)
@@ -176,9 +179,11 @@ def machine(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float,
     return 2 * size**3 / best["gemm"], 2 * bulk.numel() / best["copy"]
 
 
-def measure(work: Work, model: nn.Module, errors: dict, rate: float, seconds: float, place: dict) -> list[Row]:
-    """A row per provider, timed in turns for about ``seconds``."""
-    names = (["published"] if work.published else []) + backends()
+def measure(
+    work: Work, model: nn.Module, errors: dict, rate: float, seconds: float, place: dict, chosen: list[str]
+) -> list[Row]:
+    """A row per provider of those ``chosen``, timed in turns for about ``seconds``."""
+    names = [name for name in (["published"] if work.published else []) + backends() if name in chosen]
     device = next(model.parameters()).device
     calls, peaks, first = {}, {}, {}
     for name in names:
@@ -231,6 +236,22 @@ def _peak(call: Callable[[], Tensor], device: torch.device) -> tuple[int | None,
     return torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - began
 
 
+def profiled(call: Callable[[], Tensor], top: int = 14) -> str:
+    """The kernels that take most of the device's time in one call, and their share of the call."""
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call()
+        synchronise()
+    seconds = time.perf_counter() - began
+    events = [e for e in recorded.key_averages() if e.self_device_time_total and e.device_type != DeviceType.CPU]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    busy = sum(e.self_device_time_total for e in events) / 1e6
+    lines = [f"   {seconds:.3f} s with the profiler, the device busy for {busy:.3f} s"]
+    for e in events[:top]:
+        lines.append(f"   {e.self_device_time_total / 1e3:9.2f} ms {e.count:6} x  {e.key[:90]}")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
@@ -241,6 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="workloads whose name contains this")
     parser.add_argument("--minutes", type=float, default=7.0, help="no workload is begun after this time")
     parser.add_argument("--seconds", type=float, default=12.0, help="timed per workload, beyond a first call each")
+    parser.add_argument("--providers", nargs="+", default=["published", *backends()], help="who is timed")
+    parser.add_argument("--profile", action="store_true", help="print where the device's time goes, per provider")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("bench.gpu: no GPU here. --tiny runs it with tiny shapes on the CPU; bench.cpu is for CPUs.")
@@ -249,7 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     place = environment(device.type)
     with torch.no_grad():
-        errors = verify(device)
+        for (kernel, kind), error in verify_kernels(device, small=options.tiny).items():
+            print(f"verified  {kernel:18} {str(kind).removeprefix('torch.'):9} error {error:.1e}", flush=True)
+        errors = verify(device, SHAPES["llama-tiny"] if options.tiny else VERIFIED)
         for (name, components, kind), error in errors.items():
             print(f"verified  {name:8} {components:8} {str(kind).removeprefix('torch.'):9} error {error:.1e}")
         rate, bandwidth = machine(device, dtype, 256 if options.tiny else 8192)
@@ -267,7 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
             if built != work.shape:
                 model = None  # before its successor is made
                 model, built = build_model(work.shape, dtype, device=device), work.shape
-            rows += (new := measure(work, model, errors, rate, 0.0 if options.tiny else options.seconds, place))
+            seconds = 0.0 if options.tiny else options.seconds
+            rows += (new := measure(work, model, errors, rate, seconds, place, options.providers))
+            if options.profile:
+                for name in (n for n in backends() if n in options.providers):
+                    print(f"-- {work.name}, {name}\n{profiled(provider(name, work, model))}", flush=True)
             for row in new:
                 peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**30:6.2f} GiB"
                 print(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from bench.family_models import VARIANTS, build_model
 from depass_fast import DePass

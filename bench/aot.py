@@ -1,0 +1,249 @@
+"""Compiles every kernel ahead of time, without a GPU: ``python -m bench.aot [--json] [--targets sm_90 ...]``.
+
+The wrappers of `depass_fast.kernels` are called with tensors that have shapes and no contents, for the models and
+decompositions of :func:`launches`; instead of being run, each launch is compiled for the targets, with the
+configuration that the wrapper has computed for such a device. A row per kernel, configuration and target says
+registers, spilled bytes, shared memory, and which matrix instructions there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from depass_fast.backends.pieces import make_piece, query_tiles
+from depass_fast.kernels import allocation, attention, gemm, launch, rows
+from depass_fast.state import Components, Layout
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+}  # and KiB of shared memory that a program may take
+META = torch.device("meta")
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+         torch.uint8: "u8"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is compiled: the kernel's name, what it serves, its arguments' types, and everything that is constant."""
+
+    kernel: str
+    case: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compilation. ``shared_bytes`` per program; ``matrix`` names the matrix instructions found."""
+
+    kernel: str
+    case: str
+    target: str
+    config: dict
+    registers: int | None
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    matrix: tuple[str, ...]
+
+
+@contextmanager
+def recorded(found: dict[Launch, JITFunction], case: str) -> Iterator[None]:
+    """Launches inside are recorded instead of run."""
+
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        names = [p.name for p in self.params]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
+        constant = {p.name for p in self.params if p.is_constexpr}
+        signature, constants, aligned = [], [], []
+        for place, name in enumerate(names):
+            value = given[name]
+            if name in constant or (isinstance(value, int) and value == 1):
+                signature.append((name, "constexpr"))
+                constants.append((name, value))
+                continue
+            if isinstance(value, Tensor):
+                signature.append((name, "*" + TYPES[value.dtype]))
+                aligned.append(place)
+            elif isinstance(value, int):
+                signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
+                if value % 16 == 0:
+                    aligned.append(place)
+            else:
+                signature.append((name, "fp32"))
+        made = Launch(
+            self.__name__, case, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
+        )
+        if not any(same.kernel == made.kernel and asdict(same) | {"case": ""} == asdict(made) | {"case": ""} for same in found):  # fmt: skip
+            found[made] = self
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def launches() -> dict[Launch, JITFunction]:
+    """Every kernel in every configuration that is shipped, for one target's shared memory."""
+    found: dict[Launch, JITFunction] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = TYPES[dtype]
+        models = {"llama-2-7b": (4096, 11008, 32, 32, 128)}
+        if dtype == torch.bfloat16:
+            models |= {"qwen2-7b": (3584, 18944, 28, 4, 128), "gemma-2-9b": (3584, 14336, 16, 8, 256)}
+            models |= {"pythia-70m": (512, 2048, 8, 8, 64), "phi-2": (2560, 10240, 32, 32, 80)}
+        for model, shape in models.items():
+            _attention(found, f"{model} {short}", dtype, *shape)
+            if model in ("llama-2-7b", "qwen2-7b"):
+                _mlp(found, f"{model} {short}", dtype, *shape, rules=dtype == torch.bfloat16 and model == "llama-2-7b")
+    return found
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _attention(
+    found: dict, case: str, dtype: torch.dtype, width: int, neurons: int, heads: int, kv: int, head_dim: int
+) -> None:
+    qwen, gemma = kv < heads // 2, head_dim == 256
+    for length in (20, 512):
+        components = Components.tokens(tuple(map(str, range(length))), ("rest",), {0})
+        layout = Layout.of((components,), np.array([0, length]))
+        groups = heads // kv
+        tile = launch.mix_tile(length, groups, dtype)
+        part = (range(1), 0, None) if length == 20 else (range(1), 1, 17)
+        piece = make_piece(layout, *part, tile, groups, META)
+        packed = _empty(length, dtype=torch.int32)
+        mask = {"softcap": 50.0, "window": 4096, "out_scale": _empty(length)} if gemma else {}
+        mask |= {"key_bias": _empty(length, heads)} if head_dim == 64 else {}
+        frozen = attention.Frozen(_empty(length, heads, head_dim, dtype=dtype), _empty(length, kv, head_dim, dtype=dtype), 0.1, **mask)  # fmt: skip
+        r = len(piece.rows)
+        with recorded(found, f"{case}, N={length}"):
+            weight = None if qwen else _empty(width, dtype=dtype)
+            rows.read_rows(_empty(layout.n_rows, width), piece.rows, _empty(length), weight, head_dim == 64, _empty(r, width, dtype=dtype))  # fmt: skip
+            lse = attention.log_sum_exp(frozen, packed, query_tiles(np.array([length]), tile, groups, META), tile)
+            values, mixed = _empty(r, kv * head_dim, dtype=dtype), _empty(r, heads * head_dim, dtype=dtype)
+            attention.mix(values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
+            if piece.rows.source is not None:
+                rows.add_rows(_empty(layout.n_rows, width), piece.rows, _empty(r, width, dtype=dtype))
+
+
+def _mlp(
+    found: dict, case: str, dtype: torch.dtype, width: int, neurons: int, heads: int, kv: int, head_dim: int, rules: bool
+) -> None:  # fmt: skip
+    qwen = kv < heads // 2
+    for length, name in ((20, "few components"), (neurons, "many components")):
+        away = _empty(length, dtype=torch.uint8) if qwen else None
+        bias = 1 if qwen else None
+        segments = allocation.Segments(
+            _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64), length, away, bias, 0 if length > 20 else None
+        )
+        g, act = _empty(2 * length, neurons, dtype=dtype), _empty(8, neurons, dtype=dtype)
+        alive = _empty(2 * length, dtype=torch.uint8)
+        constant = _empty(neurons) if qwen else None
+        for rule in allocation.RULES if rules else ("softmax",):
+            with recorded(found, f"{case}, {name}, {rule}"):
+                allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant)
+    with recorded(found, case):
+        config = launch.product_config(dtype, META)
+        tiles, firsts = _empty(-(-length // config["BM"]), 3, dtype=torch.int32), _empty(3, dtype=torch.int32)
+        starts, recorded_at = _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64)
+        x, w = _empty(2 * length, width, dtype=dtype), _empty(neurons, width, dtype=dtype)
+        log_z = gemm.gate(x, w, tiles, firsts, starts, 0.1, g, constant, bias, away)
+        w_down = _empty(width, neurons, dtype=dtype)
+        gemm.down(_empty(2 * length, width), g, w_down, act, recorded_at, log_z, tiles, starts, 0.1, _empty(2 * length), constant, bias, away)  # fmt: skip
+        final = _empty(33, width)
+        rows.read_out(final, _empty(1, width), _empty(33, dtype=torch.int32), _empty(20))
+
+
+def compile_for(target: str) -> list[Row]:
+    """All launches of a target."""
+    gpu, kib = TARGETS[target]
+    hip = "6" if gpu.backend == "hip" else None
+    with (
+        mock.patch.object(launch, "shared_memory", lambda device: kib << 10),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        found = launches()
+    return [_compiled(made, function, target, gpu, kib << 10) for made, function in found.items()]
+
+
+def _compiled(made: Launch, function: JITFunction, target: str, gpu: GPUTarget, limit: int) -> Row:
+    names = [p.name for p in function.params]
+    constants = {(names.index(name),): value for name, value in made.constants}
+    attributes = {(place,): [["tt.divisibility", 16]] for place in made.aligned}
+    source = ASTSource(function, dict(made.signature), constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=dict(made.options))
+    registers, spilled = _resources(compiled.asm, gpu)
+    code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    matrix = tuple(name for name in ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma") if name in code)
+    config = dict(made.options) | {n: v for n, v in made.constants if n.isupper()}
+    return Row(
+        made.kernel.strip("_"), made.case, target, config, registers, spilled, compiled.metadata.shared, limit, matrix
+    )
+
+
+def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
+    """Registers per thread, and bytes spilled, as the assembler reports them."""
+    if gpu.backend == "hip":
+        text = asm["amdgcn"]
+        count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+        return count.get("vgpr_count"), 4 * (count.get("vgpr_spill_count", 0) + count.get("sgpr_spill_count", 0))
+    from triton.backends.nvidia import compiler
+
+    arch = re.search(r"\.target (sm_\w+)", asm["ptx"]).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(asm["ptx"])
+        tool = compiler.get_ptxas(gpu.arch) if hasattr(compiler, "get_ptxas") else compiler._path_to_binary("ptxas")
+        ptxas = tool.path if hasattr(tool, "path") else tool[0]  # Triton before 3.5: (path, version)
+        command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    return int(re.search(r"Used (\d+) registers", said).group(1)), spilled
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=tuple(TARGETS))
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        found = [row for part in pool.map(compile_for, options.targets) for row in part]
+    if options.json:
+        print(json.dumps([asdict(row) for row in found], indent=1))
+        return
+    for row in found:
+        print(
+            f"{row.target:7} {row.kernel:16} {row.registers or '-':>4} registers {row.spill_bytes:5} B spilled "
+            f"{row.shared_bytes / 1024:6.1f} of {row.shared_limit // 1024} KiB  {','.join(row.matrix) or '-':12} {row.case}"
+        )
+
+
+if __name__ == "__main__":
+    main()
