@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build, build_model, random_ids
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -258,6 +259,26 @@ def test_a_model_is_looked_at_again_where_it_has_changed():
         model.model.layers[0].mlp.forward = lambda x: x
         with pytest.raises(RuntimeError, match="layer 0"):
             dp.trace(random_ids(8))
+
+
+@pytest.mark.parametrize("register", [register_module_forward_pre_hook, register_module_forward_hook])
+def test_hooks_on_all_modules_are_noticed(register):
+    model = build_model("llama", num_key_value_heads=2)
+    dp, changed = DePass(model), model.model.layers[1].mlp
+    dp.trace(IDS)
+    before = register is register_module_forward_pre_hook
+    expected = "reads" if before else "writes"
+
+    def double(module, args, output=None):
+        return None if module is not changed else (2 * args[0],) if before else 2 * output
+
+    handle = register(double)
+    try:
+        with pytest.raises(RuntimeError, match=f"layer 1: model.layers.1.mlp {expected} something else"):
+            dp.trace(IDS)
+    finally:
+        handle.remove()
+    dp.trace(IDS)
 
 
 def test_a_pruned_model():
