@@ -18,6 +18,8 @@ from torch import Tensor
 
 from depass_fast import DePass, Neurons
 
+from .ablation.methods import AttributionPatching
+
 SHARES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # of all neurons
 
 
@@ -34,23 +36,6 @@ def _down_projections(engine: DePass) -> list[torch.nn.Module]:
     return [engine.adapter.module(index, "down_proj") for index in range(engine.adapter.n_layers)]
 
 
-def patching_scores(engine: DePass, ids: Tensor, target: int) -> Tensor:
-    """Attribution patching to zero: Σ_n a[n, i] · ∂logit/∂a[n, i], (layers, I)."""
-    kept: list[Tensor] = []
-
-    def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        kept.append(args[0].detach().requires_grad_() if not kept else args[0])
-        kept[-1].retain_grad()
-        return (kept[-1],)
-
-    with ExitStack() as undo, torch.enable_grad():
-        for module in _down_projections(engine):
-            undo.callback(module.register_forward_pre_hook(keep).remove)
-        logit = engine.model(ids[None], use_cache=False).logits[0, -1, target]
-        gradients = torch.autograd.grad(logit, kept)
-    return torch.stack([(a * g)[0].sum(0) for a, g in zip(kept, gradients, strict=True)]).detach()
-
-
 def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, Tensor]:
     """How much every method gives to every neuron: (layers, I) each."""
     trace, every = engine.trace(ids), Neurons(layers="all")
@@ -60,10 +45,11 @@ def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, T
             for index, record in enumerate(trace.layers)
         ]
     ).detach()
+    patching = AttributionPatching(engine.model)
     return {
         "exact": engine.attribute(trace, every, target, method="exact").scores,
         "adjoint": engine.attribute(trace, every, target, method="adjoint", sample=0).scores,
-        "attribution patching": patching_scores(engine, ids, target),
+        "attribution patching": patching.effects(ids, target, range(len(norms)), torch.zeros_like(norms)),
         "norm": norms,
         "random": torch.rand(norms.shape, generator=torch.Generator().manual_seed(seed)),
     }

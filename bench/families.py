@@ -87,6 +87,7 @@ def families_table(results: list[dict]) -> str:
         )
     header = ["models (`model_type`)", "beside the plain one, tested", "kinds", "fp32", "fp64", "transformers"]
     note = f"Kinds of components: {', '.join(kinds)}. fp32, fp64: the worst completeness error (1e-5, 1e-12 allowed)."
+    note += " Where heads can share keys and values, every row with and without."
     return f"{table(header, rows)}\n\n{note}"
 
 

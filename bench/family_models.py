@@ -184,10 +184,22 @@ def available(name: str) -> bool:
     return VARIANTS[name][0] in CONFIG_MAPPING
 
 
-def build_variant(name: str, seed: int = 0, implementation: str | None = None) -> torch.nn.Module:
-    """A random model of a variant, in float32 and eval mode; ``implementation`` is that of its attention."""
+def build_variant(
+    name: str, seed: int = 0, implementation: str | None = None, regroup: bool = False
+) -> torch.nn.Module:
+    """A random model of a variant, in float32 and eval mode; ``implementation`` is that of its attention.
+
+    ``regroup``: with as many KV heads as heads where the variant has fewer, and the other way round.
+    """
     model_type, changes = VARIANTS[name]
-    return build_model(model_type, seed, implementation, **changes)
+    return build_model(model_type, seed, implementation, **(_regrouped(changes) if regroup else changes))
+
+
+def _regrouped(changes: dict[str, Any]) -> dict[str, Any]:
+    changes = {key: _regrouped(value) if isinstance(value, dict) else value for key, value in changes.items()}
+    for key in {"num_key_value_heads", "num_kv_heads"} & changes.keys():
+        changes[key] = 2 if changes[key] == _SHAPE["num_attention_heads"] else _SHAPE["num_attention_heads"]
+    return changes
 
 
 def build_model(model_type: str, seed: int = 0, implementation: str | None = None, **changes: Any) -> torch.nn.Module:

@@ -75,10 +75,11 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> T
 def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
     """What the last norm gives in an ordinary forward pass over ``ids``, (N, D): nothing is replaced."""
     seen: list[Tensor] = []
-    end = adapter.final_norm_module or adapter.blocks[-1]
+    end, thread = adapter.final_norm_module or adapter.blocks[-1], threading.get_ident()
 
     def look(module: nn.Module, args: tuple, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2))
+        if threading.get_ident() == thread:  # others may use the model, too
+            seen.append((output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2))
 
     with _one_at_a_time, ExitStack() as undo:
         if "torch._dynamo" in sys.modules:

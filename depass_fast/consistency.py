@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from .adapters import Adapter, Branch, Linear, Norm
 from .adapters.stored import kind_of
@@ -41,6 +42,7 @@ def computation(model: nn.Module) -> tuple:
         for place, module in enumerate(model.modules())
         if module._forward_hooks or module._forward_pre_hooks
     ]
+    hooked.append((*module_hooks._global_forward_pre_hooks, "after", *module_hooks._global_forward_hooks))
     code = (vars(module).get("forward", type(module).forward) for module in model.modules())
     return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
 

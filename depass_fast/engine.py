@@ -27,7 +27,7 @@ from .hook_names import layer_input
 from .initial import initial_state
 from .layered import LayeredAttribution
 from .loading import check_ready, check_weights, load_model
-from .options import Options, Run
+from .options import Options, Run, refuse_autocast
 from .planner import Plan, plan_call
 from .progress import bar
 from .prompts import Prompt, as_position, encode, encode_all, is_batch
@@ -308,6 +308,7 @@ class DePass:
         return state, [error.cpu() for error in errors]  # not before the end: the device need not be waited for
 
     def _capture(self, prompts: list[Tensor]) -> Trace:
+        refuse_autocast(self.adapter.device)
         check_ready(self.adapter)
         return capture(self.adapter, prompts)
 

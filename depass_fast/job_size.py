@@ -57,13 +57,14 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     attention, mlps = layer.attention, layer.mlps
     routed = sum(mlp.name not in ("", "shared") for mlp in mlps)
     shares = [experts.top_k / routed if mlp.name not in ("", "shared") else 1.0 for mlp in mlps]
-    gated = getattr(adapter.module(index, "mlp"), "up_proj", None) is not None or routed > 0
+    up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
+    beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
     return LayerSize(
         v=attention.n_kv_heads * attention.head_dim,
         o=attention.n_heads * attention.head_dim,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel or len(mlps) > 1,
-        has_up=gated,
+        has_up=beside or routed > 0 or adapter.family.gate_part is not None,
         output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
     )
 

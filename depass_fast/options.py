@@ -54,6 +54,7 @@ class Options:
 
     def build(self, adapter: Adapter) -> Run:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
+        refuse_autocast(adapter.device)
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         name = resolve(self.backend)
         if name == "reference" and self.compute_dtype is not None and compute != state:
@@ -121,6 +122,12 @@ class Run:
         """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
         budget = getattr(self.backend, "budget", None)
         return None if budget is None else budget.bytes(device)
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """ValueError inside `torch.autocast`: it would round what a result has to add up to."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        raise ValueError("torch.autocast is on: leave its context; compute_dtype chooses the precision here.")
 
 
 def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:

@@ -74,6 +74,15 @@ def test_what_is_refused(model_type, changes, message):
         DePass(build_model(model_type, **changes))
 
 
+def test_a_clip_of_nothing_is_none():
+    """MPT's own attention asks whether `clip_qkv` is true."""
+    model, ids = build_model("mpt", attn_config={"clip_qkv": 0.0}), torch.tensor([IDS])
+    dp = DePass(model)
+    logits = dp.adapter.logits(dp.trace(IDS).normed_final)
+    assert torch.allclose(logits, model(ids, use_cache=False).logits[0], atol=1e-5)
+    assert dp.attribute(IDS, Heads(1)).completeness_error <= 1e-5
+
+
 @pytest.mark.parametrize(("name", "path"), [("mixtral", "experts"), ("qwen2_moe", "shared_expert.down_proj")])
 def test_experts_weights_are_checked_too(name, path):
     model = build_variant(name)

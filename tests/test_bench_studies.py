@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
 from conftest import build_model, random_ids
 
-from bench import grouping, prompts, report
+from bench import faithfulness, grouping, prompts, report
 from bench.ablation.quality import Question
 from bench.ablation.race import Workload, verify
 from bench.published import Published
@@ -68,6 +69,24 @@ def test_an_ablation_that_differs_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr("bench.ablation.fair._normed", lambda x, norm: x)
     with pytest.raises(RuntimeError, match="ablations differ"):
         verify(subject)
+
+
+def test_rankings_hold_every_neuron_of_every_layer() -> None:
+    """Attribution patching is the slope of the logit, here with all activations made smaller at once."""
+    library, asked = question()
+    found = faithfulness.rankings(library, asked.ids, TARGET, seed=0)
+    assert {scores.shape for scores in found.values()} == {(3, 48)}
+    assert all(scores.isfinite().all() and not scores.requires_grad for scores in found.values())
+
+    def logit(factor: float) -> torch.Tensor:
+        with ExitStack() as undo, torch.no_grad():
+            for layer in library.model.model.layers:
+                hook = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: (factor * args[0],))
+                undo.callback(hook.remove)
+            return library.model(asked.ids[None]).logits[0, -1, TARGET]
+
+    slope = (logit(1.01) - logit(0.99)) / 0.02
+    torch.testing.assert_close(found["attribution patching"].sum(), slope, rtol=0.01, atol=1e-3)
 
 
 def test_the_page_has_a_section_for_every_result(tmp_path) -> None:

@@ -7,7 +7,9 @@ is made of such files (``python -m bench.families``).
 from __future__ import annotations
 
 import functools
+from dataclasses import is_dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_ids
@@ -41,7 +43,7 @@ def once(make):
 def built(name: str, dtype: torch.dtype, seed: int, batch: bool) -> DePass:
     if not available(name):
         pytest.skip(f"the installed transformers does not have {VARIANTS[name][0]}")
-    return DePass(build_variant(name, seed).to(dtype))
+    return DePass(build_variant(name, seed, regroup=seed == 1).to(dtype))  # with and without GQA
 
 
 @once
@@ -76,7 +78,7 @@ def test_captured_logits_are_the_models_own(name, implementation, seed, family_r
     if not available(name):
         pytest.skip(f"the installed transformers does not have {VARIANTS[name][0]}")
     try:
-        model = build_variant(name, seed, implementation)
+        model = build_variant(name, seed, implementation, regroup=seed == 1)
     except ValueError as error:
         pytest.skip(f"transformers itself: {error}")
     dp, recorded, keep = DePass(model), [], _Recorder.keep
@@ -141,6 +143,29 @@ def test_a_batch_equals_the_prompts_one_by_one(name):
                 alone = dp.attribute(ids, kind, 5, backend=backend)
                 assert batched.labels == alone.labels
                 assert largest_difference(batched.scores, alone.scores) <= 1e-9
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_are_traced_as_without(name, side):
+    """To the last bit, so that whatever is made of the trace is the same for every kind of component."""
+    dp, expected = built(name), traced(name, batch=True)
+    rows = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    mask = torch.zeros_like(rows)
+    for row, real, ids in zip(rows, mask, PROMPTS, strict=True):
+        at = slice(len(row) - len(ids), None) if side == "left" else slice(len(ids))
+        row[at], real[at] = ids, 1
+    trace = dp.trace({"input_ids": rows, "attention_mask": mask})
+    assert trace.batch and np.array_equal(trace.offsets, expected.offsets)
+    pairs = list(zip(tensors(trace), tensors(expected), strict=True))
+    assert len(pairs) > 3 * 8 and all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def tensors(part) -> list[torch.Tensor]:
+    """All that a trace, or a part of it, holds."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    inner = part if isinstance(part, tuple | list) else vars(part).values() if is_dataclass(part) else ()
+    return [x for value in inner for x in tensors(value)]
 
 
 def test_any_position_any_layer_and_in_steps(name):

@@ -1,13 +1,17 @@
 """A user's own fork of a supported model works, or is refused with the reason."""
 
 import gc
+import inspect
 import weakref
 
 import pytest
 import torch
 from conftest import build, build_model, random_ids
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from bench.family_models import VARIANTS, available, build_variant
@@ -257,6 +261,26 @@ def test_a_model_is_looked_at_again_where_it_has_changed():
             dp.trace(random_ids(8))
 
 
+@pytest.mark.parametrize("register", [register_module_forward_pre_hook, register_module_forward_hook])
+def test_hooks_on_all_modules_are_noticed(register):
+    model = build_model("llama", num_key_value_heads=2)
+    dp, changed = DePass(model), model.model.layers[1].mlp
+    dp.trace(IDS)
+    before = register is register_module_forward_pre_hook
+    expected = "reads" if before else "writes"
+
+    def double(module, args, output=None):
+        return None if module is not changed else (2 * args[0],) if before else 2 * output
+
+    handle = register(double)
+    try:
+        with pytest.raises(RuntimeError, match=f"layer 1: model.layers.1.mlp {expected} something else"):
+            dp.trace(IDS)
+    finally:
+        handle.remove()
+    dp.trace(IDS)
+
+
 def test_a_pruned_model():
     model = build_model("llama", num_key_value_heads=2)
     del model.model.layers[0]
@@ -267,13 +291,54 @@ def test_a_pruned_model():
     assert dp.attribute(IDS, Heads(1)).completeness_error <= 1e-5
 
 
+def own_attention(looks_ahead: bool):
+    """A fork's own attention function, as transformers takes them; in layer 1 it may leave out the mask."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+        causal = not (looks_ahead and module.layer_idx == 1)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_the_traced_pass_alone_does_otherwise_is_noticed(dtype):
-    """The recorder's attention and norms take the place of the model's: they must end where those end."""
+def test_a_forks_own_attention_function(dtype, looks_ahead, monkeypatch):
+    """The recorder's attention takes its place: both must end alike, or the trace is of another model."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "own", own_attention(looks_ahead))
     model = fork().to(dtype)
+    model.config._attn_implementation = "own"
+    if looks_ahead:
+        with pytest.raises(RuntimeError, match="ends otherwise than the ordinary one"):
+            DePass(model).trace(IDS)
+    else:
+        dp = DePass(model)
+        own = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        assert torch.allclose(dp.adapter.logits(dp.trace(IDS).normed_final), own, atol=1e-5)
+    assert model.config._attn_implementation == "own"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_that_is_told_not_to_be_causal(dtype):
+    """The oldest transformers do not read `is_causal` in sdpa attention: there the model is as it was, and traced."""
+    model, ids = fork().to(dtype), torch.tensor([IDS])
+    model.config._attn_implementation = "sdpa"
+    own = model(ids, use_cache=False).logits
     model.model.layers[1].self_attn.is_causal = False
-    with pytest.raises(RuntimeError, match="ends otherwise than the ordinary one"):
-        DePass(model).trace(IDS)
+    if '"is_causal"' in inspect.getsource(sdpa_attention.sdpa_attention_forward):
+        assert not torch.allclose(model(ids, use_cache=False).logits, own, atol=0.1)
+        with pytest.raises(RuntimeError, match="ends otherwise than the ordinary one"):
+            DePass(model).trace(IDS)
+    else:
+        assert torch.equal(model(ids, use_cache=False).logits, own)
+        dp = DePass(model)
+        assert torch.allclose(dp.adapter.logits(dp.trace(IDS).normed_final), own[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_final_norm_does_otherwise_is_noticed(dtype):
     model = fork().to(dtype)
     model.model.norm.forward = lambda x, forward=model.model.norm.forward: forward(x) * 1.5
     with pytest.raises(RuntimeError, match="final norm gives something else|ends otherwise than the ordinary one"):

@@ -177,6 +177,32 @@ def test_training_mode_with_dropout():
     assert dp.attribute(IDS, Tokens()).completeness_error < 1e-5  # training mode alone changes nothing
 
 
+def test_autocast_is_refused(dp, no_work):
+    calls = [
+        lambda: dp.trace(IDS),
+        lambda: dp.attribute(IDS, Tokens()),
+        lambda: dp.decompose(IDS, Heads(1)),
+        lambda: dp.attribute_generation(IDS),
+        lambda: DePass(dp.model),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="torch.autocast is on"):
+            call()
+
+
+def test_autocast_is_refused_with_a_trace_taken_before(dp):
+    trace = dp.trace(IDS)
+    state = dp.start(trace, Heads(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="torch.autocast is on"):
+            dp.attribute(trace, Heads(1))
+        with pytest.raises(ValueError, match="torch.autocast is on"):
+            dp.carry(trace, state)
+        with torch.autocast("cpu", enabled=False):
+            inside = dp.attribute(trace, Heads(1))
+    assert torch.equal(inside.scores, dp.attribute(trace, Heads(1)).scores)
+
+
 def test_weights_that_cannot_be_read():
     model = build_model("llama", num_key_value_heads=2)
     packed = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from bench.family_models import VARIANTS, available, build_variant
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.cli import main
+from depass_fast.job_size import layer_sizes
 from depass_fast.planner import for_config, plan
 
 LLAMA_2_7B = {
@@ -66,6 +67,18 @@ def test_every_family_can_be_planned_from_its_config(name):
         assert {**made.to_dict(), "available_bytes": 0} == {**real.to_dict(), "available_bytes": 0}
         rows = dp.start(trace, kind).layout.n_rows
         assert rows <= made.rows if made.upper_bound else rows == made.rows
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
+def test_a_gated_mlp_is_told_by_its_weights(name):
+    adapter = DePass(build_variant(name)).adapter
+    for index, (block, size) in enumerate(zip(adapter.blocks, layer_sizes(adapter), strict=True)):
+        attention = {id(weight) for weight in adapter.module(index, "attention").parameters()}
+        weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in attention]
+        if adapter.is_mixture(index):
+            assert size.has_up
+        else:
+            assert sum(w.numel() for w in weights) == (3 if size.has_up else 2) * size.neurons * adapter.hidden_size
 
 
 def test_a_number_of_tokens_stands_for_a_prompt():

@@ -139,26 +139,31 @@ def test_threads_do_not_mix():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_forward_pass_of_another_thread_is_told_to_wait():
+@pytest.mark.parametrize("place", ["model.layers.0.mlp", "model"])
+def test_a_forward_pass_of_another_thread_is_told_to_wait(place):
+    """While the model is traced; what it makes beside the ordinary pass that follows is not taken for that one's."""
     model = build_model("llama", num_key_value_heads=2)
-    seen = []
+    seen, here = [], threading.current_thread()
 
     def elsewhere() -> None:
         try:
-            model(torch.tensor([random_ids(3)]))
+            model(torch.tensor([random_ids(3, seed=1)]))
+            seen.append("ran")
         except RuntimeError as error:
             seen.append(str(error))
 
     def during(*_) -> None:
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
+        if threading.current_thread() is here:  # not again from that other thread, and so on
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
 
-    handle = model.model.layers[0].mlp.register_forward_hook(during)
+    handle = model.get_submodule(place).register_forward_hook(during)
     alone = DePass(build_model("llama", num_key_value_heads=2)).trace(random_ids(6))
     try:
         trace = DePass(model).trace(random_ids(6))
     finally:
         handle.remove()
     assert "being traced by depass_fast in another thread" in seen[0]
+    assert seen[1:] == ["ran"]
     assert torch.equal(trace.normed_final, alone.normed_final)
