@@ -180,7 +180,12 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
     how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax. Default: 0.1")
     how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
-    how.add_argument("--backend", default="auto", metavar="B", help="auto, or one that `depass-fast doctor` lists")
+    how.add_argument(
+        "--backend",
+        default="auto",
+        metavar="B",
+        help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
+    )
     how.add_argument("--dtype", choices=_DTYPES, help="how the model is loaded. Default: as stored")
     how.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu")
     how.add_argument(

@@ -43,12 +43,16 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
         raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
     check_model(args.model)
     quiet()
+    import torch
+
     from .allocation import Allocation
-    from .backends import resolve
+    from .backends import choose
+    from .options import Options
 
     Allocation(args.allocation, args.temperature)
-    resolve(args.backend)
     device = device_of(args.device)
+    where, dtype = torch.device(device), getattr(torch, args.dtype) if args.dtype else None
+    choose(args.backend, where, dtype and Options().dtypes(dtype, where)[1])
     kind = kind_of(args)
     engine = _load(args, device)
     how = {"method": args.method, "refine": args.refine, "refine_within": args.refine_within, "sample": args.sample}

@@ -22,7 +22,8 @@ class Options:
     temperature: T of the softmax, positive.
     exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
-    backend: "auto", "reference" (the oracle) or "torch".
+    backend: "reference" (the oracle), "torch" (fast anywhere), "triton" (kernels for GPUs), or "auto": the one that the
+        variable DEPASS_FAST_BACKEND names, else triton on a GPU where it can run, else torch.
     compute_dtype: of the GEMMs. Default: the model's on a GPU; the state's on a CPU, but float32 at least. Half
         precision rounds the gates: near a tie that changes whom `max` gives everything to.
     state_dtype: of the component state. Default: float32; float64 for a float64 model.
@@ -55,7 +56,8 @@ class Options:
     def build(self, adapter: Adapter) -> Run:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
         state, compute = self.dtypes(adapter.dtype, adapter.device)
-        name = resolve(self.backend)
+        choice = resolve(self.backend, adapter.device, compute)
+        name = choice.name
         if name == "reference" and self.compute_dtype is not None and compute != state:
             raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
         budget = self.memory_budget
@@ -65,8 +67,8 @@ class Options:
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
         if not isinstance(self.stream, bool) and self.stream != "auto":
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
-        if self.stream is True and name == "reference":
-            raise ValueError("stream: the reference backend does not stream; take backend='torch'.")
+        if self.stream is True and name != "torch" and not choice.automatic:
+            raise ValueError(f"stream: the {name} backend does not stream; take backend='torch'.")
         if self.stream is True and callable(self.allocation):
             raise ValueError(
                 f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
