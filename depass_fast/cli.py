@@ -38,6 +38,7 @@ _FLAGS = (
         "refine-within",
         "sample",
         "seed",
+        "verify",
     ),
     "length",
 )
@@ -191,6 +192,8 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen"
     )
+
+    how.add_argument("--verify", action="store_true", help="recompute a sample of positions with the reference backend")
 
     out = parser.add_argument_group("output")
     out.add_argument("--top", type=cli_types.positive, metavar="K", help="print the K leading components. Default: 10")

@@ -58,8 +58,10 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     how = {"method": args.method, "refine": args.refine, "refine_within": args.refine_within, "sample": args.sample}
     with warnings.catch_warnings():
         from .adjoint.estimate import ApproximationWarning
+        from .verify import VerificationWarning
 
-        warnings.simplefilter("ignore", ApproximationWarning)  # what is printed says so itself
+        for said in (ApproximationWarning, VerificationWarning):  # what is printed says so itself
+            warnings.simplefilter("ignore", said)
         return engine.attribute(prompt, kind, _target(args, engine), position=args.position, seed=args.seed, **how)
 
 
@@ -160,6 +162,7 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         "backend": args.backend,
         "memory_budget": args.memory_budget,
         "progress": not args.quiet,
+        "verify": args.verify,
     }
     if args.model == "demo":
         import torch

@@ -12,6 +12,8 @@ from .adapters import Adapter
 from .allocation import Allocation, Rule
 from .backends import Backend, StreamBackend, make_backend, resolve
 from .prompts import as_index
+from .trace import Trace
+from .verify import Verification, Verifier
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Options:
     stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
         MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
     progress: whether a bar appears after two seconds, on a terminal only.
+    verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
+        how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`). Same results;
+        a short prompt takes a few times as long. Exact runs only.
     """
 
     allocation: str | Rule = "softmax"
@@ -44,6 +49,7 @@ class Options:
     memory_budget: int | None = None
     stream: bool | str = "auto"
     progress: bool = True
+    verify: bool = False
 
     def updated(self, overrides: dict[str, Any]) -> Options:
         """These options with some replaced; TypeError for a name that is none."""
@@ -74,11 +80,13 @@ class Options:
                 f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
                 "take stream=False, or one of the rules by name."
             )
+        if not isinstance(self.verify, bool):
+            raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
         backend = make_backend(name, compute, budget)
         if self.stream is True:
             backend = StreamBackend(adapter.device, compute, budget)
         rule = Allocation(self.allocation, self.temperature)
-        return Run(rule, backend, state, compute, budget, bool(self.progress))
+        return Run(rule, backend, state, compute, budget, bool(self.progress), Verifier() if self.verify else None)
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of the state and of the GEMMs, for a model of a dtype on a device."""
@@ -113,6 +121,21 @@ class Run:
     compute_dtype: torch.dtype
     memory_budget: int | None
     progress: bool = True
+    verifier: Verifier | None = None
+
+    @property
+    def steps(self) -> Backend:
+        """The backend for the steps of a layer and the readout, watched where that was asked for."""
+        return self.backend if self.verifier is None else self.verifier.around(self.backend)
+
+    def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
+        """Begin to verify, where that was asked for: states of ``trace``, read at ``reads`` of every prompt."""
+        if self.verifier is not None:
+            self.verifier.begin(trace, reads)
+
+    def verified(self) -> Verification | None:
+        """What was found since; None where nothing was asked for."""
+        return None if self.verifier is None else self.verifier.found()
 
     @property
     def host(self) -> bool:
