@@ -60,7 +60,7 @@ def kind(name: str) -> ComponentKind:
 
 def require(backend: str) -> None:
     """Skip, with the reason, what cannot run here."""
-    if reason := backend_status()[backend]:
+    if reason := backend_status(torch.device("cpu"))[backend]:
         pytest.skip(reason)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .state import ComponentState
     from .trace import Trace
     from .trace_size import trace_nbytes
+    from .verify import Verification, VerificationWarning
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,8 @@ __all__ = [
     "Subspaces",
     "Tokens",
     "Trace",
+    "Verification",
+    "VerificationWarning",
     "__version__",
     "trace_nbytes",
 ]
@@ -61,6 +64,7 @@ _HOME = {
     "Plan": "planner",
     "Trace": "trace",
     "trace_nbytes": "trace_size",
+    **dict.fromkeys(("Verification", "VerificationWarning"), "verify"),
 }
 
 

@@ -38,6 +38,7 @@ _FLAGS = (
         "refine-within",
         "sample",
         "seed",
+        "verify",
     ),
     "length",
 )
@@ -180,12 +181,19 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
     how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax. Default: 0.1")
     how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
-    how.add_argument("--backend", default="auto", metavar="B", help="auto, or one that `depass-fast doctor` lists")
+    how.add_argument(
+        "--backend",
+        default="auto",
+        metavar="B",
+        help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
+    )
     how.add_argument("--dtype", choices=_DTYPES, help="how the model is loaded. Default: as stored")
     how.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ... Default: cuda where there is one, else cpu")
     how.add_argument(
         "--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace, e.g. 2G. Default: chosen"
     )
+
+    how.add_argument("--verify", action="store_true", help="recompute a sample of positions with the reference backend")
 
     out = parser.add_argument_group("output")
     out.add_argument("--top", type=cli_types.positive, metavar="K", help="print the K leading components. Default: 10")

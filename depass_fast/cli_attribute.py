@@ -43,19 +43,25 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
         raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
     check_model(args.model)
     quiet()
+    import torch
+
     from .allocation import Allocation
-    from .backends import resolve
+    from .backends import choose
+    from .options import Options
 
     Allocation(args.allocation, args.temperature)
-    resolve(args.backend)
     device = device_of(args.device)
+    where, dtype = torch.device(device), getattr(torch, args.dtype) if args.dtype else None
+    choose(args.backend, where, dtype and Options().dtypes(dtype, where)[1])
     kind = kind_of(args)
     engine = _load(args, device)
     how = {"method": args.method, "refine": args.refine, "refine_within": args.refine_within, "sample": args.sample}
     with warnings.catch_warnings():
         from .adjoint.estimate import ApproximationWarning
+        from .verify import VerificationWarning
 
-        warnings.simplefilter("ignore", ApproximationWarning)  # what is printed says so itself
+        for said in (ApproximationWarning, VerificationWarning):  # what is printed says so itself
+            warnings.simplefilter("ignore", said)
         return engine.attribute(prompt, kind, _target(args, engine), position=args.position, seed=args.seed, **how)
 
 
@@ -156,6 +162,7 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         "backend": args.backend,
         "memory_budget": args.memory_budget,
         "progress": not args.quiet,
+        "verify": args.verify,
     }
     if args.model == "demo":
         import torch

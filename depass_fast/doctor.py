@@ -19,15 +19,14 @@ def report() -> dict[str, Any]:
     """Everything about this installation as plain Python values.
 
     ``devices`` holds a dict per device, memory in bytes. ``backends`` maps each backend to "ok" or to the reason why it
-    cannot run here. ``auto`` says which backend ``backend="auto"`` chooses, and why.
+    cannot run here. ``environment`` holds the variables that are heeded, None where not set. ``auto`` says which
+    backend ``backend="auto"`` chooses, None where the variable asks for what cannot run, and why.
     """
     import torch
 
     from . import __version__
-    from .backends import backend_status, resolve
+    from .backends import VARIABLE, backend_status
 
-    reasons = backend_status()
-    missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     return {
         "depass_fast": __version__,
         "python": platform.python_version(),
@@ -36,11 +35,9 @@ def report() -> dict[str, Any]:
         "cuda": _cuda(torch),
         "cpu_threads": torch.get_num_threads(),
         "devices": devices(),
-        "backends": {name: reason or "ok" for name, reason in reasons.items()},
-        "auto": {
-            "backend": resolve("auto"),
-            "why": "; ".join(missing) if missing else "the fastest one, and every backend can run here",
-        },
+        "backends": {name: reason or "ok" for name, reason in backend_status().items()},
+        "environment": {VARIABLE: os.environ.get(VARIABLE) or None},
+        "auto": _auto(),
         "demo_model": _demo_model(),
     }
 
@@ -70,10 +67,22 @@ def lines(found: dict[str, Any]) -> list[str]:
         rows.append((f"device {device['name']}", f"{device['description']}{threads}, {memory}"))
     rows.append(("", ""))
     rows += [(f"backend {name}", status) for name, status in found["backends"].items()]
-    rows += [("backend auto", f"{found['auto']['backend']} ({found['auto']['why']})"), ("", "")]
+    rows.append(("backend auto", f"{found['auto']['backend'] or 'none'} ({found['auto']['why']})"))
+    rows += [(name, value) for name, value in found["environment"].items() if value is not None]
+    rows.append(("", ""))
     rows.append(("demo model", found["demo_model"]))
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+
+
+def _auto() -> dict[str, str | None]:
+    from .backends import choose
+
+    try:
+        choice = choose("auto")
+    except ValueError as error:
+        return {"backend": None, "why": str(error)}
+    return {"backend": choice.name, "why": choice.why}
 
 
 def _version(package: str) -> str:

@@ -36,6 +36,7 @@ from .result import Attribution
 from .state import ComponentState, Layout
 from .step import normalise, through_attention, through_mlp
 from .trace import Trace
+from .verify import warned
 
 
 class DePass:
@@ -159,7 +160,7 @@ class DePass:
         if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
         streams = plan.settings.stream is True
-        asked = (method, refine, refine_within, sample, seed, streams)
+        asked = (method, refine, refine_within, sample, seed, streams, plan.run.verifier is not None)
         chosen = choose(components, self.adapter, plan.run.allocation, *asked)
         if chosen.name == "adjoint":
             results = by_adjoint(self, plan, reads, specs, chosen, began)
@@ -230,7 +231,7 @@ class DePass:
         plan = self._plan(prompt, components, end, options)
         trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
-        return state if end is not None else self._normed(state, trace)
+        return self._finished(state, trace, end is None, plan.run)
 
     @torch.no_grad()
     def partition(
@@ -270,7 +271,7 @@ class DePass:
         if not first <= last <= n_layers:
             raise ValueError(f"end: {end!r} is out of range; this state reaches layers {first} to {n_layers}.")
         state, _ = self.propagate(trace, state, last, run)
-        return state if end is not None else self._normed(state, trace)
+        return self._finished(state, trace, end is None, run)
 
     @torch.no_grad()
     def propagate(
@@ -286,8 +287,8 @@ class DePass:
         With ``reads`` (local positions of every prompt) the last layer computes those positions only. Also returned are
         the completeness errors (P,) at the start and after every layer.
         """
-        first = state.layer
-        queries = None
+        run.watch(trace, reads)
+        first, queries = state.layer, None
         if reads is not None:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
@@ -349,7 +350,8 @@ class DePass:
         directions = [
             resolve_target(spec, self.adapter, self.tokenizer, h, wide) for spec, h in zip(specs, hidden, strict=True)
         ]
-        scores = read_scores(state, plan.run.backend, norm, resid, directions)
+        scores = read_scores(state, plan.run.steps, norm, resid, directions)
+        found = plan.run.verified()
         seconds = time.perf_counter() - began
         return [
             Attribution.assemble(
@@ -369,10 +371,18 @@ class DePass:
                 device=str(self.adapter.device),
                 dtype=str(self.adapter.dtype).removeprefix("torch."),
                 seconds=seconds,
+                verification=found,
+                warnings=warned(found, plan.run.backend.name),
                 memory_budget=plan.run.workspace(self.adapter.device),
             )
             for p in range(len(plan.prompts))
         ]
+
+    def _finished(self, state: ComponentState, trace: Trace, final_norm: bool, run: Run) -> ComponentState:
+        """A state at the end of its way, with what was found of the steps there."""
+        found = run.verified()
+        warned(found, run.backend.name)
+        return replace(self._normed(state, trace) if final_norm else state, verification=found)
 
     def _normed(self, state: ComponentState, trace: Trace) -> ComponentState:
         """The state after the frozen final norm; in place."""

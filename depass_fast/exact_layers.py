@@ -44,7 +44,7 @@ def exact_layers(
         ]
         for one, has_bias, done in zip(plans, own_bias, _carried(engine, plans, reads), strict=True)
     ]
-    return [LayeredAttribution(list(results)) for results in zip(*by_layer, strict=True)]
+    return [LayeredAttribution(list(results), warnings=_warnings(results)) for results in zip(*by_layer, strict=True)]
 
 
 def _carried(
@@ -59,6 +59,11 @@ def _carried(
     else:
         for state in states:
             yield engine.propagate(trace, state, end, run, at)
+
+
+def _warnings(results: Sequence[Attribution]) -> list[str] | None:
+    """What is said of any layer."""
+    return list(dict.fromkeys(text for result in results for text in result.warnings or [])) or None
 
 
 def _without_bias(result: Attribution) -> Attribution:

@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 
 from .adapters import Adapter
-from .backends import StreamBackend, make_backend, resolve
+from .backends import StreamBackend, choose, make_backend
 from .backends.torch import default_budget
 from .components import ComponentKind
 from .given import Custom
 from .job_size import layer_sizes
 from .memory import available, readable
 from .options import Options, Run
-from .planner import Plan, plan
+from .planner import RESIDENT, Plan, plan
 
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 _LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
@@ -43,18 +43,26 @@ def fitted(
     if free is None or made.upper_bound:
         return run
     need, workspace = least_bytes(made, name), made.of(name).workspace_bytes
-    if need > free and options.stream == "auto" and device.type != "cpu" and name == "torch":
+    may_stream = _may_stream(run, adapter, options)
+    if need > free and options.stream == "auto" and device.type != "cpu" and may_stream:
         streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
         possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
         if possible and least_bytes(made, streamed.backend) <= free:
             return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
     if need > free:
-        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced))
+        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced, name, may_stream))
     room = free - (need - min(workspace, _LEAST))
-    if name != "torch" or options.memory_budget is not None or workspace <= room:
+    if name not in RESIDENT or options.memory_budget is not None or workspace <= room:
         return run
     budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+
+
+def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
+    """Whether the state may stream, which is the torch backend's: not where another one was asked for by name."""
+    if run.backend.name != "triton":
+        return run.backend.name == "torch"
+    return choose(options.backend, adapter.device, run.compute_dtype).automatic
 
 
 def _is_small(adapter: Adapter, lengths: Sequence[int], kind: ComponentKind) -> bool:
@@ -85,9 +93,11 @@ def _refusal(
     options: Options,
     end: int | None,
     traced: bool,
+    name: str,
+    may_stream: bool,
 ) -> str:
-    """What is needed, what there is, and what would fit."""
-    name, free = "torch, streamed" if options.stream is True else resolve(options.backend), made.available_bytes
+    """What the backend ``name`` needs, what there is, and what would fit."""
+    free, named = made.available_bytes, "backend='torch', "
 
     def fits(lengths: Sequence[int], options: Options = options) -> int | None:
         need = least_bytes(plan(adapter, lengths, kind, options, end=end, traced=traced), name)
@@ -96,10 +106,10 @@ def _refusal(
     ways = []
     if name == "reference" and (need := least_bytes(made, "torch")) <= free:
         ways.append(f"backend='torch' ({readable(need)})")
-    if name == "torch" and adapter.device.type != "cpu" and not callable(options.allocation):
+    if name in RESIDENT and adapter.device.type != "cpu" and not callable(options.allocation):
         need = least_bytes(made, "torch, streamed")
-        if need <= free and options.stream is False:
-            ways.append(f"stream=True ({readable(need)})")
+        if need <= free and not (may_stream and options.stream == "auto"):
+            ways.append(f"{'' if may_stream else named}stream=True ({readable(need)})")
     for dtype in (torch.float32, torch.bfloat16):
         if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
             need = fits(lengths, replace(options, state_dtype=dtype))

@@ -120,6 +120,11 @@ def _check(call: Call) -> None:
         raise ValueError(f"focus: components of one prompt at a time, got {len(call.prompts)} prompts.")
     if callable(call.run.allocation.rule):
         raise ValueError(f"focus: {call.run.allocation.name} needs all components at once; take a rule by name.")
+    if call.run.verifier is not None:
+        raise ValueError(
+            "verify: focus and partition share out by what is known of all components, where the reference operations "
+            "have them all; take verify=False."
+        )
     if call.run.backend.name == "reference":
         raise ValueError("focus: the reference backend carries all components at once; take backend='torch'.")
 

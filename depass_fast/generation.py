@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .result import Attribution
+from .verify import Verification, together
 
 if TYPE_CHECKING:
     import pandas
@@ -50,6 +51,11 @@ class Generation:
         """The largest of the steps'."""
         return max(step.completeness_error for step in self.steps)
 
+    @property
+    def verification(self) -> Verification | None:
+        """Of all steps; None where nothing was verified."""
+        return together(step.verification for step in self.steps)
+
     def to_dataframe(self) -> pandas.DataFrame:
         """A row per generated token and component before it: `position`, `token`, `label`, `score`. Needs pandas."""
         import pandas
@@ -67,7 +73,8 @@ class Generation:
         for step in self.steps:
             best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
             lines.append(f"{step.position + 1:5d} {self.tokens[step.position + 1]!r:16} {best}")
-        return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}"])
+        found = "" if self.verification is None else f" | verified: {self.verification}"
+        return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"])
 
 
 def _of_the_past(step: Attribution) -> Attribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .result import TENSORS, Attribution, check_top, open_saved, ranking, write_csv
+from .verify import Verification, together
 
 if TYPE_CHECKING:
     import pandas
@@ -29,7 +30,7 @@ class LayeredAttribution:
     share (`target_logits`, `target_names`, `tokens`, `method`, ...) can be read from this object, too.
 
     ``estimate`` is that of all layers together, see :class:`depass_fast.adjoint.estimate.Estimate`; None where nothing
-    was sampled. ``warnings`` says where it is bad.
+    was sampled. ``warnings`` says where it is bad, or the verification failed.
     """
 
     by_layer: list[Attribution]
@@ -106,6 +107,11 @@ class LayeredAttribution:
         """The largest of the layers'."""
         return max(r.completeness_error for r in self.by_layer)
 
+    @property
+    def verification(self) -> Verification | None:
+        """Of all layers; None where nothing was verified."""
+        return together(r.verification for r in self.by_layer)
+
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude") -> list[tuple[str, float]]:
         """The ``k`` leading components of all layers as (label, score), see :meth:`Attribution.top`."""
         check_top(k, by)
@@ -144,6 +150,7 @@ class LayeredAttribution:
         return {
             **shared,
             "completeness_error": self.completeness_error,
+            "verification": None if self.verification is None else asdict(self.verification),
             "estimate": self.estimate,
             "warnings": self.warnings or [],
             "layers": [{name: one[name] for name in own[:4]} for one in each],
@@ -170,7 +177,8 @@ class LayeredAttribution:
         """From the parts of a file."""
         parts: Sequence[dict[str, Any]] = content["layers"]
         results = [
-            Attribution(**{name: tensors[f"{i}.{name}"] for name in TENSORS}, **part) for i, part in enumerate(parts)
+            Attribution.restore({name: tensors[f"{i}.{name}"] for name in TENSORS}, part)
+            for i, part in enumerate(parts)
         ]
         return cls(results, content["estimate"], content["warnings"])
 

@@ -12,6 +12,8 @@ from .adapters import Adapter
 from .allocation import Allocation, Rule
 from .backends import Backend, StreamBackend, make_backend, resolve
 from .prompts import as_index
+from .trace import Trace
+from .verify import Verification, Verifier
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Options:
     temperature: T of the softmax, positive.
     exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
-    backend: "auto", "reference" (the oracle) or "torch".
+    backend: "reference" (the oracle), "torch" (fast anywhere), "triton" (kernels for GPUs), or "auto": the one that the
+        variable DEPASS_FAST_BACKEND names, else triton on a GPU where it can run, else torch.
     compute_dtype: of the GEMMs. Default: the model's on a GPU; the state's on a CPU, but float32 at least. Half
         precision rounds the gates: near a tie that changes whom `max` gives everything to.
     state_dtype: of the component state. Default: float32; float64 for a float64 model.
@@ -32,6 +35,9 @@ class Options:
     stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
         MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
     progress: whether a bar appears after two seconds, on a terminal only.
+    verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
+        how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`). Same results;
+        a short prompt takes a few times as long. Exact runs only.
     """
 
     allocation: str | Rule = "softmax"
@@ -43,6 +49,7 @@ class Options:
     memory_budget: int | None = None
     stream: bool | str = "auto"
     progress: bool = True
+    verify: bool = False
 
     def updated(self, overrides: dict[str, Any]) -> Options:
         """These options with some replaced; TypeError for a name that is none."""
@@ -56,7 +63,8 @@ class Options:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
         refuse_autocast(adapter.device)
         state, compute = self.dtypes(adapter.dtype, adapter.device)
-        name = resolve(self.backend)
+        choice = resolve(self.backend, adapter.device, compute)
+        name = choice.name
         if name == "reference" and self.compute_dtype is not None and compute != state:
             raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
         budget = self.memory_budget
@@ -66,18 +74,20 @@ class Options:
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
         if not isinstance(self.stream, bool) and self.stream != "auto":
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
-        if self.stream is True and name == "reference":
-            raise ValueError("stream: the reference backend does not stream; take backend='torch'.")
+        if self.stream is True and name != "torch" and not choice.automatic:
+            raise ValueError(f"stream: the {name} backend does not stream; take backend='torch'.")
         if self.stream is True and callable(self.allocation):
             raise ValueError(
                 f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
                 "take stream=False, or one of the rules by name."
             )
+        if not isinstance(self.verify, bool):
+            raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
         backend = make_backend(name, compute, budget)
         if self.stream is True:
             backend = StreamBackend(adapter.device, compute, budget)
         rule = Allocation(self.allocation, self.temperature)
-        return Run(rule, backend, state, compute, budget, bool(self.progress))
+        return Run(rule, backend, state, compute, budget, bool(self.progress), Verifier() if self.verify else None)
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Of the state and of the GEMMs, for a model of a dtype on a device."""
@@ -112,6 +122,21 @@ class Run:
     compute_dtype: torch.dtype
     memory_budget: int | None
     progress: bool = True
+    verifier: Verifier | None = None
+
+    @property
+    def steps(self) -> Backend:
+        """The backend for the steps of a layer and the readout, watched where that was asked for."""
+        return self.backend if self.verifier is None else self.verifier.around(self.backend)
+
+    def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
+        """Begin to verify, where that was asked for: states of ``trace``, read at ``reads`` of every prompt."""
+        if self.verifier is not None:
+            self.verifier.begin(trace, reads)
+
+    def verified(self) -> Verification | None:
+        """What was found since; None where nothing was asked for."""
+        return None if self.verifier is None else self.verifier.found()
 
     @property
     def host(self) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import Adapter
+from .backends import backend_status
 from .backends.torch import default_budget
 from .components import ComponentKind, Tokens
 from .gemm_rate import gemm_rate
@@ -28,7 +29,9 @@ from .trace_size import bytes_per_position, without_weights
 if TYPE_CHECKING:
     from .engine import DePass
 
-EFFICIENCY = {"torch": 0.75, "reference": 0.25}  # of the GEMM rate, as bench.cpu measures the torch backend
+# of the GEMM rate, as bench.cpu measures the torch backend
+EFFICIENCY = {"torch": 0.75, "triton": 0.75, "reference": 0.25}
+RESIDENT = ("torch", "triton")  # backends whose state is on the device, in jagged rows, and whose workspace is bounded
 _INDEX = 40  # bytes of indices per row, held along with a state
 
 
@@ -174,13 +177,16 @@ def plan(
     capture = 0 if traced else trace + job.capturing()
     forward = 0 if traced else 2 * job.positions * sum(size.parameters(width) for size in layers)
     dense = sum(n * m for n, m in zip(lengths, counts, strict=True))
-    estimates = []
+    estimates, status = [], backend_status(device, compute)
+    resident = (flop, job.workspace(), int(job.copies() * state_bytes) + total * _INDEX)
     for name, work, workspace, held in (
-        ("torch", flop, job.workspace(), int(job.copies() * state_bytes) + total * _INDEX),
+        *((name, *resident) for name in RESIDENT if status[name] is None),
         ("torch, streamed", flop + job.gates_again(), job.workspace(), 0),
         ("reference", flop * dense / max(1, total), job.dense_workspace(), state_bytes),
     ):
-        rate = None if gemm_flops is None else gemm_flops * EFFICIENCY[name.partition(",")[0]]
+        interpreted = name == "triton" and device.type == "cpu"  # for tests: its time is nobody's
+        known = gemm_flops is not None and not interpreted
+        rate = gemm_flops * EFFICIENCY[name.partition(",")[0]] if known else None
         streamed = "streamed" in name
         estimates.append(
             Estimate(
@@ -223,7 +229,7 @@ def _together(plans: list[Plan]) -> Plan:
     estimates = []
     for parts in zip(*(made.estimates for made in plans), strict=True):
         seconds = [part.seconds for part in parts]
-        peak = max(part.peak_bytes for part in parts) + (held if parts[0].backend == "torch" else 0)
+        peak = max(part.peak_bytes for part in parts) + (held if parts[0].backend in RESIDENT else 0)
         estimates.append(
             replace(
                 parts[0],

@@ -71,14 +71,16 @@ def about(result: Attribution) -> str:
     if isinstance(result, LayeredAttribution):
         layers = f"layers {', '.join(map(str, result.layers))}" if len(result) < 5 else f"{len(result)} layers"
     how = result.method + (f" ({_estimated(result.estimate)})" if result.estimate else "")
+    verified = "" if result.verification is None else f"verified: {result.verification} | "
     return (
         f"{result.components} at {layers} | {how} | {rule} | {result.backend} on {result.device}, {result.dtype} | "
-        f"completeness error {result.completeness_error:.1e} | {result.seconds:.2f} s"
+        f"completeness error {result.completeness_error:.1e} | {verified}{result.seconds:.2f} s"
     )
 
 
 def _warned(result: Attribution) -> list[str]:
-    return [f"WARNING: {text}. These scores are approximate; see docs/adjoint.md." for text in result.warnings or []]
+    more = " These scores are approximate; see docs/adjoint.md." if result.method == "adjoint" else ""
+    return [f"WARNING: {text}.{more}" for text in result.warnings or []]
 
 
 def _estimated(estimate: dict[str, Any]) -> str:

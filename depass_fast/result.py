@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .state import BIAS, REST
+from .verify import Verification
 
 if TYPE_CHECKING:
     import pandas
@@ -40,6 +41,9 @@ class Attribution:
     ``method`` says how the scores were computed: "exact", or "adjoint" (approximate; it passes no states, so there are
     no ``layer_errors``). An approximate result holds an ``estimate`` of its error where a sample was drawn
     (:class:`depass_fast.adjoint.estimate.Estimate`), and ``warnings`` where it is not to be relied upon.
+
+    ``verification`` is what ``verify=True`` found (:class:`depass_fast.Verification`), in all prompts of the call;
+    where it failed, ``warnings`` says so.
     """
 
     scores: Tensor
@@ -65,6 +69,7 @@ class Attribution:
     estimate: dict[str, Any] | None = None
     warnings: list[str] | None = None
     memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
+    verification: Verification | None = None
 
     @classmethod
     def assemble(
@@ -156,7 +161,7 @@ class Attribution:
         from .layered import FORMAT, LayeredAttribution
 
         tensors, content = open_saved(path, _FORMAT, FORMAT)
-        return LayeredAttribution.restore(tensors, content) if "layers" in content else cls(**tensors, **content)
+        return LayeredAttribution.restore(tensors, content) if "layers" in content else cls.restore(tensors, content)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values under the names that ``depass-fast attribute --json`` prints."""
@@ -184,6 +189,7 @@ class Attribution:
             "estimate": self.estimate,
             "warnings": self.warnings or [],
             "memory_budget": self.memory_budget,
+            "verification": None if self.verification is None else asdict(self.verification),
         }
 
     def __str__(self) -> str:
@@ -210,7 +216,14 @@ class Attribution:
 
     def metadata(self) -> dict[str, Any]:
         """Everything but the tensors, as a file keeps it."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        found = None if self.verification is None else asdict(self.verification)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS} | {"verification": found}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Attribution:
+        """From the parts of a file; older ones know no verification."""
+        found = content.get("verification")
+        return cls(**tensors, **{**content, "verification": None if found is None else Verification(**found)})
 
 
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": torch.abs, "positive": lambda s: s, "negative": torch.neg}

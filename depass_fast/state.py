@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 REST, BIAS = "rest", "bias"
 
@@ -201,6 +205,7 @@ class ComponentState:
     """The rows (R, D) of a layout, in the state's dtype, entering ``layer`` at ``site``: `resid_pre`, or `resid_mid`.
 
     ``factors``, one per prompt, say the same of the named components in less, where they have just started.
+    ``verification`` is what ``verify=True`` found of the call that it comes from.
     """
 
     rows: Tensor
@@ -208,6 +213,7 @@ class ComponentState:
     layer: int
     site: str = "resid_pre"
     factors: tuple[Factors, ...] | None = None
+    verification: Verification | None = None
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ def through_attention(
     source = None
     if layer.parallel:
         source = _copy(state) if queries is None else state.at(queries)
-    state = run.backend.aggregate_ov(state, layer.attention, record.attention, queries)
+    state = run.steps.aggregate_ov(state, layer.attention, record.attention, queries)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source
 
@@ -39,12 +39,12 @@ def through_mlp(
     for part in record.mlps:
         mlp = layer.mlps[part.part]
         if part.positions is None:
-            state = run.backend.allocate_mlp(state, mlp, part, run.allocation, source)
+            state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
         sent = np.flatnonzero(np.isin(state.layout.packed, part.positions.cpu().numpy()))
         if len(sent):
             read = None if source is None else source.take(sent)
-            state.put(run.backend.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
+            state.put(run.steps.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
     normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state

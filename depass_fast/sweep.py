@@ -59,6 +59,7 @@ def sweep(
     Returned are, in that order, the states (at ``reads`` of every prompt, if given) and their completeness errors at
     the start and after every layer.
     """
+    run.watch(trace, reads)
     reads = None if reads is None else [np.array(r) for r in reads]
     starts = [s.completeness(trace.resid_at(s.layer, s.site)) for s in states]
     passed: list[Tensor] = []  # per layer, of those that have started (d, P)

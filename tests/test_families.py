@@ -17,7 +17,7 @@ from test_completeness import kinds
 
 from bench.family_models import VARIANTS, available, build_variant
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.backends import BACKENDS
+from depass_fast.backends import backend_status
 from depass_fast.capture import _Recorder
 
 LENGTHS = (9, 1, 6)
@@ -31,6 +31,11 @@ _AFTER_THE_NEURONS = tuple(
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
+
+
+def backends(dtype):
+    """Those that can run on a CPU and compute in a dtype."""
+    return [name for name, reason in backend_status(torch.device("cpu"), dtype).items() if reason is None]
 
 
 def once(make):
@@ -112,7 +117,7 @@ def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family
                 dp.attribute(PROMPTS[0], kind)
             continue
         oracle = dp.attribute(trace, kind, wanted, backend="reference")
-        for backend in BACKENDS:
+        for backend in backends(dtype):
             budget = {} if seed == 0 or backend == "reference" else {"memory_budget": 3000}
             result = dp.attribute(trace, kind, wanted, backend=backend, **budget)
             error = max(result.completeness_error, float(result.layer_errors.max()))
@@ -137,7 +142,7 @@ def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
 def test_a_batch_equals_the_prompts_one_by_one(name):
     """In float64: packed prompts are rounded otherwise, which a softmax at T = 0.1 can make a hundred times larger."""
     dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
-    for backend in BACKENDS:
+    for backend in backends(torch.float64):
         for kind in (Tokens(), Heads(1), Neurons(0)):
             for ids, batched in list(zip(PROMPTS, dp.attribute(together, kind, 5, backend=backend), strict=True))[1:]:
                 alone = dp.attribute(ids, kind, 5, backend=backend)

@@ -71,7 +71,7 @@ def test_layers_count_from_the_end_too(dp):
         ({"temperature": 0.0}, ValueError, "temperature: 0.0 is out of range"),
         ({"temperature": float("nan")}, ValueError, "temperature: nan is out of range"),
         ({"temperature": "hot"}, TypeError, "temperature: expected a positive number"),
-        ({"backend": "cuda"}, ValueError, "backend: unknown backend 'cuda'. Available here: 'auto', 'reference'"),
+        ({"backend": "cuda"}, ValueError, "backend: unknown backend 'cuda'. Available on cpu: 'auto', 'reference'"),
         ({"state_dtype": "int8"}, ValueError, "state_dtype: 'int8' is no floating dtype"),
         ({"compute_dtype": "float99"}, ValueError, "compute_dtype: 'float99' is no floating dtype"),
         ({"backend": "reference", "compute_dtype": "bfloat16"}, ValueError, "compute_dtype: the reference backend"),

@@ -116,10 +116,9 @@ def test_experts_parallel_layers_and_norms_anywhere(name, rule):
         assert float((focus.entering(3) - expected).abs().max()) <= 1e-10 * float(last.rows.abs().max())
 
 
-def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
-    """The choice alone, for a device that is not there: its memory is said to be small, the host's large."""
+def small_gpu(monkeypatch, lengths, kind):
+    """An adapter on a device that is not there, with memory for streaming only, beside a large host's."""
     adapter = build("llama-gqa").adapter
-    kind, lengths = Tokens(), [60]
     gpu = SimpleNamespace(type="cuda")
     placed = SimpleNamespace(
         **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
@@ -139,6 +138,13 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
     assert room < fitting.least_bytes(made, "torch")
     for module in (fitting, planner):
         monkeypatch.setattr(module, "available", lambda device: room if device.type == "cuda" else 1 << 40)
+    return placed
+
+
+def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
+    """The choice alone, for a device that is not there."""
+    kind, lengths, adapter = Tokens(), [60], build("llama-gqa").adapter
+    placed = small_gpu(monkeypatch, lengths, kind)
 
     def chosen(**options):
         options = Options(**options)

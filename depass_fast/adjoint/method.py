@@ -40,6 +40,7 @@ def choose(
     sample: int | None,
     seed: int,
     streams: bool = False,
+    verifies: bool = False,
 ) -> Method:
     """Check what was asked for. None: exact for one layer, and for several with up to MOST_EXACT components in all.
 
@@ -68,6 +69,11 @@ def choose(
         return Method("exact")
     if streams:
         raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
+    if verifies:
+        raise ValueError(
+            "verify: method='adjoint' carries no states that the reference could recompute, its sample says how far it "
+            "is off; take method='exact', or verify=False."
+        )
     if kind.kind not in KINDS:
         raise ValueError(
             f"method: 'adjoint' is for many fine-grained components ({', '.join(KINDS)}); {kind.kind} are few, for "

@@ -1,0 +1,110 @@
+"""The choice of a backend: by argument, by the environment, or automatically, which is said once.
+
+What is asked for by name and cannot run raises with the reason and the alternatives; only ``"auto"`` falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .base import Backend
+from .reference import ReferenceBackend
+from .torch import TorchBackend
+
+BACKENDS = ("reference", "torch", "triton")
+VARIABLE = "DEPASS_FAST_BACKEND"
+
+_log = logging.getLogger("depass_fast")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend that can run, why it is this one, and whether nobody asked for it by name."""
+
+    name: str
+    why: str
+    automatic: bool
+
+
+def backend_status(device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Every backend, with the reason why it cannot run, or None where it can.
+
+    ``device`` is the model's, by default a GPU where there is one; ``dtype`` that of the GEMMs, None for any.
+    """
+    return {"reference": None, "torch": None, "triton": why_not_triton(device or _device(), dtype)}
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """The reason why the triton backend cannot run, or None. Triton is not imported before somebody asks."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    try:
+        from .triton import why_not
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return why_not(device, dtype)
+
+
+def choose(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
+    """The backend that ``name`` stands for, for a model on ``device`` and GEMMs in ``dtype``.
+
+    ``"auto"`` is what the variable DEPASS_FAST_BACKEND names. Where it names none either: triton on a GPU where it can
+    run, else torch.
+
+    Raises:
+        ValueError: no such backend, or one that cannot run; the message says why, and names those that can.
+    """
+    asked = "backend"
+    if name == "auto" and os.environ.get(VARIABLE):
+        asked, name = VARIABLE, os.environ[VARIABLE]
+    device = device or _device()
+    if name == "auto":
+        return _automatic(device, dtype)
+    if name in ("reference", "torch"):  # they run anywhere
+        return Choice(name, f"{asked} asks for it", automatic=False)
+    status = backend_status(device, dtype)
+    if name in status and status[name] is None:
+        return Choice(name, f"{asked} asks for it", automatic=False)
+    usable = ("auto", *(other for other, reason in status.items() if reason is None))
+    wrong = f"{name!r} cannot run: {status[name]}" if name in status else f"unknown backend {name!r}"
+    raise ValueError(f"{asked}: {wrong}. Available on {device}: {', '.join(map(repr, usable))}.")
+
+
+def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
+    """As :func:`choose`; what was chosen automatically is logged at level INFO, once per process."""
+    choice = choose(name, device, dtype)
+    said = f"backend: {choice.name} on {device or _device()}: {choice.why}"
+    if choice.automatic and said not in _said:
+        _said.add(said)
+        _log.info(said)
+    return choice
+
+
+def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> Backend:
+    """A backend by the name that was chosen; the oracle takes neither option, it is all in the state's dtype."""
+    if name == "reference":
+        return ReferenceBackend()
+    if name == "triton":
+        from .triton import TritonBackend
+
+        return TritonBackend(compute_dtype, memory_budget)
+    return TorchBackend(compute_dtype, memory_budget)
+
+
+def _automatic(device: torch.device, dtype: torch.dtype | None) -> Choice:
+    if device.type == "cpu":  # where Triton has nothing but its interpreter, which is for tests
+        return Choice("torch", "the fastest on a CPU", automatic=True)
+    reason = why_not_triton(device, dtype)
+    if reason is None:
+        return Choice("triton", "the fastest on a GPU", automatic=True)
+    return Choice("torch", f"triton cannot run: {reason}", automatic=True)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
