@@ -63,7 +63,7 @@ class Options:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
         refuse_autocast(adapter.device)
         state, compute = self.dtypes(adapter.dtype, adapter.device)
-        choice = resolve(self.backend, adapter.device, compute)
+        choice = resolve(self.backend, adapter.device, torch.promote_types(state, compute))
         name = choice.name
         if name == "reference" and self.compute_dtype is not None and compute != state:
             raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")

@@ -177,7 +177,7 @@ def plan(
     capture = 0 if traced else trace + job.capturing()
     forward = 0 if traced else 2 * job.positions * sum(size.parameters(width) for size in layers)
     dense = sum(n * m for n, m in zip(lengths, counts, strict=True))
-    estimates, status = [], backend_status(device, compute)
+    estimates, status = [], backend_status(device, torch.promote_types(state, compute))
     resident = (flop, job.workspace(), int(job.copies() * state_bytes) + total * _INDEX)
     for name, work, workspace, held in (
         *((name, *resident) for name in RESIDENT if status[name] is None),

@@ -64,8 +64,9 @@ def _logits(
     k_tile = tl.load(at, mask=(kpos < n)[None, :] & (d < HD)[:, None], other=0.0)  # [BD, BK]
     acc = tl.zeros((q_tile.shape[0], k_tile.shape[1]), tl.float32)
     logits = product(q_tile, k_tile, acc, PRECISION, WIDE) * scale
-    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which has no overflow that matters
-        logits = softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634) / softcap) + 1.0))
+    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is 1 long before that overflows
+        double = tl.minimum(logits * (2.0 * 1.4426950408889634) / softcap, 64.0)
+        logits = softcap * (1.0 - 2.0 / (tl.exp2(double) + 1.0))
     if HAS_BIAS:
         bias = key_bias + key_packed.to(tl.int64)[None, :] * H + head[:, None]
         logits += tl.load(bias, mask=(kpos < n)[None, :], other=0.0)

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from .common import power_of_two
+from .common import interpreted, power_of_two
 
 TUNED = Path(__file__).with_name("tuned.json")
 
 
-def row_config(n_columns: int) -> tuple[int, int]:
-    """Block and warps for a kernel that holds a whole row of D columns."""
-    block = power_of_two(n_columns)
-    return block, min(16, max(1, block // 512))
+def row_config(n_columns: int) -> dict:
+    """Rows and columns for a kernel that holds whole rows: one of a large model, some of a small one."""
+    columns = power_of_two(n_columns)
+    rows = 64 if interpreted() else max(1, 1024 // columns)
+    return {"BR": rows, "BD": columns, "num_warps": min(16, max(1, columns * rows // 512))}
 
 
 def mix_tile(longest: int, groups: int, dtype: torch.dtype) -> int:

@@ -35,12 +35,13 @@ class Rows:
 
 
 @triton.jit
-def _source_row(row, segment, source, base, first, GATHER: tl.constexpr):
+def _source_row(row, live, segment, source, base, first, GATHER: tl.constexpr):
+    """Where rows of the piece lie in the state: int64 [BR]."""
     if GATHER:
-        at = tl.load(source + segment) + row - tl.load(base + segment)
+        row += tl.load(source + segment, mask=live, other=0) - tl.load(base + segment, mask=live, other=0)
     else:
-        at = row + first
-    return at
+        row += first
+    return row
 
 
 @triton.jit
@@ -54,27 +55,31 @@ def _read_rows(
     scale,
     weight,
     first,
+    n_rows,
     n_columns,
     GATHER: tl.constexpr,
     CENTRED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    segment = tl.load(segments + row)
-    d = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    live = row < n_rows
+    segment = tl.load(segments + row, mask=live, other=0)
+    d = tl.arange(0, BD)
     inside = d < n_columns
-    at = _source_row(row, segment, source, base, first, GATHER)
-    values = tl.load(x + at * n_columns + d, mask=inside, other=0.0).to(tl.float32)  # [D]
+    there = live[:, None] & inside[None, :]
+    at = _source_row(row, live, segment, source, base, first, GATHER)
+    values = tl.load(x + at[:, None] * n_columns + d[None, :], mask=there, other=0.0).to(tl.float32)  # [BR, BD]
     if HAS_ALIVE:
-        tl.store(alive + row, tl.max((values != 0).to(tl.int32), 0))
+        tl.store(alive + row, tl.max((values != 0).to(tl.int32), 1), mask=live)
     if CENTRED:
-        values = tl.where(inside, values - tl.sum(values, 0) / n_columns, 0.0)
-    values *= tl.load(scale + segment)
+        values = tl.where(there, values - (tl.sum(values, 1) / n_columns)[:, None], 0.0)
+    values *= tl.load(scale + segment, mask=live, other=0.0)[:, None]
     if HAS_WEIGHT:
-        values *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * n_columns + d, values.to(y.dtype.element_ty), mask=inside)
+        values *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + row[:, None] * n_columns + d[None, :], values.to(y.dtype.element_ty), mask=there)
 
 
 def read_rows(
@@ -92,8 +97,8 @@ def read_rows(
     ``alive`` (r,) uint8 receives whether a row holds anything but zeros.
     """
     n_columns = x.shape[1]
-    block, warps = row_config(n_columns)
-    _read_rows[(len(rows),)](
+    config = row_config(n_columns)
+    _read_rows[(triton.cdiv(len(rows), config["BR"]),)](
         x,
         out,
         out if alive is None else alive,
@@ -103,32 +108,34 @@ def read_rows(
         scale,
         out if weight is None else weight,
         rows.first,
+        len(rows),
         n_columns,
         GATHER=rows.source is not None,
         CENTRED=centred,
         HAS_WEIGHT=weight is not None,
         HAS_ALIVE=alive is not None,
-        BLOCK=block,
-        num_warps=warps,
+        **config,
     )
     return out
 
 
 @triton.jit
-def _add_rows(x, y, segments, source, base, n_columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    segment = tl.load(segments + row)
-    d = tl.arange(0, BLOCK)
-    inside = d < n_columns
-    at = x + _source_row(row, segment, source, base, 0, True) * n_columns + d
-    gained = tl.load(y + row * n_columns + d, mask=inside).to(tl.float32)
-    tl.store(at, (tl.load(at, mask=inside).to(tl.float32) + gained).to(x.dtype.element_ty), mask=inside)
+def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr, BD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    live = row < n_rows
+    segment = tl.load(segments + row, mask=live, other=0)
+    d = tl.arange(0, BD)
+    there = live[:, None] & (d < n_columns)[None, :]
+    gained = tl.load(y + row[:, None] * n_columns + d[None, :], mask=there).to(tl.float32)  # [BR, BD]
+    at = x + _source_row(row, live, segment, source, base, 0, True)[:, None] * n_columns + d[None, :]
+    tl.store(at, (tl.load(at, mask=there).to(tl.float32) + gained).to(x.dtype.element_ty), mask=there)
 
 
 def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
     """x[rows of the piece] += ``gained`` (r, D); in place. The piece must be a gathered one."""
-    block, warps = row_config(x.shape[1])
-    _add_rows[(len(rows),)](x, gained, rows.segment, rows.source, rows.base, x.shape[1], BLOCK=block, num_warps=warps)
+    config = row_config(x.shape[1])
+    grid = (triton.cdiv(len(rows), config["BR"]),)
+    _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)
 
 
 @triton.jit

@@ -153,8 +153,10 @@ class TritonBackend(TorchBackend):
 
     def _neurons_per_block(self, n_rows: int, n_neurons: int, state: ComponentState) -> int:
         room = self._bytes(state) // (n_rows * self._dtype(state).itemsize) - state.rows.shape[1]
-        blocks = -(-n_neurons // min(n_neurons, max(room, 64)))
-        return min(n_neurons, -(-n_neurons // blocks // 64 + 1) * 64) if blocks > 1 else n_neurons
+        if room >= n_neurons:
+            return n_neurons
+        blocks = -(-n_neurons // max(room, 64))
+        return -(-n_neurons // (64 * blocks)) * 64  # what a product likes
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
