@@ -17,8 +17,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["depass_fast", "depass_fast.*"]),
-    package_data={"depass_fast.demo": ["model/*"]},
+    # the kernels are a link to a folder without __init__.py: `kernels` is a name that another package has
+    packages=[*find_packages(include=["depass_fast", "depass_fast.*"]), "depass_fast.kernels"],
+    package_data={"depass_fast.demo": ["model/*"], "depass_fast.kernels": ["*.json"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=4.51,!=4.51.0,<6",  # 4.51.0 loads no model without accelerate, by mistake

@@ -45,18 +45,6 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What is compiled: the kernel's name, what it serves, its arguments' types, and everything that is constant."""
-
-    kernel: str
-    case: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]  # arguments that are multiples of 16
-    options: tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
 class Row:
     """One compilation. ``shared_bytes`` per program; ``matrix`` names the matrix instructions found."""
 
@@ -71,8 +59,13 @@ class Row:
     matrix: tuple[str, ...]
 
 
+# What is compiled (the kernel's name, its arguments' types, everything that is constant, which arguments are multiples
+# of 16, and the compiler's options) to the kernel and the case that it was first met in.
+Launches = dict[tuple, tuple[JITFunction, str]]
+
+
 @contextmanager
-def recorded(found: dict[Launch, JITFunction], case: str) -> Iterator[None]:
+def recorded(found: Launches, case: str) -> Iterator[None]:
     """Launches inside are recorded instead of run."""
 
     def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
@@ -80,7 +73,8 @@ def recorded(found: dict[Launch, JITFunction], case: str) -> Iterator[None]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
         constant = {p.name for p in self.params if p.is_constexpr}
-        signature, constants, aligned = [], [], []
+        signature: list[tuple[str, str]] = []
+        constants, aligned = [], []
         for place, name in enumerate(names):
             value = given[name]
             if name in constant or (isinstance(value, int) and value == 1):
@@ -96,19 +90,17 @@ def recorded(found: dict[Launch, JITFunction], case: str) -> Iterator[None]:
                     aligned.append(place)
             else:
                 signature.append((name, "fp32"))
-        made = Launch(
-            self.__name__, case, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
-        )
-        if not any(same.kernel == made.kernel and asdict(same) | {"case": ""} == asdict(made) | {"case": ""} for same in found):  # fmt: skip
-            found[made] = self
+        options = tuple(sorted(options.items()))
+        compiled = (self.__name__, tuple(signature), tuple(constants), tuple(aligned), options)
+        found.setdefault(compiled, (self, case))  # of the first case that needs it
 
     with mock.patch.object(JITFunction, "run", run):
         yield
 
 
-def launches() -> dict[Launch, JITFunction]:
+def launches() -> Launches:
     """Every kernel in every configuration that is shipped, for one target's shared memory."""
-    found: dict[Launch, JITFunction] = {}
+    found: Launches = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = TYPES[dtype]
         models = {"llama-2-7b": (4096, 11008, 32, 32, 128)}
@@ -116,9 +108,10 @@ def launches() -> dict[Launch, JITFunction]:
             models |= {"qwen2-7b": (3584, 18944, 28, 4, 128), "gemma-2-9b": (3584, 14336, 16, 8, 256)}
             models |= {"pythia-70m": (512, 2048, 8, 8, 64), "phi-2": (2560, 10240, 32, 32, 80)}
         for model, shape in models.items():
-            _attention(found, f"{model} {short}", dtype, *shape)
+            _attention(found, f"{model} {short}", dtype, shape)
+            every = dtype == torch.bfloat16 and model == "llama-2-7b"
             if model in ("llama-2-7b", "qwen2-7b"):
-                _mlp(found, f"{model} {short}", dtype, *shape, rules=dtype == torch.bfloat16 and model == "llama-2-7b")
+                _mlp(found, f"{model} {short}", dtype, shape, allocation.RULES if every else ("softmax",))
     return found
 
 
@@ -126,58 +119,58 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _attention(
-    found: dict, case: str, dtype: torch.dtype, width: int, neurons: int, heads: int, kv: int, head_dim: int
-) -> None:
-    qwen, gemma = kv < heads // 2, head_dim == 256
+def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """What the attention of a model needs, for a short prompt and a long one."""
+    width, _, heads, kv, head_dim = shape
+    many_groups, wide_heads, small_heads = kv < heads // 2, head_dim == 256, head_dim == 64
+    groups = heads // kv
     for length in (20, 512):
         components = Components.tokens(tuple(map(str, range(length))), ("rest",), {0})
         layout = Layout.of((components,), np.array([0, length]))
-        groups = heads // kv
         tile = launch.mix_tile(length, groups, dtype)
         part = (range(1), 0, None) if length == 20 else (range(1), 1, 17)
         piece = make_piece(layout, *part, tile, groups, META)
-        packed = _empty(length, dtype=torch.int32)
-        mask = {"softcap": 50.0, "window": 4096, "out_scale": _empty(length)} if gemma else {}
-        mask |= {"key_bias": _empty(length, heads)} if head_dim == 64 else {}
-        frozen = attention.Frozen(_empty(length, heads, head_dim, dtype=dtype), _empty(length, kv, head_dim, dtype=dtype), 0.1, **mask)  # fmt: skip
-        r = len(piece.rows)
+        mask = {"softcap": 50.0, "window": 4096, "out_scale": _empty(length)} if wide_heads else {}
+        mask |= {"key_bias": _empty(length, heads)} if small_heads else {}
+        q, k = (_empty(length, h, head_dim, dtype=dtype) for h in (heads, kv))
+        frozen = attention.Frozen(q, k, 0.1, **mask)
+        r, weight = len(piece.rows), None if many_groups else _empty(width, dtype=dtype)
+        state, x = _empty(layout.n_rows, width), _empty(r, width, dtype=dtype)
         with recorded(found, f"{case}, N={length}"):
-            weight = None if qwen else _empty(width, dtype=dtype)
-            rows.read_rows(_empty(layout.n_rows, width), piece.rows, _empty(length), weight, head_dim == 64, _empty(r, width, dtype=dtype))  # fmt: skip
-            lse = attention.log_sum_exp(frozen, packed, query_tiles(np.array([length]), tile, groups, META), tile)
-            values, mixed = _empty(r, kv * head_dim, dtype=dtype), _empty(r, heads * head_dim, dtype=dtype)
+            rows.read_rows(state, piece.rows, _empty(length), weight, small_heads, x)
+            tiles = query_tiles(np.array([length]), tile, groups, META)
+            lse = attention.log_sum_exp(frozen, _empty(length, dtype=torch.int32), tiles, tile)
+            values, mixed = (_empty(r, h * head_dim, dtype=dtype) for h in (kv, heads))
             attention.mix(values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
             if piece.rows.source is not None:
-                rows.add_rows(_empty(layout.n_rows, width), piece.rows, _empty(r, width, dtype=dtype))
+                rows.add_rows(state, piece.rows, x)
 
 
 def _mlp(
-    found: dict, case: str, dtype: torch.dtype, width: int, neurons: int, heads: int, kv: int, head_dim: int, rules: bool
-) -> None:  # fmt: skip
-    qwen = kv < heads // 2
-    for length, name in ((20, "few components"), (neurons, "many components")):
-        away = _empty(length, dtype=torch.uint8) if qwen else None
-        bias = 1 if qwen else None
-        segments = allocation.Segments(
-            _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64), length, away, bias, 0 if length > 20 else None
-        )
-        g, act = _empty(2 * length, neurons, dtype=dtype), _empty(8, neurons, dtype=dtype)
-        alive = _empty(2 * length, dtype=torch.uint8)
-        constant = _empty(neurons) if qwen else None
-        for rule in allocation.RULES if rules else ("softmax",):
+    found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], rules: tuple[str, ...]
+) -> None:
+    """What the MLP of a model needs, for few components and for many; with a bias and special tokens for some."""
+    width, neurons, heads, kv, _ = shape
+    corners = kv < heads // 2
+    bias, constant = (1, _empty(neurons)) if corners else (None, None)
+    starts, recorded_at = _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64)
+    act = _empty(8, neurons, dtype=dtype)
+    for length, name in ((20, "few components"), (512, "some components"), (neurons, "many components")):
+        away = _empty(length, dtype=torch.uint8) if corners else None
+        segments = allocation.Segments(starts, recorded_at, length, away, bias, 0 if length > 20 else None)
+        g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
+        for rule in rules:
             with recorded(found, f"{case}, {name}, {rule}"):
                 allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant)
     with recorded(found, case):
-        config = launch.product_config(dtype, META)
-        tiles, firsts = _empty(-(-length // config["BM"]), 3, dtype=torch.int32), _empty(3, dtype=torch.int32)
-        starts, recorded_at = _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64)
-        x, w = _empty(2 * length, width, dtype=dtype), _empty(neurons, width, dtype=dtype)
-        log_z = gemm.gate(x, w, tiles, firsts, starts, 0.1, g, constant, bias, away)
-        w_down = _empty(width, neurons, dtype=dtype)
-        gemm.down(_empty(2 * length, width), g, w_down, act, recorded_at, log_z, tiles, starts, 0.1, _empty(2 * length), constant, bias, away)  # fmt: skip
-        final = _empty(33, width)
-        rows.read_out(final, _empty(1, width), _empty(33, dtype=torch.int32), _empty(20))
+        n_tiles = -(-length // launch.product_config(dtype, META)["BM"])
+        tiles, firsts = _empty(n_tiles, 3, dtype=torch.int32), _empty(3, dtype=torch.int32)
+        x, w_gate = _empty(2 * length, width, dtype=dtype), _empty(neurons, width, dtype=dtype)
+        state, w_down = _empty(2 * length, width), _empty(width, neurons, dtype=dtype)
+        fallback, more = _empty(2 * length), (constant, bias, away)
+        log_z = gemm.gate(x, w_gate, tiles, firsts, starts, 0.1, g, *more)
+        gemm.down(state, g, w_down, act, recorded_at, log_z, tiles, starts, 0.1, fallback, *more)
+        rows.read_out(_empty(33, width), _empty(1, width), _empty(33, dtype=torch.int32), _empty(20))
 
 
 def compile_for(target: str) -> list[Row]:
@@ -189,22 +182,21 @@ def compile_for(target: str) -> list[Row]:
         mock.patch.object(torch.version, "hip", hip),
     ):
         found = launches()
-    return [_compiled(made, function, target, gpu, kib << 10) for made, function in found.items()]
+    return [_compiled(made, function, case, target) for made, (function, case) in found.items()]
 
 
-def _compiled(made: Launch, function: JITFunction, target: str, gpu: GPUTarget, limit: int) -> Row:
-    names = [p.name for p in function.params]
-    constants = {(names.index(name),): value for name, value in made.constants}
-    attributes = {(place,): [["tt.divisibility", 16]] for place in made.aligned}
-    source = ASTSource(function, dict(made.signature), constants, attributes)
-    compiled = triton.compile(source, target=gpu, options=dict(made.options))
+def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Row:
+    (gpu, kib), (kernel, signature, constants, aligned, options) = TARGETS[target], made
+    places = {p.name: (i,) for i, p in enumerate(function.params)}
+    attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+    source = ASTSource(function, dict(signature), {places[name]: value for name, value in constants}, attributes)
+    compiled = triton.compile(source, target=gpu, options=dict(options))
     registers, spilled = _resources(compiled.asm, gpu)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     matrix = tuple(name for name in ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma") if name in code)
-    config = dict(made.options) | {n: v for n, v in made.constants if n.isupper()}
-    return Row(
-        made.kernel.strip("_"), made.case, target, config, registers, spilled, compiled.metadata.shared, limit, matrix
-    )
+    config = dict(options) | {name: value for name, value in constants if name.isupper()}
+    shared = compiled.metadata.shared
+    return Row(kernel.strip("_"), case, target, config, registers, spilled, shared, kib << 10, matrix)
 
 
 def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
@@ -241,7 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     for row in found:
         print(
             f"{row.target:7} {row.kernel:16} {row.registers or '-':>4} registers {row.spill_bytes:5} B spilled "
-            f"{row.shared_bytes / 1024:6.1f} of {row.shared_limit // 1024} KiB  {','.join(row.matrix) or '-':12} {row.case}"
+            f"{row.shared_bytes / 1024:6.1f} of {row.shared_limit // 1024} KiB  "
+            f"{','.join(row.matrix) or '-':12} {row.case}"
         )
 
 

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.backends import backend_status
+from depass_fast.backends import backend_status, mlp
 
 from .harness import (
     SHAPES,
@@ -47,7 +49,7 @@ VERIFIED = Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512)
 
 @dataclass(frozen=True)
 class Work:
-    """``prompts`` prompts of ``length`` tokens.
+    """``prompts`` prompts of ``length`` tokens, and who is measured on them: by default this library's backends.
 
     ``components``: tokens, neurons (of layer 0), heads (of all layers), all neurons (of all layers, by the adjoint
     sweep with ``refine`` of them propagated exactly).
@@ -57,7 +59,7 @@ class Work:
     components: str
     length: int
     prompts: int = 1
-    published: bool = True  # whether the published algorithm ends in reasonable time
+    providers: tuple[str, ...] = ()
     refine: int = 0
 
     @property
@@ -85,23 +87,33 @@ class Work:
 
 
 def full(shapes: list[str]) -> Iterator[Work]:
-    for shape in (SHAPES[name] for name in shapes):
+    """What says most per second first: the time may be over before the end."""
+    first, *_ = every = [SHAPES[name] for name in shapes]
+    for shape in every:
         yield Work(shape, "neurons", 20)
-        yield Work(shape, "all neurons", 20, published=False, refine=1000)
+        yield Work(shape, "tokens", 512)
+        yield Work(shape, "tokens", 20, prompts=64)
+        yield Work(shape, "heads", 20)
+        yield Work(shape, "all neurons", 20, refine=1000)
         yield Work(shape, "tokens", 128)
-        yield Work(shape, "tokens", 512, published=shape.name == "llama-2-7b")
-        yield Work(shape, "tokens", 20, prompts=64, published=False)
-        yield Work(shape, "heads", 20, published=False)
-        yield Work(shape, "tokens", 2048, published=False)
+        if shape == first:
+            yield Work(shape, "tokens", 2048, providers=("triton",))
+            yield Work(shape, "neurons", 20, providers=("published",))
+            yield Work(shape, "tokens", 128, providers=("published",))
+            yield Work(shape, "neurons", 20, providers=("torch.compile",))
+    yield Work(first, "tokens", 512, providers=("published", "torch.compile"))
+    for shape in every:
+        yield Work(shape, "tokens", 2048, providers=("torch",) if shape == first else ("triton", "torch"))
 
 
 def tiny() -> Iterator[Work]:
     shape = SHAPES["llama-tiny"]
-    yield Work(shape, "neurons", 5)
-    yield Work(shape, "all neurons", 5, published=False, refine=20)
-    yield Work(shape, "tokens", 9)
-    yield Work(shape, "tokens", 4, prompts=3, published=False)
-    yield Work(shape, "heads", 5, published=False)
+    everyone = ("published", *backends())
+    yield Work(shape, "neurons", 5, providers=everyone)
+    yield Work(shape, "all neurons", 5, refine=20)
+    yield Work(shape, "tokens", 9, providers=everyone)
+    yield Work(shape, "tokens", 4, prompts=3)
+    yield Work(shape, "heads", 5)
 
 
 def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
@@ -113,7 +125,7 @@ def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
         if work.components == "tokens":
             return lambda: published.score(published.tokens(prompts[0], groups=work.groups), -1, TARGET)
         return lambda: published.score(published.neurons(prompts[0], 0, groups=work.groups), -1, TARGET)
-    library = DePass(model, backend=name)
+    library = DePass(model, backend=name.removesuffix(".compile"))
 
     def scores() -> Tensor:
         if work.components == "heads":
@@ -126,7 +138,18 @@ def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
             return library.attribute(prompts[0], kind, TARGET).scores
         return torch.cat([result.scores for result in library.attribute(prompts, kind, TARGET)])
 
-    return scores
+    return compiled(scores) if name == "torch.compile" else scores
+
+
+def compiled(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The torch backend with its softmax over the components by torch.compile; its products are GEMMs in any case."""
+    softmax = torch.compile(mlp._softmax_segments, dynamic=True)
+
+    def patched() -> Tensor:
+        with mock.patch.object(mlp, "_softmax_segments", softmax):
+            return call()
+
+    return patched
 
 
 def backends() -> list[str]:
@@ -182,11 +205,14 @@ def machine(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float,
 def measure(
     work: Work, model: nn.Module, errors: dict, rate: float, seconds: float, place: dict, chosen: list[str]
 ) -> list[Row]:
-    """A row per provider of those ``chosen``, timed in turns for about ``seconds``."""
-    names = [name for name in (["published"] if work.published else []) + backends() if name in chosen]
+    """A row per provider of those ``chosen``, timed in turns for about ``seconds``.
+
+    Whose first call takes longer than that is not called again: that call is the row.
+    """
+    names = work.providers or backends()
     device = next(model.parameters()).device
     calls, peaks, first = {}, {}, {}
-    for name in names:
+    for name in (name for name in names if name in chosen):
         call = provider(name, work, model)
         try:
             peaks[name], first[name] = _peak(call, device)
@@ -195,9 +221,13 @@ def measure(
             print(f"  {work.name}: {name} does not fit", flush=True)
             continue
         calls[name] = call
-    runs = int(min(9, max(1, seconds / max(sum(first.values()), 1e-9))))
+    again = {name: call for name, call in calls.items() if first[name] < seconds}
+    runs = int(min(9, max(1, seconds / max(sum(first[name] for name in again), 1e-9))))
+    timed = {name: np.array([value]) for name, value in first.items()} | (
+        interleaved(again, runs, warmup=0) if again else {}
+    )
     rows = []
-    for name, values in interleaved(calls, runs, warmup=0).items():
+    for name, values in timed.items():
         timing = quantiles(values)
         gflops = work.flops / timing["median_s"] / 1e9
         dtype = model.dtype
@@ -262,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="workloads whose name contains this")
     parser.add_argument("--minutes", type=float, default=7.0, help="no workload is begun after this time")
     parser.add_argument("--seconds", type=float, default=12.0, help="timed per workload, beyond a first call each")
-    parser.add_argument("--providers", nargs="+", default=["published", *backends()], help="who is timed")
+    parser.add_argument("--providers", nargs="+", default=["published", "torch.compile", *backends()], help="who")
     parser.add_argument("--profile", action="store_true", help="print where the device's time goes, per provider")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -139,7 +140,8 @@ class Row:
     environment: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        tflops = None if self.gflops is None else self.gflops / 1e3
+        return {**asdict(self), "tflops": tflops, "device": self.environment.get("device")}
 
 
 def environment(device: str = "cpu") -> dict:
@@ -149,6 +151,7 @@ def environment(device: str = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _triton_version(),
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "commit": _commit(),
@@ -167,6 +170,13 @@ def write_results(path: Path, benchmark: str, rows: Sequence[Fact], device: str 
     place = environment(torch.device(device).type)
     content = {"benchmark": benchmark, "environment": place, **more, "rows": [row.as_dict() for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

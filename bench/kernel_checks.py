@@ -11,13 +11,14 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from depass_fast.allocation import RULES, Gates
-from depass_fast.backends.pieces import cut, make_piece, make_row_chunks, query_tiles
+from depass_fast.backends.pieces import cut, make_piece, query_tiles
 from depass_fast.backends.reference import attention_probabilities
 from depass_fast.kernels import allocation, attention, gemm, launch, rows
 from depass_fast.state import Components, Layout
@@ -76,7 +77,8 @@ def _check_read_rows(width: int, centred: bool, gather: bool) -> Callable:
         dead = (oracle == 0).all(1)
         oracle = oracle - oracle.mean(1, keepdim=True) if centred else oracle
         oracle = oracle * scale[segment, None] * weight
-        out, alive = (poisoned(len(source), width, dtype=dtype, device=device), poisoned(len(source), dtype=torch.uint8, device=device))  # fmt: skip
+        out = poisoned(len(source), width, dtype=dtype, device=device)
+        alive = poisoned(len(source), dtype=torch.uint8, device=device)
         rows.read_rows(
             x.to(device), piece.rows, scale.to(device)[piece.positions], weight.to(device), centred, out, alive
         )
@@ -136,7 +138,8 @@ def _piece_rows(layout: Layout, prompts: range, first: int, last: int | None) ->
 
 
 def _check_mix(
-    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, extras_only: bool = False, **mask: object
+    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, extras_only: bool = False,
+    **mask: object,
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
         n = len(layout.packed)
@@ -223,7 +226,7 @@ def _check_allocate(
         recorded = torch.arange(len(counts)).flip(0) + 2
         alive = (torch.arange(len(g)) % 5 != 1).to(torch.uint8)
         constant = _random(3, n) if bias is not None else None
-        starts, begins, flags = _chunk(counts, device, away)
+        _, begins, flags = _chunk(counts, device, away)
         segments = allocation.Segments(begins, recorded.to(device), max(counts), flags, bias, rest)
         oracle = _oracle(rule, g, counts, act, gate, recorded, alive, away, constant, bias, rest, temperature)
         wide = poisoned(len(g), n + 3, dtype=dtype, device=device)  # rows that are not packed
@@ -261,13 +264,13 @@ def _log_z_error(
     return float(((log_z - oracle)[there].abs() / oracle[there].abs().clamp_min(1)).amax()) if there.any() else 0.0
 
 
-# -- the products with the allocation inside ----------------------------------------------------------------------------
+# -- the products with the allocation inside --------------------------------------------------------------------------
 
 
 def row_tiles(starts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Tiles of at most ``size`` rows that never cross a segment (t, 3), and the first of every segment (S + 1,)."""
     tiles, firsts = [], [0]
-    for segment, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for segment, (begin, end) in enumerate(pairwise(starts)):
         tiles += [(row, min(row + size, end), segment) for row in range(int(begin), int(end), size)]
         firsts.append(len(tiles))
     return np.array(tiles, np.int32).reshape(-1, 3), np.array(firsts, np.int32)
@@ -299,7 +302,7 @@ def _check_products(
             "softmax", exact, counts, act, act, recorded, alive, list(away), constant, bias, rest, 0.1
         )  # fmt: skip
         fallback = torch.zeros(len(x))
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        for begin, end in pairwise(starts):
             here = alive[begin:end].float()
             fallback[begin:end] = here / here.sum().clamp_min(1)
             if rest is not None and end > begin:
@@ -361,6 +364,7 @@ def checks(small: bool) -> Iterator[Check]:
 
 
 def _errors(place: int, small: bool, device: str) -> list[float]:
+    torch.set_num_threads(1)  # the oracle's, beside which others compile
     check = list(checks(small))[place]
     return [check.run(dtype, torch.device(device)) for dtype in LIMITS]
 

@@ -1,9 +1,8 @@
 """Launch configurations measured on this GPU: ``python -m bench.tune [--write]``; the library's products beside ours.
 
-For every bucket of :mod:`depass_fast.kernels.launch` the candidates are compiled (in several processes), verified against
-the computed configuration's result, and timed; ``--write`` puts the winners into ``kernels/tuned.json`` where they are
-at least 3 % faster. Then the MLP's two products are timed in both ways: the library's GEMM with the allocation as a
-kernel of its own, and the fused ones.
+For the buckets of :mod:`depass_fast.kernels.launch` the candidates are compiled, in several processes, and timed;
+``--write`` puts the winners into ``kernels/tuned.json`` where they are at least 3 % faster. Then the MLP's two products
+are timed in both ways: the library's GEMM with the allocation as a kernel of its own, and the fused ones.
 """
 
 from __future__ import annotations

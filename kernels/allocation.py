@@ -23,7 +23,7 @@ RULES = ("softmax", "linear", "relu", "max", "taylor")
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The positions of a chunk of rows: ``starts`` (S + 1,) int64 first rows, ``recorded`` (S,) int64 rows of the trace.
+    """The positions of a chunk: ``starts`` (S + 1,) int64 first rows, ``recorded`` (S,) int64 rows of the trace.
 
     ``away`` (r,) uint8 marks special tokens away from home, or is None; ``longest`` is the largest segment's length;
     ``bias`` and ``rest`` are these components' places within a segment, or None.
@@ -181,7 +181,7 @@ def _allocate(
         shift = low
     lost = tl.max((nobody & inside).to(tl.int32), 0) > 0
     n_alive = 0.0
-    if not HAS_REST:
+    if not HAS_REST:  # noqa: SIM102 (compiled in; `lost` is not)
         if lost:
             for t in range(0, count, BM):
                 n_alive += tl.sum(tl.load(alive + first + t + m, mask=t + m < count, other=0).to(tl.float32), 0)

@@ -213,7 +213,7 @@ def log_sum_exp(frozen: Frozen, packed: Tensor, items: Tensor, tile: int) -> Ten
     numbers, constants = _shared(frozen, frozen.q.dtype)
     bias = out if frozen.key_bias is None else frozen.key_bias
     grid = (len(items), frozen.k.shape[1])
-    _log_sum_exp[grid](  # fmt: skip
+    _log_sum_exp[grid](
         frozen.q,
         frozen.k,
         bias,

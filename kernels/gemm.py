@@ -1,4 +1,4 @@
-"""The MLP's two products with the allocation inside: statistics in the epilogue of one, shares in the prologue of other.
+"""The MLP's two products with the allocation inside: statistics in the epilogue of one, shares in the other's prologue.
 
 `gate` writes g = x W_gateᵀ and, for every tile of rows, each neuron's largest g / T and the sum of the exponentials;
 `log_partition` joins these to log Z; `down` makes exp(g/T - log Z) · a on the way in and adds to the state on the way

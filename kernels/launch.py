@@ -35,7 +35,8 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
     keys, width = min(64 if half else 32, power_of_two(longest, 16)), power_of_two(head_dim)
     one = longest <= keys
     columns = 1 if one or not half or width > 128 or groups & (groups - 1) else 2  # two take all registers
-    keys = 32 if columns == 2 else keys
+    tight = not one and width > 128 and shared_memory(device) < 100 << 10
+    keys = min(keys, 32) if columns == 2 or tight else keys
     warps = 4 if tile * width <= 64 * 128 else 8
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
     return config | (tuned(device, "mix", f"{'one' if one else 'many'} d{width} r{tile}") if half else {})
@@ -45,8 +46,8 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
     """For segments of up to ``longest`` rows: all of them at once where they are few."""
     rows = min(32, power_of_two(longest, 4))
     one = longest <= rows
-    columns = min(64 if rows < longest < 2048 else 128, power_of_two(n_neurons))
-    config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 1 if one else 8, "num_stages": 3}
+    columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
+    config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 2 if one else 8, "num_stages": 3}
     return config | tuned(device, "allocate", "one" if one else "some" if longest < 2048 else "many")
 
 

@@ -1,7 +1,7 @@
 """The fused backend: Triton kernels around the library's GEMMs, over jagged rows and within a bounded workspace.
 
-Rows are read once per product, with the frozen norm applied on the way; probabilities are made tile by tile and used for
-all components; the softmax over the components happens where the gates lie. Nothing waits for the device. What has no
+Rows are read once per product, with the frozen norm applied on the way; probabilities are made tile by tile, for all
+components; the softmax over the components happens where the gates lie. Nothing waits for the device. What has no
 kernel (a user's own rule, clamped values, the last layer's few queries) is inherited from the torch backend.
 """
 
