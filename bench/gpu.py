@@ -99,9 +99,9 @@ def full(shapes: list[str]) -> Iterator[Work]:
         if shape == first:
             yield Work(shape, "tokens", 2048, providers=("triton",))
             yield Work(shape, "neurons", 20, providers=("published",))
-            yield Work(shape, "tokens", 128, providers=("published",))
-            yield Work(shape, "neurons", 20, providers=("torch.compile",))
-    yield Work(first, "tokens", 512, providers=("published", "torch.compile"))
+    yield Work(first, "tokens", 128, providers=("published",))
+    yield Work(first, "neurons", 20, providers=("torch.compile",))
+    yield Work(first, "tokens", 512, providers=("torch.compile", "published"))
     for shape in every:
         yield Work(shape, "tokens", 2048, providers=("torch",) if shape == first else ("triton", "torch"))
 

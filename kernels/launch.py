@@ -20,7 +20,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 def row_config(n_columns: int) -> dict:
     """Rows and columns for a kernel that holds whole rows: one of a large model, some of a small one."""
     columns = power_of_two(n_columns)
-    rows = 64 if interpreted() else max(1, 1024 // columns)
+    rows = max(1, min(64, (2**18 if interpreted() else 1024) // columns))  # fewer programs to interpret
     return {"BR": rows, "BD": columns, "num_warps": min(16, max(1, columns * rows // 512))}
 
 
