@@ -181,6 +181,7 @@ class Road:
         self.prompt, self.span = prompt, slice(first, first + n)
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
+        self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
         if index not in self._layers:
@@ -202,7 +203,7 @@ class Road:
             self._maps[index] = maps
         return maps
 
-    def drive(self, index: int) -> tuple[Tensor, float]:
+    def drive(self, index: int) -> tuple[Tensor, Tensor]:
         """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
 
         The product of that with a component's norm is how far its gates can be expected from zero.
@@ -212,11 +213,17 @@ class Road:
         gamma = resid.new_ones(resid.shape[1])
         if mlp.norm is not None and mlp.norm.weight is not None:
             gamma = mlp.norm.weight.to(self.dtype)
-        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
-        wide = torch.promote_types(gates[0].dtype, torch.float32)
-        square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
-        size = float(square / sum(w.numel() for w in gates)) ** 0.5
-        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, size
+        if index not in self._responses:
+            gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+            wide = torch.promote_types(gates[0].dtype, torch.float32)
+            square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
+            self._responses[index] = (square / sum(w.numel() for w in gates)).sqrt()
+        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, self._responses[index]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device, which is not waited for: pageable memory is copied aside before."""
+    return x.to(device, non_blocking=True)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

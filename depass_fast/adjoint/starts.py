@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,6 +155,12 @@ def make_start(
     rest = block[:n, extras.index(REST)] if REST in extras else None
     named = Dense(block[:n, len(extras) :])
     return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
+
+
+def all_alive(starts: Sequence[Start]) -> list[bool]:
+    """Whether no named component of a start is exactly zero anywhere; the device is waited for once."""
+    found = [start.named.alive().all() for start in starts]
+    return torch.stack([whole.to(found[0].device) for whole in found]).tolist()
 
 
 def loudness(start: Start, road: Road, temperature: float) -> Tensor:
