@@ -334,10 +334,8 @@ def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
     e^(σ²/2) and 1, until so few components hold the sum that their number counts (σ² > 2 log M): from there on the
     largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates.
     """
-    most = (2.0 * log_count).sqrt()
-    frozen = spread > most
-    log_kappa = torch.where(frozen, spread * most - log_count, spread.square() / 2)
-    return log_kappa, torch.where(frozen, most / spread.clamp_min(1e-30), 1.0)
+    bounded = torch.minimum(spread, (2.0 * log_count).sqrt())
+    return bounded * (spread - bounded / 2), bounded.clamp_min(1e-30) / spread.clamp_min(1e-30)
 
 
 def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
