@@ -52,8 +52,8 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
 def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> Trace:
     computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
     watching = not consistency.is_known(adapter.model, computation, longest)
-    recorder = _Recorder(adapter, watching)
-    groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
+    recorder, one_by_one = _Recorder(adapter, watching), adapter.one_by_one
+    groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
@@ -65,7 +65,7 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> T
     _check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
+        known = prompts[-1] if one_by_one else prompts[-1][:_ORDINARY]
         consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
         consistency.know(adapter.model, computation, longest)
     return trace

@@ -105,19 +105,23 @@ def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:
 
 def meet_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None) -> list[bool]:
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
-    last = _last_constant(adapter, end)
-    first = {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}
-    return [2 * kind.resolve(adapter) + first[kind.start_site(adapter)] <= last for kind in kinds]
+    behind = {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}
+    first = [2 * kind.resolve(adapter) + behind[kind.start_site(adapter)] for kind in kinds]
+    last = _last_constant(adapter, min(first) // 2, end)
+    return [one <= last for one in first]
 
 
-def _last_constant(adapter: Adapter, end: int | None) -> float:
-    """The last module before ``end`` that adds a constant: 2·l for the attention of layer l, 2·l + 1 for its MLP."""
+def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
+    """The last module of the layers from ``first`` on, before ``end``, that adds a constant: 2·l or 2·l + 1 in layer l.
+
+    The former is its attention, the latter its MLP; -1 where none does, inf where the readout does.
+    """
     if end is None:
         norm = adapter.final_norm()
         if (norm is not None and norm.bias is not None) or adapter.unembedding_bias is not None:
             return torch.inf
         end = adapter.n_layers
-    for index in reversed(range(end)):
+    for index in reversed(range(first, end)):
         weights = adapter.layer(index)
         if weights.has_mlp_bias:
             return 2 * index + 1
