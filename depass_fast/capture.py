@@ -52,8 +52,8 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
 def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> Trace:
     computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
     watching = not consistency.is_known(adapter.model, computation, longest)
-    recorder = _Recorder(adapter, watching)
-    groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
+    recorder, one_by_one = _Recorder(adapter, watching), adapter.one_by_one
+    groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
@@ -65,7 +65,7 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> T
     _check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
+        known = prompts[-1] if one_by_one else prompts[-1][:_ORDINARY]
         consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
         consistency.know(adapter.model, computation, longest)
     return trace
@@ -391,11 +391,14 @@ def _full_precision(norm) -> object:
 
 def _check_finite(adapter: Adapter, trace: Trace) -> None:
     """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
+    recorded = [_recorded(layer) for layer in trace.layers]
+    every = [trace.resid(index) for index in range(len(trace.layers) + 1)]
+    if _has_finite_sums(*every, *(x for layer in recorded for x in layer), trace.normed_final):
+        return  # the device was waited for once
     if not _is_finite(trace.resid(0)):
         raise FloatingPointError("embedding: the hidden states entering layer 0 hold NaN or inf.")
-    for index, layer in enumerate(trace.layers):
-        recorded = (layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act)))
-        if _is_finite(*recorded, trace.resid(index + 1)):
+    for index, layer in enumerate(recorded):
+        if _is_finite(*layer, trace.resid(index + 1)):
             continue
         for name, parameter in adapter.blocks[index].named_parameters():
             if not _is_finite(parameter):
@@ -407,6 +410,18 @@ def _check_finite(adapter: Adapter, trace: Trace) -> None:
         )
     if not _is_finite(trace.normed_final):
         raise FloatingPointError("final norm: its output holds NaN or inf.")
+
+
+def _recorded(layer: LayerTrace) -> list[Tensor]:
+    """What a layer made, without the residual stream."""
+    return [layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act))]
+
+
+def _has_finite_sums(*tensors: Tensor) -> bool:
+    """Whether the sums are neither NaN nor inf: then no element is."""
+    device = tensors[0].device
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return bool(torch.stack([total.to(device) for total in sums]).isfinite().all())
 
 
 def _is_finite(*tensors: Tensor) -> bool:

@@ -255,8 +255,7 @@ class Neurons(LayerKind):
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
         outputs = Outputs(adapter, trace, layer, prompt, dtype)
-        names, products = outputs.neurons()
-        labels = tuple(f"L{layer}{name}" for name in names)
+        labels, products = outputs.neurons(f"L{layer}")
         return Products(layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site=self.site)
 
 

@@ -37,13 +37,14 @@ _KEPT = 8  # computations remembered of a model
 
 def computation(model: nn.Module) -> tuple:
     """What can change how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
+    modules = list(model.modules())
     hooked = [
         (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
-        for place, module in enumerate(model.modules())
+        for place, module in enumerate(modules)
         if module._forward_hooks or module._forward_pre_hooks
     ]
     hooked.append((*module_hooks._global_forward_pre_hooks, "after", *module_hooks._global_forward_hooks))
-    code = (vars(module).get("forward", type(module).forward) for module in model.modules())
+    code = (vars(module).get("forward", type(module).forward) for module in modules)
     return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
 
 

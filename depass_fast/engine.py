@@ -306,7 +306,8 @@ class DePass:
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
-        return state, [error.cpu() for error in errors]  # not before the end: the device need not be waited for
+        errors = torch.stack([error.to(state.device) for error in errors]).cpu()  # not before: nothing waits for it
+        return state, list(errors)
 
     def _capture(self, prompts: list[Tensor]) -> Trace:
         refuse_autocast(self.adapter.device)

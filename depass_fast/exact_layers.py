@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .call import fit
-from .initial import meets_bias
+from .initial import meet_bias
 from .layered import LayeredAttribution
 from .readout import TargetSpec
 from .result import Attribution
@@ -30,11 +30,11 @@ def exact_layers(
     plan = replace(plan, run=fit(replace(plan, components=kinds[0], layer=first), adapter).run)
     trace = plan.trace or engine._capture(plan.prompts)
     plans, own_bias = [], []
-    for kind in kinds:
+    for kind, ahead in zip(kinds, meet_bias(kinds, adapter, plan.end_given), strict=True):
         layer = kind.resolve(adapter)
         bound = kind.bound(adapter, trace, 0)
         constant = bound.constant(adapter, trace, 0, plan.run.state_dtype)
-        own_bias.append(constant is not None or meets_bias(kind, adapter, plan.end_given))
+        own_bias.append(constant is not None or ahead)
         plans.append(replace(plan, components=kind, layer=layer, trace=trace))
     plans = [replace(one, has_bias=any(own_bias)) for one in plans]  # joint states have the same extras
     by_layer = [

@@ -100,19 +100,34 @@ def _fill_in_parts(out: Tensor, products: Factors) -> None:
 
 def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:
     """Whether an additive constant lies between the components and the input of layer ``end``, or the logits (None)."""
-    first, site = kind.resolve(adapter), kind.start_site(adapter)
+    return meet_bias([kind], adapter, end)[0]
+
+
+def meet_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None) -> list[bool]:
+    """:func:`meets_bias` of several kinds; no layer is looked at twice."""
+    behind = {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}
+    first = [2 * kind.resolve(adapter) + behind[kind.start_site(adapter)] for kind in kinds]
+    last = _last_constant(adapter, min(first) // 2, end)
+    return [one <= last for one in first]
+
+
+def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
+    """The last module of the layers from ``first`` on, before ``end``, that adds a constant: 2·l or 2·l + 1 in layer l.
+
+    The former is its attention, the latter its MLP; -1 where none does, inf where the readout does.
+    """
     if end is None:
         norm = adapter.final_norm()
         if (norm is not None and norm.bias is not None) or adapter.unembedding_bias is not None:
-            return True
+            return torch.inf
         end = adapter.n_layers
-    for index in range(first, end):
-        weights, passed = adapter.layer(index), site if index == first else ""
-        if weights.attention.has_bias and passed not in ("resid_mid", "resid_post"):
-            return True
-        if weights.has_mlp_bias and passed != "resid_post":
-            return True
-    return False
+    for index in reversed(range(first, end)):
+        weights = adapter.layer(index)
+        if weights.has_mlp_bias:
+            return 2 * index + 1
+        if weights.attention.has_bias:
+            return 2 * index
+    return -1
 
 
 def _without_first(rows: Tensor, layout: Layout) -> Tensor:

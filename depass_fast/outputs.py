@@ -6,6 +6,8 @@ with their scales frozen, so that heads and neurons pass them one by one.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ from .state import Factors
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 22  # probabilities or outputs held at once, in elements
+
+
+@lru_cache(maxsize=8)
+def _numerals(count: int) -> tuple[str, ...]:
+    """0, 1, ... as text: there are as many neurons' names to be made as there are layers times their width."""
+    return tuple(map(str, range(count)))
 
 
 class Outputs:
@@ -76,7 +84,7 @@ class Outputs:
         scale = stream.scale(resid[self.span].to(self.dtype))
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
 
-    def neurons(self) -> tuple[list[str], Factors]:
+    def neurons(self, prefix: str) -> tuple[tuple[str, ...], Factors]:
         """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
@@ -92,12 +100,12 @@ class Outputs:
             stored, numbers_of_part = mlp.w_down, act
             if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
                 stored, numbers_of_part = self._written_factors(mlp, part, act)
-            names += [f"{mlp.name}N{i}" for i in range(act.shape[1])]
+            names += map(f"{prefix}{mlp.name}N".__add__, _numerals(act.shape[1]))
             numbers.append(numbers_of_part)
             vectors.append(stored.T)
         if len(vectors) == 1:
-            return names, Factors(numbers[0], vectors[0])
-        return names, Factors(torch.cat(numbers, 1), torch.cat(vectors))
+            return tuple(names), Factors(numbers[0], vectors[0])
+        return tuple(names), Factors(torch.cat(numbers, 1), torch.cat(vectors))
 
     def _written_factors(self, mlp: Branch, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
         """W_down and activations (N, I) with the norms and factors that lie between a neuron and the stream."""

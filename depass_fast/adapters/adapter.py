@@ -185,9 +185,14 @@ class Adapter:
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
-        layers = self._below_model(self.family.layers)  # much cheaper than get_submodule, which checks every step
+        return self._part(self._block(index), part)
+
+    def _block(self, index: int) -> nn.Module:
+        return self._below_model(self.family.layers)._modules[str(index)]
+
+    def _part(self, block: nn.Module, part: str) -> nn.Module | None:
         path = getattr(self.family, part)
-        return None if path is None else _below(layers._modules[str(index)], path)
+        return None if path is None else _below(block, path)  # much cheaper than get_submodule, which checks every step
 
     def is_mixture(self, index: int) -> bool:
         """Whether the MLP of layer ``index`` is a mixture of experts."""
@@ -195,22 +200,23 @@ class Adapter:
 
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
+        block = self._block(index)
         attention = Attention(
-            **self._branch(index, "attention"),
-            v=self._linear(index, "v_proj", "v_part"),
-            o=self._linear(index, "o_proj"),
-            head_dim=self.head_dim(index),
+            **self._branch(block, "attention"),
+            v=self._linear(block, "v_proj", "v_part"),
+            o=self._linear(block, "o_proj"),
+            head_dim=self._head_dim(block),
         )
-        branch = self._branch(index, "mlp")
+        branch = self._branch(block, "mlp")
         if self.is_mixture(index):
-            mlps = expert_mlps(self.module(index, "mlp"), self.family.experts, branch)
+            mlps = expert_mlps(self._part(block, "mlp"), self.family.experts, branch)
         else:
-            gate, down = self._linear(index, "gate_proj", "gate_part"), self._linear(index, "down_proj")
+            gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
             mlps = (Mlp(**branch, gate=gate, down=down),)
         return Layer(attention, mlps, self.family.parallel)
 
-    def head_dim(self, index: int) -> int:
-        module = self.module(index, "attention")
+    def _head_dim(self, block: nn.Module) -> int:
+        module = self._part(block, "attention")
         named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
         return int(named or self.config.hidden_size // self.config.num_attention_heads)
 
@@ -263,12 +269,12 @@ class Adapter:
             return next(name for name, found in self.model.named_parameters() if found is module.stack)
         return next(name for name, found in self.model.named_modules() if found is module)
 
-    def _branch(self, index: int, kind: str) -> dict[str, Any]:
-        norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
+    def _branch(self, block: nn.Module, kind: str) -> dict[str, Any]:
+        norm, output, stream = (self._norm(self._part(block, f"{kind}{where}")) for where in _NORMS)
         return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
 
-    def _linear(self, index: int, path: str, part: str | None = None) -> Linear:
-        return Linear(self.module(index, path), part and getattr(self.family, part), self.drop_biases)
+    def _linear(self, block: nn.Module, path: str, part: str | None = None) -> Linear:
+        return Linear(self._part(block, path), part and getattr(self.family, part), self.drop_biases)
 
     def _norm(self, module: nn.Module | None) -> Norm | None:
         if module is None:

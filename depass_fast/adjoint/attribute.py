@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..components import ComponentKind
-from ..initial import meets_bias
+from ..initial import meet_bias
 from ..layered import LayeredAttribution
 from ..readout import Directions, TargetSpec, resolve_target
 from ..result import Attribution
@@ -54,7 +54,7 @@ def _one(
     wide = torch.promote_types(run.state_dtype, torch.float32)
     directions, seeds, logits, constants = _readout(engine, plan, trace, prompt, read, spec, wide)
     n = read + 1
-    ahead = [meets_bias(kind, adapter, plan.end_given) for kind in kinds]
+    ahead = meet_bias(kinds, adapter, plan.end_given)
     starts = [make_start(kind, adapter, trace, prompt, n, b, wide) for kind, b in zip(kinds, ahead, strict=True)]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = wide if run.backend.name == "reference" else run.compute_dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .forward import Forward, Settings, taylor_factor
-from .maps import Road
+from .maps import Road, sent
 
 
 def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
@@ -15,7 +15,7 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
     starts, k, n = forward.starts, len(directions), road.n
-    edges = torch.tensor([0, *(len(start.named) for start in starts)]).cumsum(0).to(directions.device)
+    edges = torch.tensor([0, *(len(start.named) for start in starts)]).cumsum(0)
     scores: list[Tensor] = [directions] * len(starts)
     offsets = _Offsets(forward, k, directions)
     own = [_at_the_end(forward, directions)]  # owner, member, score (r, K)
@@ -48,15 +48,16 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
             back = _everywhere(back, step.queries, n) + through
         if step.index in forward.released:
             x, owner, member = forward.released[step.index]
-            own.append((owner, member, torch.einsum("rnd,rknd->rk", x, back[owner]) + offsets.of_rows(owner, member)))
+            seen = back[sent(owner, back.device)]
+            own.append((owner, member, torch.einsum("rnd,rknd->rk", x, seen) + offsets.of_rows(owner, member)))
         for s, start in enumerate(starts):
             if start.entering == step.index:
                 scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)
     flat = torch.cat([part.to(directions.device) for part in scores], dim=1)
     for owner, member, score in own:
-        owner, member, score = (part.to(directions.device) for part in (owner, member, score))
         named = (member >= 0).nonzero()[:, 0]
-        flat[:, edges[owner[named]] + member[named]] = score[named].T.to(flat)
+        at = sent(edges[owner[named]] + member[named], flat.device)
+        flat[:, at] = score[sent(named, score.device)].T.to(flat)
     return list(flat.split([len(start.named) for start in starts], dim=1))
 
 
@@ -82,11 +83,12 @@ class _Offsets:
 
     def of_rows(self, owner: Tensor, member: Tensor) -> Tensor:
         """Of single components: (r, K)."""
-        found = self._total[owner]
+        device = self._total.device
+        found = self._total[sent(owner, device)]
         for s in self._passed:
             at = (owner == s).nonzero()[:, 0]
             if len(at):
-                found[at] = self._masked(s)[:, member[at]].T
+                found[sent(at, device)] = self._masked(s)[:, sent(member[at], device)].T
         return found
 
     def _masked(self, s: int) -> Tensor:
@@ -100,11 +102,12 @@ def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
     """Scores of `rest` or `bias` (as :mod:`forward` numbers them), zero where there is none: (starts, K)."""
     owner, member, score = _at_the_end(forward, directions)
     out = score.new_zeros(len(forward.starts), score.shape[1])
-    return out.index_add_(0, owner[member == extra], score[member == extra])
+    at = (member == extra).nonzero()[:, 0]
+    return out.index_add_(0, sent(owner[at], out.device), score[sent(at, out.device)])
 
 
 def _at_the_end(forward: Forward, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Owner, member and score (R, K) of the rows that were explicit to the end."""
+    """Owner and member, in host memory, and score (R, K) of the rows that were explicit to the end."""
     rows = forward.rows
     return rows.owner, rows.member, rows.x[:, -1] @ directions.to(rows.x).T
 

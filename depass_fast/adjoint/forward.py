@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from .maps import LayerMaps, Road
-from .starts import Start
+from .maps import LayerMaps, Road, sent
+from .starts import Start, all_alive
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Forward:
 
     ``rows`` are the explicit ones at the end, at the read position: of start ``owner[r]``, component ``member[r]`` (or
     one of the three below). ``released`` are those that went back to the crowd, by the layer that they enter: rows
-    (r, N, D), owner, member. ``alive[s]`` lists the masks (M, Q) of start s at every layer, None: all are alive.
+    (r, N, D), and owner and member in host memory. ``alive[s]`` lists the masks (M, Q) of start s at every layer,
+    None: all are alive.
     """
 
     starts: list[Start]
@@ -82,6 +84,7 @@ def mean_field(
     others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
     """
     fixed = fixed or [indices[:0] for indices in loud]
+    whole = [True] * len(starts) if settings.temperature is None else all_alive(starts)
     rows = _Rows(starts[0].bias.new_zeros(0, road.n, starts[0].bias.shape[1]))
     masks: list[Tensor | None] = []
     out = Forward(list(starts), [], rows)
@@ -92,9 +95,8 @@ def mean_field(
         joining = [s for s in range(len(starts)) if starts[s].entering == index]
         for s in joining:
             rows.join(s, starts[s], loud[s], fixed[s], settings)
-            mask = None if settings.temperature is None else starts[s].named.alive()
-            masks.append(None if mask is None or bool(mask.all()) else mask.T.to(rows.x.dtype))  # (M, N)
-            out.alive.append(None if masks[s] is None else [])
+            masks.append(None if whole[s] else starts[s].named.alive().T.to(rows.x))  # (M, N)
+            out.alive.append(None if whole[s] else [])
         mid = bool(joining) and starts[joining[0]].mid
         read = rows.x[:, queries] if maps.parallel else None
         if mid:
@@ -107,7 +109,7 @@ def mean_field(
             _allocate_taylor(rows, read, maps)
         else:
             counts = _crowd_counts(rows, starts, masks, out.alive, maps, mid)
-            _allocate_softmax(rows, read, *counts, maps, settings, step, budget)
+            _allocate_softmax(rows, read, counts, maps, settings, step, budget)
         _add_constant(rows, maps, "mlp")
         out.steps.append(step)
         if index + 1 < road.end and settings.temperature is not None:
@@ -116,9 +118,7 @@ def mean_field(
     for s, start in enumerate(starts):
         if start.entering >= road.end:  # nothing in between: what starts is what is read
             rows.to(start.bias.device)
-            late = _Rows(rows.x.new_zeros(0, road.n, rows.x.shape[2]))
-            late.join(s, start, loud[s][:0], loud[s][:0], settings)
-            rows.append(late.x[:, -1:], late.owner, late.member, late.stays)
+            rows.join(s, start, loud[s][:0], loud[s][:0], settings)
             out.alive.append(None)
     return out
 
@@ -127,57 +127,53 @@ class _Rows:
     """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
 
     ``stays`` (R,) says which are never released, ``sizes`` how many a start has. The first of a start's rows is its
-    probe (not for `taylor`).
+    probe (not for `taylor`). All but ``x`` is in host memory, so that asking whose the rows are waits for no device.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.sizes = x, []
-        self.owner = self.member = torch.zeros(0, dtype=torch.long, device=x.device)
-        self.stays = torch.zeros(0, dtype=torch.bool, device=x.device)
+        self.owner = self.member = torch.zeros(0, dtype=torch.long)
+        self.stays = torch.zeros(0, dtype=torch.bool)
+        self._places: dict[int, Tensor] = {}
 
     def to(self, device: torch.device) -> None:
-        self.x, self.owner, self.member = self.x.to(device), self.owner.to(device), self.member.to(device)
-        self.stays = self.stays.to(device)
+        if self.x.device != device:
+            self.x, self._places = self.x.to(device), {}
 
-    def append(self, x: Tensor, owner: Tensor, member: Tensor, stays: Tensor) -> None:
-        self.x, self.stays = torch.cat([self.x, x]), torch.cat([self.stays, stays])
-        self.owner, self.member = torch.cat([self.owner, owner]), torch.cat([self.member, member])
-        self.sizes.append(len(x))
+    def places(self, member: int) -> Tensor:
+        """The rows of all starts that are `rest`, `bias` or the probe: indices (r,), in order, where the rows are."""
+        if member not in self._places:
+            self._places[member] = sent((self.member == member).nonzero()[:, 0], self.x.device)
+        return self._places[member]
 
     def join(self, s: int, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
         """Append the rows of start ``s``: its probe, `rest`, `bias`, the loud ones and those that stay to the end."""
         n_loud, loud = len(loud), torch.cat([loud, fixed])
-        rows, members = [start.named.rows(loud)], []
+        rows, members = [start.named.rows(sent(loud, start.bias.device))], []
         if start.has_bias:
             rows, members = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
             rows, members = [start.rest[None], *rows], [REST_ROW, *members]
         if settings.temperature is not None:
             rows, members = [_probe(start, loud, settings)[None], *rows], [PROBE_ROW, *members]
-        member = torch.cat([torch.tensor(members, device=loud.device), loud]).to(self.x.device)
-        stays = torch.ones(len(member), dtype=torch.bool, device=self.x.device)
+        member = torch.cat([torch.tensor(members, dtype=torch.long), loud])
+        stays = torch.ones(len(member), dtype=torch.bool)
         stays[len(members) : len(members) + n_loud] = False
-        self.append(torch.cat(rows).to(self.x), torch.full_like(member, s), member, stays)
+        new = torch.cat(rows)
+        self.x = torch.cat([self.x, new[:, new.shape[1] - self.x.shape[1] :].to(self.x)])
+        self.owner, self.member = torch.cat([self.owner, torch.full_like(member, s)]), torch.cat([self.member, member])
+        self.stays, self._places = torch.cat([self.stays, stays]), {}
+        self.sizes.append(len(member))
 
     def keep(self, kept: Tensor) -> None:
         """Drop the rows that are not ``kept`` (R,) bool."""
-        self.x, self.stays = self.x[kept], self.stays[kept]
-        self.owner, self.member = self.owner[kept], self.member[kept]
-        self.sizes = torch.zeros(len(self.sizes), dtype=torch.long, device=self.x.device).index_add_(
-            0, self.owner, torch.ones_like(self.owner)
-        ).tolist()  # fmt: skip
+        self.x, self._places = self.x[sent(kept.nonzero()[:, 0], self.x.device)], {}
+        self.owner, self.member, self.stays = self.owner[kept], self.member[kept], self.stays[kept]
+        self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
 
-    def runs(self) -> list[tuple[slice, int, int]]:
-        """Neighbouring starts with equally many rows: their rows, the first start, and how many they are."""
-        found, row, at = [], 0, 0
-        while at < len(self.sizes):
-            stop = at
-            while stop < len(self.sizes) and self.sizes[stop] == self.sizes[at]:
-                stop += 1
-            rows = (stop - at) * self.sizes[at]
-            found.append((slice(row, row + rows), at, stop - at))
-            row, at = row + rows, stop
-        return found
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbouring starts with equally many rows: how many starts, how many rows of each."""
+        return [(len(list(same)), size) for size, same in groupby(self.sizes)]
 
 
 def _probe(start: Start, loud: Tensor, settings: Settings) -> Tensor:
@@ -186,11 +182,11 @@ def _probe(start: Start, loud: Tensor, settings: Settings) -> Tensor:
     if not settings.scatter or len(loud) == m:
         return torch.zeros_like(start.bias)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + start.layer)
-    signs = (torch.randint(0, 2, (m,), generator=generator) * 2 - 1).to(start.bias)
+    signs = (torch.randint(0, 2, (m,), generator=generator) * 2 - 1).to(start.bias.dtype)
     signs[loud] = 0.0
     signs -= signs.sum() / (m - len(loud))
     signs[loud] = 0.0
-    return start.named.sum(signs)
+    return start.named.sum(sent(signs, start.bias.device))
 
 
 def _crowd_counts(
@@ -200,17 +196,12 @@ def _crowd_counts(
     alive: list[list[Tensor] | None],
     maps: LayerMaps,
     mid: bool,
-) -> tuple[Tensor, bool]:
-    """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1).
-
-    And whether there certainly is one everywhere.
-    """
+) -> Tensor:
+    """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1)."""
     extras = [1 + (start.rest is not None) + start.has_bias for start in starts[: len(masks)]]
     each = [len(start.named) - size + n for start, size, n in zip(starts, rows.sizes, extras, strict=False)]
-    certain = min(each) > 0
-    counts = torch.tensor(each, dtype=rows.x.dtype, device=rows.x.device)[:, None]
+    counts = sent(torch.tensor(each, dtype=rows.x.dtype), rows.x.device)[:, None]
     if any(mask is not None for mask in masks):
-        named, certain = rows.member >= 0, False
         counts = counts.expand(-1, maps.queries.stop - maps.queries.start).clone()
         seen = None if mid else maps.sees().T.to(rows.x.dtype)  # (N, Q)
         for s, mask in enumerate(masks):
@@ -219,13 +210,14 @@ def _crowd_counts(
             mask = mask.to(maps.device)
             masks[s] = mask[:, maps.queries] if mid else ((mask @ seen + mask[:, maps.queries]) > 0).to(mask)
             alive[s].append(masks[s] > 0)
-            counts[s] = masks[s].sum(0) - masks[s][rows.member[(rows.owner == s) & named]].sum(0)
-    return counts[..., None], certain
+            explicit = sent(rows.member[(rows.owner == s) & (rows.member >= 0)], maps.device)
+            counts[s] = masks[s].sum(0) - masks[s][explicit].sum(0)
+    return counts[..., None]
 
 
 def _add_constant(rows: _Rows, maps: LayerMaps, module: str) -> None:
     """The constants of "attention" or "mlp" for `bias`, and the stream's own norm behind them."""
-    at = rows.member == BIAS_ROW
+    at = rows.places(BIAS_ROW)
     constant = maps.attention_constant if module == "attention" else maps.mlp_constant
     if constant is not None:
         rows.x[at] += constant
@@ -249,7 +241,7 @@ def _gates(rows: _Rows, read: Tensor | None, maps: LayerMaps, at: slice = slice(
     """Gates (R, q, I) of the rows at some positions, or of what is ``read`` in their place (in a parallel layer)."""
     g = maps.gates((rows.x if read is None else read)[:, at], at)
     if maps.gate_constant is not None:
-        g[rows.member == BIAS_ROW] += maps.gate_constant
+        g[rows.places(BIAS_ROW)] += maps.gate_constant
     return g
 
 
@@ -257,7 +249,6 @@ def _allocate_softmax(
     rows: _Rows,
     read: Tensor | None,
     counts: Tensor,
-    certain: bool,
     maps: LayerMaps,
     settings: Settings,
     step: Step,
@@ -272,65 +263,67 @@ def _allocate_softmax(
         part = Step(step.index, step.queries)
         g = _gates(rows, read, maps, at)
         here = counts if counts.shape[1] == 1 else counts[:, at]
-        rows.x[:, at] += maps.down(_shares(rows, g.div_(t), here, certain, maps, t, part, at))
+        rows.x[:, at] += maps.down(_shares(rows, g.div_(t), here, maps, t, part, at))
         parts.append(part)
     for name in ("log_z", "share", "mean", "slope"):
         tables = [getattr(part, name) for part in parts]
         setattr(step, name, tables[0] if len(tables) == 1 else torch.cat(tables, dim=1))
 
 
-def _shares(
-    rows: _Rows, u: Tensor, counts: Tensor, certain: bool, maps: LayerMaps, t: float, step: Step, at: slice
-) -> Tensor:
+def _shares(rows: _Rows, u: Tensor, counts: Tensor, maps: LayerMaps, t: float, step: Step, at: slice) -> Tensor:
     """What every row takes, by its gates ``u`` (R, q, I) in units of T, of the activations ``at`` some positions.
 
-    ``u`` is used up; the tables of the step are filled in.
+    ``u`` is used up; the tables of the step are filled in. Nothing here waits for the device, whatever it finds.
     """
-    zeros = u == 0
-    runs = [(run, u[run].view(s, -1, *u.shape[1:]), slice(first, first + s)) for run, first, s in rows.runs()]
-    probe = torch.cat([part[:, 0] for _, part, _ in runs])  # (S, q, I)
-    sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for _, part, _ in runs])
-    step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(counts.clamp_min(1.0))
-    spread = probe.square().mean(-1, keepdim=True).div_(counts.clamp_min(1.0)).sqrt_()  # (S, q, 1)
-    some, log_count = counts > 0, counts.clamp_min(1.0).log()
-    if bool(zeros.any()):  # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
-        u.masked_fill_(zeros, -torch.inf)
-        silent = torch.cat([zeros[run].view_as(part).all(1) for run, part, _ in runs])
-        some, certain = some & ~(silent & (step.mean == 0)), False
+    runs = rows.runs()
+    starts = [s for s, _ in runs]
+    whole = u.split([s * size for s, size in runs])
+    parts = [part.unflatten(0, run) for part, run in zip(whole, runs, strict=True)]  # (s, rows, q, I)
+    probes, number = rows.places(PROBE_ROW), counts.clamp_min(1.0)
+    probe = u[probes]  # (S, q, I)
+    sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for part in parts])
+    step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(number)
+    spread = probe.square().mean(-1, keepdim=True).div_(number).sqrt_()  # (S, q, 1)
+    log_count = number.log()
     log_kappa, step.slope = _moment(spread, log_count)
-    log_crowd = step.mean + (log_kappa + log_count)
-    step.log_z = torch.cat([_logsumexp(part[:, 1:]) for _, part, _ in runs])
-    step.log_z = torch.logaddexp(step.log_z, log_crowd if certain else torch.where(some, log_crowd, -torch.inf))
-    nobody = None if certain else step.log_z == -torch.inf
-    if nobody is not None:
-        step.log_z.masked_fill_(nobody, torch.inf)
-    step.share = log_crowd.sub_(log_count).sub_(step.log_z).exp_()
-    if not certain:
-        step.share.masked_fill_(~some, 0.0)
-    probe *= step.share
-    probe *= step.slope
-    for _, part, starts in runs:
-        part.sub_(step.log_z[starts, None]).exp_()
-        part[:, 0] = probe[starts]
-    if nobody is not None and bool(nobody.any()):
-        _to_nobody(rows, u, nobody, counts, step)
-    return u.mul_(maps.act[at])
+    # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
+    u.masked_fill_(u == 0, -torch.inf)
+    lowest = torch.finfo(u.dtype).min
+    u.index_copy_(0, probes, torch.full_like(probe, lowest).masked_fill_(probe == 0, -torch.inf))
+    top = torch.cat([part.amax(1) for part in parts])
+    none = (counts <= 0) | ((top == -torch.inf) & (step.mean == 0))
+    # the crowd's part of Z takes the probe's place: Z is then a sum over a start's rows
+    crowd = (step.mean + (log_kappa + log_count)).masked_fill_(none, -torch.inf)
+    top = torch.maximum(top, crowd, out=top).clamp_min_(lowest)
+    u.index_copy_(0, probes, crowd)
+    for part, most in zip(parts, top[:, None].split(starts), strict=True):
+        part.sub_(most)
+    u.exp_()
+    z = torch.cat([part.sum(1) for part in parts])
+    nobody = z == 0
+    step.log_z = z.log().add_(top).masked_fill_(nobody, torch.inf)
+    z.masked_fill_(nobody, 1.0)
+    step.share = (u[probes] / z).div_(number)
+    probe.mul_(step.share).mul_(step.slope).mul_(maps.act[at])
+    scale = torch.div(maps.act[at], z, out=z)
+    for part, factor in zip(parts, scale[:, None].split(starts), strict=True):
+        part.mul_(factor)
+    u.index_copy_(0, probes, probe)
+    _to_nobody(rows, u, nobody, number, maps.act[at], step)
+    return u
 
 
-def _logsumexp(part: Tensor) -> Tensor:
-    """Over the second axis of (s, E, q, I), of which there may be none."""
-    if part.shape[1] == 1:
-        return part[:, 0].clone()
-    return torch.logsumexp(part, 1) if part.shape[1] else torch.full_like(part.sum(1), -torch.inf)
-
-
-def _to_nobody(rows: _Rows, shares: Tensor, nobody: Tensor, counts: Tensor, step: Step) -> None:
+def _to_nobody(rows: _Rows, taken: Tensor, nobody: Tensor, number: Tensor, act: Tensor, step: Step) -> None:
     """What nobody drives goes to `rest`; where there is none, evenly to the crowd."""
-    rests = (rows.member == REST_ROW).nonzero()[:, 0]
-    shares[rests] += nobody[rows.owner[rests]].to(shares)
-    without = torch.ones(len(nobody), dtype=torch.bool, device=nobody.device)
-    without[rows.owner[rests]] = False
-    even = (nobody & without[:, None, None]).to(shares) / counts.clamp_min(1.0)
+    rests = rows.places(REST_ROW)
+    if len(rests) == len(nobody):
+        taken.index_add_(0, rests, nobody * act)
+        return
+    owners = rows.owner[rows.member == REST_ROW]
+    taken.index_add_(0, rests, nobody[sent(owners, nobody.device)] * act)
+    without = torch.ones(len(nobody), dtype=torch.bool)
+    without[owners] = False
+    even = (nobody & sent(without, nobody.device)[:, None, None]).to(taken) / number
     step.share += even
     step.mean = torch.where(even > 0, 0.0, step.mean)
 
@@ -341,27 +334,24 @@ def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
     e^(σ²/2) and 1, until so few components hold the sum that their number counts (σ² > 2 log M): from there on the
     largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates.
     """
-    most = (2.0 * log_count).sqrt()
-    frozen = spread > most
-    log_kappa = torch.where(frozen, spread * most - log_count, spread.square() / 2)
-    return log_kappa, torch.where(frozen, most / spread.clamp_min(1e-30), 1.0)
+    bounded = torch.minimum(spread, (2.0 * log_count).sqrt())
+    return bounded * (spread - bounded / 2), bounded.clamp_min(1e-30) / spread.clamp_min(1e-30)
 
 
 def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
-    if not settings.releases or len(rows.x) <= 2 * len(rows.sizes):  # nobody to be released, as the host can tell
+    if not settings.releases or bool(rows.stays.all()):
         return
     weight, gate = road.drive(index)
     size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
-    quiet = ~rows.stays & (size < settings.loud)
-    where = quiet.nonzero()[:, 0]
-    if not len(where):
+    quiet = ~rows.stays & (size < settings.loud).cpu()
+    if not bool(quiet.any()):
         return
-    x, owner = rows.x[where], rows.owner[where]
-    out.released[index] = (x, owner, rows.member[where])
+    x, owner = rows.x[sent(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]
+    out.released[index] = (x, owner, rows.member[quiet])
     if settings.scatter:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        signs = (torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x)
-        probes = (rows.member == PROBE_ROW).nonzero()[:, 0]  # one per start, in order
-        rows.x.index_add_(0, probes[owner], x * signs[:, None, None])
+        signs = sent((torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x.dtype), x.device)
+        probes = rows.places(PROBE_ROW)[sent(owner, x.device)]  # one per start, in order
+        rows.x.index_add_(0, probes, x * signs[:, None, None])
     rows.keep(~quiet)

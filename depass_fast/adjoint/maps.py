@@ -8,6 +8,7 @@ between these two is the only place where components meet, and lies with the cal
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class LayerMaps:
         self.parallel, attention, mlp = layer.parallel, layer.attention, layer.mlp
         self._attention, self._mlp, self._record, self._span = attention, mlp, record, span
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
+        self._heard, self._read = (_wide(norm, dtype) for norm in (attention.norm, mlp.norm))  # what both read through
         self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
         heard = record.attention
         self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
@@ -70,7 +72,7 @@ class LayerMaps:
 
     def ov(self, x: Tensor) -> Tensor:
         """What attention adds: (R, N, D) -> (R, Q, D)."""
-        return self._mixed(_linear(self._attention.norm, x).to(self.compute) @ self._w_v.T)
+        return self._mixed(_linear(self._heard, x).to(self.compute) @ self._w_v.T)
 
     def _mixed(self, values: Tensor) -> Tensor:
         """Values (R, N, Hkv·d), without s, through P and W_O: (R, Q, D)."""
@@ -99,17 +101,17 @@ class LayerMaps:
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
         if self._values is not None:
             out = out * self._values[:n]
-        return _linear_transposed(self._attention.norm, (out @ self._w_v).to(self.dtype))
+        return _linear_transposed(self._heard, (out @ self._w_v).to(self.dtype))
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`; at some of the queries."""
-        x = _linear(self._mlp.norm, x) * self._mlp_scale[at]
+        x = _linear(self._read, x) * self._mlp_scale[at]
         return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """The transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
         y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
-        return _linear_transposed(self._mlp.norm, y)
+        return _linear_transposed(self._read, y)
 
     def down(self, y: Tensor) -> Tensor:
         """What neurons write: (R, Q, I) -> (R, Q, D)."""
@@ -181,6 +183,7 @@ class Road:
         self.prompt, self.span = prompt, slice(first, first + n)
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
+        self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
         if index not in self._layers:
@@ -202,7 +205,7 @@ class Road:
             self._maps[index] = maps
         return maps
 
-    def drive(self, index: int) -> tuple[Tensor, float]:
+    def drive(self, index: int) -> tuple[Tensor, Tensor]:
         """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
 
         The product of that with a component's norm is how far its gates can be expected from zero.
@@ -212,11 +215,17 @@ class Road:
         gamma = resid.new_ones(resid.shape[1])
         if mlp.norm is not None and mlp.norm.weight is not None:
             gamma = mlp.norm.weight.to(self.dtype)
-        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
-        wide = torch.promote_types(gates[0].dtype, torch.float32)
-        square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
-        size = float(square / sum(w.numel() for w in gates)) ** 0.5
-        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, size
+        if index not in self._responses:
+            gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+            wide = torch.promote_types(gates[0].dtype, torch.float32)
+            square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
+            self._responses[index] = (square / sum(w.numel() for w in gates)).sqrt()
+        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, self._responses[index]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device, which is not waited for: pageable memory is copied aside before."""
+    return x.to(device, non_blocking=True)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
@@ -231,6 +240,11 @@ def _dense(part: MlpTrace, values: Tensor, span: slice) -> Tensor:
     out = values.new_zeros(span.stop - span.start, values.shape[1])
     out[part.positions[here] - span.start] = values[here]
     return out
+
+
+def _wide(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
+    """The same norm with γ in ``dtype``, so that it is not converted at every use."""
+    return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(dtype))
 
 
 def _linear(norm: Norm | None, x: Tensor) -> Tensor:

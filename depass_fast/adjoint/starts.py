@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,7 +69,7 @@ class Products:
         return (self.coefficients * scale[:, None]).abs_().mul_((self._wide() * gamma).norm(dim=1))
 
     def alive(self) -> Tensor:
-        return (self.coefficients != 0) & (self.vectors.abs().amax(1) != 0)
+        return (self.coefficients != 0) & (self.vectors != 0).any(1)
 
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
@@ -121,6 +122,7 @@ class Start:
     rest: Tensor | None
     bias: Tensor
     has_bias: bool
+    whole: bool | None = None  # whether no named component is exactly zero anywhere; see all_alive
 
 
 def make_start(
@@ -154,6 +156,15 @@ def make_start(
     rest = block[:n, extras.index(REST)] if REST in extras else None
     named = Dense(block[:n, len(extras) :])
     return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
+
+
+def all_alive(starts: Sequence[Start]) -> list[bool]:
+    """Whether no named component of a start is exactly zero anywhere; the device is waited for once, then never."""
+    if any(start.whole is None for start in starts):
+        found = [start.named.alive().all() for start in starts]
+        for start, whole in zip(starts, torch.stack([w.to(found[0].device) for w in found]).tolist(), strict=True):
+            start.whole = whole
+    return [start.whole for start in starts]
 
 
 def loudness(start: Start, road: Road, temperature: float) -> Tensor:

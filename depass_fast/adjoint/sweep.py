@@ -65,7 +65,7 @@ class Sweep:
         return [index[a:b] - edge for a, b, edge in zip(bounds[:-1], bounds[1:], edges.tolist(), strict=False)]
 
     def _loud(self, group: slice) -> list[Tensor]:
-        """Indices of every start's loud components."""
+        """Indices of every start's loud components, in host memory."""
         sizes, t = [], self.settings.temperature
         for start in self.starts[group]:
             if t is None or start.entering >= self.road.end:
@@ -77,7 +77,8 @@ class Sweep:
         row = self.road.n * self.directions.shape[1] * self.directions.element_size()
         fitting = self._row_budget // (4 * row * len(sizes))
         most = min(self.settings.at_most, max(8, fitting))
-        return [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
+        found = [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
+        return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
         """Start layers that are carried together: as many as their tables leave room for."""
@@ -156,7 +157,6 @@ class _Pass:
         self.sweep, self.groups, self._fixed = sweep, groups, fixed
         self._loud = loud
         if fixed is not None:
-            fixed = self._fixed = [f.to(quick.device) for f, quick in zip(fixed, loud, strict=True)]
             self._loud = [quick[~torch.isin(quick, f)] for f, quick in zip(fixed, loud, strict=True)]
         named, rest, bias, settled = [], [], [], []
         self._kept: Forward | None = None
@@ -165,11 +165,9 @@ class _Pass:
             named += linear_scores(sweep.road, forward, sweep.directions, sweep.settings)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
-            settled += [
-                _settled(forward, s, len(start.named), sweep.road.end) for s, start in enumerate(forward.starts)
-            ]
+            settled.append(_settled(forward, sweep.road.end))
             self._kept = forward if keep and len(groups) == 1 else None
-        self.flat = torch.cat([scores.cpu() for scores in named], dim=1)
+        self.flat = torch.cat(named, dim=1).cpu()
         self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
 
     def _forward(self, group: slice) -> Forward:
@@ -194,8 +192,9 @@ class _Pass:
         return scores.to(self.flat), max(drifts, default=None)
 
 
-def _settled(forward: Forward, s: int, count: int, end: int) -> Tensor:
-    done = torch.full((count,), forward.starts[s].entering >= end)
-    rows = forward.rows
-    done[rows.member[(rows.owner == s) & (rows.member >= 0)].cpu()] = True
+def _settled(forward: Forward, end: int) -> Tensor:
+    counts = torch.tensor([len(start.named) for start in forward.starts])
+    done = torch.tensor([start.entering >= end for start in forward.starts]).repeat_interleave(counts)
+    named = forward.rows.member >= 0
+    done[(counts.cumsum(0) - counts)[forward.rows.owner[named]] + forward.rows.member[named]] = True
     return done
