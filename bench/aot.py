@@ -9,6 +9,7 @@ registers, spilled bytes, shared memory, and which matrix instructions there are
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import subprocess
@@ -205,18 +206,23 @@ def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
         text = asm["amdgcn"]
         count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
         return count.get("vgpr_count"), 4 * (count.get("vgpr_spill_count", 0) + count.get("sgpr_spill_count", 0))
-    from triton.backends.nvidia import compiler
-
     arch = re.search(r"\.target (sm_\w+)", asm["ptx"]).group(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(asm["ptx"])
-        tool = compiler.get_ptxas(gpu.arch) if hasattr(compiler, "get_ptxas") else compiler._path_to_binary("ptxas")
-        ptxas = tool.path if hasattr(tool, "path") else tool[0]  # Triton before 3.5: (path, version)
-        command = [ptxas, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [_ptxas(gpu.arch), "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     return int(re.search(r"Used (\d+) registers", said).group(1)), spilled
+
+
+def _ptxas(arch: int) -> str:
+    """Where Triton keeps the assembler: a function of the architecture since 3.6, the same for all before."""
+    from triton.backends.nvidia import compiler
+
+    takes = inspect.signature(compiler.get_ptxas).parameters
+    tool = compiler.get_ptxas(arch) if takes else compiler.get_ptxas()
+    return tool.path if hasattr(tool, "path") else tool[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

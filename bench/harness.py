@@ -137,6 +137,7 @@ class Row:
     max_error: float | None
     compared_with: str
     verified: bool
+    first_call: bool = False  # it was too slow to be called again: compilation and first allocations are in it
     environment: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:

@@ -106,7 +106,7 @@ def _row(r: dict) -> list[str]:
         r["provider"],
         r["model"],
         r["dtype"],
-        f"{r['median_s'] * 1e3:.1f} ms",
+        f"{r['median_s'] * 1e3:.1f} ms" + (" (first call)" if r.get("first_call") else ""),
         f"[{r['p20_s'] * 1e3:.1f}, {r['p80_s'] * 1e3:.1f}]",
         "-" if rate is None else f"{rate:.1f}",
         percent(r["gemm_fraction"]),

@@ -95,7 +95,7 @@ class Layout:
         """One of the arrays on a device, int64, kept there: a copy would wait for all that the device has to do."""
         key = (name, device)
         if key not in self._tensors:
-            self._tensors[key] = torch.from_numpy(getattr(self, name)).to(device)
+            self._tensors[key] = to_device(getattr(self, name), device)
         return self._tensors[key]
 
     @property
@@ -181,6 +181,11 @@ class Layout:
     def extra_rows(self, extra: str) -> np.ndarray:
         """The rows of `rest` or `bias`, one per segment."""
         return self.starts[:-1] + self.index(extra)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what the device has to do before it is there."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # it is staged, as pageable
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.attention import Keys
 from ..kernels.rows import Rows
-from ..state import Layout
+from ..state import Layout, to_device
 from .blocks import away_from_home
 
 
@@ -94,7 +94,7 @@ def make_piece(
     whole = last is None
 
     def put(array: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
+        return to_device(array.astype(dtype), device)
 
     base_there = put(base, np.int64)
     rows = Rows(
@@ -113,7 +113,7 @@ def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.devic
     """Items of whole prompts that follow each other, for :func:`depass_fast.kernels.attention.log_sum_exp`."""
     begins = np.concatenate([[0], np.cumsum(lengths)])
     parts = [_tiles(int(b), int(n), tile, groups) for b, n in zip(begins[:-1], lengths, strict=True)]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return to_device(np.concatenate(parts), device)
 
 
 def _tiles(begin: int, n: int, tile: int, groups: int) -> np.ndarray:
@@ -156,10 +156,9 @@ class RowChunk:
 
 def make_row_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[RowChunk]:
     """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
-    segment_of = torch.from_numpy(layout.row_segments().astype(np.int32)).to(device)
-    starts = torch.from_numpy(layout.starts).to(device)
+    segment_of, starts = to_device(layout.row_segments().astype(np.int32), device), layout.tensor("starts", device)
     away = away_from_home(layout)
-    flags = torch.from_numpy(away.astype(np.uint8)).to(device) if away.any() else None
+    flags = to_device(away.astype(np.uint8), device) if away.any() else None
     chunks, n = [], len(layout.counts)
     while first < n:
         last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1

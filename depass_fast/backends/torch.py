@@ -71,7 +71,7 @@ class TorchBackend:
         return self._aggregate_everywhere(state, weights, trace)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
-        dtype, packed = state.rows.dtype, torch.from_numpy(state.layout.packed).to(state.device)
+        dtype, packed = state.rows.dtype, state.layout.tensor("packed", state.device)
         if state.layout.index(BIAS) is None:
             return None
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
@@ -249,7 +249,7 @@ class TorchBackend:
     ) -> tuple[MlpStep, Tensor | None]:
         """What the MLP of a layer needs at the state's segments, and the frozen scale (S,) of its output's norm."""
         dtype, layout = self._dtype(state), state.layout
-        packed = torch.from_numpy(layout.packed).to(device)
+        packed = layout.tensor("packed", device)
         everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
         recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
         act, out_scale = trace.act[recorded].to(dtype), None
@@ -348,7 +348,8 @@ def scatter(rows: Tensor, block: Block) -> Tensor:
 
 def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
     if state.layout.index(BIAS) is not None and constant is not None:
-        state.rows[torch.from_numpy(state.layout.extra_rows(BIAS)).to(state.device)] += constant.to(state.rows)
+        rows = state.layout.tensor("starts", state.device)[:-1] + state.layout.index(BIAS)
+        state.rows[rows] += constant.to(state.rows)
 
 
 def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:

@@ -16,7 +16,7 @@ from ..allocation import Allocation
 from ..kernels import allocation, attention, rows
 from ..kernels.common import interpreted
 from ..kernels.launch import mix_tile
-from ..state import BIAS, REST, ComponentState
+from ..state import BIAS, REST, ComponentState, to_device
 from ..trace import AttentionTrace, MlpTrace
 from .mlp import accumulate
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
@@ -54,7 +54,7 @@ class TritonBackend(TorchBackend):
             tiles = self._plan(
                 layout, ("tiles", tile, device), lambda: query_tiles(lengths, tile, frozen.groups, device)
             )
-            packed = self._plan(layout, ("packed", device), lambda: _put(layout.packed, np.int32, device))
+            packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
             return w_v, w_o, weights.scale(trace.resid), attention.log_sum_exp(frozen, packed, tiles, tile)
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
@@ -180,8 +180,8 @@ class TritonBackend(TorchBackend):
             return super().read_out(state, norm, resid, directions)
         if norm is None:
             return rows.read_out(state.rows, directions.float(), None, None)
-        packed = _put(state.layout.packed, np.int64, state.device)
-        segment = _put(state.layout.row_segments(), np.int32, state.device)
+        packed = state.layout.tensor("packed", state.device)
+        segment = to_device(state.layout.row_segments().astype(np.int32), state.device)
         folded = norm.fold(directions.float(), torch.empty_like(directions, dtype=torch.float32))
         return rows.read_out(state.rows, folded, segment, norm.scale(resid[packed]))
 
@@ -197,10 +197,6 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     if device.type != "cuda":
         return f"it needs a GPU that Triton has code for, not {device.type} (TRITON_INTERPRET=1 interprets it, slowly)"
     return None
-
-
-def _put(array: np.ndarray, dtype: type, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device)
 
 
 def _rowwise(x: Tensor) -> Tensor:
