@@ -244,7 +244,7 @@ def measure(
                 peak_bytes=peaks[name],
                 max_error=errors.get((name, work.components, dtype)),
                 compared_with="-" if name == "published" else "reference backend, float64, on a small model",
-                verified=name != "published",
+                verified=(name, work.components, dtype) in errors,
                 first_call=name not in again,
                 environment=place,
             )

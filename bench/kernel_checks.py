@@ -143,9 +143,10 @@ def _check_mix(
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
         n = len(layout.packed)
-        q, k = _random(0, n, heads, head_dim).to(dtype), _random(1, n, kv, head_dim).to(dtype)
+        of_trace = mask.get("of_trace", dtype)
+        q, k = _random(0, n, heads, head_dim).to(of_trace), _random(1, n, kv, head_dim).to(of_trace)
         values = _random(2, layout.n_rows, kv * head_dim).to(dtype)
-        options = dict(mask)
+        options = {name: value for name, value in mask.items() if name != "of_trace"}
         key_bias = _random(3, n, heads) if options.pop("key_bias", False) else None
         out_scale = _random(4, n) if options.pop("out_scale", False) else None
         scale = head_dim**-0.5
@@ -163,7 +164,7 @@ def _check_mix(
             mixed = mixed if out_scale is None else mixed * out_scale[here].double()[:, None, None]
             oracle[layout.rows(prompt)] = mixed[alive]
         lengths = np.bincount(layout.prompt, minlength=len(layout.components))
-        tile = launch.mix_tile(int(lengths.max()), heads // kv, dtype)
+        tile = launch.mix_tile(int(lengths.max()), heads // kv, torch.promote_types(dtype, of_trace))
         put = {"key_bias": key_bias, "out_scale": out_scale}
         put = {name: None if t is None else t.to(device) for name, t in put.items()}
         frozen = attention.Frozen(q.to(device), k.to(device), scale, **options, **put)
@@ -339,6 +340,9 @@ def checks(small: bool) -> Iterator[Check]:
     yield Check("mix", "cap", _check_mix(tokens, 4, 1, 16, softcap=0.7))
     yield Check("mix", "key bias, scaled", _check_mix(tokens, 3, 3, 16, key_bias=True, out_scale=True))
     long = _tokens([70 if small else 200])
+    for of_trace in (torch.float32, torch.bfloat16):  # a model in one dtype, products in another
+        name = str(of_trace).removeprefix("torch.")
+        yield Check("mix", f"trace in {name}", _check_mix(tokens, 4, 2, 16, of_trace=of_trace))
     yield Check("mix", "many tiles", _check_mix(long, 4, 2, 16, max_rows=1 << 20 if small else 5000))
     yield Check("mix", "many tiles, window", _check_mix(long, 2, 1, 16, window=9))
     if not small:

@@ -49,11 +49,12 @@ def _group(limit: str, used: str, statistics: str, reclaimable: str) -> int | No
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory has run out. PyTorch has a class for that on a GPU, a sentence on a CPU."""
+    """Whether ``error`` says that memory has run out: a class of PyTorch's on a GPU, a sentence from all others."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
+    phrases = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(phrase in said for phrase in phrases)
 
 
 def readable(size: float) -> str:

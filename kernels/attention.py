@@ -119,6 +119,7 @@ def _mix(
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, ONE_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_VALUES: tl.constexpr,
 ):  # fmt: skip
     item = items + tl.program_id(0) * 6
     kv = tl.program_id(1)
@@ -159,7 +160,7 @@ def _mix(
             where = (key_row[:, None] + mm[None, :]) * (HKV * HD) + kv * HD + dd[None, :]
             there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < HD)[None, :]
             v = tl.load(values + where, mask=there, other=0.0)  # [BK, BM · BD]
-            acc = product(p, v, acc, PRECISION, WIDE)
+            acc = product(p, v, acc, PRECISION, WIDE_VALUES)
         else:
             low = tl.load(births + component + m)
             if HAS_WINDOW:
@@ -177,7 +178,7 @@ def _mix(
                 where = (key_row[:, None] + mm[None, :]) * (HKV * HD) + kv * HD + dd[None, :]
                 there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < HD)[None, :]
                 v = tl.load(values + where, mask=there, other=0.0)
-                acc = product(p, v, acc, PRECISION, WIDE)
+                acc = product(p, v, acc, PRECISION, WIDE_VALUES)
         if HAS_SCALE:
             acc *= factor[:, None]
         where = (out_row[:, None] + mm[None, :]) * (H * HD) + (head * HD)[:, None] + dd[None, :]
@@ -185,7 +186,7 @@ def _mix(
         tl.store(mixed + where, acc.to(mixed.dtype.element_ty), mask=there)
 
 
-def _shared(frozen: Frozen, dtype: torch.dtype) -> tuple[tuple, dict]:
+def _shared(frozen: Frozen) -> tuple[tuple, dict]:
     """Arguments that both kernels take: scale, cap, window; and what is compiled in."""
     numbers = (frozen.scale, frozen.softcap or 1.0, frozen.window or 0)
     h, hkv, hd = frozen.q.shape[1], frozen.k.shape[1], frozen.q.shape[2]
@@ -198,7 +199,7 @@ def _shared(frozen: Frozen, dtype: torch.dtype) -> tuple[tuple, dict]:
         "HAS_CAP": frozen.softcap is not None,
         "HAS_BIAS": frozen.key_bias is not None,
         "PRECISION": precision(),
-        "WIDE": widened(dtype),
+        "WIDE": widened(frozen.q.dtype),
     }
     return numbers, constants
 
@@ -210,7 +211,7 @@ def log_sum_exp(frozen: Frozen, packed: Tensor, items: Tensor, tile: int) -> Ten
     ``tile`` rows; the rest is not read.
     """
     out = frozen.q.new_empty(frozen.q.shape[:2], dtype=torch.float32)
-    numbers, constants = _shared(frozen, frozen.q.dtype)
+    numbers, constants = _shared(frozen)
     bias = out if frozen.key_bias is None else frozen.key_bias
     grid = (len(items), frozen.k.shape[1])
     _log_sum_exp[grid](
@@ -245,8 +246,9 @@ def mix(
     first and last component, and where the prompt's births begin. Together they must cover all rows. ``longest`` is
     the number of positions of the longest prompt.
     """
-    numbers, constants = _shared(frozen, values.dtype)
-    config = mix_config(longest, frozen.q.shape[2], frozen.groups, tile, values.dtype, values.device)
+    numbers, constants = _shared(frozen)
+    dtype = torch.promote_types(values.dtype, frozen.q.dtype)
+    config = mix_config(longest, frozen.q.shape[2], frozen.groups, tile, dtype, values.device)
     grid = (len(items), frozen.k.shape[1])
     _mix[grid](
         values,
@@ -264,6 +266,7 @@ def mix(
         *numbers,
         **constants,
         HAS_SCALE=frozen.out_scale is not None,
+        WIDE_VALUES=widened(values.dtype),
         BR=tile,
         **config,
     )

@@ -3,7 +3,7 @@
 `gate` writes g = x W_gateᵀ and, for every tile of rows, each neuron's largest g / T and the sum of the exponentials;
 `log_partition` joins these to log Z; `down` makes exp(g/T - log Z) · a on the way in and adds to the state on the way
 out. The gates are then read once less, and never written back. Whether that pays is a matter of measurement
-(``python -m bench.products``): where the library's product is used instead, :mod:`.allocation` does the rest.
+(``python -m bench.tune``): where the library's product is used instead, :mod:`.allocation` does the rest.
 
 A tile of rows never crosses a segment: ``tiles`` (t, 3) int32 holds first and last (excluded) row and the segment.
 """

@@ -97,6 +97,7 @@ def read_rows(
     ``alive`` (r,) uint8 receives whether a row holds anything but zeros.
     """
     n_columns = x.shape[1]
+    _check(x)
     config = row_config(n_columns)
     _read_rows[(triton.cdiv(len(rows), config["BR"]),)](
         x,
@@ -119,6 +120,11 @@ def read_rows(
     return out
 
 
+def _check(x: Tensor) -> None:
+    if x.dtype == torch.float64 or not x.is_contiguous():
+        raise ValueError(f"x: expected contiguous rows in float32 at most, got {x.dtype}, strides {x.stride()}.")
+
+
 @triton.jit
 def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -133,6 +139,7 @@ def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr,
 
 def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
     """x[rows of the piece] += ``gained`` (r, D); in place. The piece must be a gathered one."""
+    _check(x)
     config = row_config(x.shape[1])
     grid = (triton.cdiv(len(rows), config["BR"]),)
     _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)

@@ -89,7 +89,9 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b, where ``out`` may be of a wider dtype."""
     if out.dtype == a.dtype:
         out.addmm_(a, b)
-    elif out.is_cuda and out.dtype == torch.float32:  # added up in float32 by the product itself
+    elif (
+        out.is_cuda and out.dtype == torch.float32 and not torch.version.hip
+    ):  # added up in float32 by the product itself
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.add_(a @ b)

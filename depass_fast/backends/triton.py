@@ -2,10 +2,15 @@
 
 Rows are read once per product, with the frozen norm applied on the way; probabilities are made tile by tile, for all
 components; the softmax over the components happens where the gates lie. Nothing waits for the device. What has no
-kernel (a user's own rule, clamped values, the last layer's few queries) is inherited from the torch backend.
+kernel (a user's own rule, clamped values, heads wider than 512 bytes, the last layer's few queries) is inherited from
+the torch backend.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from math import prod
 
 import numpy as np
 import torch
@@ -13,14 +18,19 @@ from torch import Tensor
 
 from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation
-from ..kernels import allocation, attention, rows
+from ..kernels import attention, rows
+from ..kernels.allocation import Segments, allocate
 from ..kernels.common import interpreted
 from ..kernels.launch import mix_tile
-from ..state import BIAS, REST, ComponentState, to_device
+from ..state import BIAS, REST, ComponentState, Layout, to_device
 from ..trace import AttentionTrace, MlpTrace
 from .mlp import accumulate
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 from .torch import TorchBackend, add_to_bias
+
+_WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
+_MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
+_AMD = ("gfx942",)
 
 
 class TritonBackend(TorchBackend):
@@ -31,10 +41,17 @@ class TritonBackend(TorchBackend):
 
     # -- attention ----------------------------------------------------------------------------------------------
 
+    def aggregate_ov(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        with _current(state.device):
+            return super().aggregate_ov(state, weights, trace, queries)
+
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        if trace.value_ratio is not None:
+        widest = torch.promote_types(self._dtype(state), trace.q.dtype)
+        if trace.value_ratio is not None or trace.q.shape[-1] * widest.itemsize > _WIDEST_HEAD:
             return super()._aggregate_everywhere(state, weights, trace, extras_only)
         dtype, device, layout = self._dtype(state), state.device, state.layout
         frozen = attention.Frozen(
@@ -46,45 +63,42 @@ class TritonBackend(TorchBackend):
             None if trace.key_bias is None else trace.key_bias.float().contiguous(),
             trace.out_scale,
         )
-        lengths = np.bincount(layout.prompt, minlength=len(layout.components))
-        tile = mix_tile(int(lengths.max()), frozen.groups, dtype)
+        lengths, groups = np.bincount(layout.prompt, minlength=len(layout.components)), frozen.groups
+        tile = mix_tile(int(lengths.max()), groups, widest)
 
         def prepare() -> tuple[Tensor, ...]:
             w_v, w_o = weights.w_v.to(dtype), weights.writing(weights.w_o, dtype)
-            tiles = self._plan(
-                layout, ("tiles", tile, device), lambda: query_tiles(lengths, tile, frozen.groups, device)
-            )
+            key = ("tiles", tile, groups, device)
+            tiles = self._plan(layout, key, lambda: query_tiles(lengths, tile, groups, device))
             packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
             return w_v, w_o, weights.scale(trace.resid), attention.log_sum_exp(frozen, packed, tiles, tile)
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
-        width, values_width = state.rows.shape[1], len(w_v)
-        per_row = dtype.itemsize * (max(width, w_o.shape[1]) + max(width, values_width))
+        width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
+        widths = max(width, mixed_width), max(width, values_width)  # of what is held at a time
 
         def step(piece: Piece) -> None:
-            x = self._read(state, piece.rows, weights, scale[piece.positions], dtype)
-            values = self._workspace.take("values", (len(x), values_width), x)
-            torch.mm(x, w_v.T, out=values)
-            mixed = self._workspace.take("rows", (len(x), w_o.shape[1]), x)  # x is read already
+            n = len(piece.rows)
+            one, other = self._room(device, *(n * columns * dtype.itemsize for columns in widths))
+            x = self._read(state, piece.rows, weights, scale[piece.positions], _as(one, dtype, n, width))
+            values = torch.mm(x, w_v.T, out=_as(other, dtype, n, values_width))
+            mixed = _as(one, dtype, n, mixed_width)  # x has been read
             attention.mix(values, piece.keys, piece.items, frozen, lse, tile, piece.longest, mixed)
             if piece.contiguous:
-                accumulate(state.rows[piece.rows.first : piece.rows.first + len(x)], mixed, w_o.T)
-                return
-            gained = self._workspace.take("values", (len(x), width), x)
-            torch.mm(mixed, w_o.T, out=gained)
-            rows.add_rows(state.rows, piece.rows, gained)
+                accumulate(state.rows[piece.rows.first : piece.rows.first + n], mixed, w_o.T)
+            else:
+                rows.add_rows(state.rows, piece.rows, torch.mm(mixed, w_o.T, out=_as(other, dtype, n, width)))
 
         def pieces(undone: Piece | None) -> list[Piece]:
-            most = max(1, self._bytes(state) // per_row)
+            most = max(1, self._bytes(state) // (sum(widths) * dtype.itemsize))
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
                 ranges = cut(layout, most, extras_only, begin)
-                return [make_piece(layout, *part, tile, frozen.groups, device) for part in ranges]
+                return [make_piece(layout, *part, tile, groups, device) for part in ranges]
 
-            return (
-                make() if undone is not None else self._plan(layout, ("pieces", most, extras_only, device, tile), make)
-            )
+            key = ("pieces", most, extras_only, tile, groups, device)
+            return make() if undone is not None else self._plan(layout, key, make)
 
         self.budget.each(device, pieces, step)
         return state
@@ -96,11 +110,22 @@ class TritonBackend(TorchBackend):
         state: ComponentState,
         weights: Mlp,
         trace: MlpTrace,
-        rule: Allocation,
+        allocation: Allocation,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        if callable(rule.rule):
-            return super().allocate_mlp(state, weights, trace, rule, source)
+        with _current(state.device):
+            if callable(allocation.rule):
+                return super().allocate_mlp(state, weights, trace, allocation, source)
+            return self._allocate(state, weights, trace, allocation, source)
+
+    def _allocate(
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        trace: MlpTrace,
+        rule: Allocation,
+        source: ComponentState | None,
+    ) -> ComponentState:
         source = state if source is None else source
         dtype, device, layout = self._dtype(state), state.device, state.layout
         bias, rest = layout.index(BIAS), layout.index(REST)
@@ -115,29 +140,31 @@ class TritonBackend(TorchBackend):
                 recorded = torch.arange(len(packed), device=device)
             constant = weights.gate_constant(torch.float32) if bias is not None else None
             w_gate, w_down = weights.w_gate.to(dtype), weights.writing(weights.w_down, dtype)
-            scale = weights.scale(trace.resid)[packed]
+            scale = weights.scale(trace.resid[packed])
             return w_gate, w_down, act, gate, recorded, scale, constant, out_scale
 
         w_gate, w_down, act, gate, recorded, scale, constant, out_scale = self.budget.prepare(device, prepare)
-        n_neurons = len(w_gate)
+        n_neurons, out_size = len(w_gate), state.rows.dtype.itemsize
 
         def step(chunk: RowChunk) -> None:
-            alive = self._workspace.take("alive", (chunk.n_rows,), act, torch.uint8)
-            x = self._read(source, chunk.rows, weights, scale[chunk.segments], dtype, alive)
-            target = state.rows[chunk.rows.first : chunk.rows.first + chunk.n_rows]
-            segments = allocation.Segments(
-                chunk.rows.base, recorded[chunk.segments], chunk.longest, chunk.away, bias, rest
-            )
-            size = self._neurons_per_block(chunk.n_rows, n_neurons, state)
+            n, width = chunk.n_rows, state.rows.shape[1]
+            size, apart = self._neurons_per_block(n, n_neurons, state)
+            sizes = (n * width * dtype.itemsize, n * size * dtype.itemsize, n, apart * n * width * out_size)
+            one, other, flags, last = self._room(device, *sizes)
+            x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
+            self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive)
+            target = state.rows[chunk.rows.first : chunk.rows.first + n]
+            # several blocks are added up apart, so that the state is written to once (see budget)
+            out = _as(last, target.dtype, n, width).copy_(target) if apart else target
+            segments = Segments(chunk.rows.base, recorded[chunk.segments], chunk.longest, chunk.away, bias, rest)
             for i in range(0, n_neurons, size):
                 part = slice(i, min(i + size, n_neurons))
-                g = self._workspace.take("values", (chunk.n_rows, part.stop - i), x)
-                torch.mm(x, w_gate[part].T, out=g)
+                g = torch.mm(x, w_gate[part].T, out=_as(other, dtype, n, part.stop - i))
                 numbers = None if constant is None else constant[part]
-                allocation.allocate(
-                    g, segments, act[:, part], gate[:, part], rule.rule, rule.temperature, alive, numbers
-                )
-                accumulate(target, g, w_down[:, part].T)
+                allocate(g, segments, act[:, part], gate[:, part], rule.rule, rule.temperature, alive, numbers)
+                accumulate(out, g, w_down[:, part].T)
+            if apart:
+                target.copy_(out)
 
         self.budget.each(device, lambda undone: self._row_chunks(state, n_neurons, undone), step)
         add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
@@ -151,12 +178,22 @@ class TritonBackend(TorchBackend):
         key = ("row chunks", most, state.device)
         return self._plan(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
 
-    def _neurons_per_block(self, n_rows: int, n_neurons: int, state: ComponentState) -> int:
-        room = self._bytes(state) // (n_rows * self._dtype(state).itemsize) - state.rows.shape[1]
-        if room >= n_neurons:
-            return n_neurons
-        blocks = -(-n_neurons // max(room, 64))
-        return -(-n_neurons // (64 * blocks)) * 64  # what a product likes
+    def _neurons_per_block(self, n_rows: int, n_neurons: int, state: ComponentState) -> tuple[int, bool]:
+        """All neurons, or as many as there is room for, and whether their outputs must be added up apart."""
+        width, each = state.rows.shape[1], n_rows * self._dtype(state).itemsize
+        if self._bytes(state) // each >= n_neurons + width:
+            return n_neurons, False
+        held = width * (each + n_rows * state.rows.dtype.itemsize)
+        blocks = -(-n_neurons // max((self._bytes(state) - held) // each, 64))
+        return min(n_neurons, -(-n_neurons // (64 * blocks)) * 64), True  # multiples are what a product likes
+
+    # -- the workspace ----------------------------------------------------------------------------------------------
+
+    def _room(self, device: torch.device, *sizes: int) -> list[Tensor]:
+        """Buffers of so many bytes side by side in one, which attention and MLP take turns in."""
+        ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
+        arena = self._workspace.take("arena", (int(ends[-1]),), torch.empty(0, device=device), torch.uint8)
+        return [arena[end - -(-size // 256) * 256 :][:size] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -166,37 +203,55 @@ class TritonBackend(TorchBackend):
         which: rows.Rows,
         branch: Branch,
         scale: Tensor,
-        dtype: torch.dtype,
+        out: Tensor,
         alive: Tensor | None = None,
     ) -> Tensor:
-        """Rows of a piece through the branch's frozen norm, ``scale`` (S,) being s of its positions."""
+        """Rows of a piece through the branch's frozen norm, ``scale`` (S,) being s of its positions, in ``out``."""
         norm = branch.norm
-        out = self._workspace.take("rows", (len(which), state.rows.shape[1]), state.rows, dtype)
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
         return rows.read_rows(state.rows, which, scale, weight, centred, out, alive)
 
     def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
-        if state.rows.dtype == torch.float64:
+        if state.rows.dtype == torch.float64 or len(directions) > _MANY_DIRECTIONS:
             return super().read_out(state, norm, resid, directions)
-        if norm is None:
-            return rows.read_out(state.rows, directions.float(), None, None)
-        packed = state.layout.tensor("packed", state.device)
-        segment = to_device(state.layout.row_segments().astype(np.int32), state.device)
-        folded = norm.fold(directions.float(), torch.empty_like(directions, dtype=torch.float32))
-        return rows.read_out(state.rows, folded, segment, norm.scale(resid[packed]))
+        with _current(state.device):
+            if norm is None:
+                return rows.read_out(state.rows, directions.float(), None, None)
+            packed = state.layout.tensor("packed", state.device)
+            segment = to_device(state.layout.row_segments().astype(np.int32), state.device)
+            folded = norm.fold(directions.float(), torch.empty_like(directions, dtype=torch.float32))
+            return rows.read_out(state.rows, folded, segment, norm.scale(resid[packed]))
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """The reason why this backend cannot run on a device, computing in a dtype; None where it can."""
     if dtype == torch.float64:
         return "its kernels compute in float32 at most"
-    if interpreted():
-        return None
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if interpreted():
+        return None if device.type == "cpu" else "TRITON_INTERPRET is set, with which kernels run on the CPU"
     if device.type != "cuda":
         return f"it needs a GPU that Triton has code for, not {device.type} (TRITON_INTERPRET=1 interprets it, slowly)"
+    about = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        arch = about.gcnArchName.split(":")[0]
+        return None if arch in _AMD else f"its kernels are compiled for {' and '.join(_AMD)}, not for {arch}"
+    if about.major < 8:
+        return f"its kernels need a GPU of capability 8.0, and this one's is {about.major}.{about.minor}"
     return None
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
+def _as(room: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The beginning of a buffer of bytes as a tensor."""
+    return room[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _rowwise(x: Tensor) -> Tensor:

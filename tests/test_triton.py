@@ -1,0 +1,79 @@
+"""What is the triton backend's own: its workspace, its tables, and what happens when memory runs out inside a step."""
+
+import pytest
+import torch
+from conftest import build, random_ids
+from test_backends import close
+
+from bench.family_models import build_model
+from depass_fast import DePass, Heads, Tokens
+from depass_fast.backends import triton as backend
+from depass_fast.backends.reference import ReferenceBackend
+from depass_fast.state import ComponentState
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model whose neurons come in several blocks where the workspace is small."""
+    return DePass(build_model("llama", intermediate_size=200), backend="triton")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["accumulate", "allocate"])
+def test_running_out_of_memory_inside_a_step_changes_nothing(wide, name, at, monkeypatch):
+    """Also between two blocks of neurons of one chunk, one of which has been added up already."""
+    trace = wide.trace(random_ids(4))
+    expected = wide.decompose(trace, Heads(0), memory_budget=4_096).dense()
+    ordinary, count = getattr(backend, name), iter(range(1, 10_000))
+
+    def scarce(*args, **kwargs):
+        if next(count) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return ordinary(*args, **kwargs)
+
+    monkeypatch.setattr(backend, name, scarce)
+    with pytest.warns(RuntimeWarning, match="results do not change"):
+        found = wide.decompose(trace, Heads(0), memory_budget=4_096).dense()
+    assert close(found, expected)
+
+
+@pytest.mark.parametrize("budget", [30_000, 100_000])
+def test_the_workspace_stays_within_its_bytes(wide, budget):
+    trace = wide.trace([random_ids(7), random_ids(3)])
+    for kind in (Tokens(), Heads(0)):
+        run = wide.options.updated({"memory_budget": budget}).build(wide.adapter)
+        wide.propagate(trace, wide.start(trace, kind), 3, run)
+        held = sum(b.numel() * b.element_size() for b in run.backend._workspace._buffers.values())
+        assert held <= budget + 1024, (kind, held)  # whole lines of 256 bytes
+
+
+def test_layers_with_other_groups_share_no_tables():
+    """One layout, and attention with one, two and four queries per key: every tile of each is done."""
+    ids, found, state = random_ids(20), backend.TritonBackend(), None
+    for kv in (4, 2, 1):
+        dp = DePass(build_model("llama", num_key_value_heads=kv))
+        trace = dp.trace(ids)
+        state = state or dp.start(trace, Tokens())
+        layer, record = dp.adapter.layer(0), trace.layers[0]
+        one, other = (ComponentState(state.rows.clone(), state.layout, 0) for _ in range(2))
+        with torch.no_grad():
+            fast = found.aggregate_ov(one, layer.attention, record.attention)
+            plain = ReferenceBackend().aggregate_ov(other, layer.attention, record.attention)
+        assert close(fast.rows, plain.rows), kv
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16", "bfloat16"])
+def test_a_model_in_bfloat16_computes_in_any_dtype(compute):
+    dp = build("llama-gqa", torch.bfloat16)
+    trace = dp.trace(random_ids(6))
+    oracle = dp.attribute(trace, Tokens(), 3, backend="reference").scores
+    found = dp.attribute(trace, Tokens(), 3, backend="triton", compute_dtype=compute).scores
+    assert close(found, oracle, 1e-5 if compute == "float32" else 0.1)
+
+
+def test_a_float64_state_is_refused_and_not_cut_to_float32():
+    with pytest.raises(ValueError, match="expected contiguous rows in float32 at most, got torch.float64"):
+        backend.rows.add_rows(torch.zeros(2, 8, dtype=torch.float64), None, torch.zeros(2, 8))
+    dp = build("llama-gqa")
+    with pytest.raises(ValueError, match="cannot run: its kernels compute in float32 at most"):
+        dp.attribute(random_ids(4), Tokens(), 3, backend="triton", state_dtype="float64")
