@@ -388,6 +388,15 @@ def test_mean_field_alone_keeps_shares_at_most_one():
         assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
 
 
+@torch.no_grad()
+def test_a_layer_s_drive_comes_to_the_components():
+    """Those that start behind a layer are on its device, the one that they enter may be on the next."""
+    dp = build("llama-gqa")
+    way = road(dp, dp.trace(random_ids(6)), 6)
+    for like in (torch.empty(0, device="meta"), torch.empty(0, dtype=torch.float64)):
+        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in way.drive(1, like))
+
+
 # ---------------------------------------------------------------------------------------------------- other families
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}

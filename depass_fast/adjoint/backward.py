@@ -49,7 +49,7 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
         if step.index in forward.released:
             x, owner, member = forward.released[step.index]
             seen = back[sent(owner, back.device)]
-            own.append((owner, member, torch.einsum("rnd,rknd->rk", x, seen) + offsets.of_rows(owner, member)))
+            own.append((owner, member, torch.einsum("rnd,rknd->rk", x.to(seen), seen) + offsets.of_rows(owner, member)))
         for s, start in enumerate(starts):
             if start.entering == step.index:
                 scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)

@@ -342,8 +342,8 @@ def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forwa
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
     if not settings.releases or bool(rows.stays.all()):
         return
-    weight, gate = road.drive(index)
-    size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
+    weight, gate = road.drive(index, rows.x)
+    size = (rows.x * weight).norm(dim=2).amax(1) * (gate / settings.temperature)
     quiet = ~rows.stays & (size < settings.loud).cpu()
     if not bool(quiet.any()):
         return

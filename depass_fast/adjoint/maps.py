@@ -205,10 +205,11 @@ class Road:
             self._maps[index] = maps
         return maps
 
-    def drive(self, index: int) -> tuple[Tensor, Tensor]:
+    def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
 
-        The product of that with a component's norm is how far its gates can be expected from zero.
+        The product of that with a component's norm is how far its gates can be expected from zero. Both in the dtype
+        and on the device of ``like``, the components': what enters a layer may still be on the one before it.
         """
         layer, record = self.layer(index), self.trace.layers[index]
         mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
@@ -220,7 +221,7 @@ class Road:
             wide = torch.promote_types(gates[0].dtype, torch.float32)
             square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
             self._responses[index] = (square / sum(w.numel() for w in gates)).sqrt()
-        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, self._responses[index]
+        return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:

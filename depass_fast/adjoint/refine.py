@@ -164,8 +164,10 @@ class _Drift:
         both = (numbers > 0).all(0)
         scale = torch.tensor(counts, dtype=off.dtype, device=off.device) / numbers.clamp_min(1.0)
         means = halves * scale[..., None, None]
-        self._total = self._total + (means[0] * means[1])[both].sum()
-        self._count = self._count + both.sum() * off.shape[1] * off.shape[2]
+        total, count = (means[0] * means[1])[both].sum(), both.sum() * off.shape[1] * off.shape[2]
+        if isinstance(self._total, Tensor):  # of the layers before, which may be on another device
+            total, count = total.to(self._total.device), count.to(self._total.device)
+        self._total, self._count = self._total + total, self._count + count
 
     def value(self) -> float | None:
         if not float(self._count):
