@@ -224,11 +224,6 @@ class Road:
         return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on a device, which is not waited for: pageable memory is copied aside before."""
-    return x.to(device, non_blocking=True)
-
-
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
