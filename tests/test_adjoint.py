@@ -255,7 +255,7 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
         found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
         largest.append(float(found.abs().max()))
     exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
-    assert largest[0] < 10 * exact and largest[1] > 1e10 * exact
+    assert largest[0] < 10 * exact and largest[1] > 1e6 * exact
 
 
 # ------------------------------------------------------------------------------------------------------ finite always
@@ -322,6 +322,19 @@ def test_nothing_is_ever_nan_or_inf(change, length):
             assert (
                 dp.attribute(ids, kind, 5, method="adjoint", allocation=rule, refine=0, sample=0, **options) is not None
             )
+
+
+@pytest.mark.parametrize("temperature", [1e-22, 1e-30, 1e-300])
+@pytest.mark.parametrize("neurons", [129, 130, 300])
+def test_any_temperature_however_small(neurons, temperature):
+    """Gates in units of it are beyond what float32 can square, or hold; exact runs come to a maximum there."""
+    dp, ids = DePass(build_model("llama", intermediate_size=neurons)), random_ids(6, seed=10)
+    for refine, sample in ((0, 0), (16, 32)):
+        found = dp.attribute(
+            ids, Neurons(layers="all"), 5, method="adjoint", temperature=temperature, refine=refine, sample=sample
+        )
+        assert all(one.scores.isfinite().all() and one.completeness_error < 1e-3 for one in found), found
+        assert all(v is None or v == v for v in (found.estimate or {}).values() if not isinstance(v, list))
 
 
 def test_a_wild_model_says_so_loudly():

@@ -19,7 +19,7 @@ from ..result import Attribution
 from ..state import BIAS, REST
 from ..trace import Trace
 from .estimate import ApproximationWarning, warnings_of
-from .forward import Settings
+from .forward import LEAST_TEMPERATURE, Settings
 from .maps import Road
 from .method import Method
 from .starts import make_start
@@ -59,7 +59,8 @@ def _one(
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = wide if run.backend.name == "reference" else run.compute_dtype
     road = Road(adapter, trace, prompt, n, plan.end, wide, compute)
-    settings = Settings(run.allocation.temperature if run.allocation.is_softmax else None, seed=method.seed)
+    temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
+    settings = Settings(temperature, seed=method.seed)
     sweep = Sweep(road, starts, seeds, settings, run.memory_budget)
     scores = sweep.run(method)
     results = _assemble(engine, plan, sweep, scores, directions, logits.cpu(), constants.cpu(), prompt, read, began)

@@ -18,6 +18,8 @@ from ..state import to_device
 from .maps import LayerMaps, Road
 from .starts import Start, all_alive
 
+LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its sums stay in float32's range
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -284,9 +286,10 @@ def _shares(rows: _Rows, u: Tensor, counts: Tensor, maps: LayerMaps, t: float, s
     probe = u[probes]  # (S, q, I)
     sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for part in parts])
     step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(number)
-    spread = probe.square().mean(-1, keepdim=True).div_(number).sqrt_()  # (S, q, 1)
+    loudest = probe.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # (S, q, 1); squares alone may overflow
+    spread = (probe / loudest).square_().mean(-1, keepdim=True).div_(number).sqrt_().mul_(loudest)
     log_count = number.log()
-    log_kappa, step.slope = _moment(spread, log_count)
+    log_kappa, step.slope = _moment(spread, log_count, step.mean.abs().amax(-1, keepdim=True))
     # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
     u.masked_fill_(u == 0, -torch.inf)
     lowest = torch.finfo(u.dtype).min
@@ -329,14 +332,17 @@ def _to_nobody(rows: _Rows, taken: Tensor, nobody: Tensor, number: Tensor, act: 
     step.mean = torch.where(even > 0, 0.0, step.mean)
 
 
-def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
+def _moment(spread: Tensor, log_count: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """log of the mean of e^(u - mean) over a normal crowd, and the slope of its linear regression over its mean.
 
     e^(σ²/2) and 1, until so few components hold the sum that their number counts (σ² > 2 log M): from there on the
-    largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates.
+    largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates; where they are
+    enormous (``size``, in units of T), a spread that is next to their rounding does not count as none.
     """
-    bounded = torch.minimum(spread, (2.0 * log_count).sqrt())
-    return bounded * (spread - bounded / 2), bounded.clamp_min(1e-30) / spread.clamp_min(1e-30)
+    most = (2.0 * log_count).sqrt()
+    bounded = torch.minimum(spread, most)
+    told = torch.maximum(spread, size * torch.finfo(size.dtype).eps ** 0.5).clamp_min_(1e-30)
+    return bounded * (spread - bounded / 2), torch.minimum(told, most).clamp_min_(1e-30) / told
 
 
 def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
