@@ -14,6 +14,7 @@ from torch import Tensor
 from ..components import ComponentKind
 from ..initial import meet_bias
 from ..layered import LayeredAttribution
+from ..progress import bar
 from ..readout import Directions, TargetSpec, resolve_target
 from ..result import Attribution
 from ..state import BIAS, REST
@@ -36,7 +37,13 @@ def by_adjoint(
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
     trace = plan.trace or engine._capture(plan.prompts)
     kinds = plan.components.each(engine.adapter)
-    return [_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began) for p in range(trace.n_prompts)]
+    results = []
+    with bar("prompts", trace.n_prompts, plan.run.progress) as shown:
+        for p in range(trace.n_prompts):
+            results.append(_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began))
+            if shown is not None:
+                shown.finish()
+    return results
 
 
 def _one(

@@ -54,6 +54,7 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
         for s, start in enumerate(starts):
             if start.entering == step.index:
                 scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)
+        road.passed.finish()
     flat = torch.cat([part.to(directions.device) for part in scores], dim=1)
     for owner, member, score in own:
         named = (member >= 0).nonzero()[:, 0]

@@ -117,6 +117,7 @@ def mean_field(
         out.steps.append(step)
         if index + 1 < road.end and settings.temperature is not None:
             _release(rows, road, index + 1, settings, out)
+        road.passed.finish()
     rows.x = rows.x[:, -1:]
     for s, start in enumerate(starts):
         if start.entering >= road.end:  # nothing in between: what starts is what is read

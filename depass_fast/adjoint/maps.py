@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Layer, Norm
 from ..backends.attention import FrozenAttention
+from ..progress import Parts
 from ..trace import LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
@@ -181,6 +182,7 @@ class Road:
         self.dtype, self.compute = dtype, compute
         first = trace.span(prompt).start
         self.prompt, self.span = prompt, slice(first, first + n)
+        self.passed = Parts(1)  # layers, there and back, of the sweep under way
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
         self._responses: dict[int, Tensor] = {}

@@ -51,7 +51,7 @@ def scores_given_z(
     )
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift)
+        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift, len(rows) / len(order))
         scores[rows] = _walk(road, *walk)
     return Given(scores, None if drift is None else drift.value())
 
@@ -102,11 +102,13 @@ def _walk(
     directions: Tensor,
     settings: Settings,
     drift: _Drift | None,
+    part: float,
 ) -> Tensor:
-    """Scores (R, K) of journeys in the order of their beginnings."""
+    """Scores (R, K) of journeys in the order of their beginnings, ``part`` of all."""
     x = directions.new_zeros(0, road.n, directions.shape[1])
     owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long)
     for step in steps:
+        road.passed.finish(part)
         joining = [journey for journey in journeys if journey.entering == step.index]
         if not len(x) and not joining:
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..progress import Parts
 from .backward import extra_scores, linear_scores
 from .estimate import Estimate, draw, judge
 from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
@@ -44,6 +45,7 @@ class Sweep:
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
         approximate = self.settings.temperature is not None
+        self.road.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _Pass(self, groups, loud, None, keep=approximate and method.sample > 0 and not method.refine)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long)
         if approximate and method.refine:
@@ -53,6 +55,17 @@ class Sweep:
         if approximate and (method.refine or method.sample):
             estimate = self._estimate(found, screened, refined, method)
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
+
+    def _length(self, group: slice) -> int:
+        """How many layers a walk with these start layers passes."""
+        return max(0, self.road.end - self.starts[group][0].entering)
+
+    def _walks(self, groups: list[slice], method: Method) -> int:
+        """How often the layers are passed, there or back, by :meth:`run`."""
+        if self.settings.temperature is None:
+            return 2
+        sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
+        return (4 if method.refine else 2) + sampled
 
     @property
     def _sizes(self) -> list[int]:
