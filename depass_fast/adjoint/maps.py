@@ -185,6 +185,7 @@ class Road:
         self.passed = Parts(1)  # layers, there and back, of the sweep under way
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
+        self._keeps = True
         self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
@@ -203,9 +204,13 @@ class Road:
         layer = self.layer(index)
         maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
         probabilities = self.end * layer.attention.n_heads * self.n**2
-        if maps.borrows and probabilities <= _KEPT:
+        if self._keeps and maps.borrows and probabilities <= _KEPT:
             self._maps[index] = maps
         return maps
+
+    def release(self) -> None:
+        """Keep no maps from now on: memory is short."""
+        self._maps, self._keeps = {}, False
 
     def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.

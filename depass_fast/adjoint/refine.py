@@ -43,7 +43,7 @@ def scores_given_z(
     """
     journeys = _journeys(starts, chosen, released or {})
     width = max((step.log_z.shape[2] for step in steps), default=1)
-    size = max(1, budget // (6 * road.n * width * directions.element_size()))
+    size = max(1 + measure, budget // (6 * road.n * width * directions.element_size()))
     scores = directions.new_zeros(sum(map(len, chosen)), len(directions))
     drift = _Drift() if measure else None
     order = sorted(
