@@ -189,12 +189,12 @@ class DePass:
             ValueError, TypeError: as :meth:`attribute`; more tokens than the model's context; nothing was generated.
         """
         began = time.perf_counter()
-        self.options.updated(options).build(self.adapter)
+        run = self.options.updated(options).build(self.adapter)
         if isinstance(prompt, Trace) or is_batch(prompt):
             raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
         check_ready(self.adapter)
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
-        ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), **arguments)
+        ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), run.progress, **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self._plan(ids, Tokens(), None, options)

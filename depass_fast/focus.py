@@ -18,6 +18,7 @@ from torch import Tensor
 from .backends import StreamBackend
 from .components import Products, Tokens
 from .initial import initial_state
+from .progress import bar
 from .state import BIAS, REST, Components, ComponentState, Layout
 from .statistics import Statistics
 from .trace import Trace
@@ -107,10 +108,13 @@ def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Parti
     order = torch.from_numpy(np.searchsorted(members, rows)).to(state.device)
     run = replace(call.run, backend=_streaming(dp, call, known=partition.statistics, members=[members]))
     states, layers, site = [state.block(0)[:, order]], [state.layer], state.site
-    for layer in range(state.layer, call.end):
-        state, _ = dp.propagate(trace, state, layer + 1, run)
-        states.append(state.block(0)[:, order])
-        layers.append(state.layer)
+    with bar("layers", call.end - state.layer, run.progress) as shown:  # in place of one for every layer
+        for layer in range(state.layer, call.end):
+            state, _ = dp.propagate(trace, state, layer + 1, run)
+            states.append(state.block(0)[:, order])
+            layers.append(state.layer)
+            if shown is not None:
+                shown.finish()
     return Focus([partition.labels[i] for i in chosen], states, layers, site, partition)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
+from .progress import Bar, bar
 from .result import Attribution
 from .verify import Verification, together
 
@@ -85,8 +86,8 @@ def _of_the_past(step: Attribution) -> Attribution:
     return replace(step, scores=step.scores[kept], labels=labels, input_ids=step.input_ids[:n], tokens=step.tokens[:n])
 
 
-def generate(adapter: Adapter, ids: Tensor, **arguments: Any) -> tuple[Tensor, int]:
-    """``model.generate`` on one prompt (N,): all ids, on the CPU, and N.
+def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: Any) -> tuple[Tensor, int]:
+    """``model.generate`` on one prompt (N,): all ids, on the CPU, and N. ``progress``: with a bar of the tokens.
 
     Raises:
         ValueError: several sequences are asked for, or more tokens than fit into the model's context.
@@ -100,4 +101,18 @@ def generate(adapter: Adapter, ids: Tensor, **arguments: Any) -> tuple[Tensor, i
         )
     prompt = ids[None].to(adapter.device)
     arguments = {"attention_mask": torch.ones_like(prompt)} | arguments | {"return_dict_in_generate": False}
-    return adapter.model.generate(prompt, **arguments)[0].cpu(), len(ids)
+    most = (arguments.get("max_length") or 0) - len(ids) if new is None else new
+    with bar("tokens", most, progress) as shown:
+        if shown is not None:
+            arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), _ticking(shown)]
+        return adapter.model.generate(prompt, **arguments)[0].cpu(), len(ids)
+
+
+def _ticking(shown: Bar) -> Callable[..., Tensor]:
+    """A stopping criterion that never stops, and tells a bar of every token."""
+
+    def tick(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        shown.finish()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return tick

@@ -1,7 +1,7 @@
 """Progress bars on whatever takes more than two seconds: on a terminal only, on stderr, gone when done.
 
-The engine opens a bar for its layers; a step of a backend says how far it has come within one, through
-:func:`advance`. Every thread has a bar of its own, of which one at a time is shown.
+The engine opens a bar for its layers, adjoint sweeps for prompts, generation for tokens; a step within one says how far
+it has come, through :func:`advance`. Every thread has a bar of its own, of which one at a time is shown.
 """
 
 from __future__ import annotations
@@ -73,3 +73,15 @@ def advance(part: float) -> None:
     shown = getattr(_here, "bar", None)
     if shown is not None:
         shown.draw(min(part, 1.0))
+
+
+class Parts:
+    """Equal parts that the present unit of this thread's bar consists of, done one after the other."""
+
+    def __init__(self, total: float) -> None:
+        self._total, self._done = max(1.0, total), 0.0
+
+    def finish(self, part: float = 1.0) -> None:
+        """One is done, or a part of one."""
+        self._done += part
+        advance(self._done / self._total)

@@ -183,9 +183,12 @@ class Layout:
         return self.starts[:-1] + self.index(extra)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device, without waiting for what the device has to do before it is there."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # it is staged, as pageable
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """A small array of the host on a device; a GPU is not waited for, whatever it has to do before it is there."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    # CUDA copies pageable memory aside before it returns; elsewhere (MPS) it may be gone before it is read
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -255,7 +255,7 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
         found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
         largest.append(float(found.abs().max()))
     exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
-    assert largest[0] < 10 * exact and largest[1] > 1e10 * exact
+    assert largest[0] < 10 * exact and largest[1] > 1e6 * exact
 
 
 # ------------------------------------------------------------------------------------------------------ finite always
@@ -324,6 +324,19 @@ def test_nothing_is_ever_nan_or_inf(change, length):
             )
 
 
+@pytest.mark.parametrize("temperature", [1e-22, 1e-30, 1e-300])
+@pytest.mark.parametrize("neurons", [129, 130, 300])
+def test_any_temperature_however_small(neurons, temperature):
+    """Gates in units of it are beyond what float32 can square, or hold; exact runs come to a maximum there."""
+    dp, ids = DePass(build_model("llama", intermediate_size=neurons)), random_ids(6, seed=10)
+    for refine, sample in ((0, 0), (16, 32)):
+        found = dp.attribute(
+            ids, Neurons(layers="all"), 5, method="adjoint", temperature=temperature, refine=refine, sample=sample
+        )
+        assert all(one.scores.isfinite().all() and one.completeness_error < 1e-3 for one in found), found
+        assert all(v is None or v == v for v in (found.estimate or {}).values() if not isinstance(v, list))
+
+
 def test_a_wild_model_says_so_loudly():
     """More loud neurons than are carried, at a temperature where one of them takes all."""
     dp, ids = DePass(build_model("llama", intermediate_size=1500, initializer_range=1.0)), random_ids(6)
@@ -386,6 +399,15 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
         assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_layer_s_drive_comes_to_the_components():
+    """Those that start behind a layer are on its device, the one that they enter may be on the next."""
+    dp = build("llama-gqa")
+    way = road(dp, dp.trace(random_ids(6)), 6)
+    for like in (torch.empty(0, device="meta"), torch.empty(0, dtype=torch.float64)):
+        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in way.drive(1, like))
 
 
 # ---------------------------------------------------------------------------------------------------- other families

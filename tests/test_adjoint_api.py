@@ -7,6 +7,7 @@ import torch
 from conftest import build, build_model, random_ids
 from test_adjoint import close, custom
 from test_features import Dictionary
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAttribution, Neurons, Tokens
 from depass_fast.adjoint import estimate, sweep
@@ -198,6 +199,87 @@ def test_start_layers_in_groups_give_the_same(monkeypatch):
     parts = dp.attribute(IDS, Neurons(layers="all"), 5, memory_budget=1, **options)
     assert len(groups[-1]) == 3
     close(parts.scores.flatten(), whole.scores.flatten(), 1e-5)
+
+
+class Shortage(TorchDispatchMode):
+    """Fails the ``at``-th operation on tensors, once."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self.count, self.at, self.error = 0, at, error
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.at:
+            raise self.error
+        return function(*args, **(kwargs or {}))
+
+
+def watched(monkeypatch, shortage):
+    """Runs a sweep's attempts under ``shortage``, and lists their workspaces."""
+    inner, workspaces = sweep.Sweep._attempt, []
+
+    def attempt(self, method, workspace):
+        workspaces.append(workspace)
+        with shortage:
+            return inner(self, method, workspace)
+
+    monkeypatch.setattr(sweep.Sweep, "_attempt", attempt)
+    return workspaces
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+@pytest.mark.parametrize("rule", ["softmax", "taylor"])
+def test_a_sweep_that_runs_out_of_memory_is_begun_again_with_half(rule, budget, monkeypatch):
+    dp = build("llama-gqa")
+    trace, options = dp.trace(IDS), {"method": "adjoint", "allocation": rule, "memory_budget": budget}
+
+    def run(at):
+        shortage = Shortage(at, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        with monkeypatch.context() as patch:
+            workspaces = watched(patch, shortage)
+            return dp.attribute(trace, Neurons(layers="all"), 5, **options), workspaces, shortage.count
+
+    expected, workspaces, total = run(-1)
+    assert len(workspaces) == 1 and workspaces[0] == (budget or workspaces[0]) and total > 100
+    for at in (1, total // 3, 2 * total // 3, total):
+        with pytest.warns(RuntimeWarning, match="carrying on with a workspace"):
+            found, workspaces, _ = run(at)
+        assert len(workspaces) == 2 and workspaces[1] == workspaces[0] // 2
+        close(found.scores.flatten(), expected.scores.flatten(), 1e-5)
+
+
+def test_a_sweep_that_always_runs_out_of_memory_says_what_to_do(monkeypatch):
+    dp, error = build("llama-gqa"), torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sweep, "mean_field", fail)
+    with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError, match="one start layer"):
+        dp.attribute(IDS, Neurons(layers="all"), 5, method="adjoint")
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        dp.attribute(IDS, Neurons(layers="all"), 5, method="adjoint")
+
+
+def test_a_sweep_s_workspace_is_what_was_given_or_half_of_what_is_free(wide, monkeypatch):
+    """Loud components, refinement and a sample: no score depends on it."""
+    options = {"method": "adjoint", "refine": 6, "sample": 12, "temperature": 0.01}
+    budgets, inner = [], sweep.mean_field
+    monkeypatch.setattr(sweep, "mean_field", lambda *given: budgets.append(given[-1]) or inner(*given))
+    whole = wide.attribute(IDS, Neurons(layers="all"), 5, **options)
+    assert set(budgets) == {sweep.CPU_BUDGET // 5}
+    for given in (1 << 24, 1 << 14):
+        budgets.clear()
+        found = wide.attribute(IDS, Neurons(layers="all"), 5, memory_budget=given, **options)
+        assert set(budgets) == {given // 5}
+        close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
+    budgets.clear()
+    monkeypatch.setattr(sweep, "available", lambda device: 1 << 20)
+    found = wide.attribute(IDS, Neurons(layers="all"), 5, **options)
+    assert set(budgets) == {(1 << 19) // 5}
+    close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
 
 
 def test_the_sample_is_drawn_by_the_seed(wide):

@@ -7,6 +7,7 @@ from test_completeness import kinds
 
 from depass_fast import Custom, Heads, Neurons, Tokens
 from depass_fast.allocation import RULES, Gates
+from depass_fast.state import to_device
 
 ALL = ("reference", "torch", "triton")
 SOME = ("llama-gqa", "mistral-window", "llama-biases")  # for kernels that are interpreted
@@ -276,3 +277,14 @@ def test_a_rule_of_ones_own_serves_all_backends():
     results = [dp.attribute(ids, Tokens(), allocation=even, backend=b) for b in ALL]
     assert close(results[1].scores, results[0].scores) and close(results[2].scores, results[0].scores)
     assert results[0].allocation == "even" and results[0].completeness_error < 1e-5
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True)])
+def test_only_a_gpu_of_nvidia_or_amd_is_sent_host_memory_without_waiting(device, waits):
+    """PyTorch copies pageable memory aside there, and only there."""
+
+    class Recorder:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+
+    assert to_device(Recorder(), torch.device(device)) == (torch.device(device), not waits)

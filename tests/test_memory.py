@@ -13,6 +13,7 @@ import depass_fast.fitting
 import depass_fast.planner
 from depass_fast import Heads, Neurons, Tokens
 from depass_fast.backends.budget import Budget
+from depass_fast.capture import _check_finite
 from depass_fast.fitting import least_bytes
 
 KINDS = {"tokens": Tokens(), "heads": Heads(0), "neurons": Neurons(0)}
@@ -190,3 +191,20 @@ def test_needless_copies_stay_away():
     dp, ids = build("llama-gqa"), random_ids(7)
     for kind in kinds(len(ids)).values():
         assert dp.attribute(ids, kind).completeness_error < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_trace_is_checked_without_wider_copies(dtype):
+    """A CPU sums half precision in float32 by way of a copy that is twice as large."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and args and isinstance(args[0], torch.Tensor):
+                assert not (args[0].dtype == dtype and result.dtype == torch.float32 and args[0].numel() > 1), function
+            return result
+
+    dp = build("llama-gqa", dtype)
+    trace = dp.trace(random_ids(5))
+    with Watch():
+        _check_finite(dp.adapter, trace)

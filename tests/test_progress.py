@@ -2,12 +2,16 @@
 
 import io
 import threading
+import warnings
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from conftest import build, random_ids
 
-from depass_fast import Tokens, progress
+from depass_fast import Neurons, Tokens, progress
+from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.cli import main
 
 
@@ -82,3 +86,65 @@ def test_threads_have_bars_of_their_own(terminal, at_once):
         thread.join()
     assert len(results) == 4 and all((scores == expected).all() for scores in results)
     assert not progress._terminal.locked()
+
+
+@pytest.fixture
+def drawn(monkeypatch, terminal, at_once):
+    """Every bar that was drawn: its label, its total, how far it had come."""
+    bars = {}
+
+    class Watched(progress.Bar):
+        def draw(self, part):
+            super().draw(part)
+            bars.setdefault(self, []).append(self.done + part)
+
+    monkeypatch.setattr(progress, "Bar", Watched)
+    return bars
+
+
+def only(bars, label, total):
+    """The one bar that there was, from its beginning to its end."""
+    ((shown, way),) = bars.items()
+    assert (shown.label, shown.total) == (label, total)
+    assert way == sorted(way) and way[-1] == total
+    return way
+
+
+@pytest.mark.parametrize("allocation", ["softmax", "taylor"])
+@pytest.mark.parametrize("options", [{}, {"refine": 0}, {"sample": 0}, {"memory_budget": 1}])
+def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, allocation):
+    dp, prompts = build("llama-gqa"), [random_ids(9), random_ids(5)]
+    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, method="adjoint", allocation=allocation, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)
+        expected = call(progress=False)
+        assert not drawn and not terminal.getvalue()
+        found = call()
+    way = only(drawn, "prompts", 2)
+    assert max(b - a for a, b in pairwise([0.0, *way])) <= 0.51  # layer by layer: at most half of a prompt at once
+    for one, other in zip(found, expected, strict=True):
+        assert (one.scores == other.scores).all()
+
+
+def test_generation_has_a_bar_of_its_tokens(drawn, terminal):
+    dp, ids = build("llama-gqa"), random_ids(9)
+    expected = dp.attribute_generation(ids, max_new_tokens=4, progress=False)
+    assert not drawn and not terminal.getvalue()
+    calls = []
+
+    def mine(input_ids, scores, **_):
+        calls.append(input_ids.shape)
+        return input_ids.new_zeros(len(input_ids), dtype=bool)
+
+    found = dp.attribute_generation(ids, max_new_tokens=4, generation={"stopping_criteria": [mine]})
+    assert found.input_ids == expected.input_ids and len(calls) == 4
+    tokens, layers = drawn
+    assert (tokens.label, tokens.total, drawn[tokens]) == ("tokens", 4, [1, 2, 3, 4])
+    assert layers.label == "layers" and not progress._terminal.locked()
+
+
+def test_focus_has_one_bar_for_all_layers(drawn):
+    dp, ids = build("llama-gqa"), random_ids(9)
+    partition = dp.partition(ids, Neurons(0), progress=False)
+    dp.decompose(ids, Neurons(0), focus=[3], partition=partition)
+    only(drawn, "layers", 2)

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..components import ComponentKind
 from ..initial import meet_bias
 from ..layered import LayeredAttribution
+from ..progress import bar
 from ..readout import Directions, TargetSpec, resolve_target
 from ..result import Attribution
 from ..state import BIAS, REST
 from ..trace import Trace
 from .estimate import ApproximationWarning, warnings_of
-from .forward import Settings
+from .forward import LEAST_TEMPERATURE, Settings
 from .maps import Road
 from .method import Method
 from .starts import make_start
@@ -36,7 +37,13 @@ def by_adjoint(
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
     trace = plan.trace or engine._capture(plan.prompts)
     kinds = plan.components.each(engine.adapter)
-    return [_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began) for p in range(trace.n_prompts)]
+    results = []
+    with bar("prompts", trace.n_prompts, plan.run.progress) as shown:
+        for p in range(trace.n_prompts):
+            results.append(_one(engine, plan, kinds, trace, p, reads[p], specs[p], method, began))
+            if shown is not None:
+                shown.finish()
+    return results
 
 
 def _one(
@@ -59,7 +66,8 @@ def _one(
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = wide if run.backend.name == "reference" else run.compute_dtype
     road = Road(adapter, trace, prompt, n, plan.end, wide, compute)
-    settings = Settings(run.allocation.temperature if run.allocation.is_softmax else None, seed=method.seed)
+    temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
+    settings = Settings(temperature, seed=method.seed)
     sweep = Sweep(road, starts, seeds, settings, run.memory_budget)
     scores = sweep.run(method)
     results = _assemble(engine, plan, sweep, scores, directions, logits.cpu(), constants.cpu(), prompt, read, began)

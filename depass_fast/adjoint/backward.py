@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..state import to_device
 from .forward import Forward, Settings, taylor_factor
-from .maps import Road, sent
+from .maps import Road
 
 
 def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
@@ -48,16 +49,17 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
             back = _everywhere(back, step.queries, n) + through
         if step.index in forward.released:
             x, owner, member = forward.released[step.index]
-            seen = back[sent(owner, back.device)]
-            own.append((owner, member, torch.einsum("rnd,rknd->rk", x, seen) + offsets.of_rows(owner, member)))
+            seen = back[to_device(owner, back.device)]
+            own.append((owner, member, torch.einsum("rnd,rknd->rk", x.to(seen), seen) + offsets.of_rows(owner, member)))
         for s, start in enumerate(starts):
             if start.entering == step.index:
                 scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)
+        road.passed.finish()
     flat = torch.cat([part.to(directions.device) for part in scores], dim=1)
     for owner, member, score in own:
         named = (member >= 0).nonzero()[:, 0]
-        at = sent(edges[owner[named]] + member[named], flat.device)
-        flat[:, at] = score[sent(named, score.device)].T.to(flat)
+        at = to_device(edges[owner[named]] + member[named], flat.device)
+        flat[:, at] = score[to_device(named, score.device)].T.to(flat)
     return list(flat.split([len(start.named) for start in starts], dim=1))
 
 
@@ -84,11 +86,11 @@ class _Offsets:
     def of_rows(self, owner: Tensor, member: Tensor) -> Tensor:
         """Of single components: (r, K)."""
         device = self._total.device
-        found = self._total[sent(owner, device)]
+        found = self._total[to_device(owner, device)]
         for s in self._passed:
             at = (owner == s).nonzero()[:, 0]
             if len(at):
-                found[sent(at, device)] = self._masked(s)[:, sent(member[at], device)].T
+                found[to_device(at, device)] = self._masked(s)[:, to_device(member[at], device)].T
         return found
 
     def _masked(self, s: int) -> Tensor:
@@ -103,7 +105,7 @@ def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
     owner, member, score = _at_the_end(forward, directions)
     out = score.new_zeros(len(forward.starts), score.shape[1])
     at = (member == extra).nonzero()[:, 0]
-    return out.index_add_(0, sent(owner[at], out.device), score[sent(at, out.device)])
+    return out.index_add_(0, to_device(owner[at], out.device), score[to_device(at, out.device)])
 
 
 def _at_the_end(forward: Forward, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

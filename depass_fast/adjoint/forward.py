@@ -14,8 +14,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .maps import LayerMaps, Road, sent
+from ..state import to_device
+from .maps import LayerMaps, Road
 from .starts import Start, all_alive
+
+LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its sums stay in float32's range
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def mean_field(
         out.steps.append(step)
         if index + 1 < road.end and settings.temperature is not None:
             _release(rows, road, index + 1, settings, out)
+        road.passed.finish()
     rows.x = rows.x[:, -1:]
     for s, start in enumerate(starts):
         if start.entering >= road.end:  # nothing in between: what starts is what is read
@@ -143,13 +147,13 @@ class _Rows:
     def places(self, member: int) -> Tensor:
         """The rows of all starts that are `rest`, `bias` or the probe: indices (r,), in order, where the rows are."""
         if member not in self._places:
-            self._places[member] = sent((self.member == member).nonzero()[:, 0], self.x.device)
+            self._places[member] = to_device((self.member == member).nonzero()[:, 0], self.x.device)
         return self._places[member]
 
     def join(self, s: int, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
         """Append the rows of start ``s``: its probe, `rest`, `bias`, the loud ones and those that stay to the end."""
         n_loud, loud = len(loud), torch.cat([loud, fixed])
-        rows, members = [start.named.rows(sent(loud, start.bias.device))], []
+        rows, members = [start.named.rows(to_device(loud, start.bias.device))], []
         if start.has_bias:
             rows, members = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
@@ -167,7 +171,7 @@ class _Rows:
 
     def keep(self, kept: Tensor) -> None:
         """Drop the rows that are not ``kept`` (R,) bool."""
-        self.x, self._places = self.x[sent(kept.nonzero()[:, 0], self.x.device)], {}
+        self.x, self._places = self.x[to_device(kept.nonzero()[:, 0], self.x.device)], {}
         self.owner, self.member, self.stays = self.owner[kept], self.member[kept], self.stays[kept]
         self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
 
@@ -186,7 +190,7 @@ def _probe(start: Start, loud: Tensor, settings: Settings) -> Tensor:
     signs[loud] = 0.0
     signs -= signs.sum() / (m - len(loud))
     signs[loud] = 0.0
-    return start.named.sum(sent(signs, start.bias.device))
+    return start.named.sum(to_device(signs, start.bias.device))
 
 
 def _crowd_counts(
@@ -200,7 +204,7 @@ def _crowd_counts(
     """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1)."""
     extras = [1 + (start.rest is not None) + start.has_bias for start in starts[: len(masks)]]
     each = [len(start.named) - size + n for start, size, n in zip(starts, rows.sizes, extras, strict=False)]
-    counts = sent(torch.tensor(each, dtype=rows.x.dtype), rows.x.device)[:, None]
+    counts = to_device(torch.tensor(each, dtype=rows.x.dtype), rows.x.device)[:, None]
     if any(mask is not None for mask in masks):
         counts = counts.expand(-1, maps.queries.stop - maps.queries.start).clone()
         seen = None if mid else maps.sees().T.to(rows.x.dtype)  # (N, Q)
@@ -210,7 +214,7 @@ def _crowd_counts(
             mask = mask.to(maps.device)
             masks[s] = mask[:, maps.queries] if mid else ((mask @ seen + mask[:, maps.queries]) > 0).to(mask)
             alive[s].append(masks[s] > 0)
-            explicit = sent(rows.member[(rows.owner == s) & (rows.member >= 0)], maps.device)
+            explicit = to_device(rows.member[(rows.owner == s) & (rows.member >= 0)], maps.device)
             counts[s] = masks[s].sum(0) - masks[s][explicit].sum(0)
     return counts[..., None]
 
@@ -283,9 +287,10 @@ def _shares(rows: _Rows, u: Tensor, counts: Tensor, maps: LayerMaps, t: float, s
     probe = u[probes]  # (S, q, I)
     sums = torch.cat([part[:, 1] if part.shape[1] == 2 else part[:, 1:].sum(1) for part in parts])
     step.mean = torch.sub(maps.gate_total[at] / t, sums, out=sums).div_(number)
-    spread = probe.square().mean(-1, keepdim=True).div_(number).sqrt_()  # (S, q, 1)
+    loudest = probe.abs().amax(-1, keepdim=True).clamp_min_(1e-30)  # (S, q, 1); squares alone may overflow
+    spread = (probe / loudest).square_().mean(-1, keepdim=True).div_(number).sqrt_().mul_(loudest)
     log_count = number.log()
-    log_kappa, step.slope = _moment(spread, log_count)
+    log_kappa, step.slope = _moment(spread, log_count, step.mean.abs().amax(-1, keepdim=True))
     # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
     u.masked_fill_(u == 0, -torch.inf)
     lowest = torch.finfo(u.dtype).min
@@ -320,38 +325,41 @@ def _to_nobody(rows: _Rows, taken: Tensor, nobody: Tensor, number: Tensor, act: 
         taken.index_add_(0, rests, nobody * act)
         return
     owners = rows.owner[rows.member == REST_ROW]
-    taken.index_add_(0, rests, nobody[sent(owners, nobody.device)] * act)
+    taken.index_add_(0, rests, nobody[to_device(owners, nobody.device)] * act)
     without = torch.ones(len(nobody), dtype=torch.bool)
     without[owners] = False
-    even = (nobody & sent(without, nobody.device)[:, None, None]).to(taken) / number
+    even = (nobody & to_device(without, nobody.device)[:, None, None]).to(taken) / number
     step.share += even
     step.mean = torch.where(even > 0, 0.0, step.mean)
 
 
-def _moment(spread: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
+def _moment(spread: Tensor, log_count: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """log of the mean of e^(u - mean) over a normal crowd, and the slope of its linear regression over its mean.
 
     e^(σ²/2) and 1, until so few components hold the sum that their number counts (σ² > 2 log M): from there on the
-    largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates.
+    largest one does, at σ·sqrt(2 log M). That bounds what a step can amplify, whatever the gates; where they are
+    enormous (``size``, in units of T), a spread that is next to their rounding does not count as none.
     """
-    bounded = torch.minimum(spread, (2.0 * log_count).sqrt())
-    return bounded * (spread - bounded / 2), bounded.clamp_min(1e-30) / spread.clamp_min(1e-30)
+    most = (2.0 * log_count).sqrt()
+    bounded = torch.minimum(spread, most)
+    told = torch.maximum(spread, size * torch.finfo(size.dtype).eps ** 0.5).clamp_min_(1e-30)
+    return bounded * (spread - bounded / 2), torch.minimum(told, most).clamp_min_(1e-30) / told
 
 
 def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
     if not settings.releases or bool(rows.stays.all()):
         return
-    weight, gate = road.drive(index)
-    size = (rows.x * weight.to(rows.x)).norm(dim=2).amax(1) * (gate / settings.temperature)
+    weight, gate = road.drive(index, rows.x)
+    size = (rows.x * weight).norm(dim=2).amax(1) * (gate / settings.temperature)
     quiet = ~rows.stays & (size < settings.loud).cpu()
     if not bool(quiet.any()):
         return
-    x, owner = rows.x[sent(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]
+    x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]
     out.released[index] = (x, owner, rows.member[quiet])
     if settings.scatter:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        signs = sent((torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x.dtype), x.device)
-        probes = rows.places(PROBE_ROW)[sent(owner, x.device)]  # one per start, in order
+        signs = to_device((torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x.dtype), x.device)
+        probes = rows.places(PROBE_ROW)[to_device(owner, x.device)]  # one per start, in order
         rows.x.index_add_(0, probes, x * signs[:, None, None])
     rows.keep(~quiet)

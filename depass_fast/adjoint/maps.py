@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Layer, Norm
 from ..backends.attention import FrozenAttention
+from ..progress import Parts
 from ..trace import LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
@@ -181,8 +182,10 @@ class Road:
         self.dtype, self.compute = dtype, compute
         first = trace.span(prompt).start
         self.prompt, self.span = prompt, slice(first, first + n)
+        self.passed = Parts(1)  # layers, there and back, of the sweep under way
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
+        self._keeps = True
         self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
@@ -201,14 +204,19 @@ class Road:
         layer = self.layer(index)
         maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
         probabilities = self.end * layer.attention.n_heads * self.n**2
-        if maps.borrows and probabilities <= _KEPT:
+        if self._keeps and maps.borrows and probabilities <= _KEPT:
             self._maps[index] = maps
         return maps
 
-    def drive(self, index: int) -> tuple[Tensor, Tensor]:
+    def release(self) -> None:
+        """Keep no maps from now on: memory is short."""
+        self._maps, self._keeps = {}, False
+
+    def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
 
-        The product of that with a component's norm is how far its gates can be expected from zero.
+        The product of that with a component's norm is how far its gates can be expected from zero. Both in the dtype
+        and on the device of ``like``, the components': what enters a layer may still be on the one before it.
         """
         layer, record = self.layer(index), self.trace.layers[index]
         mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
@@ -220,12 +228,7 @@ class Road:
             wide = torch.promote_types(gates[0].dtype, torch.float32)
             square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
             self._responses[index] = (square / sum(w.numel() for w in gates)).sqrt()
-        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, self._responses[index]
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on a device, which is not waited for: pageable memory is copied aside before."""
-    return x.to(device, non_blocking=True)
+        return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

@@ -43,7 +43,7 @@ def scores_given_z(
     """
     journeys = _journeys(starts, chosen, released or {})
     width = max((step.log_z.shape[2] for step in steps), default=1)
-    size = max(1, budget // (6 * road.n * width * directions.element_size()))
+    size = max(1 + measure, budget // (6 * road.n * width * directions.element_size()))
     scores = directions.new_zeros(sum(map(len, chosen)), len(directions))
     drift = _Drift() if measure else None
     order = sorted(
@@ -51,7 +51,7 @@ def scores_given_z(
     )
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift)
+        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift, len(rows) / len(order))
         scores[rows] = _walk(road, *walk)
     return Given(scores, None if drift is None else drift.value())
 
@@ -102,11 +102,13 @@ def _walk(
     directions: Tensor,
     settings: Settings,
     drift: _Drift | None,
+    part: float,
 ) -> Tensor:
-    """Scores (R, K) of journeys in the order of their beginnings."""
+    """Scores (R, K) of journeys in the order of their beginnings, ``part`` of all."""
     x = directions.new_zeros(0, road.n, directions.shape[1])
     owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long)
     for step in steps:
+        road.passed.finish(part)
         joining = [journey for journey in journeys if journey.entering == step.index]
         if not len(x) and not joining:
             continue
@@ -164,8 +166,10 @@ class _Drift:
         both = (numbers > 0).all(0)
         scale = torch.tensor(counts, dtype=off.dtype, device=off.device) / numbers.clamp_min(1.0)
         means = halves * scale[..., None, None]
-        self._total = self._total + (means[0] * means[1])[both].sum()
-        self._count = self._count + both.sum() * off.shape[1] * off.shape[2]
+        total, count = (means[0] * means[1])[both].sum(), both.sum() * off.shape[1] * off.shape[2]
+        if isinstance(self._total, Tensor):  # of the layers before, which may be on another device
+            total, count = total.to(self._total.device), count.to(self._total.device)
+        self._total, self._count = self._total + total, self._count + count
 
     def value(self) -> float | None:
         if not float(self._count):

@@ -172,8 +172,8 @@ def loudness(start: Start, road: Road, temperature: float) -> Tensor:
 
     The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.
     """
-    weight, gate = road.drive(start.entering)
-    return start.named.sizes(weight.to(start.bias)).amax(0) * (gate / temperature)
+    weight, gate = road.drive(start.entering, start.bias)
+    return start.named.sizes(weight).amax(0) * (gate / temperature)
 
 
 def _rounding(rest: Tensor, x: Tensor) -> Tensor:

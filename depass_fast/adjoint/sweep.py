@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.budget import Budget
+from ..memory import available
+from ..progress import Parts
 from .backward import extra_scores, linear_scores
 from .estimate import Estimate, draw, judge
 from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
@@ -15,8 +18,10 @@ from .method import Method
 from .refine import scores_given_z
 from .starts import Start, loudness
 
-CPU_BUDGET, GPU_BUDGET = 1 << 30, 16 << 30  # of the tables of the start layers that are carried together
-ROWS_ON_CPU, ROWS_ON_GPU = 1 << 28, 4 << 30  # of the rows that are propagated together
+CPU_BUDGET, GPU_BUDGET = 5 << 28, 20 << 30  # bytes of workspace, unless told otherwise or half of what is free is less
+LOUD_ON_CPU, LOUD_ON_GPU = 1 << 28, 4 << 30  # bytes of the loud components of all starts; never the workspace's affair
+_FEWEST_LOUD = 8
+_ADVICE = "what is short is room for the trace and one start layer. Take a shorter prompt, or fewer targets at once."
 
 
 @dataclass
@@ -31,7 +36,11 @@ class Scores:
 
 @dataclass
 class Sweep:
-    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at the end of the road."""
+    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at the end of the road.
+
+    ``budget``: bytes of workspace, four fifths of it for what start layers that are carried together take to the end
+    (the tables of their steps, their rows), the rest for gates. It changes no score, beyond rounding.
+    """
 
     road: Road
     starts: list[Start]
@@ -40,10 +49,22 @@ class Sweep:
     budget: int | None
 
     def run(self, method: Method) -> Scores:
-        """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined."""
+        """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined.
+
+        A sweep changes nothing: one that runs out of memory is begun again with half the workspace.
+        """
+        # what gates of the fewest rows at two positions take: with less, no piece gets smaller
+        least = 5 * 10 * (_FEWEST_LOUD + 3) * self._widest * self.directions.element_size()
+        given = self.budget or self._default()  # not asked again when memory has run out, and nothing is free
+        workspace = Budget(given, lambda _: given, self._release, least, _ADVICE)
+        return workspace.prepare(self._device, lambda: self._attempt(method, workspace.bytes(self._device)))
+
+    def _attempt(self, method: Method, workspace: int) -> Scores:
+        self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
         approximate = self.settings.temperature is not None
+        self.road.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _Pass(self, groups, loud, None, keep=approximate and method.sample > 0 and not method.refine)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long)
         if approximate and method.refine:
@@ -53,6 +74,17 @@ class Sweep:
         if approximate and (method.refine or method.sample):
             estimate = self._estimate(found, screened, refined, method)
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
+
+    def _length(self, group: slice) -> int:
+        """How many layers a walk with these start layers passes."""
+        return max(0, self.road.end - self.starts[group][0].entering)
+
+    def _walks(self, groups: list[slice], method: Method) -> int:
+        """How often the layers are passed, there or back, by :meth:`run`."""
+        if self.settings.temperature is None:
+            return 2
+        sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
+        return (4 if method.refine else 2) + sampled
 
     @property
     def _sizes(self) -> list[int]:
@@ -74,21 +106,17 @@ class Sweep:
                 sizes.append(loudness(start, self.road, t))
         devices = [size.device for size in sizes]
         numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
-        row = self.road.n * self.directions.shape[1] * self.directions.element_size()
-        fitting = self._row_budget // (4 * row * len(sizes))
-        most = min(self.settings.at_most, max(8, fitting))
-        found = [size.topk(min(k, most, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
+        found = [size.topk(min(k, self._most_loud, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
         return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
         """Start layers that are carried together: as many as their tables leave room for."""
-        on_cpu = self.starts[0].bias.device.type == "cpu"
-        budget = self.budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
-        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
-        table = 3 * self.road.n * widest * self.starts[0].bias.element_size()
+        budget = self._workspace - self._workspace // 5
+        table = 3 * self.road.n * self._widest * self.directions.element_size()
+        rows = 4 * self._row * min(self._most_loud + 3, max(self._sizes) + 3)
         groups, first, used = [], 0, 0
         for s, start in enumerate(self.starts):
-            needed = table * max(0, self.road.end - start.entering)
+            needed = table * max(0, self.road.end - start.entering) + rows
             if s > first and used + needed > budget:
                 groups.append(slice(first, s))
                 first, used = s, 0
@@ -96,8 +124,41 @@ class Sweep:
         return [*groups, slice(first, len(self.starts))]
 
     @property
+    def _device(self) -> torch.device:
+        return self.starts[0].bias.device
+
+    def _default(self) -> int:
+        """Half of what is free where there is least, up to a bound; that of a CPU where the system does not tell."""
+        free = [available(device) for device in {start.bias.device for start in self.starts}]
+        if None in free:
+            return CPU_BUDGET
+        return min(GPU_BUDGET if self._device.type == "cuda" else CPU_BUDGET, *(size // 2 for size in free))
+
+    def _release(self) -> None:
+        self.road.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def _widest(self) -> int:
+        """Neurons of the widest layer."""
+        return max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
+
+    @property
+    def _row(self) -> int:
+        """Bytes of one row."""
+        return self.road.n * self.directions.shape[1] * self.directions.element_size()
+
+    @property
+    def _most_loud(self) -> int:
+        """How many loud components of a start are carried: scores do not depend on what memory happens to be free."""
+        room = LOUD_ON_GPU if self._device.type == "cuda" else LOUD_ON_CPU
+        return min(self.settings.at_most, max(_FEWEST_LOUD, room // (4 * self._row * len(self.starts))))
+
+    @property
     def _row_budget(self) -> int:
-        return max(self.budget or 0, ROWS_ON_CPU if self.directions.device.type == "cpu" else ROWS_ON_GPU)
+        """Bytes of the gates that are held at once."""
+        return self._workspace // 5
 
     def _largest(self, flat: Tensor, method: Method) -> Tensor:
         """The components to be refined: the largest of any target, sorted. Those that start at the end are exact."""

@@ -16,15 +16,30 @@ from ..memory import is_out_of_memory, readable
 from ..progress import advance
 
 _LEAST = 1 << 10
+_ADVICE = (
+    "what is short is room for the state and the trace. Take a state_dtype of half the size, fewer or shorter prompts, "
+    "stream=True, or carry the components in several runs with decompose(..., focus=...)."
+)
 
 Piece = TypeVar("Piece")
 
 
 class Budget:
-    """Bytes of workspace: ``given``, or a device's default. ``release`` lets go of what is held."""
+    """Bytes of workspace: ``given``, or a device's default. ``release`` lets go of what is held.
 
-    def __init__(self, given: int | None, default: Callable[[torch.device], int], release: Callable[[], None]) -> None:
+    With less than ``least`` nothing is tried again: then the error gives the ``advice``.
+    """
+
+    def __init__(
+        self,
+        given: int | None,
+        default: Callable[[torch.device], int],
+        release: Callable[[], None],
+        least: int = _LEAST,
+        advice: str = _ADVICE,
+    ) -> None:
         self._bytes, self._default, self._release = given, default, release
+        self._least, self._advice = least, advice
 
     def bytes(self, device: torch.device) -> int:
         return self._bytes or self._default(device)
@@ -69,11 +84,9 @@ class Budget:
     def halve(self, device: torch.device, error: BaseException) -> None:
         """Half of what it was, and said so. Raises OutOfMemoryError where that has come to nothing."""
         before = self.bytes(device)
-        if before // 2 < _LEAST:
+        if before // 2 < self._least:
             raise torch.OutOfMemoryError(
-                f"out of memory on {device} with a workspace of {readable(before)}: what is short is room for the "
-                "state and the trace. Take a state_dtype of half the size, fewer or shorter prompts, stream=True, or "
-                "carry the components in several runs with decompose(..., focus=...)."
+                f"out of memory on {device} with a workspace of {readable(before)}: {self._advice}"
             ) from error
         self._bytes = before // 2
         self._release()

@@ -218,7 +218,9 @@ class decomposed_state_manager:
         arguments = {k: v for k, v in arguments.items() if v is not None} | generation
         if self.tokenizer is None:
             raise ValueError("model_generate_cite: a tokenizer is needed for the text that it returns.")
-        ids, length = generate(self.dp.adapter, encode(prompt, self.dp.adapter, self.tokenizer), **arguments)
+        ids, length = generate(
+            self.dp.adapter, encode(prompt, self.dp.adapter, self.tokenizer), self.dp.options.progress, **arguments
+        )
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         attribute_state, states = self.get_last_layer_decomposed_state(ids)
         scores = [
