@@ -340,9 +340,10 @@ def test_any_temperature_however_small(neurons, temperature):
 def test_a_wild_model_says_so_loudly():
     """More loud neurons than are carried, at a temperature where one of them takes all."""
     dp, ids = DePass(build_model("llama", intermediate_size=1500, initializer_range=1.0)), random_ids(6)
-    with pytest.warns(ApproximationWarning, match="adjoint scores: "):
+    with pytest.warns(ApproximationWarning, match="adjoint scores: ") as said:
         found = dp.attribute(ids, Neurons(0), 5, method="adjoint", temperature=1e-3)
     assert found.warnings and "WARNING: " in str(found) and found.to_dict()["warnings"] == found.warnings
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

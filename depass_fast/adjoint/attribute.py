@@ -74,7 +74,7 @@ def _one(
     estimate = None if scores.estimate is None else scores.estimate.as_dict()
     said = warnings_of(estimate, max(result.completeness_error for result in results))
     if said:
-        warnings.warn(f"adjoint scores: {'; '.join(said)}", ApproximationWarning, stacklevel=4)
+        warnings.warn(f"adjoint scores: {'; '.join(said)}", ApproximationWarning, stacklevel=5)
     if plan.components.is_layered:
         return LayeredAttribution(results, estimate, said)
     return replace(results[0], estimate=estimate, warnings=said)
