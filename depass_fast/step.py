@@ -25,6 +25,8 @@ def through_attention(
     source = None
     if layer.parallel:
         source = _copy(state) if queries is None else state.at(queries)
+    if run.host and queries is None:
+        run.backend.foresee(layer, record, run.allocation)
     state = run.steps.aggregate_ov(state, layer.attention, record.attention, queries)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source
@@ -51,7 +53,8 @@ def through_mlp(
 
 
 def _copy(state: ComponentState) -> ComponentState:
-    return ComponentState(state.rows.clone(), state.layout, state.layer, state.site)
+    rows = torch.empty_like(state.rows, pin_memory=state.rows.is_pinned())
+    return ComponentState(rows.copy_(state.rows), state.layout, state.layer, state.site)
 
 
 def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from test_completeness import kinds
 from bench.family_models import available, build_variant
 from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens, fitting, planner
 from depass_fast.allocation import RULES
-from depass_fast.backends import blocks
+from depass_fast.backends import StreamBackend, blocks
 from depass_fast.backends import stream as stream_module
 from depass_fast.backends import torch as torch_module
 
@@ -155,3 +155,38 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
         chosen(stream=False)
     with pytest.raises(MemoryError, match="tokens: needs"):
         chosen(allocation=lambda gates, temperature: gates.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "loads", "stores"),
+    [
+        ("llama: biases", 2, 2),
+        ("gpt_neox: parallel", 3, 2),  # the MLP reads what the attention has not written to
+        ("opt: stream norms, projected embedding", 3, 2),  # what a norm of the stream makes of it is gathered apart
+    ],
+)
+@pytest.mark.parametrize("kind", [Tokens(), Heads(0)], ids=["tokens", "heads"])
+def test_a_layer_takes_two_passes(name, loads, stores, kind, monkeypatch):
+    """How often a row goes to the device and comes back, per layer."""
+    dp, moved = DePass(build_variant(name), state_dtype="float64"), {"_take": 0, "_put": 0}
+
+    def count(method):
+        usual = getattr(StreamBackend, method)
+
+        def counted(backend, state, block, *rest):
+            moved[method] += sum(map(len, stream_module._runs(state, block)))
+            return usual(backend, state, block, *rest)
+
+        monkeypatch.setattr(StreamBackend, method, counted)
+
+    count("_take")
+    count("_put")
+    trace = dp.trace(random_ids(6))
+    state = dp.decompose(trace, kind, stream=True, memory_budget=20_000)
+    layers, first = dp.adapter.n_layers, (0, 0)
+    if isinstance(kind, Heads):
+        layers -= 1
+        if not dp.adapter.layer(0).parallel:  # they start behind an attention, before an MLP that gathers for itself
+            first = (2, 1)
+    n_rows = state.layout.n_rows
+    assert moved == {"_take": n_rows * (layers * loads + first[0]), "_put": n_rows * (layers * stores + first[1])}

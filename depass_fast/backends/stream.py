@@ -1,27 +1,42 @@
 """The torch backend for a state that does not fit on the device: it stays in host memory and passes through in blocks.
 
-Attention takes every component by itself, so a block of components passes once. In the MLP blocks pass twice: first
-for what they amount to together (:mod:`depass_fast.statistics`; log Z for the softmax), then each receives its share.
-Nothing is grouped: the numbers do not depend on the blocks beyond rounding. Once the statistics are known, the first
-pass is spared, and components can be carried that are not all there are.
+A layer takes two passes, in each of which every row is read once and written once. Attention takes every component by
+itself; while a block is on the device for it, what the components say to the MLP behind it is gathered
+(:mod:`depass_fast.statistics`; for the softmax log Z). Once all have passed, every component's share in the MLP is its
+own affair: that is the second pass. Nothing is grouped: the numbers do not depend on the blocks beyond rounding.
+
+Experts, and an MLP behind a norm of the residual stream itself, gather in a pass of their own. With statistics that are
+known already, components can be carried that are not all there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Mlp
+from ..adapters import Attention, Layer, Mlp
 from ..allocation import Allocation
 from ..state import BIAS, REST, ComponentState, Layout
 from ..statistics import GateBlock, Statistics
-from ..trace import MlpTrace
+from ..trace import AttentionTrace, LayerTrace, MlpTrace
 from .blocks import Block, make_blocks
 from .mlp import MlpStep
 from .torch import TorchBackend, add_to_bias, scatter
+
+
+@dataclass
+class _Gathering:
+    """An MLP, and what the components have said to it so far; ``key`` is the layer's number and the MLP's in it."""
+
+    key: tuple[int, int]
+    step: MlpStep
+    out_scale: Tensor | None
+    statistics: Statistics
 
 
 class StreamBackend(TorchBackend):
@@ -46,21 +61,89 @@ class StreamBackend(TorchBackend):
         super().__init__(compute_dtype, memory_budget)
         self.device, self.keep, self.known, self.members = device, keep, known, members
         self.kept: dict[tuple[int, int], Statistics] = {}
+        self._next: tuple[Mlp, MlpTrace, Allocation, bool] | None = None
+        self._gathered: _Gathering | None = None
 
-    def _bytes(self, state: ComponentState) -> int:
-        return self.budget.bytes(self.device)
+    def foresee(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
+        """The next attention is that of ``layer``, at all positions, and its MLP comes right after it."""
+        alone = len(trace.mlps) == 1 and trace.mlps[0].positions is None
+        if self.known is None and alone and layer.attention.stream is None:
+            self._next = layer.mlps[trace.mlps[0].part], trace.mlps[0], allocation, layer.parallel
 
-    def _take(self, rows: Tensor, index: Tensor | slice, device: torch.device) -> Tensor:
-        """A copy of some of the rows on the device."""
-        if isinstance(index, slice):
-            return rows[index].to(device, copy=True, non_blocking=rows.is_pinned())
-        return rows.index_select(0, index.to(rows.device)).to(device)
+    # -- first pass -------------------------------------------------------------------------------------------------
 
-    def _put(self, rows: Tensor, index: Tensor | slice, changed: Tensor) -> None:
-        if isinstance(index, slice):
-            rows[index].copy_(changed)
-        else:
-            rows.index_copy_(0, index.to(rows.device), changed.to(rows))
+    def aggregate_ov(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        coming, self._next, self._gathered = self._next, None, None
+        if queries is not None:
+            out = super().aggregate_ov(state, weights, trace, queries)
+            self._arrived(weights.w_v.device)
+            return out
+        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+        constant = self._attention_constant(state, weights, trace)
+        ahead = None if coming is None else self._gathering(state, *coming[:3], device)
+        reads_input = coming is not None and coming[3]
+
+        def step(block: Block) -> None:
+            x = self._take(state, block, device)
+            with self._undone(ahead, state.layout, block):
+                if ahead is not None and reads_input:
+                    self._meet(x, state.layout, block, ahead)
+                attend(x, block)
+                _add_constant(x, state.layout, block, constant)
+                if ahead is not None and not reads_input:
+                    self._meet(x, state.layout, block, ahead)
+                self._put(state, block, x)
+
+        self.budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
+        self._arrived(device)
+        self._gathered = ahead
+        return ComponentState(state.rows, state.layout, state.layer)
+
+    def _gathering(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
+    ) -> _Gathering:
+        """An MLP that nobody has said anything to; or all have, where that is known."""
+
+        def make() -> _Gathering:
+            step, out_scale = self._mlp_step(state, weights, trace, allocation, device)
+            key = (state.layer, trace.part)
+            if self.known is not None:
+                return _Gathering(key, step, out_scale, self.known[key].on(device))
+            like = step.act.to(torch.promote_types(step.act.dtype, torch.float32))
+            rest = state.layout.index(REST) is not None
+            fresh = Statistics.fresh(str(allocation.rule), allocation.temperature, rest, like)
+            return _Gathering(key, step, out_scale, fresh)
+
+        return self.budget.prepare(device, make)
+
+    @contextmanager
+    def _undone(self, gathering: _Gathering | None, layout: Layout, block: Block) -> Iterator[None]:
+        """Statistics are put back as they were where memory runs out in the midst of a block."""
+        if gathering is None:
+            yield
+            return
+        at, statistics = _at(layout, block), gathering.statistics
+        tables = {name: table[at].clone() for name, table in statistics.tables.items()}
+        alive = statistics.alive[at].clone()
+        try:
+            yield
+        except Exception:
+            statistics.alive[at].copy_(alive)
+            for name, table in tables.items():
+                statistics.tables[name][at].copy_(table)
+            raise
+
+    def _meet(self, rows: Tensor, layout: Layout, block: Block, gathering: _Gathering) -> None:
+        """Take in a block, whose states are ``rows`` (r, D)."""
+        at, step, statistics = _at(layout, block), gathering.step, gathering.statistics
+        x, alive = _read(rows, layout, block, step)
+        statistics.alive[at].add_(alive.sum(1))
+        for part in self._parts(x, step):
+            statistics.meet(self._gates(layout, block, x, alive, step, part), at, part)
+
+    # -- second pass ------------------------------------------------------------------------------------------------
 
     def allocate_mlp(
         self,
@@ -70,41 +153,36 @@ class StreamBackend(TorchBackend):
         allocation: Allocation,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        device, source, layout = weights.w_gate.device, source or state, state.layout
-        step, out_scale = self.budget.prepare(device, lambda: self._mlp_step(state, weights, trace, allocation, device))
-        cut = self._cut(layout, step, device)
-        key = (state.layer, trace.part)
-        if self.known is None:
-            wide = torch.promote_types(step.act.dtype, torch.float32)
-            rest = layout.index(REST) is not None
-            statistics = Statistics.fresh(str(allocation.rule), allocation.temperature, rest, step.act.to(wide))
-
-            def meet(block: Block) -> None:
-                before = self._undoable(statistics, layout, block)
-                try:
-                    self._meet(source, block, step, statistics)
-                except Exception:
-                    before()
-                    raise
-
-            self.budget.each(device, cut, meet)
-        else:
-            statistics = self.known[key].on(device)
+        device, layout = weights.w_gate.device, state.layout
+        gathered, self._gathered = self._gathered, None
+        if gathered is None or gathered.key != (state.layer, trace.part):
+            gathered = self._gathering(state, weights, trace, allocation, device)
+            if self.known is None:
+                self._gather(source or state, gathered, device)
         if self.keep:
-            self.kept[key] = statistics
+            self.kept[gathered.key] = gathered.statistics
 
         def share(block: Block) -> None:
-            gained = self._gained(source, block, step, statistics)
-            if block.slots is not None:
-                gained = gained.index_select(0, block.slots)
-            self._put(state.rows, block.rows, self._take(state.rows, block.rows, device).add_(gained))
+            x = self._take(state, block, device)
+            read = x if source is None else self._take(source, block, device)
+            self._put(state, block, x.add_(self._gained(read, layout, block, gathered)))
 
         # a block that reads what it writes to is whole by then: a component's share needs nobody else's state
-        self.budget.each(device, cut, share)
-        add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
+        self.budget.each(device, self._cut(layout, gathered.step, device), share)
+        self._arrived(device)
+        add_to_bias(state, weights.constant(state.rows.dtype, gathered.out_scale))
         return state
 
-    def _cut(self, layout: Layout, step: MlpStep, device: torch.device):
+    def _gather(self, source: ComponentState, gathering: _Gathering, device: torch.device) -> None:
+        """A pass for the statistics alone."""
+
+        def meet(block: Block) -> None:
+            with self._undone(gathering, source.layout, block):
+                self._meet(self._take(source, block, device), source.layout, block, gathering)
+
+        self.budget.each(device, self._cut(source.layout, gathering.step, device), meet)
+
+    def _cut(self, layout: Layout, step: MlpStep, device: torch.device) -> Callable[[Block | None], list[Block]]:
         width = step.w_gate.shape[1] + 2 * min(step.w_gate.shape[0], 512)
 
         def cut(undone: Block | None) -> list[Block]:
@@ -114,56 +192,28 @@ class StreamBackend(TorchBackend):
 
         return cut
 
-    def _undoable(self, statistics: Statistics, layout: Layout, block: Block):
-        """How to put the statistics back as they were before a block."""
-        at = self._at(layout, block)
-        tables = {name: table[at].clone() for name, table in statistics.tables.items()}
-        alive = statistics.alive[at].clone()
-
-        def undo() -> None:
-            statistics.alive[at].copy_(alive)
-            for name, table in tables.items():
-                statistics.tables[name][at].copy_(table)
-
-        return undo
-
-    @staticmethod
-    def _at(layout: Layout, block: Block) -> slice:
-        first = layout.segments(block.prompt).start + block.start
-        return slice(first, first + block.n_positions)
-
-    def _meet(self, source: ComponentState, block: Block, step: MlpStep, statistics: Statistics) -> None:
-        at = self._at(source.layout, block)
-        x, alive = self._read(source, block, step)
-        statistics.alive[at].add_(alive.sum(1))
+    def _gained(self, rows: Tensor, layout: Layout, block: Block, gathered: _Gathering) -> Tensor:
+        """What the components of a block, whose states are ``rows`` (r, D), receive: (r, D), in their dtype."""
+        at, step, statistics = _at(layout, block), gathered.step, gathered.statistics
+        x, alive = _read(rows, layout, block, step)
+        out = x.new_zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=rows.dtype)
         for part in self._parts(x, step):
-            statistics.meet(self._gates(source.layout, block, x, alive, step, part), at, part)
-
-    def _gained(self, source: ComponentState, block: Block, step: MlpStep, statistics: Statistics) -> Tensor:
-        """What the block's components receive, (n·b, D), in the state's dtype."""
-        at = self._at(source.layout, block)
-        x, alive = self._read(source, block, step)
-        out = x.new_zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=source.rows.dtype)
-        for part in self._parts(x, step):
-            shares = statistics.shares(self._gates(source.layout, block, x, alive, step, part), at, part)
+            shares = statistics.shares(self._gates(layout, block, x, alive, step, part), at, part)
             shares = (shares * step.act[at, part][:, None]).to(x.dtype)
             out += shares.flatten(0, 1) @ step.w_down[:, part].T
-        return out
+        return out if block.slots is None else out.index_select(0, block.slots)
 
-    def _read(self, source: ComponentState, block: Block, step: MlpStep) -> tuple[Tensor, Tensor]:
-        """A block's states as the gates read them (n, b, D), and which are not zero (n, b)."""
-        rows = scatter(self._take(source.rows, block.rows, step.act.device), block)
-        scale = step.scale[self._at(source.layout, block)]
-        return (rows * scale[:, None, None]).to(step.act.dtype), (rows != 0).any(-1)
+    # -- both -------------------------------------------------------------------------------------------------------
 
     def _parts(self, x: Tensor, step: MlpStep) -> list[slice]:
+        """Neurons in blocks that there is room for, with states (n, b, D)."""
         n = step.w_gate.shape[0]
         size = self.budget.bytes(self.device) // (8 * max(1, x.shape[0] * x.shape[1]) * 4)
         size = min(n, max(16, size))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     def _gates(self, layout: Layout, block: Block, x: Tensor, alive: Tensor, step: MlpStep, part: slice) -> GateBlock:
-        at, components = self._at(layout, block), layout.components[block.prompt]
+        at, components = _at(layout, block), layout.components[block.prompt]
         chosen = slice(block.first, block.first + block.n_components)
         g = (x @ step.w_gate[part].T).to(torch.promote_types(x.dtype, torch.float32))  # (n, b, i)
         bias, rest = (None if i is None else i - block.first for i in (layout.index(BIAS), layout.index(REST)))
@@ -180,3 +230,65 @@ class StreamBackend(TorchBackend):
             members=torch.from_numpy(members[chosen]).to(x.device),
             rest=rest if rest is not None and 0 <= rest < block.n_components else None,
         )
+
+    def _bytes(self, state: ComponentState) -> int:
+        return self.budget.bytes(self.device)
+
+    # -- between host and device --------------------------------------------------------------------------------------
+
+    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+        """A copy of a block's rows on the device, straight from where they lie, which may be pinned."""
+        runs = _runs(state, block)
+        rows = state.rows.new_empty(sum(map(len, runs)), state.rows.shape[1], device=device)
+        torch._foreach_copy_(rows.split([len(run) for run in runs]), runs, non_blocking=state.rows.is_pinned())
+        return rows
+
+    def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
+        """Write back what :meth:`_take` gave; it is there after :meth:`_arrived`."""
+        runs = _runs(state, block)
+        torch._foreach_copy_(runs, changed.split([len(run) for run in runs]), non_blocking=state.rows.is_pinned())
+
+    @staticmethod
+    def _arrived(device: torch.device) -> None:
+        """Wait for what is on its way to host memory."""
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _at(layout: Layout, block: Block) -> slice:
+    """The segments that a block's components can be alive at."""
+    first = layout.segments(block.prompt).start + block.start
+    return slice(first, first + block.n_positions)
+
+
+def _counts(layout: Layout, block: Block) -> np.ndarray:
+    """How many of a block's components are alive at each of its positions (n,): one at least."""
+    return np.clip(layout.counts[_at(layout, block)] - block.first, 0, block.n_components)
+
+
+def _runs(state: ComponentState, block: Block) -> Sequence[Tensor]:
+    """A block's rows where they lie: neighbours at each position (c, D)."""
+    if isinstance(block.rows, slice):
+        return [state.rows[block.rows]]
+    starts, counts = state.layout.starts[:-1][_at(state.layout, block)], _counts(state.layout, block)
+    gaps = np.diff(starts, prepend=starts[0]) - np.concatenate([[0], counts[:-1]])  # others' rows, before each run
+    region = state.rows[starts[0] + block.first : starts[-1] + block.first + counts[-1]]
+    return region.split(np.stack([gaps, counts], 1).flatten().tolist())[1::2]
+
+
+def _read(rows: Tensor, layout: Layout, block: Block, step: MlpStep) -> tuple[Tensor, Tensor]:
+    """A block's rows (r, D) as the gates read them (n, b, D), and which are not zero (n, b)."""
+    rows = scatter(rows, block)
+    scale = step.scale[_at(layout, block)]
+    return (rows * scale[:, None, None]).to(step.act.dtype), (rows != 0).any(-1)
+
+
+def _add_constant(rows: Tensor, layout: Layout, block: Block, constant: Tensor | None) -> None:
+    """Add ``constant`` (D,) or (S, D) to the rows of `bias` in a block (r, D), if it is there."""
+    bias = layout.index(BIAS)
+    if constant is None or bias is None or not block.first <= bias < block.first + block.n_components:
+        return
+    at = _at(layout, block)
+    counts = _counts(layout, block)
+    places = torch.from_numpy(np.cumsum(counts) - counts + bias - block.first).to(rows.device)
+    rows[places] += (constant if constant.ndim == 1 else constant[at]).to(rows)

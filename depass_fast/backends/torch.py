@@ -71,9 +71,10 @@ class TorchBackend:
         return self._aggregate_everywhere(state, weights, trace)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
-        dtype, packed = state.rows.dtype, state.layout.tensor("packed", state.device)
+        """What `bias` receives: (D,), or (S, D), or None."""
         if state.layout.index(BIAS) is None:
             return None
+        dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         if trace.value_ratio is None:
             return weights.constant(dtype, out_scale)
@@ -82,21 +83,32 @@ class TorchBackend:
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        dtype, device = self._dtype(state), weights.w_v.device
+        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+
+        def step(block: Block) -> None:
+            x = self._take(state, block, device)
+            attend(x, block)
+            self._put(state, block, x)
+
+        self.budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
+        return state
+
+    def _attending(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+    ) -> Callable[[Tensor, Block], None]:
+        """What adds to the rows (r, D) of a block what attention does to them, in place and last of all."""
+        dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         frozen = self._frozen(state, trace, scale)
 
-        def step(block: Block) -> None:
-            x = self._take(state.rows, block.rows, device)
+        def attend(x: Tensor, block: Block) -> None:
             values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
             torch.mm(x.to(dtype), w_v.T, out=values)
             if trace.value_ratio is not None:
                 self._clamp(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
-            self._put(state.rows, block.rows, x)
 
-        self.budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
-        return state
+        return attend
 
     def _attention_weights(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace
@@ -165,16 +177,17 @@ class TorchBackend:
             values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
         values *= trace.value_ratio[packed].to(values.dtype)
 
-    def _take(self, rows: Tensor, index: Tensor | slice, device: torch.device) -> Tensor:
-        """Some of the rows: a view of neighbours, else a copy in the workspace."""
+    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+        """A block's rows: a view of neighbours, else a copy in the workspace."""
+        rows, index = state.rows, block.rows
         if isinstance(index, slice):
             return rows[index]
         return torch.index_select(rows, 0, index, out=self._workspace.take("rows", (len(index), rows.shape[1]), rows))
 
-    def _put(self, rows: Tensor, index: Tensor | slice, changed: Tensor) -> None:
+    def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
         """Write back what :meth:`_take` gave: nothing to do for a view."""
-        if not isinstance(index, slice):
-            rows.index_copy_(0, index, changed)
+        if not isinstance(block.rows, slice):
+            state.rows.index_copy_(0, block.rows, changed)
 
     def _frozen(self, state: ComponentState, trace: AttentionTrace, scale: Tensor) -> Callable[[int], FrozenAttention]:
         """P of a prompt; the last one is kept, as long as the workspace is as large as it was."""
@@ -204,7 +217,7 @@ class TorchBackend:
 
         def step(block: Block) -> None:
             at, origin = queries.segments(block.prompt), layout.segments(block.prompt).start
-            x = scatter(self._take(state.rows, block.rows, device).to(dtype), block)  # (N', B, D)
+            x = scatter(self._take(state, block, device).to(dtype), block)  # (N', B, D)
             for segment, q in enumerate(queries.local[at].tolist(), at.start):
                 alive = min(int(queries.counts[segment]) - block.first, block.n_components)
                 if alive <= 0:
