@@ -15,10 +15,13 @@ import transformers
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
+
 from bench.family_models import VARIANTS, build_model
 from depass_fast import DePass
 from depass_fast.demo import load_demo
 
+interpreter.round_as_a_gpu_does()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 # name -> (model_type, what differs from the shape of bench/family_models.py)

@@ -6,9 +6,11 @@ from conftest import build, random_ids
 from test_backends import close
 
 from bench.family_models import build_model
-from depass_fast import DePass, Heads, Tokens
+from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.allocation import Allocation
 from depass_fast.backends import triton as backend
 from depass_fast.backends.reference import ReferenceBackend
+from depass_fast.backends.torch import TorchBackend
 from depass_fast.state import ComponentState
 
 
@@ -77,3 +79,29 @@ def test_a_float64_state_is_refused_and_not_cut_to_float32():
     dp = build("llama-gqa")
     with pytest.raises(ValueError, match="cannot run: its kernels compute in float32 at most"):
         dp.attribute(random_ids(4), Tokens(), 3, backend="triton", state_dtype="float64")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Tokens(1), Heads(0), Neurons(0)], ids=["tokens", "heads", "neurons"])
+def test_a_step_is_no_further_from_float64_than_the_torch_backend(kind, compute):
+    """What attention and MLP add, with products in half precision and the state in float32: over several models."""
+    errors = {"torch": torch.zeros(2), "triton": torch.zeros(2)}
+    for seed in range(3):
+        dp = build("llama-gqa", seed=seed)
+        trace = dp.trace(random_ids(8, seed=seed))
+        state, layer, record = dp.start(trace, kind), dp.adapter.layer(1), trace.layers[1]
+
+        def steps(backend, dtype, state=state, layer=layer, record=record):
+            def fresh():
+                return ComponentState(state.rows.to(dtype, copy=True), state.layout, 1)
+
+            yield backend.aggregate_ov(fresh(), layer.attention, record.attention).rows.double() - state.rows
+            rule = Allocation("softmax", 0.1)
+            yield backend.allocate_mlp(fresh(), layer.mlps[0], record.mlps[0], rule).rows.double() - state.rows
+
+        exact = list(steps(ReferenceBackend(), torch.float64))
+        for name, made in (("torch", TorchBackend(compute)), ("triton", backend.TritonBackend(compute))):
+            pairs = zip(steps(made, torch.float32), exact, strict=True)
+            errors[name] += torch.tensor([float((got - right).norm() / right.norm()) for got, right in pairs])
+    assert (errors["triton"] <= 1.02 * errors["torch"]).all(), errors
