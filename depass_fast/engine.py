@@ -309,10 +309,11 @@ class DePass:
         errors = torch.stack([error.to(state.device) for error in errors]).cpu()  # not before: nothing waits for it
         return state, list(errors)
 
-    def _capture(self, prompts: list[Tensor]) -> Trace:
+    def _capture(self, prompts: list[Tensor], progress: bool | None = None) -> Trace:
+        """The forward pass. ``progress``: with a bar, by default as the options of this object say."""
         refuse_autocast(self.adapter.device)
         check_ready(self.adapter)
-        return capture(self.adapter, prompts)
+        return capture(self.adapter, prompts, self.options.progress if progress is None else progress)
 
     def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
         """Everything that can be checked before any work, checked; with the workspace that there is room for."""
@@ -324,7 +325,7 @@ class DePass:
     def start_state(self, plan: Call) -> tuple[Trace, ComponentState]:
         """The forward pass, unless it was taken already, and the components where they start."""
         kind = plan.components.single()
-        trace = plan.trace or self._capture(plan.prompts)
+        trace = plan.trace or self._capture(plan.prompts, plan.run.progress)
         run = plan.run
         settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)
         return trace, initial_state(kind, self.adapter, trace, *settings)

@@ -35,7 +35,7 @@ def by_adjoint(
     engine: DePass, plan: Call, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
 ) -> list[Attribution] | list[LayeredAttribution]:
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
-    trace = plan.trace or engine._capture(plan.prompts)
+    trace = plan.trace or engine._capture(plan.prompts, plan.run.progress)
     kinds = plan.components.each(engine.adapter)
     results = []
     with bar("prompts", trace.n_prompts, plan.run.progress) as shown:
