@@ -93,15 +93,24 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
+        method: str | None = None,
+        refine: int | None = None,
+        refine_within: str = "all",
+        sample: int | None = None,
         measure: bool = True,
         **options: Any,
     ) -> Plan:
         """What a decomposition of a prompt, or of any of N tokens, will take: FLOP, memory and time, before any work.
 
+        Of an adjoint sweep, what it takes with no loud components, and with as many as are ever carried: how many there
+        are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
+        the prompt's place tells.
+
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Else as
-        :meth:`decompose`.
+        :meth:`attribute`.
         """
-        return plan_call(self, prompt_or_length, components, end, measure, options)
+        asked = (method, refine, refine_within, sample)
+        return plan_call(self, prompt_or_length, components, end, measure, asked, options)
 
     @torch.no_grad()
     def attribute(
