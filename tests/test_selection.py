@@ -188,7 +188,7 @@ def test_without_room_auto_streams_and_triton_by_name_is_refused(monkeypatch, tr
     def chosen(**given):
         given = Options(**given)
         run = replace(Options().build(adapter), backend=StandIn())
-        return fitting.fitted(run, placed, lengths, kind, given, None, False)
+        return fitting.fitted(run, fitting.Asked(placed, lengths, kind, given, None, False))
 
     assert chosen().backend.name == "torch, streamed"
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):
