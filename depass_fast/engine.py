@@ -333,7 +333,7 @@ class DePass:
         return make_call(self.adapter, self.tokenizer, self.options.updated(options), prompt, components, end)
 
     def traced(self, plan: Call) -> Call:
-        """The forward pass, unless it was taken already; then it is known how many components there are: do they fit?"""
+        """With the forward pass, unless it was taken already: that tells which components there are, if they fit."""
         plan.components.single()  # before any work
         return bind(plan, self.adapter, plan.trace or self._capture(plan.prompts, plan.run.progress))
 

@@ -90,7 +90,10 @@ def _fitted_state(run: Run, asked: Asked) -> Run:
 
 
 def _fitted_sweep(run: Run, asked: Asked) -> Run:
-    """A sweep begins with the workspace that there is room for, if many components are loud, or at least if none is."""
+    """A sweep begins with the workspace that there is room for, if many components are loud, or at least if none is.
+
+    One that was asked for is left as it is: where memory runs out it is halved, and that is said.
+    """
     free = available(asked.adapter.device)
     if free is None:
         return run
@@ -101,7 +104,7 @@ def _fitted_sweep(run: Run, asked: Asked) -> Run:
         while workspace > smallest and outlook.peak(workspace, loud) > free:
             workspace //= 2
         if outlook.peak(workspace, loud) <= free:
-            return run if workspace == usual else replace(run, memory_budget=workspace)
+            return run if asked.options.memory_budget or workspace == usual else replace(run, memory_budget=workspace)
     raise MemoryError(_refusal_of_sweep(asked, free))
 
 

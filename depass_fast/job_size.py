@@ -48,6 +48,11 @@ class LayerSize:
         return sum(n for n, share in self.mlps if share == 1) + reached * max(sent, default=0)
 
     @property
+    def parallel(self) -> bool:
+        """Whether attention and the only MLP read the same."""
+        return self.copied and len(self.mlps) == 1
+
+    @property
     def neurons(self) -> int:
         return max(neurons for neurons, _ in self.mlps)
 
@@ -91,6 +96,8 @@ def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tupl
 def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
     layer = adapter.layer(kind.resolve(adapter))
     own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
+    if isinstance(kind, Features):
+        own = getattr(kind.sae, "b_dec", None) is not None
     if isinstance(kind, Modules):
         own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
     return int(own or meets_bias(kind, adapter, end))
@@ -187,19 +194,21 @@ class Job:
         tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
         return min(self.budget, rows * max(attention, mlp) * item) + tiles
 
-    def arena(self) -> int:
+    def triton_workspace(self) -> int:
         """Of the triton backend: its arena; and what the last layer's few queries take beside it, as torch does."""
-        item = self.compute.itemsize
-        arena = Arena(self.budget, item, self.state.itemsize)
-        most, at_once = 0, 0
+        item, at_once = self.compute.itemsize, max((self.width + 2 * (s.o + s.v) for s in self.passed), default=0)
+        queries = min(self.rows, self.budget // (2 * at_once * item)) if at_once else 0
+        return self.arena() + queries * self.width * (item + self.state.itemsize)
+
+    def arena(self) -> int:
+        """What attention and MLP of the triton backend take turns in."""
+        arena, most = Arena(self.budget, self.compute.itemsize, self.state.itemsize), 0
         for size in self.passed:
             most = max(most, arena.attention_bytes(self.rows, self.longest, self.width, size.v, size.o))
             for neurons, share in size.mlps:
                 rows = int(min(1.0, _BUSIEST * share) * self.rows)
                 most = max(most, arena.mlp_bytes(rows, max(self.counts), neurons, self.width))
-            at_once = max(at_once, self.width + 2 * (size.o + size.v))
-        queries = min(self.rows, self.budget // (2 * at_once * item)) if at_once else 0
-        return most + queries * self.width * (item + self.state.itemsize)
+        return most
 
     def dense_workspace(self) -> int:
         """Of the reference backend: dense blocks of one prompt, several at a time."""

@@ -138,7 +138,8 @@ class AdjointJob:
         gates, read = rows * q * neurons, rows * q * width * self.item
         cast = [gates * self.compute] if self.compute != self.item else []
         small = [starts * q * neurons * self.item] * 8
-        return [rows * queries * width * self.item, gates * self.item, *(cast or [gates]), read, *small]
+        here = [rows * queries * width * self.item] * (1 + self.layers[index].parallel)  # and what a parallel MLP reads
+        return [*here, gates * self.item, *(cast or [gates]), read, *small]
 
     def _back(self, index: int, starts: int) -> list[int]:
         size, n, queries = self.layers[index], self.room.n, self._queries(index)

@@ -125,7 +125,7 @@ def foresee(
         jobs=jobs,
         forward=ForwardPass.of(adapter, lengths, traced),
         given=options.memory_budget,
-        layer=kind.resolve(adapter),
+        layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for job in jobs for start in job.starts),
         upper_bound=not exact,
         wide=wide,

@@ -137,7 +137,8 @@ def make_start(
 ) -> Start:
     """The components of ``kind`` at the first ``n`` positions of a prompt, on the device of their layer.
 
-    ``has_bias`` says whether constants are still to come, ``bound`` is the kind for this prompt if it is known. The split is that of :func:`initial_state`, without ever
+    ``has_bias`` says whether constants are still to come, ``bound`` is the kind for this prompt if it is known.
+    The split is that of :func:`initial_state`, without ever
     writing down products as vectors per position.
     """
     layer = kind.resolve(adapter)
