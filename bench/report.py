@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import adjoint_table, tables
 from .ablation import table as ablation_table
-from .markdown import heading, percent, table
+from .markdown import duration, heading, percent, table
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Results
@@ -105,8 +105,8 @@ def _sweeps(rows: list[dict]) -> list[str]:
         times = [duration(r["predicted_seconds"]), duration(r["seconds"])]
         cells.append([r["name"], layers, str(r["refine"]), str(r["sample"]), str(r["loud"]), budget, *resident, *times])
     text = (
-        "Adjoint sweeps: above is what they allocate, with every freed block given back (`MALLOC_MMAP_THRESHOLD_`); here "
-        "is what is resident without that. Loud components were counted; no config tells how many there are."
+        "Adjoint sweeps: above is what they allocate, with every freed block given back (`MALLOC_MMAP_THRESHOLD_`); "
+        "here is what is resident without that. Loud components were counted; no config tells how many there are."
     )
     return [text, table(header, cells)]
 

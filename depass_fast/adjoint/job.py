@@ -175,12 +175,13 @@ class AdjointJob:
                     total += self._layer_flop(index, rows)
                 total += sum(6 * n * width * start.named for start in group)  # sums with signs, and the scores
         if self.method.sample and self.softmax:
-            first = sum(start.entering for start in self.starts) // len(self.starts)
             drawn = min(self.method.sample, sum(start.named for start in self.starts))
-            total += sum(self._layer_flop(index, drawn) for index in range(first, self.end))
+            for index in range(self.starts[0].entering, self.end):
+                entered = sum(start.entering <= index for start in self.starts)
+                total += self._layer_flop(index, drawn * entered / len(self.starts))
         return total
 
-    def _layer_flop(self, index: int, rows: int) -> float:
+    def _layer_flop(self, index: int, rows: float) -> float:
         """Of ``rows`` components, or gradients, at the positions where the layer is needed."""
         size, n, width, queries = self.layers[index], self.room.n, self.room.width, self._queries(index)
         keys = n * n if queries > 1 else n  # tiles are whole, without regard to what is masked
