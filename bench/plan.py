@@ -1,22 +1,33 @@
 """Whether the planner can be believed: ``python -m bench.plan [--out FILE.json] [--quick]``.
 
 Over a grid of shapes the predicted peak of memory stands beside the measured one, each in a process of its own: the
-high-water mark of the resident set less the resident set with the model loaded (see :mod:`bench.memory`). The table is
-printed; the JSON file is what ``python -m bench.report`` reads.
+high-water mark of the resident set less the resident set with the model loaded (see :mod:`bench.memory`). Adjoint
+sweeps make and free blocks of many sizes, of which the C library keeps those below 32 MiB, in pieces that serve no
+larger ones: how many differs from run to run. So what they allocate is measured with every freed block given back
+(``MALLOC_MMAP_THRESHOLD_``), and stands beside the prediction; what is resident without that stands beside both. The
+table is printed; the JSON file is what ``python -m bench.report`` reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.adjoint.estimate import ApproximationWarning
+from depass_fast.adjoint.method import Method
+from depass_fast.adjoint.sweep import Sweep
+from depass_fast.gemm_rate import gemm_rate
+from depass_fast.planner import plan as make_plan
 
 from .family_models import build_model as build_family
 from .harness import write_results
@@ -43,6 +54,11 @@ class Case:
     state_dtype: str = "float32"
     call: str = "attribute"
     memory_budget: int | None = None
+    method: str = "exact"
+    every: bool = False  # neurons of all layers
+    refine: int = 0
+    sample: int = 0
+    scale: float = 0.2  # of the weights: how many neurons are loud depends on it
 
 
 def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> Case:
@@ -75,7 +91,34 @@ FULL = [
     _llama("gemma2: output norms", 1024, 2048, "tokens", 300, model_type="gemma2", layers=2),
     _llama("mixtral: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2),
 ]
-QUICK = [_llama("tokens", 256, 256, "tokens", 150), _llama("neurons", 128, 1024, "neurons", 40)]
+_SMALL, _SHORT, _LONG = (512, 2816, "neurons", 60), (1024, 4096, "neurons", 16), (512, 2816, "neurons", 100)
+ADJOINT = [
+    *(
+        _llama(f"adjoint, {name}", *shape, method="adjoint", refine=k, sample=64 if k else 0, **more)
+        for k in (0, 64, 1000)
+        for name, shape, more in (
+            ("one layer", _SMALL, {}),
+            ("all layers", _LONG, {"every": True, "layers": 6}),
+            ("all layers, short", _SHORT, {"every": True}),
+        )
+    ),
+    *(
+        _llama(f"adjoint, {name}", *_SMALL, method="adjoint", refine=64, sample=64, **more)
+        for name, more in (
+            ("small weights", {"scale": 0.02}),
+            ("64M of workspace", {"every": True, "memory_budget": 64 << 20}),
+            ("half model", {"every": True, "dtype": "bfloat16"}),
+            ("qwen2: biases", {"every": True, "model_type": "qwen2", "kv_heads": 4}),
+            ("gpt_neox: parallel", {"every": True, "model_type": "gpt_neox"}),
+        )
+    ),
+    _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
+]
+QUICK = [
+    _llama("tokens", 256, 256, "tokens", 150),
+    _llama("neurons", 128, 1024, "neurons", 40),
+    _llama("adjoint", 128, 1024, "neurons", 40, method="adjoint", refine=8, sample=8),
+]
 
 
 def build(case: Case) -> DePass:
@@ -92,6 +135,8 @@ def build(case: Case) -> DePass:
         shape["n_inner"] = shape.pop("intermediate_size")
     if case.model_type == "mixtral":
         shape["num_local_experts"] = 4
+    if case.method == "adjoint":
+        shape["initializer_range"] = case.scale
     return DePass(build_family(case.model_type, **shape).to(getattr(torch, case.dtype)))
 
 
@@ -99,7 +144,7 @@ def kind(case: Case):
     named = {"tokens": Tokens, "neurons": Neurons, "heads": Heads, "modules": Modules}
     if case.components == "custom":
         return Custom(case.layer, torch.randn(case.lengths[0], 64, case.hidden))
-    return named[case.components](case.layer)
+    return Neurons(layers="all") if case.every else named[case.components](case.layer)
 
 
 def run(case: Case) -> dict:
@@ -109,8 +154,10 @@ def run(case: Case) -> dict:
     options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget}
     make = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 64, (n,), generator=make) for n in case.lengths]
-    plan = dp.plan(prompts, components, measure=False, **options)
     dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
+    if case.method == "adjoint":
+        return {**asdict(case), **run_adjoint(case, dp, components, prompts, options)}
+    plan = dp.plan(prompts, components, measure=False, **options)
     if case.call == "decompose":
         peak = measured(lambda: dp.decompose(prompts, components, **options))
     else:
@@ -118,17 +165,60 @@ def run(case: Case) -> dict:
     return {**asdict(case), "predicted_bytes": plan.of("torch").peak_bytes, "measured_bytes": peak}
 
 
+def run_adjoint(case: Case, dp: DePass, components: Neurons, prompts: list, options: dict) -> dict:
+    """The same for a sweep; its plan is told how many components were loud, which no config tells."""
+    how = {"method": "adjoint", "refine": case.refine, "sample": case.sample}
+    warnings.simplefilter("ignore", ApproximationWarning)
+    dp.attribute([1, 2, 3, 4], Neurons(0), 7, method="adjoint", refine=2, sample=2)
+    found, find = [], Sweep._loud
+    Sweep._loud = lambda sweep, group: found.append(find(sweep, group)) or found[-1]
+    began = time.perf_counter()
+    peak = measured(lambda: dp.attribute(prompts, components, 7, **how, **options))
+    seconds = time.perf_counter() - began
+    loud = max(len(indices) for group in found for indices in group)
+    rate, _ = gemm_rate(dp.adapter.device, torch.float32)
+    method = Method("adjoint", case.refine, "all", case.sample)
+    lengths = [len(prompt) for prompt in prompts]
+    plan = make_plan(dp.adapter, lengths, components, dp.options.updated(options), method=method, loud=loud)
+    timed = make_plan(dp.adapter, lengths, components, method=method, loud=loud, gemm_flops=rate)
+    times = {"seconds": seconds, "predicted_seconds": timed.of().seconds}
+    return {"loud": loud, "predicted_bytes": plan.of().peak_bytes, "measured_bytes": peak, **times}
+
+
 def line(row: dict) -> str:
     predicted, found = row["predicted_bytes"], row["measured_bytes"]
     sizes = f"{predicted / 2**20:8.0f} MiB predicted {found / 2**20:8.0f} MiB measured"
-    return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}"
+    more = ""
+    if row["method"] == "adjoint":
+        times = f"{row['predicted_seconds']:.1f} s predicted {row['seconds']:.1f} s measured"
+        more = f"  {row['resident_bytes'] / 2**20:.0f} MiB resident, {row['loud']} loud, {times}"
+    return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}{more}"
+
+
+def measure(case: Case) -> dict:
+    """A row of the table, in a process of its own, or two."""
+    command = [sys.executable, "-m", "bench.plan", "--case", json.dumps(asdict(case))]
+
+    def once(**environment: str) -> dict:
+        root, env = Path(__file__).parent.parent, {**os.environ, **environment}
+        done = subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    if case.method == "exact":
+        return once()
+    resident = once()
+    return once(MALLOC_MMAP_THRESHOLD_="65536") | {
+        "resident_bytes": resident["measured_bytes"],
+        "seconds": resident["seconds"],
+        "predicted_seconds": resident["predicted_seconds"],
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="two small shapes, in seconds: does it run")
-    parser.add_argument("--only", metavar="NAME", help="one shape of the grid")
+    parser.add_argument("--only", metavar="NAME", help="the shapes of the grid whose names begin so")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.case:
@@ -138,13 +228,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not Path("/proc/self/clear_refs").exists():
         raise SystemExit("bench.plan: peaks of memory can be measured on Linux only.")
     rows = []
-    for case in QUICK if options.quick else FULL:
-        if options.only and case.name != options.only:
+    for case in QUICK if options.quick else FULL + ADJOINT:
+        if options.only and not case.name.startswith(options.only):
             continue
-        command = [sys.executable, "-m", "bench.plan", "--case", json.dumps(asdict(case))]
-        root = Path(__file__).parent.parent
-        done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        rows.append(measure(case))
         print(line(rows[-1]), flush=True)
     worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
     goal = f"goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}"

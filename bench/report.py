@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import adjoint_table, tables
 from .ablation import table as ablation_table
-from .markdown import heading, percent, table
+from .markdown import duration, heading, percent, table
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Results
@@ -79,7 +79,36 @@ def predictions(result: dict) -> list[str]:
         rows.append([*cells, r["dtype"], r["state_dtype"], *sizes, f"{off:+.1%}"])
     reached = "reached" if worst <= result["goal"] else "**missed**"
     text = f"Peak of memory beyond the loaded model. Furthest off: {worst:.1%}; goal {result['goal']:.0%}, {reached}."
-    return [table(header, rows), text]
+    sweeps = [r for r in result["predictions"] if r.get("method") == "adjoint"]
+    return [table(header, rows), text, *(_sweeps(sweeps) if sweeps else [])]
+
+
+def _sweeps(rows: list[dict]) -> list[str]:
+    """What else is known of adjoint sweeps: their loud components, the resident set, the time."""
+    header = [
+        "case",
+        "layers",
+        "refined",
+        "sampled",
+        "loud",
+        "workspace",
+        "resident",
+        "of allocated",
+        "time predicted",
+        "time",
+    ]
+    cells = []
+    for r in rows:
+        layers = "all" if r["every"] else str(r["layer"])
+        budget = "-" if r["memory_budget"] is None else f"{r['memory_budget'] / 2**20:.0f} MiB"
+        resident = [f"{r['resident_bytes'] / 2**20:.0f} MiB", f"{r['resident_bytes'] / r['measured_bytes']:.2f}×"]
+        times = [duration(r["predicted_seconds"]), duration(r["seconds"])]
+        cells.append([r["name"], layers, str(r["refine"]), str(r["sample"]), str(r["loud"]), budget, *resident, *times])
+    text = (
+        "Adjoint sweeps: above is what they allocate, with every freed block given back (`MALLOC_MMAP_THRESHOLD_`); "
+        "here is what is resident without that. Loud components were counted; no config tells how many there are."
+    )
+    return [text, table(header, cells)]
 
 
 def _ratio(r: dict) -> list[str]:

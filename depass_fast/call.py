@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from .adapters import Adapter
+from .adjoint.method import Method
 from .components import ComponentKind
-from .fitting import fitted
+from .fitting import Asked, fitted
 from .hook_names import layer_input
 from .initial import meets_bias
+from .job_size import named_components
 from .options import Options, Run
 from .prompts import encode_all, token_texts
 from .trace import Trace
@@ -36,6 +38,7 @@ class Call:
     end_given: int | None
     end: int
     has_bias: bool
+    bound: tuple[ComponentKind, ...] | None = None  # the components of every prompt, known with the trace
 
 
 def make_call(
@@ -78,12 +81,28 @@ def make_call(
     )
 
 
-def fit(call: Call, adapter: Adapter) -> Call:
-    """The same call with the workspace that the device has room for.
+def bind(call: Call, adapter: Adapter, trace: Trace, method: Method | None = None) -> Call:
+    """The same call with its trace, and the components that every prompt then has.
+
+    Raises:
+        ValueError: several layers were asked for.
+        MemoryError: only now it is known how many there are, and that they cannot fit.
+    """
+    kind = call.components.single()
+    bound = tuple(kind.bound(adapter, trace, p) for p in range(trace.n_prompts))
+    call = replace(call, trace=trace, bound=bound)
+    return call if named_components(kind, adapter, 1)[1] else fit(call, adapter, method)
+
+
+def fit(call: Call, adapter: Adapter, method: Method | None = None) -> Call:
+    """The same call with the workspace that the device has room for; ``method`` None: exact.
 
     Raises:
         MemoryError: it cannot fit at all; what would is in the message.
     """
     lengths, traced = [len(ids) for ids in call.prompts], call.trace is not None
-    run = fitted(call.run, adapter, lengths, call.components, call.settings, call.end_given, traced)
-    return replace(call, run=run)
+    counts = None
+    if call.bound is not None:
+        counts = [len(kind.names(adapter, ids)) for kind, ids in zip(call.bound, call.tokens, strict=True)]
+    asked = Asked(adapter, lengths, call.components, call.settings, call.end_given, traced, counts, method)
+    return replace(call, run=fitted(call.run, asked))

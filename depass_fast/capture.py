@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import consistency
 from .adapters import Adapter, route
+from .finite import check_finite
+from .progress import bar_of_calls
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
 
 _ATTENTION_NAME = "depass_fast_recorder"
@@ -35,10 +37,11 @@ _active = threading.local()
 _one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
 
 
-def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
+def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> Trace:
     """Run the model once over ``prompts`` (ids, each (N,), N ≥ 1) and record what the decomposition freezes.
 
     The model is left as it was found, also after an exception or Ctrl-C: its attention implementation and hooks.
+    ``progress``: with a bar of its layers.
 
     Raises:
         FloatingPointError: weights or activations hold NaN or inf; the message names the layer.
@@ -46,12 +49,17 @@ def capture(adapter: Adapter, prompts: list[Tensor]) -> Trace:
     """
     device = adapter.embedding.weight.device
     with _one_at_a_time:
-        return _capture(adapter, prompts, device)
+        computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
+        watching = not consistency.is_known(adapter.model, computation, longest)
+        passes = (len(prompts) if adapter.one_by_one else 1) + watching
+        with bar_of_calls("forward pass", adapter.blocks, passes, progress):
+            trace = _capture(adapter, prompts, device, watching)
+        if watching:
+            consistency.know(adapter.model, computation, longest)
+        return trace
 
 
-def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> Trace:
-    computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
-    watching = not consistency.is_known(adapter.model, computation, longest)
+def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device, watching: bool) -> Trace:
     recorder, one_by_one = _Recorder(adapter, watching), adapter.one_by_one
     groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
     with torch.no_grad(), _recording(adapter, recorder):
@@ -62,12 +70,11 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device) -> T
             adapter.run(input_ids=ids[None], position_ids=position_ids[None])
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
     trace = recorder.trace(torch.cat(prompts).to(device), offsets)
-    _check_finite(adapter, trace)
+    check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
         known = prompts[-1] if one_by_one else prompts[-1][:_ORDINARY]
         consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
-        consistency.know(adapter.model, computation, longest)
     return trace
 
 
@@ -387,49 +394,3 @@ def _full_precision(norm) -> object:
         return (y if norm.bias is None else y + norm.bias).view(args[0].shape)
 
     return hook
-
-
-def _check_finite(adapter: Adapter, trace: Trace) -> None:
-    """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
-    recorded = [_recorded(layer) for layer in trace.layers]
-    every = [trace.resid(index) for index in range(len(trace.layers) + 1)]
-    if _has_finite_sums(*every, *(x for layer in recorded for x in layer), trace.normed_final):
-        return  # the device was waited for once
-    if not _is_finite(trace.resid(0)):
-        raise FloatingPointError("embedding: the hidden states entering layer 0 hold NaN or inf.")
-    for index, layer in enumerate(recorded):
-        if _is_finite(*layer, trace.resid(index + 1)):
-            continue
-        for name, parameter in adapter.blocks[index].named_parameters():
-            if not _is_finite(parameter):
-                name = f"{adapter.name_of(adapter.blocks)}.{index}.{name.removesuffix('.weight')}"
-                raise FloatingPointError(f"layer {index}: the weights of {name} hold NaN or inf.")
-        raise FloatingPointError(
-            f"layer {index}: its activations hold NaN or inf on this prompt in {adapter.dtype}. "
-            "Load the model in float32 or bfloat16 if they overflow."
-        )
-    if not _is_finite(trace.normed_final):
-        raise FloatingPointError("final norm: its output holds NaN or inf.")
-
-
-def _recorded(layer: LayerTrace) -> list[Tensor]:
-    """What a layer made, without the residual stream."""
-    return [layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act))]
-
-
-def _has_finite_sums(*tensors: Tensor) -> bool:
-    """Whether the sums are neither NaN nor inf: then no element is. On a CPU, whether no element is.
-
-    A GPU sums in float32 what is in half precision without a copy; a CPU would make one, of every tensor.
-    """
-    device = tensors[0].device
-    if device.type == "cpu":
-        return _is_finite(*tensors)
-    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    return bool(torch.stack([total.to(device) for total in sums]).isfinite().all())
-
-
-def _is_finite(*tensors: Tensor) -> bool:
-    """Whether no element is NaN or inf; the maximum carries both, and is several times faster than `isfinite`."""
-    device = tensors[0].device  # what enters the next layer may live elsewhere
-    return bool(torch.stack([tensor.abs().amax().to(device) for tensor in tensors]).isfinite().all())

@@ -17,6 +17,7 @@ _EXAMPLES = """\
 examples:
   depass-fast plan --model ./llama --length 512 --components tokens
   depass-fast plan --model meta-llama/Llama-2-7b-hf --length 20 --components neurons --layer 0 --dtype bfloat16 --json
+  depass-fast plan --model ./llama --length 20 --components neurons --layer all --refine 1000
 """
 
 
@@ -31,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtype
     length.add_argument("--prompt", metavar="TEXT", help="a text; needs the model's tokenizer")
     parser.add_argument("--components", required=True, choices=kinds)
     parser.add_argument("--layer", type=cli_types.layer, metavar="L", help="as in attribute. Default for tokens: 0")
+    parser.add_argument("--method", metavar="M", help="exact or adjoint, as in attribute")
+    parser.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
+    parser.add_argument(
+        "--sample", type=int, metavar="S", help="adjoint: estimate the error from S others. Default: 64"
+    )
     parser.add_argument("--dtype", choices=dtypes, help="of the model. Default: what its config says")
     parser.add_argument("--state-dtype", choices=dtypes, help="of the component state. Default: float32")
     parser.add_argument(
@@ -46,6 +52,8 @@ def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: st
     """The plan as text, or as JSON."""
     import torch
 
+    from .adjoint.method import choose
+    from .allocation import Allocation
     from .gemm_rate import gemm_rate
     from .options import Options
     from .planner import check_length, for_config, plan
@@ -54,18 +62,21 @@ def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: st
         raise ValueError(f"--gemm-tflops: {args.gemm_tflops} is out of range; it must be positive.")
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
     options = Options(memory_budget=args.memory_budget, state_dtype=args.state_dtype)
+    kind.resolve(adapter)  # before a method is chosen for layers that there are not
     sizes = args.length or [_tokens(args.prompt, path)]
     where = torch.device(device)
     if args.gemm_tflops is not None:
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
         rate, source = gemm_rate(where, options.dtypes(adapter.dtype, where)[1])
+    method = choose(kind, adapter, Allocation(), args.method, args.refine, "all", args.sample, 0)
     made = plan(
         adapter,
         [check_length(size, adapter) for size in sizes],
         kind,
         options,
         device=where,
+        method=method,
         gemm_flops=rate,
         rate_source=source,
     )

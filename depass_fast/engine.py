@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapters import adapt, unwrap
 from .adjoint.attribute import by_adjoint
 from .adjoint.method import choose
-from .call import Call, fit, make_call
+from .call import Call, bind, fit, make_call
 from .capture import capture
 from .components import ComponentKind, Tokens
 from .exact_layers import exact_layers
@@ -93,15 +93,24 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
+        method: str | None = None,
+        refine: int | None = None,
+        refine_within: str = "all",
+        sample: int | None = None,
         measure: bool = True,
         **options: Any,
     ) -> Plan:
         """What a decomposition of a prompt, or of any of N tokens, will take: FLOP, memory and time, before any work.
 
+        Of an adjoint sweep, what it takes with no loud components, and with as many as are ever carried: how many there
+        are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
+        the prompt's place tells.
+
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Else as
-        :meth:`decompose`.
+        :meth:`attribute`.
         """
-        return plan_call(self, prompt_or_length, components, end, measure, options)
+        asked = (method, refine, refine_within, sample)
+        return plan_call(self, prompt_or_length, components, end, measure, asked, options)
 
     @torch.no_grad()
     def attribute(
@@ -163,11 +172,12 @@ class DePass:
         asked = (method, refine, refine_within, sample, seed, streams, plan.run.verifier is not None)
         chosen = choose(components, self.adapter, plan.run.allocation, *asked)
         if chosen.name == "adjoint":
+            plan = fit(plan, self.adapter, chosen)
             results = by_adjoint(self, plan, reads, specs, chosen, began)
         elif components.is_layered:
             results = exact_layers(self, plan, reads, specs, began)
         else:
-            plan = fit(plan, self.adapter)
+            plan = self.traced(fit(plan, self.adapter))
             trace, state = self.start_state(plan)
             state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
             results = self.read(plan, trace, state, errors, reads, specs, began)
@@ -197,7 +207,7 @@ class DePass:
         ids, length = generate(self.adapter, encode(prompt, self.adapter, self.tokenizer), run.progress, **arguments)
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
-        plan = self._plan(ids, Tokens(), None, options)
+        plan = self.traced(self._plan(ids, Tokens(), None, options))
         trace, state = self.start_state(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
         steps = []
@@ -228,7 +238,7 @@ class DePass:
         if focus is not None or partition is not None:
             check = self._plan if partition is None else self._check  # from a partition there are few rows
             return focused(self, check(prompt, components, end, options), [] if focus is None else focus, partition)
-        plan = self._plan(prompt, components, end, options)
+        plan = self.traced(self._plan(prompt, components, end, options))
         trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
         return self._finished(state, trace, end is None, plan.run)
@@ -251,7 +261,7 @@ class DePass:
         """
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
-        state = self.start_state(self._plan(trace, components, None, options))[1]
+        state = self.start_state(self.traced(self._plan(trace, components, None, options)))[1]
         state.factors = None  # they would no longer hold
         return state
 
@@ -309,10 +319,11 @@ class DePass:
         errors = torch.stack([error.to(state.device) for error in errors]).cpu()  # not before: nothing waits for it
         return state, list(errors)
 
-    def _capture(self, prompts: list[Tensor]) -> Trace:
+    def _capture(self, prompts: list[Tensor], progress: bool | None = None) -> Trace:
+        """The forward pass. ``progress``: with a bar, by default as the options of this object say."""
         refuse_autocast(self.adapter.device)
         check_ready(self.adapter)
-        return capture(self.adapter, prompts)
+        return capture(self.adapter, prompts, self.options.progress if progress is None else progress)
 
     def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
         """Everything that can be checked before any work, checked; with the workspace that there is room for."""
@@ -321,13 +332,16 @@ class DePass:
     def _check(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
         return make_call(self.adapter, self.tokenizer, self.options.updated(options), prompt, components, end)
 
+    def traced(self, plan: Call) -> Call:
+        """With the forward pass, unless it was taken already: that tells which components there are, if they fit."""
+        plan.components.single()  # before any work
+        return bind(plan, self.adapter, plan.trace or self._capture(plan.prompts, plan.run.progress))
+
     def start_state(self, plan: Call) -> tuple[Trace, ComponentState]:
-        """The forward pass, unless it was taken already, and the components where they start."""
-        kind = plan.components.single()
-        trace = plan.trace or self._capture(plan.prompts)
-        run = plan.run
+        """The trace, and the components where they start."""
+        known, run = plan if plan.bound else self.traced(plan), plan.run
         settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)
-        return trace, initial_state(kind, self.adapter, trace, *settings)
+        return known.trace, initial_state(plan.components, self.adapter, known.trace, *settings, known.bound)
 
     def read(
         self,

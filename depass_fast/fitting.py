@@ -2,60 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from .adapters import Adapter
+from .adjoint.method import Method
+from .adjoint.outlook import Outlook, foresee
 from .backends import StreamBackend, choose, make_backend
 from .backends.torch import default_budget
 from .components import ComponentKind
 from .given import Custom
-from .job_size import layer_sizes
+from .job_size import fewest_components, layer_sizes, named_components
 from .memory import available, readable
 from .options import Options, Run
-from .planner import RESIDENT, Plan, plan
+from .planned import Plan
+from .planner import RESIDENT, plan
 
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 _LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 
-def fitted(
-    run: Run,
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    traced: bool,
-) -> Run:
+@dataclass(frozen=True)
+class Asked:
+    """What a run is to be fitted for; ``counts`` are the named components of every prompt, or bounds of them."""
+
+    adapter: Adapter
+    lengths: Sequence[int]
+    kind: ComponentKind
+    options: Options
+    end: int | None
+    traced: bool
+    counts: Sequence[int] | None = None
+    method: Method | None = None
+
+    def plan(self) -> Plan:
+        more = {"end": self.end, "traced": self.traced, "counts": self.counts, "method": self.method}
+        return plan(self.adapter, self.lengths, self.kind, self.options, **more)
+
+    def with_lengths(self, lengths: Sequence[int]) -> Asked:
+        """The same for other prompts, of which the longest have most components."""
+        counts = None if self.counts is None else [max(self.counts)] * len(lengths)
+        return replace(self, lengths=lengths, counts=counts)
+
+
+def fitted(run: Run, asked: Asked) -> Run:
     """The run with the workspace that the device has room for.
+
+    How many components a dictionary or experts have is known only with the trace: without ``counts`` a run of these is
+    refused where not even the fewest fit, and else left as it is.
 
     Raises:
         MemoryError: not even the state and the trace fit; what does is in the message.
     """
-    name, device = run.backend.name, adapter.device
-    if _is_small(adapter, lengths, kind):
+    adapter, kind = asked.adapter, asked.kind
+    if _is_small(asked):
         return run
-    made = plan(adapter, lengths, kind, options, end=end, traced=traced)
+    known = asked.counts is not None or all(named_components(one, adapter, 1)[1] for one in kind.each(adapter))
+    if not known:
+        asked = replace(asked, counts=[fewest_components(kind, adapter)] * len(asked.lengths))
+    fit = _fitted_sweep if asked.method is not None and asked.method.name == "adjoint" else _fitted_state
+    found = fit(run, asked)
+    return found if known else run
+
+
+def _fitted_state(run: Run, asked: Asked) -> Run:
+    name, device, options = run.backend.name, asked.adapter.device, asked.options
+    made = asked.plan()
     free = made.available_bytes
     if free is None or made.upper_bound:
         return run
     need, workspace = least_bytes(made, name), made.of(name).workspace_bytes
-    may_stream = _may_stream(run, adapter, options)
+    may_stream = _may_stream(run, asked.adapter, options)
     if need > free and options.stream == "auto" and device.type != "cpu" and may_stream:
         streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
         possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
         if possible and least_bytes(made, streamed.backend) <= free:
             return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
     if need > free:
-        raise MemoryError(_refusal(made, adapter, lengths, kind, options, end, traced, name, may_stream))
+        raise MemoryError(_refusal(made, asked, name, may_stream))
     room = free - (need - min(workspace, _LEAST))
     if name not in RESIDENT or options.memory_budget is not None or workspace <= room:
         return run
     budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+
+
+def _fitted_sweep(run: Run, asked: Asked) -> Run:
+    """A sweep begins with the workspace that there is room for, if many components are loud, or at least if none is.
+
+    One that was asked for is left as it is: where memory runs out it is halved, and that is said.
+    """
+    free = available(asked.adapter.device)
+    if free is None:
+        return run
+    outlook = _outlook(asked)
+    usual = outlook.default_workspace(free)
+    for loud in (None, 0):
+        workspace, smallest = usual, outlook.smallest(usual)
+        while workspace > smallest and outlook.peak(workspace, loud) > free:
+            workspace //= 2
+        if outlook.peak(workspace, loud) <= free:
+            return run if asked.options.memory_budget or workspace == usual else replace(run, memory_budget=workspace)
+    raise MemoryError(_refusal_of_sweep(asked, free))
+
+
+def _outlook(asked: Asked) -> Outlook:
+    more = {"end": asked.end, "device": asked.adapter.device, "traced": asked.traced, "counts": asked.counts}
+    return foresee(asked.adapter, asked.lengths, asked.kind, asked.options, asked.method, **more)
+
+
+def _refusal_of_sweep(asked: Asked, free: int) -> str:
+    """What a sweep needs with the smallest workspace, what there is, and what would fit."""
+
+    def need(asked: Asked) -> int:
+        outlook = _outlook(asked)
+        return outlook.peak(outlook.smallest(outlook.default_workspace(free)), 0)
+
+    def fits(asked: Asked) -> int | None:
+        return found if (found := need(asked)) <= free else None
+
+    ways, method = [], asked.method
+    if method.refine:
+        few = _largest(method.refine, lambda k: fits(replace(asked, method=replace(method, refine=k))))
+        fewer = replace(asked, method=replace(method, refine=few or 0))
+        if few or fits(fewer) is not None:
+            ways.append(f"refine={few or 0} ({readable(need(fewer))})")
+    if method.sample and not ways:
+        none = replace(asked, method=replace(method, refine=0, sample=0))
+        if (size := fits(none)) is not None:
+            ways.append(f"{'refine=0, ' if method.refine else ''}sample=0 ({readable(size)})")
+    if _outlook(asked).wide == torch.float64:
+        narrow = replace(asked, options=replace(asked.options, state_dtype=torch.float32))
+        if (size := fits(narrow)) is not None:
+            ways.append(f"state_dtype='float32' ({readable(size)})")
+    ways += _smaller_prompts(asked, fits)
+    outlook = _outlook(asked)
+    made_of = f"the trace takes {readable(outlook.forward.trace)}"
+    device = asked.adapter.device
+    return (
+        f"{asked.kind.kind}, adjoint: needs {readable(need(asked))} on {device}, however small the workspace, and "
+        f"{readable(free)} are available: {made_of}. {_advice(ways)}"
+    )
 
 
 def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
@@ -65,14 +154,15 @@ def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
     return choose(options.backend, adapter.device, run.compute_dtype).automatic
 
 
-def _is_small(adapter: Adapter, lengths: Sequence[int], kind: ComponentKind) -> bool:
+def _is_small(asked: Asked) -> bool:
     """Whether a run so surely fits anywhere that planning it, a few milliseconds, would be wasted."""
+    adapter, lengths, kind = asked.adapter, asked.lengths, asked.kind.kind
     sizes, longest = layer_sizes(adapter), max(lengths)
     counts = {"tokens": longest, "heads": max(size.o for size in sizes), "modules": 2}
     counts["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
-    if kind.kind not in counts:
+    if kind not in counts:
         return False
-    width = adapter.hidden_size * (counts[kind.kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
+    width = adapter.hidden_size * (counts[kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
     most, free = 16 * sum(lengths) * width, available(adapter.device)
     return most <= _SMALL and (free is None or most <= free // 8)
 
@@ -85,22 +175,12 @@ def least_bytes(made: Plan, backend: str) -> int:
     return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
 
 
-def _refusal(
-    made: Plan,
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    traced: bool,
-    name: str,
-    may_stream: bool,
-) -> str:
+def _refusal(made: Plan, asked: Asked, name: str, may_stream: bool) -> str:
     """What the backend ``name`` needs, what there is, and what would fit."""
-    free, named = made.available_bytes, "backend='torch', "
+    free, named, options, adapter = made.available_bytes, "backend='torch', ", asked.options, asked.adapter
 
-    def fits(lengths: Sequence[int], options: Options = options) -> int | None:
-        need = least_bytes(plan(adapter, lengths, kind, options, end=end, traced=traced), name)
+    def fits(asked: Asked) -> int | None:
+        need = least_bytes(asked.plan(), name)
         return need if need <= free else None
 
     ways = []
@@ -112,24 +192,40 @@ def _refusal(
             ways.append(f"{'' if may_stream else named}stream=True ({readable(need)})")
     for dtype in (torch.float32, torch.bfloat16):
         if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
-            need = fits(lengths, replace(options, state_dtype=dtype))
+            need = fits(replace(asked, options=replace(options, state_dtype=dtype)))
             if need is not None:
                 ways.append(f"state_dtype='{str(dtype).removeprefix('torch.')}' ({readable(need)})")
                 break
-    ordered = sorted(lengths, reverse=True)
-    several = [k for k in range(1, len(lengths)) if fits(ordered[:k]) is not None] if not traced else []
-    if several:
-        ways.append(f"{several[-1]} of these {len(lengths)} prompts at a time")
-    if not isinstance(kind, Custom) and not several and not traced:
-        low, high = 0, max(lengths)
-        while high - low > 1:  # the longest prompt that fits
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits([middle]) is not None else (low, middle)
-        if low:
-            ways.append(f"a prompt of {low} tokens ({readable(fits([low]))})")
+    ways += _smaller_prompts(asked, fits)
     what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
-    ways = (
-        f"It fits with {', or with '.join(ways)}." if ways else "Take a shorter prompt or a machine with more memory."
-    )
     need = f"needs {readable(least_bytes(made, name))} on {made.device} and {readable(free)} are available"
-    return f"{made.components}: {need}: {what}. {ways}"
+    return f"{made.components}: {need}: {what}. {_advice(ways)}"
+
+
+def _smaller_prompts(asked: Asked, fits: Callable[[Asked], int | None]) -> list[str]:
+    """How many of the prompts fit together, or else the longest one that does; nothing where there is a trace."""
+    if asked.traced:
+        return []
+    ordered = sorted(asked.lengths, reverse=True)
+    several = [k for k in range(1, len(ordered)) if fits(asked.with_lengths(ordered[:k])) is not None]
+    if several:
+        return [f"{several[-1]} of these {len(ordered)} prompts at a time"]
+    if isinstance(asked.kind, Custom):
+        return []
+    length = _largest(ordered[0], lambda n: fits(asked.with_lengths([n])))
+    return [f"a prompt of {length} tokens ({readable(fits(asked.with_lengths([length])))})"] if length else []
+
+
+def _largest(bound: int, fits: Callable[[int], int | None]) -> int:
+    """The largest number below ``bound`` that fits, 0 where none does."""
+    low, high = 0, bound
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) is not None else (low, middle)
+    return low
+
+
+def _advice(ways: list[str]) -> str:
+    if not ways:
+        return "Take a shorter prompt or a machine with more memory."
+    return f"It fits with {', or with '.join(ways)}."

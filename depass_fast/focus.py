@@ -76,7 +76,7 @@ class Focus:
 def make_partition(dp: DePass, call: Call) -> Partition:
     """One run over all components that keeps the statistics, and no states."""
     _check(call)
-    trace = call.trace or dp._capture(call.prompts)
+    trace = call.trace or dp._capture(call.prompts, call.run.progress)
     backend = _streaming(dp, call, keep=True)
     call = replace(call, trace=trace, run=replace(call.run, backend=backend))
     _, state = dp.start_state(call)
@@ -91,7 +91,7 @@ def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Parti
     _check(call)
     if not isinstance(which, (str, int)) and not len(which):
         raise ValueError("focus: empty; give labels or indices of components.")
-    trace = call.trace or dp._capture(call.prompts)
+    trace = call.trace or dp._capture(call.prompts, call.run.progress)
     call = replace(call, trace=trace)
     if partition is None:
         partition = make_partition(dp, call)

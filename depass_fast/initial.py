@@ -24,19 +24,21 @@ def initial_state(
     has_bias: bool,
     dtype: torch.dtype,
     host: bool = False,
+    bound: Sequence[ComponentKind] | None = None,
 ) -> ComponentState:
     """The component state at the start of ``kind``; its sum is the residual stream there.
 
     ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
     ``has_bias`` says whether constants are still to come, so that there must be a `bias` component. With ``host`` the
-    rows lie in host memory, pinned where the model is on a GPU.
+    rows lie in host memory, pinned where the model is on a GPU. ``bound`` is the kind for every prompt, if it was bound
+    already.
     """
     layer = kind.resolve(adapter)
     place = kind.start_site(adapter)
     x = trace.resid_at(layer, place).to(adapter.layer(layer).device)
     entering = layer + (place == "resid_post")
     site = "resid_mid" if place == "resid_mid" else "resid_pre"
-    kinds = [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
+    kinds = list(bound or (kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)))
     constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
     bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
     names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
 from .adapters import Adapter
+from .backends.arena import Arena
 from .components import ComponentKind, Modules, Neurons
 from .features import Features
 from .initial import meets_bias
+from .trace_size import bytes_per_position
 
 _BUSIEST = 1.4  # times the even share, which one expert of a layer gets
 
@@ -37,6 +40,17 @@ class LayerSize:
     def parameters(self, width: int) -> float:
         """Weights that a position meets on its way."""
         return width * (2 * self.v + 2 * self.o + sum((3 if self.has_up else 2) * n * share for n, share in self.mlps))
+
+    def reached(self, positions: int) -> int:
+        """Neurons of all MLPs that so many positions are sent to; of a mixture of experts, at most."""
+        sent = [n for n, share in self.mlps if share < 1]
+        reached = min(len(sent), round(positions * sum(share for _, share in self.mlps if share < 1)))
+        return sum(n for n, share in self.mlps if share == 1) + reached * max(sent, default=0)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and the only MLP read the same."""
+        return self.copied and len(self.mlps) == 1
 
     @property
     def neurons(self) -> int:
@@ -72,10 +86,8 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
 def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
     """How many components a prompt will have, without the extras, and whether that is known before it is traced."""
     if isinstance(kind, Neurons):
-        mlps = layer_sizes(adapter)[kind.resolve(adapter)].mlps
-        sent = [n for n, share in mlps if share < 1]
-        reached = min(len(sent), round(length * sum(share for _, share in mlps if share < 1)))
-        return sum(n for n, share in mlps if share == 1) + reached * (max(sent) if sent else 0), not sent
+        size = layer_sizes(adapter)[kind.resolve(adapter)]
+        return size.reached(length), all(share == 1 for _, share in size.mlps)
     if isinstance(kind, Features):
         return kind.sae.W_dec.shape[0], False
     return len(kind.names(adapter, [""] * length)), True
@@ -84,9 +96,53 @@ def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tupl
 def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
     layer = adapter.layer(kind.resolve(adapter))
     own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
+    if isinstance(kind, Features):
+        own = getattr(kind.sae, "b_dec", None) is not None
     if isinstance(kind, Modules):
         own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
     return int(own or meets_bias(kind, adapter, end))
+
+
+def fewest_components(kind: ComponentKind, adapter: Adapter) -> int:
+    """How many named components any prompt has at least, of a kind that depends on the prompt."""
+    return layer_sizes(adapter)[kind.resolve(adapter)].reached(1) if isinstance(kind, Neurons) else 1
+
+
+def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, int]:
+    """The layers that components are carried through: the first, and the one that is no more.
+
+    Raises:
+        ValueError: ``end`` lies before the components, or behind the model.
+    """
+    first, last = kind.resolve(adapter), adapter.n_layers if end is None else end
+    entering = first + (kind.start_site(adapter) == "resid_post")
+    if not entering <= last <= adapter.n_layers:
+        raise ValueError(
+            f"end: {end!r} is out of range; these components reach layers {entering} to {adapter.n_layers}."
+        )
+    return entering, last
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """``trace`` bytes, the ``peak`` while it is taken, what of it is ``held`` later, ``flop``: none of a given one."""
+
+    trace: int
+    peak: int
+    held: int
+    flop: float
+
+    @staticmethod
+    def of(adapter: Adapter, lengths: Sequence[int], traced: bool) -> ForwardPass:
+        positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
+        layers = layer_sizes(adapter)
+        trace = positions * bytes_per_position(adapter, adapter.dtype)
+        if traced:
+            return ForwardPass(trace, 0, 0, 0.0)
+        mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
+        attention = max(3 * size.o + 2 * size.v for size in layers)
+        beside = positions * (width + max(mlp, attention)) * item
+        return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))
 
 
 @dataclass(frozen=True)
@@ -103,13 +159,6 @@ class Job:
     model: torch.dtype
     budget: int
     passed: list[LayerSize]
-    layers: list[LayerSize]
-
-    def capturing(self) -> int:
-        """What the forward pass holds beside the trace: in its MLP, or in its attention."""
-        mlp = max((2 if size.has_up else 1) * size.neurons for size in self.layers)
-        attention = max(3 * size.o + 2 * size.v for size in self.layers)
-        return self.positions * (self.width + max(mlp, attention)) * self.model.itemsize
 
     def copies(self) -> float:
         """States held at once: what several MLPs read and, twice, what is sent to the busiest of them."""
@@ -117,8 +166,13 @@ class Job:
         sent = max(shares, default=0.0)
         return 1 + any(size.copied for size in self.passed) + 2 * sent
 
-    def weight_copies(self) -> int:
-        """Weights with a norm folded into them, and what has to change its dtype."""
+    def weight_copies(self, folds: bool = True) -> int:
+        """Weights with a norm folded into them, where a backend ``folds`` it, and what has to change its dtype."""
+        if not folds:
+            pairs = [pair for size in self.passed for pair in ((size.v, size.o), *((n, n) for n, _ in size.mlps))]
+            cast, normed = self.compute != self.model, any(size.output_norms for size in self.passed)
+            most = max((own * cast + out * (cast or normed) for own, out in pairs), default=0)
+            return self.width * most * self.compute.itemsize
         folded = max((size.v + size.neurons for size in self.passed), default=0)
         cast = self.compute != self.model
         changed = max((max(size.o, size.neurons) * (cast or size.output_norms) for size in self.passed), default=0)
@@ -139,6 +193,22 @@ class Job:
         rows = min(self.rows, self.budget // (2 * min(attention, mlp) * item) + self.longest)
         tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
         return min(self.budget, rows * max(attention, mlp) * item) + tiles
+
+    def triton_workspace(self) -> int:
+        """Of the triton backend: its arena; and what the last layer's few queries take beside it, as torch does."""
+        item, at_once = self.compute.itemsize, max((self.width + 2 * (s.o + s.v) for s in self.passed), default=0)
+        queries = min(self.rows, self.budget // (2 * at_once * item)) if at_once else 0
+        return self.arena() + queries * self.width * (item + self.state.itemsize)
+
+    def arena(self) -> int:
+        """What attention and MLP of the triton backend take turns in."""
+        arena, most = Arena(self.budget, self.compute.itemsize, self.state.itemsize), 0
+        for size in self.passed:
+            most = max(most, arena.attention_bytes(self.rows, self.longest, self.width, size.v, size.o))
+            for neurons, share in size.mlps:
+                rows = int(min(1.0, _BUSIEST * share) * self.rows)
+                most = max(most, arena.mlp_bytes(rows, max(self.counts), neurons, self.width))
+        return most
 
     def dense_workspace(self) -> int:
         """Of the reference backend: dense blocks of one prompt, several at a time."""

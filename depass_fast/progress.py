@@ -1,7 +1,8 @@
 """Progress bars on whatever takes more than two seconds: on a terminal only, on stderr, gone when done.
 
-The engine opens a bar for its layers, adjoint sweeps for prompts, generation for tokens; a step within one says how far
-it has come, through :func:`advance`. Every thread has a bar of its own, of which one at a time is shown.
+The forward pass opens a bar for the model's layers, the engine for those that it carries components through, adjoint
+sweeps for prompts, generation for tokens; a step within one says how far it has come, through :func:`advance`. Every
+thread has a bar of its own, of which one at a time is shown.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 _DELAY = 2.0  # seconds before a bar appears
 _PAUSE = 0.1  # seconds between two drawings
@@ -66,6 +68,21 @@ def bar(label: str, total: int, wanted: bool = True) -> Iterator[Bar | None]:
     finally:
         _here.bar = None
         made.close()
+
+
+@contextmanager
+def bar_of_calls(label: str, modules: Iterable[Any], passes: int, wanted: bool) -> Iterator[None]:
+    """A bar of so many ``passes`` through ``modules``: a unit is done whenever this thread has called one of them."""
+    modules, thread = list(modules), threading.get_ident()
+    with bar(label, passes * len(modules), wanted) as shown, ExitStack() as undo:
+
+        def done(*_: Any) -> None:
+            if threading.get_ident() == thread:  # others may use the model, too
+                shown.finish()
+
+        for module in modules if shown is not None else ():
+            undo.callback(module.register_forward_hook(done).remove)
+        yield
 
 
 def advance(part: float) -> None:

@@ -13,6 +13,7 @@ from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAtt
 from depass_fast.adjoint import estimate, sweep
 from depass_fast.adjoint.estimate import draw, judge, spearman, wilson
 from depass_fast.adjoint.method import MOST_EXACT
+from depass_fast.adjoint.room import CPU_BUDGET
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(6, seed=1)
@@ -269,7 +270,7 @@ def test_a_sweep_s_workspace_is_what_was_given_or_half_of_what_is_free(wide, mon
     budgets, inner = [], sweep.mean_field
     monkeypatch.setattr(sweep, "mean_field", lambda *given: budgets.append(given[-1]) or inner(*given))
     whole = wide.attribute(IDS, Neurons(layers="all"), 5, **options)
-    assert set(budgets) == {sweep.CPU_BUDGET // 5}
+    assert set(budgets) == {CPU_BUDGET // 5}
     for given in (1 << 24, 1 << 14):
         budgets.clear()
         found = wide.attribute(IDS, Neurons(layers="all"), 5, memory_budget=given, **options)

@@ -13,7 +13,7 @@ import depass_fast.fitting
 import depass_fast.planner
 from depass_fast import Heads, Neurons, Tokens
 from depass_fast.backends.budget import Budget
-from depass_fast.capture import _check_finite
+from depass_fast.finite import check_finite
 from depass_fast.fitting import least_bytes
 
 KINDS = {"tokens": Tokens(), "heads": Heads(0), "neurons": Neurons(0)}
@@ -207,4 +207,4 @@ def test_a_half_precision_trace_is_checked_without_wider_copies(dtype):
     dp = build("llama-gqa", dtype)
     trace = dp.trace(random_ids(5))
     with Watch():
-        _check_finite(dp.adapter, trace)
+        check_finite(dp.adapter, trace)

@@ -8,9 +8,11 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import build, random_ids
 
-from depass_fast import Neurons, Tokens, progress
+from bench.family_models import build_variant
+from depass_fast import DePass, Neurons, Tokens, progress
 from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.cli import main
 
@@ -103,8 +105,8 @@ def drawn(monkeypatch, terminal, at_once):
 
 
 def only(bars, label, total):
-    """The one bar that there was, from its beginning to its end."""
-    ((shown, way),) = bars.items()
+    """The one bar that there was after the forward pass, from its beginning to its end."""
+    ((shown, way),) = [(shown, way) for shown, way in bars.items() if shown.label != "forward pass"]
     assert (shown.label, shown.total) == (label, total)
     assert way == sorted(way) and way[-1] == total
     return way
@@ -126,6 +128,41 @@ def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, allocatio
         assert (one.scores == other.scores).all()
 
 
+@pytest.mark.parametrize("name", ["llama: GQA", "gptj"])
+def test_the_forward_pass_has_a_bar_of_its_layers(drawn, name):
+    """The first one also runs the model as it is; a model without pluggable attention runs prompt by prompt."""
+    dp, prompts = DePass(build_variant(name)), [random_ids(9), random_ids(5)]
+    hooks = [len(block._forward_hooks) for block in dp.adapter.blocks]
+    passes = 2 if dp.adapter.one_by_one else 1
+    for times in (passes + 1, passes):
+        drawn.clear()
+        trace = dp.trace(prompts)
+        ((shown, way),) = drawn.items()
+        assert (shown.label, way) == ("forward pass", list(range(1, 3 * times + 1))) and shown.total == 3 * times
+    drawn.clear()
+    dp.attribute(trace, Tokens(), 7)
+    assert [shown.label for shown in drawn] == ["layers"]  # the trace was there already
+    assert [len(block._forward_hooks) for block in dp.adapter.blocks] == hooks
+
+
+@pytest.mark.parametrize("kind", [Tokens(), Neurons(0)])
+def test_the_forward_pass_is_silent_where_that_was_asked_for(drawn, kind):
+    build("llama-gqa").attribute(random_ids(9), kind, 7, progress=False)
+    DePass(build("llama-gqa").model, progress=False).trace(random_ids(9))
+    assert not drawn
+
+
+def test_only_this_threads_forward_pass_counts(drawn):
+    module = torch.nn.Identity()
+    with progress.bar_of_calls("forward pass", [module], 1, True):
+        other = threading.Thread(target=module, args=(torch.zeros(1),))
+        other.start()
+        other.join()
+        assert not drawn
+        module(torch.zeros(1))
+    assert [way for way in drawn.values()] == [[1]] and not module._forward_hooks
+
+
 def test_generation_has_a_bar_of_its_tokens(drawn, terminal):
     dp, ids = build("llama-gqa"), random_ids(9)
     expected = dp.attribute_generation(ids, max_new_tokens=4, progress=False)
@@ -138,7 +175,7 @@ def test_generation_has_a_bar_of_its_tokens(drawn, terminal):
 
     found = dp.attribute_generation(ids, max_new_tokens=4, generation={"stopping_criteria": [mine]})
     assert found.input_ids == expected.input_ids and len(calls) == 4
-    tokens, layers = drawn
+    tokens, _, layers = drawn
     assert (tokens.label, tokens.total, drawn[tokens]) == ("tokens", 4, [1, 2, 3, 4])
     assert layers.label == "layers" and not progress._terminal.locked()
 

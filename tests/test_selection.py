@@ -173,7 +173,6 @@ def test_the_workspace_is_fitted_as_torchs_is(monkeypatch, triton):
     triton(None)
     dp, ids = build("llama-gqa"), random_ids(60)
     made = dp.plan(ids, Tokens(), measure=False)
-    assert made.of("triton").peak_bytes == made.of("torch").peak_bytes
     monkeypatch.setattr(fitting, "_LEAST", 1 << 12)
     for module in (fitting, planner):
         monkeypatch.setattr(module, "available", lambda device: fitting.least_bytes(made, "triton"))
@@ -189,7 +188,7 @@ def test_without_room_auto_streams_and_triton_by_name_is_refused(monkeypatch, tr
     def chosen(**given):
         given = Options(**given)
         run = replace(Options().build(adapter), backend=StandIn())
-        return fitting.fitted(run, placed, lengths, kind, given, None, False)
+        return fitting.fitted(run, fitting.Asked(placed, lengths, kind, given, None, False))
 
     assert chosen().backend.name == "torch, streamed"
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):
@@ -206,7 +205,8 @@ def test_a_plan_lists_triton_where_it_can_run(triton):
     assert made.of("triton").seconds is None  # on a CPU it is interpreted: that time is nobody's
     assert made.of("torch").seconds > 0 and "triton " in str(made)
     layers = dp.plan(12, Heads(layers="all"))
-    assert layers.of("triton").peak_bytes == layers.of("torch").peak_bytes
+    one = dp.plan(12, Heads(0))
+    assert layers.of("triton").peak_bytes > one.of("triton").peak_bytes  # states are held together
     triton("no driver")
     with pytest.raises(KeyError, match="no backend 'triton' in this plan; it has torch, torch, streamed, reference"):
         dp.plan(12, Tokens(), measure=False).of("triton")

@@ -148,7 +148,8 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
 
     def chosen(**options):
         options = Options(**options)
-        return fitting.fitted(options.build(adapter), placed, lengths, kind, options, None, False)
+        asked = fitting.Asked(placed, lengths, kind, options, None, False)
+        return fitting.fitted(options.build(adapter), asked)
 
     assert chosen().host
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):

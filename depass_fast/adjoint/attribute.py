@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..call import Call, bind
 from ..components import ComponentKind
 from ..initial import meet_bias
 from ..layered import LayeredAttribution
@@ -27,7 +28,6 @@ from .starts import make_start
 from .sweep import Scores, Sweep
 
 if TYPE_CHECKING:
-    from ..call import Call
     from ..engine import DePass
 
 
@@ -35,8 +35,10 @@ def by_adjoint(
     engine: DePass, plan: Call, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
 ) -> list[Attribution] | list[LayeredAttribution]:
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
-    trace = plan.trace or engine._capture(plan.prompts)
-    kinds = plan.components.each(engine.adapter)
+    adapter, trace = engine.adapter, plan.trace or engine._capture(plan.prompts, plan.run.progress)
+    kinds = plan.components.each(adapter)
+    if not plan.components.is_layered:
+        plan = bind(plan, adapter, trace, method)
     results = []
     with bar("prompts", trace.n_prompts, plan.run.progress) as shown:
         for p in range(trace.n_prompts):
@@ -62,7 +64,8 @@ def _one(
     directions, seeds, logits, constants = _readout(engine, plan, trace, prompt, read, spec, wide)
     n = read + 1
     ahead = meet_bias(kinds, adapter, plan.end_given)
-    starts = [make_start(kind, adapter, trace, prompt, n, b, wide) for kind, b in zip(kinds, ahead, strict=True)]
+    bound = None if plan.bound is None else plan.bound[prompt]  # of one layer
+    starts = [make_start(kind, adapter, trace, prompt, n, b, wide, bound) for kind, b in zip(kinds, ahead, strict=True)]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = wide if run.backend.name == "reference" else run.compute_dtype
     road = Road(adapter, trace, prompt, n, plan.end, wide, compute)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..state import to_device
 from .maps import LayerMaps, Road
+from .room import positions_at_once
 from .starts import Start, all_alive
 
 LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its sums stay in float32's range
@@ -260,14 +261,14 @@ def _allocate_softmax(
 ) -> None:
     """Z from the explicit rows and the crowd's mean and scatter; then every row's share of it. Position by position."""
     (q, width), t = maps.act.shape, settings.temperature
-    size = max(1, budget // (5 * len(rows.x) * width * rows.x.element_size()))
+    size = positions_at_once(budget, len(rows.x), width, rows.x.element_size())
     parts = []
     for first in range(0, q, size):
         at = slice(first, min(first + size, q))
         part = Step(step.index, step.queries)
-        g = _gates(rows, read, maps, at)
         here = counts if counts.shape[1] == 1 else counts[:, at]
-        rows.x[:, at] += maps.down(_shares(rows, g.div_(t), here, maps, t, part, at))
+        # without a name, the gates are gone before the next ones are made
+        rows.x[:, at] += maps.down(_shares(rows, _gates(rows, read, maps, at).div_(t), here, maps, t, part, at))
         parts.append(part)
     for name in ("log_z", "share", "mean", "slope"):
         tables = [getattr(part, name) for part in parts]

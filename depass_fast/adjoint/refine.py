@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .forward import Settings, Step
 from .maps import Road
+from .room import journeys_at_once
 from .starts import Start
 
 
@@ -43,7 +44,7 @@ def scores_given_z(
     """
     journeys = _journeys(starts, chosen, released or {})
     width = max((step.log_z.shape[2] for step in steps), default=1)
-    size = max(1 + measure, budget // (6 * road.n * width * directions.element_size()))
+    size = journeys_at_once(budget, road.n, width, directions.element_size(), measure)
     scores = directions.new_zeros(sum(map(len, chosen)), len(directions))
     drift = _Drift() if measure else None
     order = sorted(

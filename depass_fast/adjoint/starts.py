@@ -126,15 +126,23 @@ class Start:
 
 
 def make_start(
-    kind: ComponentKind, adapter: Adapter, trace: Trace, prompt: int, n: int, has_bias: bool, dtype: torch.dtype
+    kind: ComponentKind,
+    adapter: Adapter,
+    trace: Trace,
+    prompt: int,
+    n: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+    bound: ComponentKind | None = None,
 ) -> Start:
     """The components of ``kind`` at the first ``n`` positions of a prompt, on the device of their layer.
 
-    ``has_bias`` says whether constants are still to come. The split is that of :func:`initial_state`, without ever
+    ``has_bias`` says whether constants are still to come, ``bound`` is the kind for this prompt if it is known.
+    The split is that of :func:`initial_state`, without ever
     writing down products as vectors per position.
     """
     layer = kind.resolve(adapter)
-    bound = kind.bound(adapter, trace, prompt)
+    bound = bound or kind.bound(adapter, trace, prompt)
     device = adapter.layer(layer).device
     site = kind.start_site(adapter)
     x = trace.resid_at(layer, site).to(device)[trace.span(prompt)].to(dtype)

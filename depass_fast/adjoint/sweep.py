@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,11 +17,9 @@ from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
 from .maps import Road
 from .method import Method
 from .refine import scores_given_z
+from .room import Room, default_workspace, gates_room
 from .starts import Start, loudness
 
-CPU_BUDGET, GPU_BUDGET = 5 << 28, 20 << 30  # bytes of workspace, unless told otherwise or half of what is free is less
-LOUD_ON_CPU, LOUD_ON_GPU = 1 << 28, 4 << 30  # bytes of the loud components of all starts; never the workspace's affair
-_FEWEST_LOUD = 8
 _ADVICE = "what is short is room for the trace and one start layer. Take a shorter prompt, or fewer targets at once."
 
 
@@ -53,10 +52,8 @@ class Sweep:
 
         A sweep changes nothing: one that runs out of memory is begun again with half the workspace.
         """
-        # what gates of the fewest rows at two positions take: with less, no piece gets smaller
-        least = 5 * 10 * (_FEWEST_LOUD + 3) * self._widest * self.directions.element_size()
         given = self.budget or self._default()  # not asked again when memory has run out, and nothing is free
-        workspace = Budget(given, lambda _: given, self._release, least, _ADVICE)
+        workspace = Budget(given, lambda _: given, self._release, self._room.least, _ADVICE)
         return workspace.prepare(self._device, lambda: self._attempt(method, workspace.bytes(self._device)))
 
     def _attempt(self, method: Method, workspace: int) -> Scores:
@@ -111,54 +108,36 @@ class Sweep:
 
     def _groups(self) -> list[slice]:
         """Start layers that are carried together: as many as their tables leave room for."""
-        budget = self._workspace - self._workspace // 5
-        table = 3 * self.road.n * self._widest * self.directions.element_size()
-        rows = 4 * self._row * min(self._most_loud + 3, max(self._sizes) + 3)
-        groups, first, used = [], 0, 0
-        for s, start in enumerate(self.starts):
-            needed = table * max(0, self.road.end - start.entering) + rows
-            if s > first and used + needed > budget:
-                groups.append(slice(first, s))
-                first, used = s, 0
-            used += needed
-        return [*groups, slice(first, len(self.starts))]
+        lengths = [self.road.end - start.entering for start in self.starts]
+        return self._room.groups(lengths, max(self._sizes), self.settings.at_most, self._workspace)
 
     @property
     def _device(self) -> torch.device:
         return self.starts[0].bias.device
 
     def _default(self) -> int:
-        """Half of what is free where there is least, up to a bound; that of a CPU where the system does not tell."""
         free = [available(device) for device in {start.bias.device for start in self.starts}]
-        if None in free:
-            return CPU_BUDGET
-        return min(GPU_BUDGET if self._device.type == "cuda" else CPU_BUDGET, *(size // 2 for size in free))
+        return default_workspace(free, self._device.type == "cuda")
 
     def _release(self) -> None:
         self.road.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    @property
-    def _widest(self) -> int:
-        """Neurons of the widest layer."""
-        return max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
-
-    @property
-    def _row(self) -> int:
-        """Bytes of one row."""
-        return self.road.n * self.directions.shape[1] * self.directions.element_size()
+    @cached_property
+    def _room(self) -> Room:
+        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
+        shape = self.directions.shape[1], widest, self.directions.element_size()
+        return Room(self.road.n, *shape, len(self.starts), self._device.type == "cuda")
 
     @property
     def _most_loud(self) -> int:
-        """How many loud components of a start are carried: scores do not depend on what memory happens to be free."""
-        room = LOUD_ON_GPU if self._device.type == "cuda" else LOUD_ON_CPU
-        return min(self.settings.at_most, max(_FEWEST_LOUD, room // (4 * self._row * len(self.starts))))
+        return self._room.most_loud(self.settings.at_most)
 
     @property
     def _row_budget(self) -> int:
         """Bytes of the gates that are held at once."""
-        return self._workspace // 5
+        return gates_room(self._workspace)
 
     def _largest(self, flat: Tensor, method: Method) -> Tensor:
         """The components to be refined: the largest of any target, sorted. Those that start at the end are exact."""

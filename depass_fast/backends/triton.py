@@ -24,6 +24,7 @@ from ..kernels.common import interpreted
 from ..kernels.launch import mix_tile
 from ..state import BIAS, REST, ComponentState, Layout, to_device
 from ..trace import AttentionTrace, MlpTrace
+from .arena import Arena
 from .mlp import accumulate
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 from .torch import TorchBackend, add_to_bias
@@ -75,7 +76,7 @@ class TritonBackend(TorchBackend):
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
-        widths = max(width, mixed_width), max(width, values_width)  # of what is held at a time
+        widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
 
         def step(piece: Piece) -> None:
             n = len(piece.rows)
@@ -90,7 +91,7 @@ class TritonBackend(TorchBackend):
                 rows.add_rows(state.rows, piece.rows, torch.mm(mixed, w_o.T, out=_as(other, dtype, n, width)))
 
         def pieces(undone: Piece | None) -> list[Piece]:
-            most = max(1, self._bytes(state) // (sum(widths) * dtype.itemsize))
+            most = self._arena(state).rows(sum(widths))
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
@@ -144,13 +145,13 @@ class TritonBackend(TorchBackend):
             return w_gate, w_down, act, gate, recorded, scale, constant, out_scale
 
         w_gate, w_down, act, gate, recorded, scale, constant, out_scale = self.budget.prepare(device, prepare)
-        n_neurons, out_size = len(w_gate), state.rows.dtype.itemsize
+        n_neurons = len(w_gate)
 
         def step(chunk: RowChunk) -> None:
             n, width = chunk.n_rows, state.rows.shape[1]
-            size, apart = self._neurons_per_block(n, n_neurons, state)
-            sizes = (n * width * dtype.itemsize, n * size * dtype.itemsize, n, apart * n * width * out_size)
-            one, other, flags, last = self._room(device, *sizes)
+            arena = self._arena(state)
+            size, apart = arena.neurons(n, n_neurons, width)
+            one, other, flags, last = self._room(device, *arena.mlp_sizes(n, n_neurons, width))
             x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
             self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive)
             target = state.rows[chunk.rows.first : chunk.rows.first + n]
@@ -172,22 +173,16 @@ class TritonBackend(TorchBackend):
 
     def _row_chunks(self, state: ComponentState, n_neurons: int, undone: RowChunk | None) -> list[RowChunk]:
         """All neurons at once where a position's components allow that, so that every product is a large one."""
-        most = max(1, self._bytes(state) // ((n_neurons + state.rows.shape[1]) * self._dtype(state).itemsize))
+        most = self._arena(state).rows(n_neurons + state.rows.shape[1])
         if undone is not None:
             return make_row_chunks(state.layout, most, state.device, undone.segments.start)
         key = ("row chunks", most, state.device)
         return self._plan(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
 
-    def _neurons_per_block(self, n_rows: int, n_neurons: int, state: ComponentState) -> tuple[int, bool]:
-        """All neurons, or as many as there is room for, and whether their outputs must be added up apart."""
-        width, each = state.rows.shape[1], n_rows * self._dtype(state).itemsize
-        if self._bytes(state) // each >= n_neurons + width:
-            return n_neurons, False
-        held = width * (each + n_rows * state.rows.dtype.itemsize)
-        blocks = -(-n_neurons // max((self._bytes(state) - held) // each, 64))
-        return min(n_neurons, -(-n_neurons // (64 * blocks)) * 64), True  # multiples are what a product likes
-
     # -- the workspace ----------------------------------------------------------------------------------------------
+
+    def _arena(self, state: ComponentState) -> Arena:
+        return Arena(self._bytes(state), self._dtype(state).itemsize, state.rows.dtype.itemsize)
 
     def _room(self, device: torch.device, *sizes: int) -> list[Tensor]:
         """Buffers of so many bytes side by side in one, which attention and MLP take turns in."""

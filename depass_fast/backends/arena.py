@@ -1,0 +1,52 @@
+"""How the triton backend divides its workspace: numbers alone, for the backend and for the planner, without Triton.
+
+One arena holds what a piece of attention or a chunk of the MLP needs, all of its parts side by side; attention and MLP
+take turns in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_FEWEST = 64  # neurons per block, and multiples of that: what a product likes
+
+
+@dataclass(frozen=True)
+class Arena:
+    """An arena of about ``budget`` bytes, for products of ``item`` bytes per number on a state of ``state_item``."""
+
+    budget: int
+    item: int
+    state_item: int
+
+    def rows(self, columns: int) -> int:
+        """How many rows of ``columns`` numbers are carried at once."""
+        return max(1, self.budget // (columns * self.item))
+
+    @staticmethod
+    def attention_columns(width: int, v: int, o: int) -> tuple[int, int]:
+        """What a row of D numbers takes in attention: what is read and then mixed, values and then what is written."""
+        return max(width, o), max(width, v)
+
+    def neurons(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, bool]:
+        """All neurons of a chunk, or as many as there is room for, and whether their outputs are added up apart."""
+        each = n_rows * self.item
+        if self.budget // each >= n_neurons + width:
+            return n_neurons, False
+        held = width * (each + n_rows * self.state_item)
+        blocks = -(-n_neurons // max((self.budget - held) // each, _FEWEST))
+        return min(n_neurons, -(-n_neurons // (_FEWEST * blocks)) * _FEWEST), True
+
+    def mlp_sizes(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, ...]:
+        """Bytes of the parts of a chunk: rows as they are read, gates, marks of the living, outputs added up apart."""
+        size, apart = self.neurons(n_rows, n_neurons, width)
+        return n_rows * width * self.item, n_rows * size * self.item, n_rows, apart * n_rows * width * self.state_item
+
+    def attention_bytes(self, rows: int, least: int, width: int, v: int, o: int) -> int:
+        """Of attention on a state of ``rows``, of which no piece has fewer than ``least``."""
+        columns = sum(self.attention_columns(width, v, o))
+        return min(rows, max(self.rows(columns), least)) * columns * self.item
+
+    def mlp_bytes(self, rows: int, least: int, n_neurons: int, width: int) -> int:
+        """Of the MLP on a state of ``rows``, of which no chunk has fewer than ``least``."""
+        return sum(self.mlp_sizes(min(rows, max(self.rows(n_neurons + width), least)), n_neurons, width))
