@@ -4,8 +4,9 @@ Over a grid of shapes the predicted peak of memory stands beside the measured on
 high-water mark of the resident set less the resident set with the model loaded (see :mod:`bench.memory`). Adjoint
 sweeps make and free blocks of many sizes, of which the C library keeps those below 32 MiB, in pieces that serve no
 larger ones: how many differs from run to run. So what they allocate is measured with every freed block given back
-(``MALLOC_MMAP_THRESHOLD_``), and stands beside the prediction; what is resident without that stands beside both. The
-table is printed; the JSON file is what ``python -m bench.report`` reads.
+(``MALLOC_MMAP_THRESHOLD_``), and stands beside the prediction; what is resident without that stands beside both. So are
+states that stream, whose prediction is of the host's part and the device's together, here one memory. The table is
+printed; the JSON file is what ``python -m bench.report`` reads.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Case:
     every: bool = False  # neurons of all layers
     refine: int = 0
     sample: int = 0
+    stream: bool = False
     scale: float = 0.2  # of the weights: how many neurons are loud depends on it
 
 
@@ -90,6 +92,10 @@ FULL = [
     _llama("gpt2", 1024, 2048, "tokens", 300, model_type="gpt2", layers=2),
     _llama("gemma2: output norms", 1024, 2048, "tokens", 300, model_type="gemma2", layers=2),
     _llama("mixtral: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2),
+    _llama("streamed tokens", 512, 1408, "tokens", 256, stream=True),
+    _llama("streamed tokens, wide", 1024, 2816, "tokens", 128, stream=True),
+    _llama("streamed neurons", 512, 1408, "neurons", 24, stream=True),
+    _llama("streamed heads", 1024, 2816, "heads", 200, stream=True),
 ]
 _SMALL, _SHORT, _LONG = (512, 2816, "neurons", 60), (1024, 4096, "neurons", 16), (512, 2816, "neurons", 100)
 ADJOINT = [
@@ -157,12 +163,15 @@ def run(case: Case) -> dict:
     dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
     if case.method == "adjoint":
         return {**asdict(case), **run_adjoint(case, dp, components, prompts, options)}
+    options["stream"] = case.stream
+    dp.attribute([1, 2, 3, 4], Tokens(), target=7, stream=case.stream)
     plan = dp.plan(prompts, components, measure=False, **options)
+    estimate = plan.of("torch, streamed" if case.stream else "torch")
     if case.call == "decompose":
         peak = measured(lambda: dp.decompose(prompts, components, **options))
     else:
         peak = measured(lambda: dp.attribute(prompts, components, 7, **options))
-    return {**asdict(case), "predicted_bytes": plan.of("torch").peak_bytes, "measured_bytes": peak}
+    return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
 
 
 def run_adjoint(case: Case, dp: DePass, components: Neurons, prompts: list, options: dict) -> dict:
@@ -204,10 +213,11 @@ def measure(case: Case) -> dict:
         done = subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     if case.method == "exact":
-        return once()
+        return once(**(freed if case.stream else {}))
     resident = once()
-    return once(MALLOC_MMAP_THRESHOLD_="65536") | {
+    return once(**freed) | {
         "resident_bytes": resident["measured_bytes"],
         "seconds": resident["seconds"],
         "predicted_seconds": resident["predicted_seconds"],

@@ -12,7 +12,7 @@ from .components import ComponentKind, Products, Tokens
 from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
 
-_PART = 1 << 26  # elements on the device at once, on their way to host memory
+_PART = 8 << 20  # numbers made on the device at a time, where they are to lie in host memory
 
 
 def initial_state(

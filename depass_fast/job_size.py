@@ -218,6 +218,24 @@ class Job:
         mlp = max(3 * self.width + 6 * size.neurons for size in self.passed)
         return self.longest * max(self.counts) * max(attention, mlp) * self.state.itemsize
 
+    def stream_workspace(self) -> int:
+        """Of the torch backend where the state streams: a block's rows four times over, and its gates in parts."""
+        if not self.passed:
+            return 0
+        neurons = max(size.neurons for size in self.passed)
+        slots = self.budget // (2 * (self.width + 2 * min(neurons, 512)) * self.compute.itemsize)
+        slots = min(max(slots, self.longest), self.longest * max(self.counts))
+        gates = min(3 * self.budget // 4, 6 * slots * neurons * 4)
+        return max(self.workspace(), 4 * slots * self.width * self.state.itemsize + gates)
+
+    def statistics(self) -> int:
+        """What streaming keeps of all components at one MLP, for most rules two numbers per position and neuron.
+
+        And the same of one prompt once more, as it was before a block.
+        """
+        wide = torch.promote_types(self.compute, torch.float32).itemsize
+        return 2 * (self.positions + self.longest) * max((size.neurons for size in self.passed), default=0) * wide
+
     def gates_again(self) -> float:
         """FLOP that streaming adds: the gates are computed in both passes."""
         return sum(size.gates(self.width, self.rows) for size in self.passed)

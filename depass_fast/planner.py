@@ -120,7 +120,7 @@ def _exact(
     for name, work, workspace, here, copies, host in (
         ("torch", flop, job.workspace(), held + total * _INDEX, job.weight_copies(), 0),
         ("triton", flop, job.triton_workspace(), held + total * _INDEX, job.weight_copies(folds=False), 0),
-        ("torch, streamed", streamed, job.workspace(), 0, job.weight_copies(), held),
+        ("torch, streamed", streamed, job.stream_workspace(), job.statistics(), job.weight_copies(), held),
         ("reference", flop * dense / max(1, total), job.dense_workspace(), state_bytes, job.weight_copies(), 0),
     ):
         if status.get(name) is not None:
