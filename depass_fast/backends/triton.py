@@ -47,12 +47,10 @@ class TritonBackend(TorchBackend):
         with _current(state.device):
             return super().aggregate_ov(state, weights, trace, queries)
 
-    def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
-    ) -> ComponentState:
+    def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         widest = torch.promote_types(self._dtype(state), trace.q.dtype)
         if trace.value_ratio is not None or trace.q.shape[-1] * widest.itemsize > _WIDEST_HEAD:
-            return super()._aggregate_everywhere(state, weights, trace, extras_only)
+            return super()._aggregate_everywhere(state, weights, trace)
         dtype, device, layout = self._dtype(state), state.device, state.layout
         frozen = attention.Frozen(
             trace.q.contiguous(),
@@ -94,10 +92,10 @@ class TritonBackend(TorchBackend):
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
-                ranges = cut(layout, most, extras_only, begin)
+                ranges = cut(layout, most, begin)
                 return [make_piece(layout, *part, tile, groups, device) for part in ranges]
 
-            key = ("pieces", most, extras_only, tile, groups, device)
+            key = ("pieces", most, tile, groups, device)
             return make() if undone is not None else self._plan(layout, key, make)
 
         self.budget.each(device, pieces, step)
