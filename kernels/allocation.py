@@ -56,7 +56,7 @@ def _tile(
     return values, part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["recorded", "bias"])
 def _share_linearly(
     g, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, bias, gate_stride,
     HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
@@ -82,7 +82,7 @@ def _share_linearly(
         tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "recorded", "bias", "rest"])
 def _allocate(
     g,
     act,

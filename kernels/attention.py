@@ -76,7 +76,7 @@ def _logits(
     return tl.where(seen, logits * 1.4426950408889634, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _log_sum_exp(
     q, k, key_bias, lse, packed, items, scale, softcap, window,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -113,7 +113,7 @@ def _log_sum_exp(
     tl.store(lse + at, top + tl.log2(tl.where(live, total, 1.0)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _mix(
     values, mixed, q, k, key_bias, lse, out_scale, packed, base, count, births, items, scale, softcap, window,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,

@@ -31,7 +31,7 @@ def _place(n_tiles, n_columns, BN: tl.constexpr, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "n_tiles", "bias"])
 def _gate(
     x, w, g, constants, away, tops, sums, tiles, starts, n_tiles, n_columns, depth, per_t, bias,
     HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -94,7 +94,7 @@ def _log_partition(tops, sums, log_z, tile_starts, n_columns, BN: tl.constexpr):
     tl.store(log_z + segment.to(tl.int64) * n_columns + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "recorded", "n_tiles", "bias"])
 def _down(
     x, g, w, act, log_z, constants, away, fallback, recorded, tiles, starts, n_tiles, n_columns, depth, w_stride,
     act_stride, per_t, bias,

@@ -1,5 +1,8 @@
 """Launch configurations: computed from shape and device, with measured exceptions per device in ``tuned.json``.
 
+A kernel is compiled for the numbers that it is called with where Triton makes a difference: 1, and multiples of 16. Of
+what varies from chunk to chunk (numbers of rows, where slices begin) and aligns no load, it is told to make none.
+
 Nothing is tuned when a user calls. ``python -m bench.tune`` measures candidates on a device and writes the file: a
 device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
 """

@@ -44,7 +44,7 @@ def _source_row(row, live, segment, source, base, first, GATHER: tl.constexpr):
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "first", "n_rows"])
 def _read_rows(
     x,
     y,
@@ -125,7 +125,7 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x: expected contiguous rows in float32 at most, got {x.dtype}, strides {x.stride()}.")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     live = row < n_rows
@@ -145,7 +145,7 @@ def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
     _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_directions"])
 def _read_out(
     x, directions, out, segments, scale, n_rows, n_columns, n_directions, BR: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, HAS_SCALE: tl.constexpr
