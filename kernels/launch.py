@@ -40,6 +40,7 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
     columns = 1 if one or not half or width > 128 or groups & (groups - 1) else 2  # two take all registers
     tight = not one and width > 128 and shared_memory(device) < 100 << 10
     keys = min(keys, 32) if columns == 2 or tight else keys
+    columns = 8 if interpreted() else columns  # every operation of a step costs the same there, of any size
     warps = 4 if tile * width <= 64 * 128 else 8
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
     return config | (tuned(device, "mix", f"{'one' if one else 'many'} d{width} r{tile}") if half else {})

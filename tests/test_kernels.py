@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.kernel_checks import LIMITS, checks
-from depass_fast.kernels import allocation, rows
+from depass_fast.kernels import allocation, attention, gemm, rows
 
 CHECKS = list(checks(small=True))
 
@@ -13,6 +13,16 @@ CHECKS = list(checks(small=True))
 @pytest.mark.parametrize("check", CHECKS, ids=[f"{c.kernel}: {c.case}" for c in CHECKS])
 def test_a_kernel_agrees_with_float64(check, dtype):
     assert check.run(dtype, torch.device("cpu")) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("name", ["tokens", "many tiles, window"])
+def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
+    """As on a GPU; the interpreter takes more."""
+    ordinary = attention.mix_config
+    monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
+    check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))
+    assert check.run(torch.float16, torch.device("cpu")) <= LIMITS[torch.float16]
 
 
 FAR = 2**31 + 5  # elements in front of what is looked at
