@@ -158,7 +158,7 @@ def _mlp(
     starts, recorded_at = _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64)
     act = _empty(8, neurons, dtype=dtype)
     for length, name in ((20, "few components"), (512, "some components"), (neurons, "many components")):
-        away = _empty(length, dtype=torch.uint8) if corners else None
+        away = _empty(2 * length, dtype=torch.uint8) if corners else None
         segments = allocation.Segments(starts, recorded_at, length, away, bias, 0 if length > 20 else None)
         g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
         for rule in rules:
