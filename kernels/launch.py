@@ -43,7 +43,8 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
     columns = 8 if interpreted() else columns  # every operation of a step costs the same there, of any size
     warps = 4 if tile * width <= 64 * 128 else 8
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
-    return config | (tuned(device, "mix", f"{'one' if one else 'many'} d{width} r{tile}") if half else {})
+    bucket = f"{f'one k{keys}' if one else 'many'} d{width} r{tile} g{groups}"  # a step's size is in it
+    return config | (tuned(device, "mix", bucket) if half else {})
 
 
 def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -52,7 +53,9 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
     one = longest <= rows
     columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
     config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 2 if one else 8, "num_stages": 3}
-    return config | tuned(device, "allocate", "one" if one else "some" if longest < 2048 else "many")
+    if dtype.itemsize == 2:  # what is tuned
+        config |= tuned(device, "allocate", f"one r{rows}" if one else "some" if longest < 2048 else "many")
+    return config | {"BI": min(config["BI"], power_of_two(n_neurons))}
 
 
 def product_config(dtype: torch.dtype, device: torch.device, which: str = "gate") -> dict:

@@ -8,7 +8,8 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernel_checks import LIMITS, checks
-from depass_fast.kernels import allocation, attention, gemm, rows
+from bench.tune import winner
+from depass_fast.kernels import allocation, attention, gemm, launch, rows
 from depass_fast.kernels.common import LOG2E
 
 CHECKS = list(checks(small=True))
@@ -143,6 +144,38 @@ def test_offsets_beyond_32_bits_in_the_products():
     tile = torch.tensor([skipped, skipped + 1]).int()
     gemm._log_partition[(2,)](tops, tops[1:], found, tile, width, BN=128)
     assert torch.equal(found, torch.full((1, width), 2.0))  # 2¹ · 2
+
+
+# -- launch configurations ------------------------------------------------------------------------------------------
+
+
+def test_what_was_tuned_is_applied_to_its_own_shapes(monkeypatch):
+    """A step that fits with 32 keys need not with 64, nor with another number of heads per key; one of 32 rows is
+    waste for 4; nor is half precision's for float32."""
+    cpu, asked = torch.device("cpu"), []
+    monkeypatch.setattr(launch, "tuned", lambda device, kernel, bucket: asked.append((kernel, bucket)) or {"BI": 256})
+    for longest, groups in ((20, 1), (40, 1), (40, 4), (100, 4), (500, 4)):
+        launch.mix_config(longest, 128, groups, 64, torch.bfloat16, cpu)
+    assert asked == [
+        ("mix", f"{shape} d128 r64 {g}")
+        for shape, g in (("one k32", "g1"), ("one k64", "g1"), ("one k64", "g4"), ("many", "g4"), ("many", "g4"))
+    ]
+    asked.clear()
+    found = [launch.allocation_config(n, 11008, torch.bfloat16, cpu) for n in (3, 20, 500, 9000)]
+    assert [bucket for _, bucket in asked] == ["one r4", "one r32", "some", "many"]
+    assert [config["BI"] for config in found] == [256] * 4
+    assert launch.allocation_config(3, 48, torch.bfloat16, cpu)["BI"] == 64  # there are no more
+    asked.clear()
+    launch.allocation_config(20, 11008, torch.float32, cpu)
+    launch.mix_config(20, 128, 1, 16, torch.float32, cpu)
+    assert not asked
+
+
+def test_a_tuned_configuration_wins_in_every_case_of_its_bucket():
+    a, b, c = {"BM": 1}, {"BM": 2}, {"BM": 4}
+    assert winner([[(0.5, a), (0.9, b)]]) == a
+    assert winner([[(0.5, a), (0.9, b), (0.8, c)], [(1.1, a), (0.8, b)]]) == b  # a is slower once, c failed
+    assert winner([[(0.98, a)]]) is None and winner([[]]) is None
 
 
 # -- what does not fit is refused before a launch --------------------------------------------------------------------
