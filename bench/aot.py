@@ -47,7 +47,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 @dataclass(frozen=True)
 class Row:
-    """One compilation. ``shared_bytes`` per program; ``matrix`` names the matrix instructions found."""
+    """One compilation: registers and spilled bytes per thread, shared memory per program, matrix instructions."""
 
     kernel: str
     case: str
@@ -77,17 +77,18 @@ def recorded(found: Launches, case: str) -> Iterator[None]:
         signature: list[tuple[str, str]] = []
         constants, aligned = [], []
         for place, name in enumerate(names):
-            value = given[name]
-            if name in constant or (isinstance(value, int) and value == 1):
+            value, special = given[name], not self.params[place].do_not_specialize
+            if name in constant or (special and isinstance(value, int) and value == 1):
                 signature.append((name, "constexpr"))
                 constants.append((name, value))
                 continue
             if isinstance(value, Tensor):
                 signature.append((name, "*" + TYPES[value.dtype]))
-                aligned.append(place)
+                if special:
+                    aligned.append(place)
             elif isinstance(value, int):
                 signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-                if value % 16 == 0:
+                if special and value % 16 == 0:
                     aligned.append(place)
             else:
                 signature.append((name, "fp32"))
@@ -157,7 +158,7 @@ def _mlp(
     starts, recorded_at = _empty(3, dtype=torch.int64), _empty(2, dtype=torch.int64)
     act = _empty(8, neurons, dtype=dtype)
     for length, name in ((20, "few components"), (512, "some components"), (neurons, "many components")):
-        away = _empty(length, dtype=torch.uint8) if corners else None
+        away = _empty(2 * length, dtype=torch.uint8) if corners else None
         segments = allocation.Segments(starts, recorded_at, length, away, bias, 0 if length > 20 else None)
         g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
         for rule in rules:
@@ -201,28 +202,27 @@ def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Row
 
 
 def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
-    """Registers per thread, and bytes spilled, as the assembler reports them."""
+    """Registers per thread, and bytes of the stack that they are spilled to, as the binary says."""
     if gpu.backend == "hip":
         text = asm["amdgcn"]
         count = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
         return count.get("vgpr_count"), 4 * (count.get("vgpr_spill_count", 0) + count.get("sgpr_spill_count", 0))
-    arch = re.search(r"\.target (sm_\w+)", asm["ptx"]).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(asm["ptx"])
-        command = [_ptxas(gpu.arch), "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
-    return int(re.search(r"Used (\d+) registers", said).group(1)), spilled
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(asm["cubin"])
+        binary.flush()
+        command = [str(_tools(gpu.arch) / "cuobjdump"), "--dump-resource-usage", binary.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", said).group(1)) for name in ("REG", "STACK"))
+    return registers, stack
 
 
-def _ptxas(arch: int) -> str:
-    """Where Triton keeps the assembler: a function of the architecture since 3.6, the same for all before."""
+def _tools(arch: int) -> Path:
+    """Where Triton keeps its assembler: a function of the architecture since 3.6, the same for all before."""
     from triton.backends.nvidia import compiler
 
     takes = inspect.signature(compiler.get_ptxas).parameters
     tool = compiler.get_ptxas(arch) if takes else compiler.get_ptxas()
-    return tool.path if hasattr(tool, "path") else tool[0]
+    return Path(tool.path if hasattr(tool, "path") else tool[0]).parent
 
 
 def main(arguments: list[str] | None = None) -> None:

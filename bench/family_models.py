@@ -209,9 +209,13 @@ def build_model(model_type: str, seed: int = 0, implementation: str | None = Non
     config = AutoConfig.for_model(model_type, **shape)
     torch.manual_seed(seed)
     attention = {} if implementation is None else {"attn_implementation": implementation}
-    model = AutoModelForCausalLM.from_config(config, **attention).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(0.0 if parameter_name.endswith("bias") else 1.0, 0.3)
+    return randomised(AutoModelForCausalLM.from_config(config, **attention).eval())
+
+
+@torch.no_grad()
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose norm weights and biases are random, too: transformers makes ones and zeros of them; in place."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
     return model

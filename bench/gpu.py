@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status, mlp
 
+from .family_models import randomised
 from .harness import (
     SHAPES,
     Row,
@@ -44,7 +45,15 @@ from .published import Published, groups_for
 TARGET = 7
 ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest score, against float64
 APPROXIMATE = 0.02  # the same, of adjoint scores
-VERIFIED = Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512)
+# two heads per key, and seven with biases; norm weights and biases are random
+VERIFIED = (
+    Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512),
+    Shape("verify-biases", 896, 1024, 3, 14, 2, vocabulary=512, model_type="qwen2"),
+)
+VERIFIED_TINY = (
+    Shape("verify-tiny", 64, 96, 3, 4, 2, vocabulary=64),
+    Shape("verify-tiny-biases", 48, 32, 2, 3, 1, vocabulary=64, model_type="qwen2"),
+)
 
 
 @dataclass(frozen=True)
@@ -157,15 +166,20 @@ def backends() -> list[str]:
     return [name for name, reason in backend_status().items() if reason is None and name != "reference"]
 
 
-def verify(device: torch.device, shape: Shape = VERIFIED) -> dict[tuple[str, str, torch.dtype], float]:
-    """The error of every backend, kind of component and dtype on a small model, against float64.
+def verify(device: torch.device, shapes: tuple[Shape, ...] = VERIFIED) -> dict[tuple[str, str, torch.dtype], float]:
+    """The largest error of every backend, kind of component and dtype on small models, against float64.
 
     Raises:
         RuntimeError: an error is above its limit; nothing is timed then.
     """
+    found = [_errors(device, shape) for shape in shapes]
+    return {key: max(errors[key] for errors in found) for key in found[0]}
+
+
+def _errors(device: torch.device, shape: Shape) -> dict[tuple[str, str, torch.dtype], float]:
     errors = {}
     for dtype, limit in ERRORS.items():
-        model = build_model(shape, dtype, device=device)
+        model = randomised(build_model(shape, dtype, device=device))
         exact = DePass(copy.deepcopy(model).double(), backend="reference")
         for components in ("tokens", "neurons", "heads"):
             work = Work(shape, components, 12)
@@ -177,7 +191,7 @@ def verify(device: torch.device, shape: Shape = VERIFIED) -> dict[tuple[str, str
                 scores = library.attribute(ids, kind, TARGET).scores
                 error = float((scores - oracle).abs().max() / oracle.abs().max())
                 if not error <= limit:
-                    raise RuntimeError(f"{name}, {components}, {dtype}: differs from float64 by {error:.2e}.")
+                    raise RuntimeError(f"{shape.name}, {name}, {components}, {dtype}: off float64 by {error:.2e}.")
                 errors[name, components, dtype] = error
         every, ids = Neurons(layers="all"), random_prompt(shape, 12)
         oracle = exact.attribute(ids, every, TARGET, method="exact").scores
@@ -186,7 +200,7 @@ def verify(device: torch.device, shape: Shape = VERIFIED) -> dict[tuple[str, str
             scores = library.attribute(ids, every, TARGET, method="adjoint", refine=40, sample=0).scores
             error = float((scores - oracle).abs().max() / oracle.abs().max())
             if not error <= max(limit, APPROXIMATE):
-                raise RuntimeError(f"{name}, all neurons, {dtype}: differs from float64 by {error:.2e}.")
+                raise RuntimeError(f"{shape.name}, {name}, all neurons, {dtype}: off float64 by {error:.2e}.")
             errors[name, "all neurons", dtype] = error
     return errors
 
@@ -305,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         for (kernel, kind), error in verify_kernels(device, small=options.tiny).items():
             print(f"verified  {kernel:18} {str(kind).removeprefix('torch.'):9} error {error:.1e}", flush=True)
-        errors = verify(device, SHAPES["llama-tiny"] if options.tiny else VERIFIED)
+        errors = verify(device, VERIFIED_TINY if options.tiny else VERIFIED)
         for (name, components, kind), error in errors.items():
             print(f"verified  {name:8} {components:8} {str(kind).removeprefix('torch.'):9} error {error:.1e}")
         rate, bandwidth = machine(device, dtype, 256 if options.tiny else 8192)

@@ -138,8 +138,7 @@ def _piece_rows(layout: Layout, prompts: range, first: int, last: int | None) ->
 
 
 def _check_mix(
-    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, extras_only: bool = False,
-    **mask: object,
+    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, **mask: object,
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
         n = len(layout.packed)
@@ -171,13 +170,12 @@ def _check_mix(
         packed = torch.from_numpy(layout.packed.astype(np.int32)).to(device)
         lse = attention.log_sum_exp(frozen, packed, query_tiles(lengths, tile, heads // kv, device), tile)
         worst, covered = 0.0, 0
-        for part in cut(layout, max_rows, extras_only):
+        for part in cut(layout, max_rows):
             piece, source = make_piece(layout, *part, tile, heads // kv, device), _piece_rows(layout, *part)
             out = poisoned(len(source), heads * head_dim, dtype=dtype, device=device)
             attention.mix(values[source].to(device), piece.keys, piece.items, frozen, lse, tile, piece.longest, out)
             worst, covered = max(worst, error(out, oracle[source])), covered + len(source)
-        expected = layout.n_rows if not extras_only else int(np.minimum(layout.counts, 1).sum())
-        return worst if covered == expected else float("inf")
+        return worst if covered == layout.n_rows else float("inf")
 
     return run
 
@@ -335,7 +333,6 @@ def checks(small: bool) -> Iterator[Check]:
         yield Check("mix", name, _check_mix(layout, 4, 2, 24))
     yield Check("mix", "tokens in pieces", _check_mix(tokens, 4, 4, 16, max_rows=20 * scale**2))
     yield Check("mix", "one component at a time", _check_mix(_tokens([5, 4]), 2, 2, 16, max_rows=1))
-    yield Check("mix", "extras only", _check_mix(tokens, 4, 2, 16, extras_only=True))
     yield Check("mix", "window", _check_mix(tokens, 4, 2, 16, window=3))
     yield Check("mix", "cap", _check_mix(tokens, 4, 1, 16, softcap=0.7))
     yield Check("mix", "key bias, scaled", _check_mix(tokens, 3, 3, 16, key_bias=True, out_scale=True))

@@ -36,8 +36,8 @@ class Options:
         MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
     progress: whether a bar appears after two seconds, on a terminal only.
     verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
-        how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`). Same results;
-        a short prompt takes a few times as long. Exact runs only.
+        how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`), in the states
+        and in what a step adds to them. Same results; a short prompt takes a few times as long. Exact runs only.
     """
 
     allocation: str | Rule = "softmax"

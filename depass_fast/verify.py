@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from .trace import AttentionTrace, MlpTrace, Trace
 READ, OTHERS = 4, 3  # positions per step, at most: of those that are read in the end, and of all others
 COMPONENTS = 8  # whose attention is recomputed at a position, beside `rest` and `bias`
 BYTES = 512 << 20  # that the reference works in, and that its results wait in to be compared
+ROUNDINGS = 32  # eps of the sums in a product that adds to a state, which may begin with what is there
 
 
 class VerificationWarning(UserWarning):
@@ -36,42 +38,64 @@ class VerificationWarning(UserWarning):
 class Verification:
     """How far a backend is off the reference operations, of ``compared`` positions at steps of layers.
 
-    ``error`` is the largest ‖backend's - reference's‖ over the components of one position after one step, relative to
-    the larger of both; ``where`` says of which. Up to ``limit`` rounding explains it: √eps of the coarsest dtype
-    involved; 1.0, which is anything, for rules that jump at a tie (all but `softmax` and `taylor`) in half precision.
+    ``error`` is ‖backend's - reference's‖ over the components of one position after one step, relative to the larger of
+    both; ``where`` says of which. Up to ``limit`` rounding explains it: √eps of the coarsest dtype involved.
+
+    A step that adds little could do anything within that. So ``added`` is the same difference relative to the larger of
+    what both add to the state, without what rounding explains of every number, however little is added to it: eps of
+    the state's dtype, and 32 times that of the sums inside a product, float32's or float64's. What is left comes of the
+    products and of several roundings in a row, and is allowed √eps, too (``added_limit``, ``added_where``).
+
+    Rules that jump at a tie (all but `softmax` and `taylor`) are allowed 2.0 in half precision, which is anything. Of
+    all that was compared, these are what is furthest beyond its limit, or nearest to it.
     """
 
     error: float = 0.0
     where: str = ""
     compared: int = 0
     limit: float = 0.0
+    added: float = 0.0
+    added_where: str = ""
+    added_limit: float = 0.0
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit
+        return self.error <= self.limit and self.added <= self.added_limit
 
     def __str__(self) -> str:
-        return f"{self.error:.1e} off the reference at most, {self.compared} compared"
+        return f"{self.error:.1e} off the reference, {self.added:.1e} in what a step adds, {self.compared} compared"
 
     def meet(self, other: Verification) -> Verification:
         """Of both together."""
-        worse = max(self, other, key=lambda one: one.error)
-        return replace(worse, compared=self.compared + other.compared, limit=max(self.limit, other.limit))
+        rows = max(self, other, key=lambda one: _excess(one.error, one.limit))
+        steps = max(self, other, key=lambda one: _excess(one.added, one.added_limit))
+        added = {name: getattr(steps, name) for name in ("added", "added_where", "added_limit")}
+        return replace(rows, compared=self.compared + other.compared, **added)
+
+
+def _excess(error: float, limit: float) -> float:
+    """An error in units of its limit; -1 where nothing was compared."""
+    return error / limit if limit else -1.0
 
 
 def together(found: Iterable[Verification | None]) -> Verification | None:
-    """The worst of several; None where there is none."""
-    found = [one for one in found if one is not None]
-    return max(found, key=lambda one: one.error) if found else None
+    """Of several, all that differ; None where there is none."""
+    found = dict.fromkeys(one for one in found if one is not None)
+    return reduce(Verification.meet, found) if found else None
 
 
 def warned(found: Verification | None, backend: str) -> list[str] | None:
     """What is to be said of a verification that failed; it is also given as a warning. None where nothing is."""
     if found is None or found.passed:
         return None
+    both = (
+        (found.error, found.limit, f"at {found.where}"),
+        (found.added, found.added_limit, f"in what is added by {found.added_where}"),
+    )
+    off = [f"by {e:.1e} {place}, where rounding explains {limit:.1e}" for e, limit, place in both if not e <= limit]
     text = (
-        f"the {backend} backend is {found.error:.1e} off the reference operations at {found.where}, where rounding "
-        f"explains {found.limit:.1e}; take backend='reference' to see what it does to the scores, and report it"
+        f"the {backend} backend is off the reference operations {' and '.join(off)}; take backend='reference' to see "
+        "what it does to the scores, and report it"
     )
     warnings.warn(f"verify: {text}.", VerificationWarning, stacklevel=4)
     return [text]
@@ -116,11 +140,12 @@ class Verifier:
 
 @dataclass
 class _Expected:
-    """What the reference makes of some rows (r,) of the state to come."""
+    """What the reference makes of some rows (r,) of the state to come, and what they were before a step (r, D)."""
 
     segment: int
     rows: np.ndarray
     values: Tensor
+    before: Tensor | None = None
 
 
 class _Watched:
@@ -135,8 +160,11 @@ class _Watched:
         target, expected = queries or state.layout, []
         for s in self.verifier.sample(target, row_bytes=1):  # of a few rows only
             chosen = self.verifier.components(target, s)
-            values = reference_attention(state, weights, trace, int(target.prompt[s]), int(target.local[s]), chosen)
-            expected.append(_Expected(s, target.starts[s] + chosen, values))
+            prompt, position = int(target.prompt[s]), int(target.local[s])
+            values = reference_attention(state, weights, trace, prompt, position, chosen)
+            here = int(np.flatnonzero(state.layout.prompt == prompt)[position])
+            before = _rows(state, state.layout.starts[here] + chosen)
+            expected.append(_Expected(s, target.starts[s] + chosen, values, before))
         out = self.backend.aggregate_ov(state, weights, trace, queries)
         found = self._compared(out.rows, target, expected, f"the attention of layer {state.layer}")
         self.verifier.steps = self.verifier.steps.meet(found)
@@ -151,9 +179,11 @@ class _Watched:
         source: ComponentState | None = None,
     ) -> ComponentState:
         layout, expected = state.layout, []
-        for s in self.verifier.sample(layout, state.rows.shape[1] * max(4, state.rows.element_size())):
+        size = state.rows.element_size()
+        for s in self.verifier.sample(layout, state.rows.shape[1] * (max(4, size) + size)):
             values = reference_mlp(state, source or state, weights, trace, allocation, s)
-            expected.append(_Expected(s, np.arange(layout.starts[s], layout.starts[s + 1]), values))
+            rows = np.arange(layout.starts[s], layout.starts[s + 1])
+            expected.append(_Expected(s, rows, values, _rows(state, rows)))
         out = self.backend.allocate_mlp(state, weights, trace, allocation, source)
         what = f"expert {weights.name}" if weights.name else "the MLP"
         jumps = allocation.rule not in ("softmax", "taylor")
@@ -177,15 +207,32 @@ class _Watched:
         found, prompts = Verification(), self.verifier.n_prompts
         for one in expected:
             rows = out[torch.from_numpy(one.rows).to(out.device)].to(one.values)
-            scale = max(float(rows.norm()), float(one.values.norm()))
-            error = float((rows - one.values).norm()) / scale if scale else 0.0
-            dtypes = (out.dtype, getattr(self.backend, "compute_dtype", None) or out.dtype, one.values.dtype)
-            eps = max(torch.finfo(dtype).eps for dtype in dtypes)
             of = "" if prompts == 1 else f" of prompt {layout.prompt[one.segment] % prompts}"
             where = f"{what}, position {layout.local[one.segment]}{of}"
-            limit = 1.0 if jumps and eps > torch.finfo(torch.float32).eps else eps**0.5
-            found = found.meet(Verification(error if error == error else torch.inf, where, 1, limit))
+            products = getattr(self.backend, "compute_dtype", None) or out.dtype
+            eps = max(map(_eps, (out.dtype, products, one.values.dtype)))
+            limit = 2.0 if jumps and eps > _eps(torch.float32) else eps**0.5
+            difference = (rows - one.values).abs()
+            found = found.meet(Verification(_relative(difference, rows, one.values), where, 1, limit))
+            if one.before is not None:
+                before = one.before.to(rows)
+                sums = max(_eps(torch.promote_types(out.dtype, torch.float32)), _eps(one.values.dtype))
+                rounding = (_eps(out.dtype) + ROUNDINGS * sums) * torch.maximum(before.abs(), one.values.abs())
+                unexplained = torch.relu(difference - rounding)
+                added = _relative(unexplained, rows - before, one.values - before)
+                found = found.meet(Verification(added=added, added_where=where, added_limit=limit))
         return found
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _relative(difference: Tensor, one: Tensor, other: Tensor) -> float:
+    """‖difference‖ relative to the larger of two; inf where it is no number."""
+    error, scale = float(difference.norm()), max(float(one.norm()), float(other.norm()))
+    relative = error / scale if scale else error
+    return relative if relative == relative else torch.inf
 
 
 # -- the reference, on parts of a state -------------------------------------------------------------------------------
@@ -228,7 +275,8 @@ def reference_mlp(
         part, constants = slice(first, first + size), first == 0
         some = replace(trace, gate=trace.gate[:, part], act=trace.act[:, part])
         out = ReferenceBackend().allocate_mlp(out, _some_neurons(weights, part, constants), some, allocation, reads)
-    return out.rows.to(torch.promote_types(state.rows.dtype, torch.float32))  # they wait, while the backend works
+    narrow = dtype == torch.float32 or state.rows.dtype != torch.float64
+    return out.rows.to(torch.float32 if narrow else torch.float64)  # they wait, while the backend works
 
 
 def reference_readout(
@@ -255,8 +303,13 @@ def _part(
     components = Components(extras, (), whole.births[chosen], whole.excluded[chosen])
     local, origin = layout.local[segments], layout.packed[segments[:1]] - layout.local[segments[:1]]
     rows = (layout.starts[segments][:, None] + chosen)[chosen < layout.counts[segments][:, None]]
-    values = state.rows[torch.from_numpy(rows).to(state.device)].to(device, dtype)
+    values = _rows(state, rows).to(device, dtype)
     return ComponentState(values, Layout.of((components,), origin, [local]), state.layer, state.site)
+
+
+def _rows(state: ComponentState, rows: np.ndarray) -> Tensor:
+    """A copy of some rows of a state."""
+    return state.rows[torch.from_numpy(rows).to(state.device)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E
+from .common import FLOATS, LOG2E, check
 from .launch import allocation_config
 
 RULES = ("softmax", "linear", "relu", "max", "taylor")
@@ -56,7 +56,7 @@ def _tile(
     return values, part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["recorded", "bias"])
 def _share_linearly(
     g, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, bias, gate_stride,
     HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
@@ -82,7 +82,7 @@ def _share_linearly(
         tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "recorded", "bias", "rest"])
 def _allocate(
     g,
     act,
@@ -225,8 +225,24 @@ def allocate(
     ``act`` and ``gate`` (P, i) are the trace's; only `taylor` reads the latter. ``constant`` (i,) is the gate's bias,
     which `bias` drives; ``alive`` (r,) uint8 whether a component is there at all. With ``keep_z``, for `softmax`, log Z
     in base 2 is returned, (S, i) float32.
+
+    Raises:
+        ValueError: an unknown rule, `keep_z` for one without a partition function, or a tensor of another shape, dtype
+            or memory layout. The rows of ``g``, ``act`` and ``gate`` may be parts of longer ones.
     """
-    n_neurons = g.shape[1]
+    check("g", g, (None, None), *FLOATS, spaced=True)
+    n_rows, n_neurons = g.shape
+    check("act", act, (None, n_neurons), *FLOATS, spaced=True)
+    check("gate", gate, (None, n_neurons), *FLOATS, spaced=True)
+    check("alive", alive, (n_rows,), torch.uint8)
+    check("starts", segments.starts, (len(segments) + 1,), torch.int64)
+    check("recorded", segments.recorded, (None,), torch.int64)
+    if segments.away is not None:
+        check("away", segments.away, (n_rows,), torch.uint8)
+    if constant is not None:
+        check("constant", constant, (n_neurons,), *FLOATS)
+        if segments.bias is None:
+            raise ValueError("constant: it is driven by `bias`, and the segments have none.")
     log_z = g.new_empty(len(segments), n_neurons, dtype=torch.float32) if keep_z else None
     if rule not in RULES or (keep_z and rule != "softmax"):
         raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}, or has no partition function.")

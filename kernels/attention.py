@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import power_of_two, precision, product, widened
+from .common import FLOATS, check, power_of_two, precision, product, widened
 from .launch import mix_config
 
 
@@ -76,7 +76,7 @@ def _logits(
     return tl.where(seen, logits * 1.4426950408889634, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _log_sum_exp(
     q, k, key_bias, lse, packed, items, scale, softcap, window,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -113,7 +113,7 @@ def _log_sum_exp(
     tl.store(lse + at, top + tl.log2(tl.where(live, total, 1.0)), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _mix(
     values, mixed, q, k, key_bias, lse, out_scale, packed, base, count, births, items, scale, softcap, window,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
@@ -187,7 +187,15 @@ def _mix(
 
 
 def _shared(frozen: Frozen) -> tuple[tuple, dict]:
-    """Arguments that both kernels take: scale, cap, window; and what is compiled in."""
+    """Arguments that both kernels take: scale, cap, window; and what is compiled in. Refuses what does not fit."""
+    check("q", frozen.q, (None, None, None), *FLOATS)
+    check("k", frozen.k, (len(frozen.q), None, frozen.q.shape[2]), frozen.q.dtype)
+    if not frozen.k.shape[1] or frozen.q.shape[1] % frozen.k.shape[1]:
+        raise ValueError(f"k: {frozen.k.shape[1]} heads do not divide the {frozen.q.shape[1]} heads of q.")
+    if frozen.key_bias is not None:
+        check("key_bias", frozen.key_bias, tuple(frozen.q.shape[:2]), torch.float32)
+    if frozen.out_scale is not None:
+        check("out_scale", frozen.out_scale, (len(frozen.q),), *FLOATS)
     numbers = (frozen.scale, frozen.softcap or 1.0, frozen.window or 0)
     h, hkv, hd = frozen.q.shape[1], frozen.k.shape[1], frozen.q.shape[2]
     constants = {
@@ -209,9 +217,14 @@ def log_sum_exp(frozen: Frozen, packed: Tensor, items: Tensor, tile: int) -> Ten
 
     ``items`` (n, 6) int32: first and last (excluded) position of the prompt in ``packed``, first row of a tile of
     ``tile`` rows; the rest is not read.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
     """
-    out = frozen.q.new_empty(frozen.q.shape[:2], dtype=torch.float32)
     numbers, constants = _shared(frozen)
+    check("packed", packed, (None,), torch.int32)
+    check("items", items, (None, 6), torch.int32)
+    out = frozen.q.new_empty(frozen.q.shape[:2], dtype=torch.float32)
     bias = out if frozen.key_bias is None else frozen.key_bias
     grid = (len(items), frozen.k.shape[1])
     _log_sum_exp[grid](
@@ -245,8 +258,19 @@ def mix(
     ``items`` (n, 6) int32: first and last position of a prompt, first row of a tile of ``tile`` (query, head) rows,
     first and last component, and where the prompt's births begin. Together they must cover all rows. ``longest`` is
     the number of positions of the longest prompt.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
     """
     numbers, constants = _shared(frozen)
+    check("values", values, (None, frozen.k.shape[1] * frozen.k.shape[2]), *FLOATS)
+    check("out", out, (len(values), frozen.q.shape[1] * frozen.q.shape[2]), *FLOATS)
+    check("lse", lse, tuple(frozen.q.shape[:2]), torch.float32)
+    check("packed", keys.packed, (None,), torch.int32)
+    check("base", keys.base, (len(keys.packed) + 1,), torch.int64)
+    check("count", keys.count, (len(keys.packed),), torch.int32)
+    check("births", keys.births, (None,), torch.int32)
+    check("items", items, (None, 6), torch.int32)
     dtype = torch.promote_types(values.dtype, frozen.q.dtype)
     config = mix_config(longest, frozen.q.shape[2], frozen.groups, tile, dtype, values.device)
     grid = (len(items), frozen.k.shape[1])

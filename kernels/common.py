@@ -1,12 +1,14 @@
-"""What the kernels share: whether they are interpreted, products, sizes."""
+"""What the kernels share: whether they are interpreted, products, sizes, and what their arguments must be."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
@@ -39,3 +41,23 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two that holds ``n``, at least ``least``: what a product's sides must be."""
     return max(least, triton.next_power_of_2(n))
+
+
+def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype, spaced: bool = False) -> None:
+    """Refuse what a kernel would read wrongly: it sees addresses only. Nothing is asked of the device.
+
+    ``shape`` holds None for any length. Elements lie side by side; with ``spaced`` only those of a row must.
+
+    Raises:
+        ValueError: another shape, dtype or memory layout; names the argument.
+    """
+    fits = len(x.shape) == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1 if spaced and x.ndim else x.is_contiguous()
+    if fits and dense and x.dtype in dtypes:
+        return
+    kinds = " or ".join(str(one).removeprefix("torch.") for one in dtypes)
+    sizes = ", ".join("any" if n is None else str(n) for n in shape)
+    raise ValueError(
+        f"{name}: expected {kinds} of shape ({sizes}), contiguous{' in its rows' if spaced else ''}; got "
+        f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, strides {x.stride()}."
+    )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, precision, product, widened
+from .common import FLOATS, LOG2E, check, precision, product, widened
 from .launch import product_config
 
 
@@ -31,7 +31,7 @@ def _place(n_tiles, n_columns, BN: tl.constexpr, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "n_tiles", "bias"])
 def _gate(
     x, w, g, constants, away, tops, sums, tiles, starts, n_tiles, n_columns, depth, per_t, bias,
     HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -94,7 +94,7 @@ def _log_partition(tops, sums, log_z, tile_starts, n_columns, BN: tl.constexpr):
     tl.store(log_z + segment.to(tl.int64) * n_columns + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["away", "recorded", "n_tiles", "bias"])
 def _down(
     x, g, w, act, log_z, constants, away, fallback, recorded, tiles, starts, n_tiles, n_columns, depth, w_stride,
     act_stride, per_t, bias,
@@ -139,6 +139,26 @@ def _down(
     tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + acc).to(x.dtype.element_ty), mask=mask)
 
 
+def _check(
+    n_rows: int,
+    n_neurons: int,
+    tiles: Tensor,
+    starts: Tensor,
+    constant: Tensor | None,
+    bias: int | None,
+    away: Tensor | None,
+) -> None:
+    """What both products take."""
+    check("tiles", tiles, (None, 3), torch.int32)
+    check("starts", starts, (None,), torch.int64)
+    if constant is not None:
+        check("constant", constant, (n_neurons,), *FLOATS)
+        if bias is None:
+            raise ValueError("constant: it is driven by `bias`, whose place in a segment is not given.")
+    if away is not None:
+        check("away", away, (n_rows,), torch.uint8)
+
+
 def gate(
     x: Tensor,
     w_gate: Tensor,
@@ -156,8 +176,16 @@ def gate(
     ``x`` (r, D), ``w_gate`` (I, D); ``tiles`` (t, 3) of at most `tile_rows` rows, those of segment s from
     ``tile_starts`` (S + 1,) on; ``starts`` (S + 1,) its first row. The rest as in :func:`.allocation.allocate`; g
     itself lacks ``constant``.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
     """
+    check("w_gate", w_gate, (None, None), x.dtype)
     n_columns, depth = w_gate.shape
+    check("x", x, (None, depth), *FLOATS)
+    check("out", out, (len(x), n_columns), *FLOATS)
+    check("tile_starts", tile_starts, (len(starts),), torch.int32)
+    _check(len(x), n_columns, tiles, starts, constant, bias, away)
     tops = x.new_empty(2, len(tiles), n_columns, dtype=torch.float32)
     config = product_config(x.dtype, x.device, "gate")
     _gate[(len(tiles) * triton.cdiv(n_columns, config["BN"]),)](
@@ -205,8 +233,20 @@ def down(
     """x (r, D) += (exp(g/T - log Z) · a) W_downᵀ, in place; ``w_down`` is (D, I).
 
     ``fallback`` (r,) float32 is a row's share where a neuron finds nobody eligible. The rest as in :func:`gate`.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout. The rows of ``w_down`` and ``act`` may be parts
+            of longer ones.
     """
+    check("w_down", w_down, (None, None), g.dtype, spaced=True)
     n_columns, depth = w_down.shape
+    check("g", g, (None, depth), *FLOATS)
+    check("x", x, (len(g), n_columns), *FLOATS)
+    check("act", act, (None, depth), *FLOATS, spaced=True)
+    check("recorded", recorded, (len(starts) - 1,), torch.int64)
+    check("log_z", log_z, (len(starts) - 1, depth), torch.float32)
+    check("fallback", fallback, (len(g),), torch.float32)
+    _check(len(g), depth, tiles, starts, constant, bias, away)
     config = product_config(g.dtype, g.device, "down")
     _down[(len(tiles) * triton.cdiv(n_columns, config["BN"]),)](
         x,

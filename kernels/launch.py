@@ -1,5 +1,8 @@
 """Launch configurations: computed from shape and device, with measured exceptions per device in ``tuned.json``.
 
+A kernel is compiled for the numbers that it is called with where Triton makes a difference: 1, and multiples of 16. Of
+what varies from chunk to chunk (numbers of rows, where slices begin) and aligns no load, it is told to make none.
+
 Nothing is tuned when a user calls. ``python -m bench.tune`` measures candidates on a device and writes the file: a
 device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
 """
@@ -37,9 +40,11 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
     columns = 1 if one or not half or width > 128 or groups & (groups - 1) else 2  # two take all registers
     tight = not one and width > 128 and shared_memory(device) < 100 << 10
     keys = min(keys, 32) if columns == 2 or tight else keys
+    columns = 8 if interpreted() else columns  # every operation of a step costs the same there, of any size
     warps = 4 if tile * width <= 64 * 128 else 8
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
-    return config | (tuned(device, "mix", f"{'one' if one else 'many'} d{width} r{tile}") if half else {})
+    bucket = f"{f'one k{keys}' if one else 'many'} d{width} r{tile} g{groups}"  # a step's size is in it
+    return config | (tuned(device, "mix", bucket) if half else {})
 
 
 def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
@@ -48,7 +53,9 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
     one = longest <= rows
     columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
     config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 2 if one else 8, "num_stages": 3}
-    return config | tuned(device, "allocate", "one" if one else "some" if longest < 2048 else "many")
+    if dtype.itemsize == 2:  # what is tuned
+        config |= tuned(device, "allocate", f"one r{rows}" if one else "some" if longest < 2048 else "many")
+    return config | {"BI": min(config["BI"], power_of_two(n_neurons))}
 
 
 def product_config(dtype: torch.dtype, device: torch.device, which: str = "gate") -> dict:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import FLOATS, check
 from .launch import row_config
 
 
@@ -44,7 +45,7 @@ def _source_row(row, live, segment, source, base, first, GATHER: tl.constexpr):
     return row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale", "first", "n_rows"])
 def _read_rows(
     x,
     y,
@@ -95,9 +96,18 @@ def read_rows(
 
     ``scale`` (S,) float32 is s of every segment, ``weight`` γ (D,) or None; the mean stays where not ``centred``.
     ``alive`` (r,) uint8 receives whether a row holds anything but zeros.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
     """
-    n_columns = x.shape[1]
-    _check(x)
+    n_columns = x.shape[-1]
+    _check(x, rows)
+    check("scale", scale, (len(rows.base) - 1,), torch.float32)
+    check("out", out, (len(rows), n_columns), *FLOATS)
+    if weight is not None:
+        check("weight", weight, (n_columns,), *FLOATS)
+    if alive is not None:
+        check("alive", alive, (len(rows),), torch.uint8)
     config = row_config(n_columns)
     _read_rows[(triton.cdiv(len(rows), config["BR"]),)](
         x,
@@ -120,12 +130,15 @@ def read_rows(
     return out
 
 
-def _check(x: Tensor) -> None:
-    if x.dtype == torch.float64 or not x.is_contiguous():
-        raise ValueError(f"x: expected contiguous rows in float32 at most, got {x.dtype}, strides {x.stride()}.")
+def _check(x: Tensor, rows: Rows) -> None:
+    check("x", x, (None, None), *FLOATS)
+    check("segment", rows.segment, (None,), torch.int32)
+    check("base", rows.base, (None,), torch.int64)
+    if rows.source is not None:
+        check("source", rows.source, (len(rows.base) - 1,), torch.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     live = row < n_rows
@@ -138,14 +151,21 @@ def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr,
 
 
 def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
-    """x[rows of the piece] += ``gained`` (r, D); in place. The piece must be a gathered one."""
-    _check(x)
+    """x[rows of the piece] += ``gained`` (r, D); in place. The piece must be a gathered one.
+
+    Raises:
+        ValueError: it is not, or a tensor is of another shape, dtype or memory layout.
+    """
+    _check(x, rows)
+    check("gained", gained, (len(rows), x.shape[1]), *FLOATS)
+    if rows.source is None:
+        raise ValueError("rows: neighbours are not added to by this kernel, but by the product itself; give a source.")
     config = row_config(x.shape[1])
     grid = (triton.cdiv(len(rows), config["BR"]),)
     _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_directions"])
 def _read_out(
     x, directions, out, segments, scale, n_rows, n_columns, n_directions, BR: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, HAS_SCALE: tl.constexpr
@@ -170,7 +190,18 @@ def _read_out(
 
 
 def read_out(x: Tensor, directions: Tensor, segment: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x (R, D) · directions (K, D), times the scale (S,) of each row's segment (R,): (R, K) in float32."""
+    """x (R, D) · directions (K, D), times the scale (S,) of each row's segment (R,): (R, K) in float32.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout, or only one of ``segment`` and ``scale``.
+    """
+    check("x", x, (None, None), *FLOATS)
+    check("directions", directions, (None, x.shape[1]), *FLOATS)
+    if (segment is None) != (scale is None):
+        raise ValueError("segment, scale: a scale is one of each row's segment; give both or none.")
+    if segment is not None and scale is not None:
+        check("segment", segment, (len(x),), torch.int32)
+        check("scale", scale, (None,), torch.float32)
     out = x.new_empty(len(x), len(directions), dtype=torch.float32)
     if out.numel():
         grid = (triton.cdiv(len(x), 16), triton.cdiv(len(directions), 16))

@@ -11,14 +11,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """What `python -m bench.aot --json` prints, in a process where kernels are not interpreted."""
+def compiling(*arguments):
+    """What Python prints, as JSON, in a process where kernels are not interpreted."""
     place = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.aot", "--json"]
-    done = subprocess.run(command, env=place, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=place, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return compiling("-m", "bench.aot", "--json")
 
 
 def test_every_kernel_compiles_for_every_target(rows):
@@ -43,3 +46,45 @@ def test_nothing_spills_on_hopper_and_the_products_are_wgmma(rows):
         elif row["kernel"] == "mix":
             assert row["matrix"], row
     assert products >= 10
+
+
+CHUNKS = """
+import json, torch
+from bench.aot import _empty as empty, recorded
+from depass_fast.kernels import allocation, attention, gemm, rows
+
+found, long, small = {}, torch.int64, torch.int32
+for n in (1, 16, 33):  # as a number Triton makes a difference between these
+    with recorded(found, str(n)):
+        here = rows.Rows(empty(n, dtype=small), empty(3, dtype=long), empty(2, dtype=long), n)
+        x, y, w, g = empty(n, 64), empty(n, 64), empty(32, 64), empty(n, 32)
+        rows.read_rows(x, here, empty(2), None, False, y)
+        rows.read_rows(x, rows.Rows(here.segment, here.base, None, n), empty(2), None, False, y)
+        rows.add_rows(x, here, y)
+        rows.read_out(x, empty(n, 64), here.segment, empty(2))
+        where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
+        act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
+        for rule in ("softmax", "taylor"):
+            allocation.allocate(g, where, act, act, rule, 0.1, alive, empty(32))
+        tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
+        log_z = gemm.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
+        gemm.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
+        frozen = attention.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
+        attention.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 6, dtype=small), 16)
+print(json.dumps([made[0] for made in found]))
+"""
+
+
+def test_the_numbers_of_a_chunk_compile_nothing_again():
+    found = compiling("-c", CHUNKS)
+    once = [
+        "_add_rows",
+        "_allocate",
+        "_down",
+        "_gate",
+        "_log_partition",
+        "_log_sum_exp",
+        "_read_out",
+        "_share_linearly",
+    ]
+    assert sorted(found) == sorted([*once, "_read_rows", "_read_rows"])  # gathered, and in one piece

@@ -1,10 +1,16 @@
 """Every kernel in Triton's interpreter against float64: odd sizes, corners, outputs poisoned with NaN."""
 
+import functools
+from collections import defaultdict
+
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernel_checks import LIMITS, checks
-from depass_fast.kernels import allocation, rows
+from bench.tune import winner
+from depass_fast.kernels import allocation, attention, gemm, launch, rows
+from depass_fast.kernels.common import LOG2E
 
 CHECKS = list(checks(small=True))
 
@@ -13,6 +19,16 @@ CHECKS = list(checks(small=True))
 @pytest.mark.parametrize("check", CHECKS, ids=[f"{c.kernel}: {c.case}" for c in CHECKS])
 def test_a_kernel_agrees_with_float64(check, dtype):
     assert check.run(dtype, torch.device("cpu")) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("name", ["tokens", "many tiles, window"])
+def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
+    """As on a GPU; the interpreter takes more."""
+    ordinary = attention.mix_config
+    monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
+    check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))
+    assert check.run(torch.float16, torch.device("cpu")) <= LIMITS[torch.float16]
 
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -32,12 +48,12 @@ def test_offsets_beyond_32_bits_in_the_allocation():
     gates = far(count, width, rows_before=skipped)
     near = torch.randn(count, 8, generator=torch.Generator().manual_seed(0)).half()
     gates[skipped:, :8] = near
-    act, alive = torch.ones(1, 8).half(), torch.ones(count, dtype=torch.uint8)
+    act, alive = torch.ones(1, 8).half(), torch.ones(len(gates), dtype=torch.uint8)
 
     def shares(g: torch.Tensor, first: int) -> None:
         starts = torch.tensor([first, first + count])
         where = allocation.Segments(starts, torch.tensor([0]), count)
-        allocation.allocate(g, where, act, act, "softmax", 0.1, alive)
+        allocation.allocate(g, where, act, act, "softmax", 0.1, alive[: len(g)])
 
     shares(gates[:, :8], skipped)
     shares(near, 0)
@@ -57,3 +73,219 @@ def test_offsets_beyond_32_bits_in_rows():
     assert torch.equal(out, 2 * expected)
     rows.add_rows(state, where, expected)
     assert torch.allclose(state[skipped:].float(), 2 * expected, rtol=2e-3)
+    neighbours = rows.Rows(torch.zeros(2, dtype=torch.int32), base, None, skipped)
+    out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
+    assert torch.allclose(out, expected, rtol=2e-3)
+
+
+def test_offsets_beyond_32_bits_in_mix():
+    """Everything lies far behind: values, the output, and a trace of which this prompt is the last."""
+    heads, head_dim, n = 16, 256, 3  # a component at three positions
+    width = heads * head_dim
+    skipped = FAR // width + 1
+    room = far(4 * n, width, rows_before=skipped)
+    room[skipped:] = torch.randn(4 * n, width, generator=torch.Generator().manual_seed(2)).half()
+    q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
+    expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
+    trace = attention.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
+    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
+    lse = attention.log_sum_exp(trace, packed, whole, 16)
+    keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
+    attention.mix(values, keys, whole, trace, lse, 16, n, out)
+    logits = torch.einsum("qhd,khd->hqk", *expected[:2]) * head_dim**-0.5
+    p = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    assert torch.allclose(out[skipped:].float(), torch.einsum("hqk,khd->qhd", p, expected[2]).flatten(1), atol=5e-3)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_offsets_beyond_32_bits_in_the_readout(scaled, monkeypatch):
+    """The last program alone, of the many that come before it."""
+    width = 1 << 16
+    skipped = FAR // width // 16 * 16 + 16
+    state = far(2, width, rows_before=skipped)
+    state[skipped:] = torch.randn(2, width, generator=torch.Generator().manual_seed(3)).half()
+    directions = torch.randn(3, width, generator=torch.Generator().manual_seed(4)) * width**-0.5
+    segment, out = torch.zeros(len(state), dtype=torch.int32), torch.full((len(state), 3), torch.nan)
+    place = interpreter_builder.set_grid_idx
+
+    def last(x: int, y: int, z: int) -> None:
+        place(x, y, z)
+        interpreter_builder.grid_idx = (skipped // 16, y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last)
+    scale = torch.tensor([2.0])
+    sizes = {"BR": 16, "BK": 16, "BD": 1 << 14, "HAS_SCALE": scaled}
+    rows._read_out[(1, 1)](state, directions, out, segment, scale, len(state), width, 3, **sizes)
+    assert torch.allclose(out[skipped:], state[skipped:].float() @ directions.T * (2 if scaled else 1), atol=1e-3)
+    assert bool(out[:skipped].isnan().all())
+
+
+def test_offsets_beyond_32_bits_in_the_products():
+    """Rows of x, the gates and the state behind 2³¹ numbers, and a tile among as many."""
+    width, n = 256, 3  # as many neurons as columns
+    skipped = FAR // width + 1
+    room = far(3 * n, width, rows_before=skipped)
+    room[skipped:] = torch.randn(3 * n, width, generator=torch.Generator().manual_seed(5)).half()
+    x, g, state = (room[i * n :][: skipped + n] for i in range(3))
+    before, w = state[skipped:].float(), torch.randn(width, width, generator=torch.Generator().manual_seed(6)).half()
+    w *= width**-0.5
+    tiles, firsts = torch.tensor([[skipped, skipped + n, 0]]).int(), torch.tensor([0, 1]).int()
+    starts, away = torch.tensor([skipped, skipped + n]), torch.zeros(skipped + n, dtype=torch.uint8)
+    log_z = gemm.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
+    gates = x[skipped:].float() @ w.float().T
+    assert torch.allclose(g[skipped:].float(), gates, atol=5e-3)
+    assert torch.allclose(log_z[0], gates.logsumexp(0) * LOG2E, atol=1e-2)
+    act, fallback = torch.ones(1, width).half(), torch.zeros(skipped + n)
+    gemm.down(state, g, w, act, torch.tensor([0]), log_z, tiles, starts, 1.0, fallback, away=away)
+    assert torch.allclose(state[skipped:].float(), before + gates.softmax(0) @ w.float().T, atol=2e-2)
+    tops = far(2, width, rows_before=skipped)
+    tops[skipped:] = torch.tensor([[1.0], [2.0]])  # the largest of a tile, and the sum
+    found = torch.empty(1, width)
+    tile = torch.tensor([skipped, skipped + 1]).int()
+    gemm._log_partition[(2,)](tops, tops[1:], found, tile, width, BN=128)
+    assert torch.equal(found, torch.full((1, width), 2.0))  # 2¹ · 2
+
+
+# -- launch configurations ------------------------------------------------------------------------------------------
+
+
+def test_what_was_tuned_is_applied_to_its_own_shapes(monkeypatch):
+    """A step that fits with 32 keys need not with 64, nor with another number of heads per key; one of 32 rows is
+    waste for 4; nor is half precision's for float32."""
+    cpu, asked = torch.device("cpu"), []
+    monkeypatch.setattr(launch, "tuned", lambda device, kernel, bucket: asked.append((kernel, bucket)) or {"BI": 256})
+    for longest, groups in ((20, 1), (40, 1), (40, 4), (100, 4), (500, 4)):
+        launch.mix_config(longest, 128, groups, 64, torch.bfloat16, cpu)
+    assert asked == [
+        ("mix", f"{shape} d128 r64 {g}")
+        for shape, g in (("one k32", "g1"), ("one k64", "g1"), ("one k64", "g4"), ("many", "g4"), ("many", "g4"))
+    ]
+    asked.clear()
+    found = [launch.allocation_config(n, 11008, torch.bfloat16, cpu) for n in (3, 20, 500, 9000)]
+    assert [bucket for _, bucket in asked] == ["one r4", "one r32", "some", "many"]
+    assert [config["BI"] for config in found] == [256] * 4
+    assert launch.allocation_config(3, 48, torch.bfloat16, cpu)["BI"] == 64  # there are no more
+    asked.clear()
+    launch.allocation_config(20, 11008, torch.float32, cpu)
+    launch.mix_config(20, 128, 1, 16, torch.float32, cpu)
+    assert not asked
+
+
+def test_a_tuned_configuration_wins_in_every_case_of_its_bucket():
+    a, b, c = {"BM": 1}, {"BM": 2}, {"BM": 4}
+    assert winner([[(0.5, a), (0.9, b)]]) == a
+    assert winner([[(0.5, a), (0.9, b), (0.8, c)], [(1.1, a), (0.8, b)]]) == b  # a is slower once, c failed
+    assert winner([[(0.98, a)]]) is None and winner([[]]) is None
+
+
+# -- what does not fit is refused before a launch --------------------------------------------------------------------
+
+
+def no_launch(*arguments, **more):
+    raise AssertionError("launched")
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Kernels that nobody may launch."""
+    kernels = {rows: ("_read_rows", "_add_rows", "_read_out"), allocation: ("_allocate", "_share_linearly")}
+    kernels |= {attention: ("_mix", "_log_sum_exp"), gemm: ("_gate", "_down", "_log_partition")}
+    for module, names in kernels.items():
+        for name in names:
+            monkeypatch.setattr(module, name, defaultdict(lambda: no_launch))
+
+
+def mixing(**changes) -> dict:
+    """Arguments of `mix` that fit: 3 positions, 4 heads of 16 on 2, 5 rows; some of them changed."""
+    whole = {"q": torch.ones(3, 4, 16), "k": torch.ones(3, 2, 16), "key_bias": torch.ones(3, 4)}
+    whole |= {"out_scale": torch.ones(3), "values": torch.ones(5, 32), "out": torch.ones(5, 64)}
+    whole |= {"packed": torch.arange(3).int(), "base": torch.tensor([0, 1, 3, 5]), "count": torch.ones(3).int()}
+    whole |= {"births": torch.zeros(2).int(), "items": torch.zeros(1, 6).int(), "lse": torch.ones(3, 4)} | changes
+    q, k, bias, scale = (whole.pop(name) for name in ("q", "k", "key_bias", "out_scale"))
+    keys = attention.Keys(*(whole.pop(name) for name in ("packed", "base", "count", "births")))
+    frozen = attention.Frozen(q, k, 0.25, key_bias=bias, out_scale=scale)
+    return {"keys": keys, "frozen": frozen, "tile": 16, "longest": 3} | whole
+
+
+def sharing(**changes) -> dict:
+    whole = {"g": torch.ones(5, 8), "act": torch.ones(2, 8), "gate": torch.ones(2, 8), "rule": "softmax"}
+    whole |= {"temperature": 0.1, "alive": torch.ones(5).byte(), "constant": torch.ones(8)}
+    parts = {"starts": torch.tensor([0, 2, 5]), "recorded": torch.arange(2), "away": torch.zeros(5).byte(), "bias": 0}
+    parts = {name: changes.pop(name, value) for name, value in parts.items()}
+    return {"segments": allocation.Segments(longest=3, **parts)} | whole | changes
+
+
+def multiplying(which, **changes) -> dict:
+    whole = {"tiles": torch.zeros(2, 3).int(), "starts": torch.tensor([0, 2, 5]), "temperature": 0.1, "bias": 0}
+    whole |= {"constant": torch.ones(8), "away": torch.zeros(5).byte(), "x": torch.ones(5, 6)}
+    if which == "gate":
+        whole |= {"w_gate": torch.ones(8, 6), "tile_starts": torch.arange(3).int(), "out": torch.ones(5, 8)}
+    else:
+        whole |= {"g": torch.ones(5, 8), "w_down": torch.ones(6, 8), "act": torch.ones(2, 8)}
+        whole |= {"recorded": torch.arange(2), "log_z": torch.ones(2, 8), "fallback": torch.ones(5)}
+    return whole | changes
+
+
+def reading(which, **changes) -> dict:
+    parts = {"segment": torch.zeros(4).int(), "base": torch.tensor([0, 4]), "source": torch.tensor([1])}
+    if which == "read_out":
+        whole = {"x": torch.ones(4, 6), "directions": torch.ones(2, 6), "scale": torch.ones(1)}
+        return whole | {"segment": parts["segment"]} | changes
+    where = rows.Rows(**{name: changes.pop(name, value) for name, value in parts.items()})
+    whole = {"x": torch.ones(5, 6), "rows": where}
+    if which == "add_rows":
+        return whole | {"gained": torch.ones(4, 6)} | changes
+    whole |= {"scale": torch.ones(1), "weight": torch.ones(6), "centred": False, "out": torch.ones(4, 6)}
+    return whole | {"alive": torch.ones(4).byte()} | changes
+
+
+WRAPPERS = {
+    "mix": (attention.mix, mixing),
+    "allocate": (allocation.allocate, sharing),
+    "gate": (gemm.gate, functools.partial(multiplying, "gate")),
+    "down": (gemm.down, functools.partial(multiplying, "down")),
+    "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
+    "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
+    "read_out": (rows.read_out, functools.partial(reading, "read_out")),
+}
+NAMES = {
+    "mix": "q k key_bias out_scale values out packed base count births items lse",
+    "allocate": "g act gate alive constant starts recorded away",
+    "gate": "x w_gate tiles tile_starts starts out constant away",
+    "down": "x g w_down act recorded log_z tiles starts fallback constant away",
+    "read_rows": "x segment base source scale weight out alive",
+    "add_rows": "x segment base source gained",
+    "read_out": "x directions segment scale",
+}
+
+
+@pytest.mark.parametrize("kernel", WRAPPERS)
+def test_every_argument_of_another_dtype_shape_or_layout_is_refused(kernel, idle):
+    call, arguments = WRAPPERS[kernel]
+    with pytest.raises(AssertionError, match="launched"):
+        call(**arguments())
+    flat = arguments()
+    for part in ("frozen", "keys", "segments", "rows"):
+        flat |= vars(flat[part]) if part in flat else {}
+    for name in NAMES[kernel].split():
+        fits = flat[name]
+        spread = torch.stack([fits, fits], -1)[..., 0]
+        for wrong in (fits.double() if fits.is_floating_point() else fits.short(), fits[None], spread):
+            if wrong is spread and fits.numel() == 1:
+                continue  # one number lies in order anyhow
+            with pytest.raises(ValueError, match="expected .* got"):
+                call(**arguments(**{name: wrong}))
+
+
+def test_arguments_that_do_not_belong_together_are_refused(idle):
+    for call, arguments, message in (
+        (attention.mix, mixing(k=torch.ones(3, 3, 16)), "k: 3 heads do not divide the 4 heads of q"),
+        (attention.mix, mixing(out=torch.ones(4, 64)), r"out: expected .* shape \(5, 64\), .* shape \(4, 64\)"),
+        (allocation.allocate, sharing(bias=None), "constant: it is driven by `bias`"),
+        (gemm.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
+        (gemm.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
+        (rows.add_rows, reading("add_rows", source=None), "rows: neighbours are not added to"),
+        (rows.read_out, reading("read_out", scale=None), "give both or none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**arguments)

@@ -50,6 +50,19 @@ ERRORS = {
 }
 
 
+@pytest.mark.parametrize("label", ["tokens", "heads"])
+def test_running_out_of_memory_anywhere_in_triton_changes_nothing(label, monkeypatch):
+    """In anything that goes through PyTorch, between the kernels, which take no memory; both steps of both layers."""
+    dp, kind = build("qwen2"), KINDS[label]
+    trace, options = dp.trace([random_ids(3, seed=3), random_ids(2, seed=4)]), {"memory_budget": 16_000}
+    expected = dp.decompose(trace, kind, end=2, backend="triton", **options).rows
+    for at in (1, 90, 180, 270, 360):
+        with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="results do not change"):
+            shortage = Shortage(patch, at, ERRORS["gpu"])
+            found = dp.decompose(trace, kind, end=2, backend="triton", **options).rows
+        assert shortage.count > at and close(found, expected), at
+
+
 @pytest.mark.parametrize(
     ("rule", "stream"), [("softmax", False), ("linear", False), ("linear", True), ("softmax", True)]
 )

@@ -1,5 +1,8 @@
 """What is the triton backend's own: its workspace, its tables, and what happens when memory runs out inside a step."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import build, random_ids
@@ -8,9 +11,11 @@ from test_backends import close
 from bench.family_models import build_model
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.allocation import Allocation
+from depass_fast.backends import choose
 from depass_fast.backends import triton as backend
 from depass_fast.backends.reference import ReferenceBackend
 from depass_fast.backends.torch import TorchBackend
+from depass_fast.doctor import report
 from depass_fast.state import ComponentState
 
 
@@ -74,7 +79,7 @@ def test_a_model_in_bfloat16_computes_in_any_dtype(compute):
 
 
 def test_a_float64_state_is_refused_and_not_cut_to_float32():
-    with pytest.raises(ValueError, match="expected contiguous rows in float32 at most, got torch.float64"):
+    with pytest.raises(ValueError, match="x: expected float32 or float16 or bfloat16 .*; got float64"):
         backend.rows.add_rows(torch.zeros(2, 8, dtype=torch.float64), None, torch.zeros(2, 8))
     dp = build("llama-gqa")
     with pytest.raises(ValueError, match="cannot run: its kernels compute in float32 at most"):
@@ -105,3 +110,52 @@ def test_a_step_is_no_further_from_float64_than_the_torch_backend(kind, compute)
             pairs = zip(steps(made, torch.float32), exact, strict=True)
             errors[name] += torch.tensor([float((got - right).norm() / right.norm()) for got, right in pairs])
     assert (errors["triton"] <= 1.02 * errors["torch"]).all(), errors
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with a GPU and no compiler, and how it gets one: (the name of a program, or what CC holds)."""
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def install(program):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        os.chmod(tmp_path / program, 0o755)
+
+    return install
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_gpu_without_a_c_compiler_is_a_reason(compiler, gpu):
+    device, reason = torch.device("cuda"), "Triton needs a C compiler to launch its kernels; install gcc or clang"
+    assert backend.why_not(device).startswith(reason)
+    assert choose("auto", device).name == "torch" and reason in choose("auto", device).why
+    with pytest.raises(ValueError, match=f"backend: 'triton' cannot run: {reason}"):
+        choose("triton", device)
+    gpu(compiler)
+    assert backend.why_not(device) is None and choose("auto", device).name == "triton"
+
+
+def test_a_compiler_may_be_named(gpu, monkeypatch):
+    device = torch.device("cuda")
+    for named in ("gcc-13", "", "ccache gcc"):  # what Triton runs is the whole of it
+        monkeypatch.setenv("CC", named)
+        assert (
+            backend.why_not(device) == f"Triton needs a C compiler, and the one that CC names, {named!r}, is not there"
+        )
+    gpu("gcc-13")
+    monkeypatch.setenv("CC", "gcc-13")
+    assert backend.why_not(device) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(backend.triton.knobs.build, "impl", lambda *arguments: "module.so", raising=False)
+    assert backend.why_not(device) is None
+
+
+def test_the_doctor_misses_the_compiler_and_the_interpreter_does_not(gpu, monkeypatch):
+    monkeypatch.setattr("depass_fast.doctor.devices", list)
+    assert report()["backends"]["triton"].startswith("Triton needs a C compiler")
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    assert backend.why_not(torch.device("cpu")) is None

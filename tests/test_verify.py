@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, build, random_ids
 from test_completeness import kinds
 
-from bench.family_models import available, build_variant
+from bench.family_models import available, build_model, build_variant
 from depass_fast import Attribution, Custom, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
 from depass_fast import verify as verify_module
 from depass_fast.allocation import RULES
@@ -150,7 +150,7 @@ def breaks(monkeypatch, backend, step, what=lambda state, out: out.rows.mul_(1.0
 
 
 def fails(call) -> Attribution:
-    with pytest.warns(VerificationWarning, match="verify: the .* backend is .* off the reference operations at"):
+    with pytest.warns(VerificationWarning, match="verify: the .* backend is off the reference operations by"):
         result = call()
     return result
 
@@ -171,6 +171,53 @@ def test_a_broken_step_is_named(step, named, monkeypatch):
     fails(lambda: dp.decompose(trace, Tokens(), verify=True))
     oracle = dp.attribute(trace, Tokens(), 7, verify=True, backend="reference")
     assert oracle[0].verification.passed
+
+
+DTYPES = {
+    "float32": {},
+    "float64": {"state_dtype": "float64", "compute_dtype": "float64"},
+    "products in bfloat16": {"compute_dtype": "bfloat16"},
+    "products in float16": {"compute_dtype": "float16"},
+    "state in bfloat16": {"state_dtype": "bfloat16"},
+    "all in bfloat16": {"state_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def weak() -> DePass:
+    """A model whose steps add about 1 % to the states."""
+    model = build_model("llama", num_key_value_heads=2)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= 0.0025
+        layer.mlp.down_proj.weight.data *= 0.0017
+    return DePass(model)
+
+
+@pytest.mark.parametrize("much", [0.0, 0.5, 1.5], ids=["dropped", "halved", "half too much"])
+@pytest.mark.parametrize("step", ["aggregate_ov", "allocate_mlp"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_weak_step_that_is_wrong_is_found(dtypes, step, much, weak, monkeypatch):
+    """Held against whole rows it would not be, in half precision: a hundredth is within what they may be off."""
+    trace, right, shares = weak.trace(PROMPTS), getattr(TorchBackend, step), []
+    unchanged_and_verified(weak, trace, Heads(0), 0.03, **DTYPES[dtypes])
+
+    def wrong(self, state, *arguments, **more):
+        before = state.rows.double().clone()
+        out = right(self, state, *arguments, **more)
+        if out.rows.shape == before.shape:  # else the last layer's, of few positions
+            added = out.rows.double() - before
+            shares.append(float(added.norm() / before.norm()))
+            out.rows.copy_(before + much * added)
+        return out
+
+    monkeypatch.setattr(TorchBackend, step, wrong)
+    result = fails(lambda: weak.attribute(trace, Heads(0), 7, verify=True, **DTYPES[dtypes]))[0]
+    found, named = result.verification, "attention" if step == "aggregate_ov" else "MLP"
+    assert 0.003 < min(shares) <= max(shares) < 0.03
+    assert found.added > found.added_limit and f"the {named} of layer" in found.added_where
+    assert f"in what is added by {found.added_where}" in result.warnings[0]
+    if "bfloat16" in dtypes:
+        assert found.error < found.limit
 
 
 def test_a_broken_readout_is_named(monkeypatch):

@@ -41,21 +41,18 @@ class Piece:
         return self.rows.source is None
 
 
-def cut(layout: Layout, max_rows: int, extras_only: bool, begin: tuple[int, int] = (0, 0)) -> list[tuple]:
+def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0)) -> list[tuple]:
     """Ranges of prompts and components of at most ``max_rows`` rows, or of one component: (prompts, first, last).
 
     ``begin`` is the prompt and the component to begin with.
     """
     ranges: list[tuple] = []
     for prompt in range(begin[0], len(layout.components)):
-        components = layout.components[prompt]
-        counts = layout.counts[layout.segments(prompt)]
-        m = len(components.extras) if extras_only else len(components)
-        first = begin[1] if prompt == begin[0] else 0
-        rows = int(np.minimum(counts, m).sum())
-        if not m or not rows:
+        m, counts = len(layout.components[prompt]), layout.counts[layout.segments(prompt)]
+        first, rows = begin[1] if prompt == begin[0] else 0, int(counts.sum())
+        if not rows:
             continue
-        if first == 0 and rows <= max_rows and not extras_only:
+        if first == 0 and rows <= max_rows:
             before = ranges[-1] if ranges else None
             if before and before[2] is None and before[3] + rows <= max_rows and before[0].stop == prompt:
                 ranges[-1] = (range(before[0].start, prompt + 1), 0, None, before[3] + rows)

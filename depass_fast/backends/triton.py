@@ -8,12 +8,15 @@ the torch backend.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from ..adapters import Attention, Branch, Mlp, Norm
@@ -48,12 +51,10 @@ class TritonBackend(TorchBackend):
         with _current(state.device):
             return super().aggregate_ov(state, weights, trace, queries)
 
-    def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
-    ) -> ComponentState:
+    def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         widest = torch.promote_types(self._dtype(state), trace.q.dtype)
         if trace.value_ratio is not None or trace.q.shape[-1] * widest.itemsize > _WIDEST_HEAD:
-            return super()._aggregate_everywhere(state, weights, trace, extras_only)
+            return super()._aggregate_everywhere(state, weights, trace)
         dtype, device, layout = self._dtype(state), state.device, state.layout
         frozen = attention.Frozen(
             trace.q.contiguous(),
@@ -95,10 +96,10 @@ class TritonBackend(TorchBackend):
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
-                ranges = cut(layout, most, extras_only, begin)
+                ranges = cut(layout, most, begin)
                 return [make_piece(layout, *part, tile, groups, device) for part in ranges]
 
-            key = ("pieces", most, extras_only, tile, groups, device)
+            key = ("pieces", most, tile, groups, device)
             return make() if undone is not None else self._plan(layout, key, make)
 
         self.budget.each(device, pieces, step)
@@ -231,10 +232,30 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
     about = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         arch = about.gcnArchName.split(":")[0]
-        return None if arch in _AMD else f"its kernels are compiled for {' and '.join(_AMD)}, not for {arch}"
-    if about.major < 8:
+        if arch not in _AMD:
+            return f"its kernels are compiled for {' and '.join(_AMD)}, not for {arch}"
+    elif about.major < 8:
         return f"its kernels need a GPU of capability 8.0, and this one's is {about.major}.{about.minor}"
-    return None
+    return _no_compiler()
+
+
+def _no_compiler() -> str | None:
+    """The reason why Triton cannot build what launches a kernel, which is C; None where it can.
+
+    It looks in this order (triton/runtime/build.py): a builder of one's own, the variable CC, gcc, clang.
+    """
+    if getattr(triton.knobs.build, "impl", None) is not None:
+        return None
+    named = os.environ.get("CC")
+    if named is not None:
+        return (
+            None
+            if shutil.which(named)
+            else f"Triton needs a C compiler, and the one that CC names, {named!r}, is not there"
+        )
+    if shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "Triton needs a C compiler to launch its kernels; install gcc or clang, or name one in the variable CC"
 
 
 @contextmanager
