@@ -28,7 +28,7 @@ def exact_layers(
     adapter, kinds = engine.adapter, plan.components.each(engine.adapter)
     first = kinds[0].resolve(adapter)  # which has the longest way to go
     plan = replace(plan, run=fit(replace(plan, components=kinds[0], layer=first), adapter).run)
-    trace = plan.trace or engine._capture(plan.prompts)
+    trace = plan.trace or engine._capture(plan.prompts, plan.run.progress)
     plans, own_bias = [], []
     for kind, ahead in zip(kinds, meet_bias(kinds, adapter, plan.end_given), strict=True):
         layer = kind.resolve(adapter)
