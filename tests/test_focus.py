@@ -48,12 +48,15 @@ def test_the_corners(name, rule):
             agree(dp, trace, kind, dp.decompose(trace, kind, focus=which, **options), 1e-11, **options)
 
 
-def test_all_of_them_one_by_one_are_the_whole():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_all_of_them_one_by_one_are_the_whole(backend):
+    """Triton's partition is torch's: log Z is not asked of its kernels."""
     dp, ids = build("qwen2"), random_ids(6)
-    trace = dp.trace(ids)
+    trace, options = dp.trace(ids), {"backend": backend}
     for kind in (Tokens(1), Heads(0), Neurons(0)):
-        partition = dp.partition(trace, kind)
-        alone = [dp.decompose(trace, kind, focus=[m], partition=partition) for m in range(len(partition.labels))]
+        partition = dp.partition(trace, kind, **options)
+        members = range(len(partition.labels))
+        alone = [dp.decompose(trace, kind, focus=[m], partition=partition, **options) for m in members]
         for layer in alone[0].layers[1:]:
             total = torch.cat([focus.entering(layer) for focus in alone], dim=1).sum(1)
             assert close(total, trace.resid(layer))

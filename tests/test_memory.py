@@ -7,7 +7,7 @@ import torch
 from conftest import build, random_ids
 from test_backends import close
 from test_completeness import kinds
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import depass_fast.fitting
 import depass_fast.planner
@@ -48,6 +48,31 @@ ERRORS = {
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
     "python": MemoryError(),
 }
+
+
+@pytest.mark.parametrize("label", ["tokens", "heads"])
+def test_running_out_of_memory_anywhere_in_triton_changes_nothing(label, monkeypatch):
+    """In whatever PyTorch does between the kernels: these take no memory, and what the interpreter takes is its own."""
+    executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
+    launch = executor.__call__
+
+    def unwatched(*arguments, **more):
+        with _disable_current_modes():
+            return launch(*arguments, **more)
+
+    monkeypatch.setattr(executor, "__call__", unwatched)
+    dp, kind = build("qwen2"), KINDS[label]
+    trace, options = dp.trace([random_ids(3, seed=3), random_ids(2, seed=4)]), {"memory_budget": 4_000}
+
+    def attempt(at):
+        with monkeypatch.context() as patch:
+            shortage = Shortage(patch, at, ERRORS["gpu"])
+            return dp.decompose(trace, kind, end=2, backend="triton", **options).rows, shortage.count
+
+    expected, total = attempt(-1)
+    for at in (*range(1, total, total // 7), total):
+        with pytest.warns(RuntimeWarning, match="results do not change"):
+            assert close(attempt(at)[0], expected), at
 
 
 @pytest.mark.parametrize(
