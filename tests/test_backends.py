@@ -12,6 +12,8 @@ from depass_fast.state import to_device
 ALL = ("reference", "torch", "triton")
 SOME = ("llama-gqa", "mistral-window", "llama-biases")  # for kernels that are interpreted
 EACH = [*(("torch", name) for name in FAMILIES), *(("triton", name) for name in SOME)]
+# a rule knows nothing of the attention, of which these differ: all rules where there are biases, else one
+RULED = [(*one, rule) for one in EACH for rule in RULES if one[0] == "torch" or one[1] == SOME[-1] or rule == "softmax"]
 
 
 def close(a, b, tolerance=1e-5):
@@ -19,10 +21,9 @@ def close(a, b, tolerance=1e-5):
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("backend", "name"), EACH)
+@pytest.mark.parametrize(("backend", "name", "rule"), RULED)
 def test_a_fast_backend_agrees_with_the_reference(backend, name, rule):
-    dp, ids = build(name), random_ids(9, seed=5)
+    dp, ids = build(name), random_ids(6 if backend == "triton" else 9, seed=5)
     trace = dp.trace(ids)
     for label, kind in kinds(len(ids)).items():
         oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
@@ -31,11 +32,11 @@ def test_a_fast_backend_agrees_with_the_reference(backend, name, rule):
 
 @pytest.mark.parametrize(("backend", "name"), [*(("torch", name) for name in SOME), *EACH[-3:]])
 def test_results_do_not_depend_on_the_chunks(backend, name):
-    dp, ids = build(name), random_ids(13, seed=6)
+    dp, ids = build(name), random_ids(7 if backend == "triton" else 13, seed=6)
     trace = dp.trace(ids)
     for kind in (Tokens(), Tokens(1), Heads(0), Neurons(0)):
         oracle = dp.decompose(trace, kind, backend="reference").dense()
-        for budget in (1, 2_000, 20_000, 200_000, 1 << 30) if backend == "torch" else (10_000, 1 << 30):
+        for budget in (1, 2_000, 20_000, 200_000, 1 << 30) if backend == "torch" else (5_000, 1 << 30):
             found = dp.decompose(trace, kind, memory_budget=budget, backend=backend).dense()
             assert close(found, oracle), (kind, budget)
 
@@ -53,7 +54,7 @@ def test_the_smallest_workspace_carries_a_component_and_a_position_at_a_time(nam
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2"])
 def test_a_batch_equals_the_prompts_one_by_one(name, backend):
     dp = build(name)
-    prompts = [random_ids(n, seed=n) for n in (7, 1, 12, 7)]
+    prompts = [random_ids(n, seed=n) for n in ((4, 1, 6, 4) if backend == "triton" else (7, 1, 12, 7))]
     targets = [None, 3, (4, 5), [6, 7]]
     for kind in (Tokens(), Tokens(1), Heads(1), Neurons(0)):
         together = dp.attribute(prompts, kind, targets=targets, backend=backend)
@@ -77,7 +78,7 @@ def test_the_pruned_readout_equals_the_full_state(family, position):
 
 @pytest.mark.parametrize(("backend", "name"), [("reference", name) for name in FAMILIES] + EACH[:-2])
 def test_start_and_carry_are_decompose_in_steps(backend, name):
-    family, ids = build(name), random_ids(8, seed=3)
+    family, ids = build(name), random_ids(4 if backend == "triton" else 8, seed=3)
     trace = family.trace(ids)
     for label, kind in kinds(len(ids)).items():
         state = family.start(trace, kind, backend=backend)
@@ -168,6 +169,8 @@ def test_half_precision_products_are_complete_and_near(name, dtype, rule):
         for backend, budget in (("torch", 20_000), ("torch", None), ("triton", None)):
             if backend == "triton" and label not in ("tokens@0", "heads@0", "neurons@0"):
                 continue  # interpreted
+            if backend == "triton" and name != "qwen2" and rule != "softmax":
+                continue  # a rule knows nothing of the attention, of which these differ
             options = {"allocation": rule, "compute_dtype": dtype, "memory_budget": budget, "backend": backend}
             # nothing normalises the shares of `taylor`, so the gates' rounding is in their sum
             limit = 3e-2 if rule == "taylor" else 1e-2
