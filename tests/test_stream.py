@@ -191,3 +191,37 @@ def test_a_layer_takes_two_passes(name, loads, stores, kind, monkeypatch):
             first = (2, 1)
     n_rows = state.layout.n_rows
     assert moved == {"_take": n_rows * (layers * loads + first[0]), "_put": n_rows * (layers * stores + first[1])}
+
+
+@pytest.mark.parametrize("name", ["llama: biases", "gpt_neox: parallel", "mpt: clamped, scaled", "mixtral"])
+def test_nothing_is_read_from_host_memory_before_it_is_there(name, monkeypatch):
+    """Copies to host memory happen when a device's do: not before something waits for them."""
+    if not available(name):
+        pytest.skip("not in this version of transformers")
+    dp, ids = DePass(build_variant(name), state_dtype="float64"), random_ids(12, seed=5)
+    trace = dp.trace(ids)
+    reads = [range(2, 12)]  # more than are computed one by one
+
+    def propagated(**options):
+        run = dp.options.updated(options).build(dp.adapter)
+        return dp.propagate(trace, dp.start(trace, Tokens()), dp.adapter.n_layers, run, reads)[0].rows
+
+    expected = propagated(), dp.attribute(trace, Heads(0), 7).scores, dp.decompose(trace, Tokens()).rows
+    pending, take, put = [], StreamBackend._take, StreamBackend._put
+
+    def flush():
+        while pending:
+            pending.pop(0)()
+
+    def taken(backend, *arguments):
+        flush()  # the device does one after the other
+        return take(backend, *arguments)
+
+    monkeypatch.setattr(StreamBackend, "_put", lambda *arguments: pending.append(lambda: put(*arguments)))
+    monkeypatch.setattr(StreamBackend, "_take", taken)
+    monkeypatch.setattr(StreamBackend, "_arrived", staticmethod(lambda device: flush()))
+    options = {"stream": True, "memory_budget": 20_000}
+    found = propagated(**options), dp.attribute(trace, Heads(0), 7, **options).scores
+    found = (*found, dp.decompose(trace, Tokens(), **options).rows)
+    for got, right in zip(found, expected, strict=True):
+        assert close(got, right, 1e-10)

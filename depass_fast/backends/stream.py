@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..adapters import Attention, Layer, Mlp
 from ..allocation import Allocation
-from ..state import BIAS, REST, ComponentState, Layout
+from ..state import BIAS, REST, ComponentState, Layout, to_device
 from ..statistics import GateBlock, Statistics
 from ..trace import AttentionTrace, LayerTrace, MlpTrace
 from .blocks import Block, make_blocks
@@ -77,9 +77,7 @@ class StreamBackend(TorchBackend):
     ) -> ComponentState:
         coming, self._next, self._gathered = self._next, None, None
         if queries is not None:
-            out = super().aggregate_ov(state, weights, trace, queries)
-            self._arrived(weights.w_v.device)
-            return out
+            return super().aggregate_ov(state, weights, trace, queries)
         device, attend = weights.w_v.device, self._attending(state, weights, trace)
         constant = self._attention_constant(state, weights, trace)
         ahead = None if coming is None else self._gathering(state, *coming[:3], device)
@@ -100,6 +98,13 @@ class StreamBackend(TorchBackend):
         self._arrived(device)
         self._gathered = ahead
         return ComponentState(state.rows, state.layout, state.layer)
+
+    def _aggregate_everywhere(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+    ) -> ComponentState:
+        state = super()._aggregate_everywhere(state, weights, trace, extras_only)
+        self._arrived(weights.w_v.device)  # some of its positions are chosen next, in host memory
+        return state
 
     def _gathering(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
@@ -219,15 +224,14 @@ class StreamBackend(TorchBackend):
         bias, rest = (None if i is None else i - block.first for i in (layout.index(BIAS), layout.index(REST)))
         if bias is not None and 0 <= bias < block.n_components and step.gate_constant is not None:
             g[:, bias] += step.gate_constant[part]
-        births, excluded = (torch.from_numpy(a[chosen]).to(x.device) for a in (components.births, components.excluded))
-        local = torch.from_numpy(layout.local[at]).to(x.device)
         members = np.arange(len(components)) if self.members is None else self.members[block.prompt]
+        away = components.births[chosen] != layout.local[at, None]
         return GateBlock(
             values=g,
             total=step.gate[at, part].to(g.dtype),
             alive=alive,
-            excluded=excluded & (births != local[:, None]),
-            members=torch.from_numpy(members[chosen]).to(x.device),
+            excluded=to_device(components.excluded[chosen] & away, x.device),
+            members=to_device(members[chosen], x.device),
             rest=rest if rest is not None and 0 <= rest < block.n_components else None,
         )
 
