@@ -210,7 +210,9 @@ def _plan(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         check_model(args.model)
         quiet()
-        text = cli_plan.show(args, path_of(args.model), kind_of(args), config_of(args.model), device_of(args.device))
+        args.layer = 0 if args.layer is None else args.layer
+        device = device_of(args.device, elsewhere=args.gemm_tflops is not None)
+        text = cli_plan.show(args, path_of(args.model), kind_of(args), config_of(args.model), device)
     print(text)
 
 

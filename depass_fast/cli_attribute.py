@@ -106,7 +106,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def device_of(name: str | None) -> str:
+def device_of(name: str | None, elsewhere: bool = False) -> str:
+    """The device of that name, or the best there is. With ``elsewhere`` another machine's will do, for a plan."""
     import torch
 
     here = ["cpu"]
@@ -116,7 +117,7 @@ def device_of(name: str | None) -> str:
         here.append("mps")
     if name is None:
         return "cuda" if "cuda" in here else "cpu"
-    if name not in here:
+    if name not in here and not (elsewhere and name in ("cuda", "mps")):
         raise ValueError(f"--device: {name!r} does not exist here; devices: {', '.join(here)}.")
     return name
 

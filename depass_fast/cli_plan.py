@@ -18,6 +18,7 @@ examples:
   depass-fast plan --model ./llama --length 512 --components tokens
   depass-fast plan --model meta-llama/Llama-2-7b-hf --length 20 --components neurons --layer 0 --dtype bfloat16 --json
   depass-fast plan --model ./llama --length 20 --components neurons --layer all --refine 1000
+  depass-fast plan --model ./llama --length 2048 --components tokens --device cuda --gemm-tflops 790
 """
 
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtype
     )
     length.add_argument("--prompt", metavar="TEXT", help="a text; needs the model's tokenizer")
     parser.add_argument("--components", required=True, choices=kinds)
-    parser.add_argument("--layer", type=cli_types.layer, metavar="L", help="as in attribute. Default for tokens: 0")
+    parser.add_argument("--layer", type=cli_types.layer, metavar="L", help="as in attribute. Default: 0")
     parser.add_argument("--method", metavar="M", help="exact or adjoint, as in attribute")
     parser.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
     parser.add_argument(
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtype
     parser.add_argument("--dtype", choices=dtypes, help="of the model. Default: what its config says")
     parser.add_argument("--state-dtype", choices=dtypes, help="of the component state. Default: float32")
     parser.add_argument(
-        "--device", metavar="D", help="that it would run on. Default: cuda where there is one, else cpu"
+        "--device",
+        metavar="D",
+        help="that it would run on; with --gemm-tflops one that is not here, too. Default: the best here",
     )
     parser.add_argument("--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace. Default: chosen")
     parser.add_argument("--gemm-tflops", type=float, metavar="X", help="of the machine. Default: measured on this one")

@@ -236,8 +236,8 @@ class DePass:
         their states at every layer (before the final norm), without the others; from a ``partition``, or one run more.
         """
         if focus is not None or partition is not None:
-            check = self._plan if partition is None else self._check  # from a partition there are few rows
-            return focused(self, check(prompt, components, end, options), [] if focus is None else focus, partition)
+            call = self._check(prompt, components, end, options)
+            return focused(self, call, [] if focus is None else focus, partition)
         plan = self.traced(self._plan(prompt, components, end, options))
         trace, state = self.start_state(plan)
         state, _ = self.propagate(trace, state, plan.end, plan.run)
@@ -251,7 +251,7 @@ class DePass:
 
         Arguments and errors as in :meth:`decompose`; one prompt.
         """
-        return make_partition(self, self._plan(prompt, components, end, options))
+        return make_partition(self, self._check(prompt, components, end, options))
 
     @torch.no_grad()
     def start(self, trace: Trace, components: ComponentKind, **options: Any) -> ComponentState:
@@ -261,7 +261,10 @@ class DePass:
         """
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
-        state = self.start_state(self.traced(self._plan(trace, components, None, options)))[1]
+        call = self._check(trace, components, None, options)
+        here = call.layer + (call.components.start_site(self.adapter) == "resid_post")
+        fit(replace(call, end_given=here), self.adapter)  # it is carried no further
+        state = self.start_state(self.traced(call))[1]
         state.factors = None  # they would no longer hold
         return state
 

@@ -21,6 +21,7 @@ from .planned import Plan
 from .planner import RESIDENT, plan
 
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
+STREAMED = StreamBackend.name
 _LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 
@@ -63,6 +64,10 @@ def fitted(run: Run, asked: Asked) -> Run:
     if not known:
         asked = replace(asked, counts=[fewest_components(kind, adapter)] * len(asked.lengths))
     fit = _fitted_sweep if asked.method is not None and asked.method.name == "adjoint" else _fitted_state
+    if not known and fit is _fitted_sweep:  # its tables are of as many experts as there may be: only the trace is sure
+        free = available(adapter.device)
+        if free is None or _is_spread(adapter) or asked.plan().trace_bytes <= free:
+            return run
     found = fit(run, asked)
     return found if known else run
 
@@ -73,20 +78,39 @@ def _fitted_state(run: Run, asked: Asked) -> Run:
     free = made.available_bytes
     if free is None or made.upper_bound:
         return run
-    need, workspace = least_bytes(made, name), made.of(name).workspace_bytes
-    may_stream = _may_stream(run, asked.adapter, options)
-    if need > free and options.stream == "auto" and device.type != "cpu" and may_stream:
-        streamed, host = made.of("torch, streamed"), available(torch.device("cpu"))
-        possible = not callable(options.allocation) and (host is None or streamed.host_bytes <= host)
-        if possible and least_bytes(made, streamed.backend) <= free:
-            return replace(run, backend=StreamBackend(device, run.backend.compute_dtype, options.memory_budget))
-    if need > free:
-        raise MemoryError(_refusal(made, asked, name, may_stream))
-    room = free - (need - min(workspace, _LEAST))
-    if name not in RESIDENT or options.memory_budget is not None or workspace <= room:
+    short, may_stream = _shortage(made, name), _may_stream(run, asked.adapter, options)
+    if short and _is_spread(asked.adapter):
         return run
-    budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
-    return replace(run, backend=make_backend(name, run.backend.compute_dtype, budget))
+    may_stream, on_cpu = may_stream and not callable(options.allocation), device.type == "cpu"
+    if short and options.stream == "auto" and may_stream and not on_cpu and not _shortage(made, STREAMED):
+        name, short = STREAMED, None
+    if short:
+        raise MemoryError(_refusal(made, asked, name, short, may_stream))
+    workspace, budget = made.of(name).workspace_bytes, options.memory_budget
+    room = free - (least_bytes(made, name) - min(workspace, _LEAST))
+    if name != "reference" and budget is None and workspace > room:
+        budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
+    elif name == run.backend.name:
+        return run
+    compute = run.backend.compute_dtype
+    backend = StreamBackend(device, compute, budget) if name == STREAMED else make_backend(name, compute, budget)
+    return replace(run, backend=backend)
+
+
+def _shortage(made: Plan, name: str) -> str | None:
+    """What the backend ``name`` needs and what there is, where that is not enough for it."""
+    need, host = least_bytes(made, name), available(torch.device("cpu"))
+    if need > made.available_bytes:
+        return f"needs {readable(need)} on {made.device} and {readable(made.available_bytes)} are available"
+    held = made.of(name).host_bytes
+    if held and host is not None and held > host:
+        return f"needs {readable(held)} in host memory and {readable(host)} are available"
+    return None
+
+
+def _is_spread(adapter: Adapter) -> bool:
+    """Whether layers lie on several devices, each with its part of the trace: no plan says what one of them holds."""
+    return len({adapter.layer(index).device for index in range(adapter.n_layers)}) > 1
 
 
 def _fitted_sweep(run: Run, asked: Asked) -> Run:
@@ -99,6 +123,8 @@ def _fitted_sweep(run: Run, asked: Asked) -> Run:
         return run
     outlook = _outlook(asked)
     usual = outlook.default_workspace(free)
+    if outlook.peak(usual, None) > free and _is_spread(asked.adapter):
+        return run
     for loud in (None, 0):
         workspace, smallest = usual, outlook.smallest(usual)
         while workspace > smallest and outlook.peak(workspace, loud) > free:
@@ -175,21 +201,21 @@ def least_bytes(made: Plan, backend: str) -> int:
     return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
 
 
-def _refusal(made: Plan, asked: Asked, name: str, may_stream: bool) -> str:
-    """What the backend ``name`` needs, what there is, and what would fit."""
-    free, named, options, adapter = made.available_bytes, "backend='torch', ", asked.options, asked.adapter
+def _refusal(made: Plan, asked: Asked, name: str, short: str, may_stream: bool) -> str:
+    """What is short for the backend ``name``, and what would fit."""
+    named, options, adapter = "backend='torch', ", asked.options, asked.adapter
 
     def fits(asked: Asked) -> int | None:
-        need = least_bytes(asked.plan(), name)
-        return need if need <= free else None
+        made = asked.plan()
+        return None if _shortage(made, name) else least_bytes(made, name)
 
     ways = []
-    if name == "reference" and (need := least_bytes(made, "torch")) <= free:
-        ways.append(f"backend='torch' ({readable(need)})")
+    if name == "reference" and not _shortage(made, "torch"):
+        ways.append(f"backend='torch' ({readable(least_bytes(made, 'torch'))})")
     if name in RESIDENT and adapter.device.type != "cpu" and not callable(options.allocation):
-        need = least_bytes(made, "torch, streamed")
-        if need <= free and not (may_stream and options.stream == "auto"):
-            ways.append(f"{'' if may_stream else named}stream=True ({readable(need)})")
+        asked_for = may_stream and options.stream == "auto"
+        if not asked_for and not _shortage(made, STREAMED):
+            ways.append(f"{'' if may_stream else named}stream=True ({readable(least_bytes(made, STREAMED))})")
     for dtype in (torch.float32, torch.bfloat16):
         if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
             need = fits(replace(asked, options=replace(options, state_dtype=dtype)))
@@ -198,8 +224,7 @@ def _refusal(made: Plan, asked: Asked, name: str, may_stream: bool) -> str:
                 break
     ways += _smaller_prompts(asked, fits)
     what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
-    need = f"needs {readable(least_bytes(made, name))} on {made.device} and {readable(free)} are available"
-    return f"{made.components}: {need}: {what}. {_advice(ways)}"
+    return f"{made.components}: {short}: {what}. {_advice(ways)}"
 
 
 def _smaller_prompts(asked: Asked, fits: Callable[[Asked], int | None]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import StreamBackend
+from .call import Call, fit
 from .components import Products, Tokens
 from .initial import initial_state
 from .progress import bar
@@ -24,7 +25,6 @@ from .statistics import Statistics
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from .call import Call
     from .engine import DePass
 
 
@@ -76,6 +76,7 @@ class Focus:
 def make_partition(dp: DePass, call: Call) -> Partition:
     """One run over all components that keeps the statistics, and no states."""
     _check(call)
+    call = _fitted(dp, call)
     trace = call.trace or dp._capture(call.prompts, call.run.progress)
     backend = _streaming(dp, call, keep=True)
     call = replace(call, trace=trace, run=replace(call.run, backend=backend))
@@ -86,11 +87,19 @@ def make_partition(dp: DePass, call: Call) -> Partition:
     return Partition(components, backend.kept, call.end, worst, _made_of(call, trace))
 
 
+def _fitted(dp: DePass, call: Call) -> Call:
+    """Fitted as what it is, whatever was asked for: a run whose state streams."""
+    call = replace(call, settings=replace(call.settings, stream=True))
+    return fit(replace(call, run=replace(call.run, backend=_streaming(dp, call))), dp.adapter)
+
+
 def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Partition | None) -> Focus:
     """The components ``which``, by label or by index, from ``partition`` or from one that is made now."""
     _check(call)
     if not isinstance(which, (str, int)) and not len(which):
         raise ValueError("focus: empty; give labels or indices of components.")
+    if partition is None:
+        call = _fitted(dp, call)
     trace = call.trace or dp._capture(call.prompts, call.run.progress)
     call = replace(call, trace=trace)
     if partition is None:

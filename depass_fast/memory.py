@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 
 _GROUPS = (  # what a container may use and does use, and how much of that the system gives back by itself
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+        ("inactive_file", "active_file"),
+    ),
     (
         "/sys/fs/cgroup/memory/memory.limit_in_bytes",
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
         "/sys/fs/cgroup/memory/memory.stat",
-        "total_inactive_file",
+        ("total_inactive_file", "total_active_file"),
     ),
 )
 
@@ -20,6 +25,8 @@ _GROUPS = (  # what a container may use and does use, and how much of that the s
 def available(device: torch.device) -> int | None:
     """Bytes that can still be allocated on ``device``; None where the system does not tell."""
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return None  # another machine's
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
@@ -36,7 +43,7 @@ def _system() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _group(limit: str, used: str, statistics: str, reclaimable: str) -> int | None:
+def _group(limit: str, used: str, statistics: str, reclaimable: tuple[str, ...]) -> int | None:
     try:
         bound = Path(limit).read_text().strip()
         if not bound.isdecimal():  # "max"
@@ -45,7 +52,7 @@ def _group(limit: str, used: str, statistics: str, reclaimable: str) -> int | No
         lines = Path(statistics).read_text().splitlines()
     except (OSError, ValueError):
         return None
-    return max(0, free + sum(int(line.split()[1]) for line in lines if line.split()[0] == reclaimable))
+    return max(0, free + sum(int(line.split()[1]) for line in lines if line.split()[0] in reclaimable))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -83,7 +83,10 @@ class Plan:
         most = "at most " if self.upper_bound else ""
         rows = [
             ("components", f"{self.components} from layer {self.layer}, {prompts}, {most}{self.n_components:,}"),
-            ("rows", f"{most}{self.rows:,} of {self.hidden_size} in {self.state_dtype}, {self.layers_passed} layers"),
+            (
+                "rows",
+                f"{most}{self.rows:,} of {self.hidden_size} in {self.state_dtype}, {self.layers_passed} layers passed",
+            ),
             ("arithmetic", f"{_flop(self.flop)} at least, in {self.compute_dtype}"),
             ("weights", f"{readable(self.weights_bytes)} ({self.dtype})"),
             ("trace", readable(self.trace_bytes)),

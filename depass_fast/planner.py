@@ -116,11 +116,20 @@ def _exact(
     forward = ForwardPass.of(adapter, lengths, traced)
     dense = sum(n * m for n, m in zip(lengths, counts, strict=True))
     held, streamed = int(job.copies() * state_bytes), flop + job.gates_again()
-    estimates, status = [], backend_status(device, torch.promote_types(state, compute))
+    away = 0 if device.type == "cpu" else held  # a CPU's memory is the host's
+    elsewhere = device.type == "cuda" and not torch.cuda.is_available()  # planned for a machine that is not this one
+    estimates, status = [], {} if elsewhere else backend_status(device, torch.promote_types(state, compute))
     for name, work, workspace, here, copies, host in (
         ("torch", flop, job.workspace(), held + total * _INDEX, job.weight_copies(), 0),
         ("triton", flop, job.triton_workspace(), held + total * _INDEX, job.weight_copies(folds=False), 0),
-        ("torch, streamed", streamed, job.stream_workspace(), job.statistics(), job.weight_copies(), held),
+        (
+            "torch, streamed",
+            streamed,
+            job.stream_workspace(),
+            job.statistics() + held - away,
+            job.weight_copies(),
+            away,
+        ),
         ("reference", flop * dense / max(1, total), job.dense_workspace(), state_bytes, job.weight_copies(), 0),
     ):
         if status.get(name) is not None:

@@ -380,3 +380,11 @@ def test_neurons_of_all_layers(capsys, tmp_path):
 def test_errors_about_the_method(capsys, arguments, parts):
     error = fail(capsys, *ATTRIBUTE, "--prompt", FACT.text, *arguments)
     assert all(part in error for part in parts), error
+
+
+def test_a_plan_for_another_machine(capsys):
+    where = ["--device", "cuda", "--gemm-tflops", "790"]
+    main(["plan", "--model", "demo", "--length", "40", "--components", "neurons", "--json", *where])
+    made = json.loads(capsys.readouterr().out)
+    assert (made["layer"], made["device"], made["available_bytes"]) == (0, "cuda", None)
+    assert {"torch", "triton", "torch, streamed"} <= {one["backend"] for one in made["estimates"]}

@@ -262,3 +262,22 @@ def test_the_measured_peaks_of_a_gpu(monkeypatch):
         assert made.of("triton").peak_bytes == pytest.approx(row["peak_bytes"], rel=0.15), row["workload"]
         checked += 1
     assert checked >= 4
+
+
+def test_a_state_that_streams_on_a_cpu_is_in_the_peak():
+    """There the host's memory is the device's."""
+    dp = build("llama-gqa")
+    plan = dp.plan(60, Tokens(), measure=False)
+    streamed = plan.of("torch, streamed")
+    assert streamed.host_bytes == 0 and streamed.peak_bytes > plan.state_bytes + plan.trace_bytes
+
+
+def test_what_only_starts_needs_no_room_to_be_carried(monkeypatch):
+    dp, trace, asked = build("llama-gqa"), build("llama-gqa").trace(random_ids(6)), []
+    fitted = depass_fast.call.fitted
+    monkeypatch.setattr(depass_fast.call, "fitted", lambda run, job: asked.append(job.end) or fitted(run, job))
+    assert dp.start(trace, Neurons(1)).layer == 2 and asked == [2]
+    dp.decompose(trace, Neurons(1), end=3)
+    assert asked == [2, 3]
+    dp.partition(trace, Neurons(1), stream=False)  # a run that streams, whatever was asked for
+    assert asked == [2, 3, None]

@@ -151,11 +151,20 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
         asked = fitting.Asked(placed, lengths, kind, options, None, False)
         return fitting.fitted(options.build(adapter), asked)
 
-    assert chosen().host
+    assert chosen().host and chosen().workspace(placed.device) == 1 << 20  # there is room for no more
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):
         chosen(stream=False)
     with pytest.raises(MemoryError, match="tokens: needs"):
         chosen(allocation=lambda gates, temperature: gates.values)
+
+    room = fitting.available(placed.device)
+    monkeypatch.setattr(fitting, "available", lambda device: room if device.type == "cuda" else 1000)
+    with pytest.raises(MemoryError, match="needs .* in host memory and 1000 B are available"):
+        chosen(stream=True)
+    with pytest.raises(MemoryError, match="tokens: needs"):  # nor has the host room
+        chosen()
+    monkeypatch.setattr(fitting, "_is_spread", lambda adapter: True)  # no plan knows what each of several devices holds
+    assert not chosen().host
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ class StreamBackend(TorchBackend):
             if self.known is None:
                 self._gather(source or state, gathered, device)
         if self.keep:
-            self.kept[gathered.key] = gathered.statistics
+            self.kept[gathered.key] = gathered.statistics.on(state.device)
 
         def share(block: Block) -> None:
             x = self._take(state, block, device)
@@ -192,8 +192,9 @@ class StreamBackend(TorchBackend):
 
         def cut(undone: Block | None) -> list[Block]:
             slots = max(1, self.budget.bytes(self.device) // (2 * width * step.act.dtype.itemsize))
-            begin = (0, 0) if undone is None else (undone.prompt, undone.first)
-            return make_blocks(layout, slots, device, begin=begin)
+            if undone is not None:
+                return make_blocks(layout, slots, device, begin=(undone.prompt, undone.first))
+            return self._plan(layout, ("mlp blocks", slots, device), lambda: make_blocks(layout, slots, device))
 
         return cut
 
