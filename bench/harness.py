@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ SHAPES = {
 }
 
 
-def build_model(
-    shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
-) -> nn.Module:
-    """A random model of this shape, with eager attention (the published implementation needs it)."""
-    config = AutoConfig.for_model(
+def config_of(shape: Shape) -> PretrainedConfig:
+    """The config of a model of this shape."""
+    return AutoConfig.for_model(
         shape.model_type,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -76,12 +74,18 @@ def build_model(
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
+
+
+def build_model(
+    shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A random model of this shape, with eager attention (the published implementation needs it)."""
     torch.manual_seed(seed)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # made in place: a 7B model in float32 would take its memory twice over
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+            return AutoModelForCausalLM.from_config(config_of(shape), attn_implementation="eager").to(dtype).eval()
     finally:
         torch.set_default_dtype(usual)
 

@@ -9,13 +9,12 @@ from conftest import build, random_ids
 from test_adjoint import close
 from test_features import Dictionary
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 import depass_fast.engine
 import depass_fast.fitting
 import depass_fast.planner
 from bench.family_models import build_model, build_variant
-from bench.harness import SHAPES
+from bench.harness import SHAPES, config_of
 from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import outlook as outlook_of_sweeps
 from depass_fast.adjoint import sweep
@@ -248,17 +247,9 @@ def test_the_measured_peaks_of_a_gpu(monkeypatch):
         if row["provider"] != "triton" or row["workload"] not in kinds:
             continue
         kind, length = kinds[row["workload"]]
-        shape = SHAPES[row["model"]]
-        config = AutoConfig.for_model(
-            "llama",
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            vocab_size=shape.vocabulary,
+        made = plan(
+            for_config(config_of(SHAPES[row["model"]]), torch.bfloat16), [length], kind, device=torch.device("cuda")
         )
-        made = plan(for_config(config, torch.bfloat16), [length], kind, device=torch.device("cuda"))
         assert made.of("triton").peak_bytes == pytest.approx(row["peak_bytes"], rel=0.15), row["workload"]
         checked += 1
     assert checked >= 4
