@@ -34,7 +34,7 @@ from .prompts import Prompt, as_position, encode, encode_all, is_batch
 from .readout import TargetSpec, parse_target, read_scores, resolve_target
 from .result import Attribution
 from .state import ComponentState, Layout
-from .step import normalise, through_attention, through_mlp
+from .step import normalise, through_layer
 from .trace import Trace
 from .verify import warned
 
@@ -311,8 +311,7 @@ class DePass:
                 layer = self.adapter.layer(index)
                 state.rows = state.rows if run.host else state.rows.to(layer.device)
                 kept = queries if index == end - 1 else None
-                state, source = through_attention(state, layer, trace.layers[index], run, kept)
-                state = through_mlp(state, source, layer, trace.layers[index], run)
+                state = through_layer(state, layer, trace.layers[index], run, kept)
                 errors.append(state.completeness(trace.resid(index + 1)))
                 if shown is not None:
                     shown.finish()

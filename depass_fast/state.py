@@ -308,8 +308,8 @@ class ComponentState:
                 rows = state.rows[wide.rows(p)]
                 blocks.append(rows.view(-1, len(wide.components[p]), rows.shape[1]))
             parts.append(torch.cat(blocks, 1).flatten(0, 1))
-        first = states[0]
-        return ComponentState(torch.cat(parts), Layout.join(layouts), first.layer, first.site)
+        first, rows = states[0], parts[0] if len(parts) == 1 else torch.cat(parts)  # which would copy one, too
+        return ComponentState(rows, Layout.join(layouts), first.layer, first.site)
 
     def apart(self) -> list[ComponentState]:
         """The decompositions of a joint state, each by itself."""

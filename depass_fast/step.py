@@ -12,6 +12,14 @@ from .state import BIAS, ComponentState, Layout
 from .trace import LayerTrace
 
 
+def through_layer(
+    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+) -> ComponentState:
+    """The state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up."""
+    state, source = through_attention(state, layer, record, run, queries)
+    return through_mlp(state, source, layer, record, run)
+
+
 def through_attention(
     state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
 ) -> tuple[ComponentState, ComponentState | None]:

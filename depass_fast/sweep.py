@@ -82,6 +82,7 @@ def sweep(
                 for state in states[:n_joined]:
                     state.rows = state.rows[:0].clone()
             joint = through_mlp(joint, source, layer, record, run)
+            del source  # before the next layer makes another one
             passed.append(joint.completeness(trace.resid(index + 1)).view(n_joined, -1))
             if shown is not None:
                 shown.finish()
