@@ -43,7 +43,6 @@ def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
                 longest = int(np.bincount(layout.prompt).max())
                 return blocks.make_blocks(layout, size * longest, device, extras_only, begin)
 
-            monkeypatch.setattr(stream_module, "make_blocks", cut)
             monkeypatch.setattr(torch_module, "make_blocks", cut)
             assert close(dp.decompose(trace, kind, allocation=rule, stream=True).rows, oracle), size
 

@@ -34,7 +34,8 @@ class Arena:
         if self.budget // each >= n_neurons + width:
             return n_neurons, False
         held = width * (each + n_rows * self.state_item)
-        blocks = -(-n_neurons // max((self.budget - held) // each, _FEWEST))
+        room = max(self.budget - held, self.budget // 4)  # a position's rows can be more than all of it
+        blocks = -(-n_neurons // max(room // each, _FEWEST))
         return min(n_neurons, -(-n_neurons // (_FEWEST * blocks)) * _FEWEST), True
 
     def mlp_sizes(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from ..allocation import Allocation
 from ..state import BIAS, REST, ComponentState, Layout, to_device
 from ..statistics import GateBlock, Statistics
 from ..trace import AttentionTrace, LayerTrace, MlpTrace
-from .blocks import Block, make_blocks
+from .blocks import Block
 from .mlp import MlpStep
 from .torch import TorchBackend, add_to_bias, scatter
 
@@ -192,9 +192,7 @@ class StreamBackend(TorchBackend):
 
         def cut(undone: Block | None) -> list[Block]:
             slots = max(1, self.budget.bytes(self.device) // (2 * width * step.act.dtype.itemsize))
-            if undone is not None:
-                return make_blocks(layout, slots, device, begin=(undone.prompt, undone.first))
-            return self._plan(layout, ("mlp blocks", slots, device), lambda: make_blocks(layout, slots, device))
+            return self._cut_blocks(layout, slots, device, undone=undone)
 
         return cut
 
@@ -236,8 +234,8 @@ class StreamBackend(TorchBackend):
             rest=rest if rest is not None and 0 <= rest < block.n_components else None,
         )
 
-    def _bytes(self, state: ComponentState) -> int:
-        return self.budget.bytes(self.device)
+    def _computes_on(self, state: ComponentState) -> torch.device:
+        return self.device
 
     # -- between host and device --------------------------------------------------------------------------------------
 

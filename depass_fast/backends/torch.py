@@ -21,11 +21,11 @@ from ..trace import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .budget import Budget
+from .division import Division
 from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
 from .workspace import Workspace
 
 CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
-_TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
 
 
 def default_budget(device: torch.device) -> int:
@@ -137,7 +137,8 @@ class TorchBackend:
             parts, (begun, at) = [], undone or (0, slice(0, 0))
             for prompt in range(begun, len(state.factors)):
                 last, n = len(state.factors[prompt].vectors), len(state.layout.counts[state.layout.segments(prompt)])
-                size = max(1, self._bytes(state) // (2 * width * (n + weights.n_heads) * dtype.itemsize))
+                later = state.factors[prompt].coefficients is None
+                size = self._division(state).products(width, weights.n_heads, n, later)
                 first = at.start if prompt == begun else 0
                 parts += [(prompt, slice(i, min(i + size, last))) for i in range(first, last, size)]
             return parts
@@ -199,7 +200,7 @@ class TorchBackend:
                 kept.clear()
                 packed = state.layout.packed[state.layout.segments(prompt)]
                 keys = slice(int(packed[0]), int(packed[-1]) + 1)
-                tile = key[1] // (4 * scale.dtype.itemsize)
+                tile = self._division(state).tile(scale.dtype.itemsize)
                 kept[key] = FrozenAttention(trace, keys, scale, tile, self._dtype(state))
             return kept[key]
 
@@ -209,6 +210,8 @@ class TorchBackend:
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
     ) -> ComponentState:
         """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
+        if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
+            self._workspace.clear()
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
@@ -230,7 +233,13 @@ class TorchBackend:
                 residual = int(layout.starts[origin + q]) + block.first
                 out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
 
-        self.budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
+        fewest = int(np.bincount(layout.prompt).min())
+
+        def cut(undone: Block | None) -> list[Block]:
+            slots = self._division(state).query_slots(width, len(w_o.T), weights.n_heads, fewest)
+            return self._cut_blocks(layout, min(slots, self._slots(state, weights)), device, undone=undone)
+
+        self.budget.each(device, cut, step)
         return out
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -283,13 +292,8 @@ class TorchBackend:
         return step, out_scale
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
-        n = weights.w_down.shape[1]
-        rows = max(1, chunk.rows.stop - chunk.rows.start)
-        size = self._bytes(state) // (2 * rows * self._dtype(state).itemsize)
-        if state.device.type == "cpu":
-            size = min(size, 2048)
-        parts = -(-n // max(1, min(n, max(size, 16))))
-        size = -(-n // parts)
+        width, n = weights.w_down.shape
+        size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
     # -- readout ------------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ class TorchBackend:
         return self.compute_dtype or state.rows.dtype
 
     def _bytes(self, state: ComponentState) -> int:
-        return self.budget.bytes(state.device)
+        return self.budget.bytes(self._computes_on(state))
 
     def _release(self) -> None:
         """Hold nothing that is not needed to carry on."""
@@ -324,31 +328,43 @@ class TorchBackend:
             plans[key] = make()
         return plans[key]
 
+    def _division(self, state: ComponentState) -> Division:
+        item, on_cpu = self._dtype(state).itemsize, self._computes_on(state).type == "cpu"
+        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
+
+    def _computes_on(self, state: ComponentState) -> torch.device:
+        return state.device
+
+    def _slots(self, state: ComponentState, weights: Attention) -> int:
+        v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
+        return self._division(state).slots(state.rows.shape[1], v, o)
+
     def _blocks(
         self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
     ) -> list[Block]:
-        width = state.rows.shape[1] + 2 * (weights.n_heads + weights.n_kv_heads) * weights.head_dim
-        slots = max(1, self._bytes(state) // (2 * width * self._dtype(state).itemsize))
+        slots = self._slots(state, weights)
+        return self._cut_blocks(state.layout, slots, weights.w_v.device, extras_only, undone)
+
+    def _cut_blocks(
+        self,
+        layout: Layout,
+        slots: int,
+        device: torch.device,
+        extras_only: bool = False,
+        undone: Block | None = None,
+    ) -> list[Block]:
         if undone is not None:
-            return make_blocks(state.layout, slots, weights.w_v.device, extras_only, (undone.prompt, undone.first))
-        return self._plan(
-            state.layout,
-            ("blocks", slots, extras_only, state.device),
-            lambda: make_blocks(state.layout, slots, weights.w_v.device, extras_only),
-        )
+            return make_blocks(layout, slots, device, extras_only, (undone.prompt, undone.first))
+        key = ("blocks", slots, extras_only, device)
+        return self._plan(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
 
     def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
-        neurons = min(weights.w_down.shape[1], 2048)
-        rows = max(1, self._bytes(state) // (2 * (neurons + state.rows.shape[1]) * self._dtype(state).itemsize))
-        if state.device.type == "cpu":  # of equal size: a small one at the end would cost as much as a whole one
-            n_rows, longest = state.layout.n_rows, int(state.layout.counts.max())
-            rows = min(rows, -(-n_rows // max(1, round(n_rows / _TARGET_ROWS))) + longest - 1)
-        chunks = self._plan(
-            state.layout, ("chunks", rows, state.device), lambda: make_chunks(state.layout, rows, state.device)
-        )
-        if undone is None:
-            return chunks
-        return make_chunks(state.layout, rows, state.device, undone.segments.start)
+        layout, device = state.layout, state.device
+        longest = int(layout.counts.max())
+        rows = self._division(state).rows(*weights.w_down.shape, layout.n_rows, longest)
+        if undone is not None:
+            return make_chunks(layout, rows, device, undone.segments.start)
+        return self._plan(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
 
 
 def scatter(rows: Tensor, block: Block) -> Tensor:
