@@ -14,11 +14,12 @@ from .backends import StreamBackend, choose, make_backend
 from .backends.torch import default_budget
 from .components import ComponentKind
 from .given import Custom
+from .job import RESIDENT
 from .job_size import fewest_components, layer_sizes, named_components
 from .memory import available, readable
 from .options import Options, Run
 from .planned import Plan
-from .planner import RESIDENT, plan
+from .planner import plan
 
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 STREAMED = StreamBackend.name
@@ -87,7 +88,7 @@ def _fitted_state(run: Run, asked: Asked) -> Run:
     if short:
         raise MemoryError(_refusal(made, asked, name, short, may_stream))
     workspace, budget = made.of(name).workspace_bytes, options.memory_budget
-    room = free - (least_bytes(made, name) - min(workspace, _LEAST))
+    room = free - (made.of(name).peak_bytes - workspace)  # less than that: not the forward pass is the peak
     if name != "reference" and budget is None and workspace > room:
         budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     elif name == run.backend.name:
@@ -198,7 +199,7 @@ def least_bytes(made: Plan, backend: str) -> int:
     estimate = made.of(backend)
     if backend == "reference":
         return estimate.peak_bytes
-    return estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST)
+    return max(estimate.forward_bytes, estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST))
 
 
 def _refusal(made: Plan, asked: Asked, name: str, short: str, may_stream: bool) -> str:

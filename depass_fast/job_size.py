@@ -1,4 +1,4 @@
-"""The parts that a plan is made of: the widths of layers, and what a run holds at its peak."""
+"""What a plan is made of: the widths of layers, how many components there are, the forward pass."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch
-
 from .adapters import Adapter
-from .backends.arena import Arena
 from .components import ComponentKind, Modules, Neurons
 from .features import Features
 from .initial import meets_bias
 from .trace_size import bytes_per_position
-
-_BUSIEST = 1.4  # times the even share, which one expert of a layer gets
 
 
 @dataclass(frozen=True)
@@ -24,6 +19,7 @@ class LayerSize:
 
     v: int
     o: int
+    heads: int
     mlps: tuple[tuple[int, float], ...]
     copied: bool  # a parallel layer, or several MLPs: they read a copy of the state
     has_up: bool
@@ -76,6 +72,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     return LayerSize(
         v=attention.n_kv_heads * attention.head_dim,
         o=attention.n_heads * attention.head_dim,
+        heads=attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel or len(mlps) > 1,
         has_up=beside or routed > 0 or adapter.family.gate_part is not None,
@@ -143,99 +140,3 @@ class ForwardPass:
         attention = max(3 * size.o + 2 * size.v for size in layers)
         beside = positions * (width + max(mlp, attention)) * item
         return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))
-
-
-@dataclass(frozen=True)
-class Job:
-    """The parts of the peak. All in bytes."""
-
-    positions: int
-    longest: int
-    counts: list[int]
-    rows: int
-    width: int
-    state: torch.dtype
-    compute: torch.dtype
-    model: torch.dtype
-    budget: int
-    passed: list[LayerSize]
-
-    def copies(self) -> float:
-        """States held at once: what several MLPs read and, twice, what is sent to the busiest of them."""
-        shares = [min(1.0, _BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
-        sent = max(shares, default=0.0)
-        return 1 + any(size.copied for size in self.passed) + 2 * sent
-
-    def weight_copies(self, folds: bool = True) -> int:
-        """Weights with a norm folded into them, where a backend ``folds`` it, and what has to change its dtype."""
-        if not folds:
-            pairs = [pair for size in self.passed for pair in ((size.v, size.o), *((n, n) for n, _ in size.mlps))]
-            cast, normed = self.compute != self.model, any(size.output_norms for size in self.passed)
-            most = max((own * cast + out * (cast or normed) for own, out in pairs), default=0)
-            return self.width * most * self.compute.itemsize
-        folded = max((size.v + size.neurons for size in self.passed), default=0)
-        cast = self.compute != self.model
-        changed = max((max(size.o, size.neurons) * (cast or size.output_norms) for size in self.passed), default=0)
-        return self.width * (folded + changed) * self.compute.itemsize
-
-    def activations(self) -> int:
-        """What a layer's step makes of the trace, per position."""
-        cast = max((size.neurons for size in self.passed), default=0) * (self.compute != self.model)
-        return self.positions * (cast * self.compute.itemsize + 3 * self.width * 4)
-
-    def workspace(self) -> int:
-        """Of the torch backend: buffers for blocks of attention and chunks of the MLP, and tiles of P."""
-        if not self.passed:
-            return 0
-        item = self.compute.itemsize
-        attention = max(self.width + 2 * (size.o + size.v) for size in self.passed)
-        mlp = max(self.width + min(size.neurons, 2048) for size in self.passed)
-        rows = min(self.rows, self.budget // (2 * min(attention, mlp) * item) + self.longest)
-        tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
-        return min(self.budget, rows * max(attention, mlp) * item) + tiles
-
-    def triton_workspace(self) -> int:
-        """Of the triton backend: its arena; and what the last layer's few queries take beside it, as torch does."""
-        item, at_once = self.compute.itemsize, max((self.width + 2 * (s.o + s.v) for s in self.passed), default=0)
-        queries = min(self.rows, self.budget // (2 * at_once * item)) if at_once else 0
-        return self.arena() + queries * self.width * (item + self.state.itemsize)
-
-    def arena(self) -> int:
-        """What attention and MLP of the triton backend take turns in."""
-        arena, most = Arena(self.budget, self.compute.itemsize, self.state.itemsize), 0
-        for size in self.passed:
-            most = max(most, arena.attention_bytes(self.rows, self.longest, self.width, size.v, size.o))
-            for neurons, share in size.mlps:
-                rows = int(min(1.0, _BUSIEST * share) * self.rows)
-                most = max(most, arena.mlp_bytes(rows, max(self.counts), neurons, self.width))
-        return most
-
-    def dense_workspace(self) -> int:
-        """Of the reference backend: dense blocks of one prompt, several at a time."""
-        if not self.passed:
-            return 0
-        attention = max(4 * self.width + 3 * size.o for size in self.passed)
-        mlp = max(3 * self.width + 6 * size.neurons for size in self.passed)
-        return self.longest * max(self.counts) * max(attention, mlp) * self.state.itemsize
-
-    def stream_workspace(self) -> int:
-        """Of the torch backend where the state streams: a block's rows four times over, and its gates in parts."""
-        if not self.passed:
-            return 0
-        neurons = max(size.neurons for size in self.passed)
-        slots = self.budget // (2 * (self.width + 2 * min(neurons, 512)) * self.compute.itemsize)
-        slots = min(max(slots, self.longest), self.longest * max(self.counts))
-        gates = min(3 * self.budget // 4, 6 * slots * neurons * 4)
-        return max(self.workspace(), 4 * slots * self.width * self.state.itemsize + gates)
-
-    def statistics(self) -> int:
-        """What streaming keeps of all components at one MLP, for most rules two numbers per position and neuron.
-
-        And the same of one prompt once more, as it was before a block.
-        """
-        wide = torch.promote_types(self.compute, torch.float32).itemsize
-        return 2 * (self.positions + self.longest) * max((size.neurons for size in self.passed), default=0) * wide
-
-    def gates_again(self) -> float:
-        """FLOP that streaming adds: the gates are computed in both passes."""
-        return sum(size.gates(self.width, self.rows) for size in self.passed)

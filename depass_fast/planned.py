@@ -14,6 +14,7 @@ from .memory import readable
 class Estimate:
     """What one backend needs: FLOP; bytes of workspace, and at the peak beyond the loaded model; seconds if known.
 
+    ``forward_bytes`` are held while the forward pass is taken: the peak is no smaller, whatever the workspace.
     ``host_bytes`` are what the peak does not hold, because the state streams from host memory.
     """
 
@@ -21,6 +22,7 @@ class Estimate:
     flop: float
     workspace_bytes: int
     peak_bytes: int
+    forward_bytes: int
     host_bytes: int
     seconds: float | None
 
@@ -41,8 +43,9 @@ class Plan:
 
     method: str
     components: str
-    layer: int
-    layers_passed: int
+    layer: int  # the first one that components start in
+    start_layers: int
+    layers_passed: int  # by all of them
     lengths: tuple[int, ...]
     n_components: int  # of the longest prompt, `rest` and `bias` included
     rows: int
@@ -82,7 +85,7 @@ class Plan:
         prompts = f"N={self.lengths[0]}" if len(self.lengths) == 1 else f"{len(self.lengths)} prompts, {_range(self)}"
         most = "at most " if self.upper_bound else ""
         rows = [
-            ("components", f"{self.components} from layer {self.layer}, {prompts}, {most}{self.n_components:,}"),
+            ("components", f"{self.components} {_starts(self)}, {prompts}, {most}{self.n_components:,}"),
             (
                 "rows",
                 f"{most}{self.rows:,} of {self.hidden_size} in {self.state_dtype}, {self.layers_passed} layers passed",
@@ -102,6 +105,12 @@ class Plan:
             rows.append(("time from", f"{_flop(self.gemm_flops)}/s, {self.rate_source}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _starts(plan: Plan) -> str:
+    if plan.start_layers == 1:
+        return f"from layer {plan.layer}"
+    return f"of {plan.start_layers} layers, the first {plan.layer}"
 
 
 def _range(plan: Plan) -> str:

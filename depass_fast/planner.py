@@ -20,7 +20,8 @@ from .backends.torch import default_budget
 from .components import ComponentKind, Tokens
 from .gemm_rate import gemm_rate
 from .hook_names import layer_input
-from .job_size import ForwardPass, Job, has_bias, layer_sizes, named_components, reach
+from .job import Job, estimates
+from .job_size import ForwardPass, has_bias, layer_sizes, named_components, reach
 from .memory import available
 from .options import Options
 from .planned import Estimate, Plan, dtype_name
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 # shares of the GEMM rate: on a CPU as bench.cpu and bench.plan measure them, on a GPU as bench.gpu does
 EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5}
 ON_A_GPU = {"torch": 0.3, "triton": 0.7, "adjoint": 0.2}
-RESIDENT = ("torch", "triton")  # backends whose state is on the device, in jagged rows, and whose workspace is bounded
-_INDEX = 40  # bytes of indices per row, held along with a state
 
 
 def plan(
@@ -76,9 +75,6 @@ def plan(
     if method is not None and method.name == "adjoint":
         outlook = foresee(adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts)
         return _adjoint(adapter, lengths, kind, outlook, device, loud, *speed)
-    if kind.is_layered:
-        more = {"end": end, "device": device, "traced": traced, "gemm_flops": gemm_flops, "rate_source": rate_source}
-        return _together([plan(adapter, lengths, one, options, **more) for one in kind.each(adapter)])
     return _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
 
 
@@ -94,80 +90,81 @@ def _exact(
     gemm_flops: float | None,
     rate_source: str,
 ) -> Plan:
+    """The plan of a state, or of those of several layers in one sweep: at most, as far as there is room for all."""
+    kinds = list(kind.each(adapter))
+    jobs, known = zip(*(_job(adapter, lengths, one, options, end, device, counts) for one in kinds), strict=True)
+    first, forward = jobs[0], ForwardPass.of(adapter, lengths, traced)
+    return Plan(
+        method="exact",
+        components=kind.kind,
+        layer=kinds[0].resolve(adapter),
+        start_layers=len(jobs),
+        layers_passed=sum(len(job.passed) for job in jobs),
+        lengths=tuple(lengths),
+        n_components=max(max(job.counts) for job in jobs),
+        rows=sum(job.rows for job in jobs),
+        hidden_size=first.width,
+        device=str(device),
+        dtype=dtype_name(adapter.dtype),
+        state_dtype=dtype_name(first.state),
+        compute_dtype=dtype_name(first.compute),
+        flop=sum(job.flop for job in jobs),
+        weights_bytes=_weights(adapter),
+        trace_bytes=forward.trace,
+        state_bytes=sum(job.state_bytes for job in jobs),
+        estimates=estimates(_groups(jobs), forward, _rates(device, first, gemm_flops)),
+        available_bytes=available(device),
+        gemm_flops=gemm_flops,
+        rate_source="" if gemm_flops is None else rate_source,
+        upper_bound=kind.is_layered or not all(known),
+    )
+
+
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Neighbours that are carried together where there is memory enough, as :func:`depass_fast.sweep.together`."""
+    groups: list[list[Job]] = [[]]
+    for job in jobs:
+        if groups[-1] and sum(other.state_bytes for other in groups[-1]) + job.state_bytes > BYTES:
+            groups.append([])
+        groups[-1].append(job)
+    return groups
+
+
+def _job(
+    adapter: Adapter,
+    lengths: Sequence[int],
+    kind: ComponentKind,
+    options: Options,
+    end: int | None,
+    device: torch.device,
+    counts: Sequence[int] | None,
+) -> tuple[Job, bool]:
+    """The state of a kind at one layer and where it goes, and whether that is known before it is traced."""
     state, compute = options.dtypes(adapter.dtype, device)
-    layers, site, first = layer_sizes(adapter), kind.start_site(adapter), kind.resolve(adapter)
     entering, last = reach(kind, adapter, end)
     extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
     named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     if counts is not None:
         named, exact = counts, (True,)
-    counts = [n + extras for n in named]
-    staggered = isinstance(kind, Tokens)
+    staggered, counts = isinstance(kind, Tokens), [n + extras for n in named]
     rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
-    keys = sum(r * (n + 1) / 2 for r, n in zip(rows, lengths, strict=True))  # that rows meet
-
-    passed = [replace(size, skip_attention=site == "resid_mid" and i == first) for i, size in enumerate(layers)]
-    passed = passed[entering:last]
-    total, width = sum(rows), adapter.hidden_size
-    flop = sum(size.flop(width, total, keys) for size in passed)
-    state_bytes = total * width * state.itemsize
-    budget = options.memory_budget or default_budget(device)
-    job = Job(sum(lengths), max(lengths), counts, total, width, state, compute, adapter.dtype, budget, passed)
-    forward = ForwardPass.of(adapter, lengths, traced)
-    dense = sum(n * m for n, m in zip(lengths, counts, strict=True))
-    held, streamed = int(job.copies() * state_bytes), flop + job.gates_again()
-    away = 0 if device.type == "cpu" else held  # a CPU's memory is the host's
-    elsewhere = device.type == "cuda" and not torch.cuda.is_available()  # planned for a machine that is not this one
-    estimates, status = [], {} if elsewhere else backend_status(device, torch.promote_types(state, compute))
-    for name, work, workspace, here, copies, host in (
-        ("torch", flop, job.workspace(), held + total * _INDEX, job.weight_copies(), 0),
-        ("triton", flop, job.triton_workspace(), held + total * _INDEX, job.weight_copies(folds=False), 0),
-        (
-            "torch, streamed",
-            streamed,
-            job.stream_workspace(),
-            job.statistics() + held - away,
-            job.weight_copies(),
-            away,
-        ),
-        ("reference", flop * dense / max(1, total), job.dense_workspace(), state_bytes, job.weight_copies(), 0),
-    ):
-        if status.get(name) is not None:
-            continue
-        rate = _rate(name.partition(",")[0], device, gemm_flops)
-        estimates.append(
-            Estimate(
-                backend=name,
-                flop=work,
-                workspace_bytes=workspace,
-                peak_bytes=max(forward.peak, forward.held + here + workspace + copies + job.activations()),
-                host_bytes=host,
-                seconds=None if rate is None else (work + forward.flop) / rate,
-            )
-        )
-    return Plan(
-        method="exact",
-        components=kind.kind,
-        layer=first,
-        layers_passed=len(passed),
+    site, first = kind.start_site(adapter), kind.resolve(adapter)
+    sizes = layer_sizes(adapter)
+    passed = [replace(size, skip_attention=site == "resid_mid" and i == first) for i, size in enumerate(sizes)]
+    job = Job(
         lengths=tuple(lengths),
-        n_components=max(counts),
-        rows=total,
-        hidden_size=width,
-        device=str(device),
-        dtype=dtype_name(adapter.dtype),
-        state_dtype=dtype_name(state),
-        compute_dtype=dtype_name(compute),
-        flop=flop,
-        weights_bytes=_weights(adapter),
-        trace_bytes=forward.trace,
-        state_bytes=state_bytes,
-        estimates=tuple(estimates),
-        available_bytes=available(device),
-        gemm_flops=gemm_flops,
-        rate_source="" if gemm_flops is None else rate_source,
-        upper_bound=not all(exact),
+        counts=tuple(counts),
+        rows_of=tuple(rows),
+        staggered=staggered,
+        width=adapter.hidden_size,
+        state=state,
+        compute=compute,
+        model=adapter.dtype,
+        budget=options.memory_budget or default_budget(device),
+        on_cpu=device.type == "cpu",
+        passed=tuple(passed[entering:last]),
     )
+    return job, all(exact)
 
 
 def _adjoint(
@@ -185,15 +182,16 @@ def _adjoint(
     workspace = outlook.default_workspace(free)
     rate = _rate("adjoint", device, gemm_flops)
     cases = [("adjoint", 0), ("adjoint, many loud", None)] if loud is None else [("adjoint", loud)]
-    estimates = []
+    found = []
     for name, number in cases:
         flop, peak = outlook.flop(workspace, number), outlook.peak(workspace, number)
-        estimates.append(
+        found.append(
             Estimate(
                 backend=name,
                 flop=flop,
                 workspace_bytes=peak - outlook.peak(outlook.smallest(workspace), number),
                 peak_bytes=peak,
+                forward_bytes=outlook.forward.peak,
                 host_bytes=0,
                 seconds=None if rate is None else (flop + outlook.forward.flop) / rate,
             )
@@ -203,6 +201,7 @@ def _adjoint(
         method="adjoint",
         components=kind.kind,
         layer=outlook.layer,
+        start_layers=len(list(kind.each(adapter))),
         layers_passed=outlook.layers_passed,
         lengths=tuple(lengths),
         n_components=outlook.n_components,
@@ -212,16 +211,24 @@ def _adjoint(
         dtype=dtype_name(adapter.dtype),
         state_dtype=dtype_name(outlook.wide),
         compute_dtype=dtype_name(outlook.compute),
-        flop=estimates[0].flop,
+        flop=found[0].flop,
         weights_bytes=_weights(adapter),
         trace_bytes=outlook.forward.trace,
         state_bytes=rows * adapter.hidden_size * outlook.wide.itemsize,
-        estimates=tuple(estimates),
+        estimates=tuple(found),
         available_bytes=free,
         gemm_flops=gemm_flops,
         rate_source="" if gemm_flops is None else rate_source,
         upper_bound=outlook.upper_bound,
     )
+
+
+def _rates(device: torch.device, job: Job, gemm_flops: float | None) -> dict[str, float | None]:
+    """FLOP per second of every backend that can run on a device; on one of another machine that is all of them."""
+    elsewhere = device.type == "cuda" and not torch.cuda.is_available()
+    status = {} if elsewhere else backend_status(device, torch.promote_types(job.state, job.compute))
+    names = ("torch", "triton", "torch, streamed", "reference")
+    return {name: _rate(name.partition(",")[0], device, gemm_flops) for name in names if status.get(name) is None}
 
 
 def _rate(name: str, device: torch.device, gemm_flops: float | None) -> float | None:
@@ -232,33 +239,6 @@ def _rate(name: str, device: torch.device, gemm_flops: float | None) -> float | 
 
 def _weights(adapter: Adapter) -> int:
     return sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-
-
-def _together(plans: list[Plan]) -> Plan:
-    """Several start layers in one sweep: at most, since states are held together as far as there is room."""
-    first, states = plans[0], [made.state_bytes for made in plans]
-    held = 2 * max(min(sum(states), BYTES), max(states))  # as they start, and joined
-    estimates = []
-    for parts in zip(*(made.estimates for made in plans), strict=True):
-        seconds = [part.seconds for part in parts]
-        peak = max(part.peak_bytes for part in parts) + (held if parts[0].backend in RESIDENT else 0)
-        estimates.append(
-            replace(
-                parts[0],
-                flop=sum(part.flop for part in parts),
-                peak_bytes=peak,
-                seconds=None if None in seconds else sum(seconds),
-            )
-        )
-    return replace(
-        first,
-        layers_passed=sum(made.layers_passed for made in plans),
-        rows=sum(made.rows for made in plans),
-        flop=sum(made.flop for made in plans),
-        state_bytes=sum(states),
-        estimates=tuple(estimates),
-        upper_bound=True,
-    )
 
 
 def for_config(config: Any, dtype: torch.dtype | None = None) -> Adapter:
