@@ -57,6 +57,8 @@ SHAPES = {
         Shape("llama-2-7b", 4096, 11008, 32, 32, 32, vocabulary=32000),
         Shape("llama-3.1-8b", 4096, 14336, 32, 32, 8, vocabulary=128256),
         Shape("qwen2-7b", 3584, 18944, 28, 28, 4, vocabulary=152064, model_type="qwen2"),
+        Shape("pythia-6.9b", 4096, 16384, 32, 32, 32, vocabulary=50432, model_type="gpt_neox"),
+        Shape("gemma-2-9b", 3584, 14336, 42, 16, 8, vocabulary=256000, model_type="gemma2"),
     )
 }
 

@@ -1,0 +1,208 @@
+"""What a run would allocate on a GPU, counted without one: ``python -m bench.meta [--out FILE.json] [--quick]``.
+
+The whole run is made on torch's meta device, whose tensors have shapes and no numbers, so that a model of 7B costs
+nothing: every storage that an operation makes is counted until it is let go. The peak stands beside the planner's
+prediction for a GPU. Not counted are the GEMM library's own buffers and what the allocator rounds up.
+
+Numbers decide a few things on the way (has a weight zeros?): here all of them go the usual way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import KernelInterface
+
+from depass_fast import DePass, Heads, Neurons, Tokens, capture, engine, initial
+from depass_fast.backends import mlp, selection
+from depass_fast.backends import torch as torch_backend
+from depass_fast.backends import triton as triton_backend
+from depass_fast.planner import plan as make_plan
+from depass_fast.sweep import BYTES
+
+from .harness import SHAPES, build_model, write_results
+
+GOAL = 0.15
+META = torch.device("meta")
+_KINDS = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0), "heads of all layers": Heads(layers="all")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decomposition of prompts of ``lengths`` tokens through the first ``layers`` of a model's shape."""
+
+    model: str
+    components: str
+    lengths: tuple[int, ...]
+    backend: str
+    layers: int = 4
+    call: str = "attribute"
+    dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+    memory_budget: int | None = None
+
+    @property
+    def name(self) -> str:
+        prompts = f"N={self.lengths[0]}" if len(self.lengths) == 1 else f"{len(self.lengths)} prompts"
+        more = [] if self.dtype == "bfloat16" else [self.dtype]
+        more += [] if self.state_dtype == "float32" else [f"state {self.state_dtype}"]
+        more += [] if self.memory_budget is None else [f"{self.memory_budget >> 20} MiB of workspace"]
+        return ", ".join([self.components, prompts, self.call, *more])
+
+
+def cases() -> Iterator[Case]:
+    """The workloads of ``bench.gpu``, and what else makes a difference: families, dtypes, the workspace."""
+    for backend in ("torch", "triton"):
+        for model in ("llama-2-7b", "llama-3.1-8b", "qwen2-7b"):
+            yield Case(model, "neurons", (20,), backend)
+            for length in (128, 512, 2048):
+                yield Case(model, "tokens", (length,), backend)
+            yield Case(model, "tokens", (20,) * 64, backend)
+            yield Case(model, "heads", (512,), backend)
+            yield Case(model, "heads of all layers", (20,), backend, layers=32)
+        yield Case("llama-2-7b", "tokens", (512,), backend, call="decompose")
+        for model in ("pythia-6.9b", "gemma-2-9b"):
+            yield Case(model, "neurons", (20,), backend)
+            yield Case(model, "tokens", (512,), backend)
+        yield Case("llama-2-7b", "tokens", (512,), backend, dtype="float32")
+        yield Case("llama-2-7b", "neurons", (20,), backend, dtype="float32")
+        yield Case("llama-2-7b", "tokens", (512,), backend, state_dtype="bfloat16")
+        for budget in (128 << 20, 4 << 30):
+            yield Case("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
+            yield Case("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the storages on the meta device that live, ``now`` and at the ``peak``, without a model's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._model = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+        self._alive: dict[int, object] = {id(storage): storage for storage in self._model}  # by the objects' identities
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, answer = kwargs or {}, _answer(func, args, kwargs or {})
+        made = func(*args, **kwargs) if answer is None else answer
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.device == META:
+                self._count(x.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self._alive.pop(key)
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Something in the place of numbers that are asked for, or None: ones."""
+    aten = torch.ops.aten
+    if func is aten._local_scalar_dense.default and args[0].device == META:
+        return 1
+    if func is aten._to_copy.default and args[0].device == META and kwargs.get("device") == torch.device("cpu"):
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return None
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """The meta device stands in for a GPU: nothing that looks at numbers is asked, no kernel is launched."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> Tensor:
+        return torch.empty_like(q)  # fused on a GPU
+
+    def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+        pass  # added up by the product itself
+
+    with ExitStack() as undo:
+        for place, name, instead in (
+            (engine, "check_weights", lambda adapter: None),
+            (capture, "check_finite", lambda adapter, trace: None),
+            (capture.consistency, "is_known", lambda *about: True),
+            (capture, "_causal_attention", attend),
+            (initial, "_settle_rounding", lambda *parts: False),
+            (mlp, "has_zeros", lambda x: False),
+            (torch_backend, "has_zeros", lambda x: False),
+            (mlp, "accumulate", accumulate),
+            (torch_backend, "accumulate", accumulate),
+            (triton_backend, "accumulate", accumulate),
+            (selection, "why_not_triton", lambda device, dtype: None),
+            (KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None),
+        ):
+            undo.enter_context(mock.patch.object(place, name, instead))
+        yield
+
+
+def run(case: Case) -> dict:
+    """The prediction for a GPU beside what is allocated."""
+    shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
+    shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
+    with standing_in():
+        model = build_model(shape, getattr(torch, case.dtype), device=META)
+        dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
+        made = make_plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"))
+        began = time.perf_counter()
+        with Allocations(dp.model) as counted:
+            if case.call == "decompose":
+                dp.decompose(prompts, kind)
+            else:
+                dp.attribute(prompts, kind, 7)
+    state = made.state_bytes if made.start_layers == 1 else min(made.state_bytes, BYTES)
+    return asdict(case) | {
+        "predicted_bytes": made.of(case.backend).peak_bytes,
+        "measured_bytes": counted.peak,
+        "state_bytes": state,
+        "trace_bytes": made.trace_bytes,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def line(case: Case, row: dict) -> str:
+    predicted, found = row["predicted_bytes"], row["measured_bytes"]
+    beside = found - row["state_bytes"] - row["trace_bytes"]
+    return (
+        f"{case.backend:6} {case.model:12} {case.name:52} {predicted / 2**30:6.2f} GiB predicted "
+        f"{found / 2**30:6.2f} GiB allocated {predicted / found - 1:+7.1%}  {beside / 2**30:5.2f} GiB beside the state"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.meta", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
+    options = parser.parse_args(arguments)
+    rows = []
+    for case in cases():
+        if options.only and options.only not in f"{case.backend} {case.model} {case.name}":
+            continue
+        rows.append(run(case))
+        print(line(case, rows[-1]), flush=True)
+    worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
+    print(f"furthest off: {worst:.1%}; goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}")
+    if options.out is not None:
+        write_results(options.out, "meta", [], goal=GOAL, predictions=rows)
+
+
+if __name__ == "__main__":
+    main()
