@@ -105,7 +105,7 @@ class Job:
         return min(self.budget, rows * max(attention, mlp) * item) + tiles
 
     def _workspace_on_a_gpu(self) -> int:
-        """Buffers are kept from layer to layer but the last; of attention and MLP, one goes into the other's if it can."""
+        """Buffers are kept up to the last layer; of attention and MLP, one goes into the other's where it can."""
         division, item, most = self.division, self.compute.itemsize, 0
         for size in set(self.passed):
             slots, alone = self._block(division.slots(self.width, size.v, size.o))

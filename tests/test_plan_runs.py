@@ -1,7 +1,6 @@
 """Plans of adjoint sweeps, of components whose number the trace tells, and of the triton backend; what fits by them."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import depass_fast.engine
 import depass_fast.fitting
 import depass_fast.planner
 from bench.family_models import build_model, build_variant
-from bench.harness import SHAPES, config_of
 from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import outlook as outlook_of_sweeps
 from depass_fast.adjoint import sweep
@@ -23,7 +21,7 @@ from depass_fast.adjoint.outlook import foresee
 from depass_fast.backends.triton import TritonBackend
 from depass_fast.cli import main
 from depass_fast.options import Options
-from depass_fast.planner import for_config, plan
+from depass_fast.planner import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(40, seed=1)
