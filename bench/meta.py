@@ -1,4 +1,4 @@
-"""What a run would allocate on a GPU, counted without one: ``python -m bench.meta [--out FILE.json] [--quick]``.
+"""What a run would allocate on a GPU, counted without one: ``python -m bench.meta [--out FILE.json]``.
 
 The whole run is made on torch's meta device, whose tensors have shapes and no numbers, so that a model of 7B costs
 nothing: every storage that an operation makes is counted until it is let go. The peak stands beside the planner's
@@ -10,7 +10,6 @@ Numbers decide a few things on the way (has a weight zeros?): here all of them g
 from __future__ import annotations
 
 import argparse
-import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +35,7 @@ from .harness import SHAPES, build_model, write_results
 
 GOAL = 0.15
 META = torch.device("meta")
+_LAUNCH_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"}
 _KINDS = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0), "heads of all layers": Heads(layers="all")}
 
 
@@ -84,21 +84,26 @@ def cases() -> Iterator[Case]:
             yield Case("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages on the meta device that live, ``now`` and at the ``peak``, without a model's."""
+class Counted(TorchDispatchMode):
+    """Counts what a GPU would be given to do, and to hold beside ``model``.
+
+    ``operations`` are what is launched: kernels, copies. ``now`` and ``peak`` are bytes of storages.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.operations = self.now = self.peak = 0
         self._model = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
         self._alive: dict[int, object] = {id(storage): storage for storage in self._model}  # by the objects' identities
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, answer = kwargs or {}, _answer(func, args, kwargs or {})
         made = func(*args, **kwargs) if answer is None else answer
-        for x in tree_leaves(made):
-            if isinstance(x, Tensor) and x.device == META:
-                self._count(x.untyped_storage())
+        on_device = [x for x in tree_leaves(made) if isinstance(x, Tensor) and x.device == META]
+        for x in on_device:
+            self._count(x.untyped_storage())
+        launched = on_device and not func.is_view and func.overloadpacket.__name__ not in _LAUNCH_NOTHING
+        self.operations += bool(launched or answer is not None)
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -127,13 +132,10 @@ def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @contextmanager
 def standing_in() -> Iterator[None]:
-    """The meta device stands in for a GPU: nothing that looks at numbers is asked, no kernel is launched."""
+    """The meta device stands in for a GPU: nothing that looks at numbers is asked."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> Tensor:
         return torch.empty_like(q)  # fused on a GPU
-
-    def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-        pass  # added up by the product itself
 
     with ExitStack() as undo:
         for place, name, instead in (
@@ -144,14 +146,26 @@ def standing_in() -> Iterator[None]:
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (torch_backend, "has_zeros", lambda x: False),
-            (mlp, "accumulate", accumulate),
-            (torch_backend, "accumulate", accumulate),
-            (triton_backend, "accumulate", accumulate),
             (selection, "why_not_triton", lambda device, dtype: None),
-            (KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None),
         ):
             undo.enter_context(mock.patch.object(place, name, instead))
         yield
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counted]:
+    """Counts within :func:`standing_in`; Triton's kernels are counted instead of launched."""
+    counted = Counted(model)
+
+    def launch(*args: object, **kwargs: object) -> None:
+        counted.operations += 1
+
+    with ExitStack() as undo:
+        for place in (mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
+            undo.enter_context(mock.patch.object(place, "accumulate", launch))
+        undo.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: launch))
+        undo.enter_context(counted)
+        yield counted
 
 
 def run(case: Case) -> dict:
@@ -162,19 +176,19 @@ def run(case: Case) -> dict:
         model = build_model(shape, getattr(torch, case.dtype), device=META)
         dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
         made = make_plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"))
-        began = time.perf_counter()
-        with Allocations(dp.model) as counted:
+        with counting(dp.model) as counted:
             if case.call == "decompose":
                 dp.decompose(prompts, kind)
             else:
                 dp.attribute(prompts, kind, 7)
     state = made.state_bytes if made.start_layers == 1 else min(made.state_bytes, BYTES)
     return asdict(case) | {
+        "name": case.name,
         "predicted_bytes": made.of(case.backend).peak_bytes,
         "measured_bytes": counted.peak,
         "state_bytes": state,
         "trace_bytes": made.trace_bytes,
-        "seconds": time.perf_counter() - began,
+        "operations": counted.operations,
     }
 
 
@@ -183,7 +197,8 @@ def line(case: Case, row: dict) -> str:
     beside = found - row["state_bytes"] - row["trace_bytes"]
     return (
         f"{case.backend:6} {case.model:12} {case.name:52} {predicted / 2**30:6.2f} GiB predicted "
-        f"{found / 2**30:6.2f} GiB allocated {predicted / found - 1:+7.1%}  {beside / 2**30:5.2f} GiB beside the state"
+        f"{found / 2**30:6.2f} GiB allocated {predicted / found - 1:+7.1%}  {beside / 2**30:5.2f} GiB beside the state "
+        f"{row['operations']:6,} operations"
     )
 
 
@@ -198,6 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         rows.append(run(case))
         print(line(case, rows[-1]), flush=True)
+    if not rows:
+        raise SystemExit(f"bench.meta: no case holds {options.only!r}.")
     worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
     print(f"furthest off: {worst:.1%}; goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}")
     if options.out is not None:

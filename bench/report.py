@@ -149,6 +149,7 @@ SECTIONS = {
     "ablation": ablation_table.section,
     "grouping": tables.grouping,
     "layers": tables.layers,
+    "meta": tables.meta,
     "prompts": tables.prompts,
     "suite": tables.suite,
 }

@@ -1,4 +1,4 @@
-"""Sections of the results page: grouped attribution, prompts per second, the pytest-benchmark suite."""
+"""Sections of the results page: grouped attribution, prompts per second, counted memory, the suite."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ the other. Both were verified to give the same scores before they were timed, in
 SUITE = """`pytest bench --benchmark-only --benchmark-json=bench/results/suite.json`: every backend on every kind of
 component, on a random Llama (D = {hidden}, I = {intermediate}, {layers} layers), verified against the reference
 backend before they are timed; then capture and readout alone. From a trace to scores at the last position."""
+
+
+META = """Whole runs in the shapes of real models, in their first layers (all of them for "all layers"), made on torch's
+meta device (`python -m bench.meta`): bytes of all storages that live, at the peak, without the weights, beside the
+planner's prediction; what of that is neither state nor trace; and how many operations a GPU would be given. bfloat16,
+state in float32, unless said otherwise. Furthest off: {worst:.1%}; goal {goal:.0%}, {reached}."""
 
 
 def grouping(result: dict) -> str:
@@ -73,6 +79,21 @@ def layers(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("All layers in one call", result["environment"]), LAYERS, table(header, lines)])
+
+
+def meta(result: dict) -> str:
+    header = ["workload", "model", "backend", "layers", "predicted", "counted", "off", "beside", "operations"]
+    lines, worst = [], 0.0
+    for row in result["predictions"]:
+        predicted, counted = row["predicted_bytes"], row["measured_bytes"]
+        worst, beside = max(worst, abs(predicted / counted - 1)), counted - row["state_bytes"] - row["trace_bytes"]
+        sizes = [f"{size / 2**30:.2f} GiB" for size in (predicted, counted)]
+        cells = [f"{predicted / counted - 1:+.1%}", f"{beside / 2**30:.2f} GiB", f"{row['operations']:,}"]
+        lines.append([row["name"], row["model"], row["backend"], str(row["layers"]), *sizes, *cells])
+    reached = "reached" if worst <= result["goal"] else "**missed**"
+    text = META.format(worst=worst, goal=result["goal"], reached=reached)
+    title = heading("Memory of a GPU, counted without one", result["environment"])
+    return "\n\n".join([title, text, table(header, lines)])
 
 
 def suite(result: dict) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import meta
-from bench.meta import Allocations, Case, cases, run
+from bench.meta import Case, Counted, cases, run
 
 QUICK = [case for case in cases() if case.lengths != (2048,) and (case.layers == 4 or case.backend == "triton")]
 
@@ -36,7 +36,7 @@ def test_no_more_is_held_than_a_gpu_was_measured_to_hold(workload):
 
 def test_what_is_let_go_is_no_longer_counted():
     model = torch.nn.Linear(8, 8, device="meta")
-    with Allocations(model) as counted:
+    with Counted(model) as counted:
         x = torch.empty(100, 8, device="meta")
         y = model(x)  # 3,200 bytes each
         model.weight.T.contiguous()  # and let go
@@ -44,3 +44,4 @@ def test_what_is_let_go_is_no_longer_counted():
         z = torch.empty(10, device="meta")
         z[2:].mul_(2)  # a view is no storage of its own
     assert counted.peak == 2 * 3200 + 256 and counted.now == 40
+    assert counted.operations == 3  # addmm, clone, mul_
