@@ -140,6 +140,8 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
         state, x = _empty(layout.n_rows, width), _empty(r, width, dtype=dtype)
         with recorded(found, f"{case}, N={length}"):
             rows.read_rows(state, piece.rows, _empty(length), weight, small_heads, x)
+            hidden, at = _empty(length, width, dtype=dtype), _empty(length, dtype=torch.int64)
+            rows.row_scales(hidden, None if length == 20 else at, 1e-5, small_heads)
             tiles = query_tiles(np.array([length]), tile, groups, META)
             lse = attention.log_sum_exp(frozen, _empty(length, dtype=torch.int32), tiles, tile)
             values, mixed = (_empty(r, h * head_dim, dtype=dtype) for h in (kv, heads))

@@ -88,6 +88,18 @@ def _check_read_rows(width: int, centred: bool, gather: bool) -> Callable:
     return run
 
 
+def _check_row_scales(width: int, centred: bool, picked: bool) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        x = (3 + _random(0, 9, width)).to(dtype)
+        at = torch.tensor([8, 0, 0, 5]) if picked else None
+        oracle = x.double() if at is None else x[at].double()
+        oracle = oracle - oracle.mean(1, keepdim=True) if centred else oracle
+        oracle = torch.rsqrt(oracle.square().mean(1) + 1e-5)
+        return error(rows.row_scales(x.to(device), None if at is None else at.to(device), 1e-5, centred), oracle)
+
+    return run
+
+
 def _check_add_rows(width: int) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
         layout = _tokens([5, 1, 7])
@@ -323,6 +335,9 @@ def checks(small: bool) -> Iterator[Check]:
     yield Check("read_rows", "scaled", _check_read_rows(wide + 7, False, False))
     yield Check("read_rows", "centred", _check_read_rows(wide + 7, True, False))
     yield Check("read_rows", "gathered", _check_read_rows(wide + 7, False, True))
+    for centred, picked in ((False, False), (True, False), (False, True)):
+        case = f"{'centred' if centred else 'plain'}, {'picked' if picked else 'all'}"
+        yield Check("row_scales", case, _check_row_scales(wide + 7, centred, picked))
     yield Check("add_rows", "gathered", _check_add_rows(wide + 7))
     for n, k in ((1, 1), (21, 1), (21, 19)):
         yield Check("read_out", f"{n} rows, {k} directions", _check_read_out(n, wide + 7, k))

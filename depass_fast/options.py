@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -63,7 +64,7 @@ class Options:
         """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
         refuse_autocast(adapter.device)
         state, compute = self.dtypes(adapter.dtype, adapter.device)
-        choice = resolve(self.backend, adapter.device, torch.promote_types(state, compute))
+        choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
         name = choice.name
         if name == "reference" and self.compute_dtype is not None and compute != state:
             raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
@@ -147,6 +148,11 @@ class Run:
         """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
         budget = getattr(self.backend, "budget", None)
         return None if budget is None else budget.bytes(device)
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds all of these: of a state, of products, of what a model recorded."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def refuse_autocast(device: torch.device) -> None:

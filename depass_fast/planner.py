@@ -23,7 +23,7 @@ from .hook_names import layer_input
 from .job import Job, estimates
 from .job_size import ForwardPass, has_bias, layer_sizes, named_components, reach
 from .memory import available
-from .options import Options
+from .options import Options, widest
 from .planned import Estimate, Plan, dtype_name
 from .prompts import encode_all
 from .sweep import BYTES
@@ -226,7 +226,7 @@ def _adjoint(
 def _rates(device: torch.device, job: Job, gemm_flops: float | None) -> dict[str, float | None]:
     """FLOP per second of every backend that can run on a device; on one of another machine that is all of them."""
     elsewhere = device.type == "cuda" and not torch.cuda.is_available()
-    status = {} if elsewhere else backend_status(device, torch.promote_types(job.state, job.compute))
+    status = {} if elsewhere else backend_status(device, widest(job.state, job.compute, job.model))
     names = ("torch", "triton", "torch, streamed", "reference")
     return {name: _rate(name.partition(",")[0], device, gemm_flops) for name in names if status.get(name) is None}
 

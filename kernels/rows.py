@@ -1,4 +1,4 @@
-"""Reading rows of the component state through a frozen norm, adding to them, and their dot products.
+"""Reading rows of the component state through a frozen norm, its scales, adding to rows, and their dot products.
 
 A *row* is one component at one position. Rows are grouped by position into segments. A kernel may see the state's rows
 as they lie, or a *piece* of them: of every position the rows from ``source`` on, packed one position after the other
@@ -136,6 +136,40 @@ def _check(x: Tensor, rows: Rows) -> None:
     check("base", rows.base, (None,), torch.int64)
     if rows.source is not None:
         check("source", rows.source, (len(rows.base) - 1,), torch.int64)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _row_scales(
+    x, at, out, eps, n_rows, n_columns, PICKED: tl.constexpr, CENTRED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    live = row < n_rows
+    place = tl.load(at + row, mask=live, other=0) if PICKED else row
+    d = tl.arange(0, BD)
+    there = live[:, None] & (d < n_columns)[None, :]
+    values = tl.load(x + place[:, None] * n_columns + d[None, :], mask=there, other=0.0).to(tl.float32)  # [BR, BD]
+    if CENTRED:
+        values = tl.where(there, values - (tl.sum(values, 1) / n_columns)[:, None], 0.0)
+    tl.store(out + row, tl.rsqrt(tl.sum(values * values, 1) / n_columns + eps), mask=live)
+
+
+def row_scales(x: Tensor, at: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """s = 1 / sqrt(mean (x - mean x)² + eps) of hidden states x (T, D), or of those ``at`` (S,) int64: float32.
+
+    The mean stays where not ``centred``.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
+    """
+    check("x", x, (None, None), *FLOATS)
+    if at is not None:
+        check("at", at, (None,), torch.int64)
+    n_rows, config = len(x if at is None else at), row_config(x.shape[1])
+    out = x.new_empty(n_rows, dtype=torch.float32)
+    _row_scales[(triton.cdiv(n_rows, config["BR"]),)](
+        x, out if at is None else at, out, eps, n_rows, x.shape[1], PICKED=at is not None, CENTRED=centred, **config
+    )
+    return out
 
 
 @triton.jit(do_not_specialize=["n_rows"])

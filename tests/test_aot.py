@@ -29,7 +29,17 @@ def test_every_kernel_compiles_for_every_target(rows):
     for row in rows:
         kernels[row["target"]].add(row["kernel"])
     assert set(kernels) == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
-    everything = {"read_rows", "add_rows", "read_out", "log_sum_exp", "mix", "allocate", "share_linearly", "gate"}
+    everything = {
+        "read_rows",
+        "row_scales",
+        "add_rows",
+        "read_out",
+        "log_sum_exp",
+        "mix",
+        "allocate",
+        "share_linearly",
+        "gate",
+    }
     assert all(found == everything | {"log_partition", "down"} for found in kernels.values())
     for row in rows:
         assert row["shared_bytes"] <= row["shared_limit"], row
@@ -60,6 +70,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         x, y, w, g = empty(n, 64), empty(n, 64), empty(32, 64), empty(n, 32)
         rows.read_rows(x, here, empty(2), None, False, y)
         rows.read_rows(x, rows.Rows(here.segment, here.base, None, n), empty(2), None, False, y)
+        rows.row_scales(x, None, 1e-5, False)
+        rows.row_scales(x, empty(n, dtype=long), 1e-5, False)
         rows.add_rows(x, here, y)
         rows.read_out(x, empty(n, 64), here.segment, empty(2))
         where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
@@ -87,4 +99,4 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
         "_read_out",
         "_share_linearly",
     ]
-    assert sorted(found) == sorted([*once, "_read_rows", "_read_rows"])  # gathered, and in one piece
+    assert sorted(found) == sorted([*once, *2 * ["_read_rows", "_row_scales"]])  # gathered or picked, and all

@@ -71,6 +71,8 @@ def test_offsets_beyond_32_bits_in_rows():
     where = rows.Rows(torch.zeros(2, dtype=torch.int32), base, source)
     out = rows.read_rows(state, where, torch.tensor([2.0]), None, False, torch.empty(2, width))
     assert torch.equal(out, 2 * expected)
+    scales = rows.row_scales(state, torch.tensor([skipped + 1]), 1e-5, False)
+    assert torch.allclose(scales, expected[1:].square().mean(1).add(1e-5).rsqrt(), rtol=1e-5)
     rows.add_rows(state, where, expected)
     assert torch.allclose(state[skipped:].float(), 2 * expected, rtol=2e-3)
     neighbours = rows.Rows(torch.zeros(2, dtype=torch.int32), base, None, skipped)
@@ -188,7 +190,10 @@ def no_launch(*arguments, **more):
 @pytest.fixture
 def idle(monkeypatch):
     """Kernels that nobody may launch."""
-    kernels = {rows: ("_read_rows", "_add_rows", "_read_out"), allocation: ("_allocate", "_share_linearly")}
+    kernels = {
+        rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
+        allocation: ("_allocate", "_share_linearly"),
+    }
     kernels |= {attention: ("_mix", "_log_sum_exp"), gemm: ("_gate", "_down", "_log_partition")}
     for module, names in kernels.items():
         for name in names:
@@ -231,6 +236,8 @@ def reading(which, **changes) -> dict:
     if which == "read_out":
         whole = {"x": torch.ones(4, 6), "directions": torch.ones(2, 6), "scale": torch.ones(1)}
         return whole | {"segment": parts["segment"]} | changes
+    if which == "row_scales":
+        return {"x": torch.ones(4, 6), "at": torch.tensor([3, 0]), "eps": 1e-5, "centred": False} | changes
     where = rows.Rows(**{name: changes.pop(name, value) for name, value in parts.items()})
     whole = {"x": torch.ones(5, 6), "rows": where}
     if which == "add_rows":
@@ -245,6 +252,7 @@ WRAPPERS = {
     "gate": (gemm.gate, functools.partial(multiplying, "gate")),
     "down": (gemm.down, functools.partial(multiplying, "down")),
     "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
+    "row_scales": (rows.row_scales, functools.partial(reading, "row_scales")),
     "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
@@ -254,6 +262,7 @@ NAMES = {
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
     "read_rows": "x segment base source scale weight out alive",
+    "row_scales": "x at",
     "add_rows": "x segment base source gained",
     "read_out": "x directions segment scale",
 }

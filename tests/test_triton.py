@@ -84,6 +84,9 @@ def test_a_float64_state_is_refused_and_not_cut_to_float32():
     dp = build("llama-gqa")
     with pytest.raises(ValueError, match="cannot run: its kernels compute in float32 at most"):
         dp.attribute(random_ids(4), Tokens(), 3, backend="triton", state_dtype="float64")
+    wide = build("llama-gqa", torch.float64)  # whose trace is
+    with pytest.raises(ValueError, match="cannot run: its kernels compute in float32 at most"):
+        wide.attribute(random_ids(4), Tokens(), 3, backend="triton", state_dtype="float32", compute_dtype="float32")
 
 
 @torch.no_grad()

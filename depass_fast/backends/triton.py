@@ -73,7 +73,8 @@ class TritonBackend(TorchBackend):
             key = ("tiles", tile, groups, device)
             tiles = self._plan(layout, key, lambda: query_tiles(lengths, tile, groups, device))
             packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
-            return w_v, w_o, weights.scale(trace.resid), attention.log_sum_exp(frozen, packed, tiles, tile)
+            lse = attention.log_sum_exp(frozen, packed, tiles, tile)
+            return w_v, w_o, _scales(weights.norm, trace.resid), lse
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
@@ -142,7 +143,7 @@ class TritonBackend(TorchBackend):
                 recorded = torch.arange(len(packed), device=device)
             constant = weights.gate_constant(torch.float32) if bias is not None else None
             w_gate, w_down = weights.w_gate.to(dtype), weights.writing(weights.w_down, dtype)
-            scale = weights.scale(trace.resid[packed])
+            scale = _scales(weights.norm, trace.resid, packed)
             return w_gate, w_down, act, gate, recorded, scale, constant, out_scale
 
         w_gate, w_down, act, gate, recorded, scale, constant, out_scale = self.budget.prepare(device, prepare)
@@ -216,7 +217,7 @@ class TritonBackend(TorchBackend):
             packed = state.layout.tensor("packed", state.device)
             segment = to_device(state.layout.row_segments().astype(np.int32), state.device)
             folded = norm.fold(directions.float(), torch.empty_like(directions, dtype=torch.float32))
-            return rows.read_out(state.rows, folded, segment, norm.scale(resid[packed]))
+            return rows.read_out(state.rows, folded, segment, _scales(norm, resid, packed))
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -263,6 +264,13 @@ def _current(device: torch.device) -> Iterator[None]:
     """Triton launches on the current device."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
+
+
+def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tensor:
+    """s of the residual stream (T, D), or of its positions ``at`` (S,): float32; ones without a norm."""
+    if norm is None:
+        return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
+    return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
 
 
 def _as(room: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
