@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .components import ComponentKind, Products, Tokens
-from .state import BIAS, REST, Components, ComponentState, Factors, Layout
+from .state import BIAS, REST, Components, ComponentState, Factors, Layout, to_device
 from .trace import Trace
 
 _PART = 8 << 20  # numbers made on the device at a time, where they are to lie in host memory
@@ -48,7 +48,7 @@ def initial_state(
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
         layout = Layout.of(components, trace.offsets)
         rows = _rows(layout, x, dtype, host).zero_()
-        rows[torch.from_numpy(layout.starts[1:] - 1).to(rows.device)] = x.to(rows)
+        rows[to_device(layout.starts[1:] - 1, rows.device)] = x.to(rows)
         return ComponentState(rows, layout, entering, site, factors)
 
     extras = (REST, *bias)
@@ -76,8 +76,7 @@ def initial_state(
         if kind.may_be_complete:
             settled |= _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
     factors = None if settled else factors
-    rests = torch.from_numpy(layout.extra_rows(REST)).to(x.device)
-    if kind.may_be_complete and not rows[rests].any():
+    if kind.may_be_complete and not rows[to_device(layout.extra_rows(REST), x.device)].any():
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
         return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), entering, site)
     return ComponentState(rows, layout, entering, site, factors)
