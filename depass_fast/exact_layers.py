@@ -11,6 +11,7 @@ from torch import Tensor
 from .call import fit
 from .initial import meet_bias
 from .layered import LayeredAttribution
+from .reading import Aim, to_results
 from .readout import TargetSpec
 from .result import Attribution
 from .state import BIAS, ComponentState
@@ -37,12 +38,11 @@ def exact_layers(
         own_bias.append(constant is not None or ahead)
         plans.append(replace(plan, components=kind, layer=layer, trace=trace))
     plans = [replace(one, has_bias=any(own_bias)) for one in plans]  # joint states have the same extras
+    aim = Aim.of(engine, plans[0], list(enumerate(reads)), specs)
+    readings = [aim.read(one, *done) for one, done in zip(plans, _carried(engine, plans, reads), strict=True)]
     by_layer = [
-        [
-            result if has_bias else _without_bias(result)
-            for result in engine.read(one, trace, *done, reads, specs, began)
-        ]
-        for one, has_bias, done in zip(plans, own_bias, _carried(engine, plans, reads), strict=True)
+        [result if has_bias else _without_bias(result) for result in results]
+        for has_bias, results in zip(own_bias, to_results(engine, readings, began), strict=True)
     ]
     return [LayeredAttribution(list(results), warnings=_warnings(results)) for results in zip(*by_layer, strict=True)]
 

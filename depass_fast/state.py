@@ -201,6 +201,19 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type == "cuda")
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in host memory, by one copy per device and dtype: each copy waits for all that a GPU has to do."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        flat = torch.cat([tensors[i].flatten() for i in members]).cpu()
+        for i, part in zip(members, flat.split([tensors[i].numel() for i in members]), strict=True):
+            found[i] = part.view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
+
+
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts (S,) and the first row of every segment (S + 1,)."""
     starts = np.zeros(len(counts) + 1, np.int64)

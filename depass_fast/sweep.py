@@ -85,9 +85,9 @@ def sweep(
             passed.append(joint.completeness(trace.resid(index + 1)).view(n_joined, -1))
             if shown is not None:
                 shown.finish()
-    errors = [[start.cpu()] for start in starts]  # not before the end: the device need not be waited for
+    errors = [[start] for start in starts]
     for worst in passed:
-        for mine, error in zip(errors, worst.cpu(), strict=False):
+        for mine, error in zip(errors, worst.unbind(), strict=False):
             mine.append(error)
     done = [] if joint is None else joint.apart()
     for state in states[n_joined:]:  # they start where the sweep ends
