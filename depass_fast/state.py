@@ -339,11 +339,12 @@ class ComponentState:
         layouts = self.layout.apart()
         if len(layouts) == 1:
             return [self]
-        count, found = len(layouts[0].components), []
-        for d, layout in enumerate(layouts):
-            segments = np.flatnonzero(self.layout.prompt // count == d)
-            found.append(ComponentState(self.take(segments).rows, layout, self.layer, self.site))
-        return found
+        by_decomposition = np.argsort(self.layout.prompt // len(layouts[0].components), kind="stable")
+        rows = self.rows[to_device(self.layout.rows_of(by_decomposition), self.device)]
+        parts = rows.split([layout.n_rows for layout in layouts])
+        return [
+            ComponentState(part, layout, self.layer, self.site) for part, layout in zip(parts, layouts, strict=True)
+        ]
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""

@@ -194,6 +194,10 @@ class Adapter:
         path = getattr(self.family, part)
         return None if path is None else _below(block, path)  # much cheaper than get_submodule, which checks every step
 
+    def layer_device(self, index: int) -> torch.device:
+        """Where layer ``index`` lives."""
+        return stored_device(self.module(index, "v_proj"))
+
     def is_mixture(self, index: int) -> bool:
         """Whether the MLP of layer ``index`` is a mixture of experts."""
         return self.family.experts is not None and has_router(self.module(index, "mlp"), self.family.experts)
