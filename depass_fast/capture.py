@@ -51,17 +51,17 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
     with _one_at_a_time:
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
         watching = not consistency.is_known(adapter.model, computation, longest)
-        passes = (len(prompts) if adapter.one_by_one else 1) + watching
-        with bar_of_calls("forward pass", adapter.blocks, passes, progress):
-            trace = _capture(adapter, prompts, device, watching)
+        groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
+        with bar_of_calls("forward pass", adapter.blocks, len(groups) + watching, progress):
+            trace = _capture(adapter, groups, device, watching)
         if watching:
             consistency.know(adapter.model, computation, longest)
         return trace
 
 
-def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device, watching: bool) -> Trace:
-    recorder, one_by_one = _Recorder(adapter, watching), adapter.one_by_one
-    groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
+def _capture(adapter: Adapter, groups: list[list[Tensor]], device: torch.device, watching: bool) -> Trace:
+    """Prompts that go through the model together, one group after the other."""
+    recorder, prompts = _Recorder(adapter, watching), [prompt for group in groups for prompt in group]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
@@ -73,7 +73,7 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device, watc
     check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        known = prompts[-1] if one_by_one else prompts[-1][:_ORDINARY]
+        known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
         consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
     return trace
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,30 +86,27 @@ class Reading:
 def to_results(engine: DePass, readings: Sequence[Reading], began: float) -> list[list[Attribution]]:
     """A result per place, of every reading."""
     held = to_host([tensor for one in readings for tensor in (*one.scores, *one.errors)])
-    seconds, results, first = time.perf_counter() - began, [], 0
+    adapter, results, first = engine.adapter, [], 0
+    same = {"device": str(adapter.device), "dtype": str(adapter.dtype).removeprefix("torch.")}
+    same["seconds"] = time.perf_counter() - began
     for one in readings:
         middle, last = first + len(one.scores), first + len(one.scores) + len(one.errors)
-        results.append(_results(engine, one, held[first:middle], torch.stack(held[middle:last]), seconds))
+        same["memory_budget"] = one.call.run.workspace(adapter.device)
+        results.append(_results(one, held[first:middle], torch.stack(held[middle:last]), same))
         first = last
     return results
 
 
-def _results(
-    engine: DePass, reading: Reading, scores: Sequence[Tensor], errors: Tensor, seconds: float
-) -> list[Attribution]:
+def _results(reading: Reading, scores: Sequence[Tensor], errors: Tensor, same: dict[str, Any]) -> list[Attribution]:
     """A result per place, from its scores and all prompts' errors (layers, P) in host memory."""
-    call, aim, run, adapter = reading.call, reading.aim, reading.call.run, engine.adapter
-    same = {
+    call, aim, run = reading.call, reading.aim, reading.call.run
+    same = same | {
         "components": call.components.kind,
         "layer": call.layer,
         "allocation": run.allocation.name,
         "temperature": run.allocation.temperature,
         "backend": run.backend.name,
-        "device": str(adapter.device),
-        "dtype": str(adapter.dtype).removeprefix("torch."),
-        "seconds": seconds,
         "verification": reading.found,
-        "memory_budget": run.workspace(adapter.device),
     }
     return [
         Attribution.assemble(
