@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -51,17 +52,17 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
     with _one_at_a_time:
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
         watching = not consistency.is_known(adapter.model, computation, longest)
-        passes = (len(prompts) if adapter.one_by_one else 1) + watching
-        with bar_of_calls("forward pass", adapter.blocks, passes, progress):
-            trace = _capture(adapter, prompts, device, watching)
+        groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
+        with bar_of_calls("forward pass", adapter.blocks, len(groups) + watching, progress):
+            trace = _capture(adapter, groups, device, watching)
         if watching:
             consistency.know(adapter.model, computation, longest)
         return trace
 
 
-def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device, watching: bool) -> Trace:
-    recorder, one_by_one = _Recorder(adapter, watching), adapter.one_by_one
-    groups = [[prompt] for prompt in prompts] if one_by_one else [prompts]
+def _capture(adapter: Adapter, groups: list[list[Tensor]], device: torch.device, watching: bool) -> Trace:
+    """Prompts that go through the model together, one group after the other."""
+    recorder, prompts = _Recorder(adapter, watching), [prompt for group in groups for prompt in group]
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
@@ -73,7 +74,7 @@ def _capture(adapter: Adapter, prompts: list[Tensor], device: torch.device, watc
     check_finite(adapter, trace)
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        known = prompts[-1] if one_by_one else prompts[-1][:_ORDINARY]
+        known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
         consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
     return trace
 
@@ -133,16 +134,18 @@ class _Recorder:
         record, biases, parts, first = self.layers[index], [], [], 0
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
-        for length in self.lengths:
+        for length, run in groupby(self.lengths):  # neighbours of equal length at once
+            count = len(list(run))
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
-            part = (x[:, :, first : first + length] for x in (q, k, v))
-            parts.append(_causal_attention(*part, key_bias=bias, **rest))
-            biases.append(bias)
-            first += length
+            part = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
+            out = _causal_attention(*(x.transpose(0, 1) for x in part), key_bias=bias, **rest)
+            parts.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (P, H, N, d) -> (P·N, H, d)
+            biases += [bias] * count
+            first += count * length
         if key_bias is not None:
             self.keep(record, "key_bias", torch.cat(biases))
         record["mask"] = rest
-        out = torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        out = (parts[0] if len(parts) == 1 else torch.cat(parts))[None].contiguous()
         if self.watching:
             self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
             self.keep(record, "attended", out[0, self.watched].flatten(1))
@@ -192,22 +195,22 @@ class _Recorder:
 def _causal_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, key_bias: Tensor | None
 ) -> Tensor:
-    """Causal attention of one prompt with grouped heads; (1, H, N, d) -> (1, H, N, d)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    n = q.shape[2]
+    """Causal attention of prompts of one length with grouped heads; (P, H, N, d) -> (P, H, N, d)."""
+    groups, n = q.shape[1] // k.shape[1], q.shape[2]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None and key_bias is None:
         if window is None or window >= n:
             return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        parts = []
-        for queries in torch.arange(n, device=q.device).split(max(window, 256)):  # no mask of N x N
-            first, end = max(0, int(queries[0]) - window + 1), int(queries[-1]) + 1
-            mask = causal_mask(queries, end, window)[:, first:]
-            part = (q[:, :, queries], k[:, :, first:end], v[:, :, first:end])
+        parts, size = [], max(window, 256)
+        for begin in range(0, n, size):  # no mask of N x N
+            first, end = max(0, begin - window + 1), min(begin + size, n)
+            mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
+            part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
             parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
         return torch.cat(parts, dim=2)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
-    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
+    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (len(q) * q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

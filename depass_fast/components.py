@@ -166,7 +166,7 @@ class Heads(LayerKind):
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
-        return tuple(f"L{layer}H{h}" for h in range(adapter.layer(layer).attention.n_heads))
+        return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
@@ -249,7 +249,7 @@ class Neurons(LayerKind):
 
     def count(self, adapter: Adapter) -> int:
         """How many neurons the layer has, at most."""
-        return sum(mlp.w_down.shape[1] for mlp in adapter.layer(self.resolve(adapter)).mlps)
+        return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
         layer = self.resolve(adapter)

@@ -31,7 +31,8 @@ from .options import Options, Run, refuse_autocast
 from .planner import Plan, plan_call
 from .progress import bar
 from .prompts import Prompt, as_position, encode, encode_all, is_batch
-from .readout import TargetSpec, parse_target, read_scores, resolve_target
+from .reading import Aim, to_results
+from .readout import parse_target
 from .result import Attribution
 from .state import ComponentState, Layout
 from .step import normalise, through_layer
@@ -178,9 +179,10 @@ class DePass:
             results = exact_layers(self, plan, reads, specs, began)
         else:
             plan = self.traced(fit(plan, self.adapter))
+            aim = Aim.of(self, plan, list(enumerate(reads)), specs)
             trace, state = self.start_state(plan)
-            state, errors = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
-            results = self.read(plan, trace, state, errors, reads, specs, began)
+            done = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
+            results = to_results(self, [aim.read(plan, *done)], began)[0]
         return results if plan.batch else results[0]
 
     @torch.no_grad()
@@ -208,14 +210,16 @@ class DePass:
         if len(ids) == length:
             raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
         plan = self.traced(self._plan(ids, Tokens(), None, options))
+        reads = range(length - 1, len(ids) - 1)
+        specs = [parse_target(int(ids[read + 1]), self.adapter, self.tokenizer) for read in reads]
+        aim = Aim.of(self, plan, [(0, read) for read in reads], specs)
         trace, state = self.start_state(plan)
-        state, errors = self.propagate(trace, state, plan.end, plan.run, [range(length - 1, len(ids) - 1)])
+        state, errors = self.propagate(trace, state, plan.end, plan.run, [reads])
         steps = []
-        for read in range(length - 1, len(ids) - 1):
+        for step, read in enumerate(reads):
             here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
-            spec = parse_target(int(ids[read + 1]), self.adapter, self.tokenizer)
-            steps += self.read(plan, trace, here, errors, [read], [spec], began)
-        return Generation.of(steps, length, self.tokenizer)
+            steps.append(aim.only(step).read(plan, here, errors))
+        return Generation.of([one for (one,) in to_results(self, steps, began)], length, self.tokenizer)
 
     @torch.no_grad()
     def decompose(
@@ -298,7 +302,7 @@ class DePass:
         """Carry ``state`` to the input of layer ``end``: the layer loop.
 
         With ``reads`` (local positions of every prompt) the last layer computes those positions only. Also returned are
-        the completeness errors (P,) at the start and after every layer.
+        the completeness errors (P,) at the start and after every layer, where the state is.
         """
         run.watch(trace, reads)
         first, queries = state.layer, None
@@ -318,8 +322,7 @@ class DePass:
         if queries is not None and first == end:
             state = state.at(queries)
         state.factors = None
-        errors = torch.stack([error.to(state.device) for error in errors]).cpu()  # not before: nothing waits for it
-        return state, list(errors)
+        return state, [error.to(state.device) for error in errors]
 
     def _capture(self, prompts: list[Tensor], progress: bool | None = None) -> Trace:
         """The forward pass. ``progress``: with a bar, by default as the options of this object say."""
@@ -344,56 +347,6 @@ class DePass:
         known, run = plan if plan.bound else self.traced(plan), plan.run
         settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)
         return known.trace, initial_state(plan.components, self.adapter, known.trace, *settings, known.bound)
-
-    def read(
-        self,
-        plan: Call,
-        trace: Trace,
-        state: ComponentState,
-        errors: list[Tensor],
-        reads: Sequence[int],
-        specs: Sequence[TargetSpec],
-        began: float,
-    ) -> list[Attribution]:
-        """A result per prompt, from a state with one position of each."""
-        device = self.adapter.unembedding_device
-        final_norm = plan.end_given is None
-        norm = self.adapter.final_norm() if final_norm else None
-        norm = None if norm is None else norm.to(device)
-        wide = torch.promote_types(state.rows.dtype, torch.float32)  # no share is rounded to half precision
-        state.rows, resid = state.rows.to(device, wide), trace.resid(plan.end).to(device)
-        final = trace.normed_final.to(device) if final_norm else resid
-        hidden = [final[trace.span(p)][read] for p, read in enumerate(reads)]
-        directions = [
-            resolve_target(spec, self.adapter, self.tokenizer, h, wide) for spec, h in zip(specs, hidden, strict=True)
-        ]
-        scores = read_scores(state, plan.run.steps, norm, resid, directions)
-        found = plan.run.verified()
-        seconds = time.perf_counter() - began
-        return [
-            Attribution.assemble(
-                scores=scores[p],
-                logits=directions[p].vectors @ hidden[p].to(scores[p]) + directions[p].constants,
-                labels=state.layout.components[p].labels,
-                layer_errors=torch.stack([e[p] for e in errors]),
-                directions=directions[p],
-                input_ids=plan.prompts[p].tolist(),
-                tokens=plan.tokens[p],
-                components=plan.components.kind,
-                layer=plan.layer,
-                position=reads[p],
-                allocation=plan.run.allocation.name,
-                temperature=plan.run.allocation.temperature,
-                backend=plan.run.backend.name,
-                device=str(self.adapter.device),
-                dtype=str(self.adapter.dtype).removeprefix("torch."),
-                seconds=seconds,
-                verification=found,
-                warnings=warned(found, plan.run.backend.name),
-                memory_budget=plan.run.workspace(self.adapter.device),
-            )
-            for p in range(len(plan.prompts))
-        ]
 
     def _finished(self, state: ComponentState, trace: Trace, final_norm: bool, run: Run) -> ComponentState:
         """A state at the end of its way, with what was found of the steps there."""

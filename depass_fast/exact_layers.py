@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .call import fit
-from .initial import meet_bias
+from .initial import entering, meet_bias
+from .job_size import named_components
 from .layered import LayeredAttribution
+from .reading import Aim, to_results
 from .readout import TargetSpec
 from .result import Attribution
 from .state import BIAS, ComponentState
-from .sweep import can_sweep, sweep, together
+from .sweep import Start, can_sweep, sweep, together
 
 if TYPE_CHECKING:
     from .call import Call
@@ -37,12 +39,11 @@ def exact_layers(
         own_bias.append(constant is not None or ahead)
         plans.append(replace(plan, components=kind, layer=layer, trace=trace))
     plans = [replace(one, has_bias=any(own_bias)) for one in plans]  # joint states have the same extras
+    aim = Aim.of(engine, plans[0], list(enumerate(reads)), specs)
+    readings = [aim.read(one, *done) for one, done in zip(plans, _carried(engine, plans, reads), strict=True)]
     by_layer = [
-        [
-            result if has_bias else _without_bias(result)
-            for result in engine.read(one, trace, *done, reads, specs, began)
-        ]
-        for one, has_bias, done in zip(plans, own_bias, _carried(engine, plans, reads), strict=True)
+        [result if has_bias else _without_bias(result) for result in results]
+        for has_bias, results in zip(own_bias, to_results(engine, readings, began), strict=True)
     ]
     return [LayeredAttribution(list(results), warnings=_warnings(results)) for results in zip(*by_layer, strict=True)]
 
@@ -52,13 +53,25 @@ def _carried(
 ) -> Iterator[tuple[ComponentState, list[Tensor]]]:
     """Every plan's state at the end, and its completeness errors."""
     run, trace, end, at = plans[0].run, plans[0].trace, plans[0].end, [[read] for read in reads]
-    states = (engine.start_state(one)[1] for one in plans)
     if can_sweep(trace, run):
-        for group in together(states):
+        for group in together(_start(engine, one) for one in plans):
             yield from sweep(engine.adapter, trace, group, end, run, at)
     else:
-        for state in states:
-            yield engine.propagate(trace, state, end, run, at)
+        for one in plans:
+            yield engine.propagate(trace, engine.start_state(one)[1], end, run, at)
+
+
+def _start(engine: DePass, plan: Call) -> Start:
+    """Where a plan's components start, and how large their state will be."""
+    adapter, trace, kind = engine.adapter, plan.trace, plan.components
+    count, is_known = named_components(kind, adapter, 1)
+    rows = 0
+    for prompt, tokens in enumerate(plan.tokens):
+        named = count if is_known else len(kind.bound(adapter, trace, prompt).names(adapter, tokens))
+        rows += (named + 1 + plan.has_bias) * len(tokens)
+    nbytes = rows * trace.resid_final.shape[1] * plan.run.state_dtype.itemsize
+    device = adapter.layer_device(plan.layer)
+    return Start(entering(kind, adapter)[0], nbytes, device, lambda: engine.start_state(plan)[1])
 
 
 def _warnings(results: Sequence[Attribution]) -> list[str] | None:

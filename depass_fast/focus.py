@@ -83,7 +83,7 @@ def make_partition(dp: DePass, call: Call) -> Partition:
     _, state = dp.start_state(call)
     components = state.layout.components[0]
     _, errors = dp.propagate(trace, state, call.end, call.run)
-    worst = max(float(error.max()) for error in errors)
+    worst = float(torch.stack(errors).max())
     return Partition(components, backend.kept, call.end, worst, _made_of(call, trace))
 
 

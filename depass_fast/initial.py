@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .components import ComponentKind, Products, Tokens
-from .state import BIAS, REST, Components, ComponentState, Factors, Layout
+from .state import BIAS, REST, Components, ComponentState, Factors, Layout, to_device
 from .trace import Trace
 
 _PART = 8 << 20  # numbers made on the device at a time, where they are to lie in host memory
@@ -33,11 +33,8 @@ def initial_state(
     rows lie in host memory, pinned where the model is on a GPU. ``bound`` is the kind for every prompt, if it was bound
     already.
     """
-    layer = kind.resolve(adapter)
-    place = kind.start_site(adapter)
-    x = trace.resid_at(layer, place).to(adapter.layer(layer).device)
-    entering = layer + (place == "resid_post")
-    site = "resid_mid" if place == "resid_mid" else "resid_pre"
+    layer, site = entering(kind, adapter)
+    x = trace.resid_at(layer, site).to(adapter.layer_device(kind.resolve(adapter)))
     kinds = list(bound or (kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)))
     constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
     bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
@@ -48,8 +45,8 @@ def initial_state(
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
         layout = Layout.of(components, trace.offsets)
         rows = _rows(layout, x, dtype, host).zero_()
-        rows[torch.from_numpy(layout.starts[1:] - 1).to(rows.device)] = x.to(rows)
-        return ComponentState(rows, layout, entering, site, factors)
+        rows[to_device(layout.starts[1:] - 1, rows.device)] = x.to(rows)
+        return ComponentState(rows, layout, layer, site, factors)
 
     extras = (REST, *bias)
     components = tuple(Components.everywhere(n, extras) for n in names)
@@ -76,11 +73,16 @@ def initial_state(
         if kind.may_be_complete:
             settled |= _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
     factors = None if settled else factors
-    rests = torch.from_numpy(layout.extra_rows(REST)).to(x.device)
-    if kind.may_be_complete and not rows[rests].any():
+    if kind.may_be_complete and not rows[to_device(layout.extra_rows(REST), x.device)].any():
         fewer = tuple(Components.everywhere(c.names, bias) for c in components)
-        return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), entering, site)
-    return ComponentState(rows, layout, entering, site, factors)
+        return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), layer, site)
+    return ComponentState(rows, layout, layer, site, factors)
+
+
+def entering(kind: ComponentKind, adapter: Adapter) -> tuple[int, str]:
+    """The layer that a kind's components enter, and the site there: `resid_pre`, or `resid_mid`."""
+    layer, place = kind.resolve(adapter), kind.start_site(adapter)
+    return (layer + 1, "resid_pre") if place == "resid_post" else (layer, place)
 
 
 def _rows(layout: Layout, x: Tensor, dtype: torch.dtype, host: bool) -> Tensor:

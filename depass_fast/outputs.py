@@ -6,12 +6,12 @@ with their scales frozen, so that heads and neurons pass them one by one.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Branch
+from .adapters import Adapter, Attention, Branch, Mlp
 from .backends.reference import attention_probabilities
 from .state import Factors
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace
@@ -29,20 +29,28 @@ class Outputs:
     """Layer ``layer`` on one prompt; everything is computed in ``dtype``. Modules are "attention" and "mlp"."""
 
     def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int, dtype: torch.dtype) -> None:
-        self.weights, self.dtype = adapter.layer(layer), dtype
+        self._adapter, self._layer, self.dtype = adapter, layer, dtype
         self.record: LayerTrace = trace.layers[layer]
         self.span, self.after = trace.span(prompt), trace.resid(layer + 1)
 
+    @cached_property
+    def attention(self) -> Attention:
+        return self._adapter.attention(self._layer)
+
+    @cached_property
+    def mlps(self) -> tuple[Mlp, ...]:
+        return self._adapter.mlps(self._layer)
+
     def values(self) -> Tensor:
         """The values that every head reads, without their constant part: (N, H, d)."""
-        weights, record = self.weights.attention, self.record.attention
+        weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
         normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
         return self._clamped(normed @ weights.w_v.to(self.dtype).T)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
         """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""
-        weights = self.weights.attention
+        weights = self.attention
         w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
         positions = torch.arange(len(values), device=values.device)
         # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
@@ -88,7 +96,7 @@ class Outputs:
         """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
-            mlp, act, first = self.weights.mlps[part.part], part.act, self.span.start
+            mlp, act, first = self.mlps[part.part], part.act, self.span.start
             if part.positions is not None:
                 here = (part.positions >= first) & (part.positions < self.span.stop)
                 if not here.any():
@@ -134,12 +142,12 @@ class Outputs:
 
     def _clamped(self, values: Tensor) -> Tensor:
         """A part of the values (N, Hkv·d), clamped as all of each was, for every head: (N, H, d)."""
-        weights, ratio = self.weights.attention, self.record.attention.value_ratio
+        weights, ratio = self.attention, self.record.attention.value_ratio
         values = values if ratio is None else values * ratio[self.span].to(self.dtype)
         values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
         return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
 
     def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
         if module == "attention":
-            return self.weights.attention, self.record.attention
-        return self.weights.mlp, self.record.mlp
+            return self.attention, self.record.attention
+        return self.mlps[0], self.record.mlp

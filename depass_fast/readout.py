@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +108,35 @@ def resolve_target(
     Raises:
         ValueError: an unembedding row holds NaN or inf.
     """
+    return resolve_targets([spec], adapter, tokenizer, [final], dtype)[0]
+
+
+def resolve_targets(
+    specs: Sequence[TargetSpec],
+    adapter: Adapter,
+    tokenizer: Any | None,
+    finals: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> list[Directions]:
+    """:func:`resolve_target` of several; a GPU is waited for twice in all."""
+    argmax = [adapter.logits(final).argmax() for spec, final in zip(specs, finals, strict=True) if spec.needs_logits()]
+    own = iter(torch.stack(argmax).tolist() if argmax else [])
+    found = [
+        _resolve(spec, adapter, tokenizer, final, dtype, next(own) if spec.needs_logits() else None)
+        for spec, final in zip(specs, finals, strict=True)
+    ]
+    finite = torch.cat([one.vectors for one in found]).isfinite().all(1).tolist()
+    for token, is_finite in zip((token for one in found for token in one.ids), finite, strict=True):
+        if token is not None and not is_finite:
+            raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
+    return found
+
+
+def _resolve(
+    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor | None, dtype: torch.dtype, own: int | None
+) -> Directions:
+    """The directions of a target, ``own`` being the model's next token."""
     device = adapter.unembedding_device
-    own = int(adapter.logits(final).argmax()) if spec.needs_logits() else None
     vectors, constants, names, ids, contrasts = [], [], [], [], []
     for token, contrast, vector in spec.items:
         constant = torch.zeros((), dtype=dtype, device=device)
@@ -118,8 +146,6 @@ def resolve_target(
             if contrast is not None:
                 other = adapter.token_direction(contrast, final, dtype)
                 vector, constant = vector - other[0], constant - other[1]
-            if not vector.isfinite().all():
-                raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
         vectors.append(vector.to(device, dtype))
         constants.append(constant)
         names.append(_name(token, contrast, tokenizer))
@@ -133,7 +159,7 @@ def resolve_target(
 
 
 def read_scores(
-    state: ComponentState, backend: Backend, norm: Norm | None, resid: Tensor, directions: list[Directions]
+    state: ComponentState, backend: Backend, norm: Norm | None, resid: Tensor, directions: Sequence[Directions]
 ) -> list[Tensor]:
     """Scores (K, M) of every prompt in the order of its labels, from a state with one position per prompt.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -75,21 +77,22 @@ class Attribution:
     def assemble(
         cls, *, scores: Tensor, logits: Tensor, layer_errors: Tensor, directions: Directions, **rest: Any
     ) -> Attribution:
-        """From scores (K, M) and logits (K,) on any device; measures the error, drops the axis of a single target."""
-        if not (scores.isfinite().all() and layer_errors.isfinite().all()):
-            bad = (~layer_errors.isfinite()).nonzero()
-            where = f"after {int(bad[0])} layers" if len(bad) else "at the readout"
+        """From scores (K, M) and logits (K,) in host memory; measures the error, drops the axis of a single target."""
+        on_the_way = layer_errors.tolist()
+        bad = next((passed for passed, error in enumerate(on_the_way) if not math.isfinite(error)), None)
+        if bad is not None or not np.isfinite(scores.numpy()).all():
+            where = "at the readout" if bad is None else f"after {bad} layers"
             raise FloatingPointError(
                 f"the components hold NaN or inf {where}, though the model's own activations do not: a temperature too "
                 "small for the dtype, a rule of your own, or compute_dtype or state_dtype that overflow."
             )
         magnitude = torch.maximum(scores.abs().sum(1), logits.abs()).clamp_min(torch.finfo(scores.dtype).tiny)
-        error = ((scores.sum(1) - logits).abs() / magnitude).max()
+        at_the_end = ((scores.sum(1) - logits).abs() / magnitude).tolist()
         keep = slice(None) if directions.several else 0
         return cls(
-            scores=scores[keep].cpu(),
-            target_logits=logits[keep].cpu(),
-            completeness_error=max([float(error), *layer_errors.tolist()]),
+            scores=scores[keep].clone(),  # they are a part of what was copied at once
+            target_logits=logits[keep].clone(),
+            completeness_error=max(at_the_end + on_the_way),
             layer_errors=layer_errors,
             target_names=list(directions.names),
             target_ids=list(directions.ids),

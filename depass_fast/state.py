@@ -76,7 +76,8 @@ class Layout:
     ``starts`` (S + 1,) is the first row of every segment. Segments of a prompt follow each other in order.
 
     In a joint layout (:meth:`join`) a position carries a segment per decomposition, which is a prompt of its own here,
-    one after the other; ``positions`` is then the same rows with one segment per position, as attention sees them.
+    one after the other; ``positions`` is then the same rows with one segment per position, as attention sees them, and
+    ``joined`` are the layouts that it was made of.
     """
 
     components: tuple[Components, ...]
@@ -86,6 +87,7 @@ class Layout:
     counts: np.ndarray
     starts: np.ndarray
     positions: Layout | None = None
+    joined: tuple[Layout, ...] = ()
 
     @cached_property
     def _tensors(self) -> dict[tuple[str, torch.device], Tensor]:
@@ -120,7 +122,7 @@ class Layout:
         first = layouts[0]
         wide = Layout(tuple(together), first.prompt, first.local, first.packed, *_counted(counts.sum(1)))
         components = tuple(c for layout in layouts for c in layout.components)
-        return Layout(components, prompt, local, packed, *_counted(counts.flatten()), positions=wide)
+        return Layout(components, prompt, local, packed, *_counted(counts.flatten()), wide, tuple(layouts))
 
     @staticmethod
     def of(
@@ -145,16 +147,24 @@ class Layout:
         ends = np.cumsum(counts)
         return np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[segments] - (ends - counts), counts)
 
-    def apart(self) -> list[Layout]:
+    def apart(self) -> tuple[Layout, ...]:
         """The layouts that were joined, or this one."""
-        if self.positions is None:
-            return [self]
-        count, wide, layouts = len(self.positions.components), self.positions, []
-        for first in range(0, len(self.components), count):
-            mine = np.flatnonzero((self.prompt >= first) & (self.prompt < first + count))
-            components = self.components[first : first + count]
-            layouts.append(Layout(components, wide.prompt, wide.local, wide.packed, *_counted(self.counts[mine])))
-        return layouts
+        return self.joined or (self,)
+
+    def find(self, other: Layout) -> np.ndarray:
+        """Where the segments of ``other`` (S',), at some of the same prompts' positions, are found here: (S',).
+
+        Raises:
+            KeyError: at another position.
+        """
+        span = int(self.packed.max(initial=0)) + 1
+        keys, wanted = (layout.prompt * span + layout.packed for layout in (self, other))
+        order = np.argsort(keys, kind="stable")
+        places = np.searchsorted(keys, wanted, sorter=order)
+        found = order[np.minimum(places, len(order) - 1)]
+        if other.packed.max(initial=0) >= span or not np.array_equal(keys[found], wanted):
+            raise KeyError("these rows are at positions that the layout does not have")
+        return found
 
     @property
     def n_rows(self) -> int:
@@ -191,9 +201,24 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=device.type == "cuda")
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in host memory, by one copy per device and dtype: each copy waits for all that a GPU has to do."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        flat = torch.cat([tensors[i].flatten() for i in members]).cpu()
+        for i, part in zip(members, flat.split([tensors[i].numel() for i in members]), strict=True):
+            found[i] = part.view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
+
+
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts (S,) and the first row of every segment (S + 1,)."""
-    return counts, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return counts, starts
 
 
 @dataclass(frozen=True)
@@ -280,19 +305,17 @@ class ComponentState:
 
     def at(self, layout: Layout) -> ComponentState:
         """The same state at fewer positions: ``layout``'s, which keep all their components."""
-        segment = {key: s for s, key in enumerate(zip(self.layout.prompt, self.layout.packed, strict=True))}
-        chosen = [segment[key] for key in zip(layout.prompt, layout.packed, strict=True)]
-        return ComponentState(self.take(np.array(chosen, np.int64)).rows, layout, self.layer)
+        return ComponentState(self.take(self.layout.find(layout)).rows, layout, self.layer)
 
     def take(self, segments: np.ndarray) -> ComponentState:
         """A copy of some of the segments (S',)."""
-        rows = torch.from_numpy(self.layout.rows_of(segments)).to(self.device)
+        rows = to_device(self.layout.rows_of(segments), self.device)
         return ComponentState(self.rows[rows], self.layout.only(segments), self.layer, self.site)
 
     def put(self, part: ComponentState, segments: np.ndarray) -> None:
         """Write back the rows of some of the segments, as :meth:`take` took them out."""
         self.factors = None
-        self.rows.index_copy_(0, torch.from_numpy(self.layout.rows_of(segments)).to(self.device), part.rows)
+        self.rows.index_copy_(0, to_device(self.layout.rows_of(segments), self.device), part.rows)
 
     @staticmethod
     def join(states: Sequence[ComponentState]) -> ComponentState:
@@ -316,16 +339,17 @@ class ComponentState:
         layouts = self.layout.apart()
         if len(layouts) == 1:
             return [self]
-        count, found = len(layouts[0].components), []
-        for d, layout in enumerate(layouts):
-            segments = np.flatnonzero(self.layout.prompt // count == d)
-            found.append(ComponentState(self.take(segments).rows, layout, self.layer, self.site))
-        return found
+        by_decomposition = np.argsort(self.layout.prompt // len(layouts[0].components), kind="stable")
+        rows = self.rows[to_device(self.layout.rows_of(by_decomposition), self.device)]
+        parts = rows.split([layout.n_rows for layout in layouts])
+        return [
+            ComponentState(part, layout, self.layer, self.site) for part, layout in zip(parts, layouts, strict=True)
+        ]
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""
         layout = self.layout
-        counts = torch.from_numpy(layout.counts[layout.segments(prompt)]).to(self.device)
+        counts = to_device(layout.counts[layout.segments(prompt)], self.device)
         return torch.arange(len(layout.components[prompt]), device=self.device) < counts[:, None]
 
     def total(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .adapters import Layer, Norm
 from .options import Run
-from .state import BIAS, ComponentState, Layout
+from .state import BIAS, ComponentState, Layout, to_device
 from .trace import LayerTrace
 
 
@@ -70,11 +70,11 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) ->
     if norm is None:
         return
     layout, rows = state.layout, state.rows
-    packed = torch.from_numpy(layout.packed[layout.row_segments()]).to(rows.device)
+    packed = to_device(layout.packed[layout.row_segments()], rows.device)
     if norm.centred:
         rows.sub_(rows.mean(-1, keepdim=True))
     rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
     if norm.weight is not None:
         rows.mul_(norm.weight.to(rows))
     if norm.bias is not None and layout.index(BIAS) is not None:  # of chosen components, `bias` may be none
-        rows[torch.from_numpy(layout.extra_rows(BIAS)).to(rows.device)] += norm.bias.to(rows)
+        rows[to_device(layout.extra_rows(BIAS), rows.device)] += norm.bias.to(rows)

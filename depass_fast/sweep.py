@@ -8,18 +8,20 @@ segment per position and decomposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapter, Layer
 from .memory import available
 from .options import Run
 from .progress import bar
 from .state import ComponentState, Layout
 from .step import through_attention, through_mlp
-from .trace import Trace
+from .trace import LayerTrace, Trace
 
 BYTES = 1 << 30  # of states that are carried together, at most
 
@@ -30,17 +32,36 @@ def can_sweep(trace: Trace, run: Run) -> bool:
     return run.backend.name != "reference" and not run.host and not clamped
 
 
-def together(states: Iterable[ComponentState]) -> Iterator[list[ComponentState]]:
-    """Neighbouring states, as many as fit into memory together with two copies. A group is the caller's to empty."""
-    group: list[ComponentState] = []
-    for state in states:
-        group.append(state)
-        size, free = state.nbytes, available(state.device)
-        limit = BYTES if free is None else min(BYTES, free // 8)
-        del state  # before the next one is made
-        if sum(other.nbytes for other in group) + size > limit:
+@dataclass(frozen=True)
+class Start:
+    """A decomposition that enters ``layer``: a state of ``nbytes`` on ``device``, once it is made."""
+
+    layer: int
+    nbytes: int
+    device: torch.device
+    make: Callable[[], ComponentState]
+
+    @staticmethod
+    def of(state: ComponentState) -> Start:
+        """With a state that is there already."""
+        return Start(state.layer, state.nbytes, state.device, lambda: state)
+
+
+def together(starts: Iterable[Start]) -> Iterator[list[Start]]:
+    """Neighbours, as many as fit into memory together with two copies."""
+    group: list[Start] = []
+    free: dict[torch.device, int | None] = {}  # before any of the group is made
+    for start in starts:
+        group.append(start)
+        if start.device not in free:
+            free[start.device] = available(start.device)
+        limit = BYTES
+        if free[start.device] is not None:
+            beside = sum(other.nbytes for other in group if other.device == start.device)
+            limit = min(BYTES, (free[start.device] - beside) // 8)
+        if sum(other.nbytes for other in group) + start.nbytes > limit:
             yield group
-            group.clear()
+            group, free = [], {}
     if group:
         yield group
 
@@ -48,52 +69,65 @@ def together(states: Iterable[ComponentState]) -> Iterator[list[ComponentState]]
 def sweep(
     adapter: Adapter,
     trace: Trace,
-    states: Sequence[ComponentState],
+    starts: Sequence[Start],
     end: int,
     run: Run,
     reads: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[ComponentState, list[Tensor]]]:
-    """Carry every state to the input of layer ``end``, as `DePass.propagate` does one; they are used up.
+    """Carry every state to the input of layer ``end``, as `DePass.propagate` does one.
 
-    ``states`` must be in the order of where they start, of components that live everywhere, and agree in their extras.
+    ``starts`` must be in the order of their layers, of components that live everywhere, and agree in their extras. Each
+    is made when the sweep has come to its layer: a GPU is then at work on earlier ones, and has no use for it before.
     Returned are, in that order, the states (at ``reads`` of every prompt, if given) and their completeness errors at
-    the start and after every layer.
+    the start and after every layer, which may still lie on the device.
     """
     run.watch(trace, reads)
     reads = None if reads is None else [np.array(r) for r in reads]
-    starts = [s.completeness(trace.resid_at(s.layer, s.site)) for s in states]
-    passed: list[Tensor] = []  # per layer, of those that have started (d, P)
-    joint, n_joined = None, 0
-    with bar("layers", end - states[0].layer, run.progress) as shown:
-        for index in range(states[0].layer, end):
+    errors: list[list[Tensor]] = []  # of all that have started
+    joint: ComponentState | None = None
+    with bar("layers", end - starts[0].layer, run.progress) as shown:
+        for index in range(starts[0].layer, end):
             layer, record, kept = adapter.layer(index), trace.layers[index], reads if index == end - 1 else None
-            starting = [s for s in states[n_joined:] if s.layer == index]
-            n_joined += len(starting)
-            parts = []
-            for state in ([] if joint is None else [joint]) + starting:
-                state.rows = state.rows.to(layer.device)
-                queries = None if kept is None else _at(state.layout, trace.offsets, kept)
-                parts.append(through_attention(state, layer, record, run, queries))
-            joint = ComponentState.join([state for state, _ in parts])
-            sources = [source for _, source in parts]
-            source = None if None in sources else ComponentState.join(sources)
-            del parts, sources
-            if len(joint.layout.components) > len(trace.offsets) - 1:  # a copy: the rows that went into it can go
-                for state in states[:n_joined]:
-                    state.rows = state.rows[:0].clone()
+            under_way = [] if joint is None else [joint]
+            under_way += _made(trace, (s for s in starts[len(errors) :] if s.layer == index), errors)
+            joint, source = _through_attention(under_way, trace.offsets, layer, record, run, kept)
+            under_way.clear()  # the rows that went into a copy can go
             joint = through_mlp(joint, source, layer, record, run)
             del source  # before the next layer makes another one
-            passed.append(joint.completeness(trace.resid(index + 1)).view(n_joined, -1))
+            worst = joint.completeness(trace.resid(index + 1)).view(len(errors), -1)  # (d, P)
+            for mine, error in zip(errors, worst.unbind(), strict=True):
+                mine.append(error)
             if shown is not None:
                 shown.finish()
-    errors = [[start.cpu()] for start in starts]  # not before the end: the device need not be waited for
-    for worst in passed:
-        for mine, error in zip(errors, worst.cpu(), strict=False):
-            mine.append(error)
     done = [] if joint is None else joint.apart()
-    for state in states[n_joined:]:  # they start where the sweep ends
+    for state in _made(trace, starts[len(errors) :], errors):  # they start where the sweep ends
         done.append(state if reads is None else state.at(_at(state.layout, trace.offsets, reads)))
     return list(zip(done, errors, strict=True))
+
+
+def _made(trace: Trace, starts: Iterable[Start], errors: list[list[Tensor]]) -> list[ComponentState]:
+    """The states, with a list for each in ``errors`` that begins with its completeness error."""
+    states = [start.make() for start in starts]
+    errors += [[state.completeness(trace.resid_at(state.layer, state.site))] for state in states]
+    return states
+
+
+def _through_attention(
+    states: Sequence[ComponentState],
+    offsets: np.ndarray,
+    layer: Layer,
+    record: LayerTrace,
+    run: Run,
+    reads: Sequence[np.ndarray] | None,
+) -> tuple[ComponentState, ComponentState | None]:
+    """All states after the attention of a layer (at ``reads``, if given), as one, and what the MLP reads or None."""
+    parts = []
+    for state in states:
+        state.rows = state.rows.to(layer.device)
+        queries = None if reads is None else _at(state.layout, offsets, reads)
+        parts.append(through_attention(state, layer, record, run, queries))
+    sources = [source for _, source in parts if source is not None]
+    return ComponentState.join([after for after, _ in parts]), ComponentState.join(sources) if sources else None
 
 
 def _at(layout: Layout, offsets: np.ndarray, reads: Sequence[np.ndarray]) -> Layout:

@@ -6,7 +6,7 @@ from conftest import FAMILIES, build, random_ids
 
 from bench.family_models import build_model as build_family
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
-from depass_fast.sweep import sweep, together
+from depass_fast.sweep import Start, sweep, together
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 
@@ -76,7 +76,7 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     trace = dp.trace(ids)
     states = [dp.start_state(dp._plan(trace, Heads(layer), None, {}))[1] for layer in range(3)]
     monkeypatch.setattr("depass_fast.sweep.BYTES", states[0].nbytes * 2)
-    assert [len(group) for group in together(states)] == [2, 1]
+    assert [len(group) for group in together(map(Start.of, states))] == [2, 1]
     found = dp.attribute(trace, Heads(layers="all"))
     for result in found:
         same(result, dp.attribute(trace, Heads(result.layer)))
@@ -88,7 +88,8 @@ def test_a_sweep_may_end_anywhere_and_keep_all_positions():
     trace, run = dp.trace([ids, ids[:4]]), dp.options.build(dp.adapter)
     for end in (1, 2, 3):
         states = [dp.start_state(dp._plan(trace, Neurons(layer), None, {}))[1] for layer in range(end)]
-        for layer, (state, errors) in enumerate(sweep(dp.adapter, trace, states, end, run)):
+        starts = list(map(Start.of, states))
+        for layer, (state, errors) in enumerate(sweep(dp.adapter, trace, starts, end, run)):
             alone = dp.decompose(trace, Neurons(layer), end=end)
             assert len(errors) == end - layer
             for prompt in range(2):

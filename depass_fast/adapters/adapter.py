@@ -194,26 +194,36 @@ class Adapter:
         path = getattr(self.family, part)
         return None if path is None else _below(block, path)  # much cheaper than get_submodule, which checks every step
 
+    def layer_device(self, index: int) -> torch.device:
+        """Where layer ``index`` lives."""
+        return stored_device(self.module(index, "v_proj"))
+
     def is_mixture(self, index: int) -> bool:
         """Whether the MLP of layer ``index`` is a mixture of experts."""
         return self.family.experts is not None and has_router(self.module(index, "mlp"), self.family.experts)
 
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
+        return Layer(self.attention(index), self.mlps(index), self.family.parallel)
+
+    def attention(self, index: int) -> Attention:
+        """Of :meth:`layer`, the attention alone."""
         block = self._block(index)
-        attention = Attention(
+        return Attention(
             **self._branch(block, "attention"),
             v=self._linear(block, "v_proj", "v_part"),
             o=self._linear(block, "o_proj"),
             head_dim=self._head_dim(block),
         )
+
+    def mlps(self, index: int) -> tuple[Mlp, ...]:
+        """Of :meth:`layer`, the MLP or the experts alone."""
+        block = self._block(index)
         branch = self._branch(block, "mlp")
         if self.is_mixture(index):
-            mlps = expert_mlps(self._part(block, "mlp"), self.family.experts, branch)
-        else:
-            gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
-            mlps = (Mlp(**branch, gate=gate, down=down),)
-        return Layer(attention, mlps, self.family.parallel)
+            return expert_mlps(self._part(block, "mlp"), self.family.experts, branch)
+        gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
+        return (Mlp(**branch, gate=gate, down=down),)
 
     def _head_dim(self, block: nn.Module) -> int:
         module = self._part(block, "attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,7 @@ def stored_device(module: nn.Module | Stacked) -> torch.device:
     """Where a linear module lives."""
     if isinstance(module, Stacked):
         return module.stack.device
-    held = [*module.parameters(), *module.buffers()]
-    return held[0].device
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def unreadable(module: nn.Module | Stacked) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..state import Layout
+from ..state import Layout, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,9 @@ def make_blocks(
             last = min(first + size, m)
             places = starts[birth:, None] + np.arange(first, last)
             alive = np.arange(first, last) < counts[birth:, None]
-            slot = None if alive.all() else torch.from_numpy(np.flatnonzero(alive)).to(device)
+            slot = None if alive.all() else to_device(np.flatnonzero(alive), device)
             whole = last - first == len(components)
-            rows = layout.rows(prompt) if whole else torch.from_numpy(places[alive]).to(device)
+            rows = layout.rows(prompt) if whole else to_device(places[alive], device)
             blocks.append(Block(prompt, birth, first, n - birth, last - first, rows, slot))
             first = last
     return blocks
@@ -98,8 +98,8 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int 
                 segments=slice(first, last),
                 rows=rows,
                 counts=counts.tolist(),
-                segment_of=torch.from_numpy(segment_of_row[rows]).to(device),
-                away=torch.from_numpy(gone).to(device) if len(gone) else None,
+                segment_of=to_device(segment_of_row[rows], device),
+                away=to_device(gone, device) if len(gone) else None,
                 deserted=bool((absent == counts).any()),
             )
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import Allocation, Edit, Gates
-from ..state import BIAS, REST, ComponentState, Layout, segment_sums
+from ..state import BIAS, REST, ComponentState, Layout, segment_sums, to_device
 from .blocks import Chunk
 from .workspace import Workspace
 
@@ -72,7 +72,7 @@ def softmax_chunk(
         g = workspace.take("values", (len(x), part.stop - part.start), x)
         torch.addmm(g, x, step.w_gate[part].T, beta=0.0, alpha=factor, out=g)
         if step.gate_constant is not None:
-            at = torch.from_numpy(ends - chunk.counts + bias).to(g.device)
+            at = to_device(ends - chunk.counts + bias, g.device)
             g[at] += step.gate_constant[part] * before
         if dtype != wide:  # nor would shares sum to one
             half, g = g, workspace.take("gates", g.shape, g, wide).copy_(g).mul_(after)
@@ -99,7 +99,7 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
     """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves; whether it shut anyone out."""
-    local = torch.from_numpy(layout.local[chunk.segments]).to(g.device)
+    local = to_device(layout.local[chunk.segments], g.device)
     parts = _runs(chunk.counts)
     return any([edit(g[rows].view(n, -1, g.shape[1]), local[segments], factor) for rows, segments, n in parts])
 
@@ -127,7 +127,7 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
     if len(parts) == 1:
         torch.sum(parts[0][0], 1, out=sums)
     else:
-        sums = segment_sums(g, torch.from_numpy(np.cumsum(chunk.counts) - chunk.counts).to(g.device))
+        sums = segment_sums(g, to_device(np.cumsum(chunk.counts) - chunk.counts, g.device))
     sums = torch.div(act, sums, out=sums)
     for part, segments in parts:
         part *= sums[segments, None]
@@ -170,8 +170,8 @@ def general_chunk(
         at, components = slice(run[0], run[-1] + 1), layout.components[prompt]
         here = slice(int(layout.starts[at.start]), int(layout.starts[at.stop]))
         rows = source.rows[here].view(len(run), count, -1)
-        local = torch.from_numpy(layout.local[at]).to(device)
-        births, excluded = (torch.from_numpy(a[:count]).to(device) for a in (components.births, components.excluded))
+        local = to_device(layout.local[at], device)
+        births, excluded = (to_device(a[:count], device) for a in (components.births, components.excluded))
         x = (rows * step.scale[at, None, None]).to(dtype)
         alive = (rows != 0).any(-1)
         out = gained[here.start - chunk.rows.start : here.stop - chunk.rows.start].view_as(rows)

@@ -162,7 +162,8 @@ def make_row_chunks(layout: Layout, max_rows: int, device: torch.device, first: 
         last = min(max(last, first + 1), n)
         begin, end = int(layout.starts[first]), int(layout.starts[last])
         if end > begin:
-            rows = Rows(segment_of[begin:end] - first, starts[first : last + 1] - begin, first=begin)
+            segment, base = segment_of[begin:end], starts[first : last + 1]
+            rows = Rows(segment - first, base - begin, first=begin) if begin or first else Rows(segment, base)
             longest = int(layout.counts[first:last].max())
             here = None if flags is None or not away[begin:end].any() else flags[begin:end]
             chunks.append(RowChunk(slice(first, last), rows, longest, here))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation
-from ..state import BIAS, ComponentState, Layout
+from ..state import BIAS, ComponentState, Layout, to_device
 from ..trace import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
@@ -170,11 +170,11 @@ class TorchBackend:
         The constant part of a value belongs to `bias` before that. ``values`` lack s, which is in P's columns.
         """
         rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
-        segment = torch.from_numpy(layout.row_segments()).to(values.device)[rows]
-        packed = torch.from_numpy(layout.packed).to(values.device)[segment]
+        segment = to_device(layout.row_segments(), values.device)[rows]
+        packed = layout.tensor("packed", values.device)[segment]
         constant, bias = weights.value_constant(values.dtype), layout.index(BIAS)
         if constant is not None and bias is not None:
-            first = torch.from_numpy(layout.starts[:-1]).to(values.device)[segment]
+            first = layout.tensor("starts", values.device)[segment]
             values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
         values *= trace.value_ratio[packed].to(values.dtype)
 
@@ -302,8 +302,8 @@ class TorchBackend:
         directions = directions.to(state.rows.dtype)
         if norm is None:
             return state.rows @ directions.T
-        segment = torch.from_numpy(state.layout.row_segments()).to(state.device)
-        packed = torch.from_numpy(state.layout.packed).to(state.device)
+        segment = to_device(state.layout.row_segments(), state.device)
+        packed = state.layout.tensor("packed", state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
         return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
 
@@ -395,6 +395,6 @@ def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> 
     token = np.arange(part.start, part.stop)[:, None]
     alive = token <= np.arange(part.start, len(starts))
     rows = (starts[part.start :] + extras + token)[alive]
-    slots = torch.from_numpy(np.flatnonzero(alive)).to(state.device)
+    slots = to_device(np.flatnonzero(alive), state.device)
     new = new.flatten(0, 1).index_select(0, slots).to(state.rows.dtype)
-    state.rows.index_add_(0, torch.from_numpy(rows).to(state.device), new)
+    state.rows.index_add_(0, to_device(rows, state.device), new)

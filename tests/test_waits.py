@@ -1,0 +1,94 @@
+"""What makes a GPU wait for the host is not done once per layer, nor once per prompt: it needs no GPU to count that."""
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import depass_fast.backends.triton as triton_backend
+from bench.family_models import build_model
+from depass_fast import DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.state import to_device
+
+ON_THE_HOST = ("depass_fast.result", "depass_fast.reading", "depass_fast.prompts")  # no tensor of a device gets there
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+
+
+class _Counting(TorchDispatchMode):
+    """Operations whose result the host has to know, or whose shape depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [x for a in args if isinstance(a, list | tuple) for x in a if isinstance(x, torch.Tensor)]
+        masked = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in masks)
+        if masked or name in WAITS:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def waits(monkeypatch):
+    """Counts them, copies to the host, and arrays that come to a device otherwise than by `to_device`."""
+    counting, from_numpy, cpu, tolist = _Counting(), torch.from_numpy, torch.Tensor.cpu, torch.Tensor.tolist
+
+    def counted_from_numpy(array):
+        if sys._getframe(1).f_code is not to_device.__code__:
+            counting.found["from_numpy"] += 1
+        return from_numpy(array)
+
+    def counted_cpu(self, *given, **named):
+        counting.found["cpu"] += 1
+        return cpu(self, *given, **named)
+
+    def counted_tolist(self):
+        counting.found["tolist"] += sys._getframe(1).f_globals["__name__"] not in ON_THE_HOST
+        return tolist(self)
+
+    with monkeypatch.context() as patch, counting:
+        patch.setattr(torch, "from_numpy", counted_from_numpy)
+        patch.setattr(torch.Tensor, "cpu", counted_cpu)
+        patch.setattr(torch.Tensor, "tolist", counted_tolist)
+        yield counting.found
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """The triton backend, of which everything runs but the kernels: an interpreter would read scalars."""
+    kernels = {
+        (triton_backend.attention, "mix"): lambda *given, **_: given[-1].zero_(),
+        (triton_backend.attention, "log_sum_exp"): lambda *_, **__: torch.zeros(1),
+        (triton_backend.rows, "read_rows"): lambda *given: given[5].zero_(),
+        (triton_backend.rows, "add_rows"): lambda *_: None,
+        (triton_backend.rows, "read_out"): lambda rows, directions, *_: rows.new_zeros(len(rows), len(directions)),
+        (triton_backend, "allocate"): lambda gates, *_: gates.zero_(),
+    }
+    for (home, name), stub in kernels.items():
+        monkeypatch.setattr(home, name, stub)
+    monkeypatch.setattr("depass_fast.backends.selection.why_not_triton", lambda *_: None)
+
+
+KINDS = (Tokens(), Heads(0), Neurons(0), Heads(layers="all"), Neurons(layers="all"), Modules(layers="all"))
+
+
+def _counts(monkeypatch, n_layers: int, n_prompts: int, kind) -> Counter:
+    model = build_model("llama", num_hidden_layers=n_layers, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+    dp = DePass(model, backend="triton")
+    traced = dp.trace([random_ids(5 + prompt % 2, seed=prompt) for prompt in range(n_prompts)])
+    with waits(monkeypatch) as found:
+        dp.attribute(traced, kind, method="exact")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_waits_do_not_grow_with_layers_or_prompts(kind, monkeypatch, no_kernels):
+    few = _counts(monkeypatch, 2, 1, kind)
+    assert few["from_numpy"] == 0
+    assert _counts(monkeypatch, 5, 1, kind) == few == _counts(monkeypatch, 2, 4, kind)
