@@ -134,8 +134,10 @@ class _Recorder:
         record, biases, parts, first = self.layers[index], [], [], 0
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
-        for length, run in groupby(self.lengths):  # neighbours of equal length at once
-            count = len(list(run))
+        runs = ((length, len(list(run))) for length, run in groupby(self.lengths))
+        if rest["softcap"] is not None or key_bias is not None:  # logits that lie in memory: a prompt's at a time
+            runs = ((length, 1) for length in self.lengths)
+        for length, count in runs:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             part = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
             out = _causal_attention(*(x.transpose(0, 1) for x in part), key_bias=bias, **rest)
@@ -210,7 +212,7 @@ def _causal_attention(
             parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
         return torch.cat(parts, dim=2)
     out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
-    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (len(q) * q.shape[1] * n))):
+    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
