@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .components import ComponentKind, Products, Tokens
-from .state import BIAS, REST, Components, ComponentState, Factors, Layout, to_device
+from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
+from .transfer import to_device
 
 _PART = 8 << 20  # numbers made on the device at a time, where they are to lie in host memory
 

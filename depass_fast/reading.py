@@ -18,7 +18,8 @@ from torch import Tensor
 from .adapters import Norm
 from .readout import Directions, TargetSpec, read_scores, resolve_targets
 from .result import Attribution
-from .state import Components, ComponentState, to_host
+from .state import Components, ComponentState
+from .transfer import to_host
 from .verify import Verification, warned
 
 if TYPE_CHECKING:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .transfer import all_to_device, to_device
+
 if TYPE_CHECKING:
     from .verify import Verification
 
@@ -94,11 +96,13 @@ class Layout:
         return {}
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of the arrays on a device, int64, kept there: a copy would wait for all that the device has to do."""
-        key = (name, device)
-        if key not in self._tensors:
-            self._tensors[key] = to_device(getattr(self, name), device)
-        return self._tensors[key]
+        """One of the arrays on a device, kept there with the others: int64, `segment_of` (R,) int32."""
+        if (name, device) not in self._tensors:
+            names = ("prompt", "local", "packed", "counts", "starts", "segment_of")
+            arrays = [getattr(self, name) for name in names[:-1]] + [self.row_segments().astype(np.int32)]
+            for one, tensor in zip(names, all_to_device(arrays, device), strict=True):
+                self._tensors[one, device] = tensor
+        return self._tensors[name, device]
 
     @property
     def by_position(self) -> Layout:
@@ -191,27 +195,6 @@ class Layout:
     def extra_rows(self, extra: str) -> np.ndarray:
         """The rows of `rest` or `bias`, one per segment."""
         return self.starts[:-1] + self.index(extra)
-
-
-def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """A small array of the host on a device; a GPU is not waited for, whatever it has to do before it is there."""
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(values))
-    # CUDA copies pageable memory aside before it returns; elsewhere (MPS) it may be gone before it is read
-    return values.to(device, non_blocking=device.type == "cuda")
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in host memory, by one copy per device and dtype: each copy waits for all that a GPU has to do."""
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
-    found: dict[int, Tensor] = {}
-    for members in alike.values():
-        flat = torch.cat([tensors[i].flatten() for i in members]).cpu()
-        for i, part in zip(members, flat.split([tensors[i].numel() for i in members]), strict=True):
-            found[i] = part.view(tensors[i].shape)
-    return [found[i] for i in range(len(tensors))]
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -361,10 +344,16 @@ class ComponentState:
 
     def completeness(self, resid: Tensor) -> Tensor:
         """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,), on the state's device."""
-        layout = self.layout
-        x = resid[layout.tensor("packed", resid.device)].to(self.rows)
-        error = (self.total() - x).norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-        worst = error.new_zeros(len(layout.components))
+        layout, rows = self.layout, self.rows
+        everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
+        x = (resid if everywhere else resid[layout.tensor("packed", resid.device)]).to(rows.device)
+        if torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
+            x = x.to(rows)  # a narrower state cannot be nearer to it than that
+        missed, size = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (self.total() - x, x))
+        error, n = missed / size.clamp_min(torch.finfo(rows.dtype).tiny), len(layout.components)
+        if np.array_equal(layout.prompt, np.tile(np.arange(n), len(layout.prompt) // n)):  # one, or joint ones of one
+            return error.view(-1, n).amax(0)
+        worst = error.new_zeros(n)
         return worst.scatter_reduce_(0, layout.tensor("prompt", error.device), error, "amax")
 
 

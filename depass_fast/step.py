@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .adapters import Layer, Norm
 from .options import Run
-from .state import BIAS, ComponentState, Layout, to_device
+from .state import BIAS, ComponentState, Layout
 from .trace import LayerTrace
+from .transfer import to_device
 
 
 def through_layer(

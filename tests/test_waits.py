@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import depass_fast.backends.triton as triton_backend
 from bench.family_models import build_model
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.state import to_device
+from depass_fast.transfer import to_device
 
 ON_THE_HOST = ("depass_fast.result", "depass_fast.reading", "depass_fast.prompts")  # no tensor of a device gets there
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")

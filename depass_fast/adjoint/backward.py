@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..state import to_device
+from ..transfer import to_device
 from .forward import Forward, Settings, taylor_factor
 from .maps import Road
 

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..state import to_device
+from ..transfer import to_device
 from .maps import LayerMaps, Road
 from .room import positions_at_once
 from .starts import Start, all_alive

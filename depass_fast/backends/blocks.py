@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..state import Layout, to_device
+from ..state import Layout
+from ..transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..allocation import Allocation, Edit, Gates
-from ..state import BIAS, REST, ComponentState, Layout, segment_sums, to_device
+from ..state import BIAS, REST, ComponentState, Layout, segment_sums
+from ..transfer import to_device
 from .blocks import Chunk
 from .workspace import Workspace
 

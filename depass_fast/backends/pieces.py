@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..kernels.attention import Keys
 from ..kernels.rows import Rows
-from ..state import Layout, to_device
+from ..state import Layout
+from ..transfer import all_to_device, to_device
 from .blocks import away_from_home
 
 
@@ -88,22 +89,16 @@ def make_piece(
     chosen = np.concatenate(segments)
     count = layout.counts[chosen] - first if last is None else np.minimum(layout.counts[chosen], last) - first
     base = np.concatenate([[0], np.cumsum(count)])
-    whole = last is None
-
-    def put(array: np.ndarray, dtype: type) -> Tensor:
-        return to_device(array.astype(dtype), device)
-
-    base_there = put(base, np.int64)
-    rows = Rows(
-        segment=put(np.repeat(np.arange(len(chosen)), count), np.int32),
-        base=base_there,
-        source=None if whole else put(layout.starts[chosen] + first, np.int64),
-        first=int(layout.starts[chosen[0]]) if whole else 0,
-    )
-    packed = layout.packed[chosen]
-    keys = Keys(put(packed, np.int32), base_there, put(count, np.int32), put(np.concatenate(births), np.int32))
+    packed, whole = layout.packed[chosen], last is None
+    tables = [np.repeat(np.arange(len(chosen)), count), packed, count, np.concatenate(births), np.concatenate(items)]
+    wide = [base, packed, layout.starts[chosen] + first]
+    made = all_to_device([x.astype(np.int32) for x in tables] + [x.astype(np.int64) for x in wide], device)
+    segment, keys, count_there, births_there, items_there, base_there, positions, source = made
+    rows = Rows(segment, base_there, None if whole else source, int(layout.starts[chosen[0]]) if whole else 0)
     longest = int(np.diff(begins).max())
-    return Piece(prompts, first, rows, keys, put(np.concatenate(items), np.int32), put(packed, np.int64), longest)
+    return Piece(
+        prompts, first, rows, Keys(keys, base_there, count_there, births_there), items_there, positions, longest
+    )
 
 
 def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:
@@ -153,7 +148,7 @@ class RowChunk:
 
 def make_row_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[RowChunk]:
     """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
-    segment_of, starts = to_device(layout.row_segments().astype(np.int32), device), layout.tensor("starts", device)
+    segment_of, starts = layout.tensor("segment_of", device), layout.tensor("starts", device)
     away = away_from_home(layout)
     flags = to_device(away.astype(np.uint8), device) if away.any() else None
     chunks, n = [], len(layout.counts)

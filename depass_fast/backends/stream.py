@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..adapters import Attention, Layer, Mlp
 from ..allocation import Allocation
-from ..state import BIAS, REST, ComponentState, Layout, to_device
+from ..state import BIAS, REST, ComponentState, Layout
 from ..statistics import GateBlock, Statistics
 from ..trace import AttentionTrace, LayerTrace, MlpTrace
+from ..transfer import to_device
 from .blocks import Block
 from .mlp import MlpStep
 from .torch import TorchBackend, add_to_bias, scatter

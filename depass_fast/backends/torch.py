@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation
-from ..state import BIAS, ComponentState, Layout, to_device
+from ..state import BIAS, ComponentState, Layout
 from ..trace import AttentionTrace, MlpTrace
+from ..transfer import to_device
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .budget import Budget

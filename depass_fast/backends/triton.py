@@ -25,8 +25,9 @@ from ..kernels import attention, rows
 from ..kernels.allocation import Segments, allocate
 from ..kernels.common import interpreted
 from ..kernels.launch import mix_tile
-from ..state import BIAS, REST, ComponentState, Layout, to_device
+from ..state import BIAS, REST, ComponentState, Layout
 from ..trace import AttentionTrace, MlpTrace
+from ..transfer import to_device
 from .arena import Arena
 from .mlp import accumulate
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
@@ -215,7 +216,7 @@ class TritonBackend(TorchBackend):
             if norm is None:
                 return rows.read_out(state.rows, directions.float(), None, None)
             packed = state.layout.tensor("packed", state.device)
-            segment = to_device(state.layout.row_segments().astype(np.int32), state.device)
+            segment = state.layout.tensor("segment_of", state.device)
             folded = norm.fold(directions.float(), torch.empty_like(directions, dtype=torch.float32))
             return rows.read_out(state.rows, folded, segment, _scales(norm, resid, packed))
 

@@ -1,0 +1,47 @@
+"""Small arrays between host and device, with a GPU waited for as seldom as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNED = 16  # bytes: what kernels are compiled to rely on, where an address is a multiple of that
+
+_DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64}
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """A small array of the host on a device; a GPU is not waited for, whatever it has to do before it is there."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    # CUDA copies pageable memory aside before it returns; elsewhere (MPS) it may be gone before it is read
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
+def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """As :func:`to_device`, all of them by one copy: of uint8, int32 or int64."""
+    ends = np.cumsum([-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays])
+    packed = np.empty(int(ends[-1]), np.uint8)
+    begins = [end - -(-array.nbytes // _ALIGNED) * _ALIGNED for end, array in zip(ends.tolist(), arrays, strict=True)]
+    for begin, array in zip(begins, arrays, strict=True):
+        packed[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    there, found = to_device(packed, device), []
+    for begin, array in zip(begins, arrays, strict=True):
+        found.append(there[begin : begin + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape))
+    return found
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in host memory, by one copy per device and dtype: each copy waits for all that a GPU has to do."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        flat = torch.cat([tensors[i].flatten() for i in members]).cpu()
+        for i, part in zip(members, flat.split([tensors[i].numel() for i in members]), strict=True):
+            found[i] = part.view(tensors[i].shape)
+    return [found[i] for i in range(len(tensors))]
