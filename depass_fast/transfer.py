@@ -23,15 +23,26 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """As :func:`to_device`, all of them by one copy: of uint8, int32 or int64."""
-    ends = np.cumsum([-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays])
-    packed = np.empty(int(ends[-1]), np.uint8)
-    begins = [end - -(-array.nbytes // _ALIGNED) * _ALIGNED for end, array in zip(ends.tolist(), arrays, strict=True)]
+    if device.type == "cpu":  # where there is nothing to copy
+        return [to_device(array, device) for array in arrays]
+    packed, begins = packed_together(arrays)
+    return taken_apart(to_device(packed, device), arrays, begins)
+
+
+def packed_together(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """The bytes of all arrays in one (n,) uint8, and where each begins."""
+    sizes = [-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays]
+    begins = [0, *np.cumsum(sizes).tolist()]
+    packed = np.zeros(begins.pop(), np.uint8)
     for begin, array in zip(begins, arrays, strict=True):
         packed[begin : begin + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    there, found = to_device(packed, device), []
-    for begin, array in zip(begins, arrays, strict=True):
-        found.append(there[begin : begin + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape))
-    return found
+    return packed, begins
+
+
+def taken_apart(packed: Tensor, arrays: Sequence[np.ndarray], begins: Sequence[int]) -> list[Tensor]:
+    """Views of what :func:`packed_together` made of ``arrays``, each with its dtype and shape."""
+    parts = (packed[begin : begin + array.nbytes] for begin, array in zip(begins, arrays, strict=True))
+    return [part.view(_DTYPES[array.dtype.name]).view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_ids
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import depass_fast.backends.triton as triton_backend
 from bench.family_models import build_model
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.transfer import to_device
+from depass_fast.transfer import packed_together, taken_apart, to_device
 
 ON_THE_HOST = ("depass_fast.result", "depass_fast.reading", "depass_fast.prompts")  # no tensor of a device gets there
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
@@ -92,3 +93,13 @@ def test_waits_do_not_grow_with_layers_or_prompts(kind, monkeypatch, no_kernels)
     few = _counts(monkeypatch, 2, 1, kind)
     assert few["from_numpy"] == 0
     assert _counts(monkeypatch, 5, 1, kind) == few == _counts(monkeypatch, 2, 4, kind)
+
+
+def test_arrays_that_travel_together_arrive_as_they_were():
+    arrays = [np.arange(7, dtype=np.int32), np.zeros((0, 6), np.int32), np.arange(12).reshape(3, 4)[:, ::2]]
+    arrays += [np.full(5, 200, np.uint8), np.array([2**40])]
+    packed, begins = packed_together(arrays)
+    found = taken_apart(torch.from_numpy(packed), arrays, begins)
+    for tensor, array in zip(found, arrays, strict=True):
+        assert tensor.dtype == torch.from_numpy(np.ascontiguousarray(array)).dtype
+        assert np.array_equal(tensor.numpy(), array) and tensor.data_ptr() % 16 == packed.ctypes.data % 16
