@@ -80,9 +80,8 @@ def _fitted_state(run: Run, asked: Asked) -> Run:
     if free is None or made.upper_bound:
         return run
     short, may_stream = _shortage(made, name), _may_stream(run, asked.adapter, options)
-    if short and _is_spread(asked.adapter):
-        return run
-    may_stream, on_cpu = may_stream and not callable(options.allocation), device.type == "cpu"
+    may_stream &= not callable(options.allocation) and not _is_spread(asked.adapter)
+    on_cpu = device.type == "cpu"
     if short and options.stream == "auto" and may_stream and not on_cpu and not _shortage(made, STREAMED):
         name, short = STREAMED, None
     if short:
@@ -110,8 +109,8 @@ def _shortage(made: Plan, name: str) -> str | None:
 
 
 def _is_spread(adapter: Adapter) -> bool:
-    """Whether layers lie on several devices, each with its part of the trace: no plan says what one of them holds."""
-    return len({adapter.layer(index).device for index in range(adapter.n_layers)}) > 1
+    """Whether layers lie on several devices: no plan says what a sweep holds on one, and states stream to one only."""
+    return len({adapter.layer_device(index) for index in range(adapter.n_layers)}) > 1
 
 
 def _fitted_sweep(run: Run, asked: Asked) -> Run:

@@ -58,7 +58,7 @@ def plan(
     Args:
         adapter: of a model, with weights or without (:func:`for_config`).
         end: None: after the final norm.
-        device: that it will run on. Default: the model's.
+        device: that it will run on. Default: the model's; of several, the one with least to spare.
         traced: the trace exists already, and is no part of the peak.
         counts: named components of every prompt, where that is known (:func:`known_counts`), or bounds of them.
         method: None: exact.
@@ -68,14 +68,15 @@ def plan(
     Raises:
         ValueError, TypeError: components or options that this model does not have.
     """
-    options = options or Options()
+    options, spread = options or Options(), device is None
     device = device or adapter.device
     kind.check(adapter, lengths)
     speed = (gemm_flops, rate_source)
     if method is not None and method.name == "adjoint":
         outlook = foresee(adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts)
         return _adjoint(adapter, lengths, kind, outlook, device, loud, *speed)
-    return _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
+    made = _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
+    return _tightest(adapter, made, end, traced) if spread else made
 
 
 def _exact(
@@ -118,6 +119,26 @@ def _exact(
         rate_source="" if gemm_flops is None else rate_source,
         upper_bound=kind.is_layered or not all(known),
     )
+
+
+def _tightest(adapter: Adapter, made: Plan, end: int | None, traced: bool) -> Plan:
+    """The plan of that device of a model's several on which there is least to spare.
+
+    Every one holds the trace of its own layers; state and workspace go from one to the next.
+    """
+    n_layers, plans = adapter.n_layers, []
+    places = [adapter.layer_device(index) for index in range(n_layers)]
+    if len(set(places)) == 1:
+        return made
+    for device in dict.fromkeys(places[made.layer : end] or places[-1:]):
+        elsewhere = 0 if traced else made.trace_bytes * (n_layers - places.count(device)) // n_layers
+        needs = tuple(
+            replace(e, peak_bytes=e.peak_bytes - elsewhere, forward_bytes=e.forward_bytes - elsewhere)
+            for e in made.estimates
+        )
+        plans.append(replace(made, device=str(device), available_bytes=available(device), estimates=needs))
+    known = [one for one in plans if one.available_bytes is not None]
+    return min(known, key=lambda one: one.available_bytes - one.estimates[0].peak_bytes, default=made)
 
 
 def _groups(jobs: Sequence[Job]) -> list[list[Job]]:

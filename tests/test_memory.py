@@ -14,7 +14,8 @@ import depass_fast.planner
 from depass_fast import Heads, Neurons, Tokens
 from depass_fast.backends.budget import Budget
 from depass_fast.finite import check_finite
-from depass_fast.fitting import least_bytes
+from depass_fast.fitting import Asked, fitted, least_bytes
+from depass_fast.planner import plan
 
 KINDS = {"tokens": Tokens(), "heads": Heads(0), "neurons": Neurons(0)}
 
@@ -233,3 +234,32 @@ def test_a_half_precision_trace_is_checked_without_wider_copies(dtype):
     trace = dp.trace(random_ids(5))
     with Watch():
         check_finite(dp.adapter, trace)
+
+
+def test_a_model_on_several_devices_is_held_against_the_tightest(monkeypatch):
+    """Each holds its layers' trace, and in its turn the state."""
+    dp, kind, devices = build("llama-gqa"), Tokens(), [torch.device("cuda", i) for i in range(2)]
+    alone = plan(dp.adapter, [60], kind, dp.options)
+    places = [devices[0], devices[1], devices[1]]
+    monkeypatch.setattr(type(dp.adapter), "layer_device", lambda adapter, index: places[index])
+    room = {devices[0]: 1 << 40, devices[1]: 1 << 30, torch.device("cpu"): 1 << 40}
+    for module in (depass_fast.planner, depass_fast.fitting):
+        monkeypatch.setattr(module, "available", lambda device: room[device])
+    made = plan(dp.adapter, [60], kind, dp.options)
+    assert made.device == "cuda:1" and made.available_bytes == 1 << 30
+    elsewhere = alone.trace_bytes // 3
+    assert made.of("torch").peak_bytes == alone.of("torch").peak_bytes - elsewhere
+    monkeypatch.setattr(depass_fast.fitting, "_SMALL", 0)
+
+    def fit(kind):
+        asked = Asked(dp.adapter, [60], kind, dp.options, None, False)
+        return fitted(dp.options.build(dp.adapter), asked)
+
+    fit(kind)
+    room[devices[1]] = least_bytes(made, "torch") - 1
+    with pytest.raises(MemoryError, match="needs .* on cuda:1 and .* are available"):
+        fit(kind)
+    room[devices[1]], room[devices[0]] = 1 << 40, 1
+    with pytest.raises(MemoryError, match="on cuda:0"):
+        fit(kind)
+    fit(Tokens(1))  # which the first device has no part in

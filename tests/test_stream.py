@@ -118,7 +118,7 @@ def test_experts_parallel_layers_and_norms_anywhere(name, rule):
 def small_gpu(monkeypatch, lengths, kind):
     """An adapter on a device that is not there, with memory for streaming only, beside a large host's."""
     adapter = build("llama-gqa").adapter
-    gpu = SimpleNamespace(type="cuda")
+    gpu = torch.device("cuda", 0)
     placed = SimpleNamespace(
         **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
         layer=adapter.layer,
@@ -128,6 +128,7 @@ def small_gpu(monkeypatch, lengths, kind):
         final_norm_module=adapter.final_norm_module,
         unembedding_bias=None,
         device=gpu,
+        layer_device=lambda index: gpu,
     )
     monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
     monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
@@ -162,8 +163,11 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
         chosen(stream=True)
     with pytest.raises(MemoryError, match="tokens: needs"):  # nor has the host room
         chosen()
-    monkeypatch.setattr(fitting, "_is_spread", lambda adapter: True)  # no plan knows what each of several devices holds
-    assert not chosen().host
+    monkeypatch.setattr(fitting, "available", lambda device: room if device.type == "cuda" else 1 << 40)
+    assert chosen().host
+    monkeypatch.setattr(fitting, "_is_spread", lambda adapter: True)  # states stream to one device only
+    with pytest.raises(MemoryError, match="tokens: needs"):
+        chosen()
 
 
 @pytest.mark.parametrize(
