@@ -10,6 +10,7 @@ Numbers decide a few things on the way (has a weight zeros?): here all of them g
 from __future__ import annotations
 
 import argparse
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,19 +25,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
-from depass_fast import DePass, Heads, Neurons, Tokens, capture, engine, initial
+from depass_fast import DePass, Heads, Neurons, Tokens, capture, engine, initial, planner
+from depass_fast.adjoint import sweep
+from depass_fast.adjoint.estimate import ApproximationWarning
+from depass_fast.adjoint.method import Method
+from depass_fast.adjoint.room import Room, default_workspace
 from depass_fast.backends import mlp, selection
 from depass_fast.backends import torch as torch_backend
 from depass_fast.backends import triton as triton_backend
-from depass_fast.planner import plan as make_plan
 from depass_fast.sweep import BYTES
 
 from .harness import SHAPES, build_model, write_results
 
 GOAL = 0.15
+FREE = 130 << 30  # bytes that a GPU has to spare
 META = torch.device("meta")
 _LAUNCH_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"}
-_KINDS = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0), "heads of all layers": Heads(layers="all")}
+_KINDS = {
+    "tokens": Tokens(),
+    "neurons": Neurons(0),
+    "heads": Heads(0),
+    "heads of all layers": Heads(layers="all"),
+    "all neurons": Neurons(layers="all"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +63,19 @@ class Case:
     dtype: str = "bfloat16"
     state_dtype: str = "float32"
     memory_budget: int | None = None
+    refine: int = 0  # of all neurons, by the adjoint sweep
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What ``attribute`` is told."""
+        return {"method": "adjoint", "refine": self.refine, "sample": 0} if self.components == "all neurons" else {}
 
     @property
     def name(self) -> str:
         prompts = f"N={self.lengths[0]}" if len(self.lengths) == 1 else f"{len(self.lengths)} prompts"
         more = [] if self.dtype == "bfloat16" else [self.dtype]
         more += [] if self.state_dtype == "float32" else [f"state {self.state_dtype}"]
+        more += [f"adjoint, refine {self.refine:,}"] if self.method else []
         more += [] if self.memory_budget is None else [f"{self.memory_budget >> 20} MiB of workspace"]
         return ", ".join([self.components, prompts, self.call, *more])
 
@@ -72,6 +90,8 @@ def cases() -> Iterator[Case]:
             yield Case(model, "tokens", (20,) * 64, backend)
             yield Case(model, "heads", (512,), backend)
             yield Case(model, "heads of all layers", (20,), backend, layers=32)
+            if backend == "torch":  # a sweep knows no backends
+                yield Case(model, "all neurons", (20,), backend, layers=32, refine=1000)
         yield Case("llama-2-7b", "tokens", (512,), backend, call="decompose")
         for model in ("pythia-6.9b", "gemma-2-9b"):
             yield Case(model, "neurons", (20,), backend)
@@ -147,6 +167,10 @@ def standing_in() -> Iterator[None]:
             (mlp, "has_zeros", lambda x: False),
             (torch_backend, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),
+            (planner, "available", lambda device: FREE),
+            (sweep, "available", lambda device: FREE),
+            (sweep, "default_workspace", lambda free, cuda: default_workspace(free, True)),
+            (sweep, "Room", lambda *sizes: Room(*sizes[:-1], True)),
         ):
             undo.enter_context(mock.patch.object(place, name, instead))
         yield
@@ -172,16 +196,18 @@ def run(case: Case) -> dict:
     """The prediction for a GPU beside what is allocated."""
     shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
     shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
-    with standing_in():
+    with standing_in(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
         model = build_model(shape, getattr(torch, case.dtype), device=META)
         dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
-        made = make_plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"))
+        how = {"method": Method("adjoint", case.refine, "all", 0), "loud": 1} if case.method else {}
+        made = planner.plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"), **how)
         with counting(dp.model) as counted:
             if case.call == "decompose":
                 dp.decompose(prompts, kind)
             else:
-                dp.attribute(prompts, kind, 7)
-    state = made.state_bytes if made.start_layers == 1 else min(made.state_bytes, BYTES)
+                dp.attribute(prompts, kind, 7, **case.method)
+    state = made.state_bytes if made.start_layers == 1 or case.method else min(made.state_bytes, BYTES)
     return asdict(case) | {
         "name": case.name,
         "predicted_bytes": made.of(case.backend).peak_bytes,
