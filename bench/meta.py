@@ -92,7 +92,13 @@ def cases() -> Iterator[Case]:
             yield Case(model, "heads of all layers", (20,), backend, layers=32)
             if backend == "torch":  # a sweep knows no backends
                 yield Case(model, "all neurons", (20,), backend, layers=32, refine=1000)
+        yield Case("llama-2-7b", "heads of all layers", (100,) * 4, backend, layers=16)
+        yield Case("llama-2-7b", "neurons", (3,) * 6, backend)
+        yield Case("llama-2-7b", "neurons", (1,), backend)
         yield Case("llama-2-7b", "tokens", (512,), backend, call="decompose")
+        for length in (64, 200):
+            yield Case("pythia-6.9b", "heads of all layers", (length,), backend, layers=12)
+        yield Case("pythia-6.9b", "heads of all layers", (60,) * 4, backend, layers=12)
         for model in ("pythia-6.9b", "gemma-2-9b"):
             yield Case(model, "neurons", (20,), backend)
             yield Case(model, "tokens", (512,), backend)

@@ -299,7 +299,7 @@ class DePass:
         run: Run,
         reads: Sequence[Sequence[int]] | None = None,
     ) -> tuple[ComponentState, list[Tensor]]:
-        """Carry ``state`` to the input of layer ``end``: the layer loop.
+        """Carry ``state`` to the input of layer ``end``: the layer loop. It is used up, and holds no rows then.
 
         With ``reads`` (local positions of every prompt) the last layer computes those positions only. Also returned are
         the completeness errors (P,) at the start and after every layer, where the state is.
@@ -315,7 +315,7 @@ class DePass:
                 layer = self.adapter.layer(index)
                 state.rows = state.rows if run.host else state.rows.to(layer.device)
                 kept = queries if index == end - 1 else None
-                state = through_layer(state, layer, trace.layers[index], run, kept)
+                state = through_layer(state.moved(), layer, trace.layers[index], run, kept)
                 errors.append(state.completeness(trace.resid(index + 1)))
                 if shown is not None:
                     shown.finish()

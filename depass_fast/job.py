@@ -128,7 +128,8 @@ class Job:
         alive = 3 * slots // 4 if self.staggered else slots  # of a block that begins with its components' births
         rows = (0 if alone else alive * width * self.state.itemsize) + alive * width * item
         sums = slots // self.longest * (size.heads * width + 2 * size.o) * item
-        return rows + self.staggered * slots * width * item + sums
+        read = sum(self.counts) * width * self.state.itemsize  # what the layer makes of one position
+        return rows + self.staggered * slots * width * item + sums + read
 
     def _block(self, slots: int) -> tuple[int, bool]:
         """Places in a block of attention for so many ``slots``, and whether that is all of the longest prompt."""
@@ -196,7 +197,7 @@ def estimates(
     ``rates`` are FLOP per second, None where that is not known.
     """
     alone = [_needs(job) for group in groups for job in group]
-    joined = [_needs(Job.join(group), len(group) > 1) for group in groups]
+    joined = [_needs_together(group) for group in groups]
     found = []
     for name, rate in rates.items():
         parts, flop = joined if name in RESIDENT else alone, sum(needs[name].flop for needs in alone)
@@ -205,6 +206,12 @@ def estimates(
         seconds = None if rate is None else (flop + forward.flop) / rate
         found.append(Estimate(name, flop, most.workspace, peak, forward.peak, most.host, seconds))
     return tuple(found)
+
+
+def _needs_together(group: Sequence[Job]) -> dict[str, _Need]:
+    """Of states that are carried together, up to the last layer: of those that pass it there is one position left."""
+    under_way = [job for job in group if len(job.passed) > 1] or group[:1]
+    return _needs(Job.join(under_way), len(under_way) > 1)
 
 
 class _Need(NamedTuple):

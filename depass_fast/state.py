@@ -10,7 +10,7 @@ component m: no index per row is ever stored. A rectangle (N, M, D) is the case 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -305,17 +305,12 @@ class ComponentState:
         """Several decompositions at the same place, as one state in a joint layout."""
         if len(states) == 1:
             return states[0]
-        layouts = [part for state in states for part in state.layout.apart()]
-        parts = []
-        for p in range(len(layouts[0].components)):
-            blocks = []
-            for state in states:
-                wide = state.layout.by_position
-                rows = state.rows[wide.rows(p)]
-                blocks.append(rows.view(-1, len(wide.components[p]), rows.shape[1]))
-            parts.append(torch.cat(blocks, 1).flatten(0, 1))
-        first, rows = states[0], parts[0] if len(parts) == 1 else torch.cat(parts)  # which would copy one, too
-        return ComponentState(rows, Layout.join(layouts), first.layer, first.site)
+        first, joint = states[0], Layout.join([part for state in states for part in state.layout.apart()])
+        rows = first.rows.new_empty(joint.n_rows, first.rows.shape[1])
+        for p in range(len(joint.by_position.components)):
+            blocks = [_by_position(state.rows, state.layout, p) for state in states]
+            torch.cat(blocks, 1, out=_by_position(rows, joint, p))
+        return ComponentState(rows, joint, first.layer, first.site)
 
     def apart(self) -> list[ComponentState]:
         """The decompositions of a joint state, each by itself."""
@@ -328,6 +323,12 @@ class ComponentState:
         return [
             ComponentState(part, layout, self.layer, self.site) for part, layout in zip(parts, layouts, strict=True)
         ]
+
+    def moved(self) -> ComponentState:
+        """The same state, of which this one lets go: whoever still holds on to it holds no rows."""
+        other = replace(self)
+        self.rows = self.rows.new_empty(0, self.rows.shape[1])
+        return other
 
     def mask(self, prompt: int) -> Tensor:
         """Which components have a row: (N, M) bool, in row order."""
@@ -355,6 +356,12 @@ class ComponentState:
             return error.view(-1, n).amax(0)
         worst = error.new_zeros(n)
         return worst.scatter_reduce_(0, layout.tensor("prompt", error.device), error, "amax")
+
+
+def _by_position(rows: Tensor, layout: Layout, prompt: int) -> Tensor:
+    """A prompt's rows of components that live everywhere, as (N, M, D), those of all decompositions side by side."""
+    wide = layout.by_position
+    return rows[wide.rows(prompt)].view(-1, len(wide.components[prompt]), rows.shape[1])
 
 
 def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:

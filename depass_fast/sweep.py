@@ -88,10 +88,9 @@ def sweep(
     with bar("layers", end - starts[0].layer, run.progress) as shown:
         for index in range(starts[0].layer, end):
             layer, record, kept = adapter.layer(index), trace.layers[index], reads if index == end - 1 else None
-            under_way = [] if joint is None else [joint]
-            under_way += _made(trace, (s for s in starts[len(errors) :] if s.layer == index), errors)
+            under_way = [] if joint is None else [joint.moved()]
+            under_way += _made(trace, run, (s for s in starts[len(errors) :] if s.layer == index), errors)
             joint, source = _through_attention(under_way, trace.offsets, layer, record, run, kept)
-            under_way.clear()  # the rows that went into a copy can go
             joint = through_mlp(joint, source, layer, record, run)
             del source  # before the next layer makes another one
             worst = joint.completeness(trace.resid(index + 1)).view(len(errors), -1)  # (d, P)
@@ -100,34 +99,42 @@ def sweep(
             if shown is not None:
                 shown.finish()
     done = [] if joint is None else joint.apart()
-    for state in _made(trace, starts[len(errors) :], errors):  # they start where the sweep ends
+    for state in _made(trace, run, starts[len(errors) :], errors):  # they start where the sweep ends
         done.append(state if reads is None else state.at(_at(state.layout, trace.offsets, reads)))
     return list(zip(done, errors, strict=True))
 
 
-def _made(trace: Trace, starts: Iterable[Start], errors: list[list[Tensor]]) -> list[ComponentState]:
+def _made(trace: Trace, run: Run, starts: Iterable[Start], errors: list[list[Tensor]]) -> list[ComponentState]:
     """The states, with a list for each in ``errors`` that begins with its completeness error."""
-    states = [start.make() for start in starts]
+    states = [run.backend.budget.prepare(start.device, start.make) for start in starts]
     errors += [[state.completeness(trace.resid_at(state.layer, state.site))] for state in states]
     return states
 
 
 def _through_attention(
-    states: Sequence[ComponentState],
+    states: list[ComponentState],
     offsets: np.ndarray,
     layer: Layer,
     record: LayerTrace,
     run: Run,
     reads: Sequence[np.ndarray] | None,
 ) -> tuple[ComponentState, ComponentState | None]:
-    """All states after the attention of a layer (at ``reads``, if given), as one, and what the MLP reads or None."""
-    parts = []
-    for state in states:
+    """All ``states`` after the attention of a layer (at ``reads``, if given), as one, and what the MLP reads or None.
+
+    They are used up, and the list emptied: rows that went into a copy can go.
+    """
+    parts, sources = [], []
+    while states:
+        state = states.pop(0)
         state.rows = state.rows.to(layer.device)
         queries = None if reads is None else _at(state.layout, offsets, reads)
-        parts.append(through_attention(state, layer, record, run, queries))
-    sources = [source for _, source in parts if source is not None]
-    return ComponentState.join([after for after, _ in parts]), ComponentState.join(sources) if sources else None
+        after, source = through_attention(state.moved(), layer, record, run, queries)
+        parts.append(after)
+        sources += [] if source is None else [source]
+        del after, source
+    joint = ComponentState.join(parts)
+    parts.clear()
+    return joint, ComponentState.join(sources) if sources else None
 
 
 def _at(layout: Layout, offsets: np.ndarray, reads: Sequence[np.ndarray]) -> Layout:

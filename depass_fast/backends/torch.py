@@ -216,7 +216,8 @@ class TorchBackend:
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
-        out = ComponentState(state.rows.new_zeros(queries.n_rows, width), queries, state.layer)
+        rows = self.budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
+        out = ComponentState(rows, queries, state.layer)
         frozen = self._frozen(state, trace, scale)
 
         def step(block: Block) -> None:
