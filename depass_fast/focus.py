@@ -23,6 +23,7 @@ from .progress import bar
 from .state import BIAS, REST, Components, ComponentState, Layout
 from .statistics import Statistics
 from .trace import Trace
+from .transfer import to_device
 
 if TYPE_CHECKING:
     from .engine import DePass
@@ -114,7 +115,7 @@ def focused(dp: DePass, call: Call, which: Sequence[int | str], partition: Parti
     rows = np.array([i - n_names if i >= n_names else i + n_extras for i in chosen])
     members = np.unique(rows)
     state = _chosen_state(dp, call, trace, partition.components, members)
-    order = torch.from_numpy(np.searchsorted(members, rows)).to(state.device)
+    order = to_device(np.searchsorted(members, rows), state.device)
     run = replace(call.run, backend=_streaming(dp, call, known=partition.statistics, members=[members]))
     states, layers, site = [state.block(0)[:, order]], [state.layer], state.site
     with bar("layers", call.end - state.layer, run.progress) as shown:  # in place of one for every layer
@@ -187,13 +188,13 @@ def _chosen_state(dp: DePass, call: Call, trace: Trace, whole: Components, membe
     if isinstance(kind, Tokens):
         tokens = torch.from_numpy(named)
         rows = layout.starts[named] + len(extras) + np.arange(len(named))
-        state.rows[torch.from_numpy(rows).to(x.device)] = x[tokens.to(x.device)].to(dtype)
+        state.rows[to_device(rows, x.device)] = x[tokens.to(x.device)].to(dtype)
         return state
     if isinstance(bound, Products) and not kind.may_be_complete:
         wide = torch.promote_types(dtype, torch.float32)
         numbers, vectors = bound.products.coefficients.to(wide), bound.products.vectors.to(wide)
         block = state.rows.view(len(x), len(members), -1)
-        at = torch.from_numpy(named).to(x.device)
+        at = to_device(named, x.device)
         block[:, len(extras) :] = (numbers[:, at, None] * vectors[at]).to(dtype)
         constant = torch.zeros_like(x[0], dtype=wide) if bound.bias is None else bound.bias.to(wide)
         if BIAS in extras:
@@ -204,5 +205,5 @@ def _chosen_state(dp: DePass, call: Call, trace: Trace, whole: Components, membe
                 block[n, extras.index(REST)] = x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - named
         return state
     every = initial_state(kind, adapter, trace, call.tokens, call.excluded, call.has_bias, dtype).block(0)
-    state.set_block(0, every[:, torch.from_numpy(members).to(every.device)])
+    state.set_block(0, every[:, to_device(members, every.device)])
     return state

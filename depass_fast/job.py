@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .backends.arena import Arena
-from .backends.division import Division
+from .backends.division import TARGET_NEURONS, Division
 from .job_size import ForwardPass, LayerSize
 from .planned import Estimate
 
@@ -99,7 +99,7 @@ class Job:
     def _workspace_on_a_cpu(self) -> int:
         item = self.compute.itemsize
         attention = max(self.width + 2 * (size.o + size.v) for size in self.passed)
-        mlp = max(self.width + min(size.neurons, 2048) for size in self.passed)
+        mlp = max(self.width + min(size.neurons, TARGET_NEURONS) for size in self.passed)
         rows = min(self.rows, self.budget // (2 * min(attention, mlp) * item) + self.longest)
         tiles = 3 * min(self.budget // 4, 4 * self.longest**2 * max(size.o for size in self.passed) // 64)
         return min(self.budget, rows * max(attention, mlp) * item) + tiles

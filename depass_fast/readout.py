@@ -118,7 +118,7 @@ def resolve_targets(
     finals: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> list[Directions]:
-    """:func:`resolve_target` of several; a GPU is waited for twice in all."""
+    """:func:`resolve_target` of several; a GPU is waited for twice, whatever their number."""
     argmax = [adapter.logits(final).argmax() for spec, final in zip(specs, finals, strict=True) if spec.needs_logits()]
     own = iter(torch.stack(argmax).tolist() if argmax else [])
     found = [

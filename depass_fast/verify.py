@@ -23,6 +23,7 @@ from .backends import Backend, ReferenceBackend
 from .memory import available
 from .state import Components, ComponentState, Layout
 from .trace import AttentionTrace, MlpTrace, Trace
+from .transfer import to_device
 
 READ, OTHERS = 4, 3  # positions per step, at most: of those that are read in the end, and of all others
 COMPONENTS = 8  # whose attention is recomputed at a position, beside `rest` and `bias`
@@ -206,7 +207,7 @@ class _Watched:
         """The outcome for some rows of ``out``; ``jumps`` says that they may be anything near a tie."""
         found, prompts = Verification(), self.verifier.n_prompts
         for one in expected:
-            rows = out[torch.from_numpy(one.rows).to(out.device)].to(one.values)
+            rows = out[to_device(one.rows, out.device)].to(one.values)
             of = "" if prompts == 1 else f" of prompt {layout.prompt[one.segment] % prompts}"
             where = f"{what}, position {layout.local[one.segment]}{of}"
             products = getattr(self.backend, "compute_dtype", None) or out.dtype
@@ -309,7 +310,7 @@ def _part(
 
 def _rows(state: ComponentState, rows: np.ndarray) -> Tensor:
     """A copy of some rows of a state."""
-    return state.rows[torch.from_numpy(rows).to(state.device)]
+    return state.rows[to_device(rows, state.device)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
-_TARGET_NEURONS = 2048  # the same of neurons
+TARGET_NEURONS = 2048  # the same of neurons
 _FEWEST = 16  # neurons at a time
 
 
@@ -49,14 +49,14 @@ class Division:
         """Rows in a chunk of the MLP, of a state of ``n_rows`` with up to ``longest`` at a position."""
         if not self.on_cpu:
             return max(1, self.budget // (2 * (n_neurons * self.gate + width * self.item)))
-        rows = max(1, self.budget // (2 * (min(n_neurons, _TARGET_NEURONS) + width) * self.item))
+        rows = max(1, self.budget // (2 * (min(n_neurons, TARGET_NEURONS) + width) * self.item))
         # of equal size: a small one at the end would cost as much as a whole one
         return min(rows, -(-n_rows // max(1, round(n_rows / _TARGET_ROWS))) + longest - 1)
 
     def neurons(self, width: int, n_neurons: int, n_rows: int) -> int:
         """Neurons at a time for a chunk of ``n_rows``; with fewer than all, outputs are added up apart."""
         if self.on_cpu:
-            size = min(self.budget // (2 * n_rows * self.item), _TARGET_NEURONS)
+            size = min(self.budget // (2 * n_rows * self.item), TARGET_NEURONS)
         elif 2 * n_rows * (n_neurons * self.gate + width * self.item) <= self.budget:
             return n_neurons
         else:

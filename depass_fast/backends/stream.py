@@ -294,5 +294,5 @@ def _add_constant(rows: Tensor, layout: Layout, block: Block, constant: Tensor |
         return
     at = _at(layout, block)
     counts = _counts(layout, block)
-    places = torch.from_numpy(np.cumsum(counts) - counts + bias - block.first).to(rows.device)
+    places = to_device(np.cumsum(counts) - counts + bias - block.first, rows.device)
     rows[places] += (constant if constant.ndim == 1 else constant[at]).to(rows)
