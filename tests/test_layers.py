@@ -6,6 +6,7 @@ from conftest import FAMILIES, build, random_ids
 
 from bench.family_models import build_model as build_family
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
+from depass_fast.exact_layers import _start
 from depass_fast.sweep import Start, sweep, together
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -68,6 +69,24 @@ def test_experts_of_different_layers_are_no_table(tmp_path):
     assert found.score(label) == pytest.approx(score) and len(found.labels) == len(set(found.labels))
     found.save(tmp_path / "experts.safetensors")
     assert Attribution.load(tmp_path / "experts.safetensors").top(3) == found.top(3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
+def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
+    """Experts' neurons are counted, not made: one look at each layer, and each prompt's once, for its state."""
+    dp, made, bound = DePass(build_family(model_type, **_EXPERTS, num_local_experts=4)), [], Neurons.bound
+    trace = dp.trace([random_ids(n, seed=n) for n in (6, 1, 2)])
+    monkeypatch.setattr(Neurons, "bound", lambda *given: made.append(given) or bound(*given))
+    dp.attribute(trace, Neurons(layers="all"), method="exact")
+    assert len(made) == 3 + 3 * 3
+    with torch.no_grad():
+        for layer in range(3):
+            plan = dp._plan(trace, Neurons(layer), None, {})
+            state = dp.start_state(plan)[1]
+            start = _start(dp, plan)
+            assert (start.layer, start.nbytes, start.device) == (state.layer, state.nbytes, state.device)
+            counts = Neurons(layer).counts(dp.adapter, trace)
+            assert counts == [len(c.names) for c in state.layout.components] and len(set(counts)) > 1
 
 
 @torch.no_grad()
