@@ -64,6 +64,17 @@ def test_neighbours_of_equal_length_are_attended_together_while_their_logits_are
                 assert torch.allclose(x[trace.span(prompt)], y, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [3, 300])
+def test_windows_in_tiles_are_those_of_a_whole_mask(window):
+    n, generator = 700, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads in (4, 2, 2))
+    wide, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    logits = (0.3 * q @ wide.transpose(-1, -2)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    found = _causal_attention(q, k, v, scale=0.3, window=window, softcap=None, key_bias=None)
+    assert torch.allclose(found, logits.softmax(-1) @ wide_v, atol=1e-5)
+
+
 def test_memory_grows_with_the_length_not_its_square():
     dp = build("llama-gqa")
     sizes = {n: dp.trace(random_ids(n)).nbytes for n in (8, 16, 32)}
