@@ -101,6 +101,17 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
         same(result, dp.attribute(trace, Heads(result.layer)))
 
 
+@pytest.mark.parametrize(("places", "sizes"), [("cpu", [3, 3, 1]), (("cpu", "meta"), [4, 3])])
+def test_a_group_ends_where_its_device_has_no_room_for_two_copies_more(places, sizes, monkeypatch):
+    """What is held on a device is no longer free; what is held on another one still has to be carried here."""
+    places = [torch.device(place) for place in ([places] if isinstance(places, str) else places)]
+    monkeypatch.setattr("depass_fast.sweep.available", lambda device: 34_000)
+    starts = [Start(i, 1000, places[i % len(places)], lambda: None) for i in range(7)]
+    groups = list(together(starts))
+    assert [len(group) for group in groups] == sizes
+    assert [start for group in groups for start in group] == starts
+
+
 @torch.no_grad()
 def test_a_sweep_may_end_anywhere_and_keep_all_positions():
     dp, ids = build("llama-biases"), random_ids(7, seed=5)
