@@ -30,7 +30,7 @@ from .progress import bar_of_calls
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
 
 _ATTENTION_NAME = "depass_fast_recorder"
-_TILE = 1 << 24  # attention logits held at once, in elements, where they cannot be left to torch
+_TILE = 1 << 24  # attention logits held at once, in elements: of several prompts, or where they cannot be left to torch
 
 _ORDINARY = 256  # positions that are also looked at without any hook: all that comes later sees these
 
@@ -134,14 +134,14 @@ class _Recorder:
         record, biases, parts, first = self.layers[index], [], [], 0
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
-        runs = ((length, len(list(run))) for length, run in groupby(self.lengths))
-        if rest["softcap"] is not None or key_bias is not None:  # logits that lie in memory: a prompt's at a time
-            runs = ((length, 1) for length in self.lengths)
-        for length, count in runs:
+        alone = rest["softcap"] is not None or key_bias is not None  # logits that lie in memory: a prompt's at a time
+        for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
+            most = 1 if alone else max(1, _TILE // (q.shape[1] * length**2))  # torch may hold all logits, too
             part = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
-            out = _causal_attention(*(x.transpose(0, 1) for x in part), key_bias=bias, **rest)
-            parts.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (P, H, N, d) -> (P·N, H, d)
+            for few in zip(*(x.transpose(0, 1).split(most) for x in part), strict=True):
+                out = _causal_attention(*few, key_bias=bias, **rest)
+                parts.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (P, H, N, d) -> (P·N, H, d)
             biases += [bias] * count
             first += count * length
         if key_bias is not None:
@@ -259,8 +259,7 @@ def _recording(adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
             _hook_layer(adapter, index, recorder, undo)
         end = adapter.final_norm_module
         if end is None:
-            after = _Tap(recorder, recorder.final, "resid_final").after(adapter.blocks[-1])
-            undo.callback(after)
+            undo.callback(_Tap(recorder, recorder.final, "resid_final").after(adapter.blocks[-1]))
         else:
             undo.callback(_Tap(recorder, recorder.final, "resid_final").before(end))
         if adapter.dtype == torch.float64:

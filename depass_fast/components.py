@@ -19,6 +19,7 @@ from .outputs import Outputs
 from .prompts import as_index
 from .state import Factors
 from .trace import Trace
+from .transfer import to_device
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
 
@@ -250,6 +251,16 @@ class Neurons(LayerKind):
     def count(self, adapter: Adapter) -> int:
         """How many neurons the layer has, at most."""
         return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
+
+    def counts(self, adapter: Adapter, trace: Trace) -> list[int]:
+        """How many neurons every prompt of a trace has: of the MLP, or of the experts that any position was sent to."""
+        mlps = trace.layers[self.resolve(adapter)].mlps
+        edges = to_device(trace.offsets, mlps[0].act.device)
+        found = torch.zeros_like(edges[1:])
+        for mlp in mlps:
+            reached = 1 if mlp.positions is None else torch.searchsorted(mlp.positions, edges).diff().clamp_(max=1)
+            found += mlp.act.shape[1] * reached
+        return found.tolist()
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
         layer = self.resolve(adapter)

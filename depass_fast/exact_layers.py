@@ -65,10 +65,8 @@ def _start(engine: DePass, plan: Call) -> Start:
     """Where a plan's components start, and how large their state will be."""
     adapter, trace, kind = engine.adapter, plan.trace, plan.components
     count, is_known = named_components(kind, adapter, 1)
-    rows = 0
-    for prompt, tokens in enumerate(plan.tokens):
-        named = count if is_known else len(kind.bound(adapter, trace, prompt).names(adapter, tokens))
-        rows += (named + 1 + plan.has_bias) * len(tokens)
+    counts = [count] * len(plan.tokens) if is_known else kind.counts(adapter, trace)  # only experts' neurons are not
+    rows = sum((n + 1 + plan.has_bias) * len(tokens) for n, tokens in zip(counts, plan.tokens, strict=True))
     nbytes = rows * trace.resid_final.shape[1] * plan.run.state_dtype.itemsize
     device = adapter.layer_device(plan.layer)
     return Start(entering(kind, adapter)[0], nbytes, device, lambda: engine.start_state(plan)[1])

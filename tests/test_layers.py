@@ -6,6 +6,7 @@ from conftest import FAMILIES, build, random_ids
 
 from bench.family_models import build_model as build_family
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
+from depass_fast.exact_layers import _start
 from depass_fast.sweep import Start, sweep, together
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -70,6 +71,24 @@ def test_experts_of_different_layers_are_no_table(tmp_path):
     assert Attribution.load(tmp_path / "experts.safetensors").top(3) == found.top(3)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
+def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
+    """Experts' neurons are counted, not made: one look at each layer, and each prompt's once, for its state."""
+    dp, made, bound = DePass(build_family(model_type, **_EXPERTS, num_local_experts=4)), [], Neurons.bound
+    trace = dp.trace([random_ids(n, seed=n) for n in (6, 1, 2)])
+    monkeypatch.setattr(Neurons, "bound", lambda *given: made.append(given) or bound(*given))
+    dp.attribute(trace, Neurons(layers="all"), method="exact")
+    assert len(made) == 3 + 3 * 3
+    with torch.no_grad():
+        for layer in range(3):
+            plan = dp._plan(trace, Neurons(layer), None, {})
+            state = dp.start_state(plan)[1]
+            start = _start(dp, plan)
+            assert (start.layer, start.nbytes, start.device) == (state.layer, state.nbytes, state.device)
+            counts = Neurons(layer).counts(dp.adapter, trace)
+            assert counts == [len(c.names) for c in state.layout.components] and len(set(counts)) > 1
+
+
 @torch.no_grad()
 def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     dp, ids = build("llama-gqa"), random_ids(7, seed=4)
@@ -80,6 +99,17 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     found = dp.attribute(trace, Heads(layers="all"))
     for result in found:
         same(result, dp.attribute(trace, Heads(result.layer)))
+
+
+@pytest.mark.parametrize(("places", "sizes"), [("cpu", [3, 3, 1]), (("cpu", "meta"), [4, 3])])
+def test_a_group_ends_where_its_device_has_no_room_for_two_copies_more(places, sizes, monkeypatch):
+    """What is held on a device is no longer free; what is held on another one still has to be carried here."""
+    places = [torch.device(place) for place in ([places] if isinstance(places, str) else places)]
+    monkeypatch.setattr("depass_fast.sweep.available", lambda device: 34_000)
+    starts = [Start(i, 1000, places[i % len(places)], lambda: None) for i in range(7)]
+    groups = list(together(starts))
+    assert [len(group) for group in groups] == sizes
+    assert [start for group in groups for start in group] == starts
 
 
 @torch.no_grad()

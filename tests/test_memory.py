@@ -1,17 +1,18 @@
 """Running out of memory changes no number; what cannot fit is refused before any work."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build, random_ids
+from conftest import build, build_model, random_ids
 from test_backends import close
 from test_completeness import kinds
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import depass_fast.fitting
 import depass_fast.planner
-from depass_fast import Heads, Neurons, Tokens
+from depass_fast import DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends.budget import Budget
 from depass_fast.finite import check_finite
 from depass_fast.fitting import Asked, fitted, least_bytes
@@ -210,6 +211,36 @@ def test_the_workspace_is_what_there_is_room_for(free):
     assert usual.memory_budget == 32 << 20
     free(None)
     assert dp.attribute(ids, Tokens(), 7, backend="reference").memory_budget is None
+
+
+@pytest.fixture
+def wide():
+    """Few components and wide MLPs: what is held at the peak is held by the forward pass."""
+    dp = DePass(build_model("llama", num_key_value_heads=2, intermediate_size=1024))
+    asked = Asked(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
+    estimate = asked.plan().of("torch")
+    assert estimate.peak_bytes == estimate.forward_bytes and estimate.workspace_bytes > 8 << 20
+    return dp, asked, estimate.forward_bytes
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_a_forward_pass_that_does_not_fit_is_refused_whatever_the_workspace(wide, free, budget):
+    dp, asked, forward = wide
+    options = dp.options.updated({"memory_budget": budget})
+    run, asked = options.build(dp.adapter), replace(asked, options=options)
+    assert least_bytes(asked.plan(), "torch") == forward
+    free(forward)
+    fitted(run, asked)
+    free(forward - 1)
+    with pytest.raises(MemoryError, match="modules: needs .* are available"):
+        fitted(run, asked)
+
+
+def test_a_run_whose_peak_is_the_forward_pass_keeps_its_workspace(wide, free):
+    dp, asked, forward = wide
+    free(forward)
+    run = dp.options.build(dp.adapter)
+    assert fitted(run, asked) is run
 
 
 def test_needless_copies_stay_away():

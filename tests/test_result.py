@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from depass_fast import Attribution, Heads, Modules, Neurons, Tokens
+from depass_fast.state import ComponentState
 
 IDS = random_ids(5)
 
@@ -26,6 +27,24 @@ def test_labels_are_the_fields_terms():
     neurons = dp.attribute(IDS, Neurons(0))
     assert neurons.labels[:2] == ["L0N0", "L0N1"] and neurons.labels[47:] == ["L0N47", "rest", "bias"]
     assert dp.attribute(IDS, Modules(2)).labels[:2] == ["L2.attn", "L2.mlp"]
+
+
+def test_every_result_of_a_batch_has_its_own_prompts_errors(monkeypatch):
+    """Of prompt p and the c-th call 10 · c + p, or as many more as decompositions lie before it."""
+    dp, calls = build("llama-gqa"), []
+
+    def numbered(state, resid):
+        calls.append(state)
+        return 10 * (len(calls) - 1) + torch.arange(len(state.layout.components)).float()
+
+    monkeypatch.setattr(ComponentState, "completeness", numbered)
+    prompts = [IDS, IDS[:3], IDS[:4]]
+    for p, result in enumerate(dp.attribute(prompts, Tokens())):
+        assert result.layer_errors.tolist() == [p, 10 + p, 20 + p, 30 + p]
+    calls.clear()
+    for p, result in enumerate(dp.attribute(prompts, Heads(layers="all"), method="exact")):
+        found = [one.layer_errors.sub(p).tolist() for one in result]
+        assert found == [[0, 10, 30, 50], [20, 33, 53], [40, 56]]
 
 
 def test_scores_have_the_targets_axis_only_for_a_list(result):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import FAMILIES, build, build_model, random_ids
 
+import depass_fast.capture
 from depass_fast import DePass, Tokens
+from depass_fast.capture import _causal_attention
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -32,6 +34,45 @@ def test_windows_are_those_of_the_models_own_mask(model_type, changes, implement
     own = model(ids[None]).logits[0]
     trace = DePass(model).trace(ids)
     assert torch.allclose(model.lm_head(trace.normed_final), own, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tile", "calls"),
+    [
+        (depass_fast.capture._TILE, [(5, 6), (1, 3), (1, 6)]),
+        (2 * 4 * 6**2, [(2, 6), (2, 6), (1, 6), (1, 3), (1, 6)]),
+        (1, [(1, 6)] * 5 + [(1, 3), (1, 6)]),
+    ],
+)
+def test_neighbours_of_equal_length_are_attended_together_while_their_logits_are_few(tile, calls, monkeypatch):
+    prompts = [random_ids(n, seed=seed) for seed, n in enumerate((6, 6, 6, 6, 6, 3, 6))]
+    dp, seen = build("llama-gqa"), []  # of 4 heads
+    alone = [dp.trace(ids) for ids in prompts]
+
+    def attend(q, *given, **named):
+        seen.append((len(q), q.shape[2]))
+        return _causal_attention(q, *given, **named)
+
+    monkeypatch.setattr(depass_fast.capture, "_causal_attention", attend)
+    monkeypatch.setattr(depass_fast.capture, "_TILE", tile)
+    trace = dp.trace(prompts)
+    assert seen == calls * dp.adapter.n_layers
+    for prompt, one in enumerate(alone):
+        assert torch.allclose(trace.normed_final[trace.span(prompt)], one.normed_final, atol=1e-5)
+        for layer, own in zip(trace.layers, one.layers, strict=True):
+            for x, y in zip(layer.tensors(), own.tensors(), strict=True):
+                assert torch.allclose(x[trace.span(prompt)], y, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [3, 300])
+def test_windows_in_tiles_are_those_of_a_whole_mask(window):
+    n, generator = 700, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads in (4, 2, 2))
+    wide, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    logits = (0.3 * q @ wide.transpose(-1, -2)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+    found = _causal_attention(q, k, v, scale=0.3, window=window, softcap=None, key_bias=None)
+    assert torch.allclose(found, logits.softmax(-1) @ wide_v, atol=1e-5)
 
 
 def test_memory_grows_with_the_length_not_its_square():
