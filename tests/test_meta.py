@@ -46,3 +46,13 @@ def test_what_is_let_go_is_no_longer_counted():
         z[2:].mul_(2)  # a view is no storage of its own
     assert counted.peak == 2 * 3200 + 256 and counted.now == 40
     assert counted.operations == 3  # addmm, clone, mul_
+
+
+def test_what_a_layer_of_a_sweep_adds_to_what_is_launched():
+    """Its new tables travel in one copy each time; with the model's own forward pass left out of it."""
+
+    def per_layer(components):
+        few, more = (run(Case("llama-2-7b", components, (20,), "triton", layers=n))["operations"] for n in (6, 10))
+        return (more - few) / 4
+
+    assert per_layer("heads of all layers") - per_layer("tokens") <= 60
