@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import consistency
-from .adapters import Adapter, route
+from .adapters import Adapter, route, watch_router
 from .finite import check_finite
 from .progress import bar_of_calls
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
@@ -163,7 +163,7 @@ class _Recorder:
         adapter, mixture = self.adapter, self.adapter.is_mixture(index)
         parallel, wanted = adapter.family.parallel, {"resid_pre", "mask"}
         wanted |= {"attention_output"} if parallel else {"resid_mid"}
-        wanted |= {"experts_input", "routing"} if mixture else {"gate", "act"}
+        wanted |= {"experts_input", "router_weights"} if mixture else {"gate", "act"}
         if missing := wanted - record.keys():
             names = sorted("attention" if name == "mask" else name for name in missing)
             raise RuntimeError(
@@ -185,10 +185,9 @@ class _Recorder:
         )
         common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
         if mixture:
-            done = route(
-                adapter.module(index, "mlp"), adapter.family.experts, record["experts_input"], record["routing"]
-            )
-            mlps = tuple(MlpTrace(gate=r.gate, act=r.act, part=r.index, positions=r.positions, **common) for r in done)
+            read = (record[name] for name in ("experts_input", "router_weights", "chosen"))
+            done = route(adapter.block(index), adapter.family.experts, *read)
+            mlps = tuple(MlpTrace(**common, **vars(routed)) for routed in done)
         else:
             mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
         return LayerTrace(pre, mid, attention, mlps, record.get("attention_sum"), record.get("mlp_sum"))
@@ -311,14 +310,24 @@ def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitSta
         undo.callback(tap("value_ratio", lambda x: _clamped_ratio(v_part(x.T).T, limit)).after(part("v_proj")))
     if adapter.is_mixture(index):
         undo.callback(tap("experts_input").before(part("mlp")))
-        router = part("mlp").get_submodule(family.experts.router)
-        undo.callback(tap("routing").after(router))
+        undo.callback(watch_router(adapter.block(index), family.experts, _routing(recorder, record)))
     else:
         gate = family.gate_part
         undo.callback(tap("gate", gate and (lambda x: gate(x.T).T.contiguous())).after(part("gate_proj")))
         undo.callback(tap("act").before(part("down_proj")))
     if adapter.observed is not None:
         _observe(adapter, index, recorder, undo)
+
+
+def _routing(recorder: _Recorder, record: dict[str, Any]) -> Callable[[Tensor, Tensor], None]:
+    """What records a router's weights and indices (T, K)."""
+
+    def note(weights: Tensor, chosen: Tensor) -> None:
+        if getattr(_active, "recorder", None) is recorder:
+            recorder.keep(record, "router_weights", weights.detach())
+            recorder.keep(record, "chosen", chosen)
+
+    return note
 
 
 def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack) -> None:
@@ -375,9 +384,6 @@ class _Tap:
             return
         if self.batched:
             self.record[self.name] = x
-        elif isinstance(x, tuple) and self.name == "routing":
-            before = self.record.get(self.name, (x[0][:0], x[1][:0], x[2][:0]))
-            self.record[self.name] = tuple(torch.cat(parts) for parts in zip(before, x, strict=True))
         else:
             x = x[0] if isinstance(x, tuple) else x
             x = x.detach().flatten(0, -2)

@@ -226,13 +226,13 @@ def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
     at = at.to(total.device)
     for part in layer.mlps:
-        w_down = mlps[part.part].w_down
-        if part.positions is None:
-            total += part.act[at].to(wide) @ w_down.T.to(wide)
-            continue
-        here = torch.isin(at, part.positions).nonzero().flatten()
-        if len(here):
-            total[here] += part.act[part.rows(at[here])].to(wide) @ w_down.T.to(wide)
+        down = replace(mlps[part.part].down, drop_bias=False)
+        here = slice(None) if part.positions is None else torch.isin(at, part.positions).nonzero().flatten()
+        rows = part.rows(at[here])
+        if len(rows):
+            total[here] += part.act[rows].to(wide) @ down.weight.T.to(wide)
+            if down.bias is not None:
+                total[here] += part.router_weight[rows, None].to(wide) * down.bias.to(wide)
     return total.to(layer.resid_mid)
 
 

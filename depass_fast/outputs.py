@@ -96,15 +96,9 @@ class Outputs:
         """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
-            mlp, act, first = self.mlps[part.part], part.act, self.span.start
-            if part.positions is not None:
-                here = (part.positions >= first) & (part.positions < self.span.stop)
-                if not here.any():
-                    continue
-                act = act.new_zeros(self.span.stop - first, act.shape[1])
-                act[part.positions[here] - first] = part.act[here]
-            else:
-                act = act[self.span]
+            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.positions
+            if at is not None and not ((at >= self.span.start) & (at < self.span.stop)).any():
+                continue
             stored, numbers_of_part = mlp.w_down, act
             if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
                 stored, numbers_of_part = self._written_factors(mlp, part, act)
@@ -129,7 +123,9 @@ class Outputs:
         branch, record = self._of(module)
         scale = None if record.out_scale is None else record.out_scale[self.span]
         value = branch.value_constant(self.dtype) if module == "attention" and record.value_ratio is not None else None
-        if value is None:
+        if module == "mlp":
+            constant = self.record.mlp_constant(self.mlps, self.span, self.dtype)
+        elif value is None:
             constant = branch.constant(self.dtype, scale)
         else:  # clamped like the rest of the value, it is another one at every position
             heads = self.after.new_empty(

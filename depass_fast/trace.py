@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.tuned import tuning
+from .adapters.weights import Mlp
 
 
 @dataclass
@@ -48,10 +49,20 @@ class MlpTrace:
     part: int = 0  # which of the layer's MLPs
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) of the norm on its output
+    router_weight: Tensor | None = None  # (P,) which multiplies an expert's output, where that has a bias
 
     def rows(self, packed: Tensor) -> Tensor:
         """Where ``packed`` positions (S,), all of them sent here, are found in ``gate`` and ``act``."""
         return packed if self.positions is None else torch.searchsorted(self.positions, packed)
+
+    def dense(self, values: Tensor, span: slice) -> Tensor:
+        """``values`` (P, ...) recorded here, at packed positions ``span``: (N, ...), zero at those not sent here."""
+        if self.positions is None:
+            return values[span]
+        here = (self.positions >= span.start) & (self.positions < span.stop)
+        out = values.new_zeros(span.stop - span.start, *values.shape[1:])
+        out[self.positions[here] - span.start] = values[here]
+        return out
 
 
 @dataclass
@@ -73,6 +84,21 @@ class LayerTrace:
     def mlp(self) -> MlpTrace:
         """The only MLP, or one of them."""
         return self.mlps[0]
+
+    def mlp_constant(self, mlps: tuple[Mlp, ...], span: slice, dtype: torch.dtype) -> Tensor | None:
+        """What the layer's ``mlps`` together add to packed positions ``span``, whatever their components are.
+
+        (D,), or (N, D), or None; before a norm of the residual stream.
+        """
+        raw, scale = None, self.mlp.out_scale
+        for part in self.mlps:
+            bias = mlps[part.part].down.bias
+            if bias is not None:
+                bias = bias.to(dtype)
+                if part.router_weight is not None:
+                    bias = part.dense(part.router_weight, span)[:, None].to(dtype) * bias
+                raw = bias if raw is None else raw + bias
+        return mlps[0].written_constant(raw, None if scale is None else scale[span], dtype)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything recorded, some of it more than once."""

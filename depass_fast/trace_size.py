@@ -89,5 +89,6 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
         size += attention.v.shape[0] * item
     if not adapter.is_mixture(index):
         return size + 2 * mlps[0].gate.shape[0] * item
-    size += family.experts.top_k * (_INDEX + 2 * mlps[0].gate.shape[0] * item)
-    return size + 2 * sum(mlp.gate.shape[0] for mlp in mlps if mlp.name == "shared") * item
+    each = [2 * mlp.gate.shape[0] * item + item * mlp.down.has_bias for mlp in mlps]
+    size += family.experts.top_k * (_INDEX + each[0])
+    return size + sum(bytes_ for mlp, bytes_ in zip(mlps, each, strict=True) if mlp.name == "shared")

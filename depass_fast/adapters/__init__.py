@@ -16,7 +16,7 @@ from torch import nn
 
 from . import families
 from .adapter import Adapter
-from .experts import route
+from .experts import route, watch_router
 from .family import Experts, Family, Observed
 from .unwrap import unwrap
 from .weights import Attention, Branch, Layer, Linear, Mlp, Norm
@@ -36,6 +36,7 @@ __all__ = [
     "route",
     "supported_families",
     "unwrap",
+    "watch_router",
 ]
 
 _FILES = [

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .experts import expert_mlps, expert_modules, has_router
 from .family import Family, Observed, Path
+from .paths import below, name_of
 from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
 from .weights import Attention, Layer, Linear, Mlp, Norm
@@ -81,7 +81,7 @@ class Adapter:
         one_mask_for_all = hasattr(self.decoder, "_update_causal_mask") and not self.family.layer_windows
         if one_mask_for_all and "flash" not in (implementation or "eager"):
             return getattr(self.config, "sliding_window", None)
-        return announced
+        return self.family.window if announced is None else announced
 
     def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
         """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""
@@ -107,11 +107,17 @@ class Adapter:
     def one_by_one(self) -> bool:
         """Whether every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, and where the rotary embedding depends on the longest of all positions.
+        That is so where attention is observed, where the rotary embedding depends on the longest of all positions, and
+        in float64 with a router: many compute in float32, which rounds otherwise in other company.
         """
-        return self.observed is not None or any(
-            "longrope" in str(kind) or "dynamic" in str(kind)
-            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+        narrow_router = self.family.experts is not None and self.dtype == torch.float64
+        return (
+            self.observed is not None
+            or narrow_router
+            or any(
+                "longrope" in str(kind) or "dynamic" in str(kind)
+                for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+            )
         )
 
     @property
@@ -185,14 +191,15 @@ class Adapter:
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
-        return self._part(self._block(index), part)
+        return self._part(self.block(index), part)
 
-    def _block(self, index: int) -> nn.Module:
+    def block(self, index: int) -> nn.Module:
+        """The module of layer ``index``."""
         return self._below_model(self.family.layers)._modules[str(index)]
 
     def _part(self, block: nn.Module, part: str) -> nn.Module | None:
         path = getattr(self.family, part)
-        return None if path is None else _below(block, path)  # much cheaper than get_submodule, which checks every step
+        return None if path is None else below(block, path)  # much cheaper than get_submodule, which checks every step
 
     def layer_device(self, index: int) -> torch.device:
         """Where layer ``index`` lives."""
@@ -200,7 +207,7 @@ class Adapter:
 
     def is_mixture(self, index: int) -> bool:
         """Whether the MLP of layer ``index`` is a mixture of experts."""
-        return self.family.experts is not None and has_router(self.module(index, "mlp"), self.family.experts)
+        return self.family.experts is not None and has_router(self.block(index), self.family.experts)
 
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
@@ -208,7 +215,7 @@ class Adapter:
 
     def attention(self, index: int) -> Attention:
         """Of :meth:`layer`, the attention alone."""
-        block = self._block(index)
+        block = self.block(index)
         return Attention(
             **self._branch(block, "attention"),
             v=self._linear(block, "v_proj", "v_part"),
@@ -218,10 +225,10 @@ class Adapter:
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         """Of :meth:`layer`, the MLP or the experts alone."""
-        block = self._block(index)
+        block = self.block(index)
         branch = self._branch(block, "mlp")
         if self.is_mixture(index):
-            return expert_mlps(self._part(block, "mlp"), self.family.experts, branch)
+            return expert_mlps(block, self.family.experts, branch, self.drop_biases)
         gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
         return (Mlp(**branch, gate=gate, down=down),)
 
@@ -246,7 +253,7 @@ class Adapter:
         parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
         modules = [module for part in parts if (module := self.module(index, part)) is not None]
         if self.is_mixture(index):
-            modules += expert_modules(self.module(index, "mlp"), self.family.experts)
+            modules += expert_modules(self.block(index), self.family.experts)
         return modules
 
     def missing(self) -> str | None:
@@ -257,7 +264,7 @@ class Adapter:
                 if path is not None:
                     self._below_model(path)
             except AttributeError:
-                return _name(path)
+                return name_of(path)
         for index in range(self.n_layers):
             parts = ["attention", "v_proj", "o_proj", "mlp"]
             parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
@@ -271,7 +278,7 @@ class Adapter:
 
     def path(self, index: int, part: str) -> str:
         """The name below the model of what the family calls ``part`` in layer ``index``."""
-        return f"{_name(self.family.layers)}.{index}.{_name(getattr(self.family, part))}"
+        return f"{name_of(self.family.layers)}.{index}.{name_of(getattr(self.family, part))}"
 
     def name_of(self, module: nn.Module | Stacked) -> str:
         """A module's name below the model, or that of a tensor of experts."""
@@ -297,20 +304,4 @@ class Adapter:
         return Norm(weight, float(eps), bias, centred=self.family.norm == "layer")
 
     def _below_model(self, path: Path) -> nn.Module:
-        return _below(self.model, path)
-
-
-def _name(path: Path) -> str:
-    return path if isinstance(path, str) else path[0]
-
-
-def _below(module: nn.Module, path: Path) -> nn.Module:
-    """What is found under a path, or under the first of several that exists."""
-    if isinstance(path, str):
-        return inside(attrgetter(path)(module))
-    for name in path[:-1]:
-        try:
-            return inside(attrgetter(name)(module))
-        except AttributeError:
-            continue
-    return inside(attrgetter(path[-1])(module))
+        return below(self.model, path)

@@ -2,61 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .family import Experts
+from .family import Experts, Path, first_half, second_half
+from .paths import below, exists, name_of
 from .stored import Stacked
 from .weights import Linear, Mlp
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What expert ``index`` of a layer did: at ``positions`` (P,), None for all, its gates and activations (P, I)."""
+    """What an expert, the layer's ``part``, did: at ``positions`` (P,), None for all, its gates and activations (P, I).
 
-    index: int
+    ``router_weight`` (P,) is what its output was multiplied by; None where that is in the activations alone: without a
+    bias on the output.
+    """
+
+    part: int
     positions: Tensor | None
     gate: Tensor
     act: Tensor
+    router_weight: Tensor | None
 
 
-def has_router(mlp: nn.Module, experts: Experts) -> bool:
-    """Whether this MLP is a mixture: families mix sparse and dense layers."""
-    return hasattr(mlp, experts.experts) and hasattr(mlp, experts.router)
+def has_router(block: nn.Module, experts: Experts) -> bool:
+    """Whether the MLP of this layer is a mixture: families mix sparse and dense layers."""
+    return exists(block, experts.experts) and exists(block, experts.router)
 
 
-def expert_mlps(mlp: nn.Module, experts: Experts, branch: dict[str, Any]) -> tuple[Mlp, ...]:
+def expert_mlps(block: nn.Module, experts: Experts, branch: dict[str, Any], drop_biases: bool) -> tuple[Mlp, ...]:
     """Every expert of a layer, the shared one last."""
-    return tuple(Mlp(**branch, gate=part.gate, down=part.down, name=part.name) for part in _projections(mlp, experts))
+    found = []
+    for part in _projections(block, experts):
+        gate, down = (replace(linear, drop_bias=drop_biases) for linear in (part.gate, part.down))
+        found.append(Mlp(**branch, gate=gate, down=down, name=part.name))
+    return tuple(found)
 
 
-def expert_modules(mlp: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
+def expert_modules(block: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
     """What holds the weights of all experts."""
-    return [linear.module for part in _projections(mlp, experts) for linear in (part.gate, part.up, part.down)]
+    return [linear.module for part in _projections(block, experts) for linear in (part.gate, part.up, part.down)]
 
 
-def route(mlp: nn.Module, experts: Experts, x: Tensor, routing: Any) -> list[Routed]:
-    """What the experts did with normed states ``x`` (T, D), given the router's output. Who got nothing is left out."""
-    weights, chosen = _routing(experts, routing, x.dtype)
+def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+    """Have ``note`` called with weights and indices (T, K) of the experts that are chosen; returned is the way back."""
+    held, router = below(block, experts.experts), below(block, experts.router)
+    if not isinstance(held, nn.ModuleList) and router not in held.children():  # else it is the whole mixture
+
+        def handed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            note(*_choice((*args, *kwargs.values())))
+
+        return held.register_forward_pre_hook(handed, with_kwargs=True).remove
+
+    def returned(module: nn.Module, args: tuple, output: Any) -> None:
+        if experts.decide is not None:
+            note(*experts.decide(block, output))
+        elif isinstance(output, tuple):
+            note(*_choice(output))
+        else:
+            note(*softmax_top_k(output, experts.top_k, experts.normalised))
+
+    return router.register_forward_hook(returned).remove
+
+
+def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor]:
+    """Weights and indices (T, K) of the largest of a softmax over logits (T, E)."""
+    weights, chosen = torch.topk(logits.softmax(-1, dtype=torch.float), k, dim=-1)
+    if normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), chosen
+
+
+def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> list[Routed]:
+    """What the experts did with normed states ``x`` (T, D), given :func:`watch_router`'s. Who got nothing is left out.
+
+    Weights are in the dtype that the router computes in, what is returned is in x's.
+    """
     done = []
-    for index, part in enumerate(_projections(mlp, experts)):
+    for index, part in enumerate(_projections(block, experts)):
         if part.name == "shared":
-            positions, share = None, 1.0
+            positions, inputs, weight = None, x, x.new_full((len(x), 1), experts.factor)
             if experts.shared_gate is not None:
-                share = torch.sigmoid(attrgetter(experts.shared_gate)(mlp)(x))
-            inputs = x
+                weight = weight * torch.sigmoid(below(block, experts.shared_gate)(x))
         else:
             positions, rank = (chosen == index).nonzero(as_tuple=True)
             if not len(positions):
                 continue
-            inputs, share = x[positions], weights[positions, rank, None]
+            inputs, weight = x[positions], weights[positions, rank, None] * experts.factor
         gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
-        done.append(Routed(index, positions, gate, (part.activation(gate) * up * share).to(x.dtype)))
+        act = (part.activate(gate, up) * weight).to(x.dtype)
+        weight = weight.flatten().to(x.dtype) if part.down.has_bias else None
+        done.append(Routed(index, positions, gate, act, weight))
     return done
 
 
@@ -66,40 +108,73 @@ def _projected(linear: Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
+def _choice(values: tuple) -> tuple[Tensor, Tensor]:
+    """Weights and indices (T, K) among what is handed around: the only integers, and the last numbers.
+
+    Weights of all experts (T, E) are taken at the indices.
+    """
+    (chosen,) = (x for x in values if not x.is_floating_point())
+    *_, weights = (x for x in values if x.is_floating_point())
+    return (weights if weights.shape == chosen.shape else weights.gather(1, chosen)), chosen
+
+
 @dataclass(frozen=True)
 class _Projections:
     name: str
     gate: Linear
     up: Linear
     down: Linear
-    activation: Any
+    activate: Callable[[Tensor, Tensor], Tensor]  # g and up to what the down projection reads
 
 
-def _projections(mlp: nn.Module, experts: Experts) -> Iterator[_Projections]:
-    held = attrgetter(experts.experts)(mlp)
-    if not isinstance(held, nn.ModuleList) and not hasattr(held, "down_proj"):
-        raise ValueError(f"model: its experts are wrapped by {type(held).__name__}; merge the adapter into them first.")
+def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
+    held = below(block, experts.experts)
     if isinstance(held, nn.ModuleList):
-        modules = [(f"E{index}", module) for index, module in enumerate(held)]
+        yield from (_of_module(f"E{index}", module, experts) for index, module in enumerate(held))
     else:
-        modules = []
-        for index in range(len(held.down_proj)):
-            both = Stacked(held.gate_up_proj, index)
-            gate, up = (Linear(both, lambda w, half=half: w.chunk(2)[half]) for half in (0, 1))
-            yield _Projections(f"E{index}", gate, up, Linear(Stacked(held.down_proj, index)), held.act_fn)
-    if experts.shared is not None:
-        modules.append(("shared", attrgetter(experts.shared)(mlp)))
-    for name, module in modules:
-        gate, up, down = (Linear(attrgetter(path)(module)) for path in (experts.gate, experts.up, experts.down))
-        yield _Projections(name, gate, up, down, module.act_fn)
+        yield from _of_stacks(held, experts)
+    if experts.shared is not None and exists(block, experts.shared):
+        yield _of_module("shared", below(block, experts.shared), experts)
 
 
-def _routing(experts: Experts, routing: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (T, K) and indices (T, K) of the chosen experts: the router's own, or made of its logits."""
-    if isinstance(routing, tuple):
-        _, weights, chosen = routing
-        return weights, chosen
-    weights, chosen = torch.topk(routing.softmax(-1, dtype=torch.float), experts.top_k, dim=-1)
-    if experts.normalised:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(dtype), chosen
+def _of_module(name: str, module: nn.Module, experts: Experts) -> _Projections:
+    if experts.fused:
+        gate, up = (Linear(below(module, experts.gate), half) for half in (first_half, second_half))
+    else:
+        gate, up = (Linear(below(module, path)) for path in (experts.gate, experts.up))
+    return _Projections(name, gate, up, Linear(below(module, experts.down)), _activation(module, experts))
+
+
+def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
+    if not all(exists(held, path) and isinstance(below(held, path), Tensor) for path in experts.stacks):
+        raise ValueError(
+            f"model: its experts are held by {type(held).__name__}, and not as tensors; merge the adapter into them "
+            "first, or dequantise them (MXFP4: Mxfp4Config(dequantize=True))."
+        )
+    (gate_up, gate_up_bias), (down, down_bias) = (_stack(held, path) for path in experts.stacks)
+    halves = (_even, _odd) if experts.interleaved else (first_half, second_half)
+    activate = _activation(held, experts)
+    for index in range(len(down)):
+        both = Stacked(gate_up, index, gate_up_bias, experts.transposed)
+        gate, up = (Linear(both, half) for half in halves)
+        yield _Projections(f"E{index}", gate, up, Linear(Stacked(down, index, down_bias, experts.transposed)), activate)
+
+
+def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:
+    """A tensor of all experts, and that of their biases if there is one."""
+    return below(held, path), getattr(held, f"{name_of(path)}_bias", None)
+
+
+def _activation(held: nn.Module, experts: Experts) -> Callable[[Tensor, Tensor], Tensor]:
+    if experts.activate is not None:
+        return partial(experts.activate, held)
+    act_fn = below(held, experts.act_fn)
+    return lambda gate, up: act_fn(gate) * up
+
+
+def _even(weight: Tensor) -> Tensor:
+    return weight[0::2]
+
+
+def _odd(weight: Tensor) -> Tensor:
+    return weight[1::2]

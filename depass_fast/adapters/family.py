@@ -19,21 +19,34 @@ Path = str | tuple[str, ...]  # names that changed from version to version: the 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts below the MLP's module: paths below it. The router is frozen.
+    """A mixture of experts: paths below a layer. The router is frozen.
 
-    ``gate``, ``up`` and ``down`` are the names of an expert's projections where it is a module; in recent transformers
-    all experts of a layer are two tensors, `gate_up_proj` (E, 2I, D) and `down_proj` (E, D, I).
+    Which experts a position is sent to, and with what weights, is what the model hands to its module of experts. Where
+    that is a list of modules (older transformers), it is what the router returns; where that is logits alone, their
+    softmax and the top k of it, or what ``decide(layer, returned)`` makes of it: weights and indices, (T, K).
+
+    All experts of a layer are two tensors below ``experts``, ``stacks``: (E, 2I, D) and (E, D, I), or ``transposed``;
+    the rows of the first are all gates and then all ups, or ``interleaved``. Biases bear their names with `_bias`.
+    Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its projections.
     """
 
     top_k: int
-    normalised: bool  # whether the chosen experts' probabilities are made to sum to one
-    router: str = "gate"
-    experts: str = "experts"
+    normalised: bool = False  # whether the top k of a softmax over logits are made to sum to one
+    router: Path = "mlp.gate"
+    experts: Path = "mlp.experts"
+    stacks: tuple[Path, Path] = ("gate_up_proj", "down_proj")
+    transposed: bool = False
+    interleaved: bool = False
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    shared: str | None = None  # an expert that every position goes through
-    shared_gate: str | None = None  # which of it, between 0 and 1
+    fused: bool = False  # ``gate`` is both projections, [gate; up]
+    act_fn: Path = "act_fn"  # below an expert, or below ``experts``
+    activate: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # of ``experts``, g and up, if not act_fn(g) · up
+    decide: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
+    shared: Path | None = None  # an expert that every position goes through
+    shared_gate: Path | None = None  # which of it, between 0 and 1
+    factor: float = 1.0  # of every expert's output, beside the router's weight
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Family:
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
+    window: int | None = None  # of all layers, where the attention call does not announce it
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
     mlp: Path = "mlp"
@@ -103,6 +117,11 @@ def third(index: int) -> Part:
 def first_half(weight: Tensor) -> Tensor:
     """The gate's part of a fused [gate; up] projection."""
     return weight.chunk(2)[0]
+
+
+def second_half(weight: Tensor) -> Tensor:
+    """The other part of it."""
+    return weight.chunk(2)[1]
 
 
 def of_each_head(heads: int, parts: int, index: int) -> Part:

@@ -15,14 +15,24 @@ from .tuned import at_work, is_tuned, tuned_bias, tuned_weight, why_unreadable
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """One expert's matrix within a tensor of all of them, (E, out, in), as if it were a linear module."""
+    """One expert's matrix within a tensor of all of them, (E, out, in), as if it were a linear module.
+
+    ``biases`` are (E, out), or None; ``transposed``: the tensor is (E, in, out).
+    """
 
     stack: Tensor
     index: int
+    biases: Tensor | None = None
+    transposed: bool = False
 
     @property
     def weight(self) -> Tensor:
-        return self.stack[self.index]
+        weight = self.stack[self.index]
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.biases is None else self.biases[self.index]
 
 
 def stored_weight(module: nn.Module | Stacked) -> Tensor:

@@ -87,7 +87,7 @@ class Linear:
     @cached_property
     def bias(self) -> Tensor | None:
         bias = None if self.drop_bias else stored_bias(self.module)
-        return bias if bias is None or self.part is None else self.part(bias)
+        return bias if bias is None or self.part is None else self.part(bias).contiguous()
 
     @property
     def has_bias(self) -> bool:
@@ -133,7 +133,7 @@ class Branch:
         return y if self.factor == 1.0 else y * self.factor
 
     def written_constant(self, y: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What a constant raw output ``y`` (D,) or None, and the output norm's β, add: (D,), or (N, D), or None."""
+        """What a constant raw output ``y`` (D,), (N, D) or None, and the output norm's β, add: the same shapes."""
         if self.output is None:
             return None if y is None else self.written(y.to(dtype), None)
         beta = None if self.output.bias is None else self.output.bias.to(dtype) * self.factor
@@ -224,9 +224,17 @@ class Mlp(Branch):
         """What the `bias` component drives every gate with besides its own state, (I,), or None."""
         return self._read_constant(lambda: self.w_gate, self.gate.bias, dtype)
 
-    def constant(self, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor | None:
-        """What positions receive whatever their components are: (D,), or (N, D), or None."""
-        return self.written_constant(self.down.bias, out_scale, dtype)
+    def constant(
+        self, dtype: torch.dtype, out_scale: Tensor | None = None, router_weight: Tensor | None = None
+    ) -> Tensor | None:
+        """What positions receive whatever their components are: (D,), or (N, D), or None.
+
+        ``router_weight`` (N,) is what an expert's output is multiplied by, None for any other MLP's.
+        """
+        bias = self.down.bias
+        if bias is not None and router_weight is not None:
+            bias = router_weight[:, None].to(dtype) * bias.to(dtype)
+        return self.written_constant(bias, out_scale, dtype)
 
 
 @dataclass(frozen=True)

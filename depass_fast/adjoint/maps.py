@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapters import Adapter, Layer, Norm
 from ..backends.attention import FrozenAttention
 from ..progress import Parts
-from ..trace import LayerTrace, MlpTrace, Trace
+from ..trace import LayerTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
 _KEPT = 1 << 28  # and between the ways there and back, of all layers
@@ -41,6 +41,7 @@ class LayerMaps:
         self.device, self.queries, self.dtype, self.compute = layer.device, queries, dtype, compute
         self.parallel, attention, mlp = layer.parallel, layer.attention, layer.mlp
         self._attention, self._mlp, self._record, self._span = attention, mlp, record, span
+        self._mlps = layer.mlps
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
         self._heard, self._read = (_wide(norm, dtype) for norm in (attention.norm, mlp.norm))  # what both read through
         self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
@@ -54,13 +55,16 @@ class LayerMaps:
         parts = [(layer.mlps[part.part], part) for part in record.mlps]
         self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
         self._w_down = _joined([mlp.writing(mlp.w_down, compute) for mlp, _ in parts], 1)
-        self.gate_total = _joined([_dense(part, part.gate, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
-        self.act = _joined([_dense(part, part.act, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
+        self.gate_total = _joined([part.dense(part.gate, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
+        self.act = _joined([part.dense(part.act, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
         out_scale = record.mlp.out_scale
         if out_scale is not None:
             self.act = self.act * out_scale[span][queries, None].to(dtype)
         self._mlp_scale = mlp.scale(record.mlp.resid[span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
         constants = [mlp.gate_constant(dtype) for mlp, _ in parts]
+        if any(constant is not None for constant in constants):  # an expert may have a bias where a shared one has none
+            none = [part.gate.new_zeros(part.gate.shape[1], dtype=dtype) for _, part in parts]
+            constants = [n if constant is None else constant for n, constant in zip(none, constants, strict=True)]
         self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
         used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
         self.borrows = all(  # whether all weights are the model's own, and no copies
@@ -133,10 +137,12 @@ class LayerMaps:
 
     def _constant(self, module: str) -> Tensor | None:
         """What `bias` receives of a module, in the stream before its own norm; behind that, add :meth:`stream_bias`."""
-        mine = module == "attention"
-        branch, record = (self._attention, self._record.attention) if mine else (self._mlp, self._record.mlp)
-        scale = None if record.out_scale is None else record.out_scale[self._span][self.queries]
-        value = self._attention.value_constant(self.dtype) if mine and self._values is not None else None
+        at = slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
+        if module == "mlp":
+            return self._record.mlp_constant(self._mlps, at, self.dtype)
+        branch, record = self._attention, self._record.attention
+        scale = None if record.out_scale is None else record.out_scale[at]
+        value = branch.value_constant(self.dtype) if self._values is not None else None
         if value is None:
             return branch.constant(self.dtype, scale)
         mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped
@@ -233,16 +239,6 @@ class Road:
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _dense(part: MlpTrace, values: Tensor, span: slice) -> Tensor:
-    """What an MLP recorded at the positions of a prompt (N, I), zero at those that were not sent to it."""
-    if part.positions is None:
-        return values[span]
-    here = (part.positions >= span.start) & (part.positions < span.stop)
-    out = values.new_zeros(span.stop - span.start, values.shape[1])
-    out[part.positions[here] - span.start] = values[here]
-    return out
 
 
 def _wide(norm: Norm | None, dtype: torch.dtype) -> Norm | None:

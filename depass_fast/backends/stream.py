@@ -36,7 +36,6 @@ class _Gathering:
 
     key: tuple[int, int]
     step: MlpStep
-    out_scale: Tensor | None
     statistics: Statistics
 
 
@@ -113,14 +112,14 @@ class StreamBackend(TorchBackend):
         """An MLP that nobody has said anything to; or all have, where that is known."""
 
         def make() -> _Gathering:
-            step, out_scale = self._mlp_step(state, weights, trace, allocation, device)
+            step = self._mlp_step(state, weights, trace, allocation, device)
             key = (state.layer, trace.part)
             if self.known is not None:
-                return _Gathering(key, step, out_scale, self.known[key].on(device))
+                return _Gathering(key, step, self.known[key].on(device))
             like = step.act.to(torch.promote_types(step.act.dtype, torch.float32))
             rest = state.layout.index(REST) is not None
             fresh = Statistics.fresh(str(allocation.rule), allocation.temperature, rest, like)
-            return _Gathering(key, step, out_scale, fresh)
+            return _Gathering(key, step, fresh)
 
         return self.budget.prepare(device, make)
 
@@ -176,7 +175,7 @@ class StreamBackend(TorchBackend):
         # a block that reads what it writes to is whole by then: a component's share needs nobody else's state
         self.budget.each(device, self._cut(layout, gathered.step, device), share)
         self._arrived(device)
-        add_to_bias(state, weights.constant(state.rows.dtype, gathered.out_scale))
+        add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
     def _gather(self, source: ComponentState, gathering: _Gathering, device: torch.device) -> None:

@@ -255,7 +255,7 @@ class TorchBackend:
         source: ComponentState | None = None,
     ) -> ComponentState:
         source = state if source is None else source
-        parts, out_scale = self.budget.prepare(
+        parts = self.budget.prepare(
             state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
         )
 
@@ -265,23 +265,31 @@ class TorchBackend:
                 general_chunk(state, source, chunk, parts, neurons)
 
         self.budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
-        add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
+        add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
+
+    def _mlp_constant(self, state: ComponentState, weights: Mlp, trace: MlpTrace) -> Tensor | None:
+        """What `bias` receives: (D,), or (S, D), or None."""
+        if state.layout.index(BIAS) is None:
+            return None
+        packed = state.layout.tensor("packed", weights.w_gate.device)
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
+        weight = None if trace.router_weight is None else trace.router_weight[trace.rows(packed)]
+        return weights.constant(state.rows.dtype, out_scale, weight)
 
     def _mlp_step(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
-    ) -> tuple[MlpStep, Tensor | None]:
-        """What the MLP of a layer needs at the state's segments, and the frozen scale (S,) of its output's norm."""
+    ) -> MlpStep:
+        """What the MLP of a layer needs at the state's segments."""
         dtype, layout = self._dtype(state), state.layout
         packed = layout.tensor("packed", device)
         everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
         recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
-        act, out_scale = trace.act[recorded].to(dtype), None
+        act = trace.act[recorded].to(dtype)
         if trace.out_scale is not None:
-            out_scale = trace.out_scale[packed]
-            act = act * out_scale[:, None].to(dtype)
+            act = act * trace.out_scale[packed, None].to(dtype)
         w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
-        step = MlpStep(
+        return MlpStep(
             scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
             w_gate=w_gate,
             w_down=weights.writing(weights.w_down, dtype),
@@ -291,7 +299,6 @@ class TorchBackend:
             allocation=allocation,
             sparse=has_zeros(w_gate),
         )
-        return step, out_scale
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
         width, n = weights.w_down.shape

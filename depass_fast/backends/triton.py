@@ -137,17 +137,17 @@ class TritonBackend(TorchBackend):
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
             recorded = packed if trace.positions is None else trace.rows(packed)
-            act, gate, out_scale = _rowwise(trace.act), _rowwise(trace.gate), None
+            act, gate = _rowwise(trace.act), _rowwise(trace.gate)
             if trace.out_scale is not None:
-                out_scale = trace.out_scale[packed]
-                act, gate = act[recorded] * out_scale[:, None], gate[recorded]
+                act, gate = act[recorded] * trace.out_scale[packed, None], gate[recorded]
                 recorded = torch.arange(len(packed), device=device)
             constant = weights.gate_constant(torch.float32) if bias is not None else None
-            w_gate, w_down = weights.w_gate.to(dtype), weights.writing(weights.w_down, dtype)
+            w_gate = weights.w_gate.to(dtype).contiguous()  # which a part of an interleaved tensor is not
+            w_down = weights.writing(weights.w_down, dtype)
             scale = _scales(weights.norm, trace.resid, packed)
-            return w_gate, w_down, act, gate, recorded, scale, constant, out_scale
+            return w_gate, w_down, act, gate, recorded, scale, constant
 
-        w_gate, w_down, act, gate, recorded, scale, constant, out_scale = self.budget.prepare(device, prepare)
+        w_gate, w_down, act, gate, recorded, scale, constant = self.budget.prepare(device, prepare)
         n_neurons = len(w_gate)
 
         def step(chunk: RowChunk) -> None:
@@ -171,7 +171,7 @@ class TritonBackend(TorchBackend):
                 target.copy_(out)
 
         self.budget.each(device, lambda undone: self._row_chunks(state, n_neurons, undone), step)
-        add_to_bias(state, weights.constant(state.rows.dtype, out_scale))
+        add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
     def _row_chunks(self, state: ComponentState, n_neurons: int, undone: RowChunk | None) -> list[RowChunk]:

@@ -8,9 +8,8 @@ MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def declare(config: Any) -> Family:
-    shared = (
-        {"shared": "shared_expert", "shared_gate": "shared_expert_gate"} if config.model_type == "qwen2_moe" else {}
-    )
+    gate = {"shared": "mlp.shared_expert", "shared_gate": "mlp.shared_expert_gate"}
+    shared = gate if config.model_type == "qwen2_moe" else {}
     return Family(
         observed=Observed(("q_proj", "k_proj", "v_proj"), read_rotary),
         experts=Experts(top_k=config.num_experts_per_tok, normalised=config.norm_topk_prob, **shared),

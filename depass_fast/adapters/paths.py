@@ -1,0 +1,36 @@
+"""Where things are found below a module: a declaration's paths."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from .family import Path
+from .tuned import inside
+
+
+def below(module: nn.Module, path: Path) -> Any:
+    """What is found under a path, or under the first of several that exists; AttributeError without any."""
+    if isinstance(path, str):
+        return inside(attrgetter(path)(module))
+    for name in path[:-1]:
+        try:
+            return inside(attrgetter(name)(module))
+        except AttributeError:
+            continue
+    return inside(attrgetter(path[-1])(module))
+
+
+def exists(module: nn.Module, path: Path) -> bool:
+    """Whether anything is found there."""
+    try:
+        return below(module, path) is not None
+    except AttributeError:
+        return False
+
+
+def name_of(path: Path) -> str:
+    """A path as it is called in a message: the first of several."""
+    return path if isinstance(path, str) else path[0]
