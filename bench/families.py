@@ -59,6 +59,19 @@ KNOWN = {
     "hunyuan_v1_dense": "HunYuan (dense)",
     "apertus": "Apertus",
     "arcee": "Arcee AFM",
+    "olmoe": "OLMoE",
+    "flex_olmo": "FlexOlmo",
+    "glm4_moe": "GLM-4.5 to 4.7",
+    "dots1": "dots.llm1",
+    "granitemoe": "Granite 3 MoE, PowerMoE",
+    "granitemoeshared": "Granite MoE with a shared expert",
+    "phimoe": "Phi-3.5-MoE, Phi-mini-MoE",
+    "ernie4_5_moe": "ERNIE 4.5 MoE",
+    "hunyuan_v1_moe": "HunYuan A13B",
+    "minimax_m2": "MiniMax M2",
+    "exaone_moe": "K-EXAONE",
+    "solar_open": "Solar Open",
+    "cohere2_moe": "Command A MoE",
 }
 
 

@@ -21,6 +21,17 @@ _GQA = {"num_key_value_heads": 2}
 _MHA = {"num_key_value_heads": 4}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SIGMOID = {  # DeepSeek 3's router
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+}
 _LOCAL = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _GEMMA = {**_GQA, "head_dim": 16, "query_pre_attn_scalar": 24}
 _GEMMA3 = {**_GEMMA, **_LOCAL, "sliding_window_pattern": 2}
@@ -175,6 +186,44 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {**_GQA, "mlp_bias": True}),
     "starcoder2: window": ("starcoder2", {**_GQA, "sliding_window": 3}),
     "starcoder2: no biases": ("starcoder2", {**_MHA, "use_bias": False, "sliding_window": None}),
+    "olmoe": ("olmoe", {**_GQA, **_EXPERTS, "clip_qkv": 0.7}),
+    "olmoe: normalised, no clamp": ("olmoe", {**_MHA, **_EXPERTS, "norm_topk_prob": True, "attention_bias": True}),
+    "flex_olmo": ("flex_olmo", {**_GQA, **_EXPERTS, "pad_token_id": 0}),
+    "glm4_moe": ("glm4_moe", {**_GQA, **_SIGMOID, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
+    "dots1": ("dots1", {**_GQA, **_SIGMOID, **_LOCAL, "attention_bias": True}),
+    "granitemoe": ("granitemoe", {**_GQA, **_MULTIPLIERS, "num_local_experts": 4}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**_GQA, **_MULTIPLIERS, "num_local_experts": 4, "shared_intermediate_size": 24, "attention_bias": True},
+    ),
+    "phimoe": ("phimoe", {**_GQA, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe: window": ("phimoe", {**_GQA, "num_local_experts": 4, "sliding_window": 3}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**_GQA, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**_GQA, "head_dim": 16, "num_experts": 4, "moe_topk": [2, 2, 2]}),
+    "minimax_m2": (
+        "minimax_m2",
+        {**_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    ),
+    "exaone_moe": ("exaone_moe", {**_GQA, **_SIGMOID, **_LOCAL}),
+    "solar_open": ("solar_open", {**_GQA, **_SIGMOID, "head_dim": 16}),
+    "cohere2_moe": ("cohere2_moe", {**_GQA, **_LOCAL, "head_dim": 8, "num_experts": 4, "logit_scale": 0.2}),
+    "cohere2_moe: sigmoid, shared, RMSNorm": (
+        "cohere2_moe",
+        {
+            **_GQA,
+            **_LOCAL,
+            "head_dim": 8,
+            "num_experts": 4,
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "prefix_dense_intermediate_size": 40,
+            "rms_norm_eps": 1e-5,
+        },
+    ),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}}
 
@@ -215,7 +264,10 @@ def build_model(model_type: str, seed: int = 0, implementation: str | None = Non
 @torch.no_grad()
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
     """A model whose norm weights and biases are random, too: transformers makes ones and zeros of them; in place."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
+    corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]  # of routers
+    for name, parameter in [*model.named_parameters(), *corrections]:
+        if name.endswith("bias"):  # those of all experts have two dimensions
+            parameter.normal_(0.0, 0.3)
+        elif parameter.ndim == 1:
+            parameter.normal_(1.0, 0.3)
     return model

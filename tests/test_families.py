@@ -28,8 +28,9 @@ EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
 SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's own, of every sum in three layers
 
 _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory
-_AFTER_THE_NEURONS = tuple(
-    f"{module}.bias" for module in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")
+_AFTER_THE_NEURONS = (
+    *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
+    "down_proj_bias",
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
@@ -215,13 +216,16 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             if adapter.module(layer, f"{kind}_stream_norm") is not None:
                 note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+        beside = [part for name, part in adapter.block(layer).named_children() if name == "shared_mlp"]  # the mixture
+        for expert in beside:
+            note(expert, "shared")
         dp.model(ids[None])
         for handle in handles:
             handle.remove()
         for part, kind in {"attention": Heads(layer), "mlp": Neurons(layer)}.items():
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
-            added = seen[part][1] * family.factor
+            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * family.factor
             if f"{part} stream" in seen:  # the norm of the sum, without what was in the stream before
                 norm = adapter.module(layer, f"{part}_stream_norm")
                 total, normed = seen[f"{part} stream"]
@@ -249,6 +253,7 @@ def test_labels_and_where_there_is_a_bias(name):
         assert labels[5] == "L0N5"
     biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias") and "vision" not in path}
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
+    only_looked_at += ("router", "correction_bias")  # and a router's in the experts' weights
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}
     last = f".{adapter.n_layers - 1}."
     in_layers = {path for path in constants if any(f".{layer}." in path for layer in range(adapter.n_layers))}

@@ -1,0 +1,41 @@
+"""Granite 3 MoE: Granite's layout with a mixture of experts in every layer, and perhaps a shared one beside it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..family import Experts, Family, Observed, read_rotary
+
+MODEL_TYPES = ("granitemoe", "granitemoeshared")
+
+
+def declare(config: Any) -> Family:
+    top_k = config.num_experts_per_tok
+    return Family(
+        factor=config.residual_multiplier,
+        logit_scale=1.0 / config.logits_scaling,
+        observed=Observed(("q_proj", "k_proj", "v_proj"), _read),
+        mlp="block_sparse_moe",
+        experts=Experts(
+            top_k=top_k,
+            router="block_sparse_moe.router",
+            experts=("block_sparse_moe.experts", "block_sparse_moe"),
+            stacks=(("gate_up_proj", "input_linear.weight"), ("down_proj", "output_linear.weight")),
+            act_fn=("act_fn", "activation"),
+            decide=lambda layer, returned: _top_k(returned[-1], top_k),
+            shared="shared_mlp",
+            gate="input_linear",
+            fused=True,
+            down="output_linear",
+        ),
+    )
+
+
+def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What the router of transformers 4 makes of its logits, and returns sorted by experts."""
+    largest, chosen = logits.topk(k, dim=-1)
+    return largest.softmax(-1), chosen
+
+
+def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**read_rotary(attention, outputs, kwargs), "scale": attention.scaling}
