@@ -61,6 +61,7 @@ KNOWN = {
     "arcee": "Arcee AFM",
     "olmoe": "OLMoE",
     "flex_olmo": "FlexOlmo",
+    "gpt_oss": "gpt-oss",
     "glm4_moe": "GLM-4.5 to 4.7",
     "dots1": "dots.llm1",
     "granitemoe": "Granite 3 MoE, PowerMoE",

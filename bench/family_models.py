@@ -189,6 +189,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {**_GQA, **_EXPERTS, "clip_qkv": 0.7}),
     "olmoe: normalised, no clamp": ("olmoe", {**_MHA, **_EXPERTS, "norm_topk_prob": True, "attention_bias": True}),
     "flex_olmo": ("flex_olmo", {**_GQA, **_EXPERTS, "pad_token_id": 0}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_GQA, **_LOCAL, "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 0.7},
+    ),
     "glm4_moe": ("glm4_moe", {**_GQA, **_SIGMOID, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
     "dots1": ("dots1", {**_GQA, **_SIGMOID, **_LOCAL, "attention_bias": True}),
     "granitemoe": ("granitemoe", {**_GQA, **_MULTIPLIERS, "num_local_experts": 4}),

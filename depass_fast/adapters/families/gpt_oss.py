@@ -1,0 +1,28 @@
+"""gpt-oss: Llama's layout with biases, windows in every second layer, and experts with biases and clamped gates."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..family import Experts, Family
+
+MODEL_TYPES = ("gpt_oss",)
+
+
+def declare(config: Any) -> Family:
+    return Family(
+        layer_windows=True,
+        experts=Experts(
+            top_k=config.num_experts_per_tok,
+            router="mlp.router",
+            transposed=True,
+            interleaved=True,
+            activate=_activate,
+        ),
+    )
+
+
+def _activate(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit)
+    return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
