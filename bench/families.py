@@ -73,6 +73,9 @@ KNOWN = {
     "exaone_moe": "K-EXAONE",
     "solar_open": "Solar Open",
     "cohere2_moe": "Command A MoE",
+    "hy_v3": "HunYuan 3",
+    "kolibri1": "Kolibri 1",
+    "mellum": "Mellum 2",
 }
 
 

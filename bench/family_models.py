@@ -228,6 +228,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "hy_v3": ("hy_v3", {**_GQA, **_EXPERTS, "head_dim": 16, "num_shared_experts": 2, "enable_moe_fp32_combine": False}),
+    "kolibri1": ("kolibri1", {**_GQA, **_EXPERTS, **_LOCAL, "shared_expert_intermediate_size": 24}),
+    "mellum": ("mellum", {**_GQA, **_EXPERTS, **_LOCAL, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}}
 

@@ -1,10 +1,13 @@
-"""Qwen 2 MoE and Qwen 3 MoE: Qwen's layout with mixtures of experts in some layers; Qwen 2 has a shared expert."""
+"""Qwen 2 MoE and Qwen 3 MoE: Qwen's layout with mixtures of experts in some layers; Qwen 2 has a shared expert.
+
+Mellum 2 has Qwen 3's, and windows in some layers.
+"""
 
 from typing import Any
 
 from ..family import Experts, Family, Observed, read_rotary
 
-MODEL_TYPES = ("qwen2_moe", "qwen3_moe")
+MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "mellum")
 
 
 def declare(config: Any) -> Family:
