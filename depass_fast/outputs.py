@@ -129,7 +129,10 @@ class Outputs:
         branch, record = self._of(module)
         scale = None if record.out_scale is None else record.out_scale[self.span]
         value = branch.value_constant(self.dtype) if module == "attention" and record.value_ratio is not None else None
-        if value is None:
+        if value is None and module == "attention":
+            sums = record.row_sum
+            constant = branch.constant(self.dtype, scale, None if sums is None else sums[self.span])
+        elif value is None:
             constant = branch.constant(self.dtype, scale)
         else:  # clamped like the rest of the value, it is another one at every position
             heads = self.after.new_empty(

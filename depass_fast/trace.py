@@ -21,7 +21,8 @@ from .adapters.tuned import tuning
 class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
-    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal.
+    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
+    has sinks, logits of nothing, P's rows sum to less than one: P is the softmax without them, times ``row_sum``.
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
@@ -31,6 +32,7 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
+    row_sum: Tensor | None = None  # (T, H) in float32 or wider, of P; None: one
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) of the norm on its output
 

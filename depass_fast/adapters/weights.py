@@ -186,13 +186,20 @@ class Attention(Branch):
         """The constant part of every value, (Hkv·d,), or None."""
         return self._read_constant(lambda: self.w_v, self.v.bias, dtype)
 
-    def constant(self, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor | None:
-        """What positions receive whatever their components are: (D,), or (N, D), or None. P's rows sum to one."""
+    def constant(
+        self, dtype: torch.dtype, out_scale: Tensor | None = None, row_sum: Tensor | None = None
+    ) -> Tensor | None:
+        """What positions receive whatever their components are: (D,), or (N, D), or None.
+
+        P's rows sum to ``row_sum`` (N, H), or to one.
+        """
         value, raw = self.value_constant(dtype), self.o.bias
         if value is not None:
             groups = self.n_heads // self.n_kv_heads
-            value = value.view(self.n_kv_heads, 1, self.head_dim).expand(-1, groups, -1).reshape(-1)
-            value = self.w_o.to(dtype) @ value
+            value = value.view(self.n_kv_heads, 1, self.head_dim).expand(-1, groups, -1).reshape(self.n_heads, -1)
+            if row_sum is not None:
+                value = row_sum.to(dtype)[..., None] * value  # (N, H, d)
+            value = value.flatten(-2) @ self.w_o.to(dtype).T
             raw = value if raw is None else value + raw.to(dtype)
         return self.written_constant(raw, out_scale, dtype)
 

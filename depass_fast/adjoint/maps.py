@@ -137,6 +137,9 @@ class LayerMaps:
         branch, record = (self._attention, self._record.attention) if mine else (self._mlp, self._record.mlp)
         scale = None if record.out_scale is None else record.out_scale[self._span][self.queries]
         value = self._attention.value_constant(self.dtype) if mine and self._values is not None else None
+        if value is None and mine:
+            sums = record.row_sum
+            return branch.constant(self.dtype, scale, None if sums is None else sums[self._span][self.queries])
         if value is None:
             return branch.constant(self.dtype, scale)
         mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped

@@ -111,4 +111,5 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    return logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]

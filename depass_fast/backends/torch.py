@@ -78,7 +78,8 @@ class TorchBackend:
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         if trace.value_ratio is None:
-            return weights.constant(dtype, out_scale)
+            row_sum = None if trace.row_sum is None else trace.row_sum[packed]
+            return weights.constant(dtype, out_scale, row_sum)
         return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
 
     def _aggregate_everywhere(

@@ -75,6 +75,8 @@ class TritonBackend(TorchBackend):
             tiles = self._plan(layout, key, lambda: query_tiles(lengths, tile, groups, device))
             packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
             lse = attention.log_sum_exp(frozen, packed, tiles, tile)
+            if trace.row_sum is not None:
+                lse -= trace.row_sum.log2()
             return w_v, w_o, _scales(weights.norm, trace.resid), lse
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
