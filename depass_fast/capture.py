@@ -194,6 +194,7 @@ class _Recorder:
             k=record["k"],
             key_bias=record.get("key_bias"),
             row_sum=record.get("row_sum"),
+            latent_scale=record.get("latent_scale"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             **record["mask"],
@@ -339,6 +340,8 @@ def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitSta
             undo.callback(tap(before, lambda x: x[recorder.watched]).before(part(place)))
         if after is not None:
             undo.callback(tap(after, lambda x: x[recorder.watched]).after(part(place)))
+    if family.v_norm is not None:
+        undo.callback(tap("latent_scale", weights.attention.v.norm.scale).before(part("v_norm")))
     if family.v_clip is not None:
         v_part, limit = family.v_part or (lambda weight: weight), family.v_clip
         undo.callback(tap("value_ratio", lambda x: _clamped_ratio(v_part(x.T).T, limit)).after(part("v_proj")))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from .adapters import Adapter, Branch, Linear, Norm
+from .adapters import Adapter, Branch, Latent, Linear, Norm
 from .adapters.stored import kind_of
 from .trace import LayerTrace, Trace
 
@@ -141,6 +141,8 @@ def _check_attention(
 ) -> None:
     weights, family = adapter.layer(index).attention, adapter.family
     values = record["values_output"] if family.v_part is None else family.v_part(record["values_output"].T).T
+    if isinstance(weights.v, Latent):
+        values = weights.v.of(values)
     if family.v_clip is not None:
         values = values.clamp(-family.v_clip, family.v_clip)
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
@@ -160,7 +162,7 @@ def _check_attention(
         tolerance=None if not own else 0.25 if half else 1e-3,
     )
     for part, linear, given in (
-        ("v_proj", weights.v, record["values_input"]),
+        ("v_proj", weights.v.down if isinstance(weights.v, Latent) else weights.v, record["values_input"]),
         ("o_proj", weights.o, record["attended"]),
     ):
         got = record[WATCHED[part][1]]

@@ -46,7 +46,10 @@ class Outputs:
         weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
         normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
-        return self._clamped(normed @ weights.w_v.to(self.dtype).T)
+        values = normed @ weights.w_v.to(self.dtype).T
+        if record.latent_scale is not None:
+            values = values * record.latent_scale[self.span, None].to(self.dtype)
+        return self._clamped(values)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
         """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""

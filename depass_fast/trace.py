@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import Attention
 from .adapters.tuned import tuning
 
 
@@ -33,8 +34,14 @@ class AttentionTrace:
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     row_sum: Tensor | None = None  # (T, H) in float32 or wider, of P; None: one
+    latent_scale: Tensor | None = None  # (T,) s of the norm in the middle of V's path, if it goes through a latent
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) of the norm on its output
+
+    def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
+        """s of the residual stream ``resid`` that is read, (T, D) -> (T,), times what else scales a value."""
+        scale = weights.scale(resid)
+        return scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
 
 
 @dataclass

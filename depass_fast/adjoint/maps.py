@@ -46,10 +46,8 @@ class LayerMaps:
         self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
         heard = record.attention
         self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
-        scale = attention.scale(heard.resid[span].to(dtype))  # (N,)
-        every = scale.new_ones(heard.resid.shape[0])
-        every[span] = scale
-        self._frozen = FrozenAttention(heard, span, every, _TILE, compute)
+        scale = heard.value_scale(attention, heard.resid.to(dtype))  # (T,)
+        self._frozen = FrozenAttention(heard, span, scale, _TILE, compute)
 
         parts = [(layer.mlps[part.part], part) for part in record.mlps]
         self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
@@ -63,7 +61,7 @@ class LayerMaps:
         constants = [mlp.gate_constant(dtype) for mlp, _ in parts]
         self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
         used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
-        self.borrows = all(  # whether all weights are the model's own, and no copies
+        self.borrows = layer.is_own and all(  # whether all weights are the model's own, and no copies
             weight.data_ptr() == getattr(branch, name).weight.data_ptr()
             for branch, weights in zip((attention, mlp), used, strict=True)
             for name, weight in weights.items()
@@ -192,9 +190,12 @@ class Road:
         self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
-        if index not in self._layers:
-            self._layers[index] = self.adapter.layer(index)
-        return self._layers[index]
+        layer = self._layers.get(index)
+        if layer is None:
+            layer = self.adapter.layer(index)
+            if layer.is_own:  # weights that are computed are not to be held of every layer
+                self._layers[index] = layer
+        return layer
 
     def queries(self, index: int) -> slice:
         """Where layer ``index`` is needed: everywhere, but in the last one only where it is read."""

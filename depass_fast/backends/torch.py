@@ -119,7 +119,7 @@ class TorchBackend:
         dtype = self._dtype(state)
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
-            scale = weights.scale(trace.resid.to(state.rows.dtype))
+            scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
             return scale, self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
 
         return self.budget.prepare(weights.w_v.device, make)
