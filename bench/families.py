@@ -59,6 +59,8 @@ KNOWN = {
     "hunyuan_v1_dense": "HunYuan (dense)",
     "apertus": "Apertus",
     "arcee": "Arcee AFM",
+    "youtu": "Youtu",
+    "minicpm3": "MiniCPM 3",
 }
 
 

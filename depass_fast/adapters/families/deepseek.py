@@ -1,6 +1,6 @@
-"""DeepSeek V2 and V3 and what is built like them: values come from a latent, and experts are chosen in groups.
+"""Multi-head latent attention: keys and values of all heads come from one latent, behind a norm of its own.
 
-GLM-4.7-Flash, Youtu and MiniCPM3 share the attention; Kimi K2 and Moonlight are DeepSeek V3.
+Youtu has Llama's layout beside it; MiniCPM 3 scales what a branch adds, and the logits.
 """
 
 from typing import Any
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from ..family import Family
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+MODEL_TYPES = ("youtu", "minicpm3")
 
 
 def declare(config: Any) -> Family:
-    if getattr(config, "attention_bias", False):
-        raise ValueError("model: its latent has a bias (attention_bias), which has no place in the propagation.")
+    if config.attention_bias:
+        raise ValueError("model: its latent has a bias (attention_bias), which meets a norm in the middle of V's path.")
     heads, rank, wide = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
+    scales: dict[str, float] = {}
+    if config.model_type == "minicpm3":
+        factor = config.scale_depth / config.num_hidden_layers**0.5
+        scales = {"factor": factor, "logit_scale": 1.0 / config.logits_scaling}
 
     def values(weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (heads, -1))[:, -wide:].flatten(0, 1)
+        return weight.unflatten(0, (heads, -1))[:, -wide:].flatten(0, 1)  # of [k1; v1; k2; v2; ...]
 
     return Family(
         v_proj="self_attn.kv_a_proj_with_mqa",
@@ -28,4 +32,5 @@ def declare(config: Any) -> Family:
         v_up_part=values,
         value_dim=wide,
         key_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+        **scales,
     )
