@@ -66,7 +66,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], device: torch.device,
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
-            position_ids = torch.cat([torch.arange(n) for n in recorder.lengths]).to(device)
+            position_ids = torch.cat([torch.arange(n, device="cpu") for n in recorder.lengths]).to(device)
             ids = torch.cat(group).to(device)
             adapter.run(input_ids=ids[None], position_ids=position_ids[None])
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)

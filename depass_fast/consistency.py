@@ -101,7 +101,7 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
     Raises:
         RuntimeError: naming the layer and the module, and what it should be.
     """
-    found, at = Consistency(), torch.tensor(positions)
+    found, at = Consistency(), torch.tensor(positions, device="cpu")
     for index, record in enumerate(records):
         _check_attention(found, adapter, index, trace.layers[index], record, at)
         _check_mlp(found, adapter, index, trace, record, at)

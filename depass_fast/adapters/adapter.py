@@ -171,7 +171,7 @@ class Adapter:
         if self._project_out is not None:
             vector = vector @ stored_weight(self._project_out).to(dtype)
         constant = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias[token].to(dtype)
-        ratio = torch.tensor(self.family.logit_scale, dtype=dtype, device=weight.device)
+        ratio = torch.full((), self.family.logit_scale, dtype=dtype, device=weight.device)
         if self.family.logit_cap is not None:
             raw = ratio * (vector @ hidden.to(vector) + constant) / self.family.logit_cap
             ratio = ratio * torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))

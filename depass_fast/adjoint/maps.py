@@ -151,8 +151,8 @@ class LayerMaps:
 
     def sees(self) -> Tensor:
         """Which positions each query receives anything from: (Q, N) bool."""
-        seen = torch.zeros(self.queries.stop - self.queries.start, self.queries.stop, dtype=torch.bool)
-        seen = seen.to(self.device)
+        shape = self.queries.stop - self.queries.start, self.queries.stop
+        seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         for _, first, last, p in self._tiles():
             seen[first:last, : p.shape[3]] |= (p > 0).flatten(0, 1).any(0)
         return seen
