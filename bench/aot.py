@@ -109,6 +109,7 @@ def launches() -> Launches:
         if dtype == torch.bfloat16:
             models |= {"qwen2-7b": (3584, 18944, 28, 4, 128), "gemma-2-9b": (3584, 14336, 16, 8, 256)}
             models |= {"pythia-70m": (512, 2048, 8, 8, 64), "phi-2": (2560, 10240, 32, 32, 80)}
+            models |= {"deepseek-v2-lite": (2048, 10944, 16, 16, 192)}
         for model, shape in models.items():
             _attention(found, f"{model} {short}", dtype, shape)
             every = dtype == torch.bfloat16 and model == "llama-2-7b"
@@ -144,7 +145,8 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
             rows.row_scales(hidden, None if length == 20 else at, 1e-5, small_heads)
             tiles = query_tiles(np.array([length]), tile, groups, META)
             lse = attention.log_sum_exp(frozen, _empty(length, dtype=torch.int32), tiles, tile)
-            values, mixed = (_empty(r, h * head_dim, dtype=dtype) for h in (kv, heads))
+            value_dim = 128 if head_dim == 192 else head_dim
+            values, mixed = (_empty(r, h * value_dim, dtype=dtype) for h in (kv, heads))
             attention.mix(values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
             if piece.rows.source is not None:
                 rows.add_rows(state, piece.rows, x)

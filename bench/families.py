@@ -76,6 +76,8 @@ KNOWN = {
     "hy_v3": "HunYuan 3",
     "kolibri1": "Kolibri 1",
     "mellum": "Mellum 2",
+    "youtu": "Youtu",
+    "minicpm3": "MiniCPM 3",
 }
 
 

@@ -55,6 +55,15 @@ _MULTIPLIERS = {
     "logits_scaling": 4.0,
 }
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
 # name -> (model_type, what differs from the shape above)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: MHA": ("llama", _MHA),
@@ -231,6 +240,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v3": ("hy_v3", {**_GQA, **_EXPERTS, "head_dim": 16, "num_shared_experts": 2, "enable_moe_fp32_combine": False}),
     "kolibri1": ("kolibri1", {**_GQA, **_EXPERTS, **_LOCAL, "shared_expert_intermediate_size": 24}),
     "mellum": ("mellum", {**_GQA, **_EXPERTS, **_LOCAL, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    "youtu": ("youtu", {**_LATENT, "q_lora_rank": None}),
+    "minicpm3": ("minicpm3", {**_LATENT, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 8}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}}
 
@@ -245,7 +256,8 @@ def build_variant(
 ) -> torch.nn.Module:
     """A random model of a variant, in float32 and eval mode; ``implementation`` is that of its attention.
 
-    ``regroup``: with as many KV heads as heads where the variant has fewer, and the other way round.
+    ``regroup``: with as many KV heads as heads where the variant has fewer, and the other way round; all that come
+    from a latent are different.
     """
     model_type, changes = VARIANTS[name]
     return build_model(model_type, seed, implementation, **(_regrouped(changes) if regroup else changes))
@@ -253,7 +265,7 @@ def build_variant(
 
 def _regrouped(changes: dict[str, Any]) -> dict[str, Any]:
     changes = {key: _regrouped(value) if isinstance(value, dict) else value for key, value in changes.items()}
-    for key in {"num_key_value_heads", "num_kv_heads"} & changes.keys():
+    for key in {"num_key_value_heads", "num_kv_heads"} & changes.keys() if "kv_lora_rank" not in changes else ():
         changes[key] = 2 if changes[key] == _SHAPE["num_attention_heads"] else _SHAPE["num_attention_heads"]
     return changes
 

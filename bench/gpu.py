@@ -216,6 +216,11 @@ def machine(device: torch.device, dtype: torch.dtype, size: int) -> tuple[float,
     return 2 * size**3 / best["gemm"], 2 * bulk.numel() / best["copy"]
 
 
+def providers_of(work: Work, chosen: list[str]) -> list[str]:
+    """Those of a workload's providers that are ``chosen``."""
+    return [name for name in work.providers or backends() if name in chosen]
+
+
 def measure(
     work: Work, model: nn.Module, errors: dict, rate: float, seconds: float, place: dict, chosen: list[str]
 ) -> list[Row]:
@@ -223,16 +228,17 @@ def measure(
 
     Whose first call takes more than twice that is not called again: that call is the row, and the row says so.
     """
-    names = work.providers or backends()
+    names = providers_of(work, chosen)
     device = next(model.parameters()).device
     calls, peaks, first = {}, {}, {}
-    for name in (name for name in names if name in chosen):
+    for name in names:
         call = provider(name, work, model)
         try:
             peaks[name], first[name] = _peak(call, device)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        except (torch.OutOfMemoryError, MemoryError):
             print(f"  {work.name}: {name} does not fit", flush=True)
+        if name not in first:  # not in the handler: the error holds what its frames held
+            torch.cuda.empty_cache()
             continue
         calls[name] = call
     again = {name: call for name, call in calls.items() if first[name] <= 2 * seconds}
@@ -331,7 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
         for work in tiny() if options.tiny else full(options.models):
             if options.only and options.only not in work.name:
                 continue
-            if (time.monotonic() - began) / 60 > options.minutes:
+            first_calls = len(providers_of(work, options.providers)) * work.flops / rate  # none is faster
+            if (time.monotonic() - began + first_calls) / 60 > options.minutes:
                 print(f"{work.shape.name} {work.name}: left out, the time is over", flush=True)
                 continue
             if built != work.shape:

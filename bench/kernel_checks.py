@@ -150,19 +150,20 @@ def _piece_rows(layout: Layout, prompts: range, first: int, last: int | None) ->
 
 
 def _check_mix(
-    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, **mask: object,
+    layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, value_dim: int | None = None,
+    **mask: object,
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
-        n = len(layout.packed)
+        n, v_dim = len(layout.packed), value_dim or head_dim
         of_trace = mask.get("of_trace", dtype)
         q, k = _random(0, n, heads, head_dim).to(of_trace), _random(1, n, kv, head_dim).to(of_trace)
-        values = _random(2, layout.n_rows, kv * head_dim).to(dtype)
+        values = _random(2, layout.n_rows, kv * v_dim).to(dtype)
         options = {name: value for name, value in mask.items() if name != "of_trace"}
         key_bias = _random(3, n, heads) if options.pop("key_bias", False) else None
         out_scale = _random(4, n) if options.pop("out_scale", False) else None
         scale = head_dim**-0.5
         trace = AttentionTrace(resid=q, q=q, k=k, scale=scale, key_bias=key_bias, **options)
-        oracle = torch.zeros(layout.n_rows, heads * head_dim, dtype=torch.float64)
+        oracle = torch.zeros(layout.n_rows, heads * v_dim, dtype=torch.float64)
         for prompt, components in enumerate(layout.components):
             at = layout.segments(prompt)
             dense = torch.zeros(at.stop - at.start, len(components), values.shape[1], dtype=torch.float64)
@@ -170,7 +171,7 @@ def _check_mix(
             dense[alive] = values[layout.rows(prompt)].double()
             here = torch.from_numpy(layout.packed[at])
             p = attention_probabilities(trace, here, torch.arange(len(here)), torch.float64)
-            v = dense.unflatten(-1, (kv, head_dim)).repeat_interleave(heads // kv, 2)
+            v = dense.unflatten(-1, (kv, v_dim)).repeat_interleave(heads // kv, 2)
             mixed = torch.einsum("hqk,kmhd->qmhd", p, v).flatten(2)
             mixed = mixed if out_scale is None else mixed * out_scale[here].double()[:, None, None]
             oracle[layout.rows(prompt)] = mixed[alive]
@@ -184,7 +185,7 @@ def _check_mix(
         worst, covered = 0.0, 0
         for part in cut(layout, max_rows):
             piece, source = make_piece(layout, *part, tile, heads // kv, device), _piece_rows(layout, *part)
-            out = poisoned(len(source), heads * head_dim, dtype=dtype, device=device)
+            out = poisoned(len(source), heads * v_dim, dtype=dtype, device=device)
             attention.mix(values[source].to(device), piece.keys, piece.items, frozen, lse, tile, piece.longest, out)
             worst, covered = max(worst, error(out, oracle[source])), covered + len(source)
         return worst if covered == layout.n_rows else float("inf")
@@ -355,6 +356,9 @@ def checks(small: bool) -> Iterator[Check]:
     for of_trace in (torch.float32, torch.bfloat16):  # a model in one dtype, products in another
         name = str(of_trace).removeprefix("torch.")
         yield Check("mix", f"trace in {name}", _check_mix(tokens, 4, 2, 16, of_trace=of_trace))
+    for wide, narrow in ((24, 16), (16, 40)):
+        yield Check("mix", f"{wide} wide, values {narrow}", _check_mix(tokens, 4, 2, wide, value_dim=narrow))
+    yield Check("mix", "many tiles, narrow values", _check_mix(long, 4, 4, 24, value_dim=16))
     yield Check("mix", "many tiles", _check_mix(long, 4, 2, 16, max_rows=1 << 20 if small else 5000))
     yield Check("mix", "many tiles, window", _check_mix(long, 2, 1, 16, window=9))
     if not small:

@@ -66,7 +66,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], device: torch.device,
     with torch.no_grad(), _recording(adapter, recorder):
         for group in groups:
             recorder.enter([len(prompt) for prompt in group])
-            position_ids = torch.cat([torch.arange(n) for n in recorder.lengths]).to(device)
+            position_ids = torch.cat([torch.arange(n, device="cpu") for n in recorder.lengths]).to(device)
             ids = torch.cat(group).to(device)
             adapter.run(input_ids=ids[None], position_ids=position_ids[None])
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
@@ -126,26 +126,40 @@ class _Recorder:
         before = record.get(name)
         record[name] = torch.cat([before, x]) if isinstance(before, Tensor) else x
 
-    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, key_bias: Any = None, **rest: Any) -> Tensor:
+    def attend(
+        self,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Any = None,
+        sinks: Tensor | None = None,
+        **rest: Any,
+    ) -> Tensor:
         """Record Q and K, and attend within each prompt. q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d).
 
-        ``key_bias`` maps a prompt's length N to what its keys' logits are raised by, (N, H).
+        ``key_bias`` maps a prompt's length N to what its keys' logits are raised by, (N, H). ``sinks`` (H,) are logits
+        that every query has besides, of nothing.
         """
-        record, biases, parts, first = self.layers[index], [], [], 0
+        record, biases, parts, sums, first = self.layers[index], [], [], [], 0
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
-        alone = rest["softcap"] is not None or key_bias is not None  # logits that lie in memory: a prompt's at a time
+        # logits that lie in memory: a prompt's at a time
+        alone = rest["softcap"] is not None or key_bias is not None or sinks is not None
         for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             most = 1 if alone else max(1, _TILE // (q.shape[1] * length**2))  # torch may hold all logits, too
             part = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
             for few in zip(*(x.transpose(0, 1).split(most) for x in part), strict=True):
-                out = _causal_attention(*few, key_bias=bias, **rest)
+                out, row_sum = _causal_attention(*few, key_bias=bias, sinks=sinks, **rest)
                 parts.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (P, H, N, d) -> (P·N, H, d)
+                sums += [] if row_sum is None else [row_sum.transpose(1, 2).flatten(0, 1)]
             biases += [bias] * count
             first += count * length
         if key_bias is not None:
             self.keep(record, "key_bias", torch.cat(biases))
+        if sinks is not None:
+            self.keep(record, "row_sum", torch.cat(sums))
         record["mask"] = rest
         out = (parts[0] if len(parts) == 1 else torch.cat(parts))[None].contiguous()
         if self.watching:
@@ -179,6 +193,8 @@ class _Recorder:
             q=record["q"],
             k=record["k"],
             key_bias=record.get("key_bias"),
+            row_sum=record.get("row_sum"),
+            latent_scale=record.get("latent_scale"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             **record["mask"],
@@ -194,23 +210,34 @@ class _Recorder:
 
 
 def _causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, key_bias: Tensor | None
-) -> Tensor:
-    """Causal attention of prompts of one length with grouped heads; (P, H, N, d) -> (P, H, N, d)."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of prompts of one length with grouped heads; (P, H, N, d) -> (P, H, N, d).
+
+    With ``sinks``, what P's rows sum to comes with it, (P, H, N) in float32 or wider.
+    """
     groups, n = q.shape[1] // k.shape[1], q.shape[2]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if softcap is None and key_bias is None:
+    if softcap is None and key_bias is None and sinks is None:
         if window is None or window >= n:
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None
         parts, size = [], max(window, 256)
         for begin in range(0, n, size):  # no mask of N x N
             first, end = max(0, begin - window + 1), min(begin + size, n)
             mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
             part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
             parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
-        return torch.cat(parts, dim=2)
-    out, wide = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
+        return torch.cat(parts, dim=2), None
+    out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
     for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
@@ -218,8 +245,13 @@ def _causal_attention(
         if key_bias is not None:
             logits = logits + key_bias.T[:, None]
         seen = causal_mask(queries, n, window)
-        out[:, :, queries] = logits.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
-    return out
+        logits.masked_fill_(~seen, -torch.inf)
+        p = logits.softmax(-1)
+        if sinks is not None:
+            row_sum[:, :, queries] = torch.sigmoid(logits.logsumexp(-1) - sinks.to(wide)[:, None])
+            p *= row_sum[:, :, queries, None]
+        out[:, :, queries] = p.to(v.dtype) @ v
+    return out, row_sum
 
 
 def _attention_function(
@@ -232,6 +264,7 @@ def _attention_function(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     recorder: _Recorder | None = getattr(_active, "recorder", None)
@@ -242,7 +275,8 @@ def _attention_function(
     window = recorder.adapter.window(sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
     index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
-    return recorder.attend(index, query, key, value, scale=scaling, window=window, softcap=softcap), None
+    mask = {"scale": scaling, "window": window, "softcap": softcap}
+    return recorder.attend(index, query, key, value, sinks=s_aux, **mask), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION_NAME, _attention_function)
@@ -305,6 +339,8 @@ def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitSta
             undo.callback(tap(before, lambda x: x[recorder.watched]).before(part(place)))
         if after is not None:
             undo.callback(tap(after, lambda x: x[recorder.watched]).after(part(place)))
+    if family.v_norm is not None:
+        undo.callback(tap("latent_scale", weights.attention.v.norm.scale).before(part("v_norm")))
     if family.v_clip is not None:
         v_part, limit = family.v_part or (lambda weight: weight), family.v_clip
         undo.callback(tap("value_ratio", lambda x: _clamped_ratio(v_part(x.T).T, limit)).after(part("v_proj")))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from .adapters import Adapter, Branch, Linear, Norm
+from .adapters import Adapter, Branch, Latent, Linear, Norm
 from .adapters.stored import kind_of
 from .trace import LayerTrace, Trace
 
@@ -101,7 +101,7 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
     Raises:
         RuntimeError: naming the layer and the module, and what it should be.
     """
-    found, at = Consistency(), torch.tensor(positions)
+    found, at = Consistency(), torch.tensor(positions, device="cpu")
     for index, record in enumerate(records):
         _check_attention(found, adapter, index, trace.layers[index], record, at)
         _check_mlp(found, adapter, index, trace, record, at)
@@ -141,6 +141,8 @@ def _check_attention(
 ) -> None:
     weights, family = adapter.layer(index).attention, adapter.family
     values = record["values_output"] if family.v_part is None else family.v_part(record["values_output"].T).T
+    if isinstance(weights.v, Latent):
+        values = weights.v.of(values)
     if family.v_clip is not None:
         values = values.clamp(-family.v_clip, family.v_clip)
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
@@ -160,7 +162,7 @@ def _check_attention(
         tolerance=None if not own else 0.25 if half else 1e-3,
     )
     for part, linear, given in (
-        ("v_proj", weights.v, record["values_input"]),
+        ("v_proj", weights.v.down if isinstance(weights.v, Latent) else weights.v, record["values_input"]),
         ("o_proj", weights.o, record["attended"]),
     ):
         got = record[WATCHED[part][1]]

@@ -42,7 +42,7 @@ class Generation:
     @property
     def scores(self) -> Tensor:
         """The shares of tokens in generated tokens: (N - prompt_length, N), zero where they do not come before."""
-        scores = torch.zeros(len(self.steps), len(self.input_ids), dtype=self.steps[0].scores.dtype)
+        scores = torch.zeros(len(self.steps), len(self.input_ids), dtype=self.steps[0].scores.dtype, device="cpu")
         for row, step in zip(scores, self.steps, strict=True):
             row[: step.position + 1] = step.scores[: step.position + 1]
         return scores

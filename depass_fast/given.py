@@ -44,7 +44,7 @@ class Subspaces(ComponentKind):
             out[:, m] = x @ basis @ basis.T
 
     def given(self) -> Sequence[Tensor]:
-        return [torch.as_tensor(basis) for basis in self.bases]
+        return [b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu") for b in self.bases]
 
     def _orthonormal(self, adapter: Adapter) -> list[Tensor]:
         """Orthonormal bases of the given subspaces, in float64, also of each other to its last digit."""
@@ -54,7 +54,7 @@ class Subspaces(ComponentKind):
             raise ValueError("bases: empty; give at least one (D, k) matrix.")
         done: list[Tensor] = []
         for i, basis in enumerate(self.bases):
-            basis = torch.as_tensor(basis).detach().to("cpu", torch.float64)
+            basis = torch.as_tensor(basis, dtype=torch.float64, device="cpu").detach()
             if basis.ndim != 2 or basis.shape[0] != adapter.hidden_size or not 1 <= basis.shape[1] <= basis.shape[0]:
                 raise ValueError(
                     f"bases[{i}]: expected shape ({adapter.hidden_size}, k) with 1 ≤ k ≤ D, got {tuple(basis.shape)}."

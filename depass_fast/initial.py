@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .components import ComponentKind, Products, Tokens
+from .memory import host_room
 from .state import BIAS, REST, Components, ComponentState, Factors, Layout
 from .trace import Trace
 from .transfer import to_device
@@ -31,7 +32,7 @@ def initial_state(
 
     ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
     ``has_bias`` says whether constants are still to come, so that there must be a `bias` component. With ``host`` the
-    rows lie in host memory, pinned where the model is on a GPU. ``bound`` is the kind for every prompt, if it was bound
+    rows lie in host memory, pinned for a GPU if they can be. ``bound`` is the kind for every prompt, if it was bound
     already.
     """
     layer, site = entering(kind, adapter)
@@ -91,7 +92,7 @@ def _rows(layout: Layout, x: Tensor, dtype: torch.dtype, host: bool) -> Tensor:
     shape = layout.n_rows, x.shape[1]
     if not host:
         return torch.empty(shape, dtype=dtype, device=x.device)
-    return torch.empty(shape, dtype=dtype, pin_memory=x.is_cuda)
+    return host_room(shape, dtype, pinned=x.is_cuda)
 
 
 def _fill_in_parts(out: Tensor, products: Factors) -> None:

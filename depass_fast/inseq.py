@@ -62,7 +62,7 @@ class DePassAttribution(FeatureAttribution):
         kind = Tokens(options.pop("layer", self.layer))
         prompts = [row[keep] for row, keep in zip(ids, mask, strict=True)]
         results = self.engine.attribute(prompts, kind, targets=targets.flatten().tolist(), **options)
-        scores = torch.zeros(ids.shape, dtype=results[0].scores.dtype)
+        scores = torch.zeros(ids.shape, dtype=results[0].scores.dtype, device="cpu")
         for row, keep, result in zip(scores, mask.cpu(), results, strict=True):
             row[keep] = result.scores[: len(result.tokens)]
         return CoarseFeatureAttributionStepOutput(target_attributions=scores)

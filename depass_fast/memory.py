@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _GROUPS = (  # what a container may use and does use, and how much of that the system gives back by itself
     (
@@ -53,6 +56,16 @@ def _group(limit: str, used: str, statistics: str, reclaimable: tuple[str, ...])
     except (OSError, ValueError):
         return None
     return max(0, free + sum(int(line.split()[1]) for line in lines if line.split()[0] in reclaimable))
+
+
+def host_room(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Room for a tensor in host memory; ``pinned``, where there is room for that, so that a GPU copies it by itself.
+
+    PyTorch gives pinned memory in powers of two: just above one, a state would take twice what it is.
+    """
+    free, nbytes = available(torch.device("cpu")), prod(shape) * dtype.itemsize
+    taken = 1 << max(0, nbytes - 1).bit_length()
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned and (free is None or taken <= free))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

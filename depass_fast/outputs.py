@@ -46,7 +46,10 @@ class Outputs:
         weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
         normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
-        return self._clamped(normed @ weights.w_v.to(self.dtype).T)
+        values = normed @ weights.w_v.to(self.dtype).T
+        if record.latent_scale is not None:
+            values = values * record.latent_scale[self.span, None].to(self.dtype)
+        return self._clamped(values)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
         """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""
@@ -120,21 +123,23 @@ class Outputs:
         return w_down, numbers
 
     def _linear_constant(self, module: str) -> Tensor | None:
-        branch, record = self._of(module)
-        scale = None if record.out_scale is None else record.out_scale[self.span]
-        value = branch.value_constant(self.dtype) if module == "attention" and record.value_ratio is not None else None
-        if module == "mlp":
+        if module == "attention":
+            constant = self._attention_constant()
+        else:
             constant = self.record.mlp_constant(self.mlps, self.span, self.dtype)
-        elif value is None:
-            constant = branch.constant(self.dtype, scale)
-        else:  # clamped like the rest of the value, it is another one at every position
-            heads = self.after.new_empty(
-                len(self.after[self.span]), branch.n_heads, self.after.shape[1], dtype=self.dtype
-            )
-            self.attend(self._clamped(value.expand(len(heads), -1)), heads)
-            raw = heads.sum(1) if branch.o.bias is None else heads.sum(1) + branch.o.bias.to(self.dtype)
-            constant = branch.written_constant(raw, scale, self.dtype)
         return None if constant is None else self.through_stream(constant, module)
+
+    def _attention_constant(self) -> Tensor | None:
+        weights, record = self.attention, self.record.attention
+        value = None if record.value_ratio is None else weights.value_constant(self.dtype)
+        if value is None:
+            return record.constant(weights, self.span, self.dtype)
+        # clamped like the rest of the value, it is another one at every position
+        heads = self.after.new_empty(len(self.after[self.span]), weights.n_heads, self.after.shape[1], dtype=self.dtype)
+        self.attend(self._clamped(value.expand(len(heads), -1)), heads)
+        raw = heads.sum(1) if weights.o.bias is None else heads.sum(1) + weights.o.bias.to(self.dtype)
+        scale = None if record.out_scale is None else record.out_scale[self.span]
+        return weights.written_constant(raw, scale, self.dtype)
 
     def _clamped(self, values: Tensor) -> Tensor:
         """A part of the values (N, Hkv·d), clamped as all of each was, for every head: (N, H, d)."""

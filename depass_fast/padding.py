@@ -66,10 +66,13 @@ def _rows(x: Any, name: str) -> list[Tensor]:
     if isinstance(x, (Tensor, np.ndarray)):
         if x.ndim not in (1, 2):
             raise ValueError(f"prompt: expected {name} of shape (B, N) or (N,), got {tuple(x.shape)}.")
-        x = torch.as_tensor(x)
+        x = torch.as_tensor(x, device="cpu")
         return list(x) if x.ndim == 2 else [x]
     nested = len(x) == 0 or not hasattr(x[0], "__index__")
-    return [torch.as_tensor(row) if len(row) else torch.zeros(0, dtype=torch.long) for row in (x if nested else [x])]
+    return [
+        torch.as_tensor(row, device="cpu") if len(row) else torch.zeros(0, dtype=torch.long, device="cpu")
+        for row in (x if nested else [x])
+    ]
 
 
 def _real(mask: Tensor, row: int) -> slice:

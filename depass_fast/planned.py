@@ -15,7 +15,8 @@ class Estimate:
     """What one backend needs: FLOP; bytes of workspace, and at the peak beyond the loaded model; seconds if known.
 
     ``forward_bytes`` are held while the forward pass is taken: the peak is no smaller, whatever the workspace.
-    ``host_bytes`` are what the peak does not hold, because the state streams from host memory.
+    ``host_bytes`` are what the peak does not hold, because the state streams from host memory; pinned, where there is
+    room for that, it takes up to the next power of two.
     """
 
     backend: str

@@ -108,7 +108,7 @@ def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
     limit, vocabulary = adapter.context_length, adapter.embedding.weight.shape[0]
     if limit is not None and len(ids) > limit:
         raise ValueError(f"prompt: {len(ids)} tokens, but the model's context is {limit}; shorten the prompt.")
-    tensor = torch.tensor([int(i) for i in ids], dtype=torch.long)
+    tensor = torch.tensor([int(i) for i in ids], dtype=torch.long, device="cpu")
     outside = tensor[(tensor < 0) | (tensor >= vocabulary)]
     if len(outside):
         raise ValueError(f"prompt: id {int(outside[0])} is outside the vocabulary (0 to {vocabulary - 1}).")
@@ -134,7 +134,9 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     if len(ids) == 1 and ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
         raise ValueError(f"{argument}: {text!r} is not in the tokenizer's vocabulary.")
     if len(ids) != 1:
-        parts = ", ".join(f"{t!r} ({i})" for t, i in zip(token_texts(torch.tensor(ids), tokenizer), ids, strict=True))
+        parts = ", ".join(
+            f"{t!r} ({i})" for t, i in zip(token_texts(torch.tensor(ids, device="cpu"), tokenizer), ids, strict=True)
+        )
         hint = "" if text.startswith(" ") else f" Most words need a leading space: {' ' + text!r}."
         raise ValueError(f"{argument}: {text!r} is {len(ids)} tokens: [{parts}]; one is needed.{hint}")
     return ids[0]

@@ -186,5 +186,5 @@ def read_scores(
 def _name(token: int | None, contrast: int | None, tokenizer: Any | None) -> str:
     if token is None:
         return "direction"
-    texts = token_texts(torch.tensor([token] if contrast is None else [token, contrast]), tokenizer)
+    texts = token_texts(torch.tensor([token] if contrast is None else [token, contrast], device="cpu"), tokenizer)
     return " - ".join(repr(text) if tokenizer is not None else f"id {text}" for text in texts)

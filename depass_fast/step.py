@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Layer, Norm
+from .memory import host_room
 from .options import Run
 from .state import BIAS, ComponentState, Layout
 from .trace import LayerTrace
@@ -62,7 +63,9 @@ def through_mlp(
 
 
 def _copy(state: ComponentState) -> ComponentState:
-    rows = torch.empty_like(state.rows, pin_memory=state.rows.is_pinned())
+    rows = state.rows
+    pinned = rows.device.type == "cpu" and rows.is_pinned()
+    rows = host_room(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
     return ComponentState(rows.copy_(state.rows), state.layout, state.layer, state.site)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import Attention
 from .adapters.tuned import tuning
 from .adapters.weights import Mlp
 
@@ -22,7 +23,8 @@ from .adapters.weights import Mlp
 class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
-    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal.
+    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
+    has sinks, logits of nothing, P's rows sum to less than one: P is the softmax without them, times ``row_sum``.
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
@@ -32,8 +34,23 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
+    row_sum: Tensor | None = None  # (T, H) in float32 or wider, of P; None: one
+    latent_scale: Tensor | None = None  # (T,) s of the norm in the middle of V's path, if it goes through a latent
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) of the norm on its output
+
+    def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
+        """s of the residual stream ``resid`` that is read, (T, D) -> (T,), times what else scales a value."""
+        scale = weights.scale(resid)
+        return scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
+
+    def constant(self, weights: Attention, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What the attention adds to packed positions ``at``, whatever their components are; values are not clamped.
+
+        (D,), or (N, D), or None; before a norm of the residual stream.
+        """
+        scale, sums = (None if x is None else x[at] for x in (self.out_scale, self.row_sum))
+        return weights.constant(dtype, scale, sums)
 
 
 @dataclass

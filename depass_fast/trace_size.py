@@ -83,8 +83,10 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     streams = 2 + sum(branch.stream is not None for branch in (attention, layer.mlp))
     scales = sum(branch.output is not None for branch in (attention, layer.mlp))
     size = streams * adapter.hidden_size * item + scales * wide
-    size += (attention.n_heads + attention.n_kv_heads) * attention.head_dim * item
+    size += (attention.n_heads + attention.n_kv_heads) * (family.key_dim or attention.head_dim) * item
+    size += 0 if family.v_norm is None else wide
     size += attention.n_heads * wide if family.alibi else 0
+    size += attention.n_heads * wide if family.sinks else 0
     if family.v_clip is not None:
         size += attention.v.shape[0] * item
     if not adapter.is_mixture(index):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_ASIDE = 64 << 10  # bytes of pageable memory that CUDA copies aside before it returns; for more it waits
 _ALIGNED = 16  # bytes: what kernels are compiled to rely on, where an address is a multiple of that
 
 _DTYPES = {"uint8": torch.uint8, "int32": torch.int32, "int64": torch.int64}
@@ -17,8 +18,11 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A small array of the host on a device; a GPU is not waited for, whatever it has to do before it is there."""
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(values))
-    # CUDA copies pageable memory aside before it returns; elsewhere (MPS) it may be gone before it is read
-    return values.to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda":  # others (MPS) may read what has gone by then
+        return values.to(device)
+    if values.device.type == "cpu" and values.nbytes > _ASIDE:
+        values = values.pin_memory()  # which PyTorch keeps until it has been read
+    return values.to(device, non_blocking=True)
 
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

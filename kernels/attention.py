@@ -116,10 +116,10 @@ def _log_sum_exp(
 @triton.jit(do_not_specialize=["window"])
 def _mix(
     values, mixed, q, k, key_bias, lse, out_scale, packed, base, count, births, items, scale, softcap, window,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, ONE_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    WIDE_VALUES: tl.constexpr,
+    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, VD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, ONE_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_VALUES: tl.constexpr,
 ):  # fmt: skip
     item = items + tl.program_id(0) * 6
     kv = tl.program_id(1)
@@ -141,8 +141,8 @@ def _mix(
     if HAS_SCALE:
         factor = tl.load(out_scale + query, mask=live, other=0.0).to(tl.float32)
     stop = tl.minimum((first + BR - 1) // G + 1, n)  # keys that the tile's last query sees
-    j = tl.arange(0, BM * BD)
-    of, dd = j // BD, j % BD  # component and column of a block's columns
+    j = tl.arange(0, BM * BV)
+    of, dd = j // BV, j % BV  # component and column of a block's columns
     if ONE_TILE:
         kpos = tl.arange(0, BK)
         key = tl.load(packed + begin + kpos, mask=kpos < n, other=0)
@@ -154,12 +154,12 @@ def _mix(
         key_row = tl.load(base + begin + kpos, mask=kpos < n, other=0)
         key_count = tl.load(count + begin + kpos, mask=kpos < n, other=0)
     for m in range(m_first, m_last, BM):
-        mm = m + of  # [BM · BD]
-        acc = tl.zeros((BR, BM * BD), tl.float32)
+        mm = m + of  # [BM · BV]
+        acc = tl.zeros((BR, BM * BV), tl.float32)
         if ONE_TILE:
-            where = (key_row[:, None] + mm[None, :]) * (HKV * HD) + kv * HD + dd[None, :]
-            there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < HD)[None, :]
-            v = tl.load(values + where, mask=there, other=0.0)  # [BK, BM · BD]
+            where = (key_row[:, None] + mm[None, :]) * (HKV * VD) + kv * VD + dd[None, :]
+            there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < VD)[None, :]
+            v = tl.load(values + where, mask=there, other=0.0)  # [BK, BM · BV]
             acc = product(p, v, acc, PRECISION, WIDE_VALUES)
         else:
             low = tl.load(births + component + m)
@@ -175,14 +175,14 @@ def _mix(
                 p = tl.exp2(logits - norm[:, None]).to(values.dtype.element_ty)  # [BR, BK]
                 key_row = tl.load(base + begin + kpos, mask=kpos < n, other=0)
                 key_count = tl.load(count + begin + kpos, mask=kpos < n, other=0)
-                where = (key_row[:, None] + mm[None, :]) * (HKV * HD) + kv * HD + dd[None, :]
-                there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < HD)[None, :]
+                where = (key_row[:, None] + mm[None, :]) * (HKV * VD) + kv * VD + dd[None, :]
+                there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < VD)[None, :]
                 v = tl.load(values + where, mask=there, other=0.0)
                 acc = product(p, v, acc, PRECISION, WIDE_VALUES)
         if HAS_SCALE:
             acc *= factor[:, None]
-        where = (out_row[:, None] + mm[None, :]) * (H * HD) + (head * HD)[:, None] + dd[None, :]
-        there = (mm[None, :] < tl.minimum(out_count, m_last)[:, None]) & (dd < HD)[None, :]
+        where = (out_row[:, None] + mm[None, :]) * (H * VD) + (head * VD)[:, None] + dd[None, :]
+        there = (mm[None, :] < tl.minimum(out_count, m_last)[:, None]) & (dd < VD)[None, :]
         tl.store(mixed + where, acc.to(mixed.dtype.element_ty), mask=there)
 
 
@@ -253,7 +253,9 @@ def mix(
     longest: int,
     out: Tensor,
 ) -> Tensor:
-    """P applied to the values (r, Hkv·d) of a piece's rows -> ``out`` (r, H·d), at the same rows.
+    """P applied to the values (r, Hkv·v) of a piece's rows -> ``out`` (r, H·v), at the same rows.
+
+    A head's values may be wider or narrower than its queries and keys: v need not be d.
 
     ``items`` (n, 6) int32: first and last position of a prompt, first row of a tile of ``tile`` (query, head) rows,
     first and last component, and where the prompt's births begin. Together they must cover all rows. ``longest`` is
@@ -263,8 +265,11 @@ def mix(
         ValueError: a tensor of another shape, dtype or memory layout.
     """
     numbers, constants = _shared(frozen)
-    check("values", values, (None, frozen.k.shape[1] * frozen.k.shape[2]), *FLOATS)
-    check("out", out, (len(values), frozen.q.shape[1] * frozen.q.shape[2]), *FLOATS)
+    heads, kv, head_dim = *frozen.q.shape[1:2], *frozen.k.shape[1:]
+    check("values", values, (None, None), *FLOATS)
+    value_dim = values.shape[1] // kv
+    check("values", values, (None, kv * value_dim), *FLOATS)
+    check("out", out, (len(values), heads * value_dim), *FLOATS)
     check("lse", lse, tuple(frozen.q.shape[:2]), torch.float32)
     check("packed", keys.packed, (None,), torch.int32)
     check("base", keys.base, (len(keys.packed) + 1,), torch.int64)
@@ -272,8 +277,8 @@ def mix(
     check("births", keys.births, (None,), torch.int32)
     check("items", items, (None, 6), torch.int32)
     dtype = torch.promote_types(values.dtype, frozen.q.dtype)
-    config = mix_config(longest, frozen.q.shape[2], frozen.groups, tile, dtype, values.device)
-    grid = (len(items), frozen.k.shape[1])
+    config = mix_config(longest, max(head_dim, value_dim), frozen.groups, tile, dtype, values.device)
+    grid = (len(items), kv)
     _mix[grid](
         values,
         out,
@@ -289,6 +294,8 @@ def mix(
         items,
         *numbers,
         **constants,
+        VD=value_dim,
+        BV=power_of_two(value_dim),
         HAS_SCALE=frozen.out_scale is not None,
         WIDE_VALUES=widened(values.dtype),
         BR=tile,

@@ -280,12 +280,26 @@ def test_a_rule_of_ones_own_serves_all_backends():
     assert results[0].allocation == "even" and results[0].completeness_error < 1e-5
 
 
-@pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True)])
-def test_only_a_gpu_of_nvidia_or_amd_is_sent_host_memory_without_waiting(device, waits):
-    """PyTorch copies pageable memory aside there, and only there."""
+@pytest.mark.parametrize(
+    ("device", "size", "waits", "pins"),
+    [
+        ("cuda:1", 9, False, False),
+        ("cuda:1", 1 << 20, False, True),
+        ("mps", 1 << 20, True, False),
+        ("cpu", 9, True, False),
+    ],
+)
+def test_only_a_gpu_of_nvidia_or_amd_is_sent_host_memory_without_waiting(device, size, waits, pins):
+    """CUDA copies some pageable memory aside, and only it; of more, what is pinned."""
 
     class Recorder:
-        def to(self, device, non_blocking):
-            return device, non_blocking
+        device, nbytes, pinned = torch.device("cpu"), size, False
 
-    assert to_device(Recorder(), torch.device(device)) == (torch.device(device), not waits)
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device, not non_blocking, self.pinned
+
+    assert to_device(Recorder(), torch.device(device)) == (torch.device(device), waits, pins)

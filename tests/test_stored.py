@@ -3,12 +3,14 @@
 The real libraries are in tests/interop/test_quantised.py and tests/interop/test_peft.py.
 """
 
+import weakref
+
 import pytest
 import torch
 from conftest import build, build_model, random_ids
 from torch import nn
 
-from depass_fast import DePass, Heads, Tokens
+from depass_fast import DePass, Heads, Neurons, Tokens
 
 IDS = random_ids(6)
 
@@ -92,6 +94,23 @@ def test_it_is_dequantised_once_per_use_of_a_layer():
     count.clear()
     dp.attribute(trace, Tokens())
     assert len(count) == 12 and len(set(map(id, count))) == 12  # V, O, gate and down of three layers
+
+
+def test_a_sweep_holds_the_weights_of_one_layer_at_a_time():
+    made, most = [], []
+
+    class Fresh(Hqq):
+        def dequantize(self):
+            weight = super().dequantize().clone()
+            made.append(weakref.ref(weight))
+            most.append(sum(ref() is not None for ref in made))
+            return weight
+
+    dp = DePass(replaced(Fresh))
+    trace = dp.trace(IDS)
+    made.clear(), most.clear()
+    dp.attribute(trace, Neurons(0), method="adjoint", refine=4)
+    assert len(made) > 24 and max(most) <= 8  # V, O, gate and down: of a layer, and of the one before it
 
 
 def test_a_weight_that_is_not_what_the_module_computes_with():

@@ -71,7 +71,7 @@ def test_windows_in_tiles_are_those_of_a_whole_mask(window):
     wide, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     distance = torch.arange(n)[:, None] - torch.arange(n)
     logits = (0.3 * q @ wide.transpose(-1, -2)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
-    found = _causal_attention(q, k, v, scale=0.3, window=window, softcap=None, key_bias=None)
+    found, _ = _causal_attention(q, k, v, scale=0.3, window=window, softcap=None)
     assert torch.allclose(found, logits.softmax(-1) @ wide_v, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .experts import route, watch_router
 from .family import Experts, Family, Observed
 from .unwrap import unwrap
-from .weights import Attention, Branch, Layer, Linear, Mlp, Norm
+from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
 
 __all__ = [
     "Adapter",
@@ -27,6 +27,7 @@ __all__ = [
     "Branch",
     "Experts",
     "Family",
+    "Latent",
     "Layer",
     "Linear",
     "Mlp",

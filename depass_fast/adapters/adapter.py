@@ -16,7 +16,7 @@ from .family import Family, Observed, Path
 from .paths import below, name_of
 from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
-from .weights import Attention, Layer, Linear, Mlp, Norm
+from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
 
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
 
@@ -177,7 +177,7 @@ class Adapter:
         if self._project_out is not None:
             vector = vector @ stored_weight(self._project_out).to(dtype)
         constant = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias[token].to(dtype)
-        ratio = torch.tensor(self.family.logit_scale, dtype=dtype, device=weight.device)
+        ratio = torch.full((), self.family.logit_scale, dtype=dtype, device=weight.device)
         if self.family.logit_cap is not None:
             raw = ratio * (vector @ hidden.to(vector) + constant) / self.family.logit_cap
             ratio = ratio * torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
@@ -218,9 +218,9 @@ class Adapter:
         block = self.block(index)
         return Attention(
             **self._branch(block, "attention"),
-            v=self._linear(block, "v_proj", "v_part"),
+            v=self._values(block),
             o=self._linear(block, "o_proj"),
-            head_dim=self._head_dim(block),
+            head_dim=self.family.value_dim or self._head_dim(block),
         )
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
@@ -232,14 +232,20 @@ class Adapter:
         gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
         return (Mlp(**branch, gate=gate, down=down),)
 
+    def _values(self, block: nn.Module) -> Linear | Latent:
+        down = self._linear(block, "v_proj", "v_part")
+        if self.family.v_norm is None:
+            return down
+        return Latent(down, self._norm(self._part(block, "v_norm")), self._linear(block, "v_up", "v_up_part"))
+
     def _head_dim(self, block: nn.Module) -> int:
         module = self._part(block, "attention")
         named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
         return int(named or self.config.hidden_size // self.config.num_attention_heads)
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
-        """Every norm on the residual stream or on what is added to it, with its module."""
-        parts = [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+        """Every norm that components pass, with its module: on the residual stream, what is added to it, a latent."""
+        parts = [*(f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS), "v_norm"]
         for index in range(self.n_layers):
             for part in parts:
                 if (module := self.module(index, part)) is not None:
@@ -249,7 +255,8 @@ class Adapter:
 
     def weighty(self, index: int) -> list[nn.Module | Stacked]:
         """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
-        parts = ["v_proj", "o_proj"] + ([] if self.is_mixture(index) else ["gate_proj", "down_proj"])
+        parts = ["v_proj", "v_up", "v_norm", "o_proj"]
+        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
         parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
         modules = [module for part in parts if (module := self.module(index, part)) is not None]
         if self.is_mixture(index):
@@ -266,7 +273,7 @@ class Adapter:
             except AttributeError:
                 return name_of(path)
         for index in range(self.n_layers):
-            parts = ["attention", "v_proj", "o_proj", "mlp"]
+            parts = ["attention", "v_proj", "v_norm", "v_up", "o_proj", "mlp"]
             parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
             for part in [*parts, "gate_proj", "down_proj"]:
                 try:

@@ -92,11 +92,17 @@ class Family:
     v_proj: Path = "self_attn.v_proj"
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values are clamped to ± this
+    v_norm: Path | None = None  # a norm (without β) of what `v_proj` gives, which then is a latent,
+    v_up: Path | None = None  # and the projection from there to the values
+    v_up_part: Part | None = None
+    value_dim: int | None = None  # of a head's values, where it is not the width of its queries and keys:
+    key_dim: int | None = None  # these
     o_proj: Path = "self_attn.o_proj"
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
     window: int | None = None  # of all layers, where the attention call does not announce it
+    sinks: bool = False  # every query has a logit of nothing besides, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
     mlp: Path = "mlp"

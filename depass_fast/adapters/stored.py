@@ -111,7 +111,7 @@ def reads_as_computed(module: nn.Module, dtype: torch.dtype) -> float:
     """
     weight, bias = stored_weight(module), stored_bias(module)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, weight.shape[1], generator=generator).to(weight.device, dtype)
+    x = torch.randn(1, weight.shape[1], generator=generator, device="cpu").to(weight.device, dtype)
     with torch.no_grad():
         own = module.forward(x)
         ours = nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight))

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
+from .stored import Stacked, kind_of, stored_bias, stored_device, stored_shape, stored_weight
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,44 @@ class Linear:
     def has_bias(self) -> bool:
         return not self.drop_bias and stored_bias(self.module) is not None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the weight is the model's own tensor, and holding it costs nothing."""
+        return kind_of(self.module) is None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Values by way of a latent (multi-head latent attention): ``up`` (Hkv·d, r) of the norm of ``down`` (r, D).
+
+    To whoever reads its weight it is one matrix, with the norm's γ in it and not its scale. It has no constants.
+    """
+
+    down: Linear
+    norm: Norm
+    up: Linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.down.device
+
+    @cached_property
+    def weight(self) -> Tensor:
+        up, down = self.up.weight, self.down.weight
+        wide = torch.promote_types(up.dtype, torch.float32)
+        return (self.norm.apply(up.to(wide), None) @ down.to(wide)).to(up.dtype)
+
+    bias, has_bias, is_own = None, False, False
+
+    def of(self, down: Tensor) -> Tensor:
+        """The values (N, Hkv·d) that the model makes of what comes down (N, r)."""
+        wide = down.to(torch.promote_types(down.dtype, torch.float32))
+        return self.norm.apply(wide, self.norm.scale(wide)) @ self.up.weight.to(wide).T
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -158,7 +196,7 @@ class Branch:
 class Attention(Branch):
     """The OV path of one layer: ``v`` maps D to Hkv·d, ``o`` maps H·d to D."""
 
-    v: Linear
+    v: Linear | Latent
     o: Linear
     head_dim: int
 
@@ -186,13 +224,20 @@ class Attention(Branch):
         """The constant part of every value, (Hkv·d,), or None."""
         return self._read_constant(lambda: self.w_v, self.v.bias, dtype)
 
-    def constant(self, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor | None:
-        """What positions receive whatever their components are: (D,), or (N, D), or None. P's rows sum to one."""
+    def constant(
+        self, dtype: torch.dtype, out_scale: Tensor | None = None, row_sum: Tensor | None = None
+    ) -> Tensor | None:
+        """What positions receive whatever their components are: (D,), or (N, D), or None.
+
+        P's rows sum to ``row_sum`` (N, H), or to one.
+        """
         value, raw = self.value_constant(dtype), self.o.bias
         if value is not None:
             groups = self.n_heads // self.n_kv_heads
-            value = value.view(self.n_kv_heads, 1, self.head_dim).expand(-1, groups, -1).reshape(-1)
-            value = self.w_o.to(dtype) @ value
+            value = value.view(self.n_kv_heads, 1, self.head_dim).expand(-1, groups, -1).reshape(self.n_heads, -1)
+            if row_sum is not None:
+                value = row_sum.to(dtype)[..., None] * value  # (N, H, d)
+            value = value.flatten(-2) @ self.w_o.to(dtype).T
             raw = value if raw is None else value + raw.to(dtype)
         return self.written_constant(raw, out_scale, dtype)
 
@@ -257,6 +302,12 @@ class Layer:
     def mlp(self) -> Mlp:
         """The only MLP, or one of them: norms and factor are the same in all."""
         return self.mlps[0]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether all weights are the model's own tensors, none computed when it is read."""
+        mlps = (linear for mlp in self.mlps for linear in (mlp.gate, mlp.down))
+        return all(linear.is_own for linear in (self.attention.v, self.attention.o, *mlps))
 
     @property
     def has_mlp_bias(self) -> bool:

@@ -131,7 +131,7 @@ def _assemble(
             Attribution.assemble(
                 scores=torch.cat(columns, dim=1),
                 logits=logits,
-                layer_errors=torch.zeros(0),
+                layer_errors=torch.zeros(0, device="cpu"),
                 directions=directions,
                 labels=labels,
                 input_ids=plan.prompts[prompt].tolist(),

@@ -16,7 +16,7 @@ def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Se
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
     starts, k, n = forward.starts, len(directions), road.n
-    edges = torch.tensor([0, *(len(start.named) for start in starts)]).cumsum(0)
+    edges = torch.tensor([0, *(len(start.named) for start in starts)], device="cpu").cumsum(0)
     scores: list[Tensor] = [directions] * len(starts)
     offsets = _Offsets(forward, k, directions)
     own = [_at_the_end(forward, directions)]  # owner, member, score (r, K)

@@ -65,8 +65,8 @@ def draw(ranking: Tensor, screened: Tensor, top: int, sample: int, generator: to
     order = screened[ranking.argsort(descending=True, stable=True)]
     n_near = min(len(order), 4 * top)
     half = min(sample // 2, n_near)
-    near = order[torch.randperm(n_near, generator=generator)[:half]]
-    uniform = order[torch.randperm(len(order), generator=generator)[: sample - half]]
+    near = order[torch.randperm(n_near, generator=generator, device="cpu")[:half]]
+    uniform = order[torch.randperm(len(order), generator=generator, device="cpu")[: sample - half]]
     return Draw(uniform, near, n_near, len(order) - n_near)
 
 

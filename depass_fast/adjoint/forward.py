@@ -137,8 +137,8 @@ class _Rows:
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.sizes = x, []
-        self.owner = self.member = torch.zeros(0, dtype=torch.long)
-        self.stays = torch.zeros(0, dtype=torch.bool)
+        self.owner = self.member = torch.zeros(0, dtype=torch.long, device="cpu")
+        self.stays = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._places: dict[int, Tensor] = {}
 
     def to(self, device: torch.device) -> None:
@@ -161,8 +161,8 @@ class _Rows:
             rows, members = [start.rest[None], *rows], [REST_ROW, *members]
         if settings.temperature is not None:
             rows, members = [_probe(start, loud, settings)[None], *rows], [PROBE_ROW, *members]
-        member = torch.cat([torch.tensor(members, dtype=torch.long), loud])
-        stays = torch.ones(len(member), dtype=torch.bool)
+        member = torch.cat([torch.tensor(members, dtype=torch.long, device="cpu"), loud])
+        stays = torch.ones(len(member), dtype=torch.bool, device="cpu")
         stays[len(members) : len(members) + n_loud] = False
         new = torch.cat(rows)
         self.x = torch.cat([self.x, new[:, new.shape[1] - self.x.shape[1] :].to(self.x)])
@@ -187,7 +187,7 @@ def _probe(start: Start, loud: Tensor, settings: Settings) -> Tensor:
     if not settings.scatter or len(loud) == m:
         return torch.zeros_like(start.bias)
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + start.layer)
-    signs = (torch.randint(0, 2, (m,), generator=generator) * 2 - 1).to(start.bias.dtype)
+    signs = (torch.randint(0, 2, (m,), generator=generator, device="cpu") * 2 - 1).to(start.bias.dtype)
     signs[loud] = 0.0
     signs -= signs.sum() / (m - len(loud))
     signs[loud] = 0.0
@@ -205,7 +205,7 @@ def _crowd_counts(
     """How many components of the crowd are not exactly zero, per start under way and position: (S, Q or 1, 1)."""
     extras = [1 + (start.rest is not None) + start.has_bias for start in starts[: len(masks)]]
     each = [len(start.named) - size + n for start, size, n in zip(starts, rows.sizes, extras, strict=False)]
-    counts = to_device(torch.tensor(each, dtype=rows.x.dtype), rows.x.device)[:, None]
+    counts = to_device(torch.tensor(each, dtype=rows.x.dtype, device="cpu"), rows.x.device)[:, None]
     if any(mask is not None for mask in masks):
         counts = counts.expand(-1, maps.queries.stop - maps.queries.start).clone()
         seen = None if mid else maps.sees().T.to(rows.x.dtype)  # (N, Q)
@@ -327,7 +327,7 @@ def _to_nobody(rows: _Rows, taken: Tensor, nobody: Tensor, number: Tensor, act: 
         return
     owners = rows.owner[rows.member == REST_ROW]
     taken.index_add_(0, rests, nobody[to_device(owners, nobody.device)] * act)
-    without = torch.ones(len(nobody), dtype=torch.bool)
+    without = torch.ones(len(nobody), dtype=torch.bool, device="cpu")
     without[owners] = False
     even = (nobody & to_device(without, nobody.device)[:, None, None]).to(taken) / number
     step.share += even
@@ -360,7 +360,9 @@ def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forwa
     out.released[index] = (x, owner, rows.member[quiet])
     if settings.scatter:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        signs = to_device((torch.randint(0, 2, (len(x),), generator=generator) * 2 - 1).to(x.dtype), x.device)
+        signs = to_device(
+            (torch.randint(0, 2, (len(x),), generator=generator, device="cpu") * 2 - 1).to(x.dtype), x.device
+        )
         probes = rows.places(PROBE_ROW)[to_device(owner, x.device)]  # one per start, in order
         rows.x.index_add_(0, probes, x * signs[:, None, None])
     rows.keep(~quiet)

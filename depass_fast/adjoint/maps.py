@@ -47,10 +47,8 @@ class LayerMaps:
         self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
         heard = record.attention
         self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
-        scale = attention.scale(heard.resid[span].to(dtype))  # (N,)
-        every = scale.new_ones(heard.resid.shape[0])
-        every[span] = scale
-        self._frozen = FrozenAttention(heard, span, every, _TILE, compute)
+        scale = heard.value_scale(attention, heard.resid.to(dtype))  # (T,)
+        self._frozen = FrozenAttention(heard, span, scale, _TILE, compute)
 
         parts = [(layer.mlps[part.part], part) for part in record.mlps]
         self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
@@ -67,7 +65,7 @@ class LayerMaps:
             constants = [n if constant is None else constant for n, constant in zip(none, constants, strict=True)]
         self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
         used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
-        self.borrows = all(  # whether all weights are the model's own, and no copies
+        self.borrows = layer.is_own and all(  # whether all weights are the model's own, and no copies
             weight.data_ptr() == getattr(branch, name).weight.data_ptr()
             for branch, weights in zip((attention, mlp), used, strict=True)
             for name, weight in weights.items()
@@ -141,11 +139,11 @@ class LayerMaps:
         if module == "mlp":
             return self._record.mlp_constant(self._mlps, at, self.dtype)
         branch, record = self._attention, self._record.attention
-        scale = None if record.out_scale is None else record.out_scale[at]
         value = branch.value_constant(self.dtype) if self._values is not None else None
         if value is None:
-            return branch.constant(self.dtype, scale)
+            return record.constant(branch, at, self.dtype)
         mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped
+        scale = None if record.out_scale is None else record.out_scale[at]
         written = branch.written_constant(branch.o.bias, scale, self.dtype)
         return mixed if written is None else mixed + written
 
@@ -156,8 +154,8 @@ class LayerMaps:
 
     def sees(self) -> Tensor:
         """Which positions each query receives anything from: (Q, N) bool."""
-        seen = torch.zeros(self.queries.stop - self.queries.start, self.queries.stop, dtype=torch.bool)
-        seen = seen.to(self.device)
+        shape = self.queries.stop - self.queries.start, self.queries.stop
+        seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         for _, first, last, p in self._tiles():
             seen[first:last, : p.shape[3]] |= (p > 0).flatten(0, 1).any(0)
         return seen
@@ -195,9 +193,12 @@ class Road:
         self._responses: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> Layer:
-        if index not in self._layers:
-            self._layers[index] = self.adapter.layer(index)
-        return self._layers[index]
+        layer = self._layers.get(index)
+        if layer is None:
+            layer = self.adapter.layer(index)
+            if layer.is_own:  # weights that are computed are not to be held of every layer
+                self._layers[index] = layer
+        return layer
 
     def queries(self, index: int) -> slice:
         """Where layer ``index`` is needed: everywhere, but in the last one only where it is read."""

@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from .forward import Settings, Step
 from .maps import Road
 from .room import journeys_at_once
@@ -53,7 +54,7 @@ def scores_given_z(
     for first in range(0, len(order), size):
         rows = order[first : first + size]
         walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift, len(rows) / len(order))
-        scores[rows] = _walk(road, *walk)
+        scores.index_copy_(0, to_device(torch.tensor(rows, device="cpu"), scores.device), _walk(road, *walk))
     return Given(scores, None if drift is None else drift.value())
 
 
@@ -88,8 +89,8 @@ def _first_rows(starts: Sequence[Start], journeys: Sequence[_Journey]) -> list[T
     for s, fresh in groupby(journeys, key=lambda journey: (journey.start, journey.row is None)):
         part = list(fresh)
         if s[1]:
-            members = torch.tensor([journey.member for journey in part], device=starts[s[0]].bias.device)
-            rows.append(starts[s[0]].named.rows(members))
+            members = torch.tensor([journey.member for journey in part], device="cpu")
+            rows.append(starts[s[0]].named.rows(to_device(members, starts[s[0]].bias.device)))
         else:
             rows.append(torch.stack([journey.row for journey in part]))
     return rows
@@ -107,7 +108,7 @@ def _walk(
 ) -> Tensor:
     """Scores (R, K) of journeys in the order of their beginnings, ``part`` of all."""
     x = directions.new_zeros(0, road.n, directions.shape[1])
-    owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long)
+    owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long, device="cpu")
     for step in steps:
         road.passed.finish(part)
         joining = [journey for journey in journeys if journey.entering == step.index]
@@ -121,7 +122,7 @@ def _walk(
             x = read
         else:
             x = maps.normed(read + maps.ov(x), "attention")
-        owner = owners[: len(x)].to(maps.device)
+        owner = to_device(owners[: len(x)], maps.device)
         u = maps.gates(read if maps.parallel else x).div_(settings.temperature)
         shares = _shares(u, owner, step)
         if drift is not None:
@@ -158,16 +159,15 @@ class _Drift:
         exact = (u - step.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(u == 0, 0.0)
         off = exact - share * (1.0 + slope * (u - mean))
         halves = torch.zeros(2, len(step.log_z), *off.shape[1:], dtype=off.dtype, device=off.device)
-        parity = torch.arange(len(u), device=u.device) % 2
         numbers = off.new_zeros(2, len(step.log_z))
         for half in (0, 1):
-            at = (parity == half).nonzero()[:, 0]
-            halves[half].index_add_(0, owner[at], off[at])
-            numbers[half].index_add_(0, owner[at], torch.ones_like(owner[at], dtype=off.dtype))
+            mine = owner[half::2]
+            halves[half].index_add_(0, mine, off[half::2])
+            numbers[half].index_add_(0, mine, torch.ones_like(mine, dtype=off.dtype))
         both = (numbers > 0).all(0)
-        scale = torch.tensor(counts, dtype=off.dtype, device=off.device) / numbers.clamp_min(1.0)
-        means = halves * scale[..., None, None]
-        total, count = (means[0] * means[1])[both].sum(), both.sum() * off.shape[1] * off.shape[2]
+        scale = to_device(torch.tensor(counts, dtype=off.dtype, device="cpu"), off.device) / numbers.clamp_min(1.0)
+        means = halves * scale[..., None, None]  # zero where there is nobody
+        total, count = (means[0] * means[1]).sum(), both.sum() * off.shape[1] * off.shape[2]
         if isinstance(self._total, Tensor):  # of the layers before, which may be on another device
             total, count = total.to(self._total.device), count.to(self._total.device)
         self._total, self._count = self._total + total, self._count + count

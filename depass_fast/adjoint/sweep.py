@@ -63,7 +63,7 @@ class Sweep:
         approximate = self.settings.temperature is not None
         self.road.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _Pass(self, groups, loud, None, keep=approximate and method.sample > 0 and not method.refine)
-        screened, refined = found.flat, torch.zeros(0, dtype=torch.long)
+        screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
         if approximate and method.refine:
             refined = self._largest(screened, method)
             found = _Pass(self, groups, loud, self._split(refined), keep=method.sample > 0)
@@ -89,7 +89,7 @@ class Sweep:
 
     def _split(self, index: Tensor) -> list[Tensor]:
         """Sorted positions in the flat list of all components as indices of every start's."""
-        edges = torch.tensor([0, *self._sizes]).cumsum(0)
+        edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0)
         bounds = torch.searchsorted(index, edges).tolist()
         return [index[a:b] - edge for a, b, edge in zip(bounds[:-1], bounds[1:], edges.tolist(), strict=False)]
 
@@ -147,7 +147,7 @@ class Sweep:
             chosen.append(part.topk(min(method.refine, part.shape[1]), dim=1).indices.flatten() + first)
             first += part.shape[1]
         index = torch.cat(chosen).unique()
-        late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end) for s in self.starts])
+        late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
     def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Method) -> Estimate | None:
@@ -233,8 +233,8 @@ class _Pass:
 
 
 def _settled(forward: Forward, end: int) -> Tensor:
-    counts = torch.tensor([len(start.named) for start in forward.starts])
-    done = torch.tensor([start.entering >= end for start in forward.starts]).repeat_interleave(counts)
+    counts = torch.tensor([len(start.named) for start in forward.starts], device="cpu")
+    done = torch.tensor([start.entering >= end for start in forward.starts], device="cpu").repeat_interleave(counts)
     named = forward.rows.member >= 0
     done[(counts.cumsum(0) - counts)[forward.rows.owner[named]] + forward.rows.member[named]] = True
     return done

@@ -23,6 +23,7 @@ class FrozenAttention:
         q, k = trace.q[keys], trace.k[keys]
         self.q, self.k, self.scale = q, k, scale[keys]  # (N, H, d), (N, Hkv, d), (N,)
         self.key_bias = None if trace.key_bias is None else trace.key_bias[keys]  # (N, H)
+        self.row_sum = None if trace.row_sum is None else trace.row_sum[keys]  # (N, H)
         self.out_scale = None if trace.out_scale is None else trace.out_scale[keys]  # (N,)
         self.trace, self.dtype = trace, dtype
         self.kv, self.groups = k.shape[1], q.shape[1] // k.shape[1]
@@ -60,13 +61,18 @@ class FrozenAttention:
             logits = torch.tanh(logits / self.trace.softcap).mul_(self.trace.softcap)
         logits = logits.unflatten(1, (self.groups, -1))
         if self.key_bias is not None:
-            bias = self.key_bias[:n_keys].to(wide).unflatten(1, (self.kv, self.groups))[:, heads]  # (K, h, G)
-            logits += bias.permute(1, 2, 0)[:, :, None]
+            logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
         seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
         p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
+        if self.row_sum is not None:
+            p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]
         if self.out_scale is not None:
             p *= self.out_scale[queries, None].to(wide)
         return p.to(self.dtype)
+
+    def _by_head(self, x: Tensor, heads: slice) -> Tensor:
+        """What there is of every head, (N, H), of some KV heads: (N, h, G), as wide as P is made."""
+        return x.to(self.scale.dtype).unflatten(1, (self.kv, self.groups))[:, heads]
 
     def row(self, query: int) -> Tensor:
         """P · s of one query, (H, K), kept."""

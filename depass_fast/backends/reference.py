@@ -31,6 +31,8 @@ class ReferenceBackend:
             values = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
             if bias is not None and value_constant is not None:
                 values[:, bias] += value_constant
+            if trace.latent_scale is not None:
+                values = values * trace.latent_scale[where].to(dtype)[:, None, None]
             if trace.value_ratio is not None:
                 values = values * trace.value_ratio[where].to(dtype)[:, None]
             values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
@@ -114,4 +116,5 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    return logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]

@@ -76,9 +76,9 @@ class TorchBackend:
         if state.layout.index(BIAS) is None:
             return None
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
-        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         if trace.value_ratio is None:
-            return weights.constant(dtype, out_scale)
+            return trace.constant(weights, packed, dtype)
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
 
     def _aggregate_everywhere(
@@ -118,7 +118,7 @@ class TorchBackend:
         dtype = self._dtype(state)
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
-            scale = weights.scale(trace.resid.to(state.rows.dtype))
+            scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
             return scale, self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
 
         return self.budget.prepare(weights.w_v.device, make)

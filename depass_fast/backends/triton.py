@@ -75,7 +75,10 @@ class TritonBackend(TorchBackend):
             tiles = self._plan(layout, key, lambda: query_tiles(lengths, tile, groups, device))
             packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
             lse = attention.log_sum_exp(frozen, packed, tiles, tile)
-            return w_v, w_o, _scales(weights.norm, trace.resid), lse
+            if trace.row_sum is not None:
+                lse -= trace.row_sum.log2()
+            scale = _scales(weights.norm, trace.resid)
+            return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse
 
         w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
