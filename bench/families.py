@@ -76,6 +76,9 @@ KNOWN = {
     "hy_v3": "HunYuan 3",
     "kolibri1": "Kolibri 1",
     "mellum": "Mellum 2",
+    "deepseek_v2": "DeepSeek V2, V2-Lite",
+    "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
+    "glm4_moe_lite": "GLM-4.7-Flash",
     "youtu": "Youtu",
     "minicpm3": "MiniCPM 3",
 }

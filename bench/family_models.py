@@ -63,6 +63,16 @@ _LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
+_GROUPED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
 
 # name -> (model_type, what differs from the shape above)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -240,6 +250,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v3": ("hy_v3", {**_GQA, **_EXPERTS, "head_dim": 16, "num_shared_experts": 2, "enable_moe_fp32_combine": False}),
     "kolibri1": ("kolibri1", {**_GQA, **_EXPERTS, **_LOCAL, "shared_expert_intermediate_size": 24}),
     "mellum": ("mellum", {**_GQA, **_EXPERTS, **_LOCAL, "mlp_layer_types": ["sparse", "dense", "sparse"]}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {**_LATENT, **_GROUPED, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek_v2: greedy": ("deepseek_v2", {**_LATENT, **_GROUPED, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**_LATENT, **_GROUPED}),
+    "deepseek_v3: no pairs, not normalised": (
+        "deepseek_v3",
+        {**_LATENT, **_GROUPED, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**_LATENT, **_GROUPED}),
     "youtu": ("youtu", {**_LATENT, "q_lora_rank": None}),
     "minicpm3": ("minicpm3", {**_LATENT, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 8}),
 }

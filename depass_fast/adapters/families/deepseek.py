@@ -1,25 +1,27 @@
 """Multi-head latent attention: keys and values of all heads come from one latent, behind a norm of its own.
 
-Youtu has Llama's layout beside it; MiniCPM 3 scales what a branch adds, and the logits.
+DeepSeek and GLM-4.7-Flash have mixtures beside it, Youtu and MiniCPM 3 Llama's MLP.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from ..family import Family
+from ..family import Experts, Family
 
-MODEL_TYPES = ("youtu", "minicpm3")
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3")
 
 
 def declare(config: Any) -> Family:
-    if config.attention_bias:
+    if getattr(config, "attention_bias", False):
         raise ValueError("model: its latent has a bias (attention_bias), which meets a norm in the middle of V's path.")
     heads, rank, wide = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
-    scales: dict[str, float] = {}
+    beside: dict[str, Any] = {}
     if config.model_type == "minicpm3":
-        factor = config.scale_depth / config.num_hidden_layers**0.5
-        scales = {"factor": factor, "logit_scale": 1.0 / config.logits_scaling}
+        beside = {"factor": config.scale_depth / config.num_hidden_layers**0.5}
+        beside["logit_scale"] = 1.0 / config.logits_scaling
+    elif config.model_type != "youtu":  # a router is not in the first layers
+        beside = {"experts": Experts(top_k=config.num_experts_per_tok, shared="mlp.shared_experts")}
 
     def values(weight: Tensor) -> Tensor:
         return weight.unflatten(0, (heads, -1))[:, -wide:].flatten(0, 1)  # of [k1; v1; k2; v2; ...]
@@ -32,5 +34,5 @@ def declare(config: Any) -> Family:
         v_up_part=values,
         value_dim=wide,
         key_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
-        **scales,
+        **beside,
     )

@@ -1,4 +1,4 @@
-"""gpt-oss: Llama's layout with biases, windows in every second layer, and experts with biases and clamped gates."""
+"""gpt-oss: Llama's layout with biases, attention sinks, every second layer's window, experts with biases and clamps."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ MODEL_TYPES = ("gpt_oss",)
 
 def declare(config: Any) -> Family:
     return Family(
+        sinks=True,
         layer_windows=True,
         experts=Experts(
             top_k=config.num_experts_per_tok,
