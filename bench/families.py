@@ -59,6 +59,7 @@ KNOWN = {
     "hunyuan_v1_dense": "HunYuan (dense)",
     "apertus": "Apertus",
     "arcee": "Arcee AFM",
+    "gpt_neo": "GPT-Neo, TinyStories",
 }
 
 

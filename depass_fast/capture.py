@@ -334,9 +334,8 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
         if getattr(_active, "recorder", None) is not recorder:
             return None
         outputs = [seen[name] for name in observed.projections]
-        attention = observed.read(module, outputs, seen["kwargs"])
-        window = recorder.adapter.window(None, recorder.implementation)
-        out = recorder.attend(index, window=window, softcap=None, **attention)
+        mask = {"window": recorder.adapter.window(None, recorder.implementation), "softcap": None}
+        out = recorder.attend(index, **{**mask, **observed.read(module, outputs, seen["kwargs"])})
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 
     undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
