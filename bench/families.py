@@ -60,6 +60,7 @@ KNOWN = {
     "apertus": "Apertus",
     "arcee": "Arcee AFM",
     "gpt_neo": "GPT-Neo, TinyStories",
+    "codegen": "CodeGen 1, 2",
 }
 
 

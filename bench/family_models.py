@@ -176,6 +176,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2: window": ("starcoder2", {**_GQA, "sliding_window": 3}),
     "starcoder2: no biases": ("starcoder2", {**_MHA, "use_bias": False, "sliding_window": None}),
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global"], 1], [["local"], 2]], "window_size": 3}),
+    "codegen": ("codegen", {"hidden_size": 64, "num_attention_heads": 8, "rotary_dim": 4}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 

@@ -64,7 +64,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
         ("gpt2", {"add_cross_attention": True}, "cross-attention"),
         ("gpt_bigcode", {"add_cross_attention": True, "multi_query": False}, "cross-attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
-        ("codegen", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}, "family 'codegen' is not supported"),
+        ("diffllama", {}, "family 'diffllama' is not supported"),
     ],
 )
 def test_what_is_refused(model_type, changes, message):
