@@ -61,6 +61,11 @@ KNOWN = {
     "arcee": "Arcee AFM",
     "gpt_neo": "GPT-Neo, TinyStories",
     "codegen": "CodeGen 1, 2",
+    "ministral3": "Ministral 3 (its text model)",
+    "cwm": "CWM",
+    "ernie4_5": "ERNIE 4.5 0.3B",
+    "internlm3": "InternLM 3",
+    "iquestcoder": "IQuest-Coder",
 }
 
 

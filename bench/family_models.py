@@ -177,6 +177,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2: no biases": ("starcoder2", {**_MHA, "use_bias": False, "sliding_window": None}),
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global"], 1], [["local"], 2]], "window_size": 3}),
     "codegen": ("codegen", {"hidden_size": 64, "num_attention_heads": 8, "rotary_dim": 4}),
+    "ministral3": (
+        "ministral3",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "ministral3: window": ("ministral3", {**_GQA, "head_dim": 8, "sliding_window": 3}),
+    "cwm": ("cwm", {**_GQA, **_LOCAL, "head_dim": 16}),
+    "ernie4_5": ("ernie4_5", {**_GQA, "head_dim": 16}),
+    "ernie4_5: biases": ("ernie4_5", {**_MHA, "use_bias": True, "tie_word_embeddings": False}),
+    "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
+    "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
