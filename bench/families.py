@@ -64,6 +64,7 @@ KNOWN = {
     "ministral3": "Ministral 3 (its text model)",
     "cwm": "CWM",
     "ernie4_5": "ERNIE 4.5 0.3B",
+    "vaultgemma": "VaultGemma",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
 }

@@ -197,6 +197,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("cwm", {**_GQA, **_LOCAL, "head_dim": 16}),
     "ernie4_5": ("ernie4_5", {**_GQA, "head_dim": 16}),
     "ernie4_5: biases": ("ernie4_5", {**_MHA, "use_bias": True, "tie_word_embeddings": False}),
+    "vaultgemma": ("vaultgemma", {**_GEMMA, **_LOCAL, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "vaultgemma: no caps, biases": (
+        "vaultgemma",
+        {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    ),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
 }
