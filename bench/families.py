@@ -65,6 +65,7 @@ KNOWN = {
     "cwm": "CWM",
     "ernie4_5": "ERNIE 4.5 0.3B",
     "vaultgemma": "VaultGemma",
+    "persimmon": "Persimmon",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
 }

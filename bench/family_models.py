@@ -202,6 +202,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vaultgemma",
         {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
     ),
+    "persimmon": ("persimmon", {}),
+    "persimmon: no QK norms": ("persimmon", {"qk_layernorm": False, "partial_rotary_factor": 0.25}),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
 }
