@@ -66,6 +66,7 @@ KNOWN = {
     "ernie4_5": "ERNIE 4.5 0.3B",
     "vaultgemma": "VaultGemma",
     "persimmon": "Persimmon",
+    "nanochat": "NanoChat",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
 }

@@ -204,6 +204,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "persimmon": ("persimmon", {}),
     "persimmon: no QK norms": ("persimmon", {"qk_layernorm": False, "partial_rotary_factor": 0.25}),
+    "nanochat": ("nanochat", {"final_logit_softcapping": 3.0}),
+    "nanochat: GQA, biases, no cap": (
+        "nanochat",
+        {**_GQA, "attention_bias": True, "final_logit_softcapping": None},
+    ),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
 }

@@ -124,6 +124,8 @@ class _Recorder:
     def keep(self, record: dict[str, Any], name: str, x: Any) -> None:
         """Note what a forward pass made, after what earlier ones did."""
         before = record.get(name)
+        if record is self.final and before is not None:
+            before = before[: self.seen]  # the last norm may have been the first, too (NanoChat)
         record[name] = torch.cat([before, x]) if isinstance(before, Tensor) else x
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, key_bias: Any = None, **rest: Any) -> Tensor:
