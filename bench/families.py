@@ -67,6 +67,9 @@ KNOWN = {
     "vaultgemma": "VaultGemma",
     "persimmon": "Persimmon",
     "nanochat": "NanoChat",
+    "xglm": "XGLM",
+    "biogpt": "BioGPT",
+    "ctrl": "CTRL",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
 }
@@ -83,7 +86,8 @@ def families_table(results: list[dict]) -> str:
         measured = [result["variants"][name] for result in results for name in names if name in result["variants"]]
         tested = {kind for one in measured for kind in one["kinds"]}
         errors = (
-            max(one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one) for dtype in _DTYPES
+            max((one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one), default=None)
+            for dtype in _DTYPES
         )
         versions = [result["transformers"] for result in results if any(name in result["variants"] for name in names)]
         rows.append(
@@ -91,7 +95,7 @@ def families_table(results: list[dict]) -> str:
                 f"{known} (`{model_type}`)",
                 "; ".join(name.partition(": ")[2] for name in names if ": " in name) or "-",
                 "all" if tested == set(kinds) else ", ".join(sorted(tested)),
-                *(f"{error:.0e}" for error in errors),
+                *("-" if error is None else f"{error:.0e}" for error in errors),
                 ", ".join(versions),
             ]
         )

@@ -209,6 +209,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "nanochat",
         {**_GQA, "attention_bias": True, "final_logit_softcapping": None},
     ),
+    "xglm": ("xglm", {"ffn_dim": 48, "init_std": 0.2}),
+    "xglm: unscaled embedding": ("xglm", {"ffn_dim": 48, "init_std": 0.2, "scale_embedding": False}),
+    "biogpt": ("biogpt", {}),
+    "ctrl": ("ctrl", {"dff": 48}),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
 }

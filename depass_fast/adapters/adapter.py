@@ -107,16 +107,18 @@ class Adapter:
     def one_by_one(self) -> bool:
         """Whether every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, and where the rotary embedding depends on the longest of all positions.
+        That is so where attention is observed, where positions cannot be told, and where the rotary embedding depends
+        on the longest of all positions.
         """
-        return self.observed is not None or any(
+        of_the_longest = any(
             "longrope" in str(kind) or "dynamic" in str(kind)
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
+        return self.observed is not None or not self.takes_positions or of_the_longest
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the forward pass can be told the positions; without (ALiBi), it needs none."""
+        """Whether the forward pass can be told the positions; else it counts them (BioGPT), or has none (ALiBi)."""
         # a fork's own forward may be one of (*args, **kwargs)
         forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
         return any(f is not None and "position_ids" in inspect.signature(f).parameters for f in forwards)
