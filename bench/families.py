@@ -69,9 +69,11 @@ KNOWN = {
     "nanochat": "NanoChat",
     "xglm": "XGLM",
     "biogpt": "BioGPT",
+    "jais2": "Jais 2",
     "ctrl": "CTRL",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
+    "hyperclovax": "HyperCLOVA X",
 }
 
 

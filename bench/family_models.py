@@ -212,9 +212,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "xglm": ("xglm", {"ffn_dim": 48, "init_std": 0.2}),
     "xglm: unscaled embedding": ("xglm", {"ffn_dim": 48, "init_std": 0.2, "scale_embedding": False}),
     "biogpt": ("biogpt", {}),
+    "jais2": ("jais2", _MHA),
+    "jais2: GQA, no biases": ("jais2", {**_GQA, "attention_bias": False, "mlp_bias": False}),
     "ctrl": ("ctrl", {"dff": 48}),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
+    "hyperclovax": ("hyperclovax", {**_GQA, **_MULTIPLIERS, "logits_scaling": 0.3}),
+    "hyperclovax: no output norms": ("hyperclovax", {**_MHA, "use_post_norm": False, "attention_bias": True}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
