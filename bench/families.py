@@ -70,6 +70,7 @@ KNOWN = {
     "xglm": "XGLM",
     "biogpt": "BioGPT",
     "jais2": "Jais 2",
+    "openai-gpt": "GPT-1",
     "ctrl": "CTRL",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",

@@ -214,6 +214,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", {}),
     "jais2": ("jais2", _MHA),
     "jais2: GQA, no biases": ("jais2", {**_GQA, "attention_bias": False, "mlp_bias": False}),
+    "openai-gpt": ("openai-gpt", {}),
     "ctrl": ("ctrl", {"dff": 48}),
     "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),

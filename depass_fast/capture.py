@@ -87,7 +87,7 @@ def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
 
     def look(module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread:  # others may use the model, too
-            seen.append((output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2))
+            seen.append((output[0] if isinstance(output, tuple | list) else output).detach().flatten(0, -2))
 
     with _one_at_a_time, ExitStack() as undo:
         if "torch._dynamo" in sys.modules:
@@ -96,7 +96,7 @@ def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
             undo.callback(setattr, adapter.config, "_experts_implementation", adapter.config._experts_implementation)
             adapter.config._experts_implementation = "eager"
         undo.callback(end.register_forward_hook(look).remove)
-        adapter.decoder(input_ids=ids[None], use_cache=False)
+        adapter.run(ids[None])
     return seen[-1]
 
 
@@ -380,7 +380,7 @@ class _Tap:
             before = self.record.get(self.name, (x[0][:0], x[1][:0], x[2][:0]))
             self.record[self.name] = tuple(torch.cat(parts) for parts in zip(before, x, strict=True))
         else:
-            x = x[0] if isinstance(x, tuple) else x
+            x = x[0] if isinstance(x, tuple | list) else x
             x = x.detach().flatten(0, -2)
             self.recorder.keep(self.record, self.name, x if self.made is None else self.made(x))
 

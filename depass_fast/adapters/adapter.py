@@ -96,10 +96,12 @@ class Adapter:
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
         return None if pluggable else self.family.observed
 
-    def run(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """One forward pass without the unembedding."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if self.takes_positions:
+    def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
+        """One forward pass without the unembedding; an ordinary one where no positions are given."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if self._takes("use_cache"):
+            inputs["use_cache"] = False
+        if self.takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
 
@@ -119,9 +121,12 @@ class Adapter:
     @property
     def takes_positions(self) -> bool:
         """Whether the forward pass can be told the positions; else it counts them (BioGPT), or has none (ALiBi)."""
-        # a fork's own forward may be one of (*args, **kwargs)
+        return self._takes("position_ids")
+
+    def _takes(self, argument: str) -> bool:
+        """Whether the forward pass has an argument of this name; a fork's own may be one of (*args, **kwargs)."""
         forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
-        return any(f is not None and "position_ids" in inspect.signature(f).parameters for f in forwards)
+        return any(f is not None and argument in inspect.signature(f).parameters for f in forwards)
 
     def without_biases(self) -> Adapter:
         """The same model with its additive constants left out of the propagation (not out of the forward pass)."""
