@@ -75,6 +75,7 @@ KNOWN = {
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest-Coder",
     "hyperclovax": "HyperCLOVA X",
+    "gpt_neox_japanese": "GPT-NeoX Japanese",
 }
 
 

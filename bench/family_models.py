@@ -220,6 +220,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
     "hyperclovax": ("hyperclovax", {**_GQA, **_MULTIPLIERS, "logits_scaling": 0.3}),
     "hyperclovax: no output norms": ("hyperclovax", {**_MHA, "use_post_norm": False, "attention_bias": True}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 

@@ -219,7 +219,7 @@ class Adapter:
         return Attention(
             **self._branch(block, "attention"),
             v=self._linear(block, "v_proj", "v_part"),
-            o=self._linear(block, "o_proj"),
+            o=replace(self._linear(block, "o_proj"), outer_bias=self._part(block, "o_bias")),
             head_dim=self._head_dim(block),
         )
 

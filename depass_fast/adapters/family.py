@@ -81,6 +81,7 @@ class Family:
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values are clamped to ± this
     o_proj: Path = "self_attn.o_proj"
+    o_bias: Path | None = None  # a bias that is added to its output, outside of it; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
