@@ -19,7 +19,7 @@ BEGIN, END = "<!-- table: families (python -m bench.families) -->", "<!-- end of
 
 # what people know the models of a `model_type` as; rows of the table in this order
 KNOWN = {
-    "gpt2": "GPT-2",
+    "gpt2": "GPT-2, GPT-SW3",
     "gpt_neox": "Pythia, GPT-NeoX",
     "gptj": "GPT-J",
     "gpt_bigcode": "StarCoder 1, SantaCoder",
@@ -76,6 +76,7 @@ KNOWN = {
     "iquestcoder": "IQuest-Coder",
     "hyperclovax": "HyperCLOVA X",
     "gpt_neox_japanese": "GPT-NeoX Japanese",
+    "granitemoehybrid": "Granite 4 Micro, 1B, 350M",
 }
 
 

@@ -221,6 +221,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("hyperclovax", {**_GQA, **_MULTIPLIERS, "logits_scaling": 0.3}),
     "hyperclovax: no output norms": ("hyperclovax", {**_MHA, "use_post_norm": False, "attention_bias": True}),
     "gpt_neox_japanese": ("gpt_neox_japanese", {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_GQA,
+            **_MULTIPLIERS,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 4,
+        },
+    ),
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
