@@ -228,7 +228,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             **_MULTIPLIERS,
             "num_local_experts": 0,
             "shared_intermediate_size": 48,
-            "layer_types": ["full_attention"] * 3,
+            "layer_types": ["attention"] * 3,
             "position_embedding_type": "rope",
             "mamba_n_heads": 4,
         },
