@@ -19,7 +19,7 @@ BEGIN, END = "<!-- table: families (python -m bench.families) -->", "<!-- end of
 
 # what people know the models of a `model_type` as; rows of the table in this order
 KNOWN = {
-    "gpt2": "GPT-2",
+    "gpt2": "GPT-2, GPT-SW3",
     "gpt_neox": "Pythia, GPT-NeoX",
     "gptj": "GPT-J",
     "gpt_bigcode": "StarCoder 1, SantaCoder",
@@ -81,6 +81,24 @@ KNOWN = {
     "glm4_moe_lite": "GLM-4.7-Flash",
     "youtu": "Youtu",
     "minicpm3": "MiniCPM 3",
+    "gpt_neo": "GPT-Neo, TinyStories",
+    "codegen": "CodeGen 1, 2",
+    "ministral3": "Ministral 3 (its text model)",
+    "cwm": "CWM",
+    "ernie4_5": "ERNIE 4.5 0.3B",
+    "vaultgemma": "VaultGemma",
+    "persimmon": "Persimmon",
+    "nanochat": "NanoChat",
+    "xglm": "XGLM",
+    "biogpt": "BioGPT",
+    "jais2": "Jais 2",
+    "openai-gpt": "GPT-1",
+    "ctrl": "CTRL",
+    "internlm3": "InternLM 3",
+    "iquestcoder": "IQuest-Coder",
+    "hyperclovax": "HyperCLOVA X",
+    "gpt_neox_japanese": "GPT-NeoX Japanese",
+    "granitemoehybrid": "Granite 4 Micro, 1B, 350M",
 }
 
 
@@ -95,7 +113,8 @@ def families_table(results: list[dict]) -> str:
         measured = [result["variants"][name] for result in results for name in names if name in result["variants"]]
         tested = {kind for one in measured for kind in one["kinds"]}
         errors = (
-            max(one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one) for dtype in _DTYPES
+            max((one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one), default=None)
+            for dtype in _DTYPES
         )
         versions = [result["transformers"] for result in results if any(name in result["variants"] for name in names)]
         rows.append(
@@ -103,7 +122,7 @@ def families_table(results: list[dict]) -> str:
                 f"{known} (`{model_type}`)",
                 "; ".join(name.partition(": ")[2] for name in names if ": " in name) or "-",
                 "all" if tested == set(kinds) else ", ".join(sorted(tested)),
-                *(f"{error:.0e}" for error in errors),
+                *("-" if error is None else f"{error:.0e}" for error in errors),
                 ", ".join(versions),
             ]
         )

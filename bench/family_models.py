@@ -263,8 +263,66 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("glm4_moe_lite", {**_LATENT, **_GROUPED}),
     "youtu": ("youtu", {**_LATENT, "q_lora_rank": None}),
     "minicpm3": ("minicpm3", {**_LATENT, "scale_depth": 1.4, "scale_emb": 2, "dim_model_base": 8}),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global"], 1], [["local"], 2]], "window_size": 3}),
+    "codegen": ("codegen", {"hidden_size": 64, "num_attention_heads": 8, "rotary_dim": 4}),
+    "ministral3": (
+        "ministral3",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "ministral3: window": ("ministral3", {**_GQA, "head_dim": 8, "sliding_window": 3}),
+    "cwm": ("cwm", {**_GQA, **_LOCAL, "head_dim": 16}),
+    "ernie4_5": ("ernie4_5", {**_GQA, "head_dim": 16}),
+    "ernie4_5: biases": ("ernie4_5", {**_MHA, "use_bias": True, "tie_word_embeddings": False}),
+    "vaultgemma": ("vaultgemma", {**_GEMMA, **_LOCAL, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "vaultgemma: no caps, biases": (
+        "vaultgemma",
+        {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    ),
+    "persimmon": ("persimmon", {}),
+    "persimmon: no QK norms": ("persimmon", {"qk_layernorm": False, "partial_rotary_factor": 0.25}),
+    "nanochat": ("nanochat", {"final_logit_softcapping": 3.0}),
+    "nanochat: GQA, biases, no cap": (
+        "nanochat",
+        {**_GQA, "attention_bias": True, "final_logit_softcapping": None},
+    ),
+    "xglm": ("xglm", {"ffn_dim": 48, "init_std": 0.2}),
+    "xglm: unscaled embedding": ("xglm", {"ffn_dim": 48, "init_std": 0.2, "scale_embedding": False}),
+    "biogpt": ("biogpt", {}),
+    "jais2": ("jais2", _MHA),
+    "jais2: GQA, no biases": ("jais2", {**_GQA, "attention_bias": False, "mlp_bias": False}),
+    "openai-gpt": ("openai-gpt", {}),
+    "ctrl": ("ctrl", {"dff": 48}),
+    "internlm3": ("internlm3", {**_GQA, "qkv_bias": True, "bias": True}),
+    "iquestcoder": ("iquestcoder", {**_GQA, "head_dim": 16}),
+    "hyperclovax": ("hyperclovax", {**_GQA, **_MULTIPLIERS, "logits_scaling": 0.3}),
+    "hyperclovax: no output norms": ("hyperclovax", {**_MHA, "use_post_norm": False, "attention_bias": True}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_GQA,
+            **_MULTIPLIERS,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 4,
+        },
+    ),
 }
-_NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}}
+_NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
 
 def available(name: str) -> bool:

@@ -87,7 +87,7 @@ def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
 
     def look(module: nn.Module, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread:  # others may use the model, too
-            seen.append((output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2))
+            seen.append((output[0] if isinstance(output, tuple | list) else output).detach().flatten(0, -2))
 
     with _one_at_a_time, ExitStack() as undo:
         if "torch._dynamo" in sys.modules:
@@ -96,7 +96,7 @@ def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
             undo.callback(setattr, adapter.config, "_experts_implementation", adapter.config._experts_implementation)
             adapter.config._experts_implementation = "eager"
         undo.callback(end.register_forward_hook(look).remove)
-        adapter.decoder(input_ids=ids[None], use_cache=False)
+        adapter.run(ids[None])
     return seen[-1]
 
 
@@ -124,6 +124,8 @@ class _Recorder:
     def keep(self, record: dict[str, Any], name: str, x: Any) -> None:
         """Note what a forward pass made, after what earlier ones did."""
         before = record.get(name)
+        if record is self.final and before is not None:
+            before = before[: self.seen]  # the last norm may have been the first, too (NanoChat)
         record[name] = torch.cat([before, x]) if isinstance(before, Tensor) else x
 
     def attend(
@@ -379,9 +381,8 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
         if getattr(_active, "recorder", None) is not recorder:
             return None
         outputs = [seen[name] for name in observed.projections]
-        attention = observed.read(module, outputs, seen["kwargs"])
-        window = recorder.adapter.window(None, recorder.implementation)
-        out = recorder.attend(index, window=window, softcap=None, **attention)
+        mask = {"window": recorder.adapter.window(None, recorder.implementation), "softcap": None}
+        out = recorder.attend(index, **{**mask, **observed.read(module, outputs, seen["kwargs"])})
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 
     undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
@@ -421,7 +422,7 @@ class _Tap:
         if self.batched:
             self.record[self.name] = x
         else:
-            x = x[0] if isinstance(x, tuple) else x
+            x = x[0] if isinstance(x, tuple | list) else x
             x = x.detach().flatten(0, -2)
             self.recorder.keep(self.record, self.name, x if self.made is None else self.made(x))
 

@@ -116,7 +116,7 @@ _READING = 0.05  # of an output; 8-bit activations round it by 0.01
 
 def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor, got: Tensor) -> None:
     """That a projection's outputs are what the weight that is read makes of its inputs."""
-    wide, linear = torch.promote_types(given.dtype, torch.float32), replace(linear, drop_bias=False)
+    wide, linear = torch.promote_types(given.dtype, torch.float32), replace(linear, drop_bias=False, outer_bias=None)
     bias = None if linear.bias is None else linear.bias.to(wide)
     got = got if linear.part is None else linear.part(got.T).T
     ours = nn.functional.linear(given.to(wide), linear.weight.to(wide), bias)
@@ -169,9 +169,10 @@ def _check_attention(
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
     if family.parallel:
         return  # what attention writes is part of what the stream gains in all: see the MLP
-    mid = _rows(layer.resid_mid, at)
+    mid, written = _rows(layer.resid_mid, at), record["attention_written"]
+    written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else _rows(layer.attention_sum, at)
-    _check_write(found, name, weights, record["attention_written"], pre, after, mid)
+    _check_write(found, name, weights, written, pre, after, mid)
 
 
 def _check_mlp(

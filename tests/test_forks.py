@@ -198,10 +198,16 @@ def test_observed_attention_is_compared_with_the_models_own(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     """Differences stay below half of what is allowed."""
-    if not available(name) or (name.startswith("mpt") and dtype == torch.float64):
-        pytest.skip("this transformers cannot run it")
+    if not available(name):
+        pytest.skip("the installed transformers does not have it")
     monkeypatch.setattr("depass_fast.consistency.Consistency.verdict", lower_verdict)
-    DePass(build_variant(name).to(dtype)).trace([random_ids(n, seed=n) for n in (1, 40, 7)])
+    dp = DePass(build_variant(name).to(dtype))
+    try:
+        dp.trace([random_ids(n, seed=n) for n in (1, 40, 7)])
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError):  # the model itself does not run either
+            dp.model(torch.tensor([random_ids(7)]))
+        pytest.skip(f"transformers itself: {error}")
 
 
 def lower_verdict(self) -> None:

@@ -27,8 +27,8 @@ def no_work(monkeypatch):
 
 
 def test_unknown_family_names_the_supported_ones():
-    config = AutoConfig.for_model("xglm", d_model=16, num_layers=1, attention_heads=2, ffn_dim=16)
-    with pytest.raises(ValueError, match="'xglm' is not supported. Supported families: apertus, .*llama, .*qwen2"):
+    config = AutoConfig.for_model("diffllama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="'diffllama' is not supported. Supported families: apertus, .*llama, .*qwen2"):
         DePass(AutoModelForCausalLM.from_config(config))
 
 

@@ -96,10 +96,12 @@ class Adapter:
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
         return None if pluggable else self.family.observed
 
-    def run(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """One forward pass without the unembedding."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if self.takes_positions:
+    def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
+        """One forward pass without the unembedding; an ordinary one where no positions are given."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if self._takes("use_cache"):
+            inputs["use_cache"] = False
+        if self.takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
 
@@ -107,25 +109,26 @@ class Adapter:
     def one_by_one(self) -> bool:
         """Whether every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, where the rotary embedding depends on the longest of all positions, and
-        in float64 with a router: many compute in float32, which rounds otherwise in other company.
+        That is so where attention is observed, where positions cannot be told, where the rotary embedding depends on
+        the longest of all positions, and in float64 with a router: many compute in float32, which rounds otherwise in
+        other company.
         """
         narrow_router = self.family.experts is not None and self.dtype == torch.float64
-        return (
-            self.observed is not None
-            or narrow_router
-            or any(
-                "longrope" in str(kind) or "dynamic" in str(kind)
-                for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
-            )
+        of_the_longest = any(
+            "longrope" in str(kind) or "dynamic" in str(kind)
+            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
+        return self.observed is not None or not self.takes_positions or of_the_longest or narrow_router
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the forward pass can be told the positions; without (ALiBi), it needs none."""
-        # a fork's own forward may be one of (*args, **kwargs)
+        """Whether the forward pass can be told the positions; else it counts them (BioGPT), or has none (ALiBi)."""
+        return self._takes("position_ids")
+
+    def _takes(self, argument: str) -> bool:
+        """Whether the forward pass has an argument of this name; a fork's own may be one of (*args, **kwargs)."""
         forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
-        return any(f is not None and "position_ids" in inspect.signature(f).parameters for f in forwards)
+        return any(f is not None and argument in inspect.signature(f).parameters for f in forwards)
 
     def without_biases(self) -> Adapter:
         """The same model with its additive constants left out of the propagation (not out of the forward pass)."""
@@ -219,7 +222,7 @@ class Adapter:
         return Attention(
             **self._branch(block, "attention"),
             v=self._values(block),
-            o=self._linear(block, "o_proj"),
+            o=replace(self._linear(block, "o_proj"), outer_bias=self._part(block, "o_bias")),
             head_dim=self.family.value_dim or self._head_dim(block),
         )
 

@@ -55,8 +55,9 @@ class Observed:
 
     ``projections`` are paths below the attention's module. ``read(module, outputs, kwargs)`` gets that module, their
     outputs (1, T, C) in that order, and the named arguments that the module was called with. It gives q (1, H, T, d)
-    and k, v (1, Hkv, T, d) after rotary embedding, the logits' scale, and ``key_bias`` where there is ALiBi: a function
-    of a prompt's length N that says what the logits of its keys are raised by, (N, H).
+    and k, v (1, Hkv, T, d) after rotary embedding, and the logits' scale; ``window``, of a layer that has its own (else
+    it is the config's `sliding_window`); and ``key_bias`` where there is ALiBi: a function of a prompt's length N that
+    says what the logits of its keys are raised by, (N, H).
     """
 
     projections: tuple[str, ...]
@@ -98,6 +99,7 @@ class Family:
     value_dim: int | None = None  # of a head's values, where it is not the width of its queries and keys:
     key_dim: int | None = None  # these
     o_proj: Path = "self_attn.o_proj"
+    o_bias: Path | None = None  # a bias that is added to its output, outside of it; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
@@ -133,6 +135,12 @@ def second_half(weight: Tensor) -> Tensor:
 def of_each_head(heads: int, parts: int, index: int) -> Part:
     """One of ``parts`` equal parts of every head in a projection fused by head, as [q1; k1; v1; q2; k2; v2; ...]."""
     return lambda weight: weight.unflatten(0, (heads, parts, -1))[:, index].flatten(0, 1)
+
+
+def read_plain(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Q, K and V of separate projections, which nothing is done to."""
+    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in outputs)
+    return {"q": q, "k": k, "v": v, "scale": q.shape[-1] ** -0.5}
 
 
 def read_rotary(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Linear:
     module: nn.Module | Stacked
     part: Callable[[Tensor], Tensor] | None = None  # of the outputs, which are the first axis
     drop_bias: bool = False
+    outer_bias: Tensor | None = None  # added after the module, which does not know of it
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -86,12 +87,15 @@ class Linear:
 
     @cached_property
     def bias(self) -> Tensor | None:
-        bias = None if self.drop_bias else stored_bias(self.module)
-        return bias if bias is None or self.part is None else self.part(bias).contiguous()
+        if self.drop_bias:
+            return None
+        bias = stored_bias(self.module)
+        bias = bias if bias is None or self.part is None else self.part(bias).contiguous()
+        return self.outer_bias if bias is None else bias if self.outer_bias is None else bias + self.outer_bias
 
     @property
     def has_bias(self) -> bool:
-        return not self.drop_bias and stored_bias(self.module) is not None
+        return not self.drop_bias and not (stored_bias(self.module) is None and self.outer_bias is None)
 
     @property
     def is_own(self) -> bool:

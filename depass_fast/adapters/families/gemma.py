@@ -1,20 +1,24 @@
-"""Gemma 1, 2 and 3: norms that store γ - 1, a scaled embedding, GeGLU.
+"""Gemma 1, 2 and 3, VaultGemma: norms that store γ - 1, a scaled embedding, GeGLU.
 
-From Gemma 2 on there are norms on the outputs, too, local and global layers, and caps on attention and final logits
-(Gemma 2). Of a Gemma 3 that sees, its language model is decomposed.
+From Gemma 2 on there are norms on the outputs, too (but in VaultGemma), local and global layers, and caps on attention
+and final logits (Gemma 2). Of a Gemma 3 that sees, its language model is decomposed.
 """
 
 from typing import Any
 
 from ..family import Family
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3", "vaultgemma")
 
 
 def declare(config: Any) -> Family:
     if config.model_type == "gemma":
         return Family(norm_offset=1.0)
     homes = ("model.language_model", "language_model.model") if config.model_type == "gemma3" else ("model",)
+    outputs = {
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    }
     return Family(
         decoder=homes,
         layers=tuple(f"{home}.layers" for home in homes),
@@ -23,8 +27,7 @@ def declare(config: Any) -> Family:
         unembedding=("lm_head", "language_model.lm_head"),
         logit_cap=getattr(config.get_text_config(), "final_logit_softcapping", None),
         norm_offset=1.0,
-        attention_output_norm="post_attention_layernorm",
         layer_windows=True,
         mlp_norm="pre_feedforward_layernorm",
-        mlp_output_norm="post_feedforward_layernorm",
+        **({} if config.model_type == "vaultgemma" else outputs),
     )

@@ -2,14 +2,18 @@
 
 Mistral adds a sliding window, which the attention call announces. Qwen 2 has biases on Q, K and V, Qwen 3 norms on Q
 and K: these end in the frozen attention probabilities, only V's bias is ever propagated. SmolLM 3 leaves the rotary
-embedding out of some layers, which concerns Q and K only; so do the norms of HunYuan and the windows of Ministral.
+embedding out of some layers, which concerns Q and K only; so do the norms of HunYuan, the windows of Ministral and CWM,
+and what Ministral 3 multiplies Q by at late positions. transformers runs InternLM 3 and IQuest-Coder as Llamas.
 """
 
 from typing import Any
 
 from ..family import Family
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral", "seed_oss", "helium", "hunyuan_v1_dense")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "ministral", "seed_oss", "helium", "hunyuan_v1_dense"),
+    *("ministral3", "cwm", "ernie4_5", "internlm3", "iquestcoder"),
+)
 
 
 def declare(config: Any) -> Family:

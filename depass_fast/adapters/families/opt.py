@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..family import Family, Observed
+from ..family import Family, Observed, read_plain
 
 MODEL_TYPES = ("opt",)
 
@@ -21,15 +19,10 @@ def declare(config: Any) -> Family:
         attention_norm="self_attn_layer_norm" if before else None,
         attention_stream_norm=None if before else "self_attn_layer_norm",
         o_proj="self_attn.out_proj",
-        observed=Observed(("q_proj", "k_proj", "v_proj"), _read),
+        observed=Observed(("q_proj", "k_proj", "v_proj"), read_plain),
         mlp="fc1",
         mlp_norm="final_layer_norm" if before else None,
         mlp_stream_norm=None if before else "final_layer_norm",
         gate_proj="fc1",
         down_proj="fc2",
     )
-
-
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in outputs)
-    return {"q": q, "k": k, "v": v, "scale": attention.scaling}
