@@ -216,7 +216,7 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             if adapter.module(layer, f"{kind}_stream_norm") is not None:
                 note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
-        beside = [part for name, part in adapter.block(layer).named_children() if name == "shared_mlp"]  # the mixture
+        beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
         for expert in beside:
             note(expert, "shared")
         dp.model(ids[None])
