@@ -109,7 +109,9 @@ def launches() -> Launches:
         if dtype == torch.bfloat16:
             models |= {"qwen2-7b": (3584, 18944, 28, 4, 128), "gemma-2-9b": (3584, 14336, 16, 8, 256)}
             models |= {"pythia-70m": (512, 2048, 8, 8, 64), "phi-2": (2560, 10240, 32, 32, 80)}
-            models |= {"deepseek-v2-lite": (2048, 10944, 16, 16, 192)}
+            models |= {"deepseek-v2-lite": (2048, 10944, 16, 16, 192), "llama-3.1-8b": (4096, 14336, 32, 8, 128)}
+            models |= {"mistral-7b": (4096, 14336, 32, 8, 128), "gemma-2-27b": (4608, 36864, 32, 16, 128)}
+            models |= {"gemma-3-4b": (2560, 10240, 8, 4, 256)}
         for model, shape in models.items():
             _attention(found, f"{model} {short}", dtype, shape)
             every = dtype == torch.bfloat16 and model == "llama-2-7b"
@@ -123,17 +125,19 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
-    """What the attention of a model needs, for a short prompt and a long one."""
+    """What the attention of a model needs, for short prompts and a long one."""
     width, _, heads, kv, head_dim = shape
     many_groups, wide_heads, small_heads = kv < heads // 2, head_dim == 256, head_dim == 64
     groups = heads // kv
-    for length in (20, 512):
+    for length in (20, 50, 512) if wide_heads else (20, 512):
         components = Components.tokens(tuple(map(str, range(length))), ("rest",), {0})
         layout = Layout.of((components,), np.array([0, length]))
         tile = launch.mix_tile(length, groups, dtype)
-        part = (range(1), 0, None) if length == 20 else (range(1), 1, 17)
+        part = (range(1), 1, 17) if length == 512 else (range(1), 0, None)
         piece = make_piece(layout, *part, tile, groups, META)
-        mask = {"softcap": 50.0, "window": 4096, "out_scale": _empty(length)} if wide_heads else {}
+        mask = {"softcap": 50.0} if "gemma-2" in case else {}
+        mask |= {"window": 4096} if any(name in case for name in ("gemma", "mistral")) else {}
+        mask |= {"out_scale": _empty(length)} if "gemma" in case else {}
         mask |= {"key_bias": _empty(length, heads)} if small_heads else {}
         q, k = (_empty(length, h, head_dim, dtype=dtype) for h in (heads, kv))
         frozen = attention.Frozen(q, k, 0.1, **mask)

@@ -138,7 +138,7 @@ class Row:
     runs: int
     gflops: float | None  # useful: the floor over the median
     gemm_fraction: float | None  # of `gemm_gflops`
-    gemm_gflops: float | None  # the machine's rate, measured in the same interleaved run
+    gemm_gflops: float | None  # the machine's rate, measured in the same run
     peak_bytes: int | None
     max_error: float | None
     compared_with: str

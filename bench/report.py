@@ -14,10 +14,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# Results
 
 Made by `python -m bench.report bench/results/*.json`; do not edit. Times are medians with [p20, p80] of interleaved
-runs. GFLOP/s are useful ones: the floor of the workload (see `harness.py`) over the time, whoever does the work. The
-GEMM row is the machine's own rate for the two MLP products in the same interleaved run. Errors are relative to the
-largest score. "Without capture": the library's forward pass was taken beforehand, the published one's was not.
-"Compat": the same calls through `depass_fast.compat`, which returns the whole final state, as the published code does.
+runs, as many as a row says; a first call is in none of them, unless the row says so. GFLOP/s are useful ones: the floor
+of the workload (see `harness.py`) over the time, whoever does the work. The machine's own GEMM rate is measured in the
+same run: where there is a GEMM row, that of the two MLP products, interleaved with the others; on a GPU that of a large
+square product, beforehand. Errors are relative to the largest score. "Without capture": the library's forward pass was
+taken beforehand, the published one's was not. "Compat": the same calls through `depass_fast.compat`, which returns the
+whole final state, as the published code does.
 """
 
 
@@ -41,7 +43,8 @@ def speeds(result: dict) -> str:
         parts.append(table(header, [_ratio(r) for r in result["ratios"]]))
     if result.get("predictions"):
         return "\n\n".join([*parts, *predictions(result)])
-    header = ["workload", "provider", "model", "dtype", "median", "[p20, p80]", "GFLOP/s", "of GEMM", "peak", "error"]
+    header = ["workload", "provider", "model", "dtype", "median", "[p20, p80]", "runs", "GFLOP/s", "of GEMM", "peak"]
+    header.append("error")
     parts.append(table(header, [_row(r) for r in result["rows"]]))
     notes: dict[str, list[str]] = {}
     for row in result["rows"]:
@@ -137,6 +140,7 @@ def _row(r: dict) -> list[str]:
         r["dtype"],
         f"{r['median_s'] * 1e3:.1f} ms" + (" (first call)" if r.get("first_call") else ""),
         f"[{r['p20_s'] * 1e3:.1f}, {r['p80_s'] * 1e3:.1f}]",
+        str(r["runs"]),
         "-" if rate is None else f"{rate:.1f}",
         percent(r["gemm_fraction"]),
         "-" if peak is None else f"{peak / 2**20:.1f} MiB",

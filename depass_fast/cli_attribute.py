@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ SUFFIXES = (".safetensors", ".csv")
 
 def attribute(args: argparse.Namespace) -> None:
     # stdout belongs to the result: whatever a library prints on the way goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _telling():
         result = _result(args)
         if args.out is not None:
             (result.save if args.out.suffix == ".safetensors" else result.to_csv)(args.out)
@@ -33,6 +34,20 @@ def attribute(args: argparse.Namespace) -> None:
         _show(result, args.top)
     if args.out is not None:
         print(f"wrote {args.out}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What the library logs (which backend was chosen, and why) goes to stderr."""
+    logger, handler = logging.getLogger("depass_fast"), logging.StreamHandler(sys.stderr)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:

@@ -36,10 +36,11 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
     """For prompts of up to ``longest`` positions: keys per tile (all of them, if few), components per step."""
     half = dtype.itemsize == 2
     keys, width = min(64 if half else 32, power_of_two(longest, 16)), power_of_two(head_dim)
+    if width > 128 and (longest > keys or shared_memory(device) < 128 << 10):
+        keys = min(keys, 32)  # more take more registers than there are, or more shared memory
     one = longest <= keys
-    columns = 1 if one or not half or width > 128 or groups & (groups - 1) else 2  # two take all registers
-    tight = not one and width > 128 and shared_memory(device) < 100 << 10
-    keys = min(keys, 32) if columns == 2 or tight else keys
+    columns = 1 if one or not half or width > 128 or groups > 1 else 2  # two take all registers
+    keys = min(keys, 32) if columns == 2 else keys
     columns = 8 if interpreted() else columns  # every operation of a step costs the same there, of any size
     warps = 4 if tile * width <= 64 * 128 else 8
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build, random_ids
+from conftest import build, build_model, random_ids
 from test_backends import close
 from test_stream import small_gpu
 
@@ -260,3 +260,36 @@ def test_triton_agrees_with_the_reference(rule):
     for kind in (Tokens(), Heads(0), Neurons(1)):
         oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
         assert close(dp.decompose(trace, kind, allocation=rule, backend="triton").dense(), oracle), kind
+
+
+def even(gates, temperature):
+    """A rule of one's own."""
+    return gates.alive[..., None].to(gates.values).expand_as(gates.values)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kind", "options", "said"),
+    [
+        ("llama", {"head_dim": 256}, Tokens(), {}, "leaves the attention to torch: it has no kernel for heads of 1024"),
+        (
+            "olmo",
+            {"clip_qkv": 0.1},
+            Tokens(),
+            {},
+            "leaves the attention to torch: it has no kernel for values that the",
+        ),
+        ("llama", {}, Tokens(), {"allocation": even}, "leaves the allocation to torch"),
+        ("llama", {}, Tokens(), {}, None),
+    ],
+)
+def test_what_triton_leaves_to_torch_is_said_once(name, changes, kind, options, said, caplog):
+    dp = DePass(build_model(name, num_key_value_heads=2, **changes), backend="triton")
+    with caplog.at_level(logging.INFO, "depass_fast"):
+        for _ in range(2):
+            dp.attribute(random_ids(3), kind, 5, **options)
+    assert [said in record.getMessage() for record in caplog.records] == ([] if said is None else [True])
+
+
+def test_the_command_line_says_what_was_chosen(capsys):
+    assert main(["attribute", "--model", "demo", "--prompt", "Mary and John", "--components", "tokens"]) == 0
+    assert capsys.readouterr().err == "backend: torch on cpu: the fastest on a CPU\n"

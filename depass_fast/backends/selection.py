@@ -79,11 +79,16 @@ def choose(name: str, device: torch.device | None = None, dtype: torch.dtype | N
 def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
     """As :func:`choose`; what was chosen automatically is logged at level INFO, once per process."""
     choice = choose(name, device, dtype)
-    said = f"backend: {choice.name} on {device or _device()}: {choice.why}"
-    if choice.automatic and said not in _said:
-        _said.add(said)
-        _log.info(said)
+    if choice.automatic:
+        say_once(f"backend: {choice.name} on {device or _device()}: {choice.why}")
     return choice
+
+
+def say_once(text: str) -> None:
+    """Log at level INFO, once per process."""
+    if text not in _said:
+        _said.add(text)
+        _log.info(text)
 
 
 def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> Backend:

@@ -3,7 +3,7 @@
 Rows are read once per product, with the frozen norm applied on the way; probabilities are made tile by tile, for all
 components; the softmax over the components happens where the gates lie. Nothing waits for the device. What has no
 kernel (a user's own rule, clamped values, heads wider than 512 bytes, the last layer's few queries) is inherited from
-the torch backend.
+the torch backend; but for the last, which is a matter of speed alone, it is said once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..transfer import to_device
 from .arena import Arena
 from .mlp import accumulate
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
+from .selection import say_once
 from .torch import TorchBackend, add_to_bias
 
 _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
@@ -54,7 +55,10 @@ class TritonBackend(TorchBackend):
 
     def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         widest = torch.promote_types(self._dtype(state), trace.q.dtype)
-        if trace.value_ratio is not None or trace.q.shape[-1] * widest.itemsize > _WIDEST_HEAD:
+        head_bytes = trace.q.shape[-1] * widest.itemsize
+        if trace.value_ratio is not None or head_bytes > _WIDEST_HEAD:
+            why = f"heads of {head_bytes} bytes" if head_bytes > _WIDEST_HEAD else "values that the model clamps"
+            say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
             return super()._aggregate_everywhere(state, weights, trace)
         dtype, device, layout = self._dtype(state), state.device, state.layout
         frozen = attention.Frozen(
@@ -122,6 +126,7 @@ class TritonBackend(TorchBackend):
     ) -> ComponentState:
         with _current(state.device):
             if callable(allocation.rule):
+                say_once("backend: triton leaves the allocation to torch: it has no kernel for a rule of your own")
                 return super().allocate_mlp(state, weights, trace, allocation, source)
             return self._allocate(state, weights, trace, allocation, source)
 
