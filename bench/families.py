@@ -98,6 +98,7 @@ KNOWN = {
     "iquestcoder": "IQuest-Coder",
     "hyperclovax": "HyperCLOVA X",
     "gpt_neox_japanese": "GPT-NeoX Japanese",
+    "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4 Micro, 1B, 350M",
 }
 

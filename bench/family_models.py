@@ -309,6 +309,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("hyperclovax", {**_GQA, **_MULTIPLIERS, "logits_scaling": 0.3}),
     "hyperclovax: no output norms": ("hyperclovax", {**_MHA, "use_post_norm": False, "attention_bias": True}),
     "gpt_neox_japanese": ("gpt_neox_japanese", {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
+    "granite_swa": ("granite_swa", {**_GQA, **_MULTIPLIERS, **_LOCAL}),
     "granitemoehybrid": (
         "granitemoehybrid",
         {

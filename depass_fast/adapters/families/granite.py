@@ -1,7 +1,8 @@
 """Granite: Llama's layout with multipliers of embedding, attention, residual stream and logits.
 
-HyperCLOVA X multiplies the logits where Granite divides them, and may have norms on the outputs, too. Granite 4 fuses
-gate and up projections; its Micro, 1B and 350M are attention and MLPs alone, and only these are decomposed.
+With windows (SWA), attention has sinks, too. HyperCLOVA X multiplies the logits where Granite divides them, and it may
+have norms on the outputs. Granite 4 fuses gate and up projections; its Micro, 1B and 350M are attention and MLPs alone,
+and only these are decomposed.
 """
 
 from dataclasses import replace
@@ -9,11 +10,13 @@ from typing import Any
 
 from ..family import Family, first_half
 
-MODEL_TYPES = ("granite", "hyperclovax", "granitemoehybrid")
+MODEL_TYPES = ("granite", "granite_swa", "hyperclovax", "granitemoehybrid")
 
 
 def declare(config: Any) -> Family:
     family = Family(factor=config.residual_multiplier, logit_scale=1.0 / config.logits_scaling)
+    if config.model_type == "granite_swa":
+        return replace(family, sinks=True, layer_windows=True)
     if config.model_type == "hyperclovax":
         norms = {"attention_output_norm": "post_norm1", "mlp_output_norm": "post_norm2"} if config.use_post_norm else {}
         return replace(family, logit_scale=config.logits_scaling, **norms)
