@@ -258,7 +258,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {**_LATENT, **_GROUPED}),
     "deepseek_v3: no pairs, not normalised": (
         "deepseek_v3",
-        {**_LATENT, **_GROUPED, "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False},
+        {**_LATENT, **_GROUPED, "rope_interleave": False, "norm_topk_prob": False},
     ),
     "glm4_moe_lite": ("glm4_moe_lite", {**_LATENT, **_GROUPED}),
     "youtu": ("youtu", {**_LATENT, "q_lora_rank": None}),
