@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -48,6 +49,7 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
         FloatingPointError: weights or activations hold NaN or inf; the message names the layer.
         RuntimeError: the model's attention did not go through the recorder, or what was recorded does not add up.
     """
+    adapter = replace(adapter, drop_biases=False)  # which concerns the propagation alone
     device = adapter.embedding.weight.device
     with _one_at_a_time:
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))

@@ -14,6 +14,7 @@ from conftest import build, build_model, random_ids
 from test_parity import agree, select
 from test_published import cases, load
 
+from bench.family_models import build_variant
 from depass_fast import Attribution, Tokens
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.compat.__main__ import main as run_script
@@ -120,6 +121,18 @@ def test_corrected_subspaces_have_a_first_component_even_where_nothing_is_lackin
     x = dp.trace(ids).resid(1)
     state = subject.get_subspace_decomposed_state(ids, 0, torch.stack([x / 4, 3 * x / 4]))
     assert state.shape == (5, 3, 32) and not state[:, 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox: parallel", "opt: stream norms, projected embedding", "bloom"])
+def test_the_states_are_the_models_own_with_constants_and_without(name, dtype):
+    """Norms with β: what the published code leaves out of the propagation is not left out of the forward pass."""
+    model, ids = build_variant(name).to(dtype), random_ids(6)
+    own = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    for corrected in (False, True):
+        states = decomposed_state_manager(model, None, corrected=corrected).get_states(ids)
+        for layer in range(3):
+            assert torch.allclose(states[2 * layer][0], own[layer][0], atol=1e-5)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
