@@ -13,7 +13,7 @@ from depass_fast.kernels import attention, launch
 from depass_fast.state import Layout
 from depass_fast.trace import AttentionTrace
 
-from .checking import Check, error, everywhere, piece_rows, poisoned, random, tokens
+from .checking import Check, born, error, everywhere, piece_rows, poisoned, random, tokens
 
 
 def _check_mix(
@@ -77,9 +77,15 @@ def attention_checks(small: bool) -> Iterator[Check]:
         yield Check("mix", f"trace in {name}", _check_mix(jagged, 4, 2, 16, of_trace=of_trace))
     for wide, narrow in ((24, 16), (16, 40)):
         yield Check("mix", f"{wide} wide, values {narrow}", _check_mix(jagged, 4, 2, wide, value_dim=narrow))
-    yield Check("mix", "many tiles, narrow values", _check_mix(long, 4, 4, 24, value_dim=16))
+    few = everywhere([len(long.packed)], 3)
+    yield Check("mix", "many tiles, narrow values", _check_mix(few, 4, 4, 24, value_dim=16))
     yield Check("mix", "many tiles", _check_mix(long, 4, 2, 16, max_rows=1 << 20 if small else 5000))
-    yield Check("mix", "many tiles, window", _check_mix(long, 2, 1, 16, window=9))
+    masks = {"window": 9, "softcap": 0.7, "key_bias": True, "out_scale": True}
+    yield Check("mix", "many tiles, masks", _check_mix(long, 2, 1, 16, **masks))
+    # two prompts in a piece, the first of which has a birth behind the second's end; then one prompt in two pieces, of
+    # which the later begins at position 3 and has a birth that lies in another tile counted from there
+    late = born([66, 3, 70], [[0] * 8 + [65], [0] * 9, [0] * 8 + [3] * 8 + [66]])
+    yield Check("mix", "many tiles, prompts and pieces", _check_mix(late, 2, 1, 16, max_rows=620))
     if not small:
         for head_dim in (64, 80, 96, 128, 256):
             yield Check("mix", f"head_dim {head_dim}", _check_mix(tokens([40, 130]), 4, 2, head_dim, max_rows=3000))

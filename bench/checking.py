@@ -41,13 +41,20 @@ def random(seed: int, *shape: int) -> Tensor:
 
 def tokens(lengths: list[int], extras: int = 1) -> Layout:
     names = ("rest", "bias")[:extras]
-    components = tuple(Components.tokens(tuple(map(str, range(n))), names, {0}) for n in lengths)
-    return Layout.of(components, np.concatenate([[0], np.cumsum(lengths)]))
+    return _layout(lengths, [Components.tokens(tuple(map(str, range(n))), names, {0}) for n in lengths])
 
 
 def everywhere(lengths: list[int], m: int) -> Layout:
-    components = tuple(Components.everywhere(tuple(map(str, range(m))), ()) for _ in lengths)
-    return Layout.of(components, np.concatenate([[0], np.cumsum(lengths)]))
+    return _layout(lengths, [Components.everywhere(tuple(map(str, range(m))), ()) for _ in lengths])
+
+
+def born(lengths: list[int], births: list[list[int]]) -> Layout:
+    """Prompts whose components are born at these positions."""
+    return _layout(lengths, [Components((), (), np.array(at), np.zeros(len(at), bool)) for at in births])
+
+
+def _layout(lengths: list[int], components: list[Components]) -> Layout:
+    return Layout.of(tuple(components), np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def piece_rows(layout: Layout, prompts: range, first: int, last: int | None) -> Tensor:

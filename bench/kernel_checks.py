@@ -133,12 +133,13 @@ def _oracle(
 
 def _check_allocate(
     rule: str, counts: list[int], n: int, away: list[int] = (), zeros: bool = False, bias: int | None = None,
-    rest: int | None = None, temperature: float = 0.1, scale: float = 1.0,
+    rest: int | None = None, temperature: float = 0.1, scale: float = 1.0, equal: bool = False,
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
         g = (_gates(counts, n, dtype, away, zeros) * scale).to(dtype)
+        g = g.sign() if equal else g
         act, gate = random(1, len(counts) + 2, n).to(dtype), random(2, len(counts) + 2, n).to(dtype)
-        gate[1, 0] = 0
+        gate[2, 0] = 0  # the last segment's
         recorded = torch.arange(len(counts)).flip(0) + 2
         alive = (torch.arange(len(g)) % 5 != 1).to(torch.uint8)
         constant = random(3, n) if bias is not None else None
@@ -257,6 +258,7 @@ def checks(small: bool) -> Iterator[Check]:
         yield Check("allocate", f"{rule}, corners", _check_allocate(rule, counts, n, away=[3, 5, 6], zeros=True))
         corners = {"away": [0, 5, 6], "zeros": True, "bias": 0, "rest": 0}
         yield Check("allocate", f"{rule}, bias and rest", _check_allocate(rule, counts, n, **corners))
+    yield Check("allocate", "max, equals", _check_allocate("max", [40], 5, equal=True))  # in two tiles
     yield Check("allocate", "one component", _check_allocate("softmax", [1], 1))
     yield Check("allocate", "cold", _check_allocate("softmax", [9, 70], n, temperature=0.01))
     yield Check("allocate", "loud", _check_allocate("softmax", [9, 70], n, scale=10.0))  # exponents up to 200

@@ -22,7 +22,7 @@ def test_a_kernel_agrees_with_float64(check, dtype):
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-@pytest.mark.parametrize("name", ["tokens", "many tiles, window"])
+@pytest.mark.parametrize("name", ["tokens", "many tiles, prompts and pieces"])
 def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
     """As on a GPU; the interpreter takes more."""
     ordinary = attention.mix_config
