@@ -5,12 +5,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernel_checks import LIMITS, checks
 from bench.tune import winner
 from depass_fast.kernels import allocation, attention, gemm, launch, rows
-from depass_fast.kernels.common import LOG2E
 
 CHECKS = list(checks(small=True))
 
@@ -29,123 +27,6 @@ def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch
     monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
     check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))
     assert check.run(torch.float16, torch.device("cpu")) <= LIMITS[torch.float16]
-
-
-FAR = 2**31 + 5  # elements in front of what is looked at
-
-
-def far(*shape: int, rows_before: int) -> torch.Tensor:
-    """A tensor behind so many rows that 32 bits do not count its elements; its memory is never touched, but for it."""
-    before = torch.empty((rows_before + shape[0], *shape[1:]), dtype=torch.float16)
-    assert before.numel() > 2**31
-    return before
-
-
-def test_offsets_beyond_32_bits_in_the_allocation():
-    """Gates that lie behind 2³¹ others become what the same gates become at the beginning."""
-    width, count = 1 << 16, 3
-    skipped = FAR // width + 1
-    gates = far(count, width, rows_before=skipped)
-    near = torch.randn(count, 8, generator=torch.Generator().manual_seed(0)).half()
-    gates[skipped:, :8] = near
-    act, alive = torch.ones(1, 8).half(), torch.ones(len(gates), dtype=torch.uint8)
-
-    def shares(g: torch.Tensor, first: int) -> None:
-        starts = torch.tensor([first, first + count])
-        where = allocation.Segments(starts, torch.tensor([0]), count)
-        allocation.allocate(g, where, act, act, "softmax", 0.1, alive[: len(g)])
-
-    shares(gates[:, :8], skipped)
-    shares(near, 0)
-    assert torch.equal(gates[skipped:, :8], near)
-    assert torch.allclose(near.float().sum(0), torch.ones(8), atol=2e-3)
-
-
-def test_offsets_beyond_32_bits_in_rows():
-    width = 1 << 16
-    skipped = FAR // width + 1
-    state = far(2, width, rows_before=skipped)
-    state[skipped:] = torch.randn(2, width, generator=torch.Generator().manual_seed(1)).half()
-    expected = state[skipped:].float()
-    base, source = torch.tensor([0, 2]), torch.tensor([skipped])
-    where = rows.Rows(torch.zeros(2, dtype=torch.int32), base, source)
-    out = rows.read_rows(state, where, torch.tensor([2.0]), None, False, torch.empty(2, width))
-    assert torch.equal(out, 2 * expected)
-    scales = rows.row_scales(state, torch.tensor([skipped + 1]), 1e-5, False)
-    assert torch.allclose(scales, expected[1:].square().mean(1).add(1e-5).rsqrt(), rtol=1e-5)
-    rows.add_rows(state, where, expected)
-    assert torch.allclose(state[skipped:].float(), 2 * expected, rtol=2e-3)
-    neighbours = rows.Rows(torch.zeros(2, dtype=torch.int32), base, None, skipped)
-    out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
-    assert torch.allclose(out, expected, rtol=2e-3)
-
-
-def test_offsets_beyond_32_bits_in_mix():
-    """Everything lies far behind: values, the output, and a trace of which this prompt is the last."""
-    heads, head_dim, n = 16, 256, 3  # a component at three positions
-    width = heads * head_dim
-    skipped = FAR // width + 1
-    room = far(4 * n, width, rows_before=skipped)
-    room[skipped:] = torch.randn(4 * n, width, generator=torch.Generator().manual_seed(2)).half()
-    q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
-    expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
-    trace = attention.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
-    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
-    lse = attention.log_sum_exp(trace, packed, whole, 16)
-    keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
-    attention.mix(values, keys, whole, trace, lse, 16, n, out)
-    logits = torch.einsum("qhd,khd->hqk", *expected[:2]) * head_dim**-0.5
-    p = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
-    assert torch.allclose(out[skipped:].float(), torch.einsum("hqk,khd->qhd", p, expected[2]).flatten(1), atol=5e-3)
-
-
-@pytest.mark.parametrize("scaled", [True, False])
-def test_offsets_beyond_32_bits_in_the_readout(scaled, monkeypatch):
-    """The last program alone, of the many that come before it."""
-    width = 1 << 16
-    skipped = FAR // width // 16 * 16 + 16
-    state = far(2, width, rows_before=skipped)
-    state[skipped:] = torch.randn(2, width, generator=torch.Generator().manual_seed(3)).half()
-    directions = torch.randn(3, width, generator=torch.Generator().manual_seed(4)) * width**-0.5
-    segment, out = torch.zeros(len(state), dtype=torch.int32), torch.full((len(state), 3), torch.nan)
-    place = interpreter_builder.set_grid_idx
-
-    def last(x: int, y: int, z: int) -> None:
-        place(x, y, z)
-        interpreter_builder.grid_idx = (skipped // 16, y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last)
-    scale = torch.tensor([2.0])
-    sizes = {"BR": 16, "BK": 16, "BD": 1 << 14, "HAS_SCALE": scaled}
-    rows._read_out[(1, 1)](state, directions, out, segment, scale, len(state), width, 3, **sizes)
-    assert torch.allclose(out[skipped:], state[skipped:].float() @ directions.T * (2 if scaled else 1), atol=1e-3)
-    assert bool(out[:skipped].isnan().all())
-
-
-def test_offsets_beyond_32_bits_in_the_products():
-    """Rows of x, the gates and the state behind 2³¹ numbers, and a tile among as many."""
-    width, n = 256, 3  # as many neurons as columns
-    skipped = FAR // width + 1
-    room = far(3 * n, width, rows_before=skipped)
-    room[skipped:] = torch.randn(3 * n, width, generator=torch.Generator().manual_seed(5)).half()
-    x, g, state = (room[i * n :][: skipped + n] for i in range(3))
-    before, w = state[skipped:].float(), torch.randn(width, width, generator=torch.Generator().manual_seed(6)).half()
-    w *= width**-0.5
-    tiles, firsts = torch.tensor([[skipped, skipped + n, 0]]).int(), torch.tensor([0, 1]).int()
-    starts, away = torch.tensor([skipped, skipped + n]), torch.zeros(skipped + n, dtype=torch.uint8)
-    log_z = gemm.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
-    gates = x[skipped:].float() @ w.float().T
-    assert torch.allclose(g[skipped:].float(), gates, atol=5e-3)
-    assert torch.allclose(log_z[0], gates.logsumexp(0) * LOG2E, atol=1e-2)
-    act, fallback = torch.ones(1, width).half(), torch.zeros(skipped + n)
-    gemm.down(state, g, w, act, torch.tensor([0]), log_z, tiles, starts, 1.0, fallback, away=away)
-    assert torch.allclose(state[skipped:].float(), before + gates.softmax(0) @ w.float().T, atol=2e-2)
-    tops = far(2, width, rows_before=skipped)
-    tops[skipped:] = torch.tensor([[1.0], [2.0]])  # the largest of a tile, and the sum
-    found = torch.empty(1, width)
-    tile = torch.tensor([skipped, skipped + 1]).int()
-    gemm._log_partition[(2,)](tops, tops[1:], found, tile, width, BN=128)
-    assert torch.equal(found, torch.full((1, width), 2.0))  # 2¹ · 2
 
 
 # -- launch configurations ------------------------------------------------------------------------------------------
