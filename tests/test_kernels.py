@@ -1,6 +1,7 @@
 """Every kernel in Triton's interpreter against float64: odd sizes, corners, outputs poisoned with NaN."""
 
 import functools
+import json
 from collections import defaultdict
 
 import pytest
@@ -52,6 +53,66 @@ def test_what_was_tuned_is_applied_to_its_own_shapes(monkeypatch):
     launch.allocation_config(20, 11008, torch.float32, cpu)
     launch.mix_config(20, 128, 1, 16, torch.float32, cpu)
     assert not asked
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Writes the file of what was tuned; there are two GPUs, the second of which is called like one in it."""
+    monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.setattr(launch, "_device_name", ["Another", "Some GPU"].__getitem__)
+
+    def write(contents):
+        launch.TUNED.write_text(json.dumps(contents))
+        launch._table.cache_clear()
+
+    yield write
+    launch._table.cache_clear()
+
+
+def test_what_was_tuned_is_read_for_its_device(table):
+    table({"Some GPU": {"allocate": {"one r32": {"BI": 128, "num_warps": 16}}}})
+
+    def found(device, longest=20):
+        return launch.allocation_config(longest, 11008, torch.bfloat16, torch.device(device))
+
+    computed = found("cpu")
+    assert found("cuda:1") == computed | {"BI": 128, "num_warps": 16} != computed
+    assert found("cuda:0") == found("cuda") == computed
+    assert found("cuda:1", 500) == found("cpu", 500)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"mix": {"many": {"typo": 3}}}, "Some GPU: mix: many: 'typo' is none of BK, BM, num_warps, num_stages"),
+        ({"mix": {"many": {"BI": 64}}}, "Some GPU: mix: many: 'BI' is none of"),
+        ({"down": {"float16": {"BN": "64"}}}, "Some GPU: down: float16: BN: '64' is no positive integer"),
+        ({"down": {"float16": {"BN": True}}}, "Some GPU: down: float16: BN: True is no positive integer"),
+        ({"down": {"float16": {"GROUP": 0}}}, "Some GPU: down: float16: GROUP: 0 is no positive integer"),
+        ({"down": {"BN": 64}}, "Some GPU: down: BN: expected an object, got 64"),
+        ({"up": {}}, "Some GPU: no kernel is called 'up'; tuned are mix, allocate, gate, down"),
+        ([], r"Some GPU: expected an object, got \[\]"),
+    ],
+)
+def test_a_table_that_no_launch_takes_is_refused(contents, message, table):
+    table({"Some GPU": contents})
+    with pytest.raises(ValueError, match=f"tuned.json: {message}"):
+        launch.tuned(torch.device("cuda:0"), "mix", "many")
+
+
+def test_a_step_of_mix_fits_a_small_device(monkeypatch):
+    """Keys and values of all stages that are in flight; of a tile, no rows beyond what there are, and in float32 no
+    more bytes than in half precision."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)):
+        tile = launch.mix_tile(500, 1, dtype)
+        config = launch.mix_config(500, head_dim, 1, tile, dtype, torch.device("cpu"))
+        columns = (1 + config["BM"]) * head_dim
+        assert config["num_stages"] * config["BK"] * columns * dtype.itemsize <= 99 << 10, (dtype, head_dim)
+    half, single = (launch.mix_tile(500, 1, dtype) for dtype in (torch.float16, torch.float32))
+    assert 4 * single <= 2 * half
+    assert launch.mix_tile(5, 4, torch.bfloat16) == 32 and launch.mix_tile(3, 1, torch.bfloat16) == 16
 
 
 def test_a_tuned_configuration_wins_in_every_case_of_its_bucket():
