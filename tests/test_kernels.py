@@ -1,6 +1,7 @@
 """Every kernel in Triton's interpreter against float64: odd sizes, corners, outputs poisoned with NaN."""
 
 import functools
+import itertools
 import json
 from collections import defaultdict
 
@@ -105,11 +106,13 @@ def test_a_step_of_mix_fits_a_small_device(monkeypatch):
     more bytes than in half precision."""
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
-    for dtype, head_dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)):
-        tile = launch.mix_tile(500, 1, dtype)
-        config = launch.mix_config(500, head_dim, 1, tile, dtype, torch.device("cpu"))
+    shapes = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128))
+    for (dtype, head_dim), longest in itertools.product(shapes, (20, 64, 500)):
+        tile = launch.mix_tile(longest, 1, dtype)
+        config = launch.mix_config(longest, head_dim, 1, tile, dtype, torch.device("cpu"))
         columns = (1 + config["BM"]) * head_dim
-        assert config["num_stages"] * config["BK"] * columns * dtype.itemsize <= 99 << 10, (dtype, head_dim)
+        step = config["num_stages"] * config["BK"] * columns * dtype.itemsize
+        assert step <= 99 << 10, (dtype, head_dim, longest)
     half, single = (launch.mix_tile(500, 1, dtype) for dtype in (torch.float16, torch.float32))
     assert 4 * single <= 2 * half
     assert launch.mix_tile(5, 4, torch.bfloat16) == 32 and launch.mix_tile(3, 1, torch.bfloat16) == 16
