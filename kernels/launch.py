@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ import torch
 from .common import interpreted, power_of_two
 
 TUNED = Path(__file__).with_name("tuned.json")
+_LAUNCH = ("num_warps", "num_stages")
+_PRODUCT = ("BM", "BN", "BK", "GROUP", *_LAUNCH)
+KEYWORDS = {"mix": ("BK", "BM", *_LAUNCH), "allocate": ("BM", "BI", *_LAUNCH), "gate": _PRODUCT, "down": _PRODUCT}
 
 
 def row_config(n_columns: int) -> dict:
@@ -81,7 +85,33 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _table() -> dict:
-    return json.loads(TUNED.read_text()) if TUNED.is_file() else {}
+    """What the file holds: device, kernel, bucket, keyword, number.
+
+    Raises:
+        ValueError: something else; names the file and the place.
+    """
+    table = json.loads(TUNED.read_text()) if TUNED.is_file() else {}
+    for device, kernels in _inside(table):
+        for kernel, buckets in _inside(kernels, device):
+            if kernel not in KEYWORDS:
+                _refuse(f"no kernel is called {kernel!r}; tuned are {', '.join(KEYWORDS)}", device)
+            for bucket, config in _inside(buckets, device, kernel):
+                for key, value in _inside(config, device, kernel, bucket):
+                    if key not in KEYWORDS[kernel]:
+                        _refuse(f"{key!r} is none of {', '.join(KEYWORDS[kernel])}", device, kernel, bucket)
+                    if type(value) is not int or value < 1:
+                        _refuse(f"{value!r} is no positive integer", device, kernel, bucket, key)
+    return table
+
+
+def _inside(found: object, *place: str) -> Iterator[tuple[str, object]]:
+    if not isinstance(found, dict):
+        _refuse(f"expected an object, got {found!r}", *place)
+    return iter(found.items())
+
+
+def _refuse(why: str, *place: str) -> None:
+    raise ValueError(f"{': '.join([str(TUNED), *place])}: {why}. `python -m bench.tune --write` writes this file.")
 
 
 @functools.cache

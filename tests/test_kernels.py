@@ -1,16 +1,16 @@
 """Every kernel in Triton's interpreter against float64: odd sizes, corners, outputs poisoned with NaN."""
 
 import functools
+import itertools
+import json
 from collections import defaultdict
 
 import pytest
 import torch
-from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernel_checks import LIMITS, checks
 from bench.tune import winner
 from depass_fast.kernels import allocation, attention, gemm, launch, rows
-from depass_fast.kernels.common import LOG2E
 
 CHECKS = list(checks(small=True))
 
@@ -22,130 +22,13 @@ def test_a_kernel_agrees_with_float64(check, dtype):
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-@pytest.mark.parametrize("name", ["tokens", "many tiles, window"])
+@pytest.mark.parametrize("name", ["tokens", "many tiles, prompts and pieces"])
 def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
     """As on a GPU; the interpreter takes more."""
     ordinary = attention.mix_config
     monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
     check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))
     assert check.run(torch.float16, torch.device("cpu")) <= LIMITS[torch.float16]
-
-
-FAR = 2**31 + 5  # elements in front of what is looked at
-
-
-def far(*shape: int, rows_before: int) -> torch.Tensor:
-    """A tensor behind so many rows that 32 bits do not count its elements; its memory is never touched, but for it."""
-    before = torch.empty((rows_before + shape[0], *shape[1:]), dtype=torch.float16)
-    assert before.numel() > 2**31
-    return before
-
-
-def test_offsets_beyond_32_bits_in_the_allocation():
-    """Gates that lie behind 2³¹ others become what the same gates become at the beginning."""
-    width, count = 1 << 16, 3
-    skipped = FAR // width + 1
-    gates = far(count, width, rows_before=skipped)
-    near = torch.randn(count, 8, generator=torch.Generator().manual_seed(0)).half()
-    gates[skipped:, :8] = near
-    act, alive = torch.ones(1, 8).half(), torch.ones(len(gates), dtype=torch.uint8)
-
-    def shares(g: torch.Tensor, first: int) -> None:
-        starts = torch.tensor([first, first + count])
-        where = allocation.Segments(starts, torch.tensor([0]), count)
-        allocation.allocate(g, where, act, act, "softmax", 0.1, alive[: len(g)])
-
-    shares(gates[:, :8], skipped)
-    shares(near, 0)
-    assert torch.equal(gates[skipped:, :8], near)
-    assert torch.allclose(near.float().sum(0), torch.ones(8), atol=2e-3)
-
-
-def test_offsets_beyond_32_bits_in_rows():
-    width = 1 << 16
-    skipped = FAR // width + 1
-    state = far(2, width, rows_before=skipped)
-    state[skipped:] = torch.randn(2, width, generator=torch.Generator().manual_seed(1)).half()
-    expected = state[skipped:].float()
-    base, source = torch.tensor([0, 2]), torch.tensor([skipped])
-    where = rows.Rows(torch.zeros(2, dtype=torch.int32), base, source)
-    out = rows.read_rows(state, where, torch.tensor([2.0]), None, False, torch.empty(2, width))
-    assert torch.equal(out, 2 * expected)
-    scales = rows.row_scales(state, torch.tensor([skipped + 1]), 1e-5, False)
-    assert torch.allclose(scales, expected[1:].square().mean(1).add(1e-5).rsqrt(), rtol=1e-5)
-    rows.add_rows(state, where, expected)
-    assert torch.allclose(state[skipped:].float(), 2 * expected, rtol=2e-3)
-    neighbours = rows.Rows(torch.zeros(2, dtype=torch.int32), base, None, skipped)
-    out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
-    assert torch.allclose(out, expected, rtol=2e-3)
-
-
-def test_offsets_beyond_32_bits_in_mix():
-    """Everything lies far behind: values, the output, and a trace of which this prompt is the last."""
-    heads, head_dim, n = 16, 256, 3  # a component at three positions
-    width = heads * head_dim
-    skipped = FAR // width + 1
-    room = far(4 * n, width, rows_before=skipped)
-    room[skipped:] = torch.randn(4 * n, width, generator=torch.Generator().manual_seed(2)).half()
-    q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
-    expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
-    trace = attention.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
-    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
-    lse = attention.log_sum_exp(trace, packed, whole, 16)
-    keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
-    attention.mix(values, keys, whole, trace, lse, 16, n, out)
-    logits = torch.einsum("qhd,khd->hqk", *expected[:2]) * head_dim**-0.5
-    p = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
-    assert torch.allclose(out[skipped:].float(), torch.einsum("hqk,khd->qhd", p, expected[2]).flatten(1), atol=5e-3)
-
-
-@pytest.mark.parametrize("scaled", [True, False])
-def test_offsets_beyond_32_bits_in_the_readout(scaled, monkeypatch):
-    """The last program alone, of the many that come before it."""
-    width = 1 << 16
-    skipped = FAR // width // 16 * 16 + 16
-    state = far(2, width, rows_before=skipped)
-    state[skipped:] = torch.randn(2, width, generator=torch.Generator().manual_seed(3)).half()
-    directions = torch.randn(3, width, generator=torch.Generator().manual_seed(4)) * width**-0.5
-    segment, out = torch.zeros(len(state), dtype=torch.int32), torch.full((len(state), 3), torch.nan)
-    place = interpreter_builder.set_grid_idx
-
-    def last(x: int, y: int, z: int) -> None:
-        place(x, y, z)
-        interpreter_builder.grid_idx = (skipped // 16, y, z)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", last)
-    scale = torch.tensor([2.0])
-    sizes = {"BR": 16, "BK": 16, "BD": 1 << 14, "HAS_SCALE": scaled}
-    rows._read_out[(1, 1)](state, directions, out, segment, scale, len(state), width, 3, **sizes)
-    assert torch.allclose(out[skipped:], state[skipped:].float() @ directions.T * (2 if scaled else 1), atol=1e-3)
-    assert bool(out[:skipped].isnan().all())
-
-
-def test_offsets_beyond_32_bits_in_the_products():
-    """Rows of x, the gates and the state behind 2³¹ numbers, and a tile among as many."""
-    width, n = 256, 3  # as many neurons as columns
-    skipped = FAR // width + 1
-    room = far(3 * n, width, rows_before=skipped)
-    room[skipped:] = torch.randn(3 * n, width, generator=torch.Generator().manual_seed(5)).half()
-    x, g, state = (room[i * n :][: skipped + n] for i in range(3))
-    before, w = state[skipped:].float(), torch.randn(width, width, generator=torch.Generator().manual_seed(6)).half()
-    w *= width**-0.5
-    tiles, firsts = torch.tensor([[skipped, skipped + n, 0]]).int(), torch.tensor([0, 1]).int()
-    starts, away = torch.tensor([skipped, skipped + n]), torch.zeros(skipped + n, dtype=torch.uint8)
-    log_z = gemm.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
-    gates = x[skipped:].float() @ w.float().T
-    assert torch.allclose(g[skipped:].float(), gates, atol=5e-3)
-    assert torch.allclose(log_z[0], gates.logsumexp(0) * LOG2E, atol=1e-2)
-    act, fallback = torch.ones(1, width).half(), torch.zeros(skipped + n)
-    gemm.down(state, g, w, act, torch.tensor([0]), log_z, tiles, starts, 1.0, fallback, away=away)
-    assert torch.allclose(state[skipped:].float(), before + gates.softmax(0) @ w.float().T, atol=2e-2)
-    tops = far(2, width, rows_before=skipped)
-    tops[skipped:] = torch.tensor([[1.0], [2.0]])  # the largest of a tile, and the sum
-    found = torch.empty(1, width)
-    tile = torch.tensor([skipped, skipped + 1]).int()
-    gemm._log_partition[(2,)](tops, tops[1:], found, tile, width, BN=128)
-    assert torch.equal(found, torch.full((1, width), 2.0))  # 2¹ · 2
 
 
 # -- launch configurations ------------------------------------------------------------------------------------------
@@ -171,6 +54,68 @@ def test_what_was_tuned_is_applied_to_its_own_shapes(monkeypatch):
     launch.allocation_config(20, 11008, torch.float32, cpu)
     launch.mix_config(20, 128, 1, 16, torch.float32, cpu)
     assert not asked
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Writes the file of what was tuned; there are two GPUs, the second of which is called like one in it."""
+    monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.setattr(launch, "_device_name", ["Another", "Some GPU"].__getitem__)
+
+    def write(contents):
+        launch.TUNED.write_text(json.dumps(contents))
+        launch._table.cache_clear()
+
+    yield write
+    launch._table.cache_clear()
+
+
+def test_what_was_tuned_is_read_for_its_device(table):
+    table({"Some GPU": {"allocate": {"one r32": {"BI": 128, "num_warps": 16}}}})
+
+    def found(device, longest=20):
+        return launch.allocation_config(longest, 11008, torch.bfloat16, torch.device(device))
+
+    computed = found("cpu")
+    assert found("cuda:1") == computed | {"BI": 128, "num_warps": 16} != computed
+    assert found("cuda:0") == found("cuda") == computed
+    assert found("cuda:1", 500) == found("cpu", 500)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"mix": {"many": {"typo": 3}}}, "Some GPU: mix: many: 'typo' is none of BK, BM, num_warps, num_stages"),
+        ({"mix": {"many": {"BI": 64}}}, "Some GPU: mix: many: 'BI' is none of"),
+        ({"down": {"float16": {"BN": "64"}}}, "Some GPU: down: float16: BN: '64' is no positive integer"),
+        ({"down": {"float16": {"BN": True}}}, "Some GPU: down: float16: BN: True is no positive integer"),
+        ({"down": {"float16": {"GROUP": 0}}}, "Some GPU: down: float16: GROUP: 0 is no positive integer"),
+        ({"down": {"BN": 64}}, "Some GPU: down: BN: expected an object, got 64"),
+        ({"up": {}}, "Some GPU: no kernel is called 'up'; tuned are mix, allocate, gate, down"),
+        ([], r"Some GPU: expected an object, got \[\]"),
+    ],
+)
+def test_a_table_that_no_launch_takes_is_refused(contents, message, table):
+    table({"Some GPU": contents})
+    with pytest.raises(ValueError, match=f"tuned.json: {message}"):
+        launch.tuned(torch.device("cuda:0"), "mix", "many")
+
+
+def test_a_step_of_mix_fits_a_small_device(monkeypatch):
+    """Keys and values of all stages that are in flight; of a tile, no rows beyond what there are, and in float32 no
+    more bytes than in half precision."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 << 10)
+    shapes = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128))
+    for (dtype, head_dim), longest in itertools.product(shapes, (20, 64, 500)):
+        tile = launch.mix_tile(longest, 1, dtype)
+        config = launch.mix_config(longest, head_dim, 1, tile, dtype, torch.device("cpu"))
+        columns = (1 + config["BM"]) * head_dim
+        step = config["num_stages"] * config["BK"] * columns * dtype.itemsize
+        assert step <= 99 << 10, (dtype, head_dim, longest)
+    half, single = (launch.mix_tile(500, 1, dtype) for dtype in (torch.float16, torch.float32))
+    assert 4 * single <= 2 * half
+    assert launch.mix_tile(5, 4, torch.bfloat16) == 32 and launch.mix_tile(3, 1, torch.bfloat16) == 16
 
 
 def test_a_tuned_configuration_wins_in_every_case_of_its_bucket():

@@ -69,6 +69,23 @@ def test_layers_with_other_groups_share_no_tables():
         assert close(fast.rows, plain.rows), kv
 
 
+def test_the_temperature_is_what_was_asked_for():
+    dp = build("llama-gqa")
+    trace = dp.trace(random_ids(4))
+    found, oracle = (
+        dp.decompose(trace, Tokens(), end=1, temperature=0.7, backend=name).dense() for name in ("triton", "reference")
+    )
+    assert close(found, oracle)
+
+
+def test_heads_that_are_too_wide_in_float32_are_as_right():
+    """256 numbers of four bytes are more than a tile holds."""
+    dp = DePass(build_model("llama", head_dim=256, num_key_value_heads=2))
+    trace = dp.trace(random_ids(5))
+    found, oracle = (dp.decompose(trace, Tokens(), end=1, backend=name).dense() for name in ("triton", "reference"))
+    assert close(found, oracle)
+
+
 @pytest.mark.parametrize("compute", ["float32", "float16", "bfloat16"])
 def test_a_model_in_bfloat16_computes_in_any_dtype(compute):
     dp = build("llama-gqa", torch.bfloat16)

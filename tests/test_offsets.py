@@ -1,0 +1,195 @@
+"""Offsets beyond 32 bits: what lies behind 2³¹ elements, memory that is reserved and never touched, is found there.
+
+An offset that is cut to 32 bits becomes negative, and ends the process.
+"""
+
+import pytest
+import torch
+from triton.runtime.interpreter import interpreter_builder
+
+from depass_fast.kernels import allocation, attention, gemm, rows
+from depass_fast.kernels.common import LOG2E
+
+FAR = 2**31 + 5  # elements in front of what is looked at
+
+
+def far(*shape: int, rows_before: int) -> torch.Tensor:
+    """A tensor behind so many rows that 32 bits do not count its elements; its memory is never touched, but for it."""
+    before = torch.empty((rows_before + shape[0], *shape[1:]), dtype=torch.float16)
+    assert before.numel() > 2**31
+    return before
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Last:
+    """A kernel that runs the last of its programs alone."""
+
+    def __init__(self, kernel, monkeypatch):
+        self.kernel, self.monkeypatch = kernel, monkeypatch
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            def last(x: int, y: int, z: int) -> None:
+                interpreter_builder.grid_idx = (grid[0] - 1, y, z)
+
+            with self.monkeypatch.context() as patch:
+                patch.setattr(interpreter_builder, "set_grid_idx", last)
+                self.kernel[(1, *grid[1:])](*arguments, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize("rule", ["softmax", "taylor"])
+def test_in_the_allocation(rule):
+    """Gates and records that lie behind 2³¹ others become what the same ones become at the beginning."""
+    width, count, n = 1 << 16, 3, 8
+    skipped = FAR // width + 1
+    room = far(count, width, rows_before=skipped)
+    room[skipped:, : 3 * n] = random(0, count, 3 * n).half()
+    near, act, gate = (room[skipped:, i * n :][:, :n].clone() for i in range(3))
+    before, alive = near.clone(), torch.ones(len(room), dtype=torch.uint8)
+
+    def shares(g: torch.Tensor, act: torch.Tensor, gate: torch.Tensor, first: int) -> None:
+        where = allocation.Segments(torch.tensor([first, first + count]), torch.tensor([first]), count)
+        allocation.allocate(g, where, act, gate, rule, 0.1, alive[: len(g)])
+
+    shares(*(room[:, i * n :][:, :n] for i in range(3)), skipped)
+    shares(near, act, gate, 0)
+    assert torch.equal(room[skipped:, :n], near) and not torch.equal(near, before)
+
+
+def test_in_the_partition_of_the_allocation(monkeypatch):
+    """Of the last of so many segments."""
+    width, count = 1 << 16, 3
+    segments = FAR // width + 1
+    g, act, log_z = random(0, count, width).half(), torch.ones(1, width).half(), far(1, width, rows_before=segments - 1)
+    gates, alive = g.float(), torch.ones(count, dtype=torch.uint8)
+    starts, recorded = torch.zeros(segments + 1, dtype=torch.int64), torch.zeros(segments, dtype=torch.int64)
+    starts[-1] = count
+    special = {"HAS_CONSTANT": False, "HAS_AWAY": False, "HAS_REST": False, "KEEP_Z": True, "ONE_TILE": True}
+    Last(allocation._allocate, monkeypatch)[(segments,)](
+        *(g, act, act, alive, alive, log_z, starts, recorded, width, width, width, LOG2E, -1, -1),
+        **(special | {"RULE": "softmax", "BM": 4, "BI": width}),
+    )
+    assert torch.allclose(log_z[-1].float(), gates.logsumexp(0) * LOG2E, atol=5e-3)
+
+
+def test_in_rows(monkeypatch):
+    width = 1 << 16
+    skipped = FAR // width // 4 * 4 + 4  # a program takes at most four rows
+    state = far(2, width, rows_before=skipped)
+    state[skipped:] = random(1, 2, width).half()
+    expected = state[skipped:].float()
+    base, source = torch.tensor([0, 2]), torch.tensor([skipped])
+    where = rows.Rows(torch.zeros(2, dtype=torch.int32), base, source)
+    out = rows.read_rows(state, where, torch.tensor([2.0]), None, False, torch.empty(2, width))
+    assert torch.equal(out, 2 * expected)
+    scales = rows.row_scales(state, torch.tensor([skipped + 1]), 1e-5, False)
+    right = expected.square().mean(1).add(1e-5).rsqrt()
+    assert torch.allclose(scales, right[1:], rtol=1e-5)
+    rows.add_rows(state, where, expected)
+    assert torch.allclose(state[skipped:].float(), 2 * expected, rtol=2e-3)
+    neighbours = rows.Rows(torch.zeros(2, dtype=torch.int32), base, None, skipped)
+    out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
+    assert torch.allclose(out, expected, rtol=2e-3)
+
+    for name in ("_row_scales", "_add_rows"):  # of as many rows
+        monkeypatch.setattr(rows, name, Last(getattr(rows, name), monkeypatch))
+    assert torch.allclose(rows.row_scales(state, None, 1e-5, False)[skipped:], right / 2, rtol=2e-3)
+    segment = torch.zeros(skipped + 2, dtype=torch.int32)
+    segment[skipped:] = 1
+    where = rows.Rows(segment, torch.tensor([0, skipped, skipped + 2]), torch.tensor([0, 0]))
+    small = torch.zeros(2, width)
+    rows.add_rows(small, where, state)
+    assert torch.equal(small, state[skipped:].float())
+
+
+@pytest.mark.parametrize("one_tile", [True, False])
+def test_in_mix(one_tile, monkeypatch):
+    """Everything lies far behind: values, the output, and a trace of which this prompt is the last.
+
+    A key's bias and the log-sum-exp (T, H) never lie as far: q (T, H, d) of such a trace fits no device.
+    """
+    ordinary = attention.mix_config
+    monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"ONE_TILE": one_tile})
+    heads, head_dim, n = 16, 256, 3  # a component at three positions
+    width = heads * head_dim
+    skipped = FAR // width + 1
+    room = far(4 * n, width, rows_before=skipped)
+    room[skipped:] = random(2, 4 * n, width).half()
+    q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
+    expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
+    trace = attention.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
+    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
+    lse = attention.log_sum_exp(trace, packed, whole, 16)
+    keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
+    attention.mix(values, keys, whole, trace, lse, 16, n, out)
+    logits = torch.einsum("qhd,khd->hqk", *expected[:2]) * head_dim**-0.5
+    p = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    assert torch.allclose(out[skipped:].float(), torch.einsum("hqk,khd->qhd", p, expected[2]).flatten(1), atol=5e-3)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_in_the_readout(scaled, monkeypatch):
+    width = 1 << 16
+    skipped = FAR // width // 16 * 16 + 16
+    state = far(2, width, rows_before=skipped)
+    state[skipped:] = random(3, 2, width).half()
+    directions = random(4, 3, width) * width**-0.5
+    segment, out = torch.zeros(len(state), dtype=torch.int32), torch.full((len(state), 3), torch.nan)
+    sizes = {"BR": 16, "BK": 16, "BD": 1 << 14, "HAS_SCALE": scaled}
+    Last(rows._read_out, monkeypatch)[(skipped // 16 + 1, 1)](
+        state, directions, out, segment, torch.tensor([2.0]), len(state), width, 3, **sizes
+    )
+    assert torch.allclose(out[skipped:], state[skipped:].float() @ directions.T * (2 if scaled else 1), atol=1e-3)
+    assert bool(out[:skipped].isnan().all())
+
+
+def test_in_the_products():
+    """Rows of x, the gates, the state and the records behind 2³¹ numbers."""
+    width, n = 256, 3  # as many neurons as columns
+    skipped = FAR // width + 1
+    room = far(4 * n, width, rows_before=skipped)
+    room[skipped:] = random(5, 4 * n, width).half()
+    x, g, state, act = (room[i * n :][: skipped + n] for i in range(4))
+    before, w = state[skipped:].float(), (random(6, width, width) * width**-0.5).half()
+    tiles, firsts = torch.tensor([[skipped, skipped + n, 0]]).int(), torch.tensor([0, 1]).int()
+    starts, away = torch.tensor([skipped, skipped + n]), torch.zeros(skipped + n, dtype=torch.uint8)
+    log_z = gemm.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
+    gates = x[skipped:].float() @ w.float().T
+    assert torch.allclose(g[skipped:].float(), gates, atol=5e-3)
+    assert torch.allclose(log_z[0], gates.logsumexp(0) * LOG2E, atol=1e-2)
+    gemm.down(state, g, w, act, torch.tensor([skipped]), log_z, tiles, starts, 1.0, torch.zeros(skipped + n), away=away)
+    added = gates.softmax(0) * act[skipped].float() @ w.float().T
+    assert torch.allclose(state[skipped:].float(), before + added, atol=2e-2)
+
+
+def test_in_the_partitions_of_the_products(monkeypatch):
+    """The last of so many tiles, and of so many segments; no other is looked at."""
+    width, n = 256, 3  # as many neurons as columns
+    last = FAR // width + 1
+    room = far(3, width, rows_before=last)
+    tops, sums, log_z = (room[i:] for i in range(3))  # their rows `last` side by side
+    x, w = random(7, n, width).half(), (random(8, width, width) * width**-0.5).half()
+    g, state, act, fallback = torch.empty(n, width).half(), torch.zeros(n, width), torch.ones(1, width), torch.zeros(n)
+    tiles, firsts = torch.empty(last + 1, 3, dtype=torch.int32), torch.empty(last + 2, dtype=torch.int32)
+    starts, recorded = (torch.empty(last + 1, dtype=torch.int64) for _ in range(2))
+    tiles[last], firsts[last:], recorded[last] = torch.tensor([0, n, last]), torch.tensor([last, last + 1]), 0
+    numbers = (LOG2E, -1)  # by the temperature of 1; no bias
+    sizes = {"BM": 16, "BN": width, "BK": width, "GROUP": 8, "PRECISION": "ieee", "WIDE": False}
+    special = {"HAS_CONSTANT": False, "HAS_AWAY": False}
+    programs = (last + 1,)  # as many as tiles, and as segments
+    Last(gemm._gate, monkeypatch)[programs](
+        *(x, w, g, x, tiles, tops, sums, tiles, starts, last + 1, width, width, *numbers), **sizes, **special
+    )
+    Last(gemm._log_partition, monkeypatch)[programs](tops, sums, log_z, firsts, width, BN=width)
+    gates = x.float() @ w.float().T
+    assert torch.allclose(log_z[last].float(), gates.logsumexp(0) * LOG2E, atol=1e-2)
+    gemm._down[(1,)](
+        *(state, g, w, act, log_z, act, tiles, fallback, recorded, tiles[last:], starts, 1, width, width, width, width),
+        *numbers, **sizes, **special,
+    )  # fmt: skip
+    assert torch.allclose(state, gates.softmax(0) @ w.float().T, atol=2e-2)
