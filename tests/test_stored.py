@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build, build_model, random_ids
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 
@@ -141,4 +142,30 @@ def test_experts_are_checked_too():
     else:
         experts.experts.down_proj = nn.Parameter(torch.zeros(4, 4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="experts.*: its weight is quantised .torch.uint8."):
+        DePass(model)
+
+
+def latent():
+    return build_model("youtu", num_key_value_heads=4, kv_lora_rank=10, qk_nope_head_dim=6, v_head_dim=8)
+
+
+def test_the_second_half_of_a_latent_may_round_as_quantised_weights_do():
+    class Rounding(Hqq):
+        def forward(self, x):
+            return super().forward(x.bfloat16().float())
+
+    if "youtu" not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    model = latent()
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = Rounding(layer.self_attn.kv_b_proj)
+    assert DePass(model).attribute(IDS, Tokens()).completeness_error < 0.01
+
+
+def test_a_latent_with_a_bias_is_refused():
+    if "youtu" not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    model = latent()
+    model.model.layers[1].self_attn.kv_b_proj.bias = nn.Parameter(torch.ones(4 * 14))
+    with pytest.raises(ValueError, match="through a latent has a bias"):
         DePass(model)

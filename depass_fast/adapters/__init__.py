@@ -80,6 +80,8 @@ def adapt(model: nn.Module) -> Adapter:
             f"model: {type(model).__name__} has no {missing}, where the family {family!r} keeps it; a fork must keep "
             "its family's modules under their names."
         )
+    for index in range(adapter.n_layers if adapter.family.v_norm is not None else 0):
+        adapter.attention(index)  # which refuses what it cannot express
     if not getattr(adapter.config, "is_causal", True) or getattr(adapter.config, "use_bidirectional_attention", False):
         raise ValueError("model: its attention looks ahead, by its config; only causal models are decomposed.")
     return adapter

@@ -239,7 +239,10 @@ class Adapter:
         down = self._linear(block, "v_proj", "v_part")
         if self.family.v_norm is None:
             return down
-        return Latent(down, self._norm(self._part(block, "v_norm")), self._linear(block, "v_up", "v_up_part"))
+        up = self._linear(block, "v_up", "v_up_part")
+        if down.has_bias or up.has_bias:
+            raise ValueError("model: the way of its values through a latent has a bias, which nothing here can carry.")
+        return Latent(down, self._norm(self._part(block, "v_norm")), up)
 
     def _head_dim(self, block: nn.Module) -> int:
         module = self._part(block, "attention")

@@ -96,8 +96,8 @@ class Family:
     v_norm: Path | None = None  # a norm (without β) of what `v_proj` gives, which then is a latent,
     v_up: Path | None = None  # and the projection from there to the values
     v_up_part: Part | None = None
-    value_dim: int | None = None  # of a head's values, where it is not the width of its queries and keys:
-    key_dim: int | None = None  # these
+    value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys,
+    key_dim: int | None = None  # and the width of these
     o_proj: Path = "self_attn.o_proj"
     o_bias: Path | None = None  # a bias that is added to its output, outside of it; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,10 @@ class Latent:
     norm: Norm
     up: Linear
 
+    bias: ClassVar[None] = None
+    has_bias: ClassVar[bool] = False
+    is_own: ClassVar[bool] = False  # its weight is made when it is read
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
@@ -127,8 +132,6 @@ class Latent:
         up, down = self.up.weight, self.down.weight
         wide = torch.promote_types(up.dtype, torch.float32)
         return (self.norm.apply(up.to(wide), None) @ down.to(wide)).to(up.dtype)
-
-    bias, has_bias, is_own = None, False, False
 
     def of(self, down: Tensor) -> Tensor:
         """The values (N, Hkv·d) that the model makes of what comes down (N, r)."""
