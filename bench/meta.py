@@ -160,8 +160,8 @@ def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
 def standing_in() -> Iterator[None]:
     """The meta device stands in for a GPU: nothing that looks at numbers is asked."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> Tensor:
-        return torch.empty_like(q)  # fused on a GPU
+    def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> tuple[Tensor, None]:
+        return torch.empty_like(q), None  # fused on a GPU
 
     with ExitStack() as undo:
         for place, name, instead in (
