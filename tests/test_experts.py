@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bench.family_models import build_model, build_variant, randomised
+from bench.family_models import VARIANTS, available, build_model, build_variant, randomised
 from depass_fast import DePass, Neurons, Tokens
 from depass_fast.adapters import Experts, route, watch_router
 from depass_fast.adapters.experts import _choice, expert_mlps
@@ -114,6 +114,16 @@ def test_the_mixtures_of_deepseek(model_type, changes):
     for part in route(block, experts, x, *seen[0]):
         total[slice(None) if part.positions is None else part.positions] += part.act @ mlps[part.part].w_down.T
     assert len(mlps) == 9 and torch.allclose(total, own[0], atol=1e-5 * float(own.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_a_shared_expert_without_neurons_is_none(model_type):
+    if not available(model_type):
+        pytest.skip("the installed transformers does not have it")
+    dp = DePass(build_model(model_type, **{**VARIANTS[model_type][1], "n_shared_experts": 0}))
+    result = dp.attribute(IDS, Neurons(1))
+    assert result.completeness_error <= 1e-5 and not any("shared" in label for label in result.labels)
+    assert trace_nbytes(dp.model.config, [len(IDS)], torch.float32) == dp.trace(IDS).nbytes
 
 
 def test_what_a_router_hands_on():

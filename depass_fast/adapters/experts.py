@@ -134,7 +134,9 @@ def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
     else:
         yield from _of_stacks(held, experts)
     if experts.shared is not None and exists(block, experts.shared):
-        yield _of_module("shared", below(block, experts.shared), experts)
+        shared = _of_module("shared", below(block, experts.shared), experts)
+        if shared.down.shape[1] > 0:  # DeepSeek without shared experts has an empty one
+            yield shared
 
 
 def _of_module(name: str, module: nn.Module, experts: Experts) -> _Projections:
