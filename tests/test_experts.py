@@ -135,6 +135,16 @@ def test_what_a_router_hands_on():
         assert torch.equal(weights, expected) and torch.equal(indices, chosen)
 
 
+def test_where_all_experts_are_chosen():
+    """Before transformers 5, gpt-oss hands on the weights of all, in another order than the indices."""
+    dense, chosen = torch.tensor([[0.4, 0.6], [0.7, 0.3]]), torch.tensor([[1, 0], [0, 1]])
+    assert torch.equal(_choice((dense, chosen), dense=True)[0], torch.tensor([[0.6, 0.4], [0.7, 0.3]]))
+    assert torch.equal(_choice((dense, chosen))[0], dense)
+    if "gpt_oss" in CONFIG_MAPPING:
+        every = {**VARIANTS["gpt_oss"][1], "num_local_experts": 3, "num_experts_per_tok": 3}
+        assert DePass(build_model("gpt_oss", **every)).attribute(IDS, Neurons(0)).completeness_error <= 1e-5
+
+
 def test_experts_that_cannot_be_read_are_refused():
     model = build_variant("qwen3_moe")
     model.model.layers[0].mlp.experts = nn.Module()

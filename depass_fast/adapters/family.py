@@ -31,6 +31,7 @@ class Experts:
     """
 
     top_k: int
+    dense: bool = False  # weights of all experts are handed on, (T, E); their shape tells, but where all are chosen
     normalised: bool = False  # whether the top k of a softmax over logits are made to sum to one
     router: Path = "mlp.gate"
     experts: Path = "mlp.experts"
