@@ -293,9 +293,9 @@ def _attention_function(
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
     if scaling is None:
         scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
-    window = recorder.adapter.window(sliding_window, recorder.implementation)
-    softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
     index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
+    window = recorder.adapter.window(index, sliding_window, recorder.implementation)
+    softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
     mask = {"scale": scaling, "window": window, "softcap": softcap}
     return recorder.attend(index, query, key, value, sinks=s_aux, **mask), None
 
@@ -400,7 +400,7 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
         if getattr(_active, "recorder", None) is not recorder:
             return None
         outputs = [seen[name] for name in observed.projections]
-        mask = {"window": recorder.adapter.window(None, recorder.implementation), "softcap": None}
+        mask = {"window": recorder.adapter.window(index, None, recorder.implementation), "softcap": None}
         out = recorder.attend(index, **{**mask, **observed.read(module, outputs, seen["kwargs"])})
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 

@@ -104,7 +104,9 @@ class Family:
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
-    window: int | None = None  # of all layers, where the attention call does not announce it
+    window: int | tuple[int | None, ...] | None = (
+        None  # of all layers, or of each, where no attention call announces it
+    )
     sinks: bool = False  # every query has a logit of nothing besides, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
