@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Attention
-from .adapters.tuned import tuning
+from .adapters.tuned import reparametrised, tuning
 from .adapters.weights import Mlp
 
 
@@ -144,7 +144,9 @@ class TraceSource:
 
 def _version(model: nn.Module) -> tuple:
     """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters()), tuning(model)
+    unsteady = {id(p) for p in reparametrised(model)}
+    counted = (p for p in model.parameters() if not p.is_inference() and id(p) not in unsteady)
+    return sum(p._version for p in counted), tuning(model)
 
 
 @dataclass
