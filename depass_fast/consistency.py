@@ -271,13 +271,14 @@ def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
     at = at.to(total.device)
     for part in layer.mlps:
-        down = replace(mlps[part.part].down, drop_bias=False)
+        weights = mlps[part.part]
+        weights = replace(weights, down=replace(weights.down, drop_bias=False))
         here = slice(None) if part.positions is None else torch.isin(at, part.positions).nonzero().flatten()
-        rows = part.rows(at[here])
-        if len(rows):
-            total[here] += part.act[rows].to(wide) @ down.weight.T.to(wide)
-            if down.bias is not None:
-                total[here] += part.router_weight[rows, None].to(wide) * down.bias.to(wide)
+        sent = at[here]
+        if len(sent):
+            total[here] += part.act[part.rows(sent)].to(wide) @ weights.w_down.T.to(wide)
+            constant = part.constant(weights, sent, wide)
+            total[here] += 0.0 if constant is None else constant
     return total.to(layer.resid_mid)
 
 

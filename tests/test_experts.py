@@ -11,8 +11,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bench.family_models import VARIANTS, available, build_model, build_variant, randomised
 from depass_fast import DePass, Neurons, Tokens
-from depass_fast.adapters import Experts, route, watch_router
+from depass_fast.adapters import Experts, Mlp, route, watch_router
 from depass_fast.adapters.experts import _choice, expert_mlps
+from depass_fast.backends import TorchBackend
 from depass_fast.trace_size import trace_nbytes
 
 PROMPTS = [random_ids(9, seed=1), random_ids(4, seed=2)]
@@ -159,3 +160,12 @@ def test_layers_that_choose_different_numbers_are_refused():
 def test_results_are_verified_with_biases_too():
     for result in with_biases().attribute(PROMPTS, Tokens(), verify=True):
         assert result.completeness_error <= 1e-5
+
+
+def test_a_constant_needs_no_gate(monkeypatch):
+    """Whose weight may have to be dequantised first."""
+    dp = DePass(build_variant("llama: biases"))
+    trace, mlp = dp.trace(IDS), dp.adapter.layer(0).mlp
+    monkeypatch.setattr(Mlp, "w_gate", property(lambda self: pytest.fail("it was read")))
+    found = TorchBackend()._mlp_constant(dp.start(trace, Tokens()), mlp, trace.layers[0].mlp)
+    assert torch.equal(found, mlp.down.bias)
