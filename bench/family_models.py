@@ -152,7 +152,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
             "use_sliding_window": True,
             "sliding_window": 3,
-            "max_window_layers": 0,
+            "max_window_layers": 1,
         },
     ),
     "qwen3_moe": ("qwen3_moe", {**_GQA, **_EXPERTS, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 1}),

@@ -77,19 +77,35 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], device: torch.device,
     if watching:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
         known = prompts[-1] if adapter.one_by_one else prompts[-1][:_ORDINARY]
-        consistency.check_end(adapter, trace, _ordinary_end(adapter, known.to(device)))
+        consistency.check_end(trace, recorder.layers, _ordinary(adapter, known.to(device)))
     return trace
 
 
 @torch.no_grad()
-def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
-    """What the last norm gives in an ordinary forward pass over ``ids``, (N, D): nothing is replaced."""
-    seen: list[Tensor] = []
-    end, thread = adapter.final_norm_module or adapter.blocks[-1], threading.get_ident()
+def _ordinary(adapter: Adapter, ids: Tensor) -> consistency.Ordinary:
+    """An ordinary forward pass over ``ids`` (N,): nothing is replaced."""
+    own, thread = consistency.Ordinary(), threading.get_ident()
+    end = adapter.final_norm_module or adapter.blocks[-1]
+
+    def is_ours() -> bool:
+        return threading.get_ident() == thread  # others may use the model, too
 
     def look(module: nn.Module, args: tuple, output: Any) -> None:
-        if threading.get_ident() == thread:  # others may use the model, too
-            seen.append((output[0] if isinstance(output, tuple | list) else output).detach().flatten(0, -2))
+        if is_ours():
+            own.end = (output[0] if isinstance(output, tuple | list) else output).detach().flatten(0, -2)
+
+    def watch(index: int) -> None:
+        def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_ours():
+                x = args[0] if args else kwargs["hidden_states"]
+                own.mixtures[index] = {"experts_input": x.detach().flatten(0, -2)}
+
+        def decided(weights: Tensor, chosen: Tensor) -> None:
+            if is_ours():
+                own.mixtures[index] |= {"router_weights": weights.detach(), "chosen": chosen}
+
+        undo.callback(adapter.module(index, "mlp").register_forward_pre_hook(read, with_kwargs=True).remove)
+        undo.callback(watch_router(adapter.block(index), adapter.family.experts, decided))
 
     with _one_at_a_time, ExitStack() as undo:
         if "torch._dynamo" in sys.modules:
@@ -97,9 +113,12 @@ def _ordinary_end(adapter: Adapter, ids: Tensor) -> Tensor:
         if adapter.dtype == torch.float64 and hasattr(adapter.config, "_experts_implementation"):
             undo.callback(setattr, adapter.config, "_experts_implementation", adapter.config._experts_implementation)
             adapter.config._experts_implementation = "eager"
+        for index in range(adapter.n_layers):
+            if adapter.is_mixture(index):
+                watch(index)
         undo.callback(end.register_forward_hook(look).remove)
         adapter.run(ids[None])
-    return seen[-1]
+    return own
 
 
 class _Recorder:
@@ -276,9 +295,9 @@ def _attention_function(
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
     if scaling is None:
         scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
-    window = recorder.adapter.window(sliding_window, recorder.implementation)
-    softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
     index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
+    window = recorder.adapter.window(index, sliding_window, recorder.implementation)
+    softcap = None if recorder.implementation == "sdpa" else softcap  # which has none, and older versions ignore it
     mask = {"scale": scaling, "window": window, "softcap": softcap}
     return recorder.attend(index, query, key, value, sinks=s_aux, **mask), None
 
@@ -383,7 +402,7 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
         if getattr(_active, "recorder", None) is not recorder:
             return None
         outputs = [seen[name] for name in observed.projections]
-        mask = {"window": recorder.adapter.window(None, recorder.implementation), "softcap": None}
+        mask = {"window": recorder.adapter.window(index, None, recorder.implementation), "softcap": None}
         out = recorder.attend(index, **{**mask, **observed.read(module, outputs, seen["kwargs"])})
         return (out.reshape(args[0].shape).to(args[0].dtype),)
 

@@ -10,7 +10,7 @@ where its hooks or its code have changed, or with prompts twice as long.
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,12 +75,14 @@ class Consistency:
 
     def compare(self, name: str, got: Tensor, expected: Tensor, *sizes: Tensor, tolerance: float | None = None) -> None:
         """Note that ``got`` (S, C) should be ``expected``; rounding is relative to these and to ``sizes``."""
-        wide = torch.promote_types(got.dtype, torch.float32)
-        total = sum(x.to(wide).norm(dim=1) for x in (got, expected, *sizes))
-        error = (got.to(wide) - expected.to(wide)).norm(dim=1) / total.clamp_min(torch.finfo(wide).tiny)
         coarsest = max(torch.finfo(x.dtype).eps for x in (got, expected, *sizes))
-        self.errors.append(error.max())
-        self.allowed.append(max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance)
+        allowed = max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance
+        self.note(name, _differences(got, expected, *sizes).max(), allowed)
+
+    def note(self, name: str, error: Tensor, allowed: float) -> None:
+        """An error, a scalar, and the most that it may be."""
+        self.errors.append(error)
+        self.allowed.append(allowed)
         self.names.append(name)
 
     def verdict(self) -> None:
@@ -93,6 +95,13 @@ class Consistency:
                     f"{name} (a difference of {error:.1%}). This model, or a hook on it, computes something that the "
                     "family does not declare, and cannot be decomposed as one of that family."
                 )
+
+
+def _differences(got: Tensor, expected: Tensor, *sizes: Tensor) -> Tensor:
+    """Of rows (S, C), relative to the sum of their norms and of those of ``sizes``: (S,)."""
+    wide = torch.promote_types(got.dtype, torch.float32)
+    total = sum(x.to(wide).norm(dim=1) for x in (got, expected, *sizes))
+    return (got.to(wide) - expected.to(wide)).norm(dim=1) / total.clamp_min(torch.finfo(wide).tiny)
 
 
 def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positions: list[int]) -> None:
@@ -123,17 +132,50 @@ def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor,
     found.compare(f"{name} computes something else than its weight says", got, ours, tolerance=_READING)
 
 
-def check_end(adapter: Adapter, trace: Trace, own: Tensor) -> None:
-    """Compare the last prompt's final states with the model's ``own`` (N, D), of an ordinary forward pass."""
+@dataclass
+class Ordinary:
+    """What an ordinary forward pass over N positions did: what its last norm gives, and what its mixtures decided."""
+
+    end: Tensor | None = None  # (N, D)
+    mixtures: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of a layer, under the names of its record
+
+
+def check_end(trace: Trace, records: list[dict[str, Any]], own: Ordinary) -> None:
+    """Compare the last prompt's states with those of an ordinary forward pass.
+
+    They are compared at the end where no router decided otherwise. Near a tie one may, and moves its position by half
+    of its size: such a position is compared by what that mixture read, and so is every later one, which may look at it.
+    Most of these move by little: the median position is also held to the tolerance as far as its own routers agree.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     found, first = Consistency(), trace.span(trace.n_prompts - 1).start
-    got = trace.normed_final[first : first + len(own)]
-    found.compare(
-        "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
-        got,
-        own.to(got),
-        tolerance=0.1 if own.element_size() < 4 else 1e-3,
-    )
+    span, device = slice(first, first + len(own.end)), own.end.device
+    tolerance = 0.1 if own.end.element_size() < 4 else 1e-3
+    pairs = [({name: records[index][name][span] for name in its}, its) for index, its in own.mixtures.items()]
+    ends = trace.normed_final[span]
+    read = [_differences(got["experts_input"], its["experts_input"]).to(device) for got, its in pairs]
+    differences = torch.stack([*read, _differences(ends, own.end.to(ends)).to(device)])  # (mixtures + 1, N)
+    agree = torch.zeros(len(pairs), len(own.end), dtype=torch.bool, device=device)
+    for row, (got, its) in zip(agree, pairs, strict=True):
+        row.copy_(_same_decision(got, its, tolerance))
+    alone = agree.cumprod(0).sum(0)  # (N,) mixtures before a position's first disagreement
+    for reached, worst in ((alone.cummin(0).values, torch.max), (alone, torch.median)):
+        found.note(
+            "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
+            worst(differences.gather(0, reached[None])),
+            tolerance,
+        )
     found.verdict()
+
+
+def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: float) -> Tensor:
+    """Where two passes chose the same experts, with about the same weights (those of a sparse mixer may jump): (N,)."""
+    order, own_order = got["chosen"].argsort(1), own["chosen"].argsort(1)
+    same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
+    weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
+    return same & (_differences(weights, own_weights) <= tolerance)
 
 
 def _check_attention(
@@ -235,13 +277,14 @@ def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
     at = at.to(total.device)
     for part in layer.mlps:
-        down = replace(mlps[part.part].down, drop_bias=False)
+        weights = mlps[part.part]
+        weights = replace(weights, down=replace(weights.down, drop_bias=False))
         here = slice(None) if part.positions is None else torch.isin(at, part.positions).nonzero().flatten()
-        rows = part.rows(at[here])
-        if len(rows):
-            total[here] += part.act[rows].to(wide) @ down.weight.T.to(wide)
-            if down.bias is not None:
-                total[here] += part.router_weight[rows, None].to(wide) * down.bias.to(wide)
+        sent = at[here]
+        if len(sent):
+            total[here] += part.act[part.rows(sent)].to(wide) @ weights.w_down.T.to(wide)
+            constant = part.constant(weights, sent, wide)
+            total[here] += 0.0 if constant is None else constant
     return total.to(layer.resid_mid)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Attention
-from .adapters.tuned import tuning
+from .adapters.tuned import reparametrised, tuning
 from .adapters.weights import Mlp
 
 
@@ -68,6 +68,17 @@ class MlpTrace:
     out_scale: Tensor | None = None  # (T,) of the norm on its output
     router_weight: Tensor | None = None  # (P,) which multiplies an expert's output, where that has a bias
 
+    def constant(self, weights: Mlp, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What it writes at packed positions ``at`` whatever its components are, before any norm: its bias, routed.
+
+        (D,), or (N, D), or None. Not all of a slice need have been sent here, all of a tensor (N,) must.
+        """
+        bias = weights.down.bias
+        if bias is None or self.router_weight is None:
+            return None if bias is None else bias.to(dtype)
+        weight = self.dense(self.router_weight, at) if isinstance(at, slice) else self.router_weight[self.rows(at)]
+        return weight[:, None].to(dtype) * bias.to(dtype)
+
     def rows(self, packed: Tensor) -> Tensor:
         """Where ``packed`` positions (S,), all of them sent here, are found in ``gate`` and ``act``."""
         return packed if self.positions is None else torch.searchsorted(self.positions, packed)
@@ -107,14 +118,9 @@ class LayerTrace:
 
         (D,), or (N, D), or None; before a norm of the residual stream.
         """
-        raw, scale = None, self.mlp.out_scale
-        for part in self.mlps:
-            bias = mlps[part.part].down.bias
-            if bias is not None:
-                bias = bias.to(dtype)
-                if part.router_weight is not None:
-                    bias = part.dense(part.router_weight, span)[:, None].to(dtype) * bias
-                raw = bias if raw is None else raw + bias
+        each = [part.constant(mlps[part.part], span, dtype) for part in self.mlps]
+        each = [constant for constant in each if constant is not None]
+        raw, scale = (sum(each[1:], each[0]) if each else None), self.mlp.out_scale
         return mlps[0].written_constant(raw, None if scale is None else scale[span], dtype)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -144,7 +150,9 @@ class TraceSource:
 
 def _version(model: nn.Module) -> tuple:
     """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters()), tuning(model)
+    unsteady = {id(p) for p in reparametrised(model)}
+    counted = (p for p in model.parameters() if not p.is_inference() and id(p) not in unsteady)
+    return sum(p._version for p in counted), tuning(model)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_features import Dictionary
 
+from bench.family_models import available, build_variant
 from bench.family_models import build_model as build_family
 from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
@@ -429,3 +430,21 @@ def test_other_families(model_type):
             close(one.scores, other.scores, tolerance)
         rough = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=0, sample=0, allocation=rule)
         assert rough.completeness_error <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "youtu", "gpt_oss"])
+def test_latents_and_sinks(name):
+    """Values from a latent behind a norm of its own, and attention that sums to less than one: close to exact."""
+    if not available(name):
+        pytest.skip("the installed transformers does not have it")
+    dp = DePass(build_variant(name))
+    trace = dp.trace(random_ids(9, seed=1))
+    exact, found = (
+        dp.attribute(trace, Neurons(layers="all"), [None, (9, 3)], method=method, **options)
+        for method, options in (("exact", {}), ("adjoint", {"refine": 16}))
+    )
+    for one, other in zip(found, exact, strict=True):
+        assert one.labels == other.labels
+        neurons = [index for index, label in enumerate(one.labels) if label not in ("bias", "rest")]
+        for scores in zip(one.scores[..., neurons], other.scores[..., neurons], strict=True):
+            assert torch.corrcoef(torch.stack(scores))[0, 1] >= 0.99

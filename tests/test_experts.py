@@ -9,10 +9,11 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bench.family_models import build_model, build_variant, randomised
+from bench.family_models import VARIANTS, available, build_model, build_variant, randomised
 from depass_fast import DePass, Neurons, Tokens
-from depass_fast.adapters import Experts, route, watch_router
+from depass_fast.adapters import Experts, Mlp, route, watch_router
 from depass_fast.adapters.experts import _choice, expert_mlps
+from depass_fast.backends import TorchBackend
 from depass_fast.trace_size import trace_nbytes
 
 PROMPTS = [random_ids(9, seed=1), random_ids(4, seed=2)]
@@ -20,13 +21,10 @@ IDS = PROMPTS[0]
 
 
 def with_biases(dtype: torch.dtype = torch.float32) -> DePass:
-    """gpt-oss, whose experts are interleaved and transposed, with biases, without attention to its sinks."""
+    """gpt-oss, whose experts are interleaved and transposed, with biases."""
     if "gpt_oss" not in CONFIG_MAPPING:
         pytest.skip("the installed transformers does not have gpt_oss")
-    model = build_variant("gpt_oss")
-    for layer in model.model.layers:
-        layer.self_attn.sinks.data.fill_(-1e4)
-    return DePass(model.to(dtype))
+    return DePass(build_variant("gpt_oss").to(dtype))
 
 
 @pytest.mark.parametrize("rule", ["softmax", "linear"])
@@ -116,6 +114,16 @@ def test_the_mixtures_of_deepseek(model_type, changes):
     assert len(mlps) == 9 and torch.allclose(total, own[0], atol=1e-5 * float(own.abs().max()))
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_a_shared_expert_without_neurons_is_none(model_type):
+    if not available(model_type):
+        pytest.skip("the installed transformers does not have it")
+    dp = DePass(build_model(model_type, **{**VARIANTS[model_type][1], "n_shared_experts": 0}))
+    result = dp.attribute(IDS, Neurons(1))
+    assert result.completeness_error <= 1e-5 and not any("shared" in label for label in result.labels)
+    assert trace_nbytes(dp.model.config, [len(IDS)], torch.float32) == dp.trace(IDS).nbytes
+
+
 def test_what_a_router_hands_on():
     chosen = torch.tensor([[2, 0], [1, 2]])
     dense = torch.tensor([[0.4, 0.0, 0.6], [0.0, 0.7, 0.3]])
@@ -123,6 +131,16 @@ def test_what_a_router_hands_on():
     for values in ((torch.ones(2, 5), chosen, dense), (dense, chosen), (torch.ones(2, 3), expected, chosen)):
         weights, indices = _choice(values)
         assert torch.equal(weights, expected) and torch.equal(indices, chosen)
+
+
+def test_where_all_experts_are_chosen():
+    """Before transformers 5, gpt-oss hands on the weights of all, in another order than the indices."""
+    dense, chosen = torch.tensor([[0.4, 0.6], [0.7, 0.3]]), torch.tensor([[1, 0], [0, 1]])
+    assert torch.equal(_choice((dense, chosen), dense=True)[0], torch.tensor([[0.6, 0.4], [0.7, 0.3]]))
+    assert torch.equal(_choice((dense, chosen))[0], dense)
+    if "gpt_oss" in CONFIG_MAPPING:
+        every = {**VARIANTS["gpt_oss"][1], "num_local_experts": 3, "num_experts_per_tok": 3}
+        assert DePass(build_model("gpt_oss", **every)).attribute(IDS, Neurons(0)).completeness_error <= 1e-5
 
 
 def test_experts_that_cannot_be_read_are_refused():
@@ -142,3 +160,12 @@ def test_layers_that_choose_different_numbers_are_refused():
 def test_results_are_verified_with_biases_too():
     for result in with_biases().attribute(PROMPTS, Tokens(), verify=True):
         assert result.completeness_error <= 1e-5
+
+
+def test_a_constant_needs_no_gate(monkeypatch):
+    """Whose weight may have to be dequantised first."""
+    dp = DePass(build_variant("llama: biases"))
+    trace, mlp = dp.trace(IDS), dp.adapter.layer(0).mlp
+    monkeypatch.setattr(Mlp, "w_gate", property(lambda self: pytest.fail("it was read")))
+    found = TorchBackend()._mlp_constant(dp.start(trace, Tokens()), mlp, trace.layers[0].mlp)
+    assert torch.equal(found, mlp.down.bias)

@@ -25,7 +25,7 @@ def test_packed_prompts_give_the_models_own_logits(name):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("changes", [{"max_window_layers": 1}, {"max_window_layers": 0}, {"use_sliding_window": False}])
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe"])
 def test_windows_are_those_of_the_models_own_mask(model_type, changes, implementation):
     window = {"use_sliding_window": True, "sliding_window": 4, "num_key_value_heads": 2, **changes}
     model = build_model(model_type, **window)

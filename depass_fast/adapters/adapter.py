@@ -72,16 +72,20 @@ class Adapter:
         """Where the model begins; `device_map` may put later layers elsewhere."""
         return self.embedding.weight.device
 
-    def window(self, announced: int | None, implementation: str | None) -> int | None:
-        """The sliding window of the model's own mask, given what a layer announces and the attention implementation.
+    def window(self, index: int, announced: int | None, implementation: str | None) -> int | None:
+        """The sliding window of layer ``index`` in the model's own mask, given what its call announces.
 
         Before transformers made masks per layer, eager and sdpa masks applied the configured window to every layer,
-        whatever the layer announced; flash attention never did.
+        whatever the layer announced; flash attention never did: it has the window that is announced, and no mask.
         """
+        flash = "flash" in (implementation or "eager")
         one_mask_for_all = hasattr(self.decoder, "_update_causal_mask") and not self.family.layer_windows
-        if one_mask_for_all and "flash" not in (implementation or "eager"):
+        if one_mask_for_all and not flash:
             return getattr(self.config, "sliding_window", None)
-        return self.family.window if announced is None else announced
+        if announced is not None or (flash and self.observed is None):
+            return announced
+        window = self.family.window
+        return window[index] if isinstance(window, tuple) else window
 
     def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
         """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""

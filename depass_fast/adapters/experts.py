@@ -56,7 +56,7 @@ def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Ten
     if not isinstance(held, nn.ModuleList) and router not in held.children():  # else it is the whole mixture
 
         def handed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            note(*_choice((*args, *kwargs.values())))
+            note(*_choice((*args, *kwargs.values()), experts.dense))
 
         return held.register_forward_pre_hook(handed, with_kwargs=True).remove
 
@@ -64,7 +64,7 @@ def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Ten
         if experts.decide is not None:
             note(*experts.decide(block, output))
         elif isinstance(output, tuple):
-            note(*_choice(output))
+            note(*_choice(output, experts.dense))
         else:
             note(*softmax_top_k(output, experts.top_k, experts.normalised))
 
@@ -108,14 +108,14 @@ def _projected(linear: Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
-def _choice(values: tuple) -> tuple[Tensor, Tensor]:
+def _choice(values: tuple, dense: bool = False) -> tuple[Tensor, Tensor]:
     """Weights and indices (T, K) among what is handed around: the only integers, and the last numbers.
 
-    Weights of all experts (T, E) are taken at the indices.
+    Weights of all experts (T, E) are taken at the indices; where all are chosen, only ``dense`` tells them from others.
     """
     (chosen,) = (x for x in values if not x.is_floating_point())
     *_, weights = (x for x in values if x.is_floating_point())
-    return (weights if weights.shape == chosen.shape else weights.gather(1, chosen)), chosen
+    return (weights.gather(1, chosen) if dense or weights.shape != chosen.shape else weights), chosen
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
     else:
         yield from _of_stacks(held, experts)
     if experts.shared is not None and exists(block, experts.shared):
-        yield _of_module("shared", below(block, experts.shared), experts)
+        shared = _of_module("shared", below(block, experts.shared), experts)
+        if shared.down.shape[1] > 0:  # DeepSeek without shared experts has an empty one
+            yield shared
 
 
 def _of_module(name: str, module: nn.Module, experts: Experts) -> _Projections:

@@ -31,6 +31,7 @@ class Experts:
     """
 
     top_k: int
+    dense: bool = False  # weights of all experts are handed on, (T, E); their shape tells, but where all are chosen
     normalised: bool = False  # whether the top k of a softmax over logits are made to sum to one
     router: Path = "mlp.gate"
     experts: Path = "mlp.experts"
@@ -103,7 +104,9 @@ class Family:
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
-    window: int | None = None  # of all layers, where the attention call does not announce it
+    window: int | tuple[int | None, ...] | None = (
+        None  # of all layers, or of each, where no attention call announces it
+    )
     sinks: bool = False  # every query has a logit of nothing besides, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 

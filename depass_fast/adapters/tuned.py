@@ -43,6 +43,11 @@ def tuning(model: nn.Module) -> tuple:
     )
 
 
+def reparametrised(model: nn.Module) -> list[Tensor]:
+    """Parameters that PEFT takes the place of in every forward pass (`target_parameters`), which writes to them."""
+    return [m.get_param() for m in model.modules() if is_tuned(m) and hasattr(m, "parameter_name")]
+
+
 def tuned_weight(module: Any, base: Tensor) -> Tensor:
     """The weight (out, in) that a wrapped module computes with, ``base`` being that of its base layer.
 

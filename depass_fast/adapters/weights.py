@@ -276,18 +276,6 @@ class Mlp(Branch):
         """What the `bias` component drives every gate with besides its own state, (I,), or None."""
         return self._read_constant(lambda: self.w_gate, self.gate.bias, dtype)
 
-    def constant(
-        self, dtype: torch.dtype, out_scale: Tensor | None = None, router_weight: Tensor | None = None
-    ) -> Tensor | None:
-        """What positions receive whatever their components are: (D,), or (N, D), or None.
-
-        ``router_weight`` (N,) is what an expert's output is multiplied by, None for any other MLP's.
-        """
-        bias = self.down.bias
-        if bias is not None and router_weight is not None:
-            bias = router_weight[:, None].to(dtype) * bias.to(dtype)
-        return self.written_constant(bias, out_scale, dtype)
-
 
 @dataclass(frozen=True)
 class Layer:

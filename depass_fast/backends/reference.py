@@ -73,10 +73,7 @@ class ReferenceBackend:
             )
             w = allocation.weights(gates)  # (N, M, I)
             y = (w * trace.act[recorded].to(dtype)[:, None]) @ weights.w_down.to(dtype).T
-            constant = weights.down.bias
-            if constant is not None and trace.router_weight is not None:
-                constant = trace.router_weight[recorded, None].to(dtype) * constant.to(dtype)
-            y = _written(weights, y, constant, trace.out_scale, where, bias)
+            y = _written(weights, y, trace.constant(weights, where, dtype), trace.out_scale, where, bias)
             state.set_block(prompt, y + (x if source is None else state.block(prompt)))
         return state
 

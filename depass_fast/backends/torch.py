@@ -272,10 +272,9 @@ class TorchBackend:
         """What `bias` receives: (D,), or (S, D), or None."""
         if state.layout.index(BIAS) is None:
             return None
-        packed = state.layout.tensor("packed", weights.w_gate.device)
+        dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.gate.device)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
-        weight = None if trace.router_weight is None else trace.router_weight[trace.rows(packed)]
-        return weights.constant(state.rows.dtype, out_scale, weight)
+        return weights.written_constant(trace.constant(weights, packed, dtype), out_scale, dtype)
 
     def _mlp_step(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device

@@ -127,6 +127,20 @@ def test_adapters_added_to_the_model_itself():
     assert DePass(model).attribute(IDS, Heads(1)).completeness_error < 2e-5
 
 
+def test_a_router_whose_weight_is_tuned():
+    """PEFT puts another parameter in its place in every forward pass, and back."""
+    config = peft.LoraConfig(r=2, target_parameters=["mlp.gate.weight"])
+    model = wrapped(config, "qwen3_moe", num_experts=6, num_experts_per_tok=2, head_dim=8)
+    dp = DePass(model)
+    trace = dp.trace(IDS)
+    assert dp.attribute(trace, Neurons(1)).completeness_error < 2e-5
+    check(model, copy.deepcopy(model).merge_and_unload())
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.v_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="trace: the model's weights have changed"):
+        dp.attribute(trace, Tokens())
+
+
 def test_dropout_in_training_mode():
     model = wrapped(CONFIGS["LoRA with dropout"])
     dp = DePass(model)

@@ -1,7 +1,8 @@
 """DeepSeek 3's mixtures, or very similar ones, in Llama's layout: GLM-4.5, dots.llm1, K-EXAONE, Solar Open, HunYuan 3.
 
 The first layers may be dense. The router has scores of groups, a bias that corrects them, and a scale: all frozen.
-Kolibri 1 has norms on the outputs, too.
+Kolibri 1 has norms on the outputs, too. HunYuan 3 as released (`enable_moe_fp32_combine`) sums its experts in float32,
+whatever it computes in: in float64 a result is complete to that rounding.
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..family import Experts, Family
@@ -16,6 +17,7 @@ def declare(config: Any) -> Family:
         layer_windows=True,
         experts=Experts(
             top_k=config.num_experts_per_tok,
+            dense=int(transformers.__version__.split(".")[0]) < 5,
             router="mlp.router",
             transposed=True,
             interleaved=True,

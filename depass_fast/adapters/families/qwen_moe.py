@@ -1,6 +1,7 @@
 """Qwen 2 MoE and Qwen 3 MoE: Qwen's layout with mixtures of experts in some layers; Qwen 2 has a shared expert.
 
-Mellum 2 has Qwen 3's, and windows in some layers.
+Mellum 2 has Qwen 3's, and windows in some layers. So may Qwen 2, whose attention does not announce them (from
+transformers 5 on).
 """
 
 from typing import Any
@@ -13,7 +14,9 @@ MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "mellum")
 def declare(config: Any) -> Family:
     gate = {"shared": "mlp.shared_expert", "shared_gate": "mlp.shared_expert_gate"}
     shared = gate if config.model_type == "qwen2_moe" else {}
+    kinds = getattr(config, "layer_types", None) if config.model_type == "qwen2_moe" else None  # by which it is masked
     return Family(
+        window=kinds and tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds),
         observed=Observed(("q_proj", "k_proj", "v_proj"), read_rotary),
         experts=Experts(top_k=config.num_experts_per_tok, normalised=config.norm_topk_prob, **shared),
     )
