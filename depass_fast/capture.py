@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import consistency
-from .adapters import Adapter, route, watch_router
+from .adapters import Adapter, Sent, route, sort_choices, watch_router
 from .finite import check_finite
 from .progress import bar_of_calls
 from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
@@ -190,13 +190,16 @@ class _Recorder:
             self.keep(record, "attended", out[0, self.watched].flatten(1))
         return out
 
+    @torch.no_grad()
     def trace(self, input_ids: Tensor, offsets: np.ndarray) -> Trace:
-        layers = [self._layer(index, record) for index, record in enumerate(self.layers)]
+        mixtures = [index for index, record in enumerate(self.layers) if "chosen" in record]
+        sent = dict(zip(mixtures, sort_choices([self.layers[index]["chosen"] for index in mixtures]), strict=True))
+        layers = [self._layer(index, record, sent.get(index)) for index, record in enumerate(self.layers)]
         if self.adapter.final_norm_module is None:
             self.final["normed_final"] = self.final["resid_final"]
         return Trace(input_ids, offsets, layers, **self.final, source=TraceSource.of(self.adapter.model))
 
-    def _layer(self, index: int, record: dict[str, Any]) -> LayerTrace:
+    def _layer(self, index: int, record: dict[str, Any], sent: Sent | None) -> LayerTrace:
         adapter, mixture = self.adapter, self.adapter.is_mixture(index)
         parallel, wanted = adapter.family.parallel, {"resid_pre", "mask"}
         wanted |= {"attention_output"} if parallel else {"resid_mid"}
@@ -224,8 +227,8 @@ class _Recorder:
         )
         common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
         if mixture:
-            read = (record[name] for name in ("experts_input", "router_weights", "chosen"))
-            done = route(adapter.block(index), adapter.family.experts, *read)
+            read = (record[name] for name in ("experts_input", "router_weights"))
+            done = route(adapter.block(index), adapter.family.experts, *read, sent)
             mlps = tuple(MlpTrace(**common, **vars(routed)) for routed in done)
         else:
             mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)

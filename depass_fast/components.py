@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from .outputs import Outputs
 from .prompts import as_index
 from .state import Factors
 from .trace import Trace
-from .transfer import to_device
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
 
@@ -254,11 +254,9 @@ class Neurons(LayerKind):
 
     def counts(self, adapter: Adapter, trace: Trace) -> list[int]:
         """How many neurons every prompt of a trace has: of the MLP, or of the experts that any position was sent to."""
-        mlps = trace.layers[self.resolve(adapter)].mlps
-        edges = to_device(trace.offsets, mlps[0].act.device)
-        found = torch.zeros_like(edges[1:])
-        for mlp in mlps:
-            reached = 1 if mlp.positions is None else torch.searchsorted(mlp.positions, edges).diff().clamp_(max=1)
+        found = np.zeros(trace.n_prompts, np.int64)
+        for mlp in trace.layers[self.resolve(adapter)].mlps:
+            reached = 1 if mlp.sent is None else np.diff(np.searchsorted(mlp.sent, trace.offsets)) > 0
             found += mlp.act.shape[1] * reached
         return found.tolist()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
@@ -21,6 +22,7 @@ from torch.nn.modules import module as module_hooks
 from .adapters import Adapter, Branch, Latent, Linear, Norm
 from .adapters.stored import kind_of
 from .trace import LayerTrace, Trace
+from .transfer import to_device
 
 # part of a layer -> what is recorded of it at the watched positions: its input and its output
 WATCHED = {
@@ -275,13 +277,12 @@ def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
     """What the experts write at positions (S,): (S, D)."""
     wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
-    at = at.to(total.device)
     for part in layer.mlps:
         weights = mlps[part.part]
         weights = replace(weights, down=replace(weights.down, drop_bias=False))
-        here = slice(None) if part.positions is None else torch.isin(at, part.positions).nonzero().flatten()
-        sent = at[here]
-        if len(sent):
+        here = np.arange(len(at)) if part.sent is None else np.flatnonzero(np.isin(at.numpy(), part.sent))
+        if len(here):
+            here, sent = (to_device(x, total.device) for x in (here, at.numpy()[here]))
             total[here] += part.act[part.rows(sent)].to(wide) @ weights.w_down.T.to(wide)
             constant = part.constant(weights, sent, wide)
             total[here] += 0.0 if constant is None else constant

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,8 +100,8 @@ class Outputs:
         """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
-            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.positions
-            if at is not None and not ((at >= self.span.start) & (at < self.span.stop)).any():
+            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.sent
+            if at is not None and not np.diff(np.searchsorted(at, (self.span.start, self.span.stop))).any():
                 continue
             stored, numbers_of_part = mlp.w_down, act
             if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:

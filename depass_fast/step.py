@@ -53,7 +53,7 @@ def through_mlp(
         if part.positions is None:
             state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
-        sent = np.flatnonzero(np.isin(state.layout.packed, part.positions.cpu().numpy()))
+        sent = np.flatnonzero(np.isin(state.layout.packed, part.sent))
         if len(sent):
             read = None if source is None else source.take(sent)
             state.put(run.steps.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import torch
@@ -67,6 +67,19 @@ class MlpTrace:
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) of the norm on its output
     router_weight: Tensor | None = None  # (P,) which multiplies an expert's output, where that has a bias
+    host_positions: InitVar[np.ndarray | None] = None  # `positions`, for :meth:`sent`
+
+    def __post_init__(self, host_positions: np.ndarray | None) -> None:
+        self._sent = self.positions, host_positions
+
+    @property
+    def sent(self) -> np.ndarray | None:
+        """``positions`` in host memory, so that no device is waited for; copied only if they have been replaced."""
+        positions, host = self._sent
+        if positions is not self.positions or host is None:
+            host = None if self.positions is None else self.positions.cpu().numpy()
+            self._sent = self.positions, host
+        return host
 
     def constant(self, weights: Mlp, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
         """What it writes at packed positions ``at`` whatever its components are, before any norm: its bias, routed.
@@ -87,7 +100,7 @@ class MlpTrace:
         """``values`` (P, ...) recorded here, at packed positions ``span``: (N, ...), zero at those not sent here."""
         if self.positions is None:
             return values[span]
-        here = (self.positions >= span.start) & (self.positions < span.stop)
+        here = slice(*np.searchsorted(self.sent, (span.start, span.stop)).tolist())
         out = values.new_zeros(span.stop - span.start, *values.shape[1:])
         out[self.positions[here] - span.start] = values[here]
         return out

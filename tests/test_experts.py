@@ -1,5 +1,8 @@
 """Mixtures of experts: what the model hands to its experts is what is frozen, biases on their outputs included."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_ids
@@ -11,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bench.family_models import VARIANTS, available, build_model, build_variant, randomised
 from depass_fast import DePass, Neurons, Tokens
-from depass_fast.adapters import Experts, Mlp, route, watch_router
+from depass_fast.adapters import Experts, Mlp, route, sort_choices, watch_router
 from depass_fast.adapters.experts import _choice, expert_mlps
 from depass_fast.backends import TorchBackend
 from depass_fast.trace_size import trace_nbytes
@@ -109,7 +112,7 @@ def test_the_mixtures_of_deepseek(model_type, changes):
     undo()
     branch = {"norm": None, "output": None, "stream": None, "factor": 1.0}
     mlps, total = expert_mlps(block, experts, branch, drop_biases=False), torch.zeros(11, 32)
-    for part in route(block, experts, x, *seen[0]):
+    for part in route(block, experts, x, seen[0][0], *sort_choices([seen[0][1]])):
         total[slice(None) if part.positions is None else part.positions] += part.act @ mlps[part.part].w_down.T
     assert len(mlps) == 9 and torch.allclose(total, own[0], atol=1e-5 * float(own.abs().max()))
 
@@ -143,6 +146,12 @@ def test_where_all_experts_are_chosen():
         assert DePass(build_model("gpt_oss", **every)).attribute(IDS, Neurons(0)).completeness_error <= 1e-5
 
 
+def test_what_experts_did_is_no_part_of_a_graph():
+    """It would hold all that led to it, too."""
+    for layer in with_biases().trace(IDS).layers:
+        assert not any(tensor.requires_grad for tensor in layer.tensors())
+
+
 def test_experts_that_cannot_be_read_are_refused():
     model = build_variant("qwen3_moe")
     model.model.layers[0].mlp.experts = nn.Module()
@@ -169,3 +178,21 @@ def test_a_constant_needs_no_gate(monkeypatch):
     monkeypatch.setattr(Mlp, "w_gate", property(lambda self: pytest.fail("it was read")))
     found = TorchBackend()._mlp_constant(dp.start(trace, Tokens()), mlp, trace.layers[0].mlp)
     assert torch.equal(found, mlp.down.bias)
+
+
+def test_where_positions_are_sent_is_known_in_host_memory():
+    choices = [torch.stack([torch.randperm(7)[:3] for _ in range(50)]) for _ in range(2)]
+    for chosen, found in zip(choices, sort_choices(choices), strict=True):
+        for expert in range(8):
+            positions, ranks = (chosen == expert).nonzero(as_tuple=True)
+            here = found.to(expert)
+            assert torch.equal(found.positions[here], positions)
+            assert torch.equal(found.places[here], positions * 3 + ranks)
+            assert found.host_positions[here].tolist() == positions.tolist()
+    part = with_biases().trace(IDS).layers[0].mlps[0]
+    sent = part.sent
+    assert sent.tolist() == part.positions.tolist() and part.sent is sent
+    for other in (copy.deepcopy(part), replace(part, positions=part.positions.clone())):
+        assert other.sent.tolist() == sent.tolist()
+    part.positions = part.positions[:1]  # of whoever takes a trace apart
+    assert part.sent.tolist() == sent[:1].tolist()

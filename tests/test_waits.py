@@ -11,8 +11,10 @@ from conftest import random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depass_fast.backends.triton as triton_backend
-from bench.family_models import build_model
+from bench.family_models import available, build_model
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.capture import _Recorder
+from depass_fast.trace import Trace
 from depass_fast.transfer import packed_together, taken_apart, to_device
 
 ON_THE_HOST = ("depass_fast.result", "depass_fast.reading", "depass_fast.prompts")  # no tensor of a device gets there
@@ -65,7 +67,7 @@ def no_kernels(monkeypatch):
     """The triton backend, of which everything runs but the kernels: an interpreter would read scalars."""
     kernels = {
         (triton_backend.attention, "mix"): lambda *given, **_: given[-1].zero_(),
-        (triton_backend.attention, "log_sum_exp"): lambda *_, **__: torch.zeros(1),
+        (triton_backend.attention, "log_sum_exp"): lambda frozen, *_: frozen.q.new_zeros(frozen.q.shape[:2]),
         (triton_backend.rows, "read_rows"): lambda *given: given[5].zero_(),
         (triton_backend.rows, "add_rows"): lambda *_: None,
         (triton_backend.rows, "read_out"): lambda rows, directions, *_: rows.new_zeros(len(rows), len(directions)),
@@ -79,10 +81,20 @@ def no_kernels(monkeypatch):
 KINDS = (Tokens(), Heads(0), Neurons(0), Heads(layers="all"), Neurons(layers="all"), Modules(layers="all"))
 
 
-def _counts(monkeypatch, n_layers: int, n_prompts: int, kind) -> Counter:
-    model = build_model("llama", num_hidden_layers=n_layers, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
-    dp = DePass(model, backend="triton")
-    traced = dp.trace([random_ids(5 + prompt % 2, seed=prompt) for prompt in range(n_prompts)])
+DENSE = "llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
+MIXTURES = {
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 2, "moe_intermediate_size": 16},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def _traced(n_layers: int, n_prompts: int, model_type: str, changes: dict) -> tuple[DePass, Trace]:
+    dp = DePass(build_model(model_type, num_hidden_layers=n_layers, **changes), backend="triton")
+    return dp, dp.trace([random_ids(5 + prompt % 2, seed=prompt) for prompt in range(n_prompts)])
+
+
+def _counts(monkeypatch, n_layers: int, n_prompts: int, kind, model=DENSE) -> Counter:
+    dp, traced = _traced(n_layers, n_prompts, *model)
     with waits(monkeypatch) as found:
         dp.attribute(traced, kind, method="exact")
     return found
@@ -93,6 +105,38 @@ def test_waits_do_not_grow_with_layers_or_prompts(kind, monkeypatch, no_kernels)
     few = _counts(monkeypatch, 2, 1, kind)
     assert few["from_numpy"] == 0
     assert _counts(monkeypatch, 5, 1, kind) == few == _counts(monkeypatch, 2, 4, kind)
+
+
+def _mixture(model_type: str) -> tuple[str, dict]:
+    if not available(model_type):
+        pytest.skip("the installed transformers does not have it")
+    return model_type, MIXTURES[model_type]
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nor_with_the_experts_of_a_mixture(kind, model_type, monkeypatch, no_kernels):
+    mixture = _mixture(model_type)
+    few = _counts(monkeypatch, 2, 1, kind, mixture)
+    assert few["from_numpy"] == 0
+    assert _counts(monkeypatch, 5, 1, kind, mixture) == few == _counts(monkeypatch, 2, 4, kind, mixture)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_routes_are_copied_once_for_all_layers(model_type, monkeypatch):
+    for layers in (2, 5):
+        with monkeypatch.context() as patch:
+            found, make = [], _Recorder.trace
+
+            def counted(*given, found=found, make=make):
+                with waits(monkeypatch) as counter:
+                    trace = make(*given)
+                found.append(counter)
+                return trace
+
+            patch.setattr(_Recorder, "trace", counted)
+            _traced(layers, 2, *_mixture(model_type))
+        assert found == [Counter(cpu=1)]
 
 
 def test_arrays_that_travel_together_arrive_as_they_were():

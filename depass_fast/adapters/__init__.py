@@ -16,7 +16,7 @@ from torch import nn
 
 from . import families
 from .adapter import Adapter
-from .experts import route, watch_router
+from .experts import Sent, route, sort_choices, watch_router
 from .family import Experts, Family, Observed
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
@@ -33,8 +33,10 @@ __all__ = [
     "Mlp",
     "Norm",
     "Observed",
+    "Sent",
     "adapt",
     "route",
+    "sort_choices",
     "supported_families",
     "unwrap",
     "watch_router",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..transfer import to_host
 from .family import Experts, Path, first_half, second_half
 from .paths import below, exists, name_of
 from .stored import Stacked
@@ -26,6 +28,7 @@ class Routed:
 
     part: int
     positions: Tensor | None
+    host_positions: np.ndarray | None  # the same in host memory
     gate: Tensor
     act: Tensor
     router_weight: Tensor | None
@@ -79,26 +82,52 @@ def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Ten
     return weights.to(logits.dtype), chosen
 
 
-def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> list[Routed]:
+@dataclass(frozen=True)
+class Sent:
+    """Which positions of a layer were sent to which expert, sorted by expert and then by position; each (T · K,).
+
+    ``places`` are those in the flattened indices (T, K).
+    """
+
+    places: Tensor
+    positions: Tensor
+    host_positions: np.ndarray
+    host_experts: np.ndarray
+
+    def to(self, expert: int) -> slice:
+        """Where those of one expert are found."""
+        return slice(*np.searchsorted(self.host_experts, (expert, expert + 1)).tolist())
+
+
+def sort_choices(chosen: Sequence[Tensor]) -> list[Sent]:
+    """Of the indices (T, K) of every layer; a device is waited for once."""
+    found = [layer.flatten().sort(stable=True) for layer in chosen]
+    positions = [places // layer.shape[1] for (_, places), layer in zip(found, chosen, strict=True)]
+    host = [x.numpy() for x in to_host([*positions, *(experts for experts, _ in found)])]
+    return [Sent(found[i].indices, positions[i], host[i], host[i + len(found)]) for i in range(len(found))]
+
+
+def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, sent: Sent) -> list[Routed]:
     """What the experts did with normed states ``x`` (T, D), given :func:`watch_router`'s. Who got nothing is left out.
 
-    Weights are in the dtype that the router computes in, what is returned is in x's.
+    Weights (T, K) are in the dtype that the router computes in, what is returned is in x's.
     """
-    done = []
+    done, weights = [], weights.flatten()[sent.places, None]
     for index, part in enumerate(_projections(block, experts)):
         if part.name == "shared":
-            positions, inputs, weight = None, x, x.new_full((len(x), 1), experts.factor)
+            positions, on_host, inputs, weight = None, None, x, x.new_full((len(x), 1), experts.factor)
             if experts.shared_gate is not None:
                 weight = weight * torch.sigmoid(below(block, experts.shared_gate)(x))
         else:
-            positions, rank = (chosen == index).nonzero(as_tuple=True)
-            if not len(positions):
+            here = sent.to(index)
+            if here.start == here.stop:
                 continue
-            inputs, weight = x[positions], weights[positions, rank, None] * experts.factor
+            positions, on_host = sent.positions[here], sent.host_positions[here]
+            inputs, weight = x[positions], weights[here] * experts.factor
         gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
         act = (part.activate(gate, up) * weight).to(x.dtype)
         weight = weight.flatten().to(x.dtype) if part.down.has_bias else None
-        done.append(Routed(index, positions, gate, act, weight))
+        done.append(Routed(index, positions, on_host, gate, act, weight))
     return done
 
 
