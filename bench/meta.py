@@ -168,7 +168,7 @@ def standing_in() -> Iterator[None]:
             (engine, "check_weights", lambda adapter: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency, "is_known", lambda *about: True),
-            (capture, "_causal_attention", attend),
+            (capture.causal, "attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (torch_backend, "has_zeros", lambda x: False),

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import consistency
+from . import causal, consistency
 from .adapters import Adapter, Sent, route, sort_choices, watch_router
 from .finite import check_finite
 from .progress import bar_of_calls
-from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource, causal_mask
+from .taps import Tap, active, full_precision, is_recording
+from .trace import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
 
 _ATTENTION_NAME = "depass_fast_recorder"
-_TILE = 1 << 24  # attention logits held at once, in elements: of several prompts, or where they cannot be left to torch
 
 _ORDINARY = 256  # positions that are also looked at without any hook: all that comes later sees these
 
-_active = threading.local()
 _one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
 
 
@@ -171,10 +170,10 @@ class _Recorder:
         alone = rest["softcap"] is not None or key_bias is not None or sinks is not None
         for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
-            most = 1 if alone else max(1, _TILE // (q.shape[1] * length**2))  # torch may hold all logits, too
+            most = 1 if alone else max(1, causal.TILE // (q.shape[1] * length**2))  # torch may hold all logits, too
             part = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
             for few in zip(*(x.transpose(0, 1).split(most) for x in part), strict=True):
-                out, row_sum = _causal_attention(*few, key_bias=bias, sinks=sinks, **rest)
+                out, row_sum = causal.attention(*few, key_bias=bias, sinks=sinks, **rest)
                 parts.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (P, H, N, d) -> (P·N, H, d)
                 sums += [] if row_sum is None else [row_sum.transpose(1, 2).flatten(0, 1)]
             biases += [bias] * count
@@ -235,51 +234,6 @@ class _Recorder:
         return LayerTrace(pre, mid, attention, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
 
-def _causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    key_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of prompts of one length with grouped heads; (P, H, N, d) -> (P, H, N, d).
-
-    With ``sinks``, what P's rows sum to comes with it, (P, H, N) in float32 or wider.
-    """
-    groups, n = q.shape[1] // k.shape[1], q.shape[2]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if softcap is None and key_bias is None and sinks is None:
-        if window is None or window >= n:
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None
-        parts, size = [], max(window, 256)
-        for begin in range(0, n, size):  # no mask of N x N
-            first, end = max(0, begin - window + 1), min(begin + size, n)
-            mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
-            part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
-            parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
-        return torch.cat(parts, dim=2), None
-    out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
-    row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
-    for queries in torch.arange(n, device=q.device).split(max(1, _TILE // (q.shape[1] * n))):
-        logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if key_bias is not None:
-            logits = logits + key_bias.T[:, None]
-        seen = causal_mask(queries, n, window)
-        logits.masked_fill_(~seen, -torch.inf)
-        p = logits.softmax(-1)
-        if sinks is not None:
-            row_sum[:, :, queries] = torch.sigmoid(logits.logsumexp(-1) - sinks.to(wide)[:, None])
-            p *= row_sum[:, :, queries, None]
-        out[:, :, queries] = p.to(v.dtype) @ v
-    return out, row_sum
-
-
 def _attention_function(
     module: nn.Module,
     query: Tensor,
@@ -293,7 +247,7 @@ def _attention_function(
     s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    recorder: _Recorder | None = getattr(_active, "recorder", None)
+    recorder: _Recorder | None = getattr(active, "recorder", None)
     if recorder is None:
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
     if scaling is None:
@@ -318,14 +272,14 @@ def _recording(adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
             _hook_layer(adapter, index, recorder, undo)
         end = adapter.final_norm_module
         if end is None:
-            undo.callback(_Tap(recorder, recorder.final, "resid_final").after(adapter.blocks[-1]))
+            undo.callback(Tap(recorder, recorder.final, "resid_final").after(adapter.blocks[-1]))
         else:
-            undo.callback(_Tap(recorder, recorder.final, "resid_final").before(end))
+            undo.callback(Tap(recorder, recorder.final, "resid_final").before(end))
         if adapter.dtype == torch.float64:
             for module, norm in adapter.norms():
-                undo.callback(module.register_forward_hook(_full_precision(norm)).remove)
+                undo.callback(module.register_forward_hook(full_precision(norm)).remove)
         if end is not None:
-            undo.callback(_Tap(recorder, recorder.final, "normed_final").after(end))
+            undo.callback(Tap(recorder, recorder.final, "normed_final").after(end))
 
         changes = {} if adapter.observed is not None else {"_attn_implementation": _ATTENTION_NAME}
         if adapter.dtype == torch.float64:
@@ -334,16 +288,16 @@ def _recording(adapter: Adapter, recorder: _Recorder) -> Iterator[None]:
             if hasattr(adapter.config, name):
                 undo.callback(setattr, adapter.config, name, getattr(adapter.config, name))
                 setattr(adapter.config, name, value)
-        undo.callback(setattr, _active, "recorder", getattr(_active, "recorder", None))
-        _active.recorder = recorder
+        undo.callback(setattr, active, "recorder", getattr(active, "recorder", None))
+        active.recorder = recorder
         yield
 
 
 def _hook_layer(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack) -> None:
     family, weights, record = adapter.family, adapter.layer(index), recorder.layers[index]
 
-    def tap(name: str, made: Callable[[Tensor], Tensor] | None = None) -> _Tap:
-        return _Tap(recorder, record, name, made)
+    def tap(name: str, made: Callable[[Tensor], Tensor] | None = None) -> Tap:
+        return Tap(recorder, record, name, made)
 
     def part(name: str) -> nn.Module | None:
         return adapter.module(index, name)
@@ -385,7 +339,7 @@ def _routing(recorder: _Recorder, record: dict[str, Any]) -> Callable[[Tensor, T
     """What records a router's weights and indices (T, K)."""
 
     def note(weights: Tensor, chosen: Tensor) -> None:
-        if getattr(_active, "recorder", None) is recorder:
+        if is_recording(recorder):
             recorder.keep(record, "router_weights", weights.detach())
             recorder.keep(record, "chosen", chosen)
 
@@ -398,11 +352,11 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
     seen: dict[str, Any] = {}
 
     def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if getattr(_active, "recorder", None) is recorder:
+        if is_recording(recorder):
             seen["kwargs"] = kwargs
 
     def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        if getattr(_active, "recorder", None) is not recorder:
+        if not is_recording(recorder):
             return None
         outputs = [seen[name] for name in observed.projections]
         mask = {"window": recorder.adapter.window(index, None, recorder.implementation), "softcap": None}
@@ -411,57 +365,10 @@ def _observe(adapter: Adapter, index: int, recorder: _Recorder, undo: ExitStack)
 
     undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
     for name in observed.projections:
-        undo.callback(_Tap(recorder, seen, name, batched=True).after(module.get_submodule(name)))
+        undo.callback(Tap(recorder, seen, name, batched=True).after(module.get_submodule(name)))
     undo.callback(adapter.module(index, "o_proj").register_forward_pre_hook(replaced).remove)
-
-
-class _Tap:
-    """A hook that records the input or the output of a module, (T, C), or what is ``made`` of it."""
-
-    def __init__(
-        self,
-        recorder: _Recorder,
-        record: dict[str, Any],
-        name: str,
-        made: Callable[[Tensor], Tensor] | None = None,
-        batched: bool = False,
-    ) -> None:
-        self.recorder, self.record, self.name, self.made, self.batched = recorder, record, name, made, batched
-
-    def before(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's input; returned is the way back."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._keep(args[0] if args else kwargs["hidden_states"])
-
-        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
-
-    def after(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's output; returned is the way back."""
-        return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
-
-    def _keep(self, x: Any) -> None:
-        if getattr(_active, "recorder", None) is not self.recorder:  # what another thread runs meanwhile
-            return
-        if self.batched:
-            self.record[self.name] = x
-        else:
-            x = x[0] if isinstance(x, tuple | list) else x
-            x = x.detach().flatten(0, -2)
-            self.recorder.keep(self.record, self.name, x if self.made is None else self.made(x))
 
 
 def _clamped_ratio(raw: Tensor, limit: float) -> Tensor:
     """Clamped / raw, one where a value is within ± ``limit``."""
     return torch.where(raw.abs() > limit, limit / raw.abs(), 1.0)
-
-
-def _full_precision(norm) -> object:
-    """transformers computes norms in float32 even in a float64 model: that rounding would be all of the error."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].flatten(0, -2)
-        y = norm.apply(x, norm.scale(x))
-        return (y if norm.bias is None else y + norm.bias).view(args[0].shape)
-
-    return hook
