@@ -17,7 +17,12 @@ def test_it_is_what_the_trace_holds(name):
         pytest.skip("this transformers does not know the family")
     model = build_variant(name)
     for dtype in (torch.float32, torch.bfloat16):
-        trace = DePass(model.to(dtype)).trace([random_ids(n, seed=n) for n in LENGTHS])
+        try:
+            trace = DePass(model.to(dtype)).trace([random_ids(n, seed=n) for n in LENGTHS])
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError):  # the model itself does not run either
+                model(torch.tensor([random_ids(9)]))
+            pytest.skip(f"transformers itself: {error}")
         assert trace_nbytes(model.config, LENGTHS, dtype) == trace.nbytes
 
 
