@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # the kernels are a link to a folder without __init__.py: `kernels` is a name that another package has
+    # a folder without __init__.py: through the link `kernels` it would hide the package of that name
     packages=[*find_packages(include=["depass_fast", "depass_fast.*"]), "depass_fast.kernels"],
     package_data={"depass_fast.demo": ["model/*"], "depass_fast.kernels": ["*.json"]},
     install_requires=[
