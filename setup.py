@@ -43,5 +43,5 @@ setup(
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "lint": ["ruff>=0.12"],
     },
-    entry_points={"console_scripts": ["depass-fast = depass_fast.cli:main"]},
+    entry_points={"console_scripts": ["depass-fast = depass_fast.cli.main:main"]},
 )

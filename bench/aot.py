@@ -29,9 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from depass_fast.backends.pieces import make_piece, query_tiles
+from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, gemm, launch, rows
-from depass_fast.state import Components, Layout
+from depass_fast.state.layout import Components, Layout
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163),

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from depass_fast.backends.pieces import cut, make_piece, query_tiles
-from depass_fast.backends.reference import attention_probabilities
+from depass_fast.backends.triton.pieces import cut, make_piece, query_tiles
 from depass_fast.kernels import attention, launch
-from depass_fast.state import Layout
-from depass_fast.trace import AttentionTrace
+from depass_fast.state.layout import Layout
+from depass_fast.trace.attention import attention_probabilities
+from depass_fast.trace.record import AttentionTrace
 
 from .checking import Check, born, error, everywhere, piece_rows, poisoned, random, tokens
 

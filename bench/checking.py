@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depass_fast.state import Components, Layout
+from depass_fast.state.layout import Components, Layout
 
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

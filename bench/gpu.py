@@ -24,7 +24,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.backends import backend_status, mlp
+from depass_fast.backends import backend_status
+from depass_fast.backends.torch import mlp
 
 from .family_models import randomised
 from .harness import (

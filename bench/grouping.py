@@ -23,8 +23,8 @@ from torch import Tensor
 from depass_fast import DePass, Neurons, Trace
 from depass_fast.adapters import Adapter
 from depass_fast.adjoint.estimate import spearman
-from depass_fast.components import Products
-from depass_fast.state import Factors
+from depass_fast.components.products import BoundProducts
+from depass_fast.state.state import Factors
 
 from .ablation.quality import Question, demo_model, questions
 from .agreement import spread, top_overlap
@@ -39,7 +39,7 @@ class GroupedNeurons(Neurons):
 
     groups: Sequence[Tensor] = ()
 
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Products:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
         products, here = super().bound(adapter, trace, prompt), self.groups[prompt]
         factors = products.products
         chosen = Factors(factors.coefficients[:, here], factors.vectors[here])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from depass_fast.allocation import RULES, Gates
-from depass_fast.backends.pieces import make_piece
+from depass_fast.backends.triton.pieces import make_piece
 from depass_fast.kernels import allocation, gemm, launch, rows
 
 from .attention_checks import attention_checks

@@ -25,15 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
-from depass_fast import DePass, Heads, Neurons, Tokens, capture, engine, initial, planner
+from depass_fast import DePass, Heads, Neurons, Tokens, engine
 from depass_fast.adjoint import sweep
 from depass_fast.adjoint.estimate import ApproximationWarning
-from depass_fast.adjoint.method import Method
-from depass_fast.adjoint.room import Room, default_workspace
-from depass_fast.backends import mlp, selection
-from depass_fast.backends import torch as torch_backend
-from depass_fast.backends import triton as triton_backend
-from depass_fast.sweep import BYTES
+from depass_fast.adjoint.memory import SweepMemory, default_workspace
+from depass_fast.backends import selection
+from depass_fast.backends.torch import backend as torch_backend
+from depass_fast.backends.torch import mlp
+from depass_fast.backends.triton import backend as triton_backend
+from depass_fast.components import start as initial
+from depass_fast.methods.choice import Method
+from depass_fast.planning import planner
+from depass_fast.propagation.joint import JOINT_BYTES
+from depass_fast.trace import capture
 
 from .harness import SHAPES, build_model, write_results
 
@@ -176,7 +180,7 @@ def standing_in() -> Iterator[None]:
             (planner, "available", lambda device: FREE),
             (sweep, "available", lambda device: FREE),
             (sweep, "default_workspace", lambda free, cuda: default_workspace(free, True)),
-            (sweep, "Room", lambda *sizes: Room(*sizes[:-1], True)),
+            (sweep, "SweepMemory", lambda *sizes: SweepMemory(*sizes[:-1], True)),
         ):
             undo.enter_context(mock.patch.object(place, name, instead))
         yield
@@ -213,7 +217,7 @@ def run(case: Case) -> dict:
                 dp.decompose(prompts, kind)
             else:
                 dp.attribute(prompts, kind, 7, **case.method)
-    state = made.state_bytes if made.start_layers == 1 or case.method else min(made.state_bytes, BYTES)
+    state = made.state_bytes if made.start_layers == 1 or case.method else min(made.state_bytes, JOINT_BYTES)
     return asdict(case) | {
         "name": case.name,
         "predicted_bytes": made.of(case.backend).peak_bytes,

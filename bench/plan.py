@@ -25,10 +25,10 @@ import torch
 
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adjoint.estimate import ApproximationWarning
-from depass_fast.adjoint.method import Method
 from depass_fast.adjoint.sweep import Sweep
-from depass_fast.gemm_rate import gemm_rate
-from depass_fast.planner import plan as make_plan
+from depass_fast.methods.choice import Method
+from depass_fast.planning.gemm_rate import gemm_rate
+from depass_fast.planning.planner import plan as make_plan
 
 from .family_models import build_model as build_family
 from .harness import write_results

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import triton
 
-from depass_fast.backends.mlp import accumulate
-from depass_fast.backends.pieces import make_piece, query_tiles
+from depass_fast.backends.torch.mlp import accumulate
+from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, gemm, launch
-from depass_fast.state import Components, Layout
+from depass_fast.state.layout import Components, Layout
 
 from .kernel_checks import row_tiles
 

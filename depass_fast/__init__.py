@@ -6,20 +6,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .components import ComponentKind, Heads, Modules, Neurons, Tokens
+    from .components.base import ComponentKind
+    from .components.features import Features
+    from .components.given import Custom, Subspaces
+    from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
-    from .features import Features
-    from .focus import Focus, Partition
-    from .generation import Generation
-    from .given import Custom, Subspaces
-    from .layered import LayeredAttribution
+    from .methods.focus import Focus, Partition
     from .options import Options
-    from .planner import Plan
-    from .result import Attribution
-    from .state import ComponentState
-    from .trace import Trace
-    from .trace_size import trace_nbytes
-    from .verify import Verification, VerificationWarning
+    from .planning.plan import Plan
+    from .results.attribution import Attribution
+    from .results.generation import Generation
+    from .results.layered import LayeredAttribution
+    from .results.verification import Verification, VerificationWarning
+    from .state.state import ComponentState
+    from .trace.record import Trace
+    from .trace.size import trace_nbytes
 
 __version__ = "0.1.0"
 
@@ -50,21 +51,27 @@ __all__ = [
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
 _HOME = {
-    **dict.fromkeys(("ComponentKind", "Heads", "Modules", "Neurons", "Tokens"), "components"),
-    **dict.fromkeys(("Custom", "Subspaces"), "given"),
-    "Attribution": "result",
-    "ComponentState": "state",
+    "Attribution": "results.attribution",
+    "ComponentKind": "components.base",
+    "ComponentState": "state.state",
+    "Custom": "components.given",
     "DePass": "engine",
-    "Features": "features",
-    "Focus": "focus",
-    "Generation": "generation",
-    "LayeredAttribution": "layered",
+    "Features": "components.features",
+    "Focus": "methods.focus",
+    "Generation": "results.generation",
+    "Heads": "components.model",
+    "LayeredAttribution": "results.layered",
+    "Modules": "components.model",
+    "Neurons": "components.model",
     "Options": "options",
-    "Partition": "focus",
-    "Plan": "planner",
-    "Trace": "trace",
-    "trace_nbytes": "trace_size",
-    **dict.fromkeys(("Verification", "VerificationWarning"), "verify"),
+    "Partition": "methods.focus",
+    "Plan": "planning.plan",
+    "Subspaces": "components.given",
+    "Tokens": "components.model",
+    "Trace": "trace.record",
+    "Verification": "results.verification",
+    "VerificationWarning": "results.verification",
+    "trace_nbytes": "trace.size",
 }
 
 

@@ -15,29 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt, unwrap
-from .adjoint.attribute import by_adjoint
-from .adjoint.method import choose
-from .call import Call, bind, fit, make_call
-from .capture import capture
-from .components import ComponentKind, Tokens
-from .exact_layers import exact_layers
-from .focus import Focus, Partition, focused, make_partition
-from .generation import Generation, generate
-from .hook_names import layer_input
-from .initial import initial_state
-from .layered import LayeredAttribution
-from .loading import check_ready, check_weights, load_model
-from .options import Options, Run, refuse_autocast
-from .planner import Plan, plan_call
-from .progress import bar
-from .prompts import Prompt, as_position, encode, encode_all, is_batch
-from .reading import Aim, to_results
-from .readout import parse_target
-from .result import Attribution
-from .state import ComponentState, Layout
-from .step import normalise, through_layer
-from .trace import Trace
-from .verify import warned
+from .components.base import ComponentKind
+from .components.model import Tokens
+from .components.start import initial_state
+from .inputs.generation import generate
+from .inputs.hook_names import layer_input
+from .inputs.loading import check_ready, check_weights, load_model
+from .inputs.prompts import Prompt, as_position, encode, encode_all, is_batch
+from .inputs.targets import parse_target
+from .methods.adjoint import by_adjoint
+from .methods.choice import choose_method
+from .methods.focus import Focus, Partition, focused, make_partition
+from .methods.layers import exact_layers
+from .options import Options
+from .planning.planner import Plan, plan_call
+from .propagation.layer import normalise, through_layer
+from .propagation.run import Run
+from .readout.collect import Readout, to_results
+from .request import Request, bind, fit, make_request
+from .results.attribution import Attribution
+from .results.generation import Generation
+from .results.layered import LayeredAttribution
+from .results.verification import warned
+from .runtime.dtypes import refuse_autocast
+from .runtime.progress import progress_bar
+from .state.layout import Layout
+from .state.state import ComponentState
+from .trace.capture import capture
+from .trace.record import Trace
 
 
 class DePass:
@@ -171,7 +176,7 @@ class DePass:
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
         streams = plan.settings.stream is True
         asked = (method, refine, refine_within, sample, seed, streams, plan.run.verifier is not None)
-        chosen = choose(components, self.adapter, plan.run.allocation, *asked)
+        chosen = choose_method(components, self.adapter, plan.run.allocation, *asked)
         if chosen.name == "adjoint":
             plan = fit(plan, self.adapter, chosen)
             results = by_adjoint(self, plan, reads, specs, chosen, began)
@@ -179,7 +184,7 @@ class DePass:
             results = exact_layers(self, plan, reads, specs, began)
         else:
             plan = self.traced(fit(plan, self.adapter))
-            aim = Aim.of(self, plan, list(enumerate(reads)), specs)
+            aim = Readout.of(self, plan, list(enumerate(reads)), specs)
             trace, state = self.start_state(plan)
             done = self.propagate(trace, state, plan.end, plan.run, [[read] for read in reads])
             results = to_results(self, [aim.read(plan, *done)], began)[0]
@@ -212,7 +217,7 @@ class DePass:
         plan = self.traced(self._plan(ids, Tokens(), None, options))
         reads = range(length - 1, len(ids) - 1)
         specs = [parse_target(int(ids[read + 1]), self.adapter, self.tokenizer) for read in reads]
-        aim = Aim.of(self, plan, [(0, read) for read in reads], specs)
+        aim = Readout.of(self, plan, [(0, read) for read in reads], specs)
         trace, state = self.start_state(plan)
         state, errors = self.propagate(trace, state, plan.end, plan.run, [reads])
         steps = []
@@ -266,7 +271,7 @@ class DePass:
         if not isinstance(trace, Trace):
             raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
         call = self._check(trace, components, None, options)
-        here = call.layer + (call.components.start_site(self.adapter) == "resid_post")
+        here = call.components.entry(self.adapter).layer
         fit(replace(call, end_given=here), self.adapter)  # it is carried no further
         state = self.start_state(self.traced(call))[1]
         state.factors = None  # they would no longer hold
@@ -310,7 +315,7 @@ class DePass:
             queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
         start = trace.resid(first) if state.site == "resid_pre" else trace.resid_at(first, state.site)
         errors = [state.completeness(start)]
-        with bar("layers", end - first, run.progress) as shown:
+        with progress_bar("layers", end - first, run.progress) as shown:
             for index in range(first, end):
                 layer = self.adapter.layer(index)
                 state.rows = state.rows if run.host else state.rows.to(layer.device)
@@ -330,19 +335,19 @@ class DePass:
         check_ready(self.adapter)
         return capture(self.adapter, prompts, self.options.progress if progress is None else progress)
 
-    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
+    def _plan(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Request:
         """Everything that can be checked before any work, checked; with the workspace that there is room for."""
         return fit(self._check(prompt, components, end, options), self.adapter)
 
-    def _check(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Call:
-        return make_call(self.adapter, self.tokenizer, self.options.updated(options), prompt, components, end)
+    def _check(self, prompt: Any, components: ComponentKind, end: int | str | None, options: dict[str, Any]) -> Request:
+        return make_request(self.adapter, self.tokenizer, self.options.updated(options), prompt, components, end)
 
-    def traced(self, plan: Call) -> Call:
+    def traced(self, plan: Request) -> Request:
         """With the forward pass, unless it was taken already: that tells which components there are, if they fit."""
         plan.components.single()  # before any work
         return bind(plan, self.adapter, plan.trace or self._capture(plan.prompts, plan.run.progress))
 
-    def start_state(self, plan: Call) -> tuple[Trace, ComponentState]:
+    def start_state(self, plan: Request) -> tuple[Trace, ComponentState]:
         """The trace, and the components where they start."""
         known, run = plan if plan.bound else self.traced(plan), plan.run
         settings = (plan.tokens, plan.excluded, plan.has_bias, run.state_dtype, run.host)

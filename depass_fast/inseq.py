@@ -19,7 +19,7 @@ from inseq.attr import STEP_SCORES_MAP
 from inseq.attr.feat import FeatureAttribution
 from inseq.data import CoarseFeatureAttributionStepOutput
 
-from .components import Tokens
+from .components.model import Tokens
 from .engine import DePass
 from .options import Options
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 
 from .adapters import Adapter
 from .allocation import Allocation, Rule
-from .backends import Backend, StreamBackend, make_backend, resolve
-from .prompts import as_index
-from .trace import Trace
-from .verify import Verification, Verifier
+from .backends import StreamBackend, make_backend, resolve
+from .inputs.prompts import as_index
+from .propagation.run import Run
+from .propagation.verify import Verifier
+from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
 
 @dataclass(frozen=True)
@@ -111,61 +111,3 @@ class Options:
                 raise ValueError(f"exclude_special: position {p} is out of range for a prompt of {length} tokens.")
             positions.add(p % length)
         return positions
-
-
-@dataclass(frozen=True)
-class Run:
-    """The options of one call, checked."""
-
-    allocation: Allocation
-    backend: Backend
-    state_dtype: torch.dtype
-    compute_dtype: torch.dtype
-    memory_budget: int | None
-    progress: bool = True
-    verifier: Verifier | None = None
-
-    @property
-    def steps(self) -> Backend:
-        """The backend for the steps of a layer and the readout, watched where that was asked for."""
-        return self.backend if self.verifier is None else self.verifier.around(self.backend)
-
-    def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
-        """Begin to verify, where that was asked for: states of ``trace``, read at ``reads`` of every prompt."""
-        if self.verifier is not None:
-            self.verifier.begin(trace, reads)
-
-    def verified(self) -> Verification | None:
-        """What was found since; None where nothing was asked for."""
-        return None if self.verifier is None else self.verifier.found()
-
-    @property
-    def host(self) -> bool:
-        """Whether the state stays in host memory."""
-        return isinstance(self.backend, StreamBackend)
-
-    def workspace(self, device: torch.device) -> int | None:
-        """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
-        budget = getattr(self.backend, "budget", None)
-        return None if budget is None else budget.bytes(device)
-
-
-def widest(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that holds all of these: of a state, of products, of what a model recorded."""
-    return functools.reduce(torch.promote_types, dtypes)
-
-
-def refuse_autocast(device: torch.device) -> None:
-    """ValueError inside `torch.autocast`: it would round what a result has to add up to."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        raise ValueError("torch.autocast is on: leave its context; compute_dtype chooses the precision here.")
-
-
-def parse_dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:
-    """A floating dtype by itself or by name ("bfloat16"), or None."""
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if dtype is None and value is None:
-        return None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"{argument}: {value!r} is no floating dtype; try 'float32', 'bfloat16' or 'float64'.")
-    return dtype

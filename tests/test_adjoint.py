@@ -16,12 +16,13 @@ from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.estimate import ApproximationWarning, spearman
 from depass_fast.adjoint.forward import Forward, Settings, Step, _Rows, mean_field
-from depass_fast.adjoint.maps import LayerMaps, Road
+from depass_fast.adjoint.maps import LayerMaps, LayerStack
 from depass_fast.adjoint.refine import scores_given_z
-from depass_fast.adjoint.starts import Dense, make_start
+from depass_fast.adjoint.starts import DenseRows, make_start
 from depass_fast.backends import ReferenceBackend
-from depass_fast.initial import meets_bias
-from depass_fast.readout import parse_target, resolve_target
+from depass_fast.components.start import meets_bias
+from depass_fast.inputs.targets import parse_target
+from depass_fast.readout.targets import resolve_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 T = 0.1
@@ -85,8 +86,8 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
     return steps, Forward([start], steps, rows, alive=[None]), start
 
 
-def road(dp: DePass, trace, n: int) -> Road:
-    return Road(dp.adapter, trace, 0, n, dp.adapter.n_layers, torch.float64, torch.float64)
+def road(dp: DePass, trace, n: int) -> LayerStack:
+    return LayerStack(dp.adapter, trace, 0, n, dp.adapter.n_layers, torch.float64, torch.float64)
 
 
 def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
@@ -153,7 +154,7 @@ def test_lambda_agrees_with_autograd(name):
     (gradient,) = torch.autograd.grad((state.block(0)[read, extras] * seed[0]).sum(), leaf)
     expected = gradient.view(len(ids), -1, 32)[:, extras]
 
-    class Spy(Dense):
+    class Spy(DenseRows):
         def project(self, x):
             seen.append(x[0].clone())
             return super().project(x)
@@ -252,7 +253,7 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
     kind, largest = Custom(0, torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))), []
     for scatter in (True, False):
         changed = partial(Settings, scatter=scatter, at_most=4)
-        monkeypatch.setattr("depass_fast.adjoint.attribute.Settings", changed)
+        monkeypatch.setattr("depass_fast.methods.adjoint.Settings", changed)
         found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
         largest.append(float(found.abs().max()))
     exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
@@ -397,7 +398,7 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     dp, ids = extreme("weights")[0], random_ids(6)
     trace = dp.trace(ids)
     start = make_start(Neurons(0), dp.adapter, trace, 0, 6, False, torch.float32)
-    way = Road(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
+    way = LayerStack(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
     forward = mean_field(way, [start], [torch.arange(4)], Settings(T))
     for step in forward.steps:
         assert (step.share <= 1.0 + 1e-5).all() and step.slope.max() <= 1.0 and step.mean.isfinite().all()

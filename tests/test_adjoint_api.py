@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAttribution, Neurons, Tokens
 from depass_fast.adjoint import estimate, sweep
 from depass_fast.adjoint.estimate import draw, judge, spearman, wilson
-from depass_fast.adjoint.method import MOST_EXACT
-from depass_fast.adjoint.room import CPU_BUDGET
+from depass_fast.adjoint.memory import CPU_BUDGET
+from depass_fast.methods.choice import MOST_EXACT
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(6, seed=1)

@@ -7,7 +7,7 @@ from test_completeness import kinds
 
 from depass_fast import Custom, Heads, Neurons, Tokens
 from depass_fast.allocation import RULES, Gates
-from depass_fast.transfer import to_device
+from depass_fast.runtime.transfer import to_device
 
 ALL = ("reference", "torch", "triton")
 SOME = ("llama-gqa", "mistral-window", "llama-biases")  # for kernels that are interpreted

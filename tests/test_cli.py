@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from depass_fast import Attribution, DePass, Heads, Tokens, __version__
-from depass_fast.cli import main
+from depass_fast.cli.main import main
 from depass_fast.demo import demo_path, demo_prompts, load_demo
-from depass_fast.render import NEGATIVE, POSITIVE, token_line
+from depass_fast.results.render import NEGATIVE, POSITIVE, token_line
 
 KEYS = {
     "input_ids": list,

@@ -17,7 +17,7 @@ from depass_fast import DePass, Neurons, Tokens
 from depass_fast.adapters import Experts, Mlp, route, sort_choices, watch_router
 from depass_fast.adapters.experts import _choice, expert_mlps
 from depass_fast.backends import TorchBackend
-from depass_fast.trace_size import trace_nbytes
+from depass_fast.trace.size import trace_nbytes
 
 PROMPTS = [random_ids(9, seed=1), random_ids(4, seed=2)]
 IDS = PROMPTS[0]

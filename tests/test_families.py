@@ -19,7 +19,7 @@ from test_completeness import kinds
 from bench.family_models import VARIANTS, available, build_variant
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
-from depass_fast.capture import _Recorder
+from depass_fast.trace.capture import _Recorder
 
 LENGTHS = (9, 1, 6)
 PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]

@@ -7,7 +7,7 @@ import torch
 from conftest import build, random_ids
 
 from depass_fast import Custom, Features
-from depass_fast.backends.torch import TorchBackend
+from depass_fast.backends.torch.backend import TorchBackend
 
 IDS = random_ids(7, seed=4)
 SITES = ["resid_pre", "resid_mid", "resid_post"]

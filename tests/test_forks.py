@@ -15,9 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from bench.family_models import VARIANTS, available, build_variant
-from depass_fast import DePass, Heads, Tokens, consistency
+from depass_fast import DePass, Heads, Tokens
 from depass_fast.adapters import family_of
-from depass_fast.trace_size import trace_nbytes
+from depass_fast.trace import consistency
+from depass_fast.trace.size import trace_nbytes
 
 IDS = random_ids(8)
 
@@ -200,7 +201,7 @@ def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     """Differences stay below half of what is allowed."""
     if not available(name):
         pytest.skip("the installed transformers does not have it")
-    monkeypatch.setattr("depass_fast.consistency.Consistency.verdict", lower_verdict)
+    monkeypatch.setattr("depass_fast.trace.consistency.Consistency.verdict", lower_verdict)
     dp = DePass(build_variant(name).to(dtype))
     try:
         dp.trace([random_ids(n, seed=n) for n in (1, 40, 7)])

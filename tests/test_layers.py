@@ -6,8 +6,8 @@ from conftest import FAMILIES, build, random_ids
 
 from bench.family_models import build_model as build_family
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
-from depass_fast.exact_layers import _start
-from depass_fast.sweep import Start, sweep, together
+from depass_fast.methods.layers import _start
+from depass_fast.propagation.joint import PendingState, group_by_memory, propagate_jointly
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 
@@ -94,8 +94,8 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     dp, ids = build("llama-gqa"), random_ids(7, seed=4)
     trace = dp.trace(ids)
     states = [dp.start_state(dp._plan(trace, Heads(layer), None, {}))[1] for layer in range(3)]
-    monkeypatch.setattr("depass_fast.sweep.BYTES", states[0].nbytes * 2)
-    assert [len(group) for group in together(map(Start.of, states))] == [2, 1]
+    monkeypatch.setattr("depass_fast.propagation.joint.JOINT_BYTES", states[0].nbytes * 2)
+    assert [len(group) for group in group_by_memory(map(PendingState.of, states))] == [2, 1]
     found = dp.attribute(trace, Heads(layers="all"))
     for result in found:
         same(result, dp.attribute(trace, Heads(result.layer)))
@@ -105,9 +105,9 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
 def test_a_group_ends_where_its_device_has_no_room_for_two_copies_more(places, sizes, monkeypatch):
     """What is held on a device is no longer free; what is held on another one still has to be carried here."""
     places = [torch.device(place) for place in ([places] if isinstance(places, str) else places)]
-    monkeypatch.setattr("depass_fast.sweep.available", lambda device: 34_000)
-    starts = [Start(i, 1000, places[i % len(places)], lambda: None) for i in range(7)]
-    groups = list(together(starts))
+    monkeypatch.setattr("depass_fast.propagation.joint.available", lambda device: 34_000)
+    starts = [PendingState(i, 1000, places[i % len(places)], lambda: None) for i in range(7)]
+    groups = list(group_by_memory(starts))
     assert [len(group) for group in groups] == sizes
     assert [start for group in groups for start in group] == starts
 
@@ -118,8 +118,8 @@ def test_a_sweep_may_end_anywhere_and_keep_all_positions():
     trace, run = dp.trace([ids, ids[:4]]), dp.options.build(dp.adapter)
     for end in (1, 2, 3):
         states = [dp.start_state(dp._plan(trace, Neurons(layer), None, {}))[1] for layer in range(end)]
-        starts = list(map(Start.of, states))
-        for layer, (state, errors) in enumerate(sweep(dp.adapter, trace, starts, end, run)):
+        starts = list(map(PendingState.of, states))
+        for layer, (state, errors) in enumerate(propagate_jointly(dp.adapter, trace, starts, end, run)):
             alone = dp.decompose(trace, Neurons(layer), end=end)
             assert len(errors) == end - layer
             for prompt in range(2):

@@ -10,13 +10,13 @@ from test_backends import close
 from test_completeness import kinds
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import depass_fast.fitting
-import depass_fast.planner
+import depass_fast.planning.fit
+import depass_fast.planning.planner
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.backends.budget import Budget
-from depass_fast.finite import check_finite
-from depass_fast.fitting import Asked, fitted, least_bytes
-from depass_fast.planner import plan
+from depass_fast.planning.fit import RunShape, fitted, least_bytes
+from depass_fast.planning.planner import plan
+from depass_fast.runtime.budget import Budget
+from depass_fast.trace.finite import check_finite
 
 KINDS = {"tokens": Tokens(), "heads": Heads(0), "neurons": Neurons(0)}
 
@@ -158,7 +158,7 @@ def test_an_undone_piece_is_cut_again_and_nothing_is_done_twice(monkeypatch):
 @pytest.fixture
 def free(monkeypatch):
     def say(size):
-        for place in (depass_fast.planner, depass_fast.fitting):
+        for place in (depass_fast.planning.planner, depass_fast.planning.fit):
             monkeypatch.setattr(place, "available", lambda device: size)
 
     return say
@@ -217,7 +217,7 @@ def test_the_workspace_is_what_there_is_room_for(free):
 def wide():
     """Few components and wide MLPs: what is held at the peak is held by the forward pass."""
     dp = DePass(build_model("llama", num_key_value_heads=2, intermediate_size=1024))
-    asked = Asked(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
+    asked = RunShape(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
     estimate = asked.plan().of("torch")
     assert estimate.peak_bytes == estimate.forward_bytes and estimate.workspace_bytes > 8 << 20
     return dp, asked, estimate.forward_bytes
@@ -274,16 +274,16 @@ def test_a_model_on_several_devices_is_held_against_the_tightest(monkeypatch):
     places = [devices[0], devices[1], devices[1]]
     monkeypatch.setattr(type(dp.adapter), "layer_device", lambda adapter, index: places[index])
     room = {devices[0]: 1 << 40, devices[1]: 1 << 30, torch.device("cpu"): 1 << 40}
-    for module in (depass_fast.planner, depass_fast.fitting):
+    for module in (depass_fast.planning.planner, depass_fast.planning.fit):
         monkeypatch.setattr(module, "available", lambda device: room[device])
     made = plan(dp.adapter, [60], kind, dp.options)
     assert made.device == "cuda:1" and made.available_bytes == 1 << 30
     elsewhere = alone.trace_bytes // 3
     assert made.of("torch").peak_bytes == alone.of("torch").peak_bytes - elsewhere
-    monkeypatch.setattr(depass_fast.fitting, "_SMALL", 0)
+    monkeypatch.setattr(depass_fast.planning.fit, "_SMALL", 0)
 
     def fit(kind):
-        asked = Asked(dp.adapter, [60], kind, dp.options, None, False)
+        asked = RunShape(dp.adapter, [60], kind, dp.options, None, False)
         return fitted(dp.options.build(dp.adapter), asked)
 
     fit(kind)

@@ -13,7 +13,7 @@ from test_published import cases, load
 
 from depass_fast import ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
 from depass_fast.compat.rules import PublishedRule
-from depass_fast.state import Components, Layout
+from depass_fast.state.layout import Components, Layout
 
 ABSOLUTE = 1e-4
 

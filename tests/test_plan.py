@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 from bench.family_models import VARIANTS, available, build_variant
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.cli import main
-from depass_fast.job_size import layer_sizes
-from depass_fast.planner import for_config, plan
+from depass_fast.cli.main import main
+from depass_fast.planning.planner import for_config, plan
+from depass_fast.planning.shapes import layer_sizes
 
 LLAMA_2_7B = {
     "hidden_size": 4096,

@@ -10,18 +10,18 @@ from test_features import Dictionary
 from torch.utils.flop_counter import FlopCounterMode
 
 import depass_fast.engine
-import depass_fast.fitting
-import depass_fast.planner
+import depass_fast.planning.fit
+import depass_fast.planning.planner
 from bench.family_models import build_model, build_variant
 from depass_fast import DePass, Features, Neurons, Tokens
-from depass_fast.adjoint import outlook as outlook_of_sweeps
 from depass_fast.adjoint import sweep
-from depass_fast.adjoint.method import Method
-from depass_fast.adjoint.outlook import foresee
-from depass_fast.backends.triton import TritonBackend
-from depass_fast.cli import main
+from depass_fast.backends.triton.backend import TritonBackend
+from depass_fast.cli.main import main
+from depass_fast.methods.choice import Method
 from depass_fast.options import Options
-from depass_fast.planner import plan
+from depass_fast.planning import adjoint as outlook_of_sweeps
+from depass_fast.planning.adjoint import foresee
+from depass_fast.planning.planner import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(40, seed=1)
@@ -37,7 +37,7 @@ def wide() -> DePass:
 @pytest.fixture
 def free(monkeypatch):
     def say(size):
-        for place in (depass_fast.planner, depass_fast.fitting, sweep):
+        for place in (depass_fast.planning.planner, depass_fast.planning.fit, sweep):
             monkeypatch.setattr(place, "available", lambda device: size)
 
     return say
@@ -168,7 +168,7 @@ def test_a_trace_tells_how_many_components_there_are(unknown):
 @pytest.mark.parametrize("unknown", ["features", "experts"], indirect=True)
 def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free, monkeypatch):
     dp, kind = unknown
-    monkeypatch.setattr(depass_fast.fitting, "_LEAST", 1 << 12)
+    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
     ids, done = random_ids(40), []
     monkeypatch.setattr(depass_fast.engine, "initial_state", lambda *_, **__: done.append("decomposed"))
     monkeypatch.setattr(sweep.Sweep, "run", lambda *_: done.append("swept"))
@@ -179,9 +179,12 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
         dp.attribute(ids, kind, 7, method=method)
     assert not done  # not even the trace fits
     trace = dp.trace(ids)
-    need = depass_fast.fitting.least_bytes(dp.plan(trace, kind, measure=False), "torch")
+    need = depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch")
     if method:
-        counts, how = depass_fast.planner.known_counts(kind, dp.adapter, trace), Method("adjoint", 64, "all", 64)
+        counts, how = (
+            depass_fast.planning.planner.known_counts(kind, dp.adapter, trace),
+            Method("adjoint", 64, "all", 64),
+        )
         cpu = torch.device("cpu")
         sweeps = foresee(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)
         need = sweeps.peak(1, 0)
@@ -193,11 +196,11 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
 
 
 def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monkeypatch):
-    monkeypatch.setattr(depass_fast.fitting, "_LEAST", 1 << 12)
+    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
     dp, kind, ids = build("llama-gqa"), Features(1, sae=Dictionary(size=3000), site="resid_post"), random_ids(40)
     usual = dp.attribute(ids, kind, 7)
     trace = dp.trace(ids)
-    free(depass_fast.fitting.least_bytes(dp.plan(trace, kind, measure=False), "torch") + 1000)
+    free(depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch") + 1000)
     for what in (ids, trace):
         tight = dp.attribute(what, kind, 7)
         assert tight.memory_budget < usual.memory_budget
@@ -225,9 +228,9 @@ def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
     )
     planned = []
     monkeypatch.setattr(
-        depass_fast.job.Job,
+        depass_fast.planning.exact.Workload,
         "arena",
-        lambda job, inner=depass_fast.job.Job.arena: planned.append(inner(job)) or 0,
+        lambda job, inner=depass_fast.planning.exact.Workload.arena: planned.append(inner(job)) or 0,
     )
     dp.plan(trace, kind, measure=False)
     dp.decompose(trace, kind)
@@ -244,8 +247,8 @@ def test_a_state_that_streams_on_a_cpu_is_in_the_peak():
 
 def test_what_only_starts_needs_no_room_to_be_carried(monkeypatch):
     dp, trace, asked = build("llama-gqa"), build("llama-gqa").trace(random_ids(6)), []
-    fitted = depass_fast.call.fitted
-    monkeypatch.setattr(depass_fast.call, "fitted", lambda run, job: asked.append(job.end) or fitted(run, job))
+    fitted = depass_fast.request.fitted
+    monkeypatch.setattr(depass_fast.request, "fitted", lambda run, job: asked.append(job.end) or fitted(run, job))
     assert dp.start(trace, Neurons(1)).layer == 2 and asked == [2]
     dp.decompose(trace, Neurons(1), end=3)
     assert asked == [2, 3]

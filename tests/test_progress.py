@@ -12,9 +12,10 @@ import torch
 from conftest import build, random_ids
 
 from bench.family_models import build_variant
-from depass_fast import DePass, Neurons, Tokens, progress
+from depass_fast import DePass, Neurons, Tokens
 from depass_fast.adjoint.estimate import ApproximationWarning
-from depass_fast.cli import main
+from depass_fast.cli.main import main
+from depass_fast.runtime import progress
 
 
 class Terminal(io.StringIO):
@@ -68,10 +69,10 @@ def test_quiet(terminal, at_once, capsys):
 
 
 def test_the_bar_goes_after_an_error(terminal, at_once):
-    with pytest.raises(KeyError), progress.bar("layers", 3) as shown:
+    with pytest.raises(KeyError), progress.progress_bar("layers", 3) as shown:
         shown.finish()
         raise KeyError
-    with progress.bar("layers", 3) as shown:
+    with progress.progress_bar("layers", 3) as shown:
         assert shown is not None and not progress._terminal.locked()
 
 
@@ -95,12 +96,12 @@ def drawn(monkeypatch, terminal, at_once):
     """Every bar that was drawn: its label, its total, how far it had come."""
     bars = {}
 
-    class Watched(progress.Bar):
+    class Watched(progress.ProgressBar):
         def draw(self, part):
             super().draw(part)
             bars.setdefault(self, []).append(self.done + part)
 
-    monkeypatch.setattr(progress, "Bar", Watched)
+    monkeypatch.setattr(progress, "ProgressBar", Watched)
     return bars
 
 
@@ -154,7 +155,7 @@ def test_the_forward_pass_is_silent_where_that_was_asked_for(drawn, kind):
 
 def test_only_this_threads_forward_pass_counts(drawn):
     module = torch.nn.Identity()
-    with progress.bar_of_calls("forward pass", [module], 1, True):
+    with progress.progress_bar_of_calls("forward pass", [module], 1, True):
         other = threading.Thread(target=module, args=(torch.zeros(1),))
         other.start()
         other.join()

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from depass_fast import Attribution, Heads, Modules, Neurons, Tokens
-from depass_fast.state import ComponentState
+from depass_fast.state.state import ComponentState
 
 IDS = random_ids(5)
 

@@ -13,11 +13,22 @@ from conftest import build, build_model, random_ids
 from test_backends import close
 from test_stream import small_gpu
 
-from depass_fast import DePass, Heads, Neurons, Options, Tokens, fitting, planner
+from depass_fast import DePass, Heads, Neurons, Options, Tokens
 from depass_fast import options as options_module
 from depass_fast.allocation import RULES
-from depass_fast.backends import BACKENDS, VARIABLE, TorchBackend, backend_status, choose, make_backend, selection
-from depass_fast.cli import main
+from depass_fast.backends import (
+    BACKENDS,
+    VARIABLE,
+    TorchBackend,
+    backend_status,
+    choose_backend,
+    make_backend,
+    selection,
+)
+from depass_fast.cli.main import main
+from depass_fast.planning import fit as fitting
+from depass_fast.planning import planner
+from depass_fast.runtime import log
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -29,7 +40,7 @@ class StandIn(TorchBackend):
 @pytest.fixture(autouse=True)
 def nothing_said_or_set(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(selection, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
 
 
 @pytest.fixture
@@ -52,17 +63,21 @@ def triton(monkeypatch):
 
 def test_auto_takes_triton_on_a_gpu_and_torch_elsewhere(triton):
     triton(None)
-    assert choose("auto", GPU).name == "triton" and choose("auto", GPU).automatic
-    assert choose("auto", CPU).name == "torch"  # there it has nothing but its interpreter
+    assert choose_backend("auto", GPU).name == "triton" and choose_backend("auto", GPU).automatic
+    assert choose_backend("auto", CPU).name == "torch"  # there it has nothing but its interpreter
     triton("no driver")
-    chosen = choose("auto", GPU)
+    chosen = choose_backend("auto", GPU)
     assert (chosen.name, chosen.why) == ("torch", "triton cannot run: no driver")
 
 
 def test_triton_is_not_asked_for_in_vain(monkeypatch):
     """Its import takes time, and fixes whether it is interpreted."""
     monkeypatch.setattr(selection, "why_not_triton", None)
-    assert [choose(name, CPU).name for name in ("auto", "torch", "reference")] == ["torch", "torch", "reference"]
+    assert [choose_backend(name, CPU).name for name in ("auto", "torch", "reference")] == [
+        "torch",
+        "torch",
+        "reference",
+    ]
     assert build("llama-gqa").attribute(random_ids(5), Tokens()).backend == "torch"
 
 
@@ -93,7 +108,10 @@ def test_the_variable_stands_in_for_auto(monkeypatch):
     assert dp.attribute(ids, Tokens()).backend == "reference"
     assert dp.attribute(ids, Tokens(), backend="torch").backend == "torch"
     assert DePass(dp.model, backend="torch").attribute(ids, Tokens()).backend == "torch"
-    assert not choose("auto", CPU).automatic and choose("auto", CPU).why == "DEPASS_FAST_BACKEND asks for it"
+    assert (
+        not choose_backend("auto", CPU).automatic
+        and choose_backend("auto", CPU).why == "DEPASS_FAST_BACKEND asks for it"
+    )
     for nothing in ("", "auto"):
         monkeypatch.setenv(VARIABLE, nothing)
         assert dp.attribute(ids, Tokens()).backend == "torch"
@@ -189,7 +207,7 @@ def test_without_room_auto_streams_and_triton_by_name_is_refused(monkeypatch, tr
     def chosen(**given):
         given = Options(**given)
         run = replace(Options().build(adapter), backend=StandIn())
-        return fitting.fitted(run, fitting.Asked(placed, lengths, kind, given, None, False))
+        return fitting.fitted(run, fitting.RunShape(placed, lengths, kind, given, None, False))
 
     assert chosen().backend.name == "torch, streamed"
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):

@@ -6,7 +6,8 @@ import torch
 from conftest import build, random_ids
 
 from depass_fast import Heads, Modules, Tokens
-from depass_fast.state import ComponentState, Layout
+from depass_fast.state.layout import Layout
+from depass_fast.state.state import ComponentState
 
 
 def missed(state, resid):

@@ -10,11 +10,14 @@ from test_backends import close, corner_states
 from test_completeness import kinds
 
 from bench.family_models import available, build_variant
-from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens, fitting, planner
+from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens
 from depass_fast.allocation import RULES
-from depass_fast.backends import StreamBackend, blocks
+from depass_fast.backends import StreamBackend
 from depass_fast.backends import stream as stream_module
-from depass_fast.backends import torch as torch_module
+from depass_fast.backends.torch import backend as torch_module
+from depass_fast.backends.torch import blocks
+from depass_fast.planning import fit as fitting
+from depass_fast.planning import planner
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -148,7 +151,7 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
 
     def chosen(**options):
         options = Options(**options)
-        asked = fitting.Asked(placed, lengths, kind, options, None, False)
+        asked = fitting.RunShape(placed, lengths, kind, options, None, False)
         return fitting.fitted(options.build(adapter), asked)
 
     assert chosen().host and chosen().workspace(placed.device) == 1 << 20  # there is room for no more

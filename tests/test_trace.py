@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import FAMILIES, build, build_model, random_ids
 
-from depass_fast import DePass, Tokens, causal
+from depass_fast import DePass, Tokens
+from depass_fast.trace import attention
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -37,7 +38,7 @@ def test_windows_are_those_of_the_models_own_mask(model_type, changes, implement
 @pytest.mark.parametrize(
     ("tile", "calls"),
     [
-        (causal.TILE, [(5, 6), (1, 3), (1, 6)]),
+        (attention.TILE, [(5, 6), (1, 3), (1, 6)]),
         (2 * 4 * 6**2, [(2, 6), (2, 6), (1, 6), (1, 3), (1, 6)]),
         (1, [(1, 6)] * 5 + [(1, 3), (1, 6)]),
     ],
@@ -47,14 +48,14 @@ def test_neighbours_of_equal_length_are_attended_together_while_their_logits_are
     dp, seen = build("llama-gqa"), []  # of 4 heads
     alone = [dp.trace(ids) for ids in prompts]
 
-    ordinary = causal.attention
+    ordinary = attention.causal_attention
 
     def attend(q, *given, **named):
         seen.append((len(q), q.shape[2]))
         return ordinary(q, *given, **named)
 
-    monkeypatch.setattr(causal, "attention", attend)
-    monkeypatch.setattr(causal, "TILE", tile)
+    monkeypatch.setattr(attention, "causal_attention", attend)
+    monkeypatch.setattr(attention, "TILE", tile)
     trace = dp.trace(prompts)
     assert seen == calls * dp.adapter.n_layers
     for prompt, one in enumerate(alone):
@@ -71,7 +72,7 @@ def test_windows_in_tiles_are_those_of_a_whole_mask(window):
     wide, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     distance = torch.arange(n)[:, None] - torch.arange(n)
     logits = (0.3 * q @ wide.transpose(-1, -2)).masked_fill((distance < 0) | (distance >= window), -torch.inf)
-    found, _ = causal.attention(q, k, v, scale=0.3, window=window, softcap=None)
+    found, _ = attention.causal_attention(q, k, v, scale=0.3, window=window, softcap=None)
     assert torch.allclose(found, logits.softmax(-1) @ wide_v, atol=1e-5)
 
 

@@ -6,7 +6,7 @@ from conftest import random_ids
 
 from bench.family_models import VARIANTS, available, build_model, build_variant
 from depass_fast import DePass
-from depass_fast.trace_size import trace_nbytes
+from depass_fast.trace.size import trace_nbytes
 
 LENGTHS = (9, 1, 24)
 

@@ -11,12 +11,12 @@ from test_backends import close
 from bench.family_models import build_model
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.allocation import Allocation
-from depass_fast.backends import choose
-from depass_fast.backends import triton as backend
+from depass_fast.backends import choose_backend
 from depass_fast.backends.reference import ReferenceBackend
-from depass_fast.backends.torch import TorchBackend
-from depass_fast.doctor import report
-from depass_fast.state import ComponentState
+from depass_fast.backends.torch.backend import TorchBackend
+from depass_fast.backends.triton import backend as backend
+from depass_fast.cli.doctor import report
+from depass_fast.state.state import ComponentState
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +152,11 @@ def gpu(monkeypatch, tmp_path):
 def test_a_gpu_without_a_c_compiler_is_a_reason(compiler, gpu):
     device, reason = torch.device("cuda"), "Triton needs a C compiler to launch its kernels; install gcc or clang"
     assert backend.why_not(device).startswith(reason)
-    assert choose("auto", device).name == "torch" and reason in choose("auto", device).why
+    assert choose_backend("auto", device).name == "torch" and reason in choose_backend("auto", device).why
     with pytest.raises(ValueError, match=f"backend: 'triton' cannot run: {reason}"):
-        choose("triton", device)
+        choose_backend("triton", device)
     gpu(compiler)
-    assert backend.why_not(device) is None and choose("auto", device).name == "triton"
+    assert backend.why_not(device) is None and choose_backend("auto", device).name == "triton"
 
 
 def test_a_compiler_may_be_named(gpu, monkeypatch):
@@ -175,7 +175,7 @@ def test_a_compiler_may_be_named(gpu, monkeypatch):
 
 
 def test_the_doctor_misses_the_compiler_and_the_interpreter_does_not(gpu, monkeypatch):
-    monkeypatch.setattr("depass_fast.doctor.devices", list)
+    monkeypatch.setattr("depass_fast.cli.doctor.devices", list)
     assert report()["backends"]["triton"].startswith("Triton needs a C compiler")
     monkeypatch.setattr(backend, "interpreted", lambda: True)
     assert backend.why_not(torch.device("cpu")) is None

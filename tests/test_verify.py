@@ -11,11 +11,11 @@ from test_completeness import kinds
 
 from bench.family_models import available, build_model, build_variant
 from depass_fast import Attribution, Custom, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
-from depass_fast import verify as verify_module
 from depass_fast.allocation import RULES
 from depass_fast.backends import ReferenceBackend, StreamBackend, TorchBackend
-from depass_fast.cli import main
-from depass_fast.verify import reference_attention, reference_mlp, reference_readout
+from depass_fast.cli.main import main
+from depass_fast.propagation import verify as verify_module
+from depass_fast.propagation.verify import reference_attention, reference_mlp, reference_readout
 
 PROMPTS = [random_ids(9, seed=1), random_ids(5, seed=2)]
 OTHERS = [
@@ -314,7 +314,7 @@ def test_parts_are_the_reference_itself(name, size, monkeypatch):
         trace = dp.trace(PROMPTS)
     except RuntimeError as error:  # MPT's own code runs no float64 in the oldest transformers
         pytest.skip(f"transformers itself: {error}")
-    monkeypatch.setattr(verify_module, "BYTES", size)
+    monkeypatch.setattr(verify_module, "REFERENCE_BYTES", size)
     layer, record, run = dp.adapter.layer(1), trace.layers[1], dp.options.build(dp.adapter)
 
     def close(found, expected):
@@ -340,7 +340,7 @@ def test_parts_are_the_reference_itself(name, size, monkeypatch):
 def test_with_little_memory_less_is_compared_and_in_float32(monkeypatch):
     dp = build("qwen2", torch.float64)
     usual = dp.attribute(PROMPTS, Heads(0), 7, verify=True)[0].verification
-    monkeypatch.setattr(verify_module, "BYTES", 1)
+    monkeypatch.setattr(verify_module, "REFERENCE_BYTES", 1)
     little = dp.attribute(PROMPTS, Heads(0), 7, verify=True)[0].verification
     assert little.passed and little.error < 1e-12 and 1 < little.compared < usual.compared
     monkeypatch.setattr(verify_module, "available", lambda device: 0)

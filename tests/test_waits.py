@@ -10,14 +10,18 @@ import torch
 from conftest import random_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import depass_fast.backends.triton as triton_backend
+import depass_fast.backends.triton.backend as triton_backend
 from bench.family_models import available, build_model
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.capture import _Recorder
-from depass_fast.trace import Trace
-from depass_fast.transfer import packed_together, taken_apart, to_device
+from depass_fast.runtime.transfer import packed_together, taken_apart, to_device
+from depass_fast.trace.capture import _Recorder
+from depass_fast.trace.record import Trace
 
-ON_THE_HOST = ("depass_fast.result", "depass_fast.reading", "depass_fast.prompts")  # no tensor of a device gets there
+ON_THE_HOST = (
+    "depass_fast.results.attribution",
+    "depass_fast.readout.collect",
+    "depass_fast.inputs.prompts",
+)  # no tensor of a device gets there
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import families
 from .adapter import Adapter
-from .experts import Sent, route, sort_choices, watch_router
+from .experts import ExpertAssignment, route, sort_choices, watch_router
 from .family import Experts, Family, Observed
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
@@ -25,6 +25,7 @@ __all__ = [
     "Adapter",
     "Attention",
     "Branch",
+    "ExpertAssignment",
     "Experts",
     "Family",
     "Latent",
@@ -33,7 +34,6 @@ __all__ = [
     "Mlp",
     "Norm",
     "Observed",
-    "Sent",
     "adapt",
     "route",
     "sort_choices",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..transfer import to_host
+from ..runtime.transfer import to_host
 from .family import Experts, Path, first_half, second_half
 from .paths import below, exists, name_of
 from .stored import Stacked
@@ -83,7 +83,7 @@ def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
-class Sent:
+class ExpertAssignment:
     """Which positions of a layer were sent to which expert, sorted by expert and then by position; each (T · K,).
 
     ``places`` are those in the flattened indices (T, K).
@@ -99,15 +99,15 @@ class Sent:
         return slice(*np.searchsorted(self.host_experts, (expert, expert + 1)).tolist())
 
 
-def sort_choices(chosen: Sequence[Tensor]) -> list[Sent]:
+def sort_choices(chosen: Sequence[Tensor]) -> list[ExpertAssignment]:
     """Of the indices (T, K) of every layer; a device is waited for once."""
     found = [layer.flatten().sort(stable=True) for layer in chosen]
     positions = [places // layer.shape[1] for (_, places), layer in zip(found, chosen, strict=True)]
     host = [x.numpy() for x in to_host([*positions, *(experts for experts, _ in found)])]
-    return [Sent(found[i].indices, positions[i], host[i], host[i + len(found)]) for i in range(len(found))]
+    return [ExpertAssignment(found[i].indices, positions[i], host[i], host[i + len(found)]) for i in range(len(found))]
 
 
-def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, sent: Sent) -> list[Routed]:
+def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, sent: ExpertAssignment) -> list[Routed]:
     """What the experts did with normed states ``x`` (T, D), given :func:`watch_router`'s. Who got nothing is left out.
 
     Weights (T, K) are in the dtype that the router computes in, what is returned is in x's.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..runtime.transfer import to_device
 from .forward import Forward, Settings, taylor_factor
-from .maps import Road
+from .maps import LayerStack
 
 
-def linear_scores(road: Road, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
+def linear_scores(road: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
     """First-order scores (K, M) of every start's named components, in ``directions`` (K, D) at the end of the road.
 
     The explicit components' are those of their own path: exact given log Z as far as they were carried.

@@ -14,9 +14,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
-from .maps import LayerMaps, Road
-from .room import positions_at_once
+from ..runtime.transfer import to_device
+from .maps import LayerMaps, LayerStack
+from .memory import positions_at_once
 from .starts import Start, all_alive
 
 LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its sums stay in float32's range
@@ -75,7 +75,7 @@ REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
 
 
 def mean_field(
-    road: Road,
+    road: LayerStack,
     starts: Sequence[Start],
     loud: Sequence[Tensor],
     settings: Settings,
@@ -347,7 +347,7 @@ def _moment(spread: Tensor, log_count: Tensor, size: Tensor) -> tuple[Tensor, Te
     return bounded * (spread - bounded / 2), torch.minimum(told, most).clamp_min_(1e-30) / told
 
 
-def _release(rows: _Rows, road: Road, index: int, settings: Settings, out: Forward) -> None:
+def _release(rows: _Rows, road: LayerStack, index: int, settings: Settings, out: Forward) -> None:
     """Rows that are no longer loud at layer ``index`` go back to the crowd; their state is kept for the way back."""
     if not settings.releases or bool(rows.stays.all()):
         return

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Layer, Norm
-from ..backends.attention import FrozenAttention
-from ..progress import Parts
-from ..trace import LayerTrace, Trace
+from ..backends.torch.attention import FrozenAttention
+from ..runtime.progress import Parts
+from ..trace.record import LayerTrace, Trace
 
 _TILE = 1 << 26  # probabilities held at once, in elements
 _KEPT = 1 << 28  # and between the ways there and back, of all layers
@@ -169,7 +169,7 @@ class LayerMaps:
             yield slice(0, self._kv), 0, p.shape[2], p
 
 
-class Road:
+class LayerStack:
     """The layers up to ``end`` as the first ``n`` positions of one prompt pass them; read at the last of these."""
 
     def __init__(

@@ -9,10 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..runtime.transfer import to_device
 from .forward import Settings, Step
-from .maps import Road
-from .room import journeys_at_once
+from .maps import LayerStack
+from .memory import journeys_at_once
 from .starts import Start
 
 
@@ -25,7 +25,7 @@ class Given:
 
 
 def scores_given_z(
-    road: Road,
+    road: LayerStack,
     starts: Sequence[Start],
     steps: Sequence[Step],
     chosen: Sequence[Tensor],
@@ -97,7 +97,7 @@ def _first_rows(starts: Sequence[Start], journeys: Sequence[_Journey]) -> list[T
 
 
 def _walk(
-    road: Road,
+    road: LayerStack,
     journeys: Sequence[_Journey],
     starts: Sequence[Start],
     steps: Sequence[Step],

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
-from ..components import ComponentKind
-from ..initial import initial_state
-from ..state import BIAS, REST
-from ..trace import Trace
-from .maps import Road
+from ..components.base import ComponentKind
+from ..components.start import initial_state
+from ..labels import BIAS, REST
+from ..trace.record import Trace
+from .maps import LayerStack
 
 
 class Named(Protocol):
@@ -42,7 +42,7 @@ class Named(Protocol):
 
 
 @dataclass(frozen=True)
-class Products:
+class ProductRows:
     """Components ``coefficients`` (N, M) times ``vectors`` (M, D): neurons, features.
 
     The vectors may be a model's own weights: they are widened where they are used, and never kept.
@@ -74,12 +74,12 @@ class Products:
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
 
-    def first(self, n: int) -> Products:
-        return Products(self.coefficients[:n], self.vectors)
+    def first(self, n: int) -> ProductRows:
+        return ProductRows(self.coefficients[:n], self.vectors)
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseRows:
     """Components as they are: ``states`` (N, M, D)."""
 
     states: Tensor
@@ -102,8 +102,8 @@ class Dense:
     def alive(self) -> Tensor:
         return (self.states != 0).any(-1)
 
-    def first(self, n: int) -> Dense:
-        return Dense(self.states[:n])
+    def first(self, n: int) -> DenseRows:
+        return DenseRows(self.states[:n])
 
 
 @dataclass(eq=False)
@@ -143,17 +143,16 @@ def make_start(
     """
     layer = kind.resolve(adapter)
     bound = bound or kind.bound(adapter, trace, prompt)
-    device = adapter.layer(layer).device
-    site = kind.start_site(adapter)
-    x = trace.resid_at(layer, site).to(device)[trace.span(prompt)].to(dtype)
+    device, (entering, site) = adapter.layer_device(layer), kind.entry(adapter)
+    x = trace.resid_at(entering, site).to(device)[trace.span(prompt)].to(dtype)
     constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
     names = bound.names(adapter, [""] * len(x))
-    where = {"layer": layer, "entering": layer + (site == "resid_post"), "mid": site == "resid_mid"}
+    where = {"layer": layer, "entering": entering, "mid": site == "resid_mid"}
     bias = x.new_zeros(n, x.shape[1])
     if constant is not None:
         bias, has_bias = bias + constant, True
     if factors is not None:
-        named = Products(factors.coefficients.to(device, dtype), factors.vectors.to(device))
+        named = ProductRows(factors.coefficients.to(device, dtype), factors.vectors.to(device))
         rest = x - named.sum() - (0.0 if constant is None else constant)
         if not (kind.may_be_complete and _rounding(rest, x).any()):
             return Start(**where, names=names, named=named.first(n), rest=rest[:n], bias=bias, has_bias=has_bias)
@@ -162,7 +161,7 @@ def make_start(
                           [set()] * trace.n_prompts, has_bias, dtype)  # fmt: skip
     block, extras = state.block(prompt), state.layout.components[prompt].extras
     rest = block[:n, extras.index(REST)] if REST in extras else None
-    named = Dense(block[:n, len(extras) :])
+    named = DenseRows(block[:n, len(extras) :])
     return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
 
 
@@ -175,7 +174,7 @@ def all_alive(starts: Sequence[Start]) -> list[bool]:
     return [start.whole for start in starts]
 
 
-def loudness(start: Start, road: Road, temperature: float) -> Tensor:
+def loudness(start: Start, road: LayerStack, temperature: float) -> Tensor:
     """How far a component's g/T at its first MLP can be expected from zero: (M,).
 
     The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.

@@ -8,16 +8,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..backends.budget import Budget
-from ..memory import available
-from ..progress import Parts
+from ..methods.choice import Method
+from ..runtime.budget import Budget
+from ..runtime.memory import available
+from ..runtime.progress import Parts
 from .backward import extra_scores, linear_scores
 from .estimate import Estimate, draw, judge
 from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
-from .maps import Road
-from .method import Method
+from .maps import LayerStack
+from .memory import SweepMemory, default_workspace, gates_room
 from .refine import scores_given_z
-from .room import Room, default_workspace, gates_room
 from .starts import Start, loudness
 
 _ADVICE = "what is short is room for the trace and one start layer. Take a shorter prompt, or fewer targets at once."
@@ -41,7 +41,7 @@ class Sweep:
     (the tables of their steps, their rows), the rest for gates. It changes no score, beyond rounding.
     """
 
-    road: Road
+    road: LayerStack
     starts: list[Start]
     directions: Tensor
     settings: Settings
@@ -125,10 +125,10 @@ class Sweep:
             torch.cuda.empty_cache()
 
     @cached_property
-    def _room(self) -> Room:
+    def _room(self) -> SweepMemory:
         widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
         shape = self.directions.shape[1], widest, self.directions.element_size()
-        return Room(self.road.n, *shape, len(self.starts), self._device.type == "cuda")
+        return SweepMemory(self.road.n, *shape, len(self.starts), self._device.type == "cuda")
 
     @property
     def _most_loud(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .base import Backend
 from .reference import ReferenceBackend
-from .selection import BACKENDS, VARIABLE, Choice, backend_status, choose, make_backend, resolve
+from .selection import BACKENDS, VARIABLE, Choice, backend_status, choose_backend, make_backend, resolve
 from .stream import StreamBackend
-from .torch import TorchBackend
+from .torch.backend import TorchBackend
 
 __all__ = [
     "BACKENDS",
@@ -17,7 +17,7 @@ __all__ = [
     "StreamBackend",
     "TorchBackend",
     "backend_status",
-    "choose",
+    "choose_backend",
     "make_backend",
     "resolve",
 ]

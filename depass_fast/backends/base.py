@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..adapters import Attention, Mlp, Norm
 from ..allocation import Allocation
-from ..state import ComponentState, Layout
-from ..trace import AttentionTrace, MlpTrace
+from ..state.layout import Layout
+from ..state.state import ComponentState
+from ..trace.record import AttentionTrace, MlpTrace
 
 
 class Backend(Protocol):

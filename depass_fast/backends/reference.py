@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation, Gates
-from ..state import BIAS, REST, ComponentState, Layout
-from ..trace import AttentionTrace, MlpTrace, causal_mask
+from ..labels import BIAS, REST
+from ..state.layout import Layout
+from ..state.state import ComponentState
+from ..trace.attention import attention_probabilities
+from ..trace.record import AttentionTrace, MlpTrace
 
 
 class ReferenceBackend:
@@ -101,17 +104,3 @@ def _written(
         if bias is not None and weights.output.bias is not None:
             y[:, bias] += weights.output.bias.to(y.dtype)
     return y * weights.factor
-
-
-def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
-    """P of one prompt: packed positions ``keys`` (N,), local positions ``queries`` (Q,) -> (H, Q, N)."""
-    k = trace.k[keys].to(dtype)
-    q = trace.q[keys[queries]].to(dtype)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = torch.einsum("qhd,khd->hqk", q, k) * trace.scale
-    if trace.softcap is not None:
-        logits = trace.softcap * torch.tanh(logits / trace.softcap)
-    if trace.key_bias is not None:
-        logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
-    return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]

@@ -6,21 +6,18 @@ What is asked for by name and cannot run raises with the reason and the alternat
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from dataclasses import dataclass
 
 import torch
 
+from ..runtime.log import say_once
 from .base import Backend
 from .reference import ReferenceBackend
-from .torch import TorchBackend
+from .torch.backend import TorchBackend
 
 BACKENDS = ("reference", "torch", "triton")
 VARIABLE = "DEPASS_FAST_BACKEND"
-
-_log = logging.getLogger("depass_fast")
-_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | Non
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     try:
-        from .triton import why_not
+        from .triton.backend import why_not
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     return why_not(device, dtype)
 
 
-def choose(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
+def choose_backend(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
     """The backend that ``name`` stands for, for a model on ``device`` and GEMMs in ``dtype``.
 
     ``"auto"`` is what the variable DEPASS_FAST_BACKEND names. Where it names none either: triton on a GPU where it can
@@ -78,17 +75,10 @@ def choose(name: str, device: torch.device | None = None, dtype: torch.dtype | N
 
 def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
     """As :func:`choose`; what was chosen automatically is logged at level INFO, once per process."""
-    choice = choose(name, device, dtype)
+    choice = choose_backend(name, device, dtype)
     if choice.automatic:
         say_once(f"backend: {choice.name} on {device or _device()}: {choice.why}")
     return choice
-
-
-def say_once(text: str) -> None:
-    """Log at level INFO, once per process."""
-    if text not in _said:
-        _said.add(text)
-        _log.info(text)
 
 
 def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> Backend:
@@ -96,7 +86,7 @@ def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_bud
     if name == "reference":
         return ReferenceBackend()
     if name == "triton":
-        from .triton import TritonBackend
+        from .triton.backend import TritonBackend
 
         return TritonBackend(compute_dtype, memory_budget)
     return TorchBackend(compute_dtype, memory_budget)

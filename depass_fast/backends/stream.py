@@ -21,13 +21,15 @@ from torch import Tensor
 
 from ..adapters import Attention, Layer, Mlp
 from ..allocation import Allocation
-from ..state import BIAS, REST, ComponentState, Layout
-from ..statistics import GateBlock, Statistics
-from ..trace import AttentionTrace, LayerTrace, MlpTrace
-from ..transfer import to_device
-from .blocks import Block
-from .mlp import MlpStep
-from .torch import TorchBackend, add_to_bias, scatter
+from ..labels import BIAS, REST
+from ..runtime.transfer import to_device
+from ..state.layout import Layout
+from ..state.state import ComponentState
+from ..trace.record import AttentionTrace, LayerTrace, MlpTrace
+from .statistics import GateBlock, Statistics
+from .torch.backend import TorchBackend, add_to_bias, scatter
+from .torch.blocks import Block
+from .torch.mlp import MlpStep
 
 
 @dataclass

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.stored import stored_bias, stored_weight
-from ..components import ComponentKind, Heads, Modules, Neurons, Tokens
+from ..components.base import ComponentKind
+from ..components.given import Custom
+from ..components.model import Heads, Modules, Neurons, Tokens
 from ..engine import DePass
-from ..generation import generate
-from ..given import Custom
-from ..options import Run
-from ..prompts import Prompt, encode
-from ..state import BIAS, REST, Components, ComponentState, Layout
-from ..trace import Trace
+from ..inputs.generation import generate
+from ..inputs.prompts import Prompt, encode
+from ..labels import BIAS, REST
+from ..propagation.run import Run
+from ..state.layout import Components, Layout
+from ..state.state import ComponentState
+from ..trace.record import Trace
 from .rules import RULES, PublishedRule
 
 _MODULES = {"attn": "attention", "mlp": "mlp"}

@@ -1,0 +1,122 @@
+"""Frozen attention for the torch backend: P recomputed from Q and K in tiles, applied to blocks of values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...trace.attention import causal_mask
+from ...trace.record import AttentionTrace
+from .blocks import Block
+from .workspace import Workspace
+
+
+class FrozenAttention:
+    """One prompt's P with s[k] folded into its columns, in tiles of at most ``tile`` elements.
+
+    ``keys`` are the prompt's packed positions, ``scale`` (T,) is s of all. A scale of the output is in P's rows.
+    """
+
+    def __init__(self, trace: AttentionTrace, keys: slice, scale: Tensor, tile: int, dtype: torch.dtype) -> None:
+        q, k = trace.q[keys], trace.k[keys]
+        self.q, self.k, self.scale = q, k, scale[keys]  # (N, H, d), (N, Hkv, d), (N,)
+        self.key_bias = None if trace.key_bias is None else trace.key_bias[keys]  # (N, H)
+        self.row_sum = None if trace.row_sum is None else trace.row_sum[keys]  # (N, H)
+        self.out_scale = None if trace.out_scale is None else trace.out_scale[keys]  # (N,)
+        self.trace, self.dtype = trace, dtype
+        self.kv, self.groups = k.shape[1], q.shape[1] // k.shape[1]
+        n = len(q)
+        heads = max(1, min(self.kv, tile // (self.groups * n * n)))
+        rows = n if self.groups * n * n <= tile else max(1, tile // (self.groups * n))
+        self._rows: dict[int, Tensor] = {}
+        self.tiles = [
+            (slice(h, min(h + heads, self.kv)), slice(i, min(i + rows, n)))
+            for h in range(0, self.kv, heads)
+            for i in range(0, n, rows)
+        ]
+
+    @cached_property
+    def only(self) -> Tensor | None:
+        """All of it, where one tile holds it."""
+        return self.probabilities(*self.tiles[0]) if len(self.tiles) == 1 else None
+
+    def walk(self, start: int) -> Iterator[tuple[slice, int, int, Tensor]]:
+        """Tiles of the queries from ``start`` on: KV heads, first and last (excluded) query, and P · s of them."""
+        for heads, queries in self.tiles:
+            if queries.stop > start:
+                first = max(queries.start, start)
+                whole = self.only is not None
+                p = self.only[:, :, first:] if whole else self.probabilities(heads, slice(first, queries.stop))
+                yield heads, first, queries.stop, p
+
+    def probabilities(self, heads: slice, queries: slice) -> Tensor:
+        """P · s of a tile of KV heads and queries, keys up to the last query, made in ≥ float32: (h, G, Q, K)."""
+        wide, n_keys = self.scale.dtype, queries.stop
+        k = self.k[:n_keys, heads].to(wide).permute(1, 2, 0)  # (h, d, K)
+        q = self.q[queries].to(wide).unflatten(1, (self.kv, self.groups))[:, heads]
+        logits = (q.permute(1, 2, 0, 3).flatten(1, 2) @ k).mul_(self.trace.scale)  # (h, G·Q, K)
+        if self.trace.softcap is not None:
+            logits = torch.tanh(logits / self.trace.softcap).mul_(self.trace.softcap)
+        logits = logits.unflatten(1, (self.groups, -1))
+        if self.key_bias is not None:
+            logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
+        seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
+        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
+        if self.row_sum is not None:
+            p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]
+        if self.out_scale is not None:
+            p *= self.out_scale[queries, None].to(wide)
+        return p.to(self.dtype)
+
+    def _by_head(self, x: Tensor, heads: slice) -> Tensor:
+        """What there is of every head, (N, H), of some KV heads: (N, h, G), as wide as P is made."""
+        return x.to(self.scale.dtype).unflatten(1, (self.kv, self.groups))[:, heads]
+
+    def row(self, query: int) -> Tensor:
+        """P · s of one query, (H, K), kept."""
+        if query not in self._rows:
+            self._rows[query] = self.probabilities(slice(None), slice(query, query + 1)).flatten(0, 2)
+        return self._rows[query]
+
+    def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
+        """P · s applied to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""
+        n, b, start = block.n_positions, block.n_components, block.start
+        columns = values.view(len(values), self.kv, -1).transpose(0, 1)  # (Hkv, r, d)
+        keys = workspace.take("keys", (self.kv, n * b, columns.shape[2]), values)
+        if block.slots is None:
+            keys.copy_(columns)
+        else:
+            keys.zero_().index_copy_(1, block.slots, columns)
+        keys = keys.view(self.kv, n, -1)  # (Hkv, N', B·d)
+        mixed = workspace.take("mixed", (n, b, self.kv, self.groups, columns.shape[2]), values)
+        for heads, first, last, p in self.walk(start):
+            p = p[..., start:].flatten(1, 2)  # (h, G·Q, K)
+            y = workspace.take("values", (*p.shape[:2], keys.shape[2]), values)
+            torch.bmm(p, keys[heads, : p.shape[2]], out=y)
+            y = y.view(len(p), self.groups, -1, b, columns.shape[2])  # (h, G, Q, B, d)
+            mixed[first - start : last - start, :, heads] = y.permute(2, 3, 0, 1, 4)
+        mixed = mixed.view(n * b, -1)
+        if block.slots is None:
+            return mixed
+        out = workspace.take("values", (len(block.slots), mixed.shape[1]), values)
+        return torch.index_select(mixed, 0, block.slots, out=out)
+
+    def spread(self, writes: Tensor, coefficients: Tensor | None, start: int) -> Tensor:
+        """P · s applied to components that are products: (H, B, D) -> (B, N - start, D).
+
+        ``writes`` is what every head makes of the components' vectors, ``coefficients`` (N, B) how much of them there
+        is at each position; None: component b is there at position ``start`` + b only, with coefficient one. So the
+        sum over keys is taken on single numbers, and only a sum over the heads is left for the vectors.
+        """
+        b = writes.shape[1]
+        writes = writes.unflatten(0, (self.kv, self.groups))
+        out = writes.new_zeros(b, len(self.q) - start, writes.shape[-1])
+        for heads, first, last, p in self.walk(start):
+            p = p.flatten(0, 1)  # (h·G, Q, K)
+            seen = p[..., start : start + b] if coefficients is None else p @ coefficients[: p.shape[2]]  # (h·G, Q, B)
+            alive, at = seen.shape[2], slice(first - start, last - start)
+            out[:alive, at].baddbmm_(seen.permute(2, 1, 0), writes[heads, :, :alive].flatten(0, 1).transpose(0, 1))
+        return out

@@ -1,0 +1,410 @@
+"""Fast on any device with PyTorch alone: jagged rows, P between V and O, a bounded workspace.
+
+Attention is carried block by block of components, the MLP chunk by chunk of positions and neurons. Both are exact:
+components meet only inside one position's softmax, which no chunk ever cuts (a neuron's allocation does not depend
+on another neuron). So results do not depend on the block sizes beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...adapters import Attention, Branch, Mlp, Norm
+from ...allocation import Allocation
+from ...labels import BIAS
+from ...runtime.budget import Budget
+from ...runtime.transfer import to_device
+from ...state.layout import Layout
+from ...state.state import ComponentState
+from ...trace.record import AttentionTrace, MlpTrace
+from .attention import FrozenAttention
+from .blocks import Block, Chunk, make_blocks, make_chunks
+from .division import Division
+from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
+from .workspace import Workspace
+
+CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of workspace, unless told otherwise."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
+
+class TorchBackend:
+    """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
+
+    name = "torch"
+    takes_factors = True  # whether components that have just started are carried as what they are products of
+
+    def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
+        self.compute_dtype = compute_dtype
+        self._workspace = Workspace()
+        self.budget = Budget(memory_budget, default_budget, self._release)
+        self._plans: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
+
+    # -- attention ----------------------------------------------------------------------------------------------
+
+    def aggregate_ov(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+    ) -> ComponentState:
+        wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
+        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
+        out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
+        add_to_bias(out, self._attention_constant(out, weights, trace))
+        return out
+
+    def _aggregate(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None
+    ) -> ComponentState:
+        if queries is not None:
+            n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
+            alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
+            if n_reads > alone or trace.value_ratio is not None:
+                return self._aggregate(state, weights, trace, None).at(queries)
+            return self._aggregate_at(state, weights, trace, queries)
+        if state.factors is not None and trace.value_ratio is None and self.takes_factors:
+            state = self._aggregate_factors(state, weights, trace)
+            return self._aggregate_everywhere(state, weights, trace, extras_only=True)
+        return self._aggregate_everywhere(state, weights, trace)
+
+    def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
+        """What `bias` receives: (D,), or (S, D), or None."""
+        if state.layout.index(BIAS) is None:
+            return None
+        dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
+        if trace.value_ratio is None:
+            return trace.constant(weights, packed, dtype)
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
+        return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
+
+    def _aggregate_everywhere(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+    ) -> ComponentState:
+        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+
+        def step(block: Block) -> None:
+            x = self._take(state, block, device)
+            attend(x, block)
+            self._put(state, block, x)
+
+        self.budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
+        return state
+
+    def _attending(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+    ) -> Callable[[Tensor, Block], None]:
+        """What adds to the rows (r, D) of a block what attention does to them, in place and last of all."""
+        dtype = self._dtype(state)
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        frozen = self._frozen(state, trace, scale)
+
+        def attend(x: Tensor, block: Block) -> None:
+            values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
+            torch.mm(x.to(dtype), w_v.T, out=values)
+            if trace.value_ratio is not None:
+                self._clamp(values, state.layout, block, weights, trace, scale)
+            accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
+
+        return attend
+
+    def _attention_weights(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """s of all positions (T,), W_V with the norm folded in, W_O."""
+        dtype = self._dtype(state)
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
+            return scale, self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
+
+        return self.budget.prepare(weights.w_v.device, make)
+
+    def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
+        """Components that have just started as products of numbers and vectors: V and O see only the vectors.
+
+        That is one row per component, instead of one per component and position.
+        """
+        dtype, width = self._dtype(state), state.rows.shape[1]
+        groups = weights.n_heads // weights.n_kv_heads
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        w_o = w_o.unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
+        frozen = self._frozen(state, trace, scale)
+
+        def cut(undone: tuple[int, slice] | None) -> list[tuple[int, slice]]:
+            parts, (begun, at) = [], undone or (0, slice(0, 0))
+            for prompt in range(begun, len(state.factors)):
+                last, n = len(state.factors[prompt].vectors), len(state.layout.counts[state.layout.segments(prompt)])
+                later = state.factors[prompt].coefficients is None
+                size = self._division(state).products(width, weights.n_heads, n, later)
+                first = at.start if prompt == begun else 0
+                parts += [(prompt, slice(i, min(i + size, last))) for i in range(first, last, size)]
+            return parts
+
+        def step(piece: tuple[int, slice]) -> None:
+            prompt, part = piece
+            numbers, vectors = state.factors[prompt].coefficients, state.factors[prompt].vectors[part]
+            values = (vectors.to(state.device, dtype) @ w_v.T).unflatten(1, (weights.n_kv_heads, 1, -1))
+            values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (B, Hkv, 1, d) -> (H, B, d)
+            writes = torch.bmm(values, w_o)
+            if numbers is None:
+                _add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
+            else:
+                numbers = numbers[:, part].to(state.device, dtype)
+                _add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
+
+        self.budget.each(state.device, cut, step)
+        return state
+
+    def _reading(self, name: str, weight: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
+        """``weight`` (out, D) with the norm's γ in its columns, in the workspace."""
+        return branch.reading(weight, dtype, self._workspace.take(name, weight.shape, weight, dtype))
+
+    def _clamp(
+        self, values: Tensor, layout: Layout, block: Block, weights: Attention, trace: AttentionTrace, scale: Tensor
+    ) -> None:
+        """Values (r, Hkv·d) of a block, of which a family clamps the sum: by the frozen ratio, each of its elements.
+
+        The constant part of a value belongs to `bias` before that. ``values`` lack s, which is in P's columns.
+        """
+        rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
+        segment = to_device(layout.row_segments(), values.device)[rows]
+        packed = layout.tensor("packed", values.device)[segment]
+        constant, bias = weights.value_constant(values.dtype), layout.index(BIAS)
+        if constant is not None and bias is not None:
+            first = layout.tensor("starts", values.device)[segment]
+            values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
+        values *= trace.value_ratio[packed].to(values.dtype)
+
+    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+        """A block's rows: a view of neighbours, else a copy in the workspace."""
+        rows, index = state.rows, block.rows
+        if isinstance(index, slice):
+            return rows[index]
+        return torch.index_select(rows, 0, index, out=self._workspace.take("rows", (len(index), rows.shape[1]), rows))
+
+    def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
+        """Write back what :meth:`_take` gave: nothing to do for a view."""
+        if not isinstance(block.rows, slice):
+            state.rows.index_copy_(0, block.rows, changed)
+
+    def _frozen(self, state: ComponentState, trace: AttentionTrace, scale: Tensor) -> Callable[[int], FrozenAttention]:
+        """P of a prompt; the last one is kept, as long as the workspace is as large as it was."""
+        kept: dict[tuple[int, int], FrozenAttention] = {}
+
+        def make(prompt: int) -> FrozenAttention:
+            key = (prompt, self._bytes(state))
+            if key not in kept:
+                kept.clear()
+                packed = state.layout.packed[state.layout.segments(prompt)]
+                keys = slice(int(packed[0]), int(packed[-1]) + 1)
+                tile = self._division(state).tile(scale.dtype.itemsize)
+                kept[key] = FrozenAttention(trace, keys, scale, tile, self._dtype(state))
+            return kept[key]
+
+        return make
+
+    def _aggregate_at(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
+    ) -> ComponentState:
+        """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
+        if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
+            self._workspace.clear()
+        dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
+        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
+        rows = self.budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
+        out = ComponentState(rows, queries, state.layer)
+        frozen = self._frozen(state, trace, scale)
+
+        def step(block: Block) -> None:
+            at, origin = queries.segments(block.prompt), layout.segments(block.prompt).start
+            x = scatter(self._take(state, block, device).to(dtype), block)  # (N', B, D)
+            for segment, q in enumerate(queries.local[at].tolist(), at.start):
+                alive = min(int(queries.counts[segment]) - block.first, block.n_components)
+                if alive <= 0:
+                    continue
+                p = frozen(block.prompt).row(q)[:, block.start :]  # (H, K)
+                z = (p @ x[: p.shape[1]].flatten(1)).view(weights.n_kv_heads, -1, width)  # (Hkv, G·B, D)
+                y = torch.bmm(z, w_v.transpose(1, 2)).view(weights.n_heads, block.n_components, -1)
+                y = (y.transpose(0, 1).flatten(1)[:alive] @ w_o.T).to(state.device)
+                row = int(queries.starts[segment]) + block.first
+                residual = int(layout.starts[origin + q]) + block.first
+                out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
+
+        fewest = int(np.bincount(layout.prompt).min())
+
+        def cut(undone: Block | None) -> list[Block]:
+            slots = self._division(state).query_slots(width, len(w_o.T), weights.n_heads, fewest)
+            return self._cut_blocks(layout, min(slots, self._slots(state, weights)), device, undone=undone)
+
+        self.budget.each(device, cut, step)
+        return out
+
+    # -- MLP ----------------------------------------------------------------------------------------------------
+
+    def allocate_mlp(
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        trace: MlpTrace,
+        allocation: Allocation,
+        source: ComponentState | None = None,
+    ) -> ComponentState:
+        source = state if source is None else source
+        parts = self.budget.prepare(
+            state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
+        )
+
+        def step(chunk: Chunk) -> None:
+            neurons = self._neuron_blocks(chunk, state, weights)
+            if not (allocation.is_softmax and softmax_chunk(state, source, chunk, parts, neurons, self._workspace)):
+                general_chunk(state, source, chunk, parts, neurons)
+
+        self.budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
+        add_to_bias(state, self._mlp_constant(state, weights, trace))
+        return state
+
+    def _mlp_constant(self, state: ComponentState, weights: Mlp, trace: MlpTrace) -> Tensor | None:
+        """What `bias` receives: (D,), or (S, D), or None."""
+        if state.layout.index(BIAS) is None:
+            return None
+        dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.gate.device)
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
+        return weights.written_constant(trace.constant(weights, packed, dtype), out_scale, dtype)
+
+    def _mlp_step(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
+    ) -> MlpStep:
+        """What the MLP of a layer needs at the state's segments."""
+        dtype, layout = self._dtype(state), state.layout
+        packed = layout.tensor("packed", device)
+        everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
+        recorded = slice(None) if everywhere else trace.rows(packed)  # a view, or a copy
+        act = trace.act[recorded].to(dtype)
+        if trace.out_scale is not None:
+            act = act * trace.out_scale[packed, None].to(dtype)
+        w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
+        return MlpStep(
+            scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
+            w_gate=w_gate,
+            w_down=weights.writing(weights.w_down, dtype),
+            gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
+            act=act,
+            gate=trace.gate[recorded],
+            allocation=allocation,
+            sparse=has_zeros(w_gate),
+        )
+
+    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
+        width, n = weights.w_down.shape
+        size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
+        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+    # -- readout ------------------------------------------------------------------------------------------------
+
+    def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
+        directions = directions.to(state.rows.dtype)
+        if norm is None:
+            return state.rows @ directions.T
+        segment = to_device(state.layout.row_segments(), state.device)
+        packed = state.layout.tensor("packed", state.device)
+        scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
+        return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
+
+    # -- what fits ----------------------------------------------------------------------------------------------
+
+    def _dtype(self, state: ComponentState) -> torch.dtype:
+        return self.compute_dtype or state.rows.dtype
+
+    def _bytes(self, state: ComponentState) -> int:
+        return self.budget.bytes(self._computes_on(state))
+
+    def _release(self) -> None:
+        """Hold nothing that is not needed to carry on."""
+        self._workspace.clear()
+        self._plans.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
+        plans = self._plans.setdefault(layout, {})
+        if key not in plans:
+            plans[key] = make()
+        return plans[key]
+
+    def _division(self, state: ComponentState) -> Division:
+        item, on_cpu = self._dtype(state).itemsize, self._computes_on(state).type == "cpu"
+        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
+
+    def _computes_on(self, state: ComponentState) -> torch.device:
+        return state.device
+
+    def _slots(self, state: ComponentState, weights: Attention) -> int:
+        v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
+        return self._division(state).slots(state.rows.shape[1], v, o)
+
+    def _blocks(
+        self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
+    ) -> list[Block]:
+        slots = self._slots(state, weights)
+        return self._cut_blocks(state.layout, slots, weights.w_v.device, extras_only, undone)
+
+    def _cut_blocks(
+        self,
+        layout: Layout,
+        slots: int,
+        device: torch.device,
+        extras_only: bool = False,
+        undone: Block | None = None,
+    ) -> list[Block]:
+        if undone is not None:
+            return make_blocks(layout, slots, device, extras_only, (undone.prompt, undone.first))
+        key = ("blocks", slots, extras_only, device)
+        return self._plan(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
+
+    def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
+        layout, device = state.layout, state.device
+        longest = int(layout.counts.max())
+        rows = self._division(state).rows(*weights.w_down.shape, layout.n_rows, longest)
+        if undone is not None:
+            return make_chunks(layout, rows, device, undone.segments.start)
+        return self._plan(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
+
+
+def scatter(rows: Tensor, block: Block) -> Tensor:
+    """A block's rows (r, C) in their places: (N', B, C), zero where not alive."""
+    if block.slots is None:
+        return rows.view(-1, block.n_components, rows.shape[1])
+    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
+    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
+
+
+def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
+    if state.layout.index(BIAS) is not None and constant is not None:
+        rows = state.layout.tensor("starts", state.device)[:-1] + state.layout.index(BIAS)
+        state.rows[rows] += constant.to(state.rows)
+
+
+def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
+    """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
+    rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
+    block = rows.view(new.shape[1], -1, rows.shape[1])
+    block[:, extras + part.start : extras + part.stop].add_(new.transpose(0, 1))
+
+
+def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
+    """Add ``new`` (B, N - part.start, D) to the tokens ``part``, each from its own position on."""
+    layout, extras = state.layout, len(state.layout.components[prompt].extras)
+    starts = layout.starts[layout.segments(prompt)]
+    token = np.arange(part.start, part.stop)[:, None]
+    alive = token <= np.arange(part.start, len(starts))
+    rows = (starts[part.start :] + extras + token)[alive]
+    slots = to_device(np.flatnonzero(alive), state.device)
+    new = new.flatten(0, 1).index_select(0, slots).to(state.rows.dtype)
+    state.rows.index_add_(0, to_device(rows, state.device), new)

@@ -1,0 +1,121 @@
+"""How a state is cut for the torch backend: blocks of components for attention, chunks of positions for the MLP.
+
+A cut never passes through what belongs together: a component's positions in attention, a position's components in
+the allocation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...runtime.transfer import to_device
+from ...state.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Components from ``first`` on of one prompt, at its segments from ``start`` on, where they can be alive.
+
+    ``rows`` (r,) are the state's rows, ``slots`` (r,) their places in the dense (N - start, n_components) block, or
+    None where all of it is alive.
+    """
+
+    prompt: int
+    start: int
+    first: int
+    n_positions: int
+    n_components: int
+    rows: Tensor | slice
+    slots: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Whole positions for the MLP: a range of segments and their rows, of which some take no part in the softmax."""
+
+    segments: slice
+    rows: slice
+    counts: list[int]  # rows per segment
+    segment_of: Tensor  # segment of every row
+    away: Tensor | None  # within ``rows``: special tokens away from home
+    deserted: bool  # some segment has nobody else
+
+
+def make_blocks(
+    layout: Layout,
+    slots: int,
+    device: torch.device,
+    extras_only: bool = False,
+    begin: tuple[int, int] = (0, 0),
+) -> list[Block]:
+    """Cut every prompt's components, or its extras, into blocks of at most ``slots`` places, or of one component.
+
+    ``begin`` is the prompt and the component to begin with.
+    """
+    blocks = []
+    for prompt, components in enumerate(layout.components):
+        if prompt < begin[0]:
+            continue
+        segments = layout.segments(prompt)
+        starts, counts = layout.starts[segments], layout.counts[segments]
+        n, m = len(starts), len(components.extras) if extras_only else len(components)
+        first = begin[1] if prompt == begin[0] else 0
+        staggered = bool(components.births.any())
+        while first < m:
+            birth = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
+            if birth == n:
+                break  # nor any later one
+            size = max(1, slots // (n - birth))
+            if staggered:  # components born together share the positions that none of them reaches
+                size = min(size, max(64, n // 4))
+            last = min(first + size, m)
+            places = starts[birth:, None] + np.arange(first, last)
+            alive = np.arange(first, last) < counts[birth:, None]
+            slot = None if alive.all() else to_device(np.flatnonzero(alive), device)
+            whole = last - first == len(components)
+            rows = layout.rows(prompt) if whole else to_device(places[alive], device)
+            blocks.append(Block(prompt, birth, first, n - birth, last - first, rows, slot))
+            first = last
+    return blocks
+
+
+def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[Chunk]:
+    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
+    segment_of_row, away = layout.row_segments(), away_from_home(layout)
+    chunks, n = [], len(layout.counts)
+    while first < n:
+        last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
+        last = min(max(last, first + 1), n)
+        rows = slice(int(layout.starts[first]), int(layout.starts[last]))
+        gone = np.flatnonzero(away[rows])
+        counts = layout.counts[first:last]
+        absent = np.bincount(segment_of_row[rows][gone] - first, minlength=last - first)
+        chunks.append(
+            Chunk(
+                segments=slice(first, last),
+                rows=rows,
+                counts=counts.tolist(),
+                segment_of=to_device(segment_of_row[rows], device),
+                away=to_device(gone, device) if len(gone) else None,
+                deserted=bool((absent == counts).any()),
+            )
+        )
+        first = last
+    return chunks
+
+
+def away_from_home(layout: Layout) -> np.ndarray:
+    """Which rows are special tokens at another position than their own: (R,) bool."""
+    segment_of_row = layout.row_segments()
+    component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
+    away = np.zeros(layout.n_rows, bool)
+    for prompt, components in enumerate(layout.components):
+        if components.excluded.any():
+            r = layout.rows(prompt)
+            m = component[r]
+            away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])
+    return away

@@ -1,0 +1,166 @@
+"""How a state is cut for the triton backend's attention, and what its kernels need to know of each piece.
+
+A piece is either whole prompts, neighbours in the state, or a range of one prompt's components, of every position
+those that are alive: it can be carried through attention alone, since components do not meet there. The tables are
+made once per layout and live on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.attention import Keys
+from ...kernels.rows import Rows
+from ...runtime.transfer import all_to_device, to_device
+from ...state.layout import Layout
+from ..torch.blocks import away_from_home
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Components ``first`` to ``last`` of the prompts ``prompts``, their rows, and the work of the mixing kernel.
+
+    ``positions`` (S,) int64 are packed positions; ``items`` are tiles of (query, head) rows times ranges of components,
+    for :func:`depass_fast.kernels.attention.mix`; ``longest`` is the number of positions of the longest prompt.
+    """
+
+    prompts: range
+    first: int
+    rows: Rows
+    keys: Keys
+    items: Tensor
+    positions: Tensor
+    longest: int
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the piece is neighbouring rows of the state."""
+        return self.rows.source is None
+
+
+def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0)) -> list[tuple]:
+    """Ranges of prompts and components of at most ``max_rows`` rows, or of one component: (prompts, first, last).
+
+    ``begin`` is the prompt and the component to begin with.
+    """
+    ranges: list[tuple] = []
+    for prompt in range(begin[0], len(layout.components)):
+        m, counts = len(layout.components[prompt]), layout.counts[layout.segments(prompt)]
+        first, rows = begin[1] if prompt == begin[0] else 0, int(counts.sum())
+        if not rows:
+            continue
+        if first == 0 and rows <= max_rows:
+            before = ranges[-1] if ranges else None
+            if before and before[2] is None and before[3] + rows <= max_rows and before[0].stop == prompt:
+                ranges[-1] = (range(before[0].start, prompt + 1), 0, None, before[3] + rows)
+            else:
+                ranges.append((range(prompt, prompt + 1), 0, None, rows))
+            continue
+        while first < m:
+            born = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
+            if born == len(counts):
+                break
+            last = min(m, first + max(1, max_rows // (len(counts) - born)))
+            ranges.append((range(prompt, prompt + 1), first, last, int((np.clip(counts, first, last) - first).sum())))
+            first = last
+    return [(prompts, first, last) for prompts, first, last, _ in ranges]
+
+
+def make_piece(
+    layout: Layout, prompts: range, first: int, last: int | None, tile: int, groups: int, device: torch.device
+) -> Piece:
+    """The tables of one piece; ``last`` None: all components. ``tile`` is rows of (query, head) per item."""
+    segments, begins, births, items = [], [0], [], []
+    for prompt in prompts:
+        at = layout.segments(prompt)
+        counts = layout.counts[at]
+        stop = len(layout.components[prompt]) if last is None else last
+        born = np.searchsorted(counts, np.arange(first, stop), side="right")  # position of birth, by component
+        here = np.arange(at.start, at.stop)[int(born[0]) :]
+        n = len(here)
+        segments.append(here)
+        items.append(_items(begins[-1], n, born - born[0], sum(map(len, births)), tile, groups))
+        births.append(born - born[0])
+        begins.append(begins[-1] + n)
+    chosen = np.concatenate(segments)
+    count = layout.counts[chosen] - first if last is None else np.minimum(layout.counts[chosen], last) - first
+    base = np.concatenate([[0], np.cumsum(count)])
+    packed, whole = layout.packed[chosen], last is None
+    tables = [np.repeat(np.arange(len(chosen)), count), packed, count, np.concatenate(births), np.concatenate(items)]
+    wide = [base, packed, layout.starts[chosen] + first]
+    made = all_to_device([x.astype(np.int32) for x in tables] + [x.astype(np.int64) for x in wide], device)
+    segment, keys, count_there, births_there, items_there, base_there, positions, source = made
+    rows = Rows(segment, base_there, None if whole else source, int(layout.starts[chosen[0]]) if whole else 0)
+    longest = int(np.diff(begins).max())
+    return Piece(
+        prompts, first, rows, Keys(keys, base_there, count_there, births_there), items_there, positions, longest
+    )
+
+
+def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:
+    """Items of whole prompts that follow each other, for :func:`depass_fast.kernels.attention.log_sum_exp`."""
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    parts = [_tiles(int(b), int(n), tile, groups) for b, n in zip(begins[:-1], lengths, strict=True)]
+    return to_device(np.concatenate(parts), device)
+
+
+def _tiles(begin: int, n: int, tile: int, groups: int) -> np.ndarray:
+    firsts = np.arange(0, n * groups, tile)
+    table = np.zeros((len(firsts), 6), np.int32)
+    table[:, 0], table[:, 1], table[:, 2] = begin, begin + n, firsts
+    return table
+
+
+def _items(begin: int, n: int, births: np.ndarray, offset: int, tile: int, groups: int) -> np.ndarray:
+    """Tiles times ranges of components, without those that no query of the tile has a row of; the longest first."""
+    tiles = _tiles(begin, n, tile, groups)
+    step = min(len(births), 16 if n > 64 else 32)
+    ranges = np.arange(0, len(births), step)
+    table = np.repeat(tiles, len(ranges), 0)
+    table[:, 3] = np.tile(ranges, len(tiles))
+    table[:, 4] = np.minimum(table[:, 3] + step, len(births))
+    table[:, 5] = offset
+    last_query = np.minimum((table[:, 2] + tile - 1) // groups, n - 1)
+    return table[births[table[:, 3]] <= last_query][::-1]
+
+
+@dataclass(frozen=True, eq=False)
+class RowChunk:
+    """Whole positions for the MLP: a range of segments, and their rows, which are neighbours in the state.
+
+    ``away`` (r,) uint8 marks special tokens away from home, None where there are none; ``longest`` is the largest
+    segment's length.
+    """
+
+    segments: slice
+    rows: Rows
+    longest: int
+    away: Tensor | None
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.rows)
+
+
+def make_row_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[RowChunk]:
+    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
+    segment_of, starts = layout.tensor("segment_of", device), layout.tensor("starts", device)
+    away = away_from_home(layout)
+    flags = to_device(away.astype(np.uint8), device) if away.any() else None
+    chunks, n = [], len(layout.counts)
+    while first < n:
+        last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
+        last = min(max(last, first + 1), n)
+        begin, end = int(layout.starts[first]), int(layout.starts[last])
+        if end > begin:
+            segment, base = segment_of[begin:end], starts[first : last + 1]
+            rows = Rows(segment - first, base - begin, first=begin) if begin or first else Rows(segment, base)
+            longest = int(layout.counts[first:last].max())
+            here = None if flags is None or not away[begin:end].any() else flags[begin:end]
+            chunks.append(RowChunk(slice(first, last), rows, longest, here))
+        first = last
+    return chunks

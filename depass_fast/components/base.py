@@ -1,0 +1,158 @@
+"""The protocol of a component kind: where it starts, which components it has, their initial states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..inputs.hook_names import LAYER_INPUT, Site, parse_hook_name
+from ..inputs.prompts import as_index
+from ..state.state import Factors
+from ..trace.record import Trace
+
+
+class Entry(NamedTuple):
+    """The place where components enter the residual stream: ``layer``'s input, or `resid_mid` behind its attention."""
+
+    layer: int
+    site: Literal["resid_pre", "resid_mid"]
+
+    @property
+    def first_end(self) -> int:
+        """The first layer whose input the components are part of."""
+        return self.layer + (self.site == "resid_mid")
+
+    @property
+    def order(self) -> int:
+        """Twice the layer, plus one behind its attention: the modules from here on are those of the same number on."""
+        return 2 * self.layer + (self.site == "resid_mid")
+
+
+@dataclass(frozen=True)
+class ComponentKind:
+    """A kind of component at a ``layer``: 0 to L-1, negative counts from the end, or a hook name (see ``hooks``).
+
+    ``site`` is where in that layer the components enter the residual stream: before its attention (`resid_pre`),
+    between attention and MLP (`resid_mid`) or after its MLP (`resid_post`).
+    """
+
+    layer: int | str = 0  # a number once it is made
+
+    kind = ""  # not annotated: constants of the class, not fields
+    site = "resid_pre"
+    hooks = tuple(LAYER_INPUT)  # which may name the layer, as in `blocks.5.hook_resid_pre`
+    may_be_complete = False  # whether the named components can be all of the hidden state, so that there is no `rest`
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, str):
+            for field, value in self.place(*parse_hook_name(self.layer, "layer", self.hooks)).items():
+                object.__setattr__(self, field, value)
+
+    def place(self, layer: int, hook: str) -> dict[str, Any]:
+        """The fields that a hook of a layer stands for. Raises ValueError where they contradict those given."""
+        return {"layer": layer + LAYER_INPUT.get(hook, 0)}
+
+    def resolve(self, adapter: Adapter) -> int:
+        """The layer, counted from 0. Raises ValueError where there is no such layer."""
+        n = adapter.n_layers
+        layer = as_index(self.layer, "layer")
+        if not -n <= layer < n:
+            raise ValueError(f"layer: {layer} is out of range; this model has layers 0 to {n - 1}.")
+        return layer % n
+
+    def start_site(self, adapter: Adapter) -> Site:
+        """Where the components enter the residual stream of this model.
+
+        In a parallel layer attention and MLP read the same, so that what attention adds enters after both.
+        """
+        return "resid_post" if self.site == "resid_mid" and adapter.family.parallel else self.site
+
+    def entry(self, adapter: Adapter) -> Entry:
+        """The place where the components enter; what starts after a layer's MLP enters the next layer."""
+        layer, site = self.resolve(adapter), self.start_site(adapter)
+        return Entry(layer + 1, "resid_pre") if site == "resid_post" else Entry(layer, site)
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
+        self.resolve(adapter)
+
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ComponentKind:
+        """This kind for one prompt of a trace, where the components are not known before it is traced."""
+        return self
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        """Labels of the named components of a prompt with these ``tokens``."""
+        raise NotImplementedError
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        """Write the initial states of one prompt into all of ``out`` (N, M, D), without the extras."""
+        raise NotImplementedError
+
+    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors | None:
+        """The same as products of numbers and vectors, where the kind is made of such."""
+        return None
+
+    def given(self) -> Sequence[Tensor]:
+        """The tensors that the user gave; they carry the rounding of their dtype."""
+        return ()
+
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        """This kind layer by layer: itself, unless several layers were asked for."""
+        return [self]
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether several layers were asked for, be it in a list of one."""
+        return False
+
+    def single(self) -> ComponentKind:
+        """This kind, if it is of one layer; else ValueError."""
+        if self.is_layered:
+            raise ValueError("layers: only attribute() takes several layers; give one layer here.")
+        return self
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,), or (N, D), or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class LayerKind(ComponentKind):
+    """A kind that can be asked for in several layers at once: a decomposition for each of them.
+
+    ``layers``, "all" or a list, makes `attribute` return a :class:`depass_fast.LayeredAttribution`; ``layer`` is not
+    read then.
+    """
+
+    layers: Literal["all"] | Sequence[int | str] | None = field(default=None, kw_only=True)
+
+    @property
+    def is_layered(self) -> bool:
+        return self.layers is not None
+
+    def each(self, adapter: Adapter) -> list[ComponentKind]:
+        if self.layers is None:
+            return [self]
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
+        if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
+            raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
+        named = range(adapter.n_layers) if isinstance(self.layers, str) else self.layers
+        made = [replace(self, layer=layer, layers=None) for layer in named]  # a hook's name may say more than the layer
+        if not made:
+            raise ValueError("layers: empty; give 'all' or at least one layer.")
+        found = {replace(one, layer=one.resolve(adapter)) for one in made}
+        if len({replace(one, layer=0) for one in found}) > 1:
+            raise ValueError(f"layers: {list(named)!r} name different outputs; ask for each of them by itself.")
+        return sorted(found, key=lambda one: one.layer)
+
+    def resolve(self, adapter: Adapter) -> int:
+        """The layer; of several, the last, which is the first that everything is under way at."""
+        if self.layers is None:
+            return super().resolve(adapter)
+        return max(kind.resolve(adapter) for kind in self.each(adapter))

@@ -1,0 +1,151 @@
+"""What a hidden state is split into: the initial decompositions (DESIGN.md section 2, *Decompositions*).
+
+Every kind says where in the network it starts, which components it has, and fills their initial states. Whatever
+they lack to the hidden state becomes `rest` (:mod:`depass_fast.initial`); so the sum is exact from the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..inputs.hook_names import Site
+from ..state.state import Factors
+from ..trace.record import Trace
+from .base import ComponentKind, LayerKind
+from .outputs import Outputs
+from .products import BoundProducts
+
+_MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
+
+
+@dataclass(frozen=True)
+class Tokens(ComponentKind):
+    """One component per token, at the input of ``layer``: X[n, m] = x[n] if m = n else 0."""
+
+    kind = "tokens"
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{token!r}@{n}" for n, token in enumerate(tokens))
+
+    def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
+        return Factors(None, trace.resid(self.resolve(adapter))[trace.span(prompt)])
+
+
+@dataclass(frozen=True)
+class Heads(LayerKind):
+    """One component per attention head of ``layer``: its output, after W_O."""
+
+    kind = "heads"
+    site = "resid_mid"
+    hooks = ("attn.hook_z", "attn.hook_result")
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        layer = self.resolve(adapter)
+        return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        outputs.attend(outputs.values(), out)
+        entering = outputs.entering(out, "attention")
+        if entering is not out:
+            out.copy_(entering)
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
+
+
+@dataclass(frozen=True)
+class Modules(LayerKind):
+    """The outputs of ``layer``'s modules: attention, MLP, or both.
+
+    With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP; with ``"attention"`` between
+    the two, so that the MLP of the same layer is shared out as well.
+    """
+
+    which: Literal["both", "attention", "mlp"] = "both"
+
+    kind = "modules"
+    hooks = tuple(_MODULES)
+
+    @property
+    def site(self) -> Site:
+        return "resid_mid" if self.which == "attention" else "resid_post"
+
+    @property
+    def _chosen(self) -> tuple[str, ...]:
+        return ("attention", "mlp") if self.which == "both" else (self.which,)
+
+    def place(self, layer: int, hook: str) -> dict[str, Any]:
+        if self.which not in ("both", _MODULES[hook]):
+            raise ValueError(f"layer: {hook!r} is not the output of which={self.which!r}.")
+        return {"layer": layer, "which": _MODULES[hook]}
+
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
+        if self.which not in ("both", "attention", "mlp"):
+            raise ValueError(f"which: {self.which!r} is not one of 'both', 'attention', 'mlp'.")
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        layer = self.resolve(adapter)
+        both = {"attention": f"L{layer}.attn", "mlp": f"L{layer}.mlp"}
+        return tuple(both.values()) if self.which == "both" else (both[self.which],)
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        for m, module in enumerate(self._chosen):
+            whole = outputs.whole(module)
+            out[:, m] = outputs.through_stream(whole, "mlp") if self._goes_on(module) else whole
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, dtype)
+        constants = []
+        for module in self._chosen:
+            constant = outputs.constant(module)
+            if constant is not None:
+                constants.append(outputs.through_stream(constant, "mlp") if self._goes_on(module) else constant)
+        return sum(constants[1:], constants[0]) if constants else None
+
+    def _goes_on(self, module: str) -> bool:
+        """Whether what a module adds passes the end of the layer before the components start."""
+        return module == "attention" and self.site == "resid_post"
+
+
+@dataclass(frozen=True)
+class Neurons(LayerKind):
+    """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
+
+    In a mixture of experts these are the neurons of every expert that any position was sent to, `L3E5N12`; a neuron's
+    activation has the router's weight in it.
+    """
+
+    kind = "neurons"
+    site = "resid_post"
+    hooks = ("mlp.hook_post",)
+
+    def count(self, adapter: Adapter) -> int:
+        """How many neurons the layer has, at most."""
+        return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
+
+    def counts(self, adapter: Adapter, trace: Trace) -> list[int]:
+        """How many neurons every prompt of a trace has: of the MLP, or of the experts that any position was sent to."""
+        found = np.zeros(trace.n_prompts, np.int64)
+        for mlp in trace.layers[self.resolve(adapter)].mlps:
+            reached = 1 if mlp.sent is None else np.diff(np.searchsorted(mlp.sent, trace.offsets)) > 0
+            found += mlp.act.shape[1] * reached
+        return found.tolist()
+
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
+        layer = self.resolve(adapter)
+        dtype = torch.promote_types(adapter.dtype, torch.float32)
+        outputs = Outputs(adapter, trace, layer, prompt, dtype)
+        labels, products = outputs.neurons(f"L{layer}")
+        return BoundProducts(
+            layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site=self.site
+        )

@@ -1,0 +1,155 @@
+"""What the modules of one layer add to the residual stream, as the decompositions of that layer need it.
+
+An output passes the branch's own norm and factor, and the norm of the residual stream itself where there is one: all
+with their scales frozen, so that heads and neurons pass them one by one.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, Attention, Branch, Mlp
+from ..state.state import Factors
+from ..trace.attention import attention_probabilities
+from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
+
+_TILE = 1 << 22  # probabilities or outputs held at once, in elements
+
+
+@lru_cache(maxsize=8)
+def _numerals(count: int) -> tuple[str, ...]:
+    """0, 1, ... as text: there are as many neurons' names to be made as there are layers times their width."""
+    return tuple(map(str, range(count)))
+
+
+class Outputs:
+    """Layer ``layer`` on one prompt; everything is computed in ``dtype``. Modules are "attention" and "mlp"."""
+
+    def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int, dtype: torch.dtype) -> None:
+        self._adapter, self._layer, self.dtype = adapter, layer, dtype
+        self.record: LayerTrace = trace.layers[layer]
+        self.span, self.after = trace.span(prompt), trace.resid(layer + 1)
+
+    @cached_property
+    def attention(self) -> Attention:
+        return self._adapter.attention(self._layer)
+
+    @cached_property
+    def mlps(self) -> tuple[Mlp, ...]:
+        return self._adapter.mlps(self._layer)
+
+    def values(self) -> Tensor:
+        """The values that every head reads, without their constant part: (N, H, d)."""
+        weights, record = self.attention, self.record.attention
+        x = record.resid[self.span].to(self.dtype)
+        normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
+        values = normed @ weights.w_v.to(self.dtype).T
+        if record.latent_scale is not None:
+            values = values * record.latent_scale[self.span, None].to(self.dtype)
+        return self._clamped(values)
+
+    def attend(self, values: Tensor, out: Tensor) -> None:
+        """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""
+        weights = self.attention
+        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
+        positions = torch.arange(len(values), device=values.device)
+        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
+        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
+            p = attention_probabilities(self.record.attention, positions + self.span.start, queries, self.dtype)
+            mixed = torch.einsum("hqk,khd->hqd", p, values)
+            out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+
+    def entering(self, y: Tensor, module: str) -> Tensor:
+        """Raw outputs (N, M, D) of a module as they enter the stream."""
+        branch, record = self._of(module)
+        scale = None if record.out_scale is None else record.out_scale[self.span]
+        return self.through_stream(branch.written(y, scale), module)
+
+    def whole(self, module: str) -> Tensor:
+        """All that a module adds to the stream, without its constant part: (N, D)."""
+        record = self.record
+        before = record.resid_pre if module == "attention" else record.resid_mid
+        after = record.resid_mid if module == "attention" else self.after
+        total = record.attention_sum if module == "attention" else record.mlp_sum  # before a norm of the stream
+        y = (after if total is None else total)[self.span].to(self.dtype) - before[self.span].to(self.dtype)
+        y, constant = self.through_stream(y, module), self._linear_constant(module)
+        return y if constant is None else y - constant
+
+    def constant(self, module: str) -> Tensor | None:
+        """What of the stream after a module is a constant that it added: (D,), or (N, D), or None."""
+        stream, constant = self._of(module)[0].stream, self._linear_constant(module)
+        if stream is None or stream.bias is None:
+            return constant
+        beta = stream.bias.to(self.dtype)
+        return beta if constant is None else constant + beta
+
+    def through_stream(self, y: Tensor, module: str) -> Tensor:
+        """What is in the stream (N, ..., D) or (D,) before a module's norm of the stream, after it; without its β."""
+        stream = self._of(module)[0].stream
+        if stream is None:
+            return y
+        resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
+        scale = stream.scale(resid[self.span].to(self.dtype))
+        return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
+
+    def neurons(self, prefix: str) -> tuple[tuple[str, ...], Factors]:
+        """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
+        names, numbers, vectors = [], [], []
+        for part in self.record.mlps:
+            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.sent
+            if at is not None and not np.diff(np.searchsorted(at, (self.span.start, self.span.stop))).any():
+                continue
+            stored, numbers_of_part = mlp.w_down, act
+            if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
+                stored, numbers_of_part = self._written_factors(mlp, part, act)
+            names += map(f"{prefix}{mlp.name}N".__add__, _numerals(act.shape[1]))
+            numbers.append(numbers_of_part)
+            vectors.append(stored.T)
+        if len(vectors) == 1:
+            return tuple(names), Factors(numbers[0], vectors[0])
+        return tuple(names), Factors(torch.cat(numbers, 1), torch.cat(vectors))
+
+    def _written_factors(self, mlp: Branch, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
+        """W_down and activations (N, I) with the norms and factors that lie between a neuron and the stream."""
+        w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype)
+        if part.out_scale is not None:
+            numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
+        if mlp.stream is not None:
+            numbers = numbers * mlp.stream.scale(self.record.mlp_sum[self.span].to(self.dtype))[:, None]
+            w_down = mlp.stream.apply(w_down.T, None).T
+        return w_down, numbers
+
+    def _linear_constant(self, module: str) -> Tensor | None:
+        if module == "attention":
+            constant = self._attention_constant()
+        else:
+            constant = self.record.mlp_constant(self.mlps, self.span, self.dtype)
+        return None if constant is None else self.through_stream(constant, module)
+
+    def _attention_constant(self) -> Tensor | None:
+        weights, record = self.attention, self.record.attention
+        value = None if record.value_ratio is None else weights.value_constant(self.dtype)
+        if value is None:
+            return record.constant(weights, self.span, self.dtype)
+        # clamped like the rest of the value, it is another one at every position
+        heads = self.after.new_empty(len(self.after[self.span]), weights.n_heads, self.after.shape[1], dtype=self.dtype)
+        self.attend(self._clamped(value.expand(len(heads), -1)), heads)
+        raw = heads.sum(1) if weights.o.bias is None else heads.sum(1) + weights.o.bias.to(self.dtype)
+        scale = None if record.out_scale is None else record.out_scale[self.span]
+        return weights.written_constant(raw, scale, self.dtype)
+
+    def _clamped(self, values: Tensor) -> Tensor:
+        """A part of the values (N, Hkv·d), clamped as all of each was, for every head: (N, H, d)."""
+        weights, ratio = self.attention, self.record.attention.value_ratio
+        values = values if ratio is None else values * ratio[self.span].to(self.dtype)
+        values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+        return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
+
+    def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
+        if module == "attention":
+            return self.attention, self.record.attention
+        return self.mlps[0], self.record.mlp

@@ -1,0 +1,118 @@
+"""Loading a model, and refusing before any work the ones that cannot be decomposed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..adapters import Adapter
+from ..adapters.stored import kind_of, reads_as_computed, unreadable
+from ..runtime.dtypes import parse_dtype
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_READING_TOLERANCE = 0.05  # of an output; 8-bit activations round it by 0.01
+
+
+def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
+    """Model (in eval mode) and tokenizer of ``path``, a folder or a hub name; a missing tokenizer is None.
+
+    Raises:
+        ImportError: ``device_map`` needs accelerate to spread the model over several devices.
+        OSError, ValueError: as transformers raises them.
+    """
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    if dtype is not None:
+        model_kwargs[name] = dtype if dtype == "auto" else parse_dtype(dtype, "dtype")
+    device = None
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        device, device_map = _single_device(device_map), None
+    if device_map is not None:
+        model_kwargs["device_map"] = device_map
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
+    if device is not None:
+        model = model.to(device)
+    shared = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "subfolder", "trust_remote_code")}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **shared)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # how it says that there is none varies
+        if any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
+            raise  # there is one, and it is broken
+        tokenizer = None
+    return model, tokenizer
+
+
+def _single_device(device_map: Any) -> str:
+    """The one device that a device map means; several need accelerate."""
+    if device_map == "auto" and torch.cuda.device_count() <= 1:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
+        return str(torch.device(device_map))
+    raise ImportError(
+        f"device_map={device_map!r} over several devices needs accelerate: pip install 'depass-fast[device-map]', "
+        "or name one device ('cuda:0', 'cpu')."
+    )
+
+
+def check_weights(adapter: Adapter) -> None:
+    """Refuse weights that cannot be read as the numbers that the model computes with.
+
+    Quantised weights and those that PEFT has wrapped are read, and one module of each kind is tried on random input.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
+    tried = set()
+    for module in [*modules, *(m for m in [adapter.final_norm_module] if m is not None), adapter.unembedding]:
+        problem = unreadable(module)
+        kind = kind_of(module)
+        if problem is None and kind is not None and kind not in tried:
+            tried.add(kind)
+            problem = _misread(module, adapter.dtype)
+        if problem is not None:
+            raise ValueError(f"{adapter.name_of(module)}: {problem}")
+
+
+def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why the weight that is read is not the one that a module computes with, if it is not."""
+    try:
+        error = reads_as_computed(module, dtype)
+    except ValueError as unreadable:
+        return str(unreadable)
+    if error <= _READING_TOLERANCE:
+        return None
+    return (
+        f"what this {type(module).__name__} computes is not what its weight says (the outputs differ by {error:.1%}); "
+        "merge or dequantise it first."
+    )
+
+
+def check_ready(adapter: Adapter) -> None:
+    """Refuse a model whose forward pass is random: in training mode with dropout.
+
+    Raises:
+        ValueError: saying which dropout is active.
+    """
+    training = {name: m for name, m in adapter.model.named_modules() if m.training}  # the model or a part of it
+    active = [name for name, m in training.items() if isinstance(m, nn.Dropout) and m.p > 0]
+    if training:
+        active += _random_by_config(adapter.config.to_dict())
+    if active:
+        raise ValueError(f"model: in training mode with dropout ({', '.join(active[:3])}); call model.eval() first.")
+
+
+def _random_by_config(config: dict[str, Any]) -> list[str]:
+    """What a config says that is random in training without being a module: dropout, layerdrop, a router's jitter."""
+    found = []
+    for name, value in ((str(name), value) for name, value in config.items()):
+        if isinstance(value, dict):
+            found += _random_by_config(value)
+        elif any(word in name for word in ("drop", "jitter")) and not name.startswith(("classifier", "summary")):
+            found += [name] if isinstance(value, float) and value > 0 else []
+    return found

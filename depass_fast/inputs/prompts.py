@@ -1,0 +1,148 @@
+"""Prompts: text, ids or chat messages become one id vector each, checked before any work."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from .encodings import is_encoded_batch, is_encoding, unpadded
+
+Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+
+
+def is_batch(prompt: Any) -> bool:
+    """Several prompts: a (P, N) tensor or a tokenizer's result with P > 1, or a list of what one prompt can be."""
+    if isinstance(prompt, (Tensor, np.ndarray)):
+        return prompt.ndim == 2 and len(prompt) > 1
+    if is_encoding(prompt):
+        return is_encoded_batch(prompt)
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0 and _is_prompt(prompt[0])
+
+
+def _is_prompt(item: Any) -> bool:
+    if isinstance(item, (Tensor, np.ndarray)):
+        return item.ndim > 0
+    return isinstance(item, (str, list, tuple)) or is_encoding(item)
+
+
+def encode_all(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[bool, list[Tensor]]:
+    """Whether several prompts are given, and the ids (N,) of each."""
+    batch = is_batch(prompt)
+    if is_encoding(prompt):
+        prompt = unpadded(prompt)
+    elif not batch:
+        prompt = [prompt]
+    return batch, [encode(p, adapter, tokenizer) for p in prompt]
+
+
+def as_index(value: Any, argument: str) -> int:
+    """An integer of any kind (Python's, NumPy's, a 0-dim tensor). TypeError for anything else, bool included."""
+    try:
+        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}.") from None
+
+
+def as_position(position: int, length: int) -> int:
+    """A position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
+    position = as_index(position, "position")
+    if not -length <= position < length:
+        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+    return position % length
+
+
+def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
+    """The ids (N,) of one prompt.
+
+    Text goes through the tokenizer with its special tokens, chat messages through its template, which adds them itself.
+    What a tokenizer has returned (`input_ids`, `attention_mask`) loses its padding.
+
+    Raises:
+        ValueError: empty prompt, ids outside the vocabulary, longer than the model's context, no tokenizer for text.
+        TypeError: anything that is no prompt.
+    """
+    if is_encoding(prompt):
+        if is_encoded_batch(prompt):
+            raise ValueError("prompt: input_ids of one prompt are expected here, (N,) or (1, N).")
+        prompt = unpadded(prompt)[0]
+    if isinstance(prompt, np.ndarray):
+        prompt = torch.from_numpy(prompt)
+    if isinstance(prompt, str):
+        # a BOS that the tokenizer adds by itself does not make an empty text a prompt
+        ids = _tokenizer(tokenizer, "prompt as text").encode(prompt) if prompt else []
+    elif isinstance(prompt, Tensor):
+        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+            raise TypeError(f"prompt: expected integer ids, got dtype {prompt.dtype}.")
+        if prompt.ndim == 2 and len(prompt) == 1:
+            prompt = prompt[0]
+        if prompt.ndim != 1:
+            raise ValueError(f"prompt: expected ids of shape (N,) or (1, N), got {tuple(prompt.shape)}.")
+        ids = prompt.tolist()
+    elif isinstance(prompt, Sequence) and len(prompt) and all(isinstance(m, Mapping) for m in prompt):
+        tokenizer = _tokenizer(tokenizer, "prompt as chat messages")
+        if not tokenizer.chat_template:
+            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    elif isinstance(prompt, Sequence):
+        ids = list(prompt)
+        for item in ids:
+            if isinstance(item, bool) or not hasattr(item, "__index__"):
+                raise TypeError(f"prompt: expected text, token ids or chat messages, got a list with {item!r}.")
+    else:
+        raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}.")
+    return _checked(ids, adapter)
+
+
+def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
+    if len(ids) == 0:
+        raise ValueError("prompt: empty; at least one token is needed.")
+    limit, vocabulary = adapter.context_length, adapter.embedding.weight.shape[0]
+    if limit is not None and len(ids) > limit:
+        raise ValueError(f"prompt: {len(ids)} tokens, but the model's context is {limit}; shorten the prompt.")
+    tensor = torch.tensor([int(i) for i in ids], dtype=torch.long, device="cpu")
+    outside = tensor[(tensor < 0) | (tensor >= vocabulary)]
+    if len(outside):
+        raise ValueError(f"prompt: id {int(outside[0])} is outside the vocabulary (0 to {vocabulary - 1}).")
+    return tensor
+
+
+def token_texts(ids: Tensor, tokenizer: Any | None) -> list[str]:
+    """The text of every token; its number where there is no tokenizer."""
+    if tokenizer is None:
+        return [str(i) for i in ids.tolist()]
+    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.tolist()]
+
+
+def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> int:
+    """The one token that ``text`` is.
+
+    Raises:
+        ValueError: it is several tokens (the message says which), or none.
+    """
+    ids = _tokenizer(tokenizer, f"{argument} {text!r}").encode(text, add_special_tokens=False)
+    if not text:
+        raise ValueError(f"{argument}: empty string; give one token, or None for the model's own next token.")
+    if len(ids) == 1 and ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
+        raise ValueError(f"{argument}: {text!r} is not in the tokenizer's vocabulary.")
+    if len(ids) != 1:
+        parts = ", ".join(
+            f"{t!r} ({i})" for t, i in zip(token_texts(torch.tensor(ids, device="cpu"), tokenizer), ids, strict=True)
+        )
+        hint = "" if text.startswith(" ") else f" Most words need a leading space: {' ' + text!r}."
+        raise ValueError(f"{argument}: {text!r} is {len(ids)} tokens: [{parts}]; one is needed.{hint}")
+    return ids[0]
+
+
+def _tokenizer(tokenizer: Any | None, what: str) -> Any:
+    if tokenizer is None:
+        raise ValueError(f"{what}: a tokenizer is needed, DePass(model, tokenizer). Without one, give token ids.")
+    return tokenizer

@@ -1,0 +1,81 @@
+"""Targets as a user gives them, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from .prompts import as_index, single_token
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A target, checked and with its tokens looked up, before the forward pass; ``items`` are (id, contrast, vector).
+
+    An id of None without a vector is the model's own next token.
+    """
+
+    items: tuple[tuple[int | None, int | None, Tensor | None], ...]
+    several: bool
+
+    def needs_logits(self) -> bool:
+        return any(token is None and vector is None for token, _, vector in self.items)
+
+
+def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None) -> TargetSpec:
+    """Check a target: None, an id, a string, a pair (a, b) for a - b, a vector (D,), or a list of any of these.
+
+    Raises:
+        ValueError: a string of several tokens, an id outside the vocabulary, a vector of the wrong size or with NaN.
+        TypeError: anything else.
+    """
+    target = _tensor(target)
+    listed = isinstance(target, Tensor) and target.ndim == (2 if target.is_floating_point() else 1)
+    several = isinstance(target, list) or listed
+    items = list(target) if several else [target]
+    if not items:
+        raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
+    return TargetSpec(tuple(_parse_one(item, adapter, tokenizer) for item in items), several)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[int | None, int | None, Tensor | None]:
+    if item is None:
+        return None, None, None
+    item = _tensor(item)
+    if isinstance(item, Tensor) and item.is_floating_point():
+        if tuple(item.shape) != (adapter.hidden_size,):
+            raise ValueError(f"target: a direction must have shape ({adapter.hidden_size},), got {tuple(item.shape)}.")
+        if not item.isfinite().all():
+            raise ValueError("target: the direction holds NaN or inf.")
+        return None, None, item.detach()
+    if isinstance(item, tuple):
+        if len(item) != 2:
+            raise ValueError(f"target: a contrast is a pair (a, b) for logit(a) - logit(b), got {len(item)} entries.")
+        first, second = item
+        return _token(first, adapter, tokenizer), _token(second, adapter, tokenizer, "target's contrast"), None
+    return _token(item, adapter, tokenizer), None, None
+
+
+def _token(item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "target") -> int:
+    if isinstance(item, str):
+        return single_token(item, tokenizer, argument)
+    try:
+        token = as_index(item, argument)
+    except TypeError:
+        raise TypeError(
+            f"{argument}: expected None, a token id, a string, a pair, a vector in R^{adapter.hidden_size}, or a list "
+            f"of these, got {item!r}."
+        ) from None
+    size = adapter.vocabulary_size
+    if not 0 <= token < size:
+        raise ValueError(f"{argument}: id {token} is outside the vocabulary (0 to {size - 1}).")
+    return token

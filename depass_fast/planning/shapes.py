@@ -1,0 +1,102 @@
+"""What a plan is made of: the widths of layers, how many components there are, the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from ..adapters import Adapter
+from ..backends.workload import LayerSize
+from ..components.base import ComponentKind
+from ..components.features import Features
+from ..components.model import Modules, Neurons
+from ..components.start import meets_bias
+from ..trace.size import bytes_per_position
+
+_known: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def layer_sizes(adapter: Adapter) -> list[LayerSize]:
+    if adapter.model not in _known:
+        _known[adapter.model] = [_size(adapter, index) for index in range(adapter.n_layers)]
+    return _known[adapter.model]
+
+
+def _size(adapter: Adapter, index: int) -> LayerSize:
+    layer, experts = adapter.layer(index), adapter.family.experts
+    attention, mlps = layer.attention, layer.mlps
+    routed = sum(mlp.name not in ("", "shared") for mlp in mlps)
+    shares = [experts.top_k / routed if mlp.name not in ("", "shared") else 1.0 for mlp in mlps]
+    up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
+    beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
+    return LayerSize(
+        v=attention.n_kv_heads * attention.head_dim,
+        o=attention.n_heads * attention.head_dim,
+        heads=attention.n_heads,
+        mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
+        copied=layer.parallel or len(mlps) > 1,
+        has_up=beside or routed > 0 or adapter.family.gate_part is not None,
+        output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
+    )
+
+
+def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
+    """How many components a prompt will have, without the extras, and whether that is known before it is traced."""
+    if isinstance(kind, Neurons):
+        size = layer_sizes(adapter)[kind.resolve(adapter)]
+        return size.reached(length), all(share == 1 for _, share in size.mlps)
+    if isinstance(kind, Features):
+        return kind.sae.W_dec.shape[0], False
+    return len(kind.names(adapter, [""] * length)), True
+
+
+def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
+    layer = adapter.layer(kind.resolve(adapter))
+    own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
+    if isinstance(kind, Features):
+        own = getattr(kind.sae, "b_dec", None) is not None
+    if isinstance(kind, Modules):
+        own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
+    return int(own or meets_bias(kind, adapter, end))
+
+
+def fewest_components(kind: ComponentKind, adapter: Adapter) -> int:
+    """How many named components any prompt has at least, of a kind that depends on the prompt."""
+    return layer_sizes(adapter)[kind.resolve(adapter)].reached(1) if isinstance(kind, Neurons) else 1
+
+
+def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, int]:
+    """The layers that components are carried through: the first, and the one that is no more.
+
+    Raises:
+        ValueError: ``end`` lies before the components, or behind the model.
+    """
+    entering, last = kind.entry(adapter).layer, adapter.n_layers if end is None else end
+    if not entering <= last <= adapter.n_layers:
+        raise ValueError(
+            f"end: {end!r} is out of range; these components reach layers {entering} to {adapter.n_layers}."
+        )
+    return entering, last
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """``trace`` bytes, the ``peak`` while it is taken, what of it is ``held`` later, ``flop``: none of a given one."""
+
+    trace: int
+    peak: int
+    held: int
+    flop: float
+
+    @staticmethod
+    def of(adapter: Adapter, lengths: Sequence[int], traced: bool) -> ForwardPass:
+        positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
+        layers = layer_sizes(adapter)
+        trace = positions * bytes_per_position(adapter, adapter.dtype)
+        if traced:
+            return ForwardPass(trace, 0, 0, 0.0)
+        mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
+        attention = max(3 * size.o + 2 * size.v for size in layers)
+        beside = positions * (width + max(mlp, attention)) * item
+        return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))

@@ -1,0 +1,86 @@
+"""One layer of the propagation: attention, then the MLP or the experts, each a step of the backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Layer, Norm
+from ..labels import BIAS
+from ..runtime.memory import host_room
+from ..runtime.transfer import to_device
+from ..state.layout import Layout
+from ..state.state import ComponentState
+from ..trace.record import LayerTrace
+from .run import Run
+
+
+def through_layer(
+    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+) -> ComponentState:
+    """The state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up."""
+    state, source = through_attention(state, layer, record, run, queries)
+    return through_mlp(state, source, layer, record, run)
+
+
+def through_attention(
+    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+) -> tuple[ComponentState, ComponentState | None]:
+    """The state after the attention of ``layer``, at all positions or at those of ``queries``, and what the MLP reads.
+
+    The latter is None where the MLP reads the state itself. ``state`` is used up; where it starts behind the attention,
+    only its positions are chosen.
+    """
+    if state.site == "resid_mid":
+        return (state if queries is None else state.at(queries)), None
+    source = None
+    if layer.parallel:
+        source = _copy(state) if queries is None else state.at(queries)
+    if run.host and queries is None:
+        run.backend.foresee(layer, record, run.allocation)
+    state = run.steps.aggregate_ov(state, layer.attention, record.attention, queries)
+    normalise(state, layer.attention.stream, record.attention_sum)
+    return state, source
+
+
+def through_mlp(
+    state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
+) -> ComponentState:
+    """The state after the MLP, or the experts, of ``layer``, which read ``source`` or the state itself."""
+    if source is None and len(record.mlps) > 1:  # experts must not read one another
+        source = _copy(state)
+    for part in record.mlps:
+        mlp = layer.mlps[part.part]
+        if part.positions is None:
+            state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
+            continue
+        sent = np.flatnonzero(np.isin(state.layout.packed, part.sent))
+        if len(sent):
+            read = None if source is None else source.take(sent)
+            state.put(run.steps.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
+    normalise(state, layer.mlp.stream, record.mlp_sum)
+    state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
+    return state
+
+
+def _copy(state: ComponentState) -> ComponentState:
+    rows = state.rows
+    pinned = rows.device.type == "cpu" and rows.is_pinned()
+    rows = host_room(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
+    return ComponentState(rows.copy_(state.rows), state.layout, state.layer, state.site)
+
+
+def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
+    """Apply a norm of the residual stream itself to every component, its scale frozen at ``resid`` (T, D); in place."""
+    if norm is None:
+        return
+    layout, rows = state.layout, state.rows
+    packed = to_device(layout.packed[layout.row_segments()], rows.device)
+    if norm.centred:
+        rows.sub_(rows.mean(-1, keepdim=True))
+    rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
+    if norm.weight is not None:
+        rows.mul_(norm.weight.to(rows))
+    if norm.bias is not None and layout.index(BIAS) is not None:  # of chosen components, `bias` may be none
+        rows[to_device(layout.extra_rows(BIAS), rows.device)] += norm.bias.to(rows)

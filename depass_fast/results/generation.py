@@ -1,0 +1,84 @@
+"""Generated text and where every token of it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attribution import Attribution
+from .verification import Verification, merged
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(eq=False)
+class Generation:
+    """A generated sequence of N tokens, the first ``prompt_length`` of them the prompt's.
+
+    ``input_ids`` and ``tokens`` (N,) are all of them; ``text`` is the whole sequence's, None without a tokenizer.
+    ``steps`` holds an :class:`Attribution` per generated token: the shares of all tokens before it in its logit.
+    """
+
+    prompt_length: int
+    input_ids: list[int]
+    tokens: list[str]
+    text: str | None
+    steps: list[Attribution]
+
+    @classmethod
+    def of(cls, steps: Sequence[Attribution], prompt_length: int, tokenizer: Any | None) -> Generation:
+        """From attributions over all N tokens: those that do not come before a step's token are cut off."""
+        ids, tokens = steps[0].input_ids, steps[0].tokens
+        text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+        return cls(prompt_length, ids, tokens, text, [_of_the_past(step) for step in steps])
+
+    @property
+    def scores(self) -> Tensor:
+        """The shares of tokens in generated tokens: (N - prompt_length, N), zero where they do not come before."""
+        scores = torch.zeros(len(self.steps), len(self.input_ids), dtype=self.steps[0].scores.dtype, device="cpu")
+        for row, step in zip(scores, self.steps, strict=True):
+            row[: step.position + 1] = step.scores[: step.position + 1]
+        return scores
+
+    @property
+    def completeness_error(self) -> float:
+        """The largest of the steps'."""
+        return max(step.completeness_error for step in self.steps)
+
+    @property
+    def verification(self) -> Verification | None:
+        """Of all steps; None where nothing was verified."""
+        return merged(step.verification for step in self.steps)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row per generated token and component before it: `position`, `token`, `label`, `score`. Needs pandas."""
+        import pandas
+
+        rows = [
+            (step.position + 1, self.tokens[step.position + 1], label, score)
+            for step in self.steps
+            for label, score in zip(step.labels, step.scores.tolist(), strict=True)
+        ]
+        return pandas.DataFrame(rows, columns=["position", "token", "label", "score"])
+
+    def __str__(self) -> str:
+        """A line per generated token: the three tokens that gave most to it."""
+        lines = [] if self.text is None else [self.text, ""]
+        for step in self.steps:
+            best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
+            lines.append(f"{step.position + 1:5d} {self.tokens[step.position + 1]!r:16} {best}")
+        found = "" if self.verification is None else f" | verified: {self.verification}"
+        return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"])
+
+
+def _of_the_past(step: Attribution) -> Attribution:
+    """Without the tokens after the position that is read, which have no share."""
+    n, first_extra = step.position + 1, len(step.labels) - step.n_extras
+    kept = [*range(n), *range(first_extra, len(step.labels))]
+    labels = [step.labels[i] for i in kept]
+    return replace(step, scores=step.scores[kept], labels=labels, input_ids=step.input_ids[:n], tokens=step.tokens[:n])

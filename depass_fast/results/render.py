@@ -1,0 +1,249 @@
+"""How a result looks: as plain text (``str(result)``) and in colour (``rich.print(result)``)."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .layered import LayeredAttribution
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from .attribution import Attribution
+
+_WIDTH = 100  # columns of plain text
+_BAR = 24  # columns of the longest bar
+_LONG = 128  # tokens beyond which plain text shows a table instead of the prompt
+_TOP = 10
+
+# Mid-tones, legible on dark and on light terminals: as text, and as a background under white text.
+POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
+_FAINT = 0.03  # of the largest share; below it a token keeps the terminal's own colours
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    score: float
+    ranked: bool = True  # a component of its own, with a bar; not `others`, `rest`, `bias` and the sum
+
+
+def plain(result: Attribution, top: int | None = None) -> str:
+    """A short text: what was read out, then the prompt with the share of every token, or the leading components.
+
+    ``top`` asks for a table of that many components (default: 10, and for tokens the prompt instead).
+    """
+    as_prompt = result.components == "tokens" and len(result.tokens) <= _LONG
+    text = [*_warned(result), *(_headline(result, k) for k in _targets(result)), about(result)]
+    if as_prompt:
+        text += ["", *aligned(result)]
+    for k in _targets(result) if top or not as_prompt else ():
+        title = [result.target_names[k]] if len(_targets(result)) > 1 else []
+        text += ["", *title, *_plain_table(_rows(result, k, top or _TOP))]
+    return "\n".join(text)
+
+
+def rich_view(result: Attribution, top: int | None = None) -> Any:
+    """The same in colour: for tokens the prompt, red where a token raises the target's logit, blue where it lowers it;
+    then a table of the ``top`` (default 10) leading components per target."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(line, style="bold red") for line in _warned(result)]
+    for k in _targets(result):
+        parts += [Text(_headline(result, k), style="bold"), ""]
+        if result.components == "tokens":
+            scores = _scores(result, k)
+            parts += [token_line(result.tokens, scores), legend(scores[: len(result.tokens)]), ""]
+        parts += [rich_table(_rows(result, k, top or _TOP)), ""]
+    return Group(*parts, Text(about(result), style="dim"))
+
+
+def about(result: Attribution) -> str:
+    """One line on how a result came about."""
+    rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
+    layers = f"layer {result.layer}"
+    if isinstance(result, LayeredAttribution):
+        layers = f"layers {', '.join(map(str, result.layers))}" if len(result) < 5 else f"{len(result)} layers"
+    how = result.method + (f" ({_estimated(result.estimate)})" if result.estimate else "")
+    verified = "" if result.verification is None else f"verified: {result.verification} | "
+    return (
+        f"{result.components} at {layers} | {how} | {rule} | {result.backend} on {result.device}, {result.dtype} | "
+        f"completeness error {result.completeness_error:.1e} | {verified}{result.seconds:.2f} s"
+    )
+
+
+def _warned(result: Attribution) -> list[str]:
+    more = " These scores are approximate; see docs/adjoint.md." if result.method == "adjoint" else ""
+    return [f"WARNING: {text}.{more}" for text in result.warnings or []]
+
+
+def _estimated(estimate: dict[str, Any]) -> str:
+    """What a sample says of approximate scores, in a few words."""
+    found = [f"sample of {estimate['sample']}"] if estimate["sample"] else []
+    if estimate["spearman"] is not None:
+        found.append(f"Spearman {estimate['spearman']:.4f}")
+    if estimate["relative_error"] is not None:
+        found.append(f"error {estimate['relative_error']:.1%}")
+    if estimate["missed"] is not None:
+        low, high = estimate["missed_interval"]
+        found.append(f"missed of the top {estimate['top']}: {estimate['missed']:.0%} ({low:.0%} to {high:.0%})")
+    return ", ".join(found) or "no sample"
+
+
+def token_line(tokens: Sequence[str], scores: Sequence[float]) -> Text:
+    """The prompt as one line; every token's background is red or blue, the more saturated the larger |share| / max."""
+    from rich.text import Text
+
+    line, largest = Text(), max((abs(s) for s in scores[: len(tokens)]), default=0.0)
+    for token, score in zip(tokens, scores, strict=False):
+        line.append(printable(token), style=_heat(score / largest if largest else 0.0))
+    return line
+
+
+def legend(scores: Sequence[float]) -> Text:
+    """What the colours of :func:`token_line` mean for these scores."""
+    from rich.text import Text
+
+    largest = max((abs(s) for s in scores), default=0.0)
+    low, high = format_scores([-largest, largest])
+    line = Text()
+    line.append(f" {low} ", style=_heat(-1.0))
+    for step in (-0.6, -0.2, 0.2, 0.6):
+        line.append("   ", style=_heat(step))
+    line.append(f" {high} ", style=_heat(1.0))
+    return line
+
+
+def aligned(result: Attribution, width: int = _WIDTH) -> list[str]:
+    """The prompt of a token attribution in lines of ``width`` columns; under every token its share per target."""
+    heads = [printable(t) if t.strip() else repr(t) for t in result.tokens] + result.labels[len(result.tokens) :]
+    flat = format_scores([score for k in _targets(result) for score in _scores(result, k)])
+    rows = [flat[k * len(heads) : (k + 1) * len(heads)] for k in _targets(result)]
+    names = [""] if len(rows) == 1 else result.target_names
+    margin = max(map(_width, names))
+    columns = [[head, *(row[m] for row in rows)] for m, head in enumerate(heads)]
+    lines: list[str] = []
+    current = ["  " + _pad(name, margin) for name in ["", *names]]
+    start = list(current)
+    for column in columns:
+        wide = max(map(_width, column))
+        if current != start and _width(current[0]) + 2 + wide > width:
+            lines += [*(line.rstrip() for line in current), ""]
+            current = list(start)
+        current = [line + "  " + _pad(cell, wide, right=True) for line, cell in zip(current, column, strict=True)]
+    return [*lines, *(line.rstrip() for line in current)]
+
+
+def rich_table(rows: Sequence[_Row], width: int = _BAR) -> Table:
+    """Label, share and bar of every row; ``width`` is the longest bar's, in columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
+    for row, number in zip(rows, format_scores([row.score for row in rows]), strict=True):
+        colour = _rgb(POSITIVE if row.score > 0 else NEGATIVE)
+        length = score_bar(row.score, largest, width, fill="█") if row.ranked else ""
+        style = "" if row.ranked else "dim"
+        table.add_row(Text(row.label, style=style), Text(number, style=style), Text(length, style=colour))
+    return table
+
+
+def leading(pairs: Sequence[tuple[str, float]]) -> list[_Row]:
+    """(label, score) pairs, as ``result.top`` gives them, as rows of :func:`rich_table`."""
+    return [_Row(label, score) for label, score in pairs]
+
+
+def format_scores(scores: Sequence[float]) -> list[str]:
+    """Signed numbers with the same number of decimals: four significant digits of the largest."""
+    largest = max((abs(s) for s in scores), default=0.0)
+    if not largest or not math.isfinite(largest) or largest < 1e-6 or largest >= 1e7:
+        return [f"{s:+.3e}" if s else "0" for s in scores]
+    decimals = max(0, 3 - math.floor(math.log10(largest)))
+    return [f"{s:+.{decimals}f}" if round(s, decimals) else f"{0:.{decimals}f}" for s in scores]
+
+
+def score_bar(score: float, largest: float, width: int = _BAR, fill: str | None = None) -> str:
+    """A bar of length |score| / largest; by default full blocks where positive, shaded ones where negative."""
+    length = round(width * abs(score) / largest) if largest else 0
+    return (fill or ("█" if score > 0 else "▒")) * length or ("▏" if score else "")
+
+
+def printable(token: str) -> str:
+    """The text of a token with line breaks and other invisible characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
+
+
+def _targets(result: Attribution) -> range:
+    return range(len(result.target_names))
+
+
+def _scores(result: Attribution, target: int) -> list[float]:
+    return (result.scores if result.scores.ndim == 1 else result.scores[target]).tolist()
+
+
+def _headline(result: Attribution, target: int) -> str:
+    """The target, where it was read out, and its value."""
+    if result.target_ids[target] is None:
+        what = "projection"
+    else:
+        what = "logit" if result.contrast_ids[target] is None else "logit difference"
+    at = f"position {result.position} (after {result.tokens[result.position]!r})"
+    return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
+
+
+def _rows(result: Attribution, target: int, top: int) -> list[_Row]:
+    """The leading components, the sum of the others, `rest` and `bias`, and the sum of all; of layers, the former."""
+    if isinstance(result, LayeredAttribution):
+        return leading(result.top(top, target))
+    scores = _scores(result, target)
+    named = len(scores) - result.n_extras
+    shown = result.top(top, target)
+    rows = [_Row(label, score) for label, score in shown]
+    if len(shown) < named:
+        others = math.fsum(scores[:named]) - math.fsum(score for _, score in shown)
+        rows.append(_Row(f"{named - len(shown)} others", others, ranked=False))
+    rows += [_Row(label, score, False) for label, score in zip(result.labels[named:], scores[named:], strict=True)]
+    return [*rows, _Row("sum", math.fsum(scores), ranked=False)]
+
+
+def _plain_table(rows: Sequence[_Row]) -> list[str]:
+    numbers = format_scores([row.score for row in rows])
+    label, number = max(_width(row.label) for row in rows), max(map(len, numbers))
+    largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
+    return [
+        f"  {_pad(row.label, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
+        for row, text in zip(rows, numbers, strict=True)
+    ]
+
+
+def _heat(t: float) -> str:
+    """The style of a share ``t`` in -1 to 1: from grey to full colour, white text."""
+    if abs(t) < _FAINT:
+        return ""
+    end = POSITIVE if t > 0 else NEGATIVE
+    mixed = (round(a + (b - a) * min(abs(t), 1.0)) for a, b in zip(_NEUTRAL, end, strict=True))
+    return f"rgb(255,255,255) on {_rgb(mixed)}"
+
+
+def _rgb(colour: Any) -> str:
+    return "rgb({},{},{})".format(*colour)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: wide East Asian characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _pad(text: str, width: int, right: bool = False) -> str:
+    space = " " * max(0, width - _width(text))
+    return space + text if right else text + space

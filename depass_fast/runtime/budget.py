@@ -1,0 +1,98 @@
+"""The workspace of a run in bytes, halved where memory runs out, and work that carries on from there.
+
+A piece of work writes to the state last, all at once. So a piece that runs out of memory has written nothing: what is
+left is cut smaller and done from there on, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from .memory import is_out_of_memory, readable
+from .progress import advance
+
+_LEAST = 1 << 10
+_ADVICE = (
+    "what is short is room for the state and the trace. Take a state_dtype of half the size, fewer or shorter prompts, "
+    "stream=True, or carry the components in several runs with decompose(..., focus=...)."
+)
+
+Piece = TypeVar("Piece")
+
+
+class Budget:
+    """Bytes of workspace: ``given``, or a device's default. ``release`` lets go of what is held.
+
+    With less than ``least`` nothing is tried again: then the error gives the ``advice``.
+    """
+
+    def __init__(
+        self,
+        given: int | None,
+        default: Callable[[torch.device], int],
+        release: Callable[[], None],
+        least: int = _LEAST,
+        advice: str = _ADVICE,
+    ) -> None:
+        self._bytes, self._default, self._release = given, default, release
+        self._least, self._advice = least, advice
+
+    def bytes(self, device: torch.device) -> int:
+        return self._bytes or self._default(device)
+
+    def each(
+        self,
+        device: torch.device,
+        cut: Callable[[Piece | None], Sequence[Piece]],
+        step: Callable[[Piece], None],
+    ) -> None:
+        """Do ``step`` for every piece. ``cut`` gives all pieces for None, else those from an undone one on."""
+        pieces = self.prepare(device, lambda: cut(None))
+        done, total = 0, max(1, len(pieces))
+        while done < len(pieces):
+            failed = None
+            try:
+                step(pieces[done])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = str(error)
+                self.halve(device, error)
+            if failed is None:
+                done += 1
+                advance(done / total)
+            else:  # out of the handler, which holds on to what the step had allocated
+                undone = pieces[done]
+                total -= len(pieces)
+                pieces, done = self.prepare(device, lambda undone=undone: cut(undone)), 0
+                total += len(pieces)
+
+    def prepare(self, device: torch.device, make: Callable[[], Piece]) -> Piece:
+        """What ``make`` makes without writing to the state; again with less held where memory runs out."""
+        while True:
+            try:
+                return make()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.halve(device, error)
+
+    def halve(self, device: torch.device, error: BaseException) -> None:
+        """Half of what it was, and said so. Raises OutOfMemoryError where that has come to nothing."""
+        before = self.bytes(device)
+        if before // 2 < self._least:
+            raise torch.OutOfMemoryError(
+                f"out of memory on {device} with a workspace of {readable(before)}: {self._advice}"
+            ) from error
+        self._bytes = before // 2
+        self._release()
+        warnings.warn(
+            f"out of memory on {device}: carrying on with a workspace of {readable(self._bytes)} instead of "
+            f"{readable(before)}; results do not change. memory_budget={self._bytes} avoids the attempt.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,15 @@
+"""The library's logger, and what it says once per process."""
+
+from __future__ import annotations
+
+import logging
+
+_log = logging.getLogger("depass_fast")
+_said: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """Log at level INFO, once per process."""
+    if text not in _said:
+        _said.add(text)
+        _log.info(text)

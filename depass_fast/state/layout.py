@@ -1,0 +1,195 @@
+"""state.layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.transfer import all_to_device
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of one prompt, in row order: the extras (`rest`, `bias`), then the named ones.
+
+    ``births`` (M,) is the first position at which each is alive, non-decreasing; ``excluded`` (M,) marks special
+    tokens, which take part in the allocation at the position of their birth only.
+    """
+
+    extras: tuple[str, ...]
+    names: tuple[str, ...]
+    births: np.ndarray
+    excluded: np.ndarray
+
+    @staticmethod
+    def everywhere(names: tuple[str, ...], extras: tuple[str, ...]) -> Components:
+        """Components that live at every position."""
+        m = len(names) + len(extras)
+        return Components(extras, names, np.zeros(m, np.int64), np.zeros(m, bool))
+
+    @staticmethod
+    def tokens(names: tuple[str, ...], extras: tuple[str, ...], excluded: set[int]) -> Components:
+        """One component per position, born there; ``excluded`` holds positions."""
+        births = np.concatenate([np.zeros(len(extras), np.int64), np.arange(len(names))])
+        flags = np.zeros(len(births), bool)
+        flags[[len(extras) + n for n in excluded]] = True
+        return Components(extras, names, births, flags)
+
+    def __len__(self) -> int:
+        return len(self.births)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names in the order that users see: the named ones, then `rest` and `bias`."""
+        return [*self.names, *self.extras]
+
+    def index(self, extra: str) -> int | None:
+        """The row of an extra component within a position, or None."""
+        return self.extras.index(extra) if extra in self.extras else None
+
+    def alive(self, positions: np.ndarray) -> np.ndarray:
+        """How many components are alive at each position: (S,) -> (S,)."""
+        return np.searchsorted(self.births, positions, side="right")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which rows there are: for every segment (a position that carries rows) its prompt, position and count.
+
+    ``prompt`` (S,), ``local`` (S,) position within the prompt, ``packed`` (S,) position in the trace, ``counts`` (S,);
+    ``starts`` (S + 1,) is the first row of every segment. Segments of a prompt follow each other in order.
+
+    In a joint layout (:meth:`join`) a position carries a segment per decomposition, which is a prompt of its own here,
+    one after the other; ``positions`` is then the same rows with one segment per position, as attention sees them, and
+    ``joined`` are the layouts that it was made of.
+    """
+
+    components: tuple[Components, ...]
+    prompt: np.ndarray
+    local: np.ndarray
+    packed: np.ndarray
+    counts: np.ndarray
+    starts: np.ndarray
+    positions: Layout | None = None
+    joined: tuple[Layout, ...] = ()
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One of the arrays on a device, kept there with the others: int64, `segment_of` (R,) int32."""
+        if (name, device) not in self._tensors:
+            names = ("prompt", "local", "packed", "counts", "starts", "segment_of")
+            arrays = [getattr(self, name) for name in names[:-1]] + [self.row_segments().astype(np.int32)]
+            for one, tensor in zip(names, all_to_device(arrays, device), strict=True):
+                self._tensors[one, device] = tensor
+        return self._tensors[name, device]
+
+    @property
+    def by_position(self) -> Layout:
+        """The same rows with one segment per position."""
+        return self.positions or self
+
+    @staticmethod
+    def join(layouts: Sequence[Layout]) -> Layout:
+        """Decompositions of the same positions, by components that live everywhere: position by position.
+
+        Prompt p of the d-th layout becomes prompt d · P + p.
+        """
+        parts, count = range(len(layouts)), len(layouts[0].components)
+        prompt = np.stack([layout.prompt + d * count for d, layout in enumerate(layouts)], 1).flatten()
+        local, packed = (np.repeat(getattr(layouts[0], name), len(layouts)) for name in ("local", "packed"))
+        counts = np.stack([layout.counts for layout in layouts], 1)
+        together = []
+        for p in range(count):
+            size = sum(len(layouts[d].components[p]) for d in parts)
+            together.append(Components((), (), np.zeros(size, np.int64), np.zeros(size, bool)))
+        first = layouts[0]
+        wide = Layout(tuple(together), first.prompt, first.local, first.packed, *_counted(counts.sum(1)))
+        components = tuple(c for layout in layouts for c in layout.components)
+        return Layout(components, prompt, local, packed, *_counted(counts.flatten()), wide, tuple(layouts))
+
+    @staticmethod
+    def of(
+        components: tuple[Components, ...], offsets: np.ndarray, positions: list[np.ndarray] | None = None
+    ) -> Layout:
+        """Rows for all positions of every prompt, or for the given local ``positions`` of each."""
+        if positions is None:
+            positions = [np.arange(length) for length in np.diff(offsets)]
+        prompt = np.repeat(np.arange(len(components)), [len(p) for p in positions])
+        local = np.concatenate(positions).astype(np.int64)
+        counts = np.concatenate([c.alive(p) for c, p in zip(components, positions, strict=True)]).astype(np.int64)
+        return Layout(components, prompt, local, offsets[prompt] + local, *_counted(counts))
+
+    def only(self, segments: np.ndarray) -> Layout:
+        """The layout of some of the segments (S',), in that order."""
+        parts = [getattr(self, name)[segments] for name in ("prompt", "local", "packed")]
+        return Layout(self.components, *parts, *_counted(self.counts[segments]))
+
+    def rows_of(self, segments: np.ndarray) -> np.ndarray:
+        """The rows of some of the segments (S',), one segment after the other."""
+        counts = self.counts[segments]
+        ends = np.cumsum(counts)
+        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[segments] - (ends - counts), counts)
+
+    def apart(self) -> tuple[Layout, ...]:
+        """The layouts that were joined, or this one."""
+        return self.joined or (self,)
+
+    def find(self, other: Layout) -> np.ndarray:
+        """Where the segments of ``other`` (S',), at some of the same prompts' positions, are found here: (S',).
+
+        Raises:
+            KeyError: at another position.
+        """
+        span = int(self.packed.max(initial=0)) + 1
+        keys, wanted = (layout.prompt * span + layout.packed for layout in (self, other))
+        order = np.argsort(keys, kind="stable")
+        places = np.searchsorted(keys, wanted, sorter=order)
+        found = order[np.minimum(places, len(order) - 1)]
+        if other.packed.max(initial=0) >= span or not np.array_equal(keys[found], wanted):
+            raise KeyError("these rows are at positions that the layout does not have")
+        return found
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.starts[-1])
+
+    def segments(self, prompt: int) -> slice:
+        """The segments of one prompt."""
+        return slice(*(int(i) for i in np.searchsorted(self.prompt, [prompt, prompt + 1])))
+
+    def row_segments(self, segments: slice | None = None) -> np.ndarray:
+        """The segment of every row (of a range of segments)."""
+        segments = segments or slice(0, len(self.counts))
+        return np.repeat(np.arange(segments.start, segments.stop), self.counts[segments])
+
+    def rows(self, prompt: int) -> slice:
+        """The rows of one prompt."""
+        segments = self.segments(prompt)
+        return slice(int(self.starts[segments.start]), int(self.starts[segments.stop]))
+
+    def index(self, extra: str) -> int | None:
+        """The row of `rest` or `bias` within every segment: the same for all prompts, or None."""
+        return self.components[0].index(extra)
+
+    def extra_rows(self, extra: str) -> np.ndarray:
+        """The rows of `rest` or `bias`, one per segment."""
+        return self.starts[:-1] + self.index(extra)
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts (S,) and the first row of every segment (S + 1,)."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return counts, starts

@@ -1,0 +1,190 @@
+"""The component state: every hidden state written as a sum of components, as jagged rows.
+
+A *row* is one component at one position. Rows are grouped by position; components that do not exist yet at a
+position (token m before position m) have no row there. Within a prompt the components are ordered by the position
+of their birth: first those that live everywhere (`rest`, `bias`, heads, neurons, ...), then tokens as they appear.
+So the components alive at a position are always the first ``count`` ones, and row ``start[position] + m`` is
+component m: no index per row is ever stored. A rectangle (N, M, D) is the case of equal counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime.transfer import to_device
+
+if TYPE_CHECKING:
+    from ..results.verification import Verification
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One prompt's named components as products: at position n component m is ``coefficients``[n, m] · ``vectors``[m].
+
+    Tokens and neurons are like that where they start. ``coefficients`` is (N, M), None for the identity (each
+    component at its own position only); ``vectors`` is (M, D).
+    """
+
+    coefficients: Tensor | None
+    vectors: Tensor
+
+
+@dataclass
+class ComponentState:
+    """The rows (R, D) of a layout, in the state's dtype, entering ``layer`` at ``site``: `resid_pre`, or `resid_mid`.
+
+    ``factors``, one per prompt, say the same of the named components in less, where they have just started.
+    ``verification`` is what ``verify=True`` found of the call that it comes from.
+    """
+
+    rows: Tensor
+    layout: Layout
+    layer: int
+    site: str = "resid_pre"
+    factors: tuple[Factors, ...] | None = None
+    verification: Verification | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def labels(self) -> list[str]:
+        """Component labels of the first prompt, in the order of :meth:`dense`."""
+        return self.labels_of(0)
+
+    def labels_of(self, prompt: int) -> list[str]:
+        """Component labels of one prompt, in the order of :meth:`dense`."""
+        return self.layout.components[self._checked(prompt)].labels
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.numel() * self.rows.element_size()
+
+    def dense(self, prompt: int = 0) -> Tensor:
+        """The state of one prompt as a tensor (N, M, D), components in the order of the labels, zero where not alive.
+
+        N counts the positions that the state still carries: all of them unless it was pruned to a readout.
+        """
+        extras = len(self.layout.components[self._checked(prompt)].extras)
+        view = self._view(prompt)
+        if view is None and not extras:
+            return self.block(prompt)
+        return torch.roll(self.block(prompt) if view is None else view, -extras, dims=1)
+
+    def _checked(self, prompt: int) -> int:
+        count = len(self.layout.components)
+        if not 0 <= prompt < count:
+            raise IndexError(f"prompt: {prompt} is out of range; this state holds {count} (0 to {count - 1}).")
+        return prompt
+
+    def block(self, prompt: int) -> Tensor:
+        """Like :meth:`dense`, in row order; a copy."""
+        view = self._view(prompt)
+        if view is not None:
+            return view.clone()
+        mask = self.mask(prompt)
+        out = self.rows.new_zeros(*mask.shape, self.rows.shape[1])
+        out[mask] = self.rows[self.layout.rows(prompt)]
+        return out
+
+    def _view(self, prompt: int) -> Tensor | None:
+        """The rows themselves as a block, where every component is alive everywhere."""
+        rows, counts = self.rows[self.layout.rows(prompt)], self.layout.counts[self.layout.segments(prompt)]
+        m = len(self.layout.components[prompt])
+        return rows.view(len(counts), m, rows.shape[1]) if (counts == m).all() else None
+
+    def set_block(self, prompt: int, values: Tensor) -> None:
+        """Write a dense (N, M, D) block in row order back into the rows."""
+        self.factors = None
+        self.rows[self.layout.rows(prompt)] = values[self.mask(prompt)]
+
+    def at(self, layout: Layout) -> ComponentState:
+        """The same state at fewer positions: ``layout``'s, which keep all their components."""
+        return ComponentState(self.take(self.layout.find(layout)).rows, layout, self.layer)
+
+    def take(self, segments: np.ndarray) -> ComponentState:
+        """A copy of some of the segments (S',)."""
+        rows = to_device(self.layout.rows_of(segments), self.device)
+        return ComponentState(self.rows[rows], self.layout.only(segments), self.layer, self.site)
+
+    def put(self, part: ComponentState, segments: np.ndarray) -> None:
+        """Write back the rows of some of the segments, as :meth:`take` took them out."""
+        self.factors = None
+        self.rows.index_copy_(0, to_device(self.layout.rows_of(segments), self.device), part.rows)
+
+    @staticmethod
+    def join(states: Sequence[ComponentState]) -> ComponentState:
+        """Several decompositions at the same place, as one state in a joint layout."""
+        if len(states) == 1:
+            return states[0]
+        first, joint = states[0], Layout.join([part for state in states for part in state.layout.apart()])
+        rows = first.rows.new_empty(joint.n_rows, first.rows.shape[1])
+        for p in range(len(joint.by_position.components)):
+            blocks = [_by_position(state.rows, state.layout, p) for state in states]
+            torch.cat(blocks, 1, out=_by_position(rows, joint, p))
+        return ComponentState(rows, joint, first.layer, first.site)
+
+    def apart(self) -> list[ComponentState]:
+        """The decompositions of a joint state, each by itself."""
+        layouts = self.layout.apart()
+        if len(layouts) == 1:
+            return [self]
+        by_decomposition = np.argsort(self.layout.prompt // len(layouts[0].components), kind="stable")
+        rows = self.rows[to_device(self.layout.rows_of(by_decomposition), self.device)]
+        parts = rows.split([layout.n_rows for layout in layouts])
+        return [
+            ComponentState(part, layout, self.layer, self.site) for part, layout in zip(parts, layouts, strict=True)
+        ]
+
+    def moved(self) -> ComponentState:
+        """The same state, of which this one lets go: whoever still holds on to it holds no rows."""
+        other = replace(self)
+        self.rows = self.rows.new_empty(0, self.rows.shape[1])
+        return other
+
+    def mask(self, prompt: int) -> Tensor:
+        """Which components have a row: (N, M) bool, in row order."""
+        layout = self.layout
+        counts = to_device(layout.counts[layout.segments(prompt)], self.device)
+        return torch.arange(len(layout.components[prompt]), device=self.device) < counts[:, None]
+
+    def total(self) -> Tensor:
+        """The sum over the components at every segment: (S, D)."""
+        counts = self.layout.counts
+        if (counts == counts[0]).all():
+            return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
+        return segment_sums(self.rows, self.layout.tensor("starts", self.device)[:-1])
+
+    def completeness(self, resid: Tensor) -> Tensor:
+        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,), on the state's device."""
+        layout, rows = self.layout, self.rows
+        everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
+        x = (resid if everywhere else resid[layout.tensor("packed", resid.device)]).to(rows.device)
+        if torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
+            x = x.to(rows)  # a narrower state cannot be nearer to it than that
+        missed, size = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (self.total() - x, x))
+        error, n = missed / size.clamp_min(torch.finfo(rows.dtype).tiny), len(layout.components)
+        if np.array_equal(layout.prompt, np.tile(np.arange(n), len(layout.prompt) // n)):  # one, or joint ones of one
+            return error.view(-1, n).amax(0)
+        worst = error.new_zeros(n)
+        return worst.scatter_reduce_(0, layout.tensor("prompt", error.device), error, "amax")
+
+
+def _by_position(rows: Tensor, layout: Layout, prompt: int) -> Tensor:
+    """A prompt's rows of components that live everywhere, as (N, M, D), those of all decompositions side by side."""
+    wide = layout.by_position
+    return rows[wide.rows(prompt)].view(-1, len(wide.components[prompt]), rows.shape[1])
+
+
+def segment_sums(rows: Tensor, starts: Tensor) -> Tensor:
+    """Sums of runs of rows: (R, C) and the first row of every run (S,) -> (S, C)."""
+    order = torch.arange(len(rows), device=rows.device)
+    return nn.functional.embedding_bag(order, rows, starts, mode="sum")  # the fast segmented sum

@@ -1,0 +1,77 @@
+"""Causal attention in the forward pass that is recorded: fused wherever PyTorch can, else tile by tile, never N²."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .record import AttentionTrace
+
+TILE = 1 << 24  # logits held at once, in elements: of several prompts, or where they cannot be left to torch
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
+
+    ``key_bias`` (N, H) raises the logits of keys. With ``sinks`` (H,), logits of nothing, comes what P's rows sum to,
+    (P, H, N) in float32 or wider; else None.
+    """
+    groups, n = q.shape[1] // k.shape[1], q.shape[2]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is None and key_bias is None and sinks is None:
+        if window is None or window >= n:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None
+        parts, size = [], max(window, 256)
+        for begin in range(0, n, size):  # no mask of N x N
+            first, end = max(0, begin - window + 1), min(begin + size, n)
+            mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
+            part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
+            parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
+        return torch.cat(parts, dim=2), None
+    out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
+    for queries in torch.arange(n, device=q.device).split(max(1, TILE // (q.shape[1] * n))):
+        logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if key_bias is not None:
+            logits = logits + key_bias.T[:, None]
+        seen = causal_mask(queries, n, window)
+        logits.masked_fill_(~seen, -torch.inf)
+        p = logits.softmax(-1)
+        if sinks is not None:
+            row_sum[:, :, queries] = torch.sigmoid(logits.logsumexp(-1) - sinks.to(wide)[:, None])
+            p *= row_sum[:, :, queries, None]
+        out[:, :, queries] = p.to(v.dtype) @ v
+    return out, row_sum
+
+
+def causal_mask(queries: Tensor, n_keys: int, window: int | None) -> Tensor:
+    """Which of the first ``n_keys`` positions each query position sees: (Q,) -> (Q, n_keys) bool."""
+    keys = torch.arange(n_keys, device=queries.device)
+    mask = keys <= queries[:, None]
+    return mask if window is None else mask & (keys > queries[:, None] - window)
+
+
+def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """P of one prompt: packed positions ``keys`` (N,), local positions ``queries`` (Q,) -> (H, Q, N)."""
+    k = trace.k[keys].to(dtype)
+    q = trace.q[keys[queries]].to(dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q, k) * trace.scale
+    if trace.softcap is not None:
+        logits = trace.softcap * torch.tanh(logits / trace.softcap)
+    if trace.key_bias is not None:
+        logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
+    p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]

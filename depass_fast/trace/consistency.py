@@ -1,0 +1,302 @@
+"""Whether the recorded pieces of a forward pass make it up as the family says: a fork may compute something else.
+
+At a few positions of every layer: what projections read is the frozen norm of the residual stream, what attention gets
+and gives are the values and the mixture of them, and what attention and MLP write is what the stream gains. A
+difference would otherwise end in a component that has nothing to do with it. Weights are not part of this: that they
+are read as the model computes with them shows in the completeness of every result. A model is looked at once, and again
+where its hooks or its code have changed, or with prompts twice as long.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from ..adapters import Adapter, Branch, Latent, Linear, Norm
+from ..adapters.stored import kind_of
+from ..runtime.transfer import to_device
+from .record import LayerTrace, Trace
+
+# part of a layer -> what is recorded of it at the watched positions: its input and its output
+WATCHED = {
+    "v_proj": ("values_input", "values_output"),
+    "o_proj": ("heads", "attention_written"),
+    "gate_proj": ("gate_input", "gate_output"),
+    "down_proj": ("act_input", "mlp_written"),
+}
+
+
+_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what has been checked of a model, and how long
+_KEPT = 8  # computations remembered of a model
+
+
+def computation(model: nn.Module) -> tuple:
+    """What can change how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
+    modules = list(model.modules())
+    hooked = [
+        (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
+        for place, module in enumerate(modules)
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+    hooked.append((*module_hooks._global_forward_pre_hooks, "after", *module_hooks._global_forward_hooks))
+    code = (vars(module).get("forward", type(module).forward) for module in modules)
+    return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
+
+
+def is_known(model: nn.Module, computation: tuple, length: int) -> bool:
+    """Whether a forward pass of this computation has been checked already, with prompts of half this length."""
+    return _known.get(model, {}).get(computation, 0) >= length.bit_length()
+
+
+def know(model: nn.Module, computation: tuple, length: int) -> None:
+    """Remember that it has been."""
+    known = _known.setdefault(model, {})
+    known[computation] = max(known.pop(computation, 0), length.bit_length())
+    while len(known) > _KEPT:
+        del known[next(iter(known))]
+
+
+class Consistency:
+    """Differences found so far, relative to the size of what was compared, each with its tolerance and its name.
+
+    Two or three roundings separate correct values, each of half an eps at most, relative to the sum of the norms
+    compared: together below one eps. In half precision 1.5 eps of the coarsest dtype are allowed, else 1e-4.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[Tensor] = []
+        self.allowed: list[float] = []
+        self.names: list[str] = []
+
+    def compare(self, name: str, got: Tensor, expected: Tensor, *sizes: Tensor, tolerance: float | None = None) -> None:
+        """Note that ``got`` (S, C) should be ``expected``; rounding is relative to these and to ``sizes``."""
+        coarsest = max(torch.finfo(x.dtype).eps for x in (got, expected, *sizes))
+        allowed = max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance
+        self.note(name, _differences(got, expected, *sizes).max(), allowed)
+
+    def note(self, name: str, error: Tensor, allowed: float) -> None:
+        """An error, a scalar, and the most that it may be."""
+        self.errors.append(error)
+        self.allowed.append(allowed)
+        self.names.append(name)
+
+    def verdict(self) -> None:
+        """RuntimeError for the first difference that is too large. One synchronisation of the device for all."""
+        device = self.errors[0].device
+        errors = torch.stack([error.to(device, torch.float64) for error in self.errors]).tolist()
+        for name, error, allowed in zip(self.names, errors, self.allowed, strict=True):
+            if error > allowed:
+                raise RuntimeError(
+                    f"{name} (a difference of {error:.1%}). This model, or a hook on it, computes something that the "
+                    "family does not declare, and cannot be decomposed as one of that family."
+                )
+
+
+def _differences(got: Tensor, expected: Tensor, *sizes: Tensor) -> Tensor:
+    """Of rows (S, C), relative to the sum of their norms and of those of ``sizes``: (S,)."""
+    wide = torch.promote_types(got.dtype, torch.float32)
+    total = sum(x.to(wide).norm(dim=1) for x in (got, expected, *sizes))
+    return (got.to(wide) - expected.to(wide)).norm(dim=1) / total.clamp_min(torch.finfo(wide).tiny)
+
+
+def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positions: list[int]) -> None:
+    """Compare what is recorded at packed ``positions``: the trace has it for all, ``records`` for these alone.
+
+    Raises:
+        RuntimeError: naming the layer and the module, and what it should be.
+    """
+    found, at = Consistency(), torch.tensor(positions, device="cpu")
+    for index, record in enumerate(records):
+        _check_attention(found, adapter, index, trace.layers[index], record, at)
+        _check_mlp(found, adapter, index, trace, record, at)
+    norm = adapter.final_norm()
+    resid, final = (_rows(x, at) for x in (trace.resid_final, trace.normed_final))
+    found.compare("the final norm gives something else than its formula", final, _normed(norm, resid).to(final))
+    found.verdict()
+
+
+_READING = 0.05  # of an output; 8-bit activations round it by 0.01
+
+
+def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor, got: Tensor) -> None:
+    """That a projection's outputs are what the weight that is read makes of its inputs."""
+    wide, linear = torch.promote_types(given.dtype, torch.float32), replace(linear, drop_bias=False, outer_bias=None)
+    bias = None if linear.bias is None else linear.bias.to(wide)
+    got = got if linear.part is None else linear.part(got.T).T
+    ours = nn.functional.linear(given.to(wide), linear.weight.to(wide), bias)
+    found.compare(f"{name} computes something else than its weight says", got, ours, tolerance=_READING)
+
+
+@dataclass
+class Ordinary:
+    """What an ordinary forward pass over N positions did: what its last norm gives, and what its mixtures decided."""
+
+    end: Tensor | None = None  # (N, D)
+    mixtures: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of a layer, under the names of its record
+
+
+def check_end(trace: Trace, records: list[dict[str, Any]], own: Ordinary) -> None:
+    """Compare the last prompt's states with those of an ordinary forward pass.
+
+    They are compared at the end where no router decided otherwise. Near a tie one may, and moves its position by half
+    of its size: such a position is compared by what that mixture read, and so is every later one, which may look at it.
+    Most of these move by little: the median position is also held to the tolerance as far as its own routers agree.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    found, first = Consistency(), trace.span(trace.n_prompts - 1).start
+    span, device = slice(first, first + len(own.end)), own.end.device
+    tolerance = 0.1 if own.end.element_size() < 4 else 1e-3
+    pairs = [({name: records[index][name][span] for name in its}, its) for index, its in own.mixtures.items()]
+    ends = trace.normed_final[span]
+    read = [_differences(got["experts_input"], its["experts_input"]).to(device) for got, its in pairs]
+    differences = torch.stack([*read, _differences(ends, own.end.to(ends)).to(device)])  # (mixtures + 1, N)
+    agree = torch.zeros(len(pairs), len(own.end), dtype=torch.bool, device=device)
+    for row, (got, its) in zip(agree, pairs, strict=True):
+        row.copy_(_same_decision(got, its, tolerance))
+    alone = agree.cumprod(0).sum(0)  # (N,) mixtures before a position's first disagreement
+    for reached, worst in ((alone.cummin(0).values, torch.max), (alone, torch.median)):
+        found.note(
+            "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
+            worst(differences.gather(0, reached[None])),
+            tolerance,
+        )
+    found.verdict()
+
+
+def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: float) -> Tensor:
+    """Where two passes chose the same experts, with about the same weights (those of a sparse mixer may jump): (N,)."""
+    order, own_order = got["chosen"].argsort(1), own["chosen"].argsort(1)
+    same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
+    weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
+    return same & (_differences(weights, own_weights) <= tolerance)
+
+
+def _check_attention(
+    found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
+) -> None:
+    weights, family = adapter.layer(index).attention, adapter.family
+    values = record["values_output"] if family.v_part is None else family.v_part(record["values_output"].T).T
+    rounds = isinstance(weights.v, Latent) and not weights.v.up.is_own  # what is made of a weight rounds otherwise
+    if isinstance(weights.v, Latent):
+        values = weights.v.of(values)
+    if family.v_clip is not None:
+        values = values.clamp(-family.v_clip, family.v_clip)
+    name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
+    found.compare(
+        f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
+        record["values_input"],
+        _normed(weights.norm, pre).to(pre),
+    )
+    found.compare(
+        f"{name} changes the values between their projection and the heads",
+        record["values"],
+        values,
+        tolerance=_READING if rounds else None,
+    )
+    # attention that is observed computes its logits by itself, in half precision perhaps
+    own = adapter.observed is not None
+    half = record["heads"].element_size() < 4
+    found.compare(
+        f"{name} gives its output projection something else than the heads' mixture of values",
+        record["heads"],
+        record["attended"].view(record["heads"].shape).to(record["heads"]),
+        tolerance=None if not own else 0.25 if half else 1e-3,
+    )
+    for part, linear, given in (
+        ("v_proj", weights.v.down if isinstance(weights.v, Latent) else weights.v, record["values_input"]),
+        ("o_proj", weights.o, record["attended"]),
+    ):
+        got = record[WATCHED[part][1]]
+        _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
+    if family.parallel:
+        return  # what attention writes is part of what the stream gains in all: see the MLP
+    mid, written = _rows(layer.resid_mid, at), record["attention_written"]
+    written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
+    after = mid if layer.attention_sum is None else _rows(layer.attention_sum, at)
+    _check_write(found, name, weights, written, pre, after, mid)
+
+
+def _check_mlp(
+    found: Consistency, adapter: Adapter, index: int, trace: Trace, record: dict[str, Any], at: Tensor
+) -> None:
+    layer, weights = trace.layers[index], adapter.layer(index)
+    mixture = adapter.is_mixture(index)
+    name, read = f"layer {index}: {adapter.path(index, 'mlp')}", _rows(layer.mlp.resid, at)
+    found.compare(
+        f"{name} reads something else than the norm of the residual stream",
+        _rows(record["experts_input"], at) if mixture else record["gate_input"],
+        _normed(weights.mlp.norm, read).to(read),
+    )
+    if not mixture:
+        for part, linear in (("gate_proj", weights.mlp.gate), ("down_proj", weights.mlp.down)):
+            given, got = (record[name] for name in WATCHED[part])
+            _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
+    written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
+    mid, post = _rows(layer.resid_mid, at), _rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
+    after = post if layer.mlp_sum is None else _rows(layer.mlp_sum, at)
+    rounds = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # made of weights, see _experts
+    _check_write(found, name, weights.mlp, written, mid, after, post, _READING if rounds else None)
+
+
+def _check_write(
+    found: Consistency,
+    name: str,
+    branch: Branch,
+    raw: Tensor,
+    before: Tensor,
+    after: Tensor,
+    stream: Tensor,
+    tolerance: float | None = None,
+) -> None:
+    """``raw`` outputs (S, D) lead from ``before`` to ``after``, and through a norm of the stream to ``stream``."""
+    written, wide = _normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
+    found.compare(
+        f"{name} writes something else than what the residual stream gains there",
+        after.to(wide) - before.to(wide),
+        written.to(before),
+        before,
+        after,
+        tolerance=tolerance,
+    )
+    if branch.stream is not None:
+        found.compare(
+            f"{name} is followed by something else than its norm", stream, _normed(branch.stream, after).to(stream)
+        )
+
+
+def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
+    """What the experts write at positions (S,): (S, D)."""
+    wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
+    total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
+    for part in layer.mlps:
+        weights = mlps[part.part]
+        weights = replace(weights, down=replace(weights.down, drop_bias=False))
+        here = np.arange(len(at)) if part.sent is None else np.flatnonzero(np.isin(at.numpy(), part.sent))
+        if len(here):
+            here, sent = (to_device(x, total.device) for x in (here, at.numpy()[here]))
+            total[here] += part.act[part.rows(sent)].to(wide) @ weights.w_down.T.to(wide)
+            constant = part.constant(weights, sent, wide)
+            total[here] += 0.0 if constant is None else constant
+    return total.to(layer.resid_mid)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    """A norm by its formula, of hidden states (S, D), in float32 at least."""
+    if norm is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = norm.apply(wide, norm.scale(wide))
+    return y if norm.bias is None else y + norm.bias.to(y)
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    return x[at.to(x.device)]

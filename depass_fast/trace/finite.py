@@ -1,0 +1,55 @@
+"""Whether a trace holds NaN or inf, and where they come from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from .record import LayerTrace, Trace
+
+
+def check_finite(adapter: Adapter, trace: Trace) -> None:
+    """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
+    recorded = [_recorded(layer) for layer in trace.layers]
+    every = [trace.resid(index) for index in range(len(trace.layers) + 1)]
+    if _has_finite_sums(*every, *(x for layer in recorded for x in layer), trace.normed_final):
+        return  # the device was waited for once
+    if not _is_finite(trace.resid(0)):
+        raise FloatingPointError("embedding: the hidden states entering layer 0 hold NaN or inf.")
+    for index, layer in enumerate(recorded):
+        if _is_finite(*layer, trace.resid(index + 1)):
+            continue
+        for name, parameter in adapter.blocks[index].named_parameters():
+            if not _is_finite(parameter):
+                name = f"{adapter.name_of(adapter.blocks)}.{index}.{name.removesuffix('.weight')}"
+                raise FloatingPointError(f"layer {index}: the weights of {name} hold NaN or inf.")
+        raise FloatingPointError(
+            f"layer {index}: its activations hold NaN or inf on this prompt in {adapter.dtype}. "
+            "Load the model in float32 or bfloat16 if they overflow."
+        )
+    if not _is_finite(trace.normed_final):
+        raise FloatingPointError("final norm: its output holds NaN or inf.")
+
+
+def _recorded(layer: LayerTrace) -> list[Tensor]:
+    """What a layer made, without the residual stream."""
+    return [layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act))]
+
+
+def _has_finite_sums(*tensors: Tensor) -> bool:
+    """Whether the sums are neither NaN nor inf: then no element is. On a CPU, whether no element is.
+
+    A GPU sums in float32 what is in half precision without a copy; a CPU would make one, of every tensor.
+    """
+    device = tensors[0].device
+    if device.type == "cpu":
+        return _is_finite(*tensors)
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return bool(torch.stack([total.to(device) for total in sums]).isfinite().all())
+
+
+def _is_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or inf; the maximum carries both, and is several times faster than `isfinite`."""
+    device = tensors[0].device  # what enters the next layer may live elsewhere
+    return bool(torch.stack([tensor.abs().amax().to(device) for tensor in tensors]).isfinite().all())

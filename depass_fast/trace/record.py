@@ -1,0 +1,210 @@
+"""What one ordinary forward pass leaves behind: everything that the decomposition holds frozen (DESIGN.md section 2).
+
+It is recorded by :mod:`depass_fast.capture`. N² attention probabilities are not part of it: Q, K and the kind of mask
+say the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Attention
+from ..adapters.tuned import reparametrised, tuning
+from ..adapters.weights import Mlp
+
+
+@dataclass
+class AttentionTrace:
+    """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
+
+    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
+    has sinks, logits of nothing, P's rows sum to less than one: P is the softmax without them, times ``row_sum``.
+    """
+
+    resid: Tensor  # (T, D) the residual stream that it reads
+    q: Tensor
+    k: Tensor
+    scale: float
+    window: int | None = None  # a query sees the `window` last positions, itself included
+    softcap: float | None = None
+    key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
+    row_sum: Tensor | None = None  # (T, H) in float32 or wider, of P; None: one
+    latent_scale: Tensor | None = None  # (T,) s of the norm in the middle of V's path, if it goes through a latent
+    value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
+    out_scale: Tensor | None = None  # (T,) of the norm on its output
+
+    def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
+        """s of the residual stream ``resid`` that is read, (T, D) -> (T,), times what else scales a value."""
+        scale = weights.scale(resid)
+        return scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
+
+    def constant(self, weights: Attention, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What the attention adds to packed positions ``at``, whatever their components are; values are not clamped.
+
+        (D,), or (N, D), or None; before a norm of the residual stream.
+        """
+        scale, sums = (None if x is None else x[at] for x in (self.out_scale, self.row_sum))
+        return weights.constant(dtype, scale, sums)
+
+
+@dataclass
+class MlpTrace:
+    """What one MLP, or one expert, did.
+
+    ``positions`` (P,) are the packed positions that were sent to it, None for all (P = T).
+    """
+
+    resid: Tensor  # (T, D) the residual stream that it reads
+    gate: Tensor  # (P, I) gate pre-activation
+    act: Tensor  # (P, I) frozen activation: act(gate) · up · the router's weight, what the down projection reads
+    part: int = 0  # which of the layer's MLPs
+    positions: Tensor | None = None
+    out_scale: Tensor | None = None  # (T,) of the norm on its output
+    router_weight: Tensor | None = None  # (P,) which multiplies an expert's output, where that has a bias
+    host_positions: InitVar[np.ndarray | None] = None  # `positions`, for :meth:`sent`
+
+    def __post_init__(self, host_positions: np.ndarray | None) -> None:
+        self._sent = self.positions, host_positions
+
+    @property
+    def sent(self) -> np.ndarray | None:
+        """``positions`` in host memory, so that no device is waited for; copied only if they have been replaced."""
+        positions, host = self._sent
+        if positions is not self.positions or host is None:
+            host = None if self.positions is None else self.positions.cpu().numpy()
+            self._sent = self.positions, host
+        return host
+
+    def constant(self, weights: Mlp, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What it writes at packed positions ``at`` whatever its components are, before any norm: its bias, routed.
+
+        (D,), or (N, D), or None. Not all of a slice need have been sent here, all of a tensor (N,) must.
+        """
+        bias = weights.down.bias
+        if bias is None or self.router_weight is None:
+            return None if bias is None else bias.to(dtype)
+        weight = self.dense(self.router_weight, at) if isinstance(at, slice) else self.router_weight[self.rows(at)]
+        return weight[:, None].to(dtype) * bias.to(dtype)
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """Where ``packed`` positions (S,), all of them sent here, are found in ``gate`` and ``act``."""
+        return packed if self.positions is None else torch.searchsorted(self.positions, packed)
+
+    def dense(self, values: Tensor, span: slice) -> Tensor:
+        """``values`` (P, ...) recorded here, at packed positions ``span``: (N, ...), zero at those not sent here."""
+        if self.positions is None:
+            return values[span]
+        here = slice(*np.searchsorted(self.sent, (span.start, span.stop)).tolist())
+        out = values.new_zeros(span.stop - span.start, *values.shape[1:])
+        out[self.positions[here] - span.start] = values[here]
+        return out
+
+
+@dataclass
+class LayerTrace:
+    """What one layer recorded, in the model's dtype and on the layer's device.
+
+    ``mlps`` holds the MLP, or those experts that anything was sent to. Where a norm sits on the residual stream itself,
+    ``attention_sum`` and ``mlp_sum`` (T, D) are what it reads; else they are None.
+    """
+
+    resid_pre: Tensor  # (T, D) entering the layer
+    resid_mid: Tensor  # (T, D) after its attention; in a parallel layer, what attention alone makes of it
+    attention: AttentionTrace
+    mlps: tuple[MlpTrace, ...]
+    attention_sum: Tensor | None = None
+    mlp_sum: Tensor | None = None
+
+    @property
+    def mlp(self) -> MlpTrace:
+        """The only MLP, or one of them."""
+        return self.mlps[0]
+
+    def mlp_constant(self, mlps: tuple[Mlp, ...], span: slice, dtype: torch.dtype) -> Tensor | None:
+        """What the layer's ``mlps`` together add to packed positions ``span``, whatever their components are.
+
+        (D,), or (N, D), or None; before a norm of the residual stream.
+        """
+        each = [part.constant(mlps[part.part], span, dtype) for part in self.mlps]
+        each = [constant for constant in each if constant is not None]
+        raw, scale = (sum(each[1:], each[0]) if each else None), self.mlp.out_scale
+        return mlps[0].written_constant(raw, None if scale is None else scale[span], dtype)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything recorded, some of it more than once."""
+        for held in (self, self.attention, *self.mlps):
+            yield from (value for value in vars(held).values() if isinstance(value, Tensor))
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Which model a trace was made by, and whether its weights have been written to since."""
+
+    model: weakref.ref
+    version: tuple
+
+    @staticmethod
+    def of(model: nn.Module) -> TraceSource:
+        return TraceSource(weakref.ref(model), _version(model))
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError unless ``model`` is the one, as it was."""
+        if self.model() is not model:
+            raise ValueError("trace: it was made by another model; trace the prompt with this one.")
+        if self.version != _version(model):
+            raise ValueError("trace: the model's weights have changed since it was made; trace the prompt again.")
+
+
+def _version(model: nn.Module) -> tuple:
+    """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
+    unsteady = {id(p) for p in reparametrised(model)}
+    counted = (p for p in model.parameters() if not p.is_inference() and id(p) not in unsteady)
+    return sum(p._version for p in counted), tuning(model)
+
+
+@dataclass
+class Trace:
+    """One forward pass over P packed prompts of T positions in all.
+
+    ``offsets`` (P + 1,) holds the first packed position of every prompt. ``resid_final`` (T, D) is the residual
+    stream after the last layer, ``normed_final`` (T, D) the same after the final norm.
+    """
+
+    input_ids: Tensor
+    offsets: np.ndarray
+    layers: list[LayerTrace]
+    resid_final: Tensor
+    normed_final: Tensor
+    source: TraceSource
+    batch: bool = False  # made of a list of prompts, though it may hold but one
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.offsets) - 1
+
+    def span(self, prompt: int) -> slice:
+        """The packed positions of one prompt."""
+        return slice(int(self.offsets[prompt]), int(self.offsets[prompt + 1]))
+
+    def length(self, prompt: int) -> int:
+        return int(self.offsets[prompt + 1] - self.offsets[prompt])
+
+    def resid(self, layer: int) -> Tensor:
+        """The residual stream entering ``layer`` (T, D); after the last one for ``layer`` = number of layers."""
+        return self.resid_final if layer == len(self.layers) else self.layers[layer].resid_pre
+
+    def resid_at(self, layer: int, site: str) -> Tensor:
+        """The residual stream at a site of ``layer``: `resid_pre`, `resid_mid` or `resid_post`. (T, D)."""
+        return self.layers[layer].resid_mid if site == "resid_mid" else self.resid(layer + (site == "resid_post"))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the trace, in bytes; grows with the number of positions, not with its square."""
+        held = [self.input_ids, self.resid_final, self.normed_final, *(t for x in self.layers for t in x.tensors())]
+        return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in held}.values())
