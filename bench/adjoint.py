@@ -29,7 +29,7 @@ from depass_fast.adjoint.starts import make_start
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo
 from depass_fast.demo.text import fact_prompts, ioi_prompts
-from depass_fast.methods.choice import Method
+from depass_fast.options import Adjoint
 
 from .faithfulness import Curves, measure_faithfulness
 from .harness import environment, interleaved
@@ -106,9 +106,8 @@ def compare(engine: DePass, trace: Trace, target: object) -> list[dict[str, dict
     every, count = Neurons(layers="all"), engine.adapter.layer(0).mlp.w_down.shape[1]
     k = max(1, round(REFINED * count))
     exact = engine.attribute(trace, every, target, method="exact")
-    common = {"method": "adjoint", "sample": 0}
-    screened = engine.attribute(trace, every, target, refine=0, **common)
-    refined = engine.attribute(trace, every, target, refine=k, refine_within="layer", **common)
+    screened = engine.attribute(trace, every, target, method=Adjoint(refine=0, sample=0))
+    refined = engine.attribute(trace, every, target, method=Adjoint(refine=k, within="layer", sample=0))
     rows = []
     for layer in range(len(exact)):
         chosen = screened.scores[layer].abs().topk(k).indices
@@ -160,8 +159,8 @@ def speed(scale: float, size: Size) -> list[dict]:
     for name, kind in (("one layer", Neurons(0)), ("all layers", everything)):
         candidates = {
             "exact": call(kind, method="exact"),
-            "screened": call(kind, method="adjoint", refine=0, sample=0),
-            "refined": call(kind, method="adjoint", refine=k, refine_within="layer", sample=0),
+            "screened": call(kind, method=Adjoint(refine=0, sample=0)),
+            "refined": call(kind, method=Adjoint(refine=k, within="layer", sample=0)),
         }
         seconds = {key: float(np.median(value)) for key, value in interleaved(candidates, size.runs).items()}
         ratios = {key: seconds["exact"] / seconds[key] for key in ("screened", "refined")}
@@ -173,11 +172,11 @@ def speed(scale: float, size: Size) -> list[dict]:
 # ------------------------------------------------------------------------------------------- what each part buys
 
 
-def variants(count: int) -> dict[str, tuple[dict, Method]]:
+def variants(count: int) -> dict[str, tuple[dict, Adjoint]]:
     """The approximation with its parts taken away or added; the last but one is what the library does."""
     k = max(1, round(REFINED * count))
-    silent, none = float("inf"), Method("adjoint")
-    within = Method("adjoint", refine=k, within="layer")
+    silent, none = float("inf"), Adjoint(0, "all", 0)
+    within = Adjoint(k, "layer", 0)
     return {
         "crowd's mean alone": ({"loud": silent, "scatter": False}, none),
         "+ scatter (random signs)": ({"loud": silent}, none),
@@ -192,7 +191,7 @@ def variants(count: int) -> dict[str, tuple[dict, Method]]:
 
 
 @torch.no_grad()
-def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: dict, method: Method) -> list[Tensor]:
+def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: dict, method: Adjoint) -> list[Tensor]:
     """Scores (I,) of every layer by a sweep with other settings than the library's."""
     adapter, n = engine.adapter, trace.length(prompt)
     starts = [make_start(Neurons(i), adapter, trace, prompt, n, False, torch.float32) for i in range(adapter.n_layers)]

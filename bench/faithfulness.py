@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from depass_fast import DePass, Neurons
+from depass_fast.options import Adjoint
 
 from .ablation.methods import AttributionPatching
 
@@ -48,7 +49,7 @@ def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, T
     patching = AttributionPatching(engine.model)
     return {
         "exact": engine.attribute(trace, every, target, method="exact").scores,
-        "adjoint": engine.attribute(trace, every, target, method="adjoint", sample=0).scores,
+        "adjoint": engine.attribute(trace, every, target, method=Adjoint(sample=0)).scores,
         "attribution patching": patching.effects(ids, target, range(len(norms)), torch.zeros_like(norms)),
         "norm": norms,
         "random": torch.rand(norms.shape, generator=torch.Generator().manual_seed(seed)),

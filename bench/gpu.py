@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.backends.torch import mlp
+from depass_fast.options import Adjoint
 
 from .family_models import randomised
 from .harness import (
@@ -141,7 +142,7 @@ def provider(name: str, work: Work, model: nn.Module) -> Callable[[], Tensor]:
         if work.components == "heads":
             return library.attribute(prompts[0], Heads(layers="all"), TARGET).scores
         if work.components == "all neurons":
-            options = {"method": "adjoint", "refine": work.refine, "sample": 0}
+            options = {"method": Adjoint(refine=work.refine, sample=0)}
             return library.attribute(prompts[0], Neurons(layers="all"), TARGET, **options).scores
         kind = Neurons(0) if work.components == "neurons" else Tokens()
         if work.prompts == 1:
@@ -232,7 +233,7 @@ def _errors(device: torch.device, shape: Shape) -> dict[tuple[str, str, torch.dt
         oracle = exact.attribute(ids, every, TARGET, method="exact").scores
         for name in backends():
             library = DePass(model, backend=name, compute_dtype=dtype)
-            scores = library.attribute(ids, every, TARGET, method="adjoint", refine=40, sample=0).scores
+            scores = library.attribute(ids, every, TARGET, method=Adjoint(refine=40, sample=0)).scores
             error = _checked(shape, name, "all neurons", scores, oracle, dtype, least=APPROXIMATE)
             errors[name, "all neurons", dtype] = error
     return errors

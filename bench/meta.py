@@ -34,7 +34,7 @@ from depass_fast.backends.torch import backend as torch_backend
 from depass_fast.backends.torch import mlp
 from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.components import start as initial
-from depass_fast.methods.choice import Method
+from depass_fast.options import Adjoint
 from depass_fast.planning import planner
 from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.trace import capture
@@ -72,7 +72,7 @@ class Case:
     @property
     def method(self) -> dict[str, Any]:
         """What ``attribute`` is told."""
-        return {"method": "adjoint", "refine": self.refine, "sample": 0} if self.components == "all neurons" else {}
+        return {"method": Adjoint(refine=self.refine, sample=0)} if self.components == "all neurons" else {}
 
     @property
     def name(self) -> str:
@@ -172,7 +172,7 @@ def standing_in() -> Iterator[None]:
             (engine, "check_weights", lambda adapter: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency, "is_known", lambda *about: True),
-            (capture.causal, "attention", attend),
+            (capture.attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (torch_backend, "has_zeros", lambda x: False),
@@ -210,7 +210,7 @@ def run(case: Case) -> dict:
         warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
         model = build_model(shape, getattr(torch, case.dtype), device=META)
         dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
-        how = {"method": Method("adjoint", case.refine, "all", 0), "loud": 1} if case.method else {}
+        how = {"method": Adjoint(case.refine, "all", 0), "loud": 1} if case.method else {}
         made = planner.plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"), **how)
         with counting(dp.model) as counted:
             if case.call == "decompose":

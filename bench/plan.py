@@ -26,7 +26,7 @@ import torch
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.adjoint.sweep import Sweep
-from depass_fast.methods.choice import Method
+from depass_fast.options import Adjoint
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import plan as make_plan
 
@@ -176,17 +176,16 @@ def run(case: Case) -> dict:
 
 def run_adjoint(case: Case, dp: DePass, components: Neurons, prompts: list, options: dict) -> dict:
     """The same for a sweep; its plan is told how many components were loud, which no config tells."""
-    how = {"method": "adjoint", "refine": case.refine, "sample": case.sample}
+    method = Adjoint(refine=case.refine, sample=case.sample)
     warnings.simplefilter("ignore", ApproximationWarning)
-    dp.attribute([1, 2, 3, 4], Neurons(0), 7, method="adjoint", refine=2, sample=2)
+    dp.attribute([1, 2, 3, 4], Neurons(0), 7, method=Adjoint(refine=2, sample=2))
     found, find = [], Sweep._loud
     Sweep._loud = lambda sweep, group: found.append(find(sweep, group)) or found[-1]
     began = time.perf_counter()
-    peak = measured(lambda: dp.attribute(prompts, components, 7, **how, **options))
+    peak = measured(lambda: dp.attribute(prompts, components, 7, method=method, **options))
     seconds = time.perf_counter() - began
     loud = max(len(indices) for group in found for indices in group)
     rate, _ = gemm_rate(dp.adapter.device, torch.float32)
-    method = Method("adjoint", case.refine, "all", case.sample)
     lengths = [len(prompt) for prompt in prompts]
     plan = make_plan(dp.adapter, lengths, components, dp.options.updated(options), method=method, loud=loud)
     timed = make_plan(dp.adapter, lengths, components, method=method, loud=loud, gemm_flops=rate)

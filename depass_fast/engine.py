@@ -27,7 +27,7 @@ from .methods.adjoint import by_adjoint
 from .methods.choice import choose_method
 from .methods.focus import Focus, Partition, focused, make_partition
 from .methods.layers import exact_layers
-from .options import Options
+from .options import Adjoint, Options
 from .planning.planner import Plan, plan_call
 from .propagation.layer import normalise, through_layer
 from .propagation.run import Run
@@ -99,10 +99,7 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
-        method: str | None = None,
-        refine: int | None = None,
-        refine_within: str = "all",
-        sample: int | None = None,
+        method: str | Adjoint | None = None,
         measure: bool = True,
         **options: Any,
     ) -> Plan:
@@ -115,8 +112,7 @@ class DePass:
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Else as
         :meth:`attribute`.
         """
-        asked = (method, refine, refine_within, sample)
-        return plan_call(self, prompt_or_length, components, end, measure, asked, options)
+        return plan_call(self, prompt_or_length, components, end, measure, method, options)
 
     @torch.no_grad()
     def attribute(
@@ -128,11 +124,7 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | None = None,
-        refine: int | None = None,
-        refine_within: str = "all",
-        sample: int | None = None,
-        seed: int = 0,
+        method: str | Adjoint | None = None,
         **options: Any,
     ) -> Attribution | LayeredAttribution | list[Attribution] | list[LayeredAttribution]:
         """The share of every component in the logit of ``target``.
@@ -149,11 +141,8 @@ class DePass:
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
             method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
-                of a few forward passes (docs/adjoint.md). None: exact, but for several layers with more than 4,096
-                components in all, or where ``refine`` or ``sample`` is given. The result says which.
-            refine: how many of the largest adjoint scores are replaced by exact ones, given log Z. Default: 64.
-            refine_within: "all" layers together, or as many in each "layer".
-            sample: how many components are drawn (by ``seed``) to estimate the error. Default: 64.
+                of a few forward passes (docs/adjoint.md), with its numbers as :class:`depass_fast.Adjoint`. None:
+                exact, but for several layers with more than 4,096 components in all. The result says which.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
@@ -175,9 +164,10 @@ class DePass:
         if end is not None and any(vector is None for spec in specs for *_, vector in spec.items):
             raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
         streams = plan.settings.stream is True
-        asked = (method, refine, refine_within, sample, seed, streams, plan.run.verifier is not None)
-        chosen = choose_method(components, self.adapter, plan.run.allocation, *asked)
-        if chosen.name == "adjoint":
+        verifies = plan.run.verifier is not None
+        rule = plan.run.allocation
+        chosen = choose_method(method, components, self.adapter, rule, streams=streams, verifies=verifies)
+        if chosen is not None:
             plan = fit(plan, self.adapter, chosen)
             results = by_adjoint(self, plan, reads, specs, chosen, began)
         elif components.is_layered:

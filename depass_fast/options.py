@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -111,3 +111,32 @@ class Options:
                 raise ValueError(f"exclude_special: position {p} is out of range for a prompt of {length} tokens.")
             positions.add(p % length)
         return positions
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """The adjoint sweep as a ``method``: first-order scores, of which the largest are refined (docs/adjoint.md).
+
+    refine: how many of the largest scores are replaced by exact ones, given log Z.
+    within: "all" refines the largest of all layers together, "layer" as many of every layer.
+    sample: how many components are drawn to estimate the error.
+    seed: of what is drawn at random.
+
+    Raises:
+        ValueError: a number below zero, or another ``within``.
+        TypeError: a number that is none.
+    """
+
+    refine: int = 64
+    within: Literal["all", "layer"] = "all"
+    sample: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.within not in ("all", "layer"):
+            raise ValueError(f"within: {self.within!r} is not one of 'all', 'layer'.")
+        for name in ("refine", "sample", "seed"):
+            value = as_index(getattr(self, name), name)
+            if value < 0:
+                raise ValueError(f"{name}: {value} is out of range; it must be at least 0.")
+            object.__setattr__(self, name, value)

@@ -12,8 +12,7 @@ from .components.base import ComponentKind
 from .components.start import meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.prompts import encode_all, token_texts
-from .methods.choice import Method
-from .options import Options
+from .options import Adjoint, Options
 from .planning.fit import RunShape, fitted
 from .planning.shapes import named_components
 from .propagation.run import Run
@@ -81,7 +80,7 @@ def make_request(
     )
 
 
-def bind(call: Request, adapter: Adapter, trace: Trace, method: Method | None = None) -> Request:
+def bind(call: Request, adapter: Adapter, trace: Trace, method: Adjoint | None = None) -> Request:
     """The same call with its trace, and the components that every prompt then has.
 
     Raises:
@@ -94,7 +93,7 @@ def bind(call: Request, adapter: Adapter, trace: Trace, method: Method | None = 
     return call if named_components(kind, adapter, 1)[1] else fit(call, adapter, method)
 
 
-def fit(call: Request, adapter: Adapter, method: Method | None = None) -> Request:
+def fit(call: Request, adapter: Adapter, method: Adjoint | None = None) -> Request:
     """The same call with the workspace that the device has room for; ``method`` None: exact.
 
     Raises:

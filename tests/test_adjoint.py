@@ -22,6 +22,7 @@ from depass_fast.adjoint.starts import DenseRows, make_start
 from depass_fast.backends import ReferenceBackend
 from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
+from depass_fast.options import Adjoint
 from depass_fast.readout.targets import resolve_target
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
@@ -177,9 +178,9 @@ def test_unrefined_shares_sum_to_the_logit(name):
         custom(dp, ids, site="resid_mid"),
         Features(0, Dictionary(size=12), "resid_mid"),
     ):
-        found = dp.attribute(ids, kind, [5, (9, 3)], method="adjoint", refine=0, sample=0)
+        found = dp.attribute(ids, kind, [5, (9, 3)], method=Adjoint(refine=0, sample=0))
         assert found.completeness_error <= 2e-5 and found.estimate is None
-        refined = dp.attribute(ids, kind, [5, (9, 3)], method="adjoint", refine=8, sample=8)
+        refined = dp.attribute(ids, kind, [5, (9, 3)], method=Adjoint(refine=8, sample=8))
         assert refined.completeness_error < 0.3 and refined.estimate is not None
         each = list(refined) if kind.is_layered else [refined]
         for one in each:  # the error is stated, not hidden
@@ -194,7 +195,7 @@ def test_unrefined_shares_sum_to_the_logit(name):
 def test_close_to_exact_in_every_family(name):
     """Tiny wide-open random models (weights of 0.2, 48 neurons): far harsher than a real one."""
     dp, ids = build(name), random_ids(8, seed=8)
-    found = dp.attribute(ids, Neurons(layers="all"), 5, method="adjoint", refine=16)
+    found = dp.attribute(ids, Neurons(layers="all"), 5, method=Adjoint(refine=16))
     exact = dp.attribute(ids, Neurons(layers="all"), 5, method="exact")
     assert found.layers == exact.layers == [0, 1, 2] and found.labels == exact.labels
     assert found.scores.shape == exact.scores.shape == (3, 48)
@@ -206,7 +207,7 @@ def test_close_to_exact_in_every_family(name):
 
 def test_the_demo_model(demo):
     ids = "Nyria Morstam speaks"
-    found = demo.attribute(ids, Neurons(layers="all"), method="adjoint", refine=48)
+    found = demo.attribute(ids, Neurons(layers="all"), method=Adjoint(refine=48))
     exact = demo.attribute(ids, Neurons(layers="all"), method="exact")
     for one, other in zip(found, exact, strict=True):
         assert spearman(one.scores[:-1], other.scores[:-1]) > 0.99
@@ -227,7 +228,7 @@ def test_explicit_components_repair_a_loud_neuron(demo):
     del states
     kind = Custom(1, parts)
     exact = demo.attribute(trace, kind).scores
-    found = demo.attribute(trace, kind, method="adjoint", refine=0, sample=0).scores
+    found = demo.attribute(trace, kind, method=Adjoint(refine=0, sample=0)).scores
     close(found[7], exact[7:8], 0.05)
 
 
@@ -241,7 +242,7 @@ def test_sparse_components_take_no_share_where_they_are_zero():
         for site in ("resid_pre", "resid_mid"):
             kind = Custom(0, states, site=site)
             exact = dp.attribute(ids, kind, 5).scores
-            found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0)
+            found = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0))
             assert found.scores[5] == 0.0 == exact[5]
             assert torch.corrcoef(torch.stack([found.scores[:12], exact[:12]]))[0, 1] > 0.99
             assert found.completeness_error <= 2e-5
@@ -254,7 +255,7 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
     for scatter in (True, False):
         changed = partial(Settings, scatter=scatter, at_most=4)
         monkeypatch.setattr("depass_fast.methods.adjoint.Settings", changed)
-        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, temperature=1e-6).scores
+        found = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), temperature=1e-6).scores
         largest.append(float(found.abs().max()))
     exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()
     assert largest[0] < 10 * exact and largest[1] > 1e6 * exact
@@ -293,7 +294,7 @@ def test_dead_neurons_are_those_of_an_exact_run(change):
     (dp, options), ids = extreme(change), random_ids(6, seed=12)
     for kind in (Neurons(0), custom(dp, ids, layer=0, scale=0.02)):
         exact = dp.attribute(ids, kind, 5, **options).scores
-        found = dp.attribute(ids, kind, 5, method="adjoint", refine=0, sample=0, **options).scores
+        found = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), **options).scores
         close(found, exact, 0.06)
 
 
@@ -305,7 +306,7 @@ def test_complete_components_without_rest_or_bias():
         trace = dp.trace(ids)
         kind = Custom(1, trace.resid(1)[:, None].expand(-1, count, -1).detach() / count)
         exact = dp.attribute(trace, kind, 5)
-        found = dp.attribute(trace, kind, 5, method="adjoint", sample=0, refine=0)
+        found = dp.attribute(trace, kind, 5, method=Adjoint(sample=0, refine=0))
         assert exact.labels == found.labels and "rest" not in found.labels
         close(found.scores, exact.scores, 1e-3)
         assert dp.attribute(trace, kind, 5, method="adjoint").scores.isfinite().all()
@@ -317,12 +318,12 @@ def test_nothing_is_ever_nan_or_inf(change, length):
     (dp, options), ids = extreme(change), random_ids(length, seed=10)
     for kind in (Neurons(layers="all"), custom(dp, ids, layer=0, scale=10.0)):
         for rule in ("softmax", "taylor"):
-            found = dp.attribute(ids, kind, [5, (2, 3)], method="adjoint", allocation=rule, refine=8, **options)
+            found = dp.attribute(ids, kind, [5, (2, 3)], method=Adjoint(refine=8), allocation=rule, **options)
             for one in list(found) if kind.is_layered else [found]:
                 assert one.scores.isfinite().all() and one.completeness_error >= 0
                 assert all(v is None or v == v for v in (found.estimate or {}).values() if not isinstance(v, list))
             assert (
-                dp.attribute(ids, kind, 5, method="adjoint", allocation=rule, refine=0, sample=0, **options) is not None
+                dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), allocation=rule, **options) is not None
             )
 
 
@@ -333,7 +334,7 @@ def test_any_temperature_however_small(neurons, temperature):
     dp, ids = DePass(build_model("llama", intermediate_size=neurons)), random_ids(6, seed=10)
     for refine, sample in ((0, 0), (16, 32)):
         found = dp.attribute(
-            ids, Neurons(layers="all"), 5, method="adjoint", temperature=temperature, refine=refine, sample=sample
+            ids, Neurons(layers="all"), 5, method=Adjoint(refine=refine, sample=sample), temperature=temperature
         )
         assert all(one.scores.isfinite().all() and one.completeness_error < 1e-3 for one in found), found
         assert all(v is None or v == v for v in (found.estimate or {}).values() if not isinstance(v, list))
@@ -351,12 +352,12 @@ def test_a_wild_model_says_so_loudly():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     dp, ids = build("qwen2", dtype), random_ids(6, seed=11)
-    found = dp.attribute(ids, Neurons(layers="all"), method="adjoint", refine=16)
+    found = dp.attribute(ids, Neurons(layers="all"), method=Adjoint(refine=16))
     exact = dp.attribute(ids, Neurons(layers="all"), method="exact")
     assert found.dtype == str(dtype)[6:] and found.scores.dtype == torch.float32
     for one, other in zip(found, exact, strict=True):
         assert torch.corrcoef(torch.stack([one.scores, other.scores]))[0, 1] > 0.97
-    low = dp.attribute(ids, Neurons(layers="all"), method="adjoint", refine=16, compute_dtype=dtype)
+    low = dp.attribute(ids, Neurons(layers="all"), method=Adjoint(refine=16), compute_dtype=dtype)
     assert torch.corrcoef(torch.stack([low.scores.flatten(), found.scores.flatten()]))[0, 1] > 0.97
 
 
@@ -384,8 +385,8 @@ def test_any_small_model(hidden, neurons, layers, groups, length, scale, seed):
     dp, ids = DePass(model), random_ids(length, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rough = dp.attribute(ids, Neurons(layers="all"), 3, method="adjoint", refine=0, sample=0)
-        fine = dp.attribute(ids, Neurons(layers="all"), 3, method="adjoint", refine=neurons * layers, sample=4)
+        rough = dp.attribute(ids, Neurons(layers="all"), 3, method=Adjoint(refine=0, sample=0))
+        fine = dp.attribute(ids, Neurons(layers="all"), 3, method=Adjoint(refine=neurons * layers, sample=4))
     exact = dp.attribute(ids, Neurons(layers="all"), 3, method="exact")
     assert rough.completeness_error <= 1e-4 and fine.scores.isfinite().all()
     assert torch.allclose(rough.scores[-1], exact.scores[-1], atol=1e-5 * float(exact.scores.abs().max()) + 1e-9)
@@ -425,11 +426,11 @@ def test_other_families(model_type):
     trace = dp.trace(random_ids(6, seed=2))
     for rule, tolerance in (("taylor", 1e-4), ("softmax", 0.05)):
         exact = dp.attribute(trace, Neurons(layers="all"), 5, method="exact", allocation=rule)
-        found = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=500, allocation=rule)
+        found = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=500), allocation=rule)
         for one, other in zip(found, exact, strict=True):
             assert one.labels == other.labels
             close(one.scores, other.scores, tolerance)
-        rough = dp.attribute(trace, Neurons(layers="all"), 5, method="adjoint", refine=0, sample=0, allocation=rule)
+        rough = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=0, sample=0), allocation=rule)
         assert rough.completeness_error <= 1e-4
 
 
@@ -441,8 +442,8 @@ def test_latents_and_sinks(name):
     dp = DePass(build_variant(name))
     trace = dp.trace(random_ids(9, seed=1))
     exact, found = (
-        dp.attribute(trace, Neurons(layers="all"), [None, (9, 3)], method=method, **options)
-        for method, options in (("exact", {}), ("adjoint", {"refine": 16}))
+        dp.attribute(trace, Neurons(layers="all"), [None, (9, 3)], method=method)
+        for method in ("exact", Adjoint(refine=16))
     )
     for one, other in zip(found, exact, strict=True):
         assert one.labels == other.labels

@@ -14,6 +14,7 @@ from depass_fast.adjoint import estimate, sweep
 from depass_fast.adjoint.estimate import draw, judge, spearman, wilson
 from depass_fast.adjoint.memory import CPU_BUDGET
 from depass_fast.methods.choice import MOST_EXACT
+from depass_fast.options import Adjoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(6, seed=1)
@@ -39,7 +40,7 @@ def test_which_method_runs(wide):
     assert wide.attribute(IDS, Neurons(layers=[0, 1]), 5).method == "exact"  # 4096
     assert wide.attribute(IDS, Neurons(0), 5).method == "exact"  # one layer always is
     assert wide.attribute(IDS, Neurons(layers="all"), 5, allocation="relu").method == "exact"
-    assert dp.attribute(IDS, Neurons(0), 5, refine=3).method == "adjoint"
+    assert dp.attribute(IDS, Neurons(0), 5, method=Adjoint(refine=3)).method == "adjoint"
     assert dp.attribute(IDS, Neurons(0), 5, method="adjoint").method == "adjoint"
 
 
@@ -51,10 +52,6 @@ def test_which_method_runs(wide):
         (Heads(0), {"method": "adjoint"}, "heads are few"),
         (Neurons(0), {"method": "adjoint", "allocation": "max"}, "with 'max' take method='exact'"),
         (Neurons(0), {"method": "adjoint", "allocation": "linear"}, "with 'linear' take method='exact'"),
-        (Neurons(0), {"method": "adjoint", "refine": -1}, "refine: -1 is out of range"),
-        (Neurons(0), {"method": "adjoint", "sample": -2}, "sample: -2 is out of range"),
-        (Neurons(0), {"method": "exact", "refine": 5}, "refine: it belongs to method='adjoint'"),
-        (Neurons(0), {"refine_within": "head"}, "refine_within: 'head' is not one of"),
         (Neurons(layers="some"), {}, "layers: 'some' is neither 'all' nor a list"),
         (Neurons(layers=[]), {}, "layers: empty"),
         (Neurons(layers=[0, 9]), {}, "layer: 9 is out of range"),
@@ -69,9 +66,16 @@ def test_errors_come_before_any_work(kind, options, message, monkeypatch):
         dp.attribute(IDS, kind, **options)
 
 
-def test_a_number_that_is_none():
-    with pytest.raises(TypeError, match="refine"):
-        build("llama-gqa").attribute(IDS, Neurons(0), refine=1.5)
+def test_a_sweeps_numbers_are_checked_when_they_are_given():
+    for name in ("refine", "sample", "seed"):
+        with pytest.raises(ValueError, match=f"{name}: -1 is out of range"):
+            Adjoint(**{name: -1})
+        with pytest.raises(TypeError, match=name):
+            Adjoint(**{name: 1.5})
+    with pytest.raises(ValueError, match="within: 'head' is not one of"):
+        Adjoint(within="head")
+    with pytest.raises(TypeError, match="unknown option 'refine'"):
+        build("llama-gqa").attribute(IDS, Neurons(0), refine=3)
 
 
 def test_only_attribute_takes_several_layers():
@@ -123,7 +127,7 @@ def test_layered_results_have_the_interface_of_an_attribution(layered, tmp_path)
 
 
 def test_saved_single_results_keep_method_and_estimate(tmp_path):
-    result = build("llama-gqa").attribute(IDS, Neurons(0), 5, method="adjoint", refine=4, sample=20)
+    result = build("llama-gqa").attribute(IDS, Neurons(0), 5, method=Adjoint(refine=4, sample=20))
     result.save(tmp_path / "r.safetensors")
     loaded = Attribution.load(tmp_path / "r.safetensors")
     assert (loaded.method, loaded.estimate, loaded.warnings) == ("adjoint", result.estimate, result.warnings)
@@ -133,7 +137,7 @@ def test_saved_single_results_keep_method_and_estimate(tmp_path):
 
 def test_prompts_as_a_batch_targets_of_their_own_and_positions():
     dp = build("mistral-window")
-    prompts, options = [random_ids(5, 1), random_ids(1, 2), random_ids(8, 3)], {"method": "adjoint", "refine": 6}
+    prompts, options = [random_ids(5, 1), random_ids(1, 2), random_ids(8, 3)], {"method": Adjoint(refine=6)}
     together = dp.attribute(prompts, Neurons(layers="all"), targets=[3, (4, 5), 7], **options)
     for prompt, target, found in zip(prompts, [3, (4, 5), 7], together, strict=True):
         alone = dp.attribute(prompt, Neurons(layers="all"), target, **options)
@@ -145,9 +149,9 @@ def test_prompts_as_a_batch_targets_of_their_own_and_positions():
 
 def test_several_targets_share_one_sweep():
     dp = build("llama-biases")
-    together = dp.attribute(IDS, Neurons(0), [3, (4, 5), torch.ones(32)], method="adjoint", refine=0, sample=0)
+    together = dp.attribute(IDS, Neurons(0), [3, (4, 5), torch.ones(32)], method=Adjoint(refine=0, sample=0))
     for k, target in enumerate([3, (4, 5), torch.ones(32)]):
-        alone = dp.attribute(IDS, Neurons(0), target, method="adjoint", refine=0, sample=0)
+        alone = dp.attribute(IDS, Neurons(0), target, method=Adjoint(refine=0, sample=0))
         close(together.scores[k], alone.scores, 1e-5)
 
 
@@ -155,7 +159,7 @@ def test_the_input_of_a_layer_as_the_end():
     dp, direction = build("qwen2"), torch.randn(32, generator=torch.Generator().manual_seed(1))
     for end in (1, 2):
         exact = dp.attribute(IDS, Neurons(0), direction, end=end)
-        found = dp.attribute(IDS, Neurons(0), direction, end=end, method="adjoint", refine=48)
+        found = dp.attribute(IDS, Neurons(0), direction, end=end, method=Adjoint(refine=48))
         assert found.labels == exact.labels
         close(found.scores, exact.scores, 1e-5 if end == 1 else 0.05)
 
@@ -170,7 +174,7 @@ def test_custom_and_features(site):
     kinds.append(Custom(1, halves.expand(-1, 40, -1).contiguous(), site=site))
     for kind in kinds:
         exact = dp.attribute(trace, kind, 5)
-        found = dp.attribute(trace, kind, 5, method="adjoint", refine=4)
+        found = dp.attribute(trace, kind, 5, method=Adjoint(refine=4))
         assert found.labels == exact.labels
         assert torch.corrcoef(torch.stack([found.scores, exact.scores]))[0, 1] > 0.98
     assert "rest" not in exact.labels
@@ -178,21 +182,21 @@ def test_custom_and_features(site):
 
 def test_refinement_overall_and_per_layer():
     """What is refined comes nearer to exact; all of it refined leaves only what log Z was off by, which is nothing."""
-    dp, options = build("qwen3"), {"method": "adjoint", "sample": 0}
+    dp = build("qwen3")
     exact = dp.attribute(IDS, Neurons(layers="all"), 5, method="exact").scores
 
     def error(**more) -> torch.Tensor:
-        return (dp.attribute(IDS, Neurons(layers="all"), 5, **options, **more).scores - exact).norm()
+        return (dp.attribute(IDS, Neurons(layers="all"), 5, method=Adjoint(sample=0, **more)).scores - exact).norm()
 
     rough = error(refine=0)
-    assert error(refine=30) < rough and error(refine=10, refine_within="layer") < rough
-    assert error(refine=48, refine_within="layer") <= 1e-5 * exact.norm()
+    assert error(refine=30) < rough and error(refine=10, within="layer") < rough
+    assert error(refine=48, within="layer") <= 1e-5 * exact.norm()
     assert error(refine=144) <= 1e-5 * exact.norm()
 
 
 def test_start_layers_in_groups_give_the_same(monkeypatch):
     dp = build("llama-gqa")
-    options = {"method": "adjoint", "refine": 6, "sample": 12}
+    options = {"method": Adjoint(refine=6, sample=12)}
     whole = dp.attribute(IDS, Neurons(layers="all"), 5, **options)
     groups = []
     inner = sweep.Sweep._groups
@@ -266,7 +270,7 @@ def test_a_sweep_that_always_runs_out_of_memory_says_what_to_do(monkeypatch):
 
 def test_a_sweep_s_workspace_is_what_was_given_or_half_of_what_is_free(wide, monkeypatch):
     """Loud components, refinement and a sample: no score depends on it."""
-    options = {"method": "adjoint", "refine": 6, "sample": 12, "temperature": 0.01}
+    options = {"method": Adjoint(refine=6, sample=12), "temperature": 0.01}
     budgets, inner = [], sweep.mean_field
     monkeypatch.setattr(sweep, "mean_field", lambda *given: budgets.append(given[-1]) or inner(*given))
     whole = wide.attribute(IDS, Neurons(layers="all"), 5, **options)
@@ -285,7 +289,7 @@ def test_a_sweep_s_workspace_is_what_was_given_or_half_of_what_is_free(wide, mon
 
 def test_the_sample_is_drawn_by_the_seed(wide):
     def run(seed):
-        return wide.attribute(IDS, Neurons(1), 5, method="adjoint", refine=20, sample=40, seed=seed, temperature=0.5)
+        return wide.attribute(IDS, Neurons(1), 5, method=Adjoint(refine=20, sample=40, seed=seed), temperature=0.5)
 
     assert run(1).estimate == run(1).estimate and torch.equal(run(1).scores, run(1).scores)
     assert run(1).estimate != run(2).estimate
@@ -294,7 +298,7 @@ def test_the_sample_is_drawn_by_the_seed(wide):
 def test_the_estimate_is_near_the_truth(wide):
     """The sample's figures against those of all components, propagated exactly."""
     options = {"temperature": 0.5}
-    found = wide.attribute(IDS, Neurons(0), 5, method="adjoint", refine=20, sample=400, **options)
+    found = wide.attribute(IDS, Neurons(0), 5, method=Adjoint(refine=20, sample=400), **options)
     exact = wide.attribute(IDS, Neurons(0), 5, **options)
     mine, truth = found.scores[:-1], exact.scores[:-1]
     relative = float((mine - truth).norm() / truth.norm())
@@ -335,7 +339,7 @@ def test_a_draw_that_misses_says_so():
 
 def test_double_precision_and_streaming():
     dp = build("llama-gqa", torch.float64)
-    found = dp.attribute(IDS, Neurons(0), 3, method="adjoint", refine=48, sample=0)
+    found = dp.attribute(IDS, Neurons(0), 3, method=Adjoint(refine=48, sample=0))
     assert torch.allclose(found.scores, dp.attribute(IDS, Neurons(0), 3).scores, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="stream: method='adjoint' holds no state"):
         dp.attribute(IDS, Neurons(0), 3, method="adjoint", stream=True)

@@ -6,6 +6,7 @@ from conftest import build, random_ids
 from test_completeness import kinds
 
 from depass_fast import Heads, Neurons, Tokens
+from depass_fast.options import Adjoint
 
 WAYS = [
     *((kind, {"backend": "torch"}) for kind in kinds(7, 32).values()),
@@ -13,7 +14,7 @@ WAYS = [
     *((kind, {"backend": "triton"}) for kind in (Tokens(), Neurons(0))),
     *((kind, {"stream": True}) for kind in (Tokens(), Heads(0))),
     *((kind, {"verify": True}) for kind in (Tokens(),)),
-    *((Neurons(layers=layers), {"method": "adjoint", "refine": 5, "sample": 8}) for layers in ([0], "all")),
+    *((Neurons(layers=layers), {"method": Adjoint(refine=5, sample=8)}) for layers in ([0], "all")),
     (Heads(layers="all"), {}),
 ]
 

@@ -17,8 +17,7 @@ from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import sweep
 from depass_fast.backends.triton.backend import TritonBackend
 from depass_fast.cli.main import main
-from depass_fast.methods.choice import Method
-from depass_fast.options import Options
+from depass_fast.options import Adjoint, Options
 from depass_fast.planning import adjoint as outlook_of_sweeps
 from depass_fast.planning.adjoint import foresee
 from depass_fast.planning.planner import plan
@@ -51,11 +50,7 @@ def test_a_plan_is_of_the_method_that_attribute_takes(wide):
         return wide.plan(40, *given, measure=False, **options).method
 
     assert (method(ALL), method(Neurons(0)), method(Tokens())) == ("adjoint", "exact", "exact")
-    assert (method(ALL, method="exact"), method(Neurons(0), refine=3), method(Neurons(0), sample=0)) == (
-        "exact",
-        "adjoint",
-        "adjoint",
-    )
+    assert (method(ALL, method="exact"), method(Neurons(0), method=Adjoint(refine=3))) == ("exact", "adjoint")
     with pytest.raises(ValueError, match="method: 'adjoint' is for many"):
         method(Tokens(), method="adjoint")
     with pytest.raises(ValueError, match="stream: method='adjoint'"):
@@ -69,8 +64,9 @@ def test_a_plan_is_of_the_method_that_attribute_takes(wide):
 
 
 def test_more_refinement_a_longer_prompt_and_more_workspace_take_more(wide):
-    def peak(length=40, **options):
-        return wide.plan(length, ALL, measure=False, **{"refine": 0, "sample": 0, **options}).of().peak_bytes
+    def peak(length=40, refine=0, sample=0, **options):
+        method = Adjoint(refine=refine, sample=sample)
+        return wide.plan(length, ALL, measure=False, method=method, **options).of().peak_bytes
 
     assert peak() < peak(refine=2000) and peak() <= peak(sample=64) and peak(length=20) < peak()
     assert peak(memory_budget=1 << 16) < peak()
@@ -83,23 +79,23 @@ def test_the_arithmetic_of_a_sweep_is_what_is_done(wide, kind, refine, sample, m
     trace, found, find = wide.trace(IDS), [], sweep.Sweep._loud
     monkeypatch.setattr(sweep.Sweep, "_loud", lambda *given: found.append(find(*given)) or found[-1])
     with FlopCounterMode(display=False) as counted:
-        wide.attribute(trace, kind, 7, method="adjoint", refine=refine, sample=sample)
+        wide.attribute(trace, kind, 7, method=Adjoint(refine=refine, sample=sample))
     loud = max(len(indices) for group in found for indices in group)
-    method = Method("adjoint", refine, "all", sample)
+    method = Adjoint(refine, "all", sample)
     made = plan(wide.adapter, [len(IDS)], kind, wide.options, method=method, traced=True, loud=loud)
     off = 1.7 if (refine or sample) and kind.is_layered else 1.2  # of which layers they are, nobody knows beforehand
     assert 1 / off < made.flop / counted.get_total_flops() < off
 
 
 def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypatch):
-    method = Method("adjoint", 1500, "all", 64)
+    method = Adjoint(1500, "all", 64)
     outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=False)
     need = outlook.peak(outlook.smallest(outlook.default_workspace(1 << 24)), 0)
     free(need - (1 << 18))
     with monkeypatch.context() as patch:
         patch.setattr(wide.adapter.model, "forward", None)  # no work
         with pytest.raises(MemoryError, match=r"neurons, adjoint: needs .*It fits with refine=(\d+) \(") as refused:
-            wide.attribute(IDS, ALL, 7, refine=1500)
+            wide.attribute(IDS, ALL, 7, method=method)
         length = int(str(refused.value).split("a prompt of ")[1].split()[0])
         assert 1 < length < 40
         free(100_000)
@@ -107,24 +103,24 @@ def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypa
             wide.attribute(IDS, ALL, 7)
     free(need - (1 << 18))
     most = int(str(refused.value).split("refine=")[1].split()[0])
-    assert wide.attribute(IDS, ALL, 7, refine=most).method == "adjoint"
-    assert wide.attribute(IDS[:length], ALL, 7, refine=1500).method == "adjoint"
+    assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most)).method == "adjoint"
+    assert wide.attribute(IDS[:length], ALL, 7, method=method).method == "adjoint"
     with pytest.raises(MemoryError):
-        wide.attribute(IDS, ALL, 7, refine=most + 1)
+        wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most + 1))
 
 
 def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, monkeypatch):
     trace = wide.trace(IDS)
     monkeypatch.setattr(outlook_of_sweeps, "default_workspace", lambda free, cuda: 1 << 28)  # as if all of it were free
-    usual = wide.attribute(trace, ALL, 7, refine=1500)
-    method = Method("adjoint", 1500, "all", 64)
+    method = Adjoint(1500, "all", 64)
+    usual = wide.attribute(trace, ALL, 7, method=method)
     outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=True)
     size = outlook.peak(8 << 20, None)
     assert outlook.peak(1 << 28, None) > size
     taken, begin = [], sweep.Sweep._attempt
     monkeypatch.setattr(sweep.Sweep, "_attempt", lambda *given: taken.append(given[-1]) or begin(*given))
     free(size)
-    found = wide.attribute(trace, ALL, 7, refine=1500)
+    found = wide.attribute(trace, ALL, 7, method=method)
     assert taken[-1] == 8 << 20
     close(found.scores.flatten(), usual.scores.flatten(), 1e-5)
 
@@ -183,7 +179,7 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
     if method:
         counts, how = (
             depass_fast.planning.planner.known_counts(kind, dp.adapter, trace),
-            Method("adjoint", 64, "all", 64),
+            Adjoint(64, "all", 64),
         )
         cpu = torch.device("cpu")
         sweeps = foresee(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)

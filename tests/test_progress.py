@@ -15,6 +15,7 @@ from bench.family_models import build_variant
 from depass_fast import DePass, Neurons, Tokens
 from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.cli.main import main
+from depass_fast.options import Adjoint
 from depass_fast.runtime import progress
 
 
@@ -114,10 +115,14 @@ def only(bars, label, total):
 
 
 @pytest.mark.parametrize("allocation", ["softmax", "taylor"])
-@pytest.mark.parametrize("options", [{}, {"refine": 0}, {"sample": 0}, {"memory_budget": 1}])
-def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, allocation):
+@pytest.mark.parametrize(
+    "options", [{}, {"method": Adjoint(refine=0)}, {"method": Adjoint(sample=0)}, {"memory_budget": 1}]
+)
+def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, method, allocation):
     dp, prompts = build("llama-gqa"), [random_ids(9), random_ids(5)]
-    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, method="adjoint", allocation=allocation, **options)
+    call = partial(
+        dp.attribute, prompts, Neurons(layers="all"), 7, allocation=allocation, **{"method": "adjoint", **options}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)
         expected = call(progress=False)

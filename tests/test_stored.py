@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.options import Adjoint
 
 IDS = random_ids(6)
 
@@ -110,7 +111,7 @@ def test_a_sweep_holds_the_weights_of_one_layer_at_a_time():
     dp = DePass(replaced(Fresh))
     trace = dp.trace(IDS)
     made.clear(), most.clear()
-    dp.attribute(trace, Neurons(0), method="adjoint", refine=4)
+    dp.attribute(trace, Neurons(0), method=Adjoint(refine=4))
     assert len(made) > 24 and max(most) <= 8  # V, O, gate and down: of a layer, and of the one before it
 
 

@@ -14,6 +14,7 @@ from depass_fast import Attribution, Custom, DePass, Heads, Modules, Neurons, To
 from depass_fast.allocation import RULES
 from depass_fast.backends import ReferenceBackend, StreamBackend, TorchBackend
 from depass_fast.cli.main import main
+from depass_fast.options import Adjoint
 from depass_fast.propagation import verify as verify_module
 from depass_fast.propagation.verify import reference_attention, reference_mlp, reference_readout
 
@@ -371,7 +372,7 @@ def test_what_cannot_be_verified_is_refused_before_any_work(monkeypatch):
     monkeypatch.setattr(dp.adapter.model, "forward", None)
     for call in (
         lambda: dp.attribute(PROMPTS[0], Neurons(0), method="adjoint", verify=True),
-        lambda: dp.attribute(PROMPTS[0], Neurons(layers="all"), refine=3, verify=True),
+        lambda: dp.attribute(PROMPTS[0], Neurons(layers="all"), method=Adjoint(refine=3), verify=True),
     ):
         with pytest.raises(ValueError, match="verify: method='adjoint' carries no states"):
             call()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..backends.workload import LayerSize
-from ..methods.choice import Method
+from ..options import Adjoint
 from .forward import Settings
 from .memory import SweepMemory, gates_room, journeys_at_once, positions_at_once
 
@@ -45,7 +45,7 @@ class SweepWorkload:
     layers: list[LayerSize]
     starts: list[StartSize]
     end: int
-    method: Method
+    method: Adjoint
     softmax: bool
     loud: int
     item: int

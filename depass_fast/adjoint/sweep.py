@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..methods.choice import Method
+from ..options import Adjoint
 from ..runtime.budget import Budget
 from ..runtime.memory import available
 from ..runtime.progress import Parts
@@ -47,7 +47,7 @@ class Sweep:
     settings: Settings
     budget: int | None
 
-    def run(self, method: Method) -> Scores:
+    def run(self, method: Adjoint) -> Scores:
         """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined.
 
         A sweep changes nothing: one that runs out of memory is begun again with half the workspace.
@@ -56,7 +56,7 @@ class Sweep:
         workspace = Budget(given, lambda _: given, self._release, self._room.least, _ADVICE)
         return workspace.prepare(self._device, lambda: self._attempt(method, workspace.bytes(self._device)))
 
-    def _attempt(self, method: Method, workspace: int) -> Scores:
+    def _attempt(self, method: Adjoint, workspace: int) -> Scores:
         self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
@@ -76,7 +76,7 @@ class Sweep:
         """How many layers a walk with these start layers passes."""
         return max(0, self.road.end - self.starts[group][0].entering)
 
-    def _walks(self, groups: list[slice], method: Method) -> int:
+    def _walks(self, groups: list[slice], method: Adjoint) -> int:
         """How often the layers are passed, there or back, by :meth:`run`."""
         if self.settings.temperature is None:
             return 2
@@ -139,7 +139,7 @@ class Sweep:
         """Bytes of the gates that are held at once."""
         return gates_room(self._workspace)
 
-    def _largest(self, flat: Tensor, method: Method) -> Tensor:
+    def _largest(self, flat: Tensor, method: Adjoint) -> Tensor:
         """The components to be refined: the largest of any target, sorted. Those that start at the end are exact."""
         parts = flat.abs().split(self._sizes, dim=1) if method.within == "layer" else [flat.abs()]
         chosen, first = [], 0
@@ -150,7 +150,7 @@ class Sweep:
         late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
-    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Method) -> Estimate | None:
+    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate | None:
         """What refinement and a sample say; the worst target's figures."""
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import types as cli_types
+
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
     from ..engine import DePass
@@ -70,14 +72,14 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     choose_backend(args.backend, where, dtype and Options().dtypes(dtype, where)[1])
     kind = kind_of(args)
     engine = _load(args, device)
-    how = {"method": args.method, "refine": args.refine, "refine_within": args.refine_within, "sample": args.sample}
+    method = cli_types.method_of(args)
     with warnings.catch_warnings():
         from ..adjoint.estimate import ApproximationWarning
         from ..results.verification import VerificationWarning
 
         for said in (ApproximationWarning, VerificationWarning):  # what is printed says so itself
             warnings.simplefilter("ignore", said)
-        return engine.attribute(prompt, kind, _target(args, engine), position=args.position, seed=args.seed, **how)
+        return engine.attribute(prompt, kind, _target(args, engine), position=args.position, method=method)
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int]:

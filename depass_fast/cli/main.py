@@ -166,9 +166,9 @@ def _attribute_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", metavar="M", help="exact or adjoint. Default: exact, but for many neurons of all layers"
     )
     how.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
-    how.add_argument("--refine-within", default="all", metavar="W", help="K of all layers together, or of each: layer")
+    how.add_argument("--refine-within", metavar="W", help="adjoint: K of all layers together, or of each: layer")
     how.add_argument("--sample", type=int, metavar="S", help="adjoint: estimate the error from S others. Default: 64")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn at random. Default: 0")
+    how.add_argument("--seed", type=int, metavar="N", help="adjoint: of what is drawn at random. Default: 0")
     how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
     how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax. Default: 0.1")
     how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")

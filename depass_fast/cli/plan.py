@@ -72,7 +72,7 @@ def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: st
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
         rate, source = gemm_rate(where, options.dtypes(adapter.dtype, where)[1])
-    method = choose_method(kind, adapter, Allocation(), args.method, args.refine, "all", args.sample, 0)
+    method = choose_method(cli_types.method_of(args), kind, adapter, Allocation())
     made = plan(
         adapter,
         [check_length(size, adapter) for size in sizes],

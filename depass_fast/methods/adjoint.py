@@ -20,20 +20,20 @@ from ..components.base import ComponentKind
 from ..components.start import meet_bias
 from ..inputs.targets import TargetSpec
 from ..labels import BIAS, REST
+from ..options import Adjoint
 from ..readout.targets import Directions, resolve_target
 from ..request import Request, bind
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..runtime.progress import progress_bar
 from ..trace.record import Trace
-from .choice import Method
 
 if TYPE_CHECKING:
     from ..engine import DePass
 
 
 def by_adjoint(
-    engine: DePass, plan: Request, reads: Sequence[int], specs: Sequence[TargetSpec], method: Method, began: float
+    engine: DePass, plan: Request, reads: Sequence[int], specs: Sequence[TargetSpec], method: Adjoint, began: float
 ) -> list[Attribution] | list[LayeredAttribution]:
     """A result per prompt: every layer that ``plan`` names, in one sweep per prompt."""
     adapter, trace = engine.adapter, plan.trace or engine._capture(plan.prompts, plan.run.progress)
@@ -57,7 +57,7 @@ def _one(
     prompt: int,
     read: int,
     spec: TargetSpec,
-    method: Method,
+    method: Adjoint,
     began: float,
 ) -> Attribution | LayeredAttribution:
     adapter, run = engine.adapter, plan.run

@@ -1,72 +1,51 @@
-"""Which way scores are computed: `exact` or `adjoint`, and what belongs to the latter."""
+"""The choice between exact propagation and the adjoint sweep."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 from ..adapters import Adapter
 from ..allocation import Allocation
 from ..components.base import ComponentKind
-from ..inputs.prompts import as_index
+from ..options import Adjoint
 
-MOST_EXACT = 4096  # components of several layers together that are still propagated one by one by default
-DEFAULT_REFINE, DEFAULT_SAMPLE = 64, 64
-RULES = ("softmax", "taylor")
+MOST_EXACT = 4096  # components of several layers together that are still propagated exactly by default
+RULES = ("softmax", "taylor")  # which have a derivative and a partition function, or need none
 KINDS = ("neurons", "features", "custom")
 
 
-@dataclass(frozen=True)
-class Method:
-    """``name`` "exact" or "adjoint"; the rest is of the latter: how many components are ``refine``-d and ``sample``-d.
-
-    ``within`` "all" refines the largest of all layers, "layer" as many of each.
-    """
-
-    name: Literal["exact", "adjoint"]
-    refine: int = 0
-    within: Literal["all", "layer"] = "all"
-    sample: int = 0
-    seed: int = 0
-
-
 def choose_method(
+    method: str | Adjoint | None,
     kind: ComponentKind,
     adapter: Adapter,
     allocation: Allocation,
-    method: str | None,
-    refine: int | None,
-    within: str,
-    sample: int | None,
-    seed: int,
+    *,
     streams: bool = False,
     verifies: bool = False,
-) -> Method:
-    """Check what was asked for. None: exact for one layer, and for several with up to MOST_EXACT components in all.
+) -> Adjoint | None:
+    """Return the sweep that ``method`` stands for, or None for exact propagation.
+
+    ``method`` None is exact for one layer, and for several layers with up to MOST_EXACT components in all.
 
     Raises:
-        ValueError: an unknown method, a kind or a rule that the adjoint sweep is not for, a number out of range.
-        TypeError: a number that is none.
+        ValueError: an unknown method; a kind, a rule or an option that the adjoint sweep is not for.
     """
-    if method not in (None, "exact", "adjoint"):
-        raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint'.")
-    if within not in ("all", "layer"):
-        raise ValueError(f"refine_within: {within!r} is not one of 'all', 'layer'.")
-    numbers = {"refine": refine, "sample": sample, "seed": seed}
-    for name, value in numbers.items():
-        if value is not None and as_index(value, name) < 0:
-            raise ValueError(f"{name}: {value} is out of range; it must be at least 0.")
-    able = kind.kind in KINDS and allocation.rule in RULES
-    if method is None:
-        layers = kind.each(adapter)
-        many = able and len(layers) > 1 and sum(k.count(adapter) for k in layers) > MOST_EXACT
-        asked = refine is not None or sample is not None  # what only the sweep has a use for
-        method = "adjoint" if asked or many else "exact"
+    if not isinstance(method, Adjoint) and method not in (None, "exact", "adjoint"):
+        raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint', Adjoint(...).")
     if method == "exact":
-        for name in ("refine", "sample"):
-            if numbers[name] is not None:
-                raise ValueError(f"{name}: it belongs to method='adjoint'; exact scores have nothing to be refined.")
-        return Method("exact")
+        return None
+    if method is None and not (_is_large(kind, adapter) and allocation.rule in RULES):
+        return None
+    _check(kind, allocation, streams, verifies)
+    return method if isinstance(method, Adjoint) else Adjoint()
+
+
+def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
+    """Whether these are so many neurons of several layers that exact propagation would take long."""
+    layers = kind.each(adapter)
+    return kind.kind in KINDS and len(layers) > 1 and sum(one.count(adapter) for one in layers) > MOST_EXACT
+
+
+def _check(kind: ComponentKind, allocation: Allocation, streams: bool, verifies: bool) -> None:
+    """Refuse what the adjoint sweep cannot do."""
     if streams:
         raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
     if verifies:
@@ -84,10 +63,3 @@ def choose_method(
             f"method: 'adjoint' needs a rule with a derivative and a partition function ({', '.join(RULES)}); "
             f"with {allocation.name!r} take method='exact'."
         )
-    return Method(
-        "adjoint",
-        DEFAULT_REFINE if refine is None else int(refine),
-        within,
-        DEFAULT_SAMPLE if sample is None else int(sample),
-        int(seed),
-    )

@@ -14,8 +14,7 @@ from ..allocation import Allocation
 from ..components.base import ComponentKind
 from ..components.features import Features
 from ..components.given import Custom
-from ..methods.choice import Method
-from ..options import Options
+from ..options import Adjoint, Options
 from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 
 
@@ -78,7 +77,7 @@ def foresee(
     lengths: Sequence[int],
     kind: ComponentKind,
     options: Options,
-    method: Method,
+    method: Adjoint,
     *,
     end: int | None,
     device: torch.device,

@@ -12,8 +12,7 @@ from ..backends import StreamBackend, choose_backend, make_backend
 from ..backends.torch.backend import default_budget
 from ..components.base import ComponentKind
 from ..components.given import Custom
-from ..methods.choice import Method
-from ..options import Options
+from ..options import Adjoint, Options
 from ..propagation.run import Run
 from ..runtime.memory import available, readable
 from .adjoint import SweepOutlook, foresee
@@ -38,7 +37,7 @@ class RunShape:
     end: int | None
     traced: bool
     counts: Sequence[int] | None = None
-    method: Method | None = None
+    method: Adjoint | None = None
 
     def plan(self) -> Plan:
         more = {"end": self.end, "traced": self.traced, "counts": self.counts, "method": self.method}
@@ -65,7 +64,7 @@ def fitted(run: Run, asked: RunShape) -> Run:
     known = asked.counts is not None or all(named_components(one, adapter, 1)[1] for one in kind.each(adapter))
     if not known:
         asked = replace(asked, counts=[fewest_components(kind, adapter)] * len(asked.lengths))
-    fit = _fitted_sweep if asked.method is not None and asked.method.name == "adjoint" else _fitted_state
+    fit = _fitted_sweep if asked.method is not None else _fitted_state
     if not known and fit is _fitted_sweep:  # its tables are of as many experts as there may be: only the trace is sure
         free = available(adapter.device)
         if free is None or _is_spread(adapter) or asked.plan().trace_bytes <= free:

@@ -19,8 +19,8 @@ from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.hook_names import layer_input
 from ..inputs.prompts import encode_all
-from ..methods.choice import Method, choose_method
-from ..options import Options
+from ..methods.choice import choose_method
+from ..options import Adjoint, Options
 from ..propagation.joint import JOINT_BYTES
 from ..runtime.dtypes import dtype_name, widest
 from ..runtime.memory import available
@@ -50,7 +50,7 @@ def plan(
     device: torch.device | None = None,
     traced: bool = False,
     counts: Sequence[int] | None = None,
-    method: Method | None = None,
+    method: Adjoint | None = None,
     loud: int | None = None,
     gemm_flops: float | None = None,
     rate_source: str = "given",
@@ -74,7 +74,7 @@ def plan(
     device = device or adapter.device
     kind.check(adapter, lengths)
     speed = (gemm_flops, rate_source)
-    if method is not None and method.name == "adjoint":
+    if method is not None:
         outlook = foresee(adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts)
         return _adjoint(adapter, lengths, kind, outlook, device, loud, *speed)
     made = _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
@@ -281,13 +281,10 @@ def plan_call(
     kind: ComponentKind,
     end: int | str | None,
     measure: bool,
-    asked: tuple,
+    method: str | Adjoint | None,
     overrides: dict[str, Any],
 ) -> Plan:
-    """The plan of a call of :meth:`DePass.attribute`, or for a number of tokens in place of a prompt.
-
-    ``asked``: method, refine, refine_within and sample, as they are given there.
-    """
+    """The plan of a call of :meth:`DePass.attribute`, or for a number of tokens in place of a prompt."""
     options, adapter = dp.options.updated(overrides), dp.adapter
     run = options.build(adapter)
     if not isinstance(kind, ComponentKind):
@@ -300,13 +297,14 @@ def plan_call(
     else:
         lengths = [len(ids) for ids in encode_all(what, adapter, dp.tokenizer)[1]]
     kind.check(adapter, lengths)
-    method = choose_method(kind, adapter, run.allocation, *asked, 0, options.stream is True, options.verify)
+    streams, verifies = options.stream is True, options.verify
+    chosen = choose_method(method, kind, adapter, run.allocation, streams=streams, verifies=verifies)
     rate, source = None, ""
     if measure:
         rate, source = gemm_rate(adapter.device, options.dtypes(adapter.dtype, adapter.device)[1])
     last = None if end is None else layer_input(end, "end")
     counts = known_counts(kind, adapter, what) if traced else None
-    more = {"end": last, "traced": traced, "counts": counts, "method": method}
+    more = {"end": last, "traced": traced, "counts": counts, "method": chosen}
     return plan(adapter, lengths, kind, options, **more, gemm_flops=rate, rate_source=source)
 
 
