@@ -116,13 +116,12 @@ def only(bars, label, total):
 
 @pytest.mark.parametrize("allocation", ["softmax", "taylor"])
 @pytest.mark.parametrize(
-    "options", [{}, {"method": Adjoint(refine=0)}, {"method": Adjoint(sample=0)}, {"memory_budget": 1}]
+    ("method", "options"),
+    [("adjoint", {}), (Adjoint(refine=0), {}), (Adjoint(sample=0), {}), ("adjoint", {"memory_budget": 1})],
 )
 def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, method, allocation):
     dp, prompts = build("llama-gqa"), [random_ids(9), random_ids(5)]
-    call = partial(
-        dp.attribute, prompts, Neurons(layers="all"), 7, allocation=allocation, **{"method": "adjoint", **options}
-    )
+    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, method=method, allocation=allocation, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)
         expected = call(progress=False)
