@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -52,8 +52,8 @@ class Options:
     progress: bool = True
     verify: bool = False
 
-    def updated(self, overrides: dict[str, Any]) -> Options:
-        """These options with some replaced; TypeError for a name that is none."""
+    def updated(self, overrides: Mapping[str, Any]) -> Options:
+        """Return these options with some replaced. Raises TypeError for a name that is none."""
         known = [f.name for f in fields(self)]
         for name in overrides:
             if name not in known:
@@ -111,6 +111,21 @@ class Options:
                 raise ValueError(f"exclude_special: position {p} is out of range for a prompt of {length} tokens.")
             positions.add(p % length)
         return positions
+
+
+class OptionValues(TypedDict, total=False):
+    """The fields of :class:`Options` as keyword arguments, so that an editor knows them."""
+
+    allocation: str | Rule
+    temperature: float
+    exclude_special: bool | Sequence[int]
+    backend: str
+    compute_dtype: torch.dtype | str | None
+    state_dtype: torch.dtype | str | None
+    memory_budget: int | None
+    stream: bool | str
+    progress: bool
+    verify: bool
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,91 @@
-"""One call, checked before any work: what is to be done, to which prompts, and how."""
+"""A request: what is to be decomposed and how, checked before any work; its forward pass, and its initial state."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapters import Adapter
+from .allocation import Allocation
 from .components.base import ComponentKind
-from .components.start import meets_bias
+from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
-from .inputs.prompts import encode_all, token_texts
+from .inputs.loading import check_ready
+from .inputs.prompts import Prompt, as_position, encode_all, token_texts
+from .inputs.targets import TargetSpec, parse_target
 from .options import Adjoint, Options
 from .planning.fit import RunShape, fitted
 from .planning.shapes import named_components
 from .propagation.run import Run
+from .runtime.dtypes import refuse_autocast
+from .state.state import ComponentState
+from .trace.capture import capture
 from .trace.record import Trace
+
+MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
+ADJOINT_RULES = ("softmax", "taylor")
+ADJOINT_KINDS = ("neurons", "features", "custom")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be done: ``components`` at ``layer``, carried to the input of layer ``end``.
+    """The components at ``layer`` of ``prompts``, to be carried to the input of layer ``end``.
 
-    ``end_given`` is None where the final norm follows. ``excluded`` are the positions of special tokens, per prompt.
+    ``settings`` are the options as they were given, ``run`` the same checked. ``tokens`` are the texts of every
+    prompt's tokens, ``excluded`` the positions of its special tokens. ``end_given`` is None where the final norm
+    follows. ``has_bias`` says that constants are still to come. ``method`` None is exact propagation.
+
+    ``reads`` and ``targets`` are what an attribution reads: a position and a target per prompt.
+
+    ``trace`` is there once the forward pass was taken; ``bound`` are then the components of every prompt, where they
+    were asked for at one layer. ``began`` is the time when the request was made, in seconds.
     """
 
+    adapter: Adapter
+    tokenizer: Any | None
     settings: Options
     run: Run
     batch: bool
     prompts: list[Tensor]
     tokens: list[list[str]]
     excluded: list[set[int]]
-    trace: Trace | None
     components: ComponentKind
     layer: int
     end_given: int | None
     end: int
     has_bias: bool
-    bound: tuple[ComponentKind, ...] | None = None  # the components of every prompt, known with the trace
+    method: Adjoint | None = None
+    reads: tuple[int, ...] = ()
+    targets: tuple[TargetSpec, ...] = ()
+    trace: Trace | None = None
+    bound: tuple[ComponentKind, ...] | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    def require_trace(self) -> Trace:
+        """Return the trace, which is there by now."""
+        assert self.trace is not None, "the forward pass was not taken yet"
+        return self.trace
 
 
 def make_request(
-    adapter: Adapter, tokenizer: Any, settings: Options, prompt: Any, components: ComponentKind, end: int | str | None
+    adapter: Adapter,
+    tokenizer: Any | None,
+    settings: Options,
+    prompt: Prompt | Sequence[Prompt] | Trace,
+    components: ComponentKind,
+    end: int | str | None = None,
 ) -> Request:
-    """Everything that can be checked before any work, checked.
+    """Check everything that can be checked before any work.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    run = settings.build(adapter)
+    began, run = time.perf_counter(), settings.build(adapter)
     trace = prompt if isinstance(prompt, Trace) else None
     if trace is not None:
         trace.source.check(adapter.model)
@@ -57,51 +93,185 @@ def make_request(
         prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
     else:
         batch, prompts = encode_all(prompt, adapter, tokenizer)
-    if not isinstance(components, ComponentKind):
-        raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
+    check_kind(components)
     components.check(adapter, [len(ids) for ids in prompts])
     first, n_layers = components.entry(adapter).first_end, adapter.n_layers
-    end = None if end is None else layer_input(end, "end")
-    if end is not None and not first <= end <= n_layers:
+    last = None if end is None else layer_input(end, "end")
+    if last is not None and not first <= last <= n_layers:
         raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
     return Request(
+        adapter=adapter,
+        tokenizer=tokenizer,
         settings=settings,
         run=run,
         batch=batch,
         prompts=prompts,
         tokens=[token_texts(ids, tokenizer) for ids in prompts],
         excluded=[settings.excluded(len(ids)) for ids in prompts],
-        trace=trace,
         components=components,
         layer=components.resolve(adapter),
-        end_given=end,
-        end=n_layers if end is None else end,
-        has_bias=meets_bias(components, adapter, end),
+        end_given=last,
+        end=n_layers if last is None else last,
+        has_bias=meets_bias(components, adapter, last),
+        trace=trace,
+        began=began,
     )
 
 
-def bind(call: Request, adapter: Adapter, trace: Trace, method: Adjoint | None = None) -> Request:
-    """The same call with its trace, and the components that every prompt then has.
+def with_targets(
+    request: Request,
+    target: Any,
+    *,
+    contrast: Any = None,
+    targets: Sequence[Any] | None = None,
+    position: int = -1,
+) -> Request:
+    """Return the request with what is to be read, checked. Arguments as of :meth:`depass_fast.DePass.attribute`.
 
     Raises:
-        ValueError: several layers were asked for.
-        MemoryError: only now it is known how many there are, and that they cannot fit.
+        ValueError, TypeError: naming the argument.
     """
-    kind = call.components.single()
-    bound = tuple(kind.bound(adapter, trace, p) for p in range(trace.n_prompts))
-    call = replace(call, trace=trace, bound=bound)
-    return call if named_components(kind, adapter, 1)[1] else fit(call, adapter, method)
+    count = len(request.prompts)
+    if targets is not None and (target is not None or len(targets) != count):
+        raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
+    wanted = [target] * count if targets is None else targets
+    specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
+    if request.end_given is not None and any(vector is None for spec in specs for *_, vector in spec.items):
+        raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
+    reads = tuple(as_position(position, len(ids)) for ids in request.prompts)
+    return replace(request, reads=reads, targets=specs)
 
 
-def fit(call: Request, adapter: Adapter, method: Adjoint | None = None) -> Request:
-    """The same call with the workspace that the device has room for; ``method`` None: exact.
+def with_method(request: Request, method: str | Adjoint | None) -> Request:
+    """Return the request with the method that it is computed by, see :func:`choose_method`."""
+    streams, verifies = request.settings.stream is True, request.run.verifier is not None
+    rule = request.run.allocation
+    chosen = choose_method(method, request.components, request.adapter, rule, streams=streams, verifies=verifies)
+    return replace(request, method=chosen)
+
+
+def choose_method(
+    method: str | Adjoint | None,
+    kind: ComponentKind,
+    adapter: Adapter,
+    allocation: Allocation,
+    *,
+    streams: bool = False,
+    verifies: bool = False,
+) -> Adjoint | None:
+    """Return the sweep that ``method`` stands for, or None for exact propagation.
+
+    ``method`` None is exact for one layer, and for several layers with up to MOST_EXACT components in all.
 
     Raises:
-        MemoryError: it cannot fit at all; what would is in the message.
+        ValueError: an unknown method; a kind, a rule or an option that the adjoint sweep is not for.
     """
-    lengths, traced = [len(ids) for ids in call.prompts], call.trace is not None
-    counts = None
-    if call.bound is not None:
-        counts = [len(kind.names(adapter, ids)) for kind, ids in zip(call.bound, call.tokens, strict=True)]
-    asked = RunShape(adapter, lengths, call.components, call.settings, call.end_given, traced, counts, method)
-    return replace(call, run=fitted(call.run, asked))
+    if not isinstance(method, Adjoint) and method not in (None, "exact", "adjoint"):
+        raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint', Adjoint(...).")
+    if method == "exact":
+        return None
+    if method is None and not (_is_large(kind, adapter) and allocation.rule in ADJOINT_RULES):
+        return None
+    if streams:
+        raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
+    if verifies:
+        raise ValueError(
+            "verify: method='adjoint' carries no states that the reference could recompute, its sample says how far it "
+            "is off; take method='exact', or verify=False."
+        )
+    if kind.kind not in ADJOINT_KINDS:
+        raise ValueError(
+            f"method: 'adjoint' is for many fine-grained components ({', '.join(ADJOINT_KINDS)}); {kind.kind} are few, "
+            "for which 'exact' is cheap."
+        )
+    if allocation.rule not in ADJOINT_RULES:
+        raise ValueError(
+            f"method: 'adjoint' needs a rule with a derivative and a partition function ({', '.join(ADJOINT_RULES)}); "
+            f"with {allocation.name!r} take method='exact'."
+        )
+    return method if isinstance(method, Adjoint) else Adjoint()
+
+
+def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
+    """True if these are so many neurons of several layers that exact propagation would take long."""
+    layers = kind.each(adapter)
+    return kind.kind in ADJOINT_KINDS and len(layers) > 1 and sum(one.count(adapter) for one in layers) > MOST_EXACT
+
+
+def check_kind(components: Any) -> None:
+    """Raise TypeError unless ``components`` is a component kind."""
+    if not isinstance(components, ComponentKind):
+        raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
+
+
+def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
+    """Return the request with the workspace that the device has room for.
+
+    ``counts`` are the named components of every prompt, where they are known; by default those that are ``bound``.
+
+    Raises:
+        MemoryError: it cannot fit at all; the message says what would.
+    """
+    if counts is None and request.bound is not None:
+        bound = zip(request.bound, request.tokens, strict=True)
+        counts = [len(kind.names(request.adapter, texts)) for kind, texts in bound]
+    shape = RunShape(
+        request.adapter,
+        [len(ids) for ids in request.prompts],
+        request.components,
+        request.settings,
+        request.end_given,
+        traced=request.trace is not None,
+        counts=counts,
+        method=request.method,
+    )
+    return replace(request, run=fitted(request.run, shape))
+
+
+def take_trace(adapter: Adapter, prompts: list[Tensor], progress: bool) -> Trace:
+    """Take the forward pass over ``prompts``, with a bar if ``progress``."""
+    refuse_autocast(adapter.device)
+    check_ready(adapter)
+    return capture(adapter, prompts, progress)
+
+
+def captured(request: Request) -> Request:
+    """Return the request with its forward pass, unless it was taken already."""
+    if request.trace is not None:
+        return request
+    return replace(request, trace=take_trace(request.adapter, request.prompts, request.run.progress))
+
+
+def traced(request: Request) -> Request:
+    """Return a request of one layer with its forward pass, and with the components that every prompt then has.
+
+    Raises:
+        ValueError: several layers were asked for; before any work.
+        MemoryError: only now it is known how many components there are, and they cannot fit.
+    """
+    kind = request.components.single()
+    request = captured(request)
+    adapter, trace = request.adapter, request.require_trace()
+    bound = tuple(kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts))
+    request = replace(request, bound=bound)
+    return request if named_components(kind, adapter, 1)[1] else fit(request)
+
+
+def start(request: Request) -> ComponentState:
+    """Return the components of a traced request where they start."""
+    return initial_state(
+        request.components,
+        request.adapter,
+        request.require_trace(),
+        request.tokens,
+        request.excluded,
+        request.has_bias,
+        request.run.state_dtype,
+        request.run.host,
+        request.bound,
+    )
+
+
+def wide_dtype(request: Request) -> torch.dtype:
+    """The dtype of scores: that of the state, float32 at least. No share is rounded to half precision."""
+    return torch.promote_types(request.run.state_dtype, torch.float32)

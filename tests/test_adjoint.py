@@ -8,6 +8,7 @@ import torch
 from conftest import FAMILIES, build, build_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from states import start_state
 from test_features import Dictionary
 
 from bench.family_models import available, build_variant
@@ -68,7 +69,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
     reference = ReferenceBackend()
     for index in range(start.entering, adapter.n_layers):
         if state is None:
-            state = dp.start_state(dp._plan(trace, kind, None, {"backend": "reference", "state_dtype": "float64"}))[1]
+            state = start_state(dp, trace, kind, backend="reference", state_dtype="float64")
         layer, record = adapter.layer(index), trace.layers[index]
         queries = slice(read, n) if index == adapter.n_layers - 1 else slice(0, n)
         if state.site == "resid_pre":
@@ -202,7 +203,7 @@ def test_close_to_exact_in_every_family(name):
     for one, other in zip(found, exact, strict=True):
         assert one.labels == other.labels
         assert torch.corrcoef(torch.stack([one.scores, other.scores]))[0, 1] > 0.97
-    close(found.layer(2).scores, exact.layer(2).scores, 1e-5)  # nothing is left to be approximated
+    close(found[2].scores, exact[2].scores, 1e-5)  # nothing is left to be approximated
 
 
 def test_the_demo_model(demo):

@@ -13,8 +13,8 @@ from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAtt
 from depass_fast.adjoint import estimate, sweep
 from depass_fast.adjoint.estimate import draw, judge, spearman, wilson
 from depass_fast.adjoint.memory import CPU_BUDGET
-from depass_fast.methods.choice import MOST_EXACT
 from depass_fast.options import Adjoint
+from depass_fast.request import MOST_EXACT
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
 IDS = random_ids(6, seed=1)
@@ -61,7 +61,7 @@ def test_which_method_runs(wide):
 def test_errors_come_before_any_work(kind, options, message, monkeypatch):
     dp = build("llama-gqa")
     monkeypatch.setattr(dp.adapter.model, "forward", None)
-    monkeypatch.setattr(type(dp), "_capture", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("depass_fast.request.capture", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         dp.attribute(IDS, kind, **options)
 
@@ -94,11 +94,11 @@ def test_exact_layers_are_those_of_single_calls(layered):
         assert torch.allclose(one.scores, single.scores, atol=1e-5) and one.labels == single.labels
     assert layered.scores.shape == ((2, 2, 48) if several else (2, 48))
     assert layered.rest.shape == layered.bias.shape == ((2, 2) if several else (2,))
-    assert layered.layer(2) is layered.by_layer[1]
+    assert layered[2] is layered.by_layer[1]
     total = layered.scores.sum(-1) + layered.rest + layered.bias
     assert torch.allclose(total, layered.target_logits[..., None].expand_as(total), atol=1e-4)
     with pytest.raises(KeyError, match="no layer 1; this result holds 0, 2"):
-        layered.layer(1)
+        layered[1]
 
 
 def test_layered_results_have_the_interface_of_an_attribution(layered, tmp_path):

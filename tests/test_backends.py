@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES, build, random_ids
+from states import carried, start_state
 from test_completeness import kinds
 
 from depass_fast import Custom, Heads, Neurons, Tokens
@@ -105,7 +106,7 @@ def test_a_state_that_is_written_to_is_no_product_any_more():
     dp = build("llama-gqa")
     trace = dp.trace(random_ids(7))
     for kind in (Tokens(), Neurons(0)):
-        trace, state = dp.start_state(dp._plan(trace, kind, None, {"allocation": "taylor"}))
+        state = start_state(dp, trace, kind, allocation="taylor")
         assert state.factors is not None
         state.set_block(0, 2 * state.block(0))
         doubled = dp.carry(trace, state, allocation="taylor").dense()
@@ -134,7 +135,7 @@ def test_any_number_of_positions_can_be_read(family, count):
     reads = [list(range(13 - count, 13)), [0, 5]]
     for kind in (Tokens(), Heads(1), Neurons(0)):
         run = family.options.build(family.adapter)
-        state, errors = family.propagate(trace, family.start(trace, kind), 3, run, reads)
+        state, errors = carried(family, trace, family.start(trace, kind), 3, run, reads)
         whole = family.decompose(trace, kind, end=3)
         for p, at in enumerate(reads):
             assert close(state.dense(p), whole.dense(p)[at]) and errors[-1][p] < 1e-5

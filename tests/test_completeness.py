@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import FAMILIES, build, random_ids
+from states import start_state
 from test_features import Dictionary
 
 from depass_fast import Custom, Features, Heads, Modules, Neurons, Subspaces, Tokens
@@ -92,8 +93,7 @@ def _initial(dp, trace, kind):
     if kind.site == "resid_post":
         state = dp.decompose(trace, kind, end=kind.layer + 1)
         return state.dense(), state.labels
-    plan = dp._plan(trace, kind, None, {})
-    state = dp.start_state(plan)[1]
+    state = start_state(dp, trace, kind)
     return state.dense(), state.labels
 
 

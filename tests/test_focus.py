@@ -31,7 +31,7 @@ def test_the_chosen_ones_equal_the_full_run(name, rule):
         assert partition.completeness_error < 1e-5
         labels = partition.labels
         which = [labels[-1], labels[0], labels[len(labels) // 2]]
-        focus = dp.decompose(trace, kind, focus=which, partition=partition, allocation=rule)
+        focus = dp.focus(trace, kind, which, partition=partition, allocation=rule)
         assert focus.labels == which and focus.layers[-1] == 3, label
         agree(dp, trace, kind, focus, allocation=rule)
 
@@ -45,7 +45,7 @@ def test_the_corners(name, rule):
     for kind, excluded in ((custom, True), (Tokens(), list(range(8)))):
         options = {"allocation": rule, "exclude_special": excluded}
         for which in ([0], [1, 3], [-1, 2]):
-            agree(dp, trace, kind, dp.decompose(trace, kind, focus=which, **options), 1e-11, **options)
+            agree(dp, trace, kind, dp.focus(trace, kind, which, **options), 1e-11, **options)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -56,7 +56,7 @@ def test_all_of_them_one_by_one_are_the_whole(backend):
     for kind in (Tokens(1), Heads(0), Neurons(0)):
         partition = dp.partition(trace, kind, **options)
         members = range(len(partition.labels))
-        alone = [dp.decompose(trace, kind, focus=[m], partition=partition, **options) for m in members]
+        alone = [dp.focus(trace, kind, [m], partition=partition, **options) for m in members]
         for layer in alone[0].layers[1:]:
             total = torch.cat([focus.entering(layer) for focus in alone], dim=1).sum(1)
             assert close(total, trace.resid(layer))
@@ -73,7 +73,7 @@ def test_a_partition_is_small_and_its_size_known():
 def test_an_end_before_the_last_layer():
     dp, ids = build("llama-gqa"), random_ids(6)
     trace = dp.trace(ids)
-    focus = dp.decompose(trace, Tokens(), focus=[2], end=2)
+    focus = dp.focus(trace, Tokens(), [2], end=2)
     assert focus.layers == [0, 1, 2] and focus.states[0].shape == (6, 1, 32)
     agree(dp, trace, Tokens(), focus)
     with pytest.raises(ValueError, match="layer: 3 is out of range; held are 0 to 2"):
@@ -90,11 +90,11 @@ def test_bad_input_is_refused():
         ([], "focus: empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            dp.decompose(trace, Tokens(), focus=which, partition=partition)
+            dp.focus(trace, Tokens(), which, partition=partition)
     for other, options in ((Tokens(1), {}), (Tokens(), {"temperature": 0.2}), (Tokens(), {"exclude_special": False})):
         with pytest.raises(ValueError, match="partition: it was made of other components"):
-            dp.decompose(trace, other, focus=[0], partition=partition, **options)
+            dp.focus(trace, other, [0], partition=partition, **options)
     with pytest.raises(ValueError, match="focus: components of one prompt at a time, got 2"):
-        dp.decompose([ids, ids], Tokens(), focus=[0])
+        dp.focus([ids, ids], Tokens(), [0])
     with pytest.raises(ValueError, match="focus: the reference backend carries all components at once"):
-        dp.decompose(trace, Tokens(), focus=[0], backend="reference")
+        dp.focus(trace, Tokens(), [0], backend="reference")

@@ -23,7 +23,7 @@ def no_work(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("a forward pass began")
 
-    monkeypatch.setattr("depass_fast.engine.capture", forbidden)
+    monkeypatch.setattr("depass_fast.request.capture", forbidden)
 
 
 def test_unknown_family_names_the_supported_ones():

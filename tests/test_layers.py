@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import FAMILIES, build, random_ids
+from states import request_of, start_state
 
 from bench.family_models import build_model as build_family
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
-from depass_fast.methods.layers import _start
+from depass_fast.methods.layers import _pending
 from depass_fast.propagation.joint import PendingState, group_by_memory, propagate_jointly
 
 _EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -52,7 +53,7 @@ def test_some_layers_rules_and_an_end():
         for result in found:
             same(result, dp.attribute(ids, Heads(result.layer), direction, end=2, allocation=rule, position=4))
     last = dp.attribute(ids, Neurons(layers=[-1]), direction, end=3)
-    same(last.layer(2), dp.attribute(ids, Neurons(-1), direction, end=3))
+    same(last[2], dp.attribute(ids, Neurons(-1), direction, end=3))
 
 
 def test_bias_is_there_only_where_constants_are_to_come():
@@ -78,12 +79,11 @@ def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
     trace = dp.trace([random_ids(n, seed=n) for n in (6, 1, 2)])
     monkeypatch.setattr(Neurons, "bound", lambda *given: made.append(given) or bound(*given))
     dp.attribute(trace, Neurons(layers="all"), method="exact")
-    assert len(made) == 3 + 3 * 3
+    assert len(made) == 3 * 3
     with torch.no_grad():
         for layer in range(3):
-            plan = dp._plan(trace, Neurons(layer), None, {})
-            state = dp.start_state(plan)[1]
-            start = _start(dp, plan)
+            request = request_of(dp, trace, Neurons(layer))
+            state, start = start_state(dp, trace, Neurons(layer)), _pending(request)
             assert (start.layer, start.nbytes, start.device) == (state.layer, state.nbytes, state.device)
             counts = Neurons(layer).counts(dp.adapter, trace)
             assert counts == [len(c.names) for c in state.layout.components] and len(set(counts)) > 1
@@ -93,7 +93,7 @@ def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
 def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     dp, ids = build("llama-gqa"), random_ids(7, seed=4)
     trace = dp.trace(ids)
-    states = [dp.start_state(dp._plan(trace, Heads(layer), None, {}))[1] for layer in range(3)]
+    states = [start_state(dp, trace, Heads(layer)) for layer in range(3)]
     monkeypatch.setattr("depass_fast.propagation.joint.JOINT_BYTES", states[0].nbytes * 2)
     assert [len(group) for group in group_by_memory(map(PendingState.of, states))] == [2, 1]
     found = dp.attribute(trace, Heads(layers="all"))
@@ -117,7 +117,7 @@ def test_a_sweep_may_end_anywhere_and_keep_all_positions():
     dp, ids = build("llama-biases"), random_ids(7, seed=5)
     trace, run = dp.trace([ids, ids[:4]]), dp.options.build(dp.adapter)
     for end in (1, 2, 3):
-        states = [dp.start_state(dp._plan(trace, Neurons(layer), None, {}))[1] for layer in range(end)]
+        states = [start_state(dp, trace, Neurons(layer)) for layer in range(end)]
         starts = list(map(PendingState.of, states))
         for layer, (state, errors) in enumerate(propagate_jointly(dp.adapter, trace, starts, end, run)):
             alone = dp.decompose(trace, Neurons(layer), end=end)

@@ -94,7 +94,7 @@ def test_one_prompt_is_one_prompt(dp):
     ],
 )
 def test_what_is_refused(dp, monkeypatch, encoding, message):
-    monkeypatch.setattr("depass_fast.engine.capture", None)  # before any work
+    monkeypatch.setattr("depass_fast.request.capture", None)  # before any work
     for call in (lambda prompt: dp.attribute(prompt, Tokens()), dp.trace):
         with pytest.raises(ValueError, match=message):
             call({"input_ids": [[1, 2, 3, 4, 5]] * 2, **encoding})

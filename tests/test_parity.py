@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from states import carried, start_state
 from test_published import cases, load
 
 from depass_fast import ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
 from depass_fast.compat.rules import PublishedRule
+from depass_fast.propagation.loop import through_final_norm
 from depass_fast.state.layout import Components, Layout
 
 ABSOLUTE = 1e-4
@@ -46,9 +48,9 @@ def propagated(dp: DePass, trace: Trace, states: torch.Tensor, layer: int, site:
     layout = Layout.of((Components.everywhere(names, ("rest",)),), trace.offsets)
     state = ComponentState(states.flatten(0, 1), layout, layer, site)
     run = dp.options.updated({"allocation": PublishedRule("softmax"), "backend": backend}).build(dp.adapter)
-    state, errors = dp.propagate(trace, state, dp.adapter.n_layers, run)
+    state, errors = carried(dp, trace, state, dp.adapter.n_layers, run)
     assert float(errors[0]) > 1e-3  # the deviation, measured
-    return dp._normed(state, trace).block(0)
+    return through_final_norm(dp.adapter, trace, state).block(0)
 
 
 def select(*calls: str) -> list:
@@ -123,7 +125,7 @@ def test_modules_and_heads(name, case, backend):
     trace = dp.trace(case["input_ids"])
     components = {"attn": Modules(layer, "attention"), "mlp": Modules(layer, "mlp"), "attn_head": Heads(layer)}[kind]
     if name == "qwen2_gqa" and kind == "attn_head":  # published: V's bias is in no head and in no residual
-        heads = dp.start_state(dp._plan(trace, components, None, {}))[1].block(0)[:, 1:]
+        heads = start_state(dp, trace, components).block(0)[:, 1:]
         states = torch.cat([trace.layers[layer].resid_pre[:, None], heads], dim=1)
         ours = propagated(dp, trace, states, layer, "resid_mid", backend)
     else:

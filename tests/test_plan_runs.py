@@ -9,9 +9,9 @@ from test_adjoint import close
 from test_features import Dictionary
 from torch.utils.flop_counter import FlopCounterMode
 
-import depass_fast.engine
 import depass_fast.planning.fit
 import depass_fast.planning.planner
+import depass_fast.request
 from bench.family_models import build_model, build_variant
 from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import sweep
@@ -166,10 +166,10 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
     dp, kind = unknown
     monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
     ids, done = random_ids(40), []
-    monkeypatch.setattr(depass_fast.engine, "initial_state", lambda *_, **__: done.append("decomposed"))
+    monkeypatch.setattr(depass_fast.request, "initial_state", lambda *_, **__: done.append("decomposed"))
     monkeypatch.setattr(sweep.Sweep, "run", lambda *_: done.append("swept"))
-    capture = depass_fast.engine.capture
-    monkeypatch.setattr(depass_fast.engine, "capture", lambda *given: done.append("traced") or capture(*given))
+    capture = depass_fast.request.capture
+    monkeypatch.setattr(depass_fast.request, "capture", lambda *given: done.append("traced") or capture(*given))
     free(2_000)
     with pytest.raises(MemoryError, match=f"{kind.kind}.*: needs"):
         dp.attribute(ids, kind, 7, method=method)

@@ -188,5 +188,5 @@ def test_generation_has_a_bar_of_its_tokens(drawn, terminal):
 def test_focus_has_one_bar_for_all_layers(drawn):
     dp, ids = build("llama-gqa"), random_ids(9)
     partition = dp.partition(ids, Neurons(0), progress=False)
-    dp.decompose(ids, Neurons(0), focus=[3], partition=partition)
+    dp.focus(ids, Neurons(0), [3], partition=partition)
     only(drawn, "layers", 2)

@@ -179,8 +179,8 @@ def test_streaming_and_focus_are_the_torch_backends(monkeypatch, triton):
     with pytest.raises(ValueError, match="stream: the triton backend does not stream; take backend='torch'"):
         dp.attribute(ids, Tokens(), backend="triton", stream=True)
     trace = dp.trace(ids)
-    focus = dp.decompose(trace, Tokens(), focus=[2], backend="triton")
-    assert torch.equal(focus.entering(3), dp.decompose(trace, Tokens(), focus=[2], backend="torch").entering(3))
+    focus = dp.focus(trace, Tokens(), [2], backend="triton")
+    assert torch.equal(focus.entering(3), dp.focus(trace, Tokens(), [2], backend="torch").entering(3))
     monkeypatch.setenv(VARIABLE, "triton")
     with pytest.raises(ValueError, match="stream: the triton backend does not stream"):
         dp.attribute(ids, Tokens(), stream=True)

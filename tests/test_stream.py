@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, build, random_ids
+from states import carried
 from test_backends import close, corner_states
 from test_completeness import kinds
 
@@ -112,7 +113,7 @@ def test_experts_parallel_layers_and_norms_anywhere(name, rule):
             assert close(state.rows, oracle, 1e-10), budget
         partition = dp.partition(trace, kind)
         chosen = [partition.labels[0], partition.labels[-1]]
-        focus = dp.decompose(trace, kind, focus=chosen, partition=partition)
+        focus = dp.focus(trace, kind, chosen, partition=partition)
         last = dp.carry(trace, dp.start(trace, kind), 3, backend="reference")
         expected = last.dense()[:, [last.labels.index(label) for label in chosen]]
         assert float((focus.entering(3) - expected).abs().max()) <= 1e-10 * float(last.rows.abs().max())
@@ -219,7 +220,7 @@ def test_nothing_is_read_from_host_memory_before_it_is_there(name, monkeypatch):
 
     def propagated(**options):
         run = dp.options.updated(options).build(dp.adapter)
-        return dp.propagate(trace, dp.start(trace, Tokens()), dp.adapter.n_layers, run, reads)[0].rows
+        return carried(dp, trace, dp.start(trace, Tokens()), dp.adapter.n_layers, run, reads)[0].rows
 
     expected = propagated(), dp.attribute(trace, Heads(0), 7).scores, dp.decompose(trace, Tokens()).rows
     pending, take, put = [], StreamBackend._take, StreamBackend._put

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import build, random_ids
+from states import carried
 from test_backends import close
 
 from bench.family_models import build_model
@@ -49,7 +50,7 @@ def test_the_workspace_stays_within_its_bytes(wide, budget):
     trace = wide.trace([random_ids(7), random_ids(3)])
     for kind in (Tokens(), Heads(0)):
         run = wide.options.updated({"memory_budget": budget}).build(wide.adapter)
-        wide.propagate(trace, wide.start(trace, kind), 3, run)
+        carried(wide, trace, wide.start(trace, kind), 3, run)
         held = sum(b.numel() * b.element_size() for b in run.backend._workspace._buffers.values())
         assert held <= budget + 1024, (kind, held)  # whole lines of 256 bytes
 

@@ -378,7 +378,7 @@ def test_what_cannot_be_verified_is_refused_before_any_work(monkeypatch):
             call()
     for call in (
         lambda: dp.partition(PROMPTS[0], Tokens(), verify=True),
-        lambda: dp.decompose(trace, Tokens(), focus=[1], partition=partition, verify=True),
+        lambda: dp.focus(trace, Tokens(), [1], partition=partition, verify=True),
     ):
         with pytest.raises(ValueError, match="verify: focus and partition share out"):
             call()

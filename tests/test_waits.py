@@ -19,6 +19,7 @@ from depass_fast.trace.record import Trace
 
 ON_THE_HOST = (
     "depass_fast.results.attribution",
+    "depass_fast.readout.assemble",
     "depass_fast.readout.collect",
     "depass_fast.inputs.prompts",
 )  # no tensor of a device gets there

@@ -56,10 +56,10 @@ def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: st
     import torch
 
     from ..allocation import Allocation
-    from ..methods.choice import choose_method
     from ..options import Options
     from ..planning.gemm_rate import gemm_rate
     from ..planning.planner import check_length, for_config, plan
+    from ..request import choose_method
 
     if args.gemm_tflops is not None and not 0 < args.gemm_tflops < float("inf"):
         raise ValueError(f"--gemm-tflops: {args.gemm_tflops} is out of range; it must be positive.")

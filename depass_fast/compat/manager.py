@@ -8,15 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters import adapt, unwrap
 from ..adapters.stored import stored_bias, stored_weight
 from ..components.base import ComponentKind
 from ..components.given import Custom
 from ..components.model import Heads, Modules, Neurons, Tokens
-from ..engine import DePass
 from ..inputs.generation import generate
+from ..inputs.loading import check_weights
 from ..inputs.prompts import Prompt, encode
 from ..labels import BIAS, REST
+from ..methods.states import carry
+from ..options import Options
+from ..propagation.loop import propagate
 from ..propagation.run import Run
+from ..request import fit, make_request, start, take_trace, traced
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from ..trace.record import Trace
@@ -67,11 +72,14 @@ class decomposed_state_manager:
         self.ignore_special_token = ignore_special_token
         self.mlp_decomposed_function = mlp_decomposed_function
         self.corrected = corrected
-        self.dp = DePass(model, tokenizer, temperature=mlp_softmax_temp, **options)
-        if not corrected:
-            self.dp.adapter = self.dp.adapter.without_biases()
-        attention = self.dp.adapter.layer(0).attention
-        self.num_layers, self.hidden_dim = self.dp.adapter.n_layers, self.dp.adapter.hidden_size
+        inner, self._inner_tokenizer = unwrap(model, tokenizer)
+        adapter = adapt(inner)
+        self._settings = Options(temperature=mlp_softmax_temp).updated(options)
+        self._settings.build(adapter)
+        check_weights(adapter)
+        self._adapter = adapter if corrected else adapter.without_biases()
+        attention = self._adapter.layer(0).attention
+        self.num_layers, self.hidden_dim = self._adapter.n_layers, self._adapter.hidden_size
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
         self._trace: Trace | None = None
@@ -82,7 +90,8 @@ class decomposed_state_manager:
     def get_states(self, prompt: Prompt) -> list[Tensor]:
         """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``."""
         self._trace = None  # its memory, before that of the next one is needed
-        self._trace = self.dp.trace(encode(prompt, self.dp.adapter, self.tokenizer))
+        ids = encode(prompt, self._adapter, self._inner_tokenizer)
+        self._trace = take_trace(self._adapter, [ids], self._settings.progress)
         stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
         self.states = [x[None].clone() for x in (*stream, self._trace.resid_final)]
         self.attribute_len = self.states[0].shape[1]
@@ -113,7 +122,7 @@ class decomposed_state_manager:
         """Tokens entering one layer, carried to the input of another, no norm: (N, N, D); and the states."""
         states = self.get_states(prompt)
         state, options = self._start(Tokens(start_layer_idx), end_layer_idx)
-        state, _ = self.dp.propagate(self._trace, state, end_layer_idx, self._run(options))
+        state, _ = propagate(self._adapter, self._require_trace(), state, end_layer_idx, self._run(options))
         return self._returned(state), states
 
     def all_layer_to_init_attribute_state(
@@ -174,7 +183,7 @@ class decomposed_state_manager:
         self, attribute_state: Tensor, token_idx: int, decode_token_id: int | Tensor | list[int]
     ) -> Tensor:
         """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
-        head = self.dp.adapter.unembedding
+        head = self._adapter.unembedding
         weight, bias = stored_weight(head), stored_bias(head)
         scores = nn.functional.linear(attribute_state[token_idx].to(weight), weight[decode_token_id])
         if bias is not None and self.corrected:
@@ -221,9 +230,8 @@ class decomposed_state_manager:
         arguments = {k: v for k, v in arguments.items() if v is not None} | generation
         if self.tokenizer is None:
             raise ValueError("model_generate_cite: a tokenizer is needed for the text that it returns.")
-        ids, length = generate(
-            self.dp.adapter, encode(prompt, self.dp.adapter, self.tokenizer), self.dp.options.progress, **arguments
-        )
+        ids = encode(prompt, self._adapter, self._inner_tokenizer)
+        ids, length = generate(self._adapter, ids, self._settings.progress, **arguments)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         attribute_state, states = self.get_last_layer_decomposed_state(ids)
         scores = [
@@ -249,15 +257,16 @@ class decomposed_state_manager:
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
         """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
-        _, state = self.dp.start_state(self.dp._plan(self._trace, kind, end, options))
+        trace, settings = self._require_trace(), self._settings.updated(options)
+        state = start(traced(fit(make_request(self._adapter, self._inner_tokenizer, settings, trace, kind, end))))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
-            layer = kind.resolve(self.dp.adapter)
-            record = self._trace.layers[layer]
+            layer = kind.resolve(self._adapter)
+            record = trace.layers[layer]
             rest = torch.from_numpy(state.layout.extra_rows(REST)).to(state.device)
             if isinstance(kind, Heads):
                 state.rows[rest] = record.resid_pre.to(state.rows)
             else:
-                state.rows[rest] -= (self._trace.resid(layer + 1) - record.resid_mid).to(state.rows)
+                state.rows[rest] -= (trace.resid(layer + 1) - record.resid_mid).to(state.rows)
         return state, options
 
     def _given(self, layer: int, attribute_state: Tensor) -> tuple[ComponentState, dict[str, Any]]:
@@ -266,23 +275,27 @@ class decomposed_state_manager:
         state, options = self._start(Custom(layer, states, site="resid_post"))
         if not self.corrected:
             names = tuple(f"component {m}" for m in range(1, states.shape[1]))
-            layout = Layout.of((Components.everywhere(names, (REST,)),), self._trace.offsets)
+            layout = Layout.of((Components.everywhere(names, (REST,)),), self._require_trace().offsets)
             state = ComponentState(states.flatten(0, 1).to(state.rows, copy=True), layout, state.layer)
         return state, options
 
+    def _require_trace(self) -> Trace:
+        assert self._trace is not None, "get_states was called"
+        return self._trace
+
     def _run(self, options: dict[str, Any]) -> Run:
-        return self.dp.options.updated(options).build(self.dp.adapter)
+        return self._settings.updated(options).build(self._adapter)
 
     def _layers(self, state: ComponentState, options: dict[str, Any]) -> Iterator[ComponentState]:
         """The state after every layer that is left."""
         run = self._run(options)
         for layer in range(state.layer, self.num_layers):
-            state, _ = self.dp.propagate(self._trace, state, layer + 1, run)
+            state, _ = propagate(self._adapter, self._require_trace(), state, layer + 1, run)
             yield state
 
     def _finish(self, state: ComponentState, options: dict[str, Any], rest: bool = False) -> Tensor:
         """Carried through all layers that are left, and the final norm."""
-        return self._returned(self.dp.carry(self._trace, state, **options), rest)
+        return self._returned(carry(self._adapter, self._require_trace(), state, None, self._run(options)), rest)
 
     def _returned(self, state: ComponentState, rest: bool = False) -> Tensor:
         """The state of the prompt (N, M, D) in the published order: what is left, the components, then `bias`.
@@ -297,4 +310,4 @@ class decomposed_state_manager:
             block = block[:, order]
         if rest and REST not in components.extras:
             block = torch.cat([torch.zeros_like(block[:, :1]), block], dim=1)
-        return block.to("cpu", self.dp.adapter.dtype)
+        return block.to("cpu", self._adapter.dtype)

@@ -141,6 +141,10 @@ class Neurons(LayerKind):
             found += mlp.act.shape[1] * reached
         return found.tolist()
 
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        """Return the constant that :meth:`bound` brings to `bias`, without making the neurons."""
+        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
+
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)

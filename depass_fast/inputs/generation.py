@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter
 from ..runtime.progress import ProgressBar, progress_bar
-
-if TYPE_CHECKING:
-    pass
 
 
 def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: Any) -> tuple[Tensor, int]:

@@ -27,11 +27,14 @@ class TargetSpec:
         return any(token is None and vector is None for token, _, vector in self.items)
 
 
-def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None) -> TargetSpec:
+def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast: Any = None) -> TargetSpec:
     """Check a target: None, an id, a string, a pair (a, b) for a - b, a vector (D,), or a list of any of these.
 
+    ``contrast``, an id or a string, is subtracted from every target.
+
     Raises:
-        ValueError: a string of several tokens, an id outside the vocabulary, a vector of the wrong size or with NaN.
+        ValueError: a string of several tokens, an id outside the vocabulary, a vector of the wrong size or with NaN; a
+            contrast of a pair or of a vector.
         TypeError: anything else.
     """
     target = _tensor(target)
@@ -40,7 +43,13 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None) -> Target
     items = list(target) if several else [target]
     if not items:
         raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
-    return TargetSpec(tuple(_parse_one(item, adapter, tokenizer) for item in items), several)
+    parsed = [_parse_one(item, adapter, tokenizer) for item in items]
+    if contrast is not None:
+        other = _token(contrast, adapter, tokenizer, "contrast")
+        if any(against is not None or vector is not None for _, against, vector in parsed):
+            raise ValueError("contrast: it is subtracted from a token's logit; this target is a pair or a vector.")
+        parsed = [(token, other, None) for token, _, _ in parsed]
+    return TargetSpec(tuple(parsed), several)
 
 
 def _tensor(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A few components examined closely: carried alone, exactly, from what is known of all of them (DESIGN.md section 2).
+"""A few components examined closely: carried alone, exactly, given the statistics of all (DESIGN.md section 2).
 
 Components meet only in the allocation's statistics, for the softmax in log Z. One run over all components leaves these
 behind, a table per layer (:class:`Partition`); then any component can be carried by itself, and its states at every
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,22 +20,19 @@ from ..components.model import Tokens
 from ..components.products import BoundProducts
 from ..components.start import initial_state
 from ..labels import BIAS, REST
-from ..request import Request, fit
+from ..propagation.loop import propagate
+from ..request import Request, captured, fit, start, traced
 from ..runtime.progress import progress_bar
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
-from ..trace.record import Trace
-
-if TYPE_CHECKING:
-    from ..engine import DePass
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """What all components of one prompt say together, at every layer from where they start to ``end``.
+    """The statistics of all components of one prompt, at every layer from where they start to ``end``.
 
-    For the softmax that is log Z: per position and neuron the largest g/T and the sum of exp(g/T) relative to it.
+    For the softmax that is log Z: per position and neuron the largest g/T, and the sum of exp(g/T) relative to it.
     ``completeness_error`` is the largest of the run that made it.
     """
 
@@ -48,11 +44,12 @@ class Partition:
 
     @property
     def labels(self) -> list[str]:
-        """Of all components, in the order of :meth:`ComponentState.dense`."""
+        """The labels of all components, in the order of :meth:`ComponentState.dense`."""
         return self.components.labels
 
     @property
     def nbytes(self) -> int:
+        """The bytes that the statistics hold."""
         return sum(s.nbytes for s in self.statistics.values())
 
 
@@ -77,96 +74,106 @@ class Focus:
         return self.states[self.layers.index(layer)]
 
 
-def make_partition(dp: DePass, call: Request) -> Partition:
-    """One run over all components that keeps the statistics, and no states."""
-    _check(call)
-    call = _fitted(dp, call)
-    trace = call.trace or dp._capture(call.prompts, call.run.progress)
-    backend = _streaming(dp, call, keep=True)
-    call = replace(call, trace=trace, run=replace(call.run, backend=backend))
-    _, state = dp.start_state(call)
-    components = state.layout.components[0]
-    _, errors = dp.propagate(trace, state, call.end, call.run)
-    worst = float(torch.stack(errors).max())
-    return Partition(components, backend.kept, call.end, worst, _made_of(call, trace))
+def partition(request: Request) -> Partition:
+    """Carry all components once and keep their statistics, and no states."""
+    _check(request)
+    return _partition(_ready(request))
 
 
-def _fitted(dp: DePass, call: Request) -> Request:
-    """Fitted as what it is, whatever was asked for: a run whose state streams."""
-    call = replace(call, settings=replace(call.settings, stream=True))
-    return fit(replace(call, run=replace(call.run, backend=_streaming(dp, call))), dp.adapter)
+def focus(request: Request, which: Sequence[int | str] | int | str, known: Partition | None = None) -> Focus:
+    """Carry the components ``which``, labels or indices, by themselves: from what is ``known`` of all, or after that.
 
-
-def focused(dp: DePass, call: Request, which: Sequence[int | str], partition: Partition | None) -> Focus:
-    """The components ``which``, by label or by index, from ``partition`` or from one that is made now."""
-    _check(call)
+    Raises:
+        ValueError: no such component; ``known`` was made of something else.
+    """
+    _check(request)
     if not isinstance(which, (str, int)) and not len(which):
         raise ValueError("focus: empty; give labels or indices of components.")
-    if partition is None:
-        call = _fitted(dp, call)
-    trace = call.trace or dp._capture(call.prompts, call.run.progress)
-    call = replace(call, trace=trace)
-    if partition is None:
-        partition = make_partition(dp, call)
-    elif partition.made_of != _made_of(call, trace) or partition.end < call.end:
+    request = _ready(request) if known is None else captured(request)
+    if known is None:
+        known = _partition(request)
+    elif known.made_of != _made_of(request) or known.end < request.end:
         raise ValueError(
             "partition: it was made of other components, of another prompt or with other options, or does not reach "
-            f"layer {call.end}; make it with dp.partition(prompt, components, ...) and the same arguments."
+            f"layer {request.end}; make it with dp.partition(prompt, components, ...) and the same arguments."
         )
-    chosen = _resolve(which, partition.labels)
-    n_extras, n_names = len(partition.components.extras), len(partition.components.names)
+    chosen = _indices(which, known.labels)
+    n_extras, n_names = len(known.components.extras), len(known.components.names)
     rows = np.array([i - n_names if i >= n_names else i + n_extras for i in chosen])
     members = np.unique(rows)
-    state = _chosen_state(dp, call, trace, partition.components, members)
+    state = _chosen_state(request, known.components, members)
     order = to_device(np.searchsorted(members, rows), state.device)
-    run = replace(call.run, backend=_streaming(dp, call, known=partition.statistics, members=[members]))
+    run = replace(request.run, backend=_streaming(request, known=known.statistics, members=[members]))
     states, layers, site = [state.block(0)[:, order]], [state.layer], state.site
-    with progress_bar("layers", call.end - state.layer, run.progress) as shown:  # in place of one for every layer
-        for layer in range(state.layer, call.end):
-            state, _ = dp.propagate(trace, state, layer + 1, run)
+    with progress_bar("layers", request.end - state.layer, run.progress) as shown:  # in place of one for every layer
+        for layer in range(state.layer, request.end):
+            state, _ = propagate(request.adapter, request.require_trace(), state, layer + 1, run)
             states.append(state.block(0)[:, order])
             layers.append(state.layer)
             if shown is not None:
                 shown.finish()
-    return Focus([partition.labels[i] for i in chosen], states, layers, site, partition)
+    return Focus([known.labels[i] for i in chosen], states, layers, site, known)
 
 
-def _check(call: Request) -> None:
-    call.components.single()
-    if len(call.prompts) != 1:
-        raise ValueError(f"focus: components of one prompt at a time, got {len(call.prompts)} prompts.")
-    if callable(call.run.allocation.rule):
-        raise ValueError(f"focus: {call.run.allocation.name} needs all components at once; take a rule by name.")
-    if call.run.verifier is not None:
+def _check(request: Request) -> None:
+    """Refuse what cannot be carried alone."""
+    request.components.single()
+    if len(request.prompts) != 1:
+        raise ValueError(f"focus: components of one prompt at a time, got {len(request.prompts)} prompts.")
+    if callable(request.run.allocation.rule):
+        raise ValueError(f"focus: {request.run.allocation.name} needs all components at once; take a rule by name.")
+    if request.run.verifier is not None:
         raise ValueError(
             "verify: focus and partition share out by what is known of all components, where the reference operations "
             "have them all; take verify=False."
         )
-    if call.run.backend.name == "reference":
+    if request.run.backend.name == "reference":
         raise ValueError("focus: the reference backend carries all components at once; take backend='torch'.")
 
 
-def _streaming(dp: DePass, call: Request, **more: Any) -> StreamBackend:
-    device = dp.adapter.device
-    return StreamBackend(device, call.run.backend.compute_dtype, call.run.workspace(device), **more)
+def _ready(request: Request) -> Request:
+    """Return the request, traced, with a workspace for a state that streams, whatever was asked for."""
+    request = replace(request, settings=replace(request.settings, stream=True))
+    return traced(fit(replace(request, run=replace(request.run, backend=_streaming(request)))))
 
 
-def _made_of(call: Request, trace: Trace) -> tuple:
-    """What has to be the same for a partition to hold."""
-    kind, rule = call.components, call.run.allocation
+def _partition(request: Request) -> Partition:
+    """Carry all components of a request that is ready."""
+    backend = _streaming(request, keep=True)
+    run, trace, state = replace(request.run, backend=backend), request.require_trace(), start(request)
+    components = state.layout.components[0]
+    _, errors = propagate(request.adapter, trace, state, request.end, run)
+    worst = float(torch.stack(errors).max())
+    return Partition(components, backend.kept, request.end, worst, _made_of(request))
+
+
+def _streaming(
+    request: Request,
+    *,
+    keep: bool = False,
+    known: dict[tuple[int, int], Statistics] | None = None,
+    members: Sequence[np.ndarray] | None = None,
+) -> StreamBackend:
+    """Return a streaming backend with the dtype and the workspace of the request's own."""
+    run, device = request.run, request.adapter.device
+    compute, workspace = run.backend.compute_dtype, run.workspace(device)
+    return StreamBackend(device, compute, workspace, keep=keep, known=known, members=members)
+
+
+def _made_of(request: Request) -> tuple:
+    """Return what has to be the same for a partition to hold."""
+    kind, rule, source = request.components, request.run.allocation, request.require_trace().source
     given = tuple(id(tensor) for tensor in kind.given())
-    ids, excluded = tuple(call.prompts[0].tolist()), tuple(sorted(call.excluded[0]))
-    what = (kind.kind, call.layer, kind.site, given, call.has_bias)
-    return (*what, ids, excluded, rule.rule, rule.temperature, trace.source.model, trace.source.version)
+    ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
+    what = (kind.kind, request.layer, kind.site, given, request.has_bias)
+    return (*what, ids, excluded, rule.rule, rule.temperature, source.model, source.version)
 
 
-def _resolve(which: Sequence[int | str], labels: list[str]) -> list[int]:
-    if isinstance(which, (str, int)):
-        which = [which]
-    if not len(which):
-        raise ValueError("focus: empty; give labels or indices of components.")
+def _indices(which: Sequence[int | str] | int | str, labels: list[str]) -> list[int]:
+    """Return the places of components among the labels."""
+    items: Sequence[int | str] = [which] if isinstance(which, (str, int)) else which
     places, found = {label: i for i, label in enumerate(labels)}, []
-    for item in which:
+    for item in items:
         if isinstance(item, str) and item not in places:
             raise ValueError(f"focus: no component {item!r}; labels run from {labels[0]!r} to {labels[-1]!r}.")
         index = places[item] if isinstance(item, str) else int(item)
@@ -176,35 +183,50 @@ def _resolve(which: Sequence[int | str], labels: list[str]) -> list[int]:
     return found
 
 
-def _chosen_state(dp: DePass, call: Request, trace: Trace, whole: Components, members: np.ndarray) -> ComponentState:
-    """Some of the components where they start; tokens, neurons and features without making the others."""
+def _chosen_state(request: Request, whole: Components, members: np.ndarray) -> ComponentState:
+    """Return some of the components where they start; tokens, neurons and features without making the others."""
+    kind, adapter, trace, dtype = request.components, request.adapter, request.require_trace(), request.run.state_dtype
     extras = tuple(whole.extras[i] for i in members if i < len(whole.extras))
     named = members[members >= len(whole.extras)] - len(whole.extras)
     names = tuple(whole.names[i] for i in named)
     layout = Layout.of((Components(extras, names, whole.births[members], whole.excluded[members]),), trace.offsets)
-    kind, adapter, dtype = call.components, dp.adapter, call.run.state_dtype
-    bound, (entering, site) = kind.bound(adapter, trace, 0), kind.entry(adapter)
-    x = trace.resid_at(entering, site).to(adapter.layer_device(call.layer))
-    state = ComponentState(x.new_zeros(layout.n_rows, x.shape[1], dtype=dtype), layout, entering, site)
+    entry = kind.entry(adapter)
+    x = trace.resid_at(entry.layer, entry.site).to(adapter.layer_device(request.layer))
+    state = ComponentState(x.new_zeros(layout.n_rows, x.shape[1], dtype=dtype), layout, entry.layer, entry.site)
+    bound = kind.bound(adapter, trace, 0) if request.bound is None else request.bound[0]
     if isinstance(kind, Tokens):
-        tokens = torch.from_numpy(named)
-        rows = layout.starts[named] + len(extras) + np.arange(len(named))
-        state.rows[to_device(rows, x.device)] = x[tokens.to(x.device)].to(dtype)
-        return state
-    if isinstance(bound, BoundProducts) and not kind.may_be_complete:
-        wide = torch.promote_types(dtype, torch.float32)
-        numbers, vectors = bound.products.coefficients.to(wide), bound.products.vectors.to(wide)
-        block = state.rows.view(len(x), len(members), -1)
-        at = to_device(named, x.device)
-        block[:, len(extras) :] = (numbers[:, at, None] * vectors[at]).to(dtype)
-        constant = torch.zeros_like(x[0], dtype=wide) if bound.bias is None else bound.bias.to(wide)
-        if BIAS in extras:
-            block[:, extras.index(BIAS)] = constant.to(dtype)
-        if REST in extras:
-            for n, of_all in enumerate(numbers):  # summed up as where all are made, so that it is rounded alike
-                named = (of_all[:, None] * vectors).to(dtype).sum(0, dtype=wide)
-                block[n, extras.index(REST)] = x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - named
-        return state
-    every = initial_state(kind, adapter, trace, call.tokens, call.excluded, call.has_bias, dtype).block(0)
-    state.set_block(0, every[:, to_device(members, every.device)])
+        _fill_tokens(state, x, named)
+    elif isinstance(bound, BoundProducts) and not kind.may_be_complete:
+        _fill_products(state, x, named, bound)
+    else:
+        every = initial_state(
+            kind, adapter, trace, request.tokens, request.excluded, request.has_bias, dtype, bound=(bound,)
+        ).block(0)
+        state.set_block(0, every[:, to_device(members, every.device)])
     return state
+
+
+def _fill_tokens(state: ComponentState, x: Tensor, named: np.ndarray) -> None:
+    """Write the hidden states ``x`` (N, D) of the tokens ``named`` (k,) to where they are born."""
+    layout, extras = state.layout, len(state.layout.components[0].extras)
+    rows = layout.starts[named] + extras + np.arange(len(named))
+    state.rows[to_device(rows, x.device)] = x[to_device(named, x.device)].to(state.rows)
+
+
+def _fill_products(state: ComponentState, x: Tensor, named: np.ndarray, bound: BoundProducts) -> None:
+    """Write the components ``named`` (k,) of those that are ``bound``, and the extras that are among the chosen."""
+    extras, dtype = state.layout.components[0].extras, state.rows.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    coefficients = bound.products.coefficients
+    assert coefficients is not None, "neurons and features have numbers at every position"
+    numbers, vectors = coefficients.to(wide), bound.products.vectors.to(wide)
+    block = state.rows.view(len(x), len(extras) + len(named), -1)
+    at = to_device(named, x.device)
+    block[:, len(extras) :] = (numbers[:, at, None] * vectors[at]).to(dtype)
+    constant = torch.zeros_like(x[0], dtype=wide) if bound.bias is None else bound.bias.to(wide)
+    if BIAS in extras:
+        block[:, extras.index(BIAS)] = constant.to(dtype)
+    if REST in extras:
+        for n, of_all in enumerate(numbers):  # summed up as where all are made, so that it is rounded alike
+            total = (of_all[:, None] * vectors).to(dtype).sum(0, dtype=wide)
+            block[n, extras.index(REST)] = x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - total

@@ -17,9 +17,6 @@ from ..backends import backend_status
 from ..backends.torch.backend import default_budget
 from ..components.base import ComponentKind
 from ..components.model import Tokens
-from ..inputs.hook_names import layer_input
-from ..inputs.prompts import encode_all
-from ..methods.choice import choose_method
 from ..options import Adjoint, Options
 from ..propagation.joint import JOINT_BYTES
 from ..runtime.dtypes import dtype_name, widest
@@ -28,12 +25,11 @@ from ..trace.record import Trace
 from ..trace.size import without_weights
 from .adjoint import SweepOutlook, foresee
 from .exact import Workload, estimates
-from .gemm_rate import gemm_rate
 from .plan import BackendEstimate, Plan
 from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 
 if TYPE_CHECKING:
-    from ..engine import DePass
+    pass
 
 # shares of the GEMM rate: on a CPU as bench.cpu and bench.plan measure them, on a GPU as bench.gpu does
 EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5}
@@ -273,39 +269,6 @@ def for_config(config: Any, dtype: torch.dtype | None = None) -> Adapter:
     stored = config.dtype if hasattr(config, "dtype") else getattr(config, "torch_dtype", None)  # its older name
     adapter.model.to(dtype or stored or torch.float32)
     return adapter
-
-
-def plan_call(
-    dp: DePass,
-    what: Any,
-    kind: ComponentKind,
-    end: int | str | None,
-    measure: bool,
-    method: str | Adjoint | None,
-    overrides: dict[str, Any],
-) -> Plan:
-    """The plan of a call of :meth:`DePass.attribute`, or for a number of tokens in place of a prompt."""
-    options, adapter = dp.options.updated(overrides), dp.adapter
-    run = options.build(adapter)
-    if not isinstance(kind, ComponentKind):
-        raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {kind!r}.")
-    traced = isinstance(what, Trace)
-    if traced:
-        lengths = [what.length(p) for p in range(what.n_prompts)]
-    elif isinstance(what, int):
-        lengths = [check_length(what, adapter)]
-    else:
-        lengths = [len(ids) for ids in encode_all(what, adapter, dp.tokenizer)[1]]
-    kind.check(adapter, lengths)
-    streams, verifies = options.stream is True, options.verify
-    chosen = choose_method(method, kind, adapter, run.allocation, streams=streams, verifies=verifies)
-    rate, source = None, ""
-    if measure:
-        rate, source = gemm_rate(adapter.device, options.dtypes(adapter.dtype, adapter.device)[1])
-    last = None if end is None else layer_input(end, "end")
-    counts = known_counts(kind, adapter, what) if traced else None
-    more = {"end": last, "traced": traced, "counts": counts, "method": chosen}
-    return plan(adapter, lengths, kind, options, **more, gemm_flops=rate, rate_source=source)
 
 
 def known_counts(kind: ComponentKind, adapter: Adapter, trace: Trace) -> list[int] | None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +17,6 @@ from .verification import Verification
 if TYPE_CHECKING:
     import pandas
 
-    from ..readout.targets import Directions
     from .layered import LayeredAttribution
 from .files import open_saved, write_csv
 from .ranking import check_top, ranking
@@ -71,33 +68,6 @@ class Attribution:
     warnings: list[str] | None = None
     memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
     verification: Verification | None = None
-
-    @classmethod
-    def assemble(
-        cls, *, scores: Tensor, logits: Tensor, layer_errors: Tensor, directions: Directions, **rest: Any
-    ) -> Attribution:
-        """From scores (K, M) and logits (K,) in host memory; measures the error, drops the axis of a single target."""
-        on_the_way = layer_errors.tolist()
-        bad = next((passed for passed, error in enumerate(on_the_way) if not math.isfinite(error)), None)
-        if bad is not None or not np.isfinite(scores.numpy()).all():
-            where = "at the readout" if bad is None else f"after {bad} layers"
-            raise FloatingPointError(
-                f"the components hold NaN or inf {where}, though the model's own activations do not: a temperature too "
-                "small for the dtype, a rule of your own, or compute_dtype or state_dtype that overflow."
-            )
-        magnitude = torch.maximum(scores.abs().sum(1), logits.abs()).clamp_min(torch.finfo(scores.dtype).tiny)
-        at_the_end = ((scores.sum(1) - logits).abs() / magnitude).tolist()
-        keep = slice(None) if directions.several else 0
-        return cls(
-            scores=scores[keep].clone(),  # they are a part of what was copied at once
-            target_logits=logits[keep].clone(),
-            completeness_error=max(at_the_end + on_the_way),
-            layer_errors=layer_errors,
-            target_names=list(directions.names),
-            target_ids=list(directions.ids),
-            contrast_ids=list(directions.contrast_ids),
-            **rest,
-        )
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
         """The ``k`` leading components as (label, score): ``by`` "magnitude", "positive" (largest) or "negative".

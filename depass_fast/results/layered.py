@@ -28,7 +28,7 @@ class LayeredAttribution:
     """The shares of every component of several layers in the same targets' logits.
 
     A layer's shares, its `rest` and its `bias` sum to the logit; shares of different layers are not to be added.
-    ``result.layer(3)`` is layer 3's :class:`Attribution`; iterating goes through all of them. What all layers
+    ``result[3]`` is layer 3's :class:`Attribution`; iterating goes through all of them. What all layers
     share (`target_logits`, `target_names`, `tokens`, `method`, ...) can be read from this object, too.
 
     ``estimate`` is that of all layers together, see :class:`depass_fast.adjoint.estimate.Estimate`; None where nothing
@@ -55,7 +55,7 @@ class LayeredAttribution:
         """The layers' numbers, as in the rows of :attr:`scores`."""
         return [result.layer for result in self.by_layer]
 
-    def layer(self, layer: int) -> Attribution:
+    def __getitem__(self, layer: int) -> Attribution:
         """One layer's result, by its number. Raises KeyError where it was not asked for."""
         if layer not in self.layers:
             raise KeyError(f"no layer {layer}; this result holds {', '.join(map(str, self.layers))}")

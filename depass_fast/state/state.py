@@ -41,7 +41,8 @@ class ComponentState:
     """The rows (R, D) of a layout, in the state's dtype, entering ``layer`` at ``site``: `resid_pre`, or `resid_mid`.
 
     ``factors``, one per prompt, say the same of the named components in less, where they have just started.
-    ``verification`` is what ``verify=True`` found of the call that it comes from.
+    ``verification`` is what ``verify=True`` found of the call that it comes from. ``completeness_error`` is the largest
+    that was measured on its way, ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖; None where it was not carried.
     """
 
     rows: Tensor
@@ -50,6 +51,7 @@ class ComponentState:
     site: str = "resid_pre"
     factors: tuple[Factors, ...] | None = None
     verification: Verification | None = None
+    completeness_error: float | None = None
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,57 @@
+"""The plan of a request, or of a number of tokens in a prompt's place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..adapters import Adapter
+from ..components.base import ComponentKind
+from ..inputs.hook_names import layer_input
+from ..inputs.prompts import Prompt, encode_all
+from ..options import Adjoint, Options
+from ..planning.gemm_rate import gemm_rate
+from ..planning.plan import Plan
+from ..planning.planner import check_length, known_counts, plan
+from ..request import check_kind, choose_method
+from ..trace.record import Trace
+
+
+def plan_of(
+    adapter: Adapter,
+    tokenizer: Any | None,
+    settings: Options,
+    prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
+    components: ComponentKind,
+    *,
+    end: int | str | None,
+    method: str | Adjoint | None,
+    measure: bool,
+) -> Plan:
+    """Return the plan of a call; arguments as of :meth:`depass_fast.DePass.plan`."""
+    run = settings.build(adapter)
+    check_kind(components)
+    trace = prompt_or_length if isinstance(prompt_or_length, Trace) else None
+    if trace is not None:
+        lengths = [trace.length(p) for p in range(trace.n_prompts)]
+    elif isinstance(prompt_or_length, int):
+        lengths = [check_length(prompt_or_length, adapter)]
+    else:
+        lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
+    components.check(adapter, lengths)
+    streams, verifies = settings.stream is True, settings.verify
+    rate, source = None, ""
+    if measure:
+        rate, source = gemm_rate(adapter.device, settings.dtypes(adapter.dtype, adapter.device)[1])
+    return plan(
+        adapter,
+        lengths,
+        components,
+        settings,
+        end=None if end is None else layer_input(end, "end"),
+        traced=trace is not None,
+        counts=None if trace is None else known_counts(components, adapter, trace),
+        method=choose_method(method, components, adapter, run.allocation, streams=streams, verifies=verifies),
+        gemm_flops=rate,
+        rate_source=source,
+    )

@@ -1,0 +1,60 @@
+"""The layer loop: a component state carried through the layers, one backend step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..runtime.progress import progress_bar
+from ..state.layout import Layout
+from ..state.state import ComponentState
+from ..trace.record import Trace
+from .layer import normalise, through_layer
+from .run import Run
+
+
+@torch.no_grad()
+def propagate(
+    adapter: Adapter,
+    trace: Trace,
+    state: ComponentState,
+    end: int,
+    run: Run,
+    reads: Sequence[Sequence[int]] | None = None,
+) -> tuple[ComponentState, list[Tensor]]:
+    """Carry ``state`` to the input of layer ``end``. It is used up: it holds no rows afterwards.
+
+    With ``reads``, local positions of every prompt, the last layer computes these positions only.
+
+    Returns:
+        the state; its completeness errors, (P,) each, at the start and after every layer, where the state is.
+    """
+    run.watch(trace, reads)
+    first, queries = state.layer, None
+    if reads is not None:
+        queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
+    errors = [state.completeness(trace.resid_at(first, state.site))]
+    with progress_bar("layers", end - first, run.progress) as shown:
+        for index in range(first, end):
+            layer = adapter.layer(index)
+            state.rows = state.rows if run.host else state.rows.to(layer.device)
+            kept = queries if index == end - 1 else None
+            state = through_layer(state.moved(), layer, trace.layers[index], run, kept)
+            errors.append(state.completeness(trace.resid(index + 1)))
+            if shown is not None:
+                shown.finish()
+    if queries is not None and first == end:
+        state = state.at(queries)
+    state.factors = None
+    return state, [error.to(state.device) for error in errors]
+
+
+@torch.no_grad()
+def through_final_norm(adapter: Adapter, trace: Trace, state: ComponentState) -> ComponentState:
+    """Return the state after the frozen final norm; in place."""
+    normalise(state, adapter.final_norm(), trace.resid_final)
+    return ComponentState(state.rows, state.layout, state.layer)
