@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adjoint.estimate import ApproximationWarning, Estimate
     from .components.base import ComponentKind
     from .components.features import Features
     from .components.given import Custom, Subspaces
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .methods.focus import Focus, Partition
-    from .options import Options
+    from .options import Adjoint, Options
     from .planning.plan import Plan
     from .results.attribution import Attribution
     from .results.generation import Generation
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adjoint",
+    "ApproximationWarning",
     "Attribution",
     "ComponentKind",
     "ComponentState",
     "Custom",
     "DePass",
+    "Estimate",
     "Features",
     "Focus",
     "Generation",
@@ -50,29 +54,25 @@ __all__ = [
 ]
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
-_HOME = {
-    "Attribution": "results.attribution",
-    "ComponentKind": "components.base",
-    "ComponentState": "state.state",
-    "Custom": "components.given",
-    "DePass": "engine",
-    "Features": "components.features",
-    "Focus": "methods.focus",
-    "Generation": "results.generation",
-    "Heads": "components.model",
-    "LayeredAttribution": "results.layered",
-    "Modules": "components.model",
-    "Neurons": "components.model",
-    "Options": "options",
-    "Partition": "methods.focus",
-    "Plan": "planning.plan",
-    "Subspaces": "components.given",
-    "Tokens": "components.model",
-    "Trace": "trace.record",
-    "Verification": "results.verification",
-    "VerificationWarning": "results.verification",
-    "trace_nbytes": "trace.size",
+_HOMES = {
+    "adjoint.estimate": ("ApproximationWarning", "Estimate"),
+    "components.base": ("ComponentKind",),
+    "components.features": ("Features",),
+    "components.given": ("Custom", "Subspaces"),
+    "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
+    "engine": ("DePass",),
+    "methods.focus": ("Focus", "Partition"),
+    "options": ("Adjoint", "Options"),
+    "planning.plan": ("Plan",),
+    "results.attribution": ("Attribution",),
+    "results.generation": ("Generation",),
+    "results.layered": ("LayeredAttribution",),
+    "results.verification": ("Verification", "VerificationWarning"),
+    "state.state": ("ComponentState",),
+    "trace.record": ("Trace",),
+    "trace.size": ("trace_nbytes",),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:

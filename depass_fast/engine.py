@@ -126,6 +126,7 @@ class DePass:
         target: Any = None,
         *,
         contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
         method: str | Adjoint | None = None,
@@ -140,11 +141,42 @@ class DePass:
         target: Any = None,
         *,
         contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
         method: str | Adjoint | None = None,
         **options: Unpack[OptionValues],
     ) -> Attribution | LayeredAttribution: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: list[str],
+        components: OneLayer,
+        target: Any = None,
+        *,
+        contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
+        position: int = -1,
+        end: int | str | None = None,
+        method: str | Adjoint | None = None,
+        **options: Unpack[OptionValues],
+    ) -> list[Attribution]: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: list[str],
+        components: ComponentKind,
+        target: Any = None,
+        *,
+        contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
+        position: int = -1,
+        end: int | str | None = None,
+        method: str | Adjoint | None = None,
+        **options: Unpack[OptionValues],
+    ) -> list[Attribution] | list[LayeredAttribution]: ...
 
     @overload
     def attribute(

@@ -18,7 +18,7 @@ from .progress import advance
 _LEAST = 1 << 10
 _ADVICE = (
     "what is short is room for the state and the trace. Take a state_dtype of half the size, fewer or shorter prompts, "
-    "stream=True, or carry the components in several runs with decompose(..., focus=...)."
+    "stream=True, or carry the components in several runs with focus(...)."
 )
 
 Piece = TypeVar("Piece")
