@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .allocation import Allocation
 from .components.base import ComponentKind
+from .components.model import Neurons
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
@@ -194,8 +195,8 @@ def choose_method(
 
 def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
     """True if these are so many neurons of several layers that exact propagation would take long."""
-    layers = kind.each(adapter)
-    return kind.kind in ADJOINT_KINDS and len(layers) > 1 and sum(one.count(adapter) for one in layers) > MOST_EXACT
+    layers = [one for one in kind.each(adapter) if isinstance(one, Neurons)]
+    return len(layers) > 1 and sum(one.count(adapter) for one in layers) > MOST_EXACT
 
 
 def check_kind(components: Any) -> None:

@@ -1,10 +1,10 @@
-"""Drop-in for the published DePass code: the same class, calls, shapes and numbers; faster and in less memory.
+"""A drop-in for the published DePass code: the same class, calls, shapes and numbers, faster and in less memory.
 
-``from depass_fast.compat import decomposed_state_manager``; or, for a script that says ``from DePass import
-decomposed_state_manager`` and shall stay as it is, ``python -m depass_fast.compat SCRIPT.py ARGS``.
+Write ``from depass_fast.compat import decomposed_state_manager``. A script that says ``from DePass import
+decomposed_state_manager`` runs unchanged with ``python -m depass_fast.compat SCRIPT.py ARGS``.
 
-What the published code does beside the method (DESIGN.md section 6) is reproduced by default, by initial states
-(:mod:`.manager`) and rules (:mod:`.rules`) of this package. ``corrected=True`` leaves it out:
+The published code deviates from the method (DESIGN.md section 6). The deviations are reproduced by default, through
+initial states (:mod:`.manager`) and rules (:mod:`.rules`). ``corrected=True`` leaves them out:
 
 | published                                           | with ``corrected=True``                                       |
 |-----------------------------------------------------|---------------------------------------------------------------|

@@ -13,7 +13,7 @@ STANDIN = Path(__file__).parent / "standin"  # holds a package `DePass`
 def main(arguments: list[str]) -> None:
     """Run ``arguments[0]`` as the main program; what it and its workers import as ``DePass`` is this package."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m depass_fast.compat SCRIPT.py [ARGS ...]\n\n" + __doc__)
+        print("usage: python -m depass_fast.compat SCRIPT.py [ARGS ...]\n\n" + (__doc__ or ""))
         raise SystemExit(0 if arguments else 2)
     script = arguments[0]
     if not os.path.isfile(script):

@@ -1,4 +1,4 @@
-"""The published manager's class: its calls turned into decompositions, its deviations into initial states and rules."""
+"""The published manager's class. Its calls become decompositions, its deviations initial states and rules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..state.state import ComponentState
 from ..trace.record import Trace
 from .rules import RULES, PublishedRule
 
-_MODULES = {"attn": "attention", "mlp": "mlp"}
+_MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": "mlp"}
 
 
 class decomposed_state_manager:
@@ -102,16 +102,16 @@ class decomposed_state_manager:
     def get_last_layer_decomposed_state(
         self, prompt: Prompt, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens at the embedding, carried to the final norm: (N, N, D); and the states."""
+        """Carry the tokens of the embedding to the final norm. Returns (N, N, D), and the states."""
         return self.get_middle_to_last_decomposed_state(prompt, 0)
 
     def get_middle_to_last_decomposed_state(self, prompt: Prompt, start_layer_idx: int) -> tuple[Tensor, list[Tensor]]:
-        """Tokens entering ``start_layer_idx``, carried to the final norm: (N, N, D); and the states."""
+        """Carry the tokens that enter ``start_layer_idx`` to the final norm. Returns (N, N, D), and the states."""
         states = self.get_states(prompt)
         return self.compute_decomposed_state(start_layer_idx), states
 
     def compute_decomposed_state(self, start_layer_idx: int, single_compute_token: int | None = None) -> Tensor:
-        """The same for the prompt that :meth:`get_states` has seen last."""
+        """Carry the tokens of the prompt that :meth:`get_states` saw last. Returns (N, N, D)."""
         if self._trace is None:
             raise RuntimeError("compute_decomposed_state: call get_states(prompt) first.")
         return self._finish(*self._start(Tokens(start_layer_idx)))
@@ -119,7 +119,7 @@ class decomposed_state_manager:
     def get_middel_to_middle_decomposed_state(
         self, prompt: Prompt, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens entering one layer, carried to the input of another, no norm: (N, N, D); and the states."""
+        """Carry the tokens that enter one layer to the input of another. Returns (N, N, D), and the states."""
         states = self.get_states(prompt)
         state, options = self._start(Tokens(start_layer_idx), end_layer_idx)
         state, _ = propagate(self._adapter, self._require_trace(), state, end_layer_idx, self._run(options))
@@ -128,7 +128,7 @@ class decomposed_state_manager:
     def all_layer_to_init_attribute_state(
         self, prompt: Prompt, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens at the embedding and after every layer, no norm: (L + 1, N, N, D); and the states."""
+        """Keep the tokens at the embedding and after every layer. Returns (L + 1, N, N, D), and the states."""
         states = self.get_states(prompt)
         state, options = self._start(Tokens())
         layers = [self._returned(state)]
@@ -144,7 +144,7 @@ class decomposed_state_manager:
         single_compute_token: int | None = None,
         type: Literal["attn", "mlp", "attn_head"] | None = None,
     ) -> Tensor:
-        """What is left, then the output of a layer's attention, of its MLP, or of every head: (N, 1 + M, D)."""
+        """The remainder, then the output of a layer's attention, of its MLP, or of every head: (N, 1 + M, D)."""
         if type not in (*_MODULES, "attn_head"):
             raise ValueError("type must be 'attn' or 'mlp' or 'attn_head'")
         self.get_states(prompt)
@@ -154,14 +154,14 @@ class decomposed_state_manager:
     def get_mlp_neuron_decomposed_state(
         self, prompt: Prompt, start_layer_idx: int, compute_num: int | None = None
     ) -> Tensor:
-        """What is left, then every neuron of ``start_layer_idx``: (N, 1 + I, D)."""
+        """The remainder, then every neuron of ``start_layer_idx``: (N, 1 + I, D)."""
         self.get_states(prompt)
         return self._finish(*self._start(Neurons(start_layer_idx)))
 
     # -- subspaces ------------------------------------------------------------------------------------------------
 
     def get_subspace_decomposed_state(self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
-        """Given states (M, N, D) after ``start_layer_idx``, carried to the final norm: (N, M, D).
+        """Carry given states (M, N, D) from the end of ``start_layer_idx`` to the final norm. Returns (N, M, D).
 
         With ``corrected`` what they lack comes before them, and `bias`, where there is one, after them.
         """
@@ -171,7 +171,7 @@ class decomposed_state_manager:
     def get_subspace_decomposed_state_all_layer(
         self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor
     ) -> list[Tensor]:
-        """Given states (M, N, D) after ``start_layer_idx``, as they are after every later layer: each (N, M, D)."""
+        """Carry given states (M, N, D) and keep them after every later layer. Returns a list of (N, M, D)."""
         self.get_states(prompt)
         state, options = self._given(start_layer_idx, attribute_state)
         return [self._returned(s, rest=self.corrected) for s in self._layers(state, options)]
@@ -182,7 +182,7 @@ class decomposed_state_manager:
     def compute_attribute_score(
         self, attribute_state: Tensor, token_idx: int, decode_token_id: int | Tensor | list[int]
     ) -> Tensor:
-        """Every component's share in a token's logit: (M,) of a state (N, M, D); (M, K) for K tokens. In float32."""
+        """Return every component's share in a token's logit, in float32: (M,), or (M, K) for K tokens."""
         head = self._adapter.unembedding
         weight, bias = stored_weight(head), stored_bias(head)
         scores = nn.functional.linear(attribute_state[token_idx].to(weight), weight[decode_token_id])
@@ -255,7 +255,7 @@ class decomposed_state_manager:
 
     @torch.no_grad()
     def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
-        """The initial state of ``kind`` on the last prompt, and the options to carry it with."""
+        """Return the initial state of ``kind`` on the last prompt, and the options to carry it with."""
         options = self._options(isinstance(kind, Tokens))
         trace, settings = self._require_trace(), self._settings.updated(options)
         state = start(traced(fit(make_request(self._adapter, self._inner_tokenizer, settings, trace, kind, end))))
@@ -270,7 +270,7 @@ class decomposed_state_manager:
         return state, options
 
     def _given(self, layer: int, attribute_state: Tensor) -> tuple[ComponentState, dict[str, Any]]:
-        """A state from the user: as it is, complete or not; completed by `rest` if corrected."""
+        """Return a state of the user's, complete or not, as a component state; `rest` completes it if corrected."""
         states = attribute_state.detach().transpose(0, 1).contiguous()
         state, options = self._start(Custom(layer, states, site="resid_post"))
         if not self.corrected:
@@ -287,18 +287,18 @@ class decomposed_state_manager:
         return self._settings.updated(options).build(self._adapter)
 
     def _layers(self, state: ComponentState, options: dict[str, Any]) -> Iterator[ComponentState]:
-        """The state after every layer that is left."""
+        """Yield the state after every layer that is still ahead."""
         run = self._run(options)
         for layer in range(state.layer, self.num_layers):
             state, _ = propagate(self._adapter, self._require_trace(), state, layer + 1, run)
             yield state
 
     def _finish(self, state: ComponentState, options: dict[str, Any], rest: bool = False) -> Tensor:
-        """Carried through all layers that are left, and the final norm."""
+        """Carry a state through all layers that are ahead, and the final norm."""
         return self._returned(carry(self._adapter, self._require_trace(), state, None, self._run(options)), rest)
 
     def _returned(self, state: ComponentState, rest: bool = False) -> Tensor:
-        """The state of the prompt (N, M, D) in the published order: what is left, the components, then `bias`.
+        """Return the state of the prompt (N, M, D) in the published order: `rest`, the components, then `bias`.
 
         With ``rest`` what is left is there even if it is nothing.
         """

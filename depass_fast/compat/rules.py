@@ -53,7 +53,7 @@ class PublishedRule:
 
 
 def override(gates: Tensor, positions: Tensor, factor: float = 1.0, absent: float = -torch.inf) -> bool:
-    """The published exceptions, on ``factor`` times the gates (n, M, I) in place; whether anyone is absent now."""
+    """Apply the published exceptions to ``factor`` times the gates (n, M, I), in place. True if one is absent now."""
     gates[positions == 0, 0] = factor
     small = gates[:, -1].abs() < _SMALL * factor
     gates[:, -1].masked_fill_(small, absent)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..components.base import ComponentKind
+from ..components.model import Neurons
 from ..components.start import meet_bias
 from ..labels import BIAS
 from ..planning.shapes import named_components
@@ -59,7 +60,8 @@ def _counts(kind: ComponentKind, request: Request) -> list[int]:
     count, is_known = named_components(kind, request.adapter, 1)
     if is_known:
         return [count] * len(request.prompts)
-    return kind.counts(request.adapter, request.require_trace())  # only experts' neurons depend on the prompt
+    assert isinstance(kind, Neurons), "of the kinds for several layers, only experts' neurons depend on the prompt"
+    return kind.counts(request.adapter, request.require_trace())
 
 
 def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[Tensor]]]:

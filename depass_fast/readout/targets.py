@@ -1,4 +1,4 @@
-"""Targets: what is read out of the final hidden state. Only the requested directions are ever multiplied."""
+"""Targets as directions in the space of the final hidden state. Only the requested ones are ever multiplied."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Directions:
 
 
 def resolve_target(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor | None, dtype: torch.dtype
+    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor, dtype: torch.dtype
 ) -> Directions:
-    """The directions of a target; ``final`` (D,) is the normed hidden state that the model's next token is read from.
+    """Return the directions of a target; ``final`` (D,) is the normed hidden state that the model's logits come from.
 
     Raises:
         ValueError: an unembedding row holds NaN or inf.
@@ -48,10 +48,10 @@ def resolve_targets(
     specs: Sequence[TargetSpec],
     adapter: Adapter,
     tokenizer: Any | None,
-    finals: Sequence[Tensor | None],
+    finals: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> list[Directions]:
-    """:func:`resolve_target` of several; a GPU is waited for twice, whatever their number."""
+    """Resolve several targets as :func:`resolve_target` does one; a GPU is waited for twice, whatever their number."""
     argmax = [adapter.logits(final).argmax() for spec, final in zip(specs, finals, strict=True) if spec.needs_logits()]
     own = iter(torch.stack(argmax).tolist() if argmax else [])
     found = [
@@ -66,20 +66,19 @@ def resolve_targets(
 
 
 def _resolve(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor | None, dtype: torch.dtype, own: int | None
+    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor, dtype: torch.dtype, own: int | None
 ) -> Directions:
-    """The directions of a target, ``own`` being the model's next token."""
-    device = adapter.unembedding_device
+    """Return the directions of a target; ``own`` is the model's next token, None where nobody asks for it."""
     vectors, constants, names, ids, contrasts = [], [], [], [], []
-    for token, contrast, vector in spec.items:
-        constant = torch.zeros((), dtype=dtype, device=device)
-        if vector is None:
-            token = own if token is None else token
-            vector, constant = adapter.token_direction(token, final, dtype)
-            if contrast is not None:
-                other = adapter.token_direction(contrast, final, dtype)
-                vector, constant = vector - other[0], constant - other[1]
-        vectors.append(vector.to(device, dtype))
+    for item in spec.items:
+        asked, contrast, free = item
+        token = own if asked is None and free is None else asked
+        if token is None:
+            assert free is not None, "an item is a token or a vector"
+            vector, constant = free, torch.zeros((), dtype=dtype, device=adapter.unembedding_device)
+        else:
+            vector, constant = _token_direction(token, contrast, adapter, final, dtype)
+        vectors.append(vector.to(adapter.unembedding_device, dtype))
         constants.append(constant)
         names.append(_name(token, contrast, tokenizer))
         ids.append(token)
@@ -91,10 +90,21 @@ def _resolve(
     )
 
 
+def _token_direction(
+    token: int, contrast: int | None, adapter: Adapter, final: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the direction (D,) and the constant () of a token's logit, less those of its contrast."""
+    vector, constant = adapter.token_direction(token, final, dtype)
+    if contrast is None:
+        return vector, constant
+    other, other_constant = adapter.token_direction(contrast, final, dtype)
+    return vector - other, constant - other_constant
+
+
 def read_scores(
     state: ComponentState, backend: Backend, norm: Norm | None, resid: Tensor, directions: Sequence[Directions]
 ) -> list[Tensor]:
-    """Scores (K, M) of every prompt in the order of its labels, from a state with one position per prompt.
+    """Return scores (K, M) of every prompt in the order of its labels, from a state with one position per prompt.
 
     ``resid`` (T, D) is the hidden state under the frozen final ``norm``; without a norm the state itself is read.
     """
