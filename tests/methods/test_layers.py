@@ -6,7 +6,7 @@ import torch
 from depass_fast import Attribution, DePass, Heads, LayeredAttribution, Modules, Neurons
 from depass_fast.methods.layers import _pending
 from depass_fast.propagation.joint import PendingState, group_by_memory, propagate_jointly
-from tests.support.family_models import build_model as build_family
+from tests.support.family_models import build_model
 from tests.support.models import FAMILIES, build, random_ids
 from tests.support.steps import request_of, start_state
 
@@ -36,7 +36,7 @@ def test_all_layers_equal_each_by_itself(name, backend):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "gemma2", "qwen2_moe", "opt", "mpt"])
 def test_all_layers_of_other_families(model_type):
-    dp, ids = DePass(build_family(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {}))), random_ids(6, seed=2)
+    dp, ids = DePass(build_model(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {}))), random_ids(6, seed=2)
     trace = dp.trace([ids, ids[:3]])
     for kind in (Heads, Neurons):
         for p, found in enumerate(dp.attribute(trace, kind(layers="all"), method="exact")):
@@ -62,7 +62,7 @@ def test_bias_is_there_only_where_constants_are_to_come():
 
 
 def test_experts_of_different_layers_are_no_table(tmp_path):
-    dp = DePass(build_family("qwen2_moe", **_EXPERTS, mlp_only_layers=[1]))
+    dp = DePass(build_model("qwen2_moe", **_EXPERTS, mlp_only_layers=[1]))
     found = dp.attribute(random_ids(2), Neurons(layers="all"), method="exact")
     with pytest.raises(ValueError, match="scores: no table, the layers have different numbers of components"):
         _ = found.scores
@@ -75,7 +75,7 @@ def test_experts_of_different_layers_are_no_table(tmp_path):
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
 def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
     """Experts' neurons are counted, not made: one look at each layer, and each prompt's once, for its state."""
-    dp, made, bound = DePass(build_family(model_type, **_EXPERTS, num_local_experts=4)), [], Neurons.bound
+    dp, made, bound = DePass(build_model(model_type, **_EXPERTS, num_local_experts=4)), [], Neurons.bound
     trace = dp.trace([random_ids(n, seed=n) for n in (6, 1, 2)])
     monkeypatch.setattr(Neurons, "bound", lambda *given: made.append(given) or bound(*given))
     dp.attribute(trace, Neurons(layers="all"), method="exact")
