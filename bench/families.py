@@ -1,7 +1,7 @@
 """The README's table of model families out of what the tests measured: ``python -m bench.families``.
 
-``pytest tests/test_families.py --family-results=bench/results/families/VERSION.json`` writes one of the files that
-it is made of; there is one for every version of transformers that the table speaks of.
+``pytest tests/adapters/test_families.py --family-results=bench/results/families/VERSION.json`` writes one of the files
+that it is made of; there is one for every version of transformers that the table speaks of.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from .family_models import VARIANTS
+from tests.support.family_models import VARIANTS
+
 from .report import table
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.backends.torch import mlp
 from depass_fast.options import Adjoint
+from tests.support.family_models import randomised
 
-from .family_models import randomised
 from .harness import (
     SHAPES,
     Row,

@@ -29,8 +29,8 @@ from depass_fast.adjoint.sweep import Sweep
 from depass_fast.options import Adjoint
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import plan as make_plan
+from tests.support.family_models import build_model as build_family
 
-from .family_models import build_model as build_family
 from .harness import write_results
 from .memory import measured
 

@@ -1,10 +1,10 @@
 """The published DePass algorithm, written plainly: the baseline that the library is measured against.
 
 Hong et al., arXiv 2510.18462, with the behaviour of its released implementation, defects included
-(`tests/test_published.py` holds it to that implementation's numbers). It keeps the published costs: every component at
-every position, a per-head OV tensor (M, N, H, D), whole gate tensors (M, N, I). It is not slowed down: probabilities
-are computed once, products are einsums, elementwise steps are in place, and the gates stay (M, N, I), which saves the
-published transposes.
+(`tests/bench/test_published.py` holds it to that implementation's numbers). It keeps the published costs: every
+component at every position, a per-head OV tensor (M, N, H, D), whole gate tensors (M, N, I). It is not slowed down:
+probabilities are computed once, products are einsums, elementwise steps are in place, and the gates stay (M, N, I),
+which saves the published transposes.
 
 For Llama and Qwen2 models loaded with ``attn_implementation="eager"``. States are (M, N, D) inside and (N, M, D) when
 returned.

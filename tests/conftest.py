@@ -1,8 +1,7 @@
-"""Small random models of every supported family, all norm weights and biases randomised."""
+"""Fixtures and hooks of all tests; models, components and comparisons are in tests/support."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections import defaultdict
@@ -12,44 +11,18 @@ import pytest
 import torch
 import transformers
 
+pytest.register_assert_rewrite("tests.support")
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
-import interpreter
-
-from bench.family_models import VARIANTS, build_model
 from depass_fast import DePass
 from depass_fast.demo import load_demo
+from tests.support import interpreter
+from tests.support.family_models import VARIANTS
+from tests.support.models import FAMILIES, build
 
 interpreter.round_as_a_gpu_does()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
-
-# name -> (model_type, what differs from the shape of bench/family_models.py)
-FAMILIES = {
-    "llama-mha": ("llama", {"num_key_value_heads": 4}),
-    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
-    "llama-biases": ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
-    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 3}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
-    "qwen2-window": (
-        "qwen2",
-        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
-    ),
-    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3-biases": ("qwen3", {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
-}
-
-
-@functools.cache
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> DePass:
-    """A random model of a family; shared by the tests, which never change it."""
-    model_type, changes = FAMILIES[name]
-    return DePass(build_model(model_type, seed=seed, **changes).to(dtype))
-
-
-def random_ids(length: int, seed: int = 0, vocabulary: int = 64) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -62,11 +35,11 @@ def demo() -> DePass:
     return DePass(*load_demo())
 
 
-# -- what tests/test_families.py measures -----------------------------------------------------------------------------
+# -- what tests/adapters/test_families.py measures --------------------------------------------------------------------
 
 
 def pytest_addoption(parser):
-    parser.addoption("--family-results", metavar="FILE.json", help="write what tests/test_families.py measures")
+    parser.addoption("--family-results", metavar="FILE.json", help="where test_families.py writes what it measures")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, random_ids
 
 import depass_fast
 from depass_fast import Adjoint, DePass, Heads, Neurons, Options, Tokens, options
 from depass_fast.demo import load_demo
+from tests.support.models import build, random_ids
 
 IDS = random_ids(7)
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import build, random_ids
 
 from depass_fast import Tokens
+from tests.support.models import build, random_ids
 
 tokens = pytest.importorskip("circuitsvis.tokens")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids
 
 from depass_fast import DePass, Heads, Tokens
 from depass_fast.demo import load_demo
+from tests.support.models import random_ids
 
 nnsight = pytest.importorskip("nnsight")
 IDS = random_ids(6)

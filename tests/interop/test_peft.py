@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import build_model, random_ids
 
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
+from tests.support.family_models import build_model
+from tests.support.models import random_ids
 
 peft = pytest.importorskip("peft")
 

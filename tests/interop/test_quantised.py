@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import build_model, random_ids
 
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adapters.stored import stored_weight
+from tests.support.family_models import build_model
+from tests.support.models import random_ids
 
 IDS = random_ids(7)
 KINDS = (Tokens(), Heads(1), Modules(0), Neurons(1))

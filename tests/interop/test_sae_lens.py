@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import build, build_model, random_ids
 
 from depass_fast import Custom, DePass, Features
+from tests.support.family_models import build_model
+from tests.support.models import build, random_ids
 
 saes = pytest.importorskip("sae_lens.saes")
 SAEMetadata = pytest.importorskip("sae_lens.saes.sae").SAEMetadata

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, build_model, random_ids
 
 from depass_fast import Custom, DePass, Heads, Neurons, Tokens
 from depass_fast.demo import load_demo
+from tests.support.family_models import build_model
+from tests.support.models import FAMILIES, random_ids
 
 lens = pytest.importorskip("transformer_lens")
 bridge = pytest.importorskip("transformer_lens.model_bridge")

@@ -1,0 +1,1 @@
+"""The tests mirror the house; tests/support holds what several of them use."""

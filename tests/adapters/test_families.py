@@ -1,0 +1,272 @@
+"""Every supported family and variant, in the installed transformers: the model's own numbers, and all of them.
+
+``pytest tests/adapters/test_families.py --family-results FILE.json`` writes the measured errors to a file. The README's
+table is made of such files (``python -m bench.families``).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import is_dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.backends import backend_status
+from depass_fast.trace.capture import _Recorder
+from tests.support.components import kinds
+from tests.support.family_models import VARIANTS, available, build_variant
+from tests.support.models import random_ids
+
+LENGTHS = (9, 1, 6)
+PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]
+NEW = int(transformers.__version__.split(".")[0]) >= 5
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
+SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's own, of every sum in three layers
+
+_AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory
+_AFTER_THE_NEURONS = (
+    *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
+    "down_proj_bias",
+)
+
+pytestmark = pytest.mark.parametrize("name", VARIANTS)
+
+
+_FIRST = {family: name for name, (family, _) in reversed(VARIANTS.items())}  # a family's first variant
+
+
+def backends(dtype, name="", label="", seed=0):
+    """Those that can run on a CPU and compute in a dtype.
+
+    Kernels are interpreted, and know nothing of transformers: they take one variant of a family, one kind, one seed and
+    one version of it.
+    """
+    able = [backend for backend, reason in backend_status(torch.device("cpu"), dtype).items() if reason is None]
+    kernels = name in _FIRST.values() and seed == 0 and label == "tokens@0" and NEW
+    return [backend for backend in able if backend != "triton" or kernels]
+
+
+def once(make):
+    """What was made last of all arguments; a variant's tests run one after another (see conftest.py)."""
+    cached = functools.lru_cache(maxsize=8)(make)
+    return lambda name, dtype=torch.float32, seed=0, batch=False: cached(name, dtype, seed, batch)
+
+
+@once
+def built(name: str, dtype: torch.dtype, seed: int, batch: bool) -> DePass:
+    if not available(name):
+        pytest.skip(f"the installed transformers does not have {VARIANTS[name][0]}")
+    return DePass(build_variant(name, seed, regroup=seed == 1).to(dtype))  # with and without GQA
+
+
+@once
+def traced(name: str, dtype: torch.dtype, seed: int, batch: bool):
+    dp = built(name, dtype, seed)
+    try:
+        return dp.trace(PROMPTS if batch else PROMPTS[0])
+    except RuntimeError as error:
+        with torch.no_grad():
+            try:
+                dp.model(PROMPTS[0][None])
+            except RuntimeError as own:  # the model itself does not run either
+                pytest.skip(f"transformers itself: {own}")
+        raise error
+
+
+def targets(dp: DePass, trace) -> list:
+    """None, an id and a pair, none with a logit near zero: what sums to next to nothing is all rounding."""
+    order = dp.adapter.logits(trace.normed_final[-1]).argsort().tolist()
+    return [None, order[0], (order[-2], order[1])]
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("implementation", "seed"), [("eager", 0), ("sdpa", 1)])
+def test_captured_logits_are_the_models_own(name, implementation, seed, family_results):
+    """Of packed prompts; nor does the model change afterwards what has been recorded."""
+    if not available(name):
+        pytest.skip(f"the installed transformers does not have {VARIANTS[name][0]}")
+    try:
+        model = build_variant(name, seed, implementation, regroup=seed == 1)
+    except ValueError as error:
+        pytest.skip(f"transformers itself: {error}")
+    dp, recorded, keep = DePass(model), [], _Recorder.keep
+
+    def watched(recorder, record, what, x):
+        recorded.append((x, x.clone()))
+        keep(recorder, record, what, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Recorder, "keep", watched)
+        trace = dp.trace(PROMPTS)
+    assert recorded and all(torch.equal(x, copy) for x, copy in recorded)
+    for p, ids in enumerate(PROMPTS):
+        captured = dp.adapter.logits(trace.normed_final[trace.span(p)])
+        error = largest_difference(captured, model(ids[None]).logits[0])
+        family_results(name, "logits", error)
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
+def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results):
+    dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
+    wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.hidden_size)
+    shares = torch.rand(LENGTHS[0], 4, 1, generator=torch.Generator().manual_seed(seed)).to(dtype) / 3
+    every["custom@1"] = Custom(1, shares * trace.resid(1)[:, None])  # of the size of what there is to be split
+    for label, kind in every.items():
+        if seed == 1 and label not in _AGAIN:
+            continue
+        if isinstance(kind, Custom) and kind.site == "resid_mid" and dp.adapter.family.parallel:
+            with pytest.raises(ValueError, match="there is no 'resid_mid' between them"):
+                dp.attribute(PROMPTS[0], kind)
+            continue
+        oracle = dp.attribute(trace, kind, wanted, backend="reference")
+        for backend in backends(dtype, name, label, seed):
+            result = oracle
+            if backend != "reference":
+                budget = {} if seed == 0 else {"memory_budget": 3000}
+                result = dp.attribute(trace, kind, wanted, backend=backend, **budget)
+            error = max(result.completeness_error, float(result.layer_errors.max()))
+            apart = largest_difference(result.scores, oracle.scores)
+            family_results(name, f"completeness {str(dtype)[6:]}", error)
+            family_results(name, f"agreement {str(dtype)[6:]}", apart)
+            assert error <= EXACT[dtype], (label, backend)
+            assert apart <= EXACT[dtype], (label, backend)
+            assert result.labels == oracle.labels
+        family_results(name, "kinds", kind.kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
+    dp, trace = built(name, dtype), traced(name, dtype)
+    for kind in (Tokens(), Heads(0), Neurons(1)):
+        result = dp.attribute(trace, kind)
+        assert result.scores.dtype == torch.float32
+        assert max(result.completeness_error, float(result.layer_errors.max())) <= SLIGHT * torch.finfo(dtype).eps
+
+
+def test_a_batch_equals_the_prompts_one_by_one(name):
+    """In float64: packed prompts are rounded otherwise, which a softmax at T = 0.1 can make a hundred times larger."""
+    dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
+    for backend in backends(torch.float64):
+        for kind in (Tokens(), Heads(1), Neurons(0)):
+            for ids, batched in list(zip(PROMPTS, dp.attribute(together, kind, 5, backend=backend), strict=True))[1:]:
+                alone = dp.attribute(ids, kind, 5, backend=backend)
+                assert batched.labels == alone.labels
+                assert largest_difference(batched.scores, alone.scores) <= 1e-9
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_are_traced_as_without(name, side):
+    """To the last bit, so that whatever is made of the trace is the same for every kind of component."""
+    dp, expected = built(name), traced(name, batch=True)
+    rows = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    mask = torch.zeros_like(rows)
+    for row, real, ids in zip(rows, mask, PROMPTS, strict=True):
+        at = slice(len(row) - len(ids), None) if side == "left" else slice(len(ids))
+        row[at], real[at] = ids, 1
+    trace = dp.trace({"input_ids": rows, "attention_mask": mask})
+    assert trace.batch and np.array_equal(trace.offsets, expected.offsets)
+    pairs = list(zip(tensors(trace), tensors(expected), strict=True))
+    assert len(pairs) > 3 * 8 and all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def tensors(part) -> list[torch.Tensor]:
+    """All that a trace, or a part of it, holds."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    inner = part if isinstance(part, tuple | list) else vars(part).values() if is_dataclass(part) else ()
+    return [x for value in inner for x in tensors(value)]
+
+
+def test_any_position_any_layer_and_in_steps(name):
+    """The pruned readout equals the full state, also at the input of a layer, also when carried layer by layer."""
+    dp, trace = built(name), traced(name)
+    direction = torch.randn(dp.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
+    for kind in (Tokens(), Neurons(0)):
+        state = dp.start(trace, kind)
+        for end in (2, None):
+            state = dp.carry(trace, state, end)
+            whole = dp.decompose(trace, kind, end=end).dense()
+            assert largest_difference(state.dense(), whole) <= 1e-5
+            for position in (0, 4):
+                result = dp.attribute(trace, kind, direction, position=position, end=end)
+                assert torch.allclose(result.scores, whole[position] @ direction, atol=1e-5 * float(whole.abs().max()))
+
+
+@torch.no_grad()
+def test_heads_and_neurons_are_what_the_model_adds(name):
+    """With their constants, as the model itself adds it to its residual stream in an ordinary forward pass."""
+    dp = built(name)
+    adapter, ids = dp.adapter, PROMPTS[0]
+    family, trace = adapter.family, traced(name)
+    for layer in (0, 1):
+        seen, handles = {}, []
+
+        def note(module, key, handles=handles, seen=seen):
+            def hook(module, args, output):
+                output = output[0] if isinstance(output, tuple) else output
+                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
+
+            handles.append(module.register_forward_hook(hook))
+
+        sparse = adapter.is_mixture(layer)
+        for kind, last in (("attention", "o_proj"), ("mlp", "mlp" if sparse else "down_proj")):
+            note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
+            if adapter.module(layer, f"{kind}_stream_norm") is not None:
+                note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+        beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
+        for expert in beside:
+            note(expert, "shared")
+        dp.model(ids[None])
+        for handle in handles:
+            handle.remove()
+        for part, kind in {"attention": Heads(layer), "mlp": Neurons(layer)}.items():
+            state = dp.start(trace, kind)
+            named = [i for i, label in enumerate(state.labels) if label != "rest"]
+            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * family.factor
+            if f"{part} stream" in seen:  # the norm of the sum, without what was in the stream before
+                norm = adapter.module(layer, f"{part}_stream_norm")
+                total, normed = seen[f"{part} stream"]
+                before = total - added
+                std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+                added = normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
+            assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
+
+
+def test_labels_and_where_there_is_a_bias(name):
+    dp, trace = built(name), traced(name)
+    adapter = dp.adapter
+    heads = adapter.config.num_attention_heads
+    assert dp.start(trace, Heads(1)).labels[:heads] == [f"L1H{h}" for h in range(heads)]
+    labels = dp.start(trace, Neurons(0)).labels
+    if adapter.is_mixture(0):
+        mlp = trace.layers[0].mlps
+        names = [f"E{part.part}" for part in mlp if part.positions is not None]
+        names += ["shared"] * any(part.positions is None for part in mlp)
+        assert list(dict.fromkeys(label.split("N")[0] for label in labels)) == [
+            *(f"L0{expert}" for expert in names),
+            *(label for label in labels if label in ("rest", "bias")),
+        ]
+    else:
+        assert labels[5] == "L0N5"
+    biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias") and "vision" not in path}
+    only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
+    only_looked_at += ("router", "correction_bias")  # and a router's in the experts' weights
+    constants = {path for path in biases if not any(part in path for part in only_looked_at)}
+    last = f".{adapter.n_layers - 1}."
+    in_layers = {path for path in constants if any(f".{layer}." in path for layer in range(adapter.n_layers))}
+    at_the_end = constants - in_layers
+    written_last = {path for path in in_layers if last in path and path.endswith(_AFTER_THE_NEURONS)}
+    assert "rest" not in dp.attribute(trace, Tokens()).labels
+    assert ("bias" in dp.attribute(trace, Tokens()).labels) == bool(constants)
+    assert ("bias" in dp.attribute(trace, Neurons(-1)).labels) == bool(at_the_end | written_last)
+    assert "rest" in dp.attribute(trace, Modules(0)).labels

@@ -1,0 +1,27 @@
+"""The README's table of families is the one that the committed measurements give, and names every family."""
+
+from bench.families import KNOWN, ROOT, committed, with_table
+from depass_fast.adapters import supported_families
+from tests.support.family_models import VARIANTS
+
+
+def test_the_readme_has_the_table_of_the_committed_results():
+    readme = (ROOT / "README.md").read_text()
+    assert with_table(readme, committed()) == readme, "run python -m bench.families"
+
+
+def test_every_family_is_tested_and_named():
+    assert set(KNOWN) == set(supported_families()) == {model_type for model_type, _ in VARIANTS.values()}
+    newest = committed()[-1]
+    assert set(newest["variants"]) == set(VARIANTS)
+    assert all(measured["completeness float32"] <= 1e-5 for measured in newest["variants"].values())
+
+
+def test_the_example_of_the_guide_is_the_file():
+    family = ROOT / "depass_fast/adapters/families/gpt_bigcode.py"
+    assert f"```python\n{family.read_text()}```" in (ROOT / "docs/adding-a-family.md").read_text()
+
+
+def test_a_family_is_a_short_file():
+    for path in (ROOT / "depass_fast/adapters/families").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 60, path.name

@@ -1,0 +1,58 @@
+"""Memory of runs on a GPU, in the shapes of real models, counted on the meta device (bench/meta.py)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import meta
+from bench.meta import Case, Counted, cases, run
+
+# the rest are variations of these; python -m bench.meta runs them all
+QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
+QUICK = [case for case in QUICK if case.memory_budget != 128 << 20 or case.components == "neurons"]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.backend}-{case.model}-{case.name}")
+def test_the_peak_is_the_planned_one(case):
+    row = run(case)
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=meta.GOAL)
+    if case.memory_budget is None and case.backend == "triton" and case.model != "pythia-6.9b":  # it copies the state
+        assert row["measured_bytes"] - row["state_bytes"] - row["trace_bytes"] < 2e9
+
+
+@pytest.mark.parametrize("workload", ["neurons of layer 0, N=20", "tokens, N=128", "tokens, N=512"])
+def test_no_more_is_held_than_a_gpu_was_measured_to_hold(workload):
+    recorded = json.loads((Path(__file__).parents[2] / "bench/results/gpu-h200.json").read_text())["rows"]
+    kind, length = workload.split(", N=")
+    (peak,) = (
+        row["peak_bytes"]
+        for row in recorded
+        if (row["workload"], row["model"], row["provider"]) == (workload, "llama-2-7b", "triton")
+    )
+    counted = run(Case("llama-2-7b", kind.split()[0], (int(length),), "triton", layers=32))["measured_bytes"]
+    assert 0.7 * peak < counted <= peak
+
+
+def test_what_is_let_go_is_no_longer_counted():
+    model = torch.nn.Linear(8, 8, device="meta")
+    with Counted(model) as counted:
+        x = torch.empty(100, 8, device="meta")
+        y = model(x)  # 3,200 bytes each
+        model.weight.T.contiguous()  # and let go
+        del x, y
+        z = torch.empty(10, device="meta")
+        z[2:].mul_(2)  # a view is no storage of its own
+    assert counted.peak == 2 * 3200 + 256 and counted.now == 40
+    assert counted.operations == 3  # addmm, clone, mul_
+
+
+def test_what_a_layer_of_a_sweep_adds_to_what_is_launched():
+    """Its new tables travel in one copy each time; with the model's own forward pass left out of it."""
+
+    def per_layer(components):
+        few, more = (run(Case("llama-2-7b", components, (20,), "triton", layers=n))["operations"] for n in (6, 10))
+        return (more - few) / 4
+
+    assert per_layer("heads of all layers") - per_layer("tokens") <= 60

@@ -1,0 +1,268 @@
+"""Plans of adjoint sweeps, of components whose number the trace tells, and of the triton backend; what fits by them."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import depass_fast.planning.fit
+import depass_fast.planning.planner
+import depass_fast.request
+from depass_fast import DePass, Features, Neurons, Tokens
+from depass_fast.adjoint import sweep
+from depass_fast.backends.triton.backend import TritonBackend
+from depass_fast.cli.main import main
+from depass_fast.options import Adjoint, Options
+from depass_fast.planning import adjoint as outlook_of_sweeps
+from depass_fast.planning.adjoint import foresee
+from depass_fast.planning.planner import plan
+from tests.support.adjoint import close
+from tests.support.components import Dictionary
+from tests.support.family_models import build_model, build_variant
+from tests.support.models import build, random_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
+IDS = random_ids(40, seed=1)
+ALL = Neurons(layers="all")
+
+
+@pytest.fixture(scope="module")
+def wide() -> DePass:
+    """More neurons than are propagated one by one by default, few of them loud."""
+    return DePass(build_model("llama", intermediate_size=2048, num_hidden_layers=3, initializer_range=0.05))
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def say(size):
+        for place in (depass_fast.planning.planner, depass_fast.planning.fit, sweep):
+            monkeypatch.setattr(place, "available", lambda device: size)
+
+    return say
+
+
+# -- adjoint sweeps ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_of_the_method_that_attribute_takes(wide):
+    def method(*given, **options):
+        return wide.plan(40, *given, measure=False, **options).method
+
+    assert (method(ALL), method(Neurons(0)), method(Tokens())) == ("adjoint", "exact", "exact")
+    assert (method(ALL, method="exact"), method(Neurons(0), method=Adjoint(refine=3))) == ("exact", "adjoint")
+    with pytest.raises(ValueError, match="method: 'adjoint' is for many"):
+        method(Tokens(), method="adjoint")
+    with pytest.raises(ValueError, match="stream: method='adjoint'"):
+        method(ALL, method="adjoint", stream=True)
+    made = wide.plan(40, ALL)
+    quiet, loud = made.estimates
+    assert made.of("torch") is loud and made.of("adjoint") is quiet and made.layer == 0
+    assert 0 < quiet.seconds < loud.seconds and quiet.peak_bytes <= loud.peak_bytes
+    assert "adjoint, many loud" in str(made)
+    assert loud.flop < wide.plan(40, ALL, method="exact", measure=False).flop
+
+
+def test_more_refinement_a_longer_prompt_and_more_workspace_take_more(wide):
+    def peak(length=40, refine=0, sample=0, **options):
+        method = Adjoint(refine=refine, sample=sample)
+        return wide.plan(length, ALL, measure=False, method=method, **options).of().peak_bytes
+
+    assert peak() < peak(refine=2000) and peak() <= peak(sample=64) and peak(length=20) < peak()
+    assert peak(memory_budget=1 << 16) < peak()
+    assert peak(allocation="taylor") < peak()
+
+
+@pytest.mark.parametrize("kind", [Neurons(0), ALL])
+@pytest.mark.parametrize(("refine", "sample"), [(0, 0), (64, 0), (400, 64), (0, 400)])
+def test_the_arithmetic_of_a_sweep_is_what_is_done(wide, kind, refine, sample, monkeypatch):
+    trace, found, find = wide.trace(IDS), [], sweep.Sweep._loud
+    monkeypatch.setattr(sweep.Sweep, "_loud", lambda *given: found.append(find(*given)) or found[-1])
+    with FlopCounterMode(display=False) as counted:
+        wide.attribute(trace, kind, 7, method=Adjoint(refine=refine, sample=sample))
+    loud = max(len(indices) for group in found for indices in group)
+    method = Adjoint(refine, "all", sample)
+    made = plan(wide.adapter, [len(IDS)], kind, wide.options, method=method, traced=True, loud=loud)
+    off = 1.7 if (refine or sample) and kind.is_layered else 1.2  # of which layers they are, nobody knows beforehand
+    assert 1 / off < made.flop / counted.get_total_flops() < off
+
+
+def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypatch):
+    method = Adjoint(1500, "all", 64)
+    outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=False)
+    need = outlook.peak(outlook.smallest(outlook.default_workspace(1 << 24)), 0)
+    free(need - (1 << 18))
+    with monkeypatch.context() as patch:
+        patch.setattr(wide.adapter.model, "forward", None)  # no work
+        with pytest.raises(MemoryError, match=r"neurons, adjoint: needs .*It fits with refine=(\d+) \(") as refused:
+            wide.attribute(IDS, ALL, 7, method=method)
+        length = int(str(refused.value).split("a prompt of ")[1].split()[0])
+        assert 1 < length < 40
+        free(100_000)
+        with pytest.raises(MemoryError, match="Take a shorter prompt|a prompt of"):
+            wide.attribute(IDS, ALL, 7)
+    free(need - (1 << 18))
+    most = int(str(refused.value).split("refine=")[1].split()[0])
+    assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most)).method == "adjoint"
+    assert wide.attribute(IDS[:length], ALL, 7, method=method).method == "adjoint"
+    with pytest.raises(MemoryError):
+        wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most + 1))
+
+
+def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, monkeypatch):
+    trace = wide.trace(IDS)
+    monkeypatch.setattr(outlook_of_sweeps, "default_workspace", lambda free, cuda: 1 << 28)  # as if all of it were free
+    method = Adjoint(1500, "all", 64)
+    usual = wide.attribute(trace, ALL, 7, method=method)
+    outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=True)
+    size = outlook.peak(8 << 20, None)
+    assert outlook.peak(1 << 28, None) > size
+    taken, begin = [], sweep.Sweep._attempt
+    monkeypatch.setattr(sweep.Sweep, "_attempt", lambda *given: taken.append(given[-1]) or begin(*given))
+    free(size)
+    found = wide.attribute(trace, ALL, 7, method=method)
+    assert taken[-1] == 8 << 20
+    close(found.scores.flatten(), usual.scores.flatten(), 1e-5)
+
+
+def test_the_command_plans_sweeps(capsys):
+    arguments = ["plan", "--model", "demo", "--length", "20", "--components", "neurons", "--gemm-tflops", "1", "--json"]
+    for flags, method in (
+        (["--layer", "all", "--method", "adjoint"], "adjoint"),
+        (["--layer", "0", "--refine", "9"], "adjoint"),
+        (["--layer", "0"], "exact"),
+    ):
+        assert main([*arguments, *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["method"] == method
+    assert main([*arguments, "--layer", "0", "--refine", "-1"]) == 2
+    assert "--refine: -1 is out of range" in capsys.readouterr().err
+
+
+# -- components whose number the trace tells --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unknown(request):
+    if request.param == "features":
+        return build("llama-gqa"), Features(1, sae=Dictionary(size=3000), site="resid_post")
+    return DePass(build_variant("mixtral")), Neurons(1)
+
+
+@pytest.mark.parametrize("unknown", ["features", "experts"], indirect=True)
+def test_a_trace_tells_how_many_components_there_are(unknown):
+    dp, kind = unknown
+    prompts = [random_ids(9), random_ids(3, seed=2)]
+    trace = dp.trace(prompts)
+    before, after = (dp.plan(what, kind, measure=False) for what in (prompts, trace))
+    state = dp.start(trace, kind)
+    assert before.upper_bound and not after.upper_bound
+    assert before.rows >= after.rows == state.layout.n_rows
+    assert after.n_components == max(len(state.labels_of(p)) for p in range(2))
+
+
+@pytest.mark.parametrize("method", [None, "adjoint"])
+@pytest.mark.parametrize("unknown", ["features", "experts"], indirect=True)
+def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free, monkeypatch):
+    dp, kind = unknown
+    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    ids, done = random_ids(40), []
+    monkeypatch.setattr(depass_fast.request, "initial_state", lambda *_, **__: done.append("decomposed"))
+    monkeypatch.setattr(sweep.Sweep, "run", lambda *_: done.append("swept"))
+    capture = depass_fast.request.capture
+    monkeypatch.setattr(depass_fast.request, "capture", lambda *given: done.append("traced") or capture(*given))
+    free(2_000)
+    with pytest.raises(MemoryError, match=f"{kind.kind}.*: needs"):
+        dp.attribute(ids, kind, 7, method=method)
+    assert not done  # not even the trace fits
+    trace = dp.trace(ids)
+    need = depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch")
+    if method:
+        counts, how = (
+            depass_fast.planning.planner.known_counts(kind, dp.adapter, trace),
+            Adjoint(64, "all", 64),
+        )
+        cpu = torch.device("cpu")
+        sweeps = foresee(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)
+        need = sweeps.peak(1, 0)
+    done.clear()
+    free(int(0.9 * need))
+    with pytest.raises(MemoryError, match=f"{kind.kind}.*: needs") as refused:
+        dp.attribute(trace, kind, 7, method=method)
+    assert not done and "a prompt of" not in str(refused.value)
+
+
+def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monkeypatch):
+    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    dp, kind, ids = build("llama-gqa"), Features(1, sae=Dictionary(size=3000), site="resid_post"), random_ids(40)
+    usual = dp.attribute(ids, kind, 7)
+    trace = dp.trace(ids)
+    free(depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch") + 1000)
+    for what in (ids, trace):
+        tight = dp.attribute(what, kind, 7)
+        assert tight.memory_budget < usual.memory_budget
+        close(tight.scores, usual.scores, 1e-5)
+
+
+@pytest.mark.parametrize("layers", [[1], "all"])
+def test_experts_of_several_layers_get_the_workspace_that_there_is_room_for(layers, free, monkeypatch):
+    """Only the trace tells how many there are; the workspace that is then found is the one that is used."""
+    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    dp, kind, ids = DePass(build_variant("mixtral")), Neurons(layers=layers), random_ids(40)
+    usual = dp.attribute(ids, kind, 7, method="exact")
+    trace, first = dp.trace(ids), Neurons(kind.each(dp.adapter)[0].layer)
+    counts = [max(one.counts(dp.adapter, trace)[0] for one in kind.each(dp.adapter))]
+    made = plan(dp.adapter, [40], first, dp.options, traced=True, counts=counts)
+    free(depass_fast.planning.fit.least_bytes(made, "torch") + 1000)
+    tight = dp.attribute(trace, kind, 7, method="exact")
+    for one, other in zip(tight, usual, strict=True):
+        assert one.memory_budget < other.memory_budget
+        close(one.scores, other.scores, 1e-5)
+
+
+def test_a_dictionary_encodes_a_prompt_no_more_often_for_being_planned(monkeypatch):
+    sae, dp = Dictionary(), build("llama-gqa")
+    trace, calls, encode = dp.trace(random_ids(9)), [], sae.encode
+    sae.encode = lambda x: calls.append(x) or encode(x)
+    dp.attribute(trace, Features(1, sae=sae, site="resid_post"), 7)
+    assert len(calls) == 2  # once for the activations, once for the decoder's offset
+
+
+# -- the triton backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [30_000, 1 << 25])
+@pytest.mark.parametrize(("kind", "length"), [(Tokens(), 30), (Neurons(0), 7)])
+def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
+    dp = DePass(build_model("llama", intermediate_size=200), backend="triton", memory_budget=budget)
+    trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._room
+    monkeypatch.setattr(
+        TritonBackend, "_room", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)
+    )
+    planned = []
+    monkeypatch.setattr(
+        depass_fast.planning.exact.Workload,
+        "arena",
+        lambda job, inner=depass_fast.planning.exact.Workload.arena: planned.append(inner(job)) or 0,
+    )
+    dp.plan(trace, kind, measure=False)
+    dp.decompose(trace, kind)
+    assert planned[0] * 0.9 <= max(taken) <= planned[0]
+
+
+def test_a_state_that_streams_on_a_cpu_is_in_the_peak():
+    """There the host's memory is the device's."""
+    dp = build("llama-gqa")
+    plan = dp.plan(60, Tokens(), measure=False)
+    streamed = plan.of("torch, streamed")
+    assert streamed.host_bytes == 0 and streamed.peak_bytes > plan.state_bytes + plan.trace_bytes
+
+
+def test_what_only_starts_needs_no_room_to_be_carried(monkeypatch):
+    dp, trace, asked = build("llama-gqa"), build("llama-gqa").trace(random_ids(6)), []
+    fitted = depass_fast.request.fitted
+    monkeypatch.setattr(depass_fast.request, "fitted", lambda run, job: asked.append(job.end) or fitted(run, job))
+    assert dp.start(trace, Neurons(1)).layer == 2 and asked == [2]
+    dp.decompose(trace, Neurons(1), end=3)
+    assert asked == [2, 3]
+    dp.partition(trace, Neurons(1), stream=False)  # a run that streams, whatever was asked for
+    assert asked == [2, 3, None]

@@ -1,0 +1,65 @@
+"""States and their rows: what they lack to the hidden state, and where a position's rows are."""
+
+import numpy as np
+import pytest
+import torch
+
+from depass_fast import Heads, Modules, Tokens
+from depass_fast.state.layout import Layout
+from depass_fast.state.state import ComponentState
+from tests.support.models import build, random_ids
+
+
+def missed(state, resid):
+    """The completeness errors, a segment at a time."""
+    layout, worst = state.layout, [0.0] * len(state.layout.components)
+    for segment, (prompt, packed) in enumerate(zip(layout.prompt, layout.packed, strict=True)):
+        rows = state.rows[layout.starts[segment] : layout.starts[segment + 1]]
+        error = (rows.sum(0) - resid[packed]).norm() / resid[packed].norm()
+        worst[prompt] = max(worst[prompt], float(error))
+    return torch.tensor(worst)
+
+
+STATES = {"tokens": [Tokens(1)], "heads": [Heads(1)], "joint": [Heads(1), Modules(1, which="attention"), Heads(1)]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(6,), (5, 3), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize("kinds", STATES.values(), ids=STATES)
+def test_completeness_is_what_a_plain_loop_finds(kinds, lengths):
+    dp, generator = build("llama-gqa"), torch.Generator().manual_seed(0)
+    trace = dp.trace([random_ids(n, seed=seed) for seed, n in enumerate(lengths)])
+    states = [dp.start(trace, kind) for kind in kinds]
+    for state in states:  # no position's error is another's
+        state.rows += torch.randn(state.rows.shape, generator=generator)
+    state = ComponentState.join(states)
+    resid = trace.resid_at(state.layer, state.site)
+    expected = missed(state, resid)
+    assert len(expected.unique()) == len(expected) == len(kinds) * len(lengths)
+    assert torch.allclose(state.completeness(resid), expected, rtol=1e-5)
+
+    for positions in ([2], [0, 2]):  # of every prompt
+        reads = [np.array(positions)] * len(lengths)
+        parts = [one.at(Layout.of(one.layout.components, trace.offsets, reads)) for one in states]
+        fewer = ComponentState.join(parts)
+        assert torch.allclose(fewer.completeness(resid), missed(fewer, resid), rtol=1e-5)
+
+
+def test_rows_are_found_where_they_are_and_nowhere_else():
+    dp = build("llama-gqa")
+    trace = dp.trace([random_ids(5, seed=1), random_ids(3, seed=2)])
+    layout = dp.start(trace, Tokens()).layout
+
+    def some(*positions):
+        return Layout.of(layout.components, trace.offsets, [np.array(p, np.int64) for p in positions])
+
+    assert layout.find(some([4, 1], [2])).tolist() == [4, 1, 7]
+    held = some([1, 4], [0])
+    assert held.find(some([4], [0])).tolist() == [1, 2]
+    for absent in (some([2], []), some([0], [0]), some([4], [1]), some([], [2])):
+        with pytest.raises(KeyError, match="positions that the layout does not have"):
+            held.find(absent)
+
+    joint = Layout.join([dp.start(dp.trace(random_ids(3)), Heads(0)).layout] * 2)
+    with pytest.raises(KeyError):  # position 1 of the first decomposition, which is not position 0 of the second
+        joint.only(np.array([0, 1])).find(joint.only(np.array([2])))

@@ -1,0 +1,35 @@
+"""Devices that are not there."""
+
+from types import SimpleNamespace
+
+import torch
+
+from depass_fast.planning import fit as fitting
+from depass_fast.planning import planner
+from tests.support.models import build
+
+
+def small_gpu(monkeypatch, lengths, kind):
+    """An adapter on a device that is not there, with memory for streaming only, beside a large host's."""
+    adapter = build("llama-gqa").adapter
+    gpu = torch.device("cuda", 0)
+    placed = SimpleNamespace(
+        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
+        layer=adapter.layer,
+        is_mixture=adapter.is_mixture,
+        module=adapter.module,
+        final_norm=adapter.final_norm,
+        final_norm_module=adapter.final_norm_module,
+        unembedding_bias=None,
+        device=gpu,
+        layer_device=lambda index: gpu,
+    )
+    monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
+    monkeypatch.setattr(planner, "available", lambda device: None)
+    made = planner.plan(placed, lengths, kind, device=gpu)
+    room = fitting.least_bytes(made, "torch, streamed")
+    assert room < fitting.least_bytes(made, "torch")
+    for module in (fitting, planner):
+        monkeypatch.setattr(module, "available", lambda device: room if device.type == "cuda" else 1 << 40)
+    return placed
