@@ -68,7 +68,7 @@ def _one(
     bound = None if plan.bound is None else plan.bound[prompt]  # of one layer
     starts = [make_start(kind, adapter, trace, prompt, n, b, wide, bound) for kind, b in zip(kinds, ahead, strict=True)]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
-    compute = wide if run.backend.name == "reference" else run.compute_dtype
+    compute = run.compute_dtype or wide
     road = LayerStack(adapter, trace, prompt, n, plan.end, wide, compute)
     temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
     settings = Settings(temperature, seed=method.seed)

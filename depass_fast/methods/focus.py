@@ -142,8 +142,10 @@ def _check(call: Request) -> None:
             "verify: focus and partition share out by what is known of all components, where the reference operations "
             "have them all; take verify=False."
         )
-    if call.run.backend.name == "reference":
-        raise ValueError("focus: the reference backend carries all components at once; take backend='torch'.")
+    if not call.run.backend.jagged:
+        raise ValueError(
+            f"focus: the {call.run.backend.name} backend carries all components at once; take backend='torch'."
+        )
 
 
 def _streaming(dp: DePass, call: Request, **more: Any) -> StreamBackend:

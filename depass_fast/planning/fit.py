@@ -9,7 +9,7 @@ import torch
 
 from ..adapters import Adapter
 from ..backends import StreamBackend, choose_backend, make_backend
-from ..backends.torch.backend import default_budget
+from ..backends.torch.division import default_budget
 from ..components.base import ComponentKind
 from ..components.given import Custom
 from ..options import Adjoint, Options
@@ -175,9 +175,7 @@ def _refusal_of_sweep(asked: RunShape, free: int) -> str:
 
 def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
     """Whether the state may stream, which is the torch backend's: not where another one was asked for by name."""
-    if run.backend.name != "triton":
-        return run.backend.name == "torch"
-    return choose_backend(options.backend, adapter.device, run.compute_dtype).automatic
+    return run.backend.streamable or choose_backend(options.backend, adapter.device, run.compute_dtype).automatic
 
 
 def _is_small(asked: RunShape) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from ..adapters import Adapter
 from ..backends import backend_status
-from ..backends.torch.backend import default_budget
+from ..backends.torch.division import default_budget
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.hook_names import layer_input
