@@ -14,8 +14,7 @@ from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens
 from depass_fast.allocation import RULES
 from depass_fast.backends import StreamBackend
 from depass_fast.backends import stream as stream_module
-from depass_fast.backends.torch import bounded
-from depass_fast.backends.torch import blocks
+from depass_fast.backends.torch import blocks, bounded
 from depass_fast.planning import fit as fitting
 from depass_fast.planning import planner
 

@@ -16,7 +16,7 @@ from ..options import Adjoint, Options
 from ..propagation.run import Run
 from ..runtime.memory import available, readable
 from .adjoint import SweepOutlook, foresee
-from .exact import RESIDENT
+from .exact import JOINTLY
 from .plan import Plan
 from .planner import plan
 from .shapes import fewest_components, layer_sizes, named_components
@@ -210,7 +210,7 @@ def _refusal(made: Plan, asked: RunShape, name: str, short: str, may_stream: boo
     ways = []
     if name == "reference" and not _shortage(made, "torch"):
         ways.append(f"backend='torch' ({readable(least_bytes(made, 'torch'))})")
-    if name in RESIDENT and adapter.device.type != "cpu" and not callable(options.allocation):
+    if name in JOINTLY and adapter.device.type != "cpu" and not callable(options.allocation):
         asked_for = may_stream and options.stream == "auto"
         if not asked_for and not _shortage(made, STREAMED):
             ways.append(f"{'' if may_stream else named}stream=True ({readable(least_bytes(made, STREAMED))})")
