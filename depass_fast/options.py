@@ -1,4 +1,4 @@
-"""How a decomposition is computed: the options, their defaults, and their check."""
+"""The options that say how a decomposition is computed: their defaults and their check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .adapters import Adapter
 from .allocation import Allocation, Rule
-from .backends import StreamBackend, make_backend, resolve
+from .backends import Backend, Choice, StreamBackend, make_backend, resolve
 from .inputs.prompts import as_index
 from .propagation.run import Run
 from .propagation.verify import Verifier
@@ -19,7 +19,7 @@ from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
 @dataclass(frozen=True)
 class Options:
-    """Given to :class:`depass_fast.DePass` as defaults, to a single call as overrides.
+    """Options are given to :class:`depass_fast.DePass` as defaults, and to a single call as overrides.
 
     allocation: "softmax", "linear", "relu", "max", "taylor", or a callable (:mod:`depass_fast.allocation`).
     temperature: T of the softmax, positive.
@@ -27,15 +27,15 @@ class Options:
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
     backend: "reference" (the oracle), "torch" (fast anywhere), "triton" (kernels for GPUs), or "auto": the one that the
         variable DEPASS_FAST_BACKEND names, else triton on a GPU where it can run, else torch.
-    compute_dtype: of the GEMMs. Default: the model's on a GPU; the state's on a CPU, but float32 at least. Half
-        precision rounds the gates: near a tie that changes whom `max` gives everything to.
-    state_dtype: of the component state. Default: float32; float64 for a float64 model.
+    compute_dtype: dtype of the products. Default: the model's on a GPU; the state's on a CPU, but float32 at least.
+        Half precision rounds the gates: near a tie that changes whom `max` gives everything to.
+    state_dtype: dtype of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
         Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,
         where memory runs out all the same; results do not change.
     stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
         MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
-    progress: whether a bar appears after two seconds, on a terminal only.
+    progress: True shows a bar after two seconds, on a terminal only.
     verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
         how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`), in the states
         and in what a step adds to them. Same results; a short prompt takes a few times as long. Exact runs only.
@@ -61,13 +61,35 @@ class Options:
         return replace(self, **overrides)
 
     def build(self, adapter: Adapter) -> Run:
-        """Check everything and turn it into what the layer loop needs. ValueError says what is out of range."""
+        """Return the checked run that these options ask for, for the model of ``adapter``.
+
+        Raises:
+            ValueError: an option is out of range, or does not go with another one.
+            TypeError: an option is of the wrong type.
+        """
         refuse_autocast(adapter.device)
+        self._check_values()
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
-        name = choice.name
-        if name == "reference" and self.compute_dtype is not None and compute != state:
-            raise ValueError("compute_dtype: the reference backend computes in the state's dtype; set state_dtype.")
+        backend = make_backend(choice.name, compute, self.memory_budget)
+        if backend.compute_dtype is None and self.compute_dtype is not None and compute != state:
+            raise ValueError(
+                f"compute_dtype: the {backend.name} backend computes in the state's dtype; set state_dtype."
+            )
+        if self.stream is True:
+            self._check_streaming(backend, choice)
+            backend = StreamBackend(adapter.device, compute, self.memory_budget)
+        return Run(
+            allocation=Allocation(self.allocation, self.temperature),
+            backend=backend,
+            state_dtype=state,
+            memory_budget=self.memory_budget,
+            progress=bool(self.progress),
+            verifier=Verifier() if self.verify else None,
+        )
+
+    def _check_values(self) -> None:
+        """Refuse options whose value alone is wrong."""
         budget = self.memory_budget
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
             raise ValueError(f"memory_budget: expected a positive number of bytes, got {budget!r}.")
@@ -75,30 +97,28 @@ class Options:
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
         if not isinstance(self.stream, bool) and self.stream != "auto":
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
-        if self.stream is True and name != "torch" and not choice.automatic:
-            raise ValueError(f"stream: the {name} backend does not stream; take backend='torch'.")
-        if self.stream is True and callable(self.allocation):
+        if not isinstance(self.verify, bool):
+            raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
+
+    def _check_streaming(self, backend: Backend, choice: Choice) -> None:
+        """Refuse ``stream=True`` for a backend by name that does not stream, and for a user's own rule."""
+        if not backend.streamable and not choice.automatic:
+            raise ValueError(f"stream: the {choice.name} backend does not stream; take backend='torch'.")
+        if callable(self.allocation):
             raise ValueError(
                 f"stream: {Allocation(self.allocation).name} sees all components at once, which streaming never holds; "
                 "take stream=False, or one of the rules by name."
             )
-        if not isinstance(self.verify, bool):
-            raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
-        backend = make_backend(name, compute, budget)
-        if self.stream is True:
-            backend = StreamBackend(adapter.device, compute, budget)
-        rule = Allocation(self.allocation, self.temperature)
-        return Run(rule, backend, state, compute, budget, bool(self.progress), Verifier() if self.verify else None)
 
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-        """Of the state and of the GEMMs, for a model of a dtype on a device."""
+        """Return the dtypes of the state and of the products, for a model of a dtype on a device."""
         state = parse_dtype(self.state_dtype, "state_dtype")
         state = state or (torch.float64 if model == torch.float64 else torch.float32)
         compute = parse_dtype(self.compute_dtype, "compute_dtype")
         return state, compute or (model if device.type != "cpu" else torch.promote_types(state, torch.float32))
 
     def excluded(self, length: int) -> set[int]:
-        """The positions of special tokens in a prompt of ``length`` tokens."""
+        """Return the positions of special tokens in a prompt of ``length`` tokens."""
         if isinstance(self.exclude_special, bool):
             return {0} if self.exclude_special else set()
         if not isinstance(self.exclude_special, Iterable):
@@ -135,11 +155,11 @@ class Adjoint:
     refine: how many of the largest scores are replaced by exact ones, given log Z.
     within: "all" refines the largest of all layers together, "layer" as many of every layer.
     sample: how many components are drawn to estimate the error.
-    seed: of what is drawn at random.
+    seed: seed of everything that is drawn at random.
 
     Raises:
-        ValueError: a number below zero, or another ``within``.
-        TypeError: a number that is none.
+        ValueError: a number is below zero, or ``within`` is another word.
+        TypeError: a number is no integer.
     """
 
     refine: int = 64

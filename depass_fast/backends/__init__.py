@@ -1,10 +1,19 @@
-"""Which implementation carries the component state: chosen by name, or automatically (:mod:`.selection`)."""
+"""The implementations that carry the component state, and their choice by name or automatically."""
 
 from __future__ import annotations
 
 from .base import Backend
 from .reference import ReferenceBackend
-from .selection import BACKENDS, VARIABLE, Choice, backend_status, choose_backend, make_backend, resolve
+from .selection import (
+    BACKENDS,
+    VARIABLE,
+    Choice,
+    backend_status,
+    choose_backend,
+    has_compute_dtype,
+    make_backend,
+    resolve,
+)
 from .stream import StreamBackend
 from .torch.backend import TorchBackend
 
@@ -18,6 +27,7 @@ __all__ = [
     "TorchBackend",
     "backend_status",
     "choose_backend",
+    "has_compute_dtype",
     "make_backend",
     "resolve",
 ]

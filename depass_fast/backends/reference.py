@@ -12,12 +12,14 @@ from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.attention import attention_probabilities
 from ..trace.record import AttentionTrace, MlpTrace
+from .base import Backend
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Plain PyTorch, one prompt at a time, everything in the state's dtype."""
 
     name = "reference"
+    jagged = False
 
     def aggregate_ov(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None

@@ -1,6 +1,7 @@
-"""The choice of a backend: by argument, by the environment, or automatically, which is said once.
+"""The choice of a backend: by argument, by the environment, or automatically, which is logged once.
 
-What is asked for by name and cannot run raises with the reason and the alternatives; only ``"auto"`` falls back.
+A backend that is asked for by name and cannot run raises with the reason and the alternatives; only ``"auto"`` falls
+back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ VARIABLE = "DEPASS_FAST_BACKEND"
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend that can run, why it is this one, and whether nobody asked for it by name."""
+    """A backend that can run, and why it is this one; ``automatic`` if nobody asked for it by name."""
 
     name: str
     why: str
@@ -30,15 +31,15 @@ class Choice:
 
 
 def backend_status(device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Every backend, with the reason why it cannot run, or None where it can.
+    """Return every backend with the reason why it cannot run, or None where it can.
 
-    ``device`` is the model's, by default a GPU where there is one; ``dtype`` that of the GEMMs, None for any.
+    ``device`` is the model's, by default a GPU where there is one; ``dtype`` that of the products, None for any.
     """
     return {"reference": None, "torch": None, "triton": why_not_triton(device or _device(), dtype)}
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """The reason why the triton backend cannot run, or None. Triton is not imported before somebody asks."""
+    """Return the reason why the triton backend cannot run, or None. Triton is not imported before somebody asks."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     try:
@@ -49,17 +50,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | Non
 
 
 def choose_backend(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
-    """The backend that ``name`` stands for, for a model on ``device`` and GEMMs in ``dtype``.
+    """Return the backend that ``name`` stands for, for a model on ``device`` and products in ``dtype``.
 
     ``"auto"`` is what the variable DEPASS_FAST_BACKEND names. Where it names none either: triton on a GPU where it can
     run, else torch.
 
     Raises:
-        ValueError: no such backend, or one that cannot run; the message says why, and names those that can.
+        ValueError: there is no such backend, or it cannot run; the message says why, and names those that can.
     """
-    asked = "backend"
-    if name == "auto" and os.environ.get(VARIABLE):
-        asked, name = VARIABLE, os.environ[VARIABLE]
+    name, asked = requested(name)
     device = device or _device()
     if name == "auto":
         return _automatic(device, dtype)
@@ -74,7 +73,7 @@ def choose_backend(name: str, device: torch.device | None = None, dtype: torch.d
 
 
 def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Choice:
-    """As :func:`choose`; what was chosen automatically is logged at level INFO, once per process."""
+    """Return :func:`choose_backend`'s choice; an automatic one is logged at level INFO, once per process."""
     choice = choose_backend(name, device, dtype)
     if choice.automatic:
         say_once(f"backend: {choice.name} on {device or _device()}: {choice.why}")
@@ -82,7 +81,7 @@ def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | 
 
 
 def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> Backend:
-    """A backend by the name that was chosen; the oracle takes neither option, it is all in the state's dtype."""
+    """Return a new backend by the name that was chosen; the reference takes neither of the options."""
     if name == "reference":
         return ReferenceBackend()
     if name == "triton":
@@ -90,6 +89,18 @@ def make_backend(name: str, compute_dtype: torch.dtype | None = None, memory_bud
 
         return TritonBackend(compute_dtype, memory_budget)
     return TorchBackend(compute_dtype, memory_budget)
+
+
+def requested(name: str) -> tuple[str, str]:
+    """Return the name that is asked for, and what asks for it: the argument, or for "auto" the environment if set."""
+    if name == "auto" and os.environ.get(VARIABLE):
+        return os.environ[VARIABLE], VARIABLE
+    return name, "backend"
+
+
+def has_compute_dtype(name: str) -> bool:
+    """True unless ``name`` asks for a backend whose products are all in the state's dtype."""
+    return requested(name)[0] != ReferenceBackend.name
 
 
 def _automatic(device: torch.device, dtype: torch.dtype | None) -> Choice:

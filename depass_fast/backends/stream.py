@@ -49,6 +49,8 @@ class StreamBackend(TorchBackend):
     """
 
     name = "torch, streamed"
+    streams = True
+    streamable = False
     takes_factors = False
 
     def __init__(
@@ -66,8 +68,7 @@ class StreamBackend(TorchBackend):
         self._next: tuple[Mlp, MlpTrace, Allocation, bool] | None = None
         self._gathered: _Gathering | None = None
 
-    def foresee(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
-        """The next attention is that of ``layer``, at all positions, and its MLP comes right after it."""
+    def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
         alone = len(trace.mlps) == 1 and trace.mlps[0].positions is None
         if self.known is None and alone and layer.attention.stream is None:
             self._next = layer.mlps[trace.mlps[0].part], trace.mlps[0], allocation, layer.parallel
@@ -96,7 +97,7 @@ class StreamBackend(TorchBackend):
                     self._meet(x, state.layout, block, ahead)
                 self._put(state, block, x)
 
-        self.budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
+        self._budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
         self._arrived(device)
         self._gathered = ahead
         return ComponentState(state.rows, state.layout, state.layer)
@@ -123,7 +124,7 @@ class StreamBackend(TorchBackend):
             fresh = Statistics.fresh(str(allocation.rule), allocation.temperature, rest, like)
             return _Gathering(key, step, fresh)
 
-        return self.budget.prepare(device, make)
+        return self._budget.prepare(device, make)
 
     @contextmanager
     def _undone(self, gathering: _Gathering | None, layout: Layout, block: Block) -> Iterator[None]:
@@ -175,7 +176,7 @@ class StreamBackend(TorchBackend):
             self._put(state, block, x.add_(self._gained(read, layout, block, gathered)))
 
         # a block that reads what it writes to is whole by then: a component's share needs nobody else's state
-        self.budget.each(device, self._cut(layout, gathered.step, device), share)
+        self._budget.each(device, self._cut(layout, gathered.step, device), share)
         self._arrived(device)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
@@ -187,13 +188,13 @@ class StreamBackend(TorchBackend):
             with self._undone(gathering, source.layout, block):
                 self._meet(self._take(source, block, device), source.layout, block, gathering)
 
-        self.budget.each(device, self._cut(source.layout, gathering.step, device), meet)
+        self._budget.each(device, self._cut(source.layout, gathering.step, device), meet)
 
     def _cut(self, layout: Layout, step: MlpStep, device: torch.device) -> Callable[[Block | None], list[Block]]:
         width = step.w_gate.shape[1] + 2 * min(step.w_gate.shape[0], 512)
 
         def cut(undone: Block | None) -> list[Block]:
-            slots = max(1, self.budget.bytes(self.device) // (2 * width * step.act.dtype.itemsize))
+            slots = max(1, self._budget.bytes(self.device) // (2 * width * step.act.dtype.itemsize))
             return self._cut_blocks(layout, slots, device, undone=undone)
 
         return cut
@@ -214,7 +215,7 @@ class StreamBackend(TorchBackend):
     def _parts(self, x: Tensor, step: MlpStep) -> list[slice]:
         """Neurons in blocks that there is room for, with states (n, b, D)."""
         n = step.w_gate.shape[0]
-        size = self.budget.bytes(self.device) // (8 * max(1, x.shape[0] * x.shape[1]) * 4)
+        size = self._budget.bytes(self.device) // (8 * max(1, x.shape[0] * x.shape[1]) * 4)
         size = min(n, max(16, size))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 

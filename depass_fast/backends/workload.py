@@ -1,8 +1,17 @@
-"""The sizes that every backend's cost model works on: numbers, no model and no tensors."""
+"""The sizes that every backend's cost model works on: numbers, no model and no tensors.
+
+Each backend's cost model lies beside the backend (``torch/cost.py``, ``triton/cost.py``, ``stream_cost.py``,
+``reference_cost.py``) and mirrors its buffers: whoever changes a buffer changes the model next door. The planner makes
+the workloads and combines what the models say.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+BUSIEST = 1.4  # times the even share, which one expert of a layer gets
+_INDEX = 40  # bytes of indices per row, held along with a state
 
 
 @dataclass(frozen=True)
@@ -19,10 +28,12 @@ class LayerSize:
     skip_attention: bool = False
 
     def flop(self, width: int, rows: int, keys: float) -> float:
+        """FLOP of ``rows`` rows that meet ``keys`` keys together."""
         attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
         return attention + rows * sum(4 * width * neurons * share for neurons, share in self.mlps)
 
     def gates(self, width: int, rows: int) -> float:
+        """FLOP of the gates alone."""
         return rows * sum(2 * width * neurons * share for neurons, share in self.mlps)
 
     def parameters(self, width: int) -> float:
@@ -37,9 +48,100 @@ class LayerSize:
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and the only MLP read the same."""
+        """True if attention and the only MLP read the same."""
         return self.copied and len(self.mlps) == 1
 
     @property
     def neurons(self) -> int:
+        """Neurons of the widest MLP."""
         return max(neurons for neurons, _ in self.mlps)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A state that is carried through the layers ``passed`` within ``budget`` bytes of workspace.
+
+    ``counts`` are the components of every prompt and ``rows_of`` its rows; ``staggered`` says that components are born
+    one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
+    says that the products' dtype is not the model's.
+    """
+
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows_of: tuple[int, ...]
+    staggered: bool
+    width: int
+    state_item: int
+    item: int
+    casts: bool
+    budget: int
+    on_cpu: bool
+    passed: tuple[LayerSize, ...]
+
+    @staticmethod
+    def join(workloads: Sequence[Workload]) -> Workload:
+        """States that are carried together, the first of which has the longest way."""
+        counts, rows = ((one.counts for one in workloads), (one.rows_of for one in workloads))
+        counts, rows = (tuple(map(sum, zip(*parts, strict=True))) for parts in (counts, rows))
+        return replace(workloads[0], counts=counts, rows_of=rows)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.rows_of)
+
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of the widest MLP that is passed."""
+        return max((size.neurons for size in self.passed), default=0)
+
+    @property
+    def state_bytes(self) -> int:
+        return self.rows * self.width * self.state_item
+
+    @property
+    def flop(self) -> float:
+        """FLOP of the state at all positions; a row meets (N + 1) / 2 keys."""
+        keys = sum(r * (n + 1) / 2 for r, n in zip(self.rows_of, self.lengths, strict=True))
+        return sum(size.flop(self.width, self.rows, keys) for size in self.passed)
+
+    def sent_rows(self, share: float) -> int:
+        """Rows that are sent to an MLP with a ``share`` of the positions, at most."""
+        return int(min(1.0, BUSIEST * share) * self.rows)
+
+    # -- bytes that are held whatever the backend --------------------------------------------------------------
+
+    def held(self) -> int:
+        """The state, the copy that several MLPs read and, twice, what is sent to the busiest of them."""
+        shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
+        copies = 1 + any(size.copied for size in self.passed) + 2 * max(shares, default=0.0)
+        return int(copies * self.state_bytes)
+
+    def held_on_device(self, joining: bool) -> int:
+        """What :meth:`held` says and the indices; ``joining``: the state is held twice while one more joins it."""
+        return self.held() + joining * self.state_bytes + self.rows * _INDEX + self.activations()
+
+    def activations(self) -> int:
+        """What a layer's step makes of the trace, per position."""
+        return self.positions * (self.neurons * self.casts * self.item + 3 * self.width * 4)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one backend needs for a workload: FLOP, and bytes.
+
+    ``workspace`` is bounded by the budget as far as it can be; ``beside`` is on the device as well; ``host`` is what
+    lies in host memory instead.
+    """
+
+    flop: float
+    workspace: int
+    beside: int
+    host: int = 0

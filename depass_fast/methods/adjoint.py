@@ -99,7 +99,7 @@ def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds:
         for kind, has_bias in zip(kinds, meet_bias(kinds, adapter, request.end_given), strict=True)
     ]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
-    compute = wide if run.backend.name == "reference" else run.compute_dtype
+    compute = run.compute_dtype or wide
     stack = LayerStack(adapter, trace, prompt, n, request.end, wide, compute)
     temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
     return Sweep(stack, starts, seeds, Settings(temperature, seed=method.seed), run.memory_budget)

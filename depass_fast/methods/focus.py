@@ -127,8 +127,10 @@ def _check(request: Request) -> None:
             "verify: focus and partition share out by what is known of all components, where the reference operations "
             "have them all; take verify=False."
         )
-    if request.run.backend.name == "reference":
-        raise ValueError("focus: the reference backend carries all components at once; take backend='torch'.")
+    if not request.run.backend.jagged:
+        raise ValueError(
+            f"focus: the {request.run.backend.name} backend carries all components at once; take backend='torch'."
+        )
 
 
 def _ready(request: Request) -> Request:

@@ -11,6 +11,7 @@ from ..adapters import Adapter
 from ..adjoint.cost import StartSize, SweepWorkload
 from ..adjoint.memory import SweepMemory, default_workspace
 from ..allocation import Allocation
+from ..backends import has_compute_dtype
 from ..components.base import ComponentKind
 from ..components.features import Features
 from ..components.given import Custom
@@ -87,7 +88,7 @@ def foresee(
     """The outlook of a call; arguments as of :func:`depass_fast.planner.plan`."""
     state, compute = options.dtypes(adapter.dtype, device)
     wide = torch.promote_types(state, torch.float32)
-    compute = wide if options.backend == "reference" else compute
+    compute = compute if has_compute_dtype(options.backend) else wide
     kinds = kind.each(adapter)
     last = reach(kinds[-1], adapter, end)[1]
     layers, softmax = layer_sizes(adapter), Allocation(options.allocation).is_softmax

@@ -9,14 +9,14 @@ import torch
 
 from ..adapters import Adapter
 from ..backends import StreamBackend, choose_backend, make_backend
-from ..backends.torch.backend import default_budget
+from ..backends.torch.division import default_budget
 from ..components.base import ComponentKind
 from ..components.given import Custom
 from ..options import Adjoint, Options
 from ..propagation.run import Run
 from ..runtime.memory import available, readable
 from .adjoint import SweepOutlook, foresee
-from .exact import RESIDENT
+from .exact import JOINTLY
 from .plan import Plan
 from .planner import plan
 from .shapes import fewest_components, layer_sizes, named_components
@@ -175,9 +175,7 @@ def _refusal_of_sweep(asked: RunShape, free: int) -> str:
 
 def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
     """Whether the state may stream, which is the torch backend's: not where another one was asked for by name."""
-    if run.backend.name != "triton":
-        return run.backend.name == "torch"
-    return choose_backend(options.backend, adapter.device, run.compute_dtype).automatic
+    return run.backend.streamable or choose_backend(options.backend, adapter.device, run.compute_dtype).automatic
 
 
 def _is_small(asked: RunShape) -> bool:
@@ -212,7 +210,7 @@ def _refusal(made: Plan, asked: RunShape, name: str, short: str, may_stream: boo
     ways = []
     if name == "reference" and not _shortage(made, "torch"):
         ways.append(f"backend='torch' ({readable(least_bytes(made, 'torch'))})")
-    if name in RESIDENT and adapter.device.type != "cpu" and not callable(options.allocation):
+    if name in JOINTLY and adapter.device.type != "cpu" and not callable(options.allocation):
         asked_for = may_stream and options.stream == "auto"
         if not asked_for and not _shortage(made, STREAMED):
             ways.append(f"{'' if may_stream else named}stream=True ({readable(least_bytes(made, STREAMED))})")

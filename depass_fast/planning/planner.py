@@ -14,7 +14,8 @@ import torch
 
 from ..adapters import Adapter
 from ..backends import backend_status
-from ..backends.torch.backend import default_budget
+from ..backends.torch.division import default_budget
+from ..backends.workload import Workload
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..options import Adjoint, Options
@@ -24,7 +25,7 @@ from ..runtime.memory import available
 from ..trace.record import Trace
 from ..trace.size import without_weights
 from .adjoint import SweepOutlook, foresee
-from .exact import Workload, estimates
+from .exact import JOINTLY, SINGLY, estimates
 from .plan import BackendEstimate, Plan
 from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 
@@ -89,33 +90,36 @@ def _exact(
     gemm_flops: float | None,
     rate_source: str,
 ) -> Plan:
-    """The plan of a state, or of those of several layers in one sweep: at most, as far as there is room for all."""
+    """The plan of a state, or of those of several layers in one sweep: an upper bound where not all fit together."""
     kinds = list(kind.each(adapter))
-    jobs, known = zip(*(_job(adapter, lengths, one, options, end, device, counts) for one in kinds), strict=True)
-    first, forward = jobs[0], ForwardPass.of(adapter, lengths, traced)
+    found = [_workload(adapter, lengths, one, options, end, device, counts) for one in kinds]
+    workloads, known = [work for work, _ in found], all(is_known for _, is_known in found)
+    state, compute = options.dtypes(adapter.dtype, device)
+    forward = ForwardPass.of(adapter, lengths, traced)
+    rates = _rates(device, widest(state, compute, adapter.dtype), gemm_flops)
     return Plan(
         method="exact",
         components=kind.kind,
         layer=kinds[0].resolve(adapter),
-        start_layers=len(jobs),
-        layers_passed=sum(len(job.passed) for job in jobs),
+        start_layers=len(workloads),
+        layers_passed=sum(len(work.passed) for work in workloads),
         lengths=tuple(lengths),
-        n_components=max(max(job.counts) for job in jobs),
-        rows=sum(job.rows for job in jobs),
-        hidden_size=first.width,
+        n_components=max(max(work.counts) for work in workloads),
+        rows=sum(work.rows for work in workloads),
+        hidden_size=adapter.hidden_size,
         device=str(device),
         dtype=dtype_name(adapter.dtype),
-        state_dtype=dtype_name(first.state),
-        compute_dtype=dtype_name(first.compute),
-        flop=sum(job.flop for job in jobs),
+        state_dtype=dtype_name(state),
+        compute_dtype=dtype_name(compute),
+        flop=sum(work.flop for work in workloads),
         weights_bytes=_weights(adapter),
         trace_bytes=forward.trace,
-        state_bytes=sum(job.state_bytes for job in jobs),
-        estimates=estimates(_groups(jobs), forward, _rates(device, first, gemm_flops)),
+        state_bytes=sum(work.state_bytes for work in workloads),
+        estimates=estimates(_groups(workloads), forward, rates),
         available_bytes=available(device),
         gemm_flops=gemm_flops,
         rate_source="" if gemm_flops is None else rate_source,
-        upper_bound=kind.is_layered or not all(known),
+        upper_bound=kind.is_layered or not known,
     )
 
 
@@ -139,17 +143,17 @@ def _tightest(adapter: Adapter, made: Plan, end: int | None, traced: bool) -> Pl
     return min(known, key=lambda one: one.available_bytes - one.estimates[0].peak_bytes, default=made)
 
 
-def _groups(jobs: Sequence[Workload]) -> list[list[Workload]]:
-    """Neighbours that are carried together where there is memory enough, as :func:`depass_fast.sweep.together`."""
+def _groups(workloads: Sequence[Workload]) -> list[list[Workload]]:
+    """Neighbours that are carried together where memory allows, as :func:`.joint.group_by_memory` does."""
     groups: list[list[Workload]] = [[]]
-    for job in jobs:
-        if groups[-1] and sum(other.state_bytes for other in groups[-1]) + job.state_bytes > JOINT_BYTES:
+    for work in workloads:
+        if groups[-1] and sum(other.state_bytes for other in groups[-1]) + work.state_bytes > JOINT_BYTES:
             groups.append([])
-        groups[-1].append(job)
+        groups[-1].append(work)
     return groups
 
 
-def _job(
+def _workload(
     adapter: Adapter,
     lengths: Sequence[int],
     kind: ComponentKind,
@@ -158,7 +162,7 @@ def _job(
     device: torch.device,
     counts: Sequence[int] | None,
 ) -> tuple[Workload, bool]:
-    """The state of a kind at one layer and where it goes, and whether that is known before it is traced."""
+    """The state of a kind at one layer and its way; True if that is known before the prompts are traced."""
     state, compute = options.dtypes(adapter.dtype, device)
     entering, last = reach(kind, adapter, end)
     extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
@@ -169,20 +173,20 @@ def _job(
     rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
     first_end = kind.entry(adapter).first_end
     passed = [replace(size, skip_attention=entering <= i < first_end) for i, size in enumerate(layer_sizes(adapter))]
-    job = Workload(
+    work = Workload(
         lengths=tuple(lengths),
         counts=tuple(counts),
         rows_of=tuple(rows),
         staggered=staggered,
         width=adapter.hidden_size,
-        state=state,
-        compute=compute,
-        model=adapter.dtype,
+        state_item=state.itemsize,
+        item=compute.itemsize,
+        casts=compute != adapter.dtype,
         budget=options.memory_budget or default_budget(device),
         on_cpu=device.type == "cpu",
         passed=tuple(passed[entering:last]),
     )
-    return job, all(exact)
+    return work, all(exact)
 
 
 def _adjoint(
@@ -241,12 +245,12 @@ def _adjoint(
     )
 
 
-def _rates(device: torch.device, job: Workload, gemm_flops: float | None) -> dict[str, float | None]:
-    """FLOP per second of every backend that can run on a device; on one of another machine that is all of them."""
+def _rates(device: torch.device, dtype: torch.dtype, gemm_flops: float | None) -> dict[str, float | None]:
+    """FLOP per second of every backend that can run on a device in ``dtype``; all can on another machine's device."""
     elsewhere = device.type == "cuda" and not torch.cuda.is_available()
-    status = {} if elsewhere else backend_status(device, widest(job.state, job.compute, job.model))
-    names = ("torch", "triton", "torch, streamed", "reference")
-    return {name: _rate(name.partition(",")[0], device, gemm_flops) for name in names if status.get(name) is None}
+    status = {} if elsewhere else backend_status(device, dtype)
+    usable = [name for name in (*JOINTLY, *SINGLY) if status.get(name) is None]
+    return {name: _rate(name.partition(",")[0], device, gemm_flops) for name in usable}
 
 
 def _rate(name: str, device: torch.device, gemm_flops: float | None) -> float | None:

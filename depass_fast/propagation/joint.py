@@ -28,9 +28,9 @@ JOINT_BYTES = 1 << 30  # of states that are carried together, at most
 
 
 def can_propagate_jointly(trace: Trace, run: Run) -> bool:
-    """Whether states can be carried together: on a backend for jagged rows in memory, where no values are clamped."""
+    """True if states can be carried together: a backend for jagged rows on the device, and no values are clamped."""
     clamped = any(layer.attention.value_ratio is not None for layer in trace.layers)
-    return run.backend.name != "reference" and not run.host and not clamped
+    return run.backend.jagged and not run.backend.streams and not clamped
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def propagate_jointly(
 
 def _made(trace: Trace, run: Run, starts: Iterable[PendingState], errors: list[list[Tensor]]) -> list[ComponentState]:
     """The states, with a list for each in ``errors`` that begins with its completeness error."""
-    states = [run.backend.budget.prepare(start.device, start.make) for start in starts]
+    states = [run.backend.prepare(start.device, start.make) for start in starts]
     errors += [[state.completeness(trace.resid_at(state.layer, state.site))] for state in states]
     return states
 

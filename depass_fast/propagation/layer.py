@@ -37,8 +37,8 @@ def through_attention(
     source = None
     if layer.parallel:
         source = _copy(state) if queries is None else state.at(queries)
-    if run.host and queries is None:
-        run.backend.foresee(layer, record, run.allocation)
+    if queries is None:
+        run.steps.expect(layer, record, run.allocation)
     state = run.steps.aggregate_ov(state, layer.attention, record.attention, queries)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source

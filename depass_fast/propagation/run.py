@@ -1,4 +1,4 @@
-"""The options of one call, checked: what the layer loop needs."""
+"""The checked options of one call, as the layer loop needs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..allocation import Allocation
-from ..backends import Backend, StreamBackend
+from ..backends import Backend
 from ..results.verification import Verification
 from ..trace.record import Trace
 from .verify import Verifier
@@ -21,31 +21,34 @@ class Run:
     allocation: Allocation
     backend: Backend
     state_dtype: torch.dtype
-    compute_dtype: torch.dtype
     memory_budget: int | None
     progress: bool = True
     verifier: Verifier | None = None
 
     @property
     def steps(self) -> Backend:
-        """The backend for the steps of a layer and the readout, watched where that was asked for."""
+        """The backend for the steps of a layer and the readout, watched if ``verify`` was given."""
         return self.backend if self.verifier is None else self.verifier.around(self.backend)
 
     def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
-        """Begin to verify, where that was asked for: states of ``trace``, read at ``reads`` of every prompt."""
+        """Begin to verify states of ``trace``, read at ``reads`` of every prompt; without ``verify`` do nothing."""
         if self.verifier is not None:
             self.verifier.begin(trace, reads)
 
     def verified(self) -> Verification | None:
-        """What was found since; None where nothing was asked for."""
+        """Return what was found since :meth:`watch`; None without ``verify``."""
         return None if self.verifier is None else self.verifier.found()
 
     @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype of the products; None: that of the state."""
+        return self.backend.compute_dtype
+
+    @property
     def host(self) -> bool:
-        """Whether the state stays in host memory."""
-        return isinstance(self.backend, StreamBackend)
+        """True if the state stays in host memory."""
+        return self.backend.streams
 
     def workspace(self, device: torch.device) -> int | None:
-        """Bytes of workspace that the backend keeps to by now; None where it keeps to none."""
-        budget = getattr(self.backend, "budget", None)
-        return None if budget is None else budget.bytes(device)
+        """Return the bytes of workspace that the backend keeps to by now; None: it keeps to none."""
+        return self.backend.workspace_bytes(device)

@@ -8,22 +8,23 @@ few components, which do not meet there, the MLP for all of them, a block of neu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Mlp, Norm
+from ..adapters import Attention, Layer, Mlp, Norm
 from ..allocation import Allocation
 from ..backends import Backend, ReferenceBackend
+from ..backends.base import Made
 from ..results.verification import Verification
 from ..runtime.memory import available
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
-from ..trace.record import AttentionTrace, MlpTrace, Trace
+from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 READ, OTHERS = 4, 3  # positions per step, at most: of those that are read in the end, and of all others
 COMPONENTS = 8  # whose attention is recomputed at a position, beside `rest` and `bias`
@@ -78,11 +79,22 @@ class _Expected:
     before: Tensor | None = None
 
 
-class _Watched:
-    """A backend whose results are compared with the reference's, as a backend."""
+class _Watched(Backend):
+    """A backend that does what another one does, and compares its results with the reference's."""
 
     def __init__(self, backend: Backend, verifier: Verifier) -> None:
-        self.backend, self.verifier, self.name = backend, verifier, backend.name
+        self.backend, self.verifier = backend, verifier
+        self.name, self.jagged, self.streams = backend.name, backend.jagged, backend.streams
+        self.streamable, self.compute_dtype = backend.streamable, backend.compute_dtype
+
+    def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
+        self.backend.expect(layer, trace, allocation)
+
+    def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
+        return self.backend.prepare(device, make)
+
+    def workspace_bytes(self, device: torch.device) -> int | None:
+        return self.backend.workspace_bytes(device)
 
     def aggregate_ov(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
@@ -139,7 +151,7 @@ class _Watched:
             rows = out[to_device(one.rows, out.device)].to(one.values)
             of = "" if prompts == 1 else f" of prompt {layout.prompt[one.segment] % prompts}"
             where = f"{what}, position {layout.local[one.segment]}{of}"
-            products = getattr(self.backend, "compute_dtype", None) or out.dtype
+            products = self.compute_dtype or out.dtype
             eps = max(map(_eps, (out.dtype, products, one.values.dtype)))
             limit = 2.0 if jumps and eps > _eps(torch.float32) else eps**0.5
             difference = (rows - one.values).abs()

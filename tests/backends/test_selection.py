@@ -35,7 +35,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class StandIn(TorchBackend):
-    name = "triton"
+    name, streamable = "triton", False
 
 
 @pytest.fixture(autouse=True)

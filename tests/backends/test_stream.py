@@ -8,8 +8,7 @@ from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens
 from depass_fast.allocation import RULES
 from depass_fast.backends import StreamBackend
 from depass_fast.backends import stream as stream_module
-from depass_fast.backends.torch import backend as torch_module
-from depass_fast.backends.torch import blocks
+from depass_fast.backends.torch import blocks, bounded
 from depass_fast.planning import fit as fitting
 from tests.support.components import kinds
 from tests.support.devices import small_gpu
@@ -45,7 +44,7 @@ def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
                 longest = int(np.bincount(layout.prompt).max())
                 return blocks.make_blocks(layout, size * longest, device, extras_only, begin)
 
-            monkeypatch.setattr(torch_module, "make_blocks", cut)
+            monkeypatch.setattr(bounded, "make_blocks", cut)
             assert close(dp.decompose(trace, kind, allocation=rule, stream=True).rows, oracle), size
 
 

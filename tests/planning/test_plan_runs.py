@@ -11,6 +11,7 @@ import depass_fast.planning.planner
 import depass_fast.request
 from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import sweep
+from depass_fast.backends.triton import cost
 from depass_fast.backends.triton.backend import TritonBackend
 from depass_fast.cli.main import main
 from depass_fast.options import Adjoint, Options
@@ -240,9 +241,7 @@ def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
     )
     planned = []
     monkeypatch.setattr(
-        depass_fast.planning.exact.Workload,
-        "arena",
-        lambda job, inner=depass_fast.planning.exact.Workload.arena: planned.append(inner(job)) or 0,
+        cost, "arena_bytes", lambda work, inner=cost.arena_bytes: planned.append(inner(work)) or planned[-1]
     )
     dp.plan(trace, kind, measure=False)
     dp.decompose(trace, kind)

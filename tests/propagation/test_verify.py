@@ -9,9 +9,10 @@ import torch
 
 from depass_fast import Attribution, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
 from depass_fast.allocation import RULES
-from depass_fast.backends import StreamBackend, TorchBackend
+from depass_fast.backends import Backend, StreamBackend, TorchBackend
 from depass_fast.cli.main import main
 from depass_fast.options import Adjoint
+from depass_fast.propagation.verify import Verifier
 from tests.support.components import kinds
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import FAMILIES, build, random_ids
@@ -341,3 +342,23 @@ def test_the_command_line(capsys, monkeypatch):
     assert main([*arguments, "--components", "tokens"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("WARNING: the torch backend is") and "Warning" not in shown.err
+
+
+def test_a_watched_backend_is_in_every_respect_the_one_that_is_watched(monkeypatch):
+    """Whatever a caller may ask of a backend is passed on: nothing of the protocol is left at its default."""
+    asked = [name for name in vars(Backend) if not name.startswith("_")]
+    assert {"expect", "prepare", "workspace_bytes", "streams"} < set(asked)
+    backend = StreamBackend(torch.device("cpu"), torch.bfloat16, 12_345)
+    watched = Verifier().around(backend)
+    for name in asked:
+        if not callable(getattr(Backend, name)):
+            assert getattr(watched, name) == getattr(backend, name), name
+        else:
+            assert name in vars(type(watched)), name
+    assert watched.workspace_bytes(torch.device("cpu")) == 12_345
+    seen = []
+    monkeypatch.setattr(backend, "expect", lambda *given: seen.append(given))
+    monkeypatch.setattr(backend, "prepare", lambda *given: seen.append(given))
+    watched.expect(1, 2, 3)
+    watched.prepare(4, 5)
+    assert seen == [(1, 2, 3), (4, 5)]

@@ -8,7 +8,6 @@ on another neuron). So results do not depend on the block sizes beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,36 +16,22 @@ from torch import Tensor
 from ...adapters import Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
 from ...labels import BIAS
-from ...runtime.budget import Budget
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
-from .blocks import Block, Chunk, make_blocks, make_chunks
-from .division import Division
+from .blocks import Block, Chunk
+from .bounded import BoundedBackend
 from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
-from .workspace import Workspace
-
-CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes of workspace, unless told otherwise."""
-    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
-
-
-class TorchBackend:
-    """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
+class TorchBackend(BoundedBackend):
+    """The three operations in blocks and chunks that fit into the workspace, for any device."""
 
     name = "torch"
-    takes_factors = True  # whether components that have just started are carried as what they are products of
-
-    def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
-        self.compute_dtype = compute_dtype
-        self._workspace = Workspace()
-        self.budget = Budget(memory_budget, default_budget, self._release)
-        self._plans: WeakKeyDictionary[Layout, dict] = WeakKeyDictionary()
+    streamable = True
+    takes_factors = True  # components that have just started are carried as what they are products of
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -93,7 +78,7 @@ class TorchBackend:
             attend(x, block)
             self._put(state, block, x)
 
-        self.budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
+        self._budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
         return state
 
     def _attending(
@@ -123,7 +108,7 @@ class TorchBackend:
             scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
             return scale, self._reading("w_v", weights.w_v, weights, dtype), weights.writing(weights.w_o, dtype)
 
-        return self.budget.prepare(weights.w_v.device, make)
+        return self._budget.prepare(weights.w_v.device, make)
 
     def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
         """Components that have just started as products of numbers and vectors: V and O see only the vectors.
@@ -158,7 +143,7 @@ class TorchBackend:
                 numbers = numbers[:, part].to(state.device, dtype)
                 _add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
 
-        self.budget.each(state.device, cut, step)
+        self._budget.each(state.device, cut, step)
         return state
 
     def _reading(self, name: str, weight: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
@@ -218,7 +203,7 @@ class TorchBackend:
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
-        rows = self.budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
+        rows = self._budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
         out = ComponentState(rows, queries, state.layer)
         frozen = self._frozen(state, trace, scale)
 
@@ -243,7 +228,7 @@ class TorchBackend:
             slots = self._division(state).query_slots(width, len(w_o.T), weights.n_heads, fewest)
             return self._cut_blocks(layout, min(slots, self._slots(state, weights)), device, undone=undone)
 
-        self.budget.each(device, cut, step)
+        self._budget.each(device, cut, step)
         return out
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -257,7 +242,7 @@ class TorchBackend:
         source: ComponentState | None = None,
     ) -> ComponentState:
         source = state if source is None else source
-        parts = self.budget.prepare(
+        parts = self._budget.prepare(
             state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
         )
 
@@ -266,7 +251,7 @@ class TorchBackend:
             if not (allocation.is_softmax and softmax_chunk(state, source, chunk, parts, neurons, self._workspace)):
                 general_chunk(state, source, chunk, parts, neurons)
 
-        self.budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
+        self._budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
@@ -301,11 +286,6 @@ class TorchBackend:
             sparse=has_zeros(w_gate),
         )
 
-    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
-        width, n = weights.w_down.shape
-        size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
-        return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
     # -- readout ------------------------------------------------------------------------------------------------
 
     def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
@@ -316,65 +296,6 @@ class TorchBackend:
         packed = state.layout.tensor("packed", state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
         return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
-
-    # -- what fits ----------------------------------------------------------------------------------------------
-
-    def _dtype(self, state: ComponentState) -> torch.dtype:
-        return self.compute_dtype or state.rows.dtype
-
-    def _bytes(self, state: ComponentState) -> int:
-        return self.budget.bytes(self._computes_on(state))
-
-    def _release(self) -> None:
-        """Hold nothing that is not needed to carry on."""
-        self._workspace.clear()
-        self._plans.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _plan(self, layout: Layout, key: object, make: Callable[[], list]) -> list:
-        plans = self._plans.setdefault(layout, {})
-        if key not in plans:
-            plans[key] = make()
-        return plans[key]
-
-    def _division(self, state: ComponentState) -> Division:
-        item, on_cpu = self._dtype(state).itemsize, self._computes_on(state).type == "cpu"
-        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
-
-    def _computes_on(self, state: ComponentState) -> torch.device:
-        return state.device
-
-    def _slots(self, state: ComponentState, weights: Attention) -> int:
-        v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
-        return self._division(state).slots(state.rows.shape[1], v, o)
-
-    def _blocks(
-        self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
-    ) -> list[Block]:
-        slots = self._slots(state, weights)
-        return self._cut_blocks(state.layout, slots, weights.w_v.device, extras_only, undone)
-
-    def _cut_blocks(
-        self,
-        layout: Layout,
-        slots: int,
-        device: torch.device,
-        extras_only: bool = False,
-        undone: Block | None = None,
-    ) -> list[Block]:
-        if undone is not None:
-            return make_blocks(layout, slots, device, extras_only, (undone.prompt, undone.first))
-        key = ("blocks", slots, extras_only, device)
-        return self._plan(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
-
-    def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
-        layout, device = state.layout, state.device
-        longest = int(layout.counts.max())
-        rows = self._division(state).rows(*weights.w_down.shape, layout.n_rows, longest)
-        if undone is not None:
-            return make_chunks(layout, rows, device, undone.segments.start)
-        return self._plan(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
 
 
 def scatter(rows: Tensor, block: Block) -> Tensor:

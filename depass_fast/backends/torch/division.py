@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+CPU_BUDGET, GPU_BUDGET = 32 << 20, 1 << 30
+
 _TARGET_ROWS = 1024  # rows per MLP chunk beyond which a GEMM on a CPU gains nothing and the gates leave the cache
 TARGET_NEURONS = 2048  # the same of neurons
 _FEWEST = 16  # neurons at a time
+
+
+def default_budget(device: torch.device) -> int:
+    """Return the bytes of workspace that a backend takes unless told otherwise."""
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class TritonBackend(TorchBackend):
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
 
     name = "triton"
+    streamable = False
     takes_factors = False
 
     # -- attention ----------------------------------------------------------------------------------------------
@@ -55,13 +56,15 @@ class TritonBackend(TorchBackend):
         with _current(state.device):
             return super().aggregate_ov(state, weights, trace, queries)
 
-    def _aggregate_everywhere(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
+    def _aggregate_everywhere(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+    ) -> ComponentState:
         widest = torch.promote_types(self._dtype(state), trace.q.dtype)
         head_bytes = trace.q.shape[-1] * widest.itemsize
         if trace.value_ratio is not None or head_bytes > _WIDEST_HEAD:
             why = f"heads of {head_bytes} bytes" if head_bytes > _WIDEST_HEAD else "values that the model clamps"
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
-            return super()._aggregate_everywhere(state, weights, trace)
+            return super()._aggregate_everywhere(state, weights, trace, extras_only)
         dtype, device, layout = self._dtype(state), state.device, state.layout
         frozen = attention.Frozen(
             trace.q.contiguous(),
@@ -78,15 +81,15 @@ class TritonBackend(TorchBackend):
         def prepare() -> tuple[Tensor, ...]:
             w_v, w_o = weights.w_v.to(dtype), weights.writing(weights.w_o, dtype)
             key = ("tiles", tile, groups, device)
-            tiles = self._plan(layout, key, lambda: query_tiles(lengths, tile, groups, device))
-            packed = self._plan(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
+            tiles = self._table(layout, key, lambda: query_tiles(lengths, tile, groups, device))
+            packed = self._table(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
             lse = attention.log_sum_exp(frozen, packed, tiles, tile)
             if trace.row_sum is not None:
                 lse -= trace.row_sum.log2()
             scale = _scales(weights.norm, trace.resid)
             return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse
 
-        w_v, w_o, scale, lse = self.budget.prepare(device, prepare)
+        w_v, w_o, scale, lse = self._budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
         widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
 
@@ -107,13 +110,13 @@ class TritonBackend(TorchBackend):
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
-                ranges = cut(layout, most, begin)
+                ranges = cut(layout, most, begin, extras_only)
                 return [make_piece(layout, *part, tile, groups, device) for part in ranges]
 
-            key = ("pieces", most, tile, groups, device)
-            return make() if undone is not None else self._plan(layout, key, make)
+            key = ("pieces", most, tile, groups, device, extras_only)
+            return make() if undone is not None else self._table(layout, key, make)
 
-        self.budget.each(device, pieces, step)
+        self._budget.each(device, pieces, step)
         return state
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ class TritonBackend(TorchBackend):
             scale = _scales(weights.norm, trace.resid, packed)
             return w_gate, w_down, act, gate, recorded, scale, constant
 
-        w_gate, w_down, act, gate, recorded, scale, constant = self.budget.prepare(device, prepare)
+        w_gate, w_down, act, gate, recorded, scale, constant = self._budget.prepare(device, prepare)
         n_neurons = len(w_gate)
 
         def step(chunk: RowChunk) -> None:
@@ -180,7 +183,7 @@ class TritonBackend(TorchBackend):
             if apart:
                 target.copy_(out)
 
-        self.budget.each(device, lambda undone: self._row_chunks(state, n_neurons, undone), step)
+        self._budget.each(device, lambda undone: self._row_chunks(state, n_neurons, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
@@ -190,7 +193,7 @@ class TritonBackend(TorchBackend):
         if undone is not None:
             return make_row_chunks(state.layout, most, state.device, undone.segments.start)
         key = ("row chunks", most, state.device)
-        return self._plan(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
+        return self._table(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
 
     # -- the workspace ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ made once per layout and live on the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,32 +44,50 @@ class Piece:
         return self.rows.source is None
 
 
-def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0)) -> list[tuple]:
-    """Ranges of prompts and components of at most ``max_rows`` rows, or of one component: (prompts, first, last).
+class Cut(NamedTuple):
+    """Components ``first`` to ``last`` of ``prompts``, or with ``last`` None all components of whole prompts."""
+
+    prompts: range
+    first: int
+    last: int | None
+
+
+def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0), extras_only: bool = False) -> list[Cut]:
+    """Cut the components, or the extras alone, into ranges of at most ``max_rows`` rows, or of one component.
 
     ``begin`` is the prompt and the component to begin with.
     """
-    ranges: list[tuple] = []
+    cuts: list[Cut] = []
+    held = 0  # rows of the whole prompts in the last cut
     for prompt in range(begin[0], len(layout.components)):
-        m, counts = len(layout.components[prompt]), layout.counts[layout.segments(prompt)]
+        counts = layout.counts[layout.segments(prompt)]
         first, rows = begin[1] if prompt == begin[0] else 0, int(counts.sum())
         if not rows:
             continue
-        if first == 0 and rows <= max_rows:
-            before = ranges[-1] if ranges else None
-            if before and before[2] is None and before[3] + rows <= max_rows and before[0].stop == prompt:
-                ranges[-1] = (range(before[0].start, prompt + 1), 0, None, before[3] + rows)
-            else:
-                ranges.append((range(prompt, prompt + 1), 0, None, rows))
+        if extras_only or first > 0 or rows > max_rows:
+            components = layout.components[prompt]
+            last = len(components.extras) if extras_only else len(components)
+            cuts += _ranges(prompt, counts, first, last, max_rows)
             continue
-        while first < m:
-            born = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
-            if born == len(counts):
-                break
-            last = min(m, first + max(1, max_rows // (len(counts) - born)))
-            ranges.append((range(prompt, prompt + 1), first, last, int((np.clip(counts, first, last) - first).sum())))
-            first = last
-    return [(prompts, first, last) for prompts, first, last, _ in ranges]
+        before = cuts[-1] if cuts else None
+        if before and before.last is None and before.prompts.stop == prompt and held + rows <= max_rows:
+            cuts[-1] = Cut(range(before.prompts.start, prompt + 1), 0, None)
+            held += rows
+        else:
+            cuts.append(Cut(range(prompt, prompt + 1), 0, None))
+            held = rows
+    return cuts
+
+
+def _ranges(prompt: int, counts: np.ndarray, first: int, last: int, max_rows: int) -> Iterator[Cut]:
+    """Components ``first`` to ``last`` of a prompt in ranges of at most ``max_rows`` rows, or of one component."""
+    while first < last:
+        born = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
+        if born == len(counts):
+            return
+        end = min(last, first + max(1, max_rows // (len(counts) - born)))
+        yield Cut(range(prompt, prompt + 1), first, end)
+        first = end
 
 
 def make_piece(

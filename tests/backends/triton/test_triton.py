@@ -70,6 +70,28 @@ def test_layers_with_other_groups_share_no_tables():
         assert close(fast.rows, plain.rows), kv
 
 
+@pytest.mark.parametrize("budget", [4_096, None])
+@pytest.mark.parametrize("clipped", [False, True], ids=["kernel", "torch"])
+def test_the_attention_of_the_extras_leaves_the_named_components_alone(budget, clipped):
+    """As where the named ones have been carried as products before, with a kernel and where torch takes over."""
+    changes = {"clip_qkv": 0.1} if clipped else {"attention_bias": True}
+    dp = DePass(build_model("olmo" if clipped else "llama", **changes))
+    trace = dp.trace([random_ids(6), random_ids(4, seed=2)])
+    layer, record = dp.adapter.layer(1), trace.layers[1]
+    start = dp.carry(trace, dp.start(trace, Heads(0)), 1)
+    found = []
+    for kind in (backend.TritonBackend, TorchBackend):
+        state = ComponentState(start.rows.clone(), start.layout, 1)
+        with torch.no_grad():
+            after = kind(None, budget)._aggregate_everywhere(state, layer.attention, record.attention, extras_only=True)
+        found.append([after.block(prompt) for prompt in range(2)])
+    for prompt in range(2):
+        extras, before = len(start.layout.components[prompt].extras), start.block(prompt)
+        assert extras and close(found[0][prompt], found[1][prompt])
+        assert torch.equal(found[0][prompt][:, extras:], before[:, extras:])
+        assert not torch.equal(found[0][prompt][:, :extras], before[:, :extras])
+
+
 def test_the_temperature_is_what_was_asked_for():
     dp = build("llama-gqa")
     trace = dp.trace(random_ids(4))

@@ -1,0 +1,41 @@
+"""The cost model of the streaming backend (:mod:`.stream`), from sizes alone.
+
+It mirrors the blocks that pass through the device and the statistics that are gathered. Whoever changes one of these
+buffers changes its line here.
+"""
+
+from __future__ import annotations
+
+from .torch import cost as torch_cost
+from .workload import Need, Workload
+
+
+def needs(work: Workload) -> Need:
+    """Return what streaming needs. On a CPU the host's memory is the device's."""
+    held = work.held()
+    host = 0 if work.on_cpu else held
+    beside = statistics(work) + held - host + work.activations() + torch_cost.folded_weights(work)
+    return Need(work.flop + gates_again(work), workspace(work), beside, host)
+
+
+def workspace(work: Workload) -> int:
+    """Bytes of a block's rows, four times over, and of its gates in parts."""
+    if not work.passed:
+        return 0
+    slots = work.budget // (2 * (work.width + 2 * min(work.neurons, 512)) * work.item)
+    slots = min(max(slots, work.longest), work.longest * max(work.counts))
+    gates = min(3 * work.budget // 4, 6 * slots * work.neurons * 4)
+    return max(torch_cost.workspace(work), 4 * slots * work.width * work.state_item + gates)
+
+
+def statistics(work: Workload) -> int:
+    """Bytes of what is kept of all components at one MLP: for most rules two numbers per position and neuron.
+
+    The same of one prompt comes once more, as it was before a block.
+    """
+    return 2 * (work.positions + work.longest) * work.neurons * max(work.item, 4)
+
+
+def gates_again(work: Workload) -> float:
+    """FLOP that streaming adds: the gates are computed in both passes."""
+    return sum(size.gates(work.width, work.rows) for size in work.passed)

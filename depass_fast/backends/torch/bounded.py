@@ -1,0 +1,103 @@
+"""What a backend with a bounded workspace holds, and how it cuts a state into pieces that fit into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...adapters import Attention, Mlp
+from ...runtime.budget import Budget
+from ...state.layout import Layout
+from ...state.state import ComponentState
+from ..base import Backend, Made
+from .blocks import Block, Chunk, make_blocks, make_chunks
+from .division import Division, default_budget
+from .workspace import Workspace
+
+
+class BoundedBackend(Backend):
+    """``memory_budget`` bounds the workspace in bytes; products run in ``compute_dtype``, by default the state's dtype.
+
+    Where memory runs out all the same the workspace is halved, with a warning, and the work carries on.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
+        self.compute_dtype = compute_dtype
+        self._workspace = Workspace()
+        self._budget = Budget(memory_budget, default_budget, self._release)
+        self._tables: WeakKeyDictionary[Layout, dict[object, Any]] = WeakKeyDictionary()
+
+    def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
+        return self._budget.prepare(device, make)
+
+    def workspace_bytes(self, device: torch.device) -> int:
+        return self._budget.bytes(device)
+
+    def _dtype(self, state: ComponentState) -> torch.dtype:
+        return self.compute_dtype or state.rows.dtype
+
+    def _computes_on(self, state: ComponentState) -> torch.device:
+        return state.device
+
+    def _bytes(self, state: ComponentState) -> int:
+        return self._budget.bytes(self._computes_on(state))
+
+    def _release(self) -> None:
+        """Let go of everything that is not needed to carry on."""
+        self._workspace.clear()
+        self._tables.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _table(self, layout: Layout, key: object, make: Callable[[], Made]) -> Made:
+        """Return what ``make`` makes of a layout, made once and kept as long as the layout and the workspace."""
+        tables = self._tables.setdefault(layout, {})
+        if key not in tables:
+            tables[key] = make()
+        return tables[key]
+
+    def _division(self, state: ComponentState) -> Division:
+        item, on_cpu = self._dtype(state).itemsize, self._computes_on(state).type == "cpu"
+        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
+
+    def _slots(self, state: ComponentState, weights: Attention) -> int:
+        v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
+        return self._division(state).slots(state.rows.shape[1], v, o)
+
+    def _blocks(
+        self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
+    ) -> list[Block]:
+        """Blocks of components for attention, all of them or those from an undone one on."""
+        slots = self._slots(state, weights)
+        return self._cut_blocks(state.layout, slots, weights.w_v.device, extras_only, undone)
+
+    def _cut_blocks(
+        self,
+        layout: Layout,
+        slots: int,
+        device: torch.device,
+        extras_only: bool = False,
+        undone: Block | None = None,
+    ) -> list[Block]:
+        if undone is not None:
+            return make_blocks(layout, slots, device, extras_only, (undone.prompt, undone.first))
+        key = ("blocks", slots, extras_only, device)
+        return self._table(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
+
+    def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
+        """Chunks of positions for the MLP, all of them or those from an undone one on."""
+        layout, device = state.layout, state.device
+        width, n_neurons = weights.w_down.shape
+        rows = self._division(state).rows(width, n_neurons, layout.n_rows, int(layout.counts.max()))
+        if undone is not None:
+            return make_chunks(layout, rows, device, undone.segments.start)
+        return self._table(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
+
+    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
+        """Neurons in blocks that there is room for, for the rows of a chunk."""
+        width, n = weights.w_down.shape
+        size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
+        return [slice(i, min(i + size, n)) for i in range(0, n, size)]

@@ -1,0 +1,79 @@
+"""The cost model of the torch backend: bytes of the buffers that its neighbours hold, from sizes alone.
+
+It mirrors the blocks of :mod:`.attention`, the chunks of :mod:`.mlp`, the tiles of P and the weights that
+:mod:`.backend` prepares for a layer, cut as :mod:`.division` says. Whoever changes one of these buffers changes its
+line here; ``tests/test_plan.py`` and ``python -m bench.plan`` compare.
+"""
+
+from __future__ import annotations
+
+from ..workload import LayerSize, Need, Workload
+from .division import TARGET_NEURONS, Division
+
+
+def needs(work: Workload, joining: bool = False) -> Need:
+    """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
+    return Need(work.flop, workspace(work), work.held_on_device(joining) + folded_weights(work))
+
+
+def workspace(work: Workload) -> int:
+    """Bytes of buffers for blocks of attention and chunks of the MLP, and of tiles of P."""
+    if not work.passed:
+        return 0
+    return _workspace_on_a_cpu(work) if work.on_cpu else _workspace_on_a_gpu(work)
+
+
+def _workspace_on_a_cpu(work: Workload) -> int:
+    attention = max(work.width + 2 * (size.o + size.v) for size in work.passed)
+    mlp = max(work.width + min(size.neurons, TARGET_NEURONS) for size in work.passed)
+    rows = min(work.rows, work.budget // (2 * min(attention, mlp) * work.item) + work.longest)
+    tiles = 3 * min(work.budget // 4, 4 * work.longest**2 * max(size.o for size in work.passed) // 64)
+    return min(work.budget, rows * max(attention, mlp) * work.item) + tiles
+
+
+def _workspace_on_a_gpu(work: Workload) -> int:
+    """Buffers are kept up to the last layer; of attention and MLP, one goes into the other's where it can."""
+    cut, item, most = division(work), work.item, 0
+    for size in set(work.passed):
+        slots, alone = _block(work, cut.slots(work.width, size.v, size.o))
+        kept = slots * (size.v + size.o) * item + (0 if alone else slots * work.width * work.state_item)
+        shared = slots * max(size.v, size.o) * item
+        passing = max(slots * work.width * item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
+        for neurons, share in set(size.mlps):
+            n_rows, longest = work.sent_rows(share), max(work.counts)
+            n_rows = min(n_rows, max(cut.rows(work.width, neurons, n_rows, longest), longest))
+            part = cut.neurons(work.width, neurons, max(1, n_rows))
+            apart = 0 if part == neurons else work.width * work.state_item
+            gates = n_rows * (work.width * item + apart + part * (cut.gate - item))
+            most = max(most, kept + max(shared, n_rows * part * item) + gates + passing)
+        most = max(most, queries(work, size))
+    return most
+
+
+def queries(work: Workload, size: LayerSize) -> int:
+    """Bytes for few queries in the last layer: a block's rows, twice in the products' dtype, and sums of them."""
+    item, width = work.item, work.width
+    slots, alone = _block(work, division(work).query_slots(width, size.o, size.heads, max(1, min(work.lengths))))
+    alive = 3 * slots // 4 if work.staggered else slots  # of a block that begins with its components' births
+    rows = (0 if alone else alive * width * work.state_item) + alive * width * item
+    sums = slots // work.longest * (size.heads * width + 2 * size.o) * item
+    read = sum(work.counts) * width * work.state_item  # what the layer makes of one position
+    return rows + work.staggered * slots * width * item + sums + read
+
+
+def folded_weights(work: Workload) -> int:
+    """Bytes of one layer's weights with a norm folded into them, and of those that have to change their dtype."""
+    folded = max((size.v + size.neurons for size in work.passed), default=0)
+    changed = max((max(size.o, size.neurons) * (work.casts or size.output_norms) for size in work.passed), default=0)
+    return work.width * (folded + changed) * work.item
+
+
+def division(work: Workload) -> Division:
+    return Division(work.budget, work.item, work.state_item, work.on_cpu)
+
+
+def _block(work: Workload, slots: int) -> tuple[int, bool]:
+    """Places in a block of attention for so many ``slots``, and True if that is all of the longest prompt."""
+    most = max(work.counts)
+    together = min(most, max(64, work.longest // 4)) if work.staggered else most
+    return min(max(slots, work.longest), work.longest * together), together == most <= slots // work.longest
