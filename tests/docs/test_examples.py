@@ -1,4 +1,4 @@
-"""The pages tell the truth: their Python runs and prints what stands under it, and their links lead somewhere.
+"""The pages tell the truth: their Python prints what stands under it; links, files and commands that they name exist.
 
 The ```python blocks of a page run one after the other, in one namespace. A ```text block directly after one is what it
 prints. `<!-- example: not run ... -->` above a block says why it is only parsed.
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench/README.md"])
 RUN = ("README.md", "docs/api.md", "docs/memory.md", "docs/interop.md", "docs/demo.md")
 
 _BLOCK = re.compile(
@@ -138,6 +138,16 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in _anchors(target), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:bench|depass_fast|docs|tests)/[\w./*-]+)", text):
+        assert any(ROOT.glob(name)), f"{page.name}: {name}"
+    for name in re.findall(r"python -m ((?:bench|depass_fast)[\w.]*)", text):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: python -m {name}"
 
 
 def test_the_readme_is_short():
