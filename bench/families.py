@@ -1,4 +1,4 @@
-"""The README's table of model families out of what the tests measured: ``python -m bench.families``.
+"""The table of model families in docs/families.md, out of what the tests measured: ``python -m bench.families``.
 
 ``pytest tests/adapters/test_families.py --family-results=bench/results/families/VERSION.json`` writes one of the files
 that it is made of; there is one for every version of transformers that the table speaks of.
@@ -15,6 +15,7 @@ from tests.support.family_models import VARIANTS
 from .report import table
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "families.md"
 RESULTS = Path(__file__).parent / "results" / "families"
 BEGIN, END = "<!-- table: families (python -m bench.families) -->", "<!-- end of table -->"
 
@@ -143,17 +144,16 @@ def committed() -> list[dict]:
     return sorted(results, key=lambda result: [int(part) for part in result["transformers"].split(".")])
 
 
-def with_table(readme: str, results: list[dict]) -> str:
-    """The README with the table between its marks."""
+def with_table(page: str, results: list[dict]) -> str:
+    """Return the page with the table between its marks."""
     pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md has no {BEGIN} ... {END}.")
-    return pattern.sub(lambda _: f"\n{families_table(results)}\n\n", readme)
+    if not pattern.search(page):
+        raise ValueError(f"docs/families.md has no {BEGIN} ... {END}.")
+    return pattern.sub(lambda _: f"\n{families_table(results)}\n\n", page)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), committed()))
+    PAGE.write_text(with_table(PAGE.read_text(), committed()))
 
 
 if __name__ == "__main__":
