@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "depass_fast/__init__.py").read_text(encoding="utf-8")).group(1)
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "depass_fast/__init__.py").read_text(encoding="utf-8"))[0]
 
 setup(
     name="depass-fast",
@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.10",
     # a folder without __init__.py: through the link `kernels` it would hide the package of that name
     packages=[*find_packages(include=["depass_fast", "depass_fast.*"]), "depass_fast.kernels"],
-    package_data={"depass_fast.demo": ["model/*"], "depass_fast.kernels": ["*.json"]},
+    package_data={"depass_fast": ["py.typed"], "depass_fast.demo": ["model/*"], "depass_fast.kernels": ["*.json"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=4.51,!=4.51.0,<6",  # 4.51.0 loads no model without accelerate, by mistake
@@ -41,7 +41,7 @@ setup(
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
-        "lint": ["ruff>=0.12"],
+        "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli.main:main"]},
 )

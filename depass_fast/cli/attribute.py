@@ -1,4 +1,4 @@
-"""``depass-fast attribute``: from its arguments to what it prints. What is heavy is imported inside the functions."""
+"""``depass-fast attribute``: its flags, its work, and what it prints. Heavy modules are imported inside functions."""
 
 from __future__ import annotations
 
@@ -6,28 +6,85 @@ import argparse
 import contextlib
 import json
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import types as cli_types
+from . import flags, types
+from .model import components_of, config_of, device_of, path_of, silence_transformers
 
 if TYPE_CHECKING:
-    from ..components.base import ComponentKind
     from ..engine import DePass
     from ..results.attribution import Attribution
     from ..results.layered import LayeredAttribution
 
-SUFFIXES = (".safetensors", ".csv")
+_DESCRIPTION = "Print the share of every component in the logit of a target token."
+_EXAMPLES = """\
+examples:
+  depass-fast attribute --model demo --prompt "Nyria Morstam speaks" --components tokens
+  depass-fast attribute --model ./llama --prompt "The capital of France is" --components heads --layer 12 \\
+      --target " Paris" --contrast " Rome"
+  depass-fast attribute --model ./llama --input-ids "1 450 7483" --components neurons --layer 3 --out n3.safetensors
+  depass-fast attribute --model ./llama --prompt "The capital of France is" --components neurons --layer all \\
+      --method adjoint --refine 200 --sample 200
+"""
 
 
-def attribute(args: argparse.Namespace) -> None:
-    # stdout belongs to the result: whatever a library prints on the way goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr), _telling():
-        result = _result(args)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the description, the flags and the examples. A flag for text and its twin for ids share an argument."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    what = parser.add_argument_group("what is attributed")
+    flags.add_model(what)
+    prompt = what.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", type=types.text, metavar="TEXT")
+    prompt.add_argument(
+        "--input-ids",
+        dest="prompt",
+        type=types.token_ids,
+        metavar="IDS",
+        help='token ids as they are, such as "1 5 9"; nothing is added',
+    )
+    flags.add_components(what, layer="0 for tokens; none for others")
+    target = what.add_mutually_exclusive_group()
+    target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
+    target.add_argument("--target-id", dest="target", type=int, metavar="I")
+    contrast = what.add_mutually_exclusive_group()
+    contrast.add_argument("--contrast", metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)")
+    contrast.add_argument("--contrast-id", dest="contrast", type=int, metavar="I")
+    what.add_argument("--position", type=int, default=-1, metavar="P", help="where the logit is read. Default: -1")
+
+    how = parser.add_argument_group("how it is computed")
+    flags.add_method(how)
+    how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
+    how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="T of the softmax. Default: 0.1")
+    how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
+    how.add_argument(
+        "--backend",
+        default="auto",
+        metavar="B",
+        help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
+    )
+    flags.add_machine(how)
+    how.add_argument("--verify", action="store_true", help="recompute a sample of positions with the reference backend")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--top", type=types.positive, metavar="K", help="print the K leading components. Default: 10")
+    flags.add_json(out)
+    out.add_argument(
+        "--out",
+        type=types.output_file(".safetensors", ".csv"),
+        metavar="FILE",
+        help="write every score to FILE.safetensors or FILE.csv",
+    )
+    out.add_argument("--quiet", action="store_true", help="show no progress bar. Without a terminal there never is one")
+    flags.add_debug(out)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Attribute, write --out, and print the result. Whatever else a library prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr), _log_on_stderr():
+        result = _attribution(args)
         if args.out is not None:
             (result.save if args.out.suffix == ".safetensors" else result.to_csv)(args.out)
     if args.json:
@@ -39,8 +96,8 @@ def attribute(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """What the library logs (which backend was chosen, and why) goes to stderr."""
+def _log_on_stderr() -> Iterator[None]:
+    """Print what the library logs (the backend that was chosen, and why) on stderr."""
     logger, handler = logging.getLogger("depass_fast"), logging.StreamHandler(sys.stderr)
     before = logger.level
     logger.addHandler(handler)
@@ -52,14 +109,11 @@ def _telling() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
-    """The attribution that was asked for; everything that can be checked before loading the model is."""
-    check_out(args.out, SUFFIXES, "--out")
-    prompt = _prompt(args)
-    if (args.contrast is not None or args.contrast_id is not None) and args.target is None and args.target_id is None:
+def _attribution(args: argparse.Namespace) -> Attribution | LayeredAttribution:
+    """The attribution that was asked for. All that can be checked without the weights is checked before they load."""
+    if args.contrast is not None and args.target is None:
         raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
-    check_model(args.model)
-    quiet()
+    silence_transformers()
     import torch
 
     from ..allocation import Allocation
@@ -70,107 +124,20 @@ def _result(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     device = device_of(args.device)
     where, dtype = torch.device(device), getattr(torch, args.dtype) if args.dtype else None
     choose_backend(args.backend, where, dtype and Options().dtypes(dtype, where)[1])
-    kind = kind_of(args)
-    engine = _load(args, device)
-    method = cli_types.method_of(args)
-    with warnings.catch_warnings():
-        from ..adjoint.estimate import ApproximationWarning
-        from ..results.verification import VerificationWarning
+    components = components_of(config_of(args.model), args.components, args.layer)
+    method = flags.method_of(args)
+    engine = _engine(args, device)
 
-        for said in (ApproximationWarning, VerificationWarning):  # what is printed says so itself
-            warnings.simplefilter("ignore", said)
-        return engine.attribute(prompt, kind, _target(args, engine), position=args.position, method=method)
+    from ..adjoint.estimate import ApproximationWarning
+    from ..results.verification import VerificationWarning
 
-
-def _prompt(args: argparse.Namespace) -> str | list[int]:
-    if args.prompt is not None:
-        if not args.prompt:
-            raise ValueError("--prompt: empty; at least one token is needed.")
-        return args.prompt
-    ids = args.input_ids.replace(",", " ").split()
-    for item in ids:
-        if not item.isdecimal():
-            raise ValueError(f'--input-ids: {item!r} is not a token id; expected integers such as "1 5 9".')
-    if not ids:
-        raise ValueError('--input-ids: empty; expected integers such as "1 5 9".')
-    return [int(item) for item in ids]
+    with warnings.catch_warnings():  # the printed result says the same
+        warnings.simplefilter("ignore", ApproximationWarning)
+        warnings.simplefilter("ignore", VerificationWarning)
+        return engine.attribute(args.prompt, components, _target(args, engine), position=args.position, method=method)
 
 
-def check_out(path: Path | None, suffixes: Sequence[str], flag: str) -> None:
-    if path is None:
-        return
-    if path.suffix not in suffixes:
-        raise ValueError(f"{flag}: {str(path)!r} must end in {' or '.join(suffixes)}.")
-    if path.is_dir() or not path.parent.is_dir():
-        wrong = "is a folder" if path.is_dir() else f"lies in a folder that does not exist: {path.parent}"
-        raise ValueError(f"{flag}: {str(path)!r} {wrong}.")
-
-
-def check_model(model: str) -> None:
-    path = Path(model).expanduser()
-    if model == "demo" or (path.is_dir() and (path / "config.json").is_file()):
-        return
-    if path.exists():
-        raise ValueError(f"--model: {model!r} is no model folder: it holds no config.json.")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
-        raise ValueError(f"--model: there is no folder {model!r}. Give a model folder, a hub name, or demo.")
-
-
-def quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def device_of(name: str | None, elsewhere: bool = False) -> str:
-    """The device of that name, or the best there is. With ``elsewhere`` another machine's will do, for a plan."""
-    import torch
-
-    here = ["cpu"]
-    if torch.cuda.is_available():
-        here += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        here.append("mps")
-    if name is None:
-        return "cuda" if "cuda" in here else "cpu"
-    if name not in here and not (elsewhere and name in ("cuda", "mps")):
-        raise ValueError(f"--device: {name!r} does not exist here; devices: {', '.join(here)}.")
-    return name
-
-
-def config_of(model: str) -> Any:
-    """The config of a model, and nothing else of it."""
-    from transformers import AutoConfig
-
-    path = path_of(model)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{one_line(error)}") from error
-
-
-def kind_of(args: argparse.Namespace) -> ComponentKind:
-    """The component kind. The layer is checked against the model's config, before any weight is read."""
-    from ..components import model as components
-
-    config = config_of(args.model)
-    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    layers = "its layers" if n_layers is None else f"0 to {n_layers - 1}"
-    if args.layer is None and args.components != "tokens":
-        raise ValueError(f"--layer: {args.components} belong to a layer; choose one of {layers}.")
-    if args.layer == "all":
-        if args.components == "tokens":
-            raise ValueError(f"--layer: tokens enter at one layer; choose one of {layers}.")
-        return getattr(components, args.components.capitalize())(layers="all")
-    kind = getattr(components, args.components.capitalize())(0 if args.layer is None else args.layer)
-    if n_layers is not None and not -n_layers <= kind.layer < n_layers:
-        raise ValueError(f"--layer: {kind.layer} is out of range; this model has layers {layers}.")
-    return kind
-
-
-def _load(args: argparse.Namespace, device: str) -> DePass:
+def _engine(args: argparse.Namespace, device: str) -> DePass:
     from ..engine import DePass
 
     options = {
@@ -188,38 +155,30 @@ def _load(args: argparse.Namespace, device: str) -> DePass:
         from ..demo import load_demo
 
         model, tokenizer = load_demo(getattr(torch, args.dtype) if args.dtype else None)
-        engine = DePass(model.to(device), tokenizer, **options)
+        engine = DePass(torch.nn.Module.to(model, torch.device(device)), tokenizer, **options)
     else:
         engine = DePass.from_pretrained(path_of(args.model), dtype=args.dtype or "auto", device_map=device, **options)
     if engine.tokenizer is None:
         for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
-            if getattr(args, flag) is not None:
+            if isinstance(getattr(args, flag), str):
                 raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")
     return engine
-
-
-def path_of(model: str) -> str:
-    """Where a model is: the demo model's folder, or what was given."""
-    from ..demo import demo_path
-
-    return str(demo_path() if model == "demo" else Path(model).expanduser())
 
 
 def _target(args: argparse.Namespace, engine: DePass) -> Any:
     from ..inputs.prompts import single_token
 
-    target = args.target if args.target is not None else args.target_id
-    contrast = args.contrast_id
-    if args.contrast is not None:
-        contrast = single_token(args.contrast, engine.tokenizer, "contrast")
+    contrast = args.contrast
+    if isinstance(contrast, str):
+        contrast = single_token(contrast, engine.tokenizer, "contrast")
     elif contrast is not None and not 0 <= contrast < engine.adapter.vocabulary_size:
         size = engine.adapter.vocabulary_size
-        raise ValueError(f"--contrast-id: id {contrast} is outside the vocabulary (0 to {size - 1}).")
-    return target if contrast is None else (target, contrast)
+        raise ValueError(f"contrast: id {contrast} is outside the vocabulary (0 to {size - 1}).")
+    return args.target if contrast is None else (args.target, contrast)
 
 
 def _show(result: Attribution | LayeredAttribution, top: int | None) -> None:
-    """In colour on a terminal, else as plain text."""
+    """Print a result: in colour on a terminal, else as plain text."""
     from rich.console import Console
 
     from ..results.render import plain, rich_view
@@ -229,10 +188,3 @@ def _show(result: Attribution | LayeredAttribution, top: int | None) -> None:
         console.print(rich_view(result, top))
     else:
         print(plain(result, top))
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory; give a smaller --memory-budget, or a shorter prompt. {text}"
-    return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""What is installed here, which devices there are, and which backends can run on them (``depass-fast doctor``)."""
+"""``depass-fast doctor``: a report of packages, devices, and the backends that can run on them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _OPTIONAL = {
 
 
 def report() -> dict[str, Any]:
-    """Everything about this installation as plain Python values.
+    """Return a report on this installation as plain Python values.
 
     ``devices`` holds a dict per device, memory in bytes. ``backends`` maps each backend to "ok" or to the reason why it
-    cannot run here. ``environment`` holds the variables that are heeded, None where not set. ``auto`` says which
-    backend ``backend="auto"`` chooses, None where the variable asks for what cannot run, and why.
+    cannot run here. ``environment`` holds the variables that the library reads, None where not set. ``auto`` says
+    which backend ``backend="auto"`` chooses and why; None where the variable names one that cannot run.
     """
     import torch
 
@@ -43,7 +43,7 @@ def report() -> dict[str, Any]:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The devices that PyTorch sees, the CPU first: name, description, memory and free memory in bytes or None."""
+    """List the devices that PyTorch sees, the CPU first: name, description, memory and free memory in bytes or None."""
     import torch
 
     cpu = {"name": "cpu", "description": platform.processor() or platform.machine(), **_cpu_memory()}
@@ -57,7 +57,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """A report as aligned text."""
+    """Return a report as aligned lines of text."""
     rows = [("depass_fast", found["depass_fast"]), ("python", f"{found['python']} on {found['platform']}")]
     rows += found["packages"].items()
     rows += [("cuda", found["cuda"]), ("", "")]
@@ -110,7 +110,8 @@ def _cpu_memory() -> dict[str, int | None]:
 def _demo_model() -> str:
     from ..demo import demo_path
 
-    absent = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (demo_path() / n).is_file()]
+    needed = ("config.json", "model.safetensors", "tokenizer.json")
+    absent = [name for name in needed if not (demo_path() / name).is_file()]
     return f"incomplete: {', '.join(absent)} not in the package's demo/model" if absent else "ok"
 
 

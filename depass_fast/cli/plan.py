@@ -1,17 +1,23 @@
-"""``depass-fast plan``: what a decomposition will take, from a model's config alone."""
+"""``depass-fast plan``: its flags, and what a decomposition will take, from a model's config alone."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from . import types as cli_types
+from . import flags, types
+from .model import components_of, config_of, device_of, path_of, silence_transformers
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
 
 _DESCRIPTION = """\
-FLOP, memory and time of a decomposition, before it is run. Of the model only the config is read, no weights: a folder
-with nothing but a config.json will do.
+Print the FLOP, the memory and the time of a decomposition, before it is run. The model's config is read, its weights
+are not: a folder that holds only a config.json will do.
 """
 _EXAMPLES = """\
 examples:
@@ -22,37 +28,36 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser, kinds: tuple[str, ...], dtypes: tuple[str, ...]) -> None:
-    """The flags."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the description, the flags and the examples."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
-    parser.add_argument("--model", required=True, metavar="PATH", help="model folder, hub name, or demo")
+    flags.add_model(parser)
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument(
-        "--length", type=cli_types.lengths, metavar="N", help='tokens of a prompt; "20 35 12" for several'
-    )
-    length.add_argument("--prompt", metavar="TEXT", help="a text; needs the model's tokenizer")
-    parser.add_argument("--components", required=True, choices=kinds)
-    parser.add_argument("--layer", type=cli_types.layer, metavar="L", help="as in attribute. Default: 0")
-    parser.add_argument("--method", metavar="M", help="exact or adjoint, as in attribute")
-    parser.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
+    length.add_argument("--length", type=types.lengths, metavar="N", help='tokens of a prompt; "20 35 12" for several')
+    length.add_argument("--prompt", type=types.text, metavar="TEXT", help="a text; needs the model's tokenizer")
+    flags.add_components(parser, layer="0")
+    flags.add_method(parser)
+    flags.add_machine(parser)
+    parser.add_argument("--state-dtype", choices=flags.DTYPES, help="dtype of the component state. Default: float32")
     parser.add_argument(
-        "--sample", type=int, metavar="S", help="adjoint: estimate the error from S others. Default: 64"
+        "--gemm-tflops",
+        type=types.rate,
+        metavar="X",
+        help="the machine's matrix products; --device may then be one that is not here. Default: measured here",
     )
-    parser.add_argument("--dtype", choices=dtypes, help="of the model. Default: what its config says")
-    parser.add_argument("--state-dtype", choices=dtypes, help="of the component state. Default: float32")
-    parser.add_argument(
-        "--device",
-        metavar="D",
-        help="that it would run on; with --gemm-tflops one that is not here, too. Default: the best here",
-    )
-    parser.add_argument("--memory-budget", type=cli_types.bytes, metavar="BYTES", help="of workspace. Default: chosen")
-    parser.add_argument("--gemm-tflops", type=float, metavar="X", help="of the machine. Default: measured on this one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flags.add_json(parser)
+    flags.add_debug(parser)
 
 
-def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: str) -> str:
-    """The plan as text, or as JSON."""
+def run(args: argparse.Namespace) -> None:
+    """Print the plan, as text or as JSON."""
+    with contextlib.redirect_stdout(sys.stderr):
+        silence_transformers()
+        made = _plan(args)
+    print(json.dumps(made.to_dict(), allow_nan=False) if args.json else made)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
     import torch
 
     from ..allocation import Allocation
@@ -61,36 +66,32 @@ def show(args: argparse.Namespace, path: str, kind: Any, config: Any, device: st
     from ..planning.planner import check_length, for_config, plan
     from ..request import choose_method
 
-    if args.gemm_tflops is not None and not 0 < args.gemm_tflops < float("inf"):
-        raise ValueError(f"--gemm-tflops: {args.gemm_tflops} is out of range; it must be positive.")
+    device = torch.device(device_of(args.device, elsewhere=args.gemm_tflops is not None))
+    config = config_of(args.model)
+    components = components_of(config, args.components, 0 if args.layer is None else args.layer)
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
     options = Options(memory_budget=args.memory_budget, state_dtype=args.state_dtype)
-    kind.resolve(adapter)  # before a method is chosen for layers that there are not
-    sizes = args.length or [_tokens(args.prompt, path)]
-    where = torch.device(device)
+    components.resolve(adapter)  # a layer that does not exist is an error before any method is chosen
+    lengths = args.length or [_token_count(args.prompt, path_of(args.model))]
     if args.gemm_tflops is not None:
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
-        rate, source = gemm_rate(where, options.dtypes(adapter.dtype, where)[1])
-    method = choose_method(cli_types.method_of(args), kind, adapter, Allocation())
-    made = plan(
+        rate, source = gemm_rate(device, options.dtypes(adapter.dtype, device)[1])
+    return plan(
         adapter,
-        [check_length(size, adapter) for size in sizes],
-        kind,
+        [check_length(length, adapter) for length in lengths],
+        components,
         options,
-        device=where,
-        method=method,
+        device=device,
+        method=choose_method(flags.method_of(args), components, adapter, Allocation()),
         gemm_flops=rate,
         rate_source=source,
     )
-    return json.dumps(made.to_dict(), allow_nan=False) if args.json else str(made)
 
 
-def _tokens(text: str, path: str) -> int:
+def _token_count(text: str, path: str) -> int:
     from transformers import AutoTokenizer
 
-    if not text:
-        raise ValueError("--prompt: empty; at least one token is needed.")
     try:
         return len(AutoTokenizer.from_pretrained(path).encode(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,58 +1,93 @@
-"""What the flags of the command line take."""
+"""The types of the command line's flags: each parses and checks what one flag is given."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..options import Adjoint
+from collections.abc import Callable
+from pathlib import Path
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def text(given: str) -> str:
+    """A text that is not empty."""
+    if not given:
+        raise argparse.ArgumentTypeError("empty; at least one token is needed")
+    return given
 
 
-def layer(text: str) -> int | str:
-    """A number, or a name such as blocks.5.attn.hook_z."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([KMG]?)", text)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 500000000, 512M or 2G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
-
-
-def lengths(text: str) -> list[int]:
-    """One number of tokens, or several."""
-    items = text.replace(",", " ").split()
-    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens, nor a list of such")
+def token_ids(given: str) -> list[int]:
+    """Token ids, separated by spaces or commas."""
+    items = given.replace(",", " ").split()
+    for item in items:
+        if not item.isdecimal():
+            raise argparse.ArgumentTypeError(f'{item!r} is not a token id; expected integers such as "1 5 9"')
+    if not items:
+        raise argparse.ArgumentTypeError('empty; expected integers such as "1 5 9"')
     return [int(item) for item in items]
 
 
-def method_of(args: argparse.Namespace) -> str | Adjoint | None:
-    """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together.
+def lengths(given: str) -> list[int]:
+    """One number of tokens, or several."""
+    items = given.replace(",", " ").split()
+    if not items or not all(item.isdecimal() and int(item) > 0 for item in items):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number of tokens, nor a list of such numbers")
+    return [int(item) for item in items]
 
-    A number of the sweep alone asks for the sweep.
 
-    Raises:
-        ValueError: such a number with --method exact, or one out of range.
-    """
-    given = {"refine": args.refine, "sample": args.sample, "within": getattr(args, "refine_within", None)}
-    given |= {"seed": getattr(args, "seed", None)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.method not in (None, "adjoint") or not given:
-        for name in ("refine", "sample", "within"):
-            if name in given and args.method == "exact":
-                flag = "refine-within" if name == "within" else name
-                raise ValueError(f"--{flag}: it belongs to --method adjoint; exact scores have nothing to be refined.")
-        return args.method
-    from ..options import Adjoint
+def model(given: str) -> str:
+    """A folder with a config.json, the name of a model on the hub, or "demo"."""
+    path = Path(given).expanduser()
+    if given == "demo" or (path.is_dir() and (path / "config.json").is_file()):
+        return given
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{given!r} is no model folder: it holds no config.json")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given):
+        raise argparse.ArgumentTypeError(f"there is no folder {given!r}; give a model folder, a hub name, or demo")
+    return given
 
-    return Adjoint(**given)
+
+def layer(given: str) -> int | str:
+    """A number, "all", or a hook's name such as blocks.5.attn.hook_z."""
+    return int(given) if re.fullmatch(r"-?\d+", given) else given
+
+
+def positive(given: str) -> int:
+    """A positive integer."""
+    if not given.isdecimal() or int(given) == 0:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a positive integer")
+    return int(given)
+
+
+def rate(given: str) -> float:
+    """A positive number."""
+    try:
+        value = float(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is out of range; it must be positive")
+    return value
+
+
+def byte_count(given: str) -> int:
+    """A number of bytes, with or without one of the suffixes K, M and G."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", given)
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number of bytes such as 500000000, 512M or 2G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of a file to be written, whose name ends in one of ``suffixes`` and whose folder exists."""
+
+    def checked(given: str) -> Path:
+        path = Path(given)
+        if path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{given!r} must end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{given!r} is a folder")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{given!r} lies in a folder that does not exist: {path.parent}")
+        return path
+
+    return checked

@@ -374,6 +374,8 @@ def test_neurons_of_all_layers(capsys, tmp_path):
         (["--components", "tokens", "--layer", "all"], ["--layer:", "tokens"]),
         (["--components", "neurons", "--layer", "0", "--method", "quick"], ["--method:", "'quick'"]),
         (["--components", "neurons", "--layer", "0", "--refine", "-3"], ["--refine:", "-3"]),
+        (["--components", "neurons", "--layer", "0", "--refine-within", "x"], ["--refine-within:", "'x'"]),
+        (["--components", "neurons", "--layer", "0", "--method", "exact", "--seed", "1"], ["--seed:", "adjoint"]),
         (["--components", "tokens", "--method", "adjoint"], ["--method:", "tokens"]),
     ],
 )
