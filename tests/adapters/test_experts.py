@@ -168,7 +168,7 @@ def test_layers_that_choose_different_numbers_are_refused():
 
 def test_results_are_verified_with_biases_too():
     for result in with_biases().attribute(PROMPTS, Tokens(), verify=True):
-        assert result.completeness_error <= 1e-5
+        assert result.verification.passed and result.completeness_error <= 1e-5
 
 
 def test_a_constant_needs_no_gate(monkeypatch):

@@ -1,5 +1,6 @@
 """The adjoint sweep stays finite whatever the model, the temperature, the dtype or the prompt."""
 
+import math
 import warnings
 
 import pytest
@@ -76,12 +77,10 @@ def test_nothing_is_ever_nan_or_inf(change, length):
     for kind in (Neurons(layers="all"), custom(dp, ids, layer=0, scale=10.0)):
         for rule in ("softmax", "taylor"):
             found = dp.attribute(ids, kind, [5, (2, 3)], method=Adjoint(refine=8), allocation=rule, **options)
-            for one in list(found) if kind.is_layered else [found]:
-                assert one.scores.isfinite().all() and one.completeness_error >= 0
+            rough = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), allocation=rule, **options)
+            for one in [*found, *rough] if kind.is_layered else [found, rough]:
+                assert one.scores.isfinite().all() and math.isfinite(one.completeness_error)
                 assert all(v is None or v == v for v in (found.estimate or {}).values() if not isinstance(v, list))
-            assert (
-                dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), allocation=rule, **options) is not None
-            )
 
 
 @pytest.mark.parametrize("temperature", [1e-22, 1e-30, 1e-300])

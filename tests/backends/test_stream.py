@@ -83,11 +83,11 @@ def test_what_cannot_stream_is_refused():
     dp, ids = build("llama-gqa"), random_ids(5)
     with pytest.raises(ValueError, match="stream: the reference backend does not stream"):
         dp.attribute(ids, Tokens(), stream=True, backend="reference")
+
+    def own(gates, temperature):
+        return gates.values
+
     with pytest.raises(ValueError, match="stream: own sees all components at once"):
-
-        def own(gates, temperature):
-            return gates.values
-
         dp.attribute(ids, Tokens(), stream=True, allocation=own)
     with pytest.raises(ValueError, match="stream: expected True, False or 'auto'"):
         dp.attribute(ids, Tokens(), stream="yes")

@@ -207,7 +207,7 @@ def test_generation_decomposes_what_was_generated(demo):
     prompt = "Nyria Morstam speaks"
     result = demo.attribute_generation(prompt, max_new_tokens=4)
     start = len(demo.tokenizer.encode(prompt))
-    assert result.prompt_length == start and len(result.steps) == len(result.input_ids) - start <= 4
+    assert result.prompt_length == start and 0 < len(result.steps) == len(result.input_ids) - start <= 4
     assert result.text.startswith(prompt) and result.completeness_error < 1e-5
     for step in result.steps:  # the same as asking for every token by itself
         ids = result.input_ids[: step.position + 1]
@@ -242,6 +242,7 @@ def test_a_step_of_a_generation_is_an_attribution_like_any_other(name, tmp_path)
     dp, ids = build(name), random_ids(4)
     arguments = {"eos_token_id": None, "return_dict_in_generate": True}
     result = dp.attribute_generation(ids, max_new_tokens=3, generation=arguments)
+    assert len(result.steps) == 3
     for step in result.steps:
         assert len(step.tokens) == len(step.input_ids) == step.position + 1
         alone = dp.attribute(result.input_ids[: step.position + 1], Tokens(), step.target_ids[0])
@@ -275,7 +276,7 @@ def test_generate_cite_returns_what_was_published():
     text, scores, state, states = subject.model_generate_cite(prompt, max_length=12, do_sample=False)
     start = len(tokenizer.encode(prompt))
     n = start + len(scores)
-    assert text.startswith(prompt) and state.shape[:2] == (n, n) and states[0].shape[1] == n <= 12
+    assert text.startswith(prompt) and state.shape[:2] == (n, n) and states[0].shape[1] == n <= 12 and n > start
     ids = subject._trace.input_ids.tolist()
     for i, entry in enumerate(scores, start):
         assert set(entry) == {"token", "attribute_score"} and entry["token"] == tokenizer.decode(ids[i])

@@ -318,11 +318,11 @@ def test_a_trace_belongs_to_its_model(dp):
 def test_what_the_propagation_makes_infinite_is_refused(dp):
     with pytest.raises(FloatingPointError, match="the components hold NaN or inf after 1 layers, though the model's"):
         dp.attribute(IDS, Tokens(), temperature=1e-42)
+
+    def wrong(gates, temperature):
+        return torch.ones(1)
+
     with pytest.raises(ValueError, match=r"allocation: wrong must return weights \(.*\), got \(1,\)"):
-
-        def wrong(gates, temperature):
-            return torch.ones(1)
-
         dp.attribute(IDS, Tokens(), allocation=wrong)
 
 

@@ -13,6 +13,7 @@ from tests.support.states import close, corner_states
 def agree(dp, trace, kind, focus, tolerance=1e-5, **options):
     """The chosen ones at every layer, against the full states of the reference backend."""
     whole = dp.start(trace, kind, **options)
+    assert focus.layers == list(range(focus.layers[0], focus.layers[-1] + 1))
     for states, layer in zip(focus.states, focus.layers, strict=True):
         if layer > focus.layers[0]:
             whole = dp.carry(trace, whole, layer, backend="reference", **options)

@@ -97,6 +97,7 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
     monkeypatch.setattr("depass_fast.propagation.joint.JOINT_BYTES", states[0].nbytes * 2)
     assert [len(group) for group in group_by_memory(map(PendingState.of, states))] == [2, 1]
     found = dp.attribute(trace, Heads(layers="all"))
+    assert len(found) == 3
     for result in found:
         same(result, dp.attribute(trace, Heads(result.layer)))
 
@@ -119,7 +120,9 @@ def test_a_sweep_may_end_anywhere_and_keep_all_positions():
     for end in (1, 2, 3):
         states = [start_state(dp, trace, Neurons(layer)) for layer in range(end)]
         starts = list(map(PendingState.of, states))
-        for layer, (state, errors) in enumerate(propagate_jointly(dp.adapter, trace, starts, end, run)):
+        found = list(propagate_jointly(dp.adapter, trace, starts, end, run))
+        assert len(found) == end
+        for layer, (state, errors) in enumerate(found):
             alone = dp.decompose(trace, Neurons(layer), end=end)
             assert len(errors) == end - layer
             for prompt in range(2):

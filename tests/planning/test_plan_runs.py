@@ -106,7 +106,7 @@ def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypa
     most = int(str(refused.value).split("refine=")[1].split()[0])
     assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most)).method == "adjoint"
     assert wide.attribute(IDS[:length], ALL, 7, method=method).method == "adjoint"
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="neurons, adjoint: needs"):
         wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most + 1))
 
 

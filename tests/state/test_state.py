@@ -61,5 +61,6 @@ def test_rows_are_found_where_they_are_and_nowhere_else():
             held.find(absent)
 
     joint = Layout.join([dp.start(dp.trace(random_ids(3)), Heads(0)).layout] * 2)
-    with pytest.raises(KeyError):  # position 1 of the first decomposition, which is not position 0 of the second
-        joint.only(np.array([0, 1])).find(joint.only(np.array([2])))
+    held, absent = joint.only(np.array([0, 1])), joint.only(np.array([2]))
+    with pytest.raises(KeyError, match="positions that the layout does not have"):
+        held.find(absent)  # position 1 of the first decomposition is not position 0 of the second

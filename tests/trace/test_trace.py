@@ -107,7 +107,7 @@ def test_the_model_is_handed_back_as_it_came(error, monkeypatch):
             raise error("in the middle of layer 1")
 
         monkeypatch.setattr(model.model.layers[1].mlp, "forward", fail)
-        with pytest.raises(error):
+        with pytest.raises(error, match="in the middle of layer 1"):
             dp.attribute(random_ids(5), Tokens())
         monkeypatch.undo()
     assert same(before, snapshot(model))
