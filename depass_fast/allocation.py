@@ -1,8 +1,8 @@
 """The allocation rules: how a frozen neuron's output is shared out among the components that drive it.
 
-Plain and complete, written once (DESIGN.md section 2). The reference backend uses nothing else; a fast backend has
-its own way for the common case and comes back here for the corners. A rule maps gates to weights (n, M, I) that sum
-to one over the components; a user's own rule is any callable of that form.
+They are written once, plainly and completely (DESIGN.md section 2). The reference backend uses nothing else; a fast
+backend computes the common case by itself and calls these functions in the corners. A rule maps gates to weights
+(n, M, I) that sum to one over the components. A user's own rule is any callable of that form.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gates:
-    """What a rule sees of n positions with M components and I neurons, components in row order.
+    """The input of a rule: n positions with M components, in row order, and I neurons.
 
-    ``values`` (n, M, I): g, each component's share of the gate's pre-activation; ``total`` (n, I): the frozen
-    pre-activation itself; ``alive`` (n, M): the component's state is not exactly zero there; ``excluded`` (n, M):
-    special tokens away from home; ``positions`` (n,): positions in the prompt; ``rest``: the index of `rest` or None.
+    values (n, M, I): g, each component's share of the gate's pre-activation.
+    total (n, I): the frozen pre-activation itself.
+    alive (n, M): True if the component's state is not exactly zero at that position.
+    excluded (n, M): True for a special token at any position but its own.
+    positions (n,): positions in the prompt.
+    rest: the index of the component `rest`, or None.
     """
 
     values: Tensor
@@ -32,21 +35,21 @@ class Gates:
 
     @property
     def eligible(self) -> Tensor:
-        """Who takes part: a component whose g is exactly zero does not, nor does an excluded one. (n, M, I)."""
+        """The components that take part, (n, M, I): those that are not excluded and whose g is not exactly zero."""
         return (self.values != 0) & ~self.excluded[..., None]
 
 
 Rule = Callable[[Gates, float], Tensor]
 
-# A rule may have an attribute `edit_gates` of this form: gates (n, M, I) of all components, changed in place, the
-# positions (n,) that they are at, and the factor that they have been multiplied by. It promises that the rule is the
-# softmax of what is left, sets to -inf whom it shuts out, and says whether there are such. Fast backends then call the
-# rule itself only where a neuron finds nobody.
+# A rule may have an attribute `edit_gates` of this form. It promises that the rule is the softmax of edited gates, and
+# fast backends then call the rule itself only where a neuron finds nobody eligible. The arguments are the gates
+# (n, M, I) of all components, which it edits in place, the positions (n,) in the prompt, and the factor that the gates
+# have been multiplied by. It sets gates to -inf to shut components out, and returns True if it did so anywhere.
 Edit = Callable[[Tensor, Tensor, float], bool]
 
 
 def softmax(gates: Gates, temperature: float) -> Tensor:
-    """w = softmax over the components of g / T."""
+    """Weights w = softmax over the components of g / T."""
     eligible = gates.eligible
     z = (gates.values / temperature).masked_fill(~eligible, -torch.inf)
     top = z.amax(1, keepdim=True)
@@ -55,7 +58,7 @@ def softmax(gates: Gates, temperature: float) -> Tensor:
 
 
 def linear(gates: Gates, temperature: float) -> Tensor:
-    """w ∝ g - min g; an even split where all g are equal."""
+    """Weights w ∝ g - min g; an even split where all g are equal."""
     eligible = gates.eligible
     low = gates.values.masked_fill(~eligible, torch.inf).amin(1, keepdim=True)
     shifted = torch.where(eligible, gates.values - low.masked_fill(low == torch.inf, 0.0), 0.0)
@@ -64,20 +67,20 @@ def linear(gates: Gates, temperature: float) -> Tensor:
 
 
 def relu(gates: Gates, temperature: float) -> Tensor:
-    """w ∝ max(g, 0): only components that open the gate take part."""
+    """Weights w ∝ max(g, 0): only components that open the gate take part."""
     eligible = gates.eligible & (gates.values > 0)
     return _normalised(gates.values.clamp_min(0.0), eligible, gates)
 
 
 def winner(gates: Gates, temperature: float) -> Tensor:
-    """All to the component with the largest g (the first of equals)."""
+    """Weight 1 for the component with the largest g, the first of equals; 0 for all others."""
     eligible = gates.eligible
     best = gates.values.masked_fill(~eligible, -torch.inf).argmax(1, keepdim=True)
     return _normalised(torch.zeros_like(gates.values).scatter_(1, best, 1.0), eligible, gates)
 
 
 def taylor(gates: Gates, temperature: float) -> Tensor:
-    """w = g / gate, so that a component receives g · act(gate)/gate · up: linear in its state."""
+    """Weights w = g / gate, so that a component receives g · act(gate)/gate · up, which is linear in its state."""
     total = gates.total[:, None]
     return torch.where(total == 0, 0.0, gates.values / torch.where(total == 0, 1.0, total))
 
@@ -86,7 +89,7 @@ RULES: dict[str, Rule] = {"softmax": softmax, "linear": linear, "relu": relu, "m
 
 
 def _normalised(weights: Tensor, eligible: Tensor, gates: Gates) -> Tensor:
-    """Normalise over the components. Where nobody is eligible: all to `rest`, else evenly among those alive."""
+    """Normalise over the components. A neuron without eligible ones gives all to `rest`, else evenly to those alive."""
     weights = torch.where(eligible, weights, 0.0)
     nobody = ~eligible.any(1, keepdim=True)
     weights = weights / torch.where(nobody, 1.0, weights.sum(1, keepdim=True))
@@ -117,19 +120,25 @@ class Allocation:
 
     @property
     def edit(self) -> Edit | None:
-        """What a rule that is a softmax of edited gates does to them (see :data:`Edit`)."""
+        """The rule's edit of the gates if it is the softmax of edited gates, else None; see :data:`Edit`."""
         return getattr(self.rule, "edit_gates", None)
 
     @property
     def is_softmax(self) -> bool:
+        """True if the weights are the softmax of the gates, edited or not."""
         return self.rule == "softmax" or self.edit is not None
 
     @property
     def name(self) -> str:
+        """The rule's name, or that of its function or class."""
         return getattr(self.rule, "__name__", type(self.rule).__name__) if callable(self.rule) else self.rule
 
     def weights(self, gates: Gates) -> Tensor:
-        """The weights (n, M, I) of this rule."""
+        """Return the weights (n, M, I) of this rule.
+
+        Raises:
+            ValueError: a user's rule returned anything else.
+        """
         if not callable(self.rule):
             return RULES[self.rule](gates, self.temperature)
         weights = self.rule(gates, self.temperature)

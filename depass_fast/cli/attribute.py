@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import flags, types
 from .model import components_of, config_of, device_of, path_of, silence_transformers
@@ -111,8 +111,6 @@ def _log_on_stderr() -> Iterator[None]:
 
 def _attribution(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     """The attribution that was asked for. All that can be checked without the weights is checked before they load."""
-    if args.contrast is not None and args.target is None:
-        raise ValueError("--contrast: needs a target to be contrasted with; give --target or --target-id.")
     silence_transformers()
     import torch
 
@@ -134,7 +132,9 @@ def _attribution(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     with warnings.catch_warnings():  # the printed result says the same
         warnings.simplefilter("ignore", ApproximationWarning)
         warnings.simplefilter("ignore", VerificationWarning)
-        return engine.attribute(args.prompt, components, _target(args, engine), position=args.position, method=method)
+        return engine.attribute(
+            args.prompt, components, args.target, contrast=args.contrast, position=args.position, method=method
+        )
 
 
 def _engine(args: argparse.Namespace, device: str) -> DePass:
@@ -163,18 +163,6 @@ def _engine(args: argparse.Namespace, device: str) -> DePass:
             if isinstance(getattr(args, flag), str):
                 raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")
     return engine
-
-
-def _target(args: argparse.Namespace, engine: DePass) -> Any:
-    from ..inputs.prompts import single_token
-
-    contrast = args.contrast
-    if isinstance(contrast, str):
-        contrast = single_token(contrast, engine.tokenizer, "contrast")
-    elif contrast is not None and not 0 <= contrast < engine.adapter.vocabulary_size:
-        size = engine.adapter.vocabulary_size
-        raise ValueError(f"contrast: id {contrast} is outside the vocabulary (0 to {size - 1}).")
-    return args.target if contrast is None else (args.target, contrast)
 
 
 def _show(result: Attribution | LayeredAttribution, top: int | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..labels import BIAS, REST
-from ..runtime.memory import host_room
+from ..runtime.memory import empty_on_host
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState, Factors
@@ -90,7 +90,7 @@ def _rows(layout: Layout, x: Tensor, dtype: torch.dtype, host: bool) -> Tensor:
     shape = layout.n_rows, x.shape[1]
     if not host:
         return torch.empty(shape, dtype=dtype, device=x.device)
-    return host_room(shape, dtype, pinned=x.is_cuda)
+    return empty_on_host(shape, dtype, pinned=x.is_cuda)
 
 
 def _fill_in_parts(out: Tensor, products: Factors) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Layer, Norm
 from ..labels import BIAS
-from ..runtime.memory import host_room
+from ..runtime.memory import empty_on_host
 from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
@@ -67,7 +67,7 @@ def through_mlp(
 def _copy(state: ComponentState) -> ComponentState:
     rows = state.rows
     pinned = rows.device.type == "cpu" and rows.is_pinned()
-    rows = host_room(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
+    rows = empty_on_host(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
     return ComponentState(rows.copy_(state.rows), state.layout, state.layer, state.site)
 
 

@@ -1,4 +1,4 @@
-"""The library's logger, and what it says once per process."""
+"""The library's logger, and messages that appear once per process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _said: set[str] = set()
 
 
 def say_once(text: str) -> None:
-    """Log at level INFO, once per process."""
+    """Log ``text`` at level INFO, once per process."""
     if text not in _said:
         _said.add(text)
         _log.info(text)

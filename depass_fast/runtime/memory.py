@@ -1,4 +1,4 @@
-"""How much memory a device has left, and what running out of it looks like."""
+"""Memory: the bytes that a device has left, host memory that a GPU can copy, and the errors of running out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_GROUPS = (  # what a container may use and does use, and how much of that the system gives back by itself
+# The files of a container's control group, versions 2 and 1: the limit, the use, and the statistics of the use with the
+# names of its reclaimable parts.
+_CONTROL_GROUPS = (
     (
         "/sys/fs/cgroup/memory.max",
         "/sys/fs/cgroup/memory.current",
@@ -26,19 +28,19 @@ _GROUPS = (  # what a container may use and does use, and how much of that the s
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on ``device``; None where the system does not tell."""
+    """Return the bytes that can still be allocated on ``device``; None if the system does not tell."""
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            return None  # another machine's
+            return None  # a plan for another machine
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    found = [size for size in (_system(), *(_group(*paths) for paths in _GROUPS)) if size is not None]
-    return min(found, default=None)
+    sizes = [_free_in_system(), *(_free_in_group(*paths) for paths in _CONTROL_GROUPS)]
+    return min((size for size in sizes if size is not None), default=None)
 
 
-def _system() -> int | None:
+def _free_in_system() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -46,7 +48,7 @@ def _system() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _group(limit: str, used: str, statistics: str, reclaimable: tuple[str, ...]) -> int | None:
+def _free_in_group(limit: str, used: str, statistics: str, reclaimable: tuple[str, ...]) -> int | None:
     try:
         bound = Path(limit).read_text().strip()
         if not bound.isdecimal():  # "max"
@@ -58,10 +60,10 @@ def _group(limit: str, used: str, statistics: str, reclaimable: tuple[str, ...])
     return max(0, free + sum(int(line.split()[1]) for line in lines if line.split()[0] in reclaimable))
 
 
-def host_room(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Room for a tensor in host memory; ``pinned``, where there is room for that, so that a GPU copies it by itself.
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Return an empty tensor in host memory. ``pinned`` memory, which a GPU copies by itself, is used if it fits.
 
-    PyTorch gives pinned memory in powers of two: just above one, a state would take twice what it is.
+    PyTorch rounds pinned memory up to a power of two: a tensor just above one takes twice its size.
     """
     free, nbytes = available(torch.device("cpu")), prod(shape) * dtype.itemsize
     taken = 1 << max(0, nbytes - 1).bit_length()
@@ -69,7 +71,7 @@ def host_room(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory has run out: a class of PyTorch's on a GPU, a sentence from all others."""
+    """True if ``error`` says that memory has run out: by its class on a GPU, by its message everywhere else."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     said = str(error)
@@ -78,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def readable(size: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes with a unit, such as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -6,8 +6,8 @@ import torch
 
 from depass_fast import Custom, DePass, Heads, Tokens
 from depass_fast.backends import ReferenceBackend
-from depass_fast.propagation import verify as verify_module
-from depass_fast.propagation.verify import reference_attention, reference_mlp, reference_readout
+from depass_fast.propagation import reference_parts
+from depass_fast.propagation.reference_parts import reference_attention, reference_mlp, reference_readout
 from tests.support.family_models import available, build_variant
 from tests.support.models import FAMILIES, build, random_ids
 
@@ -36,7 +36,7 @@ def test_parts_are_the_reference_itself(name, size, monkeypatch):
         trace = dp.trace(PROMPTS)
     except RuntimeError as error:  # MPT's own code runs no float64 in the oldest transformers
         pytest.skip(f"transformers itself: {error}")
-    monkeypatch.setattr(verify_module, "REFERENCE_BYTES", size)
+    monkeypatch.setattr(reference_parts, "REFERENCE_BYTES", size)
     layer, record, run = dp.adapter.layer(1), trace.layers[1], dp.options.build(dp.adapter)
 
     def close(found, expected):
@@ -62,9 +62,9 @@ def test_parts_are_the_reference_itself(name, size, monkeypatch):
 def test_with_little_memory_less_is_compared_and_in_float32(monkeypatch):
     dp = build("qwen2", torch.float64)
     usual = dp.attribute(PROMPTS, Heads(0), 7, verify=True)[0].verification
-    monkeypatch.setattr(verify_module, "REFERENCE_BYTES", 1)
+    monkeypatch.setattr(reference_parts, "REFERENCE_BYTES", 1)
     little = dp.attribute(PROMPTS, Heads(0), 7, verify=True)[0].verification
     assert little.passed and little.error < 1e-12 and 1 < little.compared < usual.compared
-    monkeypatch.setattr(verify_module, "available", lambda device: 0)
+    monkeypatch.setattr(reference_parts, "available", lambda device: 0)
     single = dp.attribute(PROMPTS, Heads(0), 7, verify=True)[0].verification
     assert 1e-10 < single.error < 1e-5 < single.limit < 1e-3

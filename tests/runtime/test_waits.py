@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import depass_fast.backends.triton.backend as triton_backend
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.runtime.transfer import packed_together, taken_apart, to_device
+from depass_fast.runtime.transfer import pack, to_device, unpack
 from depass_fast.trace.capture import _Recorder
 from depass_fast.trace.record import Trace
 from tests.support.family_models import available, build_model
@@ -147,8 +147,8 @@ def test_routes_are_copied_once_for_all_layers(model_type, monkeypatch):
 def test_arrays_that_travel_together_arrive_as_they_were():
     arrays = [np.arange(7, dtype=np.int32), np.zeros((0, 6), np.int32), np.arange(12).reshape(3, 4)[:, ::2]]
     arrays += [np.full(5, 200, np.uint8), np.array([2**40])]
-    packed, begins = packed_together(arrays)
-    found = taken_apart(torch.from_numpy(packed), arrays, begins)
+    packed, begins = pack(arrays)
+    found = unpack(torch.from_numpy(packed), arrays, begins)
     for tensor, array in zip(found, arrays, strict=True):
         assert tensor.dtype == torch.from_numpy(np.ascontiguousarray(array)).dtype
         assert np.array_equal(tensor.numpy(), array) and tensor.data_ptr() % 16 == packed.ctypes.data % 16
