@@ -208,13 +208,13 @@ def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monke
 @pytest.mark.parametrize("layers", [[1], "all"])
 def test_experts_of_several_layers_get_the_workspace_that_there_is_room_for(layers, free, monkeypatch):
     """Only the trace tells how many there are; the workspace that is then found is the one that is used."""
-    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
     dp, kind, ids = DePass(build_variant("mixtral")), Neurons(layers=layers), random_ids(40)
     usual = dp.attribute(ids, kind, 7, method="exact")
     trace, first = dp.trace(ids), Neurons(kind.each(dp.adapter)[0].layer)
     counts = [max(one.counts(dp.adapter, trace)[0] for one in kind.each(dp.adapter))]
     made = plan(dp.adapter, [40], first, dp.options, traced=True, counts=counts)
-    free(depass_fast.planning.fit.least_bytes(made, "torch") + 1000)
+    free(fit.least_bytes(made, "torch") + 1000)
     tight = dp.attribute(trace, kind, 7, method="exact")
     for one, other in zip(tight, usual, strict=True):
         assert one.memory_budget < other.memory_budget
