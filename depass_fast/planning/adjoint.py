@@ -1,4 +1,4 @@
-"""What an adjoint sweep of a call will take, whichever workspace it gets: from shapes alone."""
+"""The outlook of an adjoint sweep: memory and arithmetic for any workspace, from shapes alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 
 @dataclass(frozen=True)
 class SweepOutlook:
-    """One job per prompt, one after the other, and the forward pass before them."""
+    """The forward pass of all prompts, then a sweep per prompt, one after the other.
 
-    jobs: list[SweepWorkload]
+    ``given`` are the bytes of workspace that were asked for, None if nobody asked.
+    """
+
+    workloads: list[SweepWorkload]
     forward: ForwardPass
-    given: int | None  # bytes of workspace that were asked for
+    given: int | None
     layer: int
     n_components: int
     upper_bound: bool
@@ -33,47 +36,60 @@ class SweepOutlook:
     compute: torch.dtype
 
     def default_workspace(self, free: int | None) -> int:
-        """What the sweep will begin with, where so much is free before the forward pass."""
+        """The workspace that the sweep begins with, if ``free`` bytes are free before the forward pass."""
         left = None if free is None else max(0, free - self.forward.held)
-        return self.given or max(1, default_workspace([left], self.jobs[0].room.cuda))
+        return self.given or max(1, default_workspace([left], self.workloads[0].room.cuda))
 
     def smallest(self, workspace: int) -> int:
-        """What halving a workspace again and again comes to, as the sweep does where memory runs out."""
-        while workspace // 2 >= self.jobs[0].room.least:
+        """The workspace that is left when it is halved again and again, as the sweep does where memory runs out."""
+        while workspace // 2 >= self.workloads[0].room.least:
             workspace //= 2
         return workspace
 
+    def fitting_workspace(self, free: int, loud: int | None) -> int | None:
+        """The default workspace, halved until ``free`` bytes hold the peak; None if the smallest is too large."""
+        workspace = self.default_workspace(free)
+        smallest = self.smallest(workspace)
+        while workspace > smallest and self.peak(workspace, loud) > free:
+            workspace //= 2
+        return workspace if self.peak(workspace, loud) <= free else None
+
+    def least(self, free: int) -> int:
+        """The peak with the smallest workspace and no loud components."""
+        return self.peak(self.smallest(self.default_workspace(free)), 0)
+
     def peak(self, workspace: int, loud: int | None) -> int:
         """Bytes beyond the loaded model, with ``loud`` components per start layer; None: as many as are carried."""
-        need = max(self._with(job, loud).peak(workspace) for job in self.jobs)
+        need = max(_with_loud(work, loud).peak(workspace) for work in self.workloads)
         return max(self.forward.peak, self.forward.held + need)
 
     def flop(self, workspace: int, loud: int | None) -> float:
-        """Of the sweep alone."""
-        known: dict[tuple, float] = {}
-        for job in self.jobs:
-            if (key := _key(job)) not in known:
-                known[key] = self._with(job, loud).flop(workspace)
-        return sum(known[_key(job)] for job in self.jobs)
+        """FLOP of the sweeps alone."""
+        known: dict[tuple, float] = {}  # prompts of one size take the same
+        for work in self.workloads:
+            if (key := _size(work)) not in known:
+                known[key] = _with_loud(work, loud).flop(workspace)
+        return sum(known[_size(work)] for work in self.workloads)
 
     def rows(self, loud: int | None) -> int:
         """Rows that are carried explicitly, at all positions, of all start layers of the largest prompt."""
-        return max(self._with(job, loud).rows() * job.room.n for job in self.jobs)
+        return max(_with_loud(work, loud).rows() * work.room.n for work in self.workloads)
 
     @property
     def layers_passed(self) -> int:
-        return sum(max(0, self.jobs[0].end - start.entering) for start in self.jobs[0].starts)
-
-    @staticmethod
-    def _with(job: SweepWorkload, loud: int | None) -> SweepWorkload:
-        return job if loud is None else replace(job, loud=loud)
+        first = self.workloads[0]
+        return sum(max(0, first.end - start.entering) for start in first.starts)
 
 
-def _key(job: SweepWorkload) -> tuple:
-    return job.room.n, tuple(start.named for start in job.starts)
+def _with_loud(work: SweepWorkload, loud: int | None) -> SweepWorkload:
+    return work if loud is None else replace(work, loud=loud)
 
 
-def foresee(
+def _size(work: SweepWorkload) -> tuple[int, tuple[int, ...]]:
+    return work.room.n, tuple(start.named for start in work.starts)
+
+
+def sweep_outlook(
     adapter: Adapter,
     lengths: Sequence[int],
     kind: ComponentKind,
@@ -85,7 +101,7 @@ def foresee(
     traced: bool,
     counts: Sequence[int] | None = None,
 ) -> SweepOutlook:
-    """The outlook of a call; arguments as of :func:`depass_fast.planner.plan`."""
+    """Return the outlook of a sweep; the arguments are those of :func:`depass_fast.planning.planner.plan`."""
     state, compute = options.dtypes(adapter.dtype, device)
     wide = torch.promote_types(state, torch.float32)
     compute = compute if has_compute_dtype(options.backend) else wide
@@ -93,7 +109,7 @@ def foresee(
     last = reach(kinds[-1], adapter, end)[1]
     layers, softmax = layer_sizes(adapter), Allocation(options.allocation).is_softmax
     casts = wide != adapter.dtype
-    jobs, exact = [], True
+    workloads, exact = [], True
     for p, n in enumerate(lengths):
         starts = []
         for one in kinds:
@@ -105,7 +121,7 @@ def foresee(
             starts.append(StartSize(entering, named, extras, held, making))
         starts.sort(key=lambda start: start.entering)
         widest = max(size.reached(n) for size in layers)
-        jobs.append(
+        workloads.append(
             SweepWorkload(
                 room=SweepMemory(n, adapter.hidden_size, widest, wide.itemsize, len(starts), device.type == "cuda"),
                 layers=layers,
@@ -122,11 +138,11 @@ def foresee(
             )
         )
     return SweepOutlook(
-        jobs=jobs,
+        workloads=workloads,
         forward=ForwardPass.of(adapter, lengths, traced),
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
-        n_components=max(start.named + start.extras for job in jobs for start in job.starts),
+        n_components=max(start.named + start.extras for work in workloads for start in work.starts),
         upper_bound=not exact,
         wide=wide,
         compute=compute,
@@ -134,7 +150,7 @@ def foresee(
 
 
 def _start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:
-    """What a start's components are made of, beyond the trace and the model, and what its making holds for a while."""
+    """Bytes of what a start's components are made of beyond the trace and the model, and of what their making holds."""
     width, size = adapter.hidden_size, layer_sizes(adapter)[kind.resolve(adapter)]
     held, numbers, vectors = 2 * n * width * item, n * named * item, named * width * item
     if isinstance(kind, Custom):

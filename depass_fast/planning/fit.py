@@ -1,21 +1,23 @@
-"""Every run takes its workspace from its plan, and is refused before any work where it cannot fit."""
+"""The fit of a run: its workspace comes from its plan, and a run that cannot fit raises before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
 from ..adapters import Adapter
-from ..backends import StreamBackend, choose_backend, make_backend
+from ..backends import ReferenceBackend, StreamBackend, choose_backend, make_backend
 from ..backends.torch.division import default_budget
 from ..components.base import ComponentKind
 from ..components.given import Custom
 from ..options import Adjoint, Options
 from ..propagation.run import Run
+from ..runtime.dtypes import dtype_name
 from ..runtime.memory import available, readable
-from .adjoint import SweepOutlook, foresee
+from .adjoint import SweepOutlook, sweep_outlook
 from .exact import JOINTLY
 from .plan import Plan
 from .planner import plan
@@ -28,7 +30,10 @@ _LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run is to be fitted for; ``counts`` are the named components of every prompt, or bounds of them."""
+    """Everything that the size of a run depends on.
+
+    ``counts`` are the named components of every prompt where they are known, or bounds of them.
+    """
 
     adapter: Adapter
     lengths: Sequence[int]
@@ -40,68 +45,94 @@ class RunShape:
     method: Adjoint | None = None
 
     def plan(self) -> Plan:
-        more = {"end": self.end, "traced": self.traced, "counts": self.counts, "method": self.method}
-        return plan(self.adapter, self.lengths, self.kind, self.options, **more)
+        return plan(
+            self.adapter,
+            self.lengths,
+            self.kind,
+            self.options,
+            end=self.end,
+            traced=self.traced,
+            counts=self.counts,
+            method=self.method,
+        )
+
+    def outlook(self, method: Adjoint) -> SweepOutlook:
+        return sweep_outlook(
+            self.adapter,
+            self.lengths,
+            self.kind,
+            self.options,
+            method,
+            end=self.end,
+            device=self.adapter.device,
+            traced=self.traced,
+            counts=self.counts,
+        )
 
     def with_lengths(self, lengths: Sequence[int]) -> RunShape:
-        """The same for other prompts, of which the longest have most components."""
+        """The same for other prompts, each with as many components as the largest has."""
         counts = None if self.counts is None else [max(self.counts)] * len(lengths)
         return replace(self, lengths=lengths, counts=counts)
 
+    def with_state_dtype(self, dtype: torch.dtype) -> RunShape:
+        return replace(self, options=replace(self.options, state_dtype=dtype))
 
-def fitted(run: Run, asked: RunShape) -> Run:
-    """The run with the workspace that the device has room for.
 
-    How many components a dictionary or experts have is known only with the trace: without ``counts`` a run of these is
+def fitted(run: Run, shape: RunShape) -> Run:
+    """Return the run with the workspace that the device has room for.
+
+    How many components a dictionary or experts have is known only with the trace. Without ``counts`` such a run is
     refused where not even the fewest fit, and else left as it is.
 
     Raises:
-        MemoryError: not even the state and the trace fit; what does is in the message.
+        MemoryError: not even the state and the trace fit; the message says what is short and what would fit.
     """
-    adapter, kind = asked.adapter, asked.kind
-    if _is_small(asked):
+    adapter, kind = shape.adapter, shape.kind
+    if _is_small(shape):
         return run
-    known = asked.counts is not None or all(named_components(one, adapter, 1)[1] for one in kind.each(adapter))
-    if not known:
-        asked = replace(asked, counts=[fewest_components(kind, adapter)] * len(asked.lengths))
-    fit = _fitted_sweep if asked.method is not None else _fitted_state
-    if not known and fit is _fitted_sweep:  # its tables are of as many experts as there may be: only the trace is sure
-        free = available(adapter.device)
-        if free is None or _is_spread(adapter) or asked.plan().trace_bytes <= free:
-            return run
-    found = fit(run, asked)
-    return found if known else run
+    fit = _fitted_state if shape.method is None else _fitted_sweep
+    if shape.counts is not None or all(named_components(one, adapter, 1)[1] for one in kind.each(adapter)):
+        return fit(run, shape)
+    fewest = replace(shape, counts=[fewest_components(kind, adapter)] * len(shape.lengths))
+    if shape.method is None or not _trace_fits(fewest):  # a sweep's tables are as wide as all experts: too wide to tell
+        fit(run, fewest)
+    return run
 
 
-def _fitted_state(run: Run, asked: RunShape) -> Run:
-    name, device, options = run.backend.name, asked.adapter.device, asked.options
-    made = asked.plan()
+def _trace_fits(shape: RunShape) -> bool:
+    """True unless the trace alone is known to be too large."""
+    free = available(shape.adapter.device)
+    return free is None or _is_spread(shape.adapter) or shape.plan().trace_bytes <= free
+
+
+def _fitted_state(run: Run, shape: RunShape) -> Run:
+    name, device, options = run.backend.name, shape.adapter.device, shape.options
+    made = shape.plan()
     free = made.available_bytes
     if free is None or made.upper_bound:
         return run
-    short, may_stream = _shortage(made, name), _may_stream(run, asked.adapter, options)
-    may_stream &= not callable(options.allocation) and not _is_spread(asked.adapter)
-    on_cpu = device.type == "cpu"
-    if short and options.stream == "auto" and may_stream and not on_cpu and not _shortage(made, STREAMED):
-        name, short = STREAMED, None
-    if short:
-        raise MemoryError(_refusal(made, asked, name, short, may_stream))
+    if short := _shortage(made, name):
+        may_replace = _may_replace(run, shape)
+        streams = may_replace and options.stream == "auto" and _can_stream(shape)
+        if not streams or _shortage(made, STREAMED):
+            raise MemoryError(_refusal(made, shape, name, short, may_replace))
+        name = STREAMED
     workspace, budget = made.of(name).workspace_bytes, options.memory_budget
     room = free - (made.of(name).peak_bytes - workspace)  # less than that: not the forward pass is the peak
-    if name != "reference" and budget is None and workspace > room:
+    if run.workspace(device) is not None and budget is None and workspace > room:
         budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
     elif name == run.backend.name:
         return run
-    compute = run.backend.compute_dtype
+    compute = run.compute_dtype
     backend = StreamBackend(device, compute, budget) if name == STREAMED else make_backend(name, compute, budget)
     return replace(run, backend=backend)
 
 
 def _shortage(made: Plan, name: str) -> str | None:
-    """What the backend ``name`` needs and what there is, where that is not enough for it."""
-    need, host = least_bytes(made, name), available(torch.device("cpu"))
-    if need > made.available_bytes:
-        return f"needs {readable(need)} on {made.device} and {readable(made.available_bytes)} are available"
+    """What the backend ``name`` needs and what there is, or None if that is enough for it."""
+    need, free, host = least_bytes(made, name), made.available_bytes, available(torch.device("cpu"))
+    if free is not None and need > free:
+        return f"needs {readable(need)} on {made.device} and {readable(free)} are available"
     held = made.of(name).host_bytes
     if held and host is not None and held > host:
         return f"needs {readable(held)} in host memory and {readable(host)} are available"
@@ -109,78 +140,45 @@ def _shortage(made: Plan, name: str) -> str | None:
 
 
 def _is_spread(adapter: Adapter) -> bool:
-    """Whether layers lie on several devices: no plan says what a sweep holds on one, and states stream to one only."""
+    """True if layers lie on several devices: no plan says what a sweep holds on one, and states stream to one only."""
     return len({adapter.layer_device(index) for index in range(adapter.n_layers)}) > 1
 
 
-def _fitted_sweep(run: Run, asked: RunShape) -> Run:
+def _fitted_sweep(run: Run, shape: RunShape) -> Run:
     """A sweep begins with the workspace that there is room for, if many components are loud, or at least if none is.
 
-    One that was asked for is left as it is: where memory runs out it is halved, and that is said.
+    A workspace that was asked for is left as it is: where memory runs out the sweep halves it, and says so.
     """
-    free = available(asked.adapter.device)
+    free, method = available(shape.adapter.device), shape.method
+    assert method is not None
     if free is None:
         return run
-    outlook = _outlook(asked)
+    outlook = shape.outlook(method)
     usual = outlook.default_workspace(free)
-    if outlook.peak(usual, None) > free and _is_spread(asked.adapter):
+    if outlook.peak(usual, None) > free and _is_spread(shape.adapter):
         return run
     for loud in (None, 0):
-        workspace, smallest = usual, outlook.smallest(usual)
-        while workspace > smallest and outlook.peak(workspace, loud) > free:
-            workspace //= 2
-        if outlook.peak(workspace, loud) <= free:
-            return run if asked.options.memory_budget or workspace == usual else replace(run, memory_budget=workspace)
-    raise MemoryError(_refusal_of_sweep(asked, free))
+        workspace = outlook.fitting_workspace(free, loud)
+        if workspace is not None:
+            return run if shape.options.memory_budget or workspace == usual else replace(run, memory_budget=workspace)
+    raise MemoryError(_refusal_of_sweep(shape, outlook, method, free))
 
 
-def _outlook(asked: RunShape) -> SweepOutlook:
-    more = {"end": asked.end, "device": asked.adapter.device, "traced": asked.traced, "counts": asked.counts}
-    return foresee(asked.adapter, asked.lengths, asked.kind, asked.options, asked.method, **more)
+def _may_replace(run: Run, shape: RunShape) -> bool:
+    """True if the streaming backend may take the place of the run's: it is torch, or nobody asked for it by name."""
+    streamable = run.backend.streamable
+    return streamable or choose_backend(shape.options.backend, shape.adapter.device, run.compute_dtype).automatic
 
 
-def _refusal_of_sweep(asked: RunShape, free: int) -> str:
-    """What a sweep needs with the smallest workspace, what there is, and what would fit."""
-
-    def need(asked: RunShape) -> int:
-        outlook = _outlook(asked)
-        return outlook.peak(outlook.smallest(outlook.default_workspace(free)), 0)
-
-    def fits(asked: RunShape) -> int | None:
-        return found if (found := need(asked)) <= free else None
-
-    ways, method = [], asked.method
-    if method.refine:
-        few = _largest(method.refine, lambda k: fits(replace(asked, method=replace(method, refine=k))))
-        fewer = replace(asked, method=replace(method, refine=few or 0))
-        if few or fits(fewer) is not None:
-            ways.append(f"refine={few or 0} ({readable(need(fewer))})")
-    if method.sample and not ways:
-        none = replace(asked, method=replace(method, refine=0, sample=0))
-        if (size := fits(none)) is not None:
-            ways.append(f"{'refine=0, ' if method.refine else ''}sample=0 ({readable(size)})")
-    if _outlook(asked).wide == torch.float64:
-        narrow = replace(asked, options=replace(asked.options, state_dtype=torch.float32))
-        if (size := fits(narrow)) is not None:
-            ways.append(f"state_dtype='float32' ({readable(size)})")
-    ways += _smaller_prompts(asked, fits)
-    outlook = _outlook(asked)
-    made_of = f"the trace takes {readable(outlook.forward.trace)}"
-    device = asked.adapter.device
-    return (
-        f"{asked.kind.kind}, adjoint: needs {readable(need(asked))} on {device}, however small the workspace, and "
-        f"{readable(free)} are available: {made_of}. {_advice(ways)}"
-    )
+def _can_stream(shape: RunShape) -> bool:
+    """True if there is a device beside the host's memory, and nothing that needs all components at once on it."""
+    has_device = shape.adapter.device.type != "cpu"
+    return has_device and not callable(shape.options.allocation) and not _is_spread(shape.adapter)
 
 
-def _may_stream(run: Run, adapter: Adapter, options: Options) -> bool:
-    """Whether the state may stream, which is the torch backend's: not where another one was asked for by name."""
-    return run.backend.streamable or choose_backend(options.backend, adapter.device, run.compute_dtype).automatic
-
-
-def _is_small(asked: RunShape) -> bool:
-    """Whether a run so surely fits anywhere that planning it, a few milliseconds, would be wasted."""
-    adapter, lengths, kind = asked.adapter, asked.lengths, asked.kind.kind
+def _is_small(shape: RunShape) -> bool:
+    """True if a run so surely fits anywhere that planning it, a few milliseconds, would be wasted."""
+    adapter, lengths, kind = shape.adapter, shape.lengths, shape.kind.kind
     sizes, longest = layer_sizes(adapter), max(lengths)
     counts = {"tokens": longest, "heads": max(size.o for size in sizes), "modules": 2}
     counts["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
@@ -192,63 +190,85 @@ def _is_small(asked: RunShape) -> bool:
 
 
 def least_bytes(made: Plan, backend: str) -> int:
-    """Bytes below which a run cannot be done whatever its workspace."""
+    """Return the bytes below which a run cannot be done whatever its workspace."""
     estimate = made.of(backend)
-    if backend == "reference":
+    if backend == ReferenceBackend.name:  # whose workspace is not bounded
         return estimate.peak_bytes
     return max(estimate.forward_bytes, estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST))
 
 
-def _refusal(made: Plan, asked: RunShape, name: str, short: str, may_stream: bool) -> str:
-    """What is short for the backend ``name``, and what would fit."""
-    named, options, adapter = "backend='torch', ", asked.options, asked.adapter
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
-    def fits(asked: RunShape) -> int | None:
-        made = asked.plan()
-        return None if _shortage(made, name) else least_bytes(made, name)
+Fits = Callable[[RunShape, str], int | None]  # the bytes that a run needs with a backend, None where it does not fit
 
-    ways = []
-    if name == "reference" and not _shortage(made, "torch"):
-        ways.append(f"backend='torch' ({readable(least_bytes(made, 'torch'))})")
-    if name in JOINTLY and adapter.device.type != "cpu" and not callable(options.allocation):
-        asked_for = may_stream and options.stream == "auto"
-        if not asked_for and not _shortage(made, STREAMED):
-            ways.append(f"{'' if may_stream else named}stream=True ({readable(least_bytes(made, STREAMED))})")
+
+def _refusal(made: Plan, shape: RunShape, name: str, short: str, may_replace: bool) -> str:
+    """The message for the backend ``name``: what is short, and what would fit."""
+
+    def fits(other: RunShape, name: str) -> int | None:
+        plan = other.plan()
+        return None if _shortage(plan, name) else least_bytes(plan, name)
+
+    parts = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
+    return f"{made.components}: {short}: {parts}. {_advice(_ways(shape, name, may_replace, fits))}"
+
+
+def _ways(shape: RunShape, name: str, may_replace: bool, fits: Fits) -> Iterator[str]:
+    """Changes of an exact run with the backend ``name`` that make it fit, each found to do so by a plan."""
+    options, adapter = shape.options, shape.adapter
+    if name not in (*JOINTLY, STREAMED) and (need := fits(shape, "torch")):
+        yield f"backend='torch' ({readable(need)})"
+    was_tried = may_replace and options.stream == "auto"
+    if name in JOINTLY and _can_stream(shape) and not was_tried and (need := fits(shape, STREAMED)):
+        words = "stream=True" if may_replace else "backend='torch', stream=True"
+        yield f"{words} ({readable(need)})"
+    state = options.dtypes(adapter.dtype, adapter.device)[0]
     for dtype in (torch.float32, torch.bfloat16):
-        if dtype.itemsize < getattr(torch, made.state_dtype).itemsize:
-            need = fits(replace(asked, options=replace(options, state_dtype=dtype)))
-            if need is not None:
-                ways.append(f"state_dtype='{str(dtype).removeprefix('torch.')}' ({readable(need)})")
-                break
-    ways += _smaller_prompts(asked, fits)
-    what = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
-    return f"{made.components}: {short}: {what}. {_advice(ways)}"
+        if dtype.itemsize < state.itemsize and (need := fits(shape.with_state_dtype(dtype), name)):
+            yield f"state_dtype='{dtype_name(dtype)}' ({readable(need)})"
+            break
+    yield from _smaller_prompts(shape, name, fits)
 
 
-def _smaller_prompts(asked: RunShape, fits: Callable[[RunShape], int | None]) -> list[str]:
-    """How many of the prompts fit together, or else the longest one that does; nothing where there is a trace."""
-    if asked.traced:
-        return []
-    ordered = sorted(asked.lengths, reverse=True)
-    several = [k for k in range(1, len(ordered)) if fits(asked.with_lengths(ordered[:k])) is not None]
-    if several:
-        return [f"{several[-1]} of these {len(ordered)} prompts at a time"]
-    if isinstance(asked.kind, Custom):
-        return []
-    length = _largest(ordered[0], lambda n: fits(asked.with_lengths([n])))
-    return [f"a prompt of {length} tokens ({readable(fits(asked.with_lengths([length])))})"] if length else []
+def _refusal_of_sweep(shape: RunShape, outlook: SweepOutlook, method: Adjoint, free: int) -> str:
+    """The message for a sweep: what it needs with the smallest workspace, what there is, and what would fit."""
+
+    def fits(other: RunShape, name: str) -> int | None:
+        need = other.outlook(other.method or method).least(free)
+        return need if need <= free else None
+
+    return (
+        f"{shape.kind.kind}, adjoint: needs {readable(outlook.least(free))} on {shape.adapter.device}, however small "
+        f"the workspace, and {readable(free)} are available: the trace takes {readable(outlook.forward.trace)}. "
+        f"{_advice(_ways_of_sweep(shape, outlook, method, fits))}"
+    )
 
 
-def _largest(bound: int, fits: Callable[[int], int | None]) -> int:
-    """The largest number below ``bound`` that fits, 0 where none does."""
-    low, high = 0, bound
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) is not None else (low, middle)
-    return low
+def _ways_of_sweep(shape: RunShape, outlook: SweepOutlook, method: Adjoint, fits: Fits) -> Iterator[str]:
+    """Changes of a sweep that make it fit, each found to do so by an outlook of its own."""
+    screening = replace(method, refine=0, sample=0)
+    if method != screening and (need := fits(replace(shape, method=screening), "adjoint")):
+        yield f"method=Adjoint(refine=0, sample=0) ({readable(need)})"
+    if outlook.wide == torch.float64 and (need := fits(shape.with_state_dtype(torch.float32), "adjoint")):
+        yield f"state_dtype='float32' ({readable(need)})"
+    yield from _smaller_prompts(shape, "adjoint", fits)
 
 
-def _advice(ways: list[str]) -> str:
-    if not ways:
+def _smaller_prompts(shape: RunShape, name: str, fits: Fits) -> Iterator[str]:
+    """One of several prompts at a time, or half of the only one; nothing where the trace exists already."""
+    longest, n_prompts = max(shape.lengths), len(shape.lengths)
+    is_rigid = n_prompts == 1 and (longest == 1 or isinstance(shape.kind, Custom))  # components of so many tokens
+    if shape.traced or is_rigid:
+        return
+    length = longest if n_prompts > 1 else longest // 2
+    if need := fits(shape.with_lengths([length]), name):
+        words = f"one of these {n_prompts} prompts at a time" if n_prompts > 1 else f"a prompt of {length} tokens"
+        yield f"{words} ({readable(need)})"
+
+
+def _advice(ways: Iterator[str]) -> str:
+    """The first two of ``ways``; no plan is made for more."""
+    chosen = list(islice(ways, 2))
+    if not chosen:
         return "Take a shorter prompt or a machine with more memory."
-    return f"It fits with {', or with '.join(ways)}."
+    return f"It fits with {', or with '.join(chosen)}."

@@ -24,7 +24,7 @@ from ..runtime.dtypes import dtype_name, widest
 from ..runtime.memory import available
 from ..trace.record import Trace
 from ..trace.size import without_weights
-from .adjoint import SweepOutlook, foresee
+from .adjoint import SweepOutlook, sweep_outlook
 from .exact import JOINTLY, SINGLY, estimates
 from .plan import BackendEstimate, Plan
 from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
@@ -72,7 +72,9 @@ def plan(
     kind.check(adapter, lengths)
     speed = (gemm_flops, rate_source)
     if method is not None:
-        outlook = foresee(adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts)
+        outlook = sweep_outlook(
+            adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts
+        )
         return _adjoint(adapter, lengths, kind, outlook, device, loud, *speed)
     made = _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
     return _tightest(adapter, made, end, traced) if spread else made

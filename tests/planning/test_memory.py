@@ -177,12 +177,12 @@ def test_what_cannot_fit_is_refused_before_any_work(free, monkeypatch):
     peak = least_bytes(least, "torch")
     free(peak - 1000)
     with pytest.raises(
-        MemoryError, match=r"It fits with state_dtype='bfloat16' \(.*\), or with a prompt of (\d+) tokens"
+        MemoryError, match=r"It fits with state_dtype='bfloat16' \(.*\), or with a prompt of 30 tokens \(.*\)\.$"
     ):
         dp.attribute(ids, Tokens())
     many = [random_ids(40, seed=i) for i in range(6)]
     free(least_bytes(dp.plan(many[:3], Tokens(), measure=False), "torch"))
-    with pytest.raises(MemoryError, match="3 of these 6 prompts at a time"):
+    with pytest.raises(MemoryError, match="one of these 6 prompts at a time"):
         dp.attribute(many, Tokens())
     with pytest.raises(MemoryError, match="It fits with backend='torch'"):
         dp.attribute(many[:3], Tokens(), backend="reference")
@@ -194,12 +194,35 @@ def test_what_is_said_to_fit_does(free):
     free(peak - 1000)
     with pytest.raises(MemoryError, match="tokens: needs") as refused:
         dp.attribute(ids, Tokens())
-    length = int(str(refused.value).split("a prompt of ")[1].split()[0])
-    assert 1 < length < 60
-    dp.attribute(ids[:length], Tokens())
+    assert "a prompt of 30 tokens" in str(refused.value) and "state_dtype='bfloat16'" in str(refused.value)
+    dp.attribute(ids[:30], Tokens())
     dp.attribute(ids, Tokens(), state_dtype="bfloat16")
-    with pytest.raises(MemoryError, match="tokens: needs"):
-        dp.attribute(ids[: length + 1], Tokens())
+    many = [random_ids(40, seed=i) for i in range(6)]
+    free(least_bytes(dp.plan(many[:1], Tokens(), measure=False), "torch"))
+    with pytest.raises(MemoryError, match="It fits with one of these 6 prompts at a time") as refused:
+        dp.attribute(many, Tokens())
+    for one in many:
+        dp.attribute([one], Tokens())
+
+
+def test_a_refusal_gives_two_pieces_of_advice_at_most_and_none_that_does_not_help(free, monkeypatch):
+    dp, ids = build("llama-gqa"), random_ids(60)
+    plans, plan_of = [], RunShape.plan
+    monkeypatch.setattr(RunShape, "plan", lambda shape: plans.append(shape) or plan_of(shape))
+    wide = least_bytes(dp.plan(ids, Tokens(), measure=False, state_dtype="float64"), "reference")
+    free(wide - 1000)
+    with pytest.raises(MemoryError) as refused:  # it would fit with a shorter prompt as well
+        dp.attribute(ids, Tokens(), state_dtype="float64", backend="reference")
+    advice = str(refused.value).split("It fits with ")[1]
+    assert advice.startswith("backend='torch' (") and ", or with state_dtype='float32' (" in advice
+    assert advice.count("with") == 1 and "a prompt of" not in advice and len(plans) == 3
+    dp.attribute(ids, Tokens(), state_dtype="float64", backend="torch")
+    dp.attribute(ids, Tokens(), state_dtype="float32", backend="reference")
+    free(least_bytes(dp.plan(random_ids(20), Tokens(), measure=False), "torch"))  # half of 60 is too long
+    with pytest.raises(MemoryError, match="Take a shorter prompt or a machine with more memory") as refused:
+        dp.attribute(ids, Tokens())
+    assert "It fits" not in str(refused.value)
+    dp.attribute(random_ids(20), Tokens())
 
 
 def test_the_workspace_is_what_there_is_room_for(free):
@@ -218,30 +241,30 @@ def test_the_workspace_is_what_there_is_room_for(free):
 def wide():
     """Few components and wide MLPs: what is held at the peak is held by the forward pass."""
     dp = DePass(build_model("llama", num_key_value_heads=2, intermediate_size=1024))
-    asked = RunShape(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
-    estimate = asked.plan().of("torch")
+    shape = RunShape(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
+    estimate = shape.plan().of("torch")
     assert estimate.peak_bytes == estimate.forward_bytes and estimate.workspace_bytes > 8 << 20
-    return dp, asked, estimate.forward_bytes
+    return dp, shape, estimate.forward_bytes
 
 
 @pytest.mark.parametrize("budget", [None, 1 << 20])
 def test_a_forward_pass_that_does_not_fit_is_refused_whatever_the_workspace(wide, free, budget):
-    dp, asked, forward = wide
+    dp, shape, forward = wide
     options = dp.options.updated({"memory_budget": budget})
-    run, asked = options.build(dp.adapter), replace(asked, options=options)
-    assert least_bytes(asked.plan(), "torch") == forward
+    run, shape = options.build(dp.adapter), replace(shape, options=options)
+    assert least_bytes(shape.plan(), "torch") == forward
     free(forward)
-    fitted(run, asked)
+    fitted(run, shape)
     free(forward - 1)
     with pytest.raises(MemoryError, match="modules: needs .* are available"):
-        fitted(run, asked)
+        fitted(run, shape)
 
 
 def test_a_run_whose_peak_is_the_forward_pass_keeps_its_workspace(wide, free):
-    dp, asked, forward = wide
+    dp, shape, forward = wide
     free(forward)
     run = dp.options.build(dp.adapter)
-    assert fitted(run, asked) is run
+    assert fitted(run, shape) is run
 
 
 def test_a_complete_state_drops_its_empty_rest_in_place():
@@ -291,8 +314,8 @@ def test_a_model_on_several_devices_is_held_against_the_tightest(monkeypatch):
     monkeypatch.setattr(depass_fast.planning.fit, "_SMALL", 0)
 
     def fit(kind):
-        asked = RunShape(dp.adapter, [60], kind, dp.options, None, False)
-        return fitted(dp.options.build(dp.adapter), asked)
+        shape = RunShape(dp.adapter, [60], kind, dp.options, None, False)
+        return fitted(dp.options.build(dp.adapter), shape)
 
     fit(kind)
     room[devices[1]] = least_bytes(made, "torch") - 1

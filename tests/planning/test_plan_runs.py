@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import depass_fast.planning.fit
-import depass_fast.planning.planner
 import depass_fast.request
 from depass_fast import DePass, Features, Neurons, Tokens
 from depass_fast.adjoint import sweep
@@ -16,7 +14,8 @@ from depass_fast.backends.triton.backend import TritonBackend
 from depass_fast.cli.main import main
 from depass_fast.options import Adjoint, Options
 from depass_fast.planning import adjoint as outlook_of_sweeps
-from depass_fast.planning.adjoint import foresee
+from depass_fast.planning import fit, planner
+from depass_fast.planning.adjoint import sweep_outlook
 from depass_fast.planning.planner import plan
 from tests.support.adjoint import close
 from tests.support.components import Dictionary
@@ -37,7 +36,7 @@ def wide() -> DePass:
 @pytest.fixture
 def free(monkeypatch):
     def say(size):
-        for place in (depass_fast.planning.planner, depass_fast.planning.fit, sweep):
+        for place in (planner, fit, sweep):
             monkeypatch.setattr(place, "available", lambda device: size)
 
     return say
@@ -90,24 +89,24 @@ def test_the_arithmetic_of_a_sweep_is_what_is_done(wide, kind, refine, sample, m
 
 def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypatch):
     method = Adjoint(1500, "all", 64)
-    outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=False)
-    need = outlook.peak(outlook.smallest(outlook.default_workspace(1 << 24)), 0)
-    free(need - (1 << 18))
+    shape = fit.RunShape(wide.adapter, [40], ALL, wide.options, None, False, method=method)
+    free(shape.outlook(method).least(1 << 24) - (1 << 18))
     with monkeypatch.context() as patch:
         patch.setattr(wide.adapter.model, "forward", None)  # no work
-        with pytest.raises(MemoryError, match=r"neurons, adjoint: needs .*It fits with refine=(\d+) \(") as refused:
+        with pytest.raises(MemoryError, match=r"neurons, adjoint: needs .*It fits with method=Adjoint") as refused:
             wide.attribute(IDS, ALL, 7, method=method)
-        length = int(str(refused.value).split("a prompt of ")[1].split()[0])
-        assert 1 < length < 40
-        free(100_000)
-        with pytest.raises(MemoryError, match="Take a shorter prompt|a prompt of"):
-            wide.attribute(IDS, ALL, 7)
-    free(need - (1 << 18))
-    most = int(str(refused.value).split("refine=")[1].split()[0])
-    assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most)).method == "adjoint"
-    assert wide.attribute(IDS[:length], ALL, 7, method=method).method == "adjoint"
-    with pytest.raises(MemoryError, match="neurons, adjoint: needs"):
-        wide.attribute(IDS, ALL, 7, method=Adjoint(refine=most + 1))
+        advice = str(refused.value).split("It fits with ")[1].split(", or with ")
+        assert advice[0].startswith("method=Adjoint(refine=0, sample=0) (") and advice[1].startswith("a prompt of 20 t")
+        free(shape.outlook(method).least(1 << 24))
+        with pytest.raises(MemoryError, match="or with one of these 3 prompts at a time"):
+            wide.attribute([IDS] * 3, ALL, 7, method=method)
+    assert wide.attribute([IDS], ALL, 7, method=method)[0].method == "adjoint"
+    free(shape.outlook(method).least(1 << 24) - (1 << 18))
+    assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=0, sample=0)).method == "adjoint"
+    assert wide.attribute(IDS[:20], ALL, 7, method=method).method == "adjoint"
+    free(100_000)
+    with pytest.raises(MemoryError, match="Take a shorter prompt"):
+        wide.attribute(IDS, ALL, 7)
 
 
 def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, monkeypatch):
@@ -115,7 +114,9 @@ def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, mo
     monkeypatch.setattr(outlook_of_sweeps, "default_workspace", lambda free, cuda: 1 << 28)  # as if all of it were free
     method = Adjoint(1500, "all", 64)
     usual = wide.attribute(trace, ALL, 7, method=method)
-    outlook = foresee(wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=True)
+    outlook = sweep_outlook(
+        wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=True
+    )
     size = outlook.peak(8 << 20, None)
     assert outlook.peak(1 << 28, None) > size
     taken, begin = [], sweep.Sweep._attempt
@@ -165,7 +166,7 @@ def test_a_trace_tells_how_many_components_there_are(unknown):
 @pytest.mark.parametrize("unknown", ["features", "experts"], indirect=True)
 def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free, monkeypatch):
     dp, kind = unknown
-    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
     ids, done = random_ids(40), []
     monkeypatch.setattr(depass_fast.request, "initial_state", lambda *_, **__: done.append("decomposed"))
     monkeypatch.setattr(sweep.Sweep, "run", lambda *_: done.append("swept"))
@@ -176,14 +177,14 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
         dp.attribute(ids, kind, 7, method=method)
     assert not done  # not even the trace fits
     trace = dp.trace(ids)
-    need = depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch")
+    need = fit.least_bytes(dp.plan(trace, kind, measure=False), "torch")
     if method:
         counts, how = (
-            depass_fast.planning.planner.known_counts(kind, dp.adapter, trace),
+            planner.known_counts(kind, dp.adapter, trace),
             Adjoint(64, "all", 64),
         )
         cpu = torch.device("cpu")
-        sweeps = foresee(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)
+        sweeps = sweep_outlook(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)
         need = sweeps.peak(1, 0)
     done.clear()
     free(int(0.9 * need))
@@ -193,11 +194,11 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
 
 
 def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monkeypatch):
-    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
     dp, kind, ids = build("llama-gqa"), Features(1, sae=Dictionary(size=3000), site="resid_post"), random_ids(40)
     usual = dp.attribute(ids, kind, 7)
     trace = dp.trace(ids)
-    free(depass_fast.planning.fit.least_bytes(dp.plan(trace, kind, measure=False), "torch") + 1000)
+    free(fit.least_bytes(dp.plan(trace, kind, measure=False), "torch") + 1000)
     for what in (ids, trace):
         tight = dp.attribute(what, kind, 7)
         assert tight.memory_budget < usual.memory_budget
@@ -207,13 +208,13 @@ def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monke
 @pytest.mark.parametrize("layers", [[1], "all"])
 def test_experts_of_several_layers_get_the_workspace_that_there_is_room_for(layers, free, monkeypatch):
     """Only the trace tells how many there are; the workspace that is then found is the one that is used."""
-    monkeypatch.setattr(depass_fast.planning.fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
     dp, kind, ids = DePass(build_variant("mixtral")), Neurons(layers=layers), random_ids(40)
     usual = dp.attribute(ids, kind, 7, method="exact")
     trace, first = dp.trace(ids), Neurons(kind.each(dp.adapter)[0].layer)
     counts = [max(one.counts(dp.adapter, trace)[0] for one in kind.each(dp.adapter))]
     made = plan(dp.adapter, [40], first, dp.options, traced=True, counts=counts)
-    free(depass_fast.planning.fit.least_bytes(made, "torch") + 1000)
+    free(fit.least_bytes(made, "torch") + 1000)
     tight = dp.attribute(trace, kind, 7, method="exact")
     for one, other in zip(tight, usual, strict=True):
         assert one.memory_budget < other.memory_budget
