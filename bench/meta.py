@@ -37,7 +37,7 @@ from depass_fast.components import start as initial
 from depass_fast.options import Adjoint
 from depass_fast.planning import planner
 from depass_fast.propagation.joint import JOINT_BYTES
-from depass_fast.trace import capture
+from depass_fast.trace import attention, capture
 
 from .harness import SHAPES, build_model, write_results
 
@@ -172,7 +172,7 @@ def standing_in() -> Iterator[None]:
             (engine, "check_weights", lambda adapter: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency, "is_known", lambda *about: True),
-            (capture.attention, "causal_attention", attend),
+            (attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (torch_backend, "has_zeros", lambda x: False),

@@ -1,6 +1,6 @@
-"""Where each model family keeps its norms, its V and O, its gate and down projections.
+"""Adapters: a model's weights and modules, found by a declaration of its family.
 
-A family is one short file that says for which ``model_type`` it stands (``MODEL_TYPES``) and declares a
+A family is one short file. It names the ``model_type`` that it stands for (``MODEL_TYPES``) and declares a
 :class:`Family` for a config; :func:`adapt` finds it. `docs/adding-a-family.md` shows how to write one.
 """
 
@@ -10,13 +10,14 @@ import copy
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from . import families
 from .adapter import Adapter
-from .experts import ExpertAssignment, route, sort_choices, watch_router
+from .biasless import without_biases
+from .experts import ExpertAssignment, RoutedExpert, sort_choices
 from .family import Experts, Family, Observed
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
@@ -34,12 +35,12 @@ __all__ = [
     "Mlp",
     "Norm",
     "Observed",
+    "RoutedExpert",
     "adapt",
-    "route",
     "sort_choices",
     "supported_families",
     "unwrap",
-    "watch_router",
+    "without_biases",
 ]
 
 _FILES = [
@@ -60,10 +61,10 @@ def adapt(model: nn.Module) -> Adapter:
 
     Raises:
         TypeError: ``model`` is no Hugging Face model (it has no ``config``), or no causal language model.
-        ValueError: its family is not supported, the message names those that are; it looks ahead; or it is a fork
-            without the modules of its family.
+        ValueError: its family is not supported (the message names those that are), its attention looks ahead, or it is
+            a fork without the modules of its family.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
         raise TypeError(f"model: expected a loaded Hugging Face causal language model, got {type(model).__name__}.")
@@ -72,7 +73,7 @@ def adapt(model: nn.Module) -> Adapter:
         raise ValueError(
             f"model: family {model_type!r} is not supported. Supported families: {', '.join(supported_families())}."
         )
-    if model.get_output_embeddings() is None:
+    if cast(Any, model).get_output_embeddings() is None:
         raise TypeError(f"model: {type(model).__name__} has no unembedding; load it with AutoModelForCausalLM instead.")
     declared = copy.copy(config)
     declared.model_type = family
@@ -83,13 +84,13 @@ def adapt(model: nn.Module) -> Adapter:
             "its family's modules under their names."
         )
     for index in range(adapter.n_layers if adapter.family.v_norm is not None else 0):
-        adapter.attention(index)  # which refuses what it cannot express
+        adapter.attention(index)  # raises ValueError for a latent that it cannot express
     if not getattr(adapter.config, "is_causal", True) or getattr(adapter.config, "use_bidirectional_attention", False):
         raise ValueError("model: its attention looks ahead, by its config; only causal models are decomposed.")
     return adapter
 
 
 def family_of(config: Any) -> str | None:
-    """The supported ``model_type`` of a config, or the most specific one among its class's ancestors; None without."""
+    """The supported ``model_type`` of a config, or the most specific one of its class's ancestors; None without one."""
     own = [config.model_type, *(vars(base).get("model_type") for base in type(config).__mro__)]
     return next((name for name in own if name in _FAMILIES), None)

@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_mlps, expert_modules, has_router
-from .family import Family, Observed, Path
+from . import experts
+from .experts import ExpertAssignment, RoutedExpert
+from .family import Experts, Family, Observed, Path
 from .paths import below, name_of
 from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
 from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
 
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
+_BRANCH_NORMS = [f"{branch}{kind}" for branch in ("attention", "mlp") for kind in _NORMS]
+
+# the parts that every layer has (the projections of an MLP are missing from a mixture of experts, which is not asked)
+AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model and where its family keeps its parts. ``drop_biases`` keeps constants out of the propagation."""
+    """A model and where its family keeps its parts. Nothing outside this package reads the declaration itself."""
 
     model: nn.Module
     family: Family
-    drop_biases: bool = False
 
     # -- the model ----------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
-        """Of the text model, which is all of it unless the model sees, too; the one that its attention looks at."""
+        """The config that attention looks at: the text model's, where the model also sees."""
         return self.decoder.config
 
     @property
@@ -50,7 +54,7 @@ class Adapter:
         return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         return self._below_model(self.family.embedding)
 
     @property
@@ -59,7 +63,7 @@ class Adapter:
 
     @property
     def context_length(self) -> int | None:
-        """The most positions that the model can have, None where nothing limits them (BLOOM's ALiBi)."""
+        """The most positions that the model can have; None where nothing limits them (BLOOM's ALiBi)."""
         names = ("max_position_embeddings", "max_seq_len")
         return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
 
@@ -69,14 +73,31 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where the model begins; `device_map` may put later layers elsewhere."""
+        """The device of the embedding; `device_map` may put later layers elsewhere."""
         return self.embedding.weight.device
 
+    @property
+    def is_parallel(self) -> bool:
+        """True if the MLP of a layer reads the same residual stream as its attention."""
+        return self.family.parallel
+
+    # -- its attention ------------------------------------------------------------------------------------------
+
+    @property
+    def has_alibi(self) -> bool:
+        """True if the logits of keys are raised by their distance (ALiBi)."""
+        return self.family.alibi
+
+    @property
+    def has_sinks(self) -> bool:
+        """True if every query has, beside the keys' logits, a logit of nothing (gpt-oss)."""
+        return self.family.sinks
+
     def window(self, index: int, announced: int | None, implementation: str | None) -> int | None:
-        """The sliding window of layer ``index`` in the model's own mask, given what its call announces.
+        """The sliding window of layer ``index`` in the model's own mask, given what its attention call announces.
 
         Before transformers made masks per layer, eager and sdpa masks applied the configured window to every layer,
-        whatever the layer announced; flash attention never did: it has the window that is announced, and no mask.
+        whatever the layer announced. Flash attention has no mask and always applied the window that was announced.
         """
         flash = "flash" in (implementation or "eager")
         one_mask_for_all = hasattr(self.decoder, "_update_causal_mask") and not self.family.layer_windows
@@ -88,20 +109,22 @@ class Adapter:
         return window[index] if isinstance(window, tuple) else window
 
     def scale(self, attention: nn.Module, implementation: str | None) -> float | None:
-        """What an attention module multiplies its logits by where it does not announce it; None: the usual d^-0.5."""
+        """The factor of an attention module's logits where its call announces none; None: the usual d^-0.5."""
         own = self.family.eager_scale
         return own(attention) if own is not None and implementation == "eager" else None
 
     @property
     def observed(self) -> Observed | None:
-        """How to observe attention, where this version of transformers does not let it be replaced."""
+        """How to observe attention that this version of transformers does not let be replaced; None if it does."""
         attention = type(self.module(0, "attention"))
         homes = [sys.modules[base.__module__] for base in attention.__mro__]
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
         return None if pluggable else self.family.observed
 
+    # -- its forward pass ---------------------------------------------------------------------------------------
+
     def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
-        """One forward pass without the unembedding; an ordinary one where no positions are given."""
+        """Run one forward pass without the unembedding; without positions it is the model's usual one."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if self._takes("use_cache"):
             inputs["use_cache"] = False
@@ -111,11 +134,11 @@ class Adapter:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether every prompt needs a forward pass of its own.
+        """True if every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, where positions cannot be told, where the rotary embedding depends on
-        the longest of all positions, and in float64 with a router: many compute in float32, which rounds otherwise in
-        other company.
+        That is so where attention is observed, where positions cannot be passed, and where the rotary embedding depends
+        on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
+        otherwise beside other prompts.
         """
         narrow_router = self.family.experts is not None and self.dtype == torch.float64
         of_the_longest = any(
@@ -126,17 +149,13 @@ class Adapter:
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the forward pass can be told the positions; else it counts them (BioGPT), or has none (ALiBi)."""
+        """True if positions can be passed; else the model counts them (BioGPT), or has none (ALiBi)."""
         return self._takes("position_ids")
 
     def _takes(self, argument: str) -> bool:
-        """Whether the forward pass has an argument of this name; a fork's own may be one of (*args, **kwargs)."""
+        """True if the forward pass has an argument of this name; a fork's own may be one of (*args, **kwargs)."""
         forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
         return any(f is not None and argument in inspect.signature(f).parameters for f in forwards)
-
-    def without_biases(self) -> Adapter:
-        """The same model with its additive constants left out of the propagation (not out of the forward pass)."""
-        return replace(self, drop_biases=True)
 
     # -- its end ------------------------------------------------------------------------------------------------
 
@@ -146,7 +165,7 @@ class Adapter:
 
     @property
     def unembedding_bias(self) -> Tensor | None:
-        return None if self.drop_biases else stored_bias(self.unembedding)
+        return stored_bias(self.unembedding)
 
     @property
     def unembedding_device(self) -> torch.device:
@@ -175,9 +194,10 @@ class Adapter:
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
     def token_direction(self, token: int, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What a token's logit is the product with: a direction (D,) and a constant (), on the unembedding's device.
+        """A direction (D,) and a constant () whose product and sum with a hidden state are the logit of ``token``.
 
-        A cap on the logits is frozen at the ratio capped / raw that it has at the normed hidden state (D,).
+        Both lie on the unembedding's device. A cap on the logits is frozen at its ratio capped / raw at the normed
+        hidden state ``hidden`` (D,).
         """
         weight, bias = stored_weight(self.unembedding), self.unembedding_bias
         vector = weight[token].to(dtype)
@@ -194,7 +214,13 @@ class Adapter:
     def _project_out(self) -> nn.Module | None:
         return self._below_model(self.family.project_out) if self.family.project_out else None
 
-    # -- a layer ------------------------------------------------------------------------------------------------
+    # -- modules of a layer -------------------------------------------------------------------------------------
+
+    @overload
+    def module(self, index: int, part: AlwaysThere) -> nn.Module: ...
+
+    @overload
+    def module(self, index: int, part: str) -> nn.Module | None: ...
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
@@ -202,75 +228,37 @@ class Adapter:
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
-        return self._below_model(self.family.layers)._modules[str(index)]
+        block = self.blocks._modules[str(index)]
+        assert block is not None
+        return block
 
-    def _part(self, block: nn.Module, part: str) -> nn.Module | None:
+    def _part(self, block: nn.Module, part: str) -> Any:
         path = getattr(self.family, part)
         return None if path is None else below(block, path)  # much cheaper than get_submodule, which checks every step
 
     def layer_device(self, index: int) -> torch.device:
-        """Where layer ``index`` lives."""
+        """The device of layer ``index``."""
         return stored_device(self.module(index, "v_proj"))
 
-    def is_mixture(self, index: int) -> bool:
-        """Whether the MLP of layer ``index`` is a mixture of experts."""
-        return self.family.experts is not None and has_router(self.block(index), self.family.experts)
-
-    def layer(self, index: int) -> Layer:
-        """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
-        return Layer(self.attention(index), self.mlps(index), self.family.parallel)
-
-    def attention(self, index: int) -> Attention:
-        """Of :meth:`layer`, the attention alone."""
-        block = self.block(index)
-        return Attention(
-            **self._branch(block, "attention"),
-            v=self._values(block),
-            o=replace(self._linear(block, "o_proj"), outer_bias=self._part(block, "o_bias")),
-            head_dim=self.family.value_dim or self._head_dim(block),
-        )
-
-    def mlps(self, index: int) -> tuple[Mlp, ...]:
-        """Of :meth:`layer`, the MLP or the experts alone."""
-        block = self.block(index)
-        branch = self._branch(block, "mlp")
-        if self.is_mixture(index):
-            return expert_mlps(block, self.family.experts, branch, self.drop_biases)
-        gate, down = self._linear(block, "gate_proj", "gate_part"), self._linear(block, "down_proj")
-        return (Mlp(**branch, gate=gate, down=down),)
-
-    def _values(self, block: nn.Module) -> Linear | Latent:
-        down = self._linear(block, "v_proj", "v_part")
-        if self.family.v_norm is None:
-            return down
-        up = self._linear(block, "v_up", "v_up_part")
-        if down.has_bias or up.has_bias:
-            raise ValueError("model: the way of its values through a latent has a bias, which nothing here can carry.")
-        return Latent(down, self._norm(self._part(block, "v_norm")), up)
-
-    def _head_dim(self, block: nn.Module) -> int:
-        module = self._part(block, "attention")
-        named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
-        return int(named or self.config.hidden_size // self.config.num_attention_heads)
-
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
-        """Every norm that components pass, with its module: on the residual stream, what is added to it, a latent."""
-        parts = [*(f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS), "v_norm"]
+        """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
         for index in range(self.n_layers):
-            for part in parts:
-                if (module := self.module(index, part)) is not None:
-                    yield module, self._norm(module)
+            for part in [*_BRANCH_NORMS, "v_norm"]:
+                module = self.module(index, part)
+                if module is not None:
+                    yield module, self._made_norm(module)
         if self.final_norm_module is not None:
-            yield self.final_norm_module, self.final_norm()
+            yield self.final_norm_module, self._made_norm(self.final_norm_module)
 
     def weighty(self, index: int) -> list[nn.Module | Stacked]:
         """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
         parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
-        parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
-        modules = [module for part in parts if (module := self.module(index, part)) is not None]
+        parts += _BRANCH_NORMS
+        modules: list[nn.Module | Stacked] = []
+        modules += [module for part in parts if (module := self.module(index, part)) is not None]
         if self.is_mixture(index):
-            modules += expert_modules(self.block(index), self.family.experts)
+            modules += experts.expert_modules(self.block(index), self._experts)
         return modules
 
     def missing(self) -> str | None:
@@ -283,8 +271,7 @@ class Adapter:
             except AttributeError:
                 return name_of(path)
         for index in range(self.n_layers):
-            parts = ["attention", "v_proj", "v_norm", "v_up", "o_proj", "mlp"]
-            parts += [f"{b}{kind}" for b in ("attention", "mlp") for kind in _NORMS]
+            parts = ["attention", "v_proj", "v_norm", "v_up", "o_proj", "mlp", *_BRANCH_NORMS]
             for part in [*parts, "gate_proj", "down_proj"]:
                 try:
                     if part not in ("gate_proj", "down_proj") or not self.is_mixture(index):
@@ -298,27 +285,97 @@ class Adapter:
         return f"{name_of(self.family.layers)}.{index}.{name_of(getattr(self.family, part))}"
 
     def name_of(self, module: nn.Module | Stacked) -> str:
-        """A module's name below the model, or that of a tensor of experts."""
+        """The name of a module below the model, or that of a tensor of experts."""
         if isinstance(module, Stacked):
             return next(name for name, found in self.model.named_parameters() if found is module.stack)
         return next(name for name, found in self.model.named_modules() if found is module)
+
+    # -- a mixture of experts -----------------------------------------------------------------------------------
+
+    @property
+    def experts_per_position(self) -> int:
+        """The number of experts that a router sends a position to; 0 in a model without mixtures."""
+        return 0 if self.family.experts is None else self.family.experts.top_k
+
+    def is_mixture(self, index: int) -> bool:
+        """True if the MLP of layer ``index`` is a mixture of experts."""
+        return self.family.experts is not None and experts.has_router(self.block(index), self.family.experts)
+
+    def watch_router(self, index: int, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+        """Have ``note`` called with the weights and indices (T, K) that the router of layer ``index`` decides on.
+
+        Returns the function that undoes it.
+        """
+        return experts.watch_router(self.block(index), self._experts, note)
+
+    def route(self, index: int, x: Tensor, weights: Tensor, assignment: ExpertAssignment) -> list[RoutedExpert]:
+        """Recompute the experts of layer ``index`` on the normed states ``x`` (T, D) that were sent to them."""
+        return experts.route(self.block(index), self._experts, x, weights, assignment)
+
+    @property
+    def _experts(self) -> Experts:
+        if self.family.experts is None:
+            raise ValueError("model: it has no mixture of experts.")
+        return self.family.experts
+
+    # -- weights of a layer -------------------------------------------------------------------------------------
+
+    def layer(self, index: int) -> Layer:
+        """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
+        return Layer(self.attention(index), self.mlps(index), self.family.parallel)
+
+    def attention(self, index: int) -> Attention:
+        """The weights of layer ``index``'s attention alone."""
+        block = self.block(index)
+        head_dim = self.family.value_dim or self._head_dim(block)
+        return Attention(
+            **self._branch(block, "attention"),
+            v=self._values(block),
+            o=replace(self._linear(block, "o_proj"), outer_bias=self._part(block, "o_bias")),
+            head_dim=head_dim,
+            key_dim=self.family.key_dim or head_dim,
+            value_limit=self.family.v_clip,
+        )
+
+    def mlps(self, index: int) -> tuple[Mlp, ...]:
+        """The weights of layer ``index``'s MLP, or of its experts, alone."""
+        block = self.block(index)
+        branch = self._branch(block, "mlp")
+        if self.is_mixture(index):
+            return experts.expert_mlps(block, self._experts, branch)
+        gate = replace(self._linear(block, "gate_proj"), part=self.family.gate_part)
+        return (Mlp(**branch, gate=gate, down=self._linear(block, "down_proj")),)
+
+    def _values(self, block: nn.Module) -> Linear | Latent:
+        down = replace(self._linear(block, "v_proj"), part=self.family.v_part)
+        if self.family.v_norm is None:
+            return down
+        up = replace(self._linear(block, "v_up"), part=self.family.v_up_part)
+        if down.has_bias or up.has_bias:
+            raise ValueError("model: its values go through a latent with a bias, which no component can carry.")
+        return Latent(down, self._made_norm(self._part(block, "v_norm")), up)
+
+    def _head_dim(self, block: nn.Module) -> int:
+        module = self._part(block, "attention")
+        named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
+        return int(named or self.config.hidden_size // self.config.num_attention_heads)
 
     def _branch(self, block: nn.Module, kind: str) -> dict[str, Any]:
         norm, output, stream = (self._norm(self._part(block, f"{kind}{where}")) for where in _NORMS)
         return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
 
-    def _linear(self, block: nn.Module, path: str, part: str | None = None) -> Linear:
-        return Linear(self._part(block, path), part and getattr(self.family, part), self.drop_biases)
+    def _linear(self, block: nn.Module, part: str) -> Linear:
+        return Linear(self._part(block, part))
 
     def _norm(self, module: nn.Module | None) -> Norm | None:
-        if module is None:
-            return None
+        return None if module is None else self._made_norm(module)
+
+    def _made_norm(self, module: nn.Module) -> Norm:
         weight = getattr(module, "weight", None)
         if weight is not None and self.family.norm_offset:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset
         eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-5)
-        bias = None if self.drop_biases else stored_bias(module)
-        return Norm(weight, float(eps), bias, centred=self.family.norm == "layer")
+        return Norm(weight, float(eps), stored_bias(module), centred=self.family.norm == "layer")
 
-    def _below_model(self, path: Path) -> nn.Module:
+    def _below_model(self, path: Path) -> Any:
         return below(self.model, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ from .weights import Linear, Mlp
 
 
 @dataclass(frozen=True)
-class Routed:
-    """What an expert, the layer's ``part``, did: at ``positions`` (P,), None for all, its gates and activations (P, I).
+class RoutedExpert:
+    """The work of one expert, the layer's MLP number ``part``: gates and activations (P, I) at ``positions`` (P,).
 
-    ``router_weight`` (P,) is what its output was multiplied by; None where that is in the activations alone: without a
-    bias on the output.
+    ``positions`` is None for all. ``router_weight`` (P,) is the factor of its output. It is None where the output has
+    no bias: the activations hold the factor then.
     """
 
     part: int
@@ -35,26 +35,23 @@ class Routed:
 
 
 def has_router(block: nn.Module, experts: Experts) -> bool:
-    """Whether the MLP of this layer is a mixture: families mix sparse and dense layers."""
+    """True if the MLP of this layer is a mixture: families mix sparse and dense layers."""
     return exists(block, experts.experts) and exists(block, experts.router)
 
 
-def expert_mlps(block: nn.Module, experts: Experts, branch: dict[str, Any], drop_biases: bool) -> tuple[Mlp, ...]:
+def expert_mlps(block: nn.Module, experts: Experts, branch: dict[str, Any]) -> tuple[Mlp, ...]:
     """Every expert of a layer, the shared one last."""
-    found = []
-    for part in _projections(block, experts):
-        gate, down = (replace(linear, drop_bias=drop_biases) for linear in (part.gate, part.down))
-        found.append(Mlp(**branch, gate=gate, down=down, name=part.name))
-    return tuple(found)
+    parts = _projections(block, experts)
+    return tuple(Mlp(**branch, gate=part.gate, down=part.down, name=part.name) for part in parts)
 
 
 def expert_modules(block: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
-    """What holds the weights of all experts."""
+    """The modules, or stacked tensors, that hold the weights of all experts."""
     return [linear.module for part in _projections(block, experts) for linear in (part.gate, part.up, part.down)]
 
 
 def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
-    """Have ``note`` called with weights and indices (T, K) of the experts that are chosen; returned is the way back."""
+    """Have ``note`` called with weights and indices (T, K) of the chosen experts. Returns the function to undo it."""
     held, router = below(block, experts.experts), below(block, experts.router)
     if not isinstance(held, nn.ModuleList) and router not in held.children():  # else it is the whole mixture
 
@@ -75,7 +72,7 @@ def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Ten
 
 
 def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor]:
-    """Weights and indices (T, K) of the largest of a softmax over logits (T, E)."""
+    """Weights and indices (T, K) of the K largest entries of a softmax over logits (T, E)."""
     weights, chosen = torch.topk(logits.softmax(-1, dtype=torch.float), k, dim=-1)
     if normalised:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -84,63 +81,66 @@ def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class ExpertAssignment:
-    """Which positions of a layer were sent to which expert, sorted by expert and then by position; each (T · K,).
+    """The positions that one layer's router sent to its experts, sorted by expert and then by position; (T · K,) each.
 
-    ``places`` are those in the flattened indices (T, K).
+    ``order`` holds their places in the flattened indices (T, K).
     """
 
-    places: Tensor
+    order: Tensor
     positions: Tensor
     host_positions: np.ndarray
     host_experts: np.ndarray
 
-    def to(self, expert: int) -> slice:
-        """Where those of one expert are found."""
+    def of_expert(self, expert: int) -> slice:
+        """The entries of one expert."""
         return slice(*np.searchsorted(self.host_experts, (expert, expert + 1)).tolist())
 
 
 def sort_choices(chosen: Sequence[Tensor]) -> list[ExpertAssignment]:
-    """Of the indices (T, K) of every layer; a device is waited for once."""
+    """The assignments that the indices (T, K) of every layer stand for. The device is waited for once."""
     found = [layer.flatten().sort(stable=True) for layer in chosen]
-    positions = [places // layer.shape[1] for (_, places), layer in zip(found, chosen, strict=True)]
+    positions = [order // layer.shape[1] for (_, order), layer in zip(found, chosen, strict=True)]
     host = [x.numpy() for x in to_host([*positions, *(experts for experts, _ in found)])]
     return [ExpertAssignment(found[i].indices, positions[i], host[i], host[i + len(found)]) for i in range(len(found))]
 
 
-def route(block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, sent: ExpertAssignment) -> list[Routed]:
-    """What the experts did with normed states ``x`` (T, D), given :func:`watch_router`'s. Who got nothing is left out.
+def route(
+    block: nn.Module, experts: Experts, x: Tensor, weights: Tensor, assignment: ExpertAssignment
+) -> list[RoutedExpert]:
+    """Recompute what the experts did with normed states ``x`` (T, D). Experts without a position are left out.
 
-    Weights (T, K) are in the dtype that the router computes in, what is returned is in x's.
+    ``weights`` (T, K) are :func:`watch_router`'s, in the dtype that the router computes in. Results are in x's dtype.
     """
-    done, weights = [], weights.flatten()[sent.places, None]
+    done, weights = [], weights.flatten()[assignment.order, None]
     for index, part in enumerate(_projections(block, experts)):
         if part.name == "shared":
             positions, on_host, inputs, weight = None, None, x, x.new_full((len(x), 1), experts.factor)
             if experts.shared_gate is not None:
                 weight = weight * torch.sigmoid(below(block, experts.shared_gate)(x))
         else:
-            here = sent.to(index)
+            here = assignment.of_expert(index)
             if here.start == here.stop:
                 continue
-            positions, on_host = sent.positions[here], sent.host_positions[here]
+            positions, on_host = assignment.positions[here], assignment.host_positions[here]
             inputs, weight = x[positions], weights[here] * experts.factor
         gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
         act = (part.activate(gate, up) * weight).to(x.dtype)
         weight = weight.flatten().to(x.dtype) if part.down.has_bias else None
-        done.append(Routed(index, positions, on_host, gate, act, weight))
+        done.append(RoutedExpert(index, positions, on_host, gate, act, weight))
     return done
 
 
 def _projected(linear: Linear, x: Tensor) -> Tensor:
-    """In x's dtype; weights that are computed (dequantised, or with an adapter's part) may be wider."""
+    """A projection in x's dtype. Its weight may be wider, if it is computed (dequantised, or changed by PEFT)."""
     weight, bias = linear.weight, linear.bias
     return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
 def _choice(values: tuple, dense: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights and indices (T, K) among what is handed around: the only integers, and the last numbers.
+    """Weights and indices (T, K) among the values that the model passes on: the last floats, and the only integers.
 
-    Weights of all experts (T, E) are taken at the indices; where all are chosen, only ``dense`` tells them from others.
+    Weights of all experts (T, E) are taken at the indices. Where all experts are chosen, only ``dense`` tells them
+    apart from weights of the chosen ones.
     """
     (chosen,) = (x for x in values if not x.is_floating_point())
     *_, weights = (x for x in values if x.is_floating_point())
@@ -153,7 +153,7 @@ class _Projections:
     gate: Linear
     up: Linear
     down: Linear
-    activate: Callable[[Tensor, Tensor], Tensor]  # g and up to what the down projection reads
+    activate: Callable[[Tensor, Tensor], Tensor]  # (g, up) -> what the down projection reads
 
 
 def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
@@ -192,7 +192,7 @@ def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
 
 
 def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:
-    """A tensor of all experts, and that of their biases if there is one."""
+    """The tensor of all experts' weights, and that of their biases if there is one."""
     return below(held, path), getattr(held, f"{name_of(path)}_bias", None)
 
 

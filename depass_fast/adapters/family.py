@@ -1,4 +1,4 @@
-"""How a model family is declared: where its modules live and of which kind they are. Data, and nothing that runs.
+"""The declaration of a model family: where its modules live and of which kind they are. Data, and nothing that runs.
 
 `docs/adding-a-family.md` shows it on a real one.
 """
@@ -21,18 +21,19 @@ Path = str | tuple[str, ...]  # names that changed from version to version: the 
 class Experts:
     """A mixture of experts: paths below a layer. The router is frozen.
 
-    Which experts a position is sent to, and with what weights, is what the model hands to its module of experts. Where
-    that is a list of modules (older transformers), it is what the router returns; where that is logits alone, their
-    softmax and the top k of it, or what ``decide(layer, returned)`` makes of it: weights and indices, (T, K).
+    The weights and indices (T, K) of a position's experts are those that the model passes to its module of experts.
+    Where the experts are a list of modules (older transformers), the router's output is taken. Where that is logits
+    alone, it is their softmax and the top k of it, or the result of ``decide(layer, output)``.
 
-    All experts of a layer are two tensors below ``experts``, ``stacks``: (E, 2I, D) and (E, D, I), or ``transposed``;
-    the rows of the first are all gates and then all ups, or ``interleaved``. Biases bear their names with `_bias`.
-    Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its projections.
+    The experts of a layer are two tensors below ``experts``, named by ``stacks``: (E, 2I, D) and (E, D, I), or
+    ``transposed``. The rows of the first are all gates and then all ups, or ``interleaved``. Biases have the same names
+    with `_bias`. Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its
+    projections.
     """
 
     top_k: int
-    dense: bool = False  # weights of all experts are handed on, (T, E); their shape tells, but where all are chosen
-    normalised: bool = False  # whether the top k of a softmax over logits are made to sum to one
+    dense: bool = False  # weights of all experts are passed on, (T, E); their shape tells, unless all are chosen
+    normalised: bool = False  # the top k of a softmax over logits are made to sum to one
     router: Path = "mlp.gate"
     experts: Path = "mlp.experts"
     stacks: tuple[Path, Path] = ("gate_up_proj", "down_proj")
@@ -43,22 +44,22 @@ class Experts:
     down: str = "down_proj"
     fused: bool = False  # ``gate`` is both projections, [gate; up]
     act_fn: Path = "act_fn"  # below an expert, or below ``experts``
-    activate: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # of ``experts``, g and up, if not act_fn(g) · up
+    activate: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (experts, g, up), if not act_fn(g) · up
     decide: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
     shared: Path | None = None  # an expert that every position goes through
-    shared_gate: Path | None = None  # which of it, between 0 and 1
+    shared_gate: Path | None = None  # the logit of that expert's weight
     factor: float = 1.0  # of every expert's output, beside the router's weight
 
 
 @dataclass(frozen=True)
 class Observed:
-    """How Q, K and V come about in attention that does not go through transformers' interface.
+    """The way to Q, K and V in attention that does not go through transformers' interface.
 
-    ``projections`` are paths below the attention's module. ``read(module, outputs, kwargs)`` gets that module, their
-    outputs (1, T, C) in that order, and the named arguments that the module was called with. It gives q (1, H, T, d)
-    and k, v (1, Hkv, T, d) after rotary embedding, and the logits' scale; ``window``, of a layer that has its own (else
-    it is the config's `sliding_window`); and ``key_bias`` where there is ALiBi: a function of a prompt's length N that
-    says what the logits of its keys are raised by, (N, H).
+    ``projections`` are paths below the attention's module. ``read(module, outputs, kwargs)`` gets that module, the
+    outputs (1, T, C) of the projections in that order, and the named arguments that the module was called with. It
+    returns q (1, H, T, d) and k, v (1, Hkv, T, d) after rotary embedding, and the logits' ``scale``. It adds ``window``
+    for a layer that has its own (else the config's `sliding_window` holds) and, with ALiBi, ``key_bias``: a function
+    from a prompt's length N to what is added to the logits of its keys, (N, H).
     """
 
     projections: tuple[str, ...]
@@ -67,10 +68,10 @@ class Observed:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model of a family keeps its parts: paths below the model, or below a layer. Defaults are Llama's.
+    """The places of a model's parts: paths below the model, or below a layer. Defaults are Llama's.
 
-    What a family does not have is None. A norm of a branch sits before it (`attention_norm`), on its output before that
-    is added (`attention_output_norm`), or on the residual stream after it (`attention_stream_norm`).
+    A part that a family does not have is None. A norm of a branch sits before it (`attention_norm`), on its output
+    before that is added (`attention_output_norm`), or on the residual stream after it (`attention_stream_norm`).
     """
 
     decoder: Path | None = None  # the model without its unembedding; None: what transformers calls the base model
@@ -94,20 +95,19 @@ class Family:
     v_proj: Path = "self_attn.v_proj"
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values are clamped to ± this
-    v_norm: Path | None = None  # a norm (without β) of what `v_proj` gives, which then is a latent,
-    v_up: Path | None = None  # and the projection from there to the values
+    v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
+    v_up: Path | None = None  # the projection from there to the values
     v_up_part: Part | None = None
-    value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys,
-    key_dim: int | None = None  # and the width of these
+    value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys
+    key_dim: int | None = None  # width of a head's queries and keys, in the same case
     o_proj: Path = "self_attn.o_proj"
-    o_bias: Path | None = None  # a bias that is added to its output, outside of it; None in layers without
+    o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
-    window: int | tuple[int | None, ...] | None = (
-        None  # of all layers, or of each, where no attention call announces it
-    )
-    sinks: bool = False  # every query has a logit of nothing besides, which the call announces
+    # the window of all layers, or of each, where no attention call announces it
+    window: int | tuple[int | None, ...] | None = None
+    sinks: bool = False  # every query also has a logit of nothing, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
     mlp: Path = "mlp"
@@ -131,7 +131,7 @@ def first_half(weight: Tensor) -> Tensor:
 
 
 def second_half(weight: Tensor) -> Tensor:
-    """The other part of it."""
+    """The up projection's part of it."""
     return weight.chunk(2)[1]
 
 
@@ -140,13 +140,13 @@ def of_each_head(heads: int, parts: int, index: int) -> Part:
     return lambda weight: weight.unflatten(0, (heads, parts, -1))[:, index].flatten(0, 1)
 
 
-def read_plain(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Q, K and V of separate projections, which nothing is done to."""
+def read_plain(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Q, K and V of separate projections, as they are."""
     q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in outputs)
     return {"q": q, "k": k, "v": v, "scale": q.shape[-1] ** -0.5}
 
 
-def read_rotary(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def read_rotary(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Q, K and V of separate projections, with norms on Q and K and a rotary embedding of some or all dimensions."""
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in outputs)
     if getattr(attention, "qk_layernorm", False):

@@ -1,4 +1,4 @@
-"""Where things are found below a module: a declaration's paths."""
+"""The paths of a declaration, followed below a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tuned import inside
 
 
 def below(module: nn.Module, path: Path) -> Any:
-    """What is found under a path, or under the first of several that exists; AttributeError without any."""
+    """The object under a path, or under the first of several that exists. AttributeError if none does."""
     if isinstance(path, str):
         return inside(attrgetter(path)(module))
     for name in path[:-1]:
@@ -24,7 +24,7 @@ def below(module: nn.Module, path: Path) -> Any:
 
 
 def exists(module: nn.Module, path: Path) -> bool:
-    """Whether anything is found there."""
+    """True if anything is found under a path."""
     try:
         return below(module, path) is not None
     except AttributeError:
@@ -32,5 +32,5 @@ def exists(module: nn.Module, path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """A path as it is called in a message: the first of several."""
+    """The path's name in messages: the first of several."""
     return path if isinstance(path, str) else path[0]

@@ -1,8 +1,8 @@
-"""Weights stored in 8 or 4 bit, where their library says what they stand for; told by what they have.
+"""Weights stored in 8 or 4 bit, dequantised by their own libraries. Modules are recognised by their attributes.
 
-Only the weight that is asked for is dequantised, and it is kept as long as its layer is worked on. The forward pass of
-such a model may round more than its weights (8-bit activations): that error is the model's own, and shows in the
-completeness of a result, never in a component.
+A weight is dequantised when it is read, and kept as long as its layer is worked on. The forward pass of such a model
+may round more than its weights (8-bit activations). That error is the model's own: it shows in the completeness of a
+result, never in a component.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_quantised(module: Any) -> bool:
-    """Whether this module's weight is stored in a form that can be dequantised."""
+    """True if this module's weight is stored in a form that can be dequantised."""
     return _reader(module) is not None
 
 
@@ -27,7 +27,8 @@ def dequantised(module: Any) -> Tensor:
 
 
 def _reader(module: Any) -> Any:
-    weight = getattr(module, "weight", None)
+    """The function that dequantises a module's weight, or None where it is not quantised."""
+    weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
         return _bitsandbytes_4bit
@@ -36,7 +37,7 @@ def _reader(module: Any) -> Any:
     if hasattr(module, "weight_qtype") and getattr(module, "qweight", None) is not None:
         return lambda m: m.qweight.dequantize()  # quanto, also before it is frozen
     if isinstance(weight, Tensor) and type(weight) not in _PLAIN and type(weight).dequantize is not Tensor.dequantize:
-        return lambda m: m.weight.dequantize()  # torchao, and other tensors that know what they stand for
+        return lambda m: m.weight.dequantize()  # torchao, and other tensors that dequantise themselves
     if hasattr(module, "W_q") and hasattr(module, "dequantize"):
         return lambda m: m.dequantize()  # HQQ
     if hasattr(module, "qweight") and hasattr(module, "dequantize_weight"):
@@ -51,10 +52,10 @@ def _is_numbers(weight: Any) -> bool:
 
 
 def _bitsandbytes_4bit(module: Any) -> Tensor:
-    import bitsandbytes
+    import bitsandbytes  # pyright: ignore[reportMissingImports]  # there if such a module is
 
     weight, state = module.weight, module.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # repacked for this processor: the module itself can tell
+    if getattr(state, "packing_format_for_cpu", False):  # repacked for this processor: the module is asked
         one = torch.eye(module.in_features, dtype=torch.float32, device=weight.device)
         out = module.forward(one)
         return (out if module.bias is None else out - module.bias).T
@@ -62,7 +63,7 @@ def _bitsandbytes_4bit(module: Any) -> Tensor:
 
 
 def _bitsandbytes_8bit(module: Any) -> Tensor:
-    import bitsandbytes
+    import bitsandbytes  # pyright: ignore[reportMissingImports]  # there if such a module is
 
     scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB  # moves at the first forward pass
     return bitsandbytes.functional.int8_vectorwise_dequant(module.weight.data, scale)

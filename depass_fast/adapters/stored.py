@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from .tuned import at_work, is_tuned, tuned_bias, tuned_weight, why_unreadable
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """One expert's matrix within a tensor of all of them, (E, out, in), as if it were a linear module.
+    """One expert's matrix within a tensor of all experts, (E, out, in), as if it were a linear module.
 
-    ``biases`` are (E, out), or None; ``transposed``: the tensor is (E, in, out).
+    ``biases`` are (E, out), or None. With ``transposed`` the tensor is (E, in, out).
     """
 
     stack: Tensor
@@ -35,10 +36,10 @@ class Stacked:
         return None if self.biases is None else self.biases[self.index]
 
 
-def stored_weight(module: nn.Module | Stacked) -> Tensor:
+def stored_weight(module: Any) -> Tensor:
     """The weight of a linear module, (out, in): a view of the model's own wherever that is plain.
 
-    That of a quantised module or of one that PEFT has wrapped is computed at every call.
+    The weight of a quantised module, or of one that PEFT has wrapped, is computed at every call.
     """
     if is_tuned(module):
         return tuned_weight(module, stored_weight(module.base_layer))
@@ -47,14 +48,14 @@ def stored_weight(module: nn.Module | Stacked) -> Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-def stored_bias(module: nn.Module | Stacked) -> Tensor | None:
+def stored_bias(module: Any) -> Tensor | None:
     """The bias (out,) of a module, or None."""
     if is_tuned(module):
         return tuned_bias(module, stored_bias(module.base_layer))
     return getattr(module, "bias", None)
 
 
-def stored_shape(module: nn.Module | Stacked) -> tuple[int, int]:
+def stored_shape(module: Any) -> tuple[int, int]:
     """(out, in) of a linear module, without reading its weight."""
     if is_tuned(module):
         return stored_shape(module.base_layer)
@@ -65,14 +66,14 @@ def stored_shape(module: nn.Module | Stacked) -> tuple[int, int]:
 
 
 def stored_device(module: nn.Module | Stacked) -> torch.device:
-    """Where a linear module lives."""
+    """The device of a linear module."""
     if isinstance(module, Stacked):
         return module.stack.device
     return next(chain(module.parameters(), module.buffers())).device
 
 
-def unreadable(module: nn.Module | Stacked) -> str | None:
-    """Why the weight of a module cannot be read as numbers, if it cannot."""
+def unreadable(module: Any) -> str | None:
+    """The reason why the weight of a module cannot be read as numbers; None if it can."""
     if is_tuned(module):
         return why_unreadable(module) or unreadable(module.base_layer)
     if is_quantised(module):
@@ -97,17 +98,17 @@ def unreadable(module: nn.Module | Stacked) -> str | None:
     return "its weight is offloaded (meta device); load the model into memory." if weight.is_meta else None
 
 
-def kind_of(module: nn.Module | Stacked) -> tuple | None:
-    """What modules whose weights are read in the same way have in common; None where the weight is plain."""
+def kind_of(module: Any) -> tuple | None:
+    """A key that is equal for modules whose weights are read in the same way; None where the weight is plain."""
     if is_tuned(module):
         return (type(module), *at_work(module), kind_of(module.base_layer))
     return (type(module), type(getattr(module, "weight", None))) if is_quantised(module) else None
 
 
 def reads_as_computed(module: nn.Module, dtype: torch.dtype) -> float:
-    """How far a module's output on random input is from what its weight makes of it, relative to its size.
+    """The relative difference of a module's output on random input from the product with the weight that is read.
 
-    That of a module with 8-bit activations is about 0.01.
+    It is about 0.01 for a module with 8-bit activations.
     """
     weight, bias = stored_weight(module), stored_bias(module)
     generator = torch.Generator().manual_seed(0)

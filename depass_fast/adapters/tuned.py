@@ -1,8 +1,8 @@
-"""Linear modules that PEFT has wrapped, told by what they have; PEFT is not imported.
+"""Linear modules that PEFT has wrapped, recognised by their attributes; PEFT is not imported.
 
-A wrapped module computes with its base layer's weight and with what its active adapters add to it: scaling · B · A for
-LoRA, and the same renormalised to learned lengths of its rows for DoRA. Whatever says what it adds by PEFT's
-``get_delta_weight`` is read in that way (LoRA, LoHa, LoKr, AdaLoRA, VeRA, ...).
+A wrapped module computes with its base layer's weight plus the additions of its active adapters: scaling · B · A for
+LoRA, and the same renormalised to learned lengths of its rows for DoRA. Every kind of adapter that has PEFT's
+``get_delta_weight`` is read by it (LoRA, LoHa, LoKr, AdaLoRA, VeRA, ...).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ _MERGE = "merge the adapter into the model first (model.merge_and_unload())."
 
 
 def is_tuned(module: Any) -> bool:
-    """Whether this is a base layer with PEFT's adapters around it."""
+    """True for a base layer with PEFT's adapters around it."""
     return isinstance(module, nn.Module) and "base_layer" in module._modules and hasattr(module, "active_adapters")
 
 
 def inside(module: Any) -> Any:
-    """The module that does the work inside a compiled one, or of a `modules_to_save` the copy in use."""
+    """The module that does the work: inside a compiled one, or the copy in use of a `modules_to_save`."""
     while isinstance(module, nn.Module):
+        module: Any
         if "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]
         elif "modules_to_save" in module._modules and "original_module" in module._modules:
@@ -35,26 +36,27 @@ def inside(module: Any) -> Any:
 
 
 def tuning(model: nn.Module) -> tuple:
-    """Which adapters are at work in a model, and how strongly: differs whenever its weights have changed by that."""
+    """The adapters at work in a model, and their scales: this differs whenever they have changed the weights."""
+    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
     return tuple(
         (m.merged, m.disable_adapters, tuple(m.active_adapters), tuple(dict(getattr(m, "scaling", {})).items()))
-        for m in model.modules()
-        if is_tuned(m)
+        for m in tuned
     )
 
 
 def reparametrised(model: nn.Module) -> list[Tensor]:
-    """Parameters that PEFT takes the place of in every forward pass (`target_parameters`), which writes to them."""
-    return [m.get_param() for m in model.modules() if is_tuned(m) and hasattr(m, "parameter_name")]
+    """The parameters that PEFT replaces in every forward pass (`target_parameters`), which writes to them."""
+    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
+    return [module.get_param() for module in tuned if hasattr(module, "parameter_name")]
 
 
 def tuned_weight(module: Any, base: Tensor) -> Tensor:
-    """The weight (out, in) that a wrapped module computes with, ``base`` being that of its base layer.
+    """The weight (out, in) that a wrapped module computes with; ``base`` is the weight of its base layer.
 
-    In float32 at least: an adapter's part may be smaller than the rounding of the base in half precision.
+    It is in float32 at least: an adapter's part may be smaller than the rounding of the base in half precision.
 
     Raises:
-        ValueError: what an adapter says that it adds has another shape.
+        ValueError: an adapter's addition has another shape.
     """
     names = at_work(module)
     if not names:
@@ -88,7 +90,7 @@ def tuned_bias(module: Any, base: Tensor | None) -> Tensor | None:
 
 
 def why_unreadable(module: Any) -> str | None:
-    """Why a wrapped module's weight cannot be told, if it cannot."""
+    """The reason why a wrapped module's weight cannot be computed; None if it can."""
     kind = type(module).__name__
     if module.merged and module.disable_adapters:
         return "its adapters are merged and disabled at once; unmerge them first (model.unmerge_adapter())."

@@ -1,4 +1,4 @@
-"""What a layer is to the engine: two kinds of branches that read the residual stream and write to it.
+"""The weights of a layer as the engine sees them: branches that read the residual stream and write to it.
 
 Every family is expressed in these terms (DESIGN.md section 2). A branch reads through a norm with its scale frozen, is
 linear or an MLP in what it has read, and writes through a norm, if there is one, and a factor. Nothing here knows a
@@ -67,15 +67,18 @@ class Linear:
     """A projection of the model, or a part of a fused one: ``weight`` (out, in), ``bias`` (out,) or None."""
 
     module: nn.Module | Stacked
-    part: Callable[[Tensor], Tensor] | None = None  # of the outputs, which are the first axis
-    drop_bias: bool = False
+    part: Callable[[Tensor], Tensor] | None = None  # selects this projection's outputs, which are the first axis
     outer_bias: Tensor | None = None  # added after the module, which does not know of it
+    keeps_bias: bool = True  # False: the bias is left out, see depass_fast.adapters.biasless
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(out, in), without reading the weight."""
         shape = stored_shape(self.module)
-        return shape if self.part is None else tuple(self.part(torch.empty(shape, device="meta")).shape)
+        if self.part is None:
+            return shape
+        out, size = self.part(torch.empty(shape, device="meta")).shape
+        return out, size
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +91,7 @@ class Linear:
 
     @cached_property
     def bias(self) -> Tensor | None:
-        if self.drop_bias:
+        if not self.keeps_bias:
             return None
         bias = stored_bias(self.module)
         bias = bias if bias is None or self.part is None else self.part(bias).contiguous()
@@ -96,19 +99,28 @@ class Linear:
 
     @property
     def has_bias(self) -> bool:
-        return not self.drop_bias and not (stored_bias(self.module) is None and self.outer_bias is None)
+        return self.keeps_bias and not (stored_bias(self.module) is None and self.outer_bias is None)
 
     @property
     def is_own(self) -> bool:
-        """Whether the weight is the model's own tensor, and holding it costs nothing."""
+        """True if the weight is the model's own tensor, so that holding it costs nothing."""
         return kind_of(self.module) is None
+
+    @property
+    def is_fused(self) -> bool:
+        """True if the module computes other projections beside this one."""
+        return self.part is not None
+
+    def select(self, outputs: Tensor) -> Tensor:
+        """This projection's part of what the module outputs: (N, C) -> (N, out)."""
+        return outputs if self.part is None else self.part(outputs.T).T
 
 
 @dataclass(frozen=True)
 class Latent:
     """Values by way of a latent (multi-head latent attention): ``up`` (Hkv·d, r) of the norm of ``down`` (r, D).
 
-    To whoever reads its weight it is one matrix, with the norm's γ in it and not its scale. It has no constants.
+    ``weight`` is one matrix for all of it, with the norm's γ in it and without its scale. There are no constants.
     """
 
     down: Linear
@@ -134,14 +146,14 @@ class Latent:
         return (self.norm.apply(up.to(wide), None) @ down.to(wide)).to(up.dtype)
 
     def of(self, down: Tensor) -> Tensor:
-        """The values (N, Hkv·d) that the model makes of what comes down (N, r)."""
+        """The values (N, Hkv·d) that the model computes from the latent ``down`` (N, r), before its norm."""
         wide = down.to(torch.promote_types(down.dtype, torch.float32))
         return self.norm.apply(wide, self.norm.scale(wide)) @ self.up.weight.to(wide).T
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What attention and MLP have in common: the norm that they read through, and how they write.
+    """The common part of attention and MLP: the norm that they read through, and how they write.
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
     of the residual stream itself, after the branch has been added (OPT-350m).
@@ -153,13 +165,13 @@ class Branch:
     factor: float
 
     def scale(self, resid: Tensor) -> Tensor:
-        """s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
+        """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
         if self.norm is None:
             return resid.new_ones(len(resid), dtype=torch.promote_types(resid.dtype, torch.float32))
         return self.norm.scale(resid)
 
     def reading(self, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """A weight (C, D) on the normed input, as one on x · s, in ``dtype``; in ``out`` where a copy is needed."""
+        """A weight (C, D) on the normed input, as one on x · s, in ``dtype``; written to ``out`` if it is copied."""
         if self.norm is None:
             return weight.to(dtype)
         return self.norm.fold(weight, weight.new_empty(weight.shape, dtype=dtype) if out is None else out)
@@ -172,18 +184,19 @@ class Branch:
         return weight if self.factor == 1.0 else weight * self.factor
 
     def written(self, y: Tensor, out_scale: Tensor | None) -> Tensor:
-        """What raw outputs ``y`` (N, ..., D) add to the residual stream, the output norm's scale (N,) being frozen."""
+        """The addition of raw outputs ``y`` (N, ..., D) to the residual stream, the output norm's scale (N,) frozen."""
         if self.output is not None:
             y = self.output.apply(y, out_scale)
         return y if self.factor == 1.0 else y * self.factor
 
     def written_constant(self, y: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What a constant raw output ``y`` (D,), (N, D) or None, and the output norm's β, add: the same shapes."""
+        """The addition of a constant raw output ``y`` (D,), (N, D) or None, and of the output norm's β: like ``y``."""
         if self.output is None:
             return None if y is None else self.written(y.to(dtype), None)
         beta = None if self.output.bias is None else self.output.bias.to(dtype) * self.factor
         if y is None:
             return beta
+        assert out_scale is not None  # it is recorded wherever there is an output norm
         y = self.written(y.to(dtype).expand(len(out_scale), -1), out_scale)
         return y if beta is None else y + beta
 
@@ -192,7 +205,7 @@ class Branch:
         return any(norm is not None and norm.bias is not None for norm in (self.norm, self.output, self.stream))
 
     def _read_constant(self, weight: Callable[[], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What a projection makes of the norm's β, and its own bias: (C,) or None."""
+        """The projection of the norm's β, plus the projection's own bias: (C,) or None."""
         if self.norm is None or self.norm.bias is None:
             return None if bias is None else bias.to(dtype)
         value = weight().to(dtype) @ self.norm.bias.to(dtype)
@@ -201,11 +214,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Attention(Branch):
-    """The OV path of one layer: ``v`` maps D to Hkv·d, ``o`` maps H·d to D."""
+    """The OV path of one layer: ``v`` maps D to Hkv·d, ``o`` maps H·d to D. ``head_dim`` is d, that of values.
+
+    ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``.
+    """
 
     v: Linear | Latent
     o: Linear
     head_dim: int
+    key_dim: int
+    value_limit: float | None = None
 
     @property
     def w_v(self) -> Tensor:
@@ -227,6 +245,23 @@ class Attention(Branch):
     def has_bias(self) -> bool:
         return self.has_norm_bias or self.v.has_bias or self.o.has_bias
 
+    @property
+    def v_input(self) -> Linear:
+        """The projection that reads the residual stream: V, or the one down to the latent."""
+        return self.v.down if isinstance(self.v, Latent) else self.v
+
+    def values_of(self, outputs: Tensor) -> Tensor:
+        """The values (N, Hkv·d) that the model computes from the outputs (N, C) of the module of ``v_input``."""
+        values = self.v_input.select(outputs)
+        values = self.v.of(values) if isinstance(self.v, Latent) else values
+        return values if self.value_limit is None else values.clamp(-self.value_limit, self.value_limit)
+
+    def clamped_ratio(self, outputs: Tensor) -> Tensor:
+        """Clamped / raw values (N, Hkv·d), one where a value is within the limit; from the same outputs (N, C)."""
+        raw = self.v_input.select(outputs)
+        assert self.value_limit is not None
+        return torch.where(raw.abs() > self.value_limit, self.value_limit / raw.abs(), 1.0)
+
     def value_constant(self, dtype: torch.dtype) -> Tensor | None:
         """The constant part of every value, (Hkv·d,), or None."""
         return self._read_constant(lambda: self.w_v, self.v.bias, dtype)
@@ -234,7 +269,7 @@ class Attention(Branch):
     def constant(
         self, dtype: torch.dtype, out_scale: Tensor | None = None, row_sum: Tensor | None = None
     ) -> Tensor | None:
-        """What positions receive whatever their components are: (D,), or (N, D), or None.
+        """The constant that every position receives, whatever its components are: (D,), or (N, D), or None.
 
         P's rows sum to ``row_sum`` (N, H), or to one.
         """
@@ -253,12 +288,17 @@ class Attention(Branch):
 class Mlp(Branch):
     """An MLP, or one expert of several: ``gate`` maps D to I (in an ungated MLP it is the only way in), ``down`` back.
 
-    ``name`` tells experts apart; it is empty for the only MLP of a layer.
+    ``name`` tells experts apart: `E0`, `E1`, ..., or `shared`; it is empty for the only MLP of a layer.
     """
 
     gate: Linear
     down: Linear
     name: str = ""
+
+    @property
+    def is_routed(self) -> bool:
+        """True for an expert that gets only the positions that a router sends to it."""
+        return self.name not in ("", "shared")
 
     @property
     def w_gate(self) -> Tensor:
@@ -273,13 +313,13 @@ class Mlp(Branch):
         return self.has_norm_bias or self.gate.has_bias or self.down.has_bias
 
     def gate_constant(self, dtype: torch.dtype) -> Tensor | None:
-        """What the `bias` component drives every gate with besides its own state, (I,), or None."""
+        """The constant part of every gate, which the `bias` component drives beside its own state: (I,), or None."""
         return self._read_constant(lambda: self.w_gate, self.gate.bias, dtype)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Everything of one layer that propagates components.
+    """All weights of one layer that propagate components.
 
     ``mlps`` is one MLP, or the experts of a mixture; they read the same and their outputs are summed. In a ``parallel``
     layer the MLP reads what the attention reads.
@@ -300,7 +340,7 @@ class Layer:
 
     @property
     def is_own(self) -> bool:
-        """Whether all weights are the model's own tensors, none computed when it is read."""
+        """True if all weights are the model's own tensors, none computed when it is read."""
         mlps = (linear for mlp in self.mlps for linear in (mlp.gate, mlp.down))
         return all(linear.is_own for linear in (self.attention.v, self.attention.o, *mlps))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters import adapt, unwrap
+from ..adapters import adapt, unwrap, without_biases
 from ..adapters.stored import stored_bias, stored_weight
 from ..components.base import ComponentKind
 from ..components.given import Custom
@@ -77,7 +77,8 @@ class decomposed_state_manager:
         self._settings = Options(temperature=mlp_softmax_temp).updated(options)
         self._settings.build(adapter)
         check_weights(adapter)
-        self._adapter = adapter if corrected else adapter.without_biases()
+        self._traced = adapter  # the forward pass keeps its biases, whatever the propagation does
+        self._adapter = adapter if corrected else without_biases(adapter)
         attention = self._adapter.layer(0).attention
         self.num_layers, self.hidden_dim = self._adapter.n_layers, self._adapter.hidden_size
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
@@ -91,7 +92,7 @@ class decomposed_state_manager:
         """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``."""
         self._trace = None  # its memory, before that of the next one is needed
         ids = encode(prompt, self._adapter, self._inner_tokenizer)
-        self._trace = take_trace(self._adapter, [ids], self._settings.progress)
+        self._trace = take_trace(self._traced, [ids], self._settings.progress)
         stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
         self.states = [x[None].clone() for x in (*stream, self._trace.resid_final)]
         self.attribute_len = self.states[0].shape[1]

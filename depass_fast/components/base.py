@@ -70,7 +70,7 @@ class ComponentKind:
 
         In a parallel layer attention and MLP read the same, so that what attention adds enters after both.
         """
-        return "resid_post" if self.site == "resid_mid" and adapter.family.parallel else self.site
+        return "resid_post" if self.site == "resid_mid" and adapter.is_parallel else self.site
 
     def entry(self, adapter: Adapter) -> Entry:
         """The place where the components enter; what starts after a layer's MLP enters the next layer."""

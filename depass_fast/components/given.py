@@ -143,7 +143,7 @@ def check_site(site: str, adapter: Adapter) -> None:
     """Refuse a site that there is not, or not in this model."""
     if site not in SITES:
         raise ValueError(f"site: {site!r} is not one of {', '.join(map(repr, SITES))}.")
-    if site == "resid_mid" and adapter.family.parallel:
+    if site == "resid_mid" and adapter.is_parallel:
         raise ValueError(
             "site: attention and MLP of this model's layers read the same, there is no 'resid_mid' between them; take "
             "'resid_pre' or 'resid_post'."

@@ -137,7 +137,9 @@ class Neurons(LayerKind):
         """How many neurons every prompt of a trace has: of the MLP, or of the experts that any position was sent to."""
         found = np.zeros(trace.n_prompts, np.int64)
         for mlp in trace.layers[self.resolve(adapter)].mlps:
-            reached = 1 if mlp.sent is None else np.diff(np.searchsorted(mlp.sent, trace.offsets)) > 0
+            reached = (
+                1 if mlp.host_positions is None else np.diff(np.searchsorted(mlp.host_positions, trace.offsets)) > 0
+            )
             found += mlp.act.shape[1] * reached
         return found.tolist()
 

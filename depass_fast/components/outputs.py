@@ -100,7 +100,7 @@ class Outputs:
         """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
-            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.sent
+            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.host_positions
             if at is not None and not np.diff(np.searchsorted(at, (self.span.start, self.span.stop))).any():
                 continue
             stored, numbers_of_part = mlp.w_down, act

@@ -24,10 +24,10 @@ def layer_sizes(adapter: Adapter) -> list[LayerSize]:
 
 
 def _size(adapter: Adapter, index: int) -> LayerSize:
-    layer, experts = adapter.layer(index), adapter.family.experts
+    layer = adapter.layer(index)
     attention, mlps = layer.attention, layer.mlps
-    routed = sum(mlp.name not in ("", "shared") for mlp in mlps)
-    shares = [experts.top_k / routed if mlp.name not in ("", "shared") else 1.0 for mlp in mlps]
+    routed = sum(mlp.is_routed for mlp in mlps)
+    shares = [adapter.experts_per_position / routed if mlp.is_routed else 1.0 for mlp in mlps]
     up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
     beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
     return LayerSize(
@@ -36,7 +36,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         heads=attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel or len(mlps) > 1,
-        has_up=beside or routed > 0 or adapter.family.gate_part is not None,
+        has_up=beside or routed > 0 or layer.mlp.gate.is_fused,
         output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
     )
 

@@ -55,10 +55,10 @@ def through_mlp(
         if part.positions is None:
             state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
-        sent = np.flatnonzero(np.isin(state.layout.packed, part.sent))
-        if len(sent):
-            read = None if source is None else source.take(sent)
-            state.put(run.steps.allocate_mlp(state.take(sent), mlp, part, run.allocation, read), sent)
+        here = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
+        if len(here):
+            read = None if source is None else source.take(here)
+            state.put(run.steps.allocate_mlp(state.take(here), mlp, part, run.allocation, read), here)
     normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state

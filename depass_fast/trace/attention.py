@@ -1,4 +1,7 @@
-"""Causal attention in the forward pass that is recorded: fused wherever PyTorch can, else tile by tile, never N²."""
+"""Causal attention: in the recorded forward pass, and its probabilities as the trace gives them.
+
+It is fused wherever PyTorch can, else it runs tile by tile: N² logits are never held.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 
 from .record import AttentionTrace
 
-TILE = 1 << 24  # logits held at once, in elements: of several prompts, or where they cannot be left to torch
+TILE = 1 << 24  # most logits held at once, in elements
 
 
 def causal_attention(
@@ -22,22 +25,43 @@ def causal_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
 
-    ``key_bias`` (N, H) raises the logits of keys. With ``sinks`` (H,), logits of nothing, comes what P's rows sum to,
-    (P, H, N) in float32 or wider; else None.
+    ``key_bias`` (N, H) is added to the logits of keys. ``sinks`` (H,) are logits of nothing; with them the sums of P's
+    rows are returned as well, (P, H, N) in float32 or wider, else None.
     """
-    groups, n = q.shape[1] // k.shape[1], q.shape[2]
+    groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None and key_bias is None and sinks is None:
-        if window is None or window >= n:
-            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None
-        parts, size = [], max(window, 256)
-        for begin in range(0, n, size):  # no mask of N x N
-            first, end = max(0, begin - window + 1), min(begin + size, n)
-            mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
-            part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
-            parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
-        return torch.cat(parts, dim=2), None
+        return _fused(q, k, v, scale, window), None
+    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention by torch's fused kernels, a window's worth of queries at a time: no mask of N x N."""
+    n = q.shape[2]
+    if window is None or window >= n:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    parts, size = [], max(window, 256)
+    for begin in range(0, n, size):
+        first, end = max(0, begin - window + 1), min(begin + size, n)
+        mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
+        part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
+        parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
+    return torch.cat(parts, dim=2)
+
+
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention whose logits are changed before the softmax, some queries at a time, and the sums of P's rows."""
+    n = q.shape[2]
     out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
     for queries in torch.arange(n, device=q.device).split(max(1, TILE // (q.shape[1] * n))):
@@ -49,7 +73,7 @@ def causal_attention(
         seen = causal_mask(queries, n, window)
         logits.masked_fill_(~seen, -torch.inf)
         p = logits.softmax(-1)
-        if sinks is not None:
+        if sinks is not None and row_sum is not None:
             row_sum[:, :, queries] = torch.sigmoid(logits.logsumexp(-1) - sinks.to(wide)[:, None])
             p *= row_sum[:, :, queries, None]
         out[:, :, queries] = p.to(v.dtype) @ v
@@ -57,7 +81,7 @@ def causal_attention(
 
 
 def causal_mask(queries: Tensor, n_keys: int, window: int | None) -> Tensor:
-    """Which of the first ``n_keys`` positions each query position sees: (Q,) -> (Q, n_keys) bool."""
+    """True where a query position sees one of the first ``n_keys`` positions: (Q,) -> (Q, n_keys)."""
     keys = torch.arange(n_keys, device=queries.device)
     mask = keys <= queries[:, None]
     return mask if window is None else mask & (keys > queries[:, None] - window)

@@ -1,16 +1,15 @@
-"""Whether the recorded pieces of a forward pass make it up as the family says: a fork may compute something else.
+"""The consistency check: the recorded pieces of a forward pass must make it up as the family declares.
 
-At a few positions of every layer: what projections read is the frozen norm of the residual stream, what attention gets
-and gives are the values and the mixture of them, and what attention and MLP write is what the stream gains. A
-difference would otherwise end in a component that has nothing to do with it. Weights are not part of this: that they
-are read as the model computes with them shows in the completeness of every result. A model is looked at once, and again
-where its hooks or its code have changed, or with prompts twice as long.
+A fork may compute something else, and the difference would end in a component that has nothing to do with it. At a few
+positions of every layer three things are compared. Projections read the frozen norm of the residual stream. Attention
+gets the values and gives their mixture. The stream gains what attention and MLP write. A model is checked once, and
+again when its hooks or its code have changed, or with prompts twice as long.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from ..adapters import Adapter, Branch, Latent, Linear, Norm
+from ..adapters import Adapter, Branch, Latent, Linear, Mlp, Norm
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
 from .record import LayerTrace, Trace
+from .untouched import UntouchedPass
 
-# part of a layer -> what is recorded of it at the watched positions: its input and its output
+# part of a layer -> the names under which its input and its output are recorded at the watched positions
 WATCHED = {
     "v_proj": ("values_input", "values_output"),
     "o_proj": ("heads", "attention_written"),
@@ -32,15 +32,17 @@ WATCHED = {
     "down_proj": ("act_input", "mlp_written"),
 }
 
-
-_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # what has been checked of a model, and how long
+_READING = 0.05  # tolerance, relative to an output: 8-bit activations round it by 0.01
 _KEPT = 8  # computations remembered of a model
+
+# for every model, the computations that have been checked, and the length of the prompts
+_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
 
 def computation(model: nn.Module) -> tuple:
-    """What can change how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
+    """A key of how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
     modules = list(model.modules())
-    hooked = [
+    hooked: list[tuple] = [
         (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
         for place, module in enumerate(modules)
         if module._forward_hooks or module._forward_pre_hooks
@@ -51,12 +53,12 @@ def computation(model: nn.Module) -> tuple:
 
 
 def is_known(model: nn.Module, computation: tuple, length: int) -> bool:
-    """Whether a forward pass of this computation has been checked already, with prompts of half this length."""
+    """True if this computation of a model has been checked already, with prompts of at least half this length."""
     return _known.get(model, {}).get(computation, 0) >= length.bit_length()
 
 
 def know(model: nn.Module, computation: tuple, length: int) -> None:
-    """Remember that it has been."""
+    """Remember that it has been checked."""
     known = _known.setdefault(model, {})
     known[computation] = max(known.pop(computation, 0), length.bit_length())
     while len(known) > _KEPT:
@@ -64,10 +66,10 @@ def know(model: nn.Module, computation: tuple, length: int) -> None:
 
 
 class Consistency:
-    """Differences found so far, relative to the size of what was compared, each with its tolerance and its name.
+    """The differences found so far, relative to the sizes compared, each with its tolerance and its name.
 
-    Two or three roundings separate correct values, each of half an eps at most, relative to the sum of the norms
-    compared: together below one eps. In half precision 1.5 eps of the coarsest dtype are allowed, else 1e-4.
+    Correct values differ by two or three roundings, each of half an eps at most relative to the sum of the norms
+    compared: together by less than one eps. In half precision 1.5 eps of the coarsest dtype are allowed, else 1e-4.
     """
 
     def __init__(self) -> None:
@@ -76,19 +78,19 @@ class Consistency:
         self.names: list[str] = []
 
     def compare(self, name: str, got: Tensor, expected: Tensor, *sizes: Tensor, tolerance: float | None = None) -> None:
-        """Note that ``got`` (S, C) should be ``expected``; rounding is relative to these and to ``sizes``."""
+        """Note how far ``got`` (S, C) is from ``expected``, relative to both and to ``sizes``."""
         coarsest = max(torch.finfo(x.dtype).eps for x in (got, expected, *sizes))
         allowed = max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance
         self.note(name, _differences(got, expected, *sizes).max(), allowed)
 
     def note(self, name: str, error: Tensor, allowed: float) -> None:
-        """An error, a scalar, and the most that it may be."""
+        """Note an error, a scalar, and the most that it may be."""
         self.errors.append(error)
         self.allowed.append(allowed)
         self.names.append(name)
 
     def verdict(self) -> None:
-        """RuntimeError for the first difference that is too large. One synchronisation of the device for all."""
+        """Raise RuntimeError for the first difference that is too large. The device is waited for once."""
         device = self.errors[0].device
         errors = torch.stack([error.to(device, torch.float64) for error in self.errors]).tolist()
         for name, error, allowed in zip(self.names, errors, self.allowed, strict=True):
@@ -100,14 +102,14 @@ class Consistency:
 
 
 def _differences(got: Tensor, expected: Tensor, *sizes: Tensor) -> Tensor:
-    """Of rows (S, C), relative to the sum of their norms and of those of ``sizes``: (S,)."""
+    """The differences of rows (S, C), relative to the sum of their norms and those of ``sizes``: (S,)."""
     wide = torch.promote_types(got.dtype, torch.float32)
-    total = sum(x.to(wide).norm(dim=1) for x in (got, expected, *sizes))
+    total = torch.stack([x.to(wide).norm(dim=1) for x in (got, expected, *sizes)]).sum(0)
     return (got.to(wide) - expected.to(wide)).norm(dim=1) / total.clamp_min(torch.finfo(wide).tiny)
 
 
 def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positions: list[int]) -> None:
-    """Compare what is recorded at packed ``positions``: the trace has it for all, ``records`` for these alone.
+    """Compare the trace, which holds all positions, with ``records`` of the packed ``positions`` that are checked.
 
     Raises:
         RuntimeError: naming the layer and the module, and what it should be.
@@ -122,32 +124,22 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
     found.verdict()
 
 
-_READING = 0.05  # of an output; 8-bit activations round it by 0.01
-
-
-def _check_reading(found: Consistency, name: str, linear: Linear, given: Tensor, got: Tensor) -> None:
-    """That a projection's outputs are what the weight that is read makes of its inputs."""
-    wide, linear = torch.promote_types(given.dtype, torch.float32), replace(linear, drop_bias=False, outer_bias=None)
+def _check_reading(found: Consistency, name: str, linear: Linear, inputs: Tensor, outputs: Tensor) -> None:
+    """Compare a projection's outputs with the product of its inputs and the weight that is read."""
+    wide, linear = torch.promote_types(inputs.dtype, torch.float32), replace(linear, outer_bias=None)
     bias = None if linear.bias is None else linear.bias.to(wide)
-    got = got if linear.part is None else linear.part(got.T).T
-    ours = nn.functional.linear(given.to(wide), linear.weight.to(wide), bias)
-    found.compare(f"{name} computes something else than its weight says", got, ours, tolerance=_READING)
+    ours = nn.functional.linear(inputs.to(wide), linear.weight.to(wide), bias)
+    name = f"{name} computes something else than its weight says"
+    found.compare(name, linear.select(outputs), ours, tolerance=_READING)
 
 
-@dataclass
-class Ordinary:
-    """What an ordinary forward pass over N positions did: what its last norm gives, and what its mixtures decided."""
+def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass) -> None:
+    """Compare the last prompt's states with those of the untouched model.
 
-    end: Tensor | None = None  # (N, D)
-    mixtures: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of a layer, under the names of its record
-
-
-def check_end(trace: Trace, records: list[dict[str, Any]], own: Ordinary) -> None:
-    """Compare the last prompt's states with those of an ordinary forward pass.
-
-    They are compared at the end where no router decided otherwise. Near a tie one may, and moves its position by half
-    of its size: such a position is compared by what that mixture read, and so is every later one, which may look at it.
-    Most of these move by little: the median position is also held to the tolerance as far as its own routers agree.
+    They are compared at the end where all routers decided the same. Near a tie a router may decide otherwise, which
+    moves its position by half of its size. Such a position is compared by the input of that mixture, and so is every
+    later position, which may look at it. Most of these move by little: the median position is also held to the
+    tolerance, as far as its own routers agree.
 
     Raises:
         RuntimeError: they differ.
@@ -173,7 +165,7 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: Ordinary) -> Non
 
 
 def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: float) -> Tensor:
-    """Where two passes chose the same experts, with about the same weights (those of a sparse mixer may jump): (N,)."""
+    """True where two passes chose the same experts with about the same weights: (N,). A sparse mixer's may jump."""
     order, own_order = got["chosen"].argsort(1), own["chosen"].argsort(1)
     same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
     weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
@@ -183,46 +175,45 @@ def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: fl
 def _check_attention(
     found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
 ) -> None:
-    weights, family = adapter.layer(index).attention, adapter.family
-    values = record["values_output"] if family.v_part is None else family.v_part(record["values_output"].T).T
-    rounds = isinstance(weights.v, Latent) and not weights.v.up.is_own  # what is made of a weight rounds otherwise
-    if isinstance(weights.v, Latent):
-        values = weights.v.of(values)
-    if family.v_clip is not None:
-        values = values.clamp(-family.v_clip, family.v_clip)
+    weights = adapter.attention(index)
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
         _normed(weights.norm, pre).to(pre),
     )
+    computed = isinstance(weights.v, Latent) and not weights.v.up.is_own  # a weight that is computed rounds otherwise
     found.compare(
         f"{name} changes the values between their projection and the heads",
         record["values"],
-        values,
-        tolerance=_READING if rounds else None,
+        weights.values_of(record["values_output"]),
+        tolerance=_READING if computed else None,
     )
-    # attention that is observed computes its logits by itself, in half precision perhaps
-    own = adapter.observed is not None
-    half = record["heads"].element_size() < 4
     found.compare(
         f"{name} gives its output projection something else than the heads' mixture of values",
         record["heads"],
         record["attended"].view(record["heads"].shape).to(record["heads"]),
-        tolerance=None if not own else 0.25 if half else 1e-3,
+        tolerance=_mixture_tolerance(adapter, record["heads"].dtype),
     )
-    for part, linear, given in (
-        ("v_proj", weights.v.down if isinstance(weights.v, Latent) else weights.v, record["values_input"]),
+    for part, linear, inputs in (
+        ("v_proj", weights.v_input, record["values_input"]),
         ("o_proj", weights.o, record["attended"]),
     ):
-        got = record[WATCHED[part][1]]
-        _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
-    if family.parallel:
-        return  # what attention writes is part of what the stream gains in all: see the MLP
+        outputs = record[WATCHED[part][1]]
+        _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
+    if adapter.is_parallel:
+        return  # attention's output is part of all that the stream gains: see the MLP
     mid, written = _rows(layer.resid_mid, at), record["attention_written"]
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else _rows(layer.attention_sum, at)
     _check_write(found, name, weights, written, pre, after, mid)
+
+
+def _mixture_tolerance(adapter: Adapter, dtype: torch.dtype) -> float | None:
+    """The tolerance of attention's output: wide where observed attention computes its logits, perhaps in half."""
+    if adapter.observed is None:
+        return None
+    return 0.25 if dtype.itemsize < 4 else 1e-3
 
 
 def _check_mlp(
@@ -238,13 +229,13 @@ def _check_mlp(
     )
     if not mixture:
         for part, linear in (("gate_proj", weights.mlp.gate), ("down_proj", weights.mlp.down)):
-            given, got = (record[name] for name in WATCHED[part])
-            _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, given, got)
+            inputs, outputs = (record[name] for name in WATCHED[part])
+            _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
     written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
     mid, post = _rows(layer.resid_mid, at), _rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     after = post if layer.mlp_sum is None else _rows(layer.mlp_sum, at)
-    rounds = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # made of weights, see _experts
-    _check_write(found, name, weights.mlp, written, mid, after, post, _READING if rounds else None)
+    computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that _experts reads
+    _check_write(found, name, weights.mlp, written, mid, after, post, _READING if computed else None)
 
 
 def _check_write(
@@ -257,7 +248,7 @@ def _check_write(
     stream: Tensor,
     tolerance: float | None = None,
 ) -> None:
-    """``raw`` outputs (S, D) lead from ``before`` to ``after``, and through a norm of the stream to ``stream``."""
+    """Check that outputs ``raw`` (S, D) lead from ``before`` to ``after``, and from there, if normed, to ``stream``."""
     written, wide = _normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
@@ -273,24 +264,23 @@ def _check_write(
         )
 
 
-def _experts(layer: LayerTrace, mlps: tuple, at: Tensor) -> Tensor:
-    """What the experts write at positions (S,): (S, D)."""
+def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor) -> Tensor:
+    """The sum of the experts' outputs at positions (S,): (S, D)."""
     wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
     for part in layer.mlps:
-        weights = mlps[part.part]
-        weights = replace(weights, down=replace(weights.down, drop_bias=False))
-        here = np.arange(len(at)) if part.sent is None else np.flatnonzero(np.isin(at.numpy(), part.sent))
+        weights, routed = mlps[part.part], part.host_positions
+        here = np.arange(len(at)) if routed is None else np.flatnonzero(np.isin(at.numpy(), routed))
         if len(here):
-            here, sent = (to_device(x, total.device) for x in (here, at.numpy()[here]))
-            total[here] += part.act[part.rows(sent)].to(wide) @ weights.w_down.T.to(wide)
-            constant = part.constant(weights, sent, wide)
+            here, positions = (to_device(x, total.device) for x in (here, at.numpy()[here]))
+            total[here] += part.act[part.rows(positions)].to(wide) @ weights.w_down.T.to(wide)
+            constant = part.constant(weights, positions, wide)
             total[here] += 0.0 if constant is None else constant
     return total.to(layer.resid_mid)
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:
-    """A norm by its formula, of hidden states (S, D), in float32 at least."""
+    """Hidden states (S, D) after a norm, by its formula, in float32 at least."""
     if norm is None:
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

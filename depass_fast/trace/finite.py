@@ -1,4 +1,4 @@
-"""Whether a trace holds NaN or inf, and where they come from."""
+"""The check of a trace for NaN and inf, and the search for their source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from .record import LayerTrace, Trace
 
 
 def check_finite(adapter: Adapter, trace: Trace) -> None:
-    """Name the first layer at which NaN or inf appears, and the weight that holds it where one does."""
+    """Raise FloatingPointError if a trace holds NaN or inf.
+
+    The message names the first layer where they appear, and the weight that holds them where one does.
+    """
     recorded = [_recorded(layer) for layer in trace.layers]
     every = [trace.resid(index) for index in range(len(trace.layers) + 1)]
     if _has_finite_sums(*every, *(x for layer in recorded for x in layer), trace.normed_final):
@@ -33,14 +36,14 @@ def check_finite(adapter: Adapter, trace: Trace) -> None:
 
 
 def _recorded(layer: LayerTrace) -> list[Tensor]:
-    """What a layer made, without the residual stream."""
+    """The tensors that a layer recorded, without the residual stream."""
     return [layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act))]
 
 
 def _has_finite_sums(*tensors: Tensor) -> bool:
-    """Whether the sums are neither NaN nor inf: then no element is. On a CPU, whether no element is.
+    """True if the sums of the tensors are finite: then every element is. On a CPU the elements are looked at instead.
 
-    A GPU sums in float32 what is in half precision without a copy; a CPU would make one, of every tensor.
+    A GPU sums a tensor of half precision in float32 without a copy; a CPU would copy every tensor.
     """
     device = tensors[0].device
     if device.type == "cpu":
@@ -50,6 +53,6 @@ def _has_finite_sums(*tensors: Tensor) -> bool:
 
 
 def _is_finite(*tensors: Tensor) -> bool:
-    """Whether no element is NaN or inf; the maximum carries both, and is several times faster than `isfinite`."""
-    device = tensors[0].device  # what enters the next layer may live elsewhere
+    """True if no element is NaN or inf. The maximum carries both, and is several times faster than `isfinite`."""
+    device = tensors[0].device  # the next layer may lie on another device
     return bool(torch.stack([tensor.abs().amax().to(device) for tensor in tensors]).isfinite().all())

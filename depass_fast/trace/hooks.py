@@ -1,44 +1,36 @@
-"""Hooks on the modules of a forward pass, which belong to one thread's recorder and leave the others' passes alone."""
+"""The hooks of a recorded forward pass: they write into their recorder, and ignore the passes of other threads."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Norm
-
-active = threading.local()  # `recorder`: whose forward pass it is that runs in this thread
-
-
-class Recorder(Protocol):
-    """What collects forward passes."""
-
-    def keep(self, record: dict[str, Any], name: str, x: Any) -> None: ...
+from ..adapters import Adapter, Latent, Norm
+from .consistency import WATCHED
+from .recorder import Recorder, is_recording
 
 
-def is_recording(recorder: Recorder) -> bool:
-    """Whether the forward pass of this thread is that recorder's."""
-    return getattr(active, "recorder", None) is recorder
+class RecordingHook:
+    """A hook that records the input or the output of a module as (T, C), or the result of ``change`` on it.
 
-
-class Tap:
-    """A hook that records the input or the output of a module, (T, C), or what is ``made`` of it."""
+    With ``as_is`` it keeps the axis of the batch, and only the last forward pass.
+    """
 
     def __init__(
         self,
         recorder: Recorder,
         record: dict[str, Any],
         name: str,
-        made: Callable[[Tensor], Tensor] | None = None,
-        batched: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
+        as_is: bool = False,
     ) -> None:
-        self.recorder, self.record, self.name, self.made, self.batched = recorder, record, name, made, batched
+        self.recorder, self.record, self.name, self.change, self.as_is = recorder, record, name, change, as_is
 
     def before(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's input; returned is the way back."""
+        """Record the module's input. Returns the function that removes the hook."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._keep(args[0] if args else kwargs["hidden_states"])
@@ -46,22 +38,126 @@ class Tap:
         return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
     def after(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's output; returned is the way back."""
+        """Record the module's output. Returns the function that removes the hook."""
         return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
 
     def _keep(self, x: Any) -> None:
-        if not is_recording(self.recorder):  # what another thread runs meanwhile
+        if not is_recording(self.recorder):  # another thread's pass
             return
-        if self.batched:
+        if self.as_is:
             self.record[self.name] = x
         else:
             x = x[0] if isinstance(x, tuple | list) else x
             x = x.detach().flatten(0, -2)
-            self.recorder.keep(self.record, self.name, x if self.made is None else self.made(x))
+            self.recorder.keep(self.record, self.name, x if self.change is None else self.change(x))
+
+
+class LayerHooks:
+    """The hooks of one layer. ``undo`` removes them all."""
+
+    def __init__(self, adapter: Adapter, index: int, recorder: Recorder, undo: ExitStack) -> None:
+        self.adapter, self.index, self.recorder, self.undo = adapter, index, recorder, undo
+        self.record = recorder.layers[index]
+
+    def put(self) -> None:
+        """Hook up everything that a trace holds of the layer."""
+        self._hook_stream()
+        if self.recorder.is_checking:
+            self._hook_watched()
+        self._hook_values()
+        if self.adapter.is_mixture(self.index):
+            self._before("mlp", "experts_input")
+            self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
+        else:
+            gate = self.adapter.mlps(self.index)[0].gate
+            self._after("gate_proj", "gate", (lambda x: gate.select(x).contiguous()) if gate.is_fused else None)
+            self._before("down_proj", "act")
+        if self.adapter.observed is not None:
+            self._observe_attention()
+
+    def _before(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(self._module(part)))
+
+    def _after(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(self._module(part)))
+
+    def _module(self, part: str) -> nn.Module:
+        module = self.adapter.module(self.index, part)
+        assert module is not None
+        return module
+
+    def _has(self, part: str) -> bool:
+        return self.adapter.module(self.index, part) is not None
+
+    def _hook_stream(self) -> None:
+        """Record the residual stream, and the norms that lie between a branch and the stream."""
+        self._before("attention_norm" if self._has("attention_norm") else "attention", "resid_pre")
+        if self.adapter.is_parallel:
+            self._after("o_proj", "attention_output")
+        else:
+            self._before("mlp_norm" if self._has("mlp_norm") else "mlp", "resid_mid")
+        for kind, branch in (
+            ("attention", self.adapter.attention(self.index)),
+            ("mlp", self.adapter.mlps(self.index)[0]),
+        ):
+            if branch.output is not None:
+                self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
+            if branch.stream is not None:
+                self._before(f"{kind}_stream_norm", f"{kind}_sum")
+
+    def _hook_watched(self) -> None:
+        """Record what the consistency check compares, at the watched positions."""
+        mixture = self.adapter.is_mixture(self.index)
+        for part, (before, after) in WATCHED.items():
+            if mixture and part in ("gate_proj", "down_proj"):
+                continue
+            self._before(part, before, lambda x: x[self.recorder.watched])
+            self._after(part, after, lambda x: x[self.recorder.watched])
+
+    def _hook_values(self) -> None:
+        """Record the latent that values come from, and the clamping of values."""
+        weights = self.adapter.attention(self.index)
+        if isinstance(weights.v, Latent):
+            self._before("v_norm", "latent_scale", weights.v.norm.scale)
+        if weights.value_limit is not None:
+            self._after("v_proj", "value_ratio", weights.clamped_ratio)
+
+    def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
+        """Record a router's weights and indices (T, K)."""
+        if is_recording(self.recorder):
+            self.recorder.keep(self.record, "router_weights", weights.detach())
+            self.recorder.keep(self.record, "chosen", chosen)
+
+    def _observe_attention(self) -> None:
+        """Take Q, K and V from the projections of attention that is not pluggable, and replace its output by ours."""
+        adapter, recorder = self.adapter, self.recorder
+        module, observed = self._module("attention"), adapter.observed
+        assert observed is not None
+        seen: dict[str, Any] = {}
+
+        def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_recording(recorder):
+                seen["kwargs"] = kwargs
+
+        def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            if not is_recording(recorder):
+                return None
+            outputs = [seen[name] for name in observed.projections]
+            mask = {"window": adapter.window(self.index, None, recorder.implementation), "softcap": None}
+            out = recorder.attend(self.index, **{**mask, **observed.read(module, outputs, seen["kwargs"])})
+            return (out.reshape(args[0].shape).to(args[0].dtype),)
+
+        self.undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
+        for name in observed.projections:
+            self.undo.callback(RecordingHook(recorder, seen, name, as_is=True).after(module.get_submodule(name)))
+        self.undo.callback(self._module("o_proj").register_forward_pre_hook(replaced).remove)
 
 
 def full_precision(norm: Norm) -> Callable[..., Tensor]:
-    """transformers computes norms in float32 even in a float64 model: that rounding would be all of the error."""
+    """A hook that computes a norm in float64.
+
+    transformers computes norms in float32 even in a float64 model: that rounding would be all of the error.
+    """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].flatten(0, -2)

@@ -1,7 +1,7 @@
-"""What one ordinary forward pass leaves behind: everything that the decomposition holds frozen (DESIGN.md section 2).
+"""The trace of one forward pass: everything that the decomposition holds frozen (DESIGN.md section 2).
 
-It is recorded by :mod:`depass_fast.capture`. N² attention probabilities are not part of it: Q, K and the kind of mask
-say the same.
+It is recorded by :mod:`depass_fast.trace.capture`. N² attention probabilities are not part of it: they are recomputed
+from Q, K and the kind of mask.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Attention
+from ..adapters import Attention, RoutedExpert
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
 
@@ -24,7 +25,7 @@ class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
     The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
-    has sinks, logits of nothing, P's rows sum to less than one: P is the softmax without them, times ``row_sum``.
+    has sinks (logits of nothing), P's rows sum to less than one: P is the softmax without the sinks, times ``row_sum``.
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
@@ -34,20 +35,20 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
-    row_sum: Tensor | None = None  # (T, H) in float32 or wider, of P; None: one
-    latent_scale: Tensor | None = None  # (T,) s of the norm in the middle of V's path, if it goes through a latent
+    row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
+    latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
-    out_scale: Tensor | None = None  # (T,) of the norm on its output
+    out_scale: Tensor | None = None  # (T,) s of the norm on its output
 
     def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
-        """s of the residual stream ``resid`` that is read, (T, D) -> (T,), times what else scales a value."""
+        """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,)."""
         scale = weights.scale(resid)
         return scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
 
     def constant(self, weights: Attention, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What the attention adds to packed positions ``at``, whatever their components are; values are not clamped.
+        """The constant that attention adds to packed positions ``at``, if no value is clamped: (D,), (N, D) or None.
 
-        (D,), or (N, D), or None; before a norm of the residual stream.
+        It is not yet through a norm of the residual stream.
         """
         scale, sums = (None if x is None else x[at] for x in (self.out_scale, self.row_sum))
         return weights.constant(dtype, scale, sums)
@@ -55,36 +56,49 @@ class AttentionTrace:
 
 @dataclass
 class MlpTrace:
-    """What one MLP, or one expert, did.
+    """The frozen activations of one MLP, or of one expert.
 
-    ``positions`` (P,) are the packed positions that were sent to it, None for all (P = T).
+    ``positions`` (P,) are the packed positions that were sent to the expert, None for all (P = T).
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
     gate: Tensor  # (P, I) gate pre-activation
     act: Tensor  # (P, I) frozen activation: act(gate) · up · the router's weight, what the down projection reads
-    part: int = 0  # which of the layer's MLPs
+    part: int = 0  # its number among the layer's MLPs
     positions: Tensor | None = None
-    out_scale: Tensor | None = None  # (T,) of the norm on its output
-    router_weight: Tensor | None = None  # (P,) which multiplies an expert's output, where that has a bias
-    host_positions: InitVar[np.ndarray | None] = None  # `positions`, for :meth:`sent`
+    out_scale: Tensor | None = None  # (T,) s of the norm on its output
+    router_weight: Tensor | None = None  # (P,) the factor of an expert's output, where that has a bias
+    copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
-    def __post_init__(self, host_positions: np.ndarray | None) -> None:
-        self._sent = self.positions, host_positions
+    def __post_init__(self, copied_positions: np.ndarray | None) -> None:
+        self._copied = self.positions, copied_positions
+
+    @staticmethod
+    def of_expert(expert: RoutedExpert, **common: Any) -> MlpTrace:
+        """The trace of one expert; ``common`` holds ``resid`` and ``out_scale``."""
+        return MlpTrace(
+            gate=expert.gate,
+            act=expert.act,
+            part=expert.part,
+            positions=expert.positions,
+            router_weight=expert.router_weight,
+            copied_positions=expert.host_positions,
+            **common,
+        )
 
     @property
-    def sent(self) -> np.ndarray | None:
-        """``positions`` in host memory, so that no device is waited for; copied only if they have been replaced."""
-        positions, host = self._sent
-        if positions is not self.positions or host is None:
-            host = None if self.positions is None else self.positions.cpu().numpy()
-            self._sent = self.positions, host
-        return host
+    def host_positions(self) -> np.ndarray | None:
+        """``positions`` in host memory, so that no device is waited for. They are copied only if they were replaced."""
+        positions, copied = self._copied
+        if positions is not self.positions or copied is None:
+            copied = None if self.positions is None else self.positions.cpu().numpy()
+            self._copied = self.positions, copied
+        return copied
 
     def constant(self, weights: Mlp, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What it writes at packed positions ``at`` whatever its components are, before any norm: its bias, routed.
+        """The constant that it writes at packed positions ``at``, its bias as routed: (D,), or (N, D), or None.
 
-        (D,), or (N, D), or None. Not all of a slice need have been sent here, all of a tensor (N,) must.
+        It is not yet through any norm. A slice may hold positions that were not sent here, a tensor (N,) may not.
         """
         bias = weights.down.bias
         if bias is None or self.router_weight is None:
@@ -93,14 +107,14 @@ class MlpTrace:
         return weight[:, None].to(dtype) * bias.to(dtype)
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Where ``packed`` positions (S,), all of them sent here, are found in ``gate`` and ``act``."""
+        """The rows of ``gate`` and ``act`` that hold ``packed`` positions (S,), all of which were sent here."""
         return packed if self.positions is None else torch.searchsorted(self.positions, packed)
 
     def dense(self, values: Tensor, span: slice) -> Tensor:
         """``values`` (P, ...) recorded here, at packed positions ``span``: (N, ...), zero at those not sent here."""
-        if self.positions is None:
+        if self.positions is None or self.host_positions is None:
             return values[span]
-        here = slice(*np.searchsorted(self.sent, (span.start, span.stop)).tolist())
+        here = slice(*np.searchsorted(self.host_positions, (span.start, span.stop)).tolist())
         out = values.new_zeros(span.stop - span.start, *values.shape[1:])
         out[self.positions[here] - span.start] = values[here]
         return out
@@ -108,14 +122,14 @@ class MlpTrace:
 
 @dataclass
 class LayerTrace:
-    """What one layer recorded, in the model's dtype and on the layer's device.
+    """The record of one layer, in the model's dtype and on the layer's device.
 
-    ``mlps`` holds the MLP, or those experts that anything was sent to. Where a norm sits on the residual stream itself,
-    ``attention_sum`` and ``mlp_sum`` (T, D) are what it reads; else they are None.
+    ``mlps`` holds the MLP, or the experts that any position was sent to. Where a norm sits on the residual stream
+    itself, ``attention_sum`` and ``mlp_sum`` (T, D) are its inputs; else they are None.
     """
 
     resid_pre: Tensor  # (T, D) entering the layer
-    resid_mid: Tensor  # (T, D) after its attention; in a parallel layer, what attention alone makes of it
+    resid_mid: Tensor  # (T, D) after its attention; in a parallel layer, with the output of attention alone
     attention: AttentionTrace
     mlps: tuple[MlpTrace, ...]
     attention_sum: Tensor | None = None
@@ -123,13 +137,13 @@ class LayerTrace:
 
     @property
     def mlp(self) -> MlpTrace:
-        """The only MLP, or one of them."""
+        """The only MLP, or one of the experts."""
         return self.mlps[0]
 
     def mlp_constant(self, mlps: tuple[Mlp, ...], span: slice, dtype: torch.dtype) -> Tensor | None:
-        """What the layer's ``mlps`` together add to packed positions ``span``, whatever their components are.
+        """The constant that the layer's ``mlps`` together add to packed positions ``span``: (D,), or (N, D), or None.
 
-        (D,), or (N, D), or None; before a norm of the residual stream.
+        It is not yet through a norm of the residual stream.
         """
         each = [part.constant(mlps[part.part], span, dtype) for part in self.mlps]
         each = [constant for constant in each if constant is not None]
@@ -137,14 +151,14 @@ class LayerTrace:
         return mlps[0].written_constant(raw, None if scale is None else scale[span], dtype)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything recorded, some of it more than once."""
+        """Every recorded tensor, some of them more than once."""
         for held in (self, self.attention, *self.mlps):
             yield from (value for value in vars(held).values() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True)
 class TraceSource:
-    """Which model a trace was made by, and whether its weights have been written to since."""
+    """The model that a trace was made by, and the state of its weights then."""
 
     model: weakref.ref
     version: tuple
@@ -154,7 +168,7 @@ class TraceSource:
         return TraceSource(weakref.ref(model), _version(model))
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError unless ``model`` is the one, as it was."""
+        """Raise ValueError unless ``model`` is that model, with the weights that it had."""
         if self.model() is not model:
             raise ValueError("trace: it was made by another model; trace the prompt with this one.")
         if self.version != _version(model):
@@ -162,7 +176,10 @@ class TraceSource:
 
 
 def _version(model: nn.Module) -> tuple:
-    """Differs after an in-place change of a weight (inference tensors do not count them), or of the active adapters."""
+    """A key that changes with every in-place change of a weight, and with the active adapters.
+
+    Inference tensors do not count their changes.
+    """
     unsteady = {id(p) for p in reparametrised(model)}
     counted = (p for p in model.parameters() if not p.is_inference() and id(p) not in unsteady)
     return sum(p._version for p in counted), tuning(model)
@@ -182,7 +199,7 @@ class Trace:
     resid_final: Tensor
     normed_final: Tensor
     source: TraceSource
-    batch: bool = False  # made of a list of prompts, though it may hold but one
+    batch: bool = False  # made of a list of prompts, even if of only one
 
     @property
     def n_prompts(self) -> int:
@@ -196,7 +213,7 @@ class Trace:
         return int(self.offsets[prompt + 1] - self.offsets[prompt])
 
     def resid(self, layer: int) -> Tensor:
-        """The residual stream entering ``layer`` (T, D); after the last one for ``layer`` = number of layers."""
+        """The residual stream entering ``layer``, (T, D); with ``layer`` = L, that after the last layer."""
         return self.resid_final if layer == len(self.layers) else self.layers[layer].resid_pre
 
     def resid_at(self, layer: int, site: str) -> Tensor:
@@ -205,6 +222,6 @@ class Trace:
 
     @property
     def nbytes(self) -> int:
-        """Memory held by the trace, in bytes; grows with the number of positions, not with its square."""
+        """The memory that the trace holds, in bytes. It grows with the number of positions, not with its square."""
         held = [self.input_ids, self.resid_final, self.normed_final, *(t for x in self.layers for t in x.tensors())]
         return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in held}.values())

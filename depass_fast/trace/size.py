@@ -1,8 +1,7 @@
-"""How large a trace will be, told from a model's config alone.
+"""The size of a trace, computed from a model's config alone.
 
-The family's declaration says what is recorded (:mod:`depass_fast.capture`); the shapes are read from a model without
-weights, on torch's meta device. Everything is recorded once per position, so that the size is a number of bytes per
-position.
+The shapes of what :mod:`depass_fast.trace.capture` records are read from a model without weights, on torch's meta
+device. Everything is recorded once per position, so that the size is a number of bytes per position.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..adapters import Adapter, adapt
+from ..adapters import Adapter, Latent, Mlp, adapt
 
 _INDEX = 8  # bytes of an id or a position
 
 
 def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int:
-    """The bytes that a trace of prompts of ``lengths`` tokens holds: :attr:`depass_fast.Trace.nbytes` of it.
+    """The bytes of a trace of prompts of ``lengths`` tokens: its :attr:`depass_fast.Trace.nbytes`.
 
     Args:
         config: transformers' config of a model of a supported family. No weights are loaded.
         lengths: tokens of every prompt; any number of prompts.
-        dtype: of the model's weights, and so of what is recorded.
+        dtype: the dtype of the model's weights, in which most is recorded.
 
-    It is exact, but where a family clamps its values (OLMo, MPT with ``clip_qkv``): then it is an upper bound, reached
-    as soon as a single value in every layer is clamped. A mixture of experts records ``top_k`` rows per position and
-    layer, whichever experts they go to.
+    The number is exact, unless the family clamps its values (OLMo, MPT with ``clip_qkv``). Then it is an upper bound,
+    reached as soon as one value in every layer is clamped. A mixture of experts records the same number of rows per
+    position and layer, whichever experts they go to.
 
     Raises:
         ValueError: the family is not supported.
@@ -39,7 +38,7 @@ def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int
 
 
 class _Key:
-    """A config that is hashed by what it says."""
+    """A config that is hashed and compared by its contents."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.text = config, f"{type(config)} {config.to_json_string(use_diff=False)}"
@@ -57,7 +56,7 @@ def _bytes_per_position(key: _Key, dtype: torch.dtype) -> int:
 
 
 def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
-    """What a trace holds of one position of a model of ``dtype``."""
+    """The bytes of a trace per position, for a model of ``dtype``."""
     width, item = adapter.hidden_size, dtype.itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))
@@ -65,32 +64,42 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
 
 
 def without_weights(config: Any) -> Adapter:
-    """The adapter of a model with shapes and nothing else. Raises ValueError as :func:`trace_nbytes`."""
+    """The adapter of a model on the meta device, with shapes alone. Raises ValueError as :func:`trace_nbytes`."""
     home = next((base for base in type(config).__mro__ if base in MODEL_FOR_CAUSAL_LM_MAPPING), None)
     if home is None:
         raise ValueError(f"config: {type(config).__name__} is not the config of a causal language model.")
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # which every model has and every machine can run
+    config._attn_implementation = "eager"  # every model has it, and every machine can run it
     with torch.device("meta"):
-        return adapt(MODEL_FOR_CAUSAL_LM_MAPPING[home](config))
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[home]
+        return adapt(model_class(config))
 
 
 def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
-    """Bytes per position of one layer: the fields of LayerTrace, AttentionTrace and MlpTrace."""
-    layer, family, item = adapter.layer(index), adapter.family, dtype.itemsize
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    attention, mlps = layer.attention, layer.mlps
+    """The bytes per position of one layer: the fields of LayerTrace, AttentionTrace and MlpTrace."""
+    layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+    attention = layer.attention
     streams = 2 + sum(branch.stream is not None for branch in (attention, layer.mlp))
     scales = sum(branch.output is not None for branch in (attention, layer.mlp))
     size = streams * adapter.hidden_size * item + scales * wide
-    size += (attention.n_heads + attention.n_kv_heads) * (family.key_dim or attention.head_dim) * item
-    size += 0 if family.v_norm is None else wide
-    size += attention.n_heads * wide if family.alibi else 0
-    size += attention.n_heads * wide if family.sinks else 0
-    if family.v_clip is not None:
-        size += attention.v.shape[0] * item
-    if not adapter.is_mixture(index):
-        return size + 2 * mlps[0].gate.shape[0] * item
-    each = [2 * mlp.gate.shape[0] * item + item * mlp.down.has_bias for mlp in mlps]
-    size += family.experts.top_k * (_INDEX + each[0])
-    return size + sum(bytes_ for mlp, bytes_ in zip(mlps, each, strict=True) if mlp.name == "shared")
+    size += (attention.n_heads + attention.n_kv_heads) * attention.key_dim * item
+    size += wide if isinstance(attention.v, Latent) else 0
+    size += attention.n_heads * wide * (adapter.has_alibi + adapter.has_sinks)
+    size += 0 if attention.value_limit is None else attention.v.shape[0] * item
+    return size + _mlps(layer.mlps, adapter.experts_per_position, item)
+
+
+def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:
+    """The bytes per position of the MLP, or of the experts that a position goes to."""
+    routed = [mlp for mlp in mlps if mlp.is_routed]
+    everywhere = [mlp for mlp in mlps if not mlp.is_routed]
+    size = sum(2 * mlp.gate.shape[0] * item + _bias_weight(mlp, item) for mlp in everywhere)
+    if routed:
+        each = _INDEX + 2 * routed[0].gate.shape[0] * item + _bias_weight(routed[0], item)
+        size += experts_per_position * each
+    return size
+
+
+def _bias_weight(mlp: Mlp, item: int) -> int:
+    """The bytes of a router's weight, which is recorded for an expert with a bias."""
+    return item if mlp.name and mlp.down.has_bias else 0

@@ -11,8 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from depass_fast import DePass, Neurons, Tokens
-from depass_fast.adapters import Experts, Mlp, route, sort_choices, watch_router
-from depass_fast.adapters.experts import _choice, expert_mlps
+from depass_fast.adapters import Experts, Mlp, sort_choices, without_biases
+from depass_fast.adapters.experts import _choice, expert_mlps, route, watch_router
 from depass_fast.backends import TorchBackend
 from depass_fast.trace.size import trace_nbytes
 from tests.support.components import kinds
@@ -64,7 +64,7 @@ def test_an_experts_bias_counts_as_the_router_weighs_it():
     weights, chosen = seen[0]
     expected = (weights[..., None] * mlp.experts.down_proj_bias[chosen]).sum(1)
     assert torch.allclose(state.dense()[:, state.labels.index("bias")], expected, atol=1e-5)
-    assert not dp.adapter.without_biases().layer(1).has_mlp_bias
+    assert not without_biases(dp.adapter).layer(1).has_mlp_bias
 
 
 def test_a_trace_holds_their_weights_and_no_more():
@@ -111,7 +111,7 @@ def test_the_mixtures_of_deepseek(model_type, changes):
     own = block.mlp(x[None])
     undo()
     branch = {"norm": None, "output": None, "stream": None, "factor": 1.0}
-    mlps, total = expert_mlps(block, experts, branch, drop_biases=False), torch.zeros(11, 32)
+    mlps, total = expert_mlps(block, experts, branch), torch.zeros(11, 32)
     for part in route(block, experts, x, seen[0][0], *sort_choices([seen[0][1]])):
         total[slice(None) if part.positions is None else part.positions] += part.act @ mlps[part.part].w_down.T
     assert len(mlps) == 9 and torch.allclose(total, own[0], atol=1e-5 * float(own.abs().max()))
@@ -185,14 +185,14 @@ def test_where_positions_are_sent_is_known_in_host_memory():
     for chosen, found in zip(choices, sort_choices(choices), strict=True):
         for expert in range(8):
             positions, ranks = (chosen == expert).nonzero(as_tuple=True)
-            here = found.to(expert)
+            here = found.of_expert(expert)
             assert torch.equal(found.positions[here], positions)
-            assert torch.equal(found.places[here], positions * 3 + ranks)
+            assert torch.equal(found.order[here], positions * 3 + ranks)
             assert found.host_positions[here].tolist() == positions.tolist()
     part = with_biases().trace(IDS).layers[0].mlps[0]
-    sent = part.sent
-    assert sent.tolist() == part.positions.tolist() and part.sent is sent
+    on_host = part.host_positions
+    assert on_host.tolist() == part.positions.tolist() and part.host_positions is on_host
     for other in (copy.deepcopy(part), replace(part, positions=part.positions.clone())):
-        assert other.sent.tolist() == sent.tolist()
+        assert other.host_positions.tolist() == on_host.tolist()
     part.positions = part.positions[:1]  # of whoever takes a trace apart
-    assert part.sent.tolist() == sent[:1].tolist()
+    assert part.host_positions.tolist() == on_host[:1].tolist()

@@ -16,7 +16,7 @@ import transformers
 
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
-from depass_fast.trace.capture import _Recorder
+from depass_fast.trace.recorder import Recorder
 from tests.support.components import kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
@@ -98,14 +98,14 @@ def test_captured_logits_are_the_models_own(name, implementation, seed, family_r
         model = build_variant(name, seed, implementation, regroup=seed == 1)
     except ValueError as error:
         pytest.skip(f"transformers itself: {error}")
-    dp, recorded, keep = DePass(model), [], _Recorder.keep
+    dp, recorded, keep = DePass(model), [], Recorder.keep
 
     def watched(recorder, record, what, x):
         recorded.append((x, x.clone()))
         keep(recorder, record, what, x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Recorder, "keep", watched)
+        patch.setattr(Recorder, "keep", watched)
         trace = dp.trace(PROMPTS)
     assert recorded and all(torch.equal(x, copy) for x, copy in recorded)
     for p, ids in enumerate(PROMPTS):
@@ -124,7 +124,7 @@ def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family
     for label, kind in every.items():
         if seed == 1 and label not in _AGAIN:
             continue
-        if isinstance(kind, Custom) and kind.site == "resid_mid" and dp.adapter.family.parallel:
+        if isinstance(kind, Custom) and kind.site == "resid_mid" and dp.adapter.is_parallel:
             with pytest.raises(ValueError, match="there is no 'resid_mid' between them"):
                 dp.attribute(PROMPTS[0], kind)
             continue
@@ -208,7 +208,7 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
     """With their constants, as the model itself adds it to its residual stream in an ordinary forward pass."""
     dp = built(name)
     adapter, ids = dp.adapter, PROMPTS[0]
-    family, trace = adapter.family, traced(name)
+    trace = traced(name)
     for layer in (0, 1):
         seen, handles = {}, []
 
@@ -233,7 +233,9 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
         for part, kind in {"attention": Heads(layer), "mlp": Neurons(layer)}.items():
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
-            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * family.factor
+            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * adapter.attention(
+                layer
+            ).factor
             if f"{part} stream" in seen:  # the norm of the sum, without what was in the stream before
                 norm = adapter.module(layer, f"{part}_stream_norm")
                 total, normed = seen[f"{part} stream"]

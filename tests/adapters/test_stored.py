@@ -169,5 +169,5 @@ def test_a_latent_with_a_bias_is_refused():
         pytest.skip("not in this version of transformers")
     model = latent()
     model.model.layers[1].self_attn.kv_b_proj.bias = nn.Parameter(torch.ones(4 * 14))
-    with pytest.raises(ValueError, match="through a latent has a bias"):
+    with pytest.raises(ValueError, match="through a latent with a bias"):
         DePass(model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from depass_fast import ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
+from depass_fast.adapters import without_biases
 from depass_fast.compat.rules import PublishedRule
 from depass_fast.propagation.loop import through_final_norm
 from depass_fast.state.layout import Components, Layout
@@ -21,8 +22,13 @@ from tests.support.steps import carried, start_state
 def library(name: str) -> DePass:
     dp = DePass(load(name)[0])
     if name.startswith("qwen2"):
-        dp.adapter = dp.adapter.without_biases()
+        dp.adapter = without_biases(dp.adapter)
     return dp
+
+
+def traced(name: str, ids: list[int]) -> Trace:
+    """The forward pass of the model as it is, with its biases."""
+    return DePass(load(name)[0]).trace(ids)
 
 
 def cases_of(model: str, name: str) -> dict:
@@ -58,7 +64,7 @@ def test_tokens(name, case, backend):
     ignore = settings.get("ignore_special_token", True)
     lossy = rule in ("linear", "relu")  # the published shares of these do not sum to one
     state = library(name).decompose(
-        case["input_ids"],
+        traced(name, case["input_ids"]),
         Tokens(args.get("start_layer_idx", 0)),
         end=args.get("end_layer_idx"),
         allocation=PublishedRule(rule, tokens=True, ignore_special=ignore) if lossy else rule,
@@ -85,7 +91,7 @@ def test_what_the_published_linear_and_relu_lose(name, rule):
 @pytest.mark.parametrize(("name", "case"), select("all_layer_to_init_attribute_state"))
 def test_all_layers(name, case, backend):
     dp = library(name)
-    trace = dp.trace(case["input_ids"])
+    trace = traced(name, case["input_ids"])
     ends = range(dp.adapter.n_layers + 1)
     states = [dp.decompose(trace, Tokens(), end=end, backend=backend).dense() for end in ends]
     agree(torch.stack(states), case, load(name)[1])
@@ -94,13 +100,15 @@ def test_all_layers(name, case, backend):
 @pytest.mark.parametrize(("name", "case"), select("model"))
 def test_logits(name, case):
     dp = library(name)
-    agree(dp.adapter.unembedding(dp.trace(case["input_ids"]).normed_final), case, load(name)[1])
+    agree(dp.adapter.unembedding(traced(name, case["input_ids"]).normed_final), case, load(name)[1])
 
 
 @pytest.mark.parametrize(("name", "case"), select("compute_attribute_score"))
 def test_score(name, case):
     args = case["args"]
-    result = library(name).attribute(case["input_ids"], Tokens(), args["decode_token_id"], position=args["token_idx"])
+    result = library(name).attribute(
+        traced(name, case["input_ids"]), Tokens(), args["decode_token_id"], position=args["token_idx"]
+    )
     agree(result.scores, case, load(name)[1])
 
 
@@ -108,7 +116,7 @@ def test_score(name, case):
 @pytest.mark.parametrize(("name", "case"), select("get_layer_module_decomposed_state"))
 def test_modules_and_heads(name, case, backend):
     layer, kind, dp = case["args"]["start_layer_idx"], case["args"]["type"], library(name)
-    trace = dp.trace(case["input_ids"])
+    trace = traced(name, case["input_ids"])
     components = {"attn": Modules(layer, "attention"), "mlp": Modules(layer, "mlp"), "attn_head": Heads(layer)}[kind]
     if name == "qwen2_gqa" and kind == "attn_head":  # published: V's bias is in no head and in no residual
         heads = start_state(dp, trace, components).block(0)[:, 1:]
@@ -128,7 +136,7 @@ def test_subspaces(name, case, backend):
     golden, args, dp = load(name)[1], case["args"], library(name)
     initial = golden[args["attribute_state"]].transpose(0, 1).contiguous()  # (N, M, D)
     options = {"allocation": PublishedRule("softmax"), "backend": backend}
-    trace, first = dp.trace(case["input_ids"]), args["start_layer_idx"] + 1
+    trace, first = traced(name, case["input_ids"]), args["start_layer_idx"] + 1
     assert dp.decompose(trace, Custom(first, initial), end=first).labels == [f"L{first}.custom{m}" for m in range(3)]
     if case["call"] == "get_subspace_decomposed_state":
         ours = dp.decompose(trace, Custom(first, initial), **options).dense()
@@ -143,7 +151,7 @@ def test_subspaces(name, case, backend):
 def test_neurons_from_the_published_initial_state(name, case, backend):
     """The published residual is that before the MLP; from the same initial state the propagation is the same."""
     layer, dp = case["args"]["start_layer_idx"], library(name)
-    trace = dp.trace(case["input_ids"])
+    trace = traced(name, case["input_ids"])
     record = trace.layers[layer]
     neurons = record.mlp.act[..., None] * dp.adapter.layer(layer).mlp.w_down.detach().T  # (N, I, D)
     states = torch.cat([(record.resid_mid - neurons.sum(1))[:, None], neurons], dim=1)

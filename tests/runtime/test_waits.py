@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import depass_fast.backends.triton.backend as triton_backend
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.runtime.transfer import pack, to_device, unpack
-from depass_fast.trace.capture import _Recorder
 from depass_fast.trace.record import Trace
+from depass_fast.trace.recorder import Recorder
 from tests.support.family_models import available, build_model
 from tests.support.models import random_ids
 
@@ -131,7 +131,7 @@ def test_nor_with_the_experts_of_a_mixture(kind, model_type, monkeypatch, no_ker
 def test_routes_are_copied_once_for_all_layers(model_type, monkeypatch):
     for layers in (2, 5):
         with monkeypatch.context() as patch:
-            found, make = [], _Recorder.trace
+            found, make = [], Recorder.trace
 
             def counted(*given, found=found, make=make):
                 with waits(monkeypatch) as counter:
@@ -139,7 +139,7 @@ def test_routes_are_copied_once_for_all_layers(model_type, monkeypatch):
                 found.append(counter)
                 return trace
 
-            patch.setattr(_Recorder, "trace", counted)
+            patch.setattr(Recorder, "trace", counted)
             _traced(layers, 2, *_mixture(model_type))
         assert found == [Counter(cpu=1)]
 

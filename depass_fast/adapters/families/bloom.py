@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, of_each_head
 
@@ -28,7 +28,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = outputs[0].unflatten(-1, (attention.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
     alibi = kwargs["alibi"][:, 0].T  # (T, H)
     return {"q": q, "k": k, "v": v, "scale": attention.inv_norm_factor, "key_bias": lambda n: alibi[:n]}

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, Part, of_each_head
 
@@ -45,7 +45,7 @@ def _values(config: Any) -> Part:
     return lambda weight: weight.unflatten(0, (heads + 2, -1))[-1]
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = attention._split_heads(outputs[0])  # (1, T, H, d), (1, T, Hkv, d), or repeated for every head
     if attention.new_decoder_architecture:
         k, v = (x[:, :, :: attention.num_heads // attention.num_kv_heads] for x in (k, v))

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from ..family import Family, third
 
 MODEL_TYPES = ("gpt2",)
@@ -29,7 +27,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _scale(attention: nn.Module) -> float:
+def _scale(attention: Any) -> float:
     """transformers 4 hands it to no attention function; all but its eager one do without."""
     scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
     return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, of_each_head
 
@@ -31,7 +31,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     heads, d = attention.num_heads, attention.head_dim
     if attention.multi_query:
         q, k, v = outputs[0].split((heads * d, d, d), dim=-1)

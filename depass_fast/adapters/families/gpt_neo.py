@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, read_plain
 
@@ -26,7 +26,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     config = attention.config
     windowed = config.attention_layers[attention.layer_id] == "local" and "flash" not in config._attn_implementation
     window = config.window_size if windowed else None  # which flash attention is not told

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, of_each_head
 
@@ -34,7 +34,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = outputs[0].unflatten(-1, (attention.num_attention_heads, 3, -1)).permute(3, 0, 2, 1, 4)
     width, rotate = attention.rotary_ndims, sys.modules[type(attention).__module__].apply_rotary_pos_emb
     turned = rotate(q[..., :width], k[..., :width], *kwargs["position_embeddings"])

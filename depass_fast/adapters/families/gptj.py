@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, of_each_head
 
@@ -36,7 +36,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     if len(outputs) == 1:
         q, v, k = outputs[0].unflatten(-1, (_BLOCKS, 3, -1)).unbind(-2)  # (1, T, 4, C / 4)
         outputs = [x.flatten(-2) for x in (q, k, v)]

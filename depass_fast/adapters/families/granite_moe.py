@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Experts, Family, Observed, read_rotary
 
@@ -37,5 +37,5 @@ def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return largest.softmax(-1), chosen
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**read_rotary(attention, outputs, kwargs), "scale": attention.scaling}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, third
 
@@ -30,7 +30,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     fused, limit = outputs[0], attention.clip_qkv
     fused = fused.clamp(-limit, limit) if limit else fused
     q, k, v = fused.unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -5,7 +5,7 @@ All layers are mixtures of experts.
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Experts, Family, Observed, read_rotary
 
@@ -26,7 +26,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = outputs
     q, k, limit = attention.q_norm(q), attention.k_norm(k), attention.config.clip_qkv
     outputs = [q, k, v] if limit is None else [x.clamp(-limit, limit) for x in (q, k, v)]

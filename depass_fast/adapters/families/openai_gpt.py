@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, third
 
@@ -29,6 +29,6 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = outputs[0].unflatten(-1, (3, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
     return {"q": q, "k": k, "v": v, "scale": v.shape[-1] ** -0.5}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Family, Observed, of_each_head, read_rotary
 
@@ -22,6 +22,6 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     parts = outputs[0].unflatten(-1, (attention.num_heads, 3, -1)).unbind(3)  # (1, T, H, d)
     return read_rotary(attention, [x.flatten(-2) for x in parts], kwargs)

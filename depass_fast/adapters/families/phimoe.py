@@ -32,7 +32,7 @@ def declare(config: Any) -> Family:
     )
 
 
-def _read(attention: nn.Module, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in outputs)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     q, k = rotate(q, k, *kwargs["position_embeddings"], kwargs["position_ids"])

@@ -1,0 +1,51 @@
+"""A model whose additive constants no component carries: a quirk of the published code (DESIGN.md section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from .adapter import Adapter
+from .weights import Attention, Branch, Latent, Linear, Mlp, Norm
+
+AnyBranch = TypeVar("AnyBranch", bound=Branch)
+
+
+def without_biases(adapter: Adapter) -> Adapter:
+    """The same model with layers, final norm and unembedding that have no biases: for the propagation only.
+
+    Its forward pass has them still, so that a trace is taken with ``adapter`` itself.
+    """
+    return _Biasless(adapter.model, adapter.family)
+
+
+@dataclass(frozen=True)
+class _Biasless(Adapter):
+    @property
+    def unembedding_bias(self) -> None:
+        return None
+
+    def final_norm(self) -> Norm | None:
+        return _biasless_norm(super().final_norm())
+
+    def attention(self, index: int) -> Attention:
+        weights = _biasless_norms(super().attention(index))
+        v = weights.v if isinstance(weights.v, Latent) else _biasless_linear(weights.v)  # a latent has none
+        return replace(weights, v=v, o=_biasless_linear(weights.o))
+
+    def mlps(self, index: int) -> tuple[Mlp, ...]:
+        mlps = (_biasless_norms(mlp) for mlp in super().mlps(index))
+        return tuple(replace(mlp, gate=_biasless_linear(mlp.gate), down=_biasless_linear(mlp.down)) for mlp in mlps)
+
+
+def _biasless_norms(branch: AnyBranch) -> AnyBranch:
+    norm, output, stream = (_biasless_norm(norm) for norm in (branch.norm, branch.output, branch.stream))
+    return replace(branch, norm=norm, output=output, stream=stream)
+
+
+def _biasless_norm(norm: Norm | None) -> Norm | None:
+    return None if norm is None else replace(norm, bias=None)
+
+
+def _biasless_linear(linear: Linear) -> Linear:
+    return replace(linear, keeps_bias=False)

@@ -1,0 +1,192 @@
+"""The recorder of a forward pass: hooks and our attention function write into it, and it makes a trace of that."""
+
+from __future__ import annotations
+
+import threading
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..adapters import Adapter, ExpertAssignment, sort_choices
+from . import attention
+from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
+
+ATTENTION_NAME = "depass_fast_recorder"
+
+one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
+active = threading.local()  # `recorder`: the recorder of this thread's forward pass
+
+
+class Recorder:
+    """Collects forward passes. Prompts that go through the model together are packed.
+
+    With ``is_checking`` it also keeps what the consistency check looks at, at a few positions.
+    """
+
+    def __init__(self, adapter: Adapter, is_checking: bool) -> None:
+        self.adapter, self.is_checking = adapter, is_checking
+        self.places = {id(adapter.module(index, "attention")): index for index in range(adapter.n_layers)}
+        self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
+        self.lengths: list[int] = []  # of the prompts that are now in the model, packed
+        self.watched: list[int] = []  # the positions of these that are checked
+        self.seen = 0  # positions of the prompts that have gone before
+        self.positions: list[int] = []  # all positions that are checked, among those of all prompts
+        self.layers: list[dict[str, Any]] = [{} for _ in range(adapter.n_layers)]
+        self.final: dict[str, Any] = {}
+
+    def enter(self, lengths: list[int]) -> None:
+        """Note that prompts of these lengths go through the model next."""
+        total = sum(lengths)
+        self.seen += sum(self.lengths)
+        self.lengths, self.watched = lengths, sorted({0, total // 2, total - 1})
+        self.positions += [self.seen + position for position in self.watched]
+
+    def keep(self, record: dict[str, Any], name: str, x: Any) -> None:
+        """Keep a tensor of this forward pass behind those of earlier ones."""
+        before = record.get(name)
+        if record is self.final and before is not None:
+            before = before[: self.seen]  # the last norm may have been the first, too (NanoChat)
+        record[name] = torch.cat([before, x]) if isinstance(before, Tensor) else x
+
+    def attend(
+        self,
+        index: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Any = None,
+        sinks: Tensor | None = None,
+        **mask: Any,
+    ) -> Tensor:
+        """Record Q and K, and attend within each prompt. q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d).
+
+        ``key_bias`` maps a prompt's length N to what is added to its keys' logits, (N, H). ``sinks`` (H,) are logits of
+        nothing that every query also has. ``mask`` holds ``scale``, ``window`` and ``softcap``.
+        """
+        record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
+        for name, x in (("q", q), ("k", k)):
+            self.keep(record, name, x[0].transpose(0, 1).contiguous())
+        in_memory = mask["softcap"] is not None or key_bias is not None or sinks is not None  # the logits, not fused
+        for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
+            bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
+            # torch may hold all logits, too
+            at_once = 1 if in_memory else max(1, attention.TILE // (q.shape[1] * length**2))
+            packed = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
+            prompts = (x.transpose(0, 1) for x in packed)
+            for output, row_sum in _attend_in_parts(*prompts, at_once, key_bias=bias, sinks=sinks, **mask):
+                outputs.append(output)
+                sums.append(row_sum)
+            biases += [bias] * count
+            first += count * length
+        if key_bias is not None:
+            self.keep(record, "key_bias", torch.cat(biases))
+        if sinks is not None:
+            self.keep(record, "row_sum", torch.cat(sums))
+        record["mask"] = mask
+        out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
+        if self.is_checking:
+            self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
+            self.keep(record, "attended", out[0, self.watched].flatten(1))
+        return out
+
+    @torch.no_grad()
+    def trace(self, input_ids: Tensor, offsets: np.ndarray) -> Trace:
+        """The trace of all forward passes. ``offsets`` (P + 1,) is the first packed position of every prompt."""
+        mixtures = [index for index, record in enumerate(self.layers) if "chosen" in record]
+        assignments = sort_choices([self.layers[index]["chosen"] for index in mixtures])
+        by_layer = dict(zip(mixtures, assignments, strict=True))
+        layers = [self._layer(index, record, by_layer.get(index)) for index, record in enumerate(self.layers)]
+        if self.adapter.final_norm_module is None:
+            self.final["normed_final"] = self.final["resid_final"]
+        return Trace(input_ids, offsets, layers, **self.final, source=TraceSource.of(self.adapter.model))
+
+    def _layer(self, index: int, record: dict[str, Any], assignment: ExpertAssignment | None) -> LayerTrace:
+        parallel = self.adapter.is_parallel
+        self._require_all(index, record)
+        pre = record["resid_pre"]
+        if parallel:
+            mid = pre + record["attention_output"] * self.adapter.attention(index).factor
+        else:
+            mid = record["resid_mid"]
+        ratio = record.get("value_ratio")
+        attention_trace = AttentionTrace(
+            resid=pre,
+            q=record["q"],
+            k=record["k"],
+            key_bias=record.get("key_bias"),
+            row_sum=record.get("row_sum"),
+            latent_scale=record.get("latent_scale"),
+            value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
+            out_scale=record.get("attention_out_scale"),
+            **record["mask"],
+        )
+        common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
+        if assignment is None:
+            mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
+        else:
+            routed = self.adapter.route(index, record["experts_input"], record["router_weights"], assignment)
+            mlps = tuple(MlpTrace.of_expert(expert, **common) for expert in routed)
+        return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
+
+    def _require_all(self, index: int, record: dict[str, Any]) -> None:
+        """Raise RuntimeError if the forward pass did not go through everything that is recorded of a layer."""
+        wanted = {"resid_pre", "mask"}
+        wanted |= {"attention_output"} if self.adapter.is_parallel else {"resid_mid"}
+        wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else {"gate", "act"}
+        if missing := wanted - record.keys():
+            names = sorted("attention" if name == "mask" else name for name in missing)
+            raise RuntimeError(
+                f"layer {index}: the forward pass recorded no {', '.join(names)}. The model's code does "
+                "not call these modules, or not through transformers' attention interface; supported: "
+                "transformers 4.51 to 5.x, models as transformers defines them."
+            )
+
+
+def is_recording(recorder: Recorder) -> bool:
+    """True if the forward pass of this thread is that recorder's."""
+    return getattr(active, "recorder", None) is recorder
+
+
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, at_once: int, **how: Any) -> list[tuple[Tensor, Any]]:
+    """Attend within prompts of one length, q (P, H, N, d), k and v (P, Hkv, N, d), ``at_once`` of them at a time.
+
+    Every part is an output (P'·N, H, d) and, with sinks, the sums (P'·N, H) of the rows of P.
+    """
+    parts = []
+    for few in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
+        out, row_sum = attention.causal_attention(*few, **how)
+        row_sum = None if row_sum is None else row_sum.transpose(1, 2).flatten(0, 1)
+        parts.append((out.permute(0, 2, 1, 3).flatten(0, 1), row_sum))
+    return parts
+
+
+def _attention_function(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,  # built for an unpacked sequence, or not at all: ours comes from the offsets
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls by name: it leaves everything to this thread's recorder."""
+    recorder: Recorder | None = getattr(active, "recorder", None)
+    if recorder is None:
+        raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
+    if scaling is None:
+        scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
+    index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
+    window = recorder.adapter.window(index, sliding_window, recorder.implementation)
+    softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
+    return recorder.attend(index, query, key, value, sinks=s_aux, scale=scaling, window=window, softcap=softcap), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention_function)
