@@ -186,8 +186,9 @@ class Adapter:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own logits of normed final hidden states: (..., D) -> (..., vocabulary)."""
         weight = getattr(self.unembedding, "weight", None)
-        stored = isinstance(weight, Tensor) and weight.is_floating_point()  # else it is quantised
-        hidden = hidden.to(self.unembedding_device, weight.dtype if stored else self.dtype)
+        # a weight that is not floating is quantised
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
+        hidden = hidden.to(self.unembedding_device, dtype)
         raw = self.unembedding(hidden if self._project_out is None else self._project_out(hidden))
         raw = raw * self.family.logit_scale
         cap = self.family.logit_cap
@@ -264,7 +265,7 @@ class Adapter:
     def missing(self) -> str | None:
         """The path of a module that the family declares and this model lacks, or None."""
         for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
-            path = getattr(self.family, part)
+            path: Path | None = getattr(self.family, part)
             try:
                 if path is not None:
                     self._below_model(path)
@@ -282,7 +283,9 @@ class Adapter:
 
     def path(self, index: int, part: str) -> str:
         """The name below the model of what the family calls ``part`` in layer ``index``."""
-        return f"{name_of(self.family.layers)}.{index}.{name_of(getattr(self.family, part))}"
+        path: Path | None = getattr(self.family, part)
+        assert path is not None
+        return f"{name_of(self.family.layers)}.{index}.{name_of(path)}"
 
     def name_of(self, module: nn.Module | Stacked) -> str:
         """The name of a module below the model, or that of a tensor of experts."""

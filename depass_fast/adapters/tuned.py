@@ -20,19 +20,19 @@ def is_tuned(module: Any) -> bool:
     return isinstance(module, nn.Module) and "base_layer" in module._modules and hasattr(module, "active_adapters")
 
 
-def inside(module: Any) -> Any:
+def inside(found: Any) -> Any:
     """The module that does the work: inside a compiled one, or the copy in use of a `modules_to_save`."""
-    while isinstance(module, nn.Module):
-        module: Any
+    while isinstance(found, nn.Module):
+        module: Any = found
         if "_orig_mod" in module._modules:
-            module = module._modules["_orig_mod"]
+            found = module._modules["_orig_mod"]
         elif "modules_to_save" in module._modules and "original_module" in module._modules:
             copies = module.modules_to_save
             used = [] if module.disable_adapters else [a for a in module.active_adapters if a in copies]
-            module = copies[used[0]] if used else module.original_module
+            found = copies[used[0]] if used else module.original_module
         else:
             break
-    return module
+    return found
 
 
 def tuning(model: nn.Module) -> tuple:

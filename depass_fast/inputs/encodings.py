@@ -1,7 +1,7 @@
-"""What a tokenizer returns, `input_ids` with an `attention_mask`, as prompts without their padding.
+"""The output of a tokenizer, `input_ids` with an `attention_mask`, as prompts without their padding.
 
-A prompt's padding is no part of it: no position of the model, no component, no label. The forward pass packs prompts of
-different lengths without any (:mod:`depass_fast.capture`).
+Padding is dropped: it is no position of the model, no component, no label. The forward pass packs prompts of different
+lengths without any (:mod:`depass_fast.trace.capture`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# what tokenizers and collators add that the forward pass of a language model does not read
+# entries that tokenizers and collators add, and that the forward pass of a language model does not read
 _ABOUT_THE_TEXT = {
     "labels",
     "length",
@@ -26,25 +26,25 @@ _ABOUT_THE_TEXT = {
 
 
 def is_encoding(prompt: Any) -> bool:
-    """Whether this is what a tokenizer returns: a mapping with ids, not a chat message."""
+    """True for the output of a tokenizer: a mapping with ids, not a chat message."""
     return isinstance(prompt, Mapping) and "input_ids" in prompt
 
 
 def is_encoded_batch(encoding: Mapping[str, Any]) -> bool:
-    """Whether several prompts are encoded. One row is one prompt, as one without an axis for the batch is."""
+    """True if several prompts are encoded. One row is one prompt, and so are ids without an axis for the batch."""
     return len(_rows(encoding["input_ids"], "input_ids")) != 1
 
 
 def unpadded(encoding: Mapping[str, Any]) -> list[Tensor]:
-    """The ids (N,) of every prompt, those that the mask has at 1.
+    """The ids (N,) of every prompt: those where the mask is 1.
 
     Args:
-        encoding: ``input_ids`` (B, N) or (N,), of any kind (tensor, array, lists), and unless there is no padding an
+        encoding: ``input_ids`` (B, N) or (N,) as a tensor, an array or lists. If there is padding, also an
             ``attention_mask`` of the same shape: ones, with zeros on one or both sides.
 
     Raises:
-        ValueError: a mask of another shape, with other values, with zeros between ones or with nothing else; inputs
-            that the decomposition would leave out.
+        ValueError: the mask has another shape, other values, zeros between ones, or no ones; or there are inputs that
+            the decomposition would leave out.
     """
     _refuse_other_inputs(encoding)
     rows = _rows(encoding["input_ids"], "input_ids")
@@ -76,7 +76,7 @@ def _rows(x: Any, name: str) -> list[Tensor]:
 
 
 def _real(mask: Tensor, row: int) -> slice:
-    """The positions of one prompt that are no padding."""
+    """The positions of one prompt without its padding."""
     where = f"prompt: attention_mask of row {row}"
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{where}: expected 0 for padding and 1 for tokens, got other values.")
@@ -93,11 +93,12 @@ def _real(mask: Tensor, row: int) -> slice:
 
 
 def _refuse_other_inputs(encoding: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry that would change the forward pass, and that no decomposition takes account of."""
     for name, value in encoding.items():
         if value is None or name in _ABOUT_THE_TEXT or name in ("input_ids", "attention_mask"):
             continue
         if name == "token_type_ids" and not any(row.any() for row in _rows(value, name)):
-            continue  # one kind of text, which is what there is
+            continue  # a single kind of text, as without this entry
         raise ValueError(
             f"prompt: {name} is an input that a decomposition would leave out; give input_ids and attention_mask only."
         )

@@ -1,4 +1,4 @@
-"""Generate with ``model.generate``: one prompt, checked, with a bar of the tokens."""
+"""Generation by ``model.generate``: one prompt, checked, with a bar of the tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..runtime.progress import ProgressBar, progress_bar
 
 
 def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: Any) -> tuple[Tensor, int]:
-    """``model.generate`` on one prompt (N,): all ids, on the CPU, and N. ``progress``: with a bar of the tokens.
+    """Run ``model.generate`` on one prompt (N,). Returns all ids, on the CPU, and N.
+
+    ``progress`` shows a bar of the tokens; ``arguments`` are those of ``model.generate``.
 
     Raises:
         ValueError: several sequences are asked for, or more tokens than fit into the model's context.
@@ -31,11 +33,12 @@ def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: 
     with progress_bar("tokens", most, progress) as shown:
         if shown is not None:
             arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), _ticking(shown)]
-        return adapter.model.generate(prompt, **arguments)[0].cpu(), len(ids)
+        model: Any = adapter.model
+        return model.generate(prompt, **arguments)[0].cpu(), len(ids)
 
 
 def _ticking(shown: ProgressBar) -> Callable[..., Tensor]:
-    """A stopping criterion that never stops, and tells a bar of every token."""
+    """A stopping criterion that never stops, and moves a bar at every token."""
 
     def tick(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         shown.finish()

@@ -1,4 +1,4 @@
-"""Loading a model, and refusing before any work the ones that cannot be decomposed."""
+"""Loading of a model, and the checks that it can be decomposed, before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READING_TOLERANCE = 0.05  # of an output; 8-bit activations round it by 0.01
 
 
 def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
-    """Model (in eval mode) and tokenizer of ``path``, a folder or a hub name; a missing tokenizer is None.
+    """Load the model (in eval mode) and the tokenizer of ``path``, a folder or a hub name. No tokenizer is None.
 
     Raises:
         ImportError: ``device_map`` needs accelerate to spread the model over several devices.
@@ -34,13 +34,13 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
         device, device_map = _single_device(device_map), None
     if device_map is not None:
         model_kwargs["device_map"] = device_map
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
     if device is not None:
         model = model.to(device)
     shared = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "subfolder", "trust_remote_code")}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **shared)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # how it says that there is none varies
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it says in various ways that there is none
         if any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
             raise  # there is one, and it is broken
         tokenizer = None
@@ -48,7 +48,7 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
 
 
 def _single_device(device_map: Any) -> str:
-    """The one device that a device map means; several need accelerate."""
+    """The one device of a device map; several need accelerate."""
     if device_map == "auto" and torch.cuda.device_count() <= 1:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(device_map, (str, int, torch.device)) and device_map not in ("auto", "balanced", "sequential"):
@@ -60,12 +60,12 @@ def _single_device(device_map: Any) -> str:
 
 
 def check_weights(adapter: Adapter) -> None:
-    """Refuse weights that cannot be read as the numbers that the model computes with.
+    """Check that all weights can be read as the numbers that the model computes with.
 
-    Quantised weights and those that PEFT has wrapped are read, and one module of each kind is tried on random input.
+    One module of each kind of quantised or PEFT-wrapped weights is tried on random input.
 
     Raises:
-        ValueError: naming the module.
+        ValueError: a weight cannot be read; the message names the module.
     """
     modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
     tried = set()
@@ -80,7 +80,7 @@ def check_weights(adapter: Adapter) -> None:
 
 
 def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why the weight that is read is not the one that a module computes with, if it is not."""
+    """The reason why a module does not compute with the weight that is read; None if it does."""
     try:
         error = reads_as_computed(module, dtype)
     except ValueError as unreadable:
@@ -94,10 +94,10 @@ def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def check_ready(adapter: Adapter) -> None:
-    """Refuse a model whose forward pass is random: in training mode with dropout.
+    """Check that the forward pass is not random, as it is in training mode with dropout.
 
     Raises:
-        ValueError: saying which dropout is active.
+        ValueError: it is; the message names the dropout.
     """
     training = {name: m for name, m in adapter.model.named_modules() if m.training}  # the model or a part of it
     active = [name for name, m in training.items() if isinstance(m, nn.Dropout) and m.p > 0]
@@ -108,7 +108,7 @@ def check_ready(adapter: Adapter) -> None:
 
 
 def _random_by_config(config: dict[str, Any]) -> list[str]:
-    """What a config says that is random in training without being a module: dropout, layerdrop, a router's jitter."""
+    """The entries of a config that are random in training without a module: dropout, layerdrop, a router's jitter."""
     found = []
     for name, value in ((str(name), value) for name, value in config.items()):
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Prompts: text, ids or chat messages become one id vector each, checked before any work."""
+"""Prompts: text, ids or chat messages become one vector of ids each, checked before any work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
 
 
 def is_batch(prompt: Any) -> bool:
-    """Several prompts: a (P, N) tensor or a tokenizer's result with P > 1, or a list of what one prompt can be."""
+    """True for several prompts: a (P, N) tensor or a tokenizer's output with P > 1, or a list of prompts."""
     if isinstance(prompt, (Tensor, np.ndarray)):
         return prompt.ndim == 2 and len(prompt) > 1
     if is_encoding(prompt):
@@ -32,7 +32,7 @@ def _is_prompt(item: Any) -> bool:
 
 
 def encode_all(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[bool, list[Tensor]]:
-    """Whether several prompts are given, and the ids (N,) of each."""
+    """The ids (N,) of every prompt; first, True if several are given rather than one."""
     batch = is_batch(prompt)
     if is_encoding(prompt):
         prompt = unpadded(prompt)
@@ -42,7 +42,7 @@ def encode_all(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[bo
 
 
 def as_index(value: Any, argument: str) -> int:
-    """An integer of any kind (Python's, NumPy's, a 0-dim tensor). TypeError for anything else, bool included."""
+    """An integer of any kind (Python's, NumPy's, a 0-dim tensor). Anything else is a TypeError, bool included."""
     try:
         if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
@@ -52,18 +52,18 @@ def as_index(value: Any, argument: str) -> int:
 
 
 def as_position(position: int, length: int) -> int:
-    """A position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
+    """The position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
     position = as_index(position, "position")
     if not -length <= position < length:
         raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
     return position % length
 
 
-def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
-    """The ids (N,) of one prompt.
+def encode(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> Tensor:
+    """The ids (N,) of one prompt, a :data:`Prompt`.
 
     Text goes through the tokenizer with its special tokens, chat messages through its template, which adds them itself.
-    What a tokenizer has returned (`input_ids`, `attention_mask`) loses its padding.
+    The output of a tokenizer (`input_ids`, `attention_mask`) loses its padding.
 
     Raises:
         ValueError: empty prompt, ids outside the vocabulary, longer than the model's context, no tokenizer for text.
@@ -76,33 +76,51 @@ def encode(prompt: Prompt, adapter: Adapter, tokenizer: Any | None) -> Tensor:
     if isinstance(prompt, np.ndarray):
         prompt = torch.from_numpy(prompt)
     if isinstance(prompt, str):
-        # a BOS that the tokenizer adds by itself does not make an empty text a prompt
-        ids = _tokenizer(tokenizer, "prompt as text").encode(prompt) if prompt else []
+        ids = _text_ids(prompt, tokenizer)
     elif isinstance(prompt, Tensor):
-        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
-            raise TypeError(f"prompt: expected integer ids, got dtype {prompt.dtype}.")
-        if prompt.ndim == 2 and len(prompt) == 1:
-            prompt = prompt[0]
-        if prompt.ndim != 1:
-            raise ValueError(f"prompt: expected ids of shape (N,) or (1, N), got {tuple(prompt.shape)}.")
-        ids = prompt.tolist()
-    elif isinstance(prompt, Sequence) and len(prompt) and all(isinstance(m, Mapping) for m in prompt):
-        tokenizer = _tokenizer(tokenizer, "prompt as chat messages")
-        if not tokenizer.chat_template:
-            raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    elif isinstance(prompt, Sequence):
-        ids = list(prompt)
-        for item in ids:
-            if isinstance(item, bool) or not hasattr(item, "__index__"):
-                raise TypeError(f"prompt: expected text, token ids or chat messages, got a list with {item!r}.")
-    else:
+        ids = _tensor_ids(prompt)
+    elif not isinstance(prompt, Sequence):
         raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}.")
+    elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+        ids = _chat_ids(list(prompt), tokenizer)
+    else:
+        ids = _listed_ids(prompt)
     return _checked(ids, adapter)
 
 
+def _text_ids(text: str, tokenizer: Any | None) -> list[int]:
+    if not text:
+        return []  # a BOS that the tokenizer adds by itself does not make an empty text a prompt
+    return _required(tokenizer, "prompt as text").encode(text)
+
+
+def _tensor_ids(ids: Tensor) -> list[int]:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"prompt: expected integer ids, got dtype {ids.dtype}.")
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1:
+        raise ValueError(f"prompt: expected ids of shape (N,) or (1, N), got {tuple(ids.shape)}.")
+    return ids.tolist()
+
+
+def _chat_ids(messages: list[Mapping[str, Any]], tokenizer: Any | None) -> list[int]:
+    tokenizer = _required(tokenizer, "prompt as chat messages")
+    if not tokenizer.chat_template:
+        raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _listed_ids(ids: Sequence[Any]) -> list[int]:
+    for item in ids:
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise TypeError(f"prompt: expected text, token ids or chat messages, got a list with {item!r}.")
+    return list(ids)
+
+
 def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
+    """The ids as a tensor (N,), if the model can read them."""
     if len(ids) == 0:
         raise ValueError("prompt: empty; at least one token is needed.")
     limit, vocabulary = adapter.context_length, adapter.embedding.weight.shape[0]
@@ -123,12 +141,13 @@ def token_texts(ids: Tensor, tokenizer: Any | None) -> list[str]:
 
 
 def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> int:
-    """The one token that ``text`` is.
+    """The id of a text that is a single token.
 
     Raises:
-        ValueError: it is several tokens (the message says which), or none.
+        ValueError: it is several tokens (the message names them), or none.
     """
-    ids = _tokenizer(tokenizer, f"{argument} {text!r}").encode(text, add_special_tokens=False)
+    tokenizer = _required(tokenizer, f"{argument} {text!r}")
+    ids = tokenizer.encode(text, add_special_tokens=False)
     if not text:
         raise ValueError(f"{argument}: empty string; give one token, or None for the model's own next token.")
     if len(ids) == 1 and ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
@@ -142,7 +161,7 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     return ids[0]
 
 
-def _tokenizer(tokenizer: Any | None, what: str) -> Any:
+def _required(tokenizer: Any | None, argument: str) -> Any:
     if tokenizer is None:
-        raise ValueError(f"{what}: a tokenizer is needed, DePass(model, tokenizer). Without one, give token ids.")
+        raise ValueError(f"{argument}: a tokenizer is needed, DePass(model, tokenizer). Without one, give token ids.")
     return tokenizer

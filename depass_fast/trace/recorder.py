@@ -75,9 +75,9 @@ class Recorder:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             # torch may hold all logits, too
             at_once = 1 if in_memory else max(1, attention.TILE // (q.shape[1] * length**2))
-            packed = (x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v))
-            prompts = (x.transpose(0, 1) for x in packed)
-            for output, row_sum in _attend_in_parts(*prompts, at_once, key_bias=bias, sinks=sinks, **mask):
+            packed = [x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v)]
+            prompts = [x.transpose(0, 1) for x in packed]
+            for output, row_sum in _attend_in_parts(prompts, at_once, key_bias=bias, sinks=sinks, **mask):
                 outputs.append(output)
                 sums.append(row_sum)
             biases += [bias] * count
@@ -151,13 +151,13 @@ def is_recording(recorder: Recorder) -> bool:
     return getattr(active, "recorder", None) is recorder
 
 
-def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, at_once: int, **how: Any) -> list[tuple[Tensor, Any]]:
+def _attend_in_parts(qkv: list[Tensor], at_once: int, **how: Any) -> list[tuple[Tensor, Any]]:
     """Attend within prompts of one length, q (P, H, N, d), k and v (P, Hkv, N, d), ``at_once`` of them at a time.
 
     Every part is an output (P'·N, H, d) and, with sinks, the sums (P'·N, H) of the rows of P.
     """
     parts = []
-    for few in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
+    for few in zip(*(x.split(at_once) for x in qkv), strict=True):
         out, row_sum = attention.causal_attention(*few, **how)
         row_sum = None if row_sum is None else row_sum.transpose(1, 2).flatten(0, 1)
         parts.append((out.permute(0, 2, 1, 3).flatten(0, 1), row_sum))
@@ -183,7 +183,8 @@ def _attention_function(
         raise RuntimeError("this model is being traced by depass_fast in another thread; run it when that is done.")
     if scaling is None:
         scaling = recorder.adapter.scale(module, recorder.implementation) or query.shape[-1] ** -0.5
-    index = recorder.places.get(id(module), module.layer_idx)  # a pruned model's layers keep the indices that they had
+    known = id(module) in recorder.places  # a pruned model's layers keep their old indices
+    index = recorder.places[id(module)] if known else module.layer_idx
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
     return recorder.attend(index, query, key, value, sinks=s_aux, scale=scaling, window=window, softcap=softcap), None

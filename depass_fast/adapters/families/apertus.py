@@ -8,5 +8,6 @@ MODEL_TYPES = ("apertus", "arcee")
 
 
 def declare(config: Any) -> Family:
-    apertus = {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
-    return Family(gate_proj="mlp.up_proj", **(apertus if config.model_type == "apertus" else {}))
+    apertus: dict[str, Any] = {"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}
+    norms = apertus if config.model_type == "apertus" else {}
+    return Family(gate_proj="mlp.up_proj", **norms)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Experts, Family
 
@@ -10,8 +10,8 @@ MODEL_TYPES = ("ernie4_5_moe",)
 
 
 def declare(config: Any) -> Family:
-    def decide(layer: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What the mixture of transformers 4 makes of its router's logits."""
+    def decide(layer: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The choice that the mixture of transformers 4 makes by its router's logits."""
         weights = logits.float().softmax(-1)
         chosen = layer.mlp.moe_statics(weights).topk(config.moe_k, dim=-1).indices
         weights = weights.gather(-1, chosen)

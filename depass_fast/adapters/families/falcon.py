@@ -54,6 +54,6 @@ def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict
     if alibi is None:
         q, k = sys.modules[type(attention).__module__].apply_rotary_pos_emb(q, k, *kwargs["position_embeddings"])
         return {"q": q, "k": k, "v": v, "scale": scale}
-    times = 2 if attention.config._attn_implementation == "eager" else 1  # which adds what is in the mask already
+    times = 2 if attention.config._attn_implementation == "eager" else 1  # eager adds the mask, which holds it already
     bias = alibi.reshape(attention.num_heads, -1).T * (scale * times)  # (T, H)
     return {"q": q, "k": k, "v": v, "scale": scale, "key_bias": lambda n: bias[:n]}

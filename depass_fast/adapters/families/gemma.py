@@ -1,7 +1,7 @@
 """Gemma 1, 2 and 3, VaultGemma: norms that store γ - 1, a scaled embedding, GeGLU.
 
-From Gemma 2 on there are norms on the outputs, too (but in VaultGemma), local and global layers, and caps on attention
-and final logits (Gemma 2). Of a Gemma 3 that sees, its language model is decomposed.
+From Gemma 2 on there are norms on the outputs (not in VaultGemma), and local and global layers. Gemma 2 caps attention
+and final logits. A Gemma 3 that also sees is decomposed in its language model.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ def declare(config: Any) -> Family:
     if config.model_type == "gemma":
         return Family(norm_offset=1.0)
     homes = ("model.language_model", "language_model.model") if config.model_type == "gemma3" else ("model",)
-    outputs = {
-        "attention_output_norm": "post_attention_layernorm",
-        "mlp_output_norm": "post_feedforward_layernorm",
-    }
+    outputs: dict[str, Any] = {}
+    if config.model_type != "vaultgemma":
+        outputs["attention_output_norm"] = "post_attention_layernorm"
+        outputs["mlp_output_norm"] = "post_feedforward_layernorm"
     return Family(
         decoder=homes,
         layers=tuple(f"{home}.layers" for home in homes),
@@ -29,5 +29,5 @@ def declare(config: Any) -> Family:
         norm_offset=1.0,
         layer_windows=True,
         mlp_norm="pre_feedforward_layernorm",
-        **({} if config.model_type == "vaultgemma" else outputs),
+        **outputs,
     )

@@ -11,5 +11,6 @@ MODEL_TYPES = ("glm", "glm4")
 
 
 def declare(config: Any) -> Family:
-    norms = {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
-    return Family(gate_proj="mlp.gate_up_proj", gate_part=first_half, **(norms if config.model_type == "glm4" else {}))
+    outputs = {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
+    norms: dict[str, Any] = outputs if config.model_type == "glm4" else {}
+    return Family(gate_proj="mlp.gate_up_proj", gate_part=first_half, **norms)

@@ -13,8 +13,9 @@ MODEL_TYPES = ("glm4_moe", "dots1", "exaone_moe", "solar_open", "hy_v3", "kolibr
 
 
 def declare(config: Any) -> Family:
-    norms = {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
+    outputs = {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
+    norms: dict[str, Any] = outputs if config.model_type == "kolibri1" else {}
     return Family(
         experts=Experts(top_k=config.num_experts_per_tok, shared="mlp.shared_experts"),
-        **(norms if config.model_type == "kolibri1" else {}),
+        **norms,
     )

@@ -28,6 +28,6 @@ def declare(config: Any) -> Family:
 
 
 def _scale(attention: Any) -> float:
-    """transformers 4 hands it to no attention function; all but its eager one do without."""
+    """The scale of the logits. transformers 4 passes it to no attention function, and only its eager one applies it."""
     scale = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
     return scale / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else scale

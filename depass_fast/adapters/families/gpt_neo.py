@@ -29,5 +29,5 @@ def declare(config: Any) -> Family:
 def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
     config = attention.config
     windowed = config.attention_layers[attention.layer_id] == "local" and "flash" not in config._attn_implementation
-    window = config.window_size if windowed else None  # which flash attention is not told
+    window = config.window_size if windowed else None  # flash attention gets no window
     return {**read_plain(attention, outputs, kwargs), "scale": 1.0, "window": window}

@@ -13,7 +13,7 @@ from ..family import Family, Observed, of_each_head
 
 MODEL_TYPES = ("gptj", "codegen")
 
-_BLOCKS = 4  # of a fused projection
+_BLOCKS = 4  # blocks of a fused projection
 
 
 def declare(config: Any) -> Family:

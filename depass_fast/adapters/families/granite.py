@@ -1,8 +1,8 @@
 """Granite: Llama's layout with multipliers of embedding, attention, residual stream and logits.
 
-With windows (SWA), attention has sinks, too. HyperCLOVA X multiplies the logits where Granite divides them, and it may
-have norms on the outputs. Granite 4 fuses gate and up projections; its Micro, 1B and 350M are attention and MLPs alone,
-and only these are decomposed.
+With windows (SWA), attention also has sinks. HyperCLOVA X multiplies the logits where Granite divides them, and may
+have norms on the outputs. Granite 4 fuses gate and up projections. Its Micro, 1B and 350M consist of attention and MLPs
+alone, and only these are decomposed.
 """
 
 from dataclasses import replace

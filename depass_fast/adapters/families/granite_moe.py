@@ -32,7 +32,7 @@ def declare(config: Any) -> Family:
 
 
 def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What the router of transformers 4 makes of its logits, and returns sorted by experts."""
+    """The choice that the router of transformers 4 makes by its logits, and returns sorted by experts."""
     largest, chosen = logits.topk(k, dim=-1)
     return largest.softmax(-1), chosen
 

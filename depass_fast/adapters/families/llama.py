@@ -1,9 +1,9 @@
 """Llama's layout: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
 Mistral adds a sliding window, which the attention call announces. Qwen 2 has biases on Q, K and V, Qwen 3 norms on Q
-and K: these end in the frozen attention probabilities, only V's bias is ever propagated. SmolLM 3 leaves the rotary
-embedding out of some layers, which concerns Q and K only; so do the norms of HunYuan, the windows of Ministral and CWM,
-and what Ministral 3 multiplies Q by at late positions. transformers runs InternLM 3 and IQuest-Coder as Llamas.
+and K. Both end in the frozen attention probabilities, and only V's bias is propagated. Q and K alone are also concerned
+by SmolLM 3's layers without rotary embedding, HunYuan's norms, the windows of Ministral and CWM, and Ministral 3's
+factor of Q at late positions. transformers runs InternLM 3 and IQuest-Coder as Llamas.
 """
 
 from typing import Any

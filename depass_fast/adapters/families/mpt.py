@@ -19,7 +19,7 @@ def declare(config: Any) -> Family:
         attention_norm="norm_1",
         v_proj="attn.Wqkv",
         v_part=third(2),
-        v_clip=config.attn_config.clip_qkv or None,  # 0 is none, too
+        v_clip=config.attn_config.clip_qkv or None,  # 0 stands for none, too
         o_proj="attn.out_proj",
         observed=Observed(("Wqkv",), _read),
         alibi=True,

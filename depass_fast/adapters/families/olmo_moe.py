@@ -1,6 +1,6 @@
-"""OLMoE: Llama's layout with norms across all heads of Q and of K, and values that may be clamped. FlexOlmo: OLMo 2's.
+"""OLMoE: Llama's layout with norms across all heads of Q and of K, and values that may be clamped.
 
-All layers are mixtures of experts.
+FlexOlmo has the layout of OLMo 2. All layers of both are mixtures of experts.
 """
 
 from typing import Any

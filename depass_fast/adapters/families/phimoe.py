@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..family import Experts, Family, Observed
 
@@ -11,7 +11,7 @@ MODEL_TYPES = ("phimoe",)
 
 
 def declare(config: Any) -> Family:
-    def decide(layer: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def decide(layer: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
         mixer = sys.modules[type(layer).__module__].sparsemixer
         return mixer(logits, jitter_eps=config.router_jitter_noise, training=False)
 

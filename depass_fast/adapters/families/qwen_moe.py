@@ -1,7 +1,7 @@
 """Qwen 2 MoE and Qwen 3 MoE: Qwen's layout with mixtures of experts in some layers; Qwen 2 has a shared expert.
 
-Mellum 2 has Qwen 3's, and windows in some layers. So may Qwen 2, whose attention does not announce them (from
-transformers 5 on).
+Mellum 2 has Qwen 3's mixtures, and windows in some layers. Qwen 2 may have windows, too, which its attention does not
+announce (from transformers 5 on).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "mellum")
 
 def declare(config: Any) -> Family:
     gate = {"shared": "mlp.shared_expert", "shared_gate": "mlp.shared_expert_gate"}
-    shared = gate if config.model_type == "qwen2_moe" else {}
+    shared: dict[str, Any] = gate if config.model_type == "qwen2_moe" else {}
     kinds = getattr(config, "layer_types", None) if config.model_type == "qwen2_moe" else None  # by which it is masked
     return Family(
         window=kinds and tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds),
