@@ -14,7 +14,10 @@ def small_gpu(monkeypatch, lengths, kind):
     adapter = build("llama-gqa").adapter
     gpu = torch.device("cuda", 0)
     placed = SimpleNamespace(
-        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model", "family")},
+        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model")},
+        has_alibi=adapter.has_alibi,
+        has_sinks=adapter.has_sinks,
+        experts_per_position=adapter.experts_per_position,
         layer=adapter.layer,
         is_mixture=adapter.is_mixture,
         module=adapter.module,
