@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adjoint.estimate import ApproximationWarning, Estimate
     from .components.base import ComponentKind
+    from .components.custom import Custom, Subspaces
     from .components.features import Features
-    from .components.given import Custom, Subspaces
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .methods.focus import Focus, Partition
@@ -58,7 +58,7 @@ _HOMES = {
     "adjoint.estimate": ("ApproximationWarning", "Estimate"),
     "components.base": ("ComponentKind",),
     "components.features": ("Features",),
-    "components.given": ("Custom", "Subspaces"),
+    "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
     "methods.focus": ("Focus", "Partition"),

@@ -11,8 +11,8 @@ from torch import nn
 
 from .adapters import adapt, unwrap
 from .components.base import ComponentKind
+from .components.custom import Custom, Subspaces
 from .components.features import Features
-from .components.given import Custom, Subspaces
 from .components.model import Tokens
 from .inputs.loading import check_weights, load_model
 from .inputs.prompts import Prompt, encode_all

@@ -264,12 +264,12 @@ def start(request: Request) -> ComponentState:
         request.components,
         request.adapter,
         request.require_trace(),
-        request.tokens,
-        request.excluded,
-        request.has_bias,
-        request.run.state_dtype,
-        request.run.host,
-        request.bound,
+        has_bias=request.has_bias,
+        dtype=request.run.state_dtype,
+        tokens=request.tokens,
+        excluded=request.excluded,
+        in_host_memory=request.run.host,
+        bound=request.bound,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import experts
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Family, Observed, Path
-from .paths import below, name_of
+from .paths import below, exists, name_of
 from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
 from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
@@ -115,7 +115,7 @@ class Adapter:
 
     @property
     def observed(self) -> Observed | None:
-        """How to observe attention that this version of transformers does not let be replaced; None if it does."""
+        """The way to observe attention that this version of transformers does not let be replaced; None if it does."""
         attention = type(self.module(0, "attention"))
         homes = [sys.modules[base.__module__] for base in attention.__mro__]
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
@@ -266,10 +266,7 @@ class Adapter:
         """The path of a module that the family declares and this model lacks, or None."""
         for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
             path: Path | None = getattr(self.family, part)
-            try:
-                if path is not None:
-                    self._below_model(path)
-            except AttributeError:
+            if path is not None and not exists(self.model, path):
                 return name_of(path)
         for index in range(self.n_layers):
             parts = ["attention", "v_proj", "v_norm", "v_up", "o_proj", "mlp", *_BRANCH_NORMS]

@@ -157,8 +157,7 @@ def make_start(
         if not (kind.may_be_complete and _rounding(rest, x).any()):
             return Start(**where, names=names, named=named.first(n), rest=rest[:n], bias=bias, has_bias=has_bias)
     # what may leave nothing over: the library's one way to tell rounding from a rest
-    state = initial_state(kind, adapter, trace, [[""] * trace.length(p) for p in range(trace.n_prompts)],
-                          [set()] * trace.n_prompts, has_bias, dtype)  # fmt: skip
+    state = initial_state(kind, adapter, trace, has_bias=has_bias, dtype=dtype)
     block, extras = state.block(prompt), state.layout.components[prompt].extras
     rest = block[:n, extras.index(REST)] if REST in extras else None
     named = DenseRows(block[:n, len(extras) :])

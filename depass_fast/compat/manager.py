@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import adapt, unwrap, without_biases
 from ..adapters.stored import stored_bias, stored_weight
 from ..components.base import ComponentKind
-from ..components.given import Custom
+from ..components.custom import Custom
 from ..components.model import Heads, Modules, Neurons, Tokens
 from ..inputs.generation import generate
 from ..inputs.loading import check_weights

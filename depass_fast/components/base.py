@@ -1,10 +1,10 @@
-"""The protocol of a component kind: where it starts, which components it has, their initial states."""
+"""The protocol of a component kind: its start, its components and their initial states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
     @property
     def order(self) -> int:
-        """Twice the layer, plus one behind its attention: the modules from here on are those of the same number on."""
+        """The number of the first module that the components pass: 2·l for layer l's attention, 2·l + 1 for its MLP."""
         return 2 * self.layer + (self.site == "resid_mid")
 
 
@@ -37,28 +37,28 @@ class Entry(NamedTuple):
 class ComponentKind:
     """A kind of component at a ``layer``: 0 to L-1, negative counts from the end, or a hook name (see ``hooks``).
 
-    ``site`` is where in that layer the components enter the residual stream: before its attention (`resid_pre`),
-    between attention and MLP (`resid_mid`) or after its MLP (`resid_post`).
+    ``site`` is the place in that layer where the components enter the residual stream: before its attention
+    (`resid_pre`), between attention and MLP (`resid_mid`) or after its MLP (`resid_post`).
     """
 
     layer: int | str = 0  # a number once it is made
 
     kind = ""  # not annotated: constants of the class, not fields
     site = "resid_pre"
-    hooks = tuple(LAYER_INPUT)  # which may name the layer, as in `blocks.5.hook_resid_pre`
-    may_be_complete = False  # whether the named components can be all of the hidden state, so that there is no `rest`
+    hooks = tuple(LAYER_INPUT)  # the hooks that may name the layer, as in `blocks.5.hook_resid_pre`
+    may_be_complete = False  # the named components can be all of the hidden state, so that there is no `rest`
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str):
-            for field, value in self.place(*parse_hook_name(self.layer, "layer", self.hooks)).items():
-                object.__setattr__(self, field, value)
+            for name, value in self.place(*parse_hook_name(self.layer, "layer", self.hooks)).items():
+                object.__setattr__(self, name, value)
 
     def place(self, layer: int, hook: str) -> dict[str, Any]:
         """The fields that a hook of a layer stands for. Raises ValueError where they contradict those given."""
         return {"layer": layer + LAYER_INPUT.get(hook, 0)}
 
     def resolve(self, adapter: Adapter) -> int:
-        """The layer, counted from 0. Raises ValueError where there is no such layer."""
+        """The layer, counted from 0. Raises ValueError if there is no such layer."""
         n = adapter.n_layers
         layer = as_index(self.layer, "layer")
         if not -n <= layer < n:
@@ -66,23 +66,24 @@ class ComponentKind:
         return layer % n
 
     def start_site(self, adapter: Adapter) -> Site:
-        """Where the components enter the residual stream of this model.
+        """The site where the components enter the residual stream of this model.
 
-        In a parallel layer attention and MLP read the same, so that what attention adds enters after both.
+        In a parallel layer attention and MLP read the same, so that attention's output enters after both.
         """
-        return "resid_post" if self.site == "resid_mid" and adapter.is_parallel else self.site
+        site = cast(Site, self.site)
+        return "resid_post" if site == "resid_mid" and adapter.is_parallel else site
 
     def entry(self, adapter: Adapter) -> Entry:
-        """The place where the components enter; what starts after a layer's MLP enters the next layer."""
+        """The place where the components enter; those that start after a layer's MLP enter the next layer."""
         layer, site = self.resolve(adapter), self.start_site(adapter)
         return Entry(layer + 1, "resid_pre") if site == "resid_post" else Entry(layer, site)
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
-        """Refuse before any work what cannot be decomposed, given the lengths of the prompts."""
+        """Raise an error if prompts of these ``lengths`` cannot be decomposed in this way; before any work."""
         self.resolve(adapter)
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> ComponentKind:
-        """This kind for one prompt of a trace, where the components are not known before it is traced."""
+        """This kind for one prompt of a trace. It differs where the components are not known before the trace is."""
         return self
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
@@ -94,10 +95,10 @@ class ComponentKind:
         raise NotImplementedError
 
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors | None:
-        """The same as products of numbers and vectors, where the kind is made of such."""
+        """The initial states as products of numbers and vectors; None if the kind does not consist of such."""
         return None
 
-    def given(self) -> Sequence[Tensor]:
+    def user_tensors(self) -> Sequence[Tensor]:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
 
@@ -107,17 +108,17 @@ class ComponentKind:
 
     @property
     def is_layered(self) -> bool:
-        """Whether several layers were asked for, be it in a list of one."""
+        """True if several layers were asked for, even in a list of one."""
         return False
 
     def single(self) -> ComponentKind:
-        """This kind, if it is of one layer; else ValueError."""
+        """This kind. Raises ValueError if it is of several layers."""
         if self.is_layered:
             raise ValueError("layers: only attribute() takes several layers; give one layer here.")
         return self
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        """What of the decomposed outputs is an additive constant, and thus `bias`: (D,), or (N, D), or None."""
+        """The additive constant in the decomposed outputs, which goes to `bias`: (D,), or (N, D), or None."""
         return None
 
 
@@ -152,7 +153,7 @@ class LayerKind(ComponentKind):
         return sorted(found, key=lambda one: one.layer)
 
     def resolve(self, adapter: Adapter) -> int:
-        """The layer; of several, the last, which is the first that everything is under way at."""
+        """The layer; the last of several, as all components are under way from there on."""
         if self.layers is None:
             return super().resolve(adapter)
         return max(kind.resolve(adapter) for kind in self.each(adapter))

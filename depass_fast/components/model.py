@@ -1,7 +1,7 @@
-"""What a hidden state is split into: the initial decompositions (DESIGN.md section 2, *Decompositions*).
+"""The initial decompositions of a hidden state into the model's own parts (DESIGN.md section 2, *Decompositions*).
 
-Every kind says where in the network it starts, which components it has, and fills their initial states. Whatever
-they lack to the hidden state becomes `rest` (:mod:`depass_fast.initial`); so the sum is exact from the first step.
+Every kind knows the place where it starts and its components, and fills their initial states. The hidden state minus
+their sum becomes `rest` (:mod:`depass_fast.components.start`), so that the sum is exact from the first step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..inputs.hook_names import Site
 from ..state.state import Factors
 from ..trace.record import Trace
 from .base import ComponentKind, LayerKind
-from .outputs import Outputs
+from .outputs import LayerOutputs
 from .products import BoundProducts
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
@@ -51,22 +51,22 @@ class Heads(LayerKind):
         return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
         outputs.attend(outputs.values(), out)
         entering = outputs.entering(out, "attention")
         if entering is not out:
             out.copy_(entering)
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
+        return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
 
 
 @dataclass(frozen=True)
 class Modules(LayerKind):
     """The outputs of ``layer``'s modules: attention, MLP, or both.
 
-    With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP; with ``"attention"`` between
-    the two, so that the MLP of the same layer is shared out as well.
+    With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP. With ``"attention"`` they
+    start between the two, so that the MLP of the same layer is shared out as well.
     """
 
     which: Literal["both", "attention", "mlp"] = "both"
@@ -98,13 +98,13 @@ class Modules(LayerKind):
         return tuple(both.values()) if self.which == "both" else (both[self.which],)
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
+        outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
         for m, module in enumerate(self._chosen):
             whole = outputs.whole(module)
             out[:, m] = outputs.through_stream(whole, "mlp") if self._goes_on(module) else whole
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        outputs = Outputs(adapter, trace, self.resolve(adapter), prompt, dtype)
+        outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype)
         constants = []
         for module in self._chosen:
             constant = outputs.constant(module)
@@ -113,7 +113,7 @@ class Modules(LayerKind):
         return sum(constants[1:], constants[0]) if constants else None
 
     def _goes_on(self, module: str) -> bool:
-        """Whether what a module adds passes the end of the layer before the components start."""
+        """True if the output of a module passes the end of the layer before the components start."""
         return module == "attention" and self.site == "resid_post"
 
 
@@ -130,11 +130,11 @@ class Neurons(LayerKind):
     hooks = ("mlp.hook_post",)
 
     def count(self, adapter: Adapter) -> int:
-        """How many neurons the layer has, at most."""
+        """The number of neurons of the layer, experts included."""
         return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
 
     def counts(self, adapter: Adapter, trace: Trace) -> list[int]:
-        """How many neurons every prompt of a trace has: of the MLP, or of the experts that any position was sent to."""
+        """The neurons of every prompt of a trace: of the MLP, or of the experts that any position was sent to."""
         found = np.zeros(trace.n_prompts, np.int64)
         for mlp in trace.layers[self.resolve(adapter)].mlps:
             reached = (
@@ -145,13 +145,13 @@ class Neurons(LayerKind):
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         """Return the constant that :meth:`bound` brings to `bias`, without making the neurons."""
-        return Outputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
+        return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
-        outputs = Outputs(adapter, trace, layer, prompt, dtype)
+        outputs = LayerOutputs(adapter, trace, layer, prompt, dtype)
         labels, products = outputs.neurons(f"L{layer}")
         return BoundProducts(
-            layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site=self.site
+            layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site="resid_post"
         )

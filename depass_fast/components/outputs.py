@@ -1,7 +1,7 @@
-"""What the modules of one layer add to the residual stream, as the decompositions of that layer need it.
+"""The outputs that one layer's modules add to the residual stream: of heads, of neurons and as a whole.
 
-An output passes the branch's own norm and factor, and the norm of the residual stream itself where there is one: all
-with their scales frozen, so that heads and neurons pass them one by one.
+An output passes the branch's own norm and factor, and a norm of the residual stream itself where there is one. The
+scales of these norms are frozen, so that heads and neurons pass them one by one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _TILE = 1 << 22  # probabilities or outputs held at once, in elements
 
 @lru_cache(maxsize=8)
 def _numerals(count: int) -> tuple[str, ...]:
-    """0, 1, ... as text: there are as many neurons' names to be made as there are layers times their width."""
+    """The numbers 0, 1, ... as text. They are kept, as neurons need them anew in every layer."""
     return tuple(map(str, range(count)))
 
 
-class Outputs:
-    """Layer ``layer`` on one prompt; everything is computed in ``dtype``. Modules are "attention" and "mlp"."""
+class LayerOutputs:
+    """The outputs of layer ``layer`` on one prompt, computed in ``dtype``. A ``module`` is "attention" or "mlp"."""
 
     def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int, dtype: torch.dtype) -> None:
         self._adapter, self._layer, self.dtype = adapter, layer, dtype
@@ -53,11 +53,11 @@ class Outputs:
         return self._clamped(values)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
-        """What every head makes of frozen values (N, H, d), written to ``out`` (N, H, D): P, then W_O."""
+        """Write every head's output for values (N, H, d) to ``out`` (N, H, D): P, then W_O."""
         weights = self.attention
         w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
         positions = torch.arange(len(values), device=values.device)
-        # a few queries at a time: P of a long prompt would be the N² that is nowhere held, the outputs a second state
+        # a few queries at a time: N² probabilities are held nowhere, and all outputs would be a second state
         for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
             p = attention_probabilities(self.record.attention, positions + self.span.start, queries, self.dtype)
             mixed = torch.einsum("hqk,khd->hqd", p, values)
@@ -70,7 +70,7 @@ class Outputs:
         return self.through_stream(branch.written(y, scale), module)
 
     def whole(self, module: str) -> Tensor:
-        """All that a module adds to the stream, without its constant part: (N, D)."""
+        """The whole output that a module adds to the stream, without its constant part: (N, D)."""
         record = self.record
         before = record.resid_pre if module == "attention" else record.resid_mid
         after = record.resid_mid if module == "attention" else self.after
@@ -80,7 +80,7 @@ class Outputs:
         return y if constant is None else y - constant
 
     def constant(self, module: str) -> Tensor | None:
-        """What of the stream after a module is a constant that it added: (D,), or (N, D), or None."""
+        """The constant part of what a module adds, as it is in the stream behind it: (D,), or (N, D), or None."""
         stream, constant = self._of(module)[0].stream, self._linear_constant(module)
         if stream is None or stream.bias is None:
             return constant
@@ -88,20 +88,22 @@ class Outputs:
         return beta if constant is None else constant + beta
 
     def through_stream(self, y: Tensor, module: str) -> Tensor:
-        """What is in the stream (N, ..., D) or (D,) before a module's norm of the stream, after it; without its β."""
+        """A part of the stream, (N, ..., D) or (D,), after the norm of the stream behind a module, without its β."""
         stream = self._of(module)[0].stream
         if stream is None:
             return y
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
+        assert resid is not None  # it is recorded wherever there is such a norm
         scale = stream.scale(resid[self.span].to(self.dtype))
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
 
     def neurons(self, prefix: str) -> tuple[tuple[str, ...], Factors]:
-        """Names and products of all neurons that act anywhere: of the MLP, or of the experts that got a position."""
+        """The names and products of all neurons of the MLP, or of the experts that any position was sent to."""
         names, numbers, vectors = [], [], []
         for part in self.record.mlps:
-            mlp, act, at = self.mlps[part.part], part.dense(part.act, self.span), part.host_positions
-            if at is not None and not np.diff(np.searchsorted(at, (self.span.start, self.span.stop))).any():
+            mlp, act, positions = self.mlps[part.part], part.dense(part.act, self.span), part.host_positions
+            span = (self.span.start, self.span.stop)
+            if positions is not None and not np.diff(np.searchsorted(positions, span)).any():
                 continue
             stored, numbers_of_part = mlp.w_down, act
             if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
@@ -113,12 +115,12 @@ class Outputs:
             return tuple(names), Factors(numbers[0], vectors[0])
         return tuple(names), Factors(torch.cat(numbers, 1), torch.cat(vectors))
 
-    def _written_factors(self, mlp: Branch, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
-        """W_down and activations (N, I) with the norms and factors that lie between a neuron and the stream."""
+    def _written_factors(self, mlp: Mlp, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
+        """W_down and activations (N, I) with the norms and factors between a neuron and the stream in them."""
         w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype)
         if part.out_scale is not None:
             numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
-        if mlp.stream is not None:
+        if mlp.stream is not None and self.record.mlp_sum is not None:
             numbers = numbers * mlp.stream.scale(self.record.mlp_sum[self.span].to(self.dtype))[:, None]
             w_down = mlp.stream.apply(w_down.T, None).T
         return w_down, numbers
@@ -135,7 +137,7 @@ class Outputs:
         value = None if record.value_ratio is None else weights.value_constant(self.dtype)
         if value is None:
             return record.constant(weights, self.span, self.dtype)
-        # clamped like the rest of the value, it is another one at every position
+        # it is clamped with the rest of the value, and so differs from position to position
         heads = self.after.new_empty(len(self.after[self.span]), weights.n_heads, self.after.shape[1], dtype=self.dtype)
         self.attend(self._clamped(value.expand(len(heads), -1)), heads)
         raw = heads.sum(1) if weights.o.bias is None else heads.sum(1) + weights.o.bias.to(self.dtype)
@@ -143,7 +145,7 @@ class Outputs:
         return weights.written_constant(raw, scale, self.dtype)
 
     def _clamped(self, values: Tensor) -> Tensor:
-        """A part of the values (N, Hkv·d), clamped as all of each was, for every head: (N, H, d)."""
+        """A part of the values (N, Hkv·d), scaled as the clamping scaled the whole, for every head: (N, H, d)."""
         weights, ratio = self.attention, self.record.attention.value_ratio
         values = values if ratio is None else values * ratio[self.span].to(self.dtype)
         values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))

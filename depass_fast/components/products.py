@@ -1,4 +1,4 @@
-"""Components of one prompt that are numbers times vectors: neurons and features, once the trace is known."""
+"""The bound form of neurons and features: products of numbers and vectors, known once the prompt is traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .base import ComponentKind
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BoundProducts(ComponentKind):
-    """Components of one prompt that are numbers times vectors, with what else they bring to ``bias``."""
+    """The neurons or features of one prompt: the named components are ``products``, with a label each.
+
+    ``bias`` (D,), or (N, D), or None is the constant that the same outputs bring to the `bias` component.
+    """
 
     labels: tuple[str, ...]
     products: Factors
@@ -28,7 +31,7 @@ class BoundProducts(ComponentKind):
         return self.labels
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        """Write products of numbers and vectors into all of ``out`` (N, M, D)."""
+        assert self.products.coefficients is not None
         numbers, vectors = self.products.coefficients.to(out.dtype), self.products.vectors.to(out.dtype)
         torch.mul(numbers[..., None], vectors, out=out)
 

@@ -1,4 +1,4 @@
-"""The initial component state: a kind's components and what they lack to the hidden state, laid out as rows."""
+"""The initial component state: a kind's components, and their difference from the hidden state, laid out as rows."""
 
 from __future__ import annotations
 
@@ -18,83 +18,119 @@ from .base import ComponentKind
 from .model import Tokens
 from .products import BoundProducts
 
-_PART = 8 << 20  # numbers made on the device at a time, where they are to lie in host memory
+_PART = 8 << 20  # numbers computed on the device at a time, if the state lies in host memory
 
 
 def initial_state(
     kind: ComponentKind,
     adapter: Adapter,
     trace: Trace,
-    tokens: Sequence[Sequence[str]],
-    excluded: Sequence[set[int]],
+    *,
     has_bias: bool,
     dtype: torch.dtype,
-    host: bool = False,
+    tokens: Sequence[Sequence[str]] | None = None,
+    excluded: Sequence[set[int]] | None = None,
+    in_host_memory: bool = False,
     bound: Sequence[ComponentKind] | None = None,
 ) -> ComponentState:
     """The component state at the start of ``kind``; its sum is the residual stream there.
 
-    ``tokens`` are the prompts' token texts, ``excluded`` the positions of special tokens (for `Tokens` only),
-    ``has_bias`` says whether constants are still to come, so that there must be a `bias` component. With ``host`` the
-    rows lie in host memory, pinned for a GPU if they can be. ``bound`` is the kind for every prompt, if it was bound
-    already.
+    Args:
+        has_bias: constants are still to come, so that there must be a `bias` component.
+        dtype: the state's dtype.
+        tokens: the token texts of every prompt, for the names of `Tokens`; None: empty ones.
+        excluded: the positions of every prompt's special tokens, for `Tokens` only; None: there are none.
+        in_host_memory: the rows lie in host memory, pinned for a GPU if they can be.
+        bound: the kind for every prompt, if it was bound already.
     """
     layer, site = kind.entry(adapter)
     x = trace.resid_at(layer, site).to(adapter.layer_device(kind.resolve(adapter)))
     kinds = list(bound or (kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)))
+    tokens = tokens or [[""] * trace.length(prompt) for prompt in range(trace.n_prompts)]
+    names = [k.names(adapter, texts) for k, texts in zip(kinds, tokens, strict=True)]
     constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
-    bias = (BIAS,) if has_bias or any(c is not None for c in constants) else ()
-    names = [k.names(adapter, t) for k, t in zip(kinds, tokens, strict=True)]
-    factors = tuple(k.factors(adapter, trace, prompt) for prompt, k in enumerate(kinds))
-    factors = None if None in factors else factors
+    bias = (BIAS,) if has_bias or any(constant is not None for constant in constants) else ()
+    factors = _factors(kinds, adapter, trace)
     if isinstance(kind, Tokens):
+        excluded = excluded or [set()] * trace.n_prompts
         components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
         layout = Layout.of(components, trace.offsets)
-        rows = _rows(layout, x, dtype, host).zero_()
-        rows[to_device(layout.starts[1:] - 1, rows.device)] = x.to(rows)
-        return ComponentState(rows, layout, layer, site, factors)
+        return ComponentState(_token_rows(layout, x, dtype, in_host_memory), layout, layer, site, factors)
 
-    extras = (REST, *bias)
-    components = tuple(Components.everywhere(n, extras) for n in names)
+    components = tuple(Components.everywhere(n, (REST, *bias)) for n in names)
     layout = Layout.of(components, trace.offsets)
-    rows = _rows(layout, x, dtype, host)
-    near, x = x, x.to(rows.device)
-    wide = torch.promote_types(dtype, torch.float32)
-    coarsest = max(torch.finfo(t.dtype).eps for t in (rows, x, *kind.given()))
-    settled = False
-    for prompt in range(trace.n_prompts):
+    rows = _empty_rows(layout, x, dtype, in_host_memory)
+    near, x = x.device, x.to(rows.device)
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (rows, x, *kind.user_tensors()))
+    has_settled = False
+    for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
-        named = block[:, len(extras) :]
-        if not host:
-            kinds[prompt].fill(named, adapter, trace, prompt)
-        elif isinstance(kinds[prompt], BoundProducts):
-            _fill_in_parts(named, kinds[prompt].products)
-        else:  # few components
-            made = torch.empty(named.shape, dtype=dtype, device=near.device)
-            kinds[prompt].fill(made, adapter, trace, prompt)
-            named.copy_(made)
+        rest, named, here = block[:, 0], block[:, 1 + len(bias) :], x[trace.span(prompt)]
+        if in_host_memory:
+            _fill_from_device(named, one, adapter, trace, prompt, near)
+        else:
+            one.fill(named, adapter, trace, prompt)
         if bias:
-            block[:, 1] = 0.0 if constants[prompt] is None else constants[prompt]
-        block[:, 0] = x[trace.span(prompt)] - block[:, 1:].sum(1, dtype=wide)
+            block[:, 1] = 0.0 if constant is None else constant
+        rest.copy_(here - block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32)))
         if kind.may_be_complete:
-            settled |= _settle_rounding(block[:, 0], named, x[trace.span(prompt)].to(dtype), coarsest)
-    factors = None if settled else factors
-    if kind.may_be_complete and not rows[to_device(layout.extra_rows(REST), x.device)].any():
-        fewer = tuple(Components.everywhere(c.names, bias) for c in components)
-        return ComponentState(_without_first(rows, layout), Layout.of(fewer, trace.offsets), layer, site)
-    return ComponentState(rows, layout, layer, site, factors)
+            has_settled |= _settle_rounding(rest, named, here.to(dtype), coarsest)
+    state = ComponentState(rows, layout, layer, site, None if has_settled else factors)
+    return _without_rest(state, trace) if kind.may_be_complete and not _has_rest(state) else state
 
 
-def _rows(layout: Layout, x: Tensor, dtype: torch.dtype, host: bool) -> Tensor:
-    """Room for the rows of a state, where ``x`` is or in host memory."""
+def _has_rest(state: ComponentState) -> bool:
+    return bool(state.rows[to_device(state.layout.extra_rows(REST), state.device)].any())
+
+
+def _without_rest(state: ComponentState, trace: Trace) -> ComponentState:
+    """The same state without `rest`, which is the first row of every segment."""
+    components = tuple(Components.everywhere(c.names, c.extras[1:]) for c in state.layout.components)
+    layout = Layout.of(components, trace.offsets)
+    return ComponentState(_without_first(state.rows, state.layout), layout, state.layer, state.site)
+
+
+def _factors(kinds: Sequence[ComponentKind], adapter: Adapter, trace: Trace) -> tuple[Factors, ...] | None:
+    """The products of every prompt, or None if the components of any prompt are none."""
+    found = []
+    for prompt, kind in enumerate(kinds):
+        factors = kind.factors(adapter, trace, prompt)
+        if factors is None:
+            return None
+        found.append(factors)
+    return tuple(found)
+
+
+def _empty_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: bool) -> Tensor:
+    """Memory for the rows of a state, on the device of ``x`` or on the host."""
     shape = layout.n_rows, x.shape[1]
-    if not host:
+    if not in_host_memory:
         return torch.empty(shape, dtype=dtype, device=x.device)
     return empty_on_host(shape, dtype, pinned=x.is_cuda)
 
 
+def _token_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: bool) -> Tensor:
+    """Rows of zeros but for the last of every position, its token's: the residual stream ``x`` (T, D)."""
+    rows = _empty_rows(layout, x, dtype, in_host_memory).zero_()
+    rows[to_device(layout.starts[1:] - 1, rows.device)] = x.to(rows)
+    return rows
+
+
+def _fill_from_device(
+    named: Tensor, kind: ComponentKind, adapter: Adapter, trace: Trace, prompt: int, device: torch.device
+) -> None:
+    """Write a kind's states into ``named`` (N, M, D) in host memory. They are computed on ``device``."""
+    if isinstance(kind, BoundProducts):
+        _fill_in_parts(named, kind.products)
+    else:  # few components
+        made = torch.empty(named.shape, dtype=named.dtype, device=device)
+        kind.fill(made, adapter, trace, prompt)
+        named.copy_(made)
+
+
 def _fill_in_parts(out: Tensor, products: Factors) -> None:
-    """Products into ``out`` (N, M, D) in host memory, some positions at a time: they need not fit on the device."""
+    """Write products into ``out`` (N, M, D) in host memory, some positions at a time: they need not fit the device."""
+    assert products.coefficients is not None
     vectors = products.vectors.to(out.dtype)
     size = max(1, _PART // vectors.numel())
     for first in range(0, len(out), size):
@@ -103,11 +139,11 @@ def _fill_in_parts(out: Tensor, products: Factors) -> None:
 
 
 def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:
-    """Whether an additive constant lies between the components and the input of layer ``end``, or the logits (None)."""
-    return meet_bias([kind], adapter, end)[0]
+    """True if a constant is added between the components' start and the input of layer ``end`` (None: the logits)."""
+    return each_meets_bias([kind], adapter, end)[0]
 
 
-def meet_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None) -> list[bool]:
+def each_meets_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None) -> list[bool]:
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
     first = [kind.entry(adapter).order for kind in kinds]
     last = _last_constant(adapter, min(first) // 2, end)
@@ -115,9 +151,9 @@ def meet_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None)
 
 
 def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
-    """The last module of the layers from ``first`` on, before ``end``, that adds a constant: 2·l or 2·l + 1 in layer l.
+    """The last module that adds a constant in the layers from ``first`` on, before ``end``.
 
-    The former is its attention, the latter its MLP; -1 where none does, inf where the readout does.
+    Layer l's attention is 2·l and its MLP 2·l + 1. The result is -1 if there is none, inf if the readout adds one.
     """
     if end is None:
         norm = adapter.final_norm()
@@ -134,7 +170,7 @@ def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
 
 
 def _without_first(rows: Tensor, layout: Layout) -> Tensor:
-    """The rows without the first of every segment, moved up in place: a second state would be the peak of memory."""
+    """The rows without the first of every segment. They move up in place, as a second state would be the peak."""
     kept = 0
     for start, count in zip(layout.starts[:-1].tolist(), layout.counts.tolist(), strict=True):
         rows[kept : kept + count - 1] = rows[start + 1 : start + count].clone()
@@ -143,11 +179,11 @@ def _without_first(rows: Tensor, layout: Layout) -> Tensor:
 
 
 def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:
-    """Where ``rest`` (N, D) is only rounding, give it to the largest of ``named`` (N, M, D): the sum stays exact.
+    """Move ``rest`` (N, D), where it is only rounding, into the largest of ``named`` (N, M, D): the sum stays exact.
 
-    Returned is whether there was any. Rounding must not become a component: the softmax would give it a share like any
-    other. Rounding is what is below eps^0.75 (6e-6 in float32: states from another run or machine differ by more than
-    the rounding of one sum) of the largest component, and below a hundredth of x.
+    Returns True if there was any. Rounding must not become a component: the softmax would give it a share like any
+    other. A rest counts as rounding below eps^0.75 of the largest component and below a hundredth of x. That is 6e-6 in
+    float32: states from another run or machine differ by more than the rounding of one sum.
     """
     size, norms = rest.norm(dim=-1), named.norm(dim=-1)
     rounding = (size <= eps**0.75 * torch.maximum(norms.amax(1), x.norm(dim=-1))) & (size <= 0.01 * x.norm(dim=-1))

@@ -105,11 +105,11 @@ def _tensor_ids(ids: Tensor) -> list[int]:
 
 
 def _chat_ids(messages: list[Mapping[str, Any]], tokenizer: Any | None) -> list[int]:
-    tokenizer = _required(tokenizer, "prompt as chat messages")
-    if not tokenizer.chat_template:
+    reader = _required(tokenizer, "prompt as chat messages")
+    if not reader.chat_template:
         raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    text = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return reader.encode(text, add_special_tokens=False)
 
 
 def _listed_ids(ids: Sequence[Any]) -> list[int]:
@@ -146,11 +146,11 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     Raises:
         ValueError: it is several tokens (the message names them), or none.
     """
-    tokenizer = _required(tokenizer, f"{argument} {text!r}")
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    reader = _required(tokenizer, f"{argument} {text!r}")
+    ids = reader.encode(text, add_special_tokens=False)
     if not text:
         raise ValueError(f"{argument}: empty string; give one token, or None for the model's own next token.")
-    if len(ids) == 1 and ids[0] == tokenizer.unk_token_id and text != tokenizer.unk_token:
+    if len(ids) == 1 and ids[0] == reader.unk_token_id and text != reader.unk_token:
         raise ValueError(f"{argument}: {text!r} is not in the tokenizer's vocabulary.")
     if len(ids) != 1:
         parts = ", ".join(

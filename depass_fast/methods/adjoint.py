@@ -16,7 +16,7 @@ from ..adjoint.maps import LayerStack
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind
-from ..components.start import meet_bias
+from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
 from ..readout.assemble import assemble
@@ -96,7 +96,7 @@ def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds:
     bound = None if request.bound is None else request.bound[prompt]  # of one layer
     starts = [
         make_start(kind, adapter, trace, prompt, n, has_bias, wide, bound)
-        for kind, has_bias in zip(kinds, meet_bias(kinds, adapter, request.end_given), strict=True)
+        for kind, has_bias in zip(kinds, each_meets_bias(kinds, adapter, request.end_given), strict=True)
     ]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = run.compute_dtype or wide

@@ -165,7 +165,7 @@ def _streaming(
 def _made_of(request: Request) -> tuple:
     """Return what has to be the same for a partition to hold."""
     kind, rule, source = request.components, request.run.allocation, request.require_trace().source
-    given = tuple(id(tensor) for tensor in kind.given())
+    given = tuple(id(tensor) for tensor in kind.user_tensors())
     ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
     what = (kind.kind, request.layer, kind.site, given, request.has_bias)
     return (*what, ids, excluded, rule.rule, rule.temperature, source.model, source.version)
@@ -202,7 +202,7 @@ def _chosen_state(request: Request, whole: Components, members: np.ndarray) -> C
         _fill_products(state, x, named, bound)
     else:
         every = initial_state(
-            kind, adapter, trace, request.tokens, request.excluded, request.has_bias, dtype, bound=(bound,)
+            kind, adapter, trace, has_bias=request.has_bias, dtype=dtype, excluded=request.excluded, bound=(bound,)
         ).block(0)
         state.set_block(0, every[:, to_device(members, every.device)])
     return state

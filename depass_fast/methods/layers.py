@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..components.base import ComponentKind
 from ..components.model import Neurons
-from ..components.start import meet_bias
+from ..components.start import each_meets_bias
 from ..labels import BIAS
 from ..planning.shapes import named_components
 from ..propagation.joint import PendingState, can_propagate_jointly, group_by_memory, propagate_jointly
@@ -27,7 +27,7 @@ def layers(request: Request) -> list[LayeredAttribution]:
     request = _ready(request, kinds)
     own_bias = [
         ahead or kind.constant(adapter, request.require_trace(), 0, request.run.state_dtype) is not None
-        for kind, ahead in zip(kinds, meet_bias(kinds, adapter, request.end_given), strict=True)
+        for kind, ahead in zip(kinds, each_meets_bias(kinds, adapter, request.end_given), strict=True)
     ]
     has_bias = any(own_bias)  # states that are carried together have the same extras
     parts = [replace(request, components=kind, layer=kind.resolve(adapter), has_bias=has_bias) for kind in kinds]

@@ -13,8 +13,8 @@ from ..adjoint.memory import SweepMemory, default_workspace
 from ..allocation import Allocation
 from ..backends import has_compute_dtype
 from ..components.base import ComponentKind
+from ..components.custom import Custom
 from ..components.features import Features
-from ..components.given import Custom
 from ..options import Adjoint, Options
 from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 

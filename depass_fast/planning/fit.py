@@ -12,7 +12,7 @@ from ..adapters import Adapter
 from ..backends import ReferenceBackend, StreamBackend, choose_backend, make_backend
 from ..backends.torch.division import default_budget
 from ..components.base import ComponentKind
-from ..components.given import Custom
+from ..components.custom import Custom
 from ..options import Adjoint, Options
 from ..propagation.run import Run
 from ..runtime.dtypes import dtype_name

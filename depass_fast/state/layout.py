@@ -1,11 +1,17 @@
-"""state.layout."""
+"""The layout of a component state: which rows there are, for which component at which position.
+
+A *row* is one component at one position. Rows are grouped by position. A component that does not exist yet at a
+position (token m before position m) has no row there. Within a prompt the components are ordered by the position of
+their birth: first those that live everywhere (`rest`, `bias`, heads, neurons, ...), then tokens as they appear. So the
+components alive at a position are always the first ``count`` ones, and row ``start[position] + m`` is component m: no
+index per row is ever stored. A rectangle (N, M, D) is the case of equal counts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,15 +19,12 @@ from torch import Tensor
 
 from ..runtime.transfer import all_to_device
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Components:
     """The components of one prompt, in row order: the extras (`rest`, `bias`), then the named ones.
 
-    ``births`` (M,) is the first position at which each is alive, non-decreasing; ``excluded`` (M,) marks special
+    ``births`` (M,) is the first position at which each is alive, non-decreasing. ``excluded`` (M,) marks special
     tokens, which take part in the allocation at the position of their birth only.
     """
 
@@ -38,7 +41,7 @@ class Components:
 
     @staticmethod
     def tokens(names: tuple[str, ...], extras: tuple[str, ...], excluded: set[int]) -> Components:
-        """One component per position, born there; ``excluded`` holds positions."""
+        """One component per position, born there. ``excluded`` holds the positions of special tokens."""
         births = np.concatenate([np.zeros(len(extras), np.int64), np.arange(len(names))])
         flags = np.zeros(len(births), bool)
         flags[[len(extras) + n for n in excluded]] = True
@@ -49,7 +52,7 @@ class Components:
 
     @property
     def labels(self) -> list[str]:
-        """Names in the order that users see: the named ones, then `rest` and `bias`."""
+        """The labels in the order that users see: the named components, then `rest` and `bias`."""
         return [*self.names, *self.extras]
 
     def index(self, extra: str) -> int | None:
@@ -57,20 +60,21 @@ class Components:
         return self.extras.index(extra) if extra in self.extras else None
 
     def alive(self, positions: np.ndarray) -> np.ndarray:
-        """How many components are alive at each position: (S,) -> (S,)."""
+        """The number of components alive at each position: (S,) -> (S,)."""
         return np.searchsorted(self.births, positions, side="right")
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which rows there are: for every segment (a position that carries rows) its prompt, position and count.
+    """The rows of a state, as segments: a segment is a position that carries rows.
 
-    ``prompt`` (S,), ``local`` (S,) position within the prompt, ``packed`` (S,) position in the trace, ``counts`` (S,);
-    ``starts`` (S + 1,) is the first row of every segment. Segments of a prompt follow each other in order.
+    Every segment has its ``prompt`` (S,), its position ``local`` (S,) within the prompt and ``packed`` (S,) in the
+    trace, and its number of rows, ``counts`` (S,). ``starts`` (S + 1,) is the first row of every segment. Segments of a
+    prompt follow each other in order.
 
-    In a joint layout (:meth:`join`) a position carries a segment per decomposition, which is a prompt of its own here,
-    one after the other; ``positions`` is then the same rows with one segment per position, as attention sees them, and
-    ``joined`` are the layouts that it was made of.
+    In a joint layout (:meth:`join`) a position carries one segment per decomposition, one after the other, and each
+    decomposition's prompts are prompts of their own. ``positions`` is the same rows with one segment per position, as
+    attention sees them. ``joined`` are the layouts that it was made of.
     """
 
     components: tuple[Components, ...]
@@ -87,7 +91,7 @@ class Layout:
         return {}
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of the arrays on a device, kept there with the others: int64, `segment_of` (R,) int32."""
+        """One of the arrays on a device, kept there with the others: int64, but `segment_of` (R,) is int32."""
         if (name, device) not in self._tensors:
             names = ("prompt", "local", "packed", "counts", "starts", "segment_of")
             arrays = [getattr(self, name) for name in names[:-1]] + [self.row_segments().astype(np.int32)]
@@ -102,7 +106,7 @@ class Layout:
 
     @staticmethod
     def join(layouts: Sequence[Layout]) -> Layout:
-        """Decompositions of the same positions, by components that live everywhere: position by position.
+        """Join decompositions of the same positions, position by position. Their components must live everywhere.
 
         Prompt p of the d-th layout becomes prompt d · P + p.
         """
@@ -133,8 +137,8 @@ class Layout:
 
     def only(self, segments: np.ndarray) -> Layout:
         """The layout of some of the segments (S',), in that order."""
-        parts = [getattr(self, name)[segments] for name in ("prompt", "local", "packed")]
-        return Layout(self.components, *parts, *_counted(self.counts[segments]))
+        prompt, local, packed = self.prompt[segments], self.local[segments], self.packed[segments]
+        return Layout(self.components, prompt, local, packed, *_counted(self.counts[segments]))
 
     def rows_of(self, segments: np.ndarray) -> np.ndarray:
         """The rows of some of the segments (S',), one segment after the other."""
@@ -147,10 +151,10 @@ class Layout:
         return self.joined or (self,)
 
     def find(self, other: Layout) -> np.ndarray:
-        """Where the segments of ``other`` (S',), at some of the same prompts' positions, are found here: (S',).
+        """The segments here that have the prompt and position of the segments of ``other`` (S',): (S',).
 
         Raises:
-            KeyError: at another position.
+            KeyError: one of them is at a position that this layout does not have.
         """
         span = int(self.packed.max(initial=0)) + 1
         keys, wanted = (layout.prompt * span + layout.packed for layout in (self, other))
@@ -170,7 +174,7 @@ class Layout:
         return slice(*(int(i) for i in np.searchsorted(self.prompt, [prompt, prompt + 1])))
 
     def row_segments(self, segments: slice | None = None) -> np.ndarray:
-        """The segment of every row (of a range of segments)."""
+        """The segment of every row, or of every row of a range of segments."""
         segments = segments or slice(0, len(self.counts))
         return np.repeat(np.arange(segments.start, segments.stop), self.counts[segments])
 
@@ -180,11 +184,11 @@ class Layout:
         return slice(int(self.starts[segments.start]), int(self.starts[segments.stop]))
 
     def index(self, extra: str) -> int | None:
-        """The row of `rest` or `bias` within every segment: the same for all prompts, or None."""
+        """The row of `rest` or `bias` within every segment, the same for all prompts; None if there is none."""
         return self.components[0].index(extra)
 
     def extra_rows(self, extra: str) -> np.ndarray:
-        """The rows of `rest` or `bias`, one per segment."""
+        """The rows of `rest` or `bias`, one per segment. It must be one of the extras."""
         return self.starts[:-1] + self.index(extra)
 
 

@@ -1,11 +1,4 @@
-"""The component state: every hidden state written as a sum of components, as jagged rows.
-
-A *row* is one component at one position. Rows are grouped by position; components that do not exist yet at a
-position (token m before position m) have no row there. Within a prompt the components are ordered by the position
-of their birth: first those that live everywhere (`rest`, `bias`, heads, neurons, ...), then tokens as they appear.
-So the components alive at a position are always the first ``count`` ones, and row ``start[position] + m`` is
-component m: no index per row is ever stored. A rectangle (N, M, D) is the case of equal counts.
-"""
+"""The component state: every hidden state written as a sum of components, as the rows of a layout."""
 
 from __future__ import annotations
 
@@ -28,8 +21,8 @@ from .layout import Layout
 class Factors:
     """One prompt's named components as products: at position n component m is ``coefficients``[n, m] · ``vectors``[m].
 
-    Tokens and neurons are like that where they start. ``coefficients`` is (N, M), None for the identity (each
-    component at its own position only); ``vectors`` is (M, D).
+    Tokens, neurons and features have this form where they start. ``coefficients`` is (N, M), or None for the identity
+    (each component at its own position only); ``vectors`` is (M, D).
     """
 
     coefficients: Tensor | None
@@ -40,9 +33,9 @@ class Factors:
 class ComponentState:
     """The rows (R, D) of a layout, in the state's dtype, entering ``layer`` at ``site``: `resid_pre`, or `resid_mid`.
 
-    ``factors``, one per prompt, say the same of the named components in less, where they have just started.
-    ``verification`` is what ``verify=True`` found of the call that it comes from. ``completeness_error`` is the largest
-    that was measured on its way, ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖; None where it was not carried.
+    ``factors``, one per prompt, are the named components as products, as long as they are where they started.
+    ``verification`` is the result of ``verify=True`` in the call that made the state. ``completeness_error`` is the
+    largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ that was measured on its way; None if it was not carried.
     """
 
     rows: Tensor
@@ -88,7 +81,7 @@ class ComponentState:
         return prompt
 
     def block(self, prompt: int) -> Tensor:
-        """Like :meth:`dense`, in row order; a copy."""
+        """A copy of the state of one prompt, (N, M, D) like :meth:`dense`, but in row order."""
         view = self._view(prompt)
         if view is not None:
             return view.clone()
@@ -109,7 +102,7 @@ class ComponentState:
         self.rows[self.layout.rows(prompt)] = values[self.mask(prompt)]
 
     def at(self, layout: Layout) -> ComponentState:
-        """The same state at fewer positions: ``layout``'s, which keep all their components."""
+        """The same state at the positions of ``layout``, which are some of its own and keep all their components."""
         return ComponentState(self.take(self.layout.find(layout)).rows, layout, self.layer)
 
     def take(self, segments: np.ndarray) -> ComponentState:
@@ -118,7 +111,7 @@ class ComponentState:
         return ComponentState(self.rows[rows], self.layout.only(segments), self.layer, self.site)
 
     def put(self, part: ComponentState, segments: np.ndarray) -> None:
-        """Write back the rows of some of the segments, as :meth:`take` took them out."""
+        """Write back the rows of some of the segments, as :meth:`take` returned them."""
         self.factors = None
         self.rows.index_copy_(0, to_device(self.layout.rows_of(segments), self.device), part.rows)
 
@@ -147,13 +140,13 @@ class ComponentState:
         ]
 
     def moved(self) -> ComponentState:
-        """The same state, of which this one lets go: whoever still holds on to it holds no rows."""
+        """The same state as a new object. This one loses its rows, so that nobody who holds it keeps them alive."""
         other = replace(self)
         self.rows = self.rows.new_empty(0, self.rows.shape[1])
         return other
 
     def mask(self, prompt: int) -> Tensor:
-        """Which components have a row: (N, M) bool, in row order."""
+        """True where a component has a row: (N, M), in row order."""
         layout = self.layout
         counts = to_device(layout.counts[layout.segments(prompt)], self.device)
         return torch.arange(len(layout.components[prompt]), device=self.device) < counts[:, None]
@@ -166,7 +159,7 @@ class ComponentState:
         return segment_sums(self.rows, self.layout.tensor("starts", self.device)[:-1])
 
     def completeness(self, resid: Tensor) -> Tensor:
-        """max over the positions of ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, per prompt: (P,), on the state's device."""
+        """The largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ of every prompt's positions: (P,), on the state's device."""
         layout, rows = self.layout, self.rows
         everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
         x = (resid if everywhere else resid[layout.tensor("packed", resid.device)]).to(rows.device)
@@ -181,7 +174,7 @@ class ComponentState:
 
 
 def _by_position(rows: Tensor, layout: Layout, prompt: int) -> Tensor:
-    """A prompt's rows of components that live everywhere, as (N, M, D), those of all decompositions side by side."""
+    """A prompt's rows as (N, M, D), all decompositions side by side. Their components must live everywhere."""
     wide = layout.by_position
     return rows[wide.rows(prompt)].view(-1, len(wide.components[prompt]), rows.shape[1])
 

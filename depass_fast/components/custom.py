@@ -43,11 +43,11 @@ class Subspaces(ComponentKind):
             basis = basis.to(out)
             out[:, m] = x @ basis @ basis.T
 
-    def given(self) -> Sequence[Tensor]:
+    def user_tensors(self) -> Sequence[Tensor]:
         return [b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu") for b in self.bases]
 
     def _orthonormal(self, adapter: Adapter) -> list[Tensor]:
-        """Orthonormal bases of the given subspaces, in float64, also of each other to its last digit."""
+        """Orthonormal bases of the subspaces, in float64, orthogonal to each other to the last digit."""
         if isinstance(self.bases, Tensor) and self.bases.ndim == 2:
             raise TypeError("bases: expected a list of (D, k) matrices, got one; write [basis].")
         if not len(self.bases):
@@ -79,9 +79,9 @@ class Subspaces(ComponentKind):
 
 @dataclass(frozen=True, eq=False)
 class Custom(ComponentKind):
-    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. What they lack to the hidden state is `rest`.
+    """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. The hidden state minus their sum is `rest`.
 
-    ``site`` is by default what the name of the layer says, else `resid_pre`.
+    ``site`` is by default that of the layer's hook name, else `resid_pre`.
     """
 
     states: Tensor | None = None
@@ -116,13 +116,19 @@ class Custom(ComponentKind):
         _check_labels(self.labels, states.shape[1])
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(self.states.shape[1])))
+        count = self._checked_states.shape[1]
+        return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(count)))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        out.copy_(self.states)
+        out.copy_(self._checked_states)
 
-    def given(self) -> Sequence[Tensor]:
-        return (self.states,)
+    def user_tensors(self) -> Sequence[Tensor]:
+        return (self._checked_states,)
+
+    @property
+    def _checked_states(self) -> Tensor:
+        assert self.states is not None  # see check
+        return self.states
 
 
 def _check_labels(labels: Sequence[str] | None, count: int) -> None:
@@ -139,8 +145,8 @@ def _check_labels(labels: Sequence[str] | None, count: int) -> None:
             )
 
 
-def check_site(site: str, adapter: Adapter) -> None:
-    """Refuse a site that there is not, or not in this model."""
+def check_site(site: str | None, adapter: Adapter) -> None:
+    """Raise ValueError for a site that does not exist, or not in this model."""
     if site not in SITES:
         raise ValueError(f"site: {site!r} is not one of {', '.join(map(repr, SITES))}.")
     if site == "resid_mid" and adapter.is_parallel:
