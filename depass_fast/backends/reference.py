@@ -1,4 +1,7 @@
-"""The oracle: DESIGN.md section 2 written down, on dense (N, M, D) blocks, in any dtype. Slow and plain on purpose."""
+"""The oracle: DESIGN.md section 2 written down on dense (N, M, D) blocks, in any dtype. Slow and plain on purpose.
+
+Its cost model is :mod:`.reference_cost`: whoever changes what is held here changes it there.
+"""
 
 from __future__ import annotations
 
@@ -98,10 +101,11 @@ def _frozen_norm(norm: Norm | None, x: Tensor, resid: Tensor) -> Tensor:
 def _written(
     weights: Branch, y: Tensor, constant: Tensor | None, out_scale: Tensor | None, where: Tensor, bias: int | None
 ) -> Tensor:
-    """What raw outputs ``y`` (N, M, D) at packed positions ``where`` add to the stream, constants going to ``bias``."""
+    """Return what outputs ``y`` (N, M, D) at packed positions ``where`` add to the stream; constants go to `bias`."""
     if bias is not None and constant is not None:
         y[:, bias] += constant.to(y.dtype)
     if weights.output is not None:
+        assert out_scale is not None
         y = weights.output.apply(y, out_scale[where])
         if bias is not None and weights.output.bias is not None:
             y[:, bias] += weights.output.bias.to(y.dtype)

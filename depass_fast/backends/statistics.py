@@ -1,8 +1,9 @@
-"""The allocation rules in two passes over blocks of components: what all of them amount to, then each one's share.
+"""The allocation rules in two passes over blocks of components: their statistics, then each component's share.
 
 Components meet only in a few numbers per position and neuron (DESIGN.md section 2, *Independence given the partition
 function*): for the softmax the maximum and the sum, which is log Z; for the other rules as little. Once these are known
-every component's share is its own affair, whatever the blocks. The numbers are those of :mod:`depass_fast.allocation`.
+a component's share depends on itself alone, whatever the blocks. The numbers are those of
+:mod:`depass_fast.allocation`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _START = {
 class GateBlock:
     """Gates of a block of components: ``values`` (n, b, I), ``total`` (n, I) of all; ``alive``, ``excluded`` (n, b).
 
-    ``members`` (b,) are the components' places among all of the prompt, ``rest`` which of the block is `rest`, or None.
+    ``members`` (b,) are the components' places among all of the prompt, ``rest`` is the place of `rest` in the block.
     """
 
     values: Tensor
@@ -42,7 +43,7 @@ class GateBlock:
 
 @dataclass
 class Statistics:
-    """What all components at S positions say to I neurons: ``tables`` (S, I); ``alive`` (S,) is how many there are."""
+    """Statistics of all components at S positions for I neurons: ``tables`` (S, I); ``alive`` (S,) counts them."""
 
     rule: str
     temperature: float
@@ -52,7 +53,7 @@ class Statistics:
 
     @staticmethod
     def fresh(rule: str, temperature: float, has_rest: bool, like: Tensor) -> Statistics:
-        """Of nobody yet; ``like`` (S, I) gives shape, dtype and device."""
+        """Statistics of no components yet; ``like`` (S, I) gives shape, dtype and device."""
         tables = {name: torch.full_like(like, value) for name, value in _START[rule].items()}
         return Statistics(rule, temperature, has_rest, like.new_zeros(len(like)), tables)
 

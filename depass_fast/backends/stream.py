@@ -1,12 +1,14 @@
-"""The torch backend for a state that does not fit on the device: it stays in host memory and passes through in blocks.
+"""The torch backend for a state that stays in host memory and passes through the device in blocks.
 
 A layer takes two passes, in each of which every row is read once and written once. Attention takes every component by
-itself; while a block is on the device for it, what the components say to the MLP behind it is gathered
-(:mod:`depass_fast.statistics`; for the softmax log Z). Once all have passed, every component's share in the MLP is its
-own affair: that is the second pass. Nothing is grouped: the numbers do not depend on the blocks beyond rounding.
+itself. While a block is on the device for it, the statistics for the MLP behind it are gathered (:mod:`.statistics`;
+for the softmax log Z). Once all blocks have passed, a component's share in the MLP depends on itself alone: that is the
+second pass. Nothing is grouped: the numbers do not depend on the blocks beyond rounding.
 
-Experts, and an MLP behind a norm of the residual stream itself, gather in a pass of their own. With statistics that are
-known already, components can be carried that are not all there are.
+Statistics of experts, and of an MLP behind a norm of the residual stream itself, take a pass of their own. With known
+statistics some of the components can be carried without the others.
+
+The cost model is :mod:`.stream_cost`: whoever changes a buffer here changes it there.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from .torch.backend import TorchBackend, add_to_bias, scatter
 from .torch.blocks import Block
 from .torch.mlp import MlpStep
 
+_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] (many copies in one call: no public name)
+
 
 @dataclass
 class _Gathering:
-    """An MLP, and what the components have said to it so far; ``key`` is the layer's number and the MLP's in it."""
+    """An MLP and its statistics so far; ``key`` is the layer's number and the MLP's in it."""
 
     key: tuple[int, int]
     step: MlpStep
@@ -42,10 +46,10 @@ class _Gathering:
 
 
 class StreamBackend(TorchBackend):
-    """As the torch backend; ``device`` is the one that computes.
+    """Carries a state in host memory; ``device`` is the one that computes.
 
-    ``keep`` holds on to every layer's statistics, in ``kept``. ``known`` are such, of a run with all components; then
-    ``members`` says for every prompt which of those components the state holds, (b,).
+    ``keep`` holds on to every layer's statistics, in ``kept``. ``known`` are such statistics, of a run with all
+    components; then ``members`` are for every prompt those components that the state holds, (b,).
     """
 
     name = "torch, streamed"
@@ -112,7 +116,7 @@ class StreamBackend(TorchBackend):
     def _gathering(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
     ) -> _Gathering:
-        """An MLP that nobody has said anything to; or all have, where that is known."""
+        """Begin to gather for an MLP; with known statistics there is nothing left to gather."""
 
         def make() -> _Gathering:
             step = self._mlp_step(state, weights, trace, allocation, device)
@@ -128,7 +132,7 @@ class StreamBackend(TorchBackend):
 
     @contextmanager
     def _undone(self, gathering: _Gathering | None, layout: Layout, block: Block) -> Iterator[None]:
-        """Statistics are put back as they were where memory runs out in the midst of a block."""
+        """Put statistics back as they were if memory runs out in the midst of a block."""
         if gathering is None:
             yield
             return
@@ -182,7 +186,7 @@ class StreamBackend(TorchBackend):
         return state
 
     def _gather(self, source: ComponentState, gathering: _Gathering, device: torch.device) -> None:
-        """A pass for the statistics alone."""
+        """Take a pass for the statistics alone."""
 
         def meet(block: Block) -> None:
             with self._undone(gathering, source.layout, block):
@@ -200,7 +204,7 @@ class StreamBackend(TorchBackend):
         return cut
 
     def _gained(self, rows: Tensor, layout: Layout, block: Block, gathered: _Gathering) -> Tensor:
-        """What the components of a block, whose states are ``rows`` (r, D), receive: (r, D), in their dtype."""
+        """Return what the components of a block with states ``rows`` (r, D) receive: (r, D), in their dtype."""
         at, step, statistics = _at(layout, block), gathered.step, gathered.statistics
         x, alive = _read(rows, layout, block, step)
         out = x.new_zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=rows.dtype)
@@ -246,13 +250,13 @@ class StreamBackend(TorchBackend):
         """A copy of a block's rows on the device, straight from where they lie, which may be pinned."""
         runs = _runs(state, block)
         rows = state.rows.new_empty(sum(map(len, runs)), state.rows.shape[1], device=device)
-        torch._foreach_copy_(rows.split([len(run) for run in runs]), runs, non_blocking=state.rows.is_pinned())
+        _copy_all(rows.split([len(run) for run in runs]), runs, non_blocking=state.rows.is_pinned())
         return rows
 
     def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
         """Write back what :meth:`_take` gave; it is there after :meth:`_arrived`."""
         runs = _runs(state, block)
-        torch._foreach_copy_(runs, changed.split([len(run) for run in runs]), non_blocking=state.rows.is_pinned())
+        _copy_all(runs, changed.split([len(run) for run in runs]), non_blocking=state.rows.is_pinned())
 
     @staticmethod
     def _arrived(device: torch.device) -> None:
@@ -268,18 +272,18 @@ def _at(layout: Layout, block: Block) -> slice:
 
 
 def _counts(layout: Layout, block: Block) -> np.ndarray:
-    """How many of a block's components are alive at each of its positions (n,): one at least."""
+    """The number of a block's components that are alive at each of its positions (n,): one at least."""
     return np.clip(layout.counts[_at(layout, block)] - block.first, 0, block.n_components)
 
 
-def _runs(state: ComponentState, block: Block) -> Sequence[Tensor]:
+def _runs(state: ComponentState, block: Block) -> list[Tensor]:
     """A block's rows where they lie: neighbours at each position (c, D)."""
     if isinstance(block.rows, slice):
         return [state.rows[block.rows]]
     starts, counts = state.layout.starts[:-1][_at(state.layout, block)], _counts(state.layout, block)
     gaps = np.diff(starts, prepend=starts[0]) - np.concatenate([[0], counts[:-1]])  # others' rows, before each run
     region = state.rows[starts[0] + block.first : starts[-1] + block.first + counts[-1]]
-    return region.split(np.stack([gaps, counts], 1).flatten().tolist())[1::2]
+    return list(region.split(np.stack([gaps, counts], 1).flatten().tolist())[1::2])
 
 
 def _read(rows: Tensor, layout: Layout, block: Block, step: MlpStep) -> tuple[Tensor, Tensor]:

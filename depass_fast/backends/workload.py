@@ -119,23 +119,23 @@ class Workload:
     # -- bytes that are held whatever the backend --------------------------------------------------------------
 
     def held(self) -> int:
-        """The state, the copy that several MLPs read and, twice, what is sent to the busiest of them."""
+        """Bytes of the state, of the copy that several MLPs read and, twice, of rows sent to the busiest of them."""
         shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
         copies = 1 + any(size.copied for size in self.passed) + 2 * max(shares, default=0.0)
         return int(copies * self.state_bytes)
 
     def held_on_device(self, joining: bool) -> int:
-        """What :meth:`held` says and the indices; ``joining``: the state is held twice while one more joins it."""
+        """Bytes of :meth:`held`, indices and activations; ``joining``: a state is held twice while another joins it."""
         return self.held() + joining * self.state_bytes + self.rows * _INDEX + self.activations()
 
     def activations(self) -> int:
-        """What a layer's step makes of the trace, per position."""
+        """Bytes that a layer's step makes of the trace: at every position a few vectors, and neurons it has to cast."""
         return self.positions * (self.neurons * self.casts * self.item + 3 * self.width * 4)
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one backend needs for a workload: FLOP, and bytes.
+    """One backend's requirements for a workload: FLOP, and bytes.
 
     ``workspace`` is bounded by the budget as far as it can be; ``beside`` is on the device as well; ``host`` is what
     lies in host memory instead.

@@ -129,7 +129,7 @@ def _fitted_state(run: Run, shape: RunShape) -> Run:
 
 
 def _shortage(made: Plan, name: str) -> str | None:
-    """What the backend ``name`` needs and what there is, or None if that is enough for it."""
+    """Say what the backend ``name`` needs and what there is; None if that is enough for it."""
     need, free, host = least_bytes(made, name), made.available_bytes, available(torch.device("cpu"))
     if free is not None and need > free:
         return f"needs {readable(need)} on {made.device} and {readable(free)} are available"

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: what estimates of time rest on."""
+"""The rate at which this machine multiplies matrices, on which estimates of time rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _SHAPES = {"cpu": (1024, 1024, 2816), "cuda": (8192, 4096, 11008)}  # rows, in, 
 
 @functools.cache
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP per second of a large product, the best of a few, and words that say so. Takes a fraction of a second."""
+    """Return the FLOP per second of a large product, the best of four, and words that say so.
+
+    It takes a fraction of a second.
+    """
     rows, inner, outer = _SHAPES.get(device.type, _SHAPES["cpu"])
     a, b = (torch.full(shape, 0.5, device=device, dtype=dtype) for shape in ((rows, inner), (inner, outer)))
     out, best = a.new_empty(rows, outer), float("inf")

@@ -1,20 +1,21 @@
-"""What a plan says: sizes, FLOP and time of a decomposition, as numbers and as text."""
+"""The plan of a decomposition: sizes, FLOP and time, as numbers and as text."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..backends import BACKENDS
 from ..runtime.memory import readable
 
 
 @dataclass(frozen=True)
 class BackendEstimate:
-    """What one backend needs: FLOP; bytes of workspace, and at the peak beyond the loaded model; seconds if known.
+    """One backend's requirements: FLOP; bytes of workspace, and at the peak beyond the loaded model; seconds if known.
 
     ``forward_bytes`` are held while the forward pass is taken: the peak is no smaller, whatever the workspace.
-    ``host_bytes`` are what the peak does not hold, because the state streams from host memory; pinned, where there is
-    room for that, it takes up to the next power of two.
+    ``host_bytes`` are no part of the peak, because the state streams from host memory; pinned, where there is room for
+    that, it takes up to the next power of two.
     """
 
     backend: str
@@ -28,16 +29,16 @@ class BackendEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decomposition of prompts of ``lengths`` tokens will take. Sizes are in bytes, times in seconds.
+    """The requirements of a decomposition of prompts of ``lengths`` tokens. Sizes are in bytes, times in seconds.
 
     ``flop`` is the floor of DESIGN.md section 5 for the whole state, at all positions of all layers passed, attention
     included: a row meets (N + 1) / 2 keys. An attribution at one position spares most of the last layer.
-    ``upper_bound`` says that how many components there are depends on the prompt (features of a dictionary, neurons of
-    experts) or on what is held together: then everything is at most this. ``seconds`` rest on ``gemm_flops``, FLOP per
-    second of a GEMM, and on the share of it that a backend reaches; None without a rate.
+    ``upper_bound`` says that every number is a bound: the number of components depends on the prompt (features of a
+    dictionary, neurons of experts), or it depends on the memory which states are held together. ``seconds`` rest on
+    ``gemm_flops``, FLOP per second of a GEMM, and on the share of it that a backend reaches; None without a rate.
 
-    Of an adjoint sweep (``method``) the rows and the state are those that are carried explicitly, at most, ``flop`` is
-    all products without loud components, and there is an estimate without any and one with as many as are ever carried.
+    If ``method`` is "adjoint", the rows and the state are those that are carried explicitly, at most; ``flop`` counts
+    all products without loud components; one estimate is without loud components, one with as many as are ever carried.
     """
 
     method: str
@@ -64,8 +65,12 @@ class Plan:
     upper_bound: bool
 
     def of(self, backend: str = "torch") -> BackendEstimate:
-        """The estimate for a backend, or the larger one for a sweep, alike with all. KeyError for an unknown one."""
-        if self.method == "adjoint" and backend in ("torch", "triton", "reference"):
+        """Return the estimate for a backend; for a sweep, alike with all, the larger one.
+
+        Raises:
+            KeyError: this plan has no such backend.
+        """
+        if self.method == "adjoint" and backend in BACKENDS:
             return self.estimates[-1]
         for estimate in self.estimates:
             if estimate.backend == backend:
@@ -73,7 +78,7 @@ class Plan:
         raise KeyError(f"no backend {backend!r} in this plan; it has {', '.join(e.backend for e in self.estimates)}")
 
     def fits(self, memory: int, backend: str = "torch") -> bool:
-        """Whether a device with ``memory`` bytes in all holds the model and the run."""
+        """Return True if a device with ``memory`` bytes in all holds the model and the run."""
         return self.weights_bytes + self.of(backend).peak_bytes <= memory
 
     def to_dict(self) -> dict[str, Any]:

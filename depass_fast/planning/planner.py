@@ -1,7 +1,7 @@
-"""What a decomposition will take, before it is run: FLOP, memory and time, from shapes alone (DESIGN.md section 5).
+"""Plans of decompositions before they are run: FLOP, memory and time, from shapes alone (DESIGN.md section 5).
 
 A plan needs no weights: the shapes come from a loaded model, or from one that is made of a config on torch's meta
-device. Every run makes one before it does any work, takes its workspace from it, and refuses what cannot fit.
+device. Every run makes one before it does any work, takes its workspace from it, and raises if it cannot fit.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ def plan(
     gemm_flops: float | None = None,
     rate_source: str = "given",
 ) -> Plan:
-    """The plan of a decomposition of prompts of ``lengths`` tokens, carried to the input of layer ``end``.
+    """Return the plan of a decomposition of prompts of ``lengths`` tokens, carried to the input of layer ``end``.
 
     Args:
         adapter: of a model, with weights or without (:func:`for_config`).
         end: None: after the final norm.
-        device: that it will run on. Default: the model's; of several, the one with least to spare.
+        device: the device that it will run on. Default: the model's; of several, the one with least to spare.
         traced: the trace exists already, and is no part of the peak.
         counts: named components of every prompt, where that is known (:func:`known_counts`), or bounds of them.
         method: None: exact.
-        loud: of the adjoint sweep: how many components of every start layer are loud, where that is known.
+        loud: the number of loud components of every start layer of an adjoint sweep, where that is known.
         gemm_flops: FLOP per second of a large GEMM in the compute dtype; ``rate_source`` says where it comes from.
 
     Raises:
-        ValueError, TypeError: components or options that this model does not have.
+        ValueError, TypeError: this model does not have such components or options.
     """
     options, spread = options or Options(), device is None
     device = device or adapter.device
@@ -126,7 +126,7 @@ def _exact(
 
 
 def _tightest(adapter: Adapter, made: Plan, end: int | None, traced: bool) -> Plan:
-    """The plan of that device of a model's several on which there is least to spare.
+    """The plan of the device with least to spare, of the several that a model lies on.
 
     Every one holds the trace of its own layers; state and workspace go from one to the next.
     """
@@ -278,7 +278,7 @@ def for_config(config: Any, dtype: torch.dtype | None = None) -> Adapter:
 
 
 def known_counts(kind: ComponentKind, adapter: Adapter, trace: Trace) -> list[int] | None:
-    """How many named components every prompt of a trace has, where that is not known before; else None."""
+    """Return the number of named components of every prompt of a trace; None if it is known without a trace."""
     if kind.is_layered or named_components(kind, adapter, 1)[1]:
         return None
     return [len(kind.bound(adapter, trace, p).names(adapter, [""] * trace.length(p))) for p in range(trace.n_prompts)]

@@ -1,4 +1,4 @@
-"""What a plan is made of: the widths of layers, how many components there are, the forward pass."""
+"""The sizes that a plan is made of: widths of layers, numbers of components, the forward pass."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _known: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def layer_sizes(adapter: Adapter) -> list[LayerSize]:
+    """Return the size of every layer, looked up once per model."""
     if adapter.model not in _known:
         _known[adapter.model] = [_size(adapter, index) for index in range(adapter.n_layers)]
     return _known[adapter.model]
@@ -42,7 +43,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
 
 
 def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
-    """How many components a prompt will have, without the extras, and whether that is known before it is traced."""
+    """Return how many named components a prompt will have, and True if that is known before it is traced."""
     if isinstance(kind, Neurons):
         size = layer_sizes(adapter)[kind.resolve(adapter)]
         return size.reached(length), all(share == 1 for _, share in size.mlps)
@@ -62,15 +63,15 @@ def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
 
 
 def fewest_components(kind: ComponentKind, adapter: Adapter) -> int:
-    """How many named components any prompt has at least, of a kind that depends on the prompt."""
+    """Return how many named components any prompt has at least, of a kind that depends on the prompt."""
     return layer_sizes(adapter)[kind.resolve(adapter)].reached(1) if isinstance(kind, Neurons) else 1
 
 
 def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, int]:
-    """The layers that components are carried through: the first, and the one that is no more.
+    """Return the layers that components are carried through: the first, and the one after the last.
 
     Raises:
-        ValueError: ``end`` lies before the components, or behind the model.
+        ValueError: ``end`` lies before the components, or after the model.
     """
     entering, last = kind.entry(adapter).layer, adapter.n_layers if end is None else end
     if not entering <= last <= adapter.n_layers:
@@ -82,7 +83,10 @@ def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """``trace`` bytes, the ``peak`` while it is taken, what of it is ``held`` later, ``flop``: none of a given one."""
+    """Bytes of the ``trace``, at the ``peak`` while it is taken, and ``held`` later; ``flop``.
+
+    All but ``trace`` are zero where the trace was given.
+    """
 
     trace: int
     peak: int

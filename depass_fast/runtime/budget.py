@@ -1,7 +1,7 @@
 """The workspace of a run in bytes, halved where memory runs out, and work that carries on from there.
 
-A piece of work writes to the state last, all at once. So a piece that runs out of memory has written nothing: what is
-left is cut smaller and done from there on, and the result is the same.
+A piece of work writes to the state last, all at once. So a piece that runs out of memory has written nothing: the rest
+is cut smaller and done from there on, and the result is the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Piece = TypeVar("Piece")
 
 
 class Budget:
-    """Bytes of workspace: ``given``, or a device's default. ``release`` lets go of what is held.
+    """Bytes of workspace: ``given``, or a device's default. ``release`` lets go of everything that is held.
 
-    With less than ``least`` nothing is tried again: then the error gives the ``advice``.
+    With less than ``least`` nothing is tried again: the error then gives the ``advice``.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Budget:
         self._least, self._advice = least, advice
 
     def bytes(self, device: torch.device) -> int:
+        """Return the bytes of workspace on a device by now."""
         return self._bytes or self._default(device)
 
     def each(
@@ -72,7 +73,7 @@ class Budget:
                 total += len(pieces)
 
     def prepare(self, device: torch.device, make: Callable[[], Piece]) -> Piece:
-        """What ``make`` makes without writing to the state; again with less held where memory runs out."""
+        """Return what ``make`` makes without writing to the state; where memory runs out, try again with less held."""
         while True:
             try:
                 return make()
@@ -82,7 +83,7 @@ class Budget:
                 self.halve(device, error)
 
     def halve(self, device: torch.device, error: BaseException) -> None:
-        """Half of what it was, and said so. Raises OutOfMemoryError where that has come to nothing."""
+        """Halve the workspace, and warn. Raises OutOfMemoryError where it is as small as it can be."""
         before = self.bytes(device)
         if before // 2 < self._least:
             raise torch.OutOfMemoryError(

@@ -40,20 +40,23 @@ class FrozenAttention:
 
     @cached_property
     def only(self) -> Tensor | None:
-        """All of it, where one tile holds it."""
+        """All of P · s if one tile holds it, else None."""
         return self.probabilities(*self.tiles[0]) if len(self.tiles) == 1 else None
 
     def walk(self, start: int) -> Iterator[tuple[slice, int, int, Tensor]]:
-        """Tiles of the queries from ``start`` on: KV heads, first and last (excluded) query, and P · s of them."""
+        """Yield tiles of the queries from ``start`` on: KV heads, first and last (excluded) query, and their P · s."""
         for heads, queries in self.tiles:
             if queries.stop > start:
                 first = max(queries.start, start)
-                whole = self.only is not None
-                p = self.only[:, :, first:] if whole else self.probabilities(heads, slice(first, queries.stop))
+                whole = self.only
+                p = self.probabilities(heads, slice(first, queries.stop)) if whole is None else whole[:, :, first:]
                 yield heads, first, queries.stop, p
 
     def probabilities(self, heads: slice, queries: slice) -> Tensor:
-        """P · s of a tile of KV heads and queries, keys up to the last query, made in ≥ float32: (h, G, Q, K)."""
+        """Return P · s of a tile of KV heads and queries, keys up to the last query: (h, G, Q, K).
+
+        It is made in float32 or wider.
+        """
         wide, n_keys = self.scale.dtype, queries.stop
         k = self.k[:n_keys, heads].to(wide).permute(1, 2, 0)  # (h, d, K)
         q = self.q[queries].to(wide).unflatten(1, (self.kv, self.groups))[:, heads]
@@ -72,17 +75,17 @@ class FrozenAttention:
         return p.to(self.dtype)
 
     def _by_head(self, x: Tensor, heads: slice) -> Tensor:
-        """What there is of every head, (N, H), of some KV heads: (N, h, G), as wide as P is made."""
+        """The columns (N, H) of some KV heads as (N, h, G), in the dtype that P is made in."""
         return x.to(self.scale.dtype).unflatten(1, (self.kv, self.groups))[:, heads]
 
     def row(self, query: int) -> Tensor:
-        """P · s of one query, (H, K), kept."""
+        """Return P · s of one query, (H, K); it is kept."""
         if query not in self._rows:
             self._rows[query] = self.probabilities(slice(None), slice(query, query + 1)).flatten(0, 2)
         return self._rows[query]
 
     def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
-        """P · s applied to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""
+        """Apply P · s to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""
         n, b, start = block.n_positions, block.n_components, block.start
         columns = values.view(len(values), self.kv, -1).transpose(0, 1)  # (Hkv, r, d)
         keys = workspace.take("keys", (self.kv, n * b, columns.shape[2]), values)
@@ -105,10 +108,10 @@ class FrozenAttention:
         return torch.index_select(mixed, 0, block.slots, out=out)
 
     def spread(self, writes: Tensor, coefficients: Tensor | None, start: int) -> Tensor:
-        """P · s applied to components that are products: (H, B, D) -> (B, N - start, D).
+        """Apply P · s to components that are products: (H, B, D) -> (B, N - start, D).
 
-        ``writes`` is what every head makes of the components' vectors, ``coefficients`` (N, B) how much of them there
-        is at each position; None: component b is there at position ``start`` + b only, with coefficient one. So the
+        ``writes`` are the components' vectors after V and O of every head, ``coefficients`` (N, B) their factors at
+        each position. None stands for a factor of one at position ``start`` + b for component b, zero elsewhere. The
         sum over keys is taken on single numbers, and only a sum over the heads is left for the vectors.
         """
         b = writes.shape[1]

@@ -3,6 +3,8 @@
 Attention is carried block by block of components, the MLP chunk by chunk of positions and neurons. Both are exact:
 components meet only inside one position's softmax, which no chunk ever cuts (a neuron's allocation does not depend
 on another neuron). So results do not depend on the block sizes beyond rounding.
+
+The cost model is :mod:`.cost`: whoever changes a buffer here changes it there.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class TorchBackend(BoundedBackend):
         return self._aggregate_everywhere(state, weights, trace)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
-        """What `bias` receives: (D,), or (S, D), or None."""
+        """The constant that `bias` receives from the attention: (D,), or (S, D), or None."""
         if state.layout.index(BIAS) is None:
             return None
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
@@ -84,7 +86,7 @@ class TorchBackend(BoundedBackend):
     def _attending(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace
     ) -> Callable[[Tensor, Block], None]:
-        """What adds to the rows (r, D) of a block what attention does to them, in place and last of all."""
+        """Return a function that adds the attention of a block to its rows (r, D), in place and last of all."""
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         frozen = self._frozen(state, trace, scale)
@@ -101,7 +103,7 @@ class TorchBackend(BoundedBackend):
     def _attention_weights(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """s of all positions (T,), W_V with the norm folded in, W_O."""
+        """Return s of all positions (T,), W_V with the norm folded in, and W_O."""
         dtype = self._dtype(state)
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -111,11 +113,12 @@ class TorchBackend(BoundedBackend):
         return self._budget.prepare(weights.w_v.device, make)
 
     def _aggregate_factors(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> ComponentState:
-        """Components that have just started as products of numbers and vectors: V and O see only the vectors.
+        """Carry components that have just started as products of numbers and vectors: V and O see only the vectors.
 
         That is one row per component, instead of one per component and position.
         """
-        dtype, width = self._dtype(state), state.rows.shape[1]
+        dtype, width, factors = self._dtype(state), state.rows.shape[1], state.factors
+        assert factors is not None
         groups = weights.n_heads // weights.n_kv_heads
         scale, w_v, w_o = self._attention_weights(state, weights, trace)
         w_o = w_o.unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
@@ -123,9 +126,9 @@ class TorchBackend(BoundedBackend):
 
         def cut(undone: tuple[int, slice] | None) -> list[tuple[int, slice]]:
             parts, (begun, at) = [], undone or (0, slice(0, 0))
-            for prompt in range(begun, len(state.factors)):
-                last, n = len(state.factors[prompt].vectors), len(state.layout.counts[state.layout.segments(prompt)])
-                later = state.factors[prompt].coefficients is None
+            for prompt in range(begun, len(factors)):
+                last, n = len(factors[prompt].vectors), len(state.layout.counts[state.layout.segments(prompt)])
+                later = factors[prompt].coefficients is None
                 size = self._division(state).products(width, weights.n_heads, n, later)
                 first = at.start if prompt == begun else 0
                 parts += [(prompt, slice(i, min(i + size, last))) for i in range(first, last, size)]
@@ -133,7 +136,7 @@ class TorchBackend(BoundedBackend):
 
         def step(piece: tuple[int, slice]) -> None:
             prompt, part = piece
-            numbers, vectors = state.factors[prompt].coefficients, state.factors[prompt].vectors[part]
+            numbers, vectors = factors[prompt].coefficients, factors[prompt].vectors[part]
             values = (vectors.to(state.device, dtype) @ w_v.T).unflatten(1, (weights.n_kv_heads, 1, -1))
             values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (B, Hkv, 1, d) -> (H, B, d)
             writes = torch.bmm(values, w_o)
@@ -153,10 +156,11 @@ class TorchBackend(BoundedBackend):
     def _clamp(
         self, values: Tensor, layout: Layout, block: Block, weights: Attention, trace: AttentionTrace, scale: Tensor
     ) -> None:
-        """Values (r, Hkv·d) of a block, of which a family clamps the sum: by the frozen ratio, each of its elements.
+        """Clamp values (r, Hkv·d) of a block as the family clamps their sum: each element by the frozen ratio.
 
-        The constant part of a value belongs to `bias` before that. ``values`` lack s, which is in P's columns.
+        The constant part of a value goes to `bias` before that. ``values`` lack s, which is in P's columns.
         """
+        assert trace.value_ratio is not None
         rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
         segment = to_device(layout.row_segments(), values.device)[rows]
         packed = layout.tensor("packed", values.device)[segment]
@@ -167,7 +171,7 @@ class TorchBackend(BoundedBackend):
         values *= trace.value_ratio[packed].to(values.dtype)
 
     def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
-        """A block's rows: a view of neighbours, else a copy in the workspace."""
+        """Return a block's rows: a view of neighbours, else a copy in the workspace."""
         rows, index = state.rows, block.rows
         if isinstance(index, slice):
             return rows[index]
@@ -179,7 +183,7 @@ class TorchBackend(BoundedBackend):
             state.rows.index_copy_(0, block.rows, changed)
 
     def _frozen(self, state: ComponentState, trace: AttentionTrace, scale: Tensor) -> Callable[[int], FrozenAttention]:
-        """P of a prompt; the last one is kept, as long as the workspace is as large as it was."""
+        """Return a function that gives P of a prompt; the last is kept as long as the workspace keeps its size."""
         kept: dict[tuple[int, int], FrozenAttention] = {}
 
         def make(prompt: int) -> FrozenAttention:
@@ -197,7 +201,7 @@ class TorchBackend(BoundedBackend):
     def _aggregate_at(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
     ) -> ComponentState:
-        """Only at few queries: P first, on the states themselves, then V and O on what is left of them."""
+        """Compute only a few queries: P first, on the states themselves, then V and O on what is left of them."""
         if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
             self._workspace.clear()
         dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
@@ -256,7 +260,7 @@ class TorchBackend(BoundedBackend):
         return state
 
     def _mlp_constant(self, state: ComponentState, weights: Mlp, trace: MlpTrace) -> Tensor | None:
-        """What `bias` receives: (D,), or (S, D), or None."""
+        """The constant that `bias` receives from the MLP: (D,), or (S, D), or None."""
         if state.layout.index(BIAS) is None:
             return None
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.gate.device)
@@ -266,7 +270,7 @@ class TorchBackend(BoundedBackend):
     def _mlp_step(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
     ) -> MlpStep:
-        """What the MLP of a layer needs at the state's segments."""
+        """Prepare the MLP of a layer for the state's segments."""
         dtype, layout = self._dtype(state), state.layout
         packed = layout.tensor("packed", device)
         everywhere = trace.positions is None and np.array_equal(layout.packed, np.arange(len(trace.resid)))
@@ -299,7 +303,7 @@ class TorchBackend(BoundedBackend):
 
 
 def scatter(rows: Tensor, block: Block) -> Tensor:
-    """A block's rows (r, C) in their places: (N', B, C), zero where not alive."""
+    """Put a block's rows (r, C) in their places: (N', B, C), zero where not alive."""
     if block.slots is None:
         return rows.view(-1, block.n_components, rows.shape[1])
     dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
@@ -307,8 +311,10 @@ def scatter(rows: Tensor, block: Block) -> Tensor:
 
 
 def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
-    if state.layout.index(BIAS) is not None and constant is not None:
-        rows = state.layout.tensor("starts", state.device)[:-1] + state.layout.index(BIAS)
+    """Add ``constant`` (D,) or (S, D) to the rows of `bias`, if both are there."""
+    bias = state.layout.index(BIAS)
+    if bias is not None and constant is not None:
+        rows = state.layout.tensor("starts", state.device)[:-1] + bias
         state.rows[rows] += constant.to(state.rows)
 
 

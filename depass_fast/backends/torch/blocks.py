@@ -1,4 +1,4 @@
-"""How a state is cut for the torch backend: blocks of components for attention, chunks of positions for the MLP.
+"""The pieces of a state for the torch backend: blocks of components for attention, chunks of positions for the MLP.
 
 A cut never passes through what belongs together: a component's positions in attention, a position's components in
 the allocation.
@@ -35,7 +35,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Whole positions for the MLP: a range of segments and their rows, of which some take no part in the softmax."""
+    """Whole positions for the MLP: a range of segments and their rows. Some rows may take no part in the softmax."""
 
     segments: slice
     rows: slice
@@ -109,7 +109,7 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int 
 
 
 def away_from_home(layout: Layout) -> np.ndarray:
-    """Which rows are special tokens at another position than their own: (R,) bool."""
+    """Mark the rows that are special tokens at another position than their own: (R,) bool."""
     segment_of_row = layout.row_segments()
     component = np.arange(layout.n_rows) - layout.starts[segment_of_row]
     away = np.zeros(layout.n_rows, bool)

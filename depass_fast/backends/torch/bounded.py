@@ -1,4 +1,4 @@
-"""What a backend with a bounded workspace holds, and how it cuts a state into pieces that fit into it."""
+"""A bounded workspace, and the cuts of a state into pieces that fit into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the torch backend divides its workspace: numbers alone, for the backend and for the planner.
+"""The division of the torch backend's workspace: numbers alone, for the backend and for its cost model.
 
 Half of it is for attention and half for the MLP, whose buffers are kept from layer to layer. On a CPU sizes are those
 at which nothing leaves the cache that need not; on a GPU a product is as large as there is room for.
@@ -24,7 +24,7 @@ def default_budget(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Division:
-    """``budget`` bytes, for products of ``item`` bytes per number on a state of ``state_item``, on a CPU or not."""
+    """``budget`` bytes for products of ``item`` bytes per number on a state of ``state_item``, on a CPU or a GPU."""
 
     budget: int
     item: int
@@ -33,7 +33,7 @@ class Division:
 
     @property
     def gate(self) -> int:
-        """Bytes of a gate: as the product makes it, and once more in float32 if that is half precision."""
+        """Bytes of a gate: in the product's dtype, and once more in float32 if that is half precision."""
         return self.item if self.item >= 4 else self.item + 4
 
     def slots(self, width: int, v: int, o: int) -> int:
@@ -41,12 +41,12 @@ class Division:
         return max(1, self.budget // (2 * (width + 2 * (o + v)) * self.item))
 
     def query_slots(self, width: int, o: int, heads: int, positions: int) -> int:
-        """Places in a block of which few queries are read: every head has the states that it looks at summed up."""
+        """Places in a block of which few queries are read: every head holds a sum of the states it looks at."""
         place = width * (self.state_item + 2 * self.item) + heads * (width + 2 * o // heads) * self.item // positions
         return max(1, self.budget // (2 * place))
 
     def products(self, width: int, heads: int, positions: int, later: bool) -> int:
-        """Components that have just started, at a time; of those that are born ``later`` the living are picked out."""
+        """Components that have just started, at a time; from those born ``later`` the living are picked out."""
         picked = 0 if self.on_cpu or not later else positions * (self.item + self.state_item)
         return max(1, self.budget // (2 * width * ((positions + heads) * self.item + picked)))
 

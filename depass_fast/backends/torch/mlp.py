@@ -1,4 +1,4 @@
-"""The MLP's allocation for the torch backend, a chunk of positions at a time: the softmax, and the corners."""
+"""The MLP's allocation for the torch backend, a chunk of positions at a time: the softmax, and every other case."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ class MlpStep:
     sparse: bool  # w_gate holds exact zeros
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A chunk's rows x (r, D) as the products read them: ``factor`` · x W_gate are the gates times ``before``.
+
+    ``before`` · ``after`` is 1 / T. In half precision g / T could overflow: there T is applied to the float32 gates,
+    after the product. ``bias_rows`` receive the gates' constant, None if there is none. ``may_vanish`` says that a gate
+    may be exactly zero.
+    """
+
+    x: Tensor
+    factor: float
+    before: float
+    after: float
+    bias_rows: Tensor | None
+    may_vanish: bool
+
+
 def softmax_chunk(
     state: ComponentState,
     source: ComponentState,
@@ -46,19 +63,30 @@ def softmax_chunk(
     neurons: list[slice],
     workspace: Workspace,
 ) -> bool:
-    """The common case, in place: ``state`` receives what ``source`` drives, which may be the same.
+    """Do the common case in place: ``state`` receives what ``source`` drives, which may be the same.
 
-    False, and the state untouched, where a neuron finds nobody eligible.
+    Returns False, with the state untouched, if a neuron finds nobody eligible.
     """
     if chunk.deserted:
         return False
-    target, rows, dtype = state.rows[chunk.rows], source.rows[chunk.rows], step.act.dtype
+    target = state.rows[chunk.rows]
     # in place with one block of neurons, else nothing is written before it is known that the chunk is an ordinary one
     out = target if len(neurons) == 1 else workspace.take("out", target.shape, target).copy_(target)
-    # in half precision g / T could overflow: there T is applied to the float32 gates instead
-    temperature, wide = step.allocation.temperature, torch.promote_types(dtype, torch.float32)
-    edit = step.allocation.edit
-    before, after = (1.0, 1.0 / temperature) if dtype != wide else (1.0 / temperature, 1.0)
+    read = _read(source.rows[chunk.rows], state.layout, chunk, step, workspace)
+    for part in neurons:
+        shares = _shares(read, state.layout, chunk, step, part, workspace)
+        if shares is None:
+            return False
+        accumulate(out, shares, step.w_down[:, part].T)
+    if out is not target:
+        target.copy_(out)
+    return True
+
+
+def _read(rows: Tensor, layout: Layout, chunk: Chunk, step: MlpStep, workspace: Workspace) -> _Read:
+    """Read a chunk's rows (r, D), scaled by the frozen norm, in the products' dtype."""
+    dtype, inverse = step.act.dtype, 1.0 / step.allocation.temperature
+    before, after = (inverse, 1.0) if dtype == _wide(dtype) else (1.0, inverse)
     if len(chunk.counts) == 1 and rows.dtype == dtype and not rows.is_cuda:  # the scale is the product's own factor
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
@@ -68,24 +96,35 @@ def softmax_chunk(
             torch.mul(rows, scale, out=x)
         else:  # a product of two dtypes makes temporaries of every size, which fragment a CPU's memory
             x.copy_(workspace.take("wide rows", rows.shape, rows, scale.dtype).copy_(rows).mul_(scale))
+    bias, bias_rows = layout.index(BIAS), None
+    if bias is not None and step.gate_constant is not None:
+        bias_rows = to_device(np.cumsum(chunk.counts) - chunk.counts + bias, x.device)
     # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
-    may_vanish = step.sparse or has_zeros(x[:, 0])
-    bias, ends = state.layout.index(BIAS), np.cumsum(chunk.counts)
-    for part in neurons:
-        g = workspace.take("values", (len(x), part.stop - part.start), x)
-        torch.addmm(g, x, step.w_gate[part].T, beta=0.0, alpha=factor, out=g)
-        if step.gate_constant is not None:
-            at = to_device(ends - chunk.counts + bias, g.device)
-            g[at] += step.gate_constant[part] * before
-        if dtype != wide:  # nor would shares sum to one
-            half, g = g, workspace.take("gates", g.shape, g, wide).copy_(g).mul_(after)
-        shut = edit is not None and _edited(edit, g, chunk, state.layout, 1.0 / temperature)
-        if not _softmax_segments(g, chunk, step.act[chunk.segments, part], workspace, may_vanish, shut):
-            return False
-        accumulate(out, g if dtype == wide else half.copy_(g), step.w_down[:, part].T)
-    if out is not target:
-        target.copy_(out)
-    return True
+    return _Read(x, factor, before, after, bias_rows, may_vanish=step.sparse or has_zeros(x[:, 0]))
+
+
+def _shares(
+    read: _Read, layout: Layout, chunk: Chunk, step: MlpStep, part: slice, workspace: Workspace
+) -> Tensor | None:
+    """The activations of some neurons as the rows share them: (r, i), or None if a neuron finds nobody eligible."""
+    x, wide = read.x, _wide(read.x.dtype)
+    product = workspace.take("values", (len(x), part.stop - part.start), x)
+    torch.addmm(product, x, step.w_gate[part].T, beta=0.0, alpha=read.factor, out=product)
+    if read.bias_rows is not None and step.gate_constant is not None:
+        product[read.bias_rows] += step.gate_constant[part] * read.before
+    gates = product
+    if product.dtype != wide:  # in half precision shares would not sum to one
+        gates = workspace.take("gates", product.shape, product, wide).copy_(product).mul_(read.after)
+    edit = step.allocation.edit
+    shut = edit is not None and _edited(edit, gates, chunk, layout, 1.0 / step.allocation.temperature)
+    if not _softmax_segments(gates, chunk, step.act[chunk.segments, part], workspace, read.may_vanish, shut):
+        return None
+    return gates if gates is product else product.copy_(gates)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the softmax: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -101,17 +140,17 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
-    """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves; whether it shut anyone out."""
+    """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves. True if it shut anyone out."""
     local = to_device(layout.local[chunk.segments], g.device)
     parts = _runs(chunk.counts)
     return any([edit(g[rows].view(n, -1, g.shape[1]), local[segments], factor) for rows, segments, n in parts])
 
 
 def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool, shut: bool) -> bool:
-    """g (r, i) in units of T becomes softmax over each segment's rows, times its frozen activation ``act`` (S, i).
+    """Turn g (r, i), in units of T, into the softmax over each segment's rows times the activation ``act`` (S, i).
 
-    A gate of exactly zero takes no part, nor do special tokens away from home, nor who has been ``shut`` out with -inf.
-    False where that leaves nobody.
+    A gate of exactly zero takes no part, nor do special tokens away from home, nor a row that is ``shut`` out with
+    -inf. Returns False if that leaves nobody.
     """
     zeros = may_vanish and has_zeros(g)
     if zeros:
@@ -138,7 +177,7 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
 
 
 def _clear(shares: Tensor, zeros: bool, away: Tensor | None) -> None:
-    """The floor of the exponent is no share: exactly zero for those that take no part."""
+    """Set the shares of rows that take no part to exactly zero: the floor of the exponent is no share."""
     if zeros:
         shares.masked_fill_(shares <= _LEAST, 0.0)
     elif away is not None:
@@ -146,14 +185,14 @@ def _clear(shares: Tensor, zeros: bool, away: Tensor | None) -> None:
 
 
 def has_zeros(x: Tensor) -> bool:
-    """Whether any element is exactly zero."""
+    """True if any element is exactly zero."""
     if x.device.type == "cpu":
         return int(torch.count_nonzero(x)) < x.numel()
     return bool((x == 0).any())  # a GPU counts in a copy of 8 bytes per element
 
 
 def _runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring segments of equal length: their rows, the segments, and how many they are."""
+    """Runs of neighbouring segments of equal length: their rows, the segments, and their number."""
     row = segment = 0
     for count, run in groupby(counts):
         n = len(list(run))
@@ -164,7 +203,7 @@ def _runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
 def general_chunk(
     state: ComponentState, source: ComponentState, chunk: Chunk, step: MlpStep, neurons: list[slice]
 ) -> None:
-    """Any rule and every corner, through the plain rules of :mod:`depass_fast.allocation`."""
+    """Do any rule and every corner with the plain rules of :mod:`depass_fast.allocation`."""
     layout, device, dtype = state.layout, state.device, step.act.dtype
     gained = torch.zeros_like(source.rows[chunk.rows])  # written to the state at last, all at once
     segments = range(chunk.segments.start, chunk.segments.stop)

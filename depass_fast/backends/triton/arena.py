@@ -1,4 +1,4 @@
-"""How the triton backend divides its workspace: numbers alone, for the backend and for the planner, without Triton.
+"""The division of the triton backend's workspace: numbers alone, for the backend and its cost model, without Triton.
 
 One arena holds what a piece of attention or a chunk of the MLP needs, all of its parts side by side; attention and MLP
 take turns in it.
@@ -20,16 +20,16 @@ class Arena:
     state_item: int
 
     def rows(self, columns: int) -> int:
-        """How many rows of ``columns`` numbers are carried at once."""
+        """The number of rows of ``columns`` numbers that are carried at once."""
         return max(1, self.budget // (columns * self.item))
 
     @staticmethod
     def attention_columns(width: int, v: int, o: int) -> tuple[int, int]:
-        """What a row of D numbers takes in attention: what is read and then mixed, values and then what is written."""
+        """Columns per row of attention's two buffers: rows as read, then mixed values; values, then what is written."""
         return max(width, o), max(width, v)
 
     def neurons(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, bool]:
-        """All neurons of a chunk, or as many as there is room for, and whether their outputs are added up apart."""
+        """Neurons at a time for a chunk: all, or as many as there is room for; True if outputs are added up apart."""
         each = n_rows * self.item
         if self.budget // each >= n_neurons + width:
             return n_neurons, False
@@ -44,10 +44,10 @@ class Arena:
         return n_rows * width * self.item, n_rows * size * self.item, n_rows, apart * n_rows * width * self.state_item
 
     def attention_bytes(self, rows: int, least: int, width: int, v: int, o: int) -> int:
-        """Of attention on a state of ``rows``, of which no piece has fewer than ``least``."""
+        """Bytes for attention on a state of ``rows``, of which no piece has fewer than ``least``."""
         columns = sum(self.attention_columns(width, v, o))
         return min(rows, max(self.rows(columns), least)) * columns * self.item
 
     def mlp_bytes(self, rows: int, least: int, n_neurons: int, width: int) -> int:
-        """Of the MLP on a state of ``rows``, of which no chunk has fewer than ``least``."""
+        """Bytes for the MLP on a state of ``rows``, of which no chunk has fewer than ``least``."""
         return sum(self.mlp_sizes(min(rows, max(self.rows(n_neurons + width), least)), n_neurons, width))

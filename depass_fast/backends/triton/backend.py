@@ -3,7 +3,9 @@
 Rows are read once per product, with the frozen norm applied on the way; probabilities are made tile by tile, for all
 components; the softmax over the components happens where the gates lie. Nothing waits for the device. What has no
 kernel (a user's own rule, clamped values, heads wider than 512 bytes, the last layer's few queries) is inherited from
-the torch backend; but for the last, which is a matter of speed alone, it is said once.
+the torch backend; except for the last, which is a matter of speed alone, that is logged once.
+
+The cost model is :mod:`.cost`: whoever changes a buffer here changes it there.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from math import prod
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from ...adapters import Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
@@ -130,17 +132,18 @@ class TritonBackend(TorchBackend):
         source: ComponentState | None = None,
     ) -> ComponentState:
         with _current(state.device):
-            if callable(allocation.rule):
+            if not isinstance(allocation.rule, str):
                 say_once("backend: triton leaves the allocation to torch: it has no kernel for a rule of your own")
                 return super().allocate_mlp(state, weights, trace, allocation, source)
-            return self._allocate(state, weights, trace, allocation, source)
+            return self._allocate(state, weights, trace, allocation.rule, allocation.temperature, source)
 
     def _allocate(
         self,
         state: ComponentState,
         weights: Mlp,
         trace: MlpTrace,
-        rule: Allocation,
+        rule: str,
+        temperature: float,
         source: ComponentState | None,
     ) -> ComponentState:
         source = state if source is None else source
@@ -178,7 +181,7 @@ class TritonBackend(TorchBackend):
                 part = slice(i, min(i + size, n_neurons))
                 g = torch.mm(x, w_gate[part].T, out=_as(other, dtype, n, part.stop - i))
                 numbers = None if constant is None else constant[part]
-                allocate(g, segments, act[:, part], gate[:, part], rule.rule, rule.temperature, alive, numbers)
+                allocate(g, segments, act[:, part], gate[:, part], rule, temperature, alive, numbers)
                 accumulate(out, g, w_down[:, part].T)
             if apart:
                 target.copy_(out)
@@ -188,7 +191,7 @@ class TritonBackend(TorchBackend):
         return state
 
     def _row_chunks(self, state: ComponentState, n_neurons: int, undone: RowChunk | None) -> list[RowChunk]:
-        """All neurons at once where a position's components allow that, so that every product is a large one."""
+        """Chunks of all neurons where a position's components allow that, so that every product is a large one."""
         most = self._arena(state).rows(n_neurons + state.rows.shape[1])
         if undone is not None:
             return make_row_chunks(state.layout, most, state.device, undone.segments.start)
@@ -201,7 +204,7 @@ class TritonBackend(TorchBackend):
         return Arena(self._bytes(state), self._dtype(state).itemsize, state.rows.dtype.itemsize)
 
     def _room(self, device: torch.device, *sizes: int) -> list[Tensor]:
-        """Buffers of so many bytes side by side in one, which attention and MLP take turns in."""
+        """Return buffers of so many bytes side by side in the arena, in which attention and MLP take turns."""
         ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
         arena = self._workspace.take("arena", (int(ends[-1]),), torch.empty(0, device=device), torch.uint8)
         return [arena[end - -(-size // 256) * 256 :][:size] for end, size in zip(ends.tolist(), sizes, strict=True)]
@@ -217,7 +220,7 @@ class TritonBackend(TorchBackend):
         out: Tensor,
         alive: Tensor | None = None,
     ) -> Tensor:
-        """Rows of a piece through the branch's frozen norm, ``scale`` (S,) being s of its positions, in ``out``."""
+        """Read rows of a piece through the branch's frozen norm into ``out``; ``scale`` (S,) is s of its positions."""
         norm = branch.norm
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
         return rows.read_rows(state.rows, which, scale, weight, centred, out, alive)
@@ -235,7 +238,7 @@ class TritonBackend(TorchBackend):
 
 
 def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """The reason why this backend cannot run on a device, computing in a dtype; None where it can."""
+    """Return the reason why this backend cannot run on a device, computing in a dtype; None where it can."""
     if dtype == torch.float64:
         return "its kernels compute in float32 at most"
     if device is None:
@@ -255,11 +258,11 @@ def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 def _no_compiler() -> str | None:
-    """The reason why Triton cannot build what launches a kernel, which is C; None where it can.
+    """Return the reason why Triton cannot compile the C code that launches a kernel; None where it can.
 
     It looks in this order (triton/runtime/build.py): a builder of one's own, the variable CC, gcc, clang.
     """
-    if getattr(triton.knobs.build, "impl", None) is not None:
+    if getattr(knobs.build, "impl", None) is not None:
         return None
     named = os.environ.get("CC")
     if named is not None:
@@ -275,7 +278,7 @@ def _no_compiler() -> str | None:
 
 @contextmanager
 def _current(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device."""
+    """Make ``device`` the current one: Triton launches there."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
 
@@ -288,10 +291,10 @@ def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tenso
 
 
 def _as(room: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """The beginning of a buffer of bytes as a tensor."""
+    """View the beginning of a buffer of bytes as a tensor."""
     return room[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _rowwise(x: Tensor) -> Tensor:
-    """Rows whose elements lie side by side."""
+    """Return x with the elements of every row side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

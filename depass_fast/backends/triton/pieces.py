@@ -1,4 +1,4 @@
-"""How a state is cut for the triton backend's attention, and what its kernels need to know of each piece.
+"""The pieces of a state for the triton backend, and the tables that its kernels read for each.
 
 A piece is either whole prompts, neighbours in the state, or a range of one prompt's components, of every position
 those that are alive: it can be carried through attention alone, since components do not meet there. The tables are
@@ -40,7 +40,7 @@ class Piece:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the piece is neighbouring rows of the state."""
+        """True if the piece is neighbouring rows of the state."""
         return self.rows.source is None
 
 

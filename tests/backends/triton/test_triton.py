@@ -193,7 +193,7 @@ def test_a_compiler_may_be_named(gpu, monkeypatch):
     monkeypatch.setenv("CC", "gcc-13")
     assert backend.why_not(device) is None
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(backend.triton.knobs.build, "impl", lambda *arguments: "module.so", raising=False)
+    monkeypatch.setattr(backend.knobs.build, "impl", lambda *arguments: "module.so", raising=False)
     assert backend.why_not(device) is None
 
 
