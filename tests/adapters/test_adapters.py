@@ -1,4 +1,4 @@
-"""What the families' declarations are made of, and what is refused before any work."""
+"""The parts of which the families' declarations are made, and models that are refused before any work."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what the model hands to its experts is what is frozen, biases on their outputs included."""
+"""Mixtures of experts: the routing that the model itself computed is frozen, and the experts' output biases count."""
 
 import copy
 from dataclasses import replace
@@ -147,7 +147,7 @@ def test_where_all_experts_are_chosen():
 
 
 def test_what_experts_did_is_no_part_of_a_graph():
-    """It would hold all that led to it, too."""
+    """A graph would keep every earlier tensor alive."""
     for layer in with_biases().trace(IDS).layers:
         assert not any(tensor.requires_grad for tensor in layer.tensors())
 
@@ -172,7 +172,7 @@ def test_results_are_verified_with_biases_too():
 
 
 def test_a_constant_needs_no_gate(monkeypatch):
-    """Whose weight may have to be dequantised first."""
+    """The gate's weight may have to be dequantised first, for nothing."""
     dp = DePass(build_variant("llama: biases"))
     trace, mlp = dp.trace(IDS), dp.adapter.layer(0).mlp
     monkeypatch.setattr(Mlp, "w_gate", property(lambda self: pytest.fail("it was read")))

@@ -51,7 +51,7 @@ def backends(dtype, name="", label="", seed=0):
 
 
 def once(make):
-    """What was made last of all arguments; a variant's tests run one after another (see conftest.py)."""
+    """The last result is kept, no other: a variant's tests run one after another (see conftest.py)."""
     cached = functools.lru_cache(maxsize=8)(make)
     return lambda name, dtype=torch.float32, seed=0, batch=False: cached(name, dtype, seed, batch)
 
@@ -78,20 +78,20 @@ def traced(name: str, dtype: torch.dtype, seed: int, batch: bool):
 
 
 def targets(dp: DePass, trace) -> list:
-    """None, an id and a pair, none with a logit near zero: what sums to next to nothing is all rounding."""
+    """None, an id and a pair whose logits are not near zero: a sum near zero would be all rounding."""
     order = dp.adapter.logits(trace.normed_final[-1]).argsort().tolist()
     return [None, order[0], (order[-2], order[1])]
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative to the largest value."""
+    """The largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("implementation", "seed"), [("eager", 0), ("sdpa", 1)])
 def test_captured_logits_are_the_models_own(name, implementation, seed, family_results):
-    """Of packed prompts; nor does the model change afterwards what has been recorded."""
+    """Logits of packed prompts agree, and what was recorded does not change when the model runs again."""
     if not available(name):
         pytest.skip(f"the installed transformers does not have {VARIANTS[name][0]}")
     try:
@@ -155,7 +155,7 @@ def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
 
 
 def test_a_batch_equals_the_prompts_one_by_one(name):
-    """In float64: packed prompts are rounded otherwise, which a softmax at T = 0.1 can make a hundred times larger."""
+    """Compared in float64: packing changes the rounding, and a softmax at T = 0.1 can enlarge it a hundredfold."""
     dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
     for backend in backends(torch.float64):
         for kind in (Tokens(), Heads(1), Neurons(0)):
@@ -167,7 +167,7 @@ def test_a_batch_equals_the_prompts_one_by_one(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompts_are_traced_as_without(name, side):
-    """To the last bit, so that whatever is made of the trace is the same for every kind of component."""
+    """The traces agree to the last bit, so components of every kind agree, too."""
     dp, expected = built(name), traced(name, batch=True)
     rows = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
     mask = torch.zeros_like(rows)
@@ -205,7 +205,7 @@ def test_any_position_any_layer_and_in_steps(name):
 
 @torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
-    """With their constants, as the model itself adds it to its residual stream in an ordinary forward pass."""
+    """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
     dp = built(name)
     adapter, ids = dp.adapter, PROMPTS[0]
     trace = traced(name)

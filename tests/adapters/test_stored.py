@@ -1,4 +1,4 @@
-"""Weights as numbers: of modules in 8 and 4 bit that cannot run here, told by their attributes, and of wrapped ones.
+"""Weights are read from modules in 8 and 4 bit, which are known by their attributes, and from wrapped modules.
 
 The real libraries are in tests/interop/test_quantised.py and tests/interop/test_peft.py.
 """

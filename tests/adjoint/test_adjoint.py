@@ -252,7 +252,7 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
 
 @torch.no_grad()
 def test_a_layer_s_drive_comes_to_the_components():
-    """Those that start behind a layer are on its device, the one that they enter may be on the next."""
+    """Components that start behind a layer are on its device; the layer that they enter may be on the next one."""
     dp = build("llama-gqa")
     way = road(dp, dp.trace(random_ids(6)), 6)
     for like in (torch.empty(0, device="meta"), torch.empty(0, dtype=torch.float64)):

@@ -158,7 +158,7 @@ def test_compute_and_state_dtypes_are_respected():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2"])
 def test_half_precision_products_are_complete_and_near(name, dtype, rule):
-    """As on a GPU: products in half precision, state and statistics in float32; in one piece and in many."""
+    """A GPU's precision: products in half precision, state and statistics in float32; in one piece and in many."""
     dp, ids = build(name), random_ids(9, seed=5)
     trace = dp.trace(ids)
     for label, kind in kinds(len(ids)).items():

@@ -40,7 +40,7 @@ def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
         for size in range(1, 9):
 
             def cut(layout, slots, device, extras_only=False, begin=(0, 0), size=size):
-                """As many slots as ``size`` components take at all positions."""
+                """Blocks with as many slots as ``size`` components take at all positions."""
                 longest = int(np.bincount(layout.prompt).max())
                 return blocks.make_blocks(layout, size * longest, device, extras_only, begin)
 

@@ -27,7 +27,7 @@ def question() -> tuple[DePass, Question]:
 
 @pytest.mark.parametrize("count", [1, 3, 48])
 def test_grouped_scores_are_those_of_the_published_groups(count: int, monkeypatch) -> None:
-    """With the published gate overrides and residual left out, which have nothing to do with grouping."""
+    """The published gate overrides and residual are left out: they have nothing to do with grouping."""
     monkeypatch.setattr(grouping, "ROWS", 100)  # several batches of groups
     library, asked = question()
     published = Published(library.model, corrected=True)

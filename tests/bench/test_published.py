@@ -15,7 +15,7 @@ from tests.support.published import ABSOLUTE, RELATIVE, cases, load
 
 
 def run(model: torch.nn.Module, case: dict, golden: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The published call of a case, made to our own writing."""
+    """The result of a case's published call, made to our own implementation."""
     settings, args = case.get("manager", {}), case.get("args", {})
     published = Published(
         model,

@@ -38,7 +38,7 @@ ATTRIBUTE = ["attribute", "--model", "demo", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So small a model only loses by waiting for threads."""
+    """Threads cost such a small model more than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +51,7 @@ def engine():
 
 
 def run(capsys, *arguments: str) -> str:
-    """What a command prints on stdout, given that it succeeds."""
+    """The stdout of a command that succeeds."""
     code = main(list(arguments))
     captured = capsys.readouterr()
     assert code == 0, captured.err

@@ -186,7 +186,7 @@ def test_custom_and_features(site):
 
 
 def test_refinement_overall_and_per_layer():
-    """What is refined comes nearer to exact; all of it refined leaves only what log Z was off by, which is nothing."""
+    """Refined scores come nearer to exact; with all components refined, only the error of log Z is left: none."""
     dp = build("qwen3")
     exact = dp.attribute(IDS, Neurons(layers="all"), 5, method="exact").scores
 

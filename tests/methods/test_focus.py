@@ -1,4 +1,4 @@
-"""A few components, carried alone from what is known of all, are what they are among all."""
+"""A few components, carried alone with the partition function of all, equal those of the full run."""
 
 import pytest
 import torch

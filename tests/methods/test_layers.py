@@ -1,4 +1,4 @@
-"""Components of several layers in one call: what each layer by itself gives, in one sweep."""
+"""Components of several layers in one call: one sweep gives what each layer gives by itself."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_states_that_are_too_large_together_are_carried_in_groups(monkeypatch):
 
 @pytest.mark.parametrize(("places", "sizes"), [("cpu", [3, 3, 1]), (("cpu", "meta"), [4, 3])])
 def test_a_group_ends_where_its_device_has_no_room_for_two_copies_more(places, sizes, monkeypatch):
-    """What is held on a device is no longer free; what is held on another one still has to be carried here."""
+    """States held on a device have taken its free memory; states held elsewhere still have to be carried here."""
     places = [torch.device(place) for place in ([places] if isinstance(places, str) else places)]
     monkeypatch.setattr("depass_fast.propagation.joint.available", lambda device: 34_000)
     starts = [PendingState(i, 1000, places[i % len(places)], lambda: None) for i in range(7)]

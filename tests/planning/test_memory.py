@@ -55,7 +55,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("label", ["tokens", "heads"])
 def test_running_out_of_memory_anywhere_in_triton_changes_nothing(label, monkeypatch):
-    """In whatever PyTorch does between the kernels: these take no memory, and what the interpreter takes is its own."""
+    """Memory runs out in PyTorch's operations between the kernels; the kernels themselves allocate none."""
     executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
     launch = executor.__call__
 

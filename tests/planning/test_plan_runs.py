@@ -1,4 +1,4 @@
-"""Plans of adjoint sweeps, of components whose number the trace tells, and of the triton backend; what fits by them."""
+"""Plans of adjoint sweeps, of components that only the trace can count, of the triton backend; runs that fit."""
 
 import json
 
@@ -250,7 +250,7 @@ def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
 
 
 def test_a_state_that_streams_on_a_cpu_is_in_the_peak():
-    """There the host's memory is the device's."""
+    """On a CPU the state in host memory counts as the device's."""
     dp = build("llama-gqa")
     plan = dp.plan(60, Tokens(), measure=False)
     streamed = plan.of("torch, streamed")

@@ -30,7 +30,7 @@ def test_labels_are_the_fields_terms():
 
 
 def test_every_result_of_a_batch_has_its_own_prompts_errors(monkeypatch):
-    """Of prompt p and the c-th call 10 · c + p, or as many more as decompositions lie before it."""
+    """The error of prompt p in the c-th call is 10 · c + p, plus the number of decompositions before it."""
     dp, calls = build("llama-gqa"), []
 
     def numbered(state, resid):

@@ -1,4 +1,4 @@
-"""What PyTorch makes where nobody says on which device: a user may have set that to anything, a GPU for instance."""
+"""Results do not depend on PyTorch's default device, which a user may have set to anything, such as a GPU."""
 
 import pytest
 import torch

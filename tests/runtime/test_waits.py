@@ -1,4 +1,4 @@
-"""What makes a GPU wait for the host is not done once per layer, nor once per prompt: it needs no GPU to count that."""
+"""The host waits for a GPU neither once per layer nor once per prompt. The waits are counted without a GPU."""
 
 import sys
 from collections import Counter
@@ -44,7 +44,7 @@ class _Counting(TorchDispatchMode):
 
 @contextmanager
 def waits(monkeypatch):
-    """Counts them, copies to the host, and arrays that come to a device otherwise than by `to_device`."""
+    """Counts waits, copies to the host, and arrays that reach a device in another way than by `to_device`."""
     counting, from_numpy, cpu, tolist = _Counting(), torch.from_numpy, torch.Tensor.cpu, torch.Tensor.tolist
 
     def counted_from_numpy(array):
@@ -69,12 +69,11 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    """The triton backend, of which everything runs but the kernels: an interpreter would read scalars."""
+    """The triton backend without its kernels, whose interpreter would read scalars."""
     kernels = {
         (triton_backend.attention, "mix"): lambda *given, **_: given[-1].zero_(),
         (triton_backend.attention, "log_sum_exp"): lambda frozen, *_: frozen.q.new_zeros(frozen.q.shape[:2]),
         (triton_backend.rows, "read_rows"): lambda *given: given[5].zero_(),
-        (triton_backend.rows, "add_rows"): lambda *_: None,
         (triton_backend.rows, "read_out"): lambda rows, directions, *_: rows.new_zeros(len(rows), len(directions)),
         (triton_backend, "allocate"): lambda gates, *_: gates.zero_(),
     }

@@ -1,4 +1,4 @@
-"""States and their rows: what they lack to the hidden state, and where a position's rows are."""
+"""States and their rows: the difference to the hidden state, and the rows of a position."""
 
 import numpy as np
 import pytest

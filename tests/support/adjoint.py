@@ -1,4 +1,4 @@
-"""When scores of the adjoint sweep are close to the exact ones."""
+"""Comparisons of the adjoint sweep's scores with exact ones."""
 
 import torch
 

@@ -8,6 +8,7 @@ from depass_fast import Custom, DePass, Features, Heads, Modules, Neurons, Subsp
 
 
 def kinds(length: int, d: int = 32) -> dict:
+    """Every kind of component by a label, for a prompt of ``length`` tokens and a model of width ``d``."""
     generator = torch.Generator().manual_seed(1)
     return {
         "tokens@0": Tokens(),
@@ -27,13 +28,14 @@ def kinds(length: int, d: int = 32) -> dict:
 
 
 def custom(dp: DePass, ids: list[int], layer: int = 1, site: str = "resid_pre", scale: float = 0.1, m: int = 6):
+    """``m`` random components, small enough for the adjoint sweep to be close."""
     generator = torch.Generator().manual_seed(2)
     states = torch.randn(len(ids), m, dp.adapter.hidden_size, generator=generator, dtype=torch.float64)
     return Custom(layer, scale * states, site=site)
 
 
 class Dictionary:
-    """A random one with ReLU; ``normalise`` divides its inputs by their norm, and what it decodes is scaled back."""
+    """A random dictionary with ReLU. ``normalise`` divides its inputs by their norm and scales back what it decodes."""
 
     def __init__(self, size=24, width=32, normalise=False, hook=None, dtype=torch.float32, bias=0.3, seed=0):
         generator = torch.Generator().manual_seed(seed)

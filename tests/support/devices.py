@@ -1,4 +1,4 @@
-"""Devices that are not there."""
+"""Stand-ins for devices that this machine lacks."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from tests.support.models import build
 
 
 def small_gpu(monkeypatch, lengths, kind):
-    """An adapter on a device that is not there, with memory for streaming only, beside a large host's."""
+    """A stand-in for an adapter on a GPU that has memory for streaming only, beside a host with plenty."""
     adapter = build("llama-gqa").adapter
     gpu = torch.device("cuda", 0)
     placed = SimpleNamespace(

@@ -327,7 +327,7 @@ _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hi
 
 
 def available(name: str) -> bool:
-    """Whether the installed transformers knows this variant's family."""
+    """True if the installed transformers knows this variant's family."""
     return VARIANTS[name][0] in CONFIG_MAPPING
 
 
@@ -362,7 +362,7 @@ def build_model(model_type: str, seed: int = 0, implementation: str | None = Non
 
 @torch.no_grad()
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """A model whose norm weights and biases are random, too: transformers makes ones and zeros of them; in place."""
+    """The model, its norm weights and biases made random in place: transformers initialises them to ones and zeros."""
     corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]  # of routers
     for name, parameter in [*model.named_parameters(), *corrections]:
         if name.endswith("bias"):  # those of all experts have two dimensions

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def round_as_a_gpu_does() -> None:
-    """To bfloat16 the interpreter cuts off, which is twice the error of rounding and all to one side."""
+    """Make the interpreter round to bfloat16: it truncates, which is twice the error of rounding, all to one side."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter

@@ -18,6 +18,7 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-5
 
 @cache
 def load(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model, and every tensor that the published implementation returned for it, by the name of its case."""
     folder = GOLDEN / name
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -30,6 +31,7 @@ def load(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def cases() -> list:
+    """The calls that were made to the published implementation, as parameters (model, case)."""
     found = []
     for model in MODELS:
         for case in json.loads((GOLDEN / model / "official.json").read_text())["cases"]:
@@ -39,10 +41,12 @@ def cases() -> list:
 
 
 def select(*calls: str) -> list:
+    """The cases of some of the published calls."""
     return [case for case in cases() if case.values[1]["call"] in calls]
 
 
 def agree(ours: torch.Tensor, case: dict, golden: dict) -> None:
+    """Assert that a tensor is the published one of a case, up to the latter's own rounding."""
     published = golden[case["name"]]
     # without the final norm values reach 90, where the published float32 numbers themselves are 5e-4 off
     tolerance = max(ABSOLUTE, RELATIVE * float(published.abs().max()))

@@ -1,10 +1,10 @@
-"""States that meet every corner, and when two of them agree."""
+"""States that meet every corner, and the comparison of two states."""
 
 import torch
 
 
 def close(a, b, tolerance=1e-5):
-    """Scores or states agree relative to the largest."""
+    """True if scores or states agree, relative to the largest value."""
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 

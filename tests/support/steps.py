@@ -1,4 +1,4 @@
-"""Initial states as the methods make them, with their factors; and states carried without a readout."""
+"""The steps of a run one by one: the bound request, the initial state with its factors, the layer loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def request_of(dp: DePass, trace: Trace, kind: ComponentKind, **options: Any) ->
 
 
 def start_state(dp: DePass, trace: Trace, kind: ComponentKind, **options: Any) -> ComponentState:
-    """Where the components start."""
+    """The initial state of the components, its factors included."""
     return start(request_of(dp, trace, kind, **options))
 
 
@@ -30,5 +30,5 @@ def carried(
     run: Any,
     reads: Sequence[Sequence[int]] | None = None,
 ) -> tuple[ComponentState, list[Tensor]]:
-    """The layer loop with the adapter of an engine."""
+    """A state carried to the input of layer ``end``, without a readout, and its errors: the layer loop."""
     return propagate(dp.adapter, trace, state, end, run, reads)

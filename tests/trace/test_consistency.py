@@ -1,4 +1,4 @@
-"""A forward pass that is not what its family declares is refused by name; one that is, is traced."""
+"""A forward pass that is not what its family declares is refused, and the error names the module."""
 
 import inspect
 
@@ -28,7 +28,7 @@ class Gated(modeling_llama.LlamaAttention):
 
 
 class Twice(nn.Module):
-    """What is put between two modules."""
+    """A wrapper that scales the output of a module."""
 
     def __init__(self, inner, factor=1.5):
         super().__init__()
@@ -265,7 +265,7 @@ def test_weights_of_a_sparse_mixer_may_jump_between_the_same_experts():
 @pytest.mark.parametrize("layer", range(3))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_another_mask_of_a_mixture_is_found(dtype, layer, mask, monkeypatch):
-    """Though routers decide otherwise because of it, and in half precision without it, too."""
+    """Routers decide otherwise because of the mask; in half precision they may do so without it, too."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "own", own_attention(**mask, layer=layer))
     torch.manual_seed(1)
     ids = torch.randint(0, 60, (60,))

@@ -184,7 +184,7 @@ def test_threads_do_not_mix():
 
 @pytest.mark.parametrize("place", ["model.layers.0.mlp", "model"])
 def test_a_forward_pass_of_another_thread_is_told_to_wait(place):
-    """While the model is traced; what it makes beside the ordinary pass that follows is not taken for that one's."""
+    """It is refused while the model is traced. Beside the ordinary pass that follows it runs, and is not recorded."""
     model = build_model("llama", num_key_value_heads=2)
     seen, here = [], threading.current_thread()
 

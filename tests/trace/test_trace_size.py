@@ -28,7 +28,7 @@ def test_it_is_what_the_trace_holds(name):
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 700}])
 def test_long_prompts(changes):
-    """8,192 tokens; with a window in blocks of queries that see what they see in one go."""
+    """8,192 tokens; with a window, blocks of queries see what they would see in one piece."""
     shape = {"num_hidden_layers": 1, "num_key_value_heads": 2, "max_position_embeddings": 8192}
     model = build_model("mistral", **{"sliding_window": None, **shape, **changes})
     ids = torch.tensor(random_ids(8192))

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 
 def compiling(*arguments):
-    """What Python prints, as JSON, in a process where kernels are not interpreted."""
+    """The JSON that Python prints with these arguments, in a process where kernels are not interpreted."""
     place = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, *arguments], env=place, capture_output=True, text=True)
     assert not done.returncode, done.stderr

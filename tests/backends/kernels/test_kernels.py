@@ -24,7 +24,7 @@ def test_a_kernel_agrees_with_float64(check, dtype):
 @pytest.mark.parametrize("columns", [1, 2])
 @pytest.mark.parametrize("name", ["tokens", "many tiles, prompts and pieces"])
 def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
-    """As on a GPU; the interpreter takes more."""
+    """A GPU takes one or two components at a time; the interpreter takes more by default."""
     ordinary = attention.mix_config
     monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
     check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))

@@ -1,4 +1,4 @@
-"""Offsets beyond 32 bits: what lies behind 2³¹ elements, memory that is reserved and never touched, is found there.
+"""Offsets need 64 bits: kernels find what lies behind 2³¹ elements of memory that is reserved and never touched.
 
 An offset that is cut to 32 bits becomes negative, and ends the process.
 """
@@ -14,7 +14,7 @@ FAR = 2**31 + 5  # elements in front of what is looked at
 
 
 def far(*shape: int, rows_before: int) -> torch.Tensor:
-    """A tensor behind so many rows that 32 bits do not count its elements; its memory is never touched, but for it."""
+    """A tensor behind more elements than 32 bits can count; the memory before it is never touched."""
     before = torch.empty((rows_before + shape[0], *shape[1:]), dtype=torch.float16)
     assert before.numel() > 2**31
     return before
@@ -62,7 +62,7 @@ def test_in_the_allocation(rule):
 
 
 def test_in_the_partition_of_the_allocation(monkeypatch):
-    """Of the last of so many segments."""
+    """The last of so many segments is computed, and no other."""
     width, count = 1 << 16, 3
     segments = FAR // width + 1
     g, act, log_z = random(0, count, width).half(), torch.ones(1, width).half(), far(1, width, rows_before=segments - 1)

@@ -1,4 +1,4 @@
-"""What is the triton backend's own: its workspace, its tables, and what happens when memory runs out inside a step."""
+"""The triton backend's workspace and tables, and a step that runs out of memory."""
 
 import os
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def wide():
 @pytest.mark.parametrize("at", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", ["accumulate", "allocate"])
 def test_running_out_of_memory_inside_a_step_changes_nothing(wide, name, at, monkeypatch):
-    """Also between two blocks of neurons of one chunk, one of which has been added up already."""
+    """Memory may run out between two blocks of neurons of a chunk, when the first has been added to the state."""
     trace = wide.trace(random_ids(4))
     expected = wide.decompose(trace, Heads(0), memory_budget=4_096).dense()
     ordinary, count = getattr(backend, name), iter(range(1, 10_000))
@@ -73,7 +73,7 @@ def test_layers_with_other_groups_share_no_tables():
 @pytest.mark.parametrize("budget", [4_096, None])
 @pytest.mark.parametrize("clipped", [False, True], ids=["kernel", "torch"])
 def test_the_attention_of_the_extras_leaves_the_named_components_alone(budget, clipped):
-    """As where the named ones have been carried as products before, with a kernel and where torch takes over."""
+    """The named components have been carried as products before. A kernel does it; torch where values are clipped."""
     changes = {"clip_qkv": 0.1} if clipped else {"attention_bias": True}
     dp = DePass(build_model("olmo" if clipped else "llama", **changes))
     trace = dp.trace([random_ids(6), random_ids(4, seed=2)])
