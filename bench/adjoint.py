@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from depass_fast import DePass, Neurons, Trace
-from depass_fast.adjoint.estimate import ApproximationWarning, spearman
+from depass_fast.adjoint.estimate import spearman
 from depass_fast.adjoint.forward import Settings
 from depass_fast.adjoint.maps import LayerStack
 from depass_fast.adjoint.starts import make_start
@@ -30,6 +30,7 @@ from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo
 from depass_fast.demo.text import fact_prompts, ioi_prompts
 from depass_fast.options import Adjoint
+from depass_fast.results.estimate import ApproximationWarning
 
 from .faithfulness import Curves, measure_faithfulness
 from .harness import environment, interleaved

@@ -27,7 +27,6 @@ from triton.runtime.jit import KernelInterface
 
 from depass_fast import DePass, Heads, Neurons, Tokens, engine
 from depass_fast.adjoint import sweep
-from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.adjoint.memory import SweepMemory, default_workspace
 from depass_fast.backends import selection
 from depass_fast.backends.torch import backend as torch_backend
@@ -37,6 +36,7 @@ from depass_fast.components import start as initial
 from depass_fast.options import Adjoint
 from depass_fast.planning import planner
 from depass_fast.propagation.joint import JOINT_BYTES
+from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
 
 from .harness import SHAPES, build_model, write_results

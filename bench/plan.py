@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.options import Adjoint
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import plan as make_plan
+from depass_fast.results.estimate import ApproximationWarning
 from tests.support.family_models import build_model as build_family
 
 from .harness import write_results

@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .adjoint.estimate import ApproximationWarning, Estimate
     from .components.base import ComponentKind
     from .components.custom import Custom, Subspaces
     from .components.features import Features
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from .options import Adjoint, Options
     from .planning.plan import Plan
     from .results.attribution import Attribution
+    from .results.estimate import ApproximationWarning, Estimate
     from .results.generation import Generation
     from .results.layered import LayeredAttribution
     from .results.verification import Verification, VerificationWarning
@@ -55,7 +55,6 @@ __all__ = [
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
 _HOMES = {
-    "adjoint.estimate": ("ApproximationWarning", "Estimate"),
     "components.base": ("ComponentKind",),
     "components.features": ("Features",),
     "components.custom": ("Custom", "Subspaces"),
@@ -65,6 +64,7 @@ _HOMES = {
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),
     "results.attribution": ("Attribution",),
+    "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.generation": ("Generation",),
     "results.layered": ("LayeredAttribution",),
     "results.verification": ("Verification", "VerificationWarning"),

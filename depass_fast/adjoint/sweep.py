@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..options import Adjoint
+from ..results.estimate import Estimate
 from ..runtime.budget import Budget
 from ..runtime.memory import available
 from ..runtime.progress import Parts
 from .backward import extra_scores, linear_scores
-from .estimate import Estimate, draw, judge
+from .estimate import Figures, draw, judge, worst
 from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
 from .maps import LayerStack
 from .memory import SweepMemory, default_workspace, gates_room
@@ -150,38 +151,32 @@ class Sweep:
         late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
-    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate | None:
-        """What refinement and a sample say; the worst target's figures."""
+    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
+        """Return what refinement and a sample say; the worst target's figures."""
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
-        figures, count, drift = [], 0, None
-        left = (~found.settled).nonzero()[:, 0]
-        if method.sample and len(left):
-            generator = torch.Generator().manual_seed(method.seed)
-            drawn = [draw(scores[left].abs(), left, top, method.sample, generator) for scores in flat]
-            uniform = torch.cat([d.uniform for d in drawn]).unique()
-            near = torch.cat([d.near for d in drawn]).unique()
-            near = near[~torch.isin(near, uniform)]
-            exact = torch.full_like(flat, float("nan"))
-            exact[:, uniform], drift = found.given_z(uniform, measure=True)
-            exact[:, near], _ = found.given_z(near)
-            figures = [judge(*pair, d, top) for *pair, d in zip(flat, exact, drawn, strict=True)]
-            count = len(uniform) + len(near)
-        changes = None
+        figures, count, partition_error = self._sampled(found, top, method)
+        moved = None
         if len(refined):
             change = (screened[:, refined] - flat[:, refined]).norm(dim=1)
-            changes = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
-        missed = [(f["missed"], f["missed_interval"]) for f in figures if f.get("missed") is not None]
-        return Estimate(
-            sample=count,
-            spearman=min((f["spearman"] for f in figures if f["spearman"] is not None), default=None),
-            relative_error=max((f["relative_error"] for f in figures if f["relative_error"] is not None), default=None),
-            refined_error=changes,
-            top=top,
-            missed=max(missed)[0] if missed else None,
-            missed_interval=max(missed)[1] if missed else None,
-            partition_error=drift,
-        )
+            moved = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
+        return worst(figures, count, top, moved, partition_error)
+
+    def _sampled(self, found: _Pass, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
+        """Return every target's figures of a sample, the number of components drawn, and the relative error of Z."""
+        flat, left = found.flat, (~found.settled).nonzero()[:, 0]
+        if not (method.sample and len(left)):
+            return [], 0, None
+        generator = torch.Generator().manual_seed(method.seed)
+        drawn = [draw(scores[left].abs(), left, top, method.sample, generator) for scores in flat]
+        uniform = torch.cat([one.uniform for one in drawn]).unique()
+        near = torch.cat([one.near for one in drawn]).unique()
+        near = near[~torch.isin(near, uniform)]
+        exact = torch.full_like(flat, float("nan"))
+        exact[:, uniform], partition_error = found.given_z(uniform, measure=True)
+        exact[:, near], _ = found.given_z(near)
+        figures = [judge(final, truth, one, top) for final, truth, one in zip(flat, exact, drawn, strict=True)]
+        return figures, len(uniform) + len(near), partition_error
 
 
 class _Pass:

@@ -126,7 +126,7 @@ def _attribution(args: argparse.Namespace) -> Attribution | LayeredAttribution:
     method = flags.method_of(args)
     engine = _engine(args, device)
 
-    from ..adjoint.estimate import ApproximationWarning
+    from ..results.estimate import ApproximationWarning
     from ..results.verification import VerificationWarning
 
     with warnings.catch_warnings():  # the printed result says the same

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adjoint.estimate import ApproximationWarning, warnings_of
+from ..adjoint.estimate import warnings_of
 from ..adjoint.forward import LEAST_TEMPERATURE, Settings
 from ..adjoint.maps import LayerStack
 from ..adjoint.starts import Start, make_start
@@ -24,6 +24,7 @@ from ..readout.collect import described
 from ..readout.targets import Directions, resolve_target
 from ..request import Request, captured, fit, traced, wide_dtype
 from ..results.attribution import Attribution
+from ..results.estimate import ApproximationWarning
 from ..results.layered import LayeredAttribution
 from ..runtime.progress import progress_bar
 
@@ -48,7 +49,7 @@ def _one_prompt(request: Request, kinds: Sequence[ComponentKind], prompt: int) -
     sweep = _sweep(request, kinds, prompt, end.seeds, request.method)
     scores = sweep.run(request.method)
     results = _results(request, sweep.starts, scores, end, prompt)
-    estimate = None if scores.estimate is None else scores.estimate.as_dict()
+    estimate = scores.estimate
     said = warnings_of(estimate, max(result.completeness_error for result in results))
     if said:
         warnings.warn(f"adjoint scores: {'; '.join(said)}", ApproximationWarning, stacklevel=5)

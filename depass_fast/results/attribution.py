@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..labels import BIAS, REST
+from .estimate import Estimate, estimate_dict, estimate_from
+from .files import read_result, register_format, write_result
+from .interface import Result, Row
+from .ranking import leading, score_of, target_row
+from .render import plain, rich_view
+from .tables import data_frame, write_csv
 from .verification import Verification
 
 if TYPE_CHECKING:
     import pandas
 
-    from .layered import LayeredAttribution
-from .files import open_saved, write_csv
-from .ranking import check_top, ranking
-
-_FORMAT = "depass_fast.attribution.v1"
+FORMAT = "depass_fast.attribution.v1"
 TENSORS = ("scores", "target_logits", "layer_errors")
 
 
@@ -38,7 +38,7 @@ class Attribution:
 
     ``method`` says how the scores were computed: "exact", or "adjoint" (approximate; it passes no states, so there are
     no ``layer_errors``). An approximate result holds an ``estimate`` of its error where a sample was drawn
-    (:class:`depass_fast.adjoint.estimate.Estimate`), and ``warnings`` where it is not to be relied upon.
+    (:class:`depass_fast.Estimate`), and ``warnings`` where it is not to be relied upon.
 
     ``verification`` is what ``verify=True`` found (:class:`depass_fast.Verification`), in all prompts of the call;
     where it failed, ``warnings`` says so.
@@ -64,54 +64,43 @@ class Attribution:
     dtype: str
     seconds: float
     method: str = "exact"
-    estimate: dict[str, Any] | None = None
+    estimate: Estimate | None = None
     warnings: list[str] | None = None
     memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
     verification: Verification | None = None
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
-        """The ``k`` leading components as (label, score): ``by`` "magnitude", "positive" (largest) or "negative".
+        """Return the ``k`` leading components as (label, score).
 
-        `rest` and `bias` are left out unless ``extras``: what is not decomposed is not ranked with what is.
+        ``by`` is "magnitude", "positive" (the largest) or "negative". `rest` and `bias` are left out unless ``extras``:
+        what is not decomposed is not ranked with what is.
         """
-        check_top(k, by)
-        scores = self._of(target)
-        if not extras:
-            scores = scores[: len(self.labels) - self.n_extras]
-        order = ranking(scores, by)[:k].tolist()
-        return [(self.labels[i], float(scores[i])) for i in order]
+        scores = self.scores_of(target)
+        return leading(self.labels, scores if extras else scores[: len(self.labels) - self.n_extras], k, by)
 
     @property
     def n_extras(self) -> int:
-        """How many of the last labels are `rest` and `bias`, which no component kind names so itself."""
+        """The number of last labels that are `rest` and `bias`; no component kind names its components so."""
         return sum(label in (REST, BIAS) for label in self.labels[-2:])
 
     def score(self, label: str, target: int = 0) -> float:
-        """The score of one component by its label."""
-        try:
-            return float(self._of(target)[self.labels.index(label)])
-        except ValueError:
-            span = f"{self.labels[0]!r} to {self.labels[-1]!r}"
-            raise KeyError(f"no component {label!r}; labels run from {span}") from None
+        """Return the score of one component by its label; raises KeyError where there is none."""
+        return score_of(self.labels, self.scores_of(target), label)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A DataFrame with a row per component: `label`, and a column of scores per target. Needs pandas."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_dataframe needs pandas: pip install 'depass-fast[pandas]'") from error
+        """Return a DataFrame with a row per component: `label`, and a column of scores per target. Needs pandas."""
         names, columns = self.columns()
-        return pandas.DataFrame(list(zip(*columns, strict=True)), columns=names)
+        return data_frame(names, zip(*columns, strict=True))
 
     def to_circuitsvis(self, target: int = 0) -> dict[str, list]:
-        """The arguments of `circuitsvis.tokens.colored_tokens`: the prompt's tokens and their scores, without `bias`.
+        """Return the arguments of `circuitsvis.tokens.colored_tokens`: the tokens and their scores, without `bias`.
 
         Raises:
             ValueError: the components are no tokens.
         """
         if self.components != "tokens":
             raise ValueError(f"to_circuitsvis: it colours the prompt, whose tokens these {self.components} are not.")
-        return {"tokens": list(self.tokens), "values": self._of(target)[: len(self.tokens)].tolist()}
+        return {"tokens": list(self.tokens), "values": self.scores_of(target)[: len(self.tokens)].tolist()}
 
     def to_csv(self, path: str | Path) -> None:
         """Write a table with a row per component: `label`, and a column of scores per target."""
@@ -120,23 +109,19 @@ class Attribution:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose header carries everything else as JSON. Nothing is pickled."""
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        save_file(tensors, str(path), metadata={"format": _FORMAT, "json": json.dumps(self.metadata())})
+        write_result(path, FORMAT, {name: getattr(self, name).contiguous() for name in TENSORS}, self.metadata())
 
     @classmethod
-    def load(cls, path: str | Path) -> Attribution | LayeredAttribution:
-        """Read what :meth:`save` wrote, also that of :class:`depass_fast.LayeredAttribution`.
+    def load(cls, path: str | Path) -> Result:
+        """Read a file of :meth:`save`, or of :meth:`depass_fast.LayeredAttribution.save`, which gives such a one.
 
         Raises:
             ValueError: the file is no saved attribution.
         """
-        from .layered import FORMAT, LayeredAttribution
-
-        tensors, content = open_saved(path, _FORMAT, FORMAT)
-        return LayeredAttribution.restore(tensors, content) if "layers" in content else cls.restore(tensors, content)
+        return read_result(path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values under the names that ``depass-fast attribute --json`` prints."""
+        """Return plain Python values under the names that ``depass-fast attribute --json`` prints."""
         scores = self.scores.tolist()
         single = self.scores.ndim == 1
         return {
@@ -158,41 +143,59 @@ class Attribution:
             "dtype": self.dtype,
             "seconds": self.seconds,
             "method": self.method,
-            "estimate": self.estimate,
+            "estimate": estimate_dict(self.estimate),
             "warnings": self.warnings or [],
             "memory_budget": self.memory_budget,
             "verification": None if self.verification is None else asdict(self.verification),
         }
 
-    def __str__(self) -> str:
-        from .render import plain
+    def layer_text(self) -> str:
+        """Return the layer in words."""
+        return f"layer {self.layer}"
 
+    def scores_of(self, target: int) -> Tensor:
+        """Return the scores of one target, `rest` and `bias` included: (M,). Raises IndexError where there is none."""
+        return target_row(self.scores, target)
+
+    def rows(self, target: int, top: int) -> list[Row]:
+        """Return the ``top`` leading components, the sum of the others, `rest` and `bias`, and the sum of all."""
+        scores = self.scores_of(target).tolist()
+        named = len(scores) - self.n_extras
+        shown = self.top(top, target)
+        rows = [Row(label, score) for label, score in shown]
+        if len(shown) < named:
+            others = math.fsum(scores[:named]) - math.fsum(score for _, score in shown)
+            rows.append(Row(f"{named - len(shown)} others", others, ranked=False))
+        rows += [Row(label, score, False) for label, score in zip(self.labels[named:], scores[named:], strict=True)]
+        return [*rows, Row("sum", math.fsum(scores), ranked=False)]
+
+    def __str__(self) -> str:
         return plain(self)
 
     def __rich__(self) -> Any:
-        from .render import rich_view
-
         return rich_view(self)
 
-    def _of(self, target: int) -> Tensor:
-        scores = torch.atleast_2d(self.scores)
-        if not -len(scores) <= target < len(scores):
-            raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
-        return scores[target]
-
     def columns(self) -> tuple[list[str], list[list]]:
-        """Names and values of a table's columns: the labels, then the scores of every target."""
+        """Return names and values of a table's columns: the labels, then the scores of every target."""
         if self.scores.ndim == 1:
             return ["label", "score"], [self.labels, self.scores.tolist()]
         return ["label", *self.target_names], [self.labels, *self.scores.tolist()]
 
     def metadata(self) -> dict[str, Any]:
-        """Everything but the tensors, as a file keeps it."""
-        found = None if self.verification is None else asdict(self.verification)
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS} | {"verification": found}
+        """Return everything but the tensors, as a file keeps it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
+        verification = None if self.verification is None else asdict(self.verification)
+        return values | {"estimate": estimate_dict(self.estimate), "verification": verification}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Attribution:
-        """From the parts of a file; older ones know no verification."""
-        found = content.get("verification")
-        return cls(**tensors, **{**content, "verification": None if found is None else Verification(**found)})
+        """Return the result that a file's parts describe; older files know no estimate and no verification."""
+        verification = content.get("verification")
+        objects = {
+            "estimate": estimate_from(content.get("estimate")),
+            "verification": None if verification is None else Verification(**verification),
+        }
+        return cls(**tensors, **(content | objects))
+
+
+register_format(FORMAT, Attribution.restore)

@@ -1,38 +1,46 @@
-"""Result files: safetensors with a JSON header, and CSV tables."""
+"""Result files: safetensors whose header carries everything else as JSON. Every kind of result registers its format."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+Restore = Callable[[dict[str, Tensor], dict[str, Any]], Any]
+
+_RESTORE: dict[str, Restore] = {}
 
 
-def write_csv(path: str | Path, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table with a head."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(rows)
+def register_format(name: str, restore: Restore) -> None:
+    """Say how the files of a format become results: ``restore(tensors, content)``."""
+    _RESTORE[name] = restore
 
 
-def open_saved(path: str | Path, *formats: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the rest of a saved result. Raises ValueError where the file is none of these ``formats``."""
+def write_result(path: str | Path, name: str, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """Write ``tensors`` and plain ``content`` as a file of the format ``name``. Nothing is pickled."""
+    save_file(tensors, str(path), metadata={"format": name, "json": json.dumps(content)})
+
+
+def read_result(path: str | Path, name: str | None = None) -> Any:
+    """Read a file of the format ``name``, by default of any registered format.
+
+    Raises:
+        ValueError: the file is no such.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
-    if metadata.get("format") not in formats:
-        raise ValueError(f"{path}: not a saved attribution (format {metadata.get('format')!r}, not {formats[0]!r})")
-    return tensors, json.loads(metadata["json"])
+    found, known = metadata.get("format"), list(_RESTORE) if name is None else [name]
+    if found not in known:
+        raise ValueError(f"{path}: not a saved attribution (format {found!r}, not {' or '.join(map(repr, known))})")
+    return _RESTORE[found](tensors, json.loads(metadata["json"]))

@@ -1,4 +1,4 @@
-"""Generated text and where every token of it came from."""
+"""Generated text, and the tokens that every token of it came from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution
+from .tables import data_frame
 from .verification import Verification, merged
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Generation:
-    """A generated sequence of N tokens, the first ``prompt_length`` of them the prompt's.
+    """A generated sequence of N tokens; the first ``prompt_length`` of them are the prompt.
 
-    ``input_ids`` and ``tokens`` (N,) are all of them; ``text`` is the whole sequence's, None without a tokenizer.
+    ``input_ids`` and ``tokens`` (N,) hold all of them; ``text`` is the whole sequence, None without a tokenizer.
     ``steps`` holds an :class:`Attribution` per generated token: the shares of all tokens before it in its logit.
     """
 
@@ -32,10 +33,10 @@ class Generation:
 
     @classmethod
     def of(cls, steps: Sequence[Attribution], prompt_length: int, tokenizer: Any | None) -> Generation:
-        """From attributions over all N tokens: those that do not come before a step's token are cut off."""
+        """Return the generation of attributions over all N tokens; each keeps the tokens before its own only."""
         ids, tokens = steps[0].input_ids, steps[0].tokens
         text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-        return cls(prompt_length, ids, tokens, text, [_of_the_past(step) for step in steps])
+        return cls(prompt_length, ids, tokens, text, [_up_to_its_position(step) for step in steps])
 
     @property
     def scores(self) -> Tensor:
@@ -47,27 +48,28 @@ class Generation:
 
     @property
     def completeness_error(self) -> float:
-        """The largest of the steps'."""
+        """The largest error of a step."""
         return max(step.completeness_error for step in self.steps)
 
     @property
     def verification(self) -> Verification | None:
-        """Of all steps; None where nothing was verified."""
+        """The verification of all steps together; None where nothing was verified."""
         return merged(step.verification for step in self.steps)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A row per generated token and component before it: `position`, `token`, `label`, `score`. Needs pandas."""
-        import pandas
+        """Return a DataFrame with a row per generated token and component before it. Needs pandas.
 
+        Its columns are `position`, `token`, `label` and `score`.
+        """
         rows = [
             (step.position + 1, self.tokens[step.position + 1], label, score)
             for step in self.steps
             for label, score in zip(step.labels, step.scores.tolist(), strict=True)
         ]
-        return pandas.DataFrame(rows, columns=["position", "token", "label", "score"])
+        return data_frame(["position", "token", "label", "score"], rows)
 
     def __str__(self) -> str:
-        """A line per generated token: the three tokens that gave most to it."""
+        """Return a line per generated token: the three tokens that gave most to it."""
         lines = [] if self.text is None else [self.text, ""]
         for step in self.steps:
             best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
@@ -76,8 +78,8 @@ class Generation:
         return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"])
 
 
-def _of_the_past(step: Attribution) -> Attribution:
-    """Without the tokens after the position that is read, which have no share."""
+def _up_to_its_position(step: Attribution) -> Attribution:
+    """Return a step without the tokens after the position that is read; they have no share."""
     n, first_extra = step.position + 1, len(step.labels) - step.n_extras
     kept = [*range(n), *range(first_extra, len(step.labels))]
     labels = [step.labels[i] for i in kept]

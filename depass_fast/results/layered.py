@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..labels import BIAS, REST
 from .attribution import TENSORS, Attribution
-from .files import open_saved, write_csv
-from .ranking import check_top, ranking
+from .estimate import Estimate, estimate_dict, estimate_from
+from .files import read_result, register_format, write_result
+from .interface import Row
+from .ranking import leading, score_of, target_row
+from .render import plain, rich_view
+from .tables import data_frame, write_csv
 from .verification import Verification, merged
 
 if TYPE_CHECKING:
@@ -23,26 +27,122 @@ if TYPE_CHECKING:
 FORMAT = "depass_fast.layers.v1"
 
 
+class _Shared:
+    """What all layers of a result have in common; their attributions are ``by_layer``."""
+
+    by_layer: list[Attribution]
+
+    @property
+    def target_logits(self) -> Tensor:
+        """The model's own logits of the targets: () or (K,)."""
+        return self.by_layer[0].target_logits
+
+    @property
+    def target_names(self) -> list[str]:
+        """A name per target."""
+        return self.by_layer[0].target_names
+
+    @property
+    def target_ids(self) -> list[int | None]:
+        """A token id per target, None for a vector."""
+        return self.by_layer[0].target_ids
+
+    @property
+    def contrast_ids(self) -> list[int | None]:
+        """The token id that is subtracted from each target, None where none is."""
+        return self.by_layer[0].contrast_ids
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The prompt's token ids."""
+        return self.by_layer[0].input_ids
+
+    @property
+    def tokens(self) -> list[str]:
+        """The prompt's tokens as text."""
+        return self.by_layer[0].tokens
+
+    @property
+    def components(self) -> str:
+        """The kind of components, such as "neurons"."""
+        return self.by_layer[0].components
+
+    @property
+    def position(self) -> int:
+        """The position that was read."""
+        return self.by_layer[0].position
+
+    @property
+    def allocation(self) -> str:
+        """The rule by which components share an MLP."""
+        return self.by_layer[0].allocation
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the softmax rule."""
+        return self.by_layer[0].temperature
+
+    @property
+    def backend(self) -> str:
+        """The backend that computed the scores."""
+        return self.by_layer[0].backend
+
+    @property
+    def device(self) -> str:
+        """The device of the model."""
+        return self.by_layer[0].device
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the model."""
+        return self.by_layer[0].dtype
+
+    @property
+    def method(self) -> str:
+        """ "exact" or "adjoint"."""
+        return self.by_layer[0].method
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of workspace that were used in the end; None: not bounded."""
+        return self.by_layer[0].memory_budget
+
+
 @dataclass(eq=False)
-class LayeredAttribution:
+class LayeredAttribution(_Shared):
     """The shares of every component of several layers in the same targets' logits.
 
     A layer's shares, its `rest` and its `bias` sum to the logit; shares of different layers are not to be added.
-    ``result[3]`` is layer 3's :class:`Attribution`; iterating goes through all of them. What all layers
-    share (`target_logits`, `target_names`, `tokens`, `method`, ...) can be read from this object, too.
+    ``result[3]`` is layer 3's :class:`Attribution`; iterating goes through all of them in the order of :attr:`layers`.
 
-    ``estimate`` is that of all layers together, see :class:`depass_fast.adjoint.estimate.Estimate`; None where nothing
-    was sampled. ``warnings`` says where it is bad, or the verification failed.
+    ``estimate`` (:class:`depass_fast.Estimate`) is that of all layers together; None where nothing was sampled.
+    ``warnings`` says where it is bad, or where the verification failed.
     """
 
     by_layer: list[Attribution]
-    estimate: dict[str, Any] | None = None
+    estimate: Estimate | None = None
     warnings: list[str] | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("by_layer", "layer_errors"):
-            raise AttributeError(name)
-        return getattr(self.by_layer[0], name)
+    def __getitem__(self, layer: int) -> Attribution:
+        """Return one layer's result, by its number.
+
+        Raises:
+            KeyError: the layer was not asked for.
+            TypeError: ``layer`` is no number.
+        """
+        try:
+            number = operator.index(layer)
+        except TypeError:
+            raise TypeError(
+                f"a layer is named by its number, not by {layer!r}; this result holds {self._held}"
+            ) from None
+        if number not in self.layers:
+            raise KeyError(f"no layer {number}; this result holds {self._held}")
+        return self.by_layer[self.layers.index(number)]
+
+    def __contains__(self, layer: object) -> bool:
+        """True if this result holds the layer of that number."""
+        return layer in self.layers
 
     def __iter__(self) -> Iterator[Attribution]:
         return iter(self.by_layer)
@@ -52,18 +152,21 @@ class LayeredAttribution:
 
     @property
     def layers(self) -> list[int]:
-        """The layers' numbers, as in the rows of :attr:`scores`."""
+        """The layers' numbers, in the order of the rows of :attr:`scores`."""
         return [result.layer for result in self.by_layer]
 
-    def __getitem__(self, layer: int) -> Attribution:
-        """One layer's result, by its number. Raises KeyError where it was not asked for."""
-        if layer not in self.layers:
-            raise KeyError(f"no layer {layer}; this result holds {', '.join(map(str, self.layers))}")
-        return self.by_layer[self.layers.index(layer)]
+    @property
+    def layer(self) -> NoReturn:
+        """Raises AttributeError: there are several."""
+        raise AttributeError(f"layer: this result holds several layers; use .layers, or result[{self.layers[-1]}]")
+
+    @property
+    def _held(self) -> str:
+        return ", ".join(map(str, self.layers))
 
     @property
     def scores(self) -> Tensor:
-        """(layers, I), with the targets' axis in front if they were a list; without `rest` and `bias`.
+        """The table (layers, I), with the targets' axis in front if they were a list; without `rest` and `bias`.
 
         Raises:
             ValueError: the layers have different numbers of components (in mixtures of experts); see :attr:`by_layer`.
@@ -75,17 +178,18 @@ class LayeredAttribution:
         return torch.stack(parts, dim=-2)
 
     def _named(self) -> list[Tensor]:
-        return [r.scores[..., : len(r.labels) - r.n_extras] for r in self.by_layer]
+        """Return every layer's scores without `rest` and `bias`."""
+        return [result.scores[..., : len(result.labels) - result.n_extras] for result in self.by_layer]
 
     @property
     def rest(self) -> Tensor:
-        """Every layer's `rest`: (layers,) or (K, layers)."""
-        return self._extra("rest")
+        """Every layer's `rest`, zero where there is none: (layers,) or (K, layers)."""
+        return self._extra(REST)
 
     @property
     def bias(self) -> Tensor:
         """Every layer's `bias`, zero where there is none: (layers,) or (K, layers)."""
-        return self._extra("bias")
+        return self._extra(BIAS)
 
     def _extra(self, label: str) -> Tensor:
         found = [
@@ -96,66 +200,73 @@ class LayeredAttribution:
 
     @property
     def labels(self) -> list[str]:
-        """Names in the order of ``scores`` flattened over layers and neurons."""
+        """Names in the order of ``scores`` flattened over layers and components."""
         return [label for r in self.by_layer for label in r.labels[: len(r.labels) - r.n_extras]]
 
     @property
     def seconds(self) -> float:
-        """Of all layers together: each layer's counts from the beginning of the call."""
-        return max(r.seconds for r in self.by_layer)
+        """Seconds of all layers together: each layer's count from the beginning of the call."""
+        return max(result.seconds for result in self.by_layer)
 
     @property
     def completeness_error(self) -> float:
-        """The largest of the layers'."""
-        return max(r.completeness_error for r in self.by_layer)
+        """The largest error of a layer."""
+        return max(result.completeness_error for result in self.by_layer)
 
     @property
     def verification(self) -> Verification | None:
-        """Of all layers; None where nothing was verified."""
-        return merged(r.verification for r in self.by_layer)
+        """The verification of all layers together; None where nothing was verified."""
+        return merged(result.verification for result in self.by_layer)
+
+    def layer_text(self) -> str:
+        """Return the layers in words."""
+        return f"layers {self._held}" if len(self) < 5 else f"{len(self)} layers"
+
+    def scores_of(self, target: int) -> Tensor:
+        """Return all scores of a target in the order of :attr:`labels`, one layer after the other: (M,).
+
+        Raises IndexError where there is no such target.
+        """
+        return target_row(torch.cat(self._named(), dim=-1), target)
+
+    def rows(self, target: int, top: int) -> list[Row]:
+        """Return the ``top`` leading components of all layers; they have no sum."""
+        return [Row(label, score) for label, score in self.top(top, target)]
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude") -> list[tuple[str, float]]:
-        """The ``k`` leading components of all layers as (label, score), see :meth:`Attribution.top`."""
-        check_top(k, by)
-        scores = self._of(target)
-        order = ranking(scores, by)[:k].tolist()
-        labels = self.labels
-        return [(labels[i], float(scores[i])) for i in order]
+        """Return the ``k`` leading components of all layers as (label, score), see :meth:`Attribution.top`."""
+        return leading(self.labels, self.scores_of(target), k, by)
 
     def score(self, label: str, target: int = 0) -> float:
-        """The score of one component by its label."""
-        try:
-            return float(self._of(target)[self.labels.index(label)])
-        except ValueError:
-            labels = self.labels
-            raise KeyError(f"no component {label!r}; labels run from {labels[0]!r} to {labels[-1]!r}") from None
+        """Return the score of one component by its label; raises KeyError where there is none."""
+        return score_of(self.labels, self.scores_of(target), label)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A DataFrame with a row per component, `rest` and `bias` of every layer included: `layer`, `label`, scores."""
-        import pandas
-
-        frames = [result.to_dataframe() for result in self.by_layer]
-        for frame, layer in zip(frames, self.layers, strict=True):
-            frame.insert(0, "layer", layer)
-        return pandas.concat(frames, ignore_index=True)
+        """Return a DataFrame with a row per component, `rest` and `bias` included: `layer`, `label`, scores."""
+        return data_frame(*self._table())
 
     def to_csv(self, path: str | Path) -> None:
-        """The table of :meth:`to_dataframe` as a file."""
+        """Write the table of :meth:`to_dataframe` as a file."""
+        names, rows = self._table()
+        write_csv(path, names, rows)
+
+    def _table(self) -> tuple[list[str], list[tuple]]:
+        """Return the names of a table's columns, and its rows."""
         rows = [(r.layer, *row) for r in self.by_layer for row in zip(*r.columns()[1], strict=True)]
-        write_csv(path, ["layer", *self.by_layer[0].columns()[0]], rows)
+        return ["layer", *self.by_layer[0].columns()[0]], rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: those of :meth:`Attribution.to_dict` that all layers share, and ``layers``, a list of them."""
+        """Return the values of :meth:`Attribution.to_dict` that all layers share; ``layers`` lists the others."""
         each = [result.to_dict() for result in self.by_layer]
-        own = ("layer", "labels", "scores", "completeness_error", "estimate", "warnings")
+        own = ("layer", "labels", "scores", "completeness_error")
         shared = {name: value for name, value in each[0].items() if name not in own}
         return {
             **shared,
             "completeness_error": self.completeness_error,
             "verification": None if self.verification is None else asdict(self.verification),
-            "estimate": self.estimate,
+            "estimate": estimate_dict(self.estimate),
             "warnings": self.warnings or [],
-            "layers": [{name: one[name] for name in own[:4]} for one in each],
+            "layers": [{name: one[name] for name in own} for one in each],
         }
 
     def save(self, path: str | Path) -> None:
@@ -163,40 +274,31 @@ class LayeredAttribution:
         tensors = {f"{i}.{name}": getattr(r, name).clone() for i, r in enumerate(self.by_layer) for name in TENSORS}
         content = {
             "layers": [result.metadata() for result in self.by_layer],
-            "estimate": self.estimate,
+            "estimate": estimate_dict(self.estimate),
             "warnings": self.warnings,
         }
-        save_file(tensors, str(path), metadata={"format": FORMAT, "json": json.dumps(content)})
+        write_result(path, FORMAT, tensors, content)
 
     @classmethod
     def load(cls, path: str | Path) -> LayeredAttribution:
         """Read what :meth:`save` wrote. Raises ValueError where the file is no such."""
-        tensors, content = open_saved(path, FORMAT)
-        return cls.restore(tensors, content)
+        return read_result(path, FORMAT)
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> LayeredAttribution:
-        """From the parts of a file."""
+        """Return the result that a file's parts describe."""
         parts: Sequence[dict[str, Any]] = content["layers"]
         results = [
             Attribution.restore({name: tensors[f"{i}.{name}"] for name in TENSORS}, part)
             for i, part in enumerate(parts)
         ]
-        return cls(results, content["estimate"], content["warnings"])
+        return cls(results, estimate_from(content["estimate"]), content["warnings"])
 
     def __str__(self) -> str:
-        from .render import plain
-
         return plain(self)
 
     def __rich__(self) -> Any:
-        from .render import rich_view
-
         return rich_view(self)
 
-    def _of(self, target: int) -> Tensor:
-        """All scores of a target, one layer after the other."""
-        scores = torch.atleast_2d(torch.cat(self._named(), dim=-1))
-        if not -len(scores) <= target < len(scores):
-            raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
-        return scores[target]
+
+register_format(FORMAT, LayeredAttribution.restore)

@@ -1,28 +1,39 @@
-"""The order of scores in ``top``."""
+"""Components by the size of their scores, and by their labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
-
 _KEYS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": torch.abs, "positive": lambda s: s, "negative": torch.neg}
 
 
-def check_top(k: int, by: str) -> None:
-    """Raises ValueError for an unknown order or fewer than one."""
+def leading(labels: Sequence[str], scores: Tensor, k: int, by: str) -> list[tuple[str, float]]:
+    """Return the ``k`` leading of scores (M,) as (label, score).
+
+    Raises:
+        ValueError: ``by`` is no known order, or ``k`` is less than one.
+    """
     if by not in _KEYS:
         raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, _KEYS))}.")
     if k < 1:
         raise ValueError(f"k: {k} is out of range; it must be at least 1.")
+    order: list[int] = _KEYS[by](scores).argsort(descending=True, stable=True)[:k].tolist()
+    return [(labels[i], float(scores[i])) for i in order]
 
 
-def ranking(scores: Tensor, by: str) -> Tensor:
-    """Indices of scores (M,), the leading one first."""
-    return _KEYS[by](scores).argsort(descending=True, stable=True)
+def score_of(labels: Sequence[str], scores: Tensor, label: str) -> float:
+    """Return the score (of M,) that belongs to a label; raises KeyError where there is none."""
+    if label not in labels:
+        raise KeyError(f"no component {label!r}; labels run from {labels[0]!r} to {labels[-1]!r}")
+    return float(scores[labels.index(label)])
+
+
+def target_row(scores: Tensor, target: int) -> Tensor:
+    """Return one target's scores (M,) of (M,) or (K, M); raises IndexError where it is out of range."""
+    scores = torch.atleast_2d(scores)
+    if not -len(scores) <= target < len(scores):
+        raise IndexError(f"target: {target} is out of range; this result holds {len(scores)}.")
+    return scores[target]

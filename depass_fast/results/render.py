@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .layered import LayeredAttribution
+from .interface import Result, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
-
-    from .attribution import Attribution
 
 _WIDTH = 100  # columns of plain text
 _BAR = 24  # columns of the longest bar
@@ -26,15 +23,8 @@ POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
 _FAINT = 0.03  # of the largest share; below it a token keeps the terminal's own colours
 
 
-@dataclass(frozen=True)
-class _Row:
-    label: str
-    score: float
-    ranked: bool = True  # a component of its own, with a bar; not `others`, `rest`, `bias` and the sum
-
-
-def plain(result: Attribution, top: int | None = None) -> str:
-    """A short text: what was read out, then the prompt with the share of every token, or the leading components.
+def plain(result: Result, top: int | None = None) -> str:
+    """Return a short text: what was read out, then the prompt with every token's share, or the leading components.
 
     ``top`` asks for a table of that many components (default: 10, and for tokens the prompt instead).
     """
@@ -44,13 +34,16 @@ def plain(result: Attribution, top: int | None = None) -> str:
         text += ["", *aligned(result)]
     for k in _targets(result) if top or not as_prompt else ():
         title = [result.target_names[k]] if len(_targets(result)) > 1 else []
-        text += ["", *title, *_plain_table(_rows(result, k, top or _TOP))]
+        text += ["", *title, *_plain_table(result.rows(k, top or _TOP))]
     return "\n".join(text)
 
 
-def rich_view(result: Attribution, top: int | None = None) -> Any:
-    """The same in colour: for tokens the prompt, red where a token raises the target's logit, blue where it lowers it;
-    then a table of the ``top`` (default 10) leading components per target."""
+def rich_view(result: Result, top: int | None = None) -> Any:
+    """Return the same in colour, for rich.
+
+    Tokens are shown as the prompt, red where a token raises the target's logit, blue where it lowers it. A table of the
+    ``top`` (default 10) leading components per target follows.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -58,46 +51,31 @@ def rich_view(result: Attribution, top: int | None = None) -> Any:
     for k in _targets(result):
         parts += [Text(_headline(result, k), style="bold"), ""]
         if result.components == "tokens":
-            scores = _scores(result, k)
+            scores = result.scores_of(k).tolist()
             parts += [token_line(result.tokens, scores), legend(scores[: len(result.tokens)]), ""]
-        parts += [rich_table(_rows(result, k, top or _TOP)), ""]
+        parts += [rich_table(result.rows(k, top or _TOP)), ""]
     return Group(*parts, Text(about(result), style="dim"))
 
 
-def about(result: Attribution) -> str:
-    """One line on how a result came about."""
+def about(result: Result) -> str:
+    """Return one line on how a result came about."""
     rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
-    layers = f"layer {result.layer}"
-    if isinstance(result, LayeredAttribution):
-        layers = f"layers {', '.join(map(str, result.layers))}" if len(result) < 5 else f"{len(result)} layers"
-    how = result.method + (f" ({_estimated(result.estimate)})" if result.estimate else "")
+    how = result.method + (f" ({result.estimate})" if result.estimate else "")
     verified = "" if result.verification is None else f"verified: {result.verification} | "
     return (
-        f"{result.components} at {layers} | {how} | {rule} | {result.backend} on {result.device}, {result.dtype} | "
+        f"{result.components} at {result.layer_text()} | {how} | {rule} | "
+        f"{result.backend} on {result.device}, {result.dtype} | "
         f"completeness error {result.completeness_error:.1e} | {verified}{result.seconds:.2f} s"
     )
 
 
-def _warned(result: Attribution) -> list[str]:
+def _warned(result: Result) -> list[str]:
     more = " These scores are approximate; see docs/adjoint.md." if result.method == "adjoint" else ""
     return [f"WARNING: {text}.{more}" for text in result.warnings or []]
 
 
-def _estimated(estimate: dict[str, Any]) -> str:
-    """What a sample says of approximate scores, in a few words."""
-    found = [f"sample of {estimate['sample']}"] if estimate["sample"] else []
-    if estimate["spearman"] is not None:
-        found.append(f"Spearman {estimate['spearman']:.4f}")
-    if estimate["relative_error"] is not None:
-        found.append(f"error {estimate['relative_error']:.1%}")
-    if estimate["missed"] is not None:
-        low, high = estimate["missed_interval"]
-        found.append(f"missed of the top {estimate['top']}: {estimate['missed']:.0%} ({low:.0%} to {high:.0%})")
-    return ", ".join(found) or "no sample"
-
-
 def token_line(tokens: Sequence[str], scores: Sequence[float]) -> Text:
-    """The prompt as one line; every token's background is red or blue, the more saturated the larger |share| / max."""
+    """Return the prompt as one line; a token's background is red or blue, the stronger the larger its |share|."""
     from rich.text import Text
 
     line, largest = Text(), max((abs(s) for s in scores[: len(tokens)]), default=0.0)
@@ -107,7 +85,7 @@ def token_line(tokens: Sequence[str], scores: Sequence[float]) -> Text:
 
 
 def legend(scores: Sequence[float]) -> Text:
-    """What the colours of :func:`token_line` mean for these scores."""
+    """Return a scale that explains the colours of :func:`token_line` for these scores."""
     from rich.text import Text
 
     largest = max((abs(s) for s in scores), default=0.0)
@@ -120,10 +98,10 @@ def legend(scores: Sequence[float]) -> Text:
     return line
 
 
-def aligned(result: Attribution, width: int = _WIDTH) -> list[str]:
-    """The prompt of a token attribution in lines of ``width`` columns; under every token its share per target."""
+def aligned(result: Result, width: int = _WIDTH) -> list[str]:
+    """Return the prompt of a token attribution in lines of ``width`` columns, with its shares under every token."""
     heads = [printable(t) if t.strip() else repr(t) for t in result.tokens] + result.labels[len(result.tokens) :]
-    flat = format_scores([score for k in _targets(result) for score in _scores(result, k)])
+    flat = format_scores([score for k in _targets(result) for score in result.scores_of(k).tolist()])
     rows = [flat[k * len(heads) : (k + 1) * len(heads)] for k in _targets(result)]
     names = [""] if len(rows) == 1 else result.target_names
     margin = max(map(_width, names))
@@ -140,8 +118,8 @@ def aligned(result: Attribution, width: int = _WIDTH) -> list[str]:
     return [*lines, *(line.rstrip() for line in current)]
 
 
-def rich_table(rows: Sequence[_Row], width: int = _BAR) -> Table:
-    """Label, share and bar of every row; ``width`` is the longest bar's, in columns."""
+def rich_table(rows: Sequence[Row], width: int = _BAR) -> Table:
+    """Return a table of label, share and bar of every row; the longest bar takes ``width`` columns."""
     from rich.table import Table
     from rich.text import Text
 
@@ -158,13 +136,13 @@ def rich_table(rows: Sequence[_Row], width: int = _BAR) -> Table:
     return table
 
 
-def leading(pairs: Sequence[tuple[str, float]]) -> list[_Row]:
-    """(label, score) pairs, as ``result.top`` gives them, as rows of :func:`rich_table`."""
-    return [_Row(label, score) for label, score in pairs]
+def leading(pairs: Sequence[tuple[str, float]]) -> list[Row]:
+    """Return (label, score) pairs, as ``result.top`` gives them, as rows of :func:`rich_table`."""
+    return [Row(label, score) for label, score in pairs]
 
 
 def format_scores(scores: Sequence[float]) -> list[str]:
-    """Signed numbers with the same number of decimals: four significant digits of the largest."""
+    """Return signed numbers with the same number of decimals: four significant digits of the largest."""
     largest = max((abs(s) for s in scores), default=0.0)
     if not largest or not math.isfinite(largest) or largest < 1e-6 or largest >= 1e7:
         return [f"{s:+.3e}" if s else "0" for s in scores]
@@ -173,26 +151,22 @@ def format_scores(scores: Sequence[float]) -> list[str]:
 
 
 def score_bar(score: float, largest: float, width: int = _BAR, fill: str | None = None) -> str:
-    """A bar of length |score| / largest; by default full blocks where positive, shaded ones where negative."""
+    """Return a bar of length |score| / largest; by default full blocks where positive, shaded ones where negative."""
     length = round(width * abs(score) / largest) if largest else 0
     return (fill or ("█" if score > 0 else "▒")) * length or ("▏" if score else "")
 
 
 def printable(token: str) -> str:
-    """The text of a token with line breaks and other invisible characters escaped."""
+    """Return the text of a token with line breaks and other invisible characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
 
 
-def _targets(result: Attribution) -> range:
+def _targets(result: Result) -> range:
     return range(len(result.target_names))
 
 
-def _scores(result: Attribution, target: int) -> list[float]:
-    return (result.scores if result.scores.ndim == 1 else result.scores[target]).tolist()
-
-
-def _headline(result: Attribution, target: int) -> str:
-    """The target, where it was read out, and its value."""
+def _headline(result: Result, target: int) -> str:
+    """Return the target, the position where it was read out, and its value."""
     if result.target_ids[target] is None:
         what = "projection"
     else:
@@ -201,22 +175,7 @@ def _headline(result: Attribution, target: int) -> str:
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
 
 
-def _rows(result: Attribution, target: int, top: int) -> list[_Row]:
-    """The leading components, the sum of the others, `rest` and `bias`, and the sum of all; of layers, the former."""
-    if isinstance(result, LayeredAttribution):
-        return leading(result.top(top, target))
-    scores = _scores(result, target)
-    named = len(scores) - result.n_extras
-    shown = result.top(top, target)
-    rows = [_Row(label, score) for label, score in shown]
-    if len(shown) < named:
-        others = math.fsum(scores[:named]) - math.fsum(score for _, score in shown)
-        rows.append(_Row(f"{named - len(shown)} others", others, ranked=False))
-    rows += [_Row(label, score, False) for label, score in zip(result.labels[named:], scores[named:], strict=True)]
-    return [*rows, _Row("sum", math.fsum(scores), ranked=False)]
-
-
-def _plain_table(rows: Sequence[_Row]) -> list[str]:
+def _plain_table(rows: Sequence[Row]) -> list[str]:
     numbers = format_scores([row.score for row in rows])
     label, number = max(_width(row.label) for row in rows), max(map(len, numbers))
     largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
@@ -227,7 +186,7 @@ def _plain_table(rows: Sequence[_Row]) -> list[str]:
 
 
 def _heat(t: float) -> str:
-    """The style of a share ``t`` in -1 to 1: from grey to full colour, white text."""
+    """Return the style of a share ``t`` in -1 to 1: from grey to full colour, white text."""
     if abs(t) < _FAINT:
         return ""
     end = POSITIVE if t > 0 else NEGATIVE
@@ -240,7 +199,7 @@ def _rgb(colour: Any) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal: wide East Asian characters take two, combining marks none."""
+    """Return the columns that a text takes on a terminal: wide East Asian characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 

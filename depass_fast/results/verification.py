@@ -1,4 +1,4 @@
-"""How far a backend is off the reference operations: what ``verify=True`` found."""
+"""The distance of a backend from the reference operations, as ``verify=True`` measures it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ class VerificationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Verification:
-    """How far a backend is off the reference operations, of ``compared`` positions at steps of layers.
+    """The distance of a backend from the reference operations, at ``compared`` positions after steps of layers.
 
-    ``error`` is ‖backend's - reference's‖ over the components of one position after one step, relative to the larger of
-    both; ``where`` says of which. Up to ``limit`` rounding explains it: √eps of the coarsest dtype involved.
+    ``error`` is ‖backend's - reference's‖ over the components of one position after one step, relative to the larger
+    norm of both; ``where`` names the position and step. Up to ``limit``, √eps of the coarsest dtype involved, rounding
+    explains it.
 
-    A step that adds little could do anything within that. So ``added`` is the same difference relative to the larger of
-    what both add to the state, without what rounding explains of every number, however little is added to it: eps of
-    the state's dtype, and 32 times that of the sums inside a product, float32's or float64's. What is left comes of the
-    products and of several roundings in a row, and is allowed √eps, too (``added_limit``, ``added_where``).
+    A step that adds little could do anything within that limit. So ``added`` is the same difference relative to the
+    larger of what both add to the state. It leaves out the rounding of every number, however little is added to it: eps
+    of the state's dtype, and 32 times the eps of the sums inside a product, float32's or float64's. The remainder comes
+    from the products and from several roundings in a row; it may reach √eps, too (``added_limit``, ``added_where``).
 
-    Rules that jump at a tie (all but `softmax` and `taylor`) are allowed 2.0 in half precision, which is anything. Of
-    all that was compared, these are what is furthest beyond its limit, or nearest to it.
+    Rules that jump at a tie (all but `softmax` and `taylor`) may reach 2.0 in half precision, which is anything. The
+    figures are those of the comparison that is furthest beyond its limit, or nearest to it.
     """
 
     error: float = 0.0
@@ -38,13 +39,14 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """True if both errors are within their limits."""
         return self.error <= self.limit and self.added <= self.added_limit
 
     def __str__(self) -> str:
         return f"{self.error:.1e} off the reference, {self.added:.1e} in what a step adds, {self.compared} compared"
 
     def meet(self, other: Verification) -> Verification:
-        """Of both together."""
+        """Return the verification of both together."""
         rows = max(self, other, key=lambda one: _excess(one.error, one.limit))
         steps = max(self, other, key=lambda one: _excess(one.added, one.added_limit))
         added = {name: getattr(steps, name) for name in ("added", "added_where", "added_limit")}
@@ -52,18 +54,18 @@ class Verification:
 
 
 def _excess(error: float, limit: float) -> float:
-    """An error in units of its limit; -1 where nothing was compared."""
+    """Return an error in units of its limit; -1 where nothing was compared."""
     return error / limit if limit else -1.0
 
 
 def merged(found: Iterable[Verification | None]) -> Verification | None:
-    """Of several, all that differ; None where there is none."""
-    found = dict.fromkeys(one for one in found if one is not None)
-    return reduce(Verification.meet, found) if found else None
+    """Return several verifications as one, equal ones counted once; None where there is none."""
+    different = list(dict.fromkeys(one for one in found if one is not None))
+    return reduce(Verification.meet, different) if different else None
 
 
 def warned(found: Verification | None, backend: str) -> list[str] | None:
-    """What is to be said of a verification that failed; it is also given as a warning. None where nothing is."""
+    """Issue a VerificationWarning for a verification that failed, and return its text for the result; else None."""
     if found is None or found.passed:
         return None
     both = (

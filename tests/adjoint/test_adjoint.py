@@ -23,7 +23,7 @@ from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import FAMILIES, build, random_ids
 from tests.support.steps import start_state
 
-pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
 T = 0.1
 
 
@@ -203,7 +203,7 @@ def test_the_demo_model(demo):
         assert torch.corrcoef(torch.stack([one.scores[:-1], other.scores[:-1]]))[0, 1] > 0.99
     top = {label for label, _ in exact.top(20)}
     assert len(top & {label for label, _ in found.top(20)}) >= 19
-    assert found.estimate["spearman"] > 0.98 and found.estimate["partition_error"] is not None
+    assert found.estimate.spearman > 0.98 and found.estimate.partition_error is not None
 
 
 def test_explicit_components_repair_a_loud_neuron(demo):

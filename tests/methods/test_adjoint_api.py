@@ -1,14 +1,12 @@
 """The adjoint sweep as users meet it: which method runs, results of several layers, refinement, estimates, errors."""
 
-import warnings
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAttribution, Neurons, Tokens
-from depass_fast.adjoint import estimate, sweep
-from depass_fast.adjoint.estimate import draw, judge, spearman, wilson
+from depass_fast.adjoint import sweep
+from depass_fast.adjoint.estimate import draw, judge, spearman, warnings_of, wilson, worst
 from depass_fast.adjoint.memory import CPU_BUDGET
 from depass_fast.options import Adjoint
 from depass_fast.request import MOST_EXACT
@@ -17,7 +15,7 @@ from tests.support.components import Dictionary, custom
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
 
-pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
 IDS = random_ids(6, seed=1)
 
 
@@ -98,15 +96,21 @@ def test_exact_layers_are_those_of_single_calls(layered):
     assert layered[2] is layered.by_layer[1]
     total = layered.scores.sum(-1) + layered.rest + layered.bias
     assert torch.allclose(total, layered.target_logits[..., None].expand_as(total), atol=1e-4)
+    assert 2 in layered and 1 not in layered
     with pytest.raises(KeyError, match="no layer 1; this result holds 0, 2"):
         layered[1]
+    with pytest.raises(TypeError, match="layers go by their numbers, 'L2' is none"):
+        layered["L2"]
+    with pytest.raises(AttributeError, match=r"several layers; use .layers, or result\[2\]"):
+        _ = layered.layer
 
 
 def test_layered_results_have_the_interface_of_an_attribution(layered, tmp_path):
     best, value = layered.top(1)[0]
-    assert abs(value) == pytest.approx(float(torch.atleast_3d(layered.scores)[..., :].abs().max()), rel=1) or best
+    named = (layered.scores if layered.scores.ndim == 2 else layered.scores[0]).flatten()  # of the first target
+    assert best == layered.labels[int(named.abs().argmax())] and abs(value) == float(named.abs().max())
     assert layered.score(best) == value and len(layered.top(500)) == 96
-    assert layered.top(1, by="positive")[0][1] >= value
+    assert layered.top(1, by="positive")[0][1] == float(named.max())
     for bad, error in (
         ({"k": 0}, "k: 0 is out of range"),
         ({"by": "size"}, "by: 'size' is not one of"),
@@ -127,6 +131,9 @@ def test_layered_results_have_the_interface_of_an_attribution(layered, tmp_path)
     found = layered.to_dict()
     assert [one["layer"] for one in found["layers"]] == [0, 2] and found["method"] == "exact"
     assert "neurons at layers 0, 2 | exact" in str(layered)
+    shared = ("tokens", "input_ids", "target_ids", "contrast_ids", "position", "allocation", "temperature", "backend")
+    for name in (*shared, "device", "dtype", "memory_budget"):
+        assert getattr(layered, name) == getattr(layered[0], name)
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = layered.nothing_like_it
 
@@ -307,10 +314,10 @@ def test_the_estimate_is_near_the_truth(wide):
     exact = wide.attribute(IDS, Neurons(0), 5, **options)
     mine, truth = found.scores[:-1], exact.scores[:-1]
     relative = float((mine - truth).norm() / truth.norm())
-    assert found.estimate["relative_error"] == pytest.approx(relative, rel=1.0, abs=0.01)
-    assert found.estimate["spearman"] == pytest.approx(spearman(mine, truth), abs=0.02)
-    assert found.estimate["sample"] >= 200 and found.estimate["top"] == 20
-    low, high = found.estimate["missed_interval"]
+    assert found.estimate.relative_error == pytest.approx(relative, rel=1.0, abs=0.01)
+    assert found.estimate.spearman == pytest.approx(spearman(mine, truth), abs=0.02)
+    assert found.estimate.sample >= 200 and found.estimate.top == 20
+    low, high = found.estimate.missed_interval
     bar = truth.abs().topk(20).values[-1]
     missed = int((truth.abs()[mine.abs().argsort(descending=True)[20:]] > bar).sum()) / 20
     assert low <= missed + 0.1 and missed <= high + 0.1
@@ -336,10 +343,10 @@ def test_a_draw_that_misses_says_so():
     drawn = draw(final[left].abs(), left, 20, 400, torch.Generator().manual_seed(1))
     assert len(set(drawn.near.tolist())) == 80 and len(drawn.uniform) == 320
     figures = judge(final, exact, drawn, 20)
-    assert figures["spearman"] < 0.3 and figures["relative_error"] > 0.3
-    with warnings.catch_warnings(record=True):
-        said = estimate.warnings_of({**figures, "top": 20, "partition_error": 0.5}, 0.2)
-    assert len(said) >= 4 and "miss the logit by 20.0%" in said[0]
+    assert figures.spearman < 0.3 and figures.relative_error > 0.3
+    said = warnings_of(worst([figures], sample=400, top=20, refined_error=None, partition_error=0.5), 0.2)
+    assert "miss the logit by 20.0%" in said[0] and len(said) == 5
+    assert warnings_of(None, 0.0) == [] and len(warnings_of(None, 0.2)) == 1
 
 
 def test_double_precision_and_streaming():

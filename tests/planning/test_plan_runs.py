@@ -22,7 +22,7 @@ from tests.support.components import Dictionary
 from tests.support.family_models import build_model, build_variant
 from tests.support.models import build, random_ids
 
-pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.adjoint.estimate.ApproximationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
 IDS = random_ids(40, seed=1)
 ALL = Neurons(layers="all")
 

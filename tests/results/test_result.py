@@ -1,6 +1,7 @@
 """Results: aligned labels, tables, files that carry no code."""
 
 import csv
+import subprocess
 import sys
 
 import pytest
@@ -80,6 +81,15 @@ def test_save_and_load(result, tmp_path):
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
     with safe_open(str(path), framework="pt") as file:
         assert set(file.metadata()) == {"format", "json"}
+
+
+def test_attribution_load_opens_layered_files_by_itself(tmp_path):
+    """Importing Attribution alone registers the format of several layers, too."""
+    path = tmp_path / "layers.safetensors"
+    build("qwen2").attribute(IDS, Heads(layers=[0, 2])).save(path)
+    program = f"from depass_fast import Attribution; print(Attribution.load({str(path)!r}).layers)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[0, 2]", done.stderr
 
 
 def test_load_refuses_other_files(tmp_path):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from depass_fast import DePass, Neurons, Tokens
-from depass_fast.adjoint.estimate import ApproximationWarning
 from depass_fast.cli.main import main
 from depass_fast.options import Adjoint
+from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.runtime import progress
 from tests.support.family_models import build_variant
 from tests.support.models import build, random_ids

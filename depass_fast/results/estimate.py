@@ -1,0 +1,70 @@
+"""How far approximate scores are from exact ones, as a result carries it (docs/adjoint.md, *Estimate*)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class ApproximationWarning(UserWarning):
+    """The estimate of an approximate result says that it is not to be relied upon."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The error of approximate scores, estimated from components drawn at random; figures of the worst target.
+
+    Exact means: propagated by itself given log Z.
+
+    sample: how many components were drawn. Half come from all that were not refined, half from the ranks next to the
+        refined.
+    spearman: rank correlation with exact scores over the first half, or None with fewer than 8.
+    relative_error: root mean square of the differences over that of the exact scores, over the first half.
+    refined_error: by how much refinement moved the refined components, relatively; None without. A large one says that
+        log Z was off, or that the first order is not enough: for the others, too.
+    top: the K of ``missed``: as many as were refined, else one in a hundred.
+    missed: the share of the true top K that is not among the refined; ``missed_interval`` is its 95 % interval.
+    partition_error: the relative error of Z that the sample shows; None with too few.
+    """
+
+    sample: int
+    spearman: float | None
+    relative_error: float | None
+    refined_error: float | None
+    top: int
+    missed: float | None
+    missed_interval: tuple[float, float] | None
+    partition_error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as files and JSON hold them."""
+        interval = None if self.missed_interval is None else list(self.missed_interval)
+        return asdict(self) | {"missed_interval": interval}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
+        """Return the estimate that :meth:`to_dict` wrote down."""
+        interval = values["missed_interval"]
+        return cls(**{**values, "missed_interval": None if interval is None else tuple(interval)})
+
+    def __str__(self) -> str:
+        found = [f"sample of {self.sample}"] if self.sample else []
+        if self.spearman is not None:
+            found.append(f"Spearman {self.spearman:.4f}")
+        if self.relative_error is not None:
+            found.append(f"error {self.relative_error:.1%}")
+        if self.missed is not None and self.missed_interval is not None:
+            low, high = self.missed_interval
+            found.append(f"missed of the top {self.top}: {self.missed:.0%} ({low:.0%} to {high:.0%})")
+        return ", ".join(found) or "no sample"
+
+
+def estimate_dict(estimate: Estimate | None) -> dict[str, Any] | None:
+    """Return an estimate as plain values; None stays None."""
+    return None if estimate is None else estimate.to_dict()
+
+
+def estimate_from(values: Mapping[str, Any] | None) -> Estimate | None:
+    """Return the estimate of plain values; None stays None."""
+    return None if values is None else Estimate.from_dict(values)
