@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from depass_fast import DePass, Neurons, Trace
 from depass_fast.adjoint.estimate import spearman
-from depass_fast.adjoint.forward import Settings
 from depass_fast.adjoint.maps import LayerStack
+from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import make_start
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo
@@ -198,8 +198,8 @@ def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: 
     starts = [make_start(Neurons(i), adapter, trace, prompt, n, False, torch.float32) for i in range(adapter.n_layers)]
     norm, at = adapter.final_norm(), trace.span(prompt).stop - 1
     seeds = adapter.unembedding.weight[target] * norm.weight * norm.scale(trace.resid_final[at])
-    road = LayerStack(adapter, trace, prompt, n, adapter.n_layers, torch.float32, torch.float32)
-    sweep = Sweep(road, starts, seeds[None], Settings(0.1, **changes), None)
+    stack = LayerStack(adapter, trace, prompt, n, adapter.n_layers, torch.float32, torch.float32)
+    sweep = Sweep(stack, starts, seeds[None], Settings(0.1, **changes), None)
     return [scores[0] for scores in sweep.run(method).named]
 
 

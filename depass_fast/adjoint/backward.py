@@ -2,89 +2,141 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
-from .forward import Forward, Settings, taylor_factor
-from .maps import LayerStack
+from .forward import Forward, Step, taylor_factor
+from .maps import LayerMaps, LayerStack
+from .settings import Settings
 
 
-def linear_scores(road: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
-    """First-order scores (K, M) of every start's named components, in ``directions`` (K, D) at the end of the road.
+def linear_scores(stack: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
+    """Return first-order scores (K, M) of every start's named components, in ``directions`` (K, D) at the stack's end.
 
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
-    starts, k, n = forward.starts, len(directions), road.n
-    edges = torch.tensor([0, *(len(start.named) for start in starts)], device="cpu").cumsum(0)
-    scores: list[Tensor] = [directions] * len(starts)
-    offsets = _Offsets(forward, k, directions)
-    own = [_at_the_end(forward, directions)]  # owner, member, score (r, K)
-    back = directions[None, :, None].expand(len(starts), -1, -1, -1)  # (S, K, Q, D)
-    for s, start in enumerate(starts):
-        if start.entering >= road.end:
-            scores[s] = start.named.project(_everywhere(back[s : s + 1], slice(n - 1, n), n)[0].to(start.bias))
+    way = _WayBack(stack, forward, directions, settings)
     for step in reversed(forward.steps):
-        maps = road.maps(step.index)
+        way.pass_layer(step)
+        stack.passed.finish()
+    return way.scores()
+
+
+@dataclass(frozen=True)
+class _RowScores:
+    """Scores (r, K) of explicit rows; ``owner`` and ``member`` (r,) are in host memory."""
+
+    owner: Tensor
+    member: Tensor
+    scores: Tensor
+
+
+class _WayBack:
+    """A way back through a forward's layers: gradients (S, K, Q, D) of the S starts that are still under way."""
+
+    def __init__(self, stack: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> None:
+        self._stack, self._forward, self._temperature = stack, forward, settings.temperature
+        self._k, self._like = len(directions), directions
+        self._offsets = _Offsets(forward, self._k, directions)
+        self._own = [_at_the_end(forward, directions)]
+        self._back = directions[None, :, None].expand(len(forward.starts), -1, -1, -1)
+        self._scores: dict[int, Tensor] = {}
+        last = slice(stack.n - 1, stack.n)
+        for s, start in enumerate(forward.starts):
+            if start.entering >= stack.end:
+                gradient = _everywhere(self._back[s : s + 1], last, stack.n)[0]
+                self._scores[s] = start.named.project(gradient.to(start.bias))
+
+    def pass_layer(self, step: Step) -> None:
+        """Take the gradients back through a layer, and read with them the components that begin there."""
+        maps, starts = self._stack.maps(step.index), self._forward.starts
         active = sum(start.entering <= step.index for start in starts)
-        back = back[:active].to(maps.device)
-        back = maps.normed(back.flatten(0, 1), "mlp", transposed=True).unflatten(0, (active, k))
-        y = maps.down_transposed(back.flatten(0, 1)).unflatten(0, (active, k))  # (S, K, Q, I)
-        if settings.temperature is None:
-            y *= taylor_factor(maps)
-            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
-        else:  # a component receives share · act · (1 - slope · mean + slope · g / T)
-            y *= (step.share * maps.act)[:, None]
-            offsets.add(y.sum(-1) - step.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, step.mean))
-            read = maps.gates_transposed(y.flatten(0, 1)).view_as(back)
-            read = read * (step.slope / settings.temperature)[:, None]
+        self._back = self._back[:active].to(maps.device)
+        read = self._through_mlp(step, maps)
         if not maps.parallel:
-            back = back + read
+            self._back = self._back + read
         if any(start.mid and start.entering == step.index for start in starts):
-            back = _everywhere(back, step.queries, n)
+            self._back = _everywhere(self._back, step.queries, self._stack.n)
         else:
-            back = maps.normed(back.flatten(0, 1), "attention", transposed=True)
-            through = maps.ov_transposed(back).unflatten(0, (active, k))
-            back = back.unflatten(0, (active, k)) + (read if maps.parallel else 0.0)
-            back = _everywhere(back, step.queries, n) + through
-        if step.index in forward.released:
-            x, owner, member = forward.released[step.index]
-            seen = back[to_device(owner, back.device)]
-            own.append((owner, member, torch.einsum("rnd,rknd->rk", x.to(seen), seen) + offsets.of_rows(owner, member)))
+            self._through_attention(step, maps, read)
+        self._score_released(step.index)
         for s, start in enumerate(starts):
             if start.entering == step.index:
-                scores[s] = start.named.project(back[s].to(start.bias.device)) + offsets.of_start(s, start.bias.device)
-        road.passed.finish()
-    flat = torch.cat([part.to(directions.device) for part in scores], dim=1)
-    for owner, member, score in own:
-        named = (member >= 0).nonzero()[:, 0]
-        at = to_device(edges[owner[named]] + member[named], flat.device)
-        flat[:, at] = score[to_device(named, score.device)].T.to(flat)
-    return list(flat.split([len(start.named) for start in starts], dim=1))
+                device = start.bias.device
+                self._scores[s] = start.named.project(self._back[s].to(device)) + self._offsets.of_start(s, device)
+
+    def _through_mlp(self, step: Step, maps: LayerMaps) -> Tensor:
+        """Return what the MLP reads, as gradients (S, K, Q, D), and take the others back through its norm."""
+        active = len(self._back)
+        back = maps.normed(self._back.flatten(0, 1), "mlp", transposed=True)
+        self._back = back.unflatten(0, (active, self._k))
+        y = maps.down_transposed(back).unflatten(0, (active, self._k))  # (S, K, Q, I)
+        crowd = step.crowd
+        if crowd is None or self._temperature is None:
+            y *= taylor_factor(maps)
+            return maps.gates_transposed(y.flatten(0, 1)).view_as(self._back)
+        # a component receives share · act · (1 - slope · mean + slope · g / T)
+        y *= (crowd.share * maps.act)[:, None]
+        self._offsets.add(y.sum(-1) - crowd.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, crowd.mean))
+        read = maps.gates_transposed(y.flatten(0, 1)).view_as(self._back)
+        return read * (crowd.slope / self._temperature)[:, None]
+
+    def _through_attention(self, step: Step, maps: LayerMaps, read: Tensor) -> None:
+        """Take the gradients back through attention and its norm; ``read`` joins them before it in a parallel layer."""
+        active = len(self._back)
+        back = maps.normed(self._back.flatten(0, 1), "attention", transposed=True)
+        through = maps.ov_transposed(back).unflatten(0, (active, self._k))
+        back = back.unflatten(0, (active, self._k)) + (read if maps.parallel else 0.0)
+        self._back = _everywhere(back, step.queries, self._stack.n) + through
+
+    def _score_released(self, index: int) -> None:
+        """Read the rows that were released before a layer."""
+        released = self._forward.released.get(index)
+        if released is None:
+            return
+        seen = self._back[to_device(released.owner, self._back.device)]
+        scores = torch.einsum("rnd,rknd->rk", released.x.to(seen), seen)
+        scores = scores + self._offsets.of_rows(released.owner, released.member)
+        self._own.append(_RowScores(released.owner, released.member, scores))
+
+    def scores(self) -> list[Tensor]:
+        """Return the scores (K, M) of every start, with those of the rows that had a path of their own."""
+        sizes = [len(start.named) for start in self._forward.starts]
+        edges = torch.tensor([0, *sizes], device="cpu").cumsum(0)
+        flat = torch.cat([self._scores[s].to(self._like.device) for s in range(len(sizes))], dim=1)
+        for own in self._own:
+            named = (own.member >= 0).nonzero()[:, 0]
+            at = to_device(edges[own.owner[named]] + own.member[named], flat.device)
+            flat[:, at] = own.scores[to_device(named, own.scores.device)].T.to(flat)
+        return list(flat.split(sizes, dim=1))
 
 
 class _Offsets:
     """What components receive at the layers passed so far though their states were zero, where they are alive."""
 
     def __init__(self, forward: Forward, k: int, like: Tensor) -> None:
-        self._alive = forward.alive
         self._total = like.new_zeros(len(forward.starts), k)  # where all are alive
-        self._passed: dict[int, list[Tensor]] = {s: [] for s, masks in enumerate(forward.alive) if masks is not None}
+        # the others' masks (M, Q) from the first layer on, and what was added per position, from the last layer on
+        self._alive = {s: masks for s, masks in enumerate(forward.alive) if masks is not None}
+        self._passed: dict[int, list[Tensor]] = {s: [] for s in self._alive}
 
     def add(self, beta: Tensor) -> None:
-        """A layer's, per position: (S, K, Q)."""
+        """Add what a layer gives per position: (S, K, Q)."""
         self._total = self._total.to(beta.device)
         self._total[: len(beta)] += beta.sum(2)
-        for s in self._passed:
+        for s, passed in self._passed.items():
             if s < len(beta):
-                self._passed[s].append(beta[s])
+                passed.append(beta[s])
 
     def of_start(self, s: int, device: torch.device) -> Tensor:
-        """Of all components of a start: (K, 1), or (K, M)."""
+        """Return the offsets of all components of a start: (K, 1), or (K, M)."""
         return (self._masked(s) if s in self._passed else self._total[s][:, None]).to(device)
 
     def of_rows(self, owner: Tensor, member: Tensor) -> Tensor:
-        """Of single components: (r, K)."""
+        """Return the offsets of single components: (r, K)."""
         device = self._total.device
         found = self._total[to_device(owner, device)]
         for s in self._passed:
@@ -94,28 +146,31 @@ class _Offsets:
         return found
 
     def _masked(self, s: int) -> Tensor:
-        if not self._passed[s]:
-            return self._total[s][:, None].expand(-1, len(self._alive[s][0]))
-        pairs = zip(self._passed[s], reversed(self._alive[s]), strict=False)  # the masks go from the first layer on
-        return sum((beta @ mask.T.to(beta)).to(self._total.device) for beta, mask in pairs)
+        masks, passed = self._alive[s], self._passed[s]
+        if not passed:
+            return self._total[s][:, None].expand(-1, len(masks[0]))
+        total = self._total.new_zeros(self._total.shape[1], len(masks[0]))
+        for beta, mask in zip(passed, reversed(masks), strict=False):
+            total += (beta @ mask.T.to(beta)).to(total.device)
+        return total
 
 
 def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
-    """Scores of `rest` or `bias` (as :mod:`forward` numbers them), zero where there is none: (starts, K)."""
-    owner, member, score = _at_the_end(forward, directions)
-    out = score.new_zeros(len(forward.starts), score.shape[1])
-    at = (member == extra).nonzero()[:, 0]
-    return out.index_add_(0, to_device(owner[at], out.device), score[to_device(at, out.device)])
+    """Return scores of `rest` or `bias` (as :mod:`rows` numbers them), zero where there is none: (starts, K)."""
+    found = _at_the_end(forward, directions)
+    out = found.scores.new_zeros(len(forward.starts), found.scores.shape[1])
+    at = (found.member == extra).nonzero()[:, 0]
+    return out.index_add_(0, to_device(found.owner[at], out.device), found.scores[to_device(at, out.device)])
 
 
-def _at_the_end(forward: Forward, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Owner and member, in host memory, and score (R, K) of the rows that were explicit to the end."""
+def _at_the_end(forward: Forward, directions: Tensor) -> _RowScores:
+    """Return the scores of the rows that were explicit to the end."""
     rows = forward.rows
-    return rows.owner, rows.member, rows.x[:, -1] @ directions.to(rows.x).T
+    return _RowScores(rows.owner, rows.member, rows.x[:, -1] @ directions.to(rows.x).T)
 
 
 def _everywhere(back: Tensor, queries: slice, n: int) -> Tensor:
-    """Gradients at ``queries`` as gradients at all positions: (S, K, Q, D) -> (S, K, N, D)."""
+    """Return gradients at ``queries`` as gradients at all positions: (S, K, Q, D) -> (S, K, N, D)."""
     if back.shape[2] == n:
         return back
     out = back.new_zeros(*back.shape[:2], n, back.shape[3])

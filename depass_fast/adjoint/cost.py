@@ -1,8 +1,8 @@
-"""What a sweep will take: bytes at its peak and FLOP, from shapes alone, as :mod:`depass_fast.job_size` does for exact.
+"""The cost of a sweep: bytes at its peak and FLOP, from shapes alone, as :mod:`depass_fast.planning.exact` for exact.
 
-What is held at once is listed block by block, in the order of the sweep: the starts, a layer's attention, its MLP, the
-way back, and the components that are propagated by themselves. How many components are loud is not known before a
-prompt is traced; everything is told for a given number of them.
+Bytes that are held at once are listed block by block, in the order of the sweep: the starts, a layer's attention, its
+MLP, the way back, and the components that are propagated by themselves. The number of loud components is not known
+before a prompt is traced; everything is told for a given number of them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 from ..backends.workload import LayerSize
 from ..options import Adjoint
-from .forward import Settings
-from .memory import SweepMemory, gates_room, journeys_at_once, positions_at_once
+from .maps import KEPT
+from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
+from .settings import Settings
 
-_NAME = 80  # bytes of a label, in the lists that it is in
-_PROBABILITIES = 1 << 28  # elements, above which those of all layers are not kept (as in maps)
+_NAME = 80  # bytes of a label in all lists that hold it
 
 
 @dataclass(frozen=True)
 class StartSize:
     """One start layer: ``named`` components that enter layer ``entering``; ``extras``: `rest`, and `bias` if any.
 
-    ``held`` are the bytes of what it is made of, beyond the trace and the model, ``making`` those of its making.
+    ``held`` are its bytes beyond the trace and the model, ``making`` those that its making takes for a while.
     """
 
     entering: int
@@ -35,13 +35,13 @@ class StartSize:
 
 @dataclass(frozen=True)
 class SweepWorkload:
-    """One prompt's sweep over the layers up to ``end``; ``loud`` components of every start, as far as they may be.
+    """One prompt's sweep over the layers up to ``end``, with up to ``loud`` loud components of every start.
 
-    ``item`` are bytes per number of rows, ``compute`` those of products. ``copies`` says that the model's weights do
-    not serve as they are, so that a layer's are copied; ``records`` that what was recorded does not.
+    ``item`` are bytes per number of rows, ``compute`` those of products. ``copies`` says that a layer's weights are
+    copied because the model's do not serve as they are, ``records`` the same of what was recorded.
     """
 
-    room: SweepMemory
+    memory: SweepMemory
     layers: list[LayerSize]
     starts: list[StartSize]
     end: int
@@ -55,74 +55,83 @@ class SweepWorkload:
     records: bool
 
     def peak(self, workspace: int) -> int:
-        """Bytes beyond the trace and the model."""
+        """Return the peak in bytes, beyond the trace and the model."""
         held = sum(start.held + _NAME * start.named for start in self.starts) + self._maps()
         return held + max(sum(blocks) for blocks in self._phases(workspace))
 
     def _rows(self, start: StartSize, refined: bool) -> int:
-        """Explicit rows of a start: the refined are for the most part its loud ones."""
+        """Return the explicit rows of a start; the refined are for the most part its loud ones."""
         if start.entering >= self.end or not self.softmax:
             return start.extras
         within = sum(other.entering < self.end for other in self.starts) if self.method.within == "all" else 1
         fixed = min(start.named, -(-self.method.refine // within)) if refined else 0
-        loud = min(self.loud, start.named, self.room.most_loud(Settings.at_most))
+        loud = min(self.loud, start.named, self.memory.most_loud(Settings.at_most))
         return 1 + start.extras + max(loud, fixed)
 
     def rows(self) -> int:
-        """Explicit rows of all starts."""
+        """Return the explicit rows of all starts."""
         return sum(self._rows(start, bool(self.method.refine)) for start in self.starts)
 
     def _groups(self, workspace: int) -> list[list[StartSize]]:
         lengths, most = [self.end - start.entering for start in self.starts], max(s.named for s in self.starts)
-        parts = self.room.groups(lengths, most, Settings.at_most, workspace)
+        parts = self.memory.groups(lengths, most, Settings.at_most, workspace)
         return [self.starts[part] for part in parts]
 
     def _queries(self, index: int) -> int:
-        return 1 if index == self.end - 1 else self.room.n
+        return 1 if index == self.end - 1 else self.memory.n
 
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def _maps(self) -> int:
-        """What is kept of layers between the ways there and back, or held of two of them."""
+        """Return the bytes of layers that are kept between the ways there and back, or held of two of them."""
         first = min(start.entering for start in self.starts)
         passed = range(first, self.end)
         if not passed:
             return 0
-        n, width = self.room.n, self.room.width
+        n, width = self.memory.n, self.memory.width
         probabilities = self.heads * n * n * self.compute
         records = max(2 * self._queries(i) * self.layers[i].reached(n) for i in passed) * self.item * self.records
         if self.copies:
             weights = max(self.layers[i].v + self.layers[i].o + 2 * self.layers[i].reached(n) for i in passed)
             return 2 * (weights * width * self.compute + records + probabilities)
-        if self.end * self.heads * n * n > _PROBABILITIES:
+        if self.end * self.heads * n * n > KEPT:
             return 2 * (records + probabilities)
         return sum(probabilities * (self._queries(i) > 1) for i in passed) + records * len(passed)
 
+    def _passes(self) -> tuple[bool, ...]:
+        """Return for every pass there and back if the refined components are explicit in it."""
+        return (False, True) if self.method.refine and self.softmax else (False,)
+
     def _phases(self, workspace: int) -> Iterator[list[int]]:
+        """Yield the blocks that are held at once, phase by phase."""
         yield [max(start.making for start in self.starts)]
-        n, item = self.room.n, self.item
         for group in self._groups(workspace):
-            for refined in (False, True) if self.method.refine and self.softmax else (False,):
-                tables: list[int] = []
-                entered = rows = 0
-                for index in range(group[0].entering, self.end):
-                    joining = [start for start in group if start.entering == index]
-                    new = sum(self._rows(start, refined) for start in joining)
-                    entered, rows = entered + len(joining), rows + new
-                    yield [*tables, rows * self.room.row, *[new * self.room.row] * 2, (rows - new) * self.room.row]
-                    for blocks in self._attention(index, rows):
-                        yield tables + blocks
-                    yield tables + self._mlp(index, rows, entered, workspace)
-                    table = entered * self._queries(index) * self.layers[index].reached(n) * item
-                    tables += [table] * 3 if self.softmax else []
-                    yield tables + self._back(index, entered)
-                if self.method.sample and self.softmax:
-                    for blocks in self._sampled(group, workspace):
-                        yield tables + blocks
-            yield [n * max(start.named for start in group) * item] * 2
+            for refined in self._passes():
+                yield from self._pass(group, refined, workspace)
+            yield [self.memory.n * max(start.named for start in group) * self.item] * 2
+
+    def _pass(self, group: list[StartSize], refined: bool, workspace: int) -> Iterator[list[int]]:
+        """Yield the phases of one pass there and back; the tables of the layers passed lie beside each."""
+        row = self.memory.row
+        tables: list[int] = []
+        entered = rows = 0
+        for index in range(group[0].entering, self.end):
+            joining = [start for start in group if start.entering == index]
+            new = sum(self._rows(start, refined) for start in joining)
+            entered, rows = entered + len(joining), rows + new
+            yield [*tables, rows * row, *[new * row] * 2, (rows - new) * row]
+            for blocks in self._attention(index, rows):
+                yield tables + blocks
+            yield tables + self._mlp(index, rows, entered, workspace)
+            table = entered * self._queries(index) * self.layers[index].reached(self.memory.n) * self.item
+            tables += [table] * 3 if self.softmax else []
+            yield tables + self._back(index, entered)
+        if self.method.sample and self.softmax:
+            for blocks in self._sampled(group, workspace):
+                yield tables + blocks
 
     def _attention(self, index: int, rows: int) -> Iterator[list[int]]:
-        size, n, width = self.layers[index], self.room.n, self.room.width
+        size, n, width = self.layers[index], self.memory.n, self.memory.width
         p = self.heads * n * min(n, self._queries(index)) * 4
         here, values, mixed = rows * n * width * self.item, rows * n * size.v * self.compute, size.o * self.compute
         mixed *= rows * self._queries(index)
@@ -132,9 +141,9 @@ class SweepWorkload:
         yield [here, values, p]  # and once more, as they are kept or held (maps)
 
     def _mlp(self, index: int, rows: int, starts: int, workspace: int) -> list[int]:
-        n, width, queries = self.room.n, self.room.width, self._queries(index)
+        n, width, queries = self.memory.n, self.memory.width, self._queries(index)
         neurons = self.layers[index].reached(n)
-        q = min(queries, positions_at_once(gates_room(workspace), rows, neurons, self.item))
+        q = min(queries, positions_at_once(gates_budget(workspace), rows, neurons, self.item))
         gates, read = rows * q * neurons, rows * q * width * self.item
         cast = [gates * self.compute] if self.compute != self.item else []
         small = [starts * q * neurons * self.item] * 8
@@ -142,48 +151,53 @@ class SweepWorkload:
         return [*here, gates * self.item, *(cast or [gates]), read, *small]
 
     def _back(self, index: int, starts: int) -> list[int]:
-        size, n, queries = self.layers[index], self.room.n, self._queries(index)
-        y, back = starts * queries * size.reached(n) * self.item, starts * self.room.row
+        size, n, queries = self.layers[index], self.memory.n, self._queries(index)
+        y, back = starts * queries * size.reached(n) * self.item, starts * self.memory.row
         return [*[y] * 3, *[back] * 3, *[starts * n * size.o * self.compute] * 3]
 
     def _sampled(self, group: list[StartSize], workspace: int) -> Iterator[list[int]]:
-        """Half of the sample, with which log Z is measured, and the other half; drawn from all starts alike."""
-        n, item, room = self.room.n, self.item, gates_room(workspace)
+        """Yield the phases of the sample: the half that measures log Z, then the other; all starts give alike."""
+        n, item, budget = self.memory.n, self.item, gates_budget(workspace)
         drawn = min(self.method.sample, sum(start.named for start in self.starts))
         for count, measure in ((drawn - drawn // 2, True), (drawn // 2, False)):
-            most = journeys_at_once(room, n, self.room.widest, item, measure)
+            most = singles_at_once(budget, n, self.memory.widest, item, measure)
             for index in range(group[0].entering, self.end):
                 entered = sum(start.entering <= index for start in group)
                 rows = min(-(-count * entered // len(self.starts)), most)
                 gates = rows * self._queries(index) * self.layers[index].reached(n) * item
                 halves = [gates * 2 * entered // rows] if measure else []
-                yield [*[gates] * (8 if measure else 6), *halves, rows * self.room.row]
+                yield [*[gates] * (8 if measure else 6), *halves, rows * self.memory.row]
                 yield from self._attention(index, rows)
 
     # -- FLOP -----------------------------------------------------------------------------------------------------
 
     def flop(self, workspace: int) -> float:
-        """Of all products, for one target."""
-        total, groups = 0.0, self._groups(workspace)
-        n, width = self.room.n, self.room.width
-        refines = bool(self.method.refine) and self.softmax
-        for group in groups:
-            for refined in (False, True) if refines else (False,):
-                for index in range(group[0].entering, self.end):
-                    under_way = [start for start in group if start.entering <= index]
-                    rows = sum(self._rows(start, refined) for start in under_way) + len(under_way)  # and back
-                    total += self._layer_flop(index, rows)
-                total += sum(6 * n * width * start.named for start in group)  # sums with signs, and the scores
-        if self.method.sample and self.softmax:
-            drawn = min(self.method.sample, sum(start.named for start in self.starts))
-            for index in range(self.starts[0].entering, self.end):
-                entered = sum(start.entering <= index for start in self.starts)
-                total += self._layer_flop(index, drawn * entered / len(self.starts))
+        """Return the FLOP of all products, for one target."""
+        passes = sum(self._pass_flop(group, refined) for group in self._groups(workspace) for refined in self._passes())
+        return passes + (self._sample_flop() if self.method.sample and self.softmax else 0.0)
+
+    def _pass_flop(self, group: list[StartSize], refined: bool) -> float:
+        """Return the FLOP of one pass there and back."""
+        total = 0.0
+        for index in range(group[0].entering, self.end):
+            under_way = [start for start in group if start.entering <= index]
+            rows = sum(self._rows(start, refined) for start in under_way) + len(under_way)  # and back
+            total += self._layer_flop(index, rows)
+        # sums with signs, and the scores
+        return total + sum(6 * self.memory.n * self.memory.width * start.named for start in group)
+
+    def _sample_flop(self) -> float:
+        """Return the FLOP of the sample; all starts give alike."""
+        drawn, total = min(self.method.sample, sum(start.named for start in self.starts)), 0.0
+        for index in range(self.starts[0].entering, self.end):
+            entered = sum(start.entering <= index for start in self.starts)
+            total += self._layer_flop(index, drawn * entered / len(self.starts))
         return total
 
     def _layer_flop(self, index: int, rows: float) -> float:
-        """Of ``rows`` components, or gradients, at the positions where the layer is needed."""
-        size, n, width, queries = self.layers[index], self.room.n, self.room.width, self._queries(index)
+        """Return the FLOP of ``rows`` components, or gradients, at the positions where the layer is needed."""
+        n, width = self.memory.n, self.memory.width
+        size, queries = self.layers[index], self._queries(index)
         keys = n * n if queries > 1 else n  # tiles are whole, without regard to what is masked
         attention = 2 * width * (size.v * n + size.o * queries) * rows + 2 * size.o * keys * rows
         return attention + 2 * size.o * keys + rows * queries * 4 * width * size.reached(n)

@@ -7,19 +7,19 @@ between these two is the only place where components meet, and lies with the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Layer, Norm
+from ..adapters import Adapter, Layer, Mlp, Norm
 from ..backends.torch.attention import FrozenAttention
 from ..runtime.progress import Parts
-from ..trace.record import LayerTrace, Trace
+from ..trace.record import LayerTrace, MlpTrace, Trace
 
-_TILE = 1 << 26  # probabilities held at once, in elements
-_KEPT = 1 << 28  # and between the ways there and back, of all layers
+_TILE = 1 << 26  # elements of the probabilities that are held at once
+KEPT = 1 << 28  # elements of all layers' probabilities, above which none are kept between the ways there and back
 
 
 class LayerMaps:
@@ -39,49 +39,63 @@ class LayerMaps:
         compute: torch.dtype,
     ) -> None:
         self.device, self.queries, self.dtype, self.compute = layer.device, queries, dtype, compute
-        self.parallel, attention, mlp = layer.parallel, layer.attention, layer.mlp
-        self._attention, self._mlp, self._record, self._span = attention, mlp, record, span
-        self._mlps = layer.mlps
-        self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
-        self._heard, self._read = (_wide(norm, dtype) for norm in (attention.norm, mlp.norm))  # what both read through
-        self._w_v, self._w_o = attention.w_v.to(compute), attention.writing(attention.w_o, compute)
-        heard = record.attention
-        self._values = None if heard.value_ratio is None else heard.value_ratio[span].to(compute)  # (N, Hkv·d)
-        scale = heard.value_scale(attention, heard.resid.to(dtype))  # (T,)
-        self._frozen = FrozenAttention(heard, span, scale, _TILE, compute)
+        self.parallel = layer.parallel
+        self._attention, self._mlp, self._mlps = layer.attention, layer.mlp, layer.mlps
+        self._record, self._span = record, span
+        self._read_attention()
+        self._read_mlp()
+        self.borrows = layer.is_own and self._uses_the_models_weights()  # no copies of weights
+        self.attention_constant = self._attention_constant()  # (D,), (Q, D) or None, as is the next; both for `bias`,
+        self.mlp_constant = record.mlp_constant(self._mlps, self._packed, dtype)  # before the stream's own norm
 
-        parts = [(layer.mlps[part.part], part) for part in record.mlps]
-        self._w_gate = _joined([mlp.w_gate.to(compute) for mlp, _ in parts])
-        self._w_down = _joined([mlp.writing(mlp.w_down, compute) for mlp, _ in parts], 1)
-        self.gate_total = _joined([part.dense(part.gate, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
-        self.act = _joined([part.dense(part.act, span)[queries].to(dtype) for _, part in parts], 1)  # (Q, I)
-        out_scale = record.mlp.out_scale
-        if out_scale is not None:
-            self.act = self.act * out_scale[span][queries, None].to(dtype)
-        self._mlp_scale = mlp.scale(record.mlp.resid[span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
-        constants = [mlp.gate_constant(dtype) for mlp, _ in parts]
-        if any(constant is not None for constant in constants):  # an expert may have a bias where a shared one has none
-            none = [part.gate.new_zeros(part.gate.shape[1], dtype=dtype) for _, part in parts]
-            constants = [n if constant is None else constant for n, constant in zip(none, constants, strict=True)]
-        self.gate_constant = None if constants[0] is None else _joined(constants)  # (I,) or None
-        used = {"v": self._w_v, "o": self._w_o}, {"gate": self._w_gate, "down": self._w_down}
-        self.borrows = layer.is_own and all(  # whether all weights are the model's own, and no copies
-            weight.data_ptr() == getattr(branch, name).weight.data_ptr()
-            for branch, weights in zip((attention, mlp), used, strict=True)
-            for name, weight in weights.items()
+    def _read_attention(self) -> None:
+        attention, record = self._attention, self._record.attention
+        self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
+        self._attention_norm = _wide(attention.norm, self.dtype)
+        self._w_v, self._w_o = attention.w_v.to(self.compute), attention.writing(attention.w_o, self.compute)
+        ratio = record.value_ratio
+        self._value_ratio = None if ratio is None else ratio[self._span].to(self.compute)  # (N, Hkv·d)
+        scale = record.value_scale(attention, record.resid.to(self.dtype))  # (T,)
+        self._frozen = FrozenAttention(record, self._span, scale, _TILE, self.compute)
+
+    def _read_mlp(self) -> None:
+        mlp, record, dtype, queries = self._mlp, self._record.mlp, self.dtype, self.queries
+        self._mlp_norm = _wide(mlp.norm, dtype)
+        parts = [(self._mlps[part.part], part) for part in self._record.mlps]
+        self._w_gate = _joined([weights.w_gate.to(self.compute) for weights, _ in parts])
+        self._w_down = _joined([weights.writing(weights.w_down, self.compute) for weights, _ in parts], 1)
+        gates = [part.dense(part.gate, self._span)[queries].to(dtype) for _, part in parts]
+        activations = [part.dense(part.act, self._span)[queries].to(dtype) for _, part in parts]
+        self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
+        if record.out_scale is not None:
+            self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
+        self._mlp_scale = mlp.scale(record.resid[self._span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
+        self.gate_constant = _gate_constant(parts, dtype)  # (I,) or None
+
+    def _uses_the_models_weights(self) -> bool:
+        attention, mlp = self._attention, self._mlp
+        used = (
+            (self._w_v, attention.v.weight),
+            (self._w_o, attention.o.weight),
+            (self._w_gate, mlp.gate.weight),
+            (self._w_down, mlp.down.weight),
         )
-        self.attention_constant = self._constant("attention")  # (D,), (Q, D) or None, as is the next
-        self.mlp_constant = self._constant("mlp")
+        return all(mine.data_ptr() == weight.data_ptr() for mine, weight in used)
+
+    @property
+    def _packed(self) -> slice:
+        """The queries among all packed positions of the trace."""
+        return slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
 
     def ov(self, x: Tensor) -> Tensor:
-        """What attention adds: (R, N, D) -> (R, Q, D)."""
-        return self._mixed(_linear(self._heard, x).to(self.compute) @ self._w_v.T)
+        """Return what attention adds: (R, N, D) -> (R, Q, D)."""
+        return self._mixed(_linear(self._attention_norm, x).to(self.compute) @ self._w_v.T)
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """Values (R, N, Hkv·d), without s, through P and W_O: (R, Q, D)."""
+        """Return values (R, N, Hkv·d), without s, after P and W_O: (R, Q, D)."""
         r, n, _ = values.shape
-        if self._values is not None:
-            values = values * self._values
+        if self._value_ratio is not None:
+            values = values * self._value_ratio
         values = values.view(r, n, self._kv, -1).permute(2, 1, 0, 3).reshape(self._kv, n, -1)  # (Hkv, N, R·d)
         q = self.queries.stop - self.queries.start
         out = values.new_empty(self._kv, self._groups, q, values.shape[2])
@@ -92,7 +106,7 @@ class LayerMaps:
         return (out @ self._w_o.T).to(self.dtype)
 
     def ov_transposed(self, y: Tensor) -> Tensor:
-        """The transpose of :meth:`ov`: (R, Q, D) -> (R, N, D)."""
+        """Apply the transpose of :meth:`ov`: (R, Q, D) -> (R, N, D)."""
         r, q, _ = y.shape
         y = (y.to(self.compute) @ self._w_o).view(r, q, self._kv, self._groups, -1).permute(2, 3, 1, 0, 4)
         y = y.reshape(self._kv, self._groups, q, -1)  # (Hkv, G, Q, R·d)
@@ -102,58 +116,56 @@ class LayerMaps:
             part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
             out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
-        if self._values is not None:
-            out = out * self._values[:n]
-        return _linear_transposed(self._heard, (out @ self._w_v).to(self.dtype))
+        if self._value_ratio is not None:
+            out = out * self._value_ratio[:n]
+        return _linear_transposed(self._attention_norm, (out @ self._w_v).to(self.dtype))
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
-        """g of rows (R, Q, D) -> (R, Q, I), without the constant that belongs to `bias`; at some of the queries."""
-        x = _linear(self._read, x) * self._mlp_scale[at]
+        """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
+        x = _linear(self._mlp_norm, x) * self._mlp_scale[at]
         return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
-        """The transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
+        """Apply the transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
         y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
-        return _linear_transposed(self._read, y)
+        return _linear_transposed(self._mlp_norm, y)
 
     def down(self, y: Tensor) -> Tensor:
-        """What neurons write: (R, Q, I) -> (R, Q, D)."""
+        """Return what neurons write: (R, Q, I) -> (R, Q, D)."""
         return (y.to(self.compute) @ self._w_down.T).to(self.dtype)
 
     def down_transposed(self, x: Tensor) -> Tensor:
-        """The transpose of :meth:`down`: (R, Q, D) -> (R, Q, I)."""
+        """Apply the transpose of :meth:`down`: (R, Q, D) -> (R, Q, I)."""
         return (x.to(self.compute) @ self._w_down).to(self.dtype)
 
     def normed(self, x: Tensor, module: str, transposed: bool = False) -> Tensor:
-        """Rows (R, Q, D) after the stream's own norm behind "attention" or "mlp", if there is one; or its transpose."""
+        """Apply the stream's own norm behind "attention" or "mlp", or its transpose, if there is one: (R, Q, D)."""
         norm = (self._attention if module == "attention" else self._mlp).stream
         if norm is None:
             return x
         resid = self._record.attention_sum if module == "attention" else self._record.mlp_sum
+        assert resid is not None  # recorded wherever there is such a norm
         x = x * norm.scale(resid[self._span][self.queries].to(self.dtype)).to(self.dtype)[:, None]
         return _linear_transposed(norm, x) if transposed else _linear(norm, x)
 
-    def _constant(self, module: str) -> Tensor | None:
-        """What `bias` receives of a module, in the stream before its own norm; behind that, add :meth:`stream_bias`."""
-        at = slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
-        if module == "mlp":
-            return self._record.mlp_constant(self._mlps, at, self.dtype)
-        branch, record = self._attention, self._record.attention
-        value = branch.value_constant(self.dtype) if self._values is not None else None
+    def _attention_constant(self) -> Tensor | None:
+        """Return what `bias` receives of attention, in the stream before its own norm."""
+        attention, record, at = self._attention, self._record.attention, self._packed
+        value = None if self._value_ratio is None else attention.value_constant(self.dtype)
         if value is None:
-            return record.constant(branch, at, self.dtype)
+            return record.constant(attention, at, self.dtype)
         mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped
         scale = None if record.out_scale is None else record.out_scale[at]
-        written = branch.written_constant(branch.o.bias, scale, self.dtype)
+        written = attention.written_constant(attention.o.bias, scale, self.dtype)
         return mixed if written is None else mixed + written
 
     def stream_bias(self, module: str) -> Tensor | None:
-        """β of the stream's own norm behind a module: (D,) or None."""
+        """Return β of the stream's own norm behind a module: (D,) or None."""
         norm = (self._attention if module == "attention" else self._mlp).stream
         return None if norm is None or norm.bias is None else norm.bias.to(self.dtype)
 
     def sees(self) -> Tensor:
-        """Which positions each query receives anything from: (Q, N) bool."""
+        """Return the positions from which each query receives anything: (Q, N) bool."""
         shape = self.queries.stop - self.queries.start, self.queries.stop
         seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         for _, first, last, p in self._tiles():
@@ -161,7 +173,7 @@ class LayerMaps:
         return seen
 
     def _tiles(self) -> Iterator[tuple[slice, int, int, Tensor]]:
-        """KV heads, first and last (excluded) of the queries, and P · s (h, G, Q, K) of them."""
+        """Yield KV heads, first and last (excluded) of the queries, and their P · s (h, G, Q, K)."""
         if self.queries.start == 0:
             yield from self._frozen.walk(0)
         else:
@@ -201,29 +213,29 @@ class LayerStack:
         return layer
 
     def queries(self, index: int) -> slice:
-        """Where layer ``index`` is needed: everywhere, but in the last one only where it is read."""
+        """Return the positions where a layer is needed: all, but in the last one only the position that is read."""
         return slice(self.n - 1 if index == self.end - 1 else 0, self.n)
 
     def maps(self, index: int) -> LayerMaps:
-        """The maps of a layer; kept where that costs little: no other copy of the weights, few probabilities."""
+        """Return the maps of a layer. They are kept where that costs little: no copy of weights, few probabilities."""
         if index in self._maps:
             return self._maps[index]
         layer = self.layer(index)
         maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
         probabilities = self.end * layer.attention.n_heads * self.n**2
-        if self._keeps and maps.borrows and probabilities <= _KEPT:
+        if self._keeps and maps.borrows and probabilities <= KEPT:
             self._maps[index] = maps
         return maps
 
     def release(self) -> None:
-        """Keep no maps from now on: memory is short."""
+        """Keep no maps from now on, as memory is short."""
         self._maps, self._keeps = {}, False
 
     def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """s · γ of a layer's MLP norm at all positions (N, D), and a gate's root mean square response to a unit vector.
+        """Return s · γ of a layer's MLP norm (N, D), and a gate's root mean square response to a unit vector, ().
 
-        The product of that with a component's norm is how far its gates can be expected from zero. Both in the dtype
-        and on the device of ``like``, the components': what enters a layer may still be on the one before it.
+        ‖s · γ ⊙ X[n, m]‖ times that response is the distance from zero at which a component's gates can be expected.
+        Both are in the dtype and on the device of ``like``, the components: they may still be on the layer before.
         """
         layer, record = self.layer(index), self.trace.layers[index]
         mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
@@ -233,8 +245,8 @@ class LayerStack:
         if index not in self._responses:
             gates = [layer.mlps[part.part].w_gate for part in record.mlps]
             wide = torch.promote_types(gates[0].dtype, torch.float32)
-            square = sum(torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates)
-            self._responses[index] = (square / sum(w.numel() for w in gates)).sqrt()
+            squares = torch.stack([torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates])
+            self._responses[index] = (squares.sum() / sum(w.numel() for w in gates)).sqrt()
         return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
 
 
@@ -242,13 +254,22 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def _gate_constant(parts: Sequence[tuple[Mlp, MlpTrace]], dtype: torch.dtype) -> Tensor | None:
+    """Return the gates' biases (I,), zero for the experts that have none; None where no part has one."""
+    constants = [weights.gate_constant(dtype) for weights, _ in parts]
+    if all(constant is None for constant in constants):
+        return None
+    zeros = [part.gate.new_zeros(part.gate.shape[1], dtype=dtype) for _, part in parts]
+    return _joined([zero if constant is None else constant for zero, constant in zip(zeros, constants, strict=True)])
+
+
 def _wide(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
-    """The same norm with γ in ``dtype``, so that it is not converted at every use."""
+    """Return a norm with γ in ``dtype``, so that it is not converted at every use."""
     return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(dtype))
 
 
 def _linear(norm: Norm | None, x: Tensor) -> Tensor:
-    """γ ⊙ (x - mean x): a norm without its scale."""
+    """Return γ ⊙ (x - mean x): a norm without its scale."""
     if norm is None:
         return x
     x = x - x.mean(-1, keepdim=True) if norm.centred else x
@@ -256,7 +277,7 @@ def _linear(norm: Norm | None, x: Tensor) -> Tensor:
 
 
 def _linear_transposed(norm: Norm | None, y: Tensor) -> Tensor:
-    """The transpose of :func:`_linear`."""
+    """Apply the transpose of :func:`_linear`."""
     if norm is None:
         return y
     y = y if norm.weight is None else y * norm.weight.to(y.dtype)

@@ -1,8 +1,8 @@
-"""Components propagated one by one given log Z: exact but for log Z itself (DESIGN.md section 2, *Independence*)."""
+"""Components propagated by themselves given log Z: exact but for log Z (DESIGN.md section 2, *Independence*)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,57 +10,59 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
-from .forward import Settings, Step
+from .crowd import Crowd
+from .forward import Released, Step
 from .maps import LayerStack
-from .memory import journeys_at_once
+from .memory import singles_at_once
+from .settings import Settings
 from .starts import Start
 
 
-@dataclass
-class Given:
-    """Scores (R, K) of the chosen components, and ``drift``: the relative error of Z that they hint at, or None."""
+@dataclass(frozen=True)
+class SingleScores:
+    """Scores (R, K) of the chosen components, and the relative error of Z that a sample of them shows, or None."""
 
     scores: Tensor
-    drift: float | None = None
+    partition_error: float | None = None
 
 
 def scores_given_z(
-    road: LayerStack,
+    stack: LayerStack,
     starts: Sequence[Start],
     steps: Sequence[Step],
     chosen: Sequence[Tensor],
     directions: Tensor,
     settings: Settings,
     budget: int = 1 << 28,
-    released: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None,
+    released: Mapping[int, Released] | None = None,
     measure: bool = False,
-) -> Given:
+) -> SingleScores:
     """Propagate ``chosen[s]`` (k,) of every start and read them in ``directions`` (K, D): rows in the order of starts.
 
-    In Z a component's own term is its mean field's; it is replaced by its real one (no share then exceeds 1, however
-    loud it is). Where ``steps`` hold an exact log Z, with a ``share`` of None, Z is left as it is. Components that
-    were explicit at first (``released``, as :class:`Forward` has them) go on from where they were released.
+    In Z a component's own term is that of its mean field; it is replaced by its real one (no share then exceeds 1,
+    however loud it is). An ``exact`` log Z is left as it is. Components that were explicit at first (``released``, as
+    :class:`Forward` has them) go on from where they were released.
 
-    ``measure``: the components are a random sample of the crowd, to be told how far Z is off.
+    ``measure``: the components are a random sample of the crowd, and tell how far Z is off.
     """
-    journeys = _journeys(starts, chosen, released or {})
-    width = max((step.log_z.shape[2] for step in steps), default=1)
-    size = journeys_at_once(budget, road.n, width, directions.element_size(), measure)
-    scores = directions.new_zeros(sum(map(len, chosen)), len(directions))
-    drift = _Drift() if measure else None
-    order = sorted(
-        range(len(journeys)), key=lambda r: (journeys[r].entering, journeys[r].start, journeys[r].row is None)
-    )
+    assert settings.temperature is not None, "the taylor rule has no log Z"
+    singles = _singles(starts, chosen, released or {})
+    width = max((step.crowd.log_z.shape[2] for step in steps if step.crowd is not None), default=1)
+    size = singles_at_once(budget, stack.n, width, directions.element_size(), measure)
+    scores = directions.new_zeros(len(singles), len(directions))
+    error = _PartitionError([len(start.named) for start in starts]) if measure else None
+    passage = _Passage(stack, starts, steps, directions, settings.temperature, error)
+    order = sorted(range(len(singles)), key=lambda r: (singles[r].entering, singles[r].start, singles[r].row is None))
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        walk = ([journeys[row] for row in rows], starts, steps, directions, settings, drift, len(rows) / len(order))
-        scores.index_copy_(0, to_device(torch.tensor(rows, device="cpu"), scores.device), _walk(road, *walk))
-    return Given(scores, None if drift is None else drift.value())
+        found = passage.carry([singles[row] for row in rows], len(rows) / len(order))
+        scores.index_copy_(0, to_device(torch.tensor(rows, device="cpu"), scores.device), found)
+    return SingleScores(scores, None if error is None else error.value())
 
 
 @dataclass(frozen=True)
-class _Journey:
-    """One component on its way: the layer that it enters, and its row there where it was carried so far already."""
+class _Single:
+    """A component on its way by itself: the layer that it enters, and its row there if it was carried so far."""
 
     entering: int
     start: int
@@ -68,111 +70,131 @@ class _Journey:
     row: Tensor | None = None
 
 
-def _journeys(
-    starts: Sequence[Start], chosen: Sequence[Tensor], released: dict[int, tuple[Tensor, Tensor, Tensor]]
-) -> list[_Journey]:
-    further = {}
-    for index, (x, owner, member) in released.items():
-        for row, key in enumerate(zip(owner.tolist(), member.tolist(), strict=True)):
-            further[key] = (index, x[row])
+def _singles(starts: Sequence[Start], chosen: Sequence[Tensor], released: Mapping[int, Released]) -> list[_Single]:
+    further: dict[tuple[int, int], tuple[int, Tensor]] = {}
+    for index, rows in released.items():
+        for row, key in enumerate(zip(rows.owner.tolist(), rows.member.tolist(), strict=True)):
+            further[key] = (index, rows.x[row])
     found = []
     for s, members in enumerate(chosen):
         for member in members.tolist():
             index, row = further.get((s, member), (starts[s].entering, None))
-            found.append(_Journey(index, s, member, row))
+            found.append(_Single(index, s, member, row))
     return found
 
 
-def _first_rows(starts: Sequence[Start], journeys: Sequence[_Journey]) -> list[Tensor]:
-    """The rows (k, N, D) of journeys that begin together, in their order."""
-    rows: list[Tensor] = []
-    for s, fresh in groupby(journeys, key=lambda journey: (journey.start, journey.row is None)):
-        part = list(fresh)
-        if s[1]:
-            members = torch.tensor([journey.member for journey in part], device="cpu")
-            rows.append(starts[s[0]].named.rows(to_device(members, starts[s[0]].bias.device)))
-        else:
-            rows.append(torch.stack([journey.row for journey in part]))
-    return rows
+@dataclass(frozen=True)
+class _Passage:
+    """Carries components by themselves through the layers of ``steps``; other fields as of :func:`scores_given_z`."""
 
+    stack: LayerStack
+    starts: Sequence[Start]
+    steps: Sequence[Step]
+    directions: Tensor
+    temperature: float
+    error: _PartitionError | None
 
-def _walk(
-    road: LayerStack,
-    journeys: Sequence[_Journey],
-    starts: Sequence[Start],
-    steps: Sequence[Step],
-    directions: Tensor,
-    settings: Settings,
-    drift: _Drift | None,
-    part: float,
-) -> Tensor:
-    """Scores (R, K) of journeys in the order of their beginnings, ``part`` of all."""
-    x = directions.new_zeros(0, road.n, directions.shape[1])
-    owners = torch.tensor([journey.start for journey in journeys], dtype=torch.long, device="cpu")
-    for step in steps:
-        road.passed.finish(part)
-        joining = [journey for journey in journeys if journey.entering == step.index]
-        if not len(x) and not joining:
-            continue
-        maps = road.maps(step.index)
-        new = _first_rows(starts, joining)
+    def carry(self, singles: Sequence[_Single], part: float) -> Tensor:
+        """Return scores (R, K) of components in the order of their beginnings, ``part`` of all."""
+        x = self.directions.new_zeros(0, self.stack.n, self.directions.shape[1])
+        owners = torch.tensor([single.start for single in singles], dtype=torch.long, device="cpu")
+        for step in self.steps:
+            self.stack.passed.finish(part)
+            joining = [single for single in singles if single.entering == step.index]
+            if len(x) or joining:
+                x = self._pass_layer(step, x, joining, owners)
+        late = self._first_rows([single for single in singles if single.entering >= self.stack.end])
+        ends = [x[:, -1].to(self.directions.device), *(rows[:, -1].to(self.directions) for rows in late)]
+        return torch.cat(ends) @ self.directions.T
+
+    def _pass_layer(self, step: Step, x: Tensor, joining: Sequence[_Single], owners: Tensor) -> Tensor:
+        """Return the rows (r, Q, D) behind a layer, with those that enter it."""
+        assert step.crowd is not None
+        maps = self.stack.maps(step.index)
+        new = self._first_rows(joining)
         x = torch.cat([x.to(maps.device), *(rows.to(maps.device, x.dtype) for rows in new)])
         read = x[:, step.queries]
-        if any(starts[journey.start].mid and journey.row is None for journey in joining):
+        if any(self.starts[single.start].mid and single.row is None for single in joining):
             x = read
         else:
             x = maps.normed(read + maps.ov(x), "attention")
         owner = to_device(owners[: len(x)], maps.device)
-        u = maps.gates(read if maps.parallel else x).div_(settings.temperature)
-        shares = _shares(u, owner, step)
-        if drift is not None:
-            drift.add(u, owner, step, [len(starts[s].named) for s in range(len(step.log_z))])
-        x = maps.normed(x + maps.down(shares.mul_(maps.act)), "mlp")
-    late = _first_rows(starts, [journey for journey in journeys if journey.entering >= road.end])
-    x = torch.cat([x[:, -1].to(directions.device), *(rows[:, -1].to(directions) for rows in late)])
-    return x @ directions.T
+        u = maps.gates(read if maps.parallel else x).div_(self.temperature)
+        shares = _shares(u, owner, step.crowd)
+        if self.error is not None:
+            self.error.add(u, owner, step.crowd)
+        return maps.normed(x + maps.down(shares.mul_(maps.act)), "mlp")
+
+    def _first_rows(self, singles: Sequence[_Single]) -> list[Tensor]:
+        """Return the rows (k, N, D) of components that begin together, in their order."""
+        rows: list[Tensor] = []
+        for s, group in groupby(singles, key=lambda single: single.start):
+            part = list(group)  # those that were carried already come first
+            carried = [single.row for single in part if single.row is not None]
+            fresh = [single.member for single in part if single.row is None]
+            if carried:
+                rows.append(torch.stack(carried))
+            if fresh:
+                start = self.starts[s]
+                rows.append(start.named.rows(to_device(torch.tensor(fresh, device="cpu"), start.bias.device)))
+        return rows
 
 
-def _shares(u: Tensor, owner: Tensor, step: Step) -> Tensor:
-    """w of rows with gates ``u`` (R, Q, I) in units of T; a gate of exactly zero takes none."""
-    log_z = step.log_z[owner]
+def _shares(u: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
+    """Return w of rows with gates ``u`` (R, Q, I) in units of T; a gate of exactly zero takes none."""
+    log_z = crowd.log_z[owner]
     w = (u - log_z).clamp_(max=80.0).exp_()
     w = w.masked_fill_(u == 0, 0.0)
-    if step.share is None:
+    if crowd.exact:
         return w.clamp_(max=1.0)
     # Z without its mean field's term, and with its own
-    others = (1.0 - step.share[owner]).clamp_min_(0.0)
+    others = (1.0 - crowd.share[owner]).clamp_min_(0.0)
     return w / (others + w).clamp_min_(torch.finfo(w.dtype).tiny)
 
 
-class _Drift:
-    """How far Σ_m w is from 1: the mean of a sample's exact shares less their linearised ones, times their number.
+class _PartitionError:
+    """The distance of Σ_m w from 1: the mean of a sample's exact shares less their linearised ones, times their number.
 
     The product of the means of two halves of the sample is free of the bias that sampling noise would give a square.
+    ``counts`` holds the number of components of every start.
     """
 
-    def __init__(self) -> None:
-        self._total, self._count = 0.0, 0
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._counts = counts
+        self._total: Tensor | None = None
+        self._number: Tensor | None = None
 
-    def add(self, u: Tensor, owner: Tensor, step: Step, counts: Sequence[int]) -> None:
-        mean, slope, share = (t.expand_as(step.log_z)[owner] for t in (step.mean, step.slope, step.share))
-        exact = (u - step.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(u == 0, 0.0)
-        off = exact - share * (1.0 + slope * (u - mean))
-        halves = torch.zeros(2, len(step.log_z), *off.shape[1:], dtype=off.dtype, device=off.device)
-        numbers = off.new_zeros(2, len(step.log_z))
+    def add(self, u: Tensor, owner: Tensor, crowd: Crowd) -> None:
+        """Add a layer's: gates ``u`` (R, Q, I) in units of T of components of the starts ``owner`` (R,)."""
+        off = _linearisation_error(u, owner, crowd)
+        starts = len(crowd.log_z)
+        halves = torch.zeros(2, starts, *off.shape[1:], dtype=off.dtype, device=off.device)
+        drawn = off.new_zeros(2, starts)
         for half in (0, 1):
             mine = owner[half::2]
             halves[half].index_add_(0, mine, off[half::2])
-            numbers[half].index_add_(0, mine, torch.ones_like(mine, dtype=off.dtype))
-        both = (numbers > 0).all(0)
-        scale = to_device(torch.tensor(counts, dtype=off.dtype, device="cpu"), off.device) / numbers.clamp_min(1.0)
+            drawn[half].index_add_(0, mine, torch.ones_like(mine, dtype=off.dtype))
+        both = (drawn > 0).all(0)
+        counts = torch.tensor(self._counts[:starts], dtype=off.dtype, device="cpu")
+        scale = to_device(counts, off.device) / drawn.clamp_min(1.0)
         means = halves * scale[..., None, None]  # zero where there is nobody
-        total, count = (means[0] * means[1]).sum(), both.sum() * off.shape[1] * off.shape[2]
-        if isinstance(self._total, Tensor):  # of the layers before, which may be on another device
-            total, count = total.to(self._total.device), count.to(self._total.device)
-        self._total, self._count = self._total + total, self._count + count
+        total, number = (means[0] * means[1]).sum(), both.sum() * off.shape[1] * off.shape[2]
+        if self._total is None or self._number is None:
+            self._total, self._number = total, number
+        else:  # the layers before may be on another device
+            self._total = self._total + total.to(self._total.device)
+            self._number = self._number + number.to(self._number.device)
 
     def value(self) -> float | None:
-        if not float(self._count):
+        """Return the root mean square over layers, positions and neurons, or None where too few were drawn."""
+        if self._total is None or self._number is None or not float(self._number):
             return None
-        return float((self._total / self._count).clamp_min(0.0).sqrt())
+        return float((self._total / self._number).clamp_min(0.0).sqrt())
+
+
+def _linearisation_error(u: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
+    """Return the exact share less the linearised one of each row: (R, Q, I)."""
+    slope = crowd.slope.expand_as(crowd.log_z)[owner]
+    linear = crowd.share[owner] * (1.0 + slope * (u - crowd.mean[owner]))
+    exact = (u - crowd.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(u == 0, 0.0)
+    return exact - linear

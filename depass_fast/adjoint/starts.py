@@ -1,4 +1,4 @@
-"""Where a sweep starts: one prompt's named components at one layer, as products or dense, `rest`, `bias`, the loud."""
+"""The starts of a sweep: one prompt's named components at one layer, as products or dense, `rest` and `bias`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,28 @@ class Named(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, index: Tensor) -> Tensor:
-        """Initial states of some: (k,) -> (k, N, D)."""
+        """Return the initial states of some: (k,) -> (k, N, D)."""
+        ...
 
     def sum(self, signs: Tensor | None = None) -> Tensor:
-        """Their sum, or Σ signs[m] · X[n, m]: (N, D)."""
+        """Return their sum, or Σ signs[m] · X[n, m]: (N, D)."""
+        ...
 
     def project(self, x: Tensor) -> Tensor:
-        """Σ_n x[k, n] · X[n, m]: (K, N, D) -> (K, M)."""
+        """Return Σ_n x[k, n] · X[n, m]: (K, N, D) -> (K, M)."""
+        ...
 
     def sizes(self, weight: Tensor) -> Tensor:
-        """‖weight ⊙ X[n, m]‖ with ``weight`` (N, D) of the form s[n] · γ: (N, M)."""
+        """Return ‖weight ⊙ X[n, m]‖ with ``weight`` (N, D) of the form s[n] · γ: (N, M)."""
+        ...
 
     def alive(self) -> Tensor:
-        """Which are not exactly zero: (N, M) bool."""
+        """Return which are not exactly zero: (N, M) bool."""
+        ...
 
     def first(self, n: int) -> Named:
-        """The same at the first ``n`` positions."""
+        """Return the same at the first ``n`` positions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class ProductRows:
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Components as they are: ``states`` (N, M, D)."""
+    """Components as vectors per position: ``states`` (N, M, D)."""
 
     states: Tensor
 
@@ -122,7 +128,7 @@ class Start:
     rest: Tensor | None
     bias: Tensor
     has_bias: bool
-    whole: bool | None = None  # whether no named component is exactly zero anywhere; see all_alive
+    whole: bool | None = None  # no named component is exactly zero anywhere; None: not yet known, see all_alive
 
 
 def make_start(
@@ -135,53 +141,65 @@ def make_start(
     dtype: torch.dtype,
     bound: ComponentKind | None = None,
 ) -> Start:
-    """The components of ``kind`` at the first ``n`` positions of a prompt, on the device of their layer.
+    """Return the components of ``kind`` at the first ``n`` positions of a prompt, on the device of their layer.
 
-    ``has_bias`` says whether constants are still to come, ``bound`` is the kind for this prompt if it is known.
-    The split is that of :func:`initial_state`, without ever
-    writing down products as vectors per position.
+    ``has_bias`` says that constants are still to come, ``bound`` is the kind for this prompt if it is known. The split
+    is that of :func:`initial_state`, but products are not written down as vectors per position.
     """
     layer = kind.resolve(adapter)
     bound = bound or kind.bound(adapter, trace, prompt)
-    device, (entering, site) = adapter.layer_device(layer), kind.entry(adapter)
-    x = trace.resid_at(entering, site).to(device)[trace.span(prompt)].to(dtype)
-    constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
+    entry, device = kind.entry(adapter), adapter.layer_device(layer)
+    x = trace.resid_at(entry.layer, entry.site).to(device)[trace.span(prompt)].to(dtype)
     names = bound.names(adapter, [""] * len(x))
-    where = {"layer": layer, "entering": entering, "mid": site == "resid_mid"}
+
+    constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
     bias = x.new_zeros(n, x.shape[1])
     if constant is not None:
         bias, has_bias = bias + constant, True
-    if factors is not None:
+
+    def start(named: Named, rest: Tensor | None, has_bias: bool) -> Start:
+        return Start(
+            layer=layer,
+            entering=entry.layer,
+            mid=entry.site == "resid_mid",
+            names=names,
+            named=named,
+            rest=rest,
+            bias=bias,
+            has_bias=has_bias,
+        )
+
+    if factors is not None and factors.coefficients is not None:
         named = ProductRows(factors.coefficients.to(device, dtype), factors.vectors.to(device))
         rest = x - named.sum() - (0.0 if constant is None else constant)
         if not (kind.may_be_complete and _rounding(rest, x).any()):
-            return Start(**where, names=names, named=named.first(n), rest=rest[:n], bias=bias, has_bias=has_bias)
+            return start(named.first(n), rest[:n], has_bias)
     # what may leave nothing over: the library's one way to tell rounding from a rest
     state = initial_state(kind, adapter, trace, has_bias=has_bias, dtype=dtype)
     block, extras = state.block(prompt), state.layout.components[prompt].extras
     rest = block[:n, extras.index(REST)] if REST in extras else None
-    named = DenseRows(block[:n, len(extras) :])
-    return Start(**where, names=names, named=named, rest=rest, bias=bias, has_bias=BIAS in extras)
+    return start(DenseRows(block[:n, len(extras) :]), rest, BIAS in extras)
 
 
 def all_alive(starts: Sequence[Start]) -> list[bool]:
-    """Whether no named component of a start is exactly zero anywhere; the device is waited for once, then never."""
+    """Return for every start if no named component is exactly zero anywhere; only the first call waits for a device."""
     if any(start.whole is None for start in starts):
         found = [start.named.alive().all() for start in starts]
         for start, whole in zip(starts, torch.stack([w.to(found[0].device) for w in found]).tolist(), strict=True):
             start.whole = whole
-    return [start.whole for start in starts]
+    return [bool(start.whole) for start in starts]
 
 
-def loudness(start: Start, road: LayerStack, temperature: float) -> Tensor:
-    """How far a component's g/T at its first MLP can be expected from zero: (M,).
+def loudness(start: Start, stack: LayerStack, temperature: float) -> Tensor:
+    """Return the distance from zero at which a component's g/T at its first MLP can be expected: (M,).
 
-    The root mean square over the neurons of g/T at the component's loudest position, were gates random directions.
+    It is the root mean square over the neurons of g/T at the component's loudest position, if gates were random
+    directions.
     """
-    weight, gate = road.drive(start.entering, start.bias)
+    weight, gate = stack.drive(start.entering, start.bias)
     return start.named.sizes(weight).amax(0) * (gate / temperature)
 
 
 def _rounding(rest: Tensor, x: Tensor) -> Tensor:
-    """Where `rest` is so small that it may be rounding (N,): generous, the last word is initial_state's."""
+    """Return where `rest` is so small that it may be rounding (N,); generous, as initial_state has the last word."""
     return rest.norm(dim=1) <= 0.01 * x.norm(dim=1)

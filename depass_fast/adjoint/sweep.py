@@ -15,18 +15,23 @@ from ..runtime.memory import available
 from ..runtime.progress import Parts
 from .backward import extra_scores, linear_scores
 from .estimate import Figures, draw, judge, worst
-from .forward import BIAS_ROW, REST_ROW, Forward, Settings, mean_field
+from .forward import Forward, mean_field
 from .maps import LayerStack
-from .memory import SweepMemory, default_workspace, gates_room
+from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
+from .rows import BIAS_ROW, REST_ROW
+from .settings import Settings
 from .starts import Start, loudness
 
-_ADVICE = "what is short is room for the trace and one start layer. Take a shorter prompt, or fewer targets at once."
+_ADVICE = "the trace and one start layer do not fit. Take a shorter prompt, or fewer targets at once."
 
 
 @dataclass
 class Scores:
-    """Per start: ``named`` (K, M) on the CPU; ``rest`` and ``bias`` (starts, K), without the readout's constants."""
+    """The scores of a sweep, on the CPU: ``named`` (K, M) per start; ``rest`` and ``bias`` (starts, K).
+
+    The readout's constants are not part of ``bias``.
+    """
 
     named: list[Tensor]
     rest: Tensor
@@ -36,13 +41,13 @@ class Scores:
 
 @dataclass
 class Sweep:
-    """What is carried: ``starts`` in order, read in ``directions`` (K, D) at the end of the road.
+    """One prompt's sweep: ``starts`` in order, read in ``directions`` (K, D) at the end of the stack.
 
-    ``budget``: bytes of workspace, four fifths of it for what start layers that are carried together take to the end
-    (the tables of their steps, their rows), the rest for gates. It changes no score, beyond rounding.
+    ``budget``: bytes of workspace. Four fifths of it are for the tables of the steps and the rows of start layers that
+    are carried together, the rest for gates. It changes no score, beyond rounding.
     """
 
-    road: LayerStack
+    stack: LayerStack
     starts: list[Start]
     directions: Tensor
     settings: Settings
@@ -54,31 +59,31 @@ class Sweep:
         A sweep changes nothing: one that runs out of memory is begun again with half the workspace.
         """
         given = self.budget or self._default()  # not asked again when memory has run out, and nothing is free
-        workspace = Budget(given, lambda _: given, self._release, self._room.least, _ADVICE)
+        workspace = Budget(given, lambda _: given, self._release, self._memory.least, _ADVICE)
         return workspace.prepare(self._device, lambda: self._attempt(method, workspace.bytes(self._device)))
 
     def _attempt(self, method: Adjoint, workspace: int) -> Scores:
         self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
-        approximate = self.settings.temperature is not None
-        self.road.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
-        found = _Pass(self, groups, loud, None, keep=approximate and method.sample > 0 and not method.refine)
+        refines, samples = (
+            self.settings.temperature is not None and number > 0 for number in (method.refine, method.sample)
+        )
+        self.stack.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
+        found = _Pass(self, groups, loud, None, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
-        if approximate and method.refine:
+        if refines:
             refined = self._largest(screened, method)
-            found = _Pass(self, groups, loud, self._split(refined), keep=method.sample > 0)
-        estimate = None
-        if approximate and (method.refine or method.sample):
-            estimate = self._estimate(found, screened, refined, method)
+            found = _Pass(self, groups, loud, self._split(refined), keep=samples)
+        estimate = self._estimate(found, screened, refined, method) if refines or samples else None
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
 
     def _length(self, group: slice) -> int:
-        """How many layers a walk with these start layers passes."""
-        return max(0, self.road.end - self.starts[group][0].entering)
+        """Return the layers that a way there or back with these start layers passes."""
+        return max(0, self.stack.end - self.starts[group][0].entering)
 
     def _walks(self, groups: list[slice], method: Adjoint) -> int:
-        """How often the layers are passed, there or back, by :meth:`run`."""
+        """Return how often :meth:`run` passes the layers, there or back."""
         if self.settings.temperature is None:
             return 2
         sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
@@ -89,28 +94,28 @@ class Sweep:
         return [len(start.named) for start in self.starts]
 
     def _split(self, index: Tensor) -> list[Tensor]:
-        """Sorted positions in the flat list of all components as indices of every start's."""
+        """Return sorted positions in the flat list of all components as indices of every start's components."""
         edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0)
         bounds = torch.searchsorted(index, edges).tolist()
         return [index[a:b] - edge for a, b, edge in zip(bounds[:-1], bounds[1:], edges.tolist(), strict=False)]
 
     def _loud(self, group: slice) -> list[Tensor]:
-        """Indices of every start's loud components, in host memory."""
+        """Return indices of every start's loud components, in host memory."""
         sizes, t = [], self.settings.temperature
         for start in self.starts[group]:
-            if t is None or start.entering >= self.road.end:
+            if t is None or start.entering >= self.stack.end:
                 sizes.append(start.bias.new_zeros(len(start.named)))
             else:
-                sizes.append(loudness(start, self.road, t))
+                sizes.append(loudness(start, self.stack, t))
         devices = [size.device for size in sizes]
         numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
         found = [size.topk(min(k, self._most_loud, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
         return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
-        """Start layers that are carried together: as many as their tables leave room for."""
-        lengths = [self.road.end - start.entering for start in self.starts]
-        return self._room.groups(lengths, max(self._sizes), self.settings.at_most, self._workspace)
+        """Return the start layers that are carried together: as many as their tables allow."""
+        lengths = [self.stack.end - start.entering for start in self.starts]
+        return self._memory.groups(lengths, max(self._sizes), self.settings.at_most, self._workspace)
 
     @property
     def _device(self) -> torch.device:
@@ -121,34 +126,34 @@ class Sweep:
         return default_workspace(free, self._device.type == "cuda")
 
     def _release(self) -> None:
-        self.road.release()
+        self.stack.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @cached_property
-    def _room(self) -> SweepMemory:
-        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.road.trace.layers), default=1)
-        shape = self.directions.shape[1], widest, self.directions.element_size()
-        return SweepMemory(self.road.n, *shape, len(self.starts), self._device.type == "cuda")
+    def _memory(self) -> SweepMemory:
+        widest = max((sum(part.act.shape[1] for part in record.mlps) for record in self.stack.trace.layers), default=1)
+        width, item, is_cuda = self.directions.shape[1], self.directions.element_size(), self._device.type == "cuda"
+        return SweepMemory(self.stack.n, width, widest, item, len(self.starts), is_cuda)
 
     @property
     def _most_loud(self) -> int:
-        return self._room.most_loud(self.settings.at_most)
+        return self._memory.most_loud(self.settings.at_most)
 
     @property
-    def _row_budget(self) -> int:
+    def _gates_budget(self) -> int:
         """Bytes of the gates that are held at once."""
-        return gates_room(self._workspace)
+        return gates_budget(self._workspace)
 
     def _largest(self, flat: Tensor, method: Adjoint) -> Tensor:
-        """The components to be refined: the largest of any target, sorted. Those that start at the end are exact."""
+        """Return the components to be refined, sorted: the largest of any target that do not start at the end."""
         parts = flat.abs().split(self._sizes, dim=1) if method.within == "layer" else [flat.abs()]
         chosen, first = [], 0
         for part in parts:
             chosen.append(part.topk(min(method.refine, part.shape[1]), dim=1).indices.flatten() + first)
             first += part.shape[1]
         index = torch.cat(chosen).unique()
-        late = torch.cat([torch.full((len(s.named),), s.entering >= self.road.end, device="cpu") for s in self.starts])
+        late = torch.cat([torch.full((len(s.named),), s.entering >= self.stack.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
     def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
@@ -180,9 +185,9 @@ class Sweep:
 
 
 class _Pass:
-    """There and back once: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
+    """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
-    ``fixed`` components of every start are explicit to the end; ``settled`` (all,) are those, and those that start
+    ``fixed`` components of every start are explicit to the end. ``settled`` (all,) says which components are, or start
     there: nothing but log Z stands between their scores and exact ones.
     """
 
@@ -197,10 +202,10 @@ class _Pass:
         self._kept: Forward | None = None
         for group in groups:
             forward = self._forward(group)
-            named += linear_scores(sweep.road, forward, sweep.directions, sweep.settings)
+            named += linear_scores(sweep.stack, forward, sweep.directions, sweep.settings)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
-            settled.append(_settled(forward, sweep.road.end))
+            settled.append(_settled(forward, sweep.stack.end))
             self._kept = forward if keep and len(groups) == 1 else None
         self.flat = torch.cat(named, dim=1).cpu()
         self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
@@ -208,26 +213,40 @@ class _Pass:
     def _forward(self, group: slice) -> Forward:
         sweep = self.sweep
         fixed = None if self._fixed is None else self._fixed[group]
-        where = (sweep.road, sweep.starts[group], self._loud[group])
-        return mean_field(*where, sweep.settings, fixed, sweep._row_budget)
+        starts, loud = sweep.starts[group], self._loud[group]
+        return mean_field(sweep.stack, starts, loud, sweep.settings, fixed, sweep._gates_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
-        """Scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z; and how far that is off."""
+        """Return scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z.
+
+        The second is the largest relative error of Z that they show; ``measure`` as of :func:`scores_given_z`.
+        """
         sweep, chosen = self.sweep, self.sweep._split(index)
-        found, drifts = [], []
+        found, errors = [], []
         for group in self.groups:
             if not sum(map(len, chosen[group])):
                 continue
             forward = self._kept or self._forward(group)
-            where = (sweep.road, forward.starts, forward.steps, chosen[group], sweep.directions, sweep.settings)
-            given = scores_given_z(*where, sweep._row_budget, forward.released, measure)
+            given = scores_given_z(
+                sweep.stack,
+                forward.starts,
+                forward.steps,
+                chosen[group],
+                sweep.directions,
+                sweep.settings,
+                sweep._gates_budget,
+                forward.released,
+                measure,
+            )
             found.append(given.scores.T.cpu())
-            drifts += [] if given.drift is None else [given.drift]
+            if given.partition_error is not None:
+                errors.append(given.partition_error)
         scores = torch.cat(found, dim=1) if found else self.flat.new_zeros(len(self.flat), 0)
-        return scores.to(self.flat), max(drifts, default=None)
+        return scores.to(self.flat), max(errors, default=None)
 
 
 def _settled(forward: Forward, end: int) -> Tensor:
+    """Return which components are explicit to the end, or start there: (all,) bool."""
     counts = torch.tensor([len(start.named) for start in forward.starts], device="cpu")
     done = torch.tensor([start.entering >= end for start in forward.starts], device="cpu").repeat_interleave(counts)
     named = forward.rows.member >= 0

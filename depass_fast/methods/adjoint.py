@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..adjoint.estimate import warnings_of
-from ..adjoint.forward import LEAST_TEMPERATURE, Settings
 from ..adjoint.maps import LayerStack
+from ..adjoint.settings import LEAST_TEMPERATURE, Settings
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind

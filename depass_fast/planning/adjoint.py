@@ -38,11 +38,11 @@ class SweepOutlook:
     def default_workspace(self, free: int | None) -> int:
         """The workspace that the sweep begins with, if ``free`` bytes are free before the forward pass."""
         left = None if free is None else max(0, free - self.forward.held)
-        return self.given or max(1, default_workspace([left], self.workloads[0].room.cuda))
+        return self.given or max(1, default_workspace([left], self.workloads[0].memory.cuda))
 
     def smallest(self, workspace: int) -> int:
         """The workspace that is left when it is halved again and again, as the sweep does where memory runs out."""
-        while workspace // 2 >= self.workloads[0].room.least:
+        while workspace // 2 >= self.workloads[0].memory.least:
             workspace //= 2
         return workspace
 
@@ -73,7 +73,7 @@ class SweepOutlook:
 
     def rows(self, loud: int | None) -> int:
         """Rows that are carried explicitly, at all positions, of all start layers of the largest prompt."""
-        return max(_with_loud(work, loud).rows() * work.room.n for work in self.workloads)
+        return max(_with_loud(work, loud).rows() * work.memory.n for work in self.workloads)
 
     @property
     def layers_passed(self) -> int:
@@ -86,7 +86,7 @@ def _with_loud(work: SweepWorkload, loud: int | None) -> SweepWorkload:
 
 
 def _size(work: SweepWorkload) -> tuple[int, tuple[int, ...]]:
-    return work.room.n, tuple(start.named for start in work.starts)
+    return work.memory.n, tuple(start.named for start in work.starts)
 
 
 def sweep_outlook(
@@ -105,35 +105,28 @@ def sweep_outlook(
     state, compute = options.dtypes(adapter.dtype, device)
     wide = torch.promote_types(state, torch.float32)
     compute = compute if has_compute_dtype(options.backend) else wide
-    kinds = kind.each(adapter)
-    last = reach(kinds[-1], adapter, end)[1]
-    layers, softmax = layer_sizes(adapter), Allocation(options.allocation).is_softmax
-    casts = wide != adapter.dtype
-    workloads, exact = [], True
-    for p, n in enumerate(lengths):
-        starts = []
-        for one in kinds:
-            named, known = named_components(one, adapter, n)
-            exact &= known or counts is not None
-            named = named if counts is None else counts[p]
-            entering, extras = reach(one, adapter, end)[0], 1 + has_bias(one, adapter, end)
-            held, making = _start_bytes(one, adapter, n, named, wide.itemsize, casts)
-            starts.append(StartSize(entering, named, extras, held, making))
+    kinds, layers = kind.each(adapter), layer_sizes(adapter)
+    casts, widest = wide != adapter.dtype, {n: max(size.reached(n) for size in layers) for n in lengths}
+    copies = compute != adapter.dtype or any(size.output_norms or len(size.mlps) > 1 for size in layers)
+    is_cuda, softmax = device.type == "cuda", Allocation(options.allocation).is_softmax
+    workloads = []
+    for prompt, n in enumerate(lengths):
+        count = None if counts is None else counts[prompt]
+        starts = [_start_size(one, adapter, n, count, end, wide.itemsize, casts) for one in kinds]
         starts.sort(key=lambda start: start.entering)
-        widest = max(size.reached(n) for size in layers)
         workloads.append(
             SweepWorkload(
-                room=SweepMemory(n, adapter.hidden_size, widest, wide.itemsize, len(starts), device.type == "cuda"),
+                memory=SweepMemory(n, adapter.hidden_size, widest[n], wide.itemsize, len(starts), is_cuda),
                 layers=layers,
                 starts=starts,
-                end=last,
+                end=reach(kinds[-1], adapter, end)[1],
                 method=method,
                 softmax=softmax,
                 loud=1 << 30,
                 item=wide.itemsize,
                 compute=compute.itemsize,
                 heads=adapter.layer(0).attention.n_heads,
-                copies=compute != adapter.dtype or any(s.output_norms or len(s.mlps) > 1 for s in layers),
+                copies=copies,
                 records=casts,
             )
         )
@@ -143,10 +136,20 @@ def sweep_outlook(
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for work in workloads for start in work.starts),
-        upper_bound=not exact,
+        upper_bound=counts is None and not all(named_components(one, adapter, n)[1] for one in kinds for n in lengths),
         wide=wide,
         compute=compute,
     )
+
+
+def _start_size(
+    kind: ComponentKind, adapter: Adapter, n: int, count: int | None, end: int | None, item: int, casts: bool
+) -> StartSize:
+    """Return the size of one start layer for a prompt of ``n`` tokens, with ``count`` components if that is known."""
+    named = named_components(kind, adapter, n)[0] if count is None else count
+    entering, extras = reach(kind, adapter, end)[0], 1 + has_bias(kind, adapter, end)
+    held, making = _start_bytes(kind, adapter, n, named, item, casts)
+    return StartSize(entering, named, extras, held, making)
 
 
 def _start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:

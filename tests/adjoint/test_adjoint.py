@@ -7,10 +7,13 @@ import torch
 
 from depass_fast import Custom, DePass, Features, Neurons
 from depass_fast.adjoint.backward import linear_scores
+from depass_fast.adjoint.crowd import Crowd
 from depass_fast.adjoint.estimate import spearman
-from depass_fast.adjoint.forward import Forward, Settings, Step, _Rows
+from depass_fast.adjoint.forward import Forward, Step
 from depass_fast.adjoint.maps import LayerMaps, LayerStack
 from depass_fast.adjoint.refine import scores_given_z
+from depass_fast.adjoint.rows import ExplicitRows
+from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import DenseRows, make_start
 from depass_fast.backends import ReferenceBackend
 from depass_fast.components.start import meets_bias
@@ -67,14 +70,15 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
             g[bias] += maps.gate_constant
         u = (g / T).masked_fill(g == 0, -torch.inf)
         log_z, mean = torch.logsumexp(u, 0)[None], (g[len(state.layout.components[0].extras) :] / T).mean(0)[None]
-        steps.append(Step(index, queries, log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1])))
+        crowd = Crowd(log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1]))
+        steps.append(Step(index, queries, crowd))
         state = reference.allocate_mlp(state, layer.mlp, record.mlp, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
-    rows = _Rows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
+    rows = ExplicitRows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
     return steps, Forward([start], steps, rows, alive=[None]), start
 
 
-def road(dp: DePass, trace, n: int) -> LayerStack:
+def stack_of(dp: DePass, trace, n: int) -> LayerStack:
     return LayerStack(dp.adapter, trace, 0, n, dp.adapter.n_layers, torch.float64, torch.float64)
 
 
@@ -95,10 +99,10 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
     for kind in (Neurons(0), custom(dp, ids, site="resid_mid", scale=1.0)):
         steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
         for step in steps:
-            step.share = None
+            step.crowd.exact = True
         chosen = [torch.arange(0, len(start.named), 2)]
-        where = (road(dp, trace, len(ids)), [start], steps, chosen, seeds(dp, trace, len(ids) - 1))
-        found = scores_given_z(*where, options, budget=1 << 14).scores[:, 0]
+        stack, directions = stack_of(dp, trace, len(ids)), seeds(dp, trace, len(ids) - 1)
+        found = scores_given_z(stack, [start], steps, chosen, directions, options, budget=1 << 14).scores[:, 0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         close(found, exact[: len(start.named) : 2], 1e-9)
 
@@ -111,8 +115,8 @@ def test_the_error_falls_with_the_square_of_the_components():
     for scale in (1e-2, 5e-3, 2.5e-3):
         kind = custom(dp, ids, layer=0, scale=scale)
         _, forward, _ = exact_steps(dp, trace, kind, len(ids) - 1)
-        where = (road(dp, trace, len(ids)), forward, seeds(dp, trace, len(ids) - 1))
-        found = linear_scores(*where, options)[0][0]
+        stack, directions = stack_of(dp, trace, len(ids)), seeds(dp, trace, len(ids) - 1)
+        found = linear_scores(stack, forward, directions, options)[0][0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         errors.append(float((found - exact[: len(found)]).norm()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
@@ -154,7 +158,7 @@ def test_lambda_agrees_with_autograd(name):
     seen: list[torch.Tensor] = []
     start.named = Spy(start.named.states)
     with torch.no_grad():
-        linear_scores(road(dp, trace, read + 1), forward, seed, Settings(T))
+        linear_scores(stack_of(dp, trace, read + 1), forward, seed, Settings(T))
     assert torch.allclose(seen[0], expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
 
 
@@ -254,9 +258,9 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
 def test_a_layer_s_drive_comes_to_the_components():
     """Components that start behind a layer are on its device; the layer that they enter may be on the next one."""
     dp = build("llama-gqa")
-    way = road(dp, dp.trace(random_ids(6)), 6)
+    stack = stack_of(dp, dp.trace(random_ids(6)), 6)
     for like in (torch.empty(0, device="meta"), torch.empty(0, dtype=torch.float64)):
-        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in way.drive(1, like))
+        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in stack.drive(1, like))
 
 
 # ---------------------------------------------------------------------------------------------------- other families

@@ -99,7 +99,7 @@ def test_exact_layers_are_those_of_single_calls(layered):
     assert 2 in layered and 1 not in layered
     with pytest.raises(KeyError, match="no layer 1; this result holds 0, 2"):
         layered[1]
-    with pytest.raises(TypeError, match="layers go by their numbers, 'L2' is none"):
+    with pytest.raises(TypeError, match="a layer is named by its number, not by 'L2'; this result holds 0, 2"):
         layered["L2"]
     with pytest.raises(AttributeError, match=r"several layers; use .layers, or result\[2\]"):
         _ = layered.layer

@@ -1,0 +1,88 @@
+"""The explicit rows of a sweep: components that are carried as in an exact run, and the probe of every crowd."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..runtime.transfer import to_device
+from .settings import Settings
+from .starts import Start
+
+REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
+
+
+class ExplicitRows:
+    """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
+
+    Row r is component ``member[r]`` of start ``owner[r]``, or its `rest`, `bias` or probe (``REST_ROW``, ...).
+    ``stays`` (R,) says which are never released, ``sizes`` how many rows a start has. The first of a start's rows is
+    its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it waits for no device.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.sizes: list[int] = []
+        self.owner = self.member = torch.zeros(0, dtype=torch.long, device="cpu")
+        self.stays = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._places: dict[int, Tensor] = {}
+
+    def to(self, device: torch.device) -> None:
+        if self.x.device != device:
+            self.x, self._places = self.x.to(device), {}
+
+    def places(self, member: int) -> Tensor:
+        """Return the rows of all starts that are `rest`, `bias` or the probe: indices (r,), in order, on x's device."""
+        if member not in self._places:
+            self._places[member] = to_device((self.member == member).nonzero()[:, 0], self.x.device)
+        return self._places[member]
+
+    def named_of(self, start: int) -> Tensor:
+        """Return the named components of a start that are explicit: indices (r,) in host memory."""
+        return self.member[(self.owner == start) & (self.member >= 0)]
+
+    def join(self, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
+        """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those that stay to the end."""
+        named = torch.cat([loud, fixed])
+        rows, extras = [start.named.rows(to_device(named, start.bias.device))], []
+        if start.has_bias:
+            rows, extras = [start.bias[None], *rows], [BIAS_ROW]
+        if start.rest is not None:
+            rows, extras = [start.rest[None], *rows], [REST_ROW, *extras]
+        if settings.temperature is not None:
+            rows, extras = [_probe(start, named, settings)[None], *rows], [PROBE_ROW, *extras]
+        member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
+        stays = torch.ones(len(member), dtype=torch.bool, device="cpu")
+        stays[len(extras) : len(extras) + len(loud)] = False
+        new = torch.cat(rows)
+        self.x = torch.cat([self.x, new[:, new.shape[1] - self.x.shape[1] :].to(self.x)])
+        self.owner = torch.cat([self.owner, torch.full_like(member, len(self.sizes))])
+        self.member, self.stays = torch.cat([self.member, member]), torch.cat([self.stays, stays])
+        self.sizes.append(len(member))
+        self._places = {}
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop the rows that are not ``kept`` (R,) bool."""
+        self.x, self._places = self.x[to_device(kept.nonzero()[:, 0], self.x.device)], {}
+        self.owner, self.member, self.stays = self.owner[kept], self.member[kept], self.stays[kept]
+        self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
+
+    def by_start(self, values: Tensor) -> list[Tensor]:
+        """Return views (s, rows, ...) of ``values`` (R, ...), each of neighbouring starts with equally many rows."""
+        runs = [(len(list(same)), size) for size, same in groupby(self.sizes)]
+        whole = values.split([starts * size for starts, size in runs])
+        return [part.unflatten(0, run) for part, run in zip(whole, runs, strict=True)]
+
+
+def _probe(start: Start, explicit: Tensor, settings: Settings) -> Tensor:
+    """Return the crowd with random signs that sum to zero: Σ ε[m] · X[n, m], (N, D). Its square tells its scatter."""
+    m = len(start.named)
+    if not settings.scatter or len(explicit) == m:
+        return torch.zeros_like(start.bias)
+    signs = settings.signs(m, start.layer).to(start.bias.dtype)
+    signs[explicit] = 0.0
+    signs -= signs.sum() / (m - len(explicit))
+    signs[explicit] = 0.0
+    return start.named.sum(to_device(signs, start.bias.device))

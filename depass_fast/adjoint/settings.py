@@ -1,0 +1,32 @@
+"""How a sweep approximates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its sums stay in float32's range
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sweep approximates. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
+
+    ``loud``: components whose expected g/T (:func:`depass_fast.adjoint.starts.loudness`) is above this are carried
+    explicitly until it no longer is, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is
+    estimated. ``releases``: components that are no longer loud go back to the crowd.
+    """
+
+    temperature: float | None
+    loud: float = 2.0
+    at_most: int = 128
+    scatter: bool = True
+    releases: bool = True
+    seed: int = 0
+
+    def signs(self, count: int, place: int) -> Tensor:
+        """Return random signs (count,) in host memory, int64; those of a ``place`` (a layer) are always the same."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
+        return torch.randint(0, 2, (count,), generator=generator, device="cpu") * 2 - 1
