@@ -115,7 +115,7 @@ class _WayBack:
 
 
 class _Offsets:
-    """What components receive at the layers passed so far though their states were zero, where they are alive."""
+    """The shares that components receive at the layers passed so far with gates of zero, where they are alive."""
 
     def __init__(self, forward: Forward, k: int, like: Tensor) -> None:
         self._total = like.new_zeros(len(forward.starts), k)  # where all are alive

@@ -17,7 +17,7 @@ from .starts import Start
 
 @dataclass
 class Crowd:
-    """What a layer does to the crowds of the S start layers under way there, the first S in order.
+    """The effect of a layer on the crowds of the S start layers under way there, the first S in order.
 
     A component of the crowd with gate g takes the share · (1 + slope · (g/T - mean)) of a neuron's activation.
     ``log_z``, ``share`` and ``mean`` are (S, Q, I), ``slope`` is (S, Q, 1). ``exact``: log Z is that of all components,
@@ -44,7 +44,7 @@ class Crowd:
 
 
 class Alive:
-    """Which named components are not exactly zero, for every start under way.
+    """The named components that are not exactly zero, for every start under way.
 
     ``passed[s]`` lists the masks (M, Q) of start s, bool, at every layer so far; None: all are alive everywhere.
     """

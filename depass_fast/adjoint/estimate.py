@@ -1,4 +1,4 @@
-"""How far the sweep's scores are from exact propagation, estimated from a sample (docs/adjoint.md, *Estimate*)."""
+"""The distance of a sweep's scores from exact propagation, estimated from a sample (docs/adjoint.md, *Estimate*)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from .starts import Start, all_alive
 
 @dataclass
 class Step:
-    """What the way back needs of one layer, at its ``queries``; ``crowd`` is None for `taylor`."""
+    """The record of one layer for the way back, at its ``queries``; ``crowd`` is None for `taylor`."""
 
     index: int
     queries: slice

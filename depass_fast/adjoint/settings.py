@@ -1,4 +1,4 @@
-"""How a sweep approximates."""
+"""The approximations of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its s
 
 @dataclass(frozen=True)
 class Settings:
-    """How a sweep approximates. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
+    """The approximations of a sweep. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
 
     ``loud``: components whose expected g/T (:func:`depass_fast.adjoint.starts.loudness`) is above this are carried
     explicitly until it no longer is, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is

@@ -13,6 +13,7 @@ from ..adapters import Adapter
 from ..components.base import ComponentKind
 from ..components.start import initial_state
 from ..labels import BIAS, REST
+from ..state.state import Factors
 from ..trace.record import Trace
 from .maps import LayerStack
 
@@ -150,35 +151,49 @@ def make_start(
     bound = bound or kind.bound(adapter, trace, prompt)
     entry, device = kind.entry(adapter), adapter.layer_device(layer)
     x = trace.resid_at(entry.layer, entry.site).to(device)[trace.span(prompt)].to(dtype)
-    names = bound.names(adapter, [""] * len(x))
-
-    constant, factors = bound.constant(adapter, trace, prompt, dtype), bound.factors(adapter, trace, prompt)
+    constant = bound.constant(adapter, trace, prompt, dtype)
     bias = x.new_zeros(n, x.shape[1])
     if constant is not None:
         bias, has_bias = bias + constant, True
+    found = _products(kind, bound.factors(adapter, trace, prompt), x, constant)
+    if found is None:
+        named, rest, has_bias = _dense(kind, adapter, trace, prompt, has_bias, dtype)
+    else:
+        named, rest = found
+    return Start(
+        layer=layer,
+        entering=entry.layer,
+        mid=entry.site == "resid_mid",
+        names=bound.names(adapter, [""] * len(x)),
+        named=named.first(n),
+        rest=None if rest is None else rest[:n],
+        bias=bias,
+        has_bias=has_bias,
+    )
 
-    def start(named: Named, rest: Tensor | None, has_bias: bool) -> Start:
-        return Start(
-            layer=layer,
-            entering=entry.layer,
-            mid=entry.site == "resid_mid",
-            names=names,
-            named=named,
-            rest=rest,
-            bias=bias,
-            has_bias=has_bias,
-        )
 
-    if factors is not None and factors.coefficients is not None:
-        named = ProductRows(factors.coefficients.to(device, dtype), factors.vectors.to(device))
-        rest = x - named.sum() - (0.0 if constant is None else constant)
-        if not (kind.may_be_complete and _rounding(rest, x).any()):
-            return start(named.first(n), rest[:n], has_bias)
-    # what may leave nothing over: the library's one way to tell rounding from a rest
+def _products(
+    kind: ComponentKind, factors: Factors | None, x: Tensor, constant: Tensor | None
+) -> tuple[Named, Tensor] | None:
+    """Return components that are products, and `rest` (N, D); None if they are none, or may leave nothing over."""
+    if factors is None or factors.coefficients is None:
+        return None
+    named = ProductRows(factors.coefficients.to(x), factors.vectors.to(x.device))
+    rest = x - named.sum() - (0.0 if constant is None else constant)
+    return None if kind.may_be_complete and _rounding(rest, x).any() else (named, rest)
+
+
+def _dense(
+    kind: ComponentKind, adapter: Adapter, trace: Trace, prompt: int, has_bias: bool, dtype: torch.dtype
+) -> tuple[Named, Tensor | None, bool]:
+    """Return the components, `rest` (N, D) if there is one, and if there is `bias`: as exact propagation starts.
+
+    :func:`initial_state` is the library's one way to tell rounding from a `rest`.
+    """
     state = initial_state(kind, adapter, trace, has_bias=has_bias, dtype=dtype)
     block, extras = state.block(prompt), state.layout.components[prompt].extras
-    rest = block[:n, extras.index(REST)] if REST in extras else None
-    return start(DenseRows(block[:n, len(extras) :]), rest, BIAS in extras)
+    rest = block[:, extras.index(REST)] if REST in extras else None
+    return DenseRows(block[:, len(extras) :]), rest, BIAS in extras
 
 
 def all_alive(starts: Sequence[Start]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""How far approximate scores are from exact ones, as a result carries it (docs/adjoint.md, *Estimate*)."""
+"""The estimated error of approximate scores, as a result carries it (docs/adjoint.md, *Estimate*)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ FORMAT = "depass_fast.layers.v1"
 
 
 class _Shared:
-    """What all layers of a result have in common; their attributions are ``by_layer``."""
+    """The fields that all layers of a result share; their attributions are ``by_layer``."""
 
     by_layer: list[Attribution]
 
@@ -99,7 +99,7 @@ class _Shared:
 
     @property
     def method(self) -> str:
-        """ "exact" or "adjoint"."""
+        """The method: "exact" or "adjoint"."""
         return self.by_layer[0].method
 
     @property
@@ -243,7 +243,8 @@ class LayeredAttribution(_Shared):
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return a DataFrame with a row per component, `rest` and `bias` included: `layer`, `label`, scores."""
-        return data_frame(*self._table())
+        names, rows = self._table()
+        return data_frame(names, rows)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table of :meth:`to_dataframe` as a file."""

@@ -1,4 +1,4 @@
-"""How a result looks: as plain text (``str(result)``) and in colour (``rich.print(result)``)."""
+"""The look of a result: as plain text (``str(result)``) and in colour (``rich.print(result)``)."""
 
 from __future__ import annotations
 
