@@ -21,7 +21,7 @@ def linear_scores(stack: LayerStack, forward: Forward, directions: Tensor, setti
     way = _WayBack(stack, forward, directions, settings)
     for step in reversed(forward.steps):
         way.pass_layer(step)
-        stack.passed.finish()
+        stack.progress.finish()
     return way.scores()
 
 

@@ -68,14 +68,14 @@ def mean_field(
     ``loud`` holds the loud components of every start, (k,) indices: explicit until they are released. ``fixed`` holds
     others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
     """
-    passage = _Passage(stack, starts, loud, fixed or [indices[:0] for indices in loud], settings, budget)
+    way = _WayThere(stack, starts, loud, fixed or [indices[:0] for indices in loud], settings, budget)
     for index in range(starts[0].entering, stack.end):
-        passage.pass_layer(index)
-        stack.passed.finish()
-    return passage.finished()
+        way.pass_layer(index)
+        stack.progress.finish()
+    return way.finished()
 
 
-class _Passage:
+class _WayThere:
     """A mean-field forward under way; arguments as of :func:`mean_field`."""
 
     def __init__(

@@ -198,7 +198,7 @@ class LayerStack:
         self.dtype, self.compute = dtype, compute
         first = trace.span(prompt).start
         self.prompt, self.span = prompt, slice(first, first + n)
-        self.passed = Parts(1)  # layers, there and back, of the sweep under way
+        self.progress = Parts(1)  # a part per layer, there or back, of the sweep under way
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
         self._keeps = True

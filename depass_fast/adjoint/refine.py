@@ -99,7 +99,7 @@ class _Passage:
         x = self.directions.new_zeros(0, self.stack.n, self.directions.shape[1])
         owners = torch.tensor([single.start for single in singles], dtype=torch.long, device="cpu")
         for step in self.steps:
-            self.stack.passed.finish(part)
+            self.stack.progress.finish(part)
             joining = [single for single in singles if single.entering == step.index]
             if len(x) or joining:
                 x = self._pass_layer(step, x, joining, owners)

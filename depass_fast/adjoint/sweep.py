@@ -66,10 +66,9 @@ class Sweep:
         self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
-        refines, samples = (
-            self.settings.temperature is not None and number > 0 for number in (method.refine, method.sample)
-        )
-        self.stack.passed = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
+        approximate = self.settings.temperature is not None
+        refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
+        self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _Pass(self, groups, loud, None, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
         if refines:
@@ -197,7 +196,7 @@ class _Pass:
         self.sweep, self.groups, self._fixed = sweep, groups, fixed
         self._loud = loud
         if fixed is not None:
-            self._loud = [quick[~torch.isin(quick, f)] for f, quick in zip(fixed, loud, strict=True)]
+            self._loud = [indices[~torch.isin(indices, f)] for indices, f in zip(loud, fixed, strict=True)]
         named, rest, bias, settled = [], [], [], []
         self._kept: Forward | None = None
         for group in groups:
