@@ -66,5 +66,5 @@ def test_layers_and_ends_that_the_model_lacks():
         dp.attribute(IDS, Heads("blocks.7.attn.hook_z"))
     with pytest.raises(ValueError, match="end: 'blocks.1.attn.hook_z' does not fit here"):
         dp.decompose(IDS, Tokens(), end="blocks.1.attn.hook_z")
-    with pytest.raises(ValueError, match="end: 8 is out of range"):
+    with pytest.raises(ValueError, match="end: 'blocks.7.hook_resid_post' is out of range"):
         dp.decompose(IDS, Tokens(), end="blocks.7.hook_resid_post")
