@@ -65,16 +65,16 @@ def initial_state(
     has_settled = False
     for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
-        rest, named, here = block[:, 0], block[:, 1 + len(bias) :], x[trace.span(prompt)]
+        named, here = block[:, 1 + len(bias) :], x[trace.span(prompt)]
         if in_host_memory:
             _fill_from_device(named, one, adapter, trace, prompt, near)
         else:
             one.fill(named, adapter, trace, prompt)
         if bias:
             block[:, 1] = 0.0 if constant is None else constant
-        rest.copy_(here - block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32)))
+        block[:, 0] = here - block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
         if kind.may_be_complete:
-            has_settled |= _settle_rounding(rest, named, here.to(dtype), coarsest)
+            has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), coarsest)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)
     return _without_rest(state, trace) if kind.may_be_complete and not _has_rest(state) else state
 
