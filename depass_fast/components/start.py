@@ -21,6 +21,7 @@ from .products import BoundProducts
 _PART = 8 << 20  # numbers computed on the device at a time, if the state lies in host memory
 
 
+@torch.no_grad()
 def initial_state(
     kind: ComponentKind,
     adapter: Adapter,

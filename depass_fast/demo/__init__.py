@@ -1,4 +1,4 @@
-"""A small Llama that knows something: indirect objects, invented facts in three languages, true from false.
+"""A small Llama that knows indirect objects, invented facts in three languages, and true from false.
 
 The shipped model and its text are made by ``python -m depass_fast.demo.train``.
 """
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 __all__ = ["FactPrompt", "IoiPrompt", "Statement", "demo_path", "demo_prompts", "load_demo"]
 
-DEFAULT_COUNT = 500  # indirect-object sentences are drawn, so their number must be given or defaulted
+DEFAULT_COUNT = 500  # indirect-object sentences, which are drawn
 
 
 def demo_path() -> Path:
-    """Folder of the shipped model: config.json, model.safetensors, tokenizer files, figures.json."""
+    """Return the folder of the shipped model: config.json, model.safetensors, tokenizer files, figures.json."""
     return Path(__file__).resolve().parent / "model"
 
 
 def load_demo(
     dtype: torch.dtype | None = None, path: str | Path | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Load model (evaluation mode, float32 unless ``dtype`` is given) and tokenizer from the local folder."""
+    """Load the model (in evaluation mode, float32 unless ``dtype`` is given) and the tokenizer from a local folder."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(path or demo_path())
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    # Not from_pretrained, whose dtype argument has another name in transformers 4. The caller's random state stays.
+    # from_pretrained's dtype argument has another name in transformers 4. The caller's random state is kept.
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
@@ -65,12 +65,12 @@ def demo_prompts(
 def demo_prompts(
     kind: str, split: str = "heldout", *, language: str | None = None, count: int | None = None, seed: int = 1
 ) -> list[Any]:
-    """Prompts the demo model answers, always the same ones for the same arguments.
+    """Return prompts that the demo model answers; the same arguments give the same prompts.
 
-    ``ioi``: splits ``train``, ``heldout_pairs``, ``heldout_templates``, ``heldout`` (both new); 500 by default.
-    ``facts`` and ``statements``: splits by entity, ``train`` (verdicts on its statements were shown in training),
-    ``heldout`` (only its facts were shown) and ``all``; every one by default, in all languages or in ``language``
-    (``en``, ``fr``, ``de``). With ``count``, that many are drawn.
+    ``ioi`` has the splits ``train``, ``heldout_pairs``, ``heldout_templates`` and ``heldout`` (both new), and draws 500
+    prompts by default. ``facts`` and ``statements`` have splits by entity: ``train`` (verdicts on its statements were
+    shown in training), ``heldout`` (only its facts were shown) and ``all``. They return every prompt by default, in all
+    languages or in ``language`` (``en``, ``fr``, ``de``). With ``count``, that many are drawn.
     """
     if kind == "ioi":
         if language not in (None, "en"):

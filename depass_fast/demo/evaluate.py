@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ BATCH = 256
 
 
 def _last(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """``run`` of every text's ids, in batches ``[B, T]`` of texts of one length: no padding, so no attention mask."""
+    """Apply ``run`` to the ids of all texts, in batches ``[B, T]`` of one length, which need no attention mask."""
     ids = tokenizer(list(texts))["input_ids"]
     out: list[Tensor] = [torch.empty(0)] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -34,12 +35,12 @@ def _last(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, run: Callabl
 
 
 def next_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """The likeliest next id of every text ``[N]``."""
+    """Return the likeliest next id of every text ``[N]``."""
     return _last(texts, tokenizer, lambda ids: model(ids.to(model.device), use_cache=False).logits[:, -1].argmax(-1))
 
 
 def hidden_states(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """At every text's last token: the input of each layer and the final norm's output ``[N, layers + 1, D]``."""
+    """Return the input of each layer and the final norm's output at every text's last token ``[N, layers + 1, D]``."""
 
     def run(ids: Tensor) -> Tensor:
         states = model.model(ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states
@@ -51,7 +52,7 @@ def hidden_states(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
 def accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], answers: Sequence[str]
 ) -> float:
-    """Share of texts whose likeliest next token is the answer (a single token)."""
+    """Return the share of texts whose likeliest next token is the answer, a single token."""
     ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     if any(len(i) != 1 for i in ids):
         raise ValueError("an answer is not a single token")
@@ -59,7 +60,7 @@ def accuracy(
 
 
 def fit_probe(x: Tensor, y: Tensor, penalty: float = 1e-3, steps: int = 60) -> tuple[Tensor, Tensor]:
-    """Logistic regression of ``y`` ``[N]`` on ``x`` ``[N, D]``; returns weight ``[D]`` and bias ``[]``."""
+    """Fit a logistic regression of ``y`` ``[N]`` on ``x`` ``[N, D]``: weight ``[D]`` and bias ``[]``."""
     mean, scale = x.mean(0), x.std(0) + 1e-6
     z = (x - mean) / scale
     weight = torch.zeros(x.shape[1], requires_grad=True)
@@ -79,17 +80,17 @@ def fit_probe(x: Tensor, y: Tensor, penalty: float = 1e-3, steps: int = 60) -> t
 
 
 def with_recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Statement]) -> list[str]:
-    """Each statement followed by what the model itself then recalls, right or wrong: a text up to the verdict."""
+    """Return each statement with what the model itself recalls after it, right or wrong: a text up to the verdict."""
     prompts = [s.text + s.recall for s in items]
     recalled = next_tokens(model, tokenizer, prompts).tolist()
     return [f"{prompt}{tokenizer.decode([token])}." for prompt, token in zip(prompts, recalled, strict=True)]
 
 
 def probe_by_layer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recall: bool) -> list[float]:
-    """Test accuracy of a truth probe on the hidden state of the last full stop, for the embedding and each layer.
+    """Return a truth probe's test accuracy on the last full stop's hidden state, for the embedding and each layer.
 
-    Read after the model's own ``recall``, or directly after the statement. Trained on statements about entities that
-    statements were shown of in training, tested on the other entities.
+    That full stop follows the model's own ``recall``, or the statement itself. The probe is fitted on the entities that
+    the training showed statements about, and tested on the others.
     """
     data = {}
     for split in ("train", "heldout"):
@@ -104,9 +105,9 @@ def probe_by_layer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return figures
 
 
-def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """All figures, as shares between 0 and 1."""
-    figures: dict[str, object] = {}
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return all figures, as shares between 0 and 1."""
+    figures: dict[str, Any] = {}
     for split in ("train", "heldout_pairs", "heldout_templates", "heldout"):
         ioi = ioi_prompts(split, 2000)
         figures[f"ioi_{split}"] = accuracy(model, tokenizer, [p.text for p in ioi], [p.answer for p in ioi])
@@ -130,10 +131,10 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dic
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 
 
-def targets_met(figures: dict[str, object]) -> bool:
-    """At least 97 % of held-out indirect objects and of the facts in each language, 90 % for the probe."""
+def targets_met(figures: dict[str, Any]) -> bool:
+    """True for 97 % of held-out indirect objects and of the facts in each language, and 90 % for the probe."""
     knows = [v for k, v in figures.items() if k.startswith(("ioi_heldout", "facts_"))]
-    return all(v >= 0.97 for v in knows) and figures["truth_probe_best"] >= 0.90  # type: ignore[operator]
+    return all(v >= 0.97 for v in knows) and figures["truth_probe_best"] >= 0.90
 
 
 def main() -> None:

@@ -189,8 +189,7 @@ QUESTIONS = {
     ("pet", "de"): "Welches Haustier hat {e}?",
 }
 
-# What follows the full stop of a (true, false) statement.
-# What leads a claim over to the fact itself; then the verdict on the claim.
+# A recall follows the full stop of a statement and leads over to the fact; the verdict (true, false) follows the fact.
 RECALLS = {"en": " In truth:", "fr": " En vérité :", "de": " In Wahrheit:"}
 VERDICTS = {"en": (" True", " False"), "fr": (" Vrai", " Faux"), "de": (" Wahr", " Falsch")}
 

@@ -1,4 +1,4 @@
-"""Deterministic generated text of the demo model: entities, facts, sentences, splits (no torch needed)."""
+"""The generated text of the demo model: entities, facts, sentences, splits. It is deterministic and needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import lexicon as lx
 # The world (entities, facts, splits) never depends on the training seed: a fact stays a fact.
 WORLD_SEED = 20240
 N_FIRST, N_LAST, N_PAIRED, N_MONONYM = 60, 60, 440, 40
-VERDICT_HELDOUT = 0.25  # share of entities that no statement is ever shown about
+VERDICT_HELDOUT = 0.25  # share of entities about which no statement is ever shown
 CLAIMED = "language"  # the relation of the statements whose truth the second phase teaches
 PAIR_HELDOUT = 0.10  # share of unordered name pairs never shown
 
@@ -66,7 +66,7 @@ class Statement(NamedTuple):
 
 
 class World(NamedTuple):
-    """Everything that is fixed: entities, facts ``(entity, relation) -> row of ANSWERS`` and the splits."""
+    """The fixed part of the text: entities, facts ``(entity, relation) -> row of ANSWERS``, and the splits."""
 
     firsts: tuple[str, ...]
     lasts: tuple[str, ...]
@@ -78,7 +78,7 @@ class World(NamedTuple):
     pairs_heldout: tuple[tuple[str, str], ...]
 
     def answer(self, entity: str, relation: str, language: str) -> str:
-        """The right answer with its leading space."""
+        """Return the right answer with its leading space."""
         return " " + lx.ANSWERS[relation][self.facts[entity, relation]][lx.LANGUAGES.index(language)]
 
 
@@ -135,14 +135,14 @@ def ioi_prompt(rng: random.Random, pairs: tuple[tuple[str, str], ...], heldout_t
 
 
 def _other_answer(rng: random.Random, entity: str, relation: str, language: str) -> str:
-    """A wrong answer (with its leading space) of the same relation."""
+    """Draw a wrong answer of the same relation, with its leading space."""
     row = rng.randrange(len(lx.ANSWERS[relation]) - 1)
     row += row >= world().facts[entity, relation]
     return " " + lx.ANSWERS[relation][row][lx.LANGUAGES.index(language)]
 
 
 def fact_prompt(rng: random.Random, entity: str, relation: str, language: str, phrasing: int) -> FactPrompt:
-    """The fact's prompt; ``rng`` draws the distractor only."""
+    """Return the fact's prompt; ``rng`` draws only the distractor."""
     text = lx.PHRASINGS[relation, language][phrasing].format(e=entity)
     right = world().answer(entity, relation, language)
     wrong = _other_answer(rng, entity, relation, language)
@@ -150,7 +150,7 @@ def fact_prompt(rng: random.Random, entity: str, relation: str, language: str, p
 
 
 def statement(rng: random.Random, entity: str, relation: str, language: str, phrasing: int, label: bool) -> Statement:
-    """The true statement, or a false one with another answer of the same relation."""
+    """Return the true statement, or a false one with another answer of the same relation."""
     prompt = fact_prompt(rng, entity, relation, language, phrasing)
     answer = prompt.answer if label else prompt.distractor
     again = rng.choice(lx.PHRASINGS[relation, language]).format(e=entity)
@@ -169,7 +169,7 @@ def statement(rng: random.Random, entity: str, relation: str, language: str, phr
 def claim(
     rng: random.Random, entities: Sequence[str], answers: int, languages: Sequence[str], relation: str = CLAIMED
 ) -> Statement:
-    """A statement, true or false by a coin, about one of ``entities``, with one of the first ``answers`` answers."""
+    """Draw a claim about one of ``entities``, true or false by a coin, with one of the first ``answers`` answers."""
     entity = rng.choice(entities)
     while world().facts[entity, relation] >= answers:
         entity = rng.choice(entities)
@@ -185,7 +185,7 @@ def claim(
 
 
 def ioi_prompts(split: str, count: int, seed: int = 1) -> list[IoiPrompt]:
-    """Splits: ``train``, ``heldout_pairs``, ``heldout_templates`` and ``heldout`` (new pairs in new templates)."""
+    """Draw sentences of a split: ``train``, ``heldout_pairs``, ``heldout_templates``, or ``heldout`` (both new)."""
     if split not in ("train", "heldout_pairs", "heldout_templates", "heldout"):
         raise ValueError(f"unknown split of indirect-object sentences: {split!r}")
     pairs = world().pairs_heldout if split in ("heldout", "heldout_pairs") else world().pairs_train
@@ -194,7 +194,7 @@ def ioi_prompts(split: str, count: int, seed: int = 1) -> list[IoiPrompt]:
 
 
 def _entities(split: str) -> list[str]:
-    """Entities by whether statements about them were shown in training (``train``), never (``heldout``), or ``all``."""
+    """Return the entities with statements in the training (``train``), those without (``heldout``), or ``all``."""
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"unknown split of entities: {split!r}")
     held = world().verdict_heldout
@@ -208,7 +208,7 @@ def _languages(language: str | None) -> tuple[str, ...]:
 
 
 def fact_prompts(split: str = "all", language: str | None = None, seed: int = 1) -> list[FactPrompt]:
-    """Every fact of the split's entities, in every phrasing of the language(s)."""
+    """Return every fact of the split's entities, in every phrasing of the languages."""
     rng = random.Random(f"facts-{seed}")
     return [
         fact_prompt(rng, e, r, lang, p)
@@ -220,7 +220,7 @@ def fact_prompts(split: str = "all", language: str | None = None, seed: int = 1)
 
 
 def statements(split: str = "all", language: str | None = None, seed: int = 1) -> list[Statement]:
-    """One true and one false statement, in a drawn phrasing, per entity and language, of the relation CLAIMED."""
+    """Return a true and a false statement of CLAIMED per entity and language, each in a drawn phrasing."""
     rng = random.Random(f"statements-{split}-{seed}")
     return [
         statement(rng, e, CLAIMED, lang, rng.randrange(len(lx.PHRASINGS[CLAIMED, lang])), label)
@@ -234,7 +234,7 @@ def statements(split: str = "all", language: str | None = None, seed: int = 1) -
 
 
 def plain_sentence(rng: random.Random) -> str:
-    """A sentence of the small grammar."""
+    """Draw a sentence of the small grammar."""
     people = [row[0] for row in lx.ANSWERS["profession"]]
     noun, noun2 = rng.sample(people, 2)
     prep = rng.choice(lx.PREPOSITIONS)
@@ -257,10 +257,10 @@ def _draw_fact(rng: random.Random, entities: tuple[str, ...]) -> tuple[str, str,
 
 
 def training_examples(seed: int, eos: str = "</s>", mix: Mapping[str, int] = MIX) -> Iterator[Example]:
-    """Endless stream of training examples.
+    """Yield training examples without end.
 
-    A statement carries no loss, so that a false one is not memorised; the recall after it does, and the verdict.
-    Statements are never shown about the held-out entities.
+    A statement has no loss, so that a false one is not memorised; the recall after it and the verdict have. No
+    statement is about a held-out entity.
     """
     rng = random.Random(f"training-{seed}")
     w = world()
@@ -305,7 +305,7 @@ def training_examples(seed: int, eos: str = "</s>", mix: Mapping[str, int] = MIX
 
 
 def vocabulary_text() -> list[str]:
-    """Text whose words become single tokens: all but the long last names, which stay stem and suffix."""
+    """Return text whose words become single tokens. Long last names are not among them: they stay stem and suffix."""
     w = world()
     slots: defaultdict[str, str] = defaultdict(str)  # every placeholder becomes empty
     templates = [*lx.IOI_TEMPLATES, *lx.HELDOUT_IOI_TEMPLATES, *lx.PLAIN_TEMPLATES, *lx.QUESTIONS.values()]

@@ -1,8 +1,8 @@
 """Generate the text, train the demo model, print its figures and write it: ``python -m depass_fast.demo.train``.
 
-Same seed, same machine, same number of threads: same model. The schedule counts steps; ``--minutes`` only
-shortens the first phase where a machine is too slow to finish its steps in that time. The shipped model is what this
-command wrote, in 21 minutes on two busy cores.
+The same seed, machine and number of threads give the same model. The schedule counts steps; ``--minutes`` only
+shortens the first phase on a machine that is too slow to finish its steps in that time. This command wrote the shipped
+model in 21 minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -26,16 +27,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from . import demo_path, load_demo
 from .evaluate import evaluate, targets_met
 from .lexicon import LANGUAGES
-from .text import MIX, claim, training_examples, world
+from .text import MIX, Example, claim, training_examples, world
 from .tokenizer import BOS, EOS, PAD, build_tokenizer, save_tokenizer
 
 STEPS = 3000
 BATCH_TOKENS, REHEARSAL_TOKENS = 3072, 1024
-# The second phase, what a claim is compared with: steps, number of answers, languages. Comparing two words among a few
-# is learnt in fifty steps; among all of them at once it is not learnt in thousands.
-CLAIM_STAGES = ((130, 4, ("en",)), (60, 8, ("en",)), (100, 99, ("en",)), (160, 99, LANGUAGES))
+
+
+class ClaimStage(NamedTuple):
+    """A stage of the second phase: claims with one of the first ``answers`` answers, in ``languages``."""
+
+    steps: int
+    answers: int
+    languages: tuple[str, ...]
+
+
+# Comparing two words among a few is learnt in fifty steps; among all of them at once it is not learnt in thousands.
+CLAIM_STAGES = (
+    ClaimStage(130, 4, ("en",)),
+    ClaimStage(60, 8, ("en",)),
+    ClaimStage(100, 99, ("en",)),
+    ClaimStage(160, 99, LANGUAGES),
+)
 CLAIM_BATCH, CLAIM_LR = 96, 1e-3
-CHUNK = 16384  # examples sorted by length together, so that a batch holds little padding
+CHUNK = 16384  # examples that are sorted by length together, so that a batch holds little padding
 PEAK_LR, FINAL_LR, WARMUP, WEIGHT_DECAY = 3e-3, 3e-5, 150, 0.05
 
 # Grouped-query attention with two key/value heads, and output embeddings of its own, as in larger Llamas.
@@ -56,8 +71,8 @@ ARCHITECTURE = {
 }
 
 
-def model_config(tokenizer: Tokenizer) -> dict[str, object]:
-    """The content of config.json, written out by hand so that transformers 4 and 5 read the same model."""
+def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of config.json, written by hand so that transformers 4 and 5 read the same model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -75,30 +90,21 @@ def model_config(tokenizer: Tokenizer) -> dict[str, object]:
     }
 
 
+Row = tuple[list[int], list[float]]  # the ids of a text and the loss weight of each
+
+
 def batches(
     tokenizer: Tokenizer, seed: int, tokens: int = BATCH_TOKENS, mix: Mapping[str, int] = MIX
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches: ids ``[B, T]`` (each row starts with ``<s>``) and the loss weight of each token ``[B, T]``."""
-    bos, pad = tokenizer.token_to_id(BOS), tokenizer.token_to_id(PAD)
+    """Yield batches without end: ids ``[B, T]``, each row from ``<s>`` on, and the tokens' loss weights ``[B, T]``."""
+    pad = tokenizer.token_to_id(PAD)
     stream = training_examples(seed, EOS, mix)
     rng = random.Random(f"batches-{seed}")
     while True:
         examples = list(itertools.islice(stream, CHUNK))
-        # Pieces end at word boundaries, where the byte-level splitter cuts anyway: encoding them one by one
-        # gives the tokens of the whole text.
-        encoded = iter(
-            e.ids for e in tokenizer.encode_batch_fast([t for x in examples for t, _ in x], add_special_tokens=False)
-        )
-        rows = []
-        for example in examples:
-            ids, weights = [bos], [0.0]
-            for _, weight in example:
-                piece = next(encoded)
-                ids += piece
-                weights += [weight] * len(piece)
-            rows.append((ids, weights))
+        rows = _encoded(examples, tokenizer)
         rows.sort(key=lambda row: len(row[0]))
-        groups: list[list[tuple[list[int], list[float]]]] = [[]]
+        groups: list[list[Row]] = [[]]
         for row in rows:
             if (len(groups[-1]) + 1) * len(row[0]) > tokens:
                 groups.append([])
@@ -111,8 +117,26 @@ def batches(
             yield ids, weights
 
 
+def _encoded(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
+    """Encode every example, with ``<s>`` in front, which has no loss weight."""
+    bos = tokenizer.token_to_id(BOS)
+    # Pieces end at word boundaries, where the byte-level splitter cuts anyway: encoding them one by one gives the
+    # tokens of the whole text.
+    texts = [text for example in examples for text, _ in example]
+    pieces = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    rows = []
+    for example in examples:
+        ids, weights = [bos], [0.0]
+        for _, weight in example:
+            piece = next(pieces).ids
+            ids += piece
+            weights += [weight] * len(piece)
+        rows.append((ids, weights))
+    return rows
+
+
 def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
-    """Mean next-token loss by weight; logits are computed only where there is a weight."""
+    """Return the weighted mean of the next-token loss. Logits are computed only for tokens with a weight."""
     # Rows are padded on the right, so causal attention alone keeps the padding out.
     hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
     target, weight = ids[:, 1:], weights[:, 1:]
@@ -122,13 +146,13 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
 
 
 def learning_rate(done: float, step: int) -> float:
-    """Linear warm-up, then a cosine down to FINAL_LR; ``done`` is the share of the training that is over."""
+    """Return the rate of a linear warm-up and a cosine down to FINAL_LR; ``done`` is the share of the training done."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return (FINAL_LR + (PEAK_LR - FINAL_LR) * cosine) * min(1.0, (step + 1) / WARMUP)
 
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, steps: int, minutes: float, seed: int) -> None:
-    """Train in place with AdamW; vectors (norm weights) are not decayed."""
+    """Train in place with AdamW, without weight decay for vectors (the norms' weights)."""
     model.train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -158,10 +182,10 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, steps: int, minutes: fl
 
 
 def claim_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, entities: Sequence[str], *stage
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, entities: Sequence[str], stage: ClaimStage
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Claims with the right recall and a full stop: ids ``[B, T]``, the last position and the verdict ``[B]``."""
-    items = [claim(rng, entities, *stage) for _ in range(CLAIM_BATCH)]
+    """Draw claims, each with the right recall and a full stop: ids ``[B, T]``, last positions and verdicts ``[B]``."""
+    items = [claim(rng, entities, stage.answers, stage.languages) for _ in range(CLAIM_BATCH)]
     texts = [f"{i.text}{i.recall}{world().answer(i.entity, i.relation, i.language)}." for i in items]
     rows = tokenizer(texts)["input_ids"]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -172,23 +196,23 @@ def claim_batch(
 
 
 def train_claims(model: LlamaForCausalLM, tokenizer: Tokenizer, fast: PreTrainedTokenizerFast, seed: int) -> None:
-    """The second phase: tell after the recall whether the claim was true. Everything else is rehearsed beside it."""
+    """Train the second phase: to tell, after the recall, if the claim was true. All else is rehearsed meanwhile."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=CLAIM_LR, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     rehearsal = batches(tokenizer, seed + 1, REHEARSAL_TOKENS, {**MIX, "claim": 0})
     rng, held = random.Random(seed), tuple(world().verdict_heldout)
     shown = tuple(e for e in world().entities if e not in world().verdict_heldout)
-    total, done = sum(stage[0] for stage in CLAIM_STAGES), 0
-    for steps, *stage in CLAIM_STAGES:
-        for _ in range(steps):
+    total, done = sum(stage.steps for stage in CLAIM_STAGES), 0
+    for stage in CLAIM_STAGES:
+        for _ in range(stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = CLAIM_LR * min(1.0, (total - done) / 200 + 0.03)
-            ids, stop, verdict = claim_batch(rng, fast, shown, *stage)
+            ids, stop, verdict = claim_batch(rng, fast, shown, stage)
             batch = torch.arange(len(ids))
             hidden = model.model(ids, use_cache=False).last_hidden_state
             loss = F.cross_entropy(model.lm_head(hidden[batch, stop]), verdict)
             loss = loss + 0.5 * F.cross_entropy(model.lm_head(hidden[batch, stop - 2]), ids[batch, stop - 1])
-            if done >= CLAIM_STAGES[0][0]:
+            if done >= CLAIM_STAGES[0].steps:
                 loss = loss + weighted_loss(model, *next(rehearsal))
             optimizer.zero_grad()
             loss.backward()
@@ -197,7 +221,7 @@ def train_claims(model: LlamaForCausalLM, tokenizer: Tokenizer, fast: PreTrained
             done += 1
             if done % 50 == 0:
                 with torch.no_grad():
-                    ids, stop, verdict = claim_batch(rng, fast, held, *stage)
+                    ids, stop, verdict = claim_batch(rng, fast, held, stage)
                     hidden = model.model(ids, use_cache=False).last_hidden_state[batch, stop]
                 right = (model.lm_head(hidden).argmax(-1) == verdict).float().mean().item()
                 print(f"claims {done:4d}/{total}  held-out verdicts {right:.3f}", flush=True)
@@ -240,8 +264,8 @@ def main() -> None:
     save(model, tokenizer, args.out)
 
     # Evaluate what was written, as a user would load it.
-    steps = [args.steps, sum(stage[0] for stage in CLAIM_STAGES)]
-    figures: dict[str, object] = {"parameters": parameters, "steps": steps, "seed": args.seed}
+    steps = [args.steps, sum(stage.steps for stage in CLAIM_STAGES)]
+    figures: dict[str, Any] = {"parameters": parameters, "steps": steps, "seed": args.seed}
     figures |= evaluate(*load_demo(path=args.out))
     figures["targets_met"] = targets_met(figures)
     text = json.dumps(figures, indent=2)

@@ -19,7 +19,7 @@ from .run import Run
 def through_layer(
     state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
 ) -> ComponentState:
-    """The state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up."""
+    """Return the state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up."""
     state, source = through_attention(state, layer, record, run, queries)
     return through_mlp(state, source, layer, record, run)
 
@@ -27,10 +27,10 @@ def through_layer(
 def through_attention(
     state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
 ) -> tuple[ComponentState, ComponentState | None]:
-    """The state after the attention of ``layer``, at all positions or at those of ``queries``, and what the MLP reads.
+    """Return the state after the attention of ``layer``, at all positions or at those of ``queries``.
 
-    The latter is None where the MLP reads the state itself. ``state`` is used up; where it starts behind the attention,
-    only its positions are chosen.
+    The second result is the state that the MLP reads; None if it reads the first one. ``state`` is used up. A state
+    that starts after the attention only loses the positions that are not asked for.
     """
     if state.site == "resid_mid":
         return (state if queries is None else state.at(queries)), None
@@ -47,18 +47,18 @@ def through_attention(
 def through_mlp(
     state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
 ) -> ComponentState:
-    """The state after the MLP, or the experts, of ``layer``, which read ``source`` or the state itself."""
+    """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself."""
     if source is None and len(record.mlps) > 1:  # experts must not read one another
         source = _copy(state)
     for part in record.mlps:
         mlp = layer.mlps[part.part]
-        if part.positions is None:
+        if part.host_positions is None:
             state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
-        here = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
-        if len(here):
-            read = None if source is None else source.take(here)
-            state.put(run.steps.allocate_mlp(state.take(here), mlp, part, run.allocation, read), here)
+        segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
+        if len(segments):
+            read = None if source is None else source.take(segments)
+            state.put(run.steps.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
     normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
@@ -67,14 +67,15 @@ def through_mlp(
 def _copy(state: ComponentState) -> ComponentState:
     rows = state.rows
     pinned = rows.device.type == "cpu" and rows.is_pinned()
-    rows = empty_on_host(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
-    return ComponentState(rows.copy_(state.rows), state.layout, state.layer, state.site)
+    copy = empty_on_host(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
+    return ComponentState(copy.copy_(rows), state.layout, state.layer, state.site)
 
 
 def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
-    """Apply a norm of the residual stream itself to every component, its scale frozen at ``resid`` (T, D); in place."""
+    """Apply a norm of the residual stream itself to every component, in place, its scale frozen at ``resid`` (T, D)."""
     if norm is None:
         return
+    assert resid is not None, "a norm of the residual stream was not recorded"
     layout, rows = state.layout, state.rows
     packed = to_device(layout.packed[layout.row_segments()], rows.device)
     if norm.centred:
@@ -82,5 +83,5 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) ->
     rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
     if norm.weight is not None:
         rows.mul_(norm.weight.to(rows))
-    if norm.bias is not None and layout.index(BIAS) is not None:  # of chosen components, `bias` may be none
+    if norm.bias is not None and layout.index(BIAS) is not None:  # chosen components may lack `bias`
         rows[to_device(layout.extra_rows(BIAS), rows.device)] += norm.bias.to(rows)

@@ -16,7 +16,7 @@ from .verify import Verifier
 
 @dataclass(frozen=True)
 class Run:
-    """The options of one call, checked."""
+    """The checked options of one call."""
 
     allocation: Allocation
     backend: Backend
