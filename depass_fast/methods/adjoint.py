@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from ..request import Request, captured, fit, traced, wide_dtype
 from ..results.attribution import Attribution
 from ..results.estimate import ApproximationWarning
 from ..results.layered import LayeredAttribution
+from ..runtime.log import warn_user
 from ..runtime.progress import progress_bar
 
 
@@ -49,18 +49,17 @@ def _one_prompt(request: Request, kinds: Sequence[ComponentKind], prompt: int) -
     sweep = _sweep(request, kinds, prompt, end.seeds, request.method)
     scores = sweep.run(request.method)
     results = _results(request, sweep.starts, scores, end, prompt)
-    estimate = scores.estimate
-    said = warnings_of(estimate, max(result.completeness_error for result in results))
+    said = warnings_of(scores.estimate, max(result.completeness_error for result in results))
     if said:
-        warnings.warn(f"adjoint scores: {'; '.join(said)}", ApproximationWarning, stacklevel=5)
+        warn_user(f"adjoint scores: {'; '.join(said)}", ApproximationWarning)
     if request.components.is_layered:
-        return LayeredAttribution(results, estimate, said)
-    return replace(results[0], estimate=estimate, warnings=said)
+        return LayeredAttribution(results, scores.estimate, said)
+    return replace(results[0], estimate=scores.estimate, warnings=said)
 
 
 @dataclass(frozen=True)
 class _End:
-    """What is read of one prompt: ``directions``; ``seeds`` (K, D), the same as gradients of the state at the end.
+    """The readout of one prompt: ``directions``, and ``seeds`` (K, D), the same as gradients of the state at the end.
 
     ``logits`` and ``constants`` (K,) are the model's own logits, and the part of them that belongs to `bias`.
     """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
+
+from ..runtime.log import warn_user
 
 
 class VerificationWarning(UserWarning):
@@ -77,5 +78,5 @@ def warned(found: Verification | None, backend: str) -> list[str] | None:
         f"the {backend} backend is off the reference operations {' and '.join(off)}; take backend='reference' to see "
         "what it does to the scores, and report it"
     )
-    warnings.warn(f"verify: {text}.", VerificationWarning, stacklevel=4)
+    warn_user(f"verify: {text}.", VerificationWarning)
     return [text]

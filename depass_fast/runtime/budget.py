@@ -6,12 +6,12 @@ is cut smaller and done from there on, and the result is the same.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
+from .log import warn_user
 from .memory import is_out_of_memory, readable
 from .progress import advance
 
@@ -91,9 +91,8 @@ class Budget:
             ) from error
         self._bytes = before // 2
         self._release()
-        warnings.warn(
+        warn_user(
             f"out of memory on {device}: carrying on with a workspace of {readable(self._bytes)} instead of "
             f"{readable(before)}; results do not change. memory_budget={self._bytes} avoids the attempt.",
             RuntimeWarning,
-            stacklevel=3,
         )
