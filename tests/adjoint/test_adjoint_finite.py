@@ -23,28 +23,26 @@ from tests.support.models import build, random_ids
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
 
 
+# Changes of a model: the weights (by a part of their names), which of their rows, and the factor of these.
+CHANGES = {
+    "weights": ("proj", slice(None), 30.0),
+    "no activations": ("up_proj", slice(None), 0.0),
+    "half the activations": ("up_proj", slice(None, None, 2), 0.0),
+    "half the gates": ("gate_proj", slice(None, None, 2), 0.0),
+    "no gates": ("gate_proj", slice(None), 0.0),
+}
+
+
 def extreme(change: str) -> tuple[DePass, dict]:
-    model, options = build_model("llama", num_key_value_heads=2), {}
+    model = build_model("llama", num_key_value_heads=2)
+    if change == "temperature":
+        return DePass(model), {"temperature": 1e-3}
+    part, rows, factor = CHANGES[change]
     with torch.no_grad():
-        if change == "weights":
-            for name, parameter in model.named_parameters():
-                if "proj" in name:
-                    parameter *= 30
-        elif change == "temperature":
-            options = {"temperature": 1e-3}
-        elif change == "no activations":
-            for layer in model.model.layers:
-                layer.mlp.up_proj.weight.zero_()
-        elif change == "half the activations":
-            for layer in model.model.layers:
-                layer.mlp.up_proj.weight[::2] = 0.0
-        elif change == "half the gates":
-            for layer in model.model.layers:
-                layer.mlp.gate_proj.weight[::2] = 0.0
-        elif change == "no gates":
-            for layer in model.model.layers:
-                layer.mlp.gate_proj.weight.zero_()
-    return DePass(model), options
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter[rows] *= factor
+    return DePass(model), {}
 
 
 @pytest.mark.parametrize("change", ["no gates", "half the gates", "half the activations", "no activations"])

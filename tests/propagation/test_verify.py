@@ -163,8 +163,7 @@ def breaks(monkeypatch, backend, step, what=lambda state, out: out.rows.mul_(1.0
 
 def fails(call) -> Attribution:
     with pytest.warns(VerificationWarning, match="verify: the .* backend is off the reference operations by"):
-        result = call()
-    return result
+        return call()
 
 
 @pytest.mark.parametrize(
