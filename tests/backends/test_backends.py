@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from depass_fast import Custom, Heads, Neurons, Tokens
-from depass_fast.allocation import RULES, Gates
-from depass_fast.runtime.transfer import to_device
+from depass_fast.allocation import RULES
 from tests.support.components import kinds
 from tests.support.models import FAMILIES, build, random_ids
 from tests.support.states import close, corner_states
-from tests.support.steps import carried, start_state
+from tests.support.steps import start_state
 
 ALL = ("reference", "torch", "triton")
 SOME = ("llama-gqa", "mistral-window", "llama-biases")  # for kernels that are interpreted
@@ -62,17 +61,6 @@ def test_a_batch_equals_the_prompts_one_by_one(name, backend):
             assert torch.allclose(batched.target_logits, alone.target_logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", [-1, 0, 4])
-def test_the_pruned_readout_equals_the_full_state(family, position):
-    """attribute computes the last layer at one position only; decompose computes all of it."""
-    ids = random_ids(8, seed=2)
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    for kind in (Tokens(), Heads(-1), Neurons(-1), Neurons(0)):
-        result = family.attribute(ids, kind, direction, position=position)
-        full = family.decompose(ids, kind).dense()[position] @ direction
-        assert torch.allclose(result.scores, full, atol=2e-5 * float(full.abs().max().clamp_min(1)))
-
-
 @pytest.mark.parametrize(("backend", "name"), [("reference", name) for name in FAMILIES] + EACH[:-2])
 def test_start_and_carry_are_decompose_in_steps(backend, name):
     family, ids = build(name), random_ids(4 if backend == "triton" else 8, seed=3)
@@ -121,20 +109,6 @@ def test_carry_refuses_what_does_not_fit():
         dp.carry(dp.trace(ids[:5]), dp.start(trace, Tokens()))
     with pytest.raises(ValueError, match="made by another model"):
         dp.carry(build("qwen2").trace(ids), dp.start(trace, Tokens()))
-
-
-@pytest.mark.parametrize("count", [1, 3, 12])
-def test_any_number_of_positions_can_be_read(family, count):
-    """Few are computed one by one, many with all others."""
-    ids = random_ids(13, seed=4)
-    trace = family.trace([ids, ids[:6]])
-    reads = [list(range(13 - count, 13)), [0, 5]]
-    for kind in (Tokens(), Heads(1), Neurons(0)):
-        run = family.options.build(family.adapter)
-        state, errors = carried(family, trace, family.start(trace, kind), 3, run, reads)
-        whole = family.decompose(trace, kind, end=3)
-        for p, at in enumerate(reads):
-            assert close(state.dense(p), whole.dense(p)[at]) and errors[-1][p] < 1e-5
 
 
 def test_compute_and_state_dtypes_are_respected():
@@ -206,85 +180,3 @@ def test_where_nobody_is_eligible_rest_takes_all_else_those_alive(backend):
     for rule in ("softmax", "linear", "relu", "max"):
         state = dp.decompose(trace, Tokens(), end=1, exclude_special=everyone, allocation=rule, backend=backend)
         assert close(state.dense().sum(1), trace.resid(1), exact), rule
-
-
-def gates(values, **changes) -> Gates:
-    values = torch.tensor(values, dtype=torch.float64)[None, :, None]
-    m = values.shape[1]
-    fields = {
-        "values": values,
-        "total": values.sum(1),
-        "alive": torch.ones(1, m, dtype=torch.bool),
-        "excluded": torch.zeros(1, m, dtype=torch.bool),
-        "positions": torch.zeros(1, dtype=torch.long),
-        "rest": None,
-    }
-    return Gates(**{**fields, **changes})
-
-
-@pytest.mark.parametrize(
-    ("rule", "values", "expected"),
-    [
-        ("softmax", [0.1, 0.2, 0.0], [0.26894142, 0.73105858, 0.0]),  # exp(1) : exp(2), the exact zero left out
-        ("linear", [1.0, 2.0, 4.0], [0.0, 0.25, 0.75]),
-        ("linear", [3.0, 3.0, 0.0], [0.5, 0.5, 0.0]),
-        ("linear", [-3.0], [1.0]),
-        ("relu", [-1.0, 1.0, 3.0], [0.0, 0.25, 0.75]),
-        ("relu", [-1.0, -2.0], [0.5, 0.5]),  # nobody opens the gate: evenly among those alive
-        ("max", [1.0, 5.0, 5.0], [0.0, 1.0, 0.0]),
-        ("max", [-1.0, -5.0, 0.0], [1.0, 0.0, 0.0]),
-        ("taylor", [1.0, 2.0, 1.0], [0.25, 0.5, 0.25]),
-        ("taylor", [-1.0, 2.0], [-1.0, 2.0]),
-        ("taylor", [1.0, -1.0], [0.0, 0.0]),  # gate zero, activation zero
-        ("softmax", [1e4, -1e4], [1.0, 0.0]),
-    ],
-)
-def test_rules_by_hand(rule, values, expected):
-    weights = RULES[rule](gates(values), 0.1)[0, :, 0]
-    assert torch.allclose(weights, torch.tensor(expected, dtype=torch.float64), atol=1e-8)
-
-
-@pytest.mark.parametrize("rule", ["softmax", "linear", "relu", "max"])
-def test_rest_takes_what_nobody_is_eligible_for(rule):
-    nobody = gates([0.0, 0.0, 0.0], rest=0)
-    assert RULES[rule](nobody, 0.1)[0, :, 0].tolist() == [1.0, 0.0, 0.0]
-    excluded = gates([0.0, 2.0, 0.0], rest=0, excluded=torch.tensor([[False, True, False]]))
-    assert RULES[rule](excluded, 0.1)[0, :, 0].tolist() == [1.0, 0.0, 0.0]
-    alive = gates([0.0, 0.0, 0.0], alive=torch.tensor([[True, False, True]]))
-    assert RULES[rule](alive, 0.1)[0, :, 0].tolist() == [0.5, 0.0, 0.5]
-
-
-def test_a_rule_of_ones_own_serves_all_backends():
-    def even(gates, temperature):
-        weights = gates.alive[..., None].expand_as(gates.values).double()
-        return (weights / weights.sum(1, keepdim=True)).to(gates.values)
-
-    dp, ids = build("llama-gqa"), random_ids(6)
-    results = [dp.attribute(ids, Tokens(), allocation=even, backend=b) for b in ALL]
-    assert close(results[1].scores, results[0].scores) and close(results[2].scores, results[0].scores)
-    assert results[0].allocation == "even" and results[0].completeness_error < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("device", "size", "waits", "pins"),
-    [
-        ("cuda:1", 9, False, False),
-        ("cuda:1", 1 << 20, False, True),
-        ("mps", 1 << 20, True, False),
-        ("cpu", 9, True, False),
-    ],
-)
-def test_only_a_gpu_of_nvidia_or_amd_is_sent_host_memory_without_waiting(device, size, waits, pins):
-    """CUDA copies some pageable memory aside, and only it; of more, what is pinned."""
-
-    class Recorder:
-        device, nbytes, pinned = torch.device("cpu"), size, False
-
-        def pin_memory(self):
-            self.pinned = True
-            return self
-
-        def to(self, device, non_blocking=False):
-            return device, not non_blocking, self.pinned
-
-    assert to_device(Recorder(), torch.device(device)) == (torch.device(device), waits, pins)
