@@ -11,9 +11,8 @@ by prompt.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..runtime.progress import progress_bar_of_calls
 from . import consistency
+from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision
 from .record import Trace
-from .recorder import ATTENTION_NAME, Recorder, active, one_at_a_time
+from .recorder import ATTENTION_NAME, Recorder, active
 from .untouched import untouched_pass
 
 _COMPARED = 256  # positions of a prompt that also go through the untouched model: later ones depend on these
@@ -74,9 +74,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) ->
 @contextmanager
 def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
     """Hook the model up to ``recorder``, and undo all of it at the end, whatever happens in between."""
-    with one_at_a_time, ExitStack() as undo:
-        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes seconds
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
+    with exclusive(adapter) as undo:
         for index in range(adapter.n_layers):
             LayerHooks(adapter, index, recorder, undo).put()
         end = adapter.final_norm_module
@@ -89,14 +87,8 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
                 undo.callback(module.register_forward_hook(full_precision(norm)).remove)
         if end is not None:
             undo.callback(RecordingHook(recorder, recorder.final, "normed_final").after(end))
-
-        changes = {} if adapter.observed is not None else {"_attn_implementation": ATTENTION_NAME}
-        if adapter.dtype == torch.float64:
-            changes["_experts_implementation"] = "eager"  # the others know no float64
-        for name, value in changes.items():
-            if hasattr(adapter.config, name):
-                undo.callback(setattr, adapter.config, name, getattr(adapter.config, name))
-                setattr(adapter.config, name, value)
+        if adapter.observed is None:
+            change_config(adapter, "_attn_implementation", ATTENTION_NAME, undo)
         undo.callback(setattr, active, "recorder", getattr(active, "recorder", None))
         active.recorder = recorder
         yield

@@ -58,6 +58,7 @@ class LayerHooks:
     def __init__(self, adapter: Adapter, index: int, recorder: Recorder, undo: ExitStack) -> None:
         self.adapter, self.index, self.recorder, self.undo = adapter, index, recorder, undo
         self.record = recorder.layers[index]
+        self.attention, self.mlp = adapter.attention(index), adapter.mlps(index)[0]
 
     def put(self) -> None:
         """Hook up everything that a trace holds of the layer."""
@@ -69,7 +70,7 @@ class LayerHooks:
             self._before("mlp", "experts_input")
             self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
         else:
-            gate = self.adapter.mlps(self.index)[0].gate
+            gate = self.mlp.gate
             self._after("gate_proj", "gate", (lambda x: gate.select(x).contiguous()) if gate.is_fused else None)
             self._before("down_proj", "act")
         if self.adapter.observed is not None:
@@ -96,10 +97,7 @@ class LayerHooks:
             self._after("o_proj", "attention_output")
         else:
             self._before("mlp_norm" if self._has("mlp_norm") else "mlp", "resid_mid")
-        for kind, branch in (
-            ("attention", self.adapter.attention(self.index)),
-            ("mlp", self.adapter.mlps(self.index)[0]),
-        ):
+        for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
             if branch.output is not None:
                 self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
             if branch.stream is not None:
@@ -116,11 +114,10 @@ class LayerHooks:
 
     def _hook_values(self) -> None:
         """Record the latent that values come from, and the clamping of values."""
-        weights = self.adapter.attention(self.index)
-        if isinstance(weights.v, Latent):
-            self._before("v_norm", "latent_scale", weights.v.norm.scale)
-        if weights.value_limit is not None:
-            self._after("v_proj", "value_ratio", weights.clamped_ratio)
+        if isinstance(self.attention.v, Latent):
+            self._before("v_norm", "latent_scale", self.attention.v.norm.scale)
+        if self.attention.value_limit is not None:
+            self._after("v_proj", "value_ratio", self.attention.clamped_ratio)
 
     def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
         """Record a router's weights and indices (T, K)."""

@@ -17,7 +17,6 @@ from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
 
 ATTENTION_NAME = "depass_fast_recorder"
 
-one_at_a_time = threading.RLock()  # hooks and attention implementation belong to the model, not to a thread
 active = threading.local()  # `recorder`: the recorder of this thread's forward pass
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter
-from .recorder import one_at_a_time
+from .exclusive import exclusive
 
 
 @dataclass
 class UntouchedPass:
     """The end of a forward pass over N positions, and the decisions of its mixtures of experts.
 
-    ``end`` (N, D) is the output of the last norm. ``mixtures`` holds a layer's input to its experts, its router's
-    weights and its choices, under the names of a :class:`depass_fast.trace.recorder.Recorder`.
+    ``end`` (N, D) is the output of the last norm. ``mixtures`` holds, for every layer with experts, their input, the
+    router's weights and its choices, under the names that a :class:`depass_fast.trace.recorder.Recorder` gives them.
     """
 
     end: Tensor
@@ -31,12 +30,7 @@ class UntouchedPass:
 def untouched_pass(adapter: Adapter, ids: Tensor) -> UntouchedPass:
     """Run the model over ``ids`` (N,) with its own attention, and look at it through hooks that change nothing."""
     watcher = _Watcher()
-    with one_at_a_time, ExitStack() as undo:
-        if "torch._dynamo" in sys.modules:
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        if adapter.dtype == torch.float64 and hasattr(adapter.config, "_experts_implementation"):
-            undo.callback(setattr, adapter.config, "_experts_implementation", adapter.config._experts_implementation)
-            adapter.config._experts_implementation = "eager"
+    with exclusive(adapter) as undo:
         for index in range(adapter.n_layers):
             if adapter.is_mixture(index):
                 watcher.watch_experts(adapter, index, undo)

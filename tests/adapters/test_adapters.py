@@ -5,7 +5,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.adapters import Branch, Norm
+from depass_fast.adapters import Branch, Norm, adapt, without_biases
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import random_ids
 
@@ -111,3 +111,13 @@ def test_dropout_that_is_no_module_is_refused_in_training(name, option):
     with pytest.raises(ValueError, match=f"in training mode with dropout .*{option}.*model.eval"):
         DePass(model.train()).attribute(IDS, Tokens())
     assert DePass(model.eval()).attribute(IDS, Tokens()).completeness_error < 1e-5
+
+
+def test_a_model_without_biases_is_a_view():
+    """The published code drops them; the adapter itself, which a trace is taken with, keeps them."""
+    adapter = adapt(build_variant("gpt2"))
+    layer, bare = adapter.layer(1), without_biases(adapter).layer(1)
+    assert layer.attention.has_bias and layer.has_mlp_bias and adapter.final_norm().bias is not None
+    assert not bare.attention.has_bias and not bare.has_mlp_bias and without_biases(adapter).final_norm().bias is None
+    assert bare.attention.constant(torch.float32) is None and without_biases(adapter).unembedding_bias is None
+    assert torch.equal(bare.attention.w_o, layer.attention.w_o) and torch.equal(bare.mlp.w_gate, layer.mlp.w_gate)
