@@ -22,7 +22,7 @@ from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
 _BRANCH_NORMS = [f"{branch}{kind}" for branch in ("attention", "mlp") for kind in _NORMS]
 
-# the parts that every layer has (the projections of an MLP are missing from a mixture of experts, which is not asked)
+# the parts that every layer has, except that a mixture of experts has no projections of an MLP
 AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down_proj"]
 
 

@@ -1,4 +1,4 @@
-"""The declaration of a model family: where its modules live and of which kind they are. Data, and nothing that runs.
+"""The declaration of a model family: the places and kinds of its modules. It is data, and runs nothing.
 
 `docs/adding-a-family.md` shows it on a real one.
 """

@@ -1,4 +1,4 @@
-"""The Hugging Face model inside the wrappers of other libraries, told by what they have; none of them is imported."""
+"""The Hugging Face model inside other libraries' wrappers. They are recognised by their attributes, not imported."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Norm:
         return x if self.weight is None else x * self.weight.to(x.dtype)
 
     def fold(self, weight: Tensor, out: Tensor) -> Tensor:
-        """``weight`` (C, D) of what reads the normed x, made to read x · s instead: γ and the mean go into it."""
+        """Turn a ``weight`` (C, D) on the normed x into one on x · s, in ``out``: γ and the mean go into it."""
         if self.weight is not None and weight.dtype == out.dtype:
             torch.mul(weight, self.weight.to(out.dtype), out=out)
         else:

@@ -1,4 +1,4 @@
-"""The layout of a component state: which rows there are, for which component at which position.
+"""The layout of a component state: its rows, each with its component and its position.
 
 A *row* is one component at one position. Rows are grouped by position. A component that does not exist yet at a
 position (token m before position m) has no row there. Within a prompt the components are ordered by the position of
