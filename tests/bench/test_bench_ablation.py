@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.ablation.fair import FairAblation
-from bench.ablation.methods import FAIR, ONE_BY_ONE, OneAtATime, PublishedShares, Shares, methods
-from bench.ablation.quality import Question, demo_model, mean_activations, quality, questions
-from bench.agreement import top_overlap
-from bench.published import Published
+from bench.baselines.fair_ablation import FairAblation
+from bench.baselines.neuron_methods import FAIR, ONE_BY_ONE, OneAtATime, PublishedShares, Shares, methods
+from bench.baselines.published import Published
+from bench.core.agreement import top_overlap
+from bench.core.questions import Question, demo_model, questions
+from bench.studies.ablation.quality import mean_activations, quality
 from depass_fast import DePass, Neurons
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
