@@ -28,6 +28,8 @@ def section(result: dict) -> str:
     searches = [f"{s['batch']} ({s['model']}, {s['workload']}, {s['seconds']:.1f} s)" for s in result["search"]]
     parts.append(f"Batch sizes of the fair ablation, and how long the search for each took: {'; '.join(searches)}.")
     if result.get("quality"):
+        place = result.get("quality_environment", result["environment"])
+        parts.append(f"Quality was measured at commit {place['commit']} ({place['date']}).")
         parts += [QUALITY_TEXT.format_map(result), _quality(result["quality"]), _by_layer(result["quality"])]
     return "\n\n".join(parts)
 

@@ -14,7 +14,7 @@ import torch
 
 from ...baselines.neuron_methods import methods
 from ...core.questions import demo_model, questions
-from ...core.results import write_results
+from ...core.results import environment, write_results
 from .quality import CORPUS, mean_activations, quality
 from .race import Row, measure
 from .workload import Workload
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             report=lambda done: print(f"\rquality: {done} of {len(asked)} prompts", end="", flush=True),
         )
         facts |= {"n_prompts": len(asked), "corpus": CORPUS, "quality_seconds": time.monotonic() - began}
+        facts["quality_environment"] = environment(torch.device(options.device).type)
     print(f", {facts['quality_seconds']:.0f} s")
     with_quality(rows, facts["quality"], len(asked))
     write()

@@ -29,7 +29,10 @@ def mean_activations(model: nn.Module, tokenizer: object, texts: int = CORPUS) -
     sums, count = torch.zeros(len(layers), layers[0].mlp.down_proj.in_features, device=model.device), 0
 
     def add(layer: int) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, args: sums[layer].add_(args[0][0, 1:].sum(0))
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:  # a returned tensor would replace the activations
+            sums[layer] += args[0][0, 1:].sum(0)
+
+        return hook
 
     hooks = [layer.mlp.down_proj.register_forward_pre_hook(add(i)) for i, layer in enumerate(layers)]
     try:
