@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ..core.models import Model
 from ..core.timing import synchronise
 
 FAMILIES = ("llama", "qwen2")
@@ -41,7 +43,7 @@ class FairAblation:
         batch: how many neurons are ablated at once; :meth:`best_batch` finds the fastest.
     """
 
-    def __init__(self, model: nn.Module, batch: int = 32) -> None:
+    def __init__(self, model: Model, batch: int = 32) -> None:
         if model.config.model_type not in FAMILIES:
             raise ValueError(f"model: {model.config.model_type!r} is not one of {', '.join(FAMILIES)}.")
         self.model, self.layers, self.batch = model, model.model.layers, batch
@@ -146,5 +148,5 @@ class FairAblation:
         return mlp.act_fn(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed))
 
 
-def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+def _normed(x: Tensor, norm: Any) -> Tensor:
     return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)

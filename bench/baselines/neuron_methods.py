@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from depass_fast import DePass, Neurons
 
+from ..core.models import Model
 from .fair_ablation import FairAblation
 from .published import Published, groups_for
 
@@ -27,11 +28,12 @@ class Method(Protocol):
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
         """One number per neuron of ``layers``, read at the last position of ids (N,): (len(layers), I).
 
-        ``values`` (L, I) is what an ablated activation is set to.
+        ``values`` (L, I) are the values of ablated activations.
         """
+        ...
 
 
-def methods() -> dict[str, Callable[[nn.Module], Method]]:
+def methods() -> dict[str, Callable[[Model], Method]]:
     """Constructors of the methods, by name. Each takes a Llama with eager attention."""
     return {
         ONE_BY_ONE: OneAtATime,
@@ -46,7 +48,7 @@ def methods() -> dict[str, Callable[[nn.Module], Method]]:
 class OneAtATime:
     """Ablation as published: a whole forward pass for every neuron, through transformers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
 
     @torch.no_grad()
@@ -82,7 +84,7 @@ class OneAtATime:
 class AttributionPatching:
     """First-order ablation: the gradient of the logit by every activation, times what an ablation would change."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class AttributionPatching:
 class PublishedShares:
     """DePass by the published algorithm, layer by layer, in as many groups as memory demands."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         self.published = Published(model)
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class PublishedShares:
 class Shares:
     """DePass by this library: exact, or by its adjoint sweep."""
 
-    def __init__(self, model: nn.Module, method: str = "exact", backend: str = "auto") -> None:
+    def __init__(self, model: Model, method: str = "exact", backend: str = "auto") -> None:
         self.library, self.method = DePass(model, backend=backend), method
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depass_fast import ComponentKind, DePass, Neurons, Tokens
 from depass_fast.compat import decomposed_state_manager
 
-from ..core.models import SHAPES, Shape, build_model, floor_flops, live_rows, random_prompt
+from ..core.models import SHAPES, Model, Shape, build_model, floor_flops, live_rows, random_prompt
 from .published import Published
 
 TARGET = 7
@@ -54,12 +54,12 @@ class Workload:
     def flops(self) -> int:
         return floor_flops(self.shape, self.components, self.length)
 
-    def build(self) -> tuple[nn.Module, Tensor]:
+    def build(self) -> tuple[Model, Tensor]:
         """Model and prompt."""
         return build_model(self.shape), random_prompt(self.shape, self.length)
 
 
-def provider(name: str, work: Workload, model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+def provider(name: str, work: Workload, model: Model, ids: Tensor) -> Callable[[], Tensor]:
     """A function that computes the scores (M,) by this provider, ready to be timed."""
     if name in ("published", "published/corrected"):
         published = Published(model, corrected=name != "published")

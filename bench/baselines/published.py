@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ..core.models import Model
 
 Rule = Literal["softmax", "linear", "relu", "max", "taylor"]
 
@@ -60,7 +62,7 @@ class Published:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         rule: Rule = "softmax",
         temperature: float = 0.1,
         ignore_special: bool = True,
@@ -249,7 +251,7 @@ class Published:
         return state
 
 
-def _scale(norm: nn.Module, x: Tensor) -> Tensor:
+def _scale(norm: Any, x: Tensor) -> Tensor:
     """γ ⊙ s with s frozen: (N, D)."""
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
 

@@ -9,9 +9,12 @@ attention probabilities and the forward pass. All providers' rates are *useful* 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+Model = Any  # a model of transformers: its layers and projections are attributes that no type checker knows
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def config_of(shape: Shape) -> PretrainedConfig:
 
 def build_model(
     shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+) -> Model:
     """A random model of this shape, with eager attention (the published implementation needs it)."""
     torch.manual_seed(seed)
     usual = torch.get_default_dtype()
@@ -81,7 +84,7 @@ def build_model(
         torch.set_default_dtype(usual)
 
 
-def family_model(model_type: str, **config: object) -> PreTrainedModel:
+def family_model(model_type: str, **config: object) -> Model:
     """A random model of a family in float32, of a vocabulary of 64, with random norm weights and biases."""
     made = AutoConfig.for_model(model_type, vocab_size=64, **config)
     torch.manual_seed(0)
@@ -89,7 +92,7 @@ def family_model(model_type: str, **config: object) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def randomised(model: PreTrainedModel) -> PreTrainedModel:
+def randomised(model: Model) -> Model:
     """The model with random norm weights and biases, in place: transformers makes ones and zeros of them."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

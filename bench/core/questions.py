@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from depass_fast.demo import demo_prompts, load_demo
 from depass_fast.demo.text import fact_prompts, ioi_prompts
+
+from .models import Model
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Question:
     target: int
 
 
-def demo_model(device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def demo_model(device: str = "cpu") -> tuple[Model, PreTrainedTokenizerBase]:
     """The demo model with eager attention (the published algorithm needs it), and its tokenizer."""
+    model: Model
     model, tokenizer = load_demo()
     model.config._attn_implementation = "eager"
-    model.requires_grad_(False).to(torch.device(device))
-    return model, tokenizer
+    return model.requires_grad_(False).to(device), tokenizer
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, count: int, device: str = "cpu") -> list[Question]:

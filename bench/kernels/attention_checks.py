@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .checking import Check, born, error, everywhere, piece_rows, poisoned, rand
 
 def _check_mix(
     layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, value_dim: int | None = None,
-    **mask: object,
+    **mask: Any,
 ) -> Callable:  # fmt: skip
     def run(dtype: torch.dtype, device: torch.device) -> float:
         n, v_dim = len(layout.packed), value_dim or head_dim
@@ -44,14 +45,15 @@ def _check_mix(
             oracle[layout.rows(prompt)] = mixed[alive]
         lengths = np.bincount(layout.prompt, minlength=len(layout.components))
         tile = launch.mix_tile(int(lengths.max()), heads // kv, torch.promote_types(dtype, of_trace))
-        put = {"key_bias": key_bias, "out_scale": out_scale}
+        put: dict[str, Any] = {"key_bias": key_bias, "out_scale": out_scale}
         put = {name: None if t is None else t.to(device) for name, t in put.items()}
         frozen = attention.Frozen(q.to(device), k.to(device), scale, **options, **put)
         packed = torch.from_numpy(layout.packed.astype(np.int32)).to(device)
         lse = attention.log_sum_exp(frozen, packed, query_tiles(lengths, tile, heads // kv, device), tile)
         worst, covered = 0.0, 0
-        for part in cut(layout, max_rows):
-            piece, source = make_piece(layout, *part, tile, heads // kv, device), piece_rows(layout, *part)
+        for prompts, first, last in cut(layout, max_rows):
+            piece = make_piece(layout, prompts, first, last, tile, heads // kv, device)
+            source = piece_rows(layout, prompts, first, last)
             out = poisoned(len(source), heads * v_dim, dtype=dtype, device=device)
             attention.mix(values[source].to(device), piece.keys, piece.items, frozen, lse, tile, piece.longest, out)
             worst, covered = max(worst, error(out, oracle[source])), covered + len(source)

@@ -9,6 +9,9 @@ GEMM and calls :mod:`depass_fast.kernels.allocation` in between.
 A tile of rows never crosses a segment: ``tiles`` (t, 3) int32 holds first and last (excluded) row and the segment.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (as in depass_fast.kernels)
+
 from __future__ import annotations
 
 from itertools import pairwise

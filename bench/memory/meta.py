@@ -9,7 +9,6 @@ A few decisions of a run depend on numbers (has a weight zeros?). Here each of t
 
 from __future__ import annotations
 
-import argparse
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
 
+from ..core.cli import command
 from ..core.models import SHAPES, build_model
 from ..core.results import write_results
 
@@ -181,7 +181,11 @@ def standing_in() -> Iterator[None]:
             (planner, "available", lambda device: FREE),
             (sweep, "available", lambda device: FREE),
             (sweep, "default_workspace", lambda free, cuda: default_workspace(free, True)),
-            (sweep, "SweepMemory", lambda *sizes: SweepMemory(*sizes[:-1], True)),
+            (
+                sweep,
+                "SweepMemory",
+                lambda n, width, widest, item, starts, cuda: SweepMemory(n, width, widest, item, starts, cuda=True),
+            ),
         ):
             undo.enter_context(mock.patch.object(place, name, instead))
         yield
@@ -240,7 +244,7 @@ def line(case: Case, row: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory.meta", description=__doc__.splitlines()[0])
+    parser = command("bench.memory.meta", __doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
     options = parser.parse_args(arguments)

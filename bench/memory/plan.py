@@ -35,6 +35,7 @@ from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import plan as make_plan
 from depass_fast.results.estimate import ApproximationWarning
 
+from ..core.cli import command
 from ..core.models import family_model
 from ..core.peak import measurable, measured
 from ..core.results import ROOT, write_results
@@ -178,7 +179,7 @@ def run(case: Case) -> dict:
     return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
 
 
-def run_adjoint(case: Case, dp: DePass, components: Neurons, prompts: list, options: dict) -> dict:
+def run_adjoint(case: Case, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
     """Return the same for a sweep. Its plan is told the number of loud components, which no config tells."""
     method = Adjoint(refine=case.refine, sample=case.sample)
     warnings.simplefilter("ignore", ApproximationWarning)
@@ -234,7 +235,7 @@ def measure(case: Case) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory.plan", description=__doc__)
+    parser = command("bench.memory.plan", __doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="three small shapes, in seconds: checks that it runs")
     parser.add_argument("--only", metavar="NAME", help="only cases whose names begin with this")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from ..core.cli import command
 from ..core.results import ROOT
 from .page import report
 
@@ -13,7 +13,7 @@ RESULTS = ROOT / "bench" / "RESULTS.md"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = command("bench.report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmarks wrote")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

@@ -5,10 +5,10 @@ Needs matplotlib: ``pip install -c constraints.txt -e ".[bench]"``.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from ..core.cli import command
 from ..core.results import ROOT
 
 PICTURE = ROOT / "docs" / "grouping.svg"
@@ -23,10 +23,10 @@ COLOURS, STYLES = ("#1b6ca8", "#c1440e", "#3a7d44", "#7b4b94"), {"contiguous": "
 
 def plot(result: dict, path: Path) -> None:
     """Error and agreement over the number of groups, a line for every layer and grouping; bands are p20 to p80."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports] (the extra `bench`)
 
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] (the extra `bench`)
 
     plt.rcParams |= {
         "svg.hashsalt": "depass",
@@ -59,7 +59,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report.plot", description=__doc__.splitlines()[0])
+    parser = command("bench.report.plot", __doc__)
     parser.add_argument("result", type=Path, help="the JSON file that bench.studies.grouping wrote")
     parser.add_argument("--out", type=Path, default=PICTURE)
     options = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ registers, spilled bytes, shared memory, and matrix instructions.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import re
@@ -19,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -33,6 +33,7 @@ from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, launch, rows
 from depass_fast.state.layout import Components, Layout
 
+from ..core.cli import command
 from ..kernels import fused_products
 
 TARGETS = {
@@ -137,7 +138,7 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
         tile = launch.mix_tile(length, groups, dtype)
         part = (range(1), 1, 17) if length == 512 else (range(1), 0, None)
         piece = make_piece(layout, *part, tile, groups, META)
-        mask = {"softcap": 50.0} if "gemma-2" in case else {}
+        mask: dict[str, Any] = {"softcap": 50.0} if "gemma-2" in case else {}
         mask |= {"window": 4096} if any(name in case for name in ("gemma", "mistral")) else {}
         mask |= {"out_scale": _empty(length)} if "gemma" in case else {}
         mask |= {"key_bias": _empty(length, heads)} if small_heads else {}
@@ -220,23 +221,23 @@ def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(asm["cubin"])
         binary.flush()
-        command = [str(_tools(gpu.arch) / "cuobjdump"), "--dump-resource-usage", binary.name]
+        command = [str(_tools(int(gpu.arch)) / "cuobjdump"), "--dump-resource-usage", binary.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", said).group(1)) for name in ("REG", "STACK"))
-    return registers, stack
+    found = dict(re.findall(r"(REG|STACK):(\d+)", said))
+    return int(found["REG"]), int(found["STACK"])
 
 
 def _tools(arch: int) -> Path:
     """The folder of Triton's assembler: since 3.6 a function of the architecture, before that one for all."""
     from triton.backends.nvidia import compiler
 
-    takes = inspect.signature(compiler.get_ptxas).parameters
-    tool = compiler.get_ptxas(arch) if takes else compiler.get_ptxas()
+    get_ptxas: Any = compiler.get_ptxas
+    tool = get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()
     return Path(tool.path if hasattr(tool, "path") else tool[0]).parent
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.aot", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.aot", __doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=tuple(TARGETS))
     parser.add_argument("--jobs", type=int, default=2)

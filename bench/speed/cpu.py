@@ -7,13 +7,13 @@ go to the JSON file, from which ``python -m bench.report`` makes RESULTS.md.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..baselines.providers import PROVIDERS, Workload, error_against, named_scores, provider
+from ..core.cli import command
 from ..core.results import Row, environment, write_results
 from ..core.timing import Gemm, interleaved, quantiles
 from ..memory.provider import peak_bytes
@@ -128,7 +128,7 @@ def ratio(work: Workload, goal: Goal, rows: list[Row]) -> dict:
     memory = ours.peak_bytes / theirs.peak_bytes if ours.peak_bytes is not None and theirs.peak_bytes else None
     reached = ours.median_s > 0 and theirs.median_s / ours.median_s >= goal.speed
     reached &= goal.memory is None or (memory is not None and memory <= goal.memory)
-    reached &= goal.gemm is None or ours.gemm_fraction >= goal.gemm
+    reached &= goal.gemm is None or (ours.gemm_fraction or 0.0) >= goal.gemm
     compat = theirs.median_s / by_name["compat"].median_s
     reached &= goal.compat is None or compat >= goal.compat
     return {
@@ -149,7 +149,7 @@ def ratio(work: Workload, goal: Goal, rows: list[Row]) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.cpu", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.cpu", __doc__)
     parser.add_argument("--out", type=Path, help="write rows and ratios to this JSON file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: checks that it runs")
     parser.add_argument("--runs", type=int, help="timed runs per provider (default: 9; 3 with --quick)")

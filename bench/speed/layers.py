@@ -9,24 +9,24 @@ GEMM busy, one sweep gains nothing.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from depass_fast import ComponentKind, DePass, Heads, Neurons
+from depass_fast import DePass, Heads, Neurons
 from depass_fast.demo import load_demo
 
-from ..core.models import SHAPES, Shape, build_model, floor_flops, random_prompt
+from ..core.cli import command
+from ..core.models import SHAPES, Model, Shape, build_model, floor_flops, random_prompt
 from ..core.results import environment, write_results
 from ..core.timing import Gemm, interleaved, quantiles
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # the two ways multiply matrices of other sizes
 GOAL = 2.0
 ONE_BY_ONE, TOGETHER, GEMM = "one by one", "one sweep", "gemm"
-KINDS: dict[str, type[ComponentKind]] = {"heads": Heads, "neurons": Neurons}
+KINDS: dict[str, type[Heads] | type[Neurons]] = {"heads": Heads, "neurons": Neurons}
 # model, layers of it (None: all), components, tokens
 FULL = [
     ("demo", None, "heads", 20),
@@ -68,7 +68,8 @@ def subject(name: str, layers: int | None, length: int, device: str) -> tuple[Sh
         shape = SHAPES[name]
         shape = shape if layers is None else replace(shape, layers=layers, vocabulary=1024)
         return shape, DePass(build_model(shape, dtype, device=device)), random_prompt(shape, length)
-    model = load_demo()[0].to(device, dtype)
+    model: Model = load_demo()[0]
+    model = model.to(device, dtype)
     c = model.config
     widths = (c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads)
     ids = torch.randint(5, 500, (length,), generator=torch.Generator().manual_seed(0))
@@ -118,7 +119,7 @@ def measure(name: str, layers: int | None, components: str, length: int, runs: i
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.layers", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.layers", __doc__)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: bfloat16, all layers of the 7B shape")

@@ -5,18 +5,17 @@ It prints torch's operators, without the forward pass, sorted by their own time.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..baselines.providers import PROVIDERS, Workload, provider
+from ..core.cli import command
 from ..core.models import SHAPES
 from ..core.timing import Gemm, interleaved
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.profile", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.profile", __doc__)
     parser.add_argument("components", nargs="?", choices=("tokens", "neurons"), default="tokens")
     parser.add_argument("length", nargs="?", type=int, default=128)
     parser.add_argument("--model", choices=tuple(SHAPES), default="llama-512")

@@ -5,18 +5,18 @@ Prompts have 8 to 40 random tokens. Both ways are verified to give the same scor
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depass_fast import ComponentKind, DePass, Heads, Neurons, Tokens
 from depass_fast.demo import load_demo
 
-from ..core.models import SHAPES, build_model
+from ..core.cli import command
+from ..core.models import SHAPES, Model, build_model
 from ..core.results import environment, write_results
 from ..core.timing import interleaved, quantiles
 
@@ -42,10 +42,10 @@ class Workload:
     def name(self) -> str:
         return f"{self.components} of layer {self.layer}"
 
-    def build(self, device: str) -> tuple[nn.Module, list[Tensor]]:
+    def build(self, device: str) -> tuple[Model, list[Tensor]]:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        model = load_demo()[0].to(device) if self.model == "demo" else None
-        model = model or build_model(SHAPES[self.model], dtype, device=device)
+        model: Model = load_demo()[0] if self.model == "demo" else build_model(SHAPES[self.model], dtype, device=device)
+        model = model.to(device)
         return model, random_prompts(model.config.vocab_size, self.prompts)
 
 
@@ -126,7 +126,7 @@ def measure(work: Workload, runs: int, device: str = "cpu") -> Iterator[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.prompts", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.prompts", __doc__)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="a tiny model and four prompts")
     parser.add_argument("--runs", type=int, help="timed runs of either way (default: 5; 2 with --tiny)")

@@ -8,7 +8,6 @@ the bucket. The MLP's two products are timed in both ways: torch's GEMM with the
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -16,6 +15,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,6 +27,7 @@ from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, launch
 from depass_fast.state.layout import Components, Layout
 
+from ..core.cli import command
 from ..kernels import fused_products
 
 BF16 = torch.bfloat16
@@ -64,7 +65,7 @@ def _allocate(segments: int, count: int, n: int) -> Callable:
     return make
 
 
-def _mix(layout: Layout, part: tuple, heads: int, kv: int, head_dim: int) -> Callable:
+def _mix(layout: Layout, part: tuple[range, int, int | None], heads: int, kv: int, head_dim: int) -> Callable:
     def make(device: torch.device) -> tuple[Callable, float]:
         lengths = np.bincount(layout.prompt)
         tile = launch.mix_tile(int(lengths.max()), heads // kv, BF16)
@@ -118,6 +119,12 @@ def _compile(place: tuple[int, int]) -> str | None:
     return None
 
 
+def _milliseconds(call: Callable[[], object], warmup: int, rep: int) -> float:
+    """The median time of a call, after about ``warmup`` ms and over about ``rep`` ms."""
+    median: Any = triton.testing.do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+    return median
+
+
 def tune(workers: int, only: str | None) -> dict[str, dict[str, dict]]:
     """The best configuration per kernel and bucket, see :func:`winner`."""
     every = [(i, c) for i, c in enumerate(cases()) if only is None or only in f"{c.kernel} {c.name}"]
@@ -131,13 +138,13 @@ def tune(workers: int, only: str | None) -> dict[str, dict[str, dict]]:
         call, moved = case.make(torch.device("cuda"))
         with spy:
             call()
-            base = triton.testing.do_bench(call, warmup=5, rep=40, return_mode="median")
+            base = _milliseconds(call, warmup=5, rep=40)
         found = []
         for j, config in enumerate(case.candidates):
             if failed[i, j]:
                 continue
             with _with(case.kernel, config):
-                found.append((triton.testing.do_bench(call, warmup=3, rep=25, return_mode="median"), config))
+                found.append((_milliseconds(call, warmup=3, rep=25), config))
         found.sort(key=lambda pair: pair[0])
         print(f"{case.kernel} {case.name}: computed {base:.3f} ms ({moved / base / 1e9:.2f} TB/s)", flush=True)
         for ms, config in found[:4] + found[-1:]:
@@ -199,13 +206,13 @@ def products(segments: int, count: int, width: int, n: int) -> None:
     }
     print(f"products of {segments} segments of {count} rows, D={width}, I={n}")
     for name, call in ways.items():
-        ms = triton.testing.do_bench(call, warmup=10, rep=60, return_mode="median")
+        ms = _milliseconds(call, warmup=10, rep=60)
         rate = "" if name == "allocate" else f"  {2 * r * width * n / ms / 1e9:.0f} TFLOP/s"
         print(f"    {name:26} {ms:8.3f} ms{rate}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.tune", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.tune", __doc__)
     parser.add_argument("--write", action="store_true", help="keep the winners in kernels/tuned.json")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--only", help="cases whose name contains this")

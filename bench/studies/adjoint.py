@@ -7,13 +7,13 @@ the figures. ``--quick`` runs all of it at sizes of seconds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from depass_fast.demo import load_demo
 from depass_fast.options import Adjoint
 from depass_fast.results.estimate import ApproximationWarning
 
+from ..core.cli import command
 from ..core.questions import demo_texts
 from ..core.results import environment
 from ..core.timing import interleaved
@@ -123,7 +124,7 @@ def averaged(model: str, per_prompt: list[list[dict]]) -> list[dict]:
     """A row per start layer: means over the prompts, and the least Spearman and Pearson of any prompt."""
     rows = []
     for layer in range(len(per_prompt[0])):
-        row: dict[str, object] = {"model": model, "layer": layer, "prompts": len(per_prompt)}
+        row: dict[str, Any] = {"model": model, "layer": layer, "prompts": len(per_prompt)}
         for stage in ("screened", "refined"):
             values = [prompt[layer][stage] for prompt in per_prompt]
             row[stage] = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
@@ -146,8 +147,8 @@ def speed(scale: float, size: Size) -> list[dict]:
     trace = random_trace(engine, size.length)
     k, everything = max(1, round(REFINED * size.neurons)), Neurons(layers="all")
 
-    def call(kind: Neurons, **options: object) -> Callable[[], object]:
-        return lambda: engine.attribute(trace, kind, TARGET, **options)
+    def call(kind: Neurons, method: str | Adjoint) -> Callable[[], object]:
+        return lambda: engine.attribute(trace, kind, TARGET, method=method)
 
     rows = []
     for name, kind in (("one layer", Neurons(0)), ("all layers", everything)):
@@ -190,7 +191,9 @@ def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: 
     adapter, n = engine.adapter, trace.length(prompt)
     starts = [make_start(Neurons(i), adapter, trace, prompt, n, False, torch.float32) for i in range(adapter.n_layers)]
     norm, at = adapter.final_norm(), trace.span(prompt).stop - 1
-    seeds = adapter.unembedding.weight[target] * norm.weight * norm.scale(trace.resid_final[at])
+    assert norm is not None and norm.weight is not None  # a Llama's
+    unembedding: Any = adapter.unembedding
+    seeds = unembedding.weight[target] * norm.weight * norm.scale(trace.resid_final[at])
     stack = LayerStack(adapter, trace, prompt, n, adapter.n_layers, torch.float32, torch.float32)
     sweep = Sweep(stack, starts, seeds[None], Settings(0.1, **changes), None)
     return [scores[0] for scores in sweep.run(method).named]
@@ -227,7 +230,8 @@ def ablation(name: str, engine: DePass, trace: Trace, targets: list[int]) -> lis
 def run(size: Size, plot: Path | None) -> dict:
     """Measure everything and print figures as they come."""
     began, rows, parts, speeds = time.perf_counter(), [], [], []
-    demo = DePass(*load_demo())
+    model, tokenizer = load_demo()
+    demo = DePass(model, tokenizer)
     texts = demo_texts(size.demo)
     for scale in size.scales:
         speeds += speed(scale, size)
@@ -240,7 +244,7 @@ def run(size: Size, plot: Path | None) -> dict:
             traces = [random_trace(engine, size.length, seed) for seed in range(size.prompts)]
             rows += show(averaged(name, [compare(engine, trace, TARGET) for trace in traces]))
     traces = [demo.trace(text) for text, _ in texts]
-    targets = [demo.tokenizer.encode(answer, add_special_tokens=False)[0] for _, answer in texts]
+    targets = [tokenizer.encode(answer, add_special_tokens=False)[0] for _, answer in texts]
     rows += show(averaged("demo", [compare(demo, *pair) for pair in zip(traces, targets, strict=True)]))
     hard = llama(size.scales[-1], size.layers[0], size)
     prompts = [torch.randint(0, 1024, (size.length,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -276,7 +280,7 @@ def show(rows: list[dict]) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.adjoint", description=__doc__.splitlines()[0])
+    parser = command("bench.studies.adjoint", __doc__)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--plot", type=Path, help="write the faithfulness curves to this SVG file (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="sizes of seconds")

@@ -8,7 +8,6 @@ numbers. The sooner the accuracy falls, the more faithful is the method.
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
@@ -21,6 +20,7 @@ from depass_fast.demo import load_demo
 from depass_fast.options import Adjoint
 
 from ..baselines.neuron_methods import AttributionPatching
+from ..core.cli import command
 from ..core.questions import demo_texts
 
 SHARES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # of all neurons
@@ -36,7 +36,8 @@ class Curves(TypedDict):
 
 
 def _down_projections(engine: DePass) -> list[torch.nn.Module]:
-    return [engine.adapter.module(index, "down_proj") for index in range(engine.adapter.n_layers)]
+    found = [engine.adapter.module(index, "down_proj") for index in range(engine.adapter.n_layers)]
+    return [module for module in found if module is not None]
 
 
 def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, Tensor]:
@@ -70,11 +71,13 @@ def masked_prediction(engine: DePass, ids: Tensor, mask: Tensor) -> int:
 
 def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]], plot: Path | None = None) -> Curves:
     """Accuracy curves over prompts with their answers."""
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None  # the demo's
     hits: dict[str, list[int]] = {}
     neurons = 0
     for seed, (text, answer) in enumerate(texts):
-        ids = torch.tensor(engine.tokenizer.encode(text))
-        target = engine.tokenizer.encode(answer, add_special_tokens=False)[0]
+        ids = torch.tensor(tokenizer.encode(text))
+        target = tokenizer.encode(answer, add_special_tokens=False)[0]
         for method, scores in rankings(engine, ids, target, seed).items():
             neurons = scores.numel()
             order = scores.flatten().argsort(descending=True)
@@ -93,12 +96,12 @@ def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]], plot: Pat
 def draw(curves: Curves, path: Path) -> None:
     """The curves as an SVG file. Needs matplotlib: pip install 'depass-fast[bench]'."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports] (the extra `bench`)
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'depass-fast[bench]'") from error
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "depass_fast"  # the same file from the same figures
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports] (the extra `bench`)
 
     figure, axes = pyplot.subplots(figsize=(6.4, 3.8))
     styles = {"exact": "-o", "adjoint": "--s", "attribution patching": "-^", "norm": "-v", "random": ":x"}
@@ -117,7 +120,7 @@ def draw(curves: Curves, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.faithfulness", description=__doc__.splitlines()[0])
+    parser = command("bench.studies.faithfulness", __doc__)
     parser.add_argument("--plot", type=Path, help="write the curves to this SVG file (needs matplotlib)")
     parser.add_argument("--prompts", type=int, default=60)
     options = parser.parse_args(arguments)

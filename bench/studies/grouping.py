@@ -11,7 +11,6 @@ Groups are the prompts of one jagged batch: the same prompt once for every group
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from depass_fast.components.products import BoundProducts
 from depass_fast.state.state import Factors
 
 from ..core.agreement import spread, top_overlap
+from ..core.cli import command
 from ..core.questions import Question, demo_model, questions
 from ..core.results import environment, write_results
 
@@ -43,6 +43,7 @@ class GroupedNeurons(Neurons):
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
         products, here = super().bound(adapter, trace, prompt), self.groups[prompt]
         factors = products.products
+        assert factors is not None and factors.coefficients is not None  # neurons are numbers times vectors
         chosen = Factors(factors.coefficients[:, here], factors.vectors[here])
         return replace(products, labels=tuple(products.labels[i] for i in here.tolist()), products=chosen)
 
@@ -136,7 +137,7 @@ def compare(scores: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.grouping", description=__doc__.splitlines()[0])
+    parser = command("bench.studies.grouping", __doc__)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every one")
     parser.add_argument("--tiny", "--quick", action="store_true", help="one prompt, three numbers of groups")
     parser.add_argument("--prompts", type=int, help="default: 50; 1 with --tiny")

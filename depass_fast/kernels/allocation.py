@@ -6,6 +6,9 @@ streaming over the components, and once to be replaced by w · a, the component'
 nobody is eligible, `rest` takes all, or those alive share evenly.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

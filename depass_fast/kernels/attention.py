@@ -8,6 +8,9 @@ Component m has rows at the positions whose ``count`` is above m, which are thos
 skipped.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

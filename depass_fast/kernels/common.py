@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 LOG2E = 1.4426950408889634
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -13,7 +14,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def interpreted() -> bool:
     """True if kernels run in Triton's interpreter. That is decided when they are first imported."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def widened(dtype: torch.dtype) -> bool:
@@ -40,7 +41,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two that holds ``n`` and is at least ``least``, as a product's sides must be."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype, spaced: bool = False) -> None:

@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -97,7 +98,7 @@ def _inside(found: object, *place: str) -> Iterator[tuple[str, object]]:
     return iter(found.items())
 
 
-def _refuse(why: str, *place: str) -> None:
+def _refuse(why: str, *place: str) -> NoReturn:
     raise ValueError(
         f"{': '.join([str(TUNED), *place])}: {why}. `python -m bench.speed.tune --write` writes this file."
     )

@@ -5,6 +5,9 @@ of the state, or a *piece* gathered from it: the rows of every position from ``s
 the other from ``base`` on (DESIGN.md section 3).
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ...core.cli import command
 from ...core.models import SHAPES, build_model
 from ...core.results import Row, environment, write_results
 from ...kernels.checks import verify as verify_kernels
@@ -25,7 +26,7 @@ from .workloads import backends, full, provider, tiny
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.speed.gpu", description=__doc__.splitlines()[0])
+    parser = command("bench.speed.gpu", __doc__)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: checks that it runs")
     parser.add_argument(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage] (torch documents no other place)
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
+from ...core.models import Model
 from ...core.results import Row
 from ...core.timing import interleaved, quantiles, synchronise
 from .verification import Errors
@@ -45,7 +45,7 @@ class Session:
     place: dict
 
 
-def measure(session: Session, work: Work, model: PreTrainedModel, names: list[str], seconds: float) -> list[Row]:
+def measure(session: Session, work: Work, model: Model, names: list[str], seconds: float) -> list[Row]:
     """A row per provider of ``names``, timed in turns for about ``seconds``.
 
     A provider whose first call takes more than twice that is not called again: that call is the row, and the row says
@@ -95,7 +95,7 @@ def measure(session: Session, work: Work, model: PreTrainedModel, names: list[st
 
 def _peak(call: Callable[[], Tensor], device: torch.device) -> tuple[int | None, float]:
     """The most bytes that a first call held beyond the model, and its seconds."""
-    cuda = device.type == "cuda"
+    cuda, before = device.type == "cuda", 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -8,7 +8,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status
@@ -16,7 +15,7 @@ from depass_fast.backends.torch import mlp
 from depass_fast.options import Adjoint
 
 from ...baselines.published import Published, groups_for
-from ...core.models import SHAPES, Shape, floor_flops, random_prompt
+from ...core.models import SHAPES, Model, Shape, floor_flops, random_prompt
 
 TARGET = 7
 
@@ -92,7 +91,7 @@ def tiny() -> Iterator[Work]:
     yield Work(shape, "heads", 5)
 
 
-def provider(name: str, work: Work, model: PreTrainedModel) -> Callable[[], Tensor]:
+def provider(name: str, work: Work, model: Model) -> Callable[[], Tensor]:
     """A function that computes the scores of all components at the last position, forward pass included."""
     device = next(model.parameters()).device
     prompts = [random_prompt(work.shape, work.length, seed).to(device) for seed in range(work.prompts)]
@@ -107,8 +106,8 @@ def provider(name: str, work: Work, model: PreTrainedModel) -> Callable[[], Tens
         if work.components == "heads":
             return library.attribute(prompts[0], Heads(layers="all"), TARGET).scores
         if work.components == "all neurons":
-            options = {"method": Adjoint(refine=work.refine, sample=0)}
-            return library.attribute(prompts[0], Neurons(layers="all"), TARGET, **options).scores
+            method = Adjoint(refine=work.refine, sample=0)
+            return library.attribute(prompts[0], Neurons(layers="all"), TARGET, method=method).scores
         kind = Neurons(0) if work.components == "neurons" else Tokens()
         if work.prompts == 1:
             return library.attribute(prompts[0], kind, TARGET).scores

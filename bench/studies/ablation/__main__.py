@@ -6,13 +6,13 @@ the end comes the quality: every method's numbers for all neurons of the demo mo
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
 
 from ...baselines.neuron_methods import methods
+from ...core.cli import command
 from ...core.questions import demo_model, questions
 from ...core.results import environment, write_results
 from .quality import CORPUS, mean_activations, quality
@@ -24,7 +24,7 @@ TINY = [Workload("llama-tiny", all_layers, length=6) for all_layers in (False, T
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.studies.ablation", description=__doc__.splitlines()[0])
+    parser = command("bench.studies.ablation", __doc__)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="tiny shapes and two prompts, in seconds")
     parser.add_argument("--runs", type=int, help="timed runs per method (default: 5; 2 with --tiny)")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from depass_fast.adjoint.estimate import spearman
 from depass_fast.demo.text import training_examples
@@ -15,6 +16,7 @@ from depass_fast.demo.text import training_examples
 from ...baselines.fair_ablation import FairAblation
 from ...baselines.neuron_methods import ABLATIONS, PATCHING, Method
 from ...core.agreement import spread, top_overlap
+from ...core.models import Model
 from ...core.questions import Question
 
 ZERO, MEAN = "zero", "mean"  # the value of an ablated activation
@@ -23,7 +25,7 @@ CORPUS = 256  # texts that the mean activations are taken over
 
 
 @torch.no_grad()
-def mean_activations(model: nn.Module, tokenizer: object, texts: int = CORPUS) -> Tensor:
+def mean_activations(model: Model, tokenizer: PreTrainedTokenizerBase, texts: int = CORPUS) -> Tensor:
     """Every neuron's mean activation (L, I) over the first training texts, at all positions after the BOS."""
     layers = model.model.layers
     sums, count = torch.zeros(len(layers), layers[0].mlp.down_proj.in_features, device=model.device), 0
@@ -36,7 +38,7 @@ def mean_activations(model: nn.Module, tokenizer: object, texts: int = CORPUS) -
 
     hooks = [layer.mlp.down_proj.register_forward_pre_hook(add(i)) for i, layer in enumerate(layers)]
     try:
-        for example in itertools.islice(training_examples(0, tokenizer.eos_token), texts):
+        for example in itertools.islice(training_examples(0, str(tokenizer.eos_token)), texts):
             ids = tokenizer("".join(text for text, _ in example))["input_ids"]
             model(torch.tensor([ids], device=model.device), use_cache=False)
             count += len(ids) - 1
@@ -47,9 +49,9 @@ def mean_activations(model: nn.Module, tokenizer: object, texts: int = CORPUS) -
 
 
 def quality(
-    model: nn.Module,
+    model: Model,
     asked: Sequence[Question],
-    methods: dict[str, Callable[[nn.Module], Method]],
+    methods: dict[str, Callable[[Model], Method]],
     means: Tensor,
     batch: int = 64,
     report: Callable[[int], None] = lambda done: None,

@@ -6,12 +6,13 @@ import copy
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...baselines.fair_ablation import FairAblation
-from ...baselines.neuron_methods import EXACT, FAIR, ONE_BY_ONE, Method, Shares, methods
+from ...baselines.neuron_methods import EXACT, FAIR, ONE_BY_ONE, OneAtATime, Shares, methods
 from ...core.results import environment
 from ...core.timing import interleaved, quantiles
 from .memory import peak_bytes
@@ -58,7 +59,7 @@ def verify(subject: Subject, neurons: int = 4) -> None:
     last = subject.model.config.num_hidden_layers - 1
     layers, values = sorted({0, last // 2, last}), torch.full_like(subject.zero, 0.1).double()
     chosen = range(neurons)
-    one = methods()[ONE_BY_ONE](wide).effects(subject.ids, subject.target, layers, values, chosen)
+    one = OneAtATime(wide).effects(subject.ids, subject.target, layers, values, chosen)
     fair = FairAblation(wide, batch=neurons - 1).effects(subject.ids, subject.target, layers, values, chosen)
     error = float((one - fair).abs().max() / one.abs().max())
     if not error <= ROUNDING:
@@ -124,5 +125,5 @@ def measure(
     return rows, search
 
 
-def _call(method: Method, subject: Subject, options: dict) -> Callable[[], Tensor]:
+def _call(method: Any, subject: Subject, options: dict) -> Callable[[], Tensor]:
     return lambda: method.effects(subject.ids, subject.target, subject.layers, subject.zero, **options)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.models import SHAPES, build_model, random_prompt
+from ...core.models import SHAPES, Model, build_model, random_prompt
 from ...core.questions import demo_model, questions
 
 
@@ -39,7 +38,7 @@ class Workload:
 class Subject:
     """A model, a prompt (N,), a target, and the layers whose neurons take part; ablated activations become zero."""
 
-    model: Any  # of transformers, with the modules of a Llama
+    model: Model
     ids: Tensor
     target: int
     all_layers: bool
