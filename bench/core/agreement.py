@@ -1,4 +1,4 @@
-"""How much two rankings of the same components have in common, and the spread of such figures over prompts."""
+"""The agreement of two rankings of the same components, and the spread of figures over prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def top_overlap(a: Tensor, b: Tensor, share: float = 0.01) -> float:
-    """Which part of the largest ``share`` of ``a`` (M,) by magnitude is among those of ``b``: 0 to 1. At least one."""
+    """The part (0 to 1) of the largest ``share`` of ``a`` (M,) by magnitude that is among the largest of ``b``.
+
+    At least one component counts as largest.
+    """
     count = max(1, round(share * len(a)))
     largest = [set(x.abs().topk(count).indices.tolist()) for x in (a, b)]
     return len(largest[0] & largest[1]) / count

@@ -10,7 +10,7 @@ def table(header: list[str], rows: list[list[str]], left: int = 3) -> str:
 
 
 def heading(title: str, env: dict) -> str:
-    """What was measured, and where."""
+    """The title of a section and the place of the measurement."""
     place = ", ".join(f"{key} {env[key]}" for key in env if key not in ("device", "threads", "date"))
     threads = f", {env['threads']} threads" if "threads" in env else ""
     return f"## {title}: {env['device']}{threads} ({env['date']})\n\n{place}."

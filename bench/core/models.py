@@ -93,9 +93,10 @@ def family_model(model_type: str, **config: object) -> Model:
 
 @torch.no_grad()
 def randomised(model: Model) -> Model:
-    """The model with random norm weights and biases, in place: transformers makes ones and zeros of them."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+    """The model with random norm weights and biases, in place: transformers initialises them to ones and zeros."""
+    corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]  # of routers
+    for name, parameter in [*model.named_parameters(), *corrections]:
+        if name.endswith("bias"):  # those of all experts have two dimensions
             parameter.normal_(0.0, 0.3)
         elif parameter.ndim == 1:
             parameter.normal_(1.0, 0.3)

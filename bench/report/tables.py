@@ -76,7 +76,7 @@ def layers(result: dict) -> str:
 
 
 def suite(result: dict) -> str:
-    """What `--benchmark-json` wrote (with the facts of bench/conftest.py)."""
+    """The file that `--benchmark-json` wrote, with the facts of bench/conftest.py."""
     lines = [
         [
             bench["group"],

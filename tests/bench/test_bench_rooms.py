@@ -9,9 +9,9 @@ ROOMS = ("core", "baselines", "kernels", "memory", "speed", "studies", "report")
 ROOT = Path(bench.__file__).parent
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, root: Path = ROOT) -> set[str]:
     """The rooms that a file imports, anywhere in it."""
-    package = ("bench", *path.relative_to(ROOT).parent.parts)
+    package = ("bench", *path.relative_to(root).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -32,11 +32,10 @@ def test_a_room_imports_only_those_before_it():
             assert imported(path) <= set(ROOMS[: place + 1]), path
 
 
-def test_imports_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_bench_rooms.ROOT", tmp_path)
+def test_imports_are_seen(tmp_path):
     file = tmp_path / "speed" / "gpu" / "some.py"
     file.parent.mkdir(parents=True)
     file.write_text(
         "from ...core.models import x\nfrom ... import memory\nfrom . import y\ndef f():\n    import bench.report\n"
     )
-    assert imported(file) == {"core", "memory", "speed", "report"}
+    assert imported(file, tmp_path) == {"core", "memory", "speed", "report"}
