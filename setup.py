@@ -17,9 +17,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    # a folder without __init__.py: through the link `kernels` it would hide the package of that name
+    # kernels has no __init__.py: through the link at the top it would hide the package `kernels` of transformers
     packages=[*find_packages(include=["depass_fast", "depass_fast.*"]), "depass_fast.kernels"],
-    package_data={"depass_fast": ["py.typed"], "depass_fast.demo": ["model/*"], "depass_fast.kernels": ["*.json"]},
+    package_data={
+        "depass_fast": ["py.typed"],
+        "depass_fast.demo": ["model/*"],
+        "depass_fast.kernels": ["README.md", "*.json"],
+    },
     install_requires=[
         "torch>=2.8",
         "transformers>=4.51,!=4.51.0,<6",  # 4.51.0 loads no model without accelerate, by mistake

@@ -1,1 +1,1 @@
-"""What is measured, and against what. See README.md here."""
+"""Benchmarks and studies; README.md lists the rooms and the commands."""

@@ -1,14 +1,14 @@
-"""What the JSON of pytest-benchmark says about where it was measured: our own facts, and no machine's name."""
+"""The JSON of pytest-benchmark names the place of the measurement by our own facts, and no machine by its name."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from .harness import environment
+from .core.results import environment
 
 
 def pytest_benchmark_generate_machine_info(config) -> dict:
-    from .test_suite import SHAPE
+    from .speed.test_suite import SHAPE
 
     return {"environment": environment(), "shape": asdict(SHAPE)}
 

@@ -1,10 +1,13 @@
 """Softmax neuron allocation, and the other rules: a segmented reduction over the components of every position.
 
-For every position and neuron the gates g of all components are read once to find their maximum and sum, streaming over
-the components, and once more to be replaced by w · a, the component's share of the frozen activation (DESIGN.md
-section 2, *MLP*). A gate of exactly zero takes no part, nor does a special token away from home. Where nobody is left,
-`rest` takes all, or those alive share evenly.
+For every position and neuron the gates g of all components are read twice: once to find their maximum and sum,
+streaming over the components, and once to be replaced by w · a, the component's share of the frozen activation
+(DESIGN.md section 2, *MLP*). A gate of exactly zero takes no part, nor does a special token away from home. Where
+nobody is eligible, `rest` takes all, or those alive share evenly.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Segments:
 def _tile(
     g, away, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr
 ):
-    """Gates of components m and neurons i, and which of them take part: [BM, BI]."""
+    """Gates of components m and neurons i, and the mask of those that take part: [BM, BI]."""
     row = first + m
     alive = (m < count)[:, None] & inside[None, :]
     values = tl.load(g + row[:, None] * stride + i[None, :], mask=alive, other=0.0).to(tl.float32)
@@ -61,7 +64,7 @@ def _share_linearly(
     g, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, bias, gate_stride,
     HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """`taylor`: w = g / gate, for which nothing needs to be known of the other components."""
+    """`taylor`: w = g / gate, which does not depend on the other components."""
     blocks = tl.cdiv(n_neurons, BI)
     segment = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -89,7 +92,6 @@ def _allocate(
     constants,
     away,
     alive,
-    log_z,
     starts,
     recorded,
     n_neurons,
@@ -102,7 +104,6 @@ def _allocate(
     HAS_CONSTANT: tl.constexpr,
     HAS_AWAY: tl.constexpr,
     HAS_REST: tl.constexpr,
-    KEEP_Z: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BM: tl.constexpr,
     BI: tl.constexpr,
@@ -123,8 +124,8 @@ def _allocate(
     top = tl.full((BI,), NEVER, tl.float32)  # the largest that takes part
     low = tl.full((BI,), float("inf"), tl.float32)
     total = tl.zeros((BI,), tl.float32)
-    best = tl.zeros((BI,), tl.int32)  # `max`: who has it
-    if RULE == "softmax" and not ONE_TILE:  # a maximum and a sum of each place in the tile: nobody waits for others
+    best = tl.zeros((BI,), tl.int32)  # `max`: the component that has it
+    if RULE == "softmax" and not ONE_TILE:  # each place of the tile has its own maximum and sum: no thread waits
         FLOOR: tl.constexpr = -1e30
         tops = tl.full((BM, BI), FLOOR, tl.float32)
         sums = tl.zeros((BM, BI), tl.float32)
@@ -141,7 +142,7 @@ def _allocate(
             total = tl.sum(tl.exp2(z - tl.where(top == NEVER, 0.0, top)[None, :]), 0)
         elif RULE == "softmax":
             z = tl.where(part, values * per_t, 4.0 * FLOOR)
-            e = tl.exp2(-tl.abs(z - tops))  # the smaller in units of the larger, whichever that is
+            e = tl.exp2(-tl.abs(z - tops))  # the smaller of the two in units of the larger
             sums = tl.where(z > tops, sums * e + 1.0, sums + e)
             tops = tl.maximum(tops, z)
         elif RULE == "relu":
@@ -170,9 +171,6 @@ def _allocate(
                     g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
                 )
             total += tl.sum(tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0), 0)
-    if KEEP_Z:
-        kept = log_z + segment.to(tl.int64) * n_neurons + i
-        tl.store(kept, tl.where(nobody, NEVER, top + tl.log2(tl.where(nobody, 1.0, total))), mask=inside)
     if RULE == "softmax":  # one factor for the whole column
         factor = a / tl.where(nobody, 1.0, total)
         shift = tl.where(nobody, 0.0, top)
@@ -218,17 +216,15 @@ def allocate(
     temperature: float,
     alive: Tensor,
     constant: Tensor | None = None,
-    keep_z: bool = False,
-) -> Tensor | None:
-    """Gates become shares of the frozen activation, in place: g (r, i) <- w · a.
+) -> None:
+    """Replace gates by shares of the frozen activation, in place: g (r, i) <- w · a.
 
     ``act`` and ``gate`` (P, i) are the trace's; only `taylor` reads the latter. ``constant`` (i,) is the gate's bias,
-    which `bias` drives; ``alive`` (r,) uint8 whether a component is there at all. With ``keep_z``, for `softmax`, log Z
-    in base 2 is returned, (S, i) float32.
+    which `bias` drives. ``alive`` (r,) uint8 is zero for components that are not there. The rows of ``g``, ``act`` and
+    ``gate`` may be parts of longer ones.
 
     Raises:
-        ValueError: an unknown rule, `keep_z` for one without a partition function, or a tensor of another shape, dtype
-            or memory layout. The rows of ``g``, ``act`` and ``gate`` may be parts of longer ones.
+        ValueError: an unknown rule, or a tensor of another shape, dtype or memory layout.
     """
     check("g", g, (None, None), *FLOATS, spaced=True)
     n_rows, n_neurons = g.shape
@@ -243,11 +239,10 @@ def allocate(
         check("constant", constant, (n_neurons,), *FLOATS)
         if segments.bias is None:
             raise ValueError("constant: it is driven by `bias`, and the segments have none.")
-    log_z = g.new_empty(len(segments), n_neurons, dtype=torch.float32) if keep_z else None
-    if rule not in RULES or (keep_z and rule != "softmax"):
-        raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}, or has no partition function.")
+    if rule not in RULES:
+        raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}.")
     if not g.numel():
-        return log_z
+        return
     config = allocation_config(segments.longest, n_neurons, g.dtype, g.device)
     grid = (len(segments) * triton.cdiv(n_neurons, config["BI"]),)
     common = (segments.starts, segments.recorded, n_neurons, g.stride(0), act.stride(0))
@@ -257,14 +252,13 @@ def allocate(
         _share_linearly[grid](
             g, act, gate, constants, *common, bias, gate.stride(0), HAS_CONSTANT=constant is not None, **config
         )
-        return None
+        return
     _allocate[grid](
         g,
         act,
         constants,
         alive if segments.away is None else segments.away,
         alive,
-        act if log_z is None else log_z,
         *common,
         LOG2E / temperature,
         bias,
@@ -273,7 +267,5 @@ def allocate(
         HAS_CONSTANT=constant is not None,
         HAS_AWAY=segments.away is not None,
         HAS_REST=segments.rest is not None,
-        KEEP_Z=keep_z,
         **config,
     )
-    return log_z

@@ -4,8 +4,12 @@ mixed[(q, m), h] = Σ_k P[h, q, k] · values[(k, m), h / G]. P is made again til
 its rows, and used for all components that stream past; neither N² probabilities nor (M, N, H, D) exist anywhere.
 
 The G query heads of a KV head share its values, so a tile's rows are pairs of query and head, (q, g) = divmod(row, G).
-Component m has rows at the positions whose ``count`` is above m: from its birth on, so that keys before it are skipped.
+Component m has rows at the positions whose ``count`` is above m, which are those from its birth on. Keys before it are
+skipped.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from .launch import mix_config
 
 @dataclass(frozen=True)
 class Frozen:
-    """Attention of one layer as it was: q (T, H, d), k (T, Hkv, d), the scale of their products, and the mask's kind.
+    """The recorded attention of a layer: q (T, H, d), k (T, Hkv, d), the scale of their products, and the mask's kind.
 
     ``key_bias`` (T, H) float32 is added to the logits of a key; ``out_scale`` (T,) multiplies what a query receives.
     """
@@ -187,7 +191,7 @@ def _mix(
 
 
 def _shared(frozen: Frozen) -> tuple[tuple, dict]:
-    """Arguments that both kernels take: scale, cap, window; and what is compiled in. Refuses what does not fit."""
+    """Check the arguments that both kernels take; return scale, cap, window, and the compiled-in constants."""
     check("q", frozen.q, (None, None, None), *FLOATS)
     check("k", frozen.k, (len(frozen.q), None, frozen.q.shape[2]), frozen.q.dtype)
     if not frozen.k.shape[1] or frozen.q.shape[1] % frozen.k.shape[1]:
@@ -213,10 +217,10 @@ def _shared(frozen: Frozen) -> tuple[tuple, dict]:
 
 
 def log_sum_exp(frozen: Frozen, packed: Tensor, items: Tensor, tile: int) -> Tensor:
-    """The log-sum-exp in base 2 of every query's logits: (T, H) float32, where ``items`` (tiles of rows) reach.
+    """The log-sum-exp in base 2 of every query's logits: (T, H) float32, at the rows that ``items`` cover.
 
-    ``items`` (n, 6) int32: first and last (excluded) position of the prompt in ``packed``, first row of a tile of
-    ``tile`` rows; the rest is not read.
+    ``items`` (n, 6) int32 hold the first and last (excluded) position of the prompt in ``packed`` and the first row of
+    a tile of ``tile`` rows; the other columns are not read.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
@@ -257,9 +261,9 @@ def mix(
 
     A head's values may be wider or narrower than its queries and keys: v need not be d.
 
-    ``items`` (n, 6) int32: first and last position of a prompt, first row of a tile of ``tile`` (query, head) rows,
-    first and last component, and where the prompt's births begin. Together they must cover all rows. ``longest`` is
-    the number of positions of the longest prompt.
+    ``items`` (n, 6) int32 hold the first and last position of a prompt, the first row of a tile of ``tile`` (query,
+    head) rows, the first and last component, and the first index of the prompt's births. Together they must cover all
+    rows. ``longest`` is the number of positions of the longest prompt.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.

@@ -1,4 +1,4 @@
-"""What the kernels share: whether they are interpreted, products, sizes, and what their arguments must be."""
+"""The common parts of the kernels: interpretation, products, sizes, and the check of arguments."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 LOG2E = 1.4426950408889634
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter: decided when they are first imported."""
-    return bool(triton.knobs.runtime.interpret)
+    """True if kernels run in Triton's interpreter. That is decided when they are first imported."""
+    return bool(knobs.runtime.interpret)
 
 
 def widened(dtype: torch.dtype) -> bool:
-    """Whether operands must be float32 before a product: the interpreter's own in bfloat16 is garbage."""
+    """True if operands must be float32 before a product: the interpreter's bfloat16 products are wrong."""
     return interpreted() and dtype == torch.bfloat16
 
 
 def precision() -> str:
-    """How float32 is multiplied: on NVIDIA's matrix units in three tf32 products, which is float32's own accuracy.
+    """The precision of float32 products: on NVIDIA three tf32 products, which are as accurate as float32.
 
     Triton's default, one tf32 product, is off by 3e-4.
     """
@@ -39,12 +40,12 @@ def product(a, b, acc, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that holds ``n``, at least ``least``: what a product's sides must be."""
-    return max(least, triton.next_power_of_2(n))
+    """The smallest power of two that holds ``n`` and is at least ``least``, as a product's sides must be."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def check(name: str, x: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype, spaced: bool = False) -> None:
-    """Refuse what a kernel would read wrongly: it sees addresses only. Nothing is asked of the device.
+    """Refuse a tensor that a kernel, which sees addresses only, would read wrongly. The device is not asked.
 
     ``shape`` holds None for any length. Elements lie side by side; with ``spaced`` only those of a row must.
 

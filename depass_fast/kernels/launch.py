@@ -1,10 +1,10 @@
 """Launch configurations: computed from shape and device, with measured exceptions per device in ``tuned.json``.
 
-A kernel is compiled for the numbers that it is called with where Triton makes a difference: 1, and multiples of 16. Of
-what varies from chunk to chunk (numbers of rows, where slices begin) and aligns no load, it is told to make none.
+Triton compiles a kernel again for an argument of 1 and for multiples of 16. Arguments that vary from chunk to chunk
+(numbers of rows, first rows of slices) and align no load are excluded from that (``do_not_specialize``).
 
-Nothing is tuned when a user calls. ``python -m bench.tune`` measures candidates on a device and writes the file: a
-device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
+Nothing is tuned when a user calls. ``python -m bench.speed.tune`` measures candidates on a device and writes the file:
+it maps a device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,24 +21,23 @@ from .common import interpreted, power_of_two
 
 TUNED = Path(__file__).with_name("tuned.json")
 _LAUNCH = ("num_warps", "num_stages")
-_PRODUCT = ("BM", "BN", "BK", "GROUP", *_LAUNCH)
-KEYWORDS = {"mix": ("BK", "BM", *_LAUNCH), "allocate": ("BM", "BI", *_LAUNCH), "gate": _PRODUCT, "down": _PRODUCT}
+KEYWORDS = {"mix": ("BK", "BM", *_LAUNCH), "allocate": ("BM", "BI", *_LAUNCH)}
 
 
 def row_config(n_columns: int) -> dict:
-    """Rows and columns for a kernel that holds whole rows: one of a large model, some of a small one."""
+    """Rows and columns for a kernel that holds whole rows: one row of a large model, several of a small one."""
     columns = power_of_two(n_columns)
     rows = max(1, min(64, (2**18 if interpreted() else 1024) // columns))  # fewer programs to interpret
     return {"BR": rows, "BD": columns, "num_warps": min(16, max(1, columns * rows // 512))}
 
 
 def mix_tile(longest: int, groups: int, dtype: torch.dtype) -> int:
-    """Rows, pairs of query and head, per tile; few in float32, whose products take many registers."""
+    """Rows (pairs of query and head) per tile; few in float32, whose products take many registers."""
     return min(64 if dtype.itemsize == 2 else 16, power_of_two(longest * groups, 16))
 
 
 def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """For prompts of up to ``longest`` positions: keys per tile (all of them, if few), components per step."""
+    """Keys per tile (all of them, if few) and components per step, for prompts of up to ``longest`` positions."""
     half = dtype.itemsize == 2
     keys, width = min(64 if half else 32, power_of_two(longest, 16)), power_of_two(head_dim)
     if width > 128 and (longest > keys or shared_memory(device) < 128 << 10):
@@ -53,26 +53,14 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
 
 
 def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """For segments of up to ``longest`` rows: all of them at once where they are few."""
+    """Rows and neurons per program, for segments of up to ``longest`` rows; all rows at once where they are few."""
     rows = min(32, power_of_two(longest, 4))
     one = longest <= rows
     columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
     config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 2 if one else 8, "num_stages": 3}
-    if dtype.itemsize == 2:  # what is tuned
+    if dtype.itemsize == 2:  # only half precision is tuned
         config |= tuned(device, "allocate", f"one r{rows}" if one else "some" if longest < 2048 else "many")
     return config | {"BI": min(config["BI"], power_of_two(n_neurons))}
-
-
-def product_config(dtype: torch.dtype, device: torch.device, which: str = "gate") -> dict:
-    """Tiles of the products with the allocation inside, ``which`` is gate or down; ``BM`` is the same for both."""
-    if dtype == torch.float32:
-        config = {"BM": 64, "BN": 64, "BK": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2}
-    elif shared_memory(device) >= 160 << 10:
-        wide = 256 if which == "gate" else 128  # `down` has exponentials in its registers, too
-        config = {"BM": 128, "BN": wide, "BK": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
-    else:
-        config = {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2}
-    return config | tuned(device, which, str(dtype).removeprefix("torch."))
 
 
 @functools.cache
@@ -85,10 +73,10 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _table() -> dict:
-    """What the file holds: device, kernel, bucket, keyword, number.
+    """The contents of the file: device -> kernel -> bucket -> keyword -> number.
 
     Raises:
-        ValueError: something else; names the file and the place.
+        ValueError: the file holds something else; the message names the place.
     """
     table = json.loads(TUNED.read_text()) if TUNED.is_file() else {}
     for device, kernels in _inside(table):
@@ -110,8 +98,10 @@ def _inside(found: object, *place: str) -> Iterator[tuple[str, object]]:
     return iter(found.items())
 
 
-def _refuse(why: str, *place: str) -> None:
-    raise ValueError(f"{': '.join([str(TUNED), *place])}: {why}. `python -m bench.tune --write` writes this file.")
+def _refuse(why: str, *place: str) -> NoReturn:
+    raise ValueError(
+        f"{': '.join([str(TUNED), *place])}: {why}. `python -m bench.speed.tune --write` writes this file."
+    )
 
 
 @functools.cache
@@ -120,10 +110,10 @@ def _device_name(index: int) -> str:
 
 
 def tuned(device: torch.device, kernel: str, bucket: str) -> dict:
-    """What has been measured to be better on this device, or nothing."""
+    """The configuration that measured best on this device; empty if there is none."""
     if device.type != "cuda":
         return {}
     return _table().get(_device_name(device.index or 0), {}).get(kernel, {}).get(bucket, {})
 
 
-__all__ = ["allocation_config", "mix_config", "mix_tile", "product_config", "row_config", "tuned"]
+__all__ = ["allocation_config", "mix_config", "mix_tile", "row_config", "tuned"]

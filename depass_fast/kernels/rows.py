@@ -1,9 +1,12 @@
 """Reading rows of the component state through a frozen norm, its scales, adding to rows, and their dot products.
 
-A *row* is one component at one position. Rows are grouped by position into segments. A kernel may see the state's rows
-as they lie, or a *piece* of them: of every position the rows from ``source`` on, packed one position after the other
-from ``base`` on (DESIGN.md section 3).
+A *row* is one component at one position. Rows are grouped by position into segments. A kernel may see neighbouring rows
+of the state, or a *piece* gathered from it: the rows of every position from ``source`` on, packed one position after
+the other from ``base`` on (DESIGN.md section 3).
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .launch import row_config
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which rows of a state (R, D) a piece holds: ``segment`` (r,) int32, and for every segment where it begins.
+    """The rows of a state (R, D) that a piece holds: ``segment`` (r,) int32, and the first row of every segment.
 
     ``source`` (S,) int64 are first rows in the state, ``base`` (S + 1,) int64 first rows in the piece. ``source`` is
     None where the piece is neighbouring rows of the state, from ``first`` on.
@@ -37,7 +40,7 @@ class Rows:
 
 @triton.jit
 def _source_row(row, live, segment, source, base, first, GATHER: tl.constexpr):
-    """Where rows of the piece lie in the state: int64 [BR]."""
+    """The places in the state of rows of the piece: int64 [BR]."""
     if GATHER:
         row += tl.load(source + segment, mask=live, other=0) - tl.load(base + segment, mask=live, other=0)
     else:
@@ -95,7 +98,7 @@ def read_rows(
     """γ ⊙ (x - mean x) · s of a piece's rows, in ``out``'s dtype: (R, D) -> ``out`` (r, D).
 
     ``scale`` (S,) float32 is s of every segment, ``weight`` γ (D,) or None; the mean stays where not ``centred``.
-    ``alive`` (r,) uint8 receives whether a row holds anything but zeros.
+    ``alive`` (r,) uint8 receives 1 for rows that hold anything but zeros, else 0.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
@@ -193,7 +196,9 @@ def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
     _check(x, rows)
     check("gained", gained, (len(rows), x.shape[1]), *FLOATS)
     if rows.source is None:
-        raise ValueError("rows: neighbours are not added to by this kernel, but by the product itself; give a source.")
+        raise ValueError(
+            "rows: this kernel adds to gathered rows only; to neighbours the product adds by itself. Give a source."
+        )
     config = row_config(x.shape[1])
     grid = (triton.cdiv(len(rows), config["BR"]),)
     _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)

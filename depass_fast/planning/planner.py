@@ -32,7 +32,7 @@ from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
 if TYPE_CHECKING:
     pass
 
-# shares of the GEMM rate: on a CPU as bench.cpu and bench.plan measure them, on a GPU as bench.gpu does
+# shares of the GEMM rate, measured on a CPU by bench.speed.cpu and bench.memory.plan, on a GPU by bench.speed.gpu
 EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5}
 ON_A_GPU = {"torch": 0.3, "triton": 0.7, "adjoint": 0.2}
 

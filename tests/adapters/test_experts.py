@@ -10,13 +10,14 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from bench.core.models import randomised
 from depass_fast import DePass, Neurons, Tokens
 from depass_fast.adapters import Experts, Mlp, sort_choices, without_biases
 from depass_fast.adapters.experts import _choice, expert_mlps, route, watch_router
 from depass_fast.backends import TorchBackend
 from depass_fast.trace.size import trace_nbytes
 from tests.support.components import kinds
-from tests.support.family_models import VARIANTS, available, build_model, build_variant, randomised
+from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.models import random_ids
 
 PROMPTS = [random_ids(9, seed=1), random_ids(4, seed=2)]

@@ -1,7 +1,7 @@
 """Every supported family and variant, in the installed transformers: the model's own numbers, and all of them.
 
 ``pytest tests/adapters/test_families.py --family-results FILE.json`` writes the measured errors to a file. The table in
-docs/families.md is made of such files (``python -m bench.families``).
+docs/families.md is made of such files (``python -m bench.studies.families``).
 """
 
 from __future__ import annotations

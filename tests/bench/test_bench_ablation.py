@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.ablation.fair import FairAblation
-from bench.ablation.methods import FAIR, ONE_BY_ONE, OneAtATime, PublishedShares, Shares, methods
-from bench.ablation.quality import Question, demo_model, mean_activations, quality, questions
-from bench.agreement import top_overlap
-from bench.published import Published
+from bench.baselines.fair_ablation import FairAblation
+from bench.baselines.neuron_methods import FAIR, ONE_BY_ONE, OneAtATime, PublishedShares, Shares, methods
+from bench.baselines.published import Published
+from bench.core.agreement import top_overlap
+from bench.core.questions import Question, demo_model, questions
+from bench.studies.ablation.quality import mean_activations, quality
 from depass_fast import DePass, Neurons
+from depass_fast.demo.text import training_examples
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
@@ -136,9 +138,17 @@ def test_questions_are_half_indirect_objects_half_facts() -> None:
     demo, tokenizer = demo_model()
     asked = questions(tokenizer, 4)
     assert [tokenizer.decode([q.target]) in q.text for q in asked] == [True, True, False, False]
-    means = mean_activations(demo, tokenizer, texts=2)
-    assert means.shape == (6, 512)
-    assert means.isfinite().all()
+    assert mean_activations(demo, tokenizer, texts=2).shape == (6, 512)
+
+
+def test_mean_activations_are_those_of_the_model_s_own_forward_pass() -> None:
+    """Observing one layer leaves the activations of the later ones as they are."""
+    demo, tokenizer = demo_model()
+    means = mean_activations(demo, tokenizer, texts=1)
+    example = next(training_examples(0, tokenizer.eos_token))
+    ids = torch.tensor(tokenizer("".join(text for text, _ in example))["input_ids"])
+    expected = torch.stack([act[1:].mean(0) for act in FairAblation(demo).clean(ids, TARGET).activations])
+    torch.testing.assert_close(means, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_quality_judges_by_the_measured_effect() -> None:

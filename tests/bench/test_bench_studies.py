@@ -8,10 +8,12 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from bench import faithfulness, grouping, prompts, report
-from bench.ablation.quality import Question
-from bench.ablation.race import Workload, verify
-from bench.published import Published
+from bench.baselines.published import Published
+from bench.core.questions import Question
+from bench.report import __main__ as report
+from bench.speed import prompts
+from bench.studies import faithfulness, grouping
+from bench.studies.ablation.race import Workload, verify
 from depass_fast import DePass, Neurons
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
@@ -67,7 +69,7 @@ def test_a_batch_that_differs_is_not_timed(monkeypatch) -> None:
 def test_an_ablation_that_differs_is_not_timed(monkeypatch) -> None:
     subject = Workload("llama-tiny", all_layers=True, length=5).build()
     verify(subject)
-    monkeypatch.setattr("bench.ablation.fair._normed", lambda x, norm: x)
+    monkeypatch.setattr("bench.baselines.fair_ablation._normed", lambda x, norm: x)
     with pytest.raises(RuntimeError, match="ablations differ"):
         verify(subject)
 

@@ -1,13 +1,14 @@
 """The table in docs/families.md is the one that the committed measurements give, and names every family."""
 
-from bench.families import KNOWN, PAGE, ROOT, committed, with_table
+from bench.core.results import ROOT
+from bench.studies.families import KNOWN, PAGE, committed, with_table
 from depass_fast.adapters import supported_families
 from tests.support.family_models import VARIANTS
 
 
 def test_the_page_has_the_table_of_the_committed_results():
     page = PAGE.read_text()
-    assert with_table(page, committed()) == page, "run python -m bench.families"
+    assert with_table(page, committed()) == page, "run python -m bench.studies.families"
 
 
 def test_every_family_is_tested_and_named():

@@ -1,4 +1,4 @@
-"""Memory of runs on a GPU, in the shapes of real models, counted on the meta device (bench/meta.py)."""
+"""Memory of runs on a GPU, in the shapes of real models, counted on the meta device (bench/memory/meta.py)."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import meta
-from bench.meta import Case, Counted, cases, run
+from bench.memory import meta
+from bench.memory.meta import Case, Counted, cases, run
 
-# the rest are variations of these; python -m bench.meta runs them all
+# the rest are variations of these; python -m bench.memory.meta runs them all
 QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
 QUICK = [case for case in QUICK if case.memory_budget != 128 << 20 or case.components == "neurons"]
 

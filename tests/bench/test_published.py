@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.published import Published
+from bench.baselines.published import Published
 from tests.support.published import ABSOLUTE, RELATIVE, cases, load
 
 

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bench.core.models import randomised
+
 _SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -358,15 +360,3 @@ def build_model(model_type: str, seed: int = 0, implementation: str | None = Non
     torch.manual_seed(seed)
     attention = {} if implementation is None else {"attn_implementation": implementation}
     return randomised(AutoModelForCausalLM.from_config(config, **attention).eval())
-
-
-@torch.no_grad()
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, its norm weights and biases made random in place: transformers initialises them to ones and zeros."""
-    corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]  # of routers
-    for name, parameter in [*model.named_parameters(), *corrections]:
-        if name.endswith("bias"):  # those of all experts have two dimensions
-            parameter.normal_(0.0, 0.3)
-        elif parameter.ndim == 1:
-            parameter.normal_(1.0, 0.3)
-    return model

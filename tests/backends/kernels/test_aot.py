@@ -21,7 +21,7 @@ def compiling(*arguments):
 
 @pytest.fixture(scope="module")
 def rows():
-    return compiling("-m", "bench.aot", "--json")
+    return compiling("-m", "bench.speed.aot", "--json")
 
 
 def test_every_kernel_compiles_for_every_target(rows):
@@ -60,8 +60,9 @@ def test_nothing_spills_on_hopper_and_the_products_are_wgmma(rows):
 
 CHUNKS = """
 import json, torch
-from bench.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, gemm, rows
+from bench.kernels import fused_products
+from bench.speed.aot import _empty as empty, recorded
+from depass_fast.kernels import allocation, attention, rows
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -79,8 +80,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         for rule in ("softmax", "taylor"):
             allocation.allocate(g, where, act, act, rule, 0.1, alive, empty(32))
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
-        log_z = gemm.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
-        gemm.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
+        log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
+        fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
         frozen = attention.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
         attention.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 6, dtype=small), 16)
 print(json.dumps([made[0] for made in found]))

@@ -8,9 +8,11 @@ from collections import defaultdict
 import pytest
 import torch
 
-from bench.kernel_checks import LIMITS, checks
-from bench.tune import winner
-from depass_fast.kernels import allocation, attention, gemm, launch, rows
+from bench.kernels import fused_products
+from bench.kernels.checking import LIMITS
+from bench.kernels.checks import checks
+from bench.speed.tune import winner
+from depass_fast.kernels import allocation, attention, launch, rows
 
 CHECKS = list(checks(small=True))
 
@@ -87,11 +89,11 @@ def test_what_was_tuned_is_read_for_its_device(table):
     [
         ({"mix": {"many": {"typo": 3}}}, "Some GPU: mix: many: 'typo' is none of BK, BM, num_warps, num_stages"),
         ({"mix": {"many": {"BI": 64}}}, "Some GPU: mix: many: 'BI' is none of"),
-        ({"down": {"float16": {"BN": "64"}}}, "Some GPU: down: float16: BN: '64' is no positive integer"),
-        ({"down": {"float16": {"BN": True}}}, "Some GPU: down: float16: BN: True is no positive integer"),
-        ({"down": {"float16": {"GROUP": 0}}}, "Some GPU: down: float16: GROUP: 0 is no positive integer"),
-        ({"down": {"BN": 64}}, "Some GPU: down: BN: expected an object, got 64"),
-        ({"up": {}}, "Some GPU: no kernel is called 'up'; tuned are mix, allocate, gate, down"),
+        ({"allocate": {"some": {"BI": "64"}}}, "Some GPU: allocate: some: BI: '64' is no positive integer"),
+        ({"allocate": {"some": {"BI": True}}}, "Some GPU: allocate: some: BI: True is no positive integer"),
+        ({"allocate": {"some": {"BI": 0}}}, "Some GPU: allocate: some: BI: 0 is no positive integer"),
+        ({"allocate": {"BI": 64}}, "Some GPU: allocate: BI: expected an object, got 64"),
+        ({"up": {}}, "Some GPU: no kernel is called 'up'; tuned are mix, allocate"),
         ([], r"Some GPU: expected an object, got \[\]"),
     ],
 )
@@ -139,7 +141,7 @@ def idle(monkeypatch):
         rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
         allocation: ("_allocate", "_share_linearly"),
     }
-    kernels |= {attention: ("_mix", "_log_sum_exp"), gemm: ("_gate", "_down", "_log_partition")}
+    kernels |= {attention: ("_mix", "_log_sum_exp"), fused_products: ("_gate", "_down", "_log_partition")}
     for module, names in kernels.items():
         for name in names:
             monkeypatch.setattr(module, name, defaultdict(lambda: no_launch))
@@ -194,8 +196,8 @@ def reading(which, **changes) -> dict:
 WRAPPERS = {
     "mix": (attention.mix, mixing),
     "allocate": (allocation.allocate, sharing),
-    "gate": (gemm.gate, functools.partial(multiplying, "gate")),
-    "down": (gemm.down, functools.partial(multiplying, "down")),
+    "gate": (fused_products.gate, functools.partial(multiplying, "gate")),
+    "down": (fused_products.down, functools.partial(multiplying, "down")),
     "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
     "row_scales": (rows.row_scales, functools.partial(reading, "row_scales")),
     "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
@@ -236,9 +238,9 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (attention.mix, mixing(k=torch.ones(3, 3, 16)), "k: 3 heads do not divide the 4 heads of q"),
         (attention.mix, mixing(out=torch.ones(4, 64)), r"out: expected .* shape \(5, 64\), .* shape \(4, 64\)"),
         (allocation.allocate, sharing(bias=None), "constant: it is driven by `bias`"),
-        (gemm.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
-        (gemm.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
-        (rows.add_rows, reading("add_rows", source=None), "rows: neighbours are not added to"),
+        (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
+        (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
+        (rows.add_rows, reading("add_rows", source=None), "rows: this kernel adds to gathered rows only"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from depass_fast.kernels import allocation, attention, gemm, rows
+from bench.kernels import fused_products
+from depass_fast.kernels import allocation, attention, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -59,22 +60,6 @@ def test_in_the_allocation(rule):
     shares(*(room[:, i * n :][:, :n] for i in range(3)), skipped)
     shares(near, act, gate, 0)
     assert torch.equal(room[skipped:, :n], near) and not torch.equal(near, before)
-
-
-def test_in_the_partition_of_the_allocation(monkeypatch):
-    """The last of so many segments is computed, and no other."""
-    width, count = 1 << 16, 3
-    segments = FAR // width + 1
-    g, act, log_z = random(0, count, width).half(), torch.ones(1, width).half(), far(1, width, rows_before=segments - 1)
-    gates, alive = g.float(), torch.ones(count, dtype=torch.uint8)
-    starts, recorded = torch.zeros(segments + 1, dtype=torch.int64), torch.zeros(segments, dtype=torch.int64)
-    starts[-1] = count
-    special = {"HAS_CONSTANT": False, "HAS_AWAY": False, "HAS_REST": False, "KEEP_Z": True, "ONE_TILE": True}
-    Last(allocation._allocate, monkeypatch)[(segments,)](
-        *(g, act, act, alive, alive, log_z, starts, recorded, width, width, width, LOG2E, -1, -1),
-        **(special | {"RULE": "softmax", "BM": 4, "BI": width}),
-    )
-    assert torch.allclose(log_z[-1].float(), gates.logsumexp(0) * LOG2E, atol=5e-3)
 
 
 def test_in_rows(monkeypatch):
@@ -158,11 +143,13 @@ def test_in_the_products():
     before, w = state[skipped:].float(), (random(6, width, width) * width**-0.5).half()
     tiles, firsts = torch.tensor([[skipped, skipped + n, 0]]).int(), torch.tensor([0, 1]).int()
     starts, away = torch.tensor([skipped, skipped + n]), torch.zeros(skipped + n, dtype=torch.uint8)
-    log_z = gemm.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
+    log_z = fused_products.gate(x, w, tiles, firsts, starts, 1.0, g, away=away)
     gates = x[skipped:].float() @ w.float().T
     assert torch.allclose(g[skipped:].float(), gates, atol=5e-3)
     assert torch.allclose(log_z[0], gates.logsumexp(0) * LOG2E, atol=1e-2)
-    gemm.down(state, g, w, act, torch.tensor([skipped]), log_z, tiles, starts, 1.0, torch.zeros(skipped + n), away=away)
+    fused_products.down(
+        state, g, w, act, torch.tensor([skipped]), log_z, tiles, starts, 1.0, torch.zeros(skipped + n), away=away
+    )
     added = gates.softmax(0) * act[skipped].float() @ w.float().T
     assert torch.allclose(state[skipped:].float(), before + added, atol=2e-2)
 
@@ -182,13 +169,13 @@ def test_in_the_partitions_of_the_products(monkeypatch):
     sizes = {"BM": 16, "BN": width, "BK": width, "GROUP": 8, "PRECISION": "ieee", "WIDE": False}
     special = {"HAS_CONSTANT": False, "HAS_AWAY": False}
     programs = (last + 1,)  # as many as tiles, and as segments
-    Last(gemm._gate, monkeypatch)[programs](
+    Last(fused_products._gate, monkeypatch)[programs](
         *(x, w, g, x, tiles, tops, sums, tiles, starts, last + 1, width, width, *numbers), **sizes, **special
     )
-    Last(gemm._log_partition, monkeypatch)[programs](tops, sums, log_z, firsts, width, BN=width)
+    Last(fused_products._log_partition, monkeypatch)[programs](tops, sums, log_z, firsts, width, BN=width)
     gates = x.float() @ w.float().T
     assert torch.allclose(log_z[last].float(), gates.logsumexp(0) * LOG2E, atol=1e-2)
-    gemm._down[(1,)](
+    fused_products._down[(1,)](
         *(state, g, w, act, log_z, act, tiles, fallback, recorded, tiles[last:], starts, 1, width, width, width, width),
         *numbers, **sizes, **special,
     )  # fmt: skip

@@ -1,1 +1,0 @@
-"""The race: which neurons a logit depends on, by ablation, gradient and DePass. ``python -m bench.ablation``."""

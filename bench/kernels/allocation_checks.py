@@ -1,0 +1,98 @@
+"""The allocation's kernels against the plain rules in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depass_fast.allocation import RULES, Gates
+from depass_fast.kernels import allocation
+
+from .checking import Check, error, poisoned, random
+
+
+def chunk(
+    counts: list[int], device: torch.device, away: Sequence[int] = ()
+) -> tuple[np.ndarray, Tensor, Tensor | None]:
+    """The first rows of segments of these lengths, on the host and the device, and the flags of rows ``away``."""
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    flags = torch.zeros(int(starts[-1]), dtype=torch.uint8)
+    flags[list(away)] = 1
+    return starts, torch.from_numpy(starts).to(device), flags.to(device) if len(away) else None
+
+
+def _gates(counts: list[int], n: int, dtype: torch.dtype, away: Sequence[int], zeros: bool) -> Tensor:
+    g = (random(0, sum(counts), n) * 0.7).to(dtype)
+    if zeros:
+        g[::3] = 0  # a component that is not there
+        g[:, n // 2] = 0  # a neuron that nobody drives
+        g[1, 1:3] = 0
+    return g
+
+
+def allocation_oracle(
+    rule: str, g: Tensor, counts: list[int], act: Tensor, gate: Tensor, recorded: Tensor, alive: Tensor,
+    away: Sequence[int], constant: Tensor | None, bias: int | None, rest: int | None, temperature: float,
+) -> Tensor:  # fmt: skip
+    """The shares times the activations in float64, by the plain rules of depass_fast.allocation."""
+    out, start = torch.zeros(g.shape, dtype=torch.float64), 0
+    excluded = torch.zeros(len(g), dtype=torch.bool)
+    excluded[list(away)] = True
+    for segment, count in enumerate(counts):
+        at = slice(start, start + count)
+        start += count
+        if not count:
+            continue
+        values = g[at].double()[None].clone()
+        if constant is not None:
+            values[:, bias] += constant.double()
+        total = gate[recorded[segment]].double()[None]
+        gates = Gates(values, total, alive[None, at] != 0, excluded[None, at], torch.zeros(1), rest)
+        out[at] = (RULES[rule](gates, temperature) * act[recorded[segment]].double())[0]
+    return out
+
+
+def _check_allocate(
+    rule: str, counts: list[int], n: int, away: Sequence[int] = (), zeros: bool = False, bias: int | None = None,
+    rest: int | None = None, temperature: float = 0.1, scale: float = 1.0, equal: bool = False,
+) -> Callable:  # fmt: skip
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        g = (_gates(counts, n, dtype, away, zeros) * scale).to(dtype)
+        g = g.sign() if equal else g
+        act, gate = random(1, len(counts) + 2, n).to(dtype), random(2, len(counts) + 2, n).to(dtype)
+        gate[2, 0] = 0  # the last segment's
+        recorded = torch.arange(len(counts)).flip(0) + 2
+        alive = (torch.arange(len(g)) % 5 != 1).to(torch.uint8)
+        constant = random(3, n) if bias is not None else None
+        _, begins, flags = chunk(counts, device, away)
+        segments = allocation.Segments(begins, recorded.to(device), max(counts), flags, bias, rest)
+        oracle = allocation_oracle(rule, g, counts, act, gate, recorded, alive, away, constant, bias, rest, temperature)
+        wide = poisoned(len(g), n + 3, dtype=dtype, device=device)  # rows that are not packed
+        out = wide[:, :n].copy_(g)
+        numbers = None if constant is None else constant.to(device)
+        allocation.allocate(
+            out, segments, act.to(device), gate.to(device), rule, temperature, alive.to(device), numbers
+        )  # fmt: skip
+        assert bool(wide[:, n:].isnan().all()), "written beside the gates"
+        return error(out, oracle)
+
+    return run
+
+
+def allocation_checks(small: bool) -> Iterator[Check]:
+    """Every rule and corner; ``small``: sizes for the interpreter."""
+    counts = [3, 1, 9, 70, 2] if small else [3, 1, 9, 700, 64, 65, 2]
+    n = 21 if small else 333
+    for rule in allocation.RULES:
+        yield Check("allocate", rule, _check_allocate(rule, counts, n))
+        yield Check("allocate", f"{rule}, few", _check_allocate(rule, [3, 0, 1, 5], n))
+        yield Check("allocate", f"{rule}, corners", _check_allocate(rule, counts, n, away=[3, 5, 6], zeros=True))
+        corners = {"away": [0, 5, 6], "zeros": True, "bias": 0, "rest": 0}
+        yield Check("allocate", f"{rule}, bias and rest", _check_allocate(rule, counts, n, **corners))
+    yield Check("allocate", "max, equals", _check_allocate("max", [40], 5, equal=True))  # in two tiles
+    yield Check("allocate", "one component", _check_allocate("softmax", [1], 1))
+    yield Check("allocate", "cold", _check_allocate("softmax", [9, 70], n, temperature=0.01))
+    yield Check("allocate", "loud", _check_allocate("softmax", [9, 70], n, scale=10.0))  # exponents up to 200

@@ -1,0 +1,88 @@
+"""The kernels of depass_fast.kernels.rows against plain float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from depass_fast.backends.triton.pieces import make_piece
+from depass_fast.kernels import rows
+
+from .checking import Check, error, piece_rows, poisoned, random, tokens
+
+
+def _check_read_rows(width: int, centred: bool, gather: bool) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        layout = tokens([5, 1, 7])
+        x, weight = random(0, layout.n_rows, width), random(1, width)
+        x[3] = 0
+        part = (range(0, 1), 1, 4) if gather else (range(0, 3), 0, None)
+        piece = make_piece(layout, *part, 16, 1, device)
+        scale = random(2, len(layout.counts)).abs() + 0.5
+        source = piece_rows(layout, *part)
+        segment = torch.from_numpy(layout.row_segments())[source]
+        oracle = x.double()[source]
+        dead = (oracle == 0).all(1)
+        oracle = oracle - oracle.mean(1, keepdim=True) if centred else oracle
+        oracle = oracle * scale[segment, None] * weight
+        out = poisoned(len(source), width, dtype=dtype, device=device)
+        alive = poisoned(len(source), dtype=torch.uint8, device=device)
+        rows.read_rows(
+            x.to(device), piece.rows, scale.to(device)[piece.positions], weight.to(device), centred, out, alive
+        )
+        wrong = (alive.cpu() == 0) != dead
+        return error(out, oracle) + float(wrong.any())
+
+    return run
+
+
+def _check_row_scales(width: int, centred: bool, picked: bool) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        x = (3 + random(0, 9, width)).to(dtype)
+        at = torch.tensor([8, 0, 0, 5]) if picked else None
+        oracle = x.double() if at is None else x[at].double()
+        oracle = oracle - oracle.mean(1, keepdim=True) if centred else oracle
+        oracle = torch.rsqrt(oracle.square().mean(1) + 1e-5)
+        return error(rows.row_scales(x.to(device), None if at is None else at.to(device), 1e-5, centred), oracle)
+
+    return run
+
+
+def _check_add_rows(width: int) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        layout = tokens([5, 1, 7])
+        part = (range(2, 3), 2, 6)
+        piece, source = make_piece(layout, *part, 16, 1, device), piece_rows(layout, *part)
+        x, gained = random(0, layout.n_rows, width), random(1, len(source), width).to(dtype)
+        oracle = x.double().index_add(0, source, gained.double())
+        out = x.to(device)
+        rows.add_rows(out, piece.rows, gained.to(device))
+        return error(out, oracle)
+
+    return run
+
+
+def _check_read_out(n: int, width: int, k: int) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        x, directions, scale = random(0, n, width).to(dtype), random(1, k, width), random(2, 3)
+        segment = torch.arange(n) % 3
+        oracle = x.double() @ directions.double().T * scale.double()[segment, None]
+        out = rows.read_out(x.to(device), directions.to(device), segment.int().to(device), scale.to(device))
+        return error(out, oracle)
+
+    return run
+
+
+def row_checks(small: bool) -> Iterator[Check]:
+    """Every kernel of rows; ``small``: sizes for the interpreter."""
+    wide = 40 if small else 1000
+    yield Check("read_rows", "scaled", _check_read_rows(wide + 7, False, False))
+    yield Check("read_rows", "centred", _check_read_rows(wide + 7, True, False))
+    yield Check("read_rows", "gathered", _check_read_rows(wide + 7, False, True))
+    for centred, picked in ((False, False), (True, False), (False, True)):
+        case = f"{'centred' if centred else 'plain'}, {'picked' if picked else 'all'}"
+        yield Check("row_scales", case, _check_row_scales(wide + 7, centred, picked))
+    yield Check("add_rows", "gathered", _check_add_rows(wide + 7))
+    for n, k in ((1, 1), (21, 1), (21, 19)):
+        yield Check("read_out", f"{n} rows, {k} directions", _check_read_out(n, wide + 7, k))

@@ -1,0 +1,266 @@
+"""The memory of runs on a GPU, counted without one: ``python -m bench.memory.meta [--out FILE.json]``.
+
+The whole run is made on torch's meta device, whose tensors have shapes and no numbers, so that a model of 7B costs
+nothing. Every storage that an operation makes is counted until it is let go, and the peak stands beside the planner's
+prediction for a GPU. The count leaves out the GEMM library's own buffers and the allocator's rounding.
+
+A few decisions of a run depend on numbers (has a weight zeros?). Here each of them takes the usual way.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import KernelInterface
+
+from depass_fast import DePass, Heads, Neurons, Tokens, engine
+from depass_fast.adjoint import sweep
+from depass_fast.adjoint.memory import SweepMemory, default_workspace
+from depass_fast.backends import selection
+from depass_fast.backends.torch import backend as torch_backend
+from depass_fast.backends.torch import mlp
+from depass_fast.backends.triton import backend as triton_backend
+from depass_fast.components import start as initial
+from depass_fast.options import Adjoint
+from depass_fast.planning import planner
+from depass_fast.propagation.joint import JOINT_BYTES
+from depass_fast.results.estimate import ApproximationWarning
+from depass_fast.trace import attention, capture
+
+from ..core.cli import command
+from ..core.models import SHAPES, build_model
+from ..core.results import write_results
+
+GOAL = 0.15
+FREE = 130 << 30  # bytes that a GPU has to spare
+META = torch.device("meta")
+_LAUNCH_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"}
+_KINDS = {
+    "tokens": Tokens(),
+    "neurons": Neurons(0),
+    "heads": Heads(0),
+    "heads of all layers": Heads(layers="all"),
+    "all neurons": Neurons(layers="all"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decomposition of prompts of ``lengths`` tokens through the first ``layers`` of a model's shape."""
+
+    model: str
+    components: str
+    lengths: tuple[int, ...]
+    backend: str
+    layers: int = 4
+    call: str = "attribute"
+    dtype: str = "bfloat16"
+    state_dtype: str = "float32"
+    memory_budget: int | None = None
+    refine: int = 0  # of all neurons, by the adjoint sweep
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """The keywords of ``attribute``."""
+        return {"method": Adjoint(refine=self.refine, sample=0)} if self.components == "all neurons" else {}
+
+    @property
+    def name(self) -> str:
+        prompts = f"N={self.lengths[0]}" if len(self.lengths) == 1 else f"{len(self.lengths)} prompts"
+        more = [] if self.dtype == "bfloat16" else [self.dtype]
+        more += [] if self.state_dtype == "float32" else [f"state {self.state_dtype}"]
+        more += [f"adjoint, refine {self.refine:,}"] if self.method else []
+        more += [] if self.memory_budget is None else [f"{self.memory_budget >> 20} MiB of workspace"]
+        return ", ".join([self.components, prompts, self.call, *more])
+
+
+def cases() -> Iterator[Case]:
+    """The workloads of ``bench.speed.gpu``, and other families, dtypes and sizes of the workspace."""
+    for backend in ("torch", "triton"):
+        for model in ("llama-2-7b", "llama-3.1-8b", "qwen2-7b"):
+            yield Case(model, "neurons", (20,), backend)
+            for length in (128, 512, 2048):
+                yield Case(model, "tokens", (length,), backend)
+            yield Case(model, "tokens", (20,) * 64, backend)
+            yield Case(model, "heads", (512,), backend)
+            yield Case(model, "heads of all layers", (20,), backend, layers=32)
+            if backend == "torch":  # a sweep knows no backends
+                yield Case(model, "all neurons", (20,), backend, layers=32, refine=1000)
+        yield Case("llama-2-7b", "heads of all layers", (100,) * 4, backend, layers=16)
+        yield Case("llama-2-7b", "neurons", (3,) * 6, backend)
+        yield Case("llama-2-7b", "neurons", (1,), backend)
+        yield Case("llama-2-7b", "tokens", (512,), backend, call="decompose")
+        for length in (64, 200):
+            yield Case("pythia-6.9b", "heads of all layers", (length,), backend, layers=12)
+        yield Case("pythia-6.9b", "heads of all layers", (60,) * 4, backend, layers=12)
+        for model in ("pythia-6.9b", "gemma-2-9b"):
+            yield Case(model, "neurons", (20,), backend)
+            yield Case(model, "tokens", (512,), backend)
+        yield Case("llama-2-7b", "tokens", (512,), backend, dtype="float32")
+        yield Case("llama-2-7b", "neurons", (20,), backend, dtype="float32")
+        yield Case("llama-2-7b", "tokens", (512,), backend, state_dtype="bfloat16")
+        for budget in (128 << 20, 4 << 30):
+            yield Case("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
+            yield Case("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that a GPU would be given, and the bytes that it would hold beside ``model``.
+
+    ``operations`` are launches of kernels and copies. ``now`` and ``peak`` are bytes of storages.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.operations = self.now = self.peak = 0
+        self._model = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+        self._alive: dict[int, object] = {id(storage): storage for storage in self._model}  # by the objects' identities
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, answer = kwargs or {}, _answer(func, args, kwargs or {})
+        made = func(*args, **kwargs) if answer is None else answer
+        on_device = [x for x in tree_leaves(made) if isinstance(x, Tensor) and x.device == META]
+        for x in on_device:
+            self._count(x.untyped_storage())
+        launched = on_device and not func.is_view and func.overloadpacket.__name__ not in _LAUNCH_NOTHING
+        self.operations += bool(launched or answer is not None)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self._alive.pop(key)
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Ones in the place of numbers that an operation asks for; None for any other operation."""
+    aten = torch.ops.aten
+    if func is aten._local_scalar_dense.default and args[0].device == META:
+        return 1
+    if func is aten._to_copy.default and args[0].device == META and kwargs.get("device") == torch.device("cpu"):
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return None
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """Let the meta device stand in for a GPU: every check that looks at numbers is left out."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> tuple[Tensor, None]:
+        return torch.empty_like(q), None  # fused on a GPU
+
+    with ExitStack() as undo:
+        for place, name, instead in (
+            (engine, "check_weights", lambda adapter: None),
+            (capture, "check_finite", lambda adapter, trace: None),
+            (capture.consistency, "is_known", lambda *about: True),
+            (attention, "causal_attention", attend),
+            (initial, "_settle_rounding", lambda *parts: False),
+            (mlp, "has_zeros", lambda x: False),
+            (torch_backend, "has_zeros", lambda x: False),
+            (selection, "why_not_triton", lambda device, dtype: None),
+            (planner, "available", lambda device: FREE),
+            (sweep, "available", lambda device: FREE),
+            (sweep, "default_workspace", lambda free, cuda: default_workspace(free, True)),
+            (
+                sweep,
+                "SweepMemory",
+                lambda n, width, widest, item, starts, cuda: SweepMemory(n, width, widest, item, starts, cuda=True),
+            ),
+        ):
+            undo.enter_context(mock.patch.object(place, name, instead))
+        yield
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[Counted]:
+    """Count within :func:`standing_in`; Triton's kernels are counted instead of launched."""
+    counted = Counted(model)
+
+    def launch(*args: object, **kwargs: object) -> None:
+        counted.operations += 1
+
+    with ExitStack() as undo:
+        for place in (mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
+            undo.enter_context(mock.patch.object(place, "accumulate", launch))
+        undo.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: launch))
+        undo.enter_context(counted)
+        yield counted
+
+
+def run(case: Case) -> dict:
+    """Return the prediction for a GPU beside the counted peak."""
+    shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
+    shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
+    with standing_in(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
+        model = build_model(shape, getattr(torch, case.dtype), device=META)
+        dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
+        how = {"method": Adjoint(case.refine, "all", 0), "loud": 1} if case.method else {}
+        made = planner.plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"), **how)
+        with counting(dp.model) as counted:
+            if case.call == "decompose":
+                dp.decompose(prompts, kind)
+            else:
+                dp.attribute(prompts, kind, 7, **case.method)
+    state = made.state_bytes if made.start_layers == 1 or case.method else min(made.state_bytes, JOINT_BYTES)
+    return asdict(case) | {
+        "name": case.name,
+        "predicted_bytes": made.of(case.backend).peak_bytes,
+        "measured_bytes": counted.peak,
+        "state_bytes": state,
+        "trace_bytes": made.trace_bytes,
+        "operations": counted.operations,
+    }
+
+
+def line(case: Case, row: dict) -> str:
+    predicted, found = row["predicted_bytes"], row["measured_bytes"]
+    beside = found - row["state_bytes"] - row["trace_bytes"]
+    return (
+        f"{case.backend:6} {case.model:12} {case.name:52} {predicted / 2**30:6.2f} GiB predicted "
+        f"{found / 2**30:6.2f} GiB allocated {predicted / found - 1:+7.1%}  {beside / 2**30:5.2f} GiB beside the state "
+        f"{row['operations']:6,} operations"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command("bench.memory.meta", __doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
+    options = parser.parse_args(arguments)
+    rows = []
+    for case in cases():
+        if options.only and options.only not in f"{case.backend} {case.model} {case.name}":
+            continue
+        rows.append(run(case))
+        print(line(case, rows[-1]), flush=True)
+    if not rows:
+        raise SystemExit(f"bench.memory.meta: no case holds {options.only!r}.")
+    worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
+    print(f"furthest off: {worst:.1%}; goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}")
+    if options.out is not None:
+        write_results(options.out, "meta", [], goal=GOAL, predictions=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The planner's peaks of memory beside measured ones: ``python -m bench.memory.plan [--out FILE.json] [--quick]``.
+
+Each case of a grid of shapes is measured in a process of its own: the high-water mark of the resident set less the
+resident set with the model loaded (see :mod:`bench.core.peak`).
+
+Adjoint sweeps make and free blocks of many sizes. The C library keeps freed blocks below 32 MiB, in pieces that serve
+no larger ones, and their number differs from run to run. So a sweep's allocations are measured with every freed block
+given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without this
+setting stands beside both. States that stream are measured in the same way: their prediction adds the host's part to
+the device's, which are one memory here.
+
+The table is printed; ``python -m bench.report`` reads the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from depass_fast import ComponentKind, Custom, DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.adjoint.sweep import Sweep
+from depass_fast.options import Adjoint
+from depass_fast.planning.gemm_rate import gemm_rate
+from depass_fast.planning.planner import plan as make_plan
+from depass_fast.results.estimate import ApproximationWarning
+
+from ..core.cli import command
+from ..core.models import family_model
+from ..core.peak import measurable, measured
+from ..core.results import ROOT, write_results
+
+GOAL = 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model by its config, prompts by their lengths, components of a layer, and dtypes."""
+
+    name: str
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    components: str
+    lengths: tuple[int, ...]
+    layer: int = 0
+    dtype: str = "float32"
+    state_dtype: str = "float32"
+    call: str = "attribute"
+    memory_budget: int | None = None
+    method: str = "exact"
+    every: bool = False  # neurons of all layers
+    refine: int = 0
+    sample: int = 0
+    stream: bool = False
+    scale: float = 0.2  # of the weights: the number of loud neurons depends on it
+
+
+def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> Case:
+    heads = hidden // 64
+    shape = {"model_type": "llama", "layers": 3, "kv_heads": heads, **more}
+    return Case(
+        name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape
+    )
+
+
+FULL = [
+    _llama("tokens", 1024, 1024, "tokens", 300),
+    _llama("tokens, long", 512, 1024, "tokens", 900, layers=2),
+    _llama("tokens, wide MLP", 512, 4096, "tokens", 500, layers=2),
+    _llama("tokens, grouped heads", 2048, 1024, "tokens", 250, kv_heads=4, layers=2),
+    _llama("tokens, decompose", 1024, 1024, "tokens", 400, call="decompose", layers=2),
+    _llama("tokens, half state", 1024, 1024, "tokens", 500, state_dtype="bfloat16", layers=2),
+    _llama("tokens, half model", 1024, 1024, "tokens", 400, dtype="bfloat16", layers=2),
+    _llama("tokens, 512M of workspace", 1024, 1024, "tokens", 400, memory_budget=512 << 20, layers=2),
+    _llama("tokens of 8 prompts", 1024, 1024, "tokens", 40, 80, 120, 160, 200, 240, 60, 100, layers=2),
+    _llama("neurons", 512, 2816, "neurons", 60, layers=2),
+    _llama("neurons, short", 1024, 4096, "neurons", 16, layers=3),
+    _llama("neurons, decompose", 512, 2816, "neurons", 100, layers=2, call="decompose"),
+    _llama("heads", 2048, 2048, "heads", 1500, layers=2, call="decompose"),
+    _llama("modules", 2048, 4096, "modules", 4000, layers=2),
+    _llama("custom", 1024, 2048, "custom", 1500, layers=2, call="decompose"),
+    _llama("qwen2: biases", 1024, 1024, "tokens", 300, model_type="qwen2", kv_heads=4, layers=2),
+    _llama("gpt_neox: parallel", 1024, 1024, "tokens", 300, model_type="gpt_neox", layers=2),
+    _llama("gpt2", 1024, 2048, "tokens", 300, model_type="gpt2", layers=2),
+    _llama("gemma2: output norms", 1024, 2048, "tokens", 300, model_type="gemma2", layers=2),
+    _llama("mixtral: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2),
+    _llama("streamed tokens", 512, 1408, "tokens", 256, stream=True),
+    _llama("streamed tokens, wide", 1024, 2816, "tokens", 128, stream=True),
+    _llama("streamed neurons", 512, 1408, "neurons", 24, stream=True),
+    _llama("streamed heads", 1024, 2816, "heads", 200, stream=True),
+]
+_SMALL, _SHORT, _LONG = (512, 2816, "neurons", 60), (1024, 4096, "neurons", 16), (512, 2816, "neurons", 100)
+ADJOINT = [
+    *(
+        _llama(f"adjoint, {name}", *shape, method="adjoint", refine=k, sample=64 if k else 0, **more)
+        for k in (0, 64, 1000)
+        for name, shape, more in (
+            ("one layer", _SMALL, {}),
+            ("all layers", _LONG, {"every": True, "layers": 6}),
+            ("all layers, short", _SHORT, {"every": True}),
+        )
+    ),
+    *(
+        _llama(f"adjoint, {name}", *_SMALL, method="adjoint", refine=64, sample=64, **more)
+        for name, more in (
+            ("small weights", {"scale": 0.02}),
+            ("64M of workspace", {"every": True, "memory_budget": 64 << 20}),
+            ("half model", {"every": True, "dtype": "bfloat16"}),
+            ("qwen2: biases", {"every": True, "model_type": "qwen2", "kv_heads": 4}),
+            ("gpt_neox: parallel", {"every": True, "model_type": "gpt_neox"}),
+        )
+    ),
+    _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
+]
+QUICK = [
+    _llama("tokens", 256, 256, "tokens", 150),
+    _llama("neurons", 128, 1024, "neurons", 40),
+    _llama("adjoint", 128, 1024, "neurons", 40, method="adjoint", refine=8, sample=8),
+]
+
+
+def build(case: Case) -> DePass:
+    shape = {
+        "hidden_size": case.hidden,
+        "intermediate_size": case.intermediate,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.heads,
+        "max_position_embeddings": 8192,
+        "initializer_range": case.scale,
+    }
+    if case.model_type not in ("gpt2", "gpt_neox"):
+        shape |= {"num_key_value_heads": case.kv_heads, "head_dim": case.hidden // case.heads}
+    if case.model_type == "gpt2":
+        shape["n_inner"] = shape.pop("intermediate_size")
+    if case.model_type == "mixtral":
+        shape["num_local_experts"] = 4
+    return DePass(family_model(case.model_type, **shape).to(getattr(torch, case.dtype)))
+
+
+def kind(case: Case) -> ComponentKind:
+    named = {"tokens": Tokens, "neurons": Neurons, "heads": Heads, "modules": Modules}
+    if case.components == "custom":
+        return Custom(case.layer, torch.randn(case.lengths[0], 64, case.hidden))
+    return Neurons(layers="all") if case.every else named[case.components](case.layer)
+
+
+def run(case: Case) -> dict:
+    """Return the prediction beside the measured peak, in this process."""
+    torch.set_num_threads(1)
+    dp, components = build(case), kind(case)
+    options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget}
+    make = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 64, (n,), generator=make) for n in case.lengths]
+    dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
+    if case.method == "adjoint":
+        return {**asdict(case), **run_adjoint(case, dp, components, prompts, options)}
+    options["stream"] = case.stream
+    dp.attribute([1, 2, 3, 4], Tokens(), target=7, stream=case.stream)
+    plan = dp.plan(prompts, components, measure=False, **options)
+    estimate = plan.of("torch, streamed" if case.stream else "torch")
+    if case.call == "decompose":
+        peak = measured(lambda: dp.decompose(prompts, components, **options))
+    else:
+        peak = measured(lambda: dp.attribute(prompts, components, 7, **options))
+    return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
+
+
+def run_adjoint(case: Case, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
+    """Return the same for a sweep. Its plan is told the number of loud components, which no config tells."""
+    method = Adjoint(refine=case.refine, sample=case.sample)
+    warnings.simplefilter("ignore", ApproximationWarning)
+    dp.attribute([1, 2, 3, 4], Neurons(0), 7, method=Adjoint(refine=2, sample=2))
+    found, find_loud = [], Sweep._loud
+
+    def recording(sweep: Sweep, group: Any) -> Any:
+        found.append(find_loud(sweep, group))
+        return found[-1]
+
+    with mock.patch.object(Sweep, "_loud", recording):
+        began = time.perf_counter()
+        peak = measured(lambda: dp.attribute(prompts, components, 7, method=method, **options))
+        seconds = time.perf_counter() - began
+    loud = max(len(indices) for group in found for indices in group)
+    rate, _ = gemm_rate(dp.adapter.device, torch.float32)
+    lengths = [len(prompt) for prompt in prompts]
+    plan = make_plan(dp.adapter, lengths, components, dp.options.updated(options), method=method, loud=loud)
+    timed = make_plan(dp.adapter, lengths, components, method=method, loud=loud, gemm_flops=rate)
+    times = {"seconds": seconds, "predicted_seconds": timed.of().seconds}
+    return {"loud": loud, "predicted_bytes": plan.of().peak_bytes, "measured_bytes": peak, **times}
+
+
+def line(row: dict) -> str:
+    predicted, found = row["predicted_bytes"], row["measured_bytes"]
+    sizes = f"{predicted / 2**20:8.0f} MiB predicted {found / 2**20:8.0f} MiB measured"
+    more = ""
+    if row["method"] == "adjoint":
+        times = f"{row['predicted_seconds']:.1f} s predicted {row['seconds']:.1f} s measured"
+        more = f"  {row['resident_bytes'] / 2**20:.0f} MiB resident, {row['loud']} loud, {times}"
+    return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}{more}"
+
+
+def measure(case: Case) -> dict:
+    """Measure a row of the table in a process of its own, a sweep in two."""
+    command = [sys.executable, "-m", "bench.memory.plan", "--case", json.dumps(asdict(case))]
+
+    def once(**environment: str) -> dict:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    if case.method == "exact":
+        return once(**(freed if case.stream else {}))
+    resident = once()
+    return once(**freed) | {
+        "resident_bytes": resident["measured_bytes"],
+        "seconds": resident["seconds"],
+        "predicted_seconds": resident["predicted_seconds"],
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command("bench.memory.plan", __doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="three small shapes, in seconds: checks that it runs")
+    parser.add_argument("--only", metavar="NAME", help="only cases whose names begin with this")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.case:
+        given = json.loads(options.case)
+        print(json.dumps(run(Case(**{**given, "lengths": tuple(given["lengths"])}))))
+        return
+    if not measurable():
+        raise SystemExit("bench.memory.plan: peaks of memory can be measured on Linux only.")
+    rows = []
+    for case in QUICK if options.quick else FULL + ADJOINT:
+        if options.only and not case.name.startswith(options.only):
+            continue
+        rows.append(measure(case))
+        print(line(rows[-1]), flush=True)
+    worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
+    goal = f"goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}"
+    print(f"furthest off: {worst:.1%}; {'too small to be held to the goal' if options.quick else goal}")
+    if options.out is not None:
+        write_results(options.out, "plan", [], goal=GOAL, predictions=rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Write bench/RESULTS.md from result files: ``python -m bench.report bench/results/*.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..core.cli import command
+from ..core.results import ROOT
+from .page import report
+
+RESULTS = ROOT / "bench" / "RESULTS.md"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command("bench.report", __doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmarks wrote")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.out.write_text(report([json.loads(path.read_text()) for path in options.results]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Sections of the results page that are one table: grouped attribution, all layers, prompts per second, the suite."""
+
+from __future__ import annotations
+
+from ..core.markdown import duration, heading, table
+
+GROUPING = """A layer's neurons of the demo model, decomposed in groups as the published algorithm does where memory
+is short (`bench/studies/grouping.py`), against all of them at once, which is exact. Medians over {n_prompts} held-out
+prompts. Error: ‖grouped - exact‖ / ‖exact‖ over all neurons; largest: the largest difference over the largest exact
+score; sum: all neurons' scores over those of the exact decomposition, where 1 means that the shares still add up.
+See `docs/grouping.md`."""
+
+LAYERS = (
+    "A decomposition for every start layer, all in one sweep against a loop over the layers; goal: twice as fast. Both "
+    "do the same arithmetic, but for the forward passes of a loop over prompts: where a loop reaches a share of the "
+    "machine's GEMM rate, one over that share is the most that a sweep can gain on it."
+)
+PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
+the other. Both were verified to give the same scores before they were timed, in turns."""
+
+SUITE = """`pytest bench --benchmark-only --benchmark-json=bench/results/suite.json`: every backend on every kind of
+component, on a random Llama (D = {hidden}, I = {intermediate}, {layers} layers), verified against the reference
+backend before they are timed; then capture and readout alone. From a trace to scores at the last position."""
+
+
+def grouping(result: dict) -> str:
+    header = ["layer", "groups", "number of groups", "error", "largest", "Spearman", "top 1 %", "sum"]
+    lines = []
+    for row in result["rows"]:
+        error, largest, rank, top, total = (
+            row[name]["median"] for name in ("relative_error", "max_error", "spearman", "top1_overlap", "sum_ratio")
+        )
+        cells = [f"{error:.3f}", f"{largest:.3f}", f"{rank:.3f}", f"{top:.2f}", f"{total:.2f}×"]
+        lines.append([str(row["layer"]), row["grouping"], str(row["groups"]), *cells])
+    text = GROUPING.format_map(result["rows"][0])
+    return "\n\n".join([heading("Neurons in groups", result["environment"]), text, table(header, lines)])
+
+
+def prompts(result: dict) -> str:
+    header = ["workload", "way", "model", "prompts", "tokens", "prompts/s", "time", "[p20, p80]", "one by one"]
+    single = {(r["model"], r["workload"]): r["median_s"] for r in result["rows"] if r["provider"] == "one by one"}
+    lines = [
+        [
+            row["workload"],
+            row["provider"],
+            row["model"],
+            str(row["prompts"]),
+            str(row["tokens"]),
+            f"{row['prompts_per_s']:.1f}",
+            duration(row["median_s"]),
+            f"[{duration(row['p20_s'])}, {duration(row['p80_s'])}]",
+            f"{single[row['model'], row['workload']] / row['median_s']:.2f}×",
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Prompts per second", result["environment"]), PROMPTS, table(header, lines)])
+
+
+def layers(result: dict) -> str:
+    header = ["workload", "way", "model", "layers", "from a", "time", "[p20, p80]", "one by one", "of GEMM"]
+    lines = [
+        [
+            row["workload"],
+            row["provider"],
+            row["model"],
+            str(row["layers"]),
+            row["source"],
+            duration(row["median_s"]),
+            f"[{duration(row['p20_s'])}, {duration(row['p80_s'])}]",
+            f"{row['ratio']:.2f}×",
+            f"{row['gemm_fraction']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("All layers in one call", result["environment"]), LAYERS, table(header, lines)])
+
+
+def suite(result: dict) -> str:
+    """The file that `--benchmark-json` wrote, with the facts of bench/conftest.py."""
+    lines = [
+        [
+            bench["group"],
+            bench["params"]["backend"] if bench["params"] and "backend" in bench["params"] else "-",
+            _variant(bench),
+            duration(bench["stats"]["median"]),
+            f"[{duration(bench['stats']['q1'])}, {duration(bench['stats']['q3'])}]",
+            str(bench["stats"]["rounds"]),
+        ]
+        for bench in result["benchmarks"]
+    ]
+    header = ["what", "backend", "variant", "median", "[q1, q3]", "rounds"]
+    text = SUITE.format_map(result["machine_info"]["shape"])
+    return "\n\n".join([heading("Suite", result["machine_info"]["environment"]), text, table(header, lines)])
+
+
+def _variant(bench: dict) -> str:
+    """The parameters besides backend and component kind."""
+    known = {name: value for name, value in (bench["params"] or {}).items() if name not in ("backend", "components")}
+    return ", ".join(f"{name} {value}" for name, value in known.items()) or "-"

@@ -1,0 +1,1 @@
+"""Speed and memory on a GPU: ``python -m bench.speed.gpu``."""

@@ -1,0 +1,1 @@
+"""Agreement and faithfulness: the adjoint sweep, groups of neurons, ablation, and the families."""

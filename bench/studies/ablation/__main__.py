@@ -1,0 +1,112 @@
+"""Ablation, attribution patching and DePass over the same neurons: ``python -m bench.studies.ablation [--out FILE]``.
+
+Each workload is verified, then its methods are timed in turns, then their memory is measured in a process each. At
+the end comes the quality: every method's numbers for all neurons of the demo model beside the measured effects.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ...baselines.neuron_methods import methods
+from ...core.cli import command
+from ...core.questions import demo_model, questions
+from ...core.results import environment, write_results
+from .quality import CORPUS, mean_activations, quality
+from .race import Row, measure
+from .workload import Workload
+
+FULL = [Workload(model, all_layers) for model in ("demo", "llama-512") for all_layers in (False, True)]
+TINY = [Workload("llama-tiny", all_layers, length=6) for all_layers in (False, True)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command("bench.studies.ablation", __doc__)
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--tiny", "--quick", action="store_true", help="tiny shapes and two prompts, in seconds")
+    parser.add_argument("--runs", type=int, help="timed runs per method (default: 5; 2 with --tiny)")
+    parser.add_argument(
+        "--sample", type=int, help="neurons that are ablated one at a time (default: 48; 8 with --tiny)"
+    )
+    parser.add_argument("--prompts", type=int, help="prompts of the quality (default: 60; 2 with --tiny)")
+    parser.add_argument("--models", nargs="+", help="demo, or names of core.models.SHAPES (default: demo llama-512)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    runs = options.runs or (2 if options.tiny else 5)
+    sample = options.sample or (8 if options.tiny else 48)
+    count = options.prompts or (2 if options.tiny else 60)
+    works = TINY if options.tiny else FULL
+    if options.models:
+        works = [Workload(model, all_layers) for model in options.models for all_layers in (False, True)]
+
+    rows: list[Row] = []
+    facts: dict = {"quick": options.tiny, "search": []}
+
+    def write() -> None:
+        if options.out:  # after every step: a run that is cut short keeps what it has measured
+            write_results(options.out, "ablation", rows, device=options.device, **facts)
+
+    with torch.no_grad():
+        for number, work in enumerate(works):
+            watched = [] if options.no_memory else list(methods())
+            if options.tiny:  # a process takes seconds: one shows that it runs
+                watched = watched[:1] if number == 0 else []
+            measured, search = measure(work, runs, sample, options.device, watched)
+            facts["search"].append({"model": work.model, "workload": work.name, **search})
+            rows += measured
+            print(summary(work, measured, search), flush=True)
+            write()
+        began = time.monotonic()
+        model, tokenizer = demo_model(options.device)
+        asked = questions(tokenizer, count, options.device)
+        facts["quality"] = quality(
+            model,
+            asked,
+            methods(),
+            mean_activations(model, tokenizer),
+            report=lambda done: print(f"\rquality: {done} of {len(asked)} prompts", end="", flush=True),
+        )
+        facts |= {"n_prompts": len(asked), "corpus": CORPUS, "quality_seconds": time.monotonic() - began}
+        facts["quality_environment"] = environment(torch.device(options.device).type)
+    print(f", {facts['quality_seconds']:.0f} s")
+    with_quality(rows, facts["quality"], len(asked))
+    write()
+    for name, kinds in facts["quality"].items():
+        figures = [f"{kind} {metric} {v['all']['median']:.3f}" for kind, m in kinds.items() for metric, v in m.items()]
+        print(f"    {name:22} all layers: {', '.join(figures)}")
+
+
+def with_quality(rows: list[Row], found: dict, count: int) -> None:
+    """Fill in the quality of the demo's rows: for layer 0, or for all layers together."""
+    for row in (row for row in rows if row.model == "demo" and row.provider in found):
+        for metric in ("spearman", "top1_overlap"):
+            by_kind = {kind: metrics[metric] for kind, metrics in found[row.provider].items()}
+            one_layer = row.workload.endswith("layer 0")
+            setattr(row, metric, {k: v["layers"][0] if one_layer else v["all"] for k, v in by_kind.items()})
+        row.n_prompts = count
+
+
+def summary(work: Workload, rows: list[Row], search: dict) -> str:
+    """One workload in a few lines."""
+    lines = [
+        f"{work.model}, {rows[0].length} tokens, {work.name}: {rows[0].neurons} neurons; the fair ablation's batch of "
+        f"{search['batch']} was found in {search['seconds']:.1f} s"
+    ]
+    for row in rows:
+        peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**20:7.1f} MiB"
+        note = "" if row.sample is None else f"  scaled up from {row.sample} neurons"
+        lines.append(
+            f"    {row.provider:22} {row.seconds:9.4f} s [{row.p20_s:.4f}, {row.p80_s:.4f}]"
+            f"  {row.neurons_per_s:11.0f} neurons/s{peak}{note}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

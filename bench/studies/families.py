@@ -1,0 +1,159 @@
+"""The table of model families in docs/families.md, from the tests' measurements: ``python -m bench.studies.families``.
+
+``pytest tests/adapters/test_families.py --family-results=bench/results/families/VERSION.json`` writes one of its source
+files; there is one for every version of transformers that the table names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.support.family_models import VARIANTS
+
+from ..core.markdown import table
+from ..core.results import ROOT
+
+PAGE = ROOT / "docs" / "families.md"
+RESULTS = ROOT / "bench" / "results" / "families"
+BEGIN, END = "<!-- table: families (python -m bench.studies.families) -->", "<!-- end of table -->"
+
+# the usual names of the models of a `model_type`; the rows of the table have this order
+KNOWN = {
+    "gpt2": "GPT-2, GPT-SW3",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "gptj": "GPT-J",
+    "gpt_bigcode": "StarCoder 1, SantaCoder",
+    "opt": "OPT, Galactica",
+    "bloom": "BLOOM",
+    "mpt": "MPT",
+    "falcon": "Falcon 7B to 180B, Falcon-RW",
+    "llama": "Llama 1 to 3, SmolLM 1 and 2",
+    "mistral": "Mistral, Mistral Nemo",
+    "ministral": "Ministral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen 1.5 to 2.5",
+    "qwen2_moe": "Qwen 1.5 and 2 MoE",
+    "qwen3": "Qwen 3",
+    "qwen3_moe": "Qwen 3 MoE",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 1B",
+    "gemma3": "Gemma 3 4B and up",
+    "phi": "Phi-1, 1.5, 2",
+    "phi3": "Phi-3, 3.5, Phi-4, Phi-4-mini",
+    "olmo": "OLMo 1",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "granite": "Granite 3",
+    "cohere": "Command R, Aya",
+    "cohere2": "Command R7B, Command A",
+    "stablelm": "StableLM 2, StableLM 3B",
+    "starcoder2": "StarCoder 2",
+    "smollm3": "SmolLM 3",
+    "nemotron": "Nemotron 4, Minitron",
+    "glm": "GLM-4",
+    "glm4": "GLM-4-0414",
+    "exaone4": "EXAONE 4",
+    "seed_oss": "Seed-OSS",
+    "helium": "Helium",
+    "hunyuan_v1_dense": "HunYuan (dense)",
+    "apertus": "Apertus",
+    "arcee": "Arcee AFM",
+    "olmoe": "OLMoE",
+    "flex_olmo": "FlexOlmo",
+    "gpt_oss": "gpt-oss",
+    "glm4_moe": "GLM-4.5 to 4.7",
+    "dots1": "dots.llm1",
+    "granitemoe": "Granite 3 MoE, PowerMoE",
+    "granitemoeshared": "Granite MoE with a shared expert",
+    "phimoe": "Phi-3.5-MoE, Phi-mini-MoE",
+    "ernie4_5_moe": "ERNIE 4.5 MoE",
+    "hunyuan_v1_moe": "HunYuan A13B",
+    "minimax_m2": "MiniMax M2",
+    "exaone_moe": "K-EXAONE",
+    "solar_open": "Solar Open",
+    "cohere2_moe": "Command A MoE",
+    "hy_v3": "HunYuan 3",
+    "kolibri1": "Kolibri 1",
+    "mellum": "Mellum 2",
+    "deepseek_v2": "DeepSeek V2, V2-Lite",
+    "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "youtu": "Youtu",
+    "minicpm3": "MiniCPM 3",
+    "gpt_neo": "GPT-Neo, TinyStories",
+    "codegen": "CodeGen 1, 2",
+    "ministral3": "Ministral 3 (its text model)",
+    "cwm": "CWM",
+    "ernie4_5": "ERNIE 4.5 0.3B",
+    "vaultgemma": "VaultGemma",
+    "persimmon": "Persimmon",
+    "nanochat": "NanoChat",
+    "xglm": "XGLM",
+    "biogpt": "BioGPT",
+    "jais2": "Jais 2",
+    "openai-gpt": "GPT-1",
+    "ctrl": "CTRL",
+    "internlm3": "InternLM 3",
+    "iquestcoder": "IQuest-Coder",
+    "hyperclovax": "HyperCLOVA X",
+    "gpt_neox_japanese": "GPT-NeoX Japanese",
+    "granite_swa": "Granite with windows",
+    "granitemoehybrid": "Granite 4 Micro, 1B, 350M",
+}
+
+
+def families_table(results: list[dict]) -> str:
+    """The table in Markdown, from result files in ascending order of their versions of transformers."""
+    kinds = sorted(
+        {kind for result in results for measured in result["variants"].values() for kind in measured["kinds"]}
+    )
+    rows = []
+    for model_type, known in KNOWN.items():
+        names = [name for name, (family, _) in VARIANTS.items() if family == model_type]
+        measured = [result["variants"][name] for result in results for name in names if name in result["variants"]]
+        tested = {kind for one in measured for kind in one["kinds"]}
+        errors = (
+            max((one[f"completeness {dtype}"] for one in measured if f"completeness {dtype}" in one), default=None)
+            for dtype in _DTYPES
+        )
+        versions = [result["transformers"] for result in results if any(name in result["variants"] for name in names)]
+        rows.append(
+            [
+                f"{known} (`{model_type}`)",
+                "; ".join(name.partition(": ")[2] for name in names if ": " in name) or "-",
+                "all" if tested == set(kinds) else ", ".join(sorted(tested)),
+                *("-" if error is None else f"{error:.0e}" for error in errors),
+                ", ".join(versions),
+            ]
+        )
+    header = ["models (`model_type`)", "beside the plain one, tested", "kinds", "fp32", "fp64", "transformers"]
+    note = f"Kinds of components: {', '.join(kinds)}. fp32, fp64: the worst completeness error (1e-5, 1e-12 allowed)."
+    note += " Where heads can share keys and values, every row with and without."
+    return f"{table(header, rows)}\n\n{note}"
+
+
+_DTYPES = ("float32", "float64")
+
+
+def committed() -> list[dict]:
+    """The committed result files, in ascending order of their versions."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    return sorted(results, key=lambda result: [int(part) for part in result["transformers"].split(".")])
+
+
+def with_table(page: str, results: list[dict]) -> str:
+    """Return the page with the table between its marks."""
+    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"docs/families.md has no {BEGIN} ... {END}.")
+    return pattern.sub(lambda _: f"\n{families_table(results)}\n\n", page)
+
+
+def main() -> None:
+    PAGE.write_text(with_table(PAGE.read_text(), committed()))
+
+
+if __name__ == "__main__":
+    main()
