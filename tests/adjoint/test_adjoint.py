@@ -20,7 +20,7 @@ from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
 from depass_fast.options import Adjoint
 from depass_fast.readout.targets import resolve_target
-from tests.support.adjoint import close
+from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import FAMILIES, build, random_ids
@@ -44,7 +44,7 @@ def test_taylor_is_exact(name):
             assert found.method == "adjoint" and found.labels == exact.labels and found.estimate is None
             for one, other in zip(*(list(r) if kind.is_layered else [r] for r in (found, exact)), strict=True):
                 assert one.labels == other.labels
-                close(one.scores, other.scores, 1e-5)
+                assert_close(one.scores, other.scores, 1e-5)
                 assert one.completeness_error <= 1e-5
 
 
@@ -104,7 +104,7 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
         stack, directions = stack_of(dp, trace, len(ids)), seeds(dp, trace, len(ids) - 1)
         found = scores_given_z(stack, [start], steps, chosen, directions, options, budget=1 << 14).scores[:, 0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
-        close(found, exact[: len(start.named) : 2], 1e-9)
+        assert_close(found, exact[: len(start.named) : 2], 1e-9)
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def test_close_to_exact_in_every_family(name):
     for one, other in zip(found, exact, strict=True):
         assert one.labels == other.labels
         assert torch.corrcoef(torch.stack([one.scores, other.scores]))[0, 1] > 0.97
-    close(found[2].scores, exact[2].scores, 1e-5)  # nothing is left to be approximated
+    assert_close(found[2].scores, exact[2].scores, 1e-5)  # nothing is left to be approximated
 
 
 def test_the_demo_model(demo):
@@ -222,7 +222,7 @@ def test_explicit_components_repair_a_loud_neuron(demo):
     kind = Custom(1, parts)
     exact = demo.attribute(trace, kind).scores
     found = demo.attribute(trace, kind, method=Adjoint(refine=0, sample=0)).scores
-    close(found[7], exact[7:8], 0.05)
+    assert_close(found[7], exact[7:8], 0.05)
 
 
 def test_sparse_components_take_no_share_where_they_are_zero():
@@ -278,7 +278,7 @@ def test_other_families(model_type):
         found = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=500), allocation=rule)
         for one, other in zip(found, exact, strict=True):
             assert one.labels == other.labels
-            close(one.scores, other.scores, tolerance)
+            assert_close(one.scores, other.scores, tolerance)
         rough = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=0, sample=0), allocation=rule)
         assert rough.completeness_error <= 1e-4
 

@@ -15,7 +15,7 @@ from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import make_start
 from depass_fast.options import Adjoint
 from depass_fast.results.estimate import ApproximationWarning
-from tests.support.adjoint import close, no_nan
+from tests.support.adjoint import assert_close, no_nan
 from tests.support.components import custom
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
@@ -52,7 +52,7 @@ def test_dead_neurons_are_those_of_an_exact_run(change):
     for kind in (Neurons(0), custom(dp, ids, layer=0, scale=0.02)):
         exact = dp.attribute(ids, kind, 5, **options).scores
         found = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), **options).scores
-        close(found, exact, 0.06)
+        assert_close(found, exact, 0.06)
 
 
 def test_complete_components_without_rest_or_bias():
@@ -65,7 +65,7 @@ def test_complete_components_without_rest_or_bias():
         exact = dp.attribute(trace, kind, 5)
         found = dp.attribute(trace, kind, 5, method=Adjoint(sample=0, refine=0))
         assert exact.labels == found.labels and "rest" not in found.labels
-        close(found.scores, exact.scores, 1e-3)
+        assert_close(found.scores, exact.scores, 1e-3)
         assert dp.attribute(trace, kind, 5, method="adjoint").scores.isfinite().all()
 
 
@@ -146,7 +146,7 @@ def test_any_small_model(hidden, neurons, layers, groups, length, scale, seed):
     assert rough.completeness_error <= 1e-4 and fine.scores.isfinite().all()
     assert torch.allclose(rough.scores[-1], exact.scores[-1], atol=1e-5 * float(exact.scores.abs().max()) + 1e-9)
     if scale == 0.02:
-        close(fine.scores, exact.scores, 0.02)
+        assert_close(fine.scores, exact.scores, 0.02)
 
 
 @torch.no_grad()

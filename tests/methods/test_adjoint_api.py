@@ -10,7 +10,7 @@ from depass_fast.adjoint.estimate import draw, judge, spearman, warnings_of, wil
 from depass_fast.adjoint.memory import CPU_BUDGET
 from depass_fast.options import Adjoint
 from depass_fast.request import MOST_EXACT
-from tests.support.adjoint import close
+from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
@@ -153,9 +153,9 @@ def test_prompts_as_a_batch_targets_of_their_own_and_positions():
     together = dp.attribute(prompts, Neurons(layers="all"), targets=[3, (4, 5), 7], **options)
     for prompt, target, found in zip(prompts, [3, (4, 5), 7], together, strict=True):
         alone = dp.attribute(prompt, Neurons(layers="all"), target, **options)
-        close(found.scores.flatten(), alone.scores.flatten(), 1e-4)
+        assert_close(found.scores.flatten(), alone.scores.flatten(), 1e-4)
     at_three = dp.attribute(prompts[2], Neurons(0), 7, position=3, **options)
-    close(at_three.scores, dp.attribute(prompts[2][:4], Neurons(0), 7, **options).scores, 1e-4)
+    assert_close(at_three.scores, dp.attribute(prompts[2][:4], Neurons(0), 7, **options).scores, 1e-4)
     assert dp.attribute(dp.trace([prompts[0]]), Neurons(layers="all"), 3, **options)[0].position == 4
 
 
@@ -164,7 +164,7 @@ def test_several_targets_share_one_sweep():
     together = dp.attribute(IDS, Neurons(0), [3, (4, 5), torch.ones(32)], method=Adjoint(refine=0, sample=0))
     for k, target in enumerate([3, (4, 5), torch.ones(32)]):
         alone = dp.attribute(IDS, Neurons(0), target, method=Adjoint(refine=0, sample=0))
-        close(together.scores[k], alone.scores, 1e-5)
+        assert_close(together.scores[k], alone.scores, 1e-5)
 
 
 def test_the_input_of_a_layer_as_the_end():
@@ -173,7 +173,7 @@ def test_the_input_of_a_layer_as_the_end():
         exact = dp.attribute(IDS, Neurons(0), direction, end=end)
         found = dp.attribute(IDS, Neurons(0), direction, end=end, method=Adjoint(refine=48))
         assert found.labels == exact.labels
-        close(found.scores, exact.scores, 1e-5 if end == 1 else 0.05)
+        assert_close(found.scores, exact.scores, 1e-5 if end == 1 else 0.05)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post"])
@@ -215,7 +215,7 @@ def test_start_layers_in_groups_give_the_same(monkeypatch):
     monkeypatch.setattr(sweep.Sweep, "_groups", lambda self: groups.append(inner(self)) or groups[-1])
     parts = dp.attribute(IDS, Neurons(layers="all"), 5, memory_budget=1, **options)
     assert len(groups[-1]) == 3
-    close(parts.scores.flatten(), whole.scores.flatten(), 1e-5)
+    assert_close(parts.scores.flatten(), whole.scores.flatten(), 1e-5)
 
 
 class Shortage(TorchDispatchMode):
@@ -263,7 +263,7 @@ def test_a_sweep_that_runs_out_of_memory_is_begun_again_with_half(rule, budget, 
         with pytest.warns(RuntimeWarning, match="carrying on with a workspace"):
             found, workspaces, _ = run(at)
         assert len(workspaces) == 2 and workspaces[1] == workspaces[0] // 2
-        close(found.scores.flatten(), expected.scores.flatten(), 1e-5)
+        assert_close(found.scores.flatten(), expected.scores.flatten(), 1e-5)
 
 
 def test_a_sweep_that_always_runs_out_of_memory_says_what_to_do(monkeypatch):
@@ -291,12 +291,12 @@ def test_a_sweep_s_workspace_is_what_was_given_or_half_of_what_is_free(wide, mon
         budgets.clear()
         found = wide.attribute(IDS, Neurons(layers="all"), 5, memory_budget=given, **options)
         assert set(budgets) == {given // 5}
-        close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
+        assert_close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
     budgets.clear()
     monkeypatch.setattr(sweep, "available", lambda device: 1 << 20)
     found = wide.attribute(IDS, Neurons(layers="all"), 5, **options)
     assert set(budgets) == {(1 << 19) // 5}
-    close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
+    assert_close(found.scores.flatten(), whole.scores.flatten(), 1e-5)
 
 
 def test_the_sample_is_drawn_by_the_seed(wide):

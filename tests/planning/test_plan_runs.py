@@ -17,7 +17,7 @@ from depass_fast.planning import adjoint as outlook_of_sweeps
 from depass_fast.planning import fit, planner
 from depass_fast.planning.adjoint import sweep_outlook
 from depass_fast.planning.planner import plan
-from tests.support.adjoint import close
+from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary
 from tests.support.family_models import build_model, build_variant
 from tests.support.models import build, random_ids
@@ -124,7 +124,7 @@ def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, mo
     free(size)
     found = wide.attribute(trace, ALL, 7, method=method)
     assert taken[-1] == 8 << 20
-    close(found.scores.flatten(), usual.scores.flatten(), 1e-5)
+    assert_close(found.scores.flatten(), usual.scores.flatten(), 1e-5)
 
 
 def test_the_command_plans_sweeps(capsys):
@@ -202,7 +202,7 @@ def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monke
     for what in (ids, trace):
         tight = dp.attribute(what, kind, 7)
         assert tight.memory_budget < usual.memory_budget
-        close(tight.scores, usual.scores, 1e-5)
+        assert_close(tight.scores, usual.scores, 1e-5)
 
 
 @pytest.mark.parametrize("layers", [[1], "all"])
@@ -218,7 +218,7 @@ def test_experts_of_several_layers_get_the_workspace_that_there_is_room_for(laye
     tight = dp.attribute(trace, kind, 7, method="exact")
     for one, other in zip(tight, usual, strict=True):
         assert one.memory_budget < other.memory_budget
-        close(one.scores, other.scores, 1e-5)
+        assert_close(one.scores, other.scores, 1e-5)
 
 
 def test_a_dictionary_encodes_a_prompt_no_more_often_for_being_planned(monkeypatch):

@@ -7,11 +7,13 @@ import torch
 from depass_fast import Estimate
 
 
-def close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+def assert_close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    """Assert that scores (..., M) are close, relative to the largest of each row."""
     scale = exact.abs().amax(-1, keepdim=True)
     assert ((approximate - exact).abs() / scale).max() <= tolerance
 
 
 def no_nan(estimate: Estimate | None) -> bool:
+    """True if no figure of an estimate is NaN; None is a figure that was not measured."""
     figures = [] if estimate is None else [value for value in vars(estimate).values() if isinstance(value, float)]
     return not any(map(math.isnan, figures))
