@@ -70,13 +70,12 @@ def plan(
     options, spread = options or Options(), device is None
     device = device or adapter.device
     kind.check(adapter, lengths)
-    speed = (gemm_flops, rate_source)
     if method is not None:
         outlook = sweep_outlook(
             adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts
         )
-        return _adjoint(adapter, lengths, kind, outlook, device, loud, *speed)
-    made = _exact(adapter, lengths, kind, options, end, device, traced, counts, *speed)
+        return _adjoint(adapter, lengths, kind, outlook, device, loud, gemm_flops, rate_source)
+    made = _exact(adapter, lengths, kind, options, end, device, traced, counts, gemm_flops, rate_source)
     return _tightest(adapter, made, end, traced) if spread else made
 
 
