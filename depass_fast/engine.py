@@ -22,7 +22,7 @@ from .methods.exact import exact
 from .methods.focus import Focus, Partition, focus, partition
 from .methods.layers import layers
 from .methods.plan import plan_of
-from .methods.states import carry, decompose, start_of
+from .methods.states import carry, check_trace, decompose, start_of
 from .options import Adjoint, Options, OptionValues
 from .planning.plan import Plan
 from .request import Request, make_request, take_trace, with_method, with_targets
@@ -320,8 +320,7 @@ class DePass:
 
         Errors as in :meth:`attribute`.
         """
-        if not isinstance(trace, Trace):
-            raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
+        check_trace(trace)
         return start_of(self._request(trace, components, None, options))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,10 +97,7 @@ def make_request(
         batch, prompts = encode_all(prompt, adapter, tokenizer)
     check_kind(components)
     components.check(adapter, [len(ids) for ids in prompts])
-    first, n_layers = components.entry(adapter).first_end, adapter.n_layers
-    last = None if end is None else layer_input(end, "end")
-    if last is not None and not first <= last <= n_layers:
-        raise ValueError(f"end: {end!r} is out of range; these components reach layers {first} to {n_layers}.")
+    last = check_end(components, adapter, end)
     return Request(
         adapter=adapter,
         tokenizer=tokenizer,
@@ -112,7 +110,7 @@ def make_request(
         components=components,
         layer=components.resolve(adapter),
         end_given=last,
-        end=n_layers if last is None else last,
+        end=adapter.n_layers if last is None else last,
         has_bias=meets_bias(components, adapter, last),
         trace=trace,
         began=began,
@@ -133,6 +131,8 @@ def with_targets(
         ValueError, TypeError: naming the argument.
     """
     count = len(request.prompts)
+    if targets is not None and (isinstance(targets, str) or not isinstance(targets, Sequence | np.ndarray | Tensor)):
+        raise TypeError(f"targets: expected a list with one target per prompt, got {targets!r}.")
     if targets is not None and (target is not None or len(targets) != count):
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
@@ -203,6 +203,19 @@ def check_kind(components: Any) -> None:
     """Raise TypeError unless ``components`` is a component kind."""
     if not isinstance(components, ComponentKind):
         raise TypeError(f"components: expected Tokens(), Heads(layer), ..., got {components!r}.")
+
+
+def check_end(components: ComponentKind, adapter: Adapter, end: int | str | None) -> int | None:
+    """Return the layer that ``end`` names; None: after the final norm.
+
+    Raises:
+        ValueError: the components never reach it.
+    """
+    if end is None:
+        return None
+    last = layer_input(end, "end")
+    components.entry(adapter).check_end(last, adapter.n_layers, "these components", end)
+    return last
 
 
 def fit(request: Request, counts: Sequence[int] | None = None) -> Request:

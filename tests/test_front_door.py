@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,7 +59,9 @@ def test_a_contrast_by_name():
         (torch.ones(32), 5, ValueError, "contrast: it is subtracted from a token's logit"),
         (3, 64, ValueError, "contrast: id 64 is outside the vocabulary"),
         (3, " Paris", ValueError, "contrast ' Paris': a tokenizer is needed"),
-        (3, 1.5, TypeError, "contrast: expected"),
+        (3, 1.5, TypeError, "contrast: expected a token id or a string of one token"),
+        (3, (4, 5), TypeError, "contrast: expected a token id or a string of one token"),
+        (3, 3, ValueError, "contrast: it is the target itself"),
     ],
 )
 def test_a_contrast_that_is_none(target, contrast, error, message, monkeypatch):
@@ -88,3 +91,45 @@ def test_a_state_keeps_the_error_that_was_measured_on_its_way():
     assert half.completeness_error == pytest.approx(0.1, abs=0.05)
     repaired = dp.carry(trace, half, allocation="taylor")
     assert repaired.completeness_error >= half.completeness_error
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda dp, trace: dp.carry("text", dp.start(trace, Tokens())), TypeError, "trace: expected dp.trace"),
+        (lambda dp, trace: dp.carry(trace, None), TypeError, "state: expected dp.start"),
+        (lambda dp, trace: dp.focus(trace, Tokens(), [0], partition=3), TypeError, "partition: expected dp.partition"),
+        (lambda dp, trace: dp.focus(trace, Tokens(), [1.7]), TypeError, "which: expected an integer, got 1.7"),
+        (lambda dp, trace: dp.focus(trace, Tokens(), [True]), TypeError, "which: expected an integer, got True"),
+        (lambda dp, trace: dp.attribute([IDS, IDS], Tokens(), targets="ab"), TypeError, "targets: expected a list"),
+        (lambda dp, trace: dp.attribute([IDS, IDS], Tokens(), targets=3), TypeError, "targets: expected a list"),
+        (lambda dp, trace: dp.attribute(trace, Heads(layers=[1]))[True], TypeError, "a layer is named by its number"),
+        (lambda dp, trace: dp.decompose(trace, Heads(layers="all")), ValueError, "plan\\(\\) take several layers"),
+    ],
+)
+def test_what_is_no_argument_is_named(call, error, message):
+    dp = build("llama-gqa")
+    trace = dp.trace(IDS)
+    with pytest.raises(error, match=message):
+        call(dp, trace)
+
+
+@pytest.mark.parametrize(("kind", "first"), [(Tokens(1), 1), (Heads(1), 2), (Neurons(1), 2)])
+def test_plan_run_and_state_agree_on_the_first_end(kind, first):
+    """The components of a head meet the MLP of their own layer before they are part of any input."""
+    dp = build("llama-gqa")
+    trace = dp.trace(IDS)
+    for refused in (first - 1, 4):
+        message = f"end: {refused} is out of range; these components reach layers {first} to 3"
+        for call in (dp.plan, dp.decompose):
+            with pytest.raises(ValueError, match=message):
+                call(trace, kind, end=refused)
+        with pytest.raises(ValueError, match=message):
+            dp.carry(trace, dp.start(trace, kind), refused)
+    assert dp.plan(trace, kind, end=first, measure=False).layers_passed == first - kind.entry(dp.adapter).layer
+    assert dp.decompose(trace, kind, end=first).layer == first
+
+
+def test_a_length_may_be_numpys():
+    dp = build("llama-gqa")
+    assert dp.plan(np.int64(7), Tokens(), measure=False).lengths == (7,)

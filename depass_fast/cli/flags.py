@@ -34,10 +34,12 @@ def add_components(group: argparse._ActionsContainer, layer: str) -> None:
 def add_method(group: argparse._ActionsContainer) -> None:
     """--method and the numbers of the adjoint sweep."""
     group.add_argument(
-        "--method", metavar="M", help="exact or adjoint. Default: exact, but for many neurons of all layers"
+        "--method", choices=("exact", "adjoint"), help="default: exact, but for many neurons of all layers"
     )
     group.add_argument("--refine", type=int, metavar="K", help="adjoint: propagate the K largest exactly. Default: 64")
-    group.add_argument("--refine-within", metavar="W", help="adjoint: the K largest of all layers, or of each: layer")
+    group.add_argument(
+        "--refine-within", choices=("all", "layer"), help="adjoint: the K largest of all layers together, or of each"
+    )
     group.add_argument("--sample", type=int, metavar="S", help="adjoint: estimate the error from S others. Default: 64")
     group.add_argument("--seed", type=int, metavar="N", help="adjoint: the seed of the random draws. Default: 0")
 

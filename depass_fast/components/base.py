@@ -27,6 +27,15 @@ class Entry(NamedTuple):
         """The first layer whose input the components are part of."""
         return self.layer + (self.site == "resid_mid")
 
+    def check_end(self, last: int, n_layers: int, what: str, given: int | str | None) -> None:
+        """Refuse to carry ``what`` is here to the input of layer ``last``, named ``given``, unless that lies ahead.
+
+        Raises:
+            ValueError: ``last`` lies before the first input that it is part of, or after the last layer.
+        """
+        if not self.first_end <= last <= n_layers:
+            raise ValueError(f"end: {given!r} is out of range; {what} reach layers {self.first_end} to {n_layers}.")
+
     @property
     def order(self) -> int:
         """The number of the first module that the components pass: 2·l for layer l's attention, 2·l + 1 for its MLP."""
@@ -114,7 +123,7 @@ class ComponentKind:
     def single(self) -> ComponentKind:
         """This kind. Raises ValueError if it is of several layers."""
         if self.is_layered:
-            raise ValueError("layers: only attribute() takes several layers; give one layer here.")
+            raise ValueError("layers: only attribute() and plan() take several layers; give one layer here.")
         return self
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:

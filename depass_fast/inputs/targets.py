@@ -45,9 +45,13 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast:
         raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
     parsed = [_parse_one(item, adapter, tokenizer) for item in items]
     if contrast is not None:
+        if not isinstance(contrast, str) and not hasattr(contrast, "__index__"):
+            raise TypeError(f"contrast: expected a token id or a string of one token, got {contrast!r}.")
         other = _token(contrast, adapter, tokenizer, "contrast")
         if any(against is not None or vector is not None for _, against, vector in parsed):
             raise ValueError("contrast: it is subtracted from a token's logit; this target is a pair or a vector.")
+        if any(token == other for token, _, _ in parsed):
+            raise ValueError(f"contrast: it is the target itself, {contrast!r}; all shares would be zero.")
         parsed = [(token, other, None) for token, _, _ in parsed]
     return TargetSpec(tuple(parsed), several)
 

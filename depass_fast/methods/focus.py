@@ -19,6 +19,7 @@ from ..backends.statistics import Statistics
 from ..components.model import Tokens
 from ..components.products import BoundProducts
 from ..components.start import initial_state
+from ..inputs.prompts import as_index
 from ..labels import BIAS, REST
 from ..propagation.loop import propagate
 from ..request import Request, captured, fit, start, traced
@@ -88,7 +89,9 @@ def focus(request: Request, which: Sequence[int | str] | int | str, known: Parti
     """
     _check(request)
     if not isinstance(which, (str, int)) and not len(which):
-        raise ValueError("focus: empty; give labels or indices of components.")
+        raise ValueError("which: empty; give labels or indices of components.")
+    if known is not None and not isinstance(known, Partition):
+        raise TypeError(f"partition: expected dp.partition(...), got {type(known).__name__}.")
     request = _ready(request) if known is None else captured(request)
     if known is None:
         known = _partition(request)
@@ -119,9 +122,11 @@ def _check(request: Request) -> None:
     """Refuse what cannot be carried alone."""
     request.components.single()
     if len(request.prompts) != 1:
-        raise ValueError(f"focus: components of one prompt at a time, got {len(request.prompts)} prompts.")
+        raise ValueError(f"prompt: one at a time can be looked at closely, got {len(request.prompts)}.")
     if callable(request.run.allocation.rule):
-        raise ValueError(f"focus: {request.run.allocation.name} needs all components at once; take a rule by name.")
+        raise ValueError(
+            f"allocation: {request.run.allocation.name} needs all components at once; take a rule by name."
+        )
     if request.run.verifier is not None:
         raise ValueError(
             "verify: focus and partition share out by what is known of all components, where the reference operations "
@@ -129,7 +134,7 @@ def _check(request: Request) -> None:
         )
     if not request.run.backend.jagged:
         raise ValueError(
-            f"focus: the {request.run.backend.name} backend carries all components at once; take backend='torch'."
+            f"backend: the {request.run.backend.name} backend carries all components at once; take backend='torch'."
         )
 
 
@@ -177,10 +182,10 @@ def _indices(which: Sequence[int | str] | int | str, labels: list[str]) -> list[
     places, found = {label: i for i, label in enumerate(labels)}, []
     for item in items:
         if isinstance(item, str) and item not in places:
-            raise ValueError(f"focus: no component {item!r}; labels run from {labels[0]!r} to {labels[-1]!r}.")
-        index = places[item] if isinstance(item, str) else int(item)
+            raise ValueError(f"which: no component {item!r}; labels run from {labels[0]!r} to {labels[-1]!r}.")
+        index = places[item] if isinstance(item, str) else as_index(item, "which")
         if not -len(labels) <= index < len(labels):
-            raise ValueError(f"focus: component {index} is out of range; there are {len(labels)}.")
+            raise ValueError(f"which: component {index} is out of range; there are {len(labels)}.")
         found.append(index % len(labels))
     return found
 

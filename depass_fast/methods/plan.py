@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..adapters import Adapter
 from ..components.base import ComponentKind
-from ..inputs.hook_names import layer_input
 from ..inputs.prompts import Prompt, encode_all
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
 from ..planning.planner import check_length, known_counts, plan
-from ..request import check_kind, choose_method
+from ..request import check_end, check_kind, choose_method
 from ..trace.record import Trace
 
 
@@ -34,11 +35,12 @@ def plan_of(
     trace = prompt_or_length if isinstance(prompt_or_length, Trace) else None
     if trace is not None:
         lengths = [trace.length(p) for p in range(trace.n_prompts)]
-    elif isinstance(prompt_or_length, int):
-        lengths = [check_length(prompt_or_length, adapter)]
+    elif isinstance(prompt_or_length, (int, np.integer)):
+        lengths = [check_length(int(prompt_or_length), adapter)]
     else:
         lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
     components.check(adapter, lengths)
+    last = check_end(components, adapter, end)
     streams, verifies = settings.stream is True, settings.verify
     rate, source = None, ""
     if measure:
@@ -48,7 +50,7 @@ def plan_of(
         lengths,
         components,
         settings,
-        end=None if end is None else layer_input(end, "end"),
+        end=last,
         traced=trace is not None,
         counts=None if trace is None else known_counts(components, adapter, trace),
         method=choose_method(method, components, adapter, run.allocation, streams=streams, verifies=verifies),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..components.base import Entry
 from ..inputs.hook_names import layer_input
 from ..propagation.loop import propagate, through_final_norm
 from ..propagation.run import Run
@@ -30,10 +31,16 @@ def decompose(request: Request) -> ComponentState:
 def start_of(request: Request) -> ComponentState:
     """Return the components where they start, as :func:`carry` takes them. Its rows may be changed."""
     entering = request.components.entry(request.adapter).layer
-    request = traced(replace(request, run=fit(replace(request, end_given=entering)).run))  # it is carried no further
+    request = traced(fit(replace(request, end_given=entering, end=entering)))  # it is carried no further
     state = start(request)
     state.factors = None  # they would no longer hold
     return state
+
+
+def check_trace(trace: Trace) -> None:
+    """Raise TypeError unless ``trace`` is one."""
+    if not isinstance(trace, Trace):
+        raise TypeError(f"trace: expected dp.trace(prompt), got {type(trace).__name__}.")
 
 
 def carry(adapter: Adapter, trace: Trace, state: ComponentState, end: int | str | None, run: Run) -> ComponentState:
@@ -41,14 +48,17 @@ def carry(adapter: Adapter, trace: Trace, state: ComponentState, end: int | str 
 
     Raises:
         ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.
+        TypeError: ``trace`` or ``state`` is something else.
     """
+    check_trace(trace)
+    if not isinstance(state, ComponentState):
+        raise TypeError(f"state: expected dp.start(...) or dp.decompose(...), got {type(state).__name__}.")
     trace.source.check(adapter.model)
     if not np.array_equal(state.layout.packed, np.arange(trace.offsets[-1])):
         raise ValueError("state: it does not hold all positions of the trace's prompts.")
-    n_layers = adapter.n_layers
-    first, last = state.layer + (state.site == "resid_mid"), n_layers if end is None else layer_input(end, "end")
-    if not first <= last <= n_layers:
-        raise ValueError(f"end: {end!r} is out of range; this state reaches layers {first} to {n_layers}.")
+    last = adapter.n_layers if end is None else layer_input(end, "end")
+    entry = Entry(state.layer, "resid_mid" if state.site == "resid_mid" else "resid_pre")
+    entry.check_end(last, adapter.n_layers, "these components", end)
     before = state.completeness_error or 0.0
     carried, errors = propagate(adapter, trace, state, last, run)
     finished = _finished(adapter, trace, carried, errors, run, end is None)

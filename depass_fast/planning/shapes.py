@@ -68,17 +68,8 @@ def fewest_components(kind: ComponentKind, adapter: Adapter) -> int:
 
 
 def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, int]:
-    """Return the layers that components are carried through: the first, and the one after the last.
-
-    Raises:
-        ValueError: ``end`` lies before the components, or after the model.
-    """
-    entering, last = kind.entry(adapter).layer, adapter.n_layers if end is None else end
-    if not entering <= last <= adapter.n_layers:
-        raise ValueError(
-            f"end: {end!r} is out of range; these components reach layers {entering} to {adapter.n_layers}."
-        )
-    return entering, last
+    """Return the layers that components are carried through: the first, and the one after the last."""
+    return kind.entry(adapter).layer, adapter.n_layers if end is None else end
 
 
 @dataclass(frozen=True)

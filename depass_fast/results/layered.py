@@ -130,12 +130,9 @@ class LayeredAttribution(_Shared):
             KeyError: the layer was not asked for.
             TypeError: ``layer`` is no number.
         """
-        try:
-            number = operator.index(layer)
-        except TypeError:
-            raise TypeError(
-                f"a layer is named by its number, not by {layer!r}; this result holds {self._held}"
-            ) from None
+        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+            raise TypeError(f"a layer is named by its number, not by {layer!r}; this result holds {self._held}")
+        number = operator.index(layer)
         if number not in self.layers:
             raise KeyError(f"no layer {number}; this result holds {self._held}")
         return self.by_layer[self.layers.index(number)]

@@ -103,7 +103,7 @@ def test_carry_refuses_what_does_not_fit():
     with pytest.raises(TypeError, match=r"trace: expected dp.trace\(prompt\), got list"):
         dp.start(ids, Tokens())
     for kind, end, first in ((Tokens(1), 0, 1), (Heads(1), 1, 2), (Neurons(0), -1, 1), (Tokens(), 9, 0)):
-        with pytest.raises(ValueError, match=f"end: {end} is out of range; this state reaches layers {first} to 3"):
+        with pytest.raises(ValueError, match=f"end: {end} is out of range; these components reach layers {first} to 3"):
             dp.carry(trace, dp.start(trace, kind), end)
     with pytest.raises(ValueError, match="does not hold all positions"):
         dp.carry(dp.trace(ids[:5]), dp.start(trace, Tokens()))

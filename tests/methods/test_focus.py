@@ -86,16 +86,16 @@ def test_bad_input_is_refused():
     trace = dp.trace(ids)
     partition = dp.partition(trace, Tokens())
     for which, message in (
-        (["Paris"], "focus: no component 'Paris'; labels run from"),
-        ([6], "focus: component 6 is out of range; there are 6"),
-        ([], "focus: empty"),
+        (["Paris"], "which: no component 'Paris'; labels run from"),
+        ([6], "which: component 6 is out of range; there are 6"),
+        ([], "which: empty"),
     ):
         with pytest.raises(ValueError, match=message):
             dp.focus(trace, Tokens(), which, partition=partition)
     for other, options in ((Tokens(1), {}), (Tokens(), {"temperature": 0.2}), (Tokens(), {"exclude_special": False})):
         with pytest.raises(ValueError, match="partition: it was made of other components"):
             dp.focus(trace, other, [0], partition=partition, **options)
-    with pytest.raises(ValueError, match="focus: components of one prompt at a time, got 2"):
+    with pytest.raises(ValueError, match="prompt: one at a time can be looked at closely, got 2"):
         dp.focus([ids, ids], Tokens(), [0])
-    with pytest.raises(ValueError, match="focus: the reference backend carries all components at once"):
+    with pytest.raises(ValueError, match="backend: the reference backend carries all components at once"):
         dp.focus(trace, Tokens(), [0], backend="reference")

@@ -258,11 +258,15 @@ def test_a_state_that_streams_on_a_cpu_is_in_the_peak():
 
 
 def test_what_only_starts_needs_no_room_to_be_carried(monkeypatch):
-    dp, trace, asked = build("llama-gqa"), build("llama-gqa").trace(random_ids(6)), []
-    fitted = depass_fast.request.fitted
-    monkeypatch.setattr(depass_fast.request, "fitted", lambda run, job: asked.append(job.end) or fitted(run, job))
-    assert dp.start(trace, Neurons(1)).layer == 2 and asked == [2]
+    fitted, ends = depass_fast.request.fitted, []
+    monkeypatch.setattr(depass_fast.request, "fitted", lambda run, shape: ends.append(shape.end) or fitted(run, shape))
+    experts = DePass(build_variant("mixtral"))
+    assert experts.start(experts.trace(random_ids(6)), Neurons(1)).layer == 2
+    assert ends == [2, 2]  # once before the trace tells how many there are, once after
+    ends.clear()
+    dp, trace = build("llama-gqa"), build("llama-gqa").trace(random_ids(6))
+    assert dp.start(trace, Neurons(1)).layer == 2 and ends == [2]
     dp.decompose(trace, Neurons(1), end=3)
-    assert asked == [2, 3]
+    assert ends == [2, 3]
     dp.partition(trace, Neurons(1), stream=False)  # a run that streams, whatever was asked for
-    assert asked == [2, 3, None]
+    assert ends == [2, 3, None]
