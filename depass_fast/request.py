@@ -145,20 +145,14 @@ def with_targets(
 
 def with_method(request: Request, method: str | Adjoint | None) -> Request:
     """Return the request with the method that it is computed by, see :func:`choose_method`."""
-    streams, verifies = request.settings.stream is True, request.run.verifier is not None
-    rule = request.run.allocation
-    chosen = choose_method(method, request.components, request.adapter, rule, streams=streams, verifies=verifies)
-    return replace(request, method=chosen)
+    return replace(request, method=choose_method(method, request.components, request.adapter, request.settings))
 
 
 def choose_method(
     method: str | Adjoint | None,
     kind: ComponentKind,
     adapter: Adapter,
-    allocation: Allocation,
-    *,
-    streams: bool = False,
-    verifies: bool = False,
+    settings: Options,
 ) -> Adjoint | None:
     """Return the sweep that ``method`` stands for, or None for exact propagation.
 
@@ -169,13 +163,14 @@ def choose_method(
     """
     if not isinstance(method, Adjoint) and method not in (None, "exact", "adjoint"):
         raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint', Adjoint(...).")
+    allocation = Allocation(settings.allocation, settings.temperature)
     if method == "exact":
         return None
     if method is None and not (_is_large(kind, adapter) and allocation.rule in ADJOINT_RULES):
         return None
-    if streams:
+    if settings.stream is True:
         raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
-    if verifies:
+    if settings.verify:
         raise ValueError(
             "verify: method='adjoint' carries no states that the reference could recompute, its sample says how far it "
             "is off; take method='exact', or verify=False."
@@ -249,7 +244,7 @@ def take_trace(adapter: Adapter, prompts: list[Tensor], progress: bool) -> Trace
     return capture(adapter, prompts, progress)
 
 
-def captured(request: Request) -> Request:
+def with_trace(request: Request) -> Request:
     """Return the request with its forward pass, unless it was taken already."""
     if request.trace is not None:
         return request
@@ -264,7 +259,7 @@ def traced(request: Request) -> Request:
         MemoryError: only now it is known how many components there are, and they cannot fit.
     """
     kind = request.components.single()
-    request = captured(request)
+    request = with_trace(request)
     adapter, trace = request.adapter, request.require_trace()
     bound = tuple(kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts))
     request = replace(request, bound=bound)

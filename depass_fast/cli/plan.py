@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> Plan:
     import torch
 
-    from ..allocation import Allocation
     from ..options import Options
     from ..planning.gemm_rate import gemm_rate
     from ..planning.planner import check_length, for_config, plan
@@ -83,7 +82,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         components,
         options,
         device=device,
-        method=choose_method(flags.method_of(args), components, adapter, Allocation()),
+        method=choose_method(flags.method_of(args), components, adapter, options),
         gemm_flops=rate,
         rate_source=source,
     )

@@ -21,7 +21,7 @@ from ..options import Adjoint
 from ..readout.assemble import assemble
 from ..readout.collect import described
 from ..readout.targets import Directions, resolve_target
-from ..request import Request, captured, fit, traced, wide_dtype
+from ..request import Request, fit, traced, wide_dtype, with_trace
 from ..results.attribution import Attribution
 from ..results.estimate import ApproximationWarning
 from ..results.layered import LayeredAttribution
@@ -32,7 +32,7 @@ from ..runtime.progress import progress_bar
 def adjoint(request: Request) -> list[Attribution] | list[LayeredAttribution]:
     """Return a result per prompt, of every layer that the components name: one sweep per prompt."""
     request = fit(request)
-    request = captured(request) if request.components.is_layered else traced(request)
+    request = with_trace(request) if request.components.is_layered else traced(request)
     kinds, prompts = request.components.each(request.adapter), range(len(request.prompts))
     results = []
     with progress_bar("prompts", len(prompts), request.run.progress) as shown:

@@ -22,7 +22,7 @@ from ..components.start import initial_state
 from ..inputs.prompts import as_index
 from ..labels import BIAS, REST
 from ..propagation.loop import propagate
-from ..request import Request, captured, fit, start, traced
+from ..request import Request, fit, start, traced, with_trace
 from ..runtime.progress import progress_bar
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
@@ -92,7 +92,7 @@ def focus(request: Request, which: Sequence[int | str] | int | str, known: Parti
         raise ValueError("which: empty; give labels or indices of components.")
     if known is not None and not isinstance(known, Partition):
         raise TypeError(f"partition: expected dp.partition(...), got {type(known).__name__}.")
-    request = _ready(request) if known is None else captured(request)
+    request = _ready(request) if known is None else with_trace(request)
     if known is None:
         known = _partition(request)
     elif known.made_of != _made_of(request) or known.end < request.end:

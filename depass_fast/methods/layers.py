@@ -15,7 +15,7 @@ from ..planning.shapes import named_components
 from ..propagation.joint import PendingState, can_propagate_jointly, group_by_memory, propagate_jointly
 from ..propagation.loop import propagate
 from ..readout.collect import Readout, to_results
-from ..request import Request, captured, fit, start
+from ..request import Request, fit, start, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..state.state import ComponentState
@@ -46,7 +46,7 @@ def _ready(request: Request, kinds: Sequence[ComponentKind]) -> Request:
     """Return the request with its trace, and with one workspace that serves the states of all ``kinds``."""
     adapter = request.adapter
     longest = replace(request, components=kinds[0], layer=kinds[0].resolve(adapter))  # it passes most layers
-    request = captured(replace(request, run=fit(longest).run))
+    request = with_trace(replace(request, run=fit(longest).run))
     if all(named_components(kind, adapter, 1)[1] for kind in kinds):
         return request
     trace = request.require_trace()

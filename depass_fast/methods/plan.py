@@ -30,7 +30,7 @@ def plan_of(
     measure: bool,
 ) -> Plan:
     """Return the plan of a call; arguments as of :meth:`depass_fast.DePass.plan`."""
-    run = settings.build(adapter)
+    settings.build(adapter)  # before any work
     check_kind(components)
     trace = prompt_or_length if isinstance(prompt_or_length, Trace) else None
     if trace is not None:
@@ -41,7 +41,6 @@ def plan_of(
         lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
     components.check(adapter, lengths)
     last = check_end(components, adapter, end)
-    streams, verifies = settings.stream is True, settings.verify
     rate, source = None, ""
     if measure:
         rate, source = gemm_rate(adapter.device, settings.dtypes(adapter.dtype, adapter.device)[1])
@@ -53,7 +52,7 @@ def plan_of(
         end=last,
         traced=trace is not None,
         counts=None if trace is None else known_counts(components, adapter, trace),
-        method=choose_method(method, components, adapter, run.allocation, streams=streams, verifies=verifies),
+        method=choose_method(method, components, adapter, settings),
         gemm_flops=rate,
         rate_source=source,
     )

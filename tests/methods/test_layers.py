@@ -141,7 +141,7 @@ def test_what_is_no_list_of_layers():
         with pytest.raises((ValueError, TypeError), match=f"layers?: .*{error}"):
             dp.attribute(ids, Heads(layers=layers))
     for call in (dp.decompose, lambda *a: dp.start(dp.trace(ids), a[1])):
-        with pytest.raises(ValueError, match=r"layers: only attribute\(\) takes several layers"):
+        with pytest.raises(ValueError, match=r"layers: only attribute\(\) and plan\(\) take several layers"):
             call(ids, Heads(layers="all"))
 
 
@@ -167,5 +167,5 @@ def test_the_plan_of_all_layers_is_that_of_each_together():
     whole, each = dp.plan(9, Heads(layers="all")), [dp.plan(9, Heads(layer)) for layer in range(3)]
     assert whole.flop == sum(one.flop for one in each) and whole.rows == sum(one.rows for one in each)
     assert whole.upper_bound and whole.of().peak_bytes >= max(one.of().peak_bytes for one in each)
-    with pytest.raises(ValueError, match="end: 9 is out of range; these components reach layers 1 to 3"):
+    with pytest.raises(ValueError, match="end: 9 is out of range; these components reach layers 2 to 3"):
         dp.plan(9, Heads(1), end=9)
