@@ -35,8 +35,10 @@ def plan_of(
     trace = prompt_or_length if isinstance(prompt_or_length, Trace) else None
     if trace is not None:
         lengths = [trace.length(p) for p in range(trace.n_prompts)]
-    elif isinstance(prompt_or_length, (int, np.integer)):
+    elif isinstance(prompt_or_length, np.integer):
         lengths = [check_length(int(prompt_or_length), adapter)]
+    elif isinstance(prompt_or_length, int):
+        lengths = [check_length(prompt_or_length, adapter)]
     else:
         lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
     components.check(adapter, lengths)
