@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 
@@ -15,6 +15,10 @@ from .inputs.prompts import as_index
 from .propagation.run import Run
 from .propagation.verify import Verifier
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
+
+RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor"]
+BackendName: TypeAlias = Literal["auto", "reference", "torch", "triton"]
+MethodName: TypeAlias = Literal["exact", "adjoint"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class Options:
         and in what a step adds to them. Same results; a short prompt takes a few times as long. Exact runs only.
     """
 
-    allocation: str | Rule = "softmax"
+    allocation: RuleName | Rule = "softmax"
     temperature: float = 0.1
     exclude_special: bool | Sequence[int] = True
-    backend: str = "auto"
+    backend: BackendName = "auto"
     compute_dtype: torch.dtype | str | None = None
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
-    stream: bool | str = "auto"
+    stream: bool | Literal["auto"] = "auto"
     progress: bool = True
     verify: bool = False
 
@@ -136,14 +140,14 @@ class Options:
 class OptionValues(TypedDict, total=False):
     """The fields of :class:`Options` as keyword arguments, so that an editor knows them."""
 
-    allocation: str | Rule
+    allocation: RuleName | Rule
     temperature: float
     exclude_special: bool | Sequence[int]
-    backend: str
+    backend: BackendName
     compute_dtype: torch.dtype | str | None
     state_dtype: torch.dtype | str | None
     memory_budget: int | None
-    stream: bool | str
+    stream: bool | Literal["auto"]
     progress: bool
     verify: bool
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from depass_fast import DePass, Neurons
+from depass_fast.options import BackendName, MethodName
 
 from ..core.models import Model
 from .fair_ablation import FairAblation
@@ -131,8 +132,9 @@ class PublishedShares:
 class Shares:
     """DePass by this library: exact, or by its adjoint sweep."""
 
-    def __init__(self, model: Model, method: str = "exact", backend: str = "auto") -> None:
-        self.library, self.method = DePass(model, backend=backend), method
+    def __init__(self, model: Model, method: MethodName = "exact", backend: BackendName = "auto") -> None:
+        self.library = DePass(model, backend=backend)
+        self.method: MethodName = method
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
         return self.library.attribute(ids, Neurons(layers=list(layers)), target, method=self.method).scores

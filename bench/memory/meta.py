@@ -32,7 +32,7 @@ from depass_fast.backends.torch import backend as torch_backend
 from depass_fast.backends.torch import mlp
 from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.components import start as initial
-from depass_fast.options import Adjoint
+from depass_fast.options import Adjoint, BackendName
 from depass_fast.planning import planner
 from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
@@ -62,7 +62,7 @@ class Case:
     model: str
     components: str
     lengths: tuple[int, ...]
-    backend: str
+    backend: BackendName
     layers: int = 4
     call: str = "attribute"
     dtype: str = "bfloat16"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depass_fast import ComponentKind, Custom, DePass, Features, Heads, Modules, Neurons, Subspaces, Tokens, Trace
 from depass_fast.backends import BACKENDS, backend_status
+from depass_fast.options import BackendName
 
 from ..core.models import Shape, build_model, random_prompt
 
@@ -66,7 +67,7 @@ def require(backend: str) -> None:
 
 @pytest.mark.parametrize("components", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attribute(benchmark, backend: str, components: str) -> None:
+def test_attribute(benchmark, backend: BackendName, components: str) -> None:
     """From a trace to scores; verified before it is timed."""
     require(backend)
     what = kind(components)
@@ -90,7 +91,7 @@ def test_capture(benchmark, length: int) -> None:
 
 @pytest.mark.parametrize("targets", [1, 64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_readout(benchmark, backend: str, targets: int) -> None:
+def test_readout(benchmark, backend: BackendName, targets: int) -> None:
     """Components at the last layer's output: nothing to propagate, only the final norm and the targets' directions."""
     require(backend)
     what, wanted = Neurons(SHAPE.layers - 1), list(range(targets))

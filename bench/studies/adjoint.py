@@ -28,7 +28,7 @@ from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import make_start
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo
-from depass_fast.options import Adjoint
+from depass_fast.options import Adjoint, MethodName
 from depass_fast.results.estimate import ApproximationWarning
 
 from ..core.cli import command
@@ -147,7 +147,7 @@ def speed(scale: float, size: Size) -> list[dict]:
     trace = random_trace(engine, size.length)
     k, everything = max(1, round(REFINED * size.neurons)), Neurons(layers="all")
 
-    def call(kind: Neurons, method: str | Adjoint) -> Callable[[], object]:
+    def call(kind: Neurons, method: MethodName | Adjoint) -> Callable[[], object]:
         return lambda: engine.attribute(trace, kind, TARGET, method=method)
 
     rows = []

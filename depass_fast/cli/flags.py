@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import types
 
 if TYPE_CHECKING:
-    from ..options import Adjoint
+    from ..options import Adjoint, MethodName
 
 _KINDS = ("tokens", "heads", "modules", "neurons")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -64,7 +64,7 @@ def add_debug(group: argparse._ActionsContainer) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def method_of(args: argparse.Namespace) -> str | Adjoint | None:
+def method_of(args: argparse.Namespace) -> MethodName | Adjoint | None:
     """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together.
 
     --refine, --refine-within, --sample and --seed belong to the adjoint sweep: any of them asks for it.

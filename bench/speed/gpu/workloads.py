@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 from unittest import mock
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.backends.torch import mlp
-from depass_fast.options import Adjoint
+from depass_fast.options import Adjoint, BackendName
 
 from ...baselines.published import Published, groups_for
 from ...core.models import SHAPES, Model, Shape, floor_flops, random_prompt
@@ -100,7 +101,7 @@ def provider(name: str, work: Work, model: Model) -> Callable[[], Tensor]:
         if work.components == "tokens":
             return lambda: published.score(published.tokens(prompts[0], groups=work.groups), -1, TARGET)
         return lambda: published.score(published.neurons(prompts[0], 0, groups=work.groups), -1, TARGET)
-    library = DePass(model, backend=name.removesuffix(".compile"))
+    library = DePass(model, backend=cast(BackendName, name.removesuffix(".compile")))
 
     def scores() -> Tensor:
         if work.components == "heads":
@@ -131,6 +132,7 @@ def compiled(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return patched
 
 
-def backends() -> list[str]:
+def backends() -> list[BackendName]:
     """The library's backends that are worth timing here."""
-    return [name for name, reason in backend_status().items() if reason is None and name != "reference"]
+    names = [name for name, reason in backend_status().items() if reason is None and name != "reference"]
+    return cast(list[BackendName], names)
