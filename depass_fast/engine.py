@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adapters import adapt, unwrap
-from .components.base import ComponentKind
+from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom, Subspaces
 from .components.features import Features
 from .components.model import Tokens
@@ -23,7 +23,7 @@ from .methods.focus import Focus, Partition, focus, partition
 from .methods.layers import layers
 from .methods.plan import plan_of
 from .methods.states import carry, check_trace, decompose, start_of
-from .options import Adjoint, Options, OptionValues
+from .options import Adjoint, MethodName, Options, OptionValues
 from .planning.plan import Plan
 from .request import Request, make_request, take_trace, with_method, with_targets
 from .results.attribution import Attribution
@@ -35,6 +35,9 @@ from .trace.record import Trace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# What type checkers tell apart: prompts that are one or several whatever they hold, and kinds of a single layer.
+OnePrompt: TypeAlias = str | Sequence[int] | list[dict[str, str]]
+SeveralPrompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
 OneLayer: TypeAlias = Tokens | Subspaces | Features | Custom
 
 
@@ -94,7 +97,7 @@ class DePass:
         components: ComponentKind,
         *,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         measure: bool = True,
         **options: Unpack[OptionValues],
     ) -> Plan:
@@ -121,7 +124,7 @@ class DePass:
     @overload
     def attribute(
         self,
-        prompt: str,
+        prompt: OnePrompt,
         components: OneLayer,
         target: Any = None,
         *,
@@ -129,29 +132,29 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
     ) -> Attribution: ...
 
     @overload
     def attribute(
         self,
-        prompt: str,
-        components: ComponentKind,
+        prompt: OnePrompt,
+        components: LayerKind[R],
         target: Any = None,
         *,
         contrast: int | str | None = None,
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
-    ) -> Attribution | LayeredAttribution: ...
+    ) -> R: ...
 
     @overload
     def attribute(
         self,
-        prompt: list[str],
+        prompt: SeveralPrompts,
         components: OneLayer,
         target: Any = None,
         *,
@@ -159,24 +162,24 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
     ) -> list[Attribution]: ...
 
     @overload
     def attribute(
         self,
-        prompt: list[str],
-        components: ComponentKind,
+        prompt: SeveralPrompts,
+        components: LayerKind[R],
         target: Any = None,
         *,
         contrast: int | str | None = None,
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
-    ) -> list[Attribution] | list[LayeredAttribution]: ...
+    ) -> list[R]: ...
 
     @overload
     def attribute(
@@ -189,7 +192,7 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
     ) -> Any: ...
 
@@ -204,9 +207,9 @@ class DePass:
         targets: Sequence[Any] | None = None,
         position: int = -1,
         end: int | str | None = None,
-        method: str | Adjoint | None = None,
+        method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
-    ) -> Attribution | LayeredAttribution | list[Attribution] | list[LayeredAttribution]:
+    ) -> Attribution | LayeredAttribution | list[Any]:
         """Return the share of every component in the logit of ``target``.
 
         Args:
@@ -223,7 +226,7 @@ class DePass:
                 final norm; ``target`` must be a vector then.
             method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
                 of a few forward passes (docs/adjoint.md), with its numbers as :class:`depass_fast.Adjoint`. None:
-                exact, but for several layers with more than 4,096 components in all. The result says which.
+                exact, but for several layers with more than 4,096 neurons in all. The result says which.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
@@ -280,7 +283,7 @@ class DePass:
         """Return the component state entering layer ``end`` (L: after the last layer); None: after the final norm.
 
         ``dense(p)`` of the result is (N, M, D) for prompt p, ``completeness_error`` is the error that was measured on
-        the way. Arguments and errors as in :meth:`attribute`.
+        the way, a float. Arguments and errors as in :meth:`attribute`.
         """
         return decompose(self._request(prompt, components, end, options))
 
@@ -318,7 +321,7 @@ class DePass:
     def start(self, trace: Trace, components: ComponentKind, **options: Unpack[OptionValues]) -> ComponentState:
         """Return the components where they start, as :meth:`carry` takes them. Its rows may be changed.
 
-        Errors as in :meth:`attribute`.
+        ``completeness_error`` of the result is None, as nothing was measured yet. Errors as in :meth:`attribute`.
         """
         check_trace(trace)
         return start_of(self._request(trace, components, None, options))
@@ -329,7 +332,7 @@ class DePass:
     ) -> ComponentState:
         """Carry a state, complete or not, to the input of layer ``end``; None: after the final norm. It is used up.
 
-        ``completeness_error`` of the result is the largest that was measured, from the start on.
+        ``completeness_error`` of the result is the largest that was measured from the start on, a float.
 
         Raises:
             ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from ..inputs.hook_names import LAYER_INPUT, Site, parse_hook_name
 from ..inputs.prompts import as_index
 from ..state.state import Factors
 from ..trace.record import Trace
+
+if TYPE_CHECKING:
+    from ..results.attribution import Attribution
+    from ..results.layered import LayeredAttribution
+
+R = TypeVar("R", "Attribution", "LayeredAttribution")  # what `attribute` returns for a prompt
+SeveralLayers: TypeAlias = Literal["all"] | Sequence[int | str]
 
 
 class Entry(NamedTuple):
@@ -132,14 +139,14 @@ class ComponentKind:
 
 
 @dataclass(frozen=True)
-class LayerKind(ComponentKind):
+class LayerKind(ComponentKind, Generic[R]):
     """A kind that can be asked for in several layers at once: a decomposition for each of them.
 
     ``layers``, "all" or a list, makes `attribute` return a :class:`depass_fast.LayeredAttribution`; ``layer`` is not
-    read then.
+    read then. Type checkers know it as ``LayerKind[LayeredAttribution]``, which the signatures of the kinds tell them.
     """
 
-    layers: Literal["all"] | Sequence[int | str] | None = field(default=None, kw_only=True)
+    layers: SeveralLayers | None = field(default=None, kw_only=True)
 
     @property
     def is_layered(self) -> bool:

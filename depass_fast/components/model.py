@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -18,9 +18,15 @@ from ..adapters import Adapter
 from ..inputs.hook_names import Site
 from ..state.state import Factors
 from ..trace.record import Trace
-from .base import ComponentKind, LayerKind
+from .base import ComponentKind, LayerKind, R, SeveralLayers
 from .outputs import LayerOutputs
 from .products import BoundProducts
+
+if TYPE_CHECKING:
+    from ..results.attribution import Attribution
+    from ..results.layered import LayeredAttribution
+
+Which: TypeAlias = Literal["both", "attention", "mlp"]
 
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
 
@@ -39,12 +45,22 @@ class Tokens(ComponentKind):
 
 
 @dataclass(frozen=True)
-class Heads(LayerKind):
+class Heads(LayerKind[R]):
     """One component per attention head of ``layer``: its output, after W_O."""
 
     kind = "heads"
     site = "resid_mid"
     hooks = ("attn.hook_z", "attn.hook_result")
+
+    if TYPE_CHECKING:  # when it runs, the dataclass makes its own
+
+        @overload
+        def __init__(self: Heads[Attribution], layer: int | str = 0, *, layers: None = None) -> None: ...
+
+        @overload
+        def __init__(self: Heads[LayeredAttribution], layer: int | str = 0, *, layers: SeveralLayers) -> None: ...
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
@@ -62,17 +78,31 @@ class Heads(LayerKind):
 
 
 @dataclass(frozen=True)
-class Modules(LayerKind):
+class Modules(LayerKind[R]):
     """The outputs of ``layer``'s modules: attention, MLP, or both.
 
     With ``which="both"`` (the default) and ``"mlp"`` the components start after the MLP. With ``"attention"`` they
     start between the two, so that the MLP of the same layer is shared out as well.
     """
 
-    which: Literal["both", "attention", "mlp"] = "both"
+    which: Which = "both"
 
     kind = "modules"
     hooks = tuple(_MODULES)
+
+    if TYPE_CHECKING:  # when it runs, the dataclass makes its own
+
+        @overload
+        def __init__(
+            self: Modules[Attribution], layer: int | str = 0, which: Which = "both", *, layers: None = None
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Modules[LayeredAttribution], layer: int | str = 0, which: Which = "both", *, layers: SeveralLayers
+        ) -> None: ...
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
     @property
     def site(self) -> Site:
@@ -118,7 +148,7 @@ class Modules(LayerKind):
 
 
 @dataclass(frozen=True)
-class Neurons(LayerKind):
+class Neurons(LayerKind[R]):
     """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
 
     In a mixture of experts these are the neurons of every expert that any position was sent to, `L3E5N12`; a neuron's
@@ -128,6 +158,16 @@ class Neurons(LayerKind):
     kind = "neurons"
     site = "resid_post"
     hooks = ("mlp.hook_post",)
+
+    if TYPE_CHECKING:  # when it runs, the dataclass makes its own
+
+        @overload
+        def __init__(self: Neurons[Attribution], layer: int | str = 0, *, layers: None = None) -> None: ...
+
+        @overload
+        def __init__(self: Neurons[LayeredAttribution], layer: int | str = 0, *, layers: SeveralLayers) -> None: ...
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def count(self, adapter: Adapter) -> int:
         """The number of neurons of the layer, experts included."""

@@ -35,7 +35,8 @@ class ComponentState:
 
     ``factors``, one per prompt, are the named components as products, as long as they are where they started.
     ``verification`` is the result of ``verify=True`` in the call that made the state. ``completeness_error`` is the
-    largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ that was measured on its way; None if it was not carried.
+    largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ that was measured on its way: a float in what `decompose` and `carry` return,
+    None in what `start` returns.
     """
 
     rows: Tensor
