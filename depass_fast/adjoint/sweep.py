@@ -13,6 +13,7 @@ from ..results.estimate import Estimate
 from ..runtime.budget import Budget
 from ..runtime.memory import available
 from ..runtime.progress import Parts
+from .approximation import Approximation
 from .backward import extra_scores, linear_scores
 from .estimate import Figures, draw, judge, worst
 from .forward import Forward, mean_field
@@ -20,7 +21,6 @@ from .maps import LayerStack
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW
-from .settings import Settings
 from .starts import Start, loudness
 
 _ADVICE = "the trace and one start layer do not fit. Take a shorter prompt, or fewer targets at once."
@@ -50,7 +50,7 @@ class Sweep:
     stack: LayerStack
     starts: list[Start]
     directions: Tensor
-    settings: Settings
+    approximation: Approximation
     budget: int | None
 
     def run(self, method: Adjoint) -> Scores:
@@ -66,7 +66,7 @@ class Sweep:
         self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
-        approximate = self.settings.temperature is not None
+        approximate = self.approximation.temperature is not None
         refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
         self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _Pass(self, groups, loud, None, keep=samples and not refines)
@@ -83,7 +83,7 @@ class Sweep:
 
     def _walks(self, groups: list[slice], method: Adjoint) -> int:
         """Return how often :meth:`run` passes the layers, there or back."""
-        if self.settings.temperature is None:
+        if self.approximation.temperature is None:
             return 2
         sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
         return (4 if method.refine else 2) + sampled
@@ -100,21 +100,21 @@ class Sweep:
 
     def _loud(self, group: slice) -> list[Tensor]:
         """Return indices of every start's loud components, in host memory."""
-        sizes, t = [], self.settings.temperature
+        sizes, t = [], self.approximation.temperature
         for start in self.starts[group]:
             if t is None or start.entering >= self.stack.end:
                 sizes.append(start.bias.new_zeros(len(start.named)))
             else:
                 sizes.append(loudness(start, self.stack, t))
         devices = [size.device for size in sizes]
-        numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
+        numbers = torch.stack([(size >= self.approximation.loud).sum().to(devices[0]) for size in sizes]).tolist()
         found = [size.topk(min(k, self._most_loud, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
         return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
         """Return the start layers that are carried together: as many as their tables allow."""
         lengths = [self.stack.end - start.entering for start in self.starts]
-        return self._memory.groups(lengths, max(self._sizes), self.settings.at_most, self._workspace)
+        return self._memory.groups(lengths, max(self._sizes), self.approximation.at_most, self._workspace)
 
     @property
     def _device(self) -> torch.device:
@@ -137,7 +137,7 @@ class Sweep:
 
     @property
     def _most_loud(self) -> int:
-        return self._memory.most_loud(self.settings.at_most)
+        return self._memory.most_loud(self.approximation.at_most)
 
     @property
     def _gates_budget(self) -> int:
@@ -201,7 +201,7 @@ class _Pass:
         self._kept: Forward | None = None
         for group in groups:
             forward = self._forward(group)
-            named += linear_scores(sweep.stack, forward, sweep.directions, sweep.settings)
+            named += linear_scores(sweep.stack, forward, sweep.directions, sweep.approximation)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
             settled.append(_settled(forward, sweep.stack.end))
@@ -213,7 +213,7 @@ class _Pass:
         sweep = self.sweep
         fixed = None if self._fixed is None else self._fixed[group]
         starts, loud = sweep.starts[group], self._loud[group]
-        return mean_field(sweep.stack, starts, loud, sweep.settings, fixed, sweep._gates_budget)
+        return mean_field(sweep.stack, starts, loud, sweep.approximation, fixed, sweep._gates_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
         """Return scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z.
@@ -232,7 +232,7 @@ class _Pass:
                 forward.steps,
                 chosen[group],
                 sweep.directions,
-                sweep.settings,
+                sweep.approximation,
                 sweep._gates_budget,
                 forward.released,
                 measure,
