@@ -72,7 +72,7 @@ class Readout:
         ``errors`` are the completeness errors (P,) at the start and after every layer.
         """
         state.rows = state.rows.to(self.resid.device, self.dtype)
-        scores = read_scores(state, request.run.steps, self.norm, self.resid, self.directions)
+        scores = read_scores(state, request.run.operations, self.norm, self.resid, self.directions)
         return Collected(self, request, state.layout.components, scores, errors, request.run.verified())
 
 
