@@ -158,7 +158,10 @@ class _Offsets:
 
 
 def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
-    """Return scores of `rest` or `bias` (as :mod:`rows` numbers them), zero where there is none: (starts, K)."""
+    """Return scores of `rest` or `bias`, zero where there is none: (starts, K).
+
+    ``extra`` is REST_ROW or BIAS_ROW of :mod:`depass_fast.adjoint.rows`.
+    """
     found = _at_the_end(forward, directions)
     out = found.scores.new_zeros(len(forward.starts), found.scores.shape[1])
     at = (found.member == extra).nonzero()[:, 0]

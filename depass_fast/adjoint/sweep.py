@@ -69,11 +69,11 @@ class Sweep:
         approximate = self.approximation.temperature is not None
         refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
         self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
-        found = _Pass(self, groups, loud, None, keep=samples and not refines)
+        found = _RoundTrip(self, groups, loud, None, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
         if refines:
             refined = self._largest(screened, method)
-            found = _Pass(self, groups, loud, self._split(refined), keep=samples)
+            found = _RoundTrip(self, groups, loud, self.split(refined), keep=samples)
         estimate = self._estimate(found, screened, refined, method) if refines or samples else None
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
 
@@ -92,7 +92,7 @@ class Sweep:
     def _sizes(self) -> list[int]:
         return [len(start.named) for start in self.starts]
 
-    def _split(self, index: Tensor) -> list[Tensor]:
+    def split(self, index: Tensor) -> list[Tensor]:
         """Return sorted positions in the flat list of all components as indices of every start's components."""
         edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0)
         bounds = torch.searchsorted(index, edges).tolist()
@@ -140,7 +140,7 @@ class Sweep:
         return self._memory.most_loud(self.approximation.at_most)
 
     @property
-    def _gates_budget(self) -> int:
+    def gates_budget(self) -> int:
         """Bytes of the gates that are held at once."""
         return gates_budget(self._workspace)
 
@@ -155,7 +155,7 @@ class Sweep:
         late = torch.cat([torch.full((len(s.named),), s.entering >= self.stack.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
-    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
+    def _estimate(self, found: _RoundTrip, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
         """Return what refinement and a sample say; the worst target's figures."""
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
@@ -166,7 +166,7 @@ class Sweep:
             moved = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
         return worst(figures, count, top, moved, partition_error)
 
-    def _sampled(self, found: _Pass, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
+    def _sampled(self, found: _RoundTrip, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
         """Return every target's figures of a sample, the number of components drawn, and the relative error of Z."""
         flat, left = found.flat, (~found.settled).nonzero()[:, 0]
         if not (method.sample and len(left)):
@@ -183,7 +183,7 @@ class Sweep:
         return figures, len(uniform) + len(near), partition_error
 
 
-class _Pass:
+class _RoundTrip:
     """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
     ``fixed`` components of every start are explicit to the end. ``settled`` (all,) says which components are, or start
@@ -213,14 +213,14 @@ class _Pass:
         sweep = self.sweep
         fixed = None if self._fixed is None else self._fixed[group]
         starts, loud = sweep.starts[group], self._loud[group]
-        return mean_field(sweep.stack, starts, loud, sweep.approximation, fixed, sweep._gates_budget)
+        return mean_field(sweep.stack, starts, loud, sweep.approximation, fixed, sweep.gates_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
         """Return scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z.
 
         The second is the largest relative error of Z that they show; ``measure`` as of :func:`scores_given_z`.
         """
-        sweep, chosen = self.sweep, self.sweep._split(index)
+        sweep, chosen = self.sweep, self.sweep.split(index)
         found, errors = [], []
         for group in self.groups:
             if not sum(map(len, chosen[group])):
@@ -233,7 +233,7 @@ class _Pass:
                 chosen[group],
                 sweep.directions,
                 sweep.approximation,
-                sweep._gates_budget,
+                sweep.gates_budget,
                 forward.released,
                 measure,
             )

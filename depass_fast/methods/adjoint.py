@@ -19,7 +19,7 @@ from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
 from ..readout.assemble import assemble
-from ..readout.collect import described
+from ..readout.collect import how_computed
 from ..readout.targets import Directions, resolve_target
 from ..request import Request, fit, traced, wide_dtype, with_trace
 from ..results.attribution import Attribution
@@ -129,7 +129,7 @@ def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _En
                 position=request.reads[prompt],
                 seconds=0.0,
                 method="adjoint",
-                **described(request),
+                **how_computed(request),
             )
         )
     seconds = time.perf_counter() - request.began

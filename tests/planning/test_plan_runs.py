@@ -236,9 +236,9 @@ def test_a_dictionary_encodes_a_prompt_no_more_often_for_being_planned(monkeypat
 @pytest.mark.parametrize(("kind", "length"), [(Tokens(), 30), (Neurons(0), 7)])
 def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
     dp = DePass(build_model("llama", intermediate_size=200), backend="triton", memory_budget=budget)
-    trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._room
+    trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._buffers
     monkeypatch.setattr(
-        TritonBackend, "_room", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)
+        TritonBackend, "_buffers", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)
     )
     planned = []
     monkeypatch.setattr(
