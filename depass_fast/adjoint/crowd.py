@@ -1,4 +1,4 @@
-"""The softmax rule of a layer for explicit rows and the crowd: who is alive, log Z, shares (docs/adjoint.md, 2 and 3)."""
+"""The softmax rule of a layer for explicit rows and the crowd: the living, log Z, shares (docs/adjoint.md, 2 and 3)."""
 
 from __future__ import annotations
 
