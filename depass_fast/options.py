@@ -57,7 +57,7 @@ class Options:
     verify: bool = False
 
     def updated(self, overrides: Mapping[str, Any]) -> Options:
-        """Return these options with some replaced. Raises TypeError for a name that is none."""
+        """Return these options with some replaced. Raises TypeError for an unknown name."""
         known = [f.name for f in fields(self)]
         for name in overrides:
             if name not in known:

@@ -21,8 +21,8 @@ from .inputs.loading import check_ready
 from .inputs.prompts import Prompt, as_position, encode_all, token_texts
 from .inputs.targets import TargetSpec, parse_target
 from .options import Adjoint, Options
-from .planning.fit import RunShape, fitted
-from .planning.shapes import named_components
+from .planning.fit import fitted
+from .planning.shapes import RunShape, named_components
 from .propagation.run import Run
 from .runtime.dtypes import refuse_autocast
 from .state.state import ComponentState

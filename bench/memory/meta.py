@@ -34,6 +34,7 @@ from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.components import start as initial
 from depass_fast.options import Adjoint, BackendName
 from depass_fast.planning import planner
+from depass_fast.planning.shapes import RunShape
 from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
@@ -215,20 +216,21 @@ def run(case: Case) -> dict:
         warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
         model = build_model(shape, getattr(torch, case.dtype), device=META)
         dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
-        how = {"method": Adjoint(case.refine, "all", 0), "loud": 1} if case.method else {}
-        made = planner.plan(dp.adapter, case.lengths, kind, dp.options, device=torch.device("cuda"), **how)
+        method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
+        run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, method=method)
+        plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
         with counting(dp.model) as counted:
             if case.call == "decompose":
                 dp.decompose(prompts, kind)
             else:
                 dp.attribute(prompts, kind, 7, **case.method)
-    state = made.state_bytes if made.start_layers == 1 or case.method else min(made.state_bytes, JOINT_BYTES)
+    state = plan.state_bytes if plan.start_layers == 1 or case.method else min(plan.state_bytes, JOINT_BYTES)
     return asdict(case) | {
         "name": case.name,
-        "predicted_bytes": made.of(case.backend).peak_bytes,
+        "predicted_bytes": plan.of(case.backend).peak_bytes,
         "measured_bytes": counted.peak,
         "state_bytes": state,
-        "trace_bytes": made.trace_bytes,
+        "trace_bytes": plan.trace_bytes,
         "operations": counted.operations,
     }
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +32,8 @@ from depass_fast import ComponentKind, Custom, DePass, Heads, Modules, Neurons, 
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.options import Adjoint
 from depass_fast.planning.gemm_rate import gemm_rate
-from depass_fast.planning.planner import plan as make_plan
+from depass_fast.planning.planner import make_plan
+from depass_fast.planning.shapes import RunShape
 from depass_fast.results.estimate import ApproximationWarning
 
 from ..core.cli import command
@@ -197,8 +198,9 @@ def run_adjoint(case: Case, dp: DePass, components: ComponentKind, prompts: list
     loud = max(len(indices) for group in found for indices in group)
     rate, _ = gemm_rate(dp.adapter.device, torch.float32)
     lengths = [len(prompt) for prompt in prompts]
-    plan = make_plan(dp.adapter, lengths, components, dp.options.updated(options), method=method, loud=loud)
-    timed = make_plan(dp.adapter, lengths, components, method=method, loud=loud, gemm_flops=rate)
+    shape = RunShape(dp.adapter, lengths, components, method=method)
+    plan = make_plan(replace(shape, options=dp.options.updated(options)), loud=loud)
+    timed = make_plan(shape, loud=loud, gemm_flops=rate)
     times = {"seconds": seconds, "predicted_seconds": timed.of().seconds}
     return {"loud": loud, "predicted_bytes": plan.of().peak_bytes, "measured_bytes": peak, **times}
 

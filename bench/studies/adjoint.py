@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from depass_fast import DePass, Neurons, Trace
+from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.estimate import spearman
 from depass_fast.adjoint.maps import LayerStack
-from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import make_start
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo
@@ -187,7 +187,7 @@ def variants(count: int) -> dict[str, tuple[dict, Adjoint]]:
 
 @torch.no_grad()
 def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: dict, method: Adjoint) -> list[Tensor]:
-    """Scores (I,) of every layer by a sweep with other settings than the library's."""
+    """Scores (I,) of every layer by a sweep with other approximations than the library's."""
     adapter, n = engine.adapter, trace.length(prompt)
     starts = [make_start(Neurons(i), adapter, trace, prompt, n, False, torch.float32) for i in range(adapter.n_layers)]
     norm, at = adapter.final_norm(), trace.span(prompt).stop - 1
@@ -195,7 +195,7 @@ def sweep_with(engine: DePass, trace: Trace, prompt: int, target: int, changes: 
     unembedding: Any = adapter.unembedding
     seeds = unembedding.weight[target] * norm.weight * norm.scale(trace.resid_final[at])
     stack = LayerStack(adapter, trace, prompt, n, adapter.n_layers, torch.float32, torch.float32)
-    sweep = Sweep(stack, starts, seeds[None], Settings(0.1, **changes), None)
+    sweep = Sweep(stack, starts, seeds[None], Approximation(0.1, **changes), None)
     return [scores[0] for scores in sweep.run(method).named]
 
 

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
+from .approximation import Approximation
 from .forward import Forward, Step, taylor_factor
 from .maps import LayerMaps, LayerStack
-from .settings import Settings
 
 
-def linear_scores(stack: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> list[Tensor]:
+def linear_scores(
+    stack: LayerStack, forward: Forward, directions: Tensor, approximation: Approximation
+) -> list[Tensor]:
     """Return first-order scores (K, M) of every start's named components, in ``directions`` (K, D) at the stack's end.
 
     The explicit components' are those of their own path: exact given log Z as far as they were carried.
     """
-    way = _WayBack(stack, forward, directions, settings)
+    way = _WayBack(stack, forward, directions, approximation)
     for step in reversed(forward.steps):
         way.pass_layer(step)
         stack.progress.finish()
@@ -37,8 +39,8 @@ class _RowScores:
 class _WayBack:
     """A way back through a forward's layers: gradients (S, K, Q, D) of the S starts that are still under way."""
 
-    def __init__(self, stack: LayerStack, forward: Forward, directions: Tensor, settings: Settings) -> None:
-        self._stack, self._forward, self._temperature = stack, forward, settings.temperature
+    def __init__(self, stack: LayerStack, forward: Forward, directions: Tensor, approximation: Approximation) -> None:
+        self._stack, self._forward, self._temperature = stack, forward, approximation.temperature
         self._k, self._like = len(directions), directions
         self._offsets = _Offsets(forward, self._k, directions)
         self._own = [_at_the_end(forward, directions)]
@@ -156,7 +158,10 @@ class _Offsets:
 
 
 def extra_scores(forward: Forward, directions: Tensor, extra: int) -> Tensor:
-    """Return scores of `rest` or `bias` (as :mod:`rows` numbers them), zero where there is none: (starts, K)."""
+    """Return scores of `rest` or `bias`, zero where there is none: (starts, K).
+
+    ``extra`` is REST_ROW or BIAS_ROW of :mod:`depass_fast.adjoint.rows`.
+    """
     found = _at_the_end(forward, directions)
     out = found.scores.new_zeros(len(forward.starts), found.scores.shape[1])
     at = (found.member == extra).nonzero()[:, 0]

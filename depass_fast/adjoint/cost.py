@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from ..backends.workload import LayerSize
 from ..options import Adjoint
+from .approximation import Approximation
 from .maps import KEPT
 from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
-from .settings import Settings
 
 _NAME = 80  # bytes of a label in all lists that hold it
 
@@ -65,7 +65,7 @@ class SweepWorkload:
             return start.extras
         within = sum(other.entering < self.end for other in self.starts) if self.method.within == "all" else 1
         fixed = min(start.named, -(-self.method.refine // within)) if refined else 0
-        loud = min(self.loud, start.named, self.memory.most_loud(Settings.at_most))
+        loud = min(self.loud, start.named, self.memory.most_loud(Approximation.at_most))
         return 1 + start.extras + max(loud, fixed)
 
     def rows(self) -> int:
@@ -74,7 +74,7 @@ class SweepWorkload:
 
     def _groups(self, workspace: int) -> list[list[StartSize]]:
         lengths, most = [self.end - start.entering for start in self.starts], max(s.named for s in self.starts)
-        parts = self.memory.groups(lengths, most, Settings.at_most, workspace)
+        parts = self.memory.groups(lengths, most, Approximation.at_most, workspace)
         return [self.starts[part] for part in parts]
 
     def _queries(self, index: int) -> int:

@@ -1,4 +1,4 @@
-"""A layer's partition function from the explicit rows and the crowd's mean and scatter (docs/adjoint.md, 2 and 3)."""
+"""The softmax rule of a layer for explicit rows and the crowd: the living, log Z, shares (docs/adjoint.md, 2 and 3)."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _shares(
     term = (mean + log_sum).masked_fill_(none, -torch.inf)
     top = torch.maximum(top, term, out=top).clamp_min_(lowest)
     u.index_copy_(0, probes, term)
-    z, log_z, nobody = _partition(u, parts, top)
+    z, log_z, nobody = _normalise(u, parts, top)
     share = (u[probes] / z).div_(number)
     probe.mul_(share).mul_(slope).mul_(act)
     scale = torch.div(act, z, out=z)
@@ -166,7 +166,7 @@ def _crowd_moments(probe: Tensor, mean: Tensor, number: Tensor) -> tuple[Tensor,
     return log_kappa + log_count, slope
 
 
-def _partition(u: Tensor, parts: Sequence[Tensor], top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise(u: Tensor, parts: Sequence[Tensor], top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Replace ``u`` by e^(u - top), and return its sum Z over each start's rows, log Z, and where nobody takes part.
 
     ``parts`` are the views of ``u`` by start. Z is 1 and log Z infinite where nobody takes part: all three (S, q, I).

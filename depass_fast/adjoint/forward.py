@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
+from .approximation import Approximation
 from .crowd import Alive, Crowd, allocate_softmax, gates_of
 from .maps import LayerMaps, LayerStack
 from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
-from .settings import Settings
 from .starts import Start, all_alive
 
 
@@ -59,7 +59,7 @@ def mean_field(
     stack: LayerStack,
     starts: Sequence[Start],
     loud: Sequence[Tensor],
-    settings: Settings,
+    approximation: Approximation,
     fixed: Sequence[Tensor] | None = None,
     budget: int = 1 << 28,
 ) -> Forward:
@@ -68,7 +68,7 @@ def mean_field(
     ``loud`` holds the loud components of every start, (k,) indices: explicit until they are released. ``fixed`` holds
     others, no loud ones among them, that are explicit to the end. ``budget`` bounds the gates held at once, in bytes.
     """
-    way = _WayThere(stack, starts, loud, fixed or [indices[:0] for indices in loud], settings, budget)
+    way = _WayThere(stack, starts, loud, fixed or [indices[:0] for indices in loud], approximation, budget)
     for index in range(starts[0].entering, stack.end):
         way.pass_layer(index)
         stack.progress.finish()
@@ -84,12 +84,12 @@ class _WayThere:
         starts: Sequence[Start],
         loud: Sequence[Tensor],
         fixed: Sequence[Tensor],
-        settings: Settings,
+        approximation: Approximation,
         budget: int,
     ) -> None:
-        self._stack, self._starts, self._settings, self._budget = stack, starts, settings, budget
+        self._stack, self._starts, self._approximation, self._budget = stack, starts, approximation, budget
         self._loud, self._fixed = loud, fixed
-        self._whole = [True] * len(starts) if settings.temperature is None else all_alive(starts)
+        self._whole = [True] * len(starts) if approximation.temperature is None else all_alive(starts)
         self._rows = ExplicitRows(starts[0].bias.new_zeros(0, stack.n, starts[0].bias.shape[1]))
         self._alive = Alive()
         self._forward = Forward(list(starts), [], self._rows, alive=self._alive.passed)
@@ -105,7 +105,7 @@ class _WayThere:
         else:
             rows.x = rows.x[:, maps.queries] + maps.ov(rows.x)
             _add_constant(rows, maps, "attention")
-        crowd, temperature = None, self._settings.temperature
+        crowd, temperature = None, self._approximation.temperature
         if temperature is None:
             rows.x = rows.x + maps.down(gates_of(rows, read, maps) * taylor_factor(maps))
         else:
@@ -113,7 +113,7 @@ class _WayThere:
             crowd = allocate_softmax(rows, read, counts, maps, temperature, self._budget)
         _add_constant(rows, maps, "mlp")
         self._forward.steps.append(Step(index, maps.queries, crowd))
-        if index + 1 < self._stack.end and temperature is not None and self._settings.releases:
+        if index + 1 < self._stack.end and temperature is not None and self._approximation.releases:
             self._release(index + 1, temperature)
 
     def finished(self) -> Forward:
@@ -122,7 +122,7 @@ class _WayThere:
         for s, start in enumerate(self._starts):
             if start.entering >= self._stack.end:  # what starts there is what is read
                 self._rows.to(start.bias.device)
-                self._rows.join(start, self._loud[s][:0], self._loud[s][:0], self._settings)
+                self._rows.join(start, self._loud[s][:0], self._loud[s][:0], self._approximation)
                 self._alive.passed.append(None)
         return self._forward
 
@@ -131,7 +131,7 @@ class _WayThere:
         mid = False
         for s, start in enumerate(self._starts):
             if start.entering == index:
-                self._rows.join(start, self._loud[s], self._fixed[s], self._settings)
+                self._rows.join(start, self._loud[s], self._fixed[s], self._approximation)
                 self._alive.join(start, self._whole[s], self._rows.x)
                 mid = start.mid
         return mid
@@ -143,13 +143,13 @@ class _WayThere:
             return
         weight, gate = self._stack.drive(index, rows.x)
         size = (rows.x * weight).norm(dim=2).amax(1) * (gate / temperature)
-        quiet = ~rows.stays & (size < self._settings.loud).cpu()
+        quiet = ~rows.stays & (size < self._approximation.loud).cpu()
         if not bool(quiet.any()):
             return
         x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]
         self._forward.released[index] = Released(x, owner, rows.member[quiet])
-        if self._settings.scatter:
-            signs = to_device(self._settings.signs(len(x), index).to(x.dtype), x.device)
+        if self._approximation.scatter:
+            signs = to_device(self._approximation.signs(len(x), index).to(x.dtype), x.device)
             probes = rows.places(PROBE_ROW)[to_device(owner, x.device)]  # one per start, in order
             rows.x.index_add_(0, probes, x * signs[:, None, None])
         rows.keep(~quiet)

@@ -1,4 +1,4 @@
-"""Components propagated by themselves given log Z: exact but for log Z (DESIGN.md section 2, *Independence*)."""
+"""Refinement: chosen components are propagated one by one given log Z, their only error (DESIGN.md section 2)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
+from .approximation import Approximation
 from .crowd import Crowd
 from .forward import Released, Step
 from .maps import LayerStack
 from .memory import singles_at_once
-from .settings import Settings
 from .starts import Start
 
 
@@ -32,7 +32,7 @@ def scores_given_z(
     steps: Sequence[Step],
     chosen: Sequence[Tensor],
     directions: Tensor,
-    settings: Settings,
+    approximation: Approximation,
     budget: int = 1 << 28,
     released: Mapping[int, Released] | None = None,
     measure: bool = False,
@@ -45,17 +45,17 @@ def scores_given_z(
 
     ``measure``: the components are a random sample of the crowd, and tell how far Z is off.
     """
-    assert settings.temperature is not None, "the taylor rule has no log Z"
+    assert approximation.temperature is not None, "the taylor rule has no log Z"
     singles = _singles(starts, chosen, released or {})
     width = max((step.crowd.log_z.shape[2] for step in steps if step.crowd is not None), default=1)
     size = singles_at_once(budget, stack.n, width, directions.element_size(), measure)
     scores = directions.new_zeros(len(singles), len(directions))
     error = _PartitionError([len(start.named) for start in starts]) if measure else None
-    passage = _Passage(stack, starts, steps, directions, settings.temperature, error)
+    walk = _SingleWalk(stack, starts, steps, directions, approximation.temperature, error)
     order = sorted(range(len(singles)), key=lambda r: (singles[r].entering, singles[r].start, singles[r].row is None))
     for first in range(0, len(order), size):
         rows = order[first : first + size]
-        found = passage.carry([singles[row] for row in rows], len(rows) / len(order))
+        found = walk.carry([singles[row] for row in rows], len(rows) / len(order))
         scores.index_copy_(0, to_device(torch.tensor(rows, device="cpu"), scores.device), found)
     return SingleScores(scores, None if error is None else error.value())
 
@@ -84,7 +84,7 @@ def _singles(starts: Sequence[Start], chosen: Sequence[Tensor], released: Mappin
 
 
 @dataclass(frozen=True)
-class _Passage:
+class _SingleWalk:
     """Carries components by themselves through the layers of ``steps``; other fields as of :func:`scores_given_z`."""
 
     stack: LayerStack

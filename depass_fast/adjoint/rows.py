@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
-from .settings import Settings
+from .approximation import Approximation
 from .starts import Start
 
 REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
@@ -43,7 +43,7 @@ class ExplicitRows:
         """Return the named components of a start that are explicit: indices (r,) in host memory."""
         return self.member[(self.owner == start) & (self.member >= 0)]
 
-    def join(self, start: Start, loud: Tensor, fixed: Tensor, settings: Settings) -> None:
+    def join(self, start: Start, loud: Tensor, fixed: Tensor, approximation: Approximation) -> None:
         """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those that stay to the end."""
         named = torch.cat([loud, fixed])
         rows, extras = [start.named.rows(to_device(named, start.bias.device))], []
@@ -51,8 +51,8 @@ class ExplicitRows:
             rows, extras = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
             rows, extras = [start.rest[None], *rows], [REST_ROW, *extras]
-        if settings.temperature is not None:
-            rows, extras = [_probe(start, named, settings)[None], *rows], [PROBE_ROW, *extras]
+        if approximation.temperature is not None:
+            rows, extras = [_probe(start, named, approximation)[None], *rows], [PROBE_ROW, *extras]
         member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
         stays = torch.ones(len(member), dtype=torch.bool, device="cpu")
         stays[len(extras) : len(extras) + len(loud)] = False
@@ -76,12 +76,12 @@ class ExplicitRows:
         return [part.unflatten(0, run) for part, run in zip(whole, runs, strict=True)]
 
 
-def _probe(start: Start, explicit: Tensor, settings: Settings) -> Tensor:
+def _probe(start: Start, explicit: Tensor, approximation: Approximation) -> Tensor:
     """Return the crowd with random signs that sum to zero: Σ ε[m] · X[n, m], (N, D). Its square tells its scatter."""
     m = len(start.named)
-    if not settings.scatter or len(explicit) == m:
+    if not approximation.scatter or len(explicit) == m:
         return torch.zeros_like(start.bias)
-    signs = settings.signs(m, start.layer).to(start.bias.dtype)
+    signs = approximation.signs(m, start.layer).to(start.bias.dtype)
     signs[explicit] = 0.0
     signs -= signs.sum() / (m - len(explicit))
     signs[explicit] = 0.0

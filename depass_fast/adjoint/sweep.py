@@ -13,6 +13,7 @@ from ..results.estimate import Estimate
 from ..runtime.budget import Budget
 from ..runtime.memory import available
 from ..runtime.progress import Parts
+from .approximation import Approximation
 from .backward import extra_scores, linear_scores
 from .estimate import Figures, draw, judge, worst
 from .forward import Forward, mean_field
@@ -20,7 +21,6 @@ from .maps import LayerStack
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW
-from .settings import Settings
 from .starts import Start, loudness
 
 _ADVICE = "the trace and one start layer do not fit. Take a shorter prompt, or fewer targets at once."
@@ -50,7 +50,7 @@ class Sweep:
     stack: LayerStack
     starts: list[Start]
     directions: Tensor
-    settings: Settings
+    approximation: Approximation
     budget: int | None
 
     def run(self, method: Adjoint) -> Scores:
@@ -66,14 +66,14 @@ class Sweep:
         self._workspace = workspace
         groups = self._groups()
         loud = [indices for group in groups for indices in self._loud(group)]
-        approximate = self.settings.temperature is not None
+        approximate = self.approximation.temperature is not None
         refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
         self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
-        found = _Pass(self, groups, loud, None, keep=samples and not refines)
+        found = _RoundTrip(self, groups, loud, None, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
         if refines:
             refined = self._largest(screened, method)
-            found = _Pass(self, groups, loud, self._split(refined), keep=samples)
+            found = _RoundTrip(self, groups, loud, self.split(refined), keep=samples)
         estimate = self._estimate(found, screened, refined, method) if refines or samples else None
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
 
@@ -83,7 +83,7 @@ class Sweep:
 
     def _walks(self, groups: list[slice], method: Adjoint) -> int:
         """Return how often :meth:`run` passes the layers, there or back."""
-        if self.settings.temperature is None:
+        if self.approximation.temperature is None:
             return 2
         sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
         return (4 if method.refine else 2) + sampled
@@ -92,7 +92,7 @@ class Sweep:
     def _sizes(self) -> list[int]:
         return [len(start.named) for start in self.starts]
 
-    def _split(self, index: Tensor) -> list[Tensor]:
+    def split(self, index: Tensor) -> list[Tensor]:
         """Return sorted positions in the flat list of all components as indices of every start's components."""
         edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0)
         bounds = torch.searchsorted(index, edges).tolist()
@@ -100,21 +100,21 @@ class Sweep:
 
     def _loud(self, group: slice) -> list[Tensor]:
         """Return indices of every start's loud components, in host memory."""
-        sizes, t = [], self.settings.temperature
+        sizes, t = [], self.approximation.temperature
         for start in self.starts[group]:
             if t is None or start.entering >= self.stack.end:
                 sizes.append(start.bias.new_zeros(len(start.named)))
             else:
                 sizes.append(loudness(start, self.stack, t))
         devices = [size.device for size in sizes]
-        numbers = torch.stack([(size >= self.settings.loud).sum().to(devices[0]) for size in sizes]).tolist()
+        numbers = torch.stack([(size >= self.approximation.loud).sum().to(devices[0]) for size in sizes]).tolist()
         found = [size.topk(min(k, self._most_loud, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
         return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
         """Return the start layers that are carried together: as many as their tables allow."""
         lengths = [self.stack.end - start.entering for start in self.starts]
-        return self._memory.groups(lengths, max(self._sizes), self.settings.at_most, self._workspace)
+        return self._memory.groups(lengths, max(self._sizes), self.approximation.at_most, self._workspace)
 
     @property
     def _device(self) -> torch.device:
@@ -137,10 +137,10 @@ class Sweep:
 
     @property
     def _most_loud(self) -> int:
-        return self._memory.most_loud(self.settings.at_most)
+        return self._memory.most_loud(self.approximation.at_most)
 
     @property
-    def _gates_budget(self) -> int:
+    def gates_budget(self) -> int:
         """Bytes of the gates that are held at once."""
         return gates_budget(self._workspace)
 
@@ -155,7 +155,7 @@ class Sweep:
         late = torch.cat([torch.full((len(s.named),), s.entering >= self.stack.end, device="cpu") for s in self.starts])
         return index[~late[index]]
 
-    def _estimate(self, found: _Pass, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
+    def _estimate(self, found: _RoundTrip, screened: Tensor, refined: Tensor, method: Adjoint) -> Estimate:
         """Return what refinement and a sample say; the worst target's figures."""
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
@@ -166,7 +166,7 @@ class Sweep:
             moved = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
         return worst(figures, count, top, moved, partition_error)
 
-    def _sampled(self, found: _Pass, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
+    def _sampled(self, found: _RoundTrip, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
         """Return every target's figures of a sample, the number of components drawn, and the relative error of Z."""
         flat, left = found.flat, (~found.settled).nonzero()[:, 0]
         if not (method.sample and len(left)):
@@ -183,7 +183,7 @@ class Sweep:
         return figures, len(uniform) + len(near), partition_error
 
 
-class _Pass:
+class _RoundTrip:
     """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
     ``fixed`` components of every start are explicit to the end. ``settled`` (all,) says which components are, or start
@@ -201,7 +201,7 @@ class _Pass:
         self._kept: Forward | None = None
         for group in groups:
             forward = self._forward(group)
-            named += linear_scores(sweep.stack, forward, sweep.directions, sweep.settings)
+            named += linear_scores(sweep.stack, forward, sweep.directions, sweep.approximation)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
             settled.append(_settled(forward, sweep.stack.end))
@@ -213,14 +213,14 @@ class _Pass:
         sweep = self.sweep
         fixed = None if self._fixed is None else self._fixed[group]
         starts, loud = sweep.starts[group], self._loud[group]
-        return mean_field(sweep.stack, starts, loud, sweep.settings, fixed, sweep._gates_budget)
+        return mean_field(sweep.stack, starts, loud, sweep.approximation, fixed, sweep.gates_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
         """Return scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z.
 
         The second is the largest relative error of Z that they show; ``measure`` as of :func:`scores_given_z`.
         """
-        sweep, chosen = self.sweep, self.sweep._split(index)
+        sweep, chosen = self.sweep, self.sweep.split(index)
         found, errors = [], []
         for group in self.groups:
             if not sum(map(len, chosen[group])):
@@ -232,8 +232,8 @@ class _Pass:
                 forward.steps,
                 chosen[group],
                 sweep.directions,
-                sweep.settings,
-                sweep._gates_budget,
+                sweep.approximation,
+                sweep.gates_budget,
                 forward.released,
                 measure,
             )

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan, as text or as JSON."""
     with contextlib.redirect_stdout(sys.stderr):
         silence_transformers()
-        made = _plan(args)
-    print(json.dumps(made.to_dict(), allow_nan=False) if args.json else made)
+        plan = _plan(args)
+    print(json.dumps(plan.to_dict(), allow_nan=False) if args.json else plan)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -62,7 +62,8 @@ def _plan(args: argparse.Namespace) -> Plan:
 
     from ..options import Options
     from ..planning.gemm_rate import gemm_rate
-    from ..planning.planner import check_length, for_config, plan
+    from ..planning.planner import check_length, for_config, make_plan
+    from ..planning.shapes import RunShape
     from ..request import choose_method
 
     device = torch.device(device_of(args.device, elsewhere=args.gemm_tflops is not None))
@@ -76,16 +77,14 @@ def _plan(args: argparse.Namespace) -> Plan:
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
         rate, source = gemm_rate(device, options.dtypes(adapter.dtype, device)[1])
-    return plan(
+    shape = RunShape(
         adapter,
         [check_length(length, adapter) for length in lengths],
         components,
         options,
-        device=device,
         method=choose_method(flags.method_of(args), components, adapter, options),
-        gemm_flops=rate,
-        rate_source=source,
     )
+    return make_plan(shape, device=device, gemm_flops=rate, rate_source=source)
 
 
 def _token_count(text: str, path: str) -> int:

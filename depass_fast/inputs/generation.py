@@ -30,18 +30,18 @@ def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: 
     prompt = ids[None].to(adapter.device)
     arguments = {"attention_mask": torch.ones_like(prompt)} | arguments | {"return_dict_in_generate": False}
     most = (arguments.get("max_length") or 0) - len(ids) if new is None else new
-    with progress_bar("tokens", most, progress) as shown:
-        if shown is not None:
-            arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), _ticking(shown)]
+    with progress_bar("tokens", most, progress) as bar:
+        if bar is not None:
+            arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), _ticking(bar)]
         model: Any = adapter.model
         return model.generate(prompt, **arguments)[0].cpu(), len(ids)
 
 
-def _ticking(shown: ProgressBar) -> Callable[..., Tensor]:
+def _ticking(bar: ProgressBar) -> Callable[..., Tensor]:
     """A stopping criterion that never stops, and moves a bar at every token."""
 
     def tick(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        shown.finish()
+        bar.finish()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     return tick

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..adjoint.approximation import LEAST_TEMPERATURE, Approximation
 from ..adjoint.estimate import warnings_of
 from ..adjoint.maps import LayerStack
-from ..adjoint.settings import LEAST_TEMPERATURE, Settings
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind
@@ -19,7 +19,7 @@ from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
 from ..readout.assemble import assemble
-from ..readout.collect import described
+from ..readout.collect import how_computed
 from ..readout.targets import Directions, resolve_target
 from ..request import Request, fit, traced, wide_dtype, with_trace
 from ..results.attribution import Attribution
@@ -102,7 +102,7 @@ def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds:
     compute = run.compute_dtype or wide
     stack = LayerStack(adapter, trace, prompt, n, request.end, wide, compute)
     temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
-    return Sweep(stack, starts, seeds, Settings(temperature, seed=method.seed), run.memory_budget)
+    return Sweep(stack, starts, seeds, Approximation(temperature, seed=method.seed), run.memory_budget)
 
 
 def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _End, prompt: int) -> list[Attribution]:
@@ -129,7 +129,7 @@ def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _En
                 position=request.reads[prompt],
                 seconds=0.0,
                 method="adjoint",
-                **described(request),
+                **how_computed(request),
             )
         )
     seconds = time.perf_counter() - request.began

@@ -13,7 +13,8 @@ from ..inputs.prompts import Prompt, encode_all
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
-from ..planning.planner import check_length, known_counts, plan
+from ..planning.planner import check_length, known_counts, make_plan
+from ..planning.shapes import RunShape
 from ..request import check_end, check_kind, choose_method
 from ..trace.record import Trace
 
@@ -46,7 +47,7 @@ def plan_of(
     rate, source = None, ""
     if measure:
         rate, source = gemm_rate(adapter.device, settings.dtypes(adapter.dtype, adapter.device)[1])
-    return plan(
+    shape = RunShape(
         adapter,
         lengths,
         components,
@@ -55,6 +56,5 @@ def plan_of(
         traced=trace is not None,
         counts=None if trace is None else known_counts(components, adapter, trace),
         method=choose_method(method, components, adapter, settings),
-        gemm_flops=rate,
-        rate_source=source,
     )
+    return make_plan(shape, gemm_flops=rate, rate_source=source)

@@ -15,7 +15,7 @@ from ..inputs.hook_names import layer_input
 from ..propagation.loop import propagate, through_final_norm
 from ..propagation.run import Run
 from ..request import Request, fit, start, traced
-from ..results.verification import warned
+from ..results.verification import warn_if_off
 from ..state.state import ComponentState
 from ..trace.record import Trace
 
@@ -70,6 +70,6 @@ def _finished(
 ) -> ComponentState:
     """Return a state at the end of its way, with what was measured on it."""
     found = run.verified()
-    warned(found, run.backend.name)
+    warn_if_off(found, run.backend.name)
     state = through_final_norm(adapter, trace, state) if final_norm else state
     return replace(state, verification=found, completeness_error=float(torch.stack(list(errors)).max()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +14,7 @@ from ..backends import has_compute_dtype
 from ..components.base import ComponentKind
 from ..components.custom import Custom
 from ..components.features import Features
-from ..options import Adjoint, Options
-from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
+from .shapes import ForwardPass, RunShape, has_bias, layer_sizes, named_components, reach
 
 
 @dataclass(frozen=True)
@@ -89,19 +87,11 @@ def _size(work: SweepWorkload) -> tuple[int, tuple[int, ...]]:
     return work.memory.n, tuple(start.named for start in work.starts)
 
 
-def sweep_outlook(
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    method: Adjoint,
-    *,
-    end: int | None,
-    device: torch.device,
-    traced: bool,
-    counts: Sequence[int] | None = None,
-) -> SweepOutlook:
-    """Return the outlook of a sweep; the arguments are those of :func:`depass_fast.planning.planner.plan`."""
+def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepOutlook:
+    """Return the outlook of a sweep by ``shape.method`` on ``device``, by default the model's."""
+    adapter, lengths, kind, options = shape.adapter, shape.lengths, shape.kind, shape.options
+    end, counts, method, device = shape.end, shape.counts, shape.method, device or adapter.device
+    assert method is not None, "an exact run is no sweep"
     state, compute = options.dtypes(adapter.dtype, device)
     wide = torch.promote_types(state, torch.float32)
     compute = compute if has_compute_dtype(options.backend) else wide
@@ -132,7 +122,7 @@ def sweep_outlook(
         )
     return SweepOutlook(
         workloads=workloads,
-        forward=ForwardPass.of(adapter, lengths, traced),
+        forward=ForwardPass.of(adapter, lengths, shape.traced),
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for work in workloads for start in work.starts),

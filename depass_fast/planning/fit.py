@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -11,75 +11,23 @@ import torch
 from ..adapters import Adapter
 from ..backends import ReferenceBackend, StreamBackend, choose_backend, make_backend
 from ..backends.torch.division import default_budget
-from ..components.base import ComponentKind
 from ..components.custom import Custom
-from ..options import Adjoint, Options
 from ..propagation.run import Run
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import available, readable
 from .adjoint import SweepOutlook, sweep_outlook
 from .exact import JOINTLY
 from .plan import Plan
-from .planner import plan
-from .shapes import fewest_components, layer_sizes, named_components
+from .planner import make_plan
+from .shapes import RunShape, fewest_components, layer_sizes, named_components
 
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 STREAMED = StreamBackend.name
-_LEAST = 1 << 20  # bytes of workspace below which nothing sensible can be done
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """Everything that the size of a run depends on.
-
-    ``counts`` are the named components of every prompt where they are known, or bounds of them.
-    """
-
-    adapter: Adapter
-    lengths: Sequence[int]
-    kind: ComponentKind
-    options: Options
-    end: int | None
-    traced: bool
-    counts: Sequence[int] | None = None
-    method: Adjoint | None = None
-
-    def plan(self) -> Plan:
-        return plan(
-            self.adapter,
-            self.lengths,
-            self.kind,
-            self.options,
-            end=self.end,
-            traced=self.traced,
-            counts=self.counts,
-            method=self.method,
-        )
-
-    def outlook(self, method: Adjoint) -> SweepOutlook:
-        return sweep_outlook(
-            self.adapter,
-            self.lengths,
-            self.kind,
-            self.options,
-            method,
-            end=self.end,
-            device=self.adapter.device,
-            traced=self.traced,
-            counts=self.counts,
-        )
-
-    def with_lengths(self, lengths: Sequence[int]) -> RunShape:
-        """The same for other prompts, each with as many components as the largest has."""
-        counts = None if self.counts is None else [max(self.counts)] * len(lengths)
-        return replace(self, lengths=lengths, counts=counts)
-
-    def with_state_dtype(self, dtype: torch.dtype) -> RunShape:
-        return replace(self, options=replace(self.options, state_dtype=dtype))
+_LEAST_WORKSPACE = 1 << 20  # bytes of workspace below which nothing sensible can be done
 
 
 def fitted(run: Run, shape: RunShape) -> Run:
-    """Return the run with the workspace that the device has room for.
+    """Return the run with a workspace that fits on the device.
 
     How many components a dictionary or experts have is known only with the trace. Without ``counts`` such a run is
     refused where not even the fewest fit, and else left as it is.
@@ -102,25 +50,25 @@ def fitted(run: Run, shape: RunShape) -> Run:
 def _trace_fits(shape: RunShape) -> bool:
     """True unless the trace alone is known to be too large."""
     free = available(shape.adapter.device)
-    return free is None or _is_spread(shape.adapter) or shape.plan().trace_bytes <= free
+    return free is None or _is_spread(shape.adapter) or make_plan(shape).trace_bytes <= free
 
 
 def _fitted_state(run: Run, shape: RunShape) -> Run:
     name, device, options = run.backend.name, shape.adapter.device, shape.options
-    made = shape.plan()
-    free = made.available_bytes
-    if free is None or made.upper_bound:
+    plan = make_plan(shape)
+    free = plan.available_bytes
+    if free is None or plan.upper_bound:
         return run
-    if short := _shortage(made, name):
+    if short := _shortage(plan, name):
         may_replace = _may_replace(run, shape)
         streams = may_replace and options.stream == "auto" and _can_stream(shape)
-        if not streams or _shortage(made, STREAMED):
-            raise MemoryError(_refusal(made, shape, name, short, may_replace))
+        if not streams or _shortage(plan, STREAMED):
+            raise MemoryError(_refusal(plan, shape, name, short, may_replace))
         name = STREAMED
-    workspace, budget = made.of(name).workspace_bytes, options.memory_budget
-    room = free - (made.of(name).peak_bytes - workspace)  # less than that: not the forward pass is the peak
-    if run.workspace(device) is not None and budget is None and workspace > room:
-        budget = max(_LEAST, default_budget(device) * room // (2 * workspace))
+    workspace, budget = plan.of(name).workspace_bytes, options.memory_budget
+    left = free - (plan.of(name).peak_bytes - workspace)  # less than that: not the forward pass is the peak
+    if run.workspace(device) is not None and budget is None and workspace > left:
+        budget = max(_LEAST_WORKSPACE, default_budget(device) * left // (2 * workspace))
     elif name == run.backend.name:
         return run
     compute = run.compute_dtype
@@ -128,12 +76,12 @@ def _fitted_state(run: Run, shape: RunShape) -> Run:
     return replace(run, backend=backend)
 
 
-def _shortage(made: Plan, name: str) -> str | None:
+def _shortage(plan: Plan, name: str) -> str | None:
     """Say what the backend ``name`` needs and what there is; None if that is enough for it."""
-    need, free, host = least_bytes(made, name), made.available_bytes, available(torch.device("cpu"))
+    need, free, host = least_bytes(plan, name), plan.available_bytes, available(torch.device("cpu"))
     if free is not None and need > free:
-        return f"needs {readable(need)} on {made.device} and {readable(free)} are available"
-    held = made.of(name).host_bytes
+        return f"needs {readable(need)} on {plan.device} and {readable(free)} are available"
+    held = plan.of(name).host_bytes
     if held and host is not None and held > host:
         return f"needs {readable(held)} in host memory and {readable(host)} are available"
     return None
@@ -145,15 +93,16 @@ def _is_spread(adapter: Adapter) -> bool:
 
 
 def _fitted_sweep(run: Run, shape: RunShape) -> Run:
-    """A sweep begins with the workspace that there is room for, if many components are loud, or at least if none is.
+    """Give a sweep the workspace with which it fits however many components are loud.
+
+    Where there is none, the workspace is that with which it fits if no component is loud.
 
     A workspace that was asked for is left as it is: where memory runs out the sweep halves it, and says so.
     """
-    free, method = available(shape.adapter.device), shape.method
-    assert method is not None
+    free = available(shape.adapter.device)
     if free is None:
         return run
-    outlook = shape.outlook(method)
+    outlook = sweep_outlook(shape)
     usual = outlook.default_workspace(free)
     if outlook.peak(usual, None) > free and _is_spread(shape.adapter):
         return run
@@ -161,7 +110,7 @@ def _fitted_sweep(run: Run, shape: RunShape) -> Run:
         workspace = outlook.fitting_workspace(free, loud)
         if workspace is not None:
             return run if shape.options.memory_budget or workspace == usual else replace(run, memory_budget=workspace)
-    raise MemoryError(_refusal_of_sweep(shape, outlook, method, free))
+    raise MemoryError(_refusal_of_sweep(shape, outlook, free))
 
 
 def _may_replace(run: Run, shape: RunShape) -> bool:
@@ -189,12 +138,12 @@ def _is_small(shape: RunShape) -> bool:
     return most <= _SMALL and (free is None or most <= free // 8)
 
 
-def least_bytes(made: Plan, backend: str) -> int:
+def least_bytes(plan: Plan, backend: str) -> int:
     """Return the bytes below which a run cannot be done whatever its workspace."""
-    estimate = made.of(backend)
+    estimate = plan.of(backend)
     if backend == ReferenceBackend.name:  # whose workspace is not bounded
         return estimate.peak_bytes
-    return max(estimate.forward_bytes, estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST))
+    return max(estimate.forward_bytes, estimate.peak_bytes - max(0, estimate.workspace_bytes - _LEAST_WORKSPACE))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -202,15 +151,15 @@ def least_bytes(made: Plan, backend: str) -> int:
 Fits = Callable[[RunShape, str], int | None]  # the bytes that a run needs with a backend, None where it does not fit
 
 
-def _refusal(made: Plan, shape: RunShape, name: str, short: str, may_replace: bool) -> str:
+def _refusal(plan: Plan, shape: RunShape, name: str, short: str, may_replace: bool) -> str:
     """The message for the backend ``name``: what is short, and what would fit."""
 
     def fits(other: RunShape, name: str) -> int | None:
-        plan = other.plan()
+        plan = make_plan(other)
         return None if _shortage(plan, name) else least_bytes(plan, name)
 
-    parts = f"the state takes {readable(made.state_bytes)}, the trace {readable(made.trace_bytes)}"
-    return f"{made.components}: {short}: {parts}. {_advice(_ways(shape, name, may_replace, fits))}"
+    parts = f"the state takes {readable(plan.state_bytes)}, the trace {readable(plan.trace_bytes)}"
+    return f"{plan.components}: {short}: {parts}. {_advice(_ways(shape, name, may_replace, fits))}"
 
 
 def _ways(shape: RunShape, name: str, may_replace: bool, fits: Fits) -> Iterator[str]:
@@ -230,24 +179,25 @@ def _ways(shape: RunShape, name: str, may_replace: bool, fits: Fits) -> Iterator
     yield from _smaller_prompts(shape, name, fits)
 
 
-def _refusal_of_sweep(shape: RunShape, outlook: SweepOutlook, method: Adjoint, free: int) -> str:
+def _refusal_of_sweep(shape: RunShape, outlook: SweepOutlook, free: int) -> str:
     """The message for a sweep: what it needs with the smallest workspace, what there is, and what would fit."""
 
     def fits(other: RunShape, name: str) -> int | None:
-        need = other.outlook(other.method or method).least(free)
+        need = sweep_outlook(other).least(free)
         return need if need <= free else None
 
     return (
         f"{shape.kind.kind}, adjoint: needs {readable(outlook.least(free))} on {shape.adapter.device}, however small "
         f"the workspace, and {readable(free)} are available: the trace takes {readable(outlook.forward.trace)}. "
-        f"{_advice(_ways_of_sweep(shape, outlook, method, fits))}"
+        f"{_advice(_ways_of_sweep(shape, outlook, fits))}"
     )
 
 
-def _ways_of_sweep(shape: RunShape, outlook: SweepOutlook, method: Adjoint, fits: Fits) -> Iterator[str]:
+def _ways_of_sweep(shape: RunShape, outlook: SweepOutlook, fits: Fits) -> Iterator[str]:
     """Changes of a sweep that make it fit, each found to do so by an outlook of its own."""
-    screening = replace(method, refine=0, sample=0)
-    if method != screening and (need := fits(replace(shape, method=screening), "adjoint")):
+    assert shape.method is not None
+    screening = replace(shape.method, refine=0, sample=0)
+    if shape.method != screening and (need := fits(replace(shape, method=screening), "adjoint")):
         yield f"method=Adjoint(refine=0, sample=0) ({readable(need)})"
     if outlook.wide == torch.float64 and (need := fits(shape.with_state_dtype(torch.float32), "adjoint")):
         yield f"state_dtype='float32' ({readable(need)})"

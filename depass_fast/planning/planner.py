@@ -7,8 +7,8 @@ device. Every run makes one before it does any work, takes its workspace from it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,86 +18,69 @@ from ..backends.torch.division import default_budget
 from ..backends.workload import Workload
 from ..components.base import ComponentKind
 from ..components.model import Tokens
-from ..options import Adjoint, Options
 from ..propagation.joint import JOINT_BYTES
 from ..runtime.dtypes import dtype_name, widest
 from ..runtime.memory import available
 from ..trace.record import Trace
 from ..trace.size import without_weights
-from .adjoint import SweepOutlook, sweep_outlook
+from .adjoint import sweep_outlook
 from .exact import JOINTLY, SINGLY, estimates
 from .plan import BackendEstimate, Plan
-from .shapes import ForwardPass, has_bias, layer_sizes, named_components, reach
-
-if TYPE_CHECKING:
-    pass
+from .shapes import ForwardPass, RunShape, has_bias, layer_sizes, named_components, reach
 
 # shares of the GEMM rate, measured on a CPU by bench.speed.cpu and bench.memory.plan, on a GPU by bench.speed.gpu
 EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5}
 ON_A_GPU = {"torch": 0.3, "triton": 0.7, "adjoint": 0.2}
 
 
-def plan(
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options | None = None,
+@dataclass(frozen=True)
+class _GemmRate:
+    """FLOP per second of a large GEMM in the compute dtype, None if unknown, and where the number comes from."""
+
+    flops: float | None
+    given_source: str
+
+    @property
+    def source(self) -> str:
+        return "" if self.flops is None else self.given_source
+
+
+def make_plan(
+    shape: RunShape,
     *,
-    end: int | None = None,
     device: torch.device | None = None,
-    traced: bool = False,
-    counts: Sequence[int] | None = None,
-    method: Adjoint | None = None,
     loud: int | None = None,
     gemm_flops: float | None = None,
     rate_source: str = "given",
 ) -> Plan:
-    """Return the plan of a decomposition of prompts of ``lengths`` tokens, carried to the input of layer ``end``.
+    """Return the plan of a run.
 
     Args:
-        adapter: of a model, with weights or without (:func:`for_config`).
-        end: None: after the final norm.
+        shape: of a run of a model with weights or without (:func:`for_config`); counts as of :func:`known_counts`.
         device: the device that it will run on. Default: the model's; of several, the one with least to spare.
-        traced: the trace exists already, and is no part of the peak.
-        counts: named components of every prompt, where that is known (:func:`known_counts`), or bounds of them.
-        method: None: exact.
         loud: the number of loud components of every start layer of an adjoint sweep, where that is known.
         gemm_flops: FLOP per second of a large GEMM in the compute dtype; ``rate_source`` says where it comes from.
 
     Raises:
         ValueError, TypeError: this model does not have such components or options.
     """
-    options, spread = options or Options(), device is None
-    device = device or adapter.device
-    kind.check(adapter, lengths)
-    if method is not None:
-        outlook = sweep_outlook(
-            adapter, lengths, kind, options, method, end=end, device=device, traced=traced, counts=counts
-        )
-        return _adjoint(adapter, lengths, kind, outlook, device, loud, gemm_flops, rate_source)
-    made = _exact(adapter, lengths, kind, options, end, device, traced, counts, gemm_flops, rate_source)
-    return _tightest(adapter, made, end, traced) if spread else made
+    adapter, gemm = shape.adapter, _GemmRate(gemm_flops, rate_source)
+    shape.kind.check(adapter, shape.lengths)
+    if shape.method is not None:
+        return _adjoint(shape, device or adapter.device, loud, gemm)
+    plan = _exact(shape, device or adapter.device, gemm)
+    return _tightest(shape, plan) if device is None else plan
 
 
-def _exact(
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    device: torch.device,
-    traced: bool,
-    counts: Sequence[int] | None,
-    gemm_flops: float | None,
-    rate_source: str,
-) -> Plan:
+def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
     """The plan of a state, or of those of several layers in one sweep: an upper bound where not all fit together."""
+    adapter, kind, lengths = shape.adapter, shape.kind, shape.lengths
     kinds = list(kind.each(adapter))
-    found = [_workload(adapter, lengths, one, options, end, device, counts) for one in kinds]
+    found = [_workload(replace(shape, kind=one), device) for one in kinds]
     workloads, known = [work for work, _ in found], all(is_known for _, is_known in found)
-    state, compute = options.dtypes(adapter.dtype, device)
-    forward = ForwardPass.of(adapter, lengths, traced)
-    rates = _rates(device, widest(state, compute, adapter.dtype), gemm_flops)
+    state, compute = shape.options.dtypes(adapter.dtype, device)
+    forward = ForwardPass.of(adapter, lengths, shape.traced)
+    rates = _rates(device, widest(state, compute, adapter.dtype), gemm.flops)
     return Plan(
         method="exact",
         components=kind.kind,
@@ -118,34 +101,37 @@ def _exact(
         state_bytes=sum(work.state_bytes for work in workloads),
         estimates=estimates(_groups(workloads), forward, rates),
         available_bytes=available(device),
-        gemm_flops=gemm_flops,
-        rate_source="" if gemm_flops is None else rate_source,
+        gemm_flops=gemm.flops,
+        rate_source=gemm.source,
         upper_bound=kind.is_layered or not known,
     )
 
 
-def _tightest(adapter: Adapter, made: Plan, end: int | None, traced: bool) -> Plan:
+def _tightest(shape: RunShape, plan: Plan) -> Plan:
     """The plan of the device with least to spare, of the several that a model lies on.
 
     Every one holds the trace of its own layers; state and workspace go from one to the next.
     """
-    n_layers, plans = adapter.n_layers, []
+    adapter, n_layers, plans = shape.adapter, shape.adapter.n_layers, []
     places = [adapter.layer_device(index) for index in range(n_layers)]
     if len(set(places)) == 1:
-        return made
-    for device in dict.fromkeys(places[made.layer : end] or places[-1:]):
-        elsewhere = 0 if traced else made.trace_bytes * (n_layers - places.count(device)) // n_layers
+        return plan
+    for device in dict.fromkeys(places[plan.layer : shape.end] or places[-1:]):
+        elsewhere = 0 if shape.traced else plan.trace_bytes * (n_layers - places.count(device)) // n_layers
         needs = tuple(
             replace(e, peak_bytes=e.peak_bytes - elsewhere, forward_bytes=e.forward_bytes - elsewhere)
-            for e in made.estimates
+            for e in plan.estimates
         )
-        plans.append(replace(made, device=str(device), available_bytes=available(device), estimates=needs))
+        plans.append(replace(plan, device=str(device), available_bytes=available(device), estimates=needs))
     known = [one for one in plans if one.available_bytes is not None]
-    return min(known, key=lambda one: one.available_bytes - one.estimates[0].peak_bytes, default=made)
+    return min(known, key=lambda one: one.available_bytes - one.estimates[0].peak_bytes, default=plan)
 
 
 def _groups(workloads: Sequence[Workload]) -> list[list[Workload]]:
-    """Neighbours that are carried together where memory allows, as :func:`.joint.group_by_memory` does."""
+    """Return groups of neighbours that are carried together where memory allows.
+
+    Unlike :func:`depass_fast.propagation.joint.group_by_memory` it ignores free memory: no plan depends on that.
+    """
     groups: list[list[Workload]] = [[]]
     for work in workloads:
         if groups[-1] and sum(other.state_bytes for other in groups[-1]) + work.state_bytes > JOINT_BYTES:
@@ -154,16 +140,10 @@ def _groups(workloads: Sequence[Workload]) -> list[list[Workload]]:
     return groups
 
 
-def _workload(
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    options: Options,
-    end: int | None,
-    device: torch.device,
-    counts: Sequence[int] | None,
-) -> tuple[Workload, bool]:
+def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     """The state of a kind at one layer and its way; True if that is known before the prompts are traced."""
+    adapter, lengths, kind, options = shape.adapter, shape.lengths, shape.kind, shape.options
+    end, counts = shape.end, shape.counts
     state, compute = options.dtypes(adapter.dtype, device)
     entering, last = reach(kind, adapter, end)
     extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
@@ -190,20 +170,12 @@ def _workload(
     return work, all(exact)
 
 
-def _adjoint(
-    adapter: Adapter,
-    lengths: Sequence[int],
-    kind: ComponentKind,
-    outlook: SweepOutlook,
-    device: torch.device,
-    loud: int | None,
-    gemm_flops: float | None,
-    rate_source: str,
-) -> Plan:
+def _adjoint(shape: RunShape, device: torch.device, loud: int | None, gemm: _GemmRate) -> Plan:
     """The plan of an adjoint sweep: with no loud components and with as many as are ever carried, or with ``loud``."""
+    adapter, kind, outlook = shape.adapter, shape.kind, sweep_outlook(shape, device)
     free = available(device)
     workspace = outlook.default_workspace(free)
-    rate = _rate("adjoint", device, gemm_flops)
+    reached = _rate("adjoint", device, gemm.flops)
     cases = [("adjoint", 0), ("adjoint, many loud", None)] if loud is None else [("adjoint", loud)]
     found = []
     for name, number in cases:
@@ -216,7 +188,7 @@ def _adjoint(
                 peak_bytes=peak,
                 forward_bytes=outlook.forward.peak,
                 host_bytes=0,
-                seconds=None if rate is None else (flop + outlook.forward.flop) / rate,
+                seconds=None if reached is None else (flop + outlook.forward.flop) / reached,
             )
         )
     rows = outlook.rows(cases[-1][1])
@@ -226,7 +198,7 @@ def _adjoint(
         layer=outlook.layer,
         start_layers=len(list(kind.each(adapter))),
         layers_passed=outlook.layers_passed,
-        lengths=tuple(lengths),
+        lengths=tuple(shape.lengths),
         n_components=outlook.n_components,
         rows=rows,
         hidden_size=adapter.hidden_size,
@@ -240,8 +212,8 @@ def _adjoint(
         state_bytes=rows * adapter.hidden_size * outlook.wide.itemsize,
         estimates=tuple(found),
         available_bytes=free,
-        gemm_flops=gemm_flops,
-        rate_source="" if gemm_flops is None else rate_source,
+        gemm_flops=gemm.flops,
+        rate_source=gemm.source,
         upper_bound=outlook.upper_bound,
     )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
+
+import torch
 
 from ..adapters import Adapter
 from ..backends.workload import LayerSize
@@ -12,9 +14,36 @@ from ..components.base import ComponentKind
 from ..components.features import Features
 from ..components.model import Modules, Neurons
 from ..components.start import meets_bias
+from ..options import Adjoint, Options
 from ..trace.size import bytes_per_position
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """Everything that the size of a run depends on: prompts of ``lengths`` tokens, carried to the input of ``end``.
+
+    ``end`` None: after the final norm. ``traced``: the trace exists already, and is no part of the peak. ``counts`` are
+    the named components of every prompt where they are known, or bounds of them. ``method`` None: exact.
+    """
+
+    adapter: Adapter
+    lengths: Sequence[int]
+    kind: ComponentKind
+    options: Options = field(default_factory=Options)
+    end: int | None = None
+    traced: bool = False
+    counts: Sequence[int] | None = None
+    method: Adjoint | None = None
+
+    def with_lengths(self, lengths: Sequence[int]) -> RunShape:
+        """Return the same for other prompts, each with as many components as the largest has."""
+        counts = None if self.counts is None else [max(self.counts)] * len(lengths)
+        return replace(self, lengths=lengths, counts=counts)
+
+    def with_state_dtype(self, dtype: torch.dtype) -> RunShape:
+        return replace(self, options=replace(self.options, state_dtype=dtype))
 
 
 def layer_sizes(adapter: Adapter) -> list[LayerSize]:

@@ -74,7 +74,7 @@ def propagate_jointly(
     run: Run,
     reads: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[ComponentState, list[Tensor]]]:
-    """Carry every state to the input of layer ``end``, as :func:`.loop.propagate` carries one.
+    """Carry every state to the input of layer ``end``, as :func:`depass_fast.propagation.loop.propagate` carries one.
 
     ``starts`` must be in the order of their layers, hold components that live everywhere, and agree in their extras. A
     state is made when the sweep reaches its layer: until then it would only take memory.

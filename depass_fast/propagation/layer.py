@@ -38,8 +38,8 @@ def through_attention(
     if layer.parallel:
         source = _copy(state) if queries is None else state.at(queries)
     if queries is None:
-        run.steps.expect(layer, record, run.allocation)
-    state = run.steps.aggregate_ov(state, layer.attention, record.attention, queries)
+        run.operations.expect(layer, record, run.allocation)
+    state = run.operations.aggregate_ov(state, layer.attention, record.attention, queries)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source
 
@@ -53,12 +53,12 @@ def through_mlp(
     for part in record.mlps:
         mlp = layer.mlps[part.part]
         if part.host_positions is None:
-            state = run.steps.allocate_mlp(state, mlp, part, run.allocation, source)
+            state = run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
         segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
         if len(segments):
             read = None if source is None else source.take(segments)
-            state.put(run.steps.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
+            state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
     normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state

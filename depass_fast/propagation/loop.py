@@ -38,15 +38,15 @@ def propagate(
     if reads is not None:
         queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
     errors = [state.completeness(trace.resid_at(first, state.site))]
-    with progress_bar("layers", end - first, run.progress) as shown:
+    with progress_bar("layers", end - first, run.progress) as bar:
         for index in range(first, end):
             layer = adapter.layer(index)
             state.rows = state.rows if run.host else state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
             state = through_layer(state.moved(), layer, trace.layers[index], run, kept)
             errors.append(state.completeness(trace.resid(index + 1)))
-            if shown is not None:
-                shown.finish()
+            if bar is not None:
+                bar.finish()
     if queries is not None and first == end:
         state = state.at(queries)
     state.factors = None

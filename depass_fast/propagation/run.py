@@ -26,7 +26,7 @@ class Run:
     verifier: Verifier | None = None
 
     @property
-    def steps(self) -> Backend:
+    def operations(self) -> Backend:
         """The backend for the steps of a layer and the readout, watched if ``verify`` was given."""
         return self.backend if self.verifier is None else self.verifier.around(self.backend)
 

@@ -1,4 +1,4 @@
-"""From scores in host memory to an Attribution, with the error that is measured on them."""
+"""An Attribution made of scores in host memory, with the completeness error measured on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From states at the last layer to results: targets are resolved once per trace, all states are copied at once.
+"""The readout of states at the last layer: targets are resolved once per trace, all states are copied at once.
 
 Every copy to the host waits for all that a GPU has to do. So the targets are looked at before the layer loop, when it
 has nothing to do, and the scores when everything is on its way: how often it is waited for does not depend on how many
@@ -19,7 +19,7 @@ from ..adapters import Norm
 from ..inputs.targets import TargetSpec
 from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
-from ..results.verification import Verification, warned
+from ..results.verification import Verification, warn_if_off
 from ..runtime.dtypes import dtype_name
 from ..runtime.transfer import to_host
 from ..state.layout import Components
@@ -72,7 +72,7 @@ class Readout:
         ``errors`` are the completeness errors (P,) at the start and after every layer.
         """
         state.rows = state.rows.to(self.resid.device, self.dtype)
-        scores = read_scores(state, request.run.steps, self.norm, self.resid, self.directions)
+        scores = read_scores(state, request.run.operations, self.norm, self.resid, self.directions)
         return Collected(self, request, state.layout.components, scores, errors, request.run.verified())
 
 
@@ -100,7 +100,7 @@ def to_results(collected: Sequence[Collected]) -> list[list[Attribution]]:
     return results
 
 
-def described(request: Request) -> dict[str, Any]:
+def how_computed(request: Request) -> dict[str, Any]:
     """Return the fields of an :class:`Attribution` that say how it was computed."""
     adapter, run = request.adapter, request.run
     return {
@@ -130,8 +130,8 @@ def _results(one: Collected, scores: Sequence[Tensor], errors: Tensor, seconds: 
             seconds=seconds,
             memory_budget=run.workspace(request.adapter.device),
             verification=one.verification,
-            warnings=warned(one.verification, run.backend.name),
-            **described(request),
+            warnings=warn_if_off(one.verification, run.backend.name),
+            **how_computed(request),
         )
         for i, (prompt, position) in enumerate(readout.places)
     ]

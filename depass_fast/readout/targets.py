@@ -71,8 +71,8 @@ def _resolve(
     """Return the directions of a target; ``own`` is the model's next token, None where nobody asks for it."""
     vectors, constants, names, ids, contrasts = [], [], [], [], []
     for item in spec.items:
-        asked, contrast, free = item
-        token = own if asked is None and free is None else asked
+        token_asked_for, contrast, free = item
+        token = own if token_asked_for is None and free is None else token_asked_for
         if token is None:
             assert free is not None, "an item is a token or a vector"
             vector, constant = free, torch.zeros((), dtype=dtype, device=adapter.unembedding_device)

@@ -113,7 +113,7 @@ class Attribution:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """Read a file of :meth:`save`, or of :meth:`depass_fast.LayeredAttribution.save`, which gives such a one.
+        """Read a file of :meth:`save`. One of :meth:`depass_fast.LayeredAttribution.save` gives a LayeredAttribution.
 
         Raises:
             ValueError: the file is no saved attribution.

@@ -30,7 +30,7 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
     """Read a file of the format ``name``, by default of any registered format.
 
     Raises:
-        ValueError: the file is no such.
+        ValueError: the file has another format, or is not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attribution import Attribution
 from .tables import data_frame
-from .verification import Verification, merged
+from .verification import Verification, merge
 
 if TYPE_CHECKING:
     import pandas
@@ -54,7 +54,7 @@ class Generation:
     @property
     def verification(self) -> Verification | None:
         """The verification of all steps together; None where nothing was verified."""
-        return merged(step.verification for step in self.steps)
+        return merge(step.verification for step in self.steps)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return a DataFrame with a row per generated token and component before it. Needs pandas.

@@ -19,7 +19,7 @@ from .interface import Row
 from .ranking import leading, score_of, target_row
 from .render import plain, rich_view
 from .tables import data_frame, write_csv
-from .verification import Verification, merged
+from .verification import Verification, merge
 
 if TYPE_CHECKING:
     import pandas
@@ -213,7 +213,7 @@ class LayeredAttribution(_Shared):
     @property
     def verification(self) -> Verification | None:
         """The verification of all layers together; None where nothing was verified."""
-        return merged(result.verification for result in self.by_layer)
+        return merge(result.verification for result in self.by_layer)
 
     def layer_text(self) -> str:
         """Return the layers in words."""
@@ -279,7 +279,7 @@ class LayeredAttribution(_Shared):
 
     @classmethod
     def load(cls, path: str | Path) -> LayeredAttribution:
-        """Read what :meth:`save` wrote. Raises ValueError where the file is no such."""
+        """Read what :meth:`save` wrote. Raises ValueError if the file holds no LayeredAttribution."""
         return read_result(path, FORMAT)
 
     @classmethod

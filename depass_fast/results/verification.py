@@ -59,13 +59,13 @@ def _excess(error: float, limit: float) -> float:
     return error / limit if limit else -1.0
 
 
-def merged(found: Iterable[Verification | None]) -> Verification | None:
+def merge(found: Iterable[Verification | None]) -> Verification | None:
     """Return several verifications as one, equal ones counted once; None where there is none."""
     different = list(dict.fromkeys(one for one in found if one is not None))
     return reduce(Verification.meet, different) if different else None
 
 
-def warned(found: Verification | None, backend: str) -> list[str] | None:
+def warn_if_off(found: Verification | None, backend: str) -> list[str] | None:
     """Issue a VerificationWarning for a verification that failed, and return its text for the result; else None."""
     if found is None or found.passed:
         return None

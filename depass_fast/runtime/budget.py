@@ -15,13 +15,14 @@ from .log import warn_user
 from .memory import is_out_of_memory, readable
 from .progress import advance
 
-_LEAST = 1 << 10
+_LEAST_WORKSPACE = 1 << 10
 _ADVICE = (
     "what is short is room for the state and the trace. Take a state_dtype of half the size, fewer or shorter prompts, "
     "stream=True, or carry the components in several runs with focus(...)."
 )
 
-Piece = TypeVar("Piece")
+Work = TypeVar("Work")
+Made = TypeVar("Made")
 
 
 class Budget:
@@ -35,7 +36,7 @@ class Budget:
         given: int | None,
         default: Callable[[torch.device], int],
         release: Callable[[], None],
-        least: int = _LEAST,
+        least: int = _LEAST_WORKSPACE,
         advice: str = _ADVICE,
     ) -> None:
         self._bytes, self._default, self._release = given, default, release
@@ -48,8 +49,8 @@ class Budget:
     def each(
         self,
         device: torch.device,
-        cut: Callable[[Piece | None], Sequence[Piece]],
-        step: Callable[[Piece], None],
+        cut: Callable[[Work | None], Sequence[Work]],
+        step: Callable[[Work], None],
     ) -> None:
         """Do ``step`` for every piece. ``cut`` gives all pieces for None, else those from an undone one on."""
         pieces = self.prepare(device, lambda: cut(None))
@@ -72,7 +73,7 @@ class Budget:
                 pieces, done = self.prepare(device, lambda undone=undone: cut(undone)), 0
                 total += len(pieces)
 
-    def prepare(self, device: torch.device, make: Callable[[], Piece]) -> Piece:
+    def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
         """Return what ``make`` makes without writing to the state; where memory runs out, try again with less held."""
         while True:
             try:

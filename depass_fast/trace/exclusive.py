@@ -17,7 +17,7 @@ one_at_a_time = threading.RLock()  # hooks and attention implementation belong t
 
 @contextmanager
 def exclusive(adapter: Adapter) -> Iterator[ExitStack]:
-    """Have the model run uncompiled and, in float64, with experts that know it. Yields the stack of what is undone."""
+    """Hold the model for this thread, uncompiled, and in float64 with eager experts. Yield the stack that undoes it."""
     with one_at_a_time, ExitStack() as undo:
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes seconds
             undo.enter_context(torch.compiler.set_stance("force_eager"))

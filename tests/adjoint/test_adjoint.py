@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from depass_fast import Custom, DePass, Features, Neurons
+from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.crowd import Crowd
 from depass_fast.adjoint.estimate import spearman
@@ -13,7 +14,6 @@ from depass_fast.adjoint.forward import Forward, Step
 from depass_fast.adjoint.maps import LayerMaps, LayerStack
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.rows import ExplicitRows
-from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import DenseRows, make_start
 from depass_fast.backends import ReferenceBackend
 from depass_fast.components.start import meets_bias
@@ -95,14 +95,14 @@ def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
 def test_refinement_is_exact_given_an_exact_log_z(name):
     """One function refines; with log Z of the exact run it returns the exact run's scores."""
     dp, ids = build(name, torch.float64), random_ids(6, seed=4)
-    trace, options = dp.trace(ids), Settings(T)
+    trace, approximation = dp.trace(ids), Approximation(T)
     for kind in (Neurons(0), custom(dp, ids, site="resid_mid", scale=1.0)):
         steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
         for step in steps:
             step.crowd.exact = True
         chosen = [torch.arange(0, len(start.named), 2)]
         stack, directions = stack_of(dp, trace, len(ids)), seeds(dp, trace, len(ids) - 1)
-        found = scores_given_z(stack, [start], steps, chosen, directions, options, budget=1 << 14).scores[:, 0]
+        found = scores_given_z(stack, [start], steps, chosen, directions, approximation, budget=1 << 14).scores[:, 0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         assert_close(found, exact[: len(start.named) : 2], 1e-9)
 
@@ -110,13 +110,13 @@ def test_refinement_is_exact_given_an_exact_log_z(name):
 @torch.no_grad()
 def test_the_error_falls_with_the_square_of_the_components():
     dp, ids = build("qwen2", torch.float64), random_ids(6, seed=5)
-    trace, options = dp.trace(ids), Settings(T)
+    trace, approximation = dp.trace(ids), Approximation(T)
     errors = []
     for scale in (1e-2, 5e-3, 2.5e-3):
         kind = custom(dp, ids, layer=0, scale=scale)
         _, forward, _ = exact_steps(dp, trace, kind, len(ids) - 1)
         stack, directions = stack_of(dp, trace, len(ids)), seeds(dp, trace, len(ids) - 1)
-        found = linear_scores(stack, forward, directions, options)[0][0]
+        found = linear_scores(stack, forward, directions, approximation)[0][0]
         exact = dp.attribute(trace, kind, 5, backend="reference").scores
         errors.append(float((found - exact[: len(found)]).norm()))
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
@@ -158,7 +158,7 @@ def test_lambda_agrees_with_autograd(name):
     seen: list[torch.Tensor] = []
     start.named = Spy(start.named.states)
     with torch.no_grad():
-        linear_scores(stack_of(dp, trace, read + 1), forward, seed, Settings(T))
+        linear_scores(stack_of(dp, trace, read + 1), forward, seed, Approximation(T))
     assert torch.allclose(seen[0], expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
 
 
@@ -246,8 +246,8 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
     dp, ids = DePass(build_model("llama", intermediate_size=100, num_hidden_layers=12)), random_ids(6)
     kind, largest = Custom(0, torch.randn(6, 40, 32, generator=torch.Generator().manual_seed(0))), []
     for scatter in (True, False):
-        changed = partial(Settings, scatter=scatter, at_most=4)
-        monkeypatch.setattr("depass_fast.methods.adjoint.Settings", changed)
+        changed = partial(Approximation, scatter=scatter, at_most=4)
+        monkeypatch.setattr("depass_fast.methods.adjoint.Approximation", changed)
         found = dp.attribute(ids, kind, 5, method=Adjoint(refine=0, sample=0), temperature=1e-6).scores
         largest.append(float(found.abs().max()))
     exact = dp.attribute(ids, kind, 5, temperature=1e-6).scores.abs().max()

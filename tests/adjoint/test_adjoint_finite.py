@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depass_fast import Custom, DePass, Neurons
+from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.forward import mean_field
 from depass_fast.adjoint.maps import LayerStack
-from depass_fast.adjoint.settings import Settings
 from depass_fast.adjoint.starts import make_start
 from depass_fast.options import Adjoint
 from depass_fast.results.estimate import ApproximationWarning
@@ -155,7 +155,7 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     trace = dp.trace(ids)
     start = make_start(Neurons(0), dp.adapter, trace, 0, 6, False, torch.float32)
     stack = LayerStack(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
-    forward = mean_field(stack, [start], [torch.arange(4)], Settings(0.1))
+    forward = mean_field(stack, [start], [torch.arange(4)], Approximation(0.1))
     for step in forward.steps:
         crowd = step.crowd
         assert (crowd.share <= 1.0 + 1e-5).all() and crowd.slope.max() <= 1.0 and crowd.mean.isfinite().all()

@@ -25,6 +25,7 @@ from depass_fast.backends import (
 from depass_fast.cli.main import main
 from depass_fast.planning import fit as fitting
 from depass_fast.planning import planner
+from depass_fast.planning.shapes import RunShape
 from depass_fast.runtime import log
 from tests.support.devices import small_gpu
 from tests.support.family_models import build_model
@@ -191,24 +192,24 @@ def test_streaming_and_focus_are_the_torch_backends(monkeypatch, triton):
 def test_the_workspace_is_fitted_as_torchs_is(monkeypatch, triton):
     triton(None)
     dp, ids = build("llama-gqa"), random_ids(60)
-    made = dp.plan(ids, Tokens(), measure=False)
-    monkeypatch.setattr(fitting, "_LEAST", 1 << 12)
+    plan = dp.plan(ids, Tokens(), measure=False)
+    monkeypatch.setattr(fitting, "_LEAST_WORKSPACE", 1 << 12)
     for module in (fitting, planner):
-        monkeypatch.setattr(module, "available", lambda device: fitting.least_bytes(made, "triton"))
+        monkeypatch.setattr(module, "available", lambda device: fitting.least_bytes(plan, "triton"))
     result = dp.attribute(ids, Tokens(), 7, backend="triton")
     assert result.backend == "triton" and result.memory_budget < 32 << 20
 
 
 def test_without_room_auto_streams_and_triton_by_name_is_refused(monkeypatch, triton):
     triton(None)
-    monkeypatch.setattr(fitting, "_LEAST", 1 << 12)  # of so small a model the workspace would be all
+    monkeypatch.setattr(fitting, "_LEAST_WORKSPACE", 1 << 12)  # of so small a model the workspace would be all
     lengths, kind, adapter = [60], Tokens(), build("llama-gqa").adapter
     placed = small_gpu(monkeypatch, lengths, kind)
 
     def chosen(**given):
         given = Options(**given)
         run = replace(Options().build(adapter), backend=StandIn())
-        return fitting.fitted(run, fitting.RunShape(placed, lengths, kind, given, None, False))
+        return fitting.fitted(run, RunShape(placed, lengths, kind, given, None, False))
 
     assert chosen().backend.name == "torch, streamed"
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):
@@ -221,9 +222,9 @@ def test_without_room_auto_streams_and_triton_by_name_is_refused(monkeypatch, tr
 def test_a_plan_lists_triton_where_it_can_run(triton):
     dp = build("llama-gqa")
     triton(None)
-    made = dp.plan(12, Tokens())
-    assert made.of("triton").seconds is None  # on a CPU it is interpreted: that time is nobody's
-    assert made.of("torch").seconds > 0 and "triton " in str(made)
+    plan = dp.plan(12, Tokens())
+    assert plan.of("triton").seconds is None  # on a CPU it is interpreted: that time is nobody's
+    assert plan.of("torch").seconds > 0 and "triton " in str(plan)
     layers = dp.plan(12, Heads(layers="all"))
     one = dp.plan(12, Heads(0))
     assert layers.of("triton").peak_bytes > one.of("triton").peak_bytes  # states are held together

@@ -10,6 +10,7 @@ from depass_fast.backends import StreamBackend
 from depass_fast.backends import stream as stream_module
 from depass_fast.backends.torch import blocks, bounded
 from depass_fast.planning import fit as fitting
+from depass_fast.planning.shapes import RunShape
 from tests.support.components import kinds
 from tests.support.devices import small_gpu
 from tests.support.family_models import available, build_variant
@@ -123,8 +124,8 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
 
     def chosen(**options):
         options = Options(**options)
-        asked = fitting.RunShape(placed, lengths, kind, options, None, False)
-        return fitting.fitted(options.build(adapter), asked)
+        shape = RunShape(placed, lengths, kind, options, None, False)
+        return fitting.fitted(options.build(adapter), shape)
 
     assert chosen().host and chosen().workspace(placed.device) == 1 << 20  # there is room for no more
     with pytest.raises(MemoryError, match=r"It fits with stream=True"):

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import depass_fast.planning.fit
 import depass_fast.planning.planner
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.planning.fit import RunShape, fitted, least_bytes
-from depass_fast.planning.planner import plan
+from depass_fast.planning.fit import fitted, least_bytes
+from depass_fast.planning.planner import make_plan
+from depass_fast.planning.shapes import RunShape
 from depass_fast.runtime.budget import Budget
 from depass_fast.trace.finite import check_finite
 from tests.support.family_models import build_model
@@ -207,8 +208,8 @@ def test_what_is_said_to_fit_does(free):
 
 def test_a_refusal_gives_two_pieces_of_advice_at_most_and_none_that_does_not_help(free, monkeypatch):
     dp, ids = build("llama-gqa"), random_ids(60)
-    plans, plan_of = [], RunShape.plan
-    monkeypatch.setattr(RunShape, "plan", lambda shape: plans.append(shape) or plan_of(shape))
+    plans = []
+    monkeypatch.setattr(depass_fast.planning.fit, "make_plan", lambda shape: plans.append(shape) or make_plan(shape))
     wide = least_bytes(dp.plan(ids, Tokens(), measure=False, state_dtype="float64"), "reference")
     free(wide - 1000)
     with pytest.raises(MemoryError) as refused:  # it would fit with a shorter prompt as well
@@ -242,7 +243,7 @@ def wide():
     """Few components and wide MLPs: what is held at the peak is held by the forward pass."""
     dp = DePass(build_model("llama", num_key_value_heads=2, intermediate_size=1024))
     shape = RunShape(dp.adapter, [64] * 1000, Modules(1), dp.options, None, False)
-    estimate = shape.plan().of("torch")
+    estimate = make_plan(shape).of("torch")
     assert estimate.peak_bytes == estimate.forward_bytes and estimate.workspace_bytes > 8 << 20
     return dp, shape, estimate.forward_bytes
 
@@ -252,7 +253,7 @@ def test_a_forward_pass_that_does_not_fit_is_refused_whatever_the_workspace(wide
     dp, shape, forward = wide
     options = dp.options.updated({"memory_budget": budget})
     run, shape = options.build(dp.adapter), replace(shape, options=options)
-    assert least_bytes(shape.plan(), "torch") == forward
+    assert least_bytes(make_plan(shape), "torch") == forward
     free(forward)
     fitted(run, shape)
     free(forward - 1)
@@ -301,16 +302,16 @@ def test_a_half_precision_trace_is_checked_without_wider_copies(dtype):
 def test_a_model_on_several_devices_is_held_against_the_tightest(monkeypatch):
     """Each holds its layers' trace, and in its turn the state."""
     dp, kind, devices = build("llama-gqa"), Tokens(), [torch.device("cuda", i) for i in range(2)]
-    alone = plan(dp.adapter, [60], kind, dp.options)
+    alone = make_plan(RunShape(dp.adapter, [60], kind, dp.options))
     places = [devices[0], devices[1], devices[1]]
     monkeypatch.setattr(type(dp.adapter), "layer_device", lambda adapter, index: places[index])
     room = {devices[0]: 1 << 40, devices[1]: 1 << 30, torch.device("cpu"): 1 << 40}
     for module in (depass_fast.planning.planner, depass_fast.planning.fit):
         monkeypatch.setattr(module, "available", lambda device: room[device])
-    made = plan(dp.adapter, [60], kind, dp.options)
-    assert made.device == "cuda:1" and made.available_bytes == 1 << 30
+    plan = make_plan(RunShape(dp.adapter, [60], kind, dp.options))
+    assert plan.device == "cuda:1" and plan.available_bytes == 1 << 30
     elsewhere = alone.trace_bytes // 3
-    assert made.of("torch").peak_bytes == alone.of("torch").peak_bytes - elsewhere
+    assert plan.of("torch").peak_bytes == alone.of("torch").peak_bytes - elsewhere
     monkeypatch.setattr(depass_fast.planning.fit, "_SMALL", 0)
 
     def fit(kind):
@@ -318,7 +319,7 @@ def test_a_model_on_several_devices_is_held_against_the_tightest(monkeypatch):
         return fitted(dp.options.build(dp.adapter), shape)
 
     fit(kind)
-    room[devices[1]] = least_bytes(made, "torch") - 1
+    room[devices[1]] = least_bytes(plan, "torch") - 1
     with pytest.raises(MemoryError, match="needs .* on cuda:1 and .* are available"):
         fit(kind)
     room[devices[1]], room[devices[0]] = 1 << 40, 1

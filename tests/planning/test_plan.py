@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.cli.main import main
-from depass_fast.planning.planner import for_config, plan
-from depass_fast.planning.shapes import layer_sizes
+from depass_fast.planning.planner import for_config, make_plan
+from depass_fast.planning.shapes import RunShape, layer_sizes
 from tests.support.components import kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import build, random_ids
@@ -35,11 +35,11 @@ def llama():
     [(Neurons(0), 20, 1.69, 1.8), (Tokens(), 512, 1.05, 1.1), (Tokens(), 2048, 17.2, 17.2)],
 )
 def test_the_floors_of_the_specification(llama, kind, length, petaflop, gigabytes):
-    made = plan(llama, [length], kind, gemm_flops=790e12, device=torch.device("cpu"))
-    assert made.flop / 1e15 == pytest.approx(petaflop, rel=0.005)
-    assert made.state_bytes / 2 / 1e9 == pytest.approx(gigabytes, rel=0.03)  # in bfloat16
-    assert made.weights_bytes == pytest.approx(13.5e9, rel=0.01)
-    assert made.of("torch").seconds > made.flop / 790e12
+    plan = make_plan(RunShape(llama, [length], kind), gemm_flops=790e12, device=torch.device("cpu"))
+    assert plan.flop / 1e15 == pytest.approx(petaflop, rel=0.005)
+    assert plan.state_bytes / 2 / 1e9 == pytest.approx(gigabytes, rel=0.03)  # in bfloat16
+    assert plan.weights_bytes == pytest.approx(13.5e9, rel=0.01)
+    assert plan.of("torch").seconds > plan.flop / 790e12
 
 
 def test_rows_state_and_trace_are_the_real_ones(family):
@@ -48,12 +48,12 @@ def test_rows_state_and_trace_are_the_real_ones(family):
     for label, kind in kinds(9).items():
         if label.startswith(("features", "custom")):
             continue
-        made = family.plan(prompts, kind, measure=False)
+        plan = family.plan(prompts, kind, measure=False)
         state = family.start(trace, kind)
-        assert (made.rows, made.state_bytes) == (state.layout.n_rows, state.nbytes), label
-        assert made.trace_bytes == trace.nbytes
-        assert made.n_components == len(state.labels_of(0))
-        assert made.layers_passed == family.adapter.n_layers - state.layer
+        assert (plan.rows, plan.state_bytes) == (state.layout.n_rows, state.nbytes), label
+        assert plan.trace_bytes == trace.nbytes
+        assert plan.n_components == len(state.labels_of(0))
+        assert plan.layers_passed == family.adapter.n_layers - state.layer
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
@@ -63,10 +63,11 @@ def test_every_family_can_be_planned_from_its_config(name):
     dp, ids = DePass(model), random_ids(6)
     trace = dp.trace(ids)
     for kind in (Tokens(), Heads(0), Neurons(0)):
-        made, real = plan(from_config, [6], kind, device=torch.device("cpu")), dp.plan(ids, kind, measure=False)
-        assert {**made.to_dict(), "available_bytes": 0} == {**real.to_dict(), "available_bytes": 0}
+        shape = RunShape(from_config, [6], kind)
+        plan, real = make_plan(shape, device=torch.device("cpu")), dp.plan(ids, kind, measure=False)
+        assert {**plan.to_dict(), "available_bytes": 0} == {**real.to_dict(), "available_bytes": 0}
         rows = dp.start(trace, kind).layout.n_rows
-        assert rows <= made.rows if made.upper_bound else rows == made.rows
+        assert rows <= plan.rows if plan.upper_bound else rows == plan.rows
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
@@ -83,18 +84,18 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
 
 def test_a_number_of_tokens_stands_for_a_prompt():
     dp = build("llama-gqa")
-    made = dp.plan(12, Tokens(), measure=False)
-    assert made.to_dict().keys() == dp.plan(random_ids(12), Tokens(), measure=False).to_dict().keys()
-    assert made.rows == 78 and made.fits(1 << 30) and not made.fits(1000)
+    plan = dp.plan(12, Tokens(), measure=False)
+    assert plan.to_dict().keys() == dp.plan(random_ids(12), Tokens(), measure=False).to_dict().keys()
+    assert plan.rows == 78 and plan.fits(1 << 30) and not plan.fits(1000)
     assert (
-        dp.plan(dp.trace(random_ids(12)), Tokens(), measure=False).of("torch").peak_bytes < made.of("torch").peak_bytes
+        dp.plan(dp.trace(random_ids(12)), Tokens(), measure=False).of("torch").peak_bytes < plan.of("torch").peak_bytes
     )
-    assert "tokens from layer 0, N=12" in str(made)
+    assert "tokens from layer 0, N=12" in str(plan)
     for length in (0, -3, 65, True):
         with pytest.raises(ValueError, match="length: .* is out of range; this model reads 1 to 64 tokens"):
             dp.plan(length, Tokens(), measure=False)
     with pytest.raises(KeyError, match="no backend 'magic' in this plan; it has torch"):
-        made.of("magic")
+        plan.of("magic")
 
 
 def test_an_end_spares_layers():
@@ -104,9 +105,9 @@ def test_an_end_spares_layers():
 
 
 def test_time_rests_on_a_rate_that_is_said():
-    made = build("llama-gqa").plan(12, Tokens())
-    assert made.gemm_flops > 1e8 and "measured just now on cpu" in made.rate_source
-    assert made.of("torch").seconds > 0 and "measured just now" in str(made)
+    plan = build("llama-gqa").plan(12, Tokens())
+    assert plan.gemm_flops > 1e8 and "measured just now on cpu" in plan.rate_source
+    assert plan.of("torch").seconds > 0 and "measured just now" in str(plan)
 
 
 def test_the_command(tmp_path, capsys):

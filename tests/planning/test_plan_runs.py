@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import depass_fast.request
@@ -12,11 +11,12 @@ from depass_fast.adjoint import sweep
 from depass_fast.backends.triton import cost
 from depass_fast.backends.triton.backend import TritonBackend
 from depass_fast.cli.main import main
-from depass_fast.options import Adjoint, Options
+from depass_fast.options import Adjoint
 from depass_fast.planning import adjoint as outlook_of_sweeps
 from depass_fast.planning import fit, planner
 from depass_fast.planning.adjoint import sweep_outlook
-from depass_fast.planning.planner import plan
+from depass_fast.planning.planner import make_plan
+from depass_fast.planning.shapes import RunShape
 from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary
 from tests.support.family_models import build_model, build_variant
@@ -55,11 +55,11 @@ def test_a_plan_is_of_the_method_that_attribute_takes(wide):
         method(Tokens(), method="adjoint")
     with pytest.raises(ValueError, match="stream: method='adjoint'"):
         method(ALL, method="adjoint", stream=True)
-    made = wide.plan(40, ALL)
-    quiet, loud = made.estimates
-    assert made.of("torch") is loud and made.of("adjoint") is quiet and made.layer == 0
+    plan = wide.plan(40, ALL)
+    quiet, loud = plan.estimates
+    assert plan.of("torch") is loud and plan.of("adjoint") is quiet and plan.layer == 0
     assert 0 < quiet.seconds < loud.seconds and quiet.peak_bytes <= loud.peak_bytes
-    assert "adjoint, many loud" in str(made)
+    assert "adjoint, many loud" in str(plan)
     assert loud.flop < wide.plan(40, ALL, method="exact", measure=False).flop
 
 
@@ -82,26 +82,26 @@ def test_the_arithmetic_of_a_sweep_is_what_is_done(wide, kind, refine, sample, m
         wide.attribute(trace, kind, 7, method=Adjoint(refine=refine, sample=sample))
     loud = max(len(indices) for group in found for indices in group)
     method = Adjoint(refine, "all", sample)
-    made = plan(wide.adapter, [len(IDS)], kind, wide.options, method=method, traced=True, loud=loud)
+    plan = make_plan(RunShape(wide.adapter, [len(IDS)], kind, wide.options, traced=True, method=method), loud=loud)
     off = 1.7 if (refine or sample) and kind.is_layered else 1.2  # of which layers they are, nobody knows beforehand
-    assert 1 / off < made.flop / counted.get_total_flops() < off
+    assert 1 / off < plan.flop / counted.get_total_flops() < off
 
 
 def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypatch):
     method = Adjoint(1500, "all", 64)
-    shape = fit.RunShape(wide.adapter, [40], ALL, wide.options, None, False, method=method)
-    free(shape.outlook(method).least(1 << 24) - (1 << 18))
+    shape = RunShape(wide.adapter, [40], ALL, wide.options, None, False, method=method)
+    free(sweep_outlook(shape).least(1 << 24) - (1 << 18))
     with monkeypatch.context() as patch:
         patch.setattr(wide.adapter.model, "forward", None)  # no work
         with pytest.raises(MemoryError, match=r"neurons, adjoint: needs .*It fits with method=Adjoint") as refused:
             wide.attribute(IDS, ALL, 7, method=method)
         advice = str(refused.value).split("It fits with ")[1].split(", or with ")
         assert advice[0].startswith("method=Adjoint(refine=0, sample=0) (") and advice[1].startswith("a prompt of 20 t")
-        free(shape.outlook(method).least(1 << 24))
+        free(sweep_outlook(shape).least(1 << 24))
         with pytest.raises(MemoryError, match="or with one of these 3 prompts at a time"):
             wide.attribute([IDS] * 3, ALL, 7, method=method)
     assert wide.attribute([IDS], ALL, 7, method=method)[0].method == "adjoint"
-    free(shape.outlook(method).least(1 << 24) - (1 << 18))
+    free(sweep_outlook(shape).least(1 << 24) - (1 << 18))
     assert wide.attribute(IDS, ALL, 7, method=Adjoint(refine=0, sample=0)).method == "adjoint"
     assert wide.attribute(IDS[:20], ALL, 7, method=method).method == "adjoint"
     free(100_000)
@@ -114,9 +114,7 @@ def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, mo
     monkeypatch.setattr(outlook_of_sweeps, "default_workspace", lambda free, cuda: 1 << 28)  # as if all of it were free
     method = Adjoint(1500, "all", 64)
     usual = wide.attribute(trace, ALL, 7, method=method)
-    outlook = sweep_outlook(
-        wide.adapter, [40], ALL, Options(), method, end=None, device=torch.device("cpu"), traced=True
-    )
+    outlook = sweep_outlook(RunShape(wide.adapter, [40], ALL, traced=True, method=method))
     size = outlook.peak(8 << 20, None)
     assert outlook.peak(1 << 28, None) > size
     taken, begin = [], sweep.Sweep._attempt
@@ -166,7 +164,7 @@ def test_a_trace_tells_how_many_components_there_are(unknown):
 @pytest.mark.parametrize("unknown", ["features", "experts"], indirect=True)
 def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free, monkeypatch):
     dp, kind = unknown
-    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST_WORKSPACE", 1 << 12)
     ids, done = random_ids(40), []
     monkeypatch.setattr(depass_fast.request, "initial_state", lambda *_, **__: done.append("decomposed"))
     monkeypatch.setattr(sweep.Sweep, "run", lambda *_: done.append("swept"))
@@ -183,8 +181,7 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
             planner.known_counts(kind, dp.adapter, trace),
             Adjoint(64, "all", 64),
         )
-        cpu = torch.device("cpu")
-        sweeps = sweep_outlook(dp.adapter, [40], kind, Options(), how, end=None, device=cpu, traced=True, counts=counts)
+        sweeps = sweep_outlook(RunShape(dp.adapter, [40], kind, traced=True, counts=counts, method=how))
         need = sweeps.peak(1, 0)
     done.clear()
     free(int(0.9 * need))
@@ -194,7 +191,7 @@ def test_what_cannot_fit_is_refused_as_soon_as_it_is_known(unknown, method, free
 
 
 def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monkeypatch):
-    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST_WORKSPACE", 1 << 12)
     dp, kind, ids = build("llama-gqa"), Features(1, sae=Dictionary(size=3000), site="resid_post"), random_ids(40)
     usual = dp.attribute(ids, kind, 7)
     trace = dp.trace(ids)
@@ -208,13 +205,13 @@ def test_a_run_of_features_gets_the_workspace_that_there_is_room_for(free, monke
 @pytest.mark.parametrize("layers", [[1], "all"])
 def test_experts_of_several_layers_get_the_workspace_that_there_is_room_for(layers, free, monkeypatch):
     """Only the trace tells how many there are; the workspace that is then found is the one that is used."""
-    monkeypatch.setattr(fit, "_LEAST", 1 << 12)
+    monkeypatch.setattr(fit, "_LEAST_WORKSPACE", 1 << 12)
     dp, kind, ids = DePass(build_variant("mixtral")), Neurons(layers=layers), random_ids(40)
     usual = dp.attribute(ids, kind, 7, method="exact")
     trace, first = dp.trace(ids), Neurons(kind.each(dp.adapter)[0].layer)
     counts = [max(one.counts(dp.adapter, trace)[0] for one in kind.each(dp.adapter))]
-    made = plan(dp.adapter, [40], first, dp.options, traced=True, counts=counts)
-    free(fit.least_bytes(made, "torch") + 1000)
+    plan = make_plan(RunShape(dp.adapter, [40], first, dp.options, traced=True, counts=counts))
+    free(fit.least_bytes(plan, "torch") + 1000)
     tight = dp.attribute(trace, kind, 7, method="exact")
     for one, other in zip(tight, usual, strict=True):
         assert one.memory_budget < other.memory_budget
@@ -236,9 +233,9 @@ def test_a_dictionary_encodes_a_prompt_no_more_often_for_being_planned(monkeypat
 @pytest.mark.parametrize(("kind", "length"), [(Tokens(), 30), (Neurons(0), 7)])
 def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
     dp = DePass(build_model("llama", intermediate_size=200), backend="triton", memory_budget=budget)
-    trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._room
+    trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._buffers
     monkeypatch.setattr(
-        TritonBackend, "_room", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)
+        TritonBackend, "_buffers", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)
     )
     planned = []
     monkeypatch.setattr(

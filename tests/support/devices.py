@@ -6,6 +6,7 @@ import torch
 
 from depass_fast.planning import fit as fitting
 from depass_fast.planning import planner
+from depass_fast.planning.shapes import RunShape
 from tests.support.models import build
 
 
@@ -30,9 +31,9 @@ def small_gpu(monkeypatch, lengths, kind):
     monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
     monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
     monkeypatch.setattr(planner, "available", lambda device: None)
-    made = planner.plan(placed, lengths, kind, device=gpu)
-    room = fitting.least_bytes(made, "torch, streamed")
-    assert room < fitting.least_bytes(made, "torch")
+    plan = planner.make_plan(RunShape(placed, lengths, kind), device=gpu)
+    room = fitting.least_bytes(plan, "torch, streamed")
+    assert room < fitting.least_bytes(plan, "torch")
     for module in (fitting, planner):
         monkeypatch.setattr(module, "available", lambda device: room if device.type == "cuda" else 1 << 40)
     return placed

@@ -2,7 +2,7 @@
 
 It mirrors the blocks of :mod:`.attention`, the chunks of :mod:`.mlp`, the tiles of P and the weights that
 :mod:`.backend` prepares for a layer, cut as :mod:`.division` says. Whoever changes one of these buffers changes its
-line here; ``tests/test_plan.py`` and ``python -m bench.memory.plan`` compare.
+line here; ``tests/planning/test_plan.py`` and ``python -m bench.memory.plan`` compare.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .workspace import Workspace
 
 # exp(-80) is below the rounding of any dtype; what lies below it would only make denormals, which CPUs are slow at
 _FLOOR = -80.0
-_LEAST = 1.01 * math.exp(_FLOOR)
+_LEAST_SHARE = 1.01 * math.exp(_FLOOR)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
 def _clear(shares: Tensor, zeros: bool, away: Tensor | None) -> None:
     """Set the shares of rows that take no part to exactly zero: the floor of the exponent is no share."""
     if zeros:
-        shares.masked_fill_(shares <= _LEAST, 0.0)
+        shares.masked_fill_(shares <= _LEAST_SHARE, 0.0)
     elif away is not None:
         shares[away] = 0.0
 

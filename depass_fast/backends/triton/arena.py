@@ -29,13 +29,13 @@ class Arena:
         return max(width, o), max(width, v)
 
     def neurons(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, bool]:
-        """Neurons at a time for a chunk: all, or as many as there is room for; True if outputs are added up apart."""
+        """Neurons at a time for a chunk: all, or as many as fit; True if outputs are added up apart."""
         each = n_rows * self.item
         if self.budget // each >= n_neurons + width:
             return n_neurons, False
         held = width * (each + n_rows * self.state_item)
-        room = max(self.budget - held, self.budget // 4)  # a position's rows can be more than all of it
-        blocks = -(-n_neurons // max(room // each, _FEWEST))
+        left = max(self.budget - held, self.budget // 4)  # a position's rows can be more than all of it
+        blocks = -(-n_neurons // max(left // each, _FEWEST))
         return min(n_neurons, -(-n_neurons // (_FEWEST * blocks)) * _FEWEST), True
 
     def mlp_sizes(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, ...]:

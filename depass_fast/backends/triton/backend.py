@@ -97,7 +97,7 @@ class TritonBackend(TorchBackend):
 
         def step(piece: Piece) -> None:
             n = len(piece.rows)
-            one, other = self._room(device, *(n * columns * dtype.itemsize for columns in widths))
+            one, other = self._buffers(device, *(n * columns * dtype.itemsize for columns in widths))
             x = self._read(state, piece.rows, weights, scale[piece.positions], _as(one, dtype, n, width))
             values = torch.mm(x, w_v.T, out=_as(other, dtype, n, values_width))
             mixed = _as(one, dtype, n, mixed_width)  # x has been read
@@ -170,7 +170,7 @@ class TritonBackend(TorchBackend):
             n, width = chunk.n_rows, state.rows.shape[1]
             arena = self._arena(state)
             size, apart = arena.neurons(n, n_neurons, width)
-            one, other, flags, last = self._room(device, *arena.mlp_sizes(n, n_neurons, width))
+            one, other, flags, last = self._buffers(device, *arena.mlp_sizes(n, n_neurons, width))
             x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
             self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive)
             target = state.rows[chunk.rows.first : chunk.rows.first + n]
@@ -203,7 +203,7 @@ class TritonBackend(TorchBackend):
     def _arena(self, state: ComponentState) -> Arena:
         return Arena(self._bytes(state), self._dtype(state).itemsize, state.rows.dtype.itemsize)
 
-    def _room(self, device: torch.device, *sizes: int) -> list[Tensor]:
+    def _buffers(self, device: torch.device, *sizes: int) -> list[Tensor]:
         """Return buffers of so many bytes side by side in the arena, in which attention and MLP take turns."""
         ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
         arena = self._workspace.take("arena", (int(ends[-1]),), torch.empty(0, device=device), torch.uint8)
@@ -290,9 +290,9 @@ def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tenso
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
 
 
-def _as(room: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+def _as(buffer: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """View the beginning of a buffer of bytes as a tensor."""
-    return room[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    return buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _rowwise(x: Tensor) -> Tensor:

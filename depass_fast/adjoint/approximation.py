@@ -11,7 +11,7 @@ LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its s
 
 
 @dataclass(frozen=True)
-class Settings:
+class Approximation:
     """The approximations of a sweep. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
 
     ``loud``: components whose expected g/T (:func:`depass_fast.adjoint.starts.loudness`) is above this are carried
