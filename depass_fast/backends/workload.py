@@ -61,14 +61,14 @@ class LayerSize:
 class Workload:
     """A state that is carried through the layers ``passed`` within ``budget`` bytes of workspace.
 
-    ``counts`` are the components of every prompt and ``rows_of`` its rows; ``staggered`` says that components are born
+    ``counts`` are the components of every prompt, ``row_counts`` its rows; ``staggered`` says that components are born
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
     says that the products' dtype is not the model's.
     """
 
     lengths: tuple[int, ...]
     counts: tuple[int, ...]
-    rows_of: tuple[int, ...]
+    row_counts: tuple[int, ...]
     staggered: bool
     width: int
     state_item: int
@@ -81,13 +81,13 @@ class Workload:
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:
         """States that are carried together, the first of which has the longest way."""
-        counts, rows = ((one.counts for one in workloads), (one.rows_of for one in workloads))
+        counts, rows = ((one.counts for one in workloads), (one.row_counts for one in workloads))
         counts, rows = (tuple(map(sum, zip(*parts, strict=True))) for parts in (counts, rows))
-        return replace(workloads[0], counts=counts, rows_of=rows)
+        return replace(workloads[0], counts=counts, row_counts=rows)
 
     @property
     def rows(self) -> int:
-        return sum(self.rows_of)
+        return sum(self.row_counts)
 
     @property
     def positions(self) -> int:
@@ -109,7 +109,7 @@ class Workload:
     @property
     def flop(self) -> float:
         """FLOP of the state at all positions; a row meets (N + 1) / 2 keys."""
-        keys = sum(r * (n + 1) / 2 for r, n in zip(self.rows_of, self.lengths, strict=True))
+        keys = sum(r * (n + 1) / 2 for r, n in zip(self.row_counts, self.lengths, strict=True))
         return sum(size.flop(self.width, self.rows, keys) for size in self.passed)
 
     def sent_rows(self, share: float) -> int:

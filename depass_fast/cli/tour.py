@@ -11,7 +11,7 @@ from ..demo import demo_prompts, load_demo
 from ..engine import DePass
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
-from ..results.render import aligned, legend, rich_table, rows_of, token_line
+from ..results.render import aligned, legend, rich_table, rows_of_pairs, token_line
 from ..trace.record import Trace
 
 _LEADING = 5  # components in a table
@@ -118,5 +118,5 @@ def _show_tokens(console: Console, dp: DePass, text: str, trace: Trace, tokens: 
 def _show_side_by_side(console: Console, tables: dict[str, list[tuple[str, float]]]) -> None:
     grid = Table.grid(padding=(0, 4, 0, 0))
     grid.add_row(*(f"[bold]{title}" for title in tables))
-    grid.add_row(*(rich_table(rows_of(pairs), width=14) for pairs in tables.values()))
+    grid.add_row(*(rich_table(rows_of_pairs(pairs), width=14) for pairs in tables.values()))
     console.print(grid, "")

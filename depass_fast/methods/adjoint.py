@@ -35,11 +35,11 @@ def adjoint(request: Request) -> list[Attribution] | list[LayeredAttribution]:
     request = with_trace(request) if request.components.is_layered else traced(request)
     kinds, prompts = request.components.each(request.adapter), range(len(request.prompts))
     results = []
-    with progress_bar("prompts", len(prompts), request.run.progress) as shown:
+    with progress_bar("prompts", len(prompts), request.run.progress) as bar:
         for prompt in prompts:
             results.append(_one_prompt(request, kinds, prompt))
-            if shown is not None:
-                shown.finish()
+            if bar is not None:
+                bar.finish()
     return results
 
 

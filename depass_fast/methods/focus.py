@@ -108,13 +108,13 @@ def focus(request: Request, which: Sequence[int | str] | int | str, known: Parti
     order = to_device(np.searchsorted(members, rows), state.device)
     run = replace(request.run, backend=_streaming(request, known=known.statistics, members=[members]))
     states, layers, site = [state.block(0)[:, order]], [state.layer], state.site
-    with progress_bar("layers", request.end - state.layer, run.progress) as shown:  # in place of one for every layer
+    with progress_bar("layers", request.end - state.layer, run.progress) as bar:  # in place of one for every layer
         for layer in range(state.layer, request.end):
             state, _ = propagate(request.adapter, request.require_trace(), state, layer + 1, run)
             states.append(state.block(0)[:, order])
             layers.append(state.layer)
-            if shown is not None:
-                shown.finish()
+            if bar is not None:
+                bar.finish()
     return Focus([known.labels[i] for i in chosen], states, layers, site, known)
 
 

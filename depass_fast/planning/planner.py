@@ -157,7 +157,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     work = Workload(
         lengths=tuple(lengths),
         counts=tuple(counts),
-        rows_of=tuple(rows),
+        row_counts=tuple(rows),
         staggered=staggered,
         width=adapter.hidden_size,
         state_item=state.itemsize,

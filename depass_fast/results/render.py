@@ -136,7 +136,7 @@ def rich_table(rows: Sequence[Row], width: int = _BAR) -> Table:
     return table
 
 
-def rows_of(pairs: Sequence[tuple[str, float]]) -> list[Row]:
+def rows_of_pairs(pairs: Sequence[tuple[str, float]]) -> list[Row]:
     """Return (label, score) pairs, as ``result.top`` gives them, as rows of :func:`rich_table`."""
     return [Row(label, score) for label, score in pairs]
 
