@@ -26,7 +26,7 @@ PROVIDERS = ("published", "depass_fast", "depass_fast/trace", "compat")
 
 
 @dataclass(frozen=True)
-class Workload:
+class SinglePrompt:
     """Components of a prompt of ``length`` tokens; neurons are those of layer 0."""
 
     model: str
@@ -59,7 +59,7 @@ class Workload:
         return build_model(self.shape), random_prompt(self.shape, self.length)
 
 
-def provider(name: str, work: Workload, model: Model, ids: Tensor) -> Callable[[], Tensor]:
+def provider(name: str, work: SinglePrompt, model: Model, ids: Tensor) -> Callable[[], Tensor]:
     """A function that computes the scores (M,) by this provider, ready to be timed."""
     if name in ("published", "published/corrected"):
         published = Published(model, corrected=name != "published")
@@ -81,7 +81,7 @@ def provider(name: str, work: Workload, model: Model, ids: Tensor) -> Callable[[
     return lambda: library.attribute(prompt, work.kind, target=TARGET).scores
 
 
-def named_scores(name: str, work: Workload, scores: Tensor) -> Tensor:
+def named_scores(name: str, work: SinglePrompt, scores: Tensor) -> Tensor:
     """The scores of the named components only (tokens or neurons), in float64: (M',).
 
     The neurons of `published` and `compat` come after the residual, the library's before `rest`. Tokens have neither.

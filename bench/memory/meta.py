@@ -57,7 +57,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class CountedRun:
     """A decomposition of prompts of ``lengths`` tokens through the first ``layers`` of a model's shape."""
 
     model: str
@@ -86,34 +86,34 @@ class Case:
         return ", ".join([self.components, prompts, self.call, *more])
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[CountedRun]:
     """The workloads of ``bench.speed.gpu``, and other families, dtypes and sizes of the workspace."""
     for backend in ("torch", "triton"):
         for model in ("llama-2-7b", "llama-3.1-8b", "qwen2-7b"):
-            yield Case(model, "neurons", (20,), backend)
+            yield CountedRun(model, "neurons", (20,), backend)
             for length in (128, 512, 2048):
-                yield Case(model, "tokens", (length,), backend)
-            yield Case(model, "tokens", (20,) * 64, backend)
-            yield Case(model, "heads", (512,), backend)
-            yield Case(model, "heads of all layers", (20,), backend, layers=32)
+                yield CountedRun(model, "tokens", (length,), backend)
+            yield CountedRun(model, "tokens", (20,) * 64, backend)
+            yield CountedRun(model, "heads", (512,), backend)
+            yield CountedRun(model, "heads of all layers", (20,), backend, layers=32)
             if backend == "torch":  # a sweep knows no backends
-                yield Case(model, "all neurons", (20,), backend, layers=32, refine=1000)
-        yield Case("llama-2-7b", "heads of all layers", (100,) * 4, backend, layers=16)
-        yield Case("llama-2-7b", "neurons", (3,) * 6, backend)
-        yield Case("llama-2-7b", "neurons", (1,), backend)
-        yield Case("llama-2-7b", "tokens", (512,), backend, call="decompose")
+                yield CountedRun(model, "all neurons", (20,), backend, layers=32, refine=1000)
+        yield CountedRun("llama-2-7b", "heads of all layers", (100,) * 4, backend, layers=16)
+        yield CountedRun("llama-2-7b", "neurons", (3,) * 6, backend)
+        yield CountedRun("llama-2-7b", "neurons", (1,), backend)
+        yield CountedRun("llama-2-7b", "tokens", (512,), backend, call="decompose")
         for length in (64, 200):
-            yield Case("pythia-6.9b", "heads of all layers", (length,), backend, layers=12)
-        yield Case("pythia-6.9b", "heads of all layers", (60,) * 4, backend, layers=12)
+            yield CountedRun("pythia-6.9b", "heads of all layers", (length,), backend, layers=12)
+        yield CountedRun("pythia-6.9b", "heads of all layers", (60,) * 4, backend, layers=12)
         for model in ("pythia-6.9b", "gemma-2-9b"):
-            yield Case(model, "neurons", (20,), backend)
-            yield Case(model, "tokens", (512,), backend)
-        yield Case("llama-2-7b", "tokens", (512,), backend, dtype="float32")
-        yield Case("llama-2-7b", "neurons", (20,), backend, dtype="float32")
-        yield Case("llama-2-7b", "tokens", (512,), backend, state_dtype="bfloat16")
+            yield CountedRun(model, "neurons", (20,), backend)
+            yield CountedRun(model, "tokens", (512,), backend)
+        yield CountedRun("llama-2-7b", "tokens", (512,), backend, dtype="float32")
+        yield CountedRun("llama-2-7b", "neurons", (20,), backend, dtype="float32")
+        yield CountedRun("llama-2-7b", "tokens", (512,), backend, state_dtype="bfloat16")
         for budget in (128 << 20, 4 << 30):
-            yield Case("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
-            yield Case("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
+            yield CountedRun("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
+            yield CountedRun("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
 
 
 class Counted(TorchDispatchMode):
@@ -208,7 +208,7 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         yield counted
 
 
-def run(case: Case) -> dict:
+def run(case: CountedRun) -> dict:
     """Return the prediction for a GPU beside the counted peak."""
     shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
     shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
@@ -235,7 +235,7 @@ def run(case: Case) -> dict:
     }
 
 
-def line(case: Case, row: dict) -> str:
+def line(case: CountedRun, row: dict) -> str:
     predicted, found = row["predicted_bytes"], row["measured_bytes"]
     beside = found - row["state_bytes"] - row["trace_bytes"]
     return (

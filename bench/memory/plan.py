@@ -45,7 +45,7 @@ GOAL = 0.15
 
 
 @dataclass(frozen=True)
-class Case:
+class PlannedRun:
     """A model by its config, prompts by their lengths, components of a layer, and dtypes."""
 
     name: str
@@ -70,10 +70,10 @@ class Case:
     scale: float = 0.2  # of the weights: the number of loud neurons depends on it
 
 
-def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> Case:
+def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> PlannedRun:
     heads = hidden // 64
     shape = {"model_type": "llama", "layers": 3, "kv_heads": heads, **more}
-    return Case(
+    return PlannedRun(
         name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape
     )
 
@@ -134,7 +134,7 @@ QUICK = [
 ]
 
 
-def build(case: Case) -> DePass:
+def build(case: PlannedRun) -> DePass:
     shape = {
         "hidden_size": case.hidden,
         "intermediate_size": case.intermediate,
@@ -152,14 +152,14 @@ def build(case: Case) -> DePass:
     return DePass(family_model(case.model_type, **shape).to(getattr(torch, case.dtype)))
 
 
-def kind(case: Case) -> ComponentKind:
+def kind(case: PlannedRun) -> ComponentKind:
     named = {"tokens": Tokens, "neurons": Neurons, "heads": Heads, "modules": Modules}
     if case.components == "custom":
         return Custom(case.layer, torch.randn(case.lengths[0], 64, case.hidden))
     return Neurons(layers="all") if case.every else named[case.components](case.layer)
 
 
-def run(case: Case) -> dict:
+def run(case: PlannedRun) -> dict:
     """Return the prediction beside the measured peak, in this process."""
     torch.set_num_threads(1)
     dp, components = build(case), kind(case)
@@ -180,7 +180,7 @@ def run(case: Case) -> dict:
     return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
 
 
-def run_adjoint(case: Case, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
+def run_adjoint(case: PlannedRun, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
     """Return the same for a sweep. Its plan is told the number of loud components, which no config tells."""
     method = Adjoint(refine=case.refine, sample=case.sample)
     warnings.simplefilter("ignore", ApproximationWarning)
@@ -215,7 +215,7 @@ def line(row: dict) -> str:
     return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}{more}"
 
 
-def measure(case: Case) -> dict:
+def measure(case: PlannedRun) -> dict:
     """Measure a row of the table in a process of its own, a sweep in two."""
     command = [sys.executable, "-m", "bench.memory.plan", "--case", json.dumps(asdict(case))]
 
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.case:
         given = json.loads(options.case)
-        print(json.dumps(run(Case(**{**given, "lengths": tuple(given["lengths"])}))))
+        print(json.dumps(run(PlannedRun(**{**given, "lengths": tuple(given["lengths"])}))))
         return
     if not measurable():
         raise SystemExit("bench.memory.plan: peaks of memory can be measured on Linux only.")

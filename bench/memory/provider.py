@@ -10,12 +10,12 @@ import sys
 
 import torch
 
-from ..baselines.providers import PROVIDERS, Workload, provider
+from ..baselines.providers import PROVIDERS, SinglePrompt, provider
 from ..core.models import random_prompt
 from ..core.peak import fresh_process, measured
 
 
-def peak_bytes(work: Workload, name: str, threads: int) -> int | None:
+def peak_bytes(work: SinglePrompt, name: str, threads: int) -> int | None:
     """The peak of one provider in a fresh process; None where the system cannot tell."""
     return fresh_process("bench.memory.provider", work.model, work.components, work.length, name, threads)
 
@@ -25,9 +25,9 @@ def main(arguments: list[str]) -> None:
     if name not in PROVIDERS:
         raise SystemExit(f"provider: {name!r} is not one of {', '.join(PROVIDERS)}.")
     torch.set_num_threads(int(threads[0]) if threads else 2)
-    work = Workload(model_name, components, int(length))
+    work = SinglePrompt(model_name, components, int(length))
     model, ids = work.build()
-    short = Workload(model_name, "tokens", 4)
+    short = SinglePrompt(model_name, "tokens", 4)
     provider(name, short, model, random_prompt(work.shape, 4))()
     call = provider(name, work, model, ids)
     print(measured(call))

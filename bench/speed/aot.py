@@ -49,7 +49,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 
 @dataclass(frozen=True)
-class Row:
+class Compilation:
     """One compilation: registers and spilled bytes per thread, shared memory per program, matrix instructions."""
 
     kernel: str
@@ -186,7 +186,7 @@ def _mlp(
         rows.read_out(_empty(33, width), _empty(1, width), _empty(33, dtype=torch.int32), _empty(20))
 
 
-def compile_for(target: str) -> list[Row]:
+def compile_for(target: str) -> list[Compilation]:
     """Compile all launches for a target."""
     gpu, kib = TARGETS[target]
     hip = "6" if gpu.backend == "hip" else None
@@ -198,7 +198,7 @@ def compile_for(target: str) -> list[Row]:
     return [_compiled(made, function, case, target) for made, (function, case) in found.items()]
 
 
-def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Row:
+def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Compilation:
     (gpu, kib), (kernel, signature, constants, aligned, options) = TARGETS[target], made
     places = {p.name: (i,) for i, p in enumerate(function.params)}
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
@@ -209,7 +209,7 @@ def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Row
     matrix = tuple(name for name in ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma") if name in code)
     config = dict(options) | {name: value for name, value in constants if name.isupper()}
     shared = compiled.metadata.shared
-    return Row(kernel.strip("_"), case, target, config, registers, spilled, shared, kib << 10, matrix)
+    return Compilation(kernel.strip("_"), case, target, config, registers, spilled, shared, kib << 10, matrix)
 
 
 def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:

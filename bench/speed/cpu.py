@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..baselines.providers import PROVIDERS, Workload, error_against, named_scores, provider
+from ..baselines.providers import PROVIDERS, SinglePrompt, error_against, named_scores, provider
 from ..core.cli import command
 from ..core.results import Row, environment, write_results
 from ..core.timing import Gemm, interleaved, quantiles
@@ -35,18 +35,18 @@ class Goal:
 
 
 FULL = {
-    Workload("llama-512", "tokens", 48): Goal(3.0),
-    Workload("llama-512", "tokens", 128): Goal(5.0, compat=4.0),
-    Workload("llama-512", "tokens", 256): Goal(6.0, memory=0.5),
-    Workload("llama-512", "neurons", 16): Goal(2.8, gemm=0.8, compat=2.5),
+    SinglePrompt("llama-512", "tokens", 48): Goal(3.0),
+    SinglePrompt("llama-512", "tokens", 128): Goal(5.0, compat=4.0),
+    SinglePrompt("llama-512", "tokens", 256): Goal(6.0, memory=0.5),
+    SinglePrompt("llama-512", "neurons", 16): Goal(2.8, gemm=0.8, compat=2.5),
 }
 QUICK = {
-    Workload("llama-tiny", "tokens", 12): Goal(0.0),
-    Workload("llama-tiny", "neurons", 6): Goal(0.0),
+    SinglePrompt("llama-tiny", "tokens", 12): Goal(0.0),
+    SinglePrompt("llama-tiny", "neurons", 6): Goal(0.0),
 }
 
 
-def verify(work: Workload) -> dict[str, tuple[float, str]]:
+def verify(work: SinglePrompt) -> dict[str, tuple[float, str]]:
     """Return the error of every provider and the name of its reference.
 
     The published neurons start from a residual that does not fit them and override gates at position 0. They are
@@ -74,7 +74,7 @@ def verify(work: Workload) -> dict[str, tuple[float, str]]:
     return errors
 
 
-def measure(work: Workload, runs: int, memory: bool = True) -> list[Row]:
+def measure(work: SinglePrompt, runs: int, memory: bool = True) -> list[Row]:
     """One row per provider, and one for the GEMM."""
     errors = verify(work)
     model, ids = work.build()
@@ -121,7 +121,7 @@ def measure(work: Workload, runs: int, memory: bool = True) -> list[Row]:
     return rows
 
 
-def ratio(work: Workload, goal: Goal, rows: list[Row]) -> dict:
+def ratio(work: SinglePrompt, goal: Goal, rows: list[Row]) -> dict:
     """The library beside the published algorithm, and beside the goal."""
     by_name = {row.provider: row for row in rows}
     ours, theirs, traced = by_name["depass_fast"], by_name["published"], by_name["depass_fast/trace"]

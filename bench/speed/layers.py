@@ -39,8 +39,8 @@ TINY = [("llama-tiny", None, "heads", 5), ("llama-tiny", None, "neurons", 5)]
 
 
 @dataclass
-class Row:
-    """A measured fact: all start layers, from ``trace`` (one for both ways) or from the prompt."""
+class SweepTime:
+    """The time of all start layers, from ``trace`` (one for both ways) or from the prompt."""
 
     workload: str
     model: str
@@ -76,7 +76,7 @@ def subject(name: str, layers: int | None, length: int, device: str) -> tuple[Sh
     return Shape(name, *widths, vocabulary=c.vocab_size), DePass(model), ids
 
 
-def measure(name: str, layers: int | None, components: str, length: int, runs: int, device: str) -> Iterator[Row]:
+def measure(name: str, layers: int | None, components: str, length: int, runs: int, device: str) -> Iterator[SweepTime]:
     """Time both ways.
 
     Raises:
@@ -103,7 +103,7 @@ def measure(name: str, layers: int | None, components: str, length: int, runs: i
         seconds = interleaved(ways, runs, warmup=1)
         rate, times = gemm.rate(seconds[GEMM]) * 1e9, {way: quantiles(seconds[way]) for way in (ONE_BY_ONE, TOGETHER)}
         for way, time_of in times.items():
-            yield Row(
+            yield SweepTime(
                 workload=f"{components}, all layers, N={length}",
                 model=name,
                 provider=way,
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
+    rows: list[SweepTime] = []
     for name, layers, components, length in TINY if options.tiny else FULL if options.device == "cpu" else GPU:
         runs = 2 if options.tiny else 3 if name == "llama-2-7b" else 9
         new = list(measure(name, layers, components, length, runs, options.device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..baselines.providers import PROVIDERS, Workload, provider
+from ..baselines.providers import PROVIDERS, SinglePrompt, provider
 from ..core.cli import command
 from ..core.models import SHAPES
 from ..core.timing import Gemm, interleaved
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    work = Workload(options.model, options.components, options.length)
+    work = SinglePrompt(options.model, options.components, options.length)
     call = provider(options.provider, work, *work.build())
     gemm = Gemm(work.shape, work.rows)
     seconds = interleaved({"call": call, "gemm": gemm}, runs=3)

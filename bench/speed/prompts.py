@@ -26,7 +26,7 @@ ONE_BY_ONE, BATCH = "one by one", "one jagged batch"
 
 
 @dataclass(frozen=True)
-class Workload:
+class PromptList:
     """``prompts`` prompts and a kind of component, of the demo or of one of core.models.SHAPES."""
 
     model: str
@@ -51,19 +51,19 @@ class Workload:
 
 # where a state of 64 prompts would take gigabytes, there are fewer prompts and fewer layers to pass
 FULL = [
-    Workload("demo", "tokens"),
-    Workload("demo", "heads"),
-    Workload("demo", "neurons"),
-    Workload("llama-512", "tokens"),
-    Workload("llama-512", "heads"),
-    Workload("llama-512", "neurons", prompts=16, layer=4),
+    PromptList("demo", "tokens"),
+    PromptList("demo", "heads"),
+    PromptList("demo", "neurons"),
+    PromptList("llama-512", "tokens"),
+    PromptList("llama-512", "heads"),
+    PromptList("llama-512", "neurons", prompts=16, layer=4),
 ]
-TINY = [Workload("llama-tiny", components, prompts=4) for components in ("tokens", "heads", "neurons")]
+TINY = [PromptList("llama-tiny", components, prompts=4) for components in ("tokens", "heads", "neurons")]
 
 
 @dataclass
-class Row:
-    """A measured fact; times are of all prompts together."""
+class PromptRate:
+    """Prompts per second; times are of all prompts together."""
 
     workload: str
     model: str
@@ -89,7 +89,7 @@ def random_prompts(vocabulary: int, count: int, seed: int = 0) -> list[Tensor]:
     return [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
 
 
-def measure(work: Workload, runs: int, device: str = "cpu") -> Iterator[Row]:
+def measure(work: PromptList, runs: int, device: str = "cpu") -> Iterator[PromptRate]:
     """Time both ways.
 
     Raises:
@@ -112,7 +112,7 @@ def measure(work: Workload, runs: int, device: str = "cpu") -> Iterator[Row]:
     del expected, scores
     for name, seconds in interleaved(ways, runs, warmup=0).items():
         time_of = quantiles(seconds)
-        yield Row(
+        yield PromptRate(
             workload=work.name,
             model=work.model,
             provider=name,
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
+    rows: list[PromptRate] = []
     for work in TINY if options.tiny else FULL:
         if options.only and options.only not in f"{work.model} {work.name}":
             continue

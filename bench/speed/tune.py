@@ -34,7 +34,7 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Case:
+class TunedKernel:
     """A kernel at a shape: ``make`` returns a call that returns its output, and the least bytes that it must move."""
 
     kernel: str
@@ -83,24 +83,24 @@ def _mix(layout: Layout, part: tuple[range, int, int | None], heads: int, kv: in
     return make
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[TunedKernel]:
     wide = _grid(BM=(32, 64, 128), BI=(32, 64, 128), num_warps=(4, 8), num_stages=(3,))
     wide = tuple(c for c in wide if 2048 <= c["BM"] * c["BI"] <= 8192)
     few = _grid(BM=(32,), BI=(64, 128, 256), num_warps=(1, 2, 4, 8), num_stages=(2,))
-    yield Case("allocate", "4 x 11009", _allocate(4, 11009, 11008), wide)
-    yield Case("allocate", "60 x 512", _allocate(60, 512, 11008), wide)
-    yield Case("allocate", "600 x 21", _allocate(600, 21, 11008), few)
+    yield TunedKernel("allocate", "4 x 11009", _allocate(4, 11009, 11008), wide)
+    yield TunedKernel("allocate", "60 x 512", _allocate(60, 512, 11008), wide)
+    yield TunedKernel("allocate", "600 x 21", _allocate(600, 21, 11008), few)
     tokens = tuple(Components.tokens(tuple(map(str, range(n))), ("rest",), {0}) for n in (20,) * 64)
     short = Layout.of(tokens, np.arange(65) * 20)
     neurons = Layout.of((Components.everywhere(tuple(map(str, range(1600))), ()),), np.array([0, 20]))
     long = Layout.of((Components.tokens(tuple(map(str, range(512))), ("rest",), {0}),), np.array([0, 512]))
     one = _grid(BM=(1, 2, 4), num_warps=(2, 4, 8), num_stages=(2, 3))
     many = _grid(BM=(1, 2), BK=(32, 64), num_warps=(4, 8), num_stages=(2, 3))
-    yield Case("mix", "neurons, N=20", _mix(neurons, (range(1), 0, None), 32, 32, 128), one)
-    yield Case("mix", "64 prompts, N=20", _mix(short, (range(64), 0, None), 32, 32, 128), one[:6])
-    yield Case("mix", "neurons, N=20, GQA 4", _mix(neurons, (range(1), 0, None), 32, 8, 128), one)
-    yield Case("mix", "tokens, N=512", _mix(long, (range(1), 64, 192), 32, 32, 128), many)
-    yield Case("mix", "tokens, N=512, GQA 4", _mix(long, (range(1), 64, 192), 32, 8, 128), many)
+    yield TunedKernel("mix", "neurons, N=20", _mix(neurons, (range(1), 0, None), 32, 32, 128), one)
+    yield TunedKernel("mix", "64 prompts, N=20", _mix(short, (range(64), 0, None), 32, 32, 128), one[:6])
+    yield TunedKernel("mix", "neurons, N=20, GQA 4", _mix(neurons, (range(1), 0, None), 32, 8, 128), one)
+    yield TunedKernel("mix", "tokens, N=512", _mix(long, (range(1), 64, 192), 32, 32, 128), many)
+    yield TunedKernel("mix", "tokens, N=512, GQA 4", _mix(long, (range(1), 64, 192), 32, 8, 128), many)
 
 
 def _with(kernel: str, config: dict) -> mock._patch:

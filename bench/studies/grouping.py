@@ -49,8 +49,8 @@ class GroupedNeurons(Neurons):
 
 
 @dataclass
-class Row:
-    """A measured fact: the distance of scores in ``groups`` groups from exact; medians, p20 and p80 over prompts.
+class GroupingError:
+    """The distance of scores in ``groups`` groups from exact; medians, p20 and p80 over prompts.
 
     ``relative_error`` is ‖grouped - exact‖ / ‖exact‖ over the neurons, ``max_error`` the largest difference over the
     largest exact score, ``sum_ratio`` the sum of all neurons' scores over that of the exact ones.
@@ -101,12 +101,14 @@ def split(width: int, count: int, grouping: str, seed: int = 0) -> list[Tensor]:
 
 def measure(
     library: DePass, asked: Sequence[Question], layers: Sequence[int], counts: Sequence[int], place: dict
-) -> Iterator[Row]:
+) -> Iterator[GroupingError]:
     """A row for every layer, grouping and number of groups."""
     width = library.adapter.layer(0).mlp.w_down.shape[1]
     for layer in layers:
         exact = [library.attribute(q.ids, Neurons(layer), q.target).scores[:width] for q in asked]
-        only_way: dict[int, Row] = {}  # one group, and a group for every neuron: contiguous and random are the same
+        only_way: dict[
+            int, GroupingError
+        ] = {}  # one group, and a group for every neuron: contiguous and random are the same
         for grouping in ("contiguous", "random"):
             for count in counts:
                 if count in only_way:
@@ -118,14 +120,14 @@ def measure(
                     for name, value in compare(grouped_scores(library, question, layer, groups), expected).items():
                         figures[name].append(value)
                 spreads = {name: spread(values) for name, values in figures.items()}
-                row = Row("demo", layer, grouping, count, **spreads, n_prompts=len(asked), environment=place)
+                row = GroupingError("demo", layer, grouping, count, **spreads, n_prompts=len(asked), environment=place)
                 if count in (1, width):
                     only_way[count] = row
                 yield row
 
 
 def compare(scores: Tensor, exact: Tensor) -> dict[str, float]:
-    """The figures of a :class:`Row` for one prompt."""
+    """The figures of a :class:`GroupingError` for one prompt."""
     difference = scores - exact
     return {
         "relative_error": float(difference.norm() / exact.norm()),
@@ -150,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = questions(tokenizer, options.prompts or (1 if options.tiny else 50))
     width = model.config.intermediate_size
     counts = (1, 4, 32) if options.tiny else [2**i for i in range(width.bit_length()) if 2**i <= width]
-    rows: list[Row] = []
+    rows: list[GroupingError] = []
     for row in measure(DePass(model), asked, options.layers[: 1 if options.tiny else None], counts, environment()):
         rows.append(row)
         print(

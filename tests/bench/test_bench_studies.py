@@ -13,7 +13,8 @@ from bench.core.questions import Question
 from bench.report import __main__ as report
 from bench.speed import prompts
 from bench.studies import faithfulness, grouping
-from bench.studies.ablation.race import Workload, verify
+from bench.studies.ablation.race import verify
+from bench.studies.ablation.subject import NeuronRace
 from depass_fast import DePass, Neurons
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
@@ -51,7 +52,7 @@ def test_groups_hold_every_neuron_once() -> None:
 
 def test_a_batch_that_differs_is_not_timed(monkeypatch) -> None:
     library = prompts.DePass
-    work = prompts.Workload("llama-tiny", "tokens", prompts=2)
+    work = prompts.PromptList("llama-tiny", "tokens", prompts=2)
     assert len(list(prompts.measure(work, runs=1))) == 2
 
     class Wrong(library):
@@ -67,7 +68,7 @@ def test_a_batch_that_differs_is_not_timed(monkeypatch) -> None:
 
 
 def test_an_ablation_that_differs_is_not_timed(monkeypatch) -> None:
-    subject = Workload("llama-tiny", all_layers=True, length=5).build()
+    subject = NeuronRace("llama-tiny", all_layers=True, length=5).build()
     verify(subject)
     monkeypatch.setattr("bench.baselines.fair_ablation._normed", lambda x, norm: x)
     with pytest.raises(RuntimeError, match="ablations differ"):

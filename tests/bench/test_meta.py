@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.memory import meta
-from bench.memory.meta import Case, Counted, cases, run
+from bench.memory.meta import Counted, CountedRun, cases, run
 
 # the rest are variations of these; python -m bench.memory.meta runs them all
 QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
@@ -31,7 +31,7 @@ def test_no_more_is_held_than_a_gpu_was_measured_to_hold(workload):
         for row in recorded
         if (row["workload"], row["model"], row["provider"]) == (workload, "llama-2-7b", "triton")
     )
-    counted = run(Case("llama-2-7b", kind.split()[0], (int(length),), "triton", layers=32))["measured_bytes"]
+    counted = run(CountedRun("llama-2-7b", kind.split()[0], (int(length),), "triton", layers=32))["measured_bytes"]
     assert 0.7 * peak < counted <= peak
 
 
@@ -52,7 +52,9 @@ def test_what_a_layer_of_a_sweep_adds_to_what_is_launched():
     """Its new tables travel in one copy each time; with the model's own forward pass left out of it."""
 
     def per_layer(components):
-        few, more = (run(Case("llama-2-7b", components, (20,), "triton", layers=n))["operations"] for n in (6, 10))
+        few, more = (
+            run(CountedRun("llama-2-7b", components, (20,), "triton", layers=n))["operations"] for n in (6, 10)
+        )
         return (more - few) / 4
 
     assert per_layer("heads of all layers") - per_layer("tokens") <= 60

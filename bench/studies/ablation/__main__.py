@@ -16,11 +16,11 @@ from ...core.cli import command
 from ...core.questions import demo_model, questions
 from ...core.results import environment, write_results
 from .quality import CORPUS, mean_activations, quality
-from .race import Row, measure
-from .workload import Workload
+from .race import MethodResult, measure
+from .subject import NeuronRace
 
-FULL = [Workload(model, all_layers) for model in ("demo", "llama-512") for all_layers in (False, True)]
-TINY = [Workload("llama-tiny", all_layers, length=6) for all_layers in (False, True)]
+FULL = [NeuronRace(model, all_layers) for model in ("demo", "llama-512") for all_layers in (False, True)]
+TINY = [NeuronRace("llama-tiny", all_layers, length=6) for all_layers in (False, True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     count = options.prompts or (2 if options.tiny else 60)
     works = TINY if options.tiny else FULL
     if options.models:
-        works = [Workload(model, all_layers) for model in options.models for all_layers in (False, True)]
+        works = [NeuronRace(model, all_layers) for model in options.models for all_layers in (False, True)]
 
-    rows: list[Row] = []
+    rows: list[MethodResult] = []
     facts: dict = {"quick": options.tiny, "search": []}
 
     def write() -> None:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"    {name:22} all layers: {', '.join(figures)}")
 
 
-def with_quality(rows: list[Row], found: dict, count: int) -> None:
+def with_quality(rows: list[MethodResult], found: dict, count: int) -> None:
     """Fill in the quality of the demo's rows: for layer 0, or for all layers together."""
     for row in (row for row in rows if row.model == "demo" and row.provider in found):
         for metric in ("spearman", "top1_overlap"):
@@ -92,7 +92,7 @@ def with_quality(rows: list[Row], found: dict, count: int) -> None:
         row.n_prompts = count
 
 
-def summary(work: Workload, rows: list[Row], search: dict) -> str:
+def summary(work: NeuronRace, rows: list[MethodResult], search: dict) -> str:
     """One workload in a few lines."""
     lines = [
         f"{work.model}, {rows[0].length} tokens, {work.name}: {rows[0].neurons} neurons; the fair ablation's batch of "

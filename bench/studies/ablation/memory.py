@@ -13,10 +13,10 @@ import torch
 from ...baselines.fair_ablation import FairAblation
 from ...baselines.neuron_methods import ONE_BY_ONE, methods
 from ...core.peak import fresh_process, measured
-from .workload import Workload
+from .subject import NeuronRace
 
 
-def peak_bytes(work: Workload, method: str, batch: int, threads: int, device: str) -> int | None:
+def peak_bytes(work: NeuronRace, method: str, batch: int, threads: int, device: str) -> int | None:
     """The peak of one method in a fresh process; None where the system cannot tell."""
     layers = "all" if work.all_layers else "one"
     arguments = [work.model, layers, work.length, method, batch, threads, device]
@@ -26,7 +26,7 @@ def peak_bytes(work: Workload, method: str, batch: int, threads: int, device: st
 def main(arguments: list[str]) -> None:
     model, layers, length, name, batch, threads, device = arguments
     torch.set_num_threads(int(threads))
-    subject = Workload(model, layers == "all", int(length)).build(device)
+    subject = NeuronRace(model, layers == "all", int(length)).build(device)
     method = methods()[name](subject.model)
     if isinstance(method, FairAblation):
         method.batch = int(batch)

@@ -16,15 +16,15 @@ from ...baselines.neuron_methods import EXACT, FAIR, ONE_BY_ONE, OneAtATime, Sha
 from ...core.results import environment
 from ...core.timing import interleaved, quantiles
 from .memory import peak_bytes
-from .workload import Subject, Workload
+from .subject import NeuronRace, Subject
 
 ROUNDING = 1e-5  # between the two ablations in float64 (whose norms are in float32), of the largest effect
 TOLERANCE = 1e-3  # of the library in the model's dtype against the reference backend in float64, of the largest score
 
 
 @dataclass
-class Row:
-    """A measured fact. ``seconds`` is the median.
+class MethodResult:
+    """A method's time, memory and quality on one workload. ``seconds`` is the median.
 
     Where only a sample of neurons was run, ``sample`` is their number and the times are scaled up. The demo model's
     rows hold ``spearman`` and ``top1_overlap``: zero or mean -> spread.
@@ -75,8 +75,8 @@ def verify(subject: Subject, neurons: int = 4) -> None:
 
 
 def measure(
-    work: Workload, runs: int, sample: int, device: str = "cpu", memory: Collection[str] = ()
-) -> tuple[list[Row], dict]:
+    work: NeuronRace, runs: int, sample: int, device: str = "cpu", memory: Collection[str] = ()
+) -> tuple[list[MethodResult], dict]:
     """Return a row per method, and the search for the fair ablation's batch size.
 
     *One at a time* runs for ``sample`` neurons, spread over the layers, where there are more. ``memory`` names the
@@ -104,7 +104,7 @@ def measure(
         sampled = name == ONE_BY_ONE and not full
         time_of = quantiles(values * (scale if sampled else 1.0))
         rows.append(
-            Row(
+            MethodResult(
                 workload=work.name,
                 model=work.model,
                 provider=name,

@@ -1,4 +1,4 @@
-"""The workloads of the race: a model, a prompt, and the neurons whose effects are asked for."""
+"""A race of neurons, and its subject: a model, a prompt, and the neurons whose effects are asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core.questions import demo_model, questions
 
 
 @dataclass(frozen=True)
-class Workload:
+class NeuronRace:
     """Neurons of layer 0, or of every layer, of a random model's random prompt or of the demo's first question."""
 
     model: str  # "demo" or a name of core.models.SHAPES
