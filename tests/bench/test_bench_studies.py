@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from bench.core.questions import Question
 from bench.report import __main__ as report
 from bench.speed import prompts
 from bench.studies import faithfulness, grouping
+from bench.studies.ablation import __main__ as race
 from bench.studies.ablation.race import verify
 from bench.studies.ablation.subject import NeuronRace
 from depass_fast import DePass, Neurons
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
+ROOT = Path(__file__).parents[2]
 TARGET = 5
 
 
@@ -65,6 +68,24 @@ def test_a_batch_that_differs_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(prompts, "DePass", Wrong)
     with pytest.raises(RuntimeError, match="differ by"):
         list(prompts.measure(work, runs=1))
+
+
+def test_quality_is_measured_again_without_the_race(monkeypatch, tmp_path, capsys) -> None:
+    old = json.loads((ROOT / "bench/results/ablation-cpu.json").read_text())
+    other = {metric: {"all": {"median": 0.5}, "layers": [{"median": 0.25}]} for metric in ("spearman", "top1_overlap")}
+    new = {"quality": {"depass_fast": {"zero": other}}, "n_prompts": 3, "quality_environment": {"commit": "new"}}
+    monkeypatch.setattr(race, "measure_quality", lambda count, device: new)
+    path = tmp_path / "ablation.json"
+    path.write_text(json.dumps(old))
+    race.main(["--only", "quality", "--out", str(path)])
+    found = json.loads(path.read_text())
+    assert found["environment"] == old["environment"] and {**old, **new, "rows": found["rows"]} == found
+    assert [row["seconds"] for row in found["rows"]] == [row["seconds"] for row in old["rows"]]
+    mine = [row for row in found["rows"] if row["model"] == "demo" and row["provider"] == "depass_fast"]
+    assert [row["spearman"]["zero"]["median"] for row in mine] == [0.25, 0.5]
+    with pytest.raises(SystemExit):
+        race.main(["--only", "quality"])
+    assert "give it as --out FILE" in capsys.readouterr().err
 
 
 def test_an_ablation_that_differs_is_not_timed(monkeypatch) -> None:

@@ -6,6 +6,7 @@ the end comes the quality: every method's numbers for all neurons of the demo mo
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -36,7 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out the memory measurement")
+    parser.add_argument(
+        "--only", choices=["quality"], help="measure the quality again, and keep the race that --out holds"
+    )
     options = parser.parse_args(arguments)
+    if options.only and not options.out:
+        parser.error("--only quality keeps the race of a results file: give it as --out FILE")
     torch.set_num_threads(options.threads)
     runs = options.runs or (2 if options.tiny else 5)
     sample = options.sample or (8 if options.tiny else 48)
@@ -44,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     works = TINY if options.tiny else FULL
     if options.models:
         works = [NeuronRace(model, all_layers) for model in options.models for all_layers in (False, True)]
+
+    if options.only:
+        measure_quality_again(options.out, count, options.device)
+        return
 
     rows: list[MethodResult] = []
     facts: dict = {"quick": options.tiny, "search": []}
@@ -62,24 +72,45 @@ def main(arguments: list[str] | None = None) -> None:
             rows += measured
             print(summary(work, measured, search), flush=True)
             write()
-        began = time.monotonic()
-        model, tokenizer = demo_model(options.device)
-        asked = questions(tokenizer, count, options.device)
-        facts["quality"] = quality(
+    facts |= measure_quality(count, options.device)
+    with_quality(rows, facts["quality"], facts["n_prompts"])
+    write()
+
+
+def measure_quality(count: int, device: str) -> dict:
+    """The facts that a results file holds of the quality on ``count`` prompts; prints them, too."""
+    began = time.monotonic()
+    model, tokenizer = demo_model(device)
+    asked = questions(tokenizer, count, device)
+    with torch.no_grad():
+        found = quality(
             model,
             asked,
             methods(),
             mean_activations(model, tokenizer),
             report=lambda done: print(f"\rquality: {done} of {len(asked)} prompts", end="", flush=True),
         )
-        facts |= {"n_prompts": len(asked), "corpus": CORPUS, "quality_seconds": time.monotonic() - began}
-        facts["quality_environment"] = environment(torch.device(options.device).type)
-    print(f", {facts['quality_seconds']:.0f} s")
-    with_quality(rows, facts["quality"], len(asked))
-    write()
-    for name, kinds in facts["quality"].items():
+    seconds = time.monotonic() - began
+    print(f", {seconds:.0f} s")
+    for name, kinds in found.items():
         figures = [f"{kind} {metric} {v['all']['median']:.3f}" for kind, m in kinds.items() for metric, v in m.items()]
         print(f"    {name:22} all layers: {', '.join(figures)}")
+    return {
+        "quality": found,
+        "n_prompts": len(asked),
+        "corpus": CORPUS,
+        "quality_seconds": seconds,
+        "quality_environment": environment(torch.device(device).type),
+    }
+
+
+def measure_quality_again(path: Path, count: int, device: str) -> None:
+    """Replace the quality that a results file holds. Its race keeps its times, its commit and its environment."""
+    result = json.loads(path.read_text())
+    rows = [MethodResult(**row) for row in result.pop("rows")]
+    result |= measure_quality(count, device)
+    with_quality(rows, result["quality"], result["n_prompts"])
+    path.write_text(json.dumps({**result, "rows": [row.as_dict() for row in rows]}, indent=1) + "\n")
 
 
 def with_quality(rows: list[MethodResult], found: dict, count: int) -> None:
