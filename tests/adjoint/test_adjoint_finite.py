@@ -47,7 +47,7 @@ def extreme(change: str) -> tuple[DePass, dict]:
 
 @pytest.mark.parametrize("change", ["no gates", "half the gates", "half the activations", "no activations"])
 def test_dead_neurons_are_those_of_an_exact_run(change):
-    """What nobody drives goes to `rest` in both."""
+    """A neuron that nobody drives goes to `rest` in both."""
     (dp, options), ids = extreme(change), random_ids(6, seed=12)
     for kind in (Neurons(0), custom(dp, ids, layer=0, scale=0.02)):
         exact = dp.attribute(ids, kind, 5, **options).scores

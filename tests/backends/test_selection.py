@@ -1,4 +1,4 @@
-"""Which backend runs: by argument, by the environment, or automatically; what cannot run is refused, with the reason.
+"""Choice of the backend: by argument, by the environment, or automatically. One that cannot run is refused, and why.
 
 Nothing here needs a GPU, nor Triton: where a test is not about the backend itself, another one stands for it.
 """

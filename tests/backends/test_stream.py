@@ -156,7 +156,7 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
 )
 @pytest.mark.parametrize("kind", [Tokens(), Heads(0)], ids=["tokens", "heads"])
 def test_a_layer_takes_two_passes(name, loads, stores, kind, monkeypatch):
-    """How often a row goes to the device and comes back, per layer."""
+    """The times that a row goes to the device and comes back, per layer."""
     dp, moved = DePass(build_variant(name), state_dtype="float64"), {"_take": 0, "_put": 0}
 
     def count(method):

@@ -78,7 +78,7 @@ def test_states_are_the_residual_stream():
 
 
 def test_every_call_makes_its_own_forward_pass():
-    """What a script does to the model between two calls is seen; what it does to the states it was given is not."""
+    """A change of the model between two calls is seen; a change of the states that a call returned is not."""
     subject, ids = decomposed_state_manager(build_model("llama"), None), random_ids(5)
     first, states = subject.get_last_layer_decomposed_state(ids)
     for x in states:

@@ -7,23 +7,49 @@ biases, the neurons' ill-fitting residual. With the same rule and the same initi
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
-from depass_fast import ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
-from depass_fast.adapters import without_biases
+from depass_fast import Attribution, ComponentKind, ComponentState, Custom, DePass, Heads, Modules, Tokens, Trace
+from depass_fast.adapters import Adapter, adapt, without_biases
 from depass_fast.compat.rules import PublishedRule
+from depass_fast.methods.exact import exact
+from depass_fast.methods.states import decompose
+from depass_fast.options import Options
 from depass_fast.propagation.loop import through_final_norm
+from depass_fast.request import Request, make_request, with_targets
 from depass_fast.state.layout import Components, Layout
 from tests.support.published import agree, cases, load, select
 from tests.support.steps import carried, start_state
 
 
-def library(name: str) -> DePass:
-    dp = DePass(load(name)[0])
-    if name.startswith("qwen2"):
-        dp.adapter = without_biases(dp.adapter)
-    return dp
+@dataclass(frozen=True)
+class Library:
+    """The calls of DePass with an adapter that is given: the published implementation drops the biases of Qwen2."""
+
+    adapter: Adapter
+    tokenizer: None = None
+    options: Options = field(default_factory=Options)
+
+    def request(self, trace: Trace, kind: ComponentKind, end: int | None, options: dict) -> Request:
+        return make_request(self.adapter, self.tokenizer, self.options.updated(options), trace, kind, end)
+
+    @torch.no_grad()
+    def decompose(
+        self, trace: Trace, kind: ComponentKind, *, end: int | None = None, **options: object
+    ) -> ComponentState:
+        return decompose(self.request(trace, kind, end, options))
+
+    @torch.no_grad()
+    def attribute(self, trace: Trace, kind: ComponentKind, target: int, *, position: int) -> Attribution:
+        return exact(with_targets(self.request(trace, kind, None, {}), target, position=position))[0]
+
+
+def library(name: str) -> Library:
+    adapter = adapt(load(name)[0])
+    return Library(without_biases(adapter) if name.startswith("qwen2") else adapter)
 
 
 def traced(name: str, ids: list[int]) -> Trace:
@@ -35,7 +61,7 @@ def cases_of(model: str, name: str) -> dict:
     return next(case for m, case in (c.values for c in cases()) if m == model and case["name"] == name)
 
 
-def propagated(dp: DePass, trace: Trace, states: torch.Tensor, layer: int, site: str, backend: str) -> torch.Tensor:
+def propagated(dp: Library, trace: Trace, states: torch.Tensor, layer: int, site: str, backend: str) -> torch.Tensor:
     """Given states (N, M, D), the first of them the published residual, carried to the final norm: (N, M, D).
 
     They are taken as they are, complete or not; no `rest` is added to what is the first component already.

@@ -44,7 +44,7 @@ def wrapped(config, model_type="llama", **changes):
 
 
 def check(model, oracle):
-    """What ``model`` gives is what the plain model ``oracle`` gives, for every kind, and is complete."""
+    """``model`` gives the scores of the plain model ``oracle``, for every kind, and they are complete."""
     dp, plain = DePass(model), DePass(oracle)
     for kind in KINDS:
         result = dp.attribute(IDS, kind, [None, 5])
@@ -65,7 +65,7 @@ def test_unmerged_is_as_merged(name):
 
 
 def test_half_precision():
-    """What an adapter adds is not rounded to the weights' dtype: the error stays that of the model."""
+    """The output of an adapter is not rounded to the weights' dtype: the error stays that of the model."""
     model = wrapped(CONFIGS["LoRA"])
     for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         dp = DePass(model.to(dtype))

@@ -133,7 +133,7 @@ def test_a_float64_state_is_refused_and_not_cut_to_float32():
 @pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Tokens(1), Heads(0), Neurons(0)], ids=["tokens", "heads", "neurons"])
 def test_a_step_is_no_further_from_float64_than_the_torch_backend(kind, compute):
-    """What attention and MLP add, with products in half precision and the state in float32: over several models."""
+    """Increments of attention and MLP, with products in half precision and the state in float32; several models."""
     errors = {"torch": torch.zeros(2), "triton": torch.zeros(2)}
     for seed in range(3):
         dp = build("llama-gqa", seed=seed)
