@@ -1,7 +1,7 @@
 """The table of model families in docs/families.md, from the tests' measurements: ``python -m bench.studies.families``.
 
-``pytest tests/adapters/test_families.py --family-results=bench/results/families/VERSION.json`` writes one of its source
-files; there is one for every version of transformers that the table names.
+``pytest tests/adapters/test_families.py --family-results=FILE.json`` writes one of its source files. They are in
+``bench/results/families``, one for every version of transformers that the table names.
 """
 
 from __future__ import annotations
