@@ -1,9 +1,9 @@
 """Launch configurations measured on this GPU, and torch's products beside fused ones: ``python -m bench.speed.tune``.
 
 For the buckets of :mod:`depass_fast.kernels.launch` the candidates are compiled, in several processes, and timed.
-``--write`` puts the winners into ``tuned.json`` beside the kernels where they are at least 3 % faster, and slower in no case of
-the bucket. The MLP's two products are timed in both ways: torch's GEMM with the allocation as a kernel of its own, and
-:mod:`bench.kernels.fused_products`.
+``--write`` puts the winners into ``tuned.json`` beside the kernels, where they are at least 3 % faster and slower in no
+case of the bucket. The MLP's two products are timed in both ways: torch's GEMM with the allocation as a kernel of its
+own, and :mod:`bench.kernels.fused_products`.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def test_files_and_modules_that_are_named_exist(page):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
 def _anchors(page: Path) -> set[str]:
