@@ -41,7 +41,7 @@ def scores_given_z(
 
     In Z a component's own term is that of its mean field; it is replaced by its real one (no share then exceeds 1,
     however loud it is). An ``exact`` log Z is left as it is. Components that were explicit at first (``released``, as
-    :class:`Forward` has them) go on from where they were released.
+    :class:`.forward.Forward` has them) go on from where they were released.
 
     ``measure``: the components are a random sample of the crowd, and tell how far Z is off.
     """
