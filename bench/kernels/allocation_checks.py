@@ -58,7 +58,10 @@ def allocation_oracle(
 def _check_allocate(
     rule: str, counts: list[int], n: int, away: Sequence[int] = (), zeros: bool = False, bias: int | None = None,
     rest: int | None = None, temperature: float = 0.1, scale: float = 1.0, equal: bool = False,
+    scaled: bool = False,
 ) -> Callable:  # fmt: skip
+    """Check `allocate`. ``scaled``: gates of rows with scales of their own, and shares times a factor."""
+
     def run(dtype: torch.dtype, device: torch.device) -> float:
         g = (_gates(counts, n, dtype, away, zeros) * scale).to(dtype)
         g = g.sign() if equal else g
@@ -67,17 +70,22 @@ def _check_allocate(
         recorded = torch.arange(len(counts)).flip(0) + 2
         alive = (torch.arange(len(g)) % 5 != 1).to(torch.uint8)
         constant = random(3, n) if bias is not None else None
+        size = (2 * random(4, len(g))).round().exp2() if scaled else None
+        out_factor = 2.0**-7 if scaled else 1.0
+        true = g if size is None else g.double() * size[:, None].double()
         _, begins, flags = chunk(counts, device, away)
         segments = allocation.Segments(begins, recorded.to(device), max(counts), flags, bias, rest)
-        oracle = allocation_oracle(rule, g, counts, act, gate, recorded, alive, away, constant, bias, rest, temperature)
+        oracle = allocation_oracle(
+            rule, true, counts, act, gate, recorded, alive, away, constant, bias, rest, temperature
+        )
         wide = poisoned(len(g), n + 3, dtype=dtype, device=device)  # rows that are not packed
         out = wide[:, :n].copy_(g)
         numbers = None if constant is None else constant.to(device)
-        allocation.allocate(
-            out, segments, act.to(device), gate.to(device), rule, temperature, alive.to(device), numbers
-        )  # fmt: skip
+        scales = None if size is None else size.to(device)
+        more = (alive.to(device), numbers, scales, out_factor)
+        allocation.allocate(out, segments, act.to(device), gate.to(device), rule, temperature, *more)
         assert bool(wide[:, n:].isnan().all()), "written beside the gates"
-        return error(out, oracle)
+        return error(out, oracle * out_factor)
 
     return run
 
@@ -92,6 +100,7 @@ def allocation_checks(small: bool) -> Iterator[Check]:
         yield Check("allocate", f"{rule}, corners", _check_allocate(rule, counts, n, away=[3, 5, 6], zeros=True))
         corners = {"away": [0, 5, 6], "zeros": True, "bias": 0, "rest": 0}
         yield Check("allocate", f"{rule}, bias and rest", _check_allocate(rule, counts, n, **corners))
+        yield Check("allocate", f"{rule}, scales", _check_allocate(rule, counts, n, scaled=True, **corners))
     yield Check("allocate", "max, equals", _check_allocate("max", [40], 5, equal=True))  # in two tiles
     yield Check("allocate", "one component", _check_allocate("softmax", [1], 1))
     yield Check("allocate", "cold", _check_allocate("softmax", [9, 70], n, temperature=0.01))

@@ -45,12 +45,15 @@ class Segments:
 
 @triton.jit
 def _tile(
-    g, away, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr
-):
+    g, row_scale, away, constant, first, m, count, i, inside, stride, bias,
+    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr,
+):  # fmt: skip
     """Gates of components m and neurons i, and the mask of those that take part: [BM, BI]."""
     row = first + m
     alive = (m < count)[:, None] & inside[None, :]
     values = tl.load(g + row[:, None] * stride + i[None, :], mask=alive, other=0.0).to(tl.float32)
+    if HAS_ROW_SCALE:
+        values *= tl.load(row_scale + row, mask=m < count, other=0.0)[:, None]
     if HAS_CONSTANT:
         values += tl.where((m == bias)[:, None], constant[None, :], 0.0)
     part = alive & (values != 0)
@@ -59,10 +62,10 @@ def _tile(
     return values, part
 
 
-@triton.jit(do_not_specialize=["recorded", "bias"])
+@triton.jit(do_not_specialize=["recorded", "out_factor", "bias"])
 def _share_linearly(
-    g, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, bias, gate_stride,
-    HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    g, row_scale, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, out_factor, bias, gate_stride,
+    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """`taylor`: w = g / gate, which does not depend on the other components."""
     blocks = tl.cdiv(n_neurons, BI)
@@ -72,7 +75,7 @@ def _share_linearly(
     first = tl.load(starts + segment)
     count = (tl.load(starts + segment + 1) - first).to(tl.int32)
     at = tl.load(recorded + segment)
-    a = tl.load(act + at * act_stride + i, mask=inside, other=0.0).to(tl.float32)  # [BI]
+    a = tl.load(act + at * act_stride + i, mask=inside, other=0.0).to(tl.float32) * out_factor  # [BI]
     total = tl.load(gate + at * gate_stride + i, mask=inside, other=0.0).to(tl.float32)
     constant = total
     if HAS_CONSTANT:
@@ -80,14 +83,17 @@ def _share_linearly(
     a = tl.where(total == 0, 0.0, a / tl.where(total == 0, 1.0, total))
     for t in range(0, count, BM):
         m = t + tl.arange(0, BM)
-        values, _ = _tile(g, g, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT, False)
+        values, _ = _tile(
+            g, row_scale, g, constant, first, m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT, False
+        )
         where = g + (first + m)[:, None] * stride + i[None, :]
         tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["away", "recorded", "bias", "rest"])
+@triton.jit(do_not_specialize=["away", "recorded", "out_factor", "bias", "rest"])
 def _allocate(
     g,
+    row_scale,
     act,
     constants,
     away,
@@ -98,9 +104,11 @@ def _allocate(
     stride,
     act_stride,
     per_t,
+    out_factor,
     bias,
     rest,
     RULE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     HAS_CONSTANT: tl.constexpr,
     HAS_AWAY: tl.constexpr,
     HAS_REST: tl.constexpr,
@@ -115,7 +123,7 @@ def _allocate(
     first = tl.load(starts + segment)
     count = (tl.load(starts + segment + 1) - first).to(tl.int32)
     at = tl.load(recorded + segment) * act_stride + i
-    a = tl.load(act + at, mask=inside, other=0.0).to(tl.float32)  # [BI]
+    a = tl.load(act + at, mask=inside, other=0.0).to(tl.float32) * out_factor  # [BI]
     constant = a
     if HAS_CONSTANT:
         constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
@@ -130,12 +138,16 @@ def _allocate(
         tops = tl.full((BM, BI), FLOOR, tl.float32)
         sums = tl.zeros((BM, BI), tl.float32)
     if ONE_TILE:
-        values, part = _tile(g, away, constant, first, m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY)
+        values, part = _tile(
+            g, row_scale, away, constant, first, m, count, i, inside, stride, bias,
+            HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
+        )  # fmt: skip
     for t in range(0, count, BM):
         if not ONE_TILE:
             values, part = _tile(
-                g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
-            )
+                g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
+                HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
+            )  # fmt: skip
         if RULE == "softmax" and ONE_TILE:
             z = tl.where(part, values * per_t, NEVER)
             top = tl.max(z, 0)
@@ -168,8 +180,9 @@ def _allocate(
         for t in range(0, count, BM):
             if not ONE_TILE:
                 values, part = _tile(
-                    g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
-                )
+                    g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
+                    HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
+                )  # fmt: skip
             total += tl.sum(tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0), 0)
     if RULE == "softmax":  # one factor for the whole column
         factor = a / tl.where(nobody, 1.0, total)
@@ -186,8 +199,9 @@ def _allocate(
     for t in range(0, count, BM):
         if not ONE_TILE:
             values, part = _tile(
-                g, away, constant, first, t + m, count, i, inside, stride, bias, HAS_CONSTANT, HAS_AWAY
-            )
+                g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
+                HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
+            )  # fmt: skip
         if RULE == "softmax":
             shares = tl.where(part, tl.exp2(values * per_t - shift[None, :]), 0.0) * factor[None, :]
         elif RULE == "relu":
@@ -216,12 +230,16 @@ def allocate(
     temperature: float,
     alive: Tensor,
     constant: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    out_factor: float = 1.0,
 ) -> None:
     """Replace gates by shares of the frozen activation, in place: g (r, i) <- w · a.
 
     ``act`` and ``gate`` (P, i) are the trace's; only `taylor` reads the latter. ``constant`` (i,) is the gate's bias,
     which `bias` drives. ``alive`` (r,) uint8 is zero for components that are not there. The rows of ``g``, ``act`` and
     ``gate`` may be parts of longer ones.
+
+    With ``row_scale`` (r,) float32 the gates are ``g`` · ``row_scale``. Shares are stored times ``out_factor``.
 
     Raises:
         ValueError: an unknown rule, or a tensor of another shape, dtype or memory layout.
@@ -239,6 +257,8 @@ def allocate(
         check("constant", constant, (n_neurons,), *FLOATS)
         if segments.bias is None:
             raise ValueError("constant: it is driven by `bias`, and the segments have none.")
+    if row_scale is not None:
+        check("row_scale", row_scale, (n_rows,), torch.float32)
     if rule not in RULES:
         raise ValueError(f"rule: {rule!r} is not one of {', '.join(RULES)}.")
     if not g.numel():
@@ -246,24 +266,39 @@ def allocate(
     config = allocation_config(segments.longest, n_neurons, g.dtype, g.device)
     grid = (len(segments) * triton.cdiv(n_neurons, config["BI"]),)
     common = (segments.starts, segments.recorded, n_neurons, g.stride(0), act.stride(0))
+    scales = act if row_scale is None else row_scale
     constants, bias = act if constant is None else constant, -1 if segments.bias is None else segments.bias
     if rule == "taylor":
         del config["ONE_TILE"]
         _share_linearly[grid](
-            g, act, gate, constants, *common, bias, gate.stride(0), HAS_CONSTANT=constant is not None, **config
+            g,
+            scales,
+            act,
+            gate,
+            constants,
+            *common,
+            out_factor,
+            bias,
+            gate.stride(0),
+            HAS_ROW_SCALE=row_scale is not None,
+            HAS_CONSTANT=constant is not None,
+            **config,
         )
         return
     _allocate[grid](
         g,
+        scales,
         act,
         constants,
         alive if segments.away is None else segments.away,
         alive,
         *common,
         LOG2E / temperature,
+        out_factor,
         bias,
         -1 if segments.rest is None else segments.rest,
         RULE=rule,
+        HAS_ROW_SCALE=row_scale is not None,
         HAS_CONSTANT=constant is not None,
         HAS_AWAY=segments.away is not None,
         HAS_REST=segments.rest is not None,
