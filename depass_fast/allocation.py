@@ -23,7 +23,8 @@ class Gates:
     alive (n, M): True if the component's state is not exactly zero at that position.
     excluded (n, M): True for a special token at any position but its own.
     positions (n,): positions in the prompt.
-    rest: the index of the component `rest`, or None.
+    rest, bias: the indices of these components, or None.
+    constant (I,): the part of every gate that `bias` drives without a state, None if there is none; it is in values.
     """
 
     values: Tensor
@@ -32,11 +33,27 @@ class Gates:
     excluded: Tensor
     positions: Tensor
     rest: int | None
+    bias: int | None = None
+    constant: Tensor | None = None
 
     @property
     def eligible(self) -> Tensor:
-        """The components that take part, (n, M, I): those that are not excluded and whose g is not exactly zero."""
-        return (self.values != 0) & ~self.excluded[..., None]
+        """The components that take part, (n, M, 1) or (n, M, I), see :func:`taking_part`."""
+        return taking_part(self.alive, self.excluded, self.bias, self.constant)
+
+
+def taking_part(alive: Tensor, excluded: Tensor, bias: int | None, constant: Tensor | None) -> Tensor:
+    """Return who takes part, (n, M, 1), or (n, M, I) where `bias` drives neurons by a ``constant`` (I,).
+
+    Whoever is alive and not excluded takes part, however small its gate; a gate that is zero says nothing. `bias` also
+    takes part in neurons whose constant is not zero. Arguments as of :class:`Gates`.
+    """
+    part = (alive & ~excluded)[..., None]
+    if bias is None or constant is None:
+        return part
+    part = part.repeat(1, 1, len(constant))
+    part[:, bias] |= constant != 0
+    return part
 
 
 Rule = Callable[[Gates, float], Tensor]
@@ -51,10 +68,10 @@ Edit = Callable[[Tensor, Tensor, float], bool]
 def softmax(gates: Gates, temperature: float) -> Tensor:
     """Weights w = softmax over the components of g / T."""
     eligible = gates.eligible
-    z = (gates.values / temperature).masked_fill(~eligible, -torch.inf)
+    z = gates.values.masked_fill(~eligible, -torch.inf)
     top = z.amax(1, keepdim=True)
-    z = torch.exp(z - top.masked_fill(top == -torch.inf, 0.0))
-    return _normalised(z, eligible, gates)
+    z = (z - top.masked_fill(top == -torch.inf, 0.0)) * inverse(temperature, z.dtype)
+    return _normalised(torch.exp(z), eligible, gates)
 
 
 def linear(gates: Gates, temperature: float) -> Tensor:
@@ -68,21 +85,27 @@ def linear(gates: Gates, temperature: float) -> Tensor:
 
 def relu(gates: Gates, temperature: float) -> Tensor:
     """Weights w ∝ max(g, 0): only components that open the gate take part."""
-    eligible = gates.eligible & (gates.values > 0)
+    eligible = gates.eligible & ~(gates.values <= 0)  # NaN is kept
     return _normalised(gates.values.clamp_min(0.0), eligible, gates)
 
 
 def winner(gates: Gates, temperature: float) -> Tensor:
     """Weight 1 for the component with the largest g, the first of equals; 0 for all others."""
     eligible = gates.eligible
-    best = gates.values.masked_fill(~eligible, -torch.inf).argmax(1, keepdim=True)
-    return _normalised(torch.zeros_like(gates.values).scatter_(1, best, 1.0), eligible, gates)
+    top, best = gates.values.masked_fill(~eligible, -torch.inf).max(1, keepdim=True)
+    one = torch.where(top.isnan(), top, 1.0)
+    return _normalised(torch.zeros_like(gates.values).scatter_(1, best, one), eligible, gates)
 
 
 def taylor(gates: Gates, temperature: float) -> Tensor:
     """Weights w = g / gate, so that a component receives g · act(gate)/gate · up, which is linear in its state."""
     total = gates.total[:, None]
     return torch.where(total == 0, 0.0, gates.values / torch.where(total == 0, 1.0, total))
+
+
+def inverse(temperature: float, dtype: torch.dtype) -> float:
+    """Return 1 / T within the range of ``dtype``: an infinite one times zero, or zero times infinity, would be NaN."""
+    return max(torch.finfo(dtype).tiny, min(1.0 / temperature, torch.finfo(dtype).max))
 
 
 RULES: dict[str, Rule] = {"softmax": softmax, "linear": linear, "relu": relu, "max": winner, "taylor": taylor}

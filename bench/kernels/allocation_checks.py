@@ -27,10 +27,17 @@ def chunk(
 def _gates(counts: list[int], n: int, dtype: torch.dtype, away: Sequence[int], zeros: bool) -> Tensor:
     g = (random(0, sum(counts), n) * 0.7).to(dtype)
     if zeros:
-        g[::3] = 0  # a component that is not there
+        g[::3] = 0  # a component that is not there, see _alive
         g[:, n // 2] = 0  # a neuron that nobody drives
-        g[1, 1:3] = 0
+        g[1, 1:3] = 0  # one that rounds to zero
     return g
+
+
+def _alive(n_rows: int, zeros: bool) -> Tensor:
+    alive = torch.arange(n_rows) % 5 != 1
+    if zeros:
+        alive[::3] = False
+    return alive.to(torch.uint8)
 
 
 def allocation_oracle(
@@ -50,7 +57,8 @@ def allocation_oracle(
         if constant is not None:
             values[:, bias] += constant.double()
         total = gate[recorded[segment]].double()[None]
-        gates = Gates(values, total, alive[None, at] != 0, excluded[None, at], torch.zeros(1), rest)
+        there, gone = alive[None, at] != 0, excluded[None, at]
+        gates = Gates(values, total, there, gone, torch.zeros(1), rest, bias, constant)
         out[at] = (RULES[rule](gates, temperature) * act[recorded[segment]].double())[0]
     return out
 
@@ -68,8 +76,10 @@ def _check_allocate(
         act, gate = random(1, len(counts) + 2, n).to(dtype), random(2, len(counts) + 2, n).to(dtype)
         gate[2, 0] = 0  # the last segment's
         recorded = torch.arange(len(counts)).flip(0) + 2
-        alive = (torch.arange(len(g)) % 5 != 1).to(torch.uint8)
+        alive = _alive(len(g), zeros)
         constant = random(3, n) if bias is not None else None
+        if constant is not None:
+            constant[::4] = 0
         size = (2 * random(4, len(g))).round().exp2() if scaled else None
         out_factor = 2.0**-7 if scaled else 1.0
         true = g if size is None else g.double() * size[:, None].double()

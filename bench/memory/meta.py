@@ -177,7 +177,6 @@ def standing_in() -> Iterator[None]:
             (attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
-            (torch_backend, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),
             (planner, "available", lambda device: FREE),
             (sweep, "available", lambda device: FREE),

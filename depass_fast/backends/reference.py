@@ -78,6 +78,8 @@ class ReferenceBackend(Backend):
                 excluded=excluded & (births != local[:, None]),
                 positions=local,
                 rest=layout.index(REST),
+                bias=bias,
+                constant=None if bias is None else gate_constant,
             )
             w = allocation.weights(gates)  # (N, M, I)
             y = (w * trace.act[recorded].to(dtype)[:, None]) @ weights.w_down.to(dtype).T

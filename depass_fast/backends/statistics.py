@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..allocation import inverse, taking_part
+
 _START = {
     "softmax": {"top": -torch.inf, "sum": 0.0},
     "linear": {"low": torch.inf, "sum": 0.0, "count": 0.0},
@@ -26,7 +28,8 @@ _START = {
 class GateBlock:
     """Gates of a block of components: ``values`` (n, b, I), ``total`` (n, I) of all; ``alive``, ``excluded`` (n, b).
 
-    ``members`` (b,) are the components' places among all of the prompt, ``rest`` is the place of `rest` in the block.
+    ``members`` (b,) are the components' places among all of the prompt, ``rest`` and ``bias`` are the places of these
+    in the block. ``constant`` (I,) is the part of the gates that `bias` drives without a state.
     """
 
     values: Tensor
@@ -35,10 +38,12 @@ class GateBlock:
     excluded: Tensor
     members: Tensor
     rest: int | None
+    bias: int | None = None
+    constant: Tensor | None = None
 
     @property
     def eligible(self) -> Tensor:
-        return (self.values != 0) & ~self.excluded[..., None]
+        return taking_part(self.alive, self.excluded, self.bias, self.constant)
 
 
 @dataclass
@@ -71,10 +76,11 @@ class Statistics:
         g, eligible = block.values, block.eligible
         t = {name: table[at, part] for name, table in self.tables.items()}  # views
         if self.rule == "softmax":
-            z = (g / self.temperature).masked_fill_(~eligible, -torch.inf)
+            z, per_t = g.masked_fill(~eligible, -torch.inf), inverse(self.temperature, g.dtype)
             top = torch.maximum(t["top"], z.amax(1))
             finite = top.masked_fill(top == -torch.inf, 0.0)
-            t["sum"].mul_(torch.exp(t["top"] - finite)).add_(torch.exp(z - finite[:, None]).sum(1))
+            met = torch.exp((t["top"] - finite).mul_(per_t))
+            t["sum"].mul_(met).add_(z.sub_(finite[:, None]).mul_(per_t).exp_().sum(1))
             t["top"].copy_(top)
         elif self.rule == "linear":
             low = torch.minimum(t["low"], g.masked_fill(~eligible, torch.inf).amin(1))
@@ -88,12 +94,10 @@ class Statistics:
             t["sum"].add_(torch.where(eligible, g, 0.0).clamp_min(0.0).sum(1))
         elif self.rule == "max":
             g = g.masked_fill(~eligible, -torch.inf)
-            first = g.argmax(1, keepdim=True)
-            top = g.gather(1, first)[:, 0]
-            ahead = top > t["top"]
-            winner = block.members[first[:, 0]].to(top.dtype)
-            t["winner"].copy_(torch.where(ahead, winner, t["winner"]))
-            t["top"].copy_(torch.where(ahead, top, t["top"]))
+            top, first = g.max(1)
+            winner = block.members[first].to(top.dtype)
+            t["winner"].copy_(torch.where(top > t["top"], winner, t["winner"]))
+            t["top"].copy_(torch.maximum(t["top"], top))  # NaN stays
 
     def shares(self, block: GateBlock, at: slice, part: slice) -> Tensor:
         """The weights (n, b, I) of a block's components."""
@@ -105,7 +109,8 @@ class Statistics:
         eligible = block.eligible
         if self.rule == "softmax":
             nobody = t["top"] == -torch.inf
-            weights = torch.exp((g / self.temperature - t["top"].masked_fill(nobody, 0.0)).clamp_max_(0.0))
+            above = (g - t["top"].masked_fill(nobody, 0.0)).clamp_max_(0.0)
+            weights = above.mul_(inverse(self.temperature, g.dtype)).exp_()
             weights = weights / t["sum"].masked_fill(nobody, 1.0)
         elif self.rule == "linear":
             nobody, level = t["count"] == 0, t["sum"] == 0
@@ -117,6 +122,7 @@ class Statistics:
         else:
             nobody = t["top"] == -torch.inf
             weights = (block.members[:, None] == t["winner"]).to(g.dtype)
+            weights = torch.where(t["top"].isnan(), t["top"], weights)
         weights = torch.where(eligible, weights, 0.0)
         if self.has_rest:
             fallback = torch.zeros_like(weights[:, :, :1])

@@ -227,9 +227,10 @@ class StreamBackend(TorchBackend):
         at, components = _at(layout, block), layout.components[block.prompt]
         chosen = slice(block.first, block.first + block.n_components)
         g = (x @ step.w_gate[part].T).to(torch.promote_types(x.dtype, torch.float32))  # (n, b, i)
-        bias, rest = (None if i is None else i - block.first for i in (layout.index(BIAS), layout.index(REST)))
-        if bias is not None and 0 <= bias < block.n_components and step.gate_constant is not None:
-            g[:, bias] += step.gate_constant[part]
+        bias, rest = (_place(layout.index(name), block) for name in (BIAS, REST))
+        constant = None if bias is None or step.gate_constant is None else step.gate_constant[part]
+        if constant is not None:
+            g[:, bias] += constant
         members = np.arange(len(components)) if self.members is None else self.members[block.prompt]
         away = components.births[chosen] != layout.local[at, None]
         return GateBlock(
@@ -238,7 +239,9 @@ class StreamBackend(TorchBackend):
             alive=alive,
             excluded=to_device(components.excluded[chosen] & away, x.device),
             members=to_device(members[chosen], x.device),
-            rest=rest if rest is not None and 0 <= rest < block.n_components else None,
+            rest=rest,
+            bias=bias,
+            constant=constant,
         )
 
     def _computes_on(self, state: ComponentState) -> torch.device:
@@ -286,6 +289,13 @@ def _runs(state: ComponentState, block: Block) -> list[Tensor]:
     return list(region.split(np.stack([gaps, counts], 1).flatten().tolist())[1::2])
 
 
+def _place(component: int | None, block: Block) -> int | None:
+    """The place of a component in a block, None if it is not there."""
+    if component is None or not block.first <= component < block.first + block.n_components:
+        return None
+    return component - block.first
+
+
 def _read(rows: Tensor, layout: Layout, block: Block, step: MlpStep) -> tuple[Tensor, Tensor]:
     """A block's rows (r, D) as the gates read them (n, b, D), and which are not zero (n, b)."""
     rows = scatter(rows, block)
@@ -295,10 +305,10 @@ def _read(rows: Tensor, layout: Layout, block: Block, step: MlpStep) -> tuple[Te
 
 def _add_constant(rows: Tensor, layout: Layout, block: Block, constant: Tensor | None) -> None:
     """Add ``constant`` (D,) or (S, D) to the rows of `bias` in a block (r, D), if it is there."""
-    bias = layout.index(BIAS)
-    if constant is None or bias is None or not block.first <= bias < block.first + block.n_components:
+    bias = _place(layout.index(BIAS), block)
+    if constant is None or bias is None:
         return
     at = _at(layout, block)
     counts = _counts(layout, block)
-    places = to_device(np.cumsum(counts) - counts + bias - block.first, rows.device)
+    places = to_device(np.cumsum(counts) - counts + bias, rows.device)
     rows[places] += (constant if constant.ndim == 1 else constant[at]).to(rows)

@@ -26,25 +26,24 @@ class PublishedRule:
             self.edit_gates = override
 
     def __call__(self, gates: Gates, temperature: float) -> Tensor:
-        g = gates.values.clone()
+        g = gates.values.masked_fill(~gates.eligible, -torch.inf)  # the absent
         if self.tokens:
-            g = torch.cat([g, torch.zeros_like(g[:, :1])], dim=1)
+            g = torch.cat([g, torch.full_like(g[:, :1], -torch.inf)], dim=1)
         if self.ignore_special:
-            g[:, 0] = 0.0
-        override(g, gates.positions, absent=0.0)
-        g[:, -1].masked_fill_((g == 0).all(1), 1.0)
+            g[:, 0] = -torch.inf
+        override(g, gates.positions)
+        g[:, -1].masked_fill_((g == -torch.inf).all(1), 1.0)
         shares = self._shares(g, temperature)
         return shares[:, :-1] if self.tokens else shares
 
     def _shares(self, g: Tensor, temperature: float) -> Tensor:
-        absent = g == 0
         if self.rule == "softmax":
-            return torch.softmax(g.masked_fill(absent, -torch.inf) / temperature, dim=1)
+            return torch.softmax(g / temperature, dim=1)
         if self.rule == "max":
-            best = g.masked_fill(absent, -torch.inf).argmax(1, keepdim=True)
-            return torch.zeros_like(g).scatter_(1, best, 1.0)
+            return torch.zeros_like(g).scatter_(1, g.argmax(1, keepdim=True), 1.0)
         if self.rule == "linear":
             # the lowest number stands for the absent; what is shifted by it is all that is left, or overflows
+            absent = g == -torch.inf
             g = g.masked_fill(absent, torch.finfo(g.dtype).min)
             g = torch.relu(g - g.amin(1, keepdim=True)).masked_fill(absent, 0.0)
         else:
@@ -52,9 +51,9 @@ class PublishedRule:
         return g / (g.sum(1, keepdim=True) + _EPSILON)
 
 
-def override(gates: Tensor, positions: Tensor, factor: float = 1.0, absent: float = -torch.inf) -> bool:
+def override(gates: Tensor, positions: Tensor, factor: float = 1.0) -> bool:
     """Apply the published exceptions to ``factor`` times the gates (n, M, I), in place. True if one is absent now."""
     gates[positions == 0, 0] = factor
     small = gates[:, -1].abs() < _SMALL * factor
-    gates[:, -1].masked_fill_(small, absent)
+    gates[:, -1].masked_fill_(small, -torch.inf)
     return bool(small.any())

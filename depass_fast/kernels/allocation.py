@@ -2,8 +2,8 @@
 
 For every position and neuron the gates g of all components are read twice: once to find their maximum and sum,
 streaming over the components, and once to be replaced by w · a, the component's share of the frozen activation
-(DESIGN.md section 2, *MLP*). A gate of exactly zero takes no part, nor does a special token away from home. Where
-nobody is eligible, `rest` takes all, or those alive share evenly.
+(DESIGN.md section 2, *MLP*). A component that is not there takes no part, nor does a special token away from home.
+Where nobody is eligible, `rest` takes all, or those alive share evenly.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -21,6 +21,7 @@ from torch import Tensor
 from .common import FLOATS, LOG2E, check
 from .launch import allocation_config
 
+_FINITE = torch.finfo(torch.float32)
 RULES = ("softmax", "linear", "relu", "max", "taylor")
 
 
@@ -45,27 +46,43 @@ class Segments:
 
 @triton.jit
 def _tile(
-    g, row_scale, away, constant, first, m, count, i, inside, stride, bias,
-    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, HAS_AWAY: tl.constexpr,
+    g, row_scale, constant, first, m, count, i, inside, stride, bias,
+    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """Gates of components m and neurons i, and the mask of those that take part: [BM, BI]."""
+    """Gates of components m and neurons i: [BM, BI]."""
     row = first + m
-    alive = (m < count)[:, None] & inside[None, :]
-    values = tl.load(g + row[:, None] * stride + i[None, :], mask=alive, other=0.0).to(tl.float32)
+    there = (m < count)[:, None] & inside[None, :]
+    values = tl.load(g + row[:, None] * stride + i[None, :], mask=there, other=0.0).to(tl.float32)
     if HAS_ROW_SCALE:
         values *= tl.load(row_scale + row, mask=m < count, other=0.0)[:, None]
     if HAS_CONSTANT:
         values += tl.where((m == bias)[:, None], constant[None, :], 0.0)
-    part = alive & (values != 0)
+    return values
+
+
+@triton.jit
+def _present(alive, away, first, m, count, HAS_AWAY: tl.constexpr):
+    """Which components m take part: those alive, but no special token away from home: [BM]."""
+    row = first + m
+    here = tl.load(alive + row, mask=m < count, other=0) != 0
     if HAS_AWAY:
-        part = part & (tl.load(away + row, mask=m < count, other=1) == 0)[:, None]
-    return values, part
+        here = here & (tl.load(away + row, mask=m < count, other=1) == 0)
+    return here
+
+
+@triton.jit
+def _part(here, driven, m, bias, HAS_CONSTANT: tl.constexpr):
+    """Who takes part, [BM, 1] or [BM, BI]: `bias` also where it is ``driven`` by a constant."""
+    part = here[:, None]
+    if HAS_CONSTANT:
+        part = part | ((m == bias)[:, None] & driven[None, :])
+    return part
 
 
 @triton.jit(do_not_specialize=["recorded", "out_factor", "bias"])
 def _share_linearly(
     g, row_scale, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, out_factor, bias, gate_stride,
-    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`taylor`: w = g / gate, which does not depend on the other components."""
     blocks = tl.cdiv(n_neurons, BI)
@@ -81,11 +98,11 @@ def _share_linearly(
     if HAS_CONSTANT:
         constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
     a = tl.where(total == 0, 0.0, a / tl.where(total == 0, 1.0, total))
-    for t in range(0, count, BM):
+    for t in tl.range(0, count, BM, num_stages=STAGES):
         m = t + tl.arange(0, BM)
-        values, _ = _tile(
-            g, row_scale, g, constant, first, m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT, False
-        )
+        values = _tile(
+            g, row_scale, constant, first, m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT
+        )  # fmt: skip
         where = g + (first + m)[:, None] * stride + i[None, :]
         tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
 
@@ -115,6 +132,7 @@ def _allocate(
     ONE_TILE: tl.constexpr,
     BM: tl.constexpr,
     BI: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     blocks = tl.cdiv(n_neurons, BI)
     segment = tl.program_id(0) // blocks
@@ -127,40 +145,42 @@ def _allocate(
     constant = a
     if HAS_CONSTANT:
         constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
+    driven = constant != 0
     m = tl.arange(0, BM)
     NEVER: tl.constexpr = float("-inf")
-    top = tl.full((BI,), NEVER, tl.float32)  # the largest that takes part
+    LOWEST: tl.constexpr = -3.4028234663852886e38  # no gate is below it; -inf less itself would be NaN
+    top = tl.full((BI,), LOWEST, tl.float32)  # the largest that takes part
     low = tl.full((BI,), float("inf"), tl.float32)
     total = tl.zeros((BI,), tl.float32)
     best = tl.zeros((BI,), tl.int32)  # `max`: the component that has it
+    spoiled = tl.zeros((BI,), tl.int32)  # `max`: a gate is NaN
+    someone = tl.zeros((BM,), tl.int32)
     if RULE == "softmax" and not ONE_TILE:  # each place of the tile has its own maximum and sum: no thread waits
-        FLOOR: tl.constexpr = -1e30
-        tops = tl.full((BM, BI), FLOOR, tl.float32)
+        tops = tl.full((BM, BI), LOWEST, tl.float32)
         sums = tl.zeros((BM, BI), tl.float32)
     if ONE_TILE:
-        values, part = _tile(
-            g, row_scale, away, constant, first, m, count, i, inside, stride, bias,
-            HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
-        )  # fmt: skip
-    for t in range(0, count, BM):
+        values = _tile(g, row_scale, constant, first, m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT)
+        here = _present(alive, away, first, m, count, HAS_AWAY)
+        part = _part(here, driven, m, bias, HAS_CONSTANT)
+    for t in tl.range(0, count, BM, num_stages=STAGES):
         if not ONE_TILE:
-            values, part = _tile(
-                g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
-                HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
-            )  # fmt: skip
+            values = _tile(
+                g, row_scale, constant, first, t + m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT
+            )
+            here = _present(alive, away, first, t + m, count, HAS_AWAY)
+            part = _part(here, driven, t + m, bias, HAS_CONSTANT)
+        someone |= here.to(tl.int32)
         if RULE == "softmax" and ONE_TILE:
-            z = tl.where(part, values * per_t, NEVER)
-            top = tl.max(z, 0)
-            total = tl.sum(tl.exp2(z - tl.where(top == NEVER, 0.0, top)[None, :]), 0)
+            z = tl.where(part, values, NEVER)
+            top = tl.maximum(top, tl.max(z, 0))
+            total = tl.sum(tl.exp2((z - top[None, :]) * per_t), 0)
         elif RULE == "softmax":
-            z = tl.where(part, values * per_t, 4.0 * FLOOR)
-            e = tl.exp2(-tl.abs(z - tops))  # the smaller of the two in units of the larger
+            z = tl.where(part, values, NEVER)
+            e = tl.exp2(-tl.abs(z - tops) * per_t)  # the smaller of the two in units of the larger
             sums = tl.where(z > tops, sums * e + 1.0, sums + e)
             tops = tl.maximum(tops, z)
         elif RULE == "relu":
-            z = tl.where(part & (values > 0), values, NEVER)
-            top = tl.maximum(top, tl.max(z, 0))
-            total += tl.sum(tl.where(z > 0, z, 0.0), 0)
+            total += tl.sum(tl.where(part & ~(values <= 0), values, 0.0), 0)  # NaN is kept
         elif RULE == "linear":
             top = tl.maximum(top, tl.max(tl.where(part, values, NEVER), 0))
             low = tl.minimum(low, tl.min(tl.where(part, values, float("inf")), 0))
@@ -170,46 +190,50 @@ def _allocate(
             who = t + tl.min(tl.where(z == high[None, :], m[:, None], BM), 0)  # the first of equals
             best = tl.where(high > top, who, best)
             top = tl.maximum(top, high)
+            spoiled = tl.maximum(spoiled, tl.max((z != z).to(tl.int32), 0))
     if RULE == "softmax" and not ONE_TILE:
         top = tl.max(tops, 0)
-        total = tl.sum(sums * tl.exp2(tops - top[None, :]), 0)
-        top = tl.where(top == FLOOR, NEVER, top)
-    nobody = top == NEVER
+        total = tl.sum(sums * tl.exp2((tops - top[None, :]) * per_t), 0)
+    nobody = tl.full((BI,), tl.max(someone, 0), tl.int32) == 0
+    if HAS_CONSTANT:
+        nobody = nobody & ~driven
     level = top == low  # `linear`: all equal
     if RULE == "linear":
-        for t in range(0, count, BM):
+        for t in tl.range(0, count, BM, num_stages=STAGES):
             if not ONE_TILE:
-                values, part = _tile(
-                    g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
-                    HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
-                )  # fmt: skip
+                values = _tile(
+                    g, row_scale, constant, first, t + m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT
+                )
+                here = _present(alive, away, first, t + m, count, HAS_AWAY)
+                part = _part(here, driven, t + m, bias, HAS_CONSTANT)
             total += tl.sum(tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0), 0)
-    if RULE == "softmax":  # one factor for the whole column
-        factor = a / tl.where(nobody, 1.0, total)
-        shift = tl.where(nobody, 0.0, top)
-    else:
-        factor = a / tl.where(nobody | (total == 0), 1.0, total)
-        shift = low
+    if RULE == "relu":
+        nobody = total == 0
+    factor = a
+    if RULE != "max":  # one factor for the whole column
+        factor = a / tl.where(nobody | ~inside, 1.0, total)
     lost = tl.max((nobody & inside).to(tl.int32), 0) > 0
     n_alive = 0.0
     if not HAS_REST:  # noqa: SIM102 (compiled in; `lost` is not)
         if lost:
             for t in range(0, count, BM):
                 n_alive += tl.sum(tl.load(alive + first + t + m, mask=t + m < count, other=0).to(tl.float32), 0)
-    for t in range(0, count, BM):
+    for t in tl.range(0, count, BM, num_stages=STAGES):
         if not ONE_TILE:
-            values, part = _tile(
-                g, row_scale, away, constant, first, t + m, count, i, inside, stride, bias,
-                HAS_ROW_SCALE, HAS_CONSTANT, HAS_AWAY,
-            )  # fmt: skip
+            values = _tile(
+                g, row_scale, constant, first, t + m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT
+            )
+            here = _present(alive, away, first, t + m, count, HAS_AWAY)
+            part = _part(here, driven, t + m, bias, HAS_CONSTANT)
         if RULE == "softmax":
-            shares = tl.where(part, tl.exp2(values * per_t - shift[None, :]), 0.0) * factor[None, :]
+            shares = tl.exp2((tl.where(part, values, NEVER) - top[None, :]) * per_t) * factor[None, :]
         elif RULE == "relu":
-            shares = tl.where(part & (values > 0), values, 0.0) * factor[None, :]
+            shares = tl.where(part & ~(values <= 0), values, 0.0) * factor[None, :]
         elif RULE == "linear":
-            shares = tl.where(part, tl.where(level[None, :], 1.0, values - shift[None, :]), 0.0) * factor[None, :]
+            shares = tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0) * factor[None, :]
         else:
             shares = tl.where((t + m)[:, None] == best[None, :], a[None, :], 0.0)
+            shares = tl.where((spoiled > 0)[None, :], float("nan"), shares)
         if lost:
             if HAS_REST:
                 fallback = tl.where(t + m == rest, 1.0, 0.0)
@@ -293,7 +317,7 @@ def allocate(
         alive if segments.away is None else segments.away,
         alive,
         *common,
-        LOG2E / temperature,
+        min(max(LOG2E / temperature, _FINITE.tiny), _FINITE.max),
         out_factor,
         bias,
         -1 if segments.rest is None else segments.rest,

@@ -21,7 +21,7 @@ from .common import interpreted, power_of_two
 
 TUNED = Path(__file__).with_name("tuned.json")
 _LAUNCH = ("num_warps", "num_stages")
-KEYWORDS = {"mix": ("BK", "BM", *_LAUNCH), "allocate": ("BM", "BI", *_LAUNCH)}
+KEYWORDS = {"mix": ("BK", "BM", *_LAUNCH), "allocate": ("BM", "BI", "STAGES", "num_warps")}
 
 
 def row_config(n_columns: int) -> dict:
@@ -53,11 +53,15 @@ def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch
 
 
 def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Rows and neurons per program, for segments of up to ``longest`` rows; all rows at once where they are few."""
+    """Rows and neurons per program, for segments of up to ``longest`` rows; all rows at once where they are few.
+
+    ``STAGES`` tiles are on their way from memory at a time. The compiler pipelines only loops that are told to, unless
+    what they load goes into a product, for which ``num_stages`` of a launch is enough.
+    """
     rows = min(32, power_of_two(longest, 4))
     one = longest <= rows
     columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
-    config = {"BM": rows, "BI": columns, "ONE_TILE": one, "num_warps": 2 if one else 8, "num_stages": 3}
+    config = {"BM": rows, "BI": columns, "ONE_TILE": one, "STAGES": 1 if one else 3, "num_warps": 2 if one else 8}
     if dtype.itemsize == 2:  # only half precision is tuned
         config |= tuned(device, "allocate", f"one r{rows}" if one else "some" if longest < 2048 else "many")
     return config | {"BI": min(config["BI"], power_of_two(n_neurons))}

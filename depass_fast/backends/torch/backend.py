@@ -25,7 +25,7 @@ from ...trace.record import AttentionTrace, MlpTrace
 from .attention import FrozenAttention
 from .blocks import Block, Chunk
 from .bounded import BoundedBackend
-from .mlp import MlpStep, accumulate, general_chunk, has_zeros, softmax_chunk
+from .mlp import MlpStep, accumulate, general_chunk, softmax_chunk
 
 
 class TorchBackend(BoundedBackend):
@@ -278,16 +278,14 @@ class TorchBackend(BoundedBackend):
         act = trace.act[recorded].to(dtype)
         if trace.out_scale is not None:
             act = act * trace.out_scale[packed, None].to(dtype)
-        w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
         return MlpStep(
             scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
-            w_gate=w_gate,
+            w_gate=self._reading("w_gate", weights.w_gate, weights, dtype),
             w_down=weights.writing(weights.w_down, dtype),
             gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,
             act=act,
             gate=trace.gate[recorded],
             allocation=allocation,
-            sparse=has_zeros(w_gate),
         )
 
     # -- readout ------------------------------------------------------------------------------------------------

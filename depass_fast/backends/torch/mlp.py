@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...allocation import Allocation, Edit, Gates
+from ...allocation import Allocation, Edit, Gates, inverse
 from ...labels import BIAS, REST
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
@@ -22,6 +22,8 @@ from .workspace import Workspace
 # exp(-80) is below the rounding of any dtype; what lies below it would only make denormals, which CPUs are slow at
 _FLOOR = -80.0
 _LEAST_SHARE = 1.01 * math.exp(_FLOOR)
+_LARGEST_FACTOR = 1e12  # of gates by the product itself: beyond it they could overflow
+_WIDENED = 512  # columns of a product's operands that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,15 @@ class MlpStep:
     act: Tensor
     gate: Tensor
     allocation: Allocation
-    sparse: bool  # w_gate holds exact zeros
 
 
 @dataclass(frozen=True)
 class _Read:
     """A chunk's rows x (r, D) as the products read them: ``factor`` · x W_gate are the gates times ``before``.
 
-    ``before`` · ``after`` is 1 / T. In half precision g / T could overflow: there T is applied to the float32 gates,
-    after the product. ``bias_rows`` receive the gates' constant, None if there is none. ``may_vanish`` says that a gate
-    may be exactly zero.
+    ``before`` · ``after`` is 1 / T. In half precision g / T could overflow, as with a tiny T anywhere: there T is
+    applied after the largest gate has been subtracted. ``bias_rows`` receive the gates' constant, None if there is
+    none. ``dead`` rows are zero; ``dead_bias`` are those of `bias`, where it has a constant. None stands for no rows.
     """
 
     x: Tensor
@@ -52,7 +53,8 @@ class _Read:
     before: float
     after: float
     bias_rows: Tensor | None
-    may_vanish: bool
+    dead: Tensor | None
+    dead_bias: Tensor | None
 
 
 def softmax_chunk(
@@ -85,8 +87,8 @@ def softmax_chunk(
 
 def _read(rows: Tensor, layout: Layout, chunk: Chunk, step: MlpStep, workspace: Workspace) -> _Read:
     """Read a chunk's rows (r, D), scaled by the frozen norm, in the products' dtype."""
-    dtype, inverse = step.act.dtype, 1.0 / step.allocation.temperature
-    before, after = (inverse, 1.0) if dtype == _wide(dtype) else (1.0, inverse)
+    dtype, per_t = step.act.dtype, inverse(step.allocation.temperature, _wide(step.act.dtype))
+    before, after = (per_t, 1.0) if dtype == _wide(dtype) and per_t < _LARGEST_FACTOR else (1.0, per_t)
     if len(chunk.counts) == 1 and rows.dtype == dtype and not rows.is_cuda:  # the scale is the product's own factor
         x, factor = rows, (before * step.scale[chunk.segments]).item()
     else:
@@ -99,8 +101,19 @@ def _read(rows: Tensor, layout: Layout, chunk: Chunk, step: MlpStep, workspace: 
     bias, bias_rows = layout.index(BIAS), None
     if bias is not None and step.gate_constant is not None:
         bias_rows = to_device(np.cumsum(chunk.counts) - chunk.counts + bias, x.device)
-    # an exactly zero gate comes of a zero row, or of zeros in the weights too; looking at all gates costs 5 %
-    return _Read(x, factor, before, after, bias_rows, may_vanish=step.sparse or has_zeros(x[:, 0]))
+    dead, dead_bias = _zero_rows(rows), None
+    if dead is not None and bias_rows is not None:
+        of_bias = torch.isin(dead, bias_rows)
+        dead, dead_bias = dead[~of_bias], dead[of_bias]
+    return _Read(x, factor, before, after, bias_rows, dead, dead_bias)
+
+
+def _zero_rows(rows: Tensor) -> Tensor | None:
+    """Return which rows (r, D) are exactly zero, or None if none is. Few need a look at more than one column."""
+    if not has_zeros(rows[:, 0]):
+        return None
+    dead = (torch.linalg.vector_norm(rows, torch.inf, dim=1) == 0).nonzero()[:, 0]
+    return dead if len(dead) else None
 
 
 def _shares(
@@ -110,14 +123,18 @@ def _shares(
     x, wide = read.x, _wide(read.x.dtype)
     product = workspace.take("values", (len(x), part.stop - part.start), x)
     torch.addmm(product, x, step.w_gate[part].T, beta=0.0, alpha=read.factor, out=product)
-    if read.bias_rows is not None and step.gate_constant is not None:
-        product[read.bias_rows] += step.gate_constant[part] * read.before
     gates = product
     if product.dtype != wide:  # in half precision shares would not sum to one
-        gates = workspace.take("gates", product.shape, product, wide).copy_(product).mul_(read.after)
+        gates = workspace.take("gates", product.shape, product, wide).copy_(product)
+    constant = None if read.bias_rows is None or step.gate_constant is None else step.gate_constant[part]
+    if constant is not None:
+        gates[read.bias_rows] += constant.to(wide) * read.before
+    absent = _Absent(read.dead, read.dead_bias, chunk.away, constant)
+    absent.shut_dead(gates)
     edit = step.allocation.edit
-    shut = edit is not None and _edited(edit, gates, chunk, layout, 1.0 / step.allocation.temperature)
-    if not _softmax_segments(gates, chunk, step.act[chunk.segments, part], workspace, read.may_vanish, shut):
+    shut = edit is not None and (_edited(edit, gates, chunk, layout, read.before) or absent.anyone_dead)
+    absent.shut_away(gates)
+    if not _softmax_segments(gates, chunk, step.act[chunk.segments, part], workspace, read.after, absent, shut):
         return None
     return gates if gates is product else product.copy_(gates)
 
@@ -127,16 +144,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, where ``out`` may be of a wider dtype."""
+def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha · a @ b, where ``out`` may be of a wider dtype."""
     if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif (
-        out.is_cuda and out.dtype == torch.float32 and not torch.version.hip
-    ):  # added up in float32 by the product itself
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        out.addmm_(a, b, alpha=alpha)
+    elif out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:  # added up in float32 by the product
+        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
+    elif out.is_cuda or a.dtype == torch.float16:  # whose range is short; on HIP a product's output is as wide as it
+        for first in range(0, len(b), _WIDENED):
+            part = slice(first, first + _WIDENED)
+            out.addmm_(a[:, part].to(out.dtype), b[part].to(out.dtype), alpha=alpha)
     else:
-        out.add_(a @ b)
+        out.add_(a @ b, alpha=alpha)
 
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
@@ -146,26 +165,57 @@ def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) 
     return any([edit(g[rows].view(n, -1, g.shape[1]), local[segments], factor) for rows, segments, n in parts])
 
 
-def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, may_vanish: bool, shut: bool) -> bool:
-    """Turn g (r, i), in units of T, into the softmax over each segment's rows times the activation ``act`` (S, i).
+@dataclass(frozen=True)
+class _Absent:
+    """The rows that take no part in some neurons' softmax: ``dead`` ones, ``away`` from home; None for no rows.
 
-    A gate of exactly zero takes no part, nor do special tokens away from home, nor a row that is ``shut`` out with
-    -inf. Returns False if that leaves nobody.
+    ``dead_bias`` rows take part in neurons whose ``constant`` (i,) is not zero.
     """
-    zeros = may_vanish and has_zeros(g)
-    if zeros:
-        g.masked_fill_(g == 0, -torch.inf)
-    if chunk.away is not None:
-        g[chunk.away] = -torch.inf
+
+    dead: Tensor | None
+    dead_bias: Tensor | None
+    away: Tensor | None
+    constant: Tensor | None
+
+    @property
+    def anyone_dead(self) -> bool:
+        return self.dead is not None or self.dead_bias is not None
+
+    def shut_dead(self, g: Tensor, to: float = -torch.inf) -> None:
+        """Set the dead rows of ``g`` (r, i) ``to`` a number."""
+        if self.dead is not None:
+            g[self.dead] = to
+        if self.dead_bias is not None and self.constant is not None:
+            g[self.dead_bias] = g[self.dead_bias].masked_fill_(self.constant == 0, to)
+
+    def shut_away(self, g: Tensor, to: float = -torch.inf) -> None:
+        """Set the rows away from home ``to`` a number."""
+        if self.away is not None:
+            g[self.away] = to
+
+
+def _softmax_segments(
+    g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace, per_t: float, absent: _Absent, shut: bool
+) -> bool:
+    """Turn gates (r, i) into the softmax of ``per_t`` · g over each segment's rows times the activation ``act`` (S, i).
+
+    Gates of those who are ``absent`` are -inf; ``shut``: an edit may have changed who is. Returns False if that leaves
+    nobody.
+    """
     sums = workspace.take("sums", (len(chunk.counts), g.shape[1]), g)
     parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in _runs(chunk.counts)]
     for part, segments in parts:
         part -= torch.amax(part, 1, keepdim=True, out=sums[segments, None])
-    if (zeros or shut) and (sums == -torch.inf).any():
+    if (absent.anyone_dead or shut) and (sums == -torch.inf).any():
         return False
+    if per_t != 1.0:
+        g.mul_(per_t)
     g.clamp_min_(_FLOOR).exp_()
-    if zeros or shut or chunk.away is not None:
-        _clear(g, zeros or shut, chunk.away)
+    if shut:
+        g.masked_fill_(g <= _LEAST_SHARE, 0.0)  # the floor of the exponent is no share
+    else:
+        absent.shut_dead(g, 0.0)
+        absent.shut_away(g, 0.0)
     if len(parts) == 1:
         torch.sum(parts[0][0], 1, out=sums)
     else:
@@ -174,14 +224,6 @@ def _softmax_segments(g: Tensor, chunk: Chunk, act: Tensor, workspace: Workspace
     for part, segments in parts:
         part *= sums[segments, None]
     return True
-
-
-def _clear(shares: Tensor, zeros: bool, away: Tensor | None) -> None:
-    """Set the shares of rows that take no part to exactly zero: the floor of the exponent is no share."""
-    if zeros:
-        shares.masked_fill_(shares <= _LEAST_SHARE, 0.0)
-    elif away is not None:
-        shares[away] = 0.0
 
 
 def has_zeros(x: Tensor) -> bool:
@@ -228,6 +270,8 @@ def general_chunk(
                 excluded=excluded & (births != local[:, None]),
                 positions=local,
                 rest=layout.index(REST),
+                bias=layout.index(BIAS),
+                constant=None if step.gate_constant is None else step.gate_constant[part],
             )
             shares = step.allocation.weights(gates) * step.act[at, part][:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
