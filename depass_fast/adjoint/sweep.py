@@ -12,6 +12,7 @@ from ..options import Adjoint
 from ..results.estimate import Estimate
 from ..runtime.budget import Budget
 from ..runtime.memory import available
+from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
 from .approximation import Approximation
 from .backward import extra_scores, linear_scores
@@ -53,6 +54,7 @@ class Sweep:
     approximation: Approximation
     budget: int | None
 
+    @full_precision()
     def run(self, method: Adjoint) -> Scores:
         """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Layer
 from ..runtime.memory import available
+from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
 from ..state.layout import Layout
 from ..state.state import ComponentState
@@ -66,6 +67,7 @@ def group_by_memory(starts: Iterable[PendingState]) -> Iterator[list[PendingStat
         yield group
 
 
+@full_precision()
 def propagate_jointly(
     adapter: Adapter,
     trace: Trace,

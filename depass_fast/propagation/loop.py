@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
 from ..state.layout import Layout
 from ..state.state import ComponentState
@@ -18,6 +19,7 @@ from .run import Run
 
 
 @torch.no_grad()
+@full_precision()
 def propagate(
     adapter: Adapter,
     trace: Trace,
