@@ -112,33 +112,30 @@ def _allocate_at(
     rows: ExplicitRows, read: Tensor | None, counts: Tensor, maps: LayerMaps, temperature: float, at: slice
 ) -> Crowd:
     """Do :func:`allocate_softmax` at some positions. The gates are gone when it returns, before the next are made."""
-    taken, crowd = _shares(rows, gates_of(rows, read, maps, at).div_(temperature), counts, maps, temperature, at)
+    u = gates_of(rows, read, maps, at).div_(temperature)
+    dead = dead_rows((rows.x if read is None else read)[:, at])
+    taken, crowd = _shares(rows, u, dead, counts, maps, temperature, at)
     rows.x[:, at] += maps.down(taken)
     return crowd
 
 
 def _shares(
-    rows: ExplicitRows, u: Tensor, counts: Tensor, maps: LayerMaps, temperature: float, at: slice
+    rows: ExplicitRows, u: Tensor, dead: Tensor, counts: Tensor, maps: LayerMaps, temperature: float, at: slice
 ) -> tuple[Tensor, Crowd]:
     """Return what every row takes of the activations at some positions, (R, q, I), and the crowds there.
 
-    ``u`` (R, q, I) are the rows' gates in units of T; it is used up. Nothing here waits for the device.
+    ``u`` (R, q, I) are the rows' gates in units of T; it is used up. ``dead`` (R, q) says which rows are zero. Nothing
+    here waits for the device.
     """
     act, probes, number = maps.act[at], rows.places(PROBE_ROW), counts.clamp_min(1.0)
     parts = rows.by_start(u)
     probe = u[probes]  # (S, q, I)
     mean = _crowd_mean(parts, maps.gate_total[at] / temperature, number)
     log_sum, slope = _crowd_moments(probe, mean, number)
-    # who drives a gate with exactly zero takes no part: a zero row; or anyone, of a dead neuron
-    u.masked_fill_(u == 0, -torch.inf)
-    lowest = torch.finfo(u.dtype).min
-    u.index_copy_(0, probes, torch.full_like(probe, lowest).masked_fill_(probe == 0, -torch.inf))
-    top = torch.cat([part.amax(1) for part in parts])
-    none = (counts <= 0) | ((top == -torch.inf) & (mean == 0))
+    _shut_out(rows, u, dead, maps.gate_constant)
     # the crowd's part of Z takes the probe's place: Z is then a sum over a start's rows
-    term = (mean + log_sum).masked_fill_(none, -torch.inf)
-    top = torch.maximum(top, term, out=top).clamp_min_(lowest)
-    u.index_copy_(0, probes, term)
+    u.index_copy_(0, probes, (mean + log_sum).masked_fill_(counts <= 0, -torch.inf))
+    top = torch.cat([part.amax(1) for part in parts]).clamp_min_(torch.finfo(u.dtype).min)
     z, log_z, nobody = _normalise(u, parts, top)
     share = (u[probes] / z).div_(number)
     probe.mul_(share).mul_(slope).mul_(act)
@@ -149,6 +146,20 @@ def _shares(
     crowd = Crowd(log_z, share, mean, slope)
     _give_to_rest(rows, u, nobody, number, act, crowd)
     return u, crowd
+
+
+def dead_rows(x: Tensor) -> Tensor:
+    """Return which rows (..., D) are exactly zero."""
+    return torch.linalg.vector_norm(x, torch.inf, dim=-1) == 0
+
+
+def _shut_out(rows: ExplicitRows, u: Tensor, dead: Tensor, constant: Tensor | None) -> None:
+    """Set the gates ``u`` (R, q, I) of dead rows to -inf, but for those of `bias` that a ``constant`` (I,) drives."""
+    dead, at = dead[..., None], rows.places(BIAS_ROW)
+    driven = None if constant is None else u[at].masked_fill_(dead[at] & (constant == 0), -torch.inf)
+    u.masked_fill_(dead, -torch.inf)
+    if driven is not None:
+        u.index_copy_(0, at, driven)
 
 
 def _crowd_mean(parts: Sequence[Tensor], total: Tensor, number: Tensor) -> Tensor:

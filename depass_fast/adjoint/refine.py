@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..runtime.transfer import to_device
 from .approximation import Approximation
-from .crowd import Crowd
+from .crowd import Crowd, dead_rows
 from .forward import Released, Step
 from .maps import LayerStack
 from .memory import singles_at_once
@@ -119,10 +119,11 @@ class _SingleWalk:
         else:
             x = maps.normed(read + maps.ov(x), "attention")
         owner = to_device(owners[: len(x)], maps.device)
-        u = maps.gates(read if maps.parallel else x).div_(self.temperature)
-        shares = _shares(u, owner, step.crowd)
+        gated = read if maps.parallel else x
+        u, dead = maps.gates(gated).div_(self.temperature), dead_rows(gated)[..., None]
+        shares = _shares(u, dead, owner, step.crowd)
         if self.error is not None:
-            self.error.add(u, owner, step.crowd)
+            self.error.add(u, dead, owner, step.crowd)
         return maps.normed(x + maps.down(shares.mul_(maps.act)), "mlp")
 
     def _first_rows(self, singles: Sequence[_Single]) -> list[Tensor]:
@@ -140,11 +141,11 @@ class _SingleWalk:
         return rows
 
 
-def _shares(u: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
-    """Return w of rows with gates ``u`` (R, Q, I) in units of T; a gate of exactly zero takes none."""
+def _shares(u: Tensor, dead: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
+    """Return w of rows with gates ``u`` (R, Q, I) in units of T; those that are ``dead`` (R, Q, 1) take none."""
     log_z = crowd.log_z[owner]
     w = (u - log_z).clamp_(max=80.0).exp_()
-    w = w.masked_fill_(u == 0, 0.0)
+    w = w.masked_fill_(dead, 0.0)
     if crowd.exact:
         return w.clamp_(max=1.0)
     # Z without its mean field's term, and with its own
@@ -164,9 +165,12 @@ class _PartitionError:
         self._total: Tensor | None = None
         self._number: Tensor | None = None
 
-    def add(self, u: Tensor, owner: Tensor, crowd: Crowd) -> None:
-        """Add a layer's: gates ``u`` (R, Q, I) in units of T of components of the starts ``owner`` (R,)."""
-        off = _linearisation_error(u, owner, crowd)
+    def add(self, u: Tensor, dead: Tensor, owner: Tensor, crowd: Crowd) -> None:
+        """Add a layer's: gates ``u`` (R, Q, I) in units of T of components of the starts ``owner`` (R,).
+
+        Those that are ``dead`` (R, Q, 1) take no share.
+        """
+        off = _linearisation_error(u, dead, owner, crowd)
         starts = len(crowd.log_z)
         halves = torch.zeros(2, starts, *off.shape[1:], dtype=off.dtype, device=off.device)
         drawn = off.new_zeros(2, starts)
@@ -192,9 +196,9 @@ class _PartitionError:
         return float((self._total / self._number).clamp_min(0.0).sqrt())
 
 
-def _linearisation_error(u: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
+def _linearisation_error(u: Tensor, dead: Tensor, owner: Tensor, crowd: Crowd) -> Tensor:
     """Return the exact share less the linearised one of each row: (R, Q, I)."""
     slope = crowd.slope.expand_as(crowd.log_z)[owner]
     linear = crowd.share[owner] * (1.0 + slope * (u - crowd.mean[owner]))
-    exact = (u - crowd.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(u == 0, 0.0)
+    exact = (u - crowd.log_z[owner]).clamp_(max=0.0).exp_().masked_fill_(dead, 0.0)
     return exact - linear

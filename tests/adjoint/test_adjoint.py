@@ -10,11 +10,12 @@ from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.backward import linear_scores
 from depass_fast.adjoint.crowd import Crowd
 from depass_fast.adjoint.estimate import spearman
-from depass_fast.adjoint.forward import Forward, Step
+from depass_fast.adjoint.forward import Forward, Step, mean_field
 from depass_fast.adjoint.maps import LayerMaps, LayerStack
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.rows import ExplicitRows
 from depass_fast.adjoint.starts import DenseRows, make_start
+from depass_fast.allocation import taking_part
 from depass_fast.backends import ReferenceBackend
 from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
@@ -64,11 +65,14 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
         if state.site == "resid_pre":
             state = reference.aggregate_ov(state, layer.attention, record.attention)
         maps = LayerMaps(layer, record, slice(0, n), queries, torch.float64, torch.float64)
-        g = maps.gates(state.block(0)[queries].transpose(0, 1))
+        x = state.block(0)[queries].transpose(0, 1)
+        g = maps.gates(x)
         bias = state.layout.index("bias")
         if bias is not None and maps.gate_constant is not None:
             g[bias] += maps.gate_constant
-        u = (g / T).masked_fill(g == 0, -torch.inf)
+        alive = (x != 0).any(-1).T
+        part = taking_part(alive, torch.zeros_like(alive), bias, maps.gate_constant).transpose(0, 1)
+        u = (g / T).masked_fill(~part, -torch.inf)
         log_z, mean = torch.logsumexp(u, 0)[None], (g[len(state.layout.components[0].extras) :] / T).mean(0)[None]
         crowd = Crowd(log_z, (mean - log_z).exp(), mean, torch.ones_like(log_z[..., :1]))
         steps.append(Step(index, queries, crowd))
@@ -129,7 +133,7 @@ def test_lambda_agrees_with_autograd(name):
     trace, read = dp.trace(ids), 5
 
     def held(gates, temperature):
-        z = (gates.values / temperature).masked_fill(gates.values == 0, -torch.inf)
+        z = (gates.values / temperature).masked_fill(~gates.eligible, -torch.inf)
         return torch.exp(z - torch.logsumexp(z, 1, keepdim=True).detach())
 
     one = torch.randn(len(ids), 1, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -239,6 +243,25 @@ def test_sparse_components_take_no_share_where_they_are_zero():
             assert found.scores[5] == 0.0 == exact[5]
             assert torch.corrcoef(torch.stack([found.scores[:12], exact[:12]]))[0, 1] > 0.99
             assert found.completeness_error <= 2e-5
+
+
+@pytest.mark.parametrize("explicit", [0, 12])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
+@torch.no_grad()
+def test_a_dead_neuron_has_the_exact_log_z(name, explicit):
+    """Nobody drives it, so whoever is alive shares it: the crowd by its number, explicit rows one by one."""
+    dp, ids = build(name, torch.float64), random_ids(6, seed=2)
+    dp.adapter.layer(1).mlp.gate.module.weight[3] = 0.0
+    states = 1e-3 * torch.randn(6, 12, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    states[:4, 7] = 0.0
+    trace, kind = dp.trace(ids), Custom(1, states, site="resid_mid")
+    steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
+    fixed = [torch.arange(explicit)]
+    found = mean_field(stack_of(dp, trace, len(ids)), [start], [fixed[0][:0]], Approximation(T), fixed)
+    for one, other in zip(found.steps[:1] if explicit == 0 else found.steps, steps, strict=False):
+        part, tolerance = (slice(None), 1e-9) if explicit else (slice(3, 4), 1e-4)  # κ is one for all neurons
+        assert one.crowd is not None and other.crowd is not None
+        assert_close(one.crowd.log_z[..., part], other.crowd.log_z[..., part], tolerance)
 
 
 def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
