@@ -87,7 +87,7 @@ def _gate(
         constant = tl.load(constants + column, mask=inside, other=0.0).to(tl.float32)
         home = tl.load(starts + tl.load(tiles + tile * 3 + 2)) + bias
         values += tl.where((row == home)[:, None], constant[None, :], 0.0)
-    part = mask & (values != 0)
+    part = mask
     if HAS_AWAY:
         part = part & (tl.load(away + row, mask=live, other=1) == 0)[:, None]
     z = tl.where(part, values * per_t, float("-inf"))
@@ -154,7 +154,7 @@ def _down(
         a = tl.load(act_at + start + k, mask=there, other=0.0).to(tl.float32)
         nobody = z == float("-inf")
         share = tl.exp2(values * per_t - tl.where(nobody, 0.0, z)[None, :])
-        share = tl.where(here[:, None] & (values != 0), share, 0.0)
+        share = tl.where(here[:, None], share, 0.0)
         share = tl.where(nobody[None, :], lost[:, None], share) * a[None, :]
         b = tl.load(w_at, mask=there[:, None] & inside[None, :], other=0.0)
         acc = product(share.to(w.dtype.element_ty), b, acc, PRECISION, WIDE)
@@ -201,7 +201,8 @@ def gate(
 
     ``x`` (r, D), ``w_gate`` (I, D); ``tiles`` (t, 3) have at most ``BM`` rows; those of segment s begin at
     ``tile_starts`` (S + 1,), its rows at ``starts`` (S + 1,). The other arguments are those of
-    :func:`depass_fast.kernels.allocation.allocate`; g itself lacks ``constant``.
+    :func:`depass_fast.kernels.allocation.allocate`; g itself lacks ``constant``. ``away`` (r,) uint8 marks all
+    rows that take no part, dead ones too.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.

@@ -50,7 +50,10 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 @dataclass(frozen=True)
 class Compilation:
-    """One compilation: registers and spilled bytes per thread, shared memory per program, matrix instructions."""
+    """One compilation: registers and spilled bytes per thread, shared memory per program, matrix instructions.
+
+    ``async_copies`` counts the instructions that copy to shared memory while the program goes on (on NVIDIA).
+    """
 
     kernel: str
     case: str
@@ -61,6 +64,7 @@ class Compilation:
     shared_bytes: int
     shared_limit: int
     matrix: tuple[str, ...]
+    async_copies: int
 
 
 # Maps a compilation (the kernel's name, its arguments' types, everything that is constant, the arguments that are
@@ -170,11 +174,12 @@ def _mlp(
     act = _empty(8, neurons, dtype=dtype)
     for length, name in ((20, "few components"), (512, "some components"), (neurons, "many components")):
         away = _empty(2 * length, dtype=torch.uint8) if corners else None
+        scales = _empty(2 * length) if dtype == torch.float16 else None
         segments = allocation.Segments(starts, recorded_at, length, away, bias, 0 if length > 20 else None)
         g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
         for rule in rules:
             with recorded(found, f"{case}, {name}, {rule}"):
-                allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant)
+                allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant, scales, 0.5)
     with recorded(found, case):
         n_tiles = -(-length // fused_products.product_config(dtype, META)["BM"])
         tiles, firsts = _empty(n_tiles, 3, dtype=torch.int32), _empty(3, dtype=torch.int32)
@@ -208,8 +213,8 @@ def _compiled(made: tuple, function: JITFunction, case: str, target: str) -> Com
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     matrix = tuple(name for name in ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma") if name in code)
     config = dict(options) | {name: value for name, value in constants if name.isupper()}
-    shared = compiled.metadata.shared
-    return Compilation(kernel.strip("_"), case, target, config, registers, spilled, shared, kib << 10, matrix)
+    copies, shared = len(re.findall(r"cp\.async\.c[ag]\.|cp\.async\.bulk\.tensor", code)), compiled.metadata.shared
+    return Compilation(kernel.strip("_"), case, target, config, registers, spilled, shared, kib << 10, matrix, copies)
 
 
 def _resources(asm: dict, gpu: GPUTarget) -> tuple[int | None, int]:
@@ -251,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{row.target:7} {row.kernel:16} {row.registers or '-':>4} registers {row.spill_bytes:5} B spilled "
             f"{row.shared_bytes / 1024:6.1f} of {row.shared_limit // 1024} KiB  "
-            f"{','.join(row.matrix) or '-':12} {row.case}"
+            f"{','.join(row.matrix) or '-':12} {row.async_copies:3} async copies  {row.case}"
         )
 
 

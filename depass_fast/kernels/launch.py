@@ -60,7 +60,7 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
     """
     rows = min(32, power_of_two(longest, 4))
     one = longest <= rows
-    columns = min(64 if longest < 2048 else 128, power_of_two(n_neurons))
+    columns = min(64, power_of_two(n_neurons))
     config = {"BM": rows, "BI": columns, "ONE_TILE": one, "STAGES": 1 if one else 3, "num_warps": 2 if one else 8}
     if dtype.itemsize == 2:  # only half precision is tuned
         config |= tuned(device, "allocate", f"one r{rows}" if one else "some" if longest < 2048 else "many")

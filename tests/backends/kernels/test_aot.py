@@ -58,6 +58,28 @@ def test_nothing_spills_on_hopper_and_the_products_are_wgmma(rows):
     assert products >= 10
 
 
+def test_what_streams_is_pipelined_on_hopper(rows):
+    """Loads that are waited for one by one leave the memory idle; the compiler pipelines only where it is told to."""
+    found = defaultdict(int)
+    for row in rows:
+        kernel, config = row["kernel"], row["config"]
+        if row["target"] != "sm_90" or kernel not in (
+            "allocate",
+            "share_linearly",
+            "mix",
+            "log_sum_exp",
+            "gate",
+            "down",
+        ):
+            continue
+        if config.get("ONE_TILE") or config.get("STAGES") == 1:
+            continue
+        loops = 2 if kernel == "allocate" and config["RULE"] != "max" else 1
+        assert row["async_copies"] >= 2 * loops, row
+        found[kernel] += 1
+    assert found["allocate"] >= 6 and len(found) == 6, found
+
+
 CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
