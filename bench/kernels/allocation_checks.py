@@ -66,13 +66,19 @@ def allocation_oracle(
 def _check_allocate(
     rule: str, counts: list[int], n: int, away: Sequence[int] = (), zeros: bool = False, bias: int | None = None,
     rest: int | None = None, temperature: float = 0.1, scale: float = 1.0, equal: bool = False,
-    scaled: bool = False,
+    scaled: bool = False, nan: bool = False,
 ) -> Callable:  # fmt: skip
-    """Check `allocate`. ``scaled``: gates of rows with scales of their own, and shares times a factor."""
+    """Check `allocate`. ``scaled``: gates of rows with scales of their own, and shares times a factor.
+
+    ``nan``: some gates are NaN, and so are the shares of their position and neuron, but no others.
+    """
 
     def run(dtype: torch.dtype, device: torch.device) -> float:
         g = (_gates(counts, n, dtype, away, zeros) * scale).to(dtype)
         g = g.sign() if equal else g
+        if nan:
+            g[:, 1] = 1  # equal to each other
+            g[::4, 1::3] = torch.nan
         act, gate = random(1, len(counts) + 2, n).to(dtype), random(2, len(counts) + 2, n).to(dtype)
         gate[2, 0] = 0  # the last segment's
         recorded = torch.arange(len(counts)).flip(0) + 2
@@ -95,7 +101,9 @@ def _check_allocate(
         more = (alive.to(device), numbers, scales, out_factor)
         allocation.allocate(out, segments, act.to(device), gate.to(device), rule, temperature, *more)
         assert bool(wide[:, n:].isnan().all()), "written beside the gates"
-        return error(out, oracle * out_factor)
+        found, expected = out, oracle * out_factor
+        assert torch.equal(found.isnan().cpu(), expected.isnan()), "NaN elsewhere"
+        return error(found.nan_to_num(), expected.nan_to_num())
 
     return run
 
@@ -108,10 +116,14 @@ def allocation_checks(small: bool) -> Iterator[Check]:
         yield Check("allocate", rule, _check_allocate(rule, counts, n))
         yield Check("allocate", f"{rule}, few", _check_allocate(rule, [3, 0, 1, 5], n))
         yield Check("allocate", f"{rule}, corners", _check_allocate(rule, counts, n, away=[3, 5, 6], zeros=True))
+        yield Check("allocate", f"{rule}, NaN", _check_allocate(rule, counts, n, nan=True))
         corners = {"away": [0, 5, 6], "zeros": True, "bias": 0, "rest": 0}
         yield Check("allocate", f"{rule}, bias and rest", _check_allocate(rule, counts, n, **corners))
         yield Check("allocate", f"{rule}, scales", _check_allocate(rule, counts, n, scaled=True, **corners))
     yield Check("allocate", "max, equals", _check_allocate("max", [40], 5, equal=True))  # in two tiles
     yield Check("allocate", "one component", _check_allocate("softmax", [1], 1))
     yield Check("allocate", "cold", _check_allocate("softmax", [9, 70], n, temperature=0.01))
+    for temperature in (1e-31, 1e-38, 1e31):  # the first were equal to a sentinel, their inverse overflows
+        frozen = _check_allocate("softmax", counts, n, away=[3, 5, 6], zeros=True, temperature=temperature)
+        yield Check("allocate", f"T = {temperature:g}", frozen)
     yield Check("allocate", "loud", _check_allocate("softmax", [9, 70], n, scale=10.0))  # exponents up to 200

@@ -197,7 +197,7 @@ def _allocate(
     nobody = tl.full((BI,), tl.max(someone, 0), tl.int32) == 0
     if HAS_CONSTANT:
         nobody = nobody & ~driven
-    level = top == low  # `linear`: all equal
+    even = tl.where(top == low, 1.0, 0.0)  # `linear`: all equal, unless one is NaN
     if RULE == "linear":
         for t in tl.range(0, count, BM, num_stages=STAGES):
             if not ONE_TILE:
@@ -206,7 +206,7 @@ def _allocate(
                 )
                 here = _present(alive, away, first, t + m, count, HAS_AWAY)
                 part = _part(here, driven, t + m, bias, HAS_CONSTANT)
-            total += tl.sum(tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0), 0)
+            total += tl.sum(tl.where(part, values - low[None, :] + even[None, :], 0.0), 0)
     if RULE == "relu":
         nobody = total == 0
     factor = a
@@ -230,7 +230,7 @@ def _allocate(
         elif RULE == "relu":
             shares = tl.where(part & ~(values <= 0), values, 0.0) * factor[None, :]
         elif RULE == "linear":
-            shares = tl.where(part, tl.where(level[None, :], 1.0, values - low[None, :]), 0.0) * factor[None, :]
+            shares = tl.where(part, values - low[None, :] + even[None, :], 0.0) * factor[None, :]
         else:
             shares = tl.where((t + m)[:, None] == best[None, :], a[None, :], 0.0)
             shares = tl.where((spoiled > 0)[None, :], float("nan"), shares)
