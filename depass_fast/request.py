@@ -25,6 +25,7 @@ from .planning.fit import fitted
 from .planning.shapes import RunShape, named_components
 from .propagation.run import Run
 from .runtime.dtypes import refuse_autocast
+from .runtime.precision import full_precision
 from .state.state import ComponentState
 from .trace.capture import capture
 from .trace.record import Trace
@@ -266,6 +267,7 @@ def traced(request: Request) -> Request:
     return request if named_components(kind, adapter, 1)[1] else fit(request)
 
 
+@full_precision()
 def start(request: Request) -> ComponentState:
     """Return the components of a traced request where they start."""
     return initial_state(

@@ -13,6 +13,7 @@ from ..adapters import Adapter
 from ..components.base import ComponentKind
 from ..components.start import initial_state
 from ..labels import BIAS, REST
+from ..runtime.precision import full_precision
 from ..state.state import Factors
 from ..trace.record import Trace
 from .maps import LayerStack
@@ -132,6 +133,7 @@ class Start:
     whole: bool | None = None  # no named component is exactly zero anywhere; None: not yet known, see all_alive
 
 
+@full_precision()
 def make_start(
     kind: ComponentKind,
     adapter: Adapter,

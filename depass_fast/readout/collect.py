@@ -21,6 +21,7 @@ from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
 from ..results.verification import Verification, warn_if_off
 from ..runtime.dtypes import dtype_name
+from ..runtime.precision import full_precision
 from ..runtime.transfer import to_host
 from ..state.layout import Components
 from ..state.state import ComponentState
@@ -44,6 +45,7 @@ class Readout:
     dtype: torch.dtype
 
     @staticmethod
+    @full_precision()
     def of(request: Request, places: Sequence[tuple[int, int]], targets: Sequence[TargetSpec]) -> Readout:
         """Resolve a target for each of the ``places`` of a traced request.
 
@@ -66,6 +68,7 @@ class Readout:
         one = slice(place, place + 1)
         return replace(self, places=self.places[one], directions=self.directions[one], logits=self.logits[one])
 
+    @full_precision()
     def collect(self, request: Request, state: ComponentState, errors: list[Tensor]) -> Collected:
         """Read a state that holds one position of every prompt, the places' own.
 

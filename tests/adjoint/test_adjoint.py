@@ -250,7 +250,8 @@ def test_sparse_components_take_no_share_where_they_are_zero():
 @torch.no_grad()
 def test_a_dead_neuron_has_the_exact_log_z(name, explicit):
     """Nobody drives it, so whoever is alive shares it: the crowd by its number, explicit rows one by one."""
-    dp, ids = build(name, torch.float64), random_ids(6, seed=2)
+    model_type, changes = FAMILIES[name]
+    dp, ids = DePass(build_model(model_type, **changes).double()), random_ids(6, seed=2)
     dp.adapter.layer(1).mlp.gate.module.weight[3] = 0.0
     states = 1e-3 * torch.randn(6, 12, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     states[:4, 7] = 0.0
