@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from depass_fast.backends.triton.pieces import cut, make_piece, query_tiles
-from depass_fast.kernels import attention, launch
+from depass_fast.kernels import attention, launch, probabilities
 from depass_fast.state.layout import Layout
 from depass_fast.trace.attention import attention_probabilities
 from depass_fast.trace.record import AttentionTrace
@@ -19,13 +19,17 @@ from .checking import Check, born, error, everywhere, piece_rows, poisoned, rand
 
 def _check_mix(
     layout: Layout, heads: int, kv: int, head_dim: int, max_rows: int = 1 << 20, value_dim: int | None = None,
-    **mask: Any,
+    stored: bool = False, scaled: bool = False, **mask: Any,
 ) -> Callable:  # fmt: skip
+    """Check `mix`. ``stored``: P is stored before; ``scaled``: rows of many sizes, in float16 with scales."""
+
     def run(dtype: torch.dtype, device: torch.device) -> float:
         n, v_dim = len(layout.packed), value_dim or head_dim
         of_trace = mask.get("of_trace", dtype)
         q, k = random(0, n, heads, head_dim).to(of_trace), random(1, n, kv, head_dim).to(of_trace)
         values = random(2, layout.n_rows, kv * v_dim).to(dtype)
+        has_scales = scaled and dtype == torch.float16
+        size = (random(5, layout.n_rows) * 2).round().exp2() if has_scales else torch.ones(layout.n_rows)
         options = {name: value for name, value in mask.items() if name != "of_trace"}
         key_bias = random(3, n, heads) if options.pop("key_bias", False) else None
         out_scale = random(4, n) if options.pop("out_scale", False) else None
@@ -36,7 +40,7 @@ def _check_mix(
             at = layout.segments(prompt)
             dense = torch.zeros(at.stop - at.start, len(components), values.shape[1], dtype=torch.float64)
             alive = torch.arange(len(components)) < torch.from_numpy(layout.counts[at])[:, None]
-            dense[alive] = values[layout.rows(prompt)].double()
+            dense[alive] = (values.double() * size[:, None])[layout.rows(prompt)]
             here = torch.from_numpy(layout.packed[at])
             p = attention_probabilities(trace, here, torch.arange(len(here)), torch.float64)
             v = dense.unflatten(-1, (kv, v_dim)).repeat_interleave(heads // kv, 2)
@@ -47,16 +51,28 @@ def _check_mix(
         tile = launch.mix_tile(int(lengths.max()), heads // kv, torch.promote_types(dtype, of_trace))
         put: dict[str, Any] = {"key_bias": key_bias, "out_scale": out_scale}
         put = {name: None if t is None else t.to(device) for name, t in put.items()}
-        frozen = attention.Frozen(q.to(device), k.to(device), scale, **options, **put)
+        frozen = probabilities.Frozen(q.to(device), k.to(device), scale, **options, **put)
         packed = torch.from_numpy(layout.packed.astype(np.int32)).to(device)
-        lse = attention.log_sum_exp(frozen, packed, query_tiles(lengths, tile, heads // kv, device), tile)
+        tiles = query_tiles(lengths, tile, heads // kv, device)
+        lse = probabilities.log_sum_exp(frozen, packed, tiles, tile)
+        longest = int(lengths.max())
+        p = probabilities.stored_probabilities(frozen, lse, packed, tiles, tile, longest, dtype) if stored else None
         worst, covered = 0.0, 0
         for prompts, first, last in cut(layout, max_rows):
             piece = make_piece(layout, prompts, first, last, tile, heads // kv, device)
             source = piece_rows(layout, prompts, first, last)
             out = poisoned(len(source), heads * v_dim, dtype=dtype, device=device)
-            attention.mix(values[source].to(device), piece.keys, piece.items, frozen, lse, tile, piece.longest, out)
-            worst, covered = max(worst, error(out, oracle[source])), covered + len(source)
+            scales = None
+            if has_scales:
+                put_there = poisoned(len(source), dtype=torch.float32, device=device)
+                scales = attention.RowScales(size[source].to(device), put_there, 3)
+            where = (piece.keys, piece.items, frozen, lse, tile, piece.longest, out, p, scales)
+            attention.mix(values[source].to(device), *where)
+            found, expected = out, oracle[source]
+            if scales is not None:  # every row is as precise as any other
+                each = expected.norm(dim=1, keepdim=True).clamp_min(1e-30)
+                found, expected = out.double().cpu() * scales.mixed.double().cpu()[:, None] / each, expected / each
+            worst, covered = max(worst, error(found, expected)), covered + len(source)
         return worst if covered == layout.n_rows else float("inf")
 
     return run
@@ -79,15 +95,25 @@ def attention_checks(small: bool) -> Iterator[Check]:
         yield Check("mix", f"trace in {name}", _check_mix(jagged, 4, 2, 16, of_trace=of_trace))
     for wide, narrow in ((24, 16), (16, 40)):
         yield Check("mix", f"{wide} wide, values {narrow}", _check_mix(jagged, 4, 2, wide, value_dim=narrow))
+    for name, layout in (("tokens", jagged), ("everywhere", heads)):
+        yield Check("mix", f"{name}, scales", _check_mix(layout, 4, 2, 24, scaled=True))
+    for pieces, scaled in ((1 << 20, False), (900, True), (900, False)):
+        case = f"stored, {'scales' if scaled else 'plain'}, {pieces} rows"
+        yield Check("mix", case, _check_mix(long, 4, 2, 16, max_rows=pieces, stored=True, scaled=scaled))
+    yield Check("mix", "many tiles, scales", _check_mix(long, 4, 2, 16, max_rows=900, scaled=True))
     few = everywhere([len(long.packed)], 3)
     yield Check("mix", "many tiles, narrow values", _check_mix(few, 4, 4, 24, value_dim=16))
     yield Check("mix", "many tiles", _check_mix(long, 4, 2, 16, max_rows=1 << 20 if small else 5000))
     masks = {"window": 9, "softcap": 0.7, "key_bias": True, "out_scale": True}
-    yield Check("mix", "many tiles, masks", _check_mix(long, 2, 1, 16, **masks))
+    for stored in (False, True):
+        case = "many tiles, masks, stored" if stored else "many tiles, masks"
+        yield Check("mix", case, _check_mix(long, 2, 1, 16, stored=stored, scaled=stored, **masks))
     # two prompts in a piece, where the first has a birth behind the second's end; then one prompt in two pieces, where
     # the later begins at position 3 and has a birth that lies in another tile counted from there
     late = born([66, 3, 70], [[0] * 8 + [65], [0] * 9, [0] * 8 + [3] * 8 + [66]])
     yield Check("mix", "many tiles, prompts and pieces", _check_mix(late, 2, 1, 16, max_rows=620))
+    stores = _check_mix(late, 2, 1, 16, max_rows=620, stored=True, scaled=True)
+    yield Check("mix", "prompts and pieces, stored", stores)
     if not small:
         for head_dim in (64, 80, 96, 128, 256):
             yield Check("mix", f"head_dim {head_dim}", _check_mix(tokens([40, 130]), 4, 2, head_dim, max_rows=3000))

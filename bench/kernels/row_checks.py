@@ -12,10 +12,12 @@ from depass_fast.kernels import rows
 from .checking import Check, error, piece_rows, poisoned, random, tokens
 
 
-def _check_read_rows(width: int, centred: bool, gather: bool) -> Callable:
+def _check_read_rows(width: int, centred: bool, gather: bool, scaled: bool = False) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
         layout = tokens([5, 1, 7])
         x, weight = random(0, layout.n_rows, width), random(1, width)
+        if scaled:
+            x *= (12 * random(3, layout.n_rows)).exp2()[:, None]
         x[3] = 0
         part = (range(0, 1), 1, 4) if gather else (range(0, 3), 0, None)
         piece = make_piece(layout, *part, 16, 1, device)
@@ -28,11 +30,17 @@ def _check_read_rows(width: int, centred: bool, gather: bool) -> Callable:
         oracle = oracle * scale[segment, None] * weight
         out = poisoned(len(source), width, dtype=dtype, device=device)
         alive = poisoned(len(source), dtype=torch.uint8, device=device)
-        rows.read_rows(
-            x.to(device), piece.rows, scale.to(device)[piece.positions], weight.to(device), centred, out, alive
-        )
+        own = poisoned(len(source), dtype=torch.float32, device=device) if scaled else None
+        of_rows = scale.to(device)[piece.positions]
+        rows.read_rows(x.to(device), piece.rows, of_rows, weight.to(device), centred, out, alive, own)
         wrong = (alive.cpu() == 0) != dead
-        return error(out, oracle) + float(wrong.any())
+        if own is None:
+            return error(out, oracle) + float(wrong.any())
+        largest = out.float().abs().amax(1).cpu()[~dead]
+        if (own.frexp().mantissa != 0.5).any() or (largest < 2**rows.ROW_TOP).any():
+            return float("inf")
+        each = oracle.norm(dim=1, keepdim=True).clamp_min(1e-30)  # every row is as precise as any other
+        return error(out.double().cpu() * own.double().cpu()[:, None] / each, oracle / each) + float(wrong.any())
 
     return run
 
@@ -49,15 +57,17 @@ def _check_row_scales(width: int, centred: bool, picked: bool) -> Callable:
     return run
 
 
-def _check_add_rows(width: int) -> Callable:
+def _check_add_rows(width: int, gather: bool, scaled: bool) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
         layout = tokens([5, 1, 7])
-        part = (range(2, 3), 2, 6)
+        part = (range(2, 3), 2, 6) if gather else (range(1, 3), 0, None)
         piece, source = make_piece(layout, *part, 16, 1, device), piece_rows(layout, *part)
         x, gained = random(0, layout.n_rows, width), random(1, len(source), width).to(dtype)
-        oracle = x.double().index_add(0, source, gained.double())
+        own = random(2, len(source)) if scaled else None
+        more = gained.double() if own is None else gained.double() * own[:, None]
+        oracle = x.double().index_add(0, source, more)
         out = x.to(device)
-        rows.add_rows(out, piece.rows, gained.to(device))
+        rows.add_rows(out, piece.rows, gained.to(device), None if own is None else own.to(device))
         return error(out, oracle)
 
     return run
@@ -83,6 +93,9 @@ def row_checks(small: bool) -> Iterator[Check]:
     for centred, picked in ((False, False), (True, False), (False, True)):
         case = f"{'centred' if centred else 'plain'}, {'picked' if picked else 'all'}"
         yield Check("row_scales", case, _check_row_scales(wide + 7, centred, picked))
-    yield Check("add_rows", "gathered", _check_add_rows(wide + 7))
+    yield Check("read_rows", "with scales of their own", _check_read_rows(wide + 7, False, True, scaled=True))
+    for gather, scaled in ((True, False), (True, True), (False, True)):
+        case = f"{'gathered' if gather else 'neighbours'}{', scaled' if scaled else ''}"
+        yield Check("add_rows", case, _check_add_rows(wide + 7, gather, scaled))
     for n, k in ((1, 1), (21, 1), (21, 19)):
         yield Check("read_out", f"{n} rows, {k} directions", _check_read_out(n, wide + 7, k))

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, launch, rows
+from depass_fast.kernels import allocation, attention, launch, probabilities, rows
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -113,7 +113,7 @@ def launches() -> Launches:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = TYPES[dtype]
         models = {"llama-2-7b": (4096, 11008, 32, 32, 128)}
-        if dtype == torch.bfloat16:
+        if dtype != torch.float32:
             models |= {"qwen2-7b": (3584, 18944, 28, 4, 128), "gemma-2-9b": (3584, 14336, 16, 8, 256)}
             models |= {"pythia-70m": (512, 2048, 8, 8, 64), "phi-2": (2560, 10240, 32, 32, 80)}
             models |= {"deepseek-v2-lite": (2048, 10944, 16, 16, 192), "llama-3.1-8b": (4096, 14336, 32, 8, 128)}
@@ -147,7 +147,7 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
         mask |= {"out_scale": _empty(length)} if "gemma" in case else {}
         mask |= {"key_bias": _empty(length, heads)} if small_heads else {}
         q, k = (_empty(length, h, head_dim, dtype=dtype) for h in (heads, kv))
-        frozen = attention.Frozen(q, k, 0.1, **mask)
+        frozen = probabilities.Frozen(q, k, 0.1, **mask)
         r, weight = len(piece.rows), None if many_groups else _empty(width, dtype=dtype)
         state, x = _empty(layout.n_rows, width), _empty(r, width, dtype=dtype)
         with recorded(found, f"{case}, N={length}"):
@@ -155,12 +155,23 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
             hidden, at = _empty(length, width, dtype=dtype), _empty(length, dtype=torch.int64)
             rows.row_scales(hidden, None if length == 20 else at, 1e-5, small_heads)
             tiles = query_tiles(np.array([length]), tile, groups, META)
-            lse = attention.log_sum_exp(frozen, _empty(length, dtype=torch.int32), tiles, tile)
+            lse = probabilities.log_sum_exp(frozen, _empty(length, dtype=torch.int32), tiles, tile)
             value_dim = 128 if head_dim == 192 else head_dim
             values, mixed = (_empty(r, h * value_dim, dtype=dtype) for h in (kv, heads))
-            attention.mix(values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
-            if piece.rows.source is not None:
-                rows.add_rows(state, piece.rows, x)
+            where = (values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
+            attention.mix(*where)
+            rows.add_rows(state, piece.rows, x)
+            if dtype == torch.float16:
+                own = _empty(r)
+                rows.read_rows(state, piece.rows, _empty(length), weight, small_heads, x, row_scale=own)
+                attention.mix(*where, scales=attention.RowScales(own, own, 1))
+                rows.add_rows(state, piece.rows, x, own)
+            if length > 64 and dtype.itemsize == 2:
+                packed = _empty(length, dtype=torch.int32)
+                p = probabilities.stored_probabilities(frozen, lse, packed, tiles, tile, length, dtype)
+                attention.mix(*where, probabilities=p)
+                if dtype == torch.float16:
+                    attention.mix(*where, probabilities=p, scales=attention.RowScales(own, own, 1))
 
 
 def _mlp(

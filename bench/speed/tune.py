@@ -24,7 +24,7 @@ import triton
 
 from depass_fast.backends.torch.mlp import accumulate
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, launch
+from depass_fast.kernels import allocation, attention, launch, probabilities
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -72,9 +72,9 @@ def _mix(layout: Layout, part: tuple[range, int, int | None], heads: int, kv: in
         piece = make_piece(layout, *part, tile, heads // kv, device)
         n = len(layout.packed)
         q, k = (torch.randn(n, h, head_dim, device=device).to(BF16) for h in (heads, kv))
-        frozen = attention.Frozen(q, k, head_dim**-0.5)
+        frozen = probabilities.Frozen(q, k, head_dim**-0.5)
         packed = torch.from_numpy(layout.packed.astype(np.int32)).to(device)
-        lse = attention.log_sum_exp(frozen, packed, query_tiles(lengths, tile, heads // kv, device), tile)
+        lse = probabilities.log_sum_exp(frozen, packed, query_tiles(lengths, tile, heads // kv, device), tile)
         values = torch.randn(len(piece.rows), kv * head_dim, device=device).to(BF16)
         out = values.new_empty(len(values), heads * head_dim)
         call = lambda: attention.mix(values, piece.keys, piece.items, frozen, lse, tile, piece.longest, out)  # noqa: E731

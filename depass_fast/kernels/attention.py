@@ -1,9 +1,8 @@
 """OV aggregation: frozen attention probabilities applied to the values of every component.
 
-mixed[(q, m), h] = Σ_k P[h, q, k] · values[(k, m), h / G]. P is made again tile by tile from Q, K and the log-sum-exp of
-its rows, and used for all components that stream past; neither N² probabilities nor (M, N, H, D) exist anywhere.
+mixed[(q, m), h] = Σ_k P[h, q, k] · values[(k, m), h / G]. P is made again tile by tile, or read where it was stored,
+and used for all components that stream past; (M, N, H, D) exists nowhere.
 
-The G query heads of a KV head share its values, so a tile's rows are pairs of query and head, (q, g) = divmod(row, G).
 Component m has rows at the positions whose ``count`` is above m, which are those from its birth on. Keys before it are
 skipped.
 """
@@ -20,28 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOATS, check, power_of_two, precision, product, widened
+from .common import FLOATS, check, power_of_two, product, widened, wider
 from .launch import mix_config
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The recorded attention of a layer: q (T, H, d), k (T, Hkv, d), the scale of their products, and the mask's kind.
-
-    ``key_bias`` (T, H) float32 is added to the logits of a key; ``out_scale`` (T,) multiplies what a query receives.
-    """
-
-    q: Tensor
-    k: Tensor
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    key_bias: Tensor | None = None
-    out_scale: Tensor | None = None
-
-    @property
-    def groups(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
+from .probabilities import ITEM, SHRUNK, Frozen, _logits, shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,111 +36,94 @@ class Keys:
     births: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class RowScales:
+    """Scales (r,) float32 of a piece's rows: those of the ``values``, and where those of the ``mixed`` rows are put.
+
+    A row is what is stored times its scale. Mixed rows are stored ``shift`` powers of two smaller than their values.
+    """
+
+    values: Tensor
+    mixed: Tensor
+    shift: int = 0
+
+
 @triton.jit
-def _logits(
-    q_tile, k, key_bias, key_packed, head, kv, qpos, kpos, n, scale, softcap, window,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def _tile_of_p(
+    q_tile, k, key_bias, probabilities, norm, at, key, head, kv, qpos, kpos, n, start, scale, softcap, window, row,
+    live, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 of a tile of (query, head) rows against keys ``kpos``: [BR, BK], -inf where unseen."""
-    d = tl.arange(0, BD)
-    at = k + (key_packed.to(tl.int64) * HKV + kv)[None, :] * HD + d[:, None]
-    k_tile = tl.load(at, mask=(kpos < n)[None, :] & (d < HD)[:, None], other=0.0)  # [BD, BK]
-    acc = tl.zeros((q_tile.shape[0], k_tile.shape[1]), tl.float32)
-    logits = product(q_tile, k_tile, acc, PRECISION, WIDE) * scale
-    if HAS_CAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is 1 long before that overflows
-        double = tl.minimum(logits * (2.0 * 1.4426950408889634) / softcap, 64.0)
-        logits = softcap * (1.0 - 2.0 / (tl.exp2(double) + 1.0))
-    if HAS_BIAS:
-        bias = key_bias + key_packed.to(tl.int64)[None, :] * H + head[:, None]
-        logits += tl.load(bias, mask=(kpos < n)[None, :], other=0.0)
-    seen = (kpos[None, :] <= qpos[:, None]) & (kpos < n)[None, :]
-    if HAS_WINDOW:
-        seen = seen & (kpos[None, :] > qpos[:, None] - window)
-    return tl.where(seen, logits * 1.4426950408889634, float("-inf"))
-
-
-@triton.jit(do_not_specialize=["window"])
-def _log_sum_exp(
-    q, k, key_bias, lse, packed, items, scale, softcap, window,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    item = items + tl.program_id(0) * 6
-    kv = tl.program_id(1)
-    begin, end, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    G: tl.constexpr = H // HKV
-    n = end - begin
-    row = first + tl.arange(0, BR)
-    qpos, head = row // G, kv * G + row % G
-    live = qpos < n
-    at = tl.load(packed + begin + qpos, mask=live, other=0).to(tl.int64) * H + head  # [BR]
-    d = tl.arange(0, BD)
-    q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
-    low = 0
-    if HAS_WINDOW:
-        low = tl.maximum(first // G - window + 1, 0) // BK * BK
-    top = tl.full((BR,), float("-inf"), tl.float32)
-    total = tl.zeros((BR,), tl.float32)
-    for start in range(low, tl.minimum((first + BR - 1) // G + 1, n), BK):
-        kpos = start + tl.arange(0, BK)
-        key = tl.load(packed + begin + kpos, mask=kpos < n, other=0)
+    """P of a tile of (query, head) rows and keys, in float32 or as it is stored: [BR, BK]."""
+    if STORED:  # a mask that is the same for neighbours, and so wide loads; zero where a key is not seen
+        column = start + tl.arange(0, kpos.shape[0])
+        inside = live[:, None] & (column < row)[None, :]
+        p = tl.load(probabilities + at[:, None] * row + column[None, :], mask=inside, other=0.0)
+    else:
         logits = _logits(
             q_tile, k, key_bias, key, head, kv, qpos, kpos, n, scale, softcap, window,
             H, HKV, HD, BD, HAS_WINDOW, HAS_CAP, HAS_BIAS, PRECISION, WIDE,
         )  # fmt: skip
-        new = tl.maximum(top, tl.max(logits, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(logits - safe[:, None]), 1)
-        top = new
-    tl.store(lse + at, top + tl.log2(tl.where(live, total, 1.0)), mask=live)
+        p = tl.exp2(logits - norm[:, None])
+    return p
 
 
 @triton.jit(do_not_specialize=["window"])
 def _mix(
-    values, mixed, q, k, key_bias, lse, out_scale, packed, base, count, births, items, scale, softcap, window,
+    values, mixed, q, k, key_bias, lse, probabilities, out_scale, value_scale, mixed_scale,
+    packed, base, count, births, items, scale, softcap, window, row, power, shrink,
     H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, VD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, ONE_TILE: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, WIDE_VALUES: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, STORED: tl.constexpr,
+    SCALED: tl.constexpr, SHRINKS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDE_VALUES: tl.constexpr,
 ):  # fmt: skip
-    item = items + tl.program_id(0) * 6
+    item = items + tl.program_id(0) * ITEM
     kv = tl.program_id(1)
     begin, end, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    m_first, m_last, component = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+    m_first, m_last, component, before = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     G: tl.constexpr = H // HKV
     n = end - begin
-    row = first + tl.arange(0, BR)
-    qpos, g = row // G, row % G
+    r = first + tl.arange(0, BR)
+    qpos, g = r // G, r % G
     head = kv * G + g
     live = qpos < n
     query = tl.load(packed + begin + qpos, mask=live, other=0).to(tl.int64)
-    d = tl.arange(0, BD)
     at = query * H + head
-    q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
-    norm = tl.load(lse + at, mask=live, other=0.0)  # [BR]
+    q_tile = at
+    norm = at
+    if not STORED:
+        d = tl.arange(0, BD)
+        q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
+        norm = tl.load(lse + at, mask=live, other=0.0) - power  # [BR]
     out_row = tl.load(base + begin + qpos, mask=live, other=0)  # int64 [BR]
     out_count = tl.load(count + begin + qpos, mask=live, other=0)
     if HAS_SCALE:
         factor = tl.load(out_scale + query, mask=live, other=0.0).to(tl.float32)
     stop = tl.minimum((first + BR - 1) // G + 1, n)  # keys that the tile's last query sees
+    shift = before if STORED else 0  # stored probabilities are read from columns that are multiples of BK
     j = tl.arange(0, BM * BV)
     of, dd = j // BV, j % BV  # component and column of a block's columns
     if ONE_TILE:
         kpos = tl.arange(0, BK)
         key = tl.load(packed + begin + kpos, mask=kpos < n, other=0)
-        logits = _logits(
-            q_tile, k, key_bias, key, head, kv, qpos, kpos, n, scale, softcap, window,
-            H, HKV, HD, BD, HAS_WINDOW, HAS_CAP, HAS_BIAS, PRECISION, WIDE,
+        p_all = _tile_of_p(
+            q_tile, k, key_bias, probabilities, norm, at, key, head, kv, qpos, kpos, n, before, scale, softcap, window,
+            row, live, H, HKV, HD, BD, HAS_WINDOW, HAS_CAP, HAS_BIAS, STORED, PRECISION, WIDE,
         )  # fmt: skip
-        p = tl.exp2(logits - norm[:, None]).to(values.dtype.element_ty)  # [BR, BK], for all components
         key_row = tl.load(base + begin + kpos, mask=kpos < n, other=0)
         key_count = tl.load(count + begin + kpos, mask=kpos < n, other=0)
+        if not SCALED:
+            p_all = p_all.to(values.dtype.element_ty)  # [BR, BK], for all components
     for m in range(m_first, m_last, BM):
         mm = m + of  # [BM · BV]
         acc = tl.zeros((BR, BM * BV), tl.float32)
         if ONE_TILE:
+            p = p_all
+            if SCALED:  # one component at a time: its rows' scales in units of the largest
+                own = tl.load(value_scale + key_row + m, mask=m < key_count, other=0.0)  # [BK]
+                top = tl.max(own, 0)
+                own = own / tl.maximum(top, 1.1754944e-38)
+                p = (p_all.to(tl.float32) * own[None, :]).to(values.dtype.element_ty)
             where = (key_row[:, None] + mm[None, :]) * (HKV * VD) + kv * VD + dd[None, :]
             there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < VD)[None, :]
             v = tl.load(values + where, mask=there, other=0.0)  # [BK, BM · BV]
@@ -169,82 +132,52 @@ def _mix(
             low = tl.load(births + component + m)
             if HAS_WINDOW:
                 low = tl.maximum(low, first // G - window + 1)
-            for start in range(low // BK * BK, stop, BK):
-                kpos = start + tl.arange(0, BK)
-                key = tl.load(packed + begin + kpos, mask=kpos < n, other=0)
-                logits = _logits(
-                    q_tile, k, key_bias, key, head, kv, qpos, kpos, n, scale, softcap, window,
-                    H, HKV, HD, BD, HAS_WINDOW, HAS_CAP, HAS_BIAS, PRECISION, WIDE,
+            if SCALED:
+                largest = tl.zeros((BK,), tl.float32)
+                for start in range((shift + low) // BK * BK, shift + stop, BK):
+                    kpos = start - shift + tl.arange(0, BK)
+                    here = (kpos >= 0) & (kpos < stop)
+                    key_row = tl.load(base + begin + kpos, mask=here, other=0)
+                    key_count = tl.load(count + begin + kpos, mask=here, other=0)
+                    own = tl.load(value_scale + key_row + m, mask=m < key_count, other=0.0)
+                    largest = tl.maximum(largest, own)
+                top = tl.max(largest, 0)
+                unit = 1.0 / tl.maximum(top, 1.1754944e-38)
+            for start in range((shift + low) // BK * BK, shift + stop, BK):
+                kpos = start - shift + tl.arange(0, BK)
+                here = (kpos >= 0) & (kpos < stop)
+                key = 0
+                if not STORED:
+                    key = tl.load(packed + begin + kpos, mask=here, other=0)
+                p = _tile_of_p(
+                    q_tile, k, key_bias, probabilities, norm, at, key, head, kv, qpos, kpos, n, start, scale, softcap,
+                    window, row, live, H, HKV, HD, BD, HAS_WINDOW, HAS_CAP, HAS_BIAS, STORED, PRECISION, WIDE,
                 )  # fmt: skip
-                p = tl.exp2(logits - norm[:, None]).to(values.dtype.element_ty)  # [BR, BK]
-                key_row = tl.load(base + begin + kpos, mask=kpos < n, other=0)
-                key_count = tl.load(count + begin + kpos, mask=kpos < n, other=0)
+                key_row = tl.load(base + begin + kpos, mask=here, other=0)
+                key_count = tl.load(count + begin + kpos, mask=here, other=0)
+                if SCALED:
+                    own = tl.load(value_scale + key_row + m, mask=m < key_count, other=0.0)
+                    p = p.to(tl.float32) * (own * unit)[None, :]
                 where = (key_row[:, None] + mm[None, :]) * (HKV * VD) + kv * VD + dd[None, :]
                 there = (mm[None, :] < tl.minimum(key_count, m_last)[:, None]) & (dd < VD)[None, :]
                 v = tl.load(values + where, mask=there, other=0.0)
-                acc = product(p, v, acc, PRECISION, WIDE_VALUES)
-        if HAS_SCALE:
+                acc = product(p.to(values.dtype.element_ty), v, acc, PRECISION, WIDE_VALUES)
+        if SHRINKS:
+            acc *= shrink
+        if SCALED:
+            unscaled = top / shrink * tl.exp2(-power)
+            if HAS_SCALE:
+                unscaled = unscaled * factor
+            tl.store(
+                mixed_scale + out_row + m,
+                tl.zeros((BR,), tl.float32) + unscaled,
+                mask=live & (g == 0) & (m < out_count) & (kv == 0),
+            )
+        elif HAS_SCALE:
             acc *= factor[:, None]
         where = (out_row[:, None] + mm[None, :]) * (H * VD) + (head * VD)[:, None] + dd[None, :]
         there = (mm[None, :] < tl.minimum(out_count, m_last)[:, None]) & (dd < VD)[None, :]
         tl.store(mixed + where, acc.to(mixed.dtype.element_ty), mask=there)
-
-
-def _shared(frozen: Frozen) -> tuple[tuple, dict]:
-    """Check the arguments that both kernels take; return scale, cap, window, and the compiled-in constants."""
-    check("q", frozen.q, (None, None, None), *FLOATS)
-    check("k", frozen.k, (len(frozen.q), None, frozen.q.shape[2]), frozen.q.dtype)
-    if not frozen.k.shape[1] or frozen.q.shape[1] % frozen.k.shape[1]:
-        raise ValueError(f"k: {frozen.k.shape[1]} heads do not divide the {frozen.q.shape[1]} heads of q.")
-    if frozen.key_bias is not None:
-        check("key_bias", frozen.key_bias, tuple(frozen.q.shape[:2]), torch.float32)
-    if frozen.out_scale is not None:
-        check("out_scale", frozen.out_scale, (len(frozen.q),), *FLOATS)
-    numbers = (frozen.scale, frozen.softcap or 1.0, frozen.window or 0)
-    h, hkv, hd = frozen.q.shape[1], frozen.k.shape[1], frozen.q.shape[2]
-    constants = {
-        "H": h,
-        "HKV": hkv,
-        "HD": hd,
-        "BD": power_of_two(hd),
-        "HAS_WINDOW": frozen.window is not None,
-        "HAS_CAP": frozen.softcap is not None,
-        "HAS_BIAS": frozen.key_bias is not None,
-        "PRECISION": precision(),
-        "WIDE": widened(frozen.q.dtype),
-    }
-    return numbers, constants
-
-
-def log_sum_exp(frozen: Frozen, packed: Tensor, items: Tensor, tile: int) -> Tensor:
-    """The log-sum-exp in base 2 of every query's logits: (T, H) float32, at the rows that ``items`` cover.
-
-    ``items`` (n, 6) int32 hold the first and last (excluded) position of the prompt in ``packed`` and the first row of
-    a tile of ``tile`` rows; the other columns are not read.
-
-    Raises:
-        ValueError: a tensor of another shape, dtype or memory layout.
-    """
-    numbers, constants = _shared(frozen)
-    check("packed", packed, (None,), torch.int32)
-    check("items", items, (None, 6), torch.int32)
-    out = frozen.q.new_empty(frozen.q.shape[:2], dtype=torch.float32)
-    bias = out if frozen.key_bias is None else frozen.key_bias
-    grid = (len(items), frozen.k.shape[1])
-    _log_sum_exp[grid](
-        frozen.q,
-        frozen.k,
-        bias,
-        out,
-        packed,
-        items,
-        *numbers,
-        **constants,
-        BR=tile,
-        BK=32,
-        num_warps=4,
-    )
-    return out
 
 
 def mix(
@@ -256,19 +189,25 @@ def mix(
     tile: int,
     longest: int,
     out: Tensor,
+    probabilities: Tensor | None = None,
+    scales: RowScales | None = None,
 ) -> Tensor:
     """P applied to the values (r, Hkv·v) of a piece's rows -> ``out`` (r, H·v), at the same rows.
 
     A head's values may be wider or narrower than its queries and keys: v need not be d.
 
-    ``items`` (n, 6) int32 hold the first and last position of a prompt, the first row of a tile of ``tile`` (query,
-    head) rows, the first and last component, and the first index of the prompt's births. Together they must cover all
-    rows. ``longest`` is the number of positions of the longest prompt.
+    ``items`` (n, 7) int32 hold the first and last (excluded) position of a prompt, the first row of a tile of ``tile``
+    (query, head) rows, the first and last component, the first index of the prompt's births, and the number of the
+    prompt's positions before the piece's. Together they must cover all rows. ``longest`` is the number of positions of
+    the longest prompt.
+
+    ``probabilities`` are those of :func:`.probabilities.stored_probabilities`; without them they are made again.
+    ``scales`` belong to values in float16, and then to ``out``.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
     """
-    numbers, constants = _shared(frozen)
+    numbers, constants = shared(frozen)
     heads, kv, head_dim = *frozen.q.shape[1:2], *frozen.k.shape[1:]
     check("values", values, (None, None), *FLOATS)
     value_dim = values.shape[1] // kv
@@ -279,28 +218,44 @@ def mix(
     check("base", keys.base, (len(keys.packed) + 1,), torch.int64)
     check("count", keys.count, (len(keys.packed),), torch.int32)
     check("births", keys.births, (None,), torch.int32)
-    check("items", items, (None, 6), torch.int32)
-    dtype = torch.promote_types(values.dtype, frozen.q.dtype)
-    config = mix_config(longest, max(head_dim, value_dim), frozen.groups, tile, dtype, values.device)
-    grid = (len(items), kv)
-    _mix[grid](
+    check("items", items, (None, ITEM.value), torch.int32)
+    if probabilities is not None:
+        check("probabilities", probabilities, (*frozen.q.shape[:2], None), values.dtype)
+    if scales is not None:
+        check("scales.values", scales.values, (len(values),), torch.float32)
+        check("scales.mixed", scales.mixed, (len(values),), torch.float32)
+    power = SHRUNK if values.dtype == torch.float16 and (scales is not None or probabilities is not None) else 0
+    shift = power + (0 if scales is None else scales.shift)
+    dtype = wider(values.dtype, frozen.q.dtype) if probabilities is None else values.dtype
+    has = {"stored": probabilities is not None, "scaled": scales is not None}
+    config = mix_config(longest, max(head_dim, value_dim), frozen.groups, tile, dtype, values.device, **has)
+    _mix[(len(items), kv)](
         values,
         out,
         frozen.q,
         frozen.k,
         lse if frozen.key_bias is None else frozen.key_bias,
         lse,
+        lse if probabilities is None else probabilities,
         lse if frozen.out_scale is None else frozen.out_scale,
+        lse if scales is None else scales.values,
+        lse if scales is None else scales.mixed,
         keys.packed,
         keys.base,
         keys.count,
         keys.births,
         items,
         *numbers,
+        0 if probabilities is None else probabilities.shape[2],
+        float(power),
+        2.0**-shift,
         **constants,
         VD=value_dim,
         BV=power_of_two(value_dim),
         HAS_SCALE=frozen.out_scale is not None,
+        STORED=probabilities is not None,
+        SCALED=scales is not None,
+        SHRINKS=shift != 0,
         WIDE_VALUES=widened(values.dtype),
         BR=tile,
         **config,

@@ -22,6 +22,11 @@ def widened(dtype: torch.dtype) -> bool:
     return interpreted() and dtype == torch.bfloat16
 
 
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The one of two dtypes that has more bytes, the first of equals: bfloat16 and float16 are both half precision."""
+    return b if b.itemsize > a.itemsize else a
+
+
 def precision() -> str:
     """The precision of float32 products: on NVIDIA three tf32 products, which are as accurate as float32.
 

@@ -36,19 +36,28 @@ def mix_tile(longest: int, groups: int, dtype: torch.dtype) -> int:
     return min(64 if dtype.itemsize == 2 else 16, power_of_two(longest * groups, 16))
 
 
-def mix_config(longest: int, head_dim: int, groups: int, tile: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Keys per tile (all of them, if few) and components per step, for prompts of up to ``longest`` positions."""
+def mix_config(
+    longest: int, head_dim: int, groups: int, tile: int, dtype: torch.dtype, device: torch.device,
+    stored: bool = False, scaled: bool = False,
+) -> dict:  # fmt: skip
+    """Keys per tile (all of them, if few) and components per step, for prompts of up to ``longest`` positions.
+
+    ``stored``: probabilities are read; ``scaled``: every component has probabilities of its own.
+    """
     half = dtype.itemsize == 2
     keys, width = min(64 if half else 32, power_of_two(longest, 16)), power_of_two(head_dim)
     if width > 128 and (longest > keys or shared_memory(device) < 128 << 10):
         keys = min(keys, 32)  # more take more registers than there are, or more shared memory
     one = longest <= keys
-    columns = 1 if one or not half or width > 128 or groups > 1 else 2  # two take all registers
+    columns = 1 if one or not half or scaled or width > 128 or groups > 1 else 2  # two take all registers
     keys = min(keys, 32) if columns == 2 else keys
-    columns = 8 if interpreted() else columns  # every operation of a step costs the same there, of any size
-    warps = 4 if tile * width <= 64 * 128 else 8
+    columns = (
+        8 if interpreted() and not scaled else columns
+    )  # every operation of a step costs the same there, of any size
+    warps = 8 if stored or tile * width > 64 * 128 else 4
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
-    bucket = f"{f'one k{keys}' if one else 'many'} d{width} r{tile} g{groups}"  # a step's size is in it
+    kind = f"one k{keys}" if one else "stored" if stored else "many"
+    bucket = f"{kind} d{width} r{tile} g{groups}"  # a step's size is in it
     return config | (tuned(device, "mix", bucket) if half else {})
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from .common import FLOATS, check
 from .launch import row_config
 
+ROW_TOP = 2  # exponent of the largest element of a row with a scale of its own
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -53,6 +55,7 @@ def _read_rows(
     x,
     y,
     alive,
+    row_scale,
     segments,
     source,
     base,
@@ -65,6 +68,8 @@ def _read_rows(
     CENTRED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_ALIVE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    TOP: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -83,6 +88,11 @@ def _read_rows(
     values *= tl.load(scale + segment, mask=live, other=0.0)[:, None]
     if HAS_WEIGHT:
         values *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_ROW_SCALE:  # by the exponent's bits: every step is exact
+        exponent = (tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) >> 23) - 127
+        shift = tl.minimum(tl.maximum(TOP - exponent, -126), 126)
+        values *= ((shift + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+        tl.store(row_scale + row, ((127 - shift) << 23).to(tl.float32, bitcast=True), mask=live)
     tl.store(y + row[:, None] * n_columns + d[None, :], values.to(y.dtype.element_ty), mask=there)
 
 
@@ -94,11 +104,15 @@ def read_rows(
     centred: bool,
     out: Tensor,
     alive: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """γ ⊙ (x - mean x) · s of a piece's rows, in ``out``'s dtype: (R, D) -> ``out`` (r, D).
 
     ``scale`` (S,) float32 is s of every segment, ``weight`` γ (D,) or None; the mean stays where not ``centred``.
     ``alive`` (r,) uint8 receives 1 for rows that hold anything but zeros, else 0.
+
+    With ``row_scale`` (r,) float32 every row is multiplied by the power of two that brings its largest element to
+    between 2^ROW_TOP and twice that, and ``row_scale`` receives its inverse: a row is ``out`` · ``row_scale``.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
@@ -111,11 +125,14 @@ def read_rows(
         check("weight", weight, (n_columns,), *FLOATS)
     if alive is not None:
         check("alive", alive, (len(rows),), torch.uint8)
+    if row_scale is not None:
+        check("row_scale", row_scale, (len(rows),), torch.float32)
     config = row_config(n_columns)
     _read_rows[(triton.cdiv(len(rows), config["BR"]),)](
         x,
         out,
         out if alive is None else alive,
+        scale if row_scale is None else row_scale,
         rows.segment,
         rows.base if rows.source is None else rows.source,
         rows.base,
@@ -128,6 +145,8 @@ def read_rows(
         CENTRED=centred,
         HAS_WEIGHT=weight is not None,
         HAS_ALIVE=alive is not None,
+        HAS_ROW_SCALE=row_scale is not None,
+        TOP=ROW_TOP,
         **config,
     )
     return out
@@ -175,33 +194,48 @@ def row_scales(x: Tensor, at: Tensor | None, eps: float, centred: bool) -> Tenso
     return out
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _add_rows(x, y, segments, source, base, n_rows, n_columns, BR: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "n_rows"])
+def _add_rows(
+    x, y, row_scale, segments, source, base, first, n_rows, n_columns, GATHER: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     live = row < n_rows
     segment = tl.load(segments + row, mask=live, other=0)
     d = tl.arange(0, BD)
     there = live[:, None] & (d < n_columns)[None, :]
     gained = tl.load(y + row[:, None] * n_columns + d[None, :], mask=there).to(tl.float32)  # [BR, BD]
-    at = x + _source_row(row, live, segment, source, base, 0, True)[:, None] * n_columns + d[None, :]
+    if HAS_ROW_SCALE:
+        gained *= tl.load(row_scale + row, mask=live, other=0.0)[:, None]
+    at = x + _source_row(row, live, segment, source, base, first, GATHER)[:, None] * n_columns + d[None, :]
     tl.store(at, (tl.load(at, mask=there).to(tl.float32) + gained).to(x.dtype.element_ty), mask=there)
 
 
-def add_rows(x: Tensor, rows: Rows, gained: Tensor) -> None:
-    """x[rows of the piece] += ``gained`` (r, D); in place. The piece must be a gathered one.
+def add_rows(x: Tensor, rows: Rows, gained: Tensor, row_scale: Tensor | None = None) -> None:
+    """x[rows of the piece] += ``gained`` (r, D), times ``row_scale`` (r,) float32 if given; in place.
 
     Raises:
-        ValueError: it is not, or a tensor is of another shape, dtype or memory layout.
+        ValueError: a tensor is of another shape, dtype or memory layout.
     """
     _check(x, rows)
     check("gained", gained, (len(rows), x.shape[1]), *FLOATS)
-    if rows.source is None:
-        raise ValueError(
-            "rows: this kernel adds to gathered rows only; to neighbours the product adds by itself. Give a source."
-        )
+    if row_scale is not None:
+        check("row_scale", row_scale, (len(rows),), torch.float32)
     config = row_config(x.shape[1])
-    grid = (triton.cdiv(len(rows), config["BR"]),)
-    _add_rows[grid](x, gained, rows.segment, rows.source, rows.base, len(rows), x.shape[1], **config)
+    _add_rows[(triton.cdiv(len(rows), config["BR"]),)](
+        x,
+        gained,
+        gained if row_scale is None else row_scale,
+        rows.segment,
+        rows.base if rows.source is None else rows.source,
+        rows.base,
+        rows.first,
+        len(rows),
+        x.shape[1],
+        GATHER=rows.source is not None,
+        HAS_ROW_SCALE=row_scale is not None,
+        **config,
+    )
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_directions"])

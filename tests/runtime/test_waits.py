@@ -71,8 +71,8 @@ def waits(monkeypatch):
 def no_kernels(monkeypatch):
     """The triton backend without its kernels, whose interpreter would read scalars."""
     kernels = {
-        (triton_backend.attention, "mix"): lambda *given, **_: given[-1].zero_(),
-        (triton_backend.attention, "log_sum_exp"): lambda frozen, *_: frozen.q.new_zeros(frozen.q.shape[:2]),
+        (triton_backend.attention, "mix"): lambda *given, **_: given[7].zero_(),
+        (triton_backend.probabilities, "log_sum_exp"): lambda frozen, *_: frozen.q.new_zeros(frozen.q.shape[:2]),
         (triton_backend.rows, "read_rows"): lambda *given: given[5].zero_(),
         (triton_backend.rows, "read_out"): lambda rows, directions, *_: rows.new_zeros(len(rows), len(directions)),
         (triton_backend, "allocate"): lambda gates, *_: gates.zero_(),

@@ -22,12 +22,29 @@ from ...state.layout import Layout
 from ..torch.blocks import away_from_home
 
 
+@dataclass(frozen=True)
+class Block:
+    """A regular place in a state: ``n`` runs of ``count`` rows from ``first`` on, ``stride`` rows apart."""
+
+    first: int
+    n: int
+    count: int
+    stride: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The rows (R, D) of a state in this place, as a view: (n, count, D)."""
+        width = rows.shape[1]
+        offset = rows.storage_offset() + self.first * width
+        return rows.as_strided((self.n, self.count, width), (self.stride * width, width, 1), offset)
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """Components ``first`` to ``last`` of the prompts ``prompts``, their rows, and the work of the mixing kernel.
 
     ``positions`` (S,) int64 are packed positions; ``items`` are tiles of (query, head) rows times ranges of components,
     for :func:`depass_fast.kernels.attention.mix`; ``longest`` is the number of positions of the longest prompt.
+    ``place`` is where the rows are in the state, if that is a regular place.
     """
 
     prompts: range
@@ -37,11 +54,7 @@ class Piece:
     items: Tensor
     positions: Tensor
     longest: int
-
-    @property
-    def contiguous(self) -> bool:
-        """True if the piece is neighbouring rows of the state."""
-        return self.rows.source is None
+    place: Block | None
 
 
 class Cut(NamedTuple):
@@ -103,7 +116,7 @@ def make_piece(
         here = np.arange(at.start, at.stop)[int(born[0]) :]
         n = len(here)
         segments.append(here)
-        items.append(_items(begins[-1], n, born - born[0], sum(map(len, births)), tile, groups))
+        items.append(_items(begins[-1], n, born - born[0], sum(map(len, births)), int(born[0]), tile, groups))
         births.append(born - born[0])
         begins.append(begins[-1] + n)
     chosen = np.concatenate(segments)
@@ -117,8 +130,25 @@ def make_piece(
     rows = Rows(segment, base_there, None if whole else source, int(layout.starts[chosen[0]]) if whole else 0)
     longest = int(np.diff(begins).max())
     return Piece(
-        prompts, first, rows, Keys(keys, base_there, count_there, births_there), items_there, positions, longest
+        prompts,
+        first,
+        rows,
+        Keys(keys, base_there, count_there, births_there),
+        items_there,
+        positions,
+        longest,
+        _place(layout.starts[chosen] + first, count, whole),
     )
+
+
+def _place(firsts: np.ndarray, counts: np.ndarray, whole: bool) -> Block | None:
+    """Return the place of runs of ``counts`` rows from ``firsts`` on, if they are neighbours or regular ones."""
+    if whole:
+        return Block(int(firsts[0]), 1, int(counts.sum()), 0)
+    steps = np.diff(firsts)
+    if (counts != counts[0]).any() or (len(steps) and (steps != steps[0]).any()):
+        return None
+    return Block(int(firsts[0]), len(counts), int(counts[0]), int(steps[0]) if len(steps) else 0)
 
 
 def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:
@@ -130,12 +160,12 @@ def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.devic
 
 def _tiles(begin: int, n: int, tile: int, groups: int) -> np.ndarray:
     firsts = np.arange(0, n * groups, tile)
-    table = np.zeros((len(firsts), 6), np.int32)
+    table = np.zeros((len(firsts), 7), np.int32)
     table[:, 0], table[:, 1], table[:, 2] = begin, begin + n, firsts
     return table
 
 
-def _items(begin: int, n: int, births: np.ndarray, offset: int, tile: int, groups: int) -> np.ndarray:
+def _items(begin: int, n: int, births: np.ndarray, offset: int, before: int, tile: int, groups: int) -> np.ndarray:
     """Tiles times ranges of components, without those that no query of the tile has a row of; the longest first."""
     tiles = _tiles(begin, n, tile, groups)
     step = min(len(births), 16 if n > 64 else 32)
@@ -143,7 +173,7 @@ def _items(begin: int, n: int, births: np.ndarray, offset: int, tile: int, group
     table = np.repeat(tiles, len(ranges), 0)
     table[:, 3] = np.tile(ranges, len(tiles))
     table[:, 4] = np.minimum(table[:, 3] + step, len(births))
-    table[:, 5] = offset
+    table[:, 5], table[:, 6] = offset, before
     last_query = np.minimum((table[:, 2] + tile - 1) // groups, n - 1)
     return table[births[table[:, 3]] <= last_query][::-1]
 

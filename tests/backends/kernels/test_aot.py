@@ -84,7 +84,7 @@ CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, rows
+from depass_fast.kernels import allocation, attention, probabilities, rows
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -104,8 +104,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
-        frozen = attention.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
-        attention.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 6, dtype=small), 16)
+        frozen = probabilities.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
+        probabilities.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 7, dtype=small), 16)
 print(json.dumps([made[0] for made in found]))
 """
 

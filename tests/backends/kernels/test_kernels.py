@@ -12,7 +12,7 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import winner
-from depass_fast.kernels import allocation, attention, launch, rows
+from depass_fast.kernels import allocation, attention, launch, probabilities, rows
 
 CHECKS = list(checks(small=True))
 
@@ -28,7 +28,9 @@ def test_a_kernel_agrees_with_float64(check, dtype):
 def test_components_may_be_mixed_one_or_two_at_a_time(name, columns, monkeypatch):
     """A GPU takes one or two components at a time; the interpreter takes more by default."""
     ordinary = attention.mix_config
-    monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"BM": columns})
+    monkeypatch.setattr(
+        attention, "mix_config", lambda *arguments, **has: ordinary(*arguments, **has) | {"BM": columns}
+    )
     check = next(check for check in CHECKS if (check.kernel, check.case) == ("mix", name))
     assert check.run(torch.float16, torch.device("cpu")) <= LIMITS[torch.float16]
 
@@ -141,7 +143,8 @@ def idle(monkeypatch):
         rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
         allocation: ("_allocate", "_share_linearly"),
     }
-    kernels |= {attention: ("_mix", "_log_sum_exp"), fused_products: ("_gate", "_down", "_log_partition")}
+    kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
+    kernels |= {fused_products: ("_gate", "_down", "_log_partition")}
     for module, names in kernels.items():
         for name in names:
             monkeypatch.setattr(module, name, defaultdict(lambda: no_launch))
@@ -152,11 +155,13 @@ def mixing(**changes) -> dict:
     whole = {"q": torch.ones(3, 4, 16), "k": torch.ones(3, 2, 16), "key_bias": torch.ones(3, 4)}
     whole |= {"out_scale": torch.ones(3), "values": torch.ones(5, 32), "out": torch.ones(5, 64)}
     whole |= {"packed": torch.arange(3).int(), "base": torch.tensor([0, 1, 3, 5]), "count": torch.ones(3).int()}
-    whole |= {"births": torch.zeros(2).int(), "items": torch.zeros(1, 6).int(), "lse": torch.ones(3, 4)} | changes
+    whole |= {"births": torch.zeros(2).int(), "items": torch.zeros(1, 7).int(), "lse": torch.ones(3, 4)}
+    whole |= {"probabilities": torch.ones(3, 4, 16), "of_values": torch.ones(5), "of_mixed": torch.ones(5)} | changes
+    scales = attention.RowScales(whole.pop("of_values"), whole.pop("of_mixed"))
     q, k, bias, scale = (whole.pop(name) for name in ("q", "k", "key_bias", "out_scale"))
     keys = attention.Keys(*(whole.pop(name) for name in ("packed", "base", "count", "births")))
-    frozen = attention.Frozen(q, k, 0.25, key_bias=bias, out_scale=scale)
-    return {"keys": keys, "frozen": frozen, "tile": 16, "longest": 3} | whole
+    frozen = probabilities.Frozen(q, k, 0.25, key_bias=bias, out_scale=scale)
+    return {"keys": keys, "frozen": frozen, "tile": 16, "longest": 3, "scales": scales} | whole
 
 
 def sharing(**changes) -> dict:
@@ -188,9 +193,9 @@ def reading(which, **changes) -> dict:
     where = rows.Rows(**{name: changes.pop(name, value) for name, value in parts.items()})
     whole = {"x": torch.ones(5, 6), "rows": where}
     if which == "add_rows":
-        return whole | {"gained": torch.ones(4, 6)} | changes
+        return whole | {"gained": torch.ones(4, 6), "row_scale": torch.ones(4)} | changes
     whole |= {"scale": torch.ones(1), "weight": torch.ones(6), "centred": False, "out": torch.ones(4, 6)}
-    return whole | {"alive": torch.ones(4).byte()} | changes
+    return whole | {"alive": torch.ones(4).byte(), "row_scale": torch.ones(4)} | changes
 
 
 WRAPPERS = {
@@ -204,13 +209,13 @@ WRAPPERS = {
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
 NAMES = {
-    "mix": "q k key_bias out_scale values out packed base count births items lse",
+    "mix": "q k key_bias out_scale values out packed base count births items lse probabilities of_values of_mixed",
     "allocate": "g act gate alive constant starts recorded away",
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
-    "read_rows": "x segment base source scale weight out alive",
+    "read_rows": "x segment base source scale weight out alive row_scale",
     "row_scales": "x at",
-    "add_rows": "x segment base source gained",
+    "add_rows": "x segment base source gained row_scale",
     "read_out": "x directions segment scale",
 }
 
@@ -223,6 +228,8 @@ def test_every_argument_of_another_dtype_shape_or_layout_is_refused(kernel, idle
     flat = arguments()
     for part in ("frozen", "keys", "segments", "rows"):
         flat |= vars(flat[part]) if part in flat else {}
+    if "scales" in flat:
+        flat |= {"of_values": flat["scales"].values, "of_mixed": flat["scales"].mixed}
     for name in NAMES[kernel].split():
         fits = flat[name]
         spread = torch.stack([fits, fits], -1)[..., 0]
@@ -240,7 +247,6 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (allocation.allocate, sharing(bias=None), "constant: it is driven by `bias`"),
         (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
         (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
-        (rows.add_rows, reading("add_rows", source=None), "rows: this kernel adds to gathered rows only"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),
     ):
         with pytest.raises(ValueError, match=message):

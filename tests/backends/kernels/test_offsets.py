@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, rows
+from depass_fast.kernels import allocation, attention, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -107,9 +107,9 @@ def test_in_mix(one_tile, monkeypatch):
     room[skipped:] = random(2, 4 * n, width).half()
     q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
     expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
-    trace = attention.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
+    trace = probabilities.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
     packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
-    lse = attention.log_sum_exp(trace, packed, whole, 16)
+    lse = probabilities.log_sum_exp(trace, packed, whole, 16)
     keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
     attention.mix(values, keys, whole, trace, lse, 16, n, out)
     logits = torch.einsum("qhd,khd->hqk", *expected[:2]) * head_dim**-0.5
