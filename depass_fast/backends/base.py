@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Layer, Mlp, Norm
+from ..adapters import Adapter, Attention, Layer, Mlp, Norm
 from ..allocation import Allocation
 from ..state.layout import Layout
 from ..state.state import ComponentState
-from ..trace.record import AttentionTrace, LayerTrace, MlpTrace
+from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 Made = TypeVar("Made")
 
@@ -74,6 +74,9 @@ class Backend(ABC):
         """
 
     # -- around them, with defaults -----------------------------------------------------------------------------
+
+    def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:  # noqa: B027 (a hook)
+        """Take note that states of ``trace`` pass the layers from ``first`` to ``end`` (excluded) next."""
 
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:  # noqa: B027 (a hook)
         """Take note that the next attention is that of ``layer``, at all positions, and its MLP comes right after it.

@@ -63,7 +63,7 @@ class Workload:
 
     ``counts`` are the components of every prompt, ``row_counts`` its rows; ``staggered`` says that components are born
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
-    says that the products' dtype is not the model's.
+    says that the products' dtype is not the model's, ``halves`` that the triton backend's is float16 instead.
     """
 
     lengths: tuple[int, ...]
@@ -74,6 +74,7 @@ class Workload:
     state_item: int
     item: int
     casts: bool
+    halves: bool
     budget: int
     on_cpu: bool
     passed: tuple[LayerSize, ...]

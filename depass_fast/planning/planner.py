@@ -163,6 +163,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         state_item=state.itemsize,
         item=compute.itemsize,
         casts=compute != adapter.dtype,
+        halves=options.halves(adapter.dtype, device),
         budget=options.memory_budget or default_budget(device),
         on_cpu=device.type == "cpu",
         passed=tuple(passed[entering:last]),

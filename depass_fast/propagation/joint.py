@@ -86,6 +86,7 @@ def propagate_jointly(
         each, at the start and after every layer, which may still lie on the device.
     """
     run.watch(trace, reads)
+    run.backend.begin(adapter, trace, starts[0].layer, end)
     positions = None if reads is None else [np.array(read) for read in reads]
     errors: list[list[Tensor]] = []  # one list for every decomposition that has started
     joint: ComponentState | None = None

@@ -37,6 +37,7 @@ def propagate(
     """
     run.watch(trace, reads)
     first, queries = state.layer, None
+    run.backend.begin(adapter, trace, first, end)
     if reads is not None:
         queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
     errors = [state.completeness(trace.resid_at(first, state.site))]

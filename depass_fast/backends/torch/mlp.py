@@ -158,6 +158,18 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
         out.add_(a @ b, alpha=alpha)
 
 
+def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (n, r, C) += a @ b, where ``out`` may be a view of another tensor and of a wider dtype: a is (n·r, K)."""
+    a, n = a.view(*out.shape[:2], -1), len(out)
+    if n > 1 and out.dtype == a.dtype:
+        out.baddbmm_(a, b.expand(n, -1, -1))
+    elif n > 1 and out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:
+        torch.baddbmm(out, a, b.expand(n, -1, -1), out_dtype=torch.float32, out=out)
+    else:
+        for one, rows in zip(out, a, strict=True):
+            accumulate(one, rows, b)
+
+
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
     """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves. True if it shut anyone out."""
     local = to_device(layout.local[chunk.segments], g.device)

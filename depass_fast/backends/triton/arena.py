@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STREAMS = 2  # lanes that share the budget, see lanes.py
+_ONE_TILE = 64  # positions of a prompt whose probabilities one tile holds; see kernels/launch.py
 _FEWEST = 64  # neurons per block, and multiples of that: what a product likes
 
 
@@ -22,6 +24,14 @@ class Arena:
     def rows(self, columns: int) -> int:
         """The number of rows of ``columns`` numbers that are carried at once."""
         return max(1, self.budget // (columns * self.item))
+
+    def probabilities(self, positions: int, heads: int, longest: int) -> int:
+        """Bytes of all probabilities of a layer, for prompts of up to ``longest`` positions."""
+        return positions * heads * -(-longest // 16) * 16 * self.item
+
+    def stores(self, positions: int, heads: int, longest: int) -> bool:
+        """True if a layer's probabilities are stored beside the arena: of long prompts, up to a quarter of its size."""
+        return longest > _ONE_TILE and 4 * self.probabilities(positions, heads, longest) <= self.budget
 
     @staticmethod
     def attention_columns(width: int, v: int, o: int) -> tuple[int, int]:

@@ -12,43 +12,72 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from triton import knobs
 
-from ...adapters import Attention, Branch, Mlp, Norm
+from ...adapters import Adapter, Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
-from ...kernels import attention, rows
+from ...kernels import attention, probabilities, rows
 from ...kernels.allocation import Segments, allocate
-from ...kernels.common import interpreted
+from ...kernels.attention import RowScales
+from ...kernels.common import interpreted, wider
 from ...kernels.launch import mix_tile
 from ...labels import BIAS, REST
 from ...runtime.log import say_once
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
-from ...trace.record import AttentionTrace, MlpTrace
+from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..torch.backend import TorchBackend, add_to_bias
-from ..torch.mlp import accumulate
-from .arena import Arena
+from ..torch.mlp import accumulate, accumulate_block
+from .arena import STREAMS, Arena
+from .half import AttentionRange, MlpRange, Ranges, ranges
+from .lanes import Lanes
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 
 _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
 _AMD = ("gfx942",)
 
+Work = TypeVar("Work")
+
 
 class TritonBackend(TorchBackend):
-    """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype)."""
+    """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype).
+
+    In float16 rows have scales of their own (:mod:`.half`), and a layer whose weights do not fit computes in bfloat16.
+    ``halves``: products are in float16 where they can be, in ``compute_dtype`` elsewhere.
+    """
 
     name = "triton"
     streamable = False
     takes_factors = False
+
+    def __init__(
+        self,
+        compute_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        halves: bool = False,
+    ) -> None:
+        super().__init__(compute_dtype, memory_budget)
+        self._halves = halves or compute_dtype == torch.float16
+        self._ranges: Ranges | None = None
+
+    def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
+        if self._halves:
+            self._ranges = ranges(adapter, trace, first, end)
+
+    def _plain(self, state: ComponentState) -> torch.dtype:
+        """The dtype of products without scales."""
+        dtype = self._dtype(state)
+        return torch.bfloat16 if dtype == torch.float16 and self._ranges is not None else dtype
 
     # -- attention ----------------------------------------------------------------------------------------------
 
@@ -61,14 +90,16 @@ class TritonBackend(TorchBackend):
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        widest = torch.promote_types(self._dtype(state), trace.q.dtype)
+        half = (self._ranges or {}).get((state.layer, None))
+        dtype = torch.float16 if isinstance(half, AttentionRange) else self._plain(state)
+        widest = wider(dtype, trace.q.dtype)
         head_bytes = trace.q.shape[-1] * widest.itemsize
         if trace.value_ratio is not None or head_bytes > _WIDEST_HEAD:
             why = f"heads of {head_bytes} bytes" if head_bytes > _WIDEST_HEAD else "values that the model clamps"
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
             return super()._aggregate_everywhere(state, weights, trace, extras_only)
-        dtype, device, layout = self._dtype(state), state.device, state.layout
-        frozen = attention.Frozen(
+        device, layout = state.device, state.layout
+        frozen = probabilities.Frozen(
             trace.q.contiguous(),
             trace.k.contiguous(),
             trace.scale,
@@ -78,37 +109,49 @@ class TritonBackend(TorchBackend):
             trace.out_scale,
         )
         lengths, groups = np.bincount(layout.prompt, minlength=len(layout.components)), frozen.groups
-        tile = mix_tile(int(lengths.max()), groups, widest)
+        longest = int(lengths.max())
+        tile = mix_tile(longest, groups, widest)
 
-        def prepare() -> tuple[Tensor, ...]:
+        def prepare() -> tuple:
             w_v, w_o = weights.w_v.to(dtype), weights.writing(weights.w_o, dtype)
             key = ("tiles", tile, groups, device)
             tiles = self._table(layout, key, lambda: query_tiles(lengths, tile, groups, device))
             packed = self._table(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
-            lse = attention.log_sum_exp(frozen, packed, tiles, tile)
+            lse = probabilities.log_sum_exp(frozen, packed, tiles, tile)
             if trace.row_sum is not None:
                 lse -= trace.row_sum.log2()
+            stored = None
+            if self._arena(state).stores(len(frozen.q), frozen.q.shape[1], longest):
+                stored = probabilities.stored_probabilities(frozen, lse, packed, tiles, tile, longest, dtype)
             scale = _scales(weights.norm, trace.resid)
-            return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse
+            return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse, stored
 
-        w_v, w_o, scale, lse = self._budget.prepare(device, prepare)
+        w_v, w_o, scale, lse, stored = self._budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
         widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
+        lanes = self._lanes(state, sum(widths))
 
-        def step(piece: Piece) -> None:
+        def step(piece: Piece, lane: int) -> None:
             n = len(piece.rows)
-            one, other = self._buffers(device, *(n * columns * dtype.itemsize for columns in widths))
-            x = self._read(state, piece.rows, weights, scale[piece.positions], _as(one, dtype, n, width))
+            sizes = [n * columns * dtype.itemsize for columns in widths]
+            one, other, *own = self._buffers(device, lane, *sizes, *([4 * n, 4 * n] if half else []))
+            scales = None
+            if isinstance(half, AttentionRange):
+                scales = RowScales(*(_as(buffer, torch.float32, n) for buffer in own), half.shift)
+            here, of_values = scale[piece.positions], None if scales is None else scales.values
+            x = self._read(state, piece.rows, weights, here, _as(one, dtype, n, width), row_scale=of_values)
             values = torch.mm(x, w_v.T, out=_as(other, dtype, n, values_width))
             mixed = _as(one, dtype, n, mixed_width)  # x has been read
-            attention.mix(values, piece.keys, piece.items, frozen, lse, tile, piece.longest, mixed)
-            if piece.contiguous:
-                accumulate(state.rows[piece.rows.first : piece.rows.first + n], mixed, w_o.T)
+            where = (piece.keys, piece.items, frozen, lse, tile, piece.longest)
+            attention.mix(values, *where, mixed, stored, scales)
+            if scales is None and piece.place is not None:
+                accumulate_block(piece.place.of(state.rows), mixed, w_o.T)
             else:
-                rows.add_rows(state.rows, piece.rows, torch.mm(mixed, w_o.T, out=_as(other, dtype, n, width)))
+                gained = torch.mm(mixed, w_o.T, out=_as(other, dtype, n, width))
+                rows.add_rows(state.rows, piece.rows, gained, None if scales is None else scales.mixed)
 
         def pieces(undone: Piece | None) -> list[Piece]:
-            most = self._arena(state).rows(sum(widths))
+            most = self._arena(state, lanes).rows(sum(widths))
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
@@ -118,7 +161,7 @@ class TritonBackend(TorchBackend):
             key = ("pieces", most, tile, groups, device, extras_only)
             return make() if undone is not None else self._table(layout, key, make)
 
-        self._budget.each(device, pieces, step)
+        self._each(device, lanes, pieces, step)
         return state
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -147,7 +190,9 @@ class TritonBackend(TorchBackend):
         source: ComponentState | None,
     ) -> ComponentState:
         source = state if source is None else source
-        dtype, device, layout = self._dtype(state), state.device, state.layout
+        half = None if rule == "taylor" else (self._ranges or {}).get((state.layer, trace.part))
+        factor = half.factor if isinstance(half, MlpRange) else 1.0
+        dtype, device, layout = torch.float16 if half else self._plain(state), state.device, state.layout
         bias, rest = layout.index(BIAS), layout.index(REST)
 
         def prepare() -> tuple:
@@ -165,14 +210,17 @@ class TritonBackend(TorchBackend):
 
         w_gate, w_down, act, gate, recorded, scale, constant = self._budget.prepare(device, prepare)
         n_neurons = len(w_gate)
+        lanes = self._lanes(state, n_neurons + state.rows.shape[1])
 
-        def step(chunk: RowChunk) -> None:
+        def step(chunk: RowChunk, lane: int) -> None:
             n, width = chunk.n_rows, state.rows.shape[1]
-            arena = self._arena(state)
+            arena = self._arena(state, lanes)
             size, apart = arena.neurons(n, n_neurons, width)
-            one, other, flags, last = self._buffers(device, *arena.mlp_sizes(n, n_neurons, width))
+            sizes = arena.mlp_sizes(n, n_neurons, width)
+            one, other, flags, last, *own = self._buffers(device, lane, *sizes, *([4 * n] if half else []))
             x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
-            self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive)
+            row_scale = _as(own[0], torch.float32, n) if half else None
+            self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive, row_scale)
             target = state.rows[chunk.rows.first : chunk.rows.first + n]
             # several blocks are added up apart, so that the state is written to once (see budget)
             out = _as(last, target.dtype, n, width).copy_(target) if apart else target
@@ -181,18 +229,19 @@ class TritonBackend(TorchBackend):
                 part = slice(i, min(i + size, n_neurons))
                 g = torch.mm(x, w_gate[part].T, out=_as(other, dtype, n, part.stop - i))
                 numbers = None if constant is None else constant[part]
-                allocate(g, segments, act[:, part], gate[:, part], rule, temperature, alive, numbers)
-                accumulate(out, g, w_down[:, part].T)
+                more = (numbers, row_scale, factor)
+                allocate(g, segments, act[:, part], gate[:, part], rule, temperature, alive, *more)
+                accumulate(out, g, w_down[:, part].T, 1.0 / factor)
             if apart:
                 target.copy_(out)
 
-        self._budget.each(device, lambda undone: self._row_chunks(state, n_neurons, undone), step)
+        self._each(device, lanes, lambda undone: self._row_chunks(state, n_neurons, lanes, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
-    def _row_chunks(self, state: ComponentState, n_neurons: int, undone: RowChunk | None) -> list[RowChunk]:
+    def _row_chunks(self, state: ComponentState, n_neurons: int, lanes: int, undone: RowChunk | None) -> list[RowChunk]:
         """Chunks of all neurons where a position's components allow that, so that every product is a large one."""
-        most = self._arena(state).rows(n_neurons + state.rows.shape[1])
+        most = self._arena(state, lanes).rows(n_neurons + state.rows.shape[1])
         if undone is not None:
             return make_row_chunks(state.layout, most, state.device, undone.segments.start)
         key = ("row chunks", most, state.device)
@@ -200,13 +249,31 @@ class TritonBackend(TorchBackend):
 
     # -- the workspace ----------------------------------------------------------------------------------------------
 
-    def _arena(self, state: ComponentState) -> Arena:
-        return Arena(self._bytes(state), self._dtype(state).itemsize, state.rows.dtype.itemsize)
+    def _arena(self, state: ComponentState, lanes: int = 1) -> Arena:
+        return Arena(self._bytes(state) // lanes, self._dtype(state).itemsize, state.rows.dtype.itemsize)
 
-    def _buffers(self, device: torch.device, *sizes: int) -> list[Tensor]:
-        """Return buffers of so many bytes side by side in the arena, in which attention and MLP take turns."""
+    def _lanes(self, state: ComponentState, columns: int) -> int:
+        """Return how many lanes share the arena: one where all rows of ``columns`` numbers fit into it at once."""
+        on_streams = state.device.type == "cuda" and state.layout.n_rows > self._arena(state).rows(columns)
+        return STREAMS if on_streams else 1
+
+    def _each(
+        self,
+        device: torch.device,
+        lanes: int,
+        cut: Callable[[Work | None], Sequence[Work]],
+        step: Callable[[Work, int], None],
+    ) -> None:
+        """Do ``step`` for every piece that is ``cut``, in lanes that take turns."""
+        turns = Lanes(device, lanes)
+        with turns.open():
+            self._budget.each(device, cut, lambda work: turns.run(step, work))
+
+    def _buffers(self, device: torch.device, lane: int, *sizes: int) -> list[Tensor]:
+        """Return buffers of so many bytes side by side in a lane's arena, in which attention and MLP take turns."""
         ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
-        arena = self._workspace.take("arena", (int(ends[-1]),), torch.empty(0, device=device), torch.uint8)
+        like = torch.empty(0, device=device)
+        arena = self._workspace.take(f"arena {lane}", (int(ends[-1]),), like, torch.uint8)
         return [arena[end - -(-size // 256) * 256 :][:size] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
     # -- rows -----------------------------------------------------------------------------------------------------
@@ -219,11 +286,12 @@ class TritonBackend(TorchBackend):
         scale: Tensor,
         out: Tensor,
         alive: Tensor | None = None,
+        row_scale: Tensor | None = None,
     ) -> Tensor:
         """Read rows of a piece through the branch's frozen norm into ``out``; ``scale`` (S,) is s of its positions."""
         norm = branch.norm
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
-        return rows.read_rows(state.rows, which, scale, weight, centred, out, alive)
+        return rows.read_rows(state.rows, which, scale, weight, centred, out, alive, row_scale)
 
     def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
         if state.rows.dtype == torch.float64 or len(directions) > _MANY_DIRECTIONS:

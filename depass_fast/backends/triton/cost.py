@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..torch.cost import queries
 from ..workload import Need, Workload
-from .arena import Arena
+from .arena import STREAMS, Arena
 
 
 def needs(work: Workload, joining: bool = False) -> Need:
@@ -17,27 +17,46 @@ def needs(work: Workload, joining: bool = False) -> Need:
 
 
 def workspace(work: Workload) -> int:
-    """Bytes of the arena, or of what the last layer's few queries take."""
+    """Bytes of the arena and of the probabilities beside it, or of what the last layer's few queries take."""
     if not work.passed:
         return 0
     last = work.passed[-1]
-    return max(arena_bytes(work), queries(work, last) + last.v * work.width * work.item)
+    return max(arena_bytes(work) + probability_bytes(work), queries(work, last) + last.v * work.width * work.item)
 
 
 def arena_bytes(work: Workload) -> int:
-    """Bytes of the arena, in which attention and MLP take turns."""
-    arena, most = Arena(work.budget, work.item, work.state_item), 0
+    """Bytes of the arena, in which attention and MLP take turns: of one lane, or of several that share the budget."""
+    whole = Arena(work.budget, work.item, work.state_item)
+    most = [0] * STREAMS
     for size in work.passed:
-        most = max(most, arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o))
+        columns = sum(whole.attention_columns(work.width, size.v, size.o))
+        lanes, arena = _lanes(work, whole, work.rows, columns)
+        taken = arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o)
+        most[:lanes] = [max(one, taken) for one in most[:lanes]]
         for neurons, share in size.mlps:
             rows = work.sent_rows(share)
-            most = max(most, arena.mlp_bytes(rows, max(work.counts), neurons, work.width))
-    return most
+            lanes, arena = _lanes(work, whole, rows, neurons + work.width)
+            taken = arena.mlp_bytes(rows, max(work.counts), neurons, work.width)
+            most[:lanes] = [max(one, taken) for one in most[:lanes]]
+    return sum(most)
+
+
+def _lanes(work: Workload, whole: Arena, rows: int, columns: int) -> tuple[int, Arena]:
+    """Return how many lanes carry ``rows`` rows of ``columns`` numbers, and the arena of each."""
+    lanes = STREAMS if not work.on_cpu and rows > whole.rows(columns) else 1
+    return lanes, Arena(work.budget // lanes, work.item, work.state_item)
+
+
+def probability_bytes(work: Workload) -> int:
+    """Bytes of a layer's probabilities where they are stored."""
+    arena = Arena(work.budget, work.item, work.state_item)
+    each = [(work.positions, size.heads, work.longest) for size in work.passed if not size.skip_attention]
+    return max((arena.probabilities(*one) for one in each if arena.stores(*one)), default=0)
 
 
 def cast_weights(work: Workload) -> int:
     """Bytes of one branch's weights that have to change their dtype: norms are applied to rows, not folded."""
     pairs = [pair for size in work.passed for pair in ((size.v, size.o), *((n, n) for n, _ in size.mlps))]
-    normed = any(size.output_norms for size in work.passed)
-    most = max((own * work.casts + out * (work.casts or normed) for own, out in pairs), default=0)
+    normed, casts = any(size.output_norms for size in work.passed), work.casts or work.halves
+    most = max((own * casts + out * (casts or normed) for own, out in pairs), default=0)
     return work.width * most * work.item

@@ -1,0 +1,157 @@
+"""Products in float16 with a scale per row: nearer than bfloat16, at any size of component, and never out of range."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from depass_fast import Custom, DePass, Heads, Neurons, Tokens
+from depass_fast.allocation import Allocation
+from depass_fast.backends.reference import ReferenceBackend
+from depass_fast.kernels.rows import ROW_TOP
+from depass_fast.options import Options
+from depass_fast.state.state import ComponentState
+from tests.support.family_models import build_model
+from tests.support.models import random_ids
+
+pytest.importorskip("triton")
+
+from depass_fast.backends.triton import half, lanes
+from depass_fast.backends.triton.backend import TritonBackend
+
+OPTIONS = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+
+
+def model(name="llama", seed=0, **more):
+    return build_model(name, seed=seed, **(OPTIONS | more)).to(torch.bfloat16)
+
+
+def error(found, exact):
+    return float((found - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+def test_scores_are_several_times_nearer_than_in_bfloat16(name):
+    for kind in (Tokens(), Heads(0), Neurons(0)):
+        errors = {}
+        for seed in range(2):
+            dp = DePass(model(name, seed))
+            trace = dp.trace(random_ids(12, seed=seed))
+            exact = dp.attribute(trace, kind, 3, backend="reference", state_dtype="float64").scores
+            for compute in ("bfloat16", "float16"):
+                found = dp.attribute(trace, kind, 3, backend="triton", compute_dtype=compute).scores
+                errors.setdefault(compute, []).append(error(found, exact))
+        assert 5 * max(errors["float16"]) <= max(errors["bfloat16"]), (kind, errors)
+
+
+def increments(dp, trace, backend, state, dtype=torch.float32):
+    layer, record = dp.adapter.layer(1), trace.layers[1]
+
+    def fresh():
+        return ComponentState(state.rows.to(dtype, copy=True), state.layout, 1)
+
+    yield backend.aggregate_ov(fresh(), layer.attention, record.attention).rows.double() - state.rows
+    yield backend.allocate_mlp(fresh(), layer.mlps[0], record.mlps[0], Allocation()).rows.double() - state.rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("power", [-40, -10, 0, 10])
+def test_a_component_of_any_size_is_as_precise_as_any_other(power):
+    """The attention's increment of every row, relative to the row's own size."""
+    dp = DePass(model())
+    trace = dp.trace(random_ids(9))
+    state = dp.start(trace, Heads(0))
+    state.rows[1::5] *= 2.0**power
+    backend = TritonBackend(torch.float16)
+    backend.begin(dp.adapter, trace, 1, 2)
+    found = next(increments(dp, trace, backend, state))
+    exact = next(increments(dp, trace, ReferenceBackend(), state, torch.float64))
+    # float32 holds the sum of a row and its increment
+    rounding = 2.0**-23 * state.rows.norm(dim=1)
+    assert ((found - exact).norm(dim=1) <= 2e-3 * exact.norm(dim=1) + rounding).all()
+
+
+@torch.no_grad()
+def test_a_layer_whose_weights_are_too_large_computes_in_bfloat16():
+    dp = DePass(model())
+    trace = dp.trace(random_ids(7))
+    assert set(half.ranges(dp.adapter, trace, 0, 2)) == {(0, None), (1, None), (0, 0), (1, 0)}
+    dp.model.model.layers[1].mlp.gate_proj.weight[3] *= 2.0**14
+    dp.model.model.layers[0].self_attn.v_proj.weight[:] *= 2.0**14
+    trace = dp.trace(random_ids(7))  # the sizes of changed weights are measured again
+    assert set(half.ranges(dp.adapter, trace, 0, 2)) == {(1, None), (0, 0)}
+    for kind in (Tokens(), Neurons(0)):
+        exact = dp.attribute(trace, kind, 3, backend="reference", state_dtype="float64").scores
+        found = dp.attribute(trace, kind, 3, backend="triton", compute_dtype="float16").scores
+        assert error(found, exact) <= 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2.0**-6, 1.0, 2.0**5])
+def test_no_product_leaves_the_range_of_float16(size):
+    """The worst rows that there are: parallel to a row of the weight, and all of their elements alike."""
+    dp = DePass(model())
+    for layer in dp.model.model.layers:
+        for weight in (layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight, layer.mlp.gate_proj.weight):
+            weight.copy_(weight.sign() * size * 0.02)
+    trace = dp.trace(random_ids(5))
+    for (index, part), found in half.ranges(dp.adapter, trace, 0, 2).items():
+        layer = dp.adapter.layer(index)
+        reads = layer.attention.w_v if part is None else layer.mlps[part].w_gate
+        worst = reads.double().sign() * 2.0 ** (ROW_TOP + 1)
+        values = (worst @ reads.double().T).abs().max()
+        assert values <= half.LARGEST
+        if part is None:
+            mixed = values * 2.0**-found.shift * math.sqrt(layer.attention.o.shape[1])
+            assert mixed * layer.attention.w_o.double().norm(dim=1).max() <= 1.01 * half.LARGEST
+        else:
+            assert 2**13 < found.factor * trace.layers[index].mlps[part].act.abs().max() <= 2**15
+
+
+def test_small_shares_of_large_activations_survive():
+    """Components of 1e-7 of the hidden state, on a position whose activations are a thousand times the usual."""
+    dp = DePass(model())
+    ids = random_ids(6)
+    trace = dp.trace(ids)
+    tensor = torch.randn(6, 3, 64, generator=torch.Generator().manual_seed(0)) * 1e-7
+    exact = dp.attribute(trace, Custom(0, tensor), 3, backend="reference", state_dtype="float64").scores
+    found = dp.attribute(trace, Custom(0, tensor), 3, backend="triton", compute_dtype="float16").scores
+    assert error(found[:3], exact[:3]) <= 5e-3
+
+
+def test_float16_is_the_default_for_a_bfloat16_model_on_a_gpu_alone():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Options().halves(torch.bfloat16, gpu)
+    assert not Options().halves(torch.bfloat16, cpu) and not Options().halves(torch.float32, gpu)
+    assert not Options(compute_dtype="bfloat16").halves(torch.bfloat16, gpu)
+
+
+def test_lanes_take_turns_and_are_waited_for(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(lanes, "_streams", lambda device, count: tuple(Stream(f"lane {i}") for i in range(count)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("caller"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    turns = lanes.Lanes(torch.device("cuda"), 2)
+    with pytest.raises(KeyError), turns.open():
+        for work in "abc":
+            turns.run(lambda work, lane: log.append(f"{work} in {lane}"), work)
+        raise KeyError
+    waits = ["lane 0 waits for caller", "a in 0", "lane 1 waits for caller", "b in 1", "lane 0 waits for caller"]
+    assert log == [*waits, "c in 0", "caller waits for lane 0", "caller waits for lane 1"]
+
+
+def test_one_lane_and_a_cpu_need_no_stream():
+    for device, count in (("cuda", 1), ("cpu", 2)):
+        turns, log = lanes.Lanes(torch.device(device), count), []
+        with turns.open():
+            turns.run(lambda work, lane, log=log: log.append((work, lane)), "a")
+        assert log == [("a", 0)]
