@@ -31,7 +31,6 @@ class FrozenAttention:
         n = len(q)
         heads = max(1, min(self.kv, tile // (self.groups * n * n)))
         rows = n if self.groups * n * n <= tile else max(1, tile // (self.groups * n))
-        self._rows: dict[int, Tensor] = {}
         self.tiles = [
             (slice(h, min(h + heads, self.kv)), slice(i, min(i + rows, n)))
             for h in range(0, self.kv, heads)
@@ -77,12 +76,6 @@ class FrozenAttention:
     def _by_head(self, x: Tensor, heads: slice) -> Tensor:
         """The columns (N, H) of some KV heads as (N, h, G), in the dtype that P is made in."""
         return x.to(self.scale.dtype).unflatten(1, (self.kv, self.groups))[:, heads]
-
-    def row(self, query: int) -> Tensor:
-        """Return P · s of one query, (H, K); it is kept."""
-        if query not in self._rows:
-            self._rows[query] = self.probabilities(slice(None), slice(query, query + 1)).flatten(0, 2)
-        return self._rows[query]
 
     def mix(self, values: Tensor, block: Block, workspace: Workspace) -> Tensor:
         """Apply P · s to a block's values (r, Hkv·d) -> (r, H·d), at the same rows. ``values`` is used up."""

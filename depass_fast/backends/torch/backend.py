@@ -26,6 +26,7 @@ from .attention import FrozenAttention
 from .blocks import Block, Chunk
 from .bounded import BoundedBackend
 from .mlp import MlpStep, accumulate, general_chunk, softmax_chunk
+from .queries import Asked, QueryBlock, make_query_blocks, mix_queries, query_probabilities
 
 
 class TorchBackend(BoundedBackend):
@@ -209,28 +210,29 @@ class TorchBackend(BoundedBackend):
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
         rows = self._budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
         out = ComponentState(rows, queries, state.layer)
-        frozen = self._frozen(state, trace, scale)
+        kept: dict[Asked, Tensor] = {}  # P of the last queries, for the next components of the same prompt
 
-        def step(block: Block) -> None:
-            at, origin = queries.segments(block.prompt), layout.segments(block.prompt).start
-            x = scatter(self._take(state, block, device).to(dtype), block)  # (N', B, D)
-            for segment, q in enumerate(queries.local[at].tolist(), at.start):
-                alive = min(int(queries.counts[segment]) - block.first, block.n_components)
-                if alive <= 0:
-                    continue
-                p = frozen(block.prompt).row(q)[:, block.start :]  # (H, K)
-                z = (p @ x[: p.shape[1]].flatten(1)).view(weights.n_kv_heads, -1, width)  # (Hkv, G·B, D)
-                y = torch.bmm(z, w_v.transpose(1, 2)).view(weights.n_heads, block.n_components, -1)
-                y = (y.transpose(0, 1).flatten(1)[:alive] @ w_o.T).to(state.device)
-                row = int(queries.starts[segment]) + block.first
-                residual = int(layout.starts[origin + q]) + block.first
-                out.rows[row : row + alive] = state.rows[residual : residual + alive] + y
+        def step(block: QueryBlock) -> None:
+            x = scatter(self._take(state, block, device).to(dtype), block)
+            x = x.view(block.n_prompts, -1, block.n_components * width)  # (S, K, B·D)
+            for one in block.rounds:
+                if one.asked not in kept:
+                    kept.clear()
+                    kept[one.asked] = query_probabilities(trace, one.asked, scale, dtype)
+                z = mix_queries(kept[one.asked][..., block.start :], x if one.members is None else x[one.members])
+                y = torch.bmm(z.view(weights.n_kv_heads, -1, width), w_v.transpose(1, 2))  # (Hkv, G·S·B, d)
+                y = y.view(weights.n_heads, -1, weights.head_dim).transpose(0, 1).flatten(1) @ w_o.T  # (S·B, D)
+                y = (y if one.made is None else y[one.made]).to(state.device)
+                out.rows[one.target] = state.rows[one.residual] + y
 
         fewest = int(np.bincount(layout.prompt).min())
 
-        def cut(undone: Block | None) -> list[Block]:
+        def cut(undone: QueryBlock | None) -> list[QueryBlock]:
             slots = self._division(state).query_slots(width, len(w_o.T), weights.n_heads, fewest)
-            return self._cut_blocks(layout, min(slots, self._slots(state, weights)), device, undone=undone)
+            slots, begin = min(slots, self._slots(state, weights)), (0, 0)
+            if undone is not None:
+                begin = undone.prompt, undone.first
+            return make_query_blocks(layout, queries, slots, trace.window, (device, state.device), begin)
 
         self._budget.each(device, cut, step)
         return out
