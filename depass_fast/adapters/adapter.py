@@ -194,22 +194,23 @@ class Adapter:
         cap = self.family.logit_cap
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
-    def token_direction(self, token: int, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A direction (D,) and a constant () whose product and sum with a hidden state are the logit of ``token``.
+    def token_directions(self, tokens: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Directions (K, D) and constants (K,) whose products and sums with hidden states are the logits of ``tokens``.
 
-        Both lie on the unembedding's device. A cap on the logits is frozen at its ratio capped / raw at the normed
-        hidden state ``hidden`` (D,).
+        All lie on the unembedding's device, where ``tokens`` (K,) are. A cap on the logits is frozen at its ratio
+        capped / raw at each token's normed hidden state ``hidden`` (K, D).
         """
-        weight, bias = stored_weight(self.unembedding), self.unembedding_bias
-        vector = weight[token].to(dtype)
+        vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
         if self._project_out is not None:
-            vector = vector @ stored_weight(self._project_out).to(dtype)
-        constant = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias[token].to(dtype)
-        ratio = torch.full((), self.family.logit_scale, dtype=dtype, device=weight.device)
-        if self.family.logit_cap is not None:
-            raw = ratio * (vector @ hidden.to(vector) + constant) / self.family.logit_cap
-            ratio = ratio * torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
-        return vector * ratio, constant * ratio
+            vectors = vectors @ stored_weight(self._project_out).to(dtype)
+        constants = vectors.new_zeros(len(tokens)) if bias is None else bias[tokens].to(dtype)
+        scale, cap = self.family.logit_scale, self.family.logit_cap
+        vectors, constants = (vectors, constants) if scale == 1.0 else (vectors * scale, constants * scale)
+        if cap is None:
+            return vectors, constants
+        raw = ((vectors * hidden.to(vectors)).sum(1) + constants) / cap
+        ratio = torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
+        return vectors * ratio[:, None], constants * ratio
 
     @property
     def _project_out(self) -> nn.Module | None:

@@ -15,4 +15,4 @@ def exact(request: Request) -> list[Attribution]:
     reads = [[read] for read in request.reads]
     state = start(request)
     carried, errors = propagate(request.adapter, request.require_trace(), state, request.end, request.run, reads)
-    return to_results([readout.collect(request, carried, errors)])[0]
+    return to_results([readout.collect([request], carried, [errors])])[0]

@@ -47,5 +47,5 @@ def attribute_generation(
     collected = []
     for step, read in enumerate(reads):
         here = state.at(Layout.of(state.layout.components, trace.offsets, [np.array([read])]))
-        collected.append(readout.only(step).collect(request, here, errors))
+        collected.append(readout.only(step).collect([request], here, [errors]))
     return Generation.of([result for (result,) in to_results(collected)], length, tokenizer)

@@ -12,7 +12,7 @@ from ..components.model import Neurons
 from ..components.start import each_meets_bias
 from ..labels import BIAS
 from ..planning.shapes import named_components
-from ..propagation.joint import PendingState, can_propagate_jointly, group_by_memory, propagate_jointly
+from ..propagation.joint import PendingState, can_propagate_jointly, carry_jointly, group_by_memory
 from ..propagation.loop import propagate
 from ..readout.collect import Readout, to_results
 from ..request import Request, fit, start, with_trace
@@ -32,9 +32,10 @@ def layers(request: Request) -> list[LayeredAttribution]:
     has_bias = any(own_bias)  # states that are carried together have the same extras
     parts = [replace(request, components=kind, layer=kind.resolve(adapter), has_bias=has_bias) for kind in kinds]
     readout = Readout.of(request, list(enumerate(request.reads)), request.targets)
-    collected = [
-        readout.collect(part, state, errors) for part, (state, errors) in zip(parts, _carried(parts), strict=True)
-    ]
+    collected, first = [], 0
+    for state, errors in _carried(parts):
+        collected.append(readout.collect(parts[first : first + len(errors)], state, errors))
+        first += len(errors)
     by_layer = [
         [result if has_own else _without_bias(result) for result in results]
         for has_own, results in zip(own_bias, to_results(collected), strict=True)
@@ -64,17 +65,25 @@ def _counts(kind: ComponentKind, request: Request) -> list[int]:
     return kind.counts(request.adapter, request.require_trace())
 
 
-def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[Tensor]]]:
-    """Yield every layer's state at the end, and its completeness errors."""
+def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[list[Tensor]]]]:
+    """Yield states at the end, each of one layer's components or of several layers', and each layer's errors."""
     first = parts[0]
     adapter, trace, end, run = first.adapter, first.require_trace(), first.end, first.run
     reads = [[read] for read in first.reads]
-    if can_propagate_jointly(trace, run):
-        for group in group_by_memory(_pending(part) for part in parts):
-            yield from propagate_jointly(adapter, trace, group, end, run, reads)
-    else:
+    if not can_propagate_jointly(trace, run):
         for part in parts:
-            yield propagate(adapter, trace, start(part), end, run, reads)
+            state, errors = propagate(adapter, trace, start(part), end, run, reads)
+            yield state, [errors]
+        return
+    for group in group_by_memory(_pending(part) for part in parts):
+        states, errors = carry_jointly(adapter, trace, group, end, run, reads)
+        if run.verifier is not None:  # every layer's readout is looked at
+            states = [one for state in states for one in state.apart()]
+        done = 0
+        for state in states:
+            count = len(state.layout.apart())
+            yield state, errors[done : done + count]
+            done += count
 
 
 def _pending(part: Request) -> PendingState:

@@ -78,12 +78,32 @@ def propagate_jointly(
 ) -> list[tuple[ComponentState, list[Tensor]]]:
     """Carry every state to the input of layer ``end``, as :func:`depass_fast.propagation.loop.propagate` carries one.
 
+    Arguments as of :func:`carry_jointly`.
+
+    Returns:
+        for each start, in that order: the state, at ``reads`` of every prompt if given; its completeness errors.
+    """
+    done, errors = carry_jointly(adapter, trace, starts, end, run, reads)
+    return list(zip([one for state in done for one in state.apart()], errors, strict=True))
+
+
+def carry_jointly(
+    adapter: Adapter,
+    trace: Trace,
+    starts: Sequence[PendingState],
+    end: int,
+    run: Run,
+    reads: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[ComponentState], list[list[Tensor]]]:
+    """Carry every state to the input of layer ``end``, all that have started as one joint state.
+
     ``starts`` must be in the order of their layers, hold components that live everywhere, and agree in their extras. A
     state is made when the sweep reaches its layer: until then it would only take memory.
 
     Returns:
-        for each start, in that order: the state, at ``reads`` of every prompt if given; its completeness errors, (P,)
-        each, at the start and after every layer, which may still lie on the device.
+        the joint state and those that start at the end, at ``reads`` of every prompt if given, in the order of
+        ``starts``; the completeness errors of each start, (P,) each, at the start and after every layer, which may
+        still lie on the device.
     """
     run.watch(trace, reads)
     run.backend.begin(adapter, trace, starts[0].layer, end)
@@ -104,10 +124,10 @@ def propagate_jointly(
                 of_one.append(error)
             if bar is not None:
                 bar.finish()
-    done = [] if joint is None else joint.apart()
+    done = [] if joint is None else [joint]
     for state in _start(trace, run, starts[len(errors) :], errors):  # they start where the sweep ends
         done.append(state if positions is None else state.at(_layout_at(state.layout, trace.offsets, positions)))
-    return list(zip(done, errors, strict=True))
+    return done, errors
 
 
 def _start(trace: Trace, run: Run, starts: Iterable[PendingState], errors: list[list[Tensor]]) -> list[ComponentState]:

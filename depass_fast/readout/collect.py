@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,24 +23,25 @@ from ..results.attribution import Attribution
 from ..results.verification import Verification, warn_if_off
 from ..runtime.dtypes import dtype_name
 from ..runtime.precision import full_precision
-from ..runtime.transfer import to_host
-from ..state.layout import Components
+from ..runtime.transfer import to_device, to_host
+from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from .assemble import assemble
-from .targets import Directions, read_scores, resolve_targets
+from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
 
 
 @dataclass(frozen=True)
 class Readout:
     """The directions that are read at every place of a trace; a place is a prompt and a position of it.
 
-    ``logits`` (K,) are the model's own, in host memory. ``resid`` (T, D) is what the final ``norm`` reads; without a
-    norm the state itself is read.
+    ``logits`` (K,) are the model's own, ``bias_scores`` (K,) what the readout adds to the score of `bias`, both in host
+    memory. ``resid`` (T, D) is what the final ``norm`` reads; without a norm the state itself is read.
     """
 
     places: tuple[tuple[int, int], ...]
     directions: tuple[Directions, ...]
     logits: tuple[Tensor, ...]
+    bias_scores: tuple[Tensor, ...]
     norm: Norm | None
     resid: Tensor
     dtype: torch.dtype
@@ -57,49 +59,75 @@ class Readout:
         dtype = wide_dtype(request)
         resid = trace.resid(request.end).to(device)
         final = trace.normed_final.to(device) if final_norm else resid
-        hidden = [final[trace.span(prompt)][position] for prompt, position in places]
+        at = np.array([trace.offsets[prompt] + position for prompt, position in places])
+        hidden = final[to_device(at, device)]  # (P, D)
         directions = resolve_targets(targets, adapter, request.tokenizer, hidden, dtype)
-        logits = [one.vectors @ h.to(dtype) + one.constants for one, h in zip(directions, hidden, strict=True)]
         norm = None if norm is None else norm.to(device)
-        return Readout(tuple(places), tuple(directions), tuple(to_host(logits)), norm, resid, dtype)
+        logits, constants = to_host([_logits(directions, hidden), bias_scores(directions, norm)])
+        widths = [len(one.vectors) for one in directions]
+        return Readout(
+            places=tuple(places),
+            directions=tuple(directions),
+            logits=logits.split(widths),
+            bias_scores=constants.split(widths),
+            norm=norm,
+            resid=resid,
+            dtype=dtype,
+        )
 
     def only(self, place: int) -> Readout:
         """Return the readout of one of the places."""
         one = slice(place, place + 1)
-        return replace(self, places=self.places[one], directions=self.directions[one], logits=self.logits[one])
+        chosen = {name: getattr(self, name)[one] for name in ("places", "directions", "logits", "bias_scores")}
+        return replace(self, **chosen)
 
     @full_precision()
-    def collect(self, request: Request, state: ComponentState, errors: list[Tensor]) -> Collected:
-        """Read a state that holds one position of every prompt, the places' own.
+    def collect(
+        self, requests: Sequence[Request], state: ComponentState, errors: Sequence[Sequence[Tensor]]
+    ) -> Collected:
+        """Read a state that holds one position of every prompt, the places' own: one decomposition, or joint ones.
 
-        ``errors`` are the completeness errors (P,) at the start and after every layer.
+        There are a request and ``errors`` for each decomposition: its completeness errors (P,) at the start and after
+        every layer.
         """
+        run = requests[0].run
         state.rows = state.rows.to(self.resid.device, self.dtype)
-        scores = read_scores(state, request.run.operations, self.norm, self.resid, self.directions)
-        return Collected(self, request, state.layout.components, scores, errors, request.run.verified())
+        scores = read_scores(state, run.operations, self.norm, self.resid, self.directions)
+        return Collected(self, requests, state.layout, scores, errors, run.verified())
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Scores (K, M) of every place and completeness errors (P,) of every layer, still on the device."""
+    """The scores (n,) of a state's rows and the completeness errors of its decompositions, still on the device."""
 
     readout: Readout
-    request: Request
-    components: Sequence[Components]
-    scores: list[Tensor]
-    errors: list[Tensor]
+    requests: Sequence[Request]
+    layout: Layout
+    scores: Tensor
+    errors: Sequence[Sequence[Tensor]]
     verification: Verification | None
 
 
 def to_results(collected: Sequence[Collected]) -> list[list[Attribution]]:
-    """Return a result per place, for every one that was ``collected``. They belong to one call of the user's."""
-    held = to_host([tensor for one in collected for tensor in (*one.scores, *one.errors)])
-    seconds = time.perf_counter() - collected[0].request.began
-    results, first = [], 0
+    """Return a result per place, for every decomposition that was ``collected``. They belong to one call of the user's.
+
+    All are copied at once.
+    """
+    held = iter(to_host([x for one in collected for x in (one.scores, *(e for many in one.errors for e in many))]))
+    seconds, results = time.perf_counter() - collected[0].requests[0].began, []
     for one in collected:
-        middle, last = first + len(one.scores), first + len(one.scores) + len(one.errors)
-        results.append(_results(one, held[first:middle], torch.stack(held[middle:last]), seconds))
-        first = last
+        layout, readout, n = one.layout, one.readout, len(one.readout.places)
+        widths = [len(constants) for constants in readout.bias_scores] * len(one.requests)
+        alive = layout.counts[np.argsort(layout.prompt, kind="stable")]
+        parts = next(held).split((alive * widths).tolist())
+        scores = [
+            scores_of(part, components, readout.bias_scores[i % n])
+            for i, (part, components) in enumerate(zip(parts, layout.components, strict=True))
+        ]
+        for d, (request, many) in enumerate(zip(one.requests, one.errors, strict=True)):
+            errors = torch.stack([next(held) for _ in many])
+            here = slice(d * n, (d + 1) * n)
+            results.append(_results(one, request, layout.components[here], scores[here], errors, seconds))
     return results
 
 
@@ -116,16 +144,23 @@ def how_computed(request: Request) -> dict[str, Any]:
     }
 
 
-def _results(one: Collected, scores: Sequence[Tensor], errors: Tensor, seconds: float) -> list[Attribution]:
+def _results(
+    one: Collected,
+    request: Request,
+    components: Sequence[Components],
+    scores: Sequence[Tensor],
+    errors: Tensor,
+    seconds: float,
+) -> list[Attribution]:
     """Return a result per place, from its scores and all prompts' errors (layers, P) in host memory."""
-    request, readout, run = one.request, one.readout, one.request.run
+    readout, run = one.readout, request.run
     return [
         assemble(
             scores=scores[i],
             logits=readout.logits[i],
             layer_errors=errors[:, prompt].contiguous(),
             directions=readout.directions[i],
-            labels=one.components[i].labels,
+            labels=components[i].labels,
             input_ids=request.prompts[prompt].tolist(),
             tokens=request.tokens[prompt],
             layer=request.layer,
@@ -138,3 +173,12 @@ def _results(one: Collected, scores: Sequence[Tensor], errors: Tensor, seconds: 
         )
         for i, (prompt, position) in enumerate(readout.places)
     ]
+
+
+def _logits(directions: Sequence[Directions], hidden: Tensor) -> Tensor:
+    """Return the model's own logits (ΣK,) in the directions of every place's hidden state (P, D)."""
+    widths = [len(one.vectors) for one in directions]
+    vectors, constants = (torch.cat([getattr(one, name) for one in directions]) for name in ("vectors", "constants"))
+    if max(widths) > 1:
+        hidden = hidden[to_device(np.repeat(np.arange(len(widths)), widths), hidden.device)]
+    return (vectors * hidden.to(vectors.dtype)).sum(1) + constants

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,11 @@ from ..backends import Backend
 from ..inputs.prompts import token_texts
 from ..inputs.targets import TargetSpec
 from ..labels import BIAS
+from ..runtime.transfer import all_to_device, to_device
+from ..state.layout import Components
 from ..state.state import ComponentState
+
+_LOGITS = 1 << 26  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -41,89 +46,152 @@ def resolve_target(
     Raises:
         ValueError: an unembedding row holds NaN or inf.
     """
-    return resolve_targets([spec], adapter, tokenizer, [final], dtype)[0]
+    return resolve_targets([spec], adapter, tokenizer, final[None], dtype)[0]
 
 
 def resolve_targets(
-    specs: Sequence[TargetSpec],
-    adapter: Adapter,
-    tokenizer: Any | None,
-    finals: Sequence[Tensor],
-    dtype: torch.dtype,
+    specs: Sequence[TargetSpec], adapter: Adapter, tokenizer: Any | None, finals: Tensor, dtype: torch.dtype
 ) -> list[Directions]:
-    """Resolve several targets as :func:`resolve_target` does one; a GPU is waited for twice, whatever their number."""
-    argmax = [adapter.logits(final).argmax() for spec, final in zip(specs, finals, strict=True) if spec.needs_logits()]
-    own = iter(torch.stack(argmax).tolist() if argmax else [])
-    found = [
-        _resolve(spec, adapter, tokenizer, final, dtype, next(own) if spec.needs_logits() else None)
-        for spec, final in zip(specs, finals, strict=True)
+    """Resolve P targets at the normed hidden states ``finals`` (P, D) as :func:`resolve_target` does one.
+
+    Neither the number of operations nor that of waits for a GPU depends on how many there are.
+    """
+    own = _own_tokens(specs, adapter, finals)
+    items = [
+        _Item(place, own[place] if token is None and vector is None else token, contrast, vector)
+        for place, spec in enumerate(specs)
+        for token, contrast, vector in spec.items
     ]
-    finite = torch.cat([one.vectors for one in found]).isfinite().all(1).tolist()
-    for token, is_finite in zip((token for one in found for token in one.ids), finite, strict=True):
-        if token is not None and not is_finite:
-            raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
-    return found
+    vectors, constants = _directions(items, adapter, finals, dtype)
+    ends = np.cumsum([len(spec.items) for spec in specs])
+    return [
+        Directions(
+            vectors=vectors[end - len(spec.items) : end],
+            constants=constants[end - len(spec.items) : end],
+            names=_names(items[end - len(spec.items) : end], tokenizer),
+            ids=tuple(item.token for item in items[end - len(spec.items) : end]),
+            contrast_ids=tuple(item.contrast for item in items[end - len(spec.items) : end]),
+            several=spec.several,
+        )
+        for spec, end in zip(specs, ends.tolist(), strict=True)
+    ]
 
 
-def _resolve(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor, dtype: torch.dtype, own: int | None
-) -> Directions:
-    """Return the directions of a target; ``own`` is the model's next token, None where nobody asks for it."""
-    vectors, constants, names, ids, contrasts = [], [], [], [], []
-    for item in spec.items:
-        token_asked_for, contrast, free = item
-        token = own if token_asked_for is None and free is None else token_asked_for
-        if token is None:
-            assert free is not None, "an item is a token or a vector"
-            vector, constant = free, torch.zeros((), dtype=dtype, device=adapter.unembedding_device)
-        else:
-            vector, constant = _token_direction(token, contrast, adapter, final, dtype)
-        vectors.append(vector.to(adapter.unembedding_device, dtype))
-        constants.append(constant)
-        names.append(_name(token, contrast, tokenizer))
-        ids.append(token)
-        contrasts.append(contrast)
+class _Item(NamedTuple):
+    """One direction at the hidden state ``place``: of a ``token``, less that of its ``contrast``, or a ``vector``."""
+
+    place: int
+    token: int | None
+    contrast: int | None
+    vector: Tensor | None
+
+
+def _own_tokens(specs: Sequence[TargetSpec], adapter: Adapter, finals: Tensor) -> dict[int, int]:
+    """Return the model's next token at every place where a target asks for it."""
+    places = [place for place, spec in enumerate(specs) if spec.needs_logits()]
+    if not places:
+        return {}
+    hidden = finals if len(places) == len(finals) else finals[to_device(np.array(places), finals.device)]
+    parts = hidden.split(max(1, _LOGITS // adapter.vocabulary_size))
+    tokens = torch.cat([adapter.logits(part).argmax(-1) for part in parts]).tolist()
+    return dict(zip(places, tokens, strict=True))
+
+
+def _directions(items: Sequence[_Item], adapter: Adapter, finals: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the directions (K, D) of all items and their constants (K,).
+
+    Raises:
+        ValueError: an unembedding row holds NaN or inf.
+    """
+    device = adapter.unembedding_device
+    looked_up = [i for i, item in enumerate(items) if item.token is not None]
+    free = [i for i, item in enumerate(items) if item.token is None]
+    vectors, constants = _token_directions([items[i] for i in looked_up], adapter, finals, dtype)
+    if not free:
+        return vectors, constants
+    given = torch.stack([item.vector.to(device, dtype) for item in items if item.vector is not None])
+    if not looked_up:
+        return given, given.new_zeros(len(given))
+    order = to_device(np.argsort(looked_up + free), device)
+    return torch.cat([vectors, given])[order], torch.cat([constants, constants.new_zeros(len(free))])[order]
+
+
+def _token_directions(
+    items: Sequence[_Item], adapter: Adapter, finals: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the directions (K, D) and constants (K,) of items that are tokens, less those of their contrasts."""
+    device = adapter.unembedding_device
+    if not items:
+        return torch.empty(0, finals.shape[1], dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)
+    against = [i for i, item in enumerate(items) if item.contrast is not None]
+    tokens = [item.token for item in items] + [items[i].contrast for i in against]
+    places = [item.place for item in items] + [items[i].place for i in against]
+    chosen, at = all_to_device([np.array(tokens, np.int64), np.array(places)], device)
+    hidden = finals if places == list(range(len(finals))) else finals.to(device)[at]
+    vectors, constants = adapter.token_directions(chosen, hidden, dtype)
+    n = len(items)
+    if against:
+        others, other_constants = vectors[n:], constants[n:]
+        vectors, constants, less = vectors[:n], constants[:n], to_device(np.array(against), device)
+        vectors.index_add_(0, less, others, alpha=-1)
+        constants.index_add_(0, less, other_constants, alpha=-1)
+    for item, is_finite in zip(items, vectors.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise ValueError(f"target: the unembedding of token {item.token} holds NaN or inf.")
+    return vectors, constants
+
+
+def _names(items: Sequence[_Item], tokenizer: Any | None) -> tuple[str, ...]:
+    names = [_name(item.token, item.contrast, tokenizer) for item in items]
     if names.count("direction") > 1:
         names = [f"direction {i}" if name == "direction" else name for i, name in enumerate(names)]
-    return Directions(
-        torch.stack(vectors), torch.stack(constants), tuple(names), tuple(ids), tuple(contrasts), spec.several
-    )
-
-
-def _token_direction(
-    token: int, contrast: int | None, adapter: Adapter, final: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the direction (D,) and the constant () of a token's logit, less those of its contrast."""
-    vector, constant = adapter.token_direction(token, final, dtype)
-    if contrast is None:
-        return vector, constant
-    other, other_constant = adapter.token_direction(contrast, final, dtype)
-    return vector - other, constant - other_constant
+    return tuple(names)
 
 
 def read_scores(
     state: ComponentState, backend: Backend, norm: Norm | None, resid: Tensor, directions: Sequence[Directions]
-) -> list[Tensor]:
-    """Return scores (K, M) of every prompt in the order of its labels, from a state with one position per prompt.
+) -> Tensor:
+    """Return the scores of every component that is alive in its prompt's directions, one prompt after the other: (n,).
 
-    ``resid`` (T, D) is the hidden state under the frozen final ``norm``; without a norm the state itself is read.
+    A prompt's are (alive, K), in row order, flattened; ``state`` has one position per prompt. ``resid`` (T, D) is the
+    hidden state under the frozen final ``norm``; without a norm the state itself is read. :func:`scores_of` makes
+    scores of them.
     """
-    layout, scores = state.layout, []
-    raw = backend.read_out(state, norm, resid, torch.cat([d.vectors for d in directions]))  # (R, ΣK)
-    first = 0
-    for prompt, (components, wanted) in enumerate(zip(layout.components, directions, strict=True)):
-        k = len(wanted.vectors)
-        rows = raw[layout.rows(prompt), first : first + k].to(state.rows.dtype)  # (alive, K)
-        full = rows.new_zeros(len(components), k)
-        full[: len(rows)] = rows
-        bias = components.index(BIAS)
-        if bias is not None:
-            full[bias] += wanted.constants
-            if norm is not None and norm.bias is not None:
-                full[bias] += wanted.vectors @ norm.bias.to(wanted.vectors)
-        scores.append(torch.roll(full, -len(components.extras), dims=0).T.contiguous())
-        first += k
-    return scores
+    layout, widths = state.layout, [len(d.vectors) for d in directions]
+    vectors = directions[0].vectors if len(directions) == 1 else torch.cat([d.vectors for d in directions])
+    raw = backend.read_out(state, norm, resid, vectors).to(state.rows.dtype)  # (R, ΣK)
+    if len(directions) == 1 and len(layout.components) == 1:
+        return raw.flatten()
+    firsts, picked = np.cumsum([0, *widths]).tolist(), []
+    order = np.argsort(layout.prompt, kind="stable")  # those of a joint state lie position by position
+    for prompt, segment in enumerate(order.tolist()):
+        place = prompt % len(directions)
+        rows = np.arange(int(layout.starts[segment]), int(layout.starts[segment + 1]))[:, None]
+        picked.append((rows * firsts[-1] + np.arange(firsts[place], firsts[place + 1])).flatten())
+    return raw.flatten()[to_device(np.concatenate(picked), raw.device)]
+
+
+def bias_scores(directions: Sequence[Directions], norm: Norm | None) -> Tensor:
+    """Return what the readout's constants add to the score of `bias`: (ΣK,)."""
+    constants = torch.cat([d.constants for d in directions])
+    if norm is None or norm.bias is None:
+        return constants
+    vectors = torch.cat([d.vectors for d in directions])
+    return constants + vectors @ norm.bias.to(vectors)
+
+
+def scores_of(alive: Tensor, components: Components, constants: Tensor) -> Tensor:
+    """Return scores (K, M) in the order of the labels, from the (n,) of :func:`read_scores` of one prompt.
+
+    ``constants`` (K,) are added to `bias`. All are in host memory.
+    """
+    alive = alive.view(-1, len(constants))
+    full = alive.new_zeros(len(components), len(constants))
+    full[: len(alive)] = alive
+    bias = components.index(BIAS)
+    if bias is not None:
+        full[bias] += constants
+    return torch.roll(full, -len(components.extras), dims=0).T.contiguous()
 
 
 def _name(token: int | None, contrast: int | None, tokenizer: Any | None) -> str:
