@@ -18,6 +18,7 @@ from ..adapters import Adapter, Layer
 from ..runtime.memory import available
 from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
+from ..state.completeness import Completeness
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace, Trace
@@ -108,33 +109,48 @@ def carry_jointly(
     run.watch(trace, reads)
     run.backend.begin(adapter, trace, starts[0].layer, end)
     positions = None if reads is None else [np.array(read) for read in reads]
-    errors: list[list[Tensor]] = []  # one list for every decomposition that has started
+    found, started = Completeness(), 0
     joint: ComponentState | None = None
     with progress_bar("layers", end - starts[0].layer, run.progress) as bar:
         for index in range(starts[0].layer, end):
             layer, record = adapter.layer(index), trace.layers[index]
             kept = positions if index == end - 1 else None
             states = [] if joint is None else [joint.moved()]
-            states += _start(trace, run, (s for s in starts[len(errors) :] if s.layer == index), errors)
+            new = _start(trace, run, [start for start in starts[started:] if start.layer == index], found)
+            started += len(new)
+            states += new
+            del new
             joint, source = _through_attention(states, trace.offsets, layer, record, run, kept)
             joint = through_mlp(joint, source, layer, record, run)
             del source  # before the next layer makes another one
-            reached = joint.completeness(trace.resid(index + 1)).view(len(errors), -1)  # (decompositions, P)
-            for of_one, error in zip(errors, reached.unbind(), strict=True):
-                of_one.append(error)
+            found.measure(joint, trace.resid(index + 1))
             if bar is not None:
                 bar.finish()
     done = [] if joint is None else [joint]
-    for state in _start(trace, run, starts[len(errors) :], errors):  # they start where the sweep ends
+    for state in _start(trace, run, starts[started:], found):  # they start where the sweep ends
         done.append(state if positions is None else state.at(_layout_at(state.layout, trace.offsets, positions)))
-    return done, errors
+    return done, _by_decomposition(found, starts, end, trace.n_prompts)
 
 
-def _start(trace: Trace, run: Run, starts: Iterable[PendingState], errors: list[list[Tensor]]) -> list[ComponentState]:
-    """Make the states. For each, ``errors`` gets a list that begins with its completeness error."""
+def _start(trace: Trace, run: Run, starts: Sequence[PendingState], found: Completeness) -> list[ComponentState]:
+    """Make the states, and measure their completeness."""
     states = [run.backend.prepare(start.device, start.make) for start in starts]
-    errors += [[state.completeness(trace.resid_at(state.layer, state.site))] for state in states]
+    for state in states:
+        found.measure(state, trace.resid_at(state.layer, state.site))
     return states
+
+
+def _by_decomposition(
+    found: Completeness, starts: Sequence[PendingState], end: int, n_prompts: int
+) -> list[list[Tensor]]:
+    """Return the errors (P,) of each start: its own, and after every layer those that the joint state had there."""
+    measured, errors = iter(found.errors()), []
+    for index in range(starts[0].layer, end + 1):
+        errors += [[next(measured)] for start in starts if start.layer == index]
+        if index < end:
+            for of_one, error in zip(errors, next(measured).view(-1, n_prompts).unbind(), strict=True):
+                of_one.append(error)
+    return errors
 
 
 def _through_attention(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
+from ..state.completeness import Completeness
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import Trace
@@ -40,20 +41,21 @@ def propagate(
     run.backend.begin(adapter, trace, first, end)
     if reads is not None:
         queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
-    errors = [state.completeness(trace.resid_at(first, state.site))]
+    found = Completeness()
+    found.measure(state, trace.resid_at(first, state.site))
     with progress_bar("layers", end - first, run.progress) as bar:
         for index in range(first, end):
             layer = adapter.layer(index)
             state.rows = state.rows if run.host else state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
             state = through_layer(state.moved(), layer, trace.layers[index], run, kept)
-            errors.append(state.completeness(trace.resid(index + 1)))
+            found.measure(state, trace.resid(index + 1))
             if bar is not None:
                 bar.finish()
     if queries is not None and first == end:
         state = state.at(queries)
     state.factors = None
-    return state, [error.to(state.device) for error in errors]
+    return state, found.errors()
 
 
 @torch.no_grad()

@@ -123,6 +123,10 @@ class ComponentState:
             return states[0]
         first, joint = states[0], Layout.join([part for state in states for part in state.layout.apart()])
         rows = first.rows.new_empty(joint.n_rows, first.rows.shape[1])
+        if all((state.layout.by_position.counts == state.layout.by_position.counts[0]).all() for state in states):
+            shape = len(joint.by_position.counts), -1, rows.shape[1]
+            torch.cat([state.rows.view(shape) for state in states], 1, out=rows.view(shape))
+            return ComponentState(rows, joint, first.layer, first.site)
         for p in range(len(joint.by_position.components)):
             blocks = [_by_position(state.rows, state.layout, p) for state in states]
             torch.cat(blocks, 1, out=_by_position(rows, joint, p))
@@ -159,19 +163,16 @@ class ComponentState:
             return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
         return segment_sums(self.rows, self.layout.tensor("starts", self.device)[:-1])
 
-    def completeness(self, resid: Tensor) -> Tensor:
-        """The largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ of every prompt's positions: (P,), on the state's device."""
+    def missed(self, resid: Tensor) -> tuple[Tensor, Tensor]:
+        """‖Σ_m X[n, m] - x[n]‖ at every segment (S,), and ‖x[n]‖ at every position (T,) of ``resid`` (T, D)."""
         layout, rows = self.layout, self.rows
-        everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
-        x = (resid if everywhere else resid[layout.tensor("packed", resid.device)]).to(rows.device)
+        x = resid.to(rows.device)
         if torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
             x = x.to(rows)  # a narrower state cannot be nearer to it than that
-        missed, size = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (self.total() - x, x))
-        error, n = missed / size.clamp_min(torch.finfo(rows.dtype).tiny), len(layout.components)
-        if np.array_equal(layout.prompt, np.tile(np.arange(n), len(layout.prompt) // n)):  # one, or joint ones of one
-            return error.view(-1, n).amax(0)
-        worst = error.new_zeros(n)
-        return worst.scatter_reduce_(0, layout.tensor("prompt", error.device), error, "amax")
+        everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
+        here = x if everywhere else x[layout.tensor("packed", rows.device)]
+        missed, sizes = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (self.total() - here, x))
+        return missed, sizes
 
 
 def _by_position(rows: Tensor, layout: Layout, prompt: int) -> Tensor:

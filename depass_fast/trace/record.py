@@ -40,6 +40,9 @@ class AttentionTrace:
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
 
+    def __post_init__(self) -> None:
+        self._constants: dict[torch.dtype, Tensor | None] = {}  # the same at all positions; by dtype
+
     def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
         """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,)."""
         scale = weights.scale(resid)
@@ -50,6 +53,10 @@ class AttentionTrace:
 
         It is not yet through a norm of the residual stream.
         """
+        if self.out_scale is None and self.row_sum is None:
+            if dtype not in self._constants:
+                self._constants[dtype] = weights.constant(dtype)
+            return self._constants[dtype]
         scale, sums = (None if x is None else x[at] for x in (self.out_scale, self.row_sum))
         return weights.constant(dtype, scale, sums)
 

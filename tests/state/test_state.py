@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from depass_fast import Heads, Modules, Tokens
+from depass_fast.state.completeness import Completeness
 from depass_fast.state.layout import Layout
 from depass_fast.state.state import ComponentState
 from tests.support.models import build, random_ids
@@ -18,6 +19,14 @@ def missed(state, resid):
         error = (rows.sum(0) - resid[packed]).norm() / resid[packed].norm()
         worst[prompt] = max(worst[prompt], float(error))
     return torch.tensor(worst)
+
+
+def completeness(*measured):
+    """What is found of states beside their residual streams, when all are measured."""
+    found = Completeness()
+    for state, resid in measured:
+        found.measure(state, resid)
+    return found.errors()
 
 
 STATES = {"tokens": [Tokens(1)], "heads": [Heads(1)], "joint": [Heads(1), Modules(1, which="attention"), Heads(1)]}
@@ -36,13 +45,16 @@ def test_completeness_is_what_a_plain_loop_finds(kinds, lengths):
     resid = trace.resid_at(state.layer, state.site)
     expected = missed(state, resid)
     assert len(expected.unique()) == len(expected) == len(kinds) * len(lengths)
-    assert torch.allclose(state.completeness(resid), expected, rtol=1e-5)
+    (error,) = completeness((state, resid))
+    assert torch.allclose(error, expected, rtol=1e-5)
 
     for positions in ([2], [0, 2]):  # of every prompt
         reads = [np.array(positions)] * len(lengths)
         parts = [one.at(Layout.of(one.layout.components, trace.offsets, reads)) for one in states]
         fewer = ComponentState.join(parts)
-        assert torch.allclose(fewer.completeness(resid), missed(fewer, resid), rtol=1e-5)
+        both = completeness((state, resid), (fewer, resid))
+        for error, plain in zip(both, (expected, missed(fewer, resid)), strict=True):
+            assert torch.allclose(error, plain, rtol=1e-5)
 
 
 def test_rows_are_found_where_they_are_and_nowhere_else():

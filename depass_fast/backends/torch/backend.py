@@ -312,10 +312,14 @@ def scatter(rows: Tensor, block: Block) -> Tensor:
 
 def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
     """Add ``constant`` (D,) or (S, D) to the rows of `bias`, if both are there."""
-    bias = state.layout.index(BIAS)
-    if bias is not None and constant is not None:
-        rows = state.layout.tensor("starts", state.device)[:-1] + bias
-        state.rows[rows] += constant.to(state.rows)
+    bias, counts = state.layout.index(BIAS), state.layout.counts
+    if bias is None or constant is None or not len(counts):
+        return
+    if (counts == counts[0]).all():
+        state.rows.view(len(counts), -1, state.rows.shape[1])[:, bias].add_(constant.to(state.device))
+        return
+    rows = state.layout.tensor("starts", state.device)[:-1] + bias
+    state.rows.index_add_(0, rows, constant.to(state.rows).expand(len(rows), -1))
 
 
 def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
