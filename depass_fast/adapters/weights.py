@@ -49,7 +49,10 @@ class Norm:
             x = x - x.mean(-1, keepdim=True)
         if scale is not None:
             x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return x if self.weight is None else x * self.weight.to(x.dtype)
+        if self.weight is None:
+            return x
+        narrower = torch.promote_types(x.dtype, self.weight.dtype) == x.dtype  # the product widens it by itself
+        return x * (self.weight if narrower else self.weight.to(x.dtype))
 
     def fold(self, weight: Tensor, out: Tensor) -> Tensor:
         """Turn a ``weight`` (C, D) on the normed x into one on x · s, in ``out``: γ and the mean go into it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Attention, Branch, Mlp
 from ..state.state import Factors
-from ..trace.attention import attention_probabilities
+from ..trace.attention import span_probabilities
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 22  # probabilities or outputs held at once, in elements
@@ -43,7 +43,7 @@ class LayerOutputs:
         return self._adapter.mlps(self._layer)
 
     def values(self) -> Tensor:
-        """The values that every head reads, without their constant part: (N, H, d)."""
+        """The values that every KV head gives, without their constant part: (N, Hkv, d)."""
         weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
         normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
@@ -53,15 +53,17 @@ class LayerOutputs:
         return self._clamped(values)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
-        """Write every head's output for values (N, H, d) to ``out`` (N, H, D): P, then W_O."""
-        weights = self.attention
-        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim))  # (D, H, d)
-        positions = torch.arange(len(values), device=values.device)
+        """Write every head's output for values (N, Hkv, d) to ``out`` (N, H, D): P, then W_O."""
+        weights, n = self.attention, len(values)
+        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim)).permute(1, 2, 0)  # (H, d, D)
+        values = values.transpose(0, 1)  # (Hkv, N, d)
         # a few queries at a time: N² probabilities are held nowhere, and all outputs would be a second state
-        for queries in positions.split(max(1, _TILE // (weights.n_heads * max(len(values), out.shape[-1])))):
-            p = attention_probabilities(self.record.attention, positions + self.span.start, queries, self.dtype)
-            mixed = torch.einsum("hqk,khd->hqd", p, values)
-            out[queries] = torch.einsum("hqd,jhd->qhj", mixed, w_o)
+        size = max(1, _TILE // (weights.n_heads * max(n, out.shape[-1])))
+        for first in range(0, n, size):
+            queries = slice(first, min(first + size, n))
+            p = span_probabilities(self.record.attention, self.span, queries, self.dtype)  # (H, Q, N)
+            mixed = p.unflatten(0, (len(values), -1)).flatten(1, 2) @ values  # (Hkv, G·Q, d)
+            torch.bmm(mixed.view(weights.n_heads, -1, weights.head_dim), w_o, out=out[queries].transpose(0, 1))
 
     def entering(self, y: Tensor, module: str) -> Tensor:
         """Raw outputs (N, M, D) of a module as they enter the stream."""
@@ -145,11 +147,10 @@ class LayerOutputs:
         return weights.written_constant(raw, scale, self.dtype)
 
     def _clamped(self, values: Tensor) -> Tensor:
-        """A part of the values (N, Hkv·d), scaled as the clamping scaled the whole, for every head: (N, H, d)."""
+        """A part of the values (N, Hkv·d), scaled as the clamping scaled the whole: (N, Hkv, d)."""
         weights, ratio = self.attention, self.record.attention.value_ratio
         values = values if ratio is None else values * ratio[self.span].to(self.dtype)
-        values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
-        return values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=1)
+        return values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
 
     def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
         if module == "attention":

@@ -99,3 +99,22 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
     p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
+
+
+def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype: torch.dtype) -> Tensor:
+    """P of one prompt at the packed positions ``span``, for some of its N positions: (H, Q, N).
+
+    The same as :func:`attention_probabilities`, in few operations: no product is larger than it has to be, and none of
+    its operands is copied for its own sake.
+    """
+    k, q = trace.k[span].to(dtype), trace.q[span][queries].to(dtype)
+    n, kv = len(k), k.shape[1]
+    k, q = k.permute(1, 2, 0), q.unflatten(1, (kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, d, N), (Hkv, G·Q, d)
+    seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n, trace.window)  # (Q, N)
+    logits = torch.bmm(q, k).view(-1, len(seen), n).mul_(trace.scale)  # (H, Q, N)
+    if trace.softcap is not None:
+        logits = trace.softcap * torch.tanh(logits / trace.softcap)
+    if trace.key_bias is not None:
+        logits += trace.key_bias[span].to(dtype).T[:, None]
+    p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
+    return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
