@@ -49,8 +49,16 @@ class Norm:
             x = x - x.mean(-1, keepdim=True)
         if scale is not None:
             x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        if self.weight is None:
-            return x
+        return x if self.weight is None else self._weighted(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm of ``x`` (..., D) without β, its scale that of ``x`` itself, in x's dtype; fused on a GPU."""
+        norm = nn.functional.layer_norm if self.centred else nn.functional.rms_norm
+        y = norm(x, x.shape[-1:], eps=self.eps)
+        return y if self.weight is None else self._weighted(y)
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
         narrower = torch.promote_types(x.dtype, self.weight.dtype) == x.dtype  # the product widens it by itself
         return x * (self.weight if narrower else self.weight.to(x.dtype))
 

@@ -46,7 +46,7 @@ class LayerOutputs:
         """The values that every KV head gives, without their constant part: (N, Hkv, d)."""
         weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
-        normed = x if weights.norm is None else weights.norm.apply(x, weights.norm.scale(x))
+        normed = x if weights.norm is None else weights.norm.normed(x)
         values = normed @ weights.w_v.to(self.dtype).T
         if record.latent_scale is not None:
             values = values * record.latent_scale[self.span, None].to(self.dtype)

@@ -73,7 +73,8 @@ def initial_state(
             one.fill(named, adapter, trace, prompt)
         if bias:
             block[:, 1] = 0.0 if constant is None else constant
-        block[:, 0] = here - block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
+        total = block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
+        torch.sub(here, total, out=block[:, 0])
         if kind.may_be_complete:
             has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), coarsest)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)

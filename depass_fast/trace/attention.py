@@ -5,6 +5,8 @@ It is fused wherever PyTorch can, else it runs tile by tile: N² logits are neve
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -108,13 +110,24 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     its operands is copied for its own sake.
     """
     k, q = trace.k[span].to(dtype), trace.q[span][queries].to(dtype)
-    n, kv = len(k), k.shape[1]
+    n, kv, groups = len(k), k.shape[1], q.shape[1] // k.shape[1]
     k, q = k.permute(1, 2, 0), q.unflatten(1, (kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, d, N), (Hkv, G·Q, d)
-    seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n, trace.window)  # (Q, N)
-    logits = torch.bmm(q, k).view(-1, len(seen), n).mul_(trace.scale)  # (H, Q, N)
-    if trace.softcap is not None:
-        logits = trace.softcap * torch.tanh(logits / trace.softcap)
+    mask = _mask(queries.start, queries.stop, n, groups, trace.window, dtype, q.device)  # (G·Q, N)
+    if trace.softcap is None:
+        logits = torch.baddbmm(mask, q, k, alpha=trace.scale)
+    else:
+        logits = torch.tanh(torch.bmm(q, k).mul_(trace.scale / trace.softcap)).mul_(trace.softcap).add_(mask)
+    logits = logits.view(kv * groups, -1, n)  # (H, Q, N)
     if trace.key_bias is not None:
         logits += trace.key_bias[span].to(dtype).T[:, None]
-    p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
+    p = logits.softmax(-1)
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
+
+
+@lru_cache(maxsize=8)
+def _mask(
+    first: int, stop: int, n_keys: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """-inf where a query from ``first`` on does not see a key, else zero: (G·Q, n_keys). All layers share it."""
+    seen = causal_mask(torch.arange(first, stop, device=device), n_keys, window).repeat(groups, 1)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
