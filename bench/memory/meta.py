@@ -1,5 +1,7 @@
 """The memory of runs on a GPU, counted without one: ``python -m bench.memory.meta [--out FILE.json]``.
 
+With ``--where`` the operations are also counted by the function of this library that asks for them.
+
 The whole run is made on torch's meta device, whose tensors have shapes and no numbers, so that a model of 7B costs
 nothing. Every storage that an operation makes is counted until it is let go, and the peak stands beside the planner's
 prediction for a GPU. The count leaves out the GEMM library's own buffers and the allocator's rounding.
@@ -9,8 +11,10 @@ A few decisions of a run depend on numbers (has a weight zeros?). Here each of t
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +38,7 @@ from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.components import start as initial
 from depass_fast.options import Adjoint, BackendName
 from depass_fast.planning import planner
+from depass_fast.planning.plan import Plan
 from depass_fast.planning.shapes import RunShape
 from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
@@ -119,12 +124,14 @@ def cases() -> Iterator[CountedRun]:
 class Counted(TorchDispatchMode):
     """Counts the operations that a GPU would be given, and the bytes that it would hold beside ``model``.
 
-    ``operations`` are launches of kernels and copies. ``now`` and ``peak`` are bytes of storages.
+    ``operations`` are launches of kernels and copies; ``places`` has them by the function that asks for them, "model"
+    where the model's own code does. ``now`` and ``peak`` are bytes of storages.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.operations = self.now = self.peak = 0
+        self.now = self.peak = 0
+        self.places: Counter[str] = Counter()
         self._model = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
         self._alive: dict[int, object] = {id(storage): storage for storage in self._model}  # by the objects' identities
 
@@ -135,8 +142,22 @@ class Counted(TorchDispatchMode):
         for x in on_device:
             self._count(x.untyped_storage())
         launched = on_device and not func.is_view and func.overloadpacket.__name__ not in _LAUNCH_NOTHING
-        self.operations += bool(launched or answer is not None)
+        if launched or answer is not None:
+            self.launch()
         return made
+
+    def launch(self) -> None:
+        """Count an operation of the function that is running."""
+        self.places[_place()] += 1
+
+    @property
+    def operations(self) -> int:
+        return self.places.total()
+
+    @property
+    def own(self) -> int:
+        """The operations without those of the model's own code."""
+        return self.operations - self.places["model"]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -150,6 +171,19 @@ class Counted(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _place() -> str:
+    """The innermost function of this library that is running, as `room/file.py function`; or the model's own code."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        _, found, place = frame.f_code.co_filename.rpartition("/depass_fast/")
+        if found:
+            return f"{place} {frame.f_code.co_name}"
+        if "/transformers/models/" in frame.f_code.co_filename:
+            return "model"
+        frame = frame.f_back
+    return "elsewhere"
 
 
 def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -197,7 +231,7 @@ def counting(model: nn.Module) -> Iterator[Counted]:
     counted = Counted(model)
 
     def launch(*args: object, **kwargs: object) -> None:
-        counted.operations += 1
+        counted.launch()
 
     with ExitStack() as undo:
         for place in (mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
@@ -207,8 +241,8 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         yield counted
 
 
-def run(case: CountedRun) -> dict:
-    """Return the prediction for a GPU beside the counted peak."""
+def count(case: CountedRun) -> tuple[Plan, Counted]:
+    """Return the plan for a GPU, and what was counted."""
     shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
     shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
     with standing_in(), warnings.catch_warnings():
@@ -223,6 +257,16 @@ def run(case: CountedRun) -> dict:
                 dp.decompose(prompts, kind)
             else:
                 dp.attribute(prompts, kind, 7, **case.method)
+    return plan, counted
+
+
+def run(case: CountedRun) -> dict:
+    """Return the prediction for a GPU beside the counted peak."""
+    return row_of(case, *count(case))
+
+
+def row_of(case: CountedRun, plan: Plan, counted: Counted) -> dict:
+    """Return the row of the results for a run that was counted."""
     state = plan.state_bytes if plan.start_layers == 1 or case.method else min(plan.state_bytes, JOINT_BYTES)
     return asdict(case) | {
         "name": case.name,
@@ -248,13 +292,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.meta", __doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
+    parser.add_argument("--where", action="store_true", help="print which functions ask for the operations")
     options = parser.parse_args(arguments)
     rows = []
     for case in cases():
         if options.only and options.only not in f"{case.backend} {case.model} {case.name}":
             continue
-        rows.append(run(case))
+        plan, counted = count(case)
+        rows.append(row_of(case, plan, counted))
         print(line(case, rows[-1]), flush=True)
+        for place, operations in counted.places.most_common() if options.where else ():
+            print(f"       {operations:6,} {place}")
     if not rows:
         raise SystemExit(f"bench.memory.meta: no case holds {options.only!r}.")
     worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)

@@ -53,7 +53,11 @@ def _workspace_on_a_gpu(work: Workload) -> int:
 def queries(work: Workload, size: LayerSize) -> int:
     """Bytes for few queries in the last layer: a block's rows, twice in the products' dtype, and sums of them."""
     item, width = work.item, work.width
-    slots, alone = _block(work, division(work).query_slots(width, size.o, size.heads, max(1, min(work.lengths))))
+    most = division(work).query_slots(width, size.o, size.heads, max(1, min(work.lengths)))
+    slots, alone = _block(work, most)
+    prompt = work.longest * max(work.counts)
+    if prompt <= most:  # whole prompts, as many as fit together
+        slots, alone = min(most, prompt * len(work.lengths)), True
     alive = 3 * slots // 4 if work.staggered else slots  # of a block that begins with its components' births
     rows = (0 if alone else alive * width * work.state_item) + alive * width * item
     sums = slots // work.longest * (size.heads * width + 2 * size.o) * item

@@ -1,0 +1,39 @@
+"""Upper bounds on what a GPU is launched to do for short work, where the host is what it waits for.
+
+Counted on the meta device without the model's own operations. They are near what is reached: more of them are a loss.
+"""
+
+import pytest
+
+from bench.memory.meta import CountedRun, count
+
+SHORT = [  # model, components, prompts of 20 tokens; operations per layer, and all others
+    ("llama-2-7b", "tokens", 1, 18, 80),
+    ("llama-2-7b", "tokens", 64, 18, 140),
+    ("llama-2-7b", "heads of all layers", 1, 43, 65),
+    ("qwen2-7b", "heads of all layers", 1, 51, 65),  # its values have biases
+]
+
+
+def own(model, components, prompts, layers, backend="triton"):
+    _, counted = count(CountedRun(model, components, (20,) * prompts, backend, layers=layers))
+    return counted.own
+
+
+@pytest.mark.parametrize(("model", "components", "prompts", "per_layer", "others"), SHORT)
+def test_short_work_is_few_launches(model, components, prompts, per_layer, others):
+    few, more = (own(model, components, prompts, layers) for layers in (4, 8))
+    each = (more - few) / 4
+    assert each <= per_layer
+    assert few - 4 * each <= others
+
+
+def test_launches_do_not_grow_with_the_prompts():
+    few, many = (own("llama-tiny", "tokens", prompts, 3) for prompts in (2, 48))
+    assert few == many
+
+
+def test_a_launch_is_counted_where_it_is_asked_for():
+    _, counted = count(CountedRun("llama-2-7b", "tokens", (20,), "triton", layers=2))
+    assert counted.places["model"] and counted.places["kernels/allocation.py allocate"] == 2
+    assert counted.operations == counted.own + counted.places["model"] == sum(counted.places.values())
