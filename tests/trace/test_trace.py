@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from depass_fast import DePass, Tokens
-from depass_fast.trace import attention
+from depass_fast.trace import attention, finite
 from tests.support.family_models import build_model
 from tests.support.models import FAMILIES, build, random_ids
 
@@ -165,6 +165,18 @@ def test_bad_queries_and_keys_are_named(part):
         getattr(model.model.layers[1].self_attn, part).weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=rf"layer 1: the weights of model\.layers\.1\.self_attn\.{part}"):
         DePass(model).attribute(random_ids(5), Tokens())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_gpu_finds_one_bad_element_in_a_sum(dtype, bad):
+    """It sums all recorded tensors at once, in float32 or wider: their largest numbers together are no infinity."""
+    tensors = [torch.ones(4, 3), torch.full((70, 1000), 6e4).to(dtype), torch.ones(2, 3, 4, dtype=dtype).transpose(0, 1)]
+    assert finite._has_finite_sums(*tensors)
+    for tensor in tensors:
+        tensor[1, 1] = bad
+        assert not finite._has_finite_sums(*tensors)
+        tensor[1, 1] = 1.0
 
 
 def test_threads_do_not_mix():
