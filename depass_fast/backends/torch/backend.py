@@ -10,6 +10,7 @@ The cost model is :mod:`.cost`: whoever changes a buffer here changes it there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace
+from ..active import transposed
 from .attention import FrozenAttention
 from .blocks import Block, Chunk
 from .bounded import BoundedBackend
@@ -248,16 +250,21 @@ class TorchBackend(BoundedBackend):
         source: ComponentState | None = None,
     ) -> ComponentState:
         source = state if source is None else source
-        parts = self._budget.prepare(
-            state.device, lambda: self._mlp_step(state, weights, trace, allocation, state.device)
-        )
+        groups = self._groups(state, trace, self._mlp_rows(state, weights), self._dtype(state))
+
+        def make() -> MlpStep:
+            whole = self._mlp_step(state, weights, trace, allocation, state.device)
+            return whole if groups is None else replace(whole, w_down=transposed(whole.w_down))
+
+        whole = self._budget.prepare(state.device, make)
 
         def step(chunk: Chunk) -> None:
-            neurons = self._neuron_blocks(chunk, state, weights)
+            parts = whole if groups is None else whole.only(groups.of(chunk.segments), self._workspace)
+            neurons = self._neuron_blocks(chunk, state, len(parts.w_gate))
             if not (allocation.is_softmax and softmax_chunk(state, source, chunk, parts, neurons, self._workspace)):
                 general_chunk(state, source, chunk, parts, neurons)
 
-        self._budget.each(state.device, lambda undone: self._chunks(state, weights, undone), step)
+        self._budget.each(state.device, lambda undone: self._chunks(state, weights, groups, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
+from ..active import Groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +84,17 @@ def make_blocks(
     return blocks
 
 
-def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[Chunk]:
-    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
+def make_chunks(
+    layout: Layout, max_rows: int, device: torch.device, first: int = 0, groups: Groups | None = None
+) -> list[Chunk]:
+    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment.
+
+    No chunk has segments of two ``groups``.
+    """
     segment_of_row, away = layout.row_segments(), away_from_home(layout)
     chunks, n = [], len(layout.counts)
     while first < n:
-        last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
-        last = min(max(last, first + 1), n)
+        last = last_segment(layout, max_rows, first, groups)
         rows = slice(int(layout.starts[first]), int(layout.starts[last]))
         gone = np.flatnonzero(away[rows])
         counts = layout.counts[first:last]
@@ -106,6 +111,13 @@ def make_chunks(layout: Layout, max_rows: int, device: torch.device, first: int 
         )
         first = last
     return chunks
+
+
+def last_segment(layout: Layout, max_rows: int, first: int, groups: Groups | None = None) -> int:
+    """The end of a chunk that begins with the segment ``first``: at most ``max_rows`` rows or one segment, one group."""
+    last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
+    last = min(max(last, first + 1), len(layout.counts))
+    return last if groups is None else min(last, groups.end(first))
 
 
 def away_from_home(layout: Layout) -> np.ndarray:

@@ -8,10 +8,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ...adapters import Attention, Mlp
+from ...adapters import Adapter, Attention, Mlp
 from ...runtime.budget import Budget
 from ...state.layout import Layout
 from ...state.state import ComponentState
+from ...trace.record import MlpTrace, Trace
+from .. import active
+from ..active import Groups
 from ..base import Backend, Made
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .division import Division, default_budget
@@ -29,6 +32,10 @@ class BoundedBackend(Backend):
         self._workspace = Workspace()
         self._budget = Budget(memory_budget, default_budget, self._release)
         self._tables: WeakKeyDictionary[Layout, dict[object, Any]] = WeakKeyDictionary()
+
+    def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
+        if not self.streams:
+            active.look(adapter, trace, first, end)
 
     def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
         return self._budget.prepare(device, make)
@@ -87,17 +94,28 @@ class BoundedBackend(Backend):
         key = ("blocks", slots, extras_only, device)
         return self._table(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
 
-    def _chunks(self, state: ComponentState, weights: Mlp, undone: Chunk | None = None) -> list[Chunk]:
+    def _mlp_rows(self, state: ComponentState, weights: Mlp) -> int:
+        """Rows in a chunk of the MLP."""
+        layout, (width, n_neurons) = state.layout, weights.w_down.shape
+        return self._division(state).rows(width, n_neurons, layout.n_rows, int(layout.counts.max()))
+
+    def _groups(self, state: ComponentState, trace: MlpTrace, max_rows: int, dtype: torch.dtype) -> Groups | None:
+        """Positions that do without the same neurons; None if all neurons are done everywhere."""
+        costs = active.Costs.on(state.device, dtype)
+        return active.make_groups(trace, state.layout, state.rows.shape[1], max_rows, costs, state.device)
+
+    def _chunks(
+        self, state: ComponentState, weights: Mlp, groups: Groups | None, undone: Chunk | None = None
+    ) -> list[Chunk]:
         """Chunks of positions for the MLP, all of them or those from an undone one on."""
-        layout, device = state.layout, state.device
-        width, n_neurons = weights.w_down.shape
-        rows = self._division(state).rows(width, n_neurons, layout.n_rows, int(layout.counts.max()))
-        if undone is not None:
-            return make_chunks(layout, rows, device, undone.segments.start)
+        layout, device, rows = state.layout, state.device, self._mlp_rows(state, weights)
+        if undone is not None or groups is not None:
+            first = 0 if undone is None else undone.segments.start
+            return make_chunks(layout, rows, device, first, groups)
         return self._table(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
 
-    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, weights: Mlp) -> list[slice]:
-        """Neurons in blocks that there is room for, for the rows of a chunk."""
-        width, n = weights.w_down.shape
+    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, n: int) -> list[slice]:
+        """``n`` neurons in blocks that there is room for, for the rows of a chunk."""
+        width = state.rows.shape[1]
         size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]

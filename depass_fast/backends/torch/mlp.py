@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -28,7 +28,10 @@ _WIDENED = 512  # columns of a product's operands that are widened at a time
 
 @dataclass(frozen=True)
 class MlpStep:
-    """One layer's MLP at the state's segments: scale (S,), w_gate (I, D) with γ, w_down (D, I), act and gate (S, I)."""
+    """One layer's MLP at the state's segments: scale (S,), w_gate (I, D) with γ, w_down (D, I), act and gate (S, I).
+
+    ``active`` (u,) are the neurons that the weights are of; ``act`` and ``gate`` keep all. None: they are of all.
+    """
 
     scale: Tensor
     w_gate: Tensor
@@ -37,6 +40,20 @@ class MlpStep:
     act: Tensor
     gate: Tensor
     allocation: Allocation
+    active: Tensor | None = None
+
+    def only(self, neurons: Tensor, workspace: Workspace) -> MlpStep:
+        """The same with some of the neurons (u,) alone, whose weights are in the workspace."""
+        w_gate, w_down = (
+            torch.index_select(w, 0, neurons, out=workspace.take(name, (len(neurons), w.shape[1]), w))
+            for name, w in (("active gate", self.w_gate), ("active down", self.w_down.T))
+        )
+        constant = None if self.gate_constant is None else self.gate_constant[neurons]
+        return replace(self, w_gate=w_gate, w_down=w_down.T, gate_constant=constant, active=neurons)
+
+    def frozen(self, values: Tensor, segments: slice, part: slice) -> Tensor:
+        """``act`` or ``gate`` of some segments and some of the neurons that the weights are of: (n, i)."""
+        return values[segments, part] if self.active is None else values[segments].index_select(1, self.active[part])
 
 
 @dataclass(frozen=True)
@@ -134,7 +151,8 @@ def _shares(
     edit = step.allocation.edit
     shut = edit is not None and (_edited(edit, gates, chunk, layout, read.before) or absent.anyone_dead)
     absent.shut_away(gates)
-    if not _softmax_segments(gates, chunk, step.act[chunk.segments, part], workspace, read.after, absent, shut):
+    act = step.frozen(step.act, chunk.segments, part)
+    if not _softmax_segments(gates, chunk, act, workspace, read.after, absent, shut):
         return None
     return gates if gates is product else product.copy_(gates)
 
@@ -277,7 +295,7 @@ def general_chunk(
                 g[:, layout.index(BIAS)] += step.gate_constant[part]
             gates = Gates(
                 values=g,
-                total=step.gate[at, part].to(g.dtype),
+                total=step.frozen(step.gate, at, part).to(g.dtype),
                 alive=alive,
                 excluded=excluded & (births != local[:, None]),
                 positions=local,
@@ -285,6 +303,6 @@ def general_chunk(
                 bias=layout.index(BIAS),
                 constant=None if step.gate_constant is None else step.gate_constant[part],
             )
-            shares = step.allocation.weights(gates) * step.act[at, part][:, None]
+            shares = step.allocation.weights(gates) * step.frozen(step.act, at, part)[:, None]
             out += shares.to(dtype) @ step.w_down[:, part].T
     state.rows[chunk.rows].add_(gained)  # += would copy it onto itself afterwards, and could fail there

@@ -35,6 +35,7 @@ from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace, Trace
+from ..active import Groups, MlpTensors, transposed
 from ..torch.backend import TorchBackend, add_to_bias
 from ..torch.mlp import accumulate, accumulate_block
 from .arena import STREAMS, Arena
@@ -71,6 +72,7 @@ class TritonBackend(TorchBackend):
         self._ranges: Ranges | None = None
 
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
+        super().begin(adapter, trace, first, end)
         if self._halves:
             self._ranges = ranges(adapter, trace, first, end)
 
@@ -194,6 +196,8 @@ class TritonBackend(TorchBackend):
         factor = half.factor if isinstance(half, MlpRange) else 1.0
         dtype, device, layout = torch.float16 if half else self._plain(state), state.device, state.layout
         bias, rest = layout.index(BIAS), layout.index(REST)
+        lanes = self._lanes(state, sum(weights.w_down.shape))
+        groups = self._groups(state, trace, self._most_rows(state, weights, lanes), dtype)
 
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
@@ -206,14 +210,17 @@ class TritonBackend(TorchBackend):
             w_gate = weights.w_gate.to(dtype).contiguous()  # which a part of an interleaved tensor is not
             w_down = weights.writing(weights.w_down, dtype)
             scale = _scales(weights.norm, trace.resid, packed)
-            return w_gate, w_down, act, gate, recorded, scale, constant
+            if groups is not None:
+                w_down = transposed(w_down)
+            return scale, w_gate, w_down, act, gate, recorded, constant
 
-        w_gate, w_down, act, gate, recorded, scale, constant = self._budget.prepare(device, prepare)
-        n_neurons = len(w_gate)
-        lanes = self._lanes(state, n_neurons + state.rows.shape[1])
+        scale, *tensors = self._budget.prepare(device, prepare)
+        whole = MlpTensors(*tensors)
 
         def step(chunk: RowChunk, lane: int) -> None:
-            n, width = chunk.n_rows, state.rows.shape[1]
+            neurons = None if groups is None else groups.of(chunk.segments)
+            w_gate, w_down, act, gate, recorded, constant = whole.at(chunk.segments, neurons)
+            n, n_neurons, width = chunk.n_rows, len(w_gate), state.rows.shape[1]
             arena = self._arena(state, lanes)
             size, apart = arena.neurons(n, n_neurons, width)
             sizes = arena.mlp_sizes(n, n_neurons, width)
@@ -224,7 +231,7 @@ class TritonBackend(TorchBackend):
             target = state.rows[chunk.rows.first : chunk.rows.first + n]
             # several blocks are added up apart, so that the state is written to once (see budget)
             out = _as(last, target.dtype, n, width).copy_(target) if apart else target
-            segments = Segments(chunk.rows.base, recorded[chunk.segments], chunk.longest, chunk.away, bias, rest)
+            segments = Segments(chunk.rows.base, recorded, chunk.longest, chunk.away, bias, rest)
             for i in range(0, n_neurons, size):
                 part = slice(i, min(i + size, n_neurons))
                 g = torch.mm(x, w_gate[part].T, out=_as(other, dtype, n, part.stop - i))
@@ -235,15 +242,22 @@ class TritonBackend(TorchBackend):
             if apart:
                 target.copy_(out)
 
-        self._each(device, lanes, lambda undone: self._row_chunks(state, n_neurons, lanes, undone), step)
+        self._each(device, lanes, lambda undone: self._row_chunks(state, weights, groups, lanes, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
-    def _row_chunks(self, state: ComponentState, n_neurons: int, lanes: int, undone: RowChunk | None) -> list[RowChunk]:
+    def _most_rows(self, state: ComponentState, weights: Mlp, lanes: int) -> int:
+        """Rows in a chunk of the MLP."""
+        return self._arena(state, lanes).rows(sum(weights.w_down.shape))
+
+    def _row_chunks(
+        self, state: ComponentState, weights: Mlp, groups: Groups | None, lanes: int, undone: RowChunk | None
+    ) -> list[RowChunk]:
         """Chunks of all neurons where a position's components allow that, so that every product is a large one."""
-        most = self._arena(state, lanes).rows(n_neurons + state.rows.shape[1])
-        if undone is not None:
-            return make_row_chunks(state.layout, most, state.device, undone.segments.start)
+        most = self._most_rows(state, weights, lanes)
+        if undone is not None or groups is not None:
+            first = 0 if undone is None else undone.segments.start
+            return make_row_chunks(state.layout, most, state.device, first, groups)
         key = ("row chunks", most, state.device)
         return self._table(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
 

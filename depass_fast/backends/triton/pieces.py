@@ -19,7 +19,8 @@ from ...kernels.attention import Keys
 from ...kernels.rows import Rows
 from ...runtime.transfer import all_to_device, to_device
 from ...state.layout import Layout
-from ..torch.blocks import away_from_home
+from ..active import Groups
+from ..torch.blocks import away_from_home, last_segment
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,19 @@ class RowChunk:
         return len(self.rows)
 
 
-def make_row_chunks(layout: Layout, max_rows: int, device: torch.device, first: int = 0) -> list[RowChunk]:
-    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment."""
+def make_row_chunks(
+    layout: Layout, max_rows: int, device: torch.device, first: int = 0, groups: Groups | None = None
+) -> list[RowChunk]:
+    """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment.
+
+    No chunk has segments of two ``groups``.
+    """
     segment_of, starts = layout.tensor("segment_of", device), layout.tensor("starts", device)
     away = away_from_home(layout)
     flags = to_device(away.astype(np.uint8), device) if away.any() else None
     chunks, n = [], len(layout.counts)
     while first < n:
-        last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
-        last = min(max(last, first + 1), n)
+        last = last_segment(layout, max_rows, first, groups)
         begin, end = int(layout.starts[first]), int(layout.starts[last])
         if end > begin:
             segment, base = segment_of[begin:end], starts[first : last + 1]
