@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..adapters import Adapter
-from ..runtime.transfer import all_to_device, to_host
+from ..runtime.transfer import all_to_device, to_device, to_host
 from ..state.layout import Layout
 from ..trace.record import MlpTrace, Trace
 
@@ -55,7 +56,7 @@ class Activity:
             bits = np.bitwise_or.reduceat(bits, _pairs(bits))
 
     def needed(self, positions: np.ndarray, multiple: int) -> np.ndarray:
-        """The neurons that ``positions`` need together, and others that make them a ``multiple``, as far as there are any."""
+        """The neurons that ``positions`` need together, and as many others as make them a ``multiple``."""
         bits = np.bitwise_or.reduce(self.bits[positions], axis=0)
         writes = np.unpackbits(bits, count=self.n_neurons, bitorder="little").astype(bool)
         needed = np.flatnonzero(writes)
@@ -101,7 +102,7 @@ def _activity(act: Tensor) -> Activity | None:
 def _packed(act: Tensor) -> Tensor:
     """A bit per activation that is not zero, the lowest first: (P, I) -> (P, ⌈I / 8⌉) uint8."""
     writes = functional.pad(act != 0, (0, -act.shape[1] % 8)).unflatten(1, (-1, 8))
-    values = 2 ** torch.arange(8, dtype=torch.uint8, device=act.device)
+    values = to_device(2 ** np.arange(8, dtype=np.uint8), act.device)
     return (writes * values).sum(-1, dtype=torch.uint8)
 
 
@@ -179,7 +180,7 @@ def make_groups(
         return None
     group = np.cumsum(begins)[recorded]
     cuts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(recorded)]])
-    parts = [recorded[first:last] for first, last in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [recorded[first:last] for first, last in pairwise(cuts)]
     return Groups(cuts, all_to_device([activity.needed(np.unique(part), costs.multiple) for part in parts], device))
 
 
@@ -240,5 +241,3 @@ class MlpTensors(NamedTuple):
 def transposed(w_down: Tensor) -> Tensor:
     """W_down (D, I) with the numbers of a neuron side by side, for gathering."""
     return w_down.T.contiguous().T
-
-

@@ -26,6 +26,7 @@ class LayerSize:
     has_up: bool
     output_norms: bool
     skip_attention: bool = False
+    may_vanish: bool = False  # activations may be exactly zero
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -112,6 +113,11 @@ class Workload:
         """FLOP of the state at all positions; a row meets (N + 1) / 2 keys."""
         keys = sum(r * (n + 1) / 2 for r, n in zip(self.row_counts, self.lengths, strict=True))
         return sum(size.flop(self.width, self.rows, keys) for size in self.passed)
+
+    def gathered(self) -> int:
+        """Bytes of W_down transposed and of both weights gathered, where activations may vanish; of all neurons."""
+        neurons = max((size.neurons for size in self.passed if size.may_vanish), default=0)
+        return 3 * neurons * self.width * self.item
 
     def sent_rows(self, share: float) -> int:
         """Rows that are sent to an MLP with a ``share`` of the positions, at most."""

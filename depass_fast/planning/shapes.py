@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..adapters import Adapter
+from ..backends.active import may_vanish
 from ..backends.workload import LayerSize
 from ..components.base import ComponentKind
 from ..components.features import Features
@@ -68,6 +69,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         copied=layer.parallel or len(mlps) > 1,
         has_up=beside or routed > 0 or layer.mlp.gate.is_fused,
         output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
+        may_vanish=may_vanish(adapter),
     )
 
 

@@ -121,6 +121,15 @@ def test_activations_that_are_changed_are_looked_at_again(groups):
         assert close(dp.decompose(trace, Tokens(), backend="torch").dense(), oracle)
 
 
+def test_a_trace_is_looked_at_once_with_one_copy_to_the_host(monkeypatch):
+    dp, copies, cpu = relu_model("opt"), [], torch.Tensor.cpu
+    trace = dp.trace(random_ids(6))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(1) or cpu(tensor))
+    for _ in range(2):
+        active.look(dp.adapter, trace, 0, dp.adapter.n_layers)
+        assert len(copies) == 1
+
+
 def test_other_models_are_not_looked_at(groups, monkeypatch):
     monkeypatch.setattr(active, "_packed", lambda act: pytest.fail("looked at"))
     build("llama-gqa").decompose(random_ids(5), Tokens())
@@ -142,8 +151,9 @@ def test_nan_is_not_hidden(groups):
 def test_a_model_without_any_active_neuron(groups):
     model = build_model("opt", ffn_dim=48, word_embed_proj_dim=32)
     with torch.no_grad():
-        for block in model.model.decoder.layers:
-            block.fc1.bias.fill_(-100.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("fc1.bias"):
+                parameter.fill_(-100.0)
     dp = DePass(model)
     trace = dp.trace(random_ids(5))
     for backend in ("torch", "triton"):

@@ -114,7 +114,7 @@ def make_chunks(
 
 
 def last_segment(layout: Layout, max_rows: int, first: int, groups: Groups | None = None) -> int:
-    """The end of a chunk that begins with the segment ``first``: at most ``max_rows`` rows or one segment, one group."""
+    """The end of a chunk that begins at ``first``: of one group, and of at most ``max_rows`` rows or one segment."""
     last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
     last = min(max(last, first + 1), len(layout.counts))
     return last if groups is None else min(last, groups.end(first))

@@ -13,7 +13,7 @@ from .division import TARGET_NEURONS, Division
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
-    return Need(work.flop, workspace(work), work.held_on_device(joining) + folded_weights(work))
+    return Need(work.flop, workspace(work), work.held_on_device(joining) + folded_weights(work) + work.gathered())
 
 
 def workspace(work: Workload) -> int:

@@ -13,7 +13,7 @@ from .arena import STREAMS, Arena
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the triton backend needs; ``joining``: one more state joins the one that is carried."""
-    return Need(work.flop, workspace(work), work.held_on_device(joining) + cast_weights(work))
+    return Need(work.flop, workspace(work), work.held_on_device(joining) + cast_weights(work) + work.gathered())
 
 
 def workspace(work: Workload) -> int:
