@@ -9,6 +9,7 @@ attention probabilities and the forward pass. All providers' rates are *useful* 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ Model = Any  # a model of transformers: its layers and projections are attribute
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, or another family of that layout, with random weights."""
+    """A Llama, or another family of that layout, with random weights.
+
+    ``zeros`` is the share of activations that are exactly zero, of a model with ReLU: biases see to it.
+    """
 
     name: str
     hidden: int
@@ -29,6 +33,7 @@ class Shape:
     kv_heads: int
     vocabulary: int = 1024
     model_type: str = "llama"
+    zeros: float = 0.5
 
     @property
     def head_dim(self) -> int:
@@ -51,14 +56,19 @@ SHAPES = {
         Shape("qwen2-7b", 3584, 18944, 28, 28, 4, vocabulary=152064, model_type="qwen2"),
         Shape("pythia-6.9b", 4096, 16384, 32, 32, 32, vocabulary=50432, model_type="gpt_neox"),
         Shape("gemma-2-9b", 3584, 14336, 42, 16, 8, vocabulary=256000, model_type="gemma2"),
+        # a quarter of OPT-6.7B's layers, with the zeros of a trained one
+        Shape("opt-6.7b", 4096, 16384, 8, 32, 32, vocabulary=50272, model_type="opt", zeros=0.95),
+        Shape("opt-512", 512, 2048, 4, 8, 8, model_type="opt", zeros=0.95),
     )
 }
 
 
 def config_of(shape: Shape) -> PretrainedConfig:
     """The config of a model of this shape."""
+    named = {"ffn_dim": shape.intermediate, "word_embed_proj_dim": shape.hidden} if shape.model_type == "opt" else {}
     return AutoConfig.for_model(
         shape.model_type,
+        **named,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -79,9 +89,24 @@ def build_model(
     torch.set_default_dtype(dtype)  # built in its own dtype: a 7B model in float32 first would take twice the memory
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config_of(shape), attn_implementation="eager").to(dtype).eval()
+            model = AutoModelForCausalLM.from_config(config_of(shape), attn_implementation="eager").to(dtype).eval()
+            return _quietened(model, shape)
     finally:
         torch.set_default_dtype(usual)
+
+
+@torch.no_grad()
+def _quietened(model: Model, shape: Shape) -> Model:
+    """The model with biases of `fc1` that leave as many zeros as the shape says, in place.
+
+    A pre-activation is a row of the weight times a normed state of length √D: nearly normal, of a known deviation.
+    """
+    quantile = NormalDist().inv_cdf(shape.zeros)
+    for name, bias in model.named_parameters():
+        if name.endswith("fc1.bias"):
+            weight = model.get_parameter(name.replace("bias", "weight"))
+            bias.fill_(-quantile * float(weight.float().std() * shape.hidden**0.5))
+    return model
 
 
 def family_model(model_type: str, **config: object) -> Model:

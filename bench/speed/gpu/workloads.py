@@ -75,6 +75,7 @@ def full(shapes: list[str]) -> Iterator[Work]:
         yield Work(shape, "tokens", 128, providers=("published", *backends()) if shape == first else ())
         if shape == first:
             yield Work(shape, "tokens", 2048, providers=("triton",))
+    yield Work(SHAPES["opt-6.7b"], "neurons", 20)
     yield Work(first, "tokens", 512, providers=("published",))
     for shape in every:
         yield Work(shape, "tokens", 2048, providers=("torch",) if shape == first else ("triton", "torch"))
