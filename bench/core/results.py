@@ -45,6 +45,7 @@ class Row:
     compared_with: str
     verified: bool
     first_call: bool = False  # too slow to be called again: the time includes compilation and first allocations
+    first_call_s: float | None = None  # where it is timed apart
     environment: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:

@@ -1,88 +1,142 @@
-"""Speed and memory on a GPU: ``python -m bench.speed.gpu --out FILE.json`` (at most 8 minutes), ``--tiny`` anywhere.
+"""Speed and correctness on a GPU: ``python -m bench.speed.gpu --out FILE.json --minutes 6``, ``--tiny`` anywhere.
 
-First every provider is verified on small models: the library's backends in every dtype against the reference backend in
-float64, torch.compile in the dtype that is timed, the published algorithm in that dtype against itself in float64. Then
-the machine's own rates are measured, random models of real shapes are built on the device, in bfloat16, and the
-providers are timed in turns. ``--tiny`` runs all of it with tiny shapes, on a CPU too, so that the first run on a GPU
-is a productive one.
+Parts run in this order, each named so that ``--only`` can choose it: clocks, rates of the machine, kernels at
+production widths (right, then against their bytes), the backends on small models, the workloads on random models of
+real shapes that are built on the device, variants of the library in turns, a long prompt, rivals, and every corner of
+every kernel. The file is written after every figure. A part that fails prints its traceback, and the rest goes on; the
+command ends with an error then. ``--tiny`` runs all of it with tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ...core.cli import command
-from ...core.models import SHAPES, build_model
-from ...core.results import Row, environment, write_results
-from ...kernels.checks import verify as verify_kernels
-from .measurement import Session, machine, measure, profiled, providers_of
-from .verification import VERIFIED, VERIFIED_TINY, Errors, verify
-from .workloads import backends, full, provider, tiny
+from ...core.models import SHAPES
+from ...kernels.checks import verify as verify_corners
+from . import kernels, workloads
+from .machine import clocks, copy_rate, square_rate
+from .measurement import measure, providers_of
+from .session import Session
+from .variants import compare, comparisons
+from .verification import verify_backends, verify_others
+from .workloads import Work, backends
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run, and the seconds that it takes at least: it is not begun where they are not left."""
+
+    name: str
+    run: Callable[[], object]
+    least_s: float = 1.0
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = command("bench.speed.gpu", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every figure")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: checks that it runs")
     parser.add_argument(
-        "--models", nargs="+", default=["llama-2-7b", "llama-3.1-8b", "qwen2-7b"], choices=tuple(SHAPES)
+        "--models", nargs="+", default=["llama-2-7b", "qwen2-7b", "llama-3.1-8b"], choices=tuple(SHAPES)
     )
-    parser.add_argument("--only", help="workloads whose name contains this")
-    parser.add_argument("--minutes", type=float, default=7.0, help="no workload is begun after this time")
-    parser.add_argument("--seconds", type=float, default=6.0, help="timed per workload, beyond a first call each")
+    parser.add_argument("--only", nargs="+", default=[], help="parts whose name contains one of these")
+    parser.add_argument("--not", nargs="+", default=[], dest="without", help="parts that are left out, likewise")
+    parser.add_argument("--minutes", type=float, default=6.0, help="no part is begun that takes longer than this")
+    parser.add_argument("--seconds", type=float, default=10.0, help="timed per workload, beyond its first calls")
     parser.add_argument(
         "--providers", nargs="+", default=["published", "torch.compile", *backends()], help="only these providers"
     )
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take the time, per provider")
+    parser.add_argument("--sanitize", type=float, metavar="SECONDS", help="kernels under compute-sanitizer, so long")
     return parser.parse_args(arguments)
 
 
-def verified(device: torch.device, dtype: torch.dtype, options: argparse.Namespace) -> Errors:
-    """Verify kernels and providers, print their errors, and return those of the providers."""
-    for (kernel, kind), error in verify_kernels(device, small=options.tiny).items():
-        print(f"verified  {kernel:18} {str(kind).removeprefix('torch.'):9} error {error:.1e}", flush=True)
+def look(session: Session) -> None:
+    """The clocks as they are now."""
+    found = clocks()
+    session.sections.setdefault("clocks", []).append({"at_s": session.elapsed, **found})
+    session.say(f"clocks: {found or 'no nvidia-smi here'}")
+
+
+def rates(session: Session, shape_name: str) -> None:
+    """The rates of copies, of a large square product, and of a layer's products."""
+    device, tiny = session.device, session.tiny
+    copied = copy_rate(device, 1 << 20 if tiny else 1 << 31)
+    machine = {"copy_gbytes_per_s": copied / 1e9}
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        machine[f"square_tflops_{name}"] = square_rate(device, dtype, 256 if tiny else 8192) / 1e12
+    session.sections["machine"] = machine
+    session.rate = 1e12 * max(rate for name, rate in machine.items() if name.startswith("square"))
+    session.say(", ".join(f"{name} {value:.1f}" for name, value in machine.items()))
+    session.rates(SHAPES[shape_name])
+
+
+def corners(session: Session) -> None:
+    """Every corner of every kernel at small sizes."""
+    found = verify_corners(session.device, small=session.tiny)
+    session.sections["corners"] = {
+        f"{name} {str(dtype).removeprefix('torch.')}": e for (name, dtype), e in found.items()
+    }
+    session.say(f"corners: {session.sections['corners']}")
+
+
+def parts(session: Session, options: argparse.Namespace) -> Iterator[Part]:
+    """All parts, in order."""
+    first = "llama-tiny" if session.tiny else options.models[0]
+    yield Part("clocks", lambda: look(session))
+    yield Part("rates", lambda: rates(session, first))
+    if backends()[0] == "triton":
+        yield from kernel_parts(session, options.sanitize)
+    yield Part("verify backends", lambda: verify_backends(session), 10.0)
+    for work in workloads.tiny() if session.tiny else workloads.full(options.models):
+        yield of(session, work, options.providers)
+    yield Part("clocks after work", lambda: look(session))
+    for comparison in comparisons(first, session.tiny):
+        least = 3 * len(comparison.setups) * comparison.work.flops / session.rate
+        yield Part(f"variants, {comparison.name}", lambda c=comparison: compare(session, c), least)
+    if not session.tiny:
+        for work in [*workloads.others(options.models), *workloads.long(options.models)]:
+            yield of(session, work, options.providers)
+    yield from rival_parts(session, options)
+
+
+def kernel_parts(session: Session, limit: float | None) -> Iterator[Part]:
+    """The kernels at production widths; for ``limit`` seconds under the sanitizer."""
+    if session.device.type == "cuda":
+        yield Part("kernels: compile", lambda: kernels.compile_kernels(session))
+    yield Part("kernels: right", lambda: kernels.check_kernels(session))
+    if limit:
+        yield Part("kernels: sanitize", lambda: kernels.sanitize(session, limit), limit)
+    yield Part("kernels: bytes", lambda: kernels.time_kernels(session))
+
+
+def rival_parts(session: Session, options: argparse.Namespace) -> Iterator[Part]:
+    """What the library is measured against, and last the kernels' corners, which the tests have seen interpreted."""
     others = [name for name in options.providers if name not in backends()]
-    errors = verify(device, dtype, VERIFIED_TINY if options.tiny else VERIFIED, others)
-    for (name, components, kind), error in errors.items():
-        print(f"verified  {name:8} {components:8} {str(kind).removeprefix('torch.'):9} error {error:.1e}")
-    return errors
+    if others:
+        yield Part("verify rivals", lambda: verify_others(session, others), 10.0)
+    for work in workloads.tiny_rivals() if session.tiny else workloads.rivals(options.models):
+        yield of(session, work, options.providers, "rivals, ")
+    if session.device.type == "cuda":
+        yield Part("corners", lambda: corners(session), 60.0)
 
 
-def timed(session: Session, dtype: torch.dtype, options: argparse.Namespace, began: float) -> Iterator[list[Row]]:
-    """The rows of every workload that is chosen and for which there is time."""
-    model, built = None, None
-    for work in tiny() if options.tiny else full(options.models):
-        if options.only and options.only not in work.name:
-            continue
-        names = providers_of(work, options.providers)
-        first_calls = len(names) * work.flops / session.rate  # none is faster
-        if (time.monotonic() - began + first_calls) / 60 > options.minutes:
-            print(f"{work.shape.name} {work.name}: left out, the time is over", flush=True)
-            continue
-        if model is None or built != work.shape:
-            model = None  # freed before its successor is made
-            model, built = build_model(work.shape, dtype, device=session.device), work.shape
-        rows = measure(session, work, model, names, 0.0 if options.tiny else options.seconds)
-        if options.profile:
-            for name in (n for n in backends() if n in options.providers):
-                print(f"-- {work.name}, {name}\n{profiled(provider(name, work, model))}", flush=True)
-        yield rows
+def of(session: Session, work: Work, providers: list[str], kind: str = "") -> Part:
+    """The part that measures a workload, named by its shape and its name."""
+    names = providers_of(work, providers)
+    least = len(names) * work.flops / session.rate * min(work.runs + 1, 3)
+    return Part(f"{kind}{work.shape.name} {work.name}", lambda: measure(session, work, names), least)
 
 
-def line(row: Row) -> str:
-    """One row as it is printed."""
-    peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**30:6.2f} GiB"
-    assert row.gflops is not None and row.gemm_fraction is not None
-    return (
-        f"{row.model:13} {row.workload:28} {row.provider:24} {row.median_s:9.4f} s "
-        f"[{row.p20_s:.4f}, {row.p80_s:.4f}]  {row.gflops / 1e3:7.2f} TFLOP/s  "
-        f"{row.gemm_fraction:4.0%} of GEMM{peak}"
-    )
+def chosen(part: Part, options: argparse.Namespace) -> bool:
+    """True if --only and --not leave the part in."""
+    wanted = not options.only or any(text in part.name for text in options.only)
+    return wanted and not any(text in part.name for text in options.without)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,24 +145,26 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(
             "bench.speed.gpu: no GPU here. --tiny runs it with tiny shapes on the CPU; bench.speed.cpu is for CPUs."
         )
-    began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    place = environment(device.type)
+    session = Session(device, options.tiny, 0.2 if options.tiny else options.seconds, options.out)
+    session.say(f"{session.place['device']}, torch {session.place['torch']}, triton {session.place['triton']}")
+    began: list[str] = []
     with torch.no_grad():
-        errors = verified(device, dtype, options)
-        rate, bandwidth = machine(device, dtype, 256 if options.tiny else 8192)
-        print(
-            f"{place['device']}: GEMM {rate / 1e12:.2f} TFLOP/s in {dtype}, copy {bandwidth / 1e9:.0f} GB/s", flush=True
-        )
-        machine_rates = {"gemm_tflops": rate / 1e12, "copy_gbytes_per_s": bandwidth / 1e9}
-        rows: list[Row] = []
-        for new in timed(Session(device, errors, rate, place), dtype, options, began):
-            rows += new
-            for row in new:
-                print(line(row), flush=True)
-            if options.out:
-                write_results(options.out, "gpu", rows, quick=options.tiny, machine=machine_rates)
+        for part in parts(session, options):
+            if not chosen(part, options):
+                continue
+            if session.elapsed + part.least_s > 60 * options.minutes:
+                session.say(f"{part.name}: left out, the time is over")
+                session.sections.setdefault("left_out", []).append(part.name)
+                continue
+            session.say(f"-- {part.name}")
+            session.attempt(part.name, part.run)
+            began.append(part.name)
+    session.say(f"{len(began)} parts, {len(session.failures)} failed")
+    if not began:
+        raise SystemExit(f"bench.speed.gpu: no part is called {' or '.join(options.only)}, or no time is left.")
+    if session.failures:
+        raise SystemExit(f"bench.speed.gpu: failed: {', '.join(failure['part'] for failure in session.failures)}.")
 
 
 if __name__ == "__main__":

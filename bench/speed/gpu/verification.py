@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.options import Adjoint
+from depass_fast.options import Adjoint, BackendName
 
-from ...core.models import Shape, build_model, random_prompt, randomised
+from ...core.models import Model, Shape, build_model, random_prompt, randomised
+from .session import Session
 from .workloads import TARGET, Work, backends, provider
-
-Errors = dict[tuple[str, str, torch.dtype], float]  # of a provider, a kind of component and a dtype
 
 ERRORS = {
     torch.float32: 1e-3,
@@ -22,6 +24,7 @@ ERRORS = {
     torch.float16: 0.05,
 }  # relative to the largest score, against float64
 APPROXIMATE = 0.02  # the same for adjoint scores
+KINDS = ("tokens", "neurons", "heads", "all neurons", "all neurons, taylor")
 # two heads per key, and seven with biases; norm weights and biases are random
 VERIFIED = (
     Shape("verify-512", 512, 1024, 4, 4, 2, vocabulary=512),
@@ -31,69 +34,87 @@ VERIFIED_TINY = (
     Shape("verify-tiny", 64, 96, 3, 4, 2, vocabulary=64),
     Shape("verify-tiny-biases", 48, 32, 2, 3, 1, vocabulary=64, model_type="qwen2"),
 )
+LENGTH = 12
 
 
-def verify(
-    device: torch.device, timed: torch.dtype, shapes: tuple[Shape, ...] = VERIFIED, others: Sequence[str] = ()
-) -> Errors:
-    """The largest error of every backend, kind of component and dtype on small models, against float64.
+def verify_backends(session: Session) -> None:
+    """Record the largest error of every backend and kind of component, as they are timed, against float64.
 
-    ``others`` (torch.compile, published) are verified in the dtype that is ``timed``.
+    On a GPU every kind has a process of its own, in which its kernels compile.
 
     Raises:
-        RuntimeError: an error is above its limit; nothing is timed then.
+        RuntimeError: an error is above its limit; names all of them.
     """
-    found = [_errors(device, shape) | _errors_of_others(device, shape, timed, others) for shape in shapes]
-    keys = dict.fromkeys(key for errors in found for key in errors)  # in order
-    return {key: max(errors[key] for errors in found if key in errors) for key in keys}
+    shapes = VERIFIED_TINY if session.tiny else VERIFIED
+    tasks = [(shape, kind, session.dtype, str(session.device)) for shape in shapes for kind in KINDS]
+    if session.device.type == "cuda":
+        with ProcessPoolExecutor(len(tasks), mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(_errors, *zip(*tasks, strict=True)))
+    else:
+        found = [_errors(*task) for task in tasks]
+    each = [(*task[:2], *pair) for task, errors in zip(tasks, found, strict=True) for pair in errors.items()]
+    _record(session, [(f"{shape.name}, {name}, {kind}", (name, kind), error) for shape, kind, name, error in each])
 
 
-def _errors_of_others(device: torch.device, shape: Shape, dtype: torch.dtype, names: Sequence[str]) -> Errors:
-    """The errors of providers that are no backends. The published algorithm, which deviates, is its own oracle."""
-    model, errors = randomised(build_model(shape, dtype, device=device)), {}
-    wide = copy.deepcopy(model).double()
-    for components in ("tokens", "neurons"):
-        work = Work(shape, components, 12)
-        for name in names:
-            if name == "published" and shape.model_type != "llama":
-                continue  # it knows no biases
-            oracle = provider(name if name == "published" else "reference", work, wide)()
-            errors[name, components, dtype] = _checked(
-                shape, name, components, provider(name, work, model)(), oracle, dtype
-            )
-    return errors
+def verify_others(session: Session, names: Sequence[str]) -> None:
+    """The same for providers that are no backends. The published algorithm, which deviates, is its own oracle."""
+    found = []
+    for shape in VERIFIED_TINY if session.tiny else VERIFIED:
+        model, wide = _models(shape, session.dtype, session.device)
+        for components in ("tokens", "neurons"):
+            work = Work(shape, components, LENGTH)
+            for name in names:
+                if name == "published" and shape.model_type != "llama":
+                    continue  # it knows no biases
+                oracle = provider(name if name == "published" else "reference", work, wide)()
+                error = _relative(provider(name, work, model)(), oracle)
+                found.append((f"{shape.name}, {name}, {components}", (name, components), error))
+    _record(session, found)
 
 
-def _checked(
-    shape: Shape, name: str, components: str, scores: Tensor, oracle: Tensor, dtype: torch.dtype, least: float = 0.0
-) -> float:
-    """The error of scores relative to the largest; RuntimeError above the limit of their dtype."""
-    error = float((scores - oracle).abs().max() / oracle.abs().max())
-    if not error <= max(ERRORS[dtype], least):
-        raise RuntimeError(f"{shape.name}, {name}, {components}, {dtype}: off float64 by {error:.2e}.")
-    return error
+def _record(session: Session, found: Sequence[tuple[str, tuple[str, str], float]]) -> None:
+    """Keep the errors of providers that pass on every model."""
+    wrong, worst = [], {}
+    for place, (name, kind), error in found:
+        worst[name, kind] = max(error, worst.get((name, kind), 0.0))
+        limit = max(ERRORS[session.dtype], APPROXIMATE if kind.startswith("all") else 0.0)
+        if not error <= limit:
+            wrong.append(f"{place}: off float64 by {error:.2e}, limit {limit:g}")
+            worst[name, kind] = float("inf")
+    for (name, kind), error in worst.items():
+        good = error < float("inf")
+        session.say(f"{'verified' if good else 'WRONG'} {name:13} {kind:20} error {error:.1e}")
+        if good:
+            session.errors[name, kind, session.dtype] = error
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
 
 
-def _errors(device: torch.device, shape: Shape) -> Errors:
-    """The errors of every backend."""
-    errors = {}
-    for dtype in ERRORS:
-        model = randomised(build_model(shape, dtype, device=device))
-        exact = DePass(copy.deepcopy(model).double(), backend="reference")
-        for components in ("tokens", "neurons", "heads"):
-            work = Work(shape, components, 12)
-            kind = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0)}[components]
-            ids = random_prompt(shape, work.length)
-            oracle = exact.attribute(ids, kind, TARGET).scores
-            for name in backends():
-                library = DePass(model, backend=name, compute_dtype=dtype)
-                scores = library.attribute(ids, kind, TARGET).scores
-                errors[name, components, dtype] = _checked(shape, name, components, scores, oracle, dtype)
-        every, ids = Neurons(layers="all"), random_prompt(shape, 12)
-        oracle = exact.attribute(ids, every, TARGET, method="exact").scores
-        for name in backends():
-            library = DePass(model, backend=name, compute_dtype=dtype)
-            scores = library.attribute(ids, every, TARGET, method=Adjoint(refine=40, sample=0)).scores
-            error = _checked(shape, name, "all neurons", scores, oracle, dtype, least=APPROXIMATE)
-            errors[name, "all neurons", dtype] = error
-    return errors
+def _models(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> tuple[Model, Model]:
+    """A model and the same in float64."""
+    model = randomised(build_model(shape, dtype, device=device)).requires_grad_(False)
+    return model, copy.deepcopy(model).double()
+
+
+@torch.no_grad()
+def _errors(shape: Shape, kind: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The errors of every backend on one kind of component."""
+    model, wide = _models(shape, dtype, device)
+    components = {"tokens": Tokens(), "neurons": Neurons(0), "heads": Heads(0)}.get(kind, Neurons(layers="all"))
+    ids, rule = random_prompt(shape, LENGTH), "taylor" if kind.endswith("taylor") else "softmax"
+    given: dict[str, Any] = {"allocation": rule}
+    oracle = DePass(wide, backend="reference").attribute(ids, components, TARGET, method="exact", **given).scores
+    given |= {"method": Adjoint(refine=40, sample=0)} if kind.startswith("all") else {}
+    return {
+        name: _relative(
+            DePass(model, backend=cast(BackendName, name)).attribute(ids, components, TARGET, **given).scores, oracle
+        )
+        for name in backends()
+    }
+
+
+def _relative(scores: Tensor, oracle: Tensor) -> float:
+    """The largest difference, relative to the largest score; NaN counts as inf."""
+    scores, oracle = scores.double().cpu(), oracle.double().cpu()
+    error = (scores - oracle).abs().max() / oracle.abs().max()
+    return float(torch.nan_to_num(error, nan=float("inf")))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -23,10 +23,11 @@ TARGET = 7
 
 @dataclass(frozen=True)
 class Work:
-    """``prompts`` prompts of ``length`` tokens, and the providers measured on them: by default this library's backends.
+    """``prompts`` prompts of ``length`` tokens, and the providers measured on them: by default the fastest backend.
 
     ``components`` are tokens, neurons (of layer 0), heads (of all layers), or all neurons (of all layers, by the
-    adjoint sweep with ``refine`` of them propagated exactly).
+    adjoint sweep with ``refine`` of them propagated exactly, with this rule of allocation). ``runs`` are timed; with
+    ``profile`` one more is profiled.
     """
 
     shape: Shape
@@ -35,22 +36,31 @@ class Work:
     prompts: int = 1
     providers: tuple[str, ...] = ()
     refine: int = 0
+    rule: str = "softmax"
+    runs: int = 3
+    profile: bool = False
 
     @property
     def name(self) -> str:
+        how = f"refine {self.refine:,}" if self.refine else "screened"
         kind = {
             "neurons": "neurons of layer 0",
             "heads": "heads of all layers",
-            "all neurons": f"all neurons, adjoint, refine {self.refine:,}",
+            "all neurons": f"all neurons, adjoint, {how if self.rule == 'softmax' else self.rule}",
         }.get(self.components, self.components)
         return f"{kind}, N={self.length}" + (f", {self.prompts} prompts" if self.prompts > 1 else "")
 
     @property
+    def kind(self) -> str:
+        """The kind of component and rule, by which it is verified."""
+        return self.components if self.rule == "softmax" else f"{self.components}, {self.rule}"
+
+    @property
     def flops(self) -> int:
-        if (
-            self.components == "all neurons"
-        ):  # two passes, each forward twice and back once; the refined go half the way
-            passes = 6 * self.length * self.shape.layers * (self.shape.layers - 1) // 2
+        if self.components == "all neurons":
+            # two passes, each forward twice and back once; the refined go half the way. A linear rule needs one, back
+            each = 6 if self.rule == "softmax" else 1
+            passes = each * self.length * self.shape.layers * (self.shape.layers - 1) // 2
             return (passes + self.refine * self.length * self.shape.layers // 2) * self.shape.flops_per_row
         layers = range(self.shape.layers) if self.components == "heads" else [0]
         return self.prompts * sum(floor_flops(self.shape, self.components, self.length, layer) for layer in layers)
@@ -63,37 +73,75 @@ class Work:
 
 
 def full(shapes: list[str]) -> Iterator[Work]:
-    """The workloads, the most telling first: the time may be over before the end."""
-    first, *_ = every = [SHAPES[name] for name in shapes]
-    everyone = ("published", "torch.compile", *backends())
-    for shape in every:
-        yield Work(shape, "neurons", 20, providers=everyone if shape == first else ())
+    """The library's workloads, the most telling first: the time may be over before the end."""
+    first = SHAPES[shapes[0]]
+    yield Work(first, "neurons", 20, runs=5, profile=True)
+    yield Work(first, "tokens", 512, profile=True)
+    yield Work(first, "tokens", 20, prompts=64, runs=10, profile=True)
+    yield Work(first, "heads", 20, runs=10, profile=True)
+    yield Work(first, "all neurons", 20, refine=1000, runs=10, profile=True)
+    yield Work(first, "all neurons", 20, runs=10)
+    yield Work(first, "all neurons", 20, rule="taylor", runs=10)
+
+
+def others(shapes: list[str]) -> Iterator[Work]:
+    """Other shapes, in which heads share keys and have biases."""
+    for shape in (SHAPES[name] for name in shapes[1:]):
+        yield Work(shape, "heads", 20, runs=6, profile=True)
         yield Work(shape, "tokens", 512)
-        yield Work(shape, "tokens", 20, prompts=64)
-        yield Work(shape, "heads", 20)
-        yield Work(shape, "all neurons", 20, refine=1000)
-        yield Work(shape, "tokens", 128, providers=("published", *backends()) if shape == first else ())
-        if shape == first:
-            yield Work(shape, "tokens", 2048, providers=("triton",))
     yield Work(SHAPES["opt-6.7b"], "neurons", 20)
-    yield Work(first, "tokens", 512, providers=("published",))
-    for shape in every:
-        yield Work(shape, "tokens", 2048, providers=("torch",) if shape == first else ("triton", "torch"))
-    yield Work(first, "tokens", 128, providers=("torch.compile",))  # it compiles for minutes
+
+
+def long(shapes: list[str]) -> Iterator[Work]:
+    """The workload that takes as long as all others together."""
+    yield Work(SHAPES[shapes[0]], "tokens", 2048, runs=1)
+
+
+def rivals(shapes: list[str]) -> Iterator[Work]:
+    """What the library is measured against, and its backends beside each other."""
+    first, *rest = [SHAPES[name] for name in shapes]
+    yield Work(first, "neurons", 20, providers=("published", *backends()))
+    yield Work(first, "tokens", 20, prompts=64, providers=backends(), runs=2)
+    yield Work(first, "heads", 20, providers=backends(), runs=4)
+    yield Work(first, "tokens", 128, providers=("published", *backends()))
+    yield Work(first, "tokens", 512, providers=("published", *backends()), runs=2)
+    for shape in rest:
+        yield Work(shape, "tokens", 128, providers=backends())
+    yield Work(first, "neurons", 20, providers=("torch.compile",))  # it compiles for minutes
 
 
 def tiny() -> Iterator[Work]:
     """The same kinds of workload on a tiny shape."""
     shape = SHAPES["llama-tiny"]
-    everyone = ("published", "torch.compile", *backends())
-    yield Work(shape, "neurons", 5, providers=everyone)
-    yield Work(shape, "all neurons", 5, refine=20)
-    yield Work(shape, "tokens", 9, providers=everyone)
-    yield Work(shape, "tokens", 4, prompts=3)
-    yield Work(shape, "heads", 5)
+    yield Work(shape, "neurons", 5, runs=2, profile=True)
+    yield Work(shape, "tokens", 9, runs=1)
+    yield Work(shape, "tokens", 4, prompts=3, runs=1)
+    yield Work(shape, "heads", 5, runs=1)
+    yield Work(shape, "all neurons", 5, refine=20, runs=1)
+    yield Work(shape, "all neurons", 5, runs=1)
+    yield Work(shape, "all neurons", 5, rule="taylor", runs=1)
 
 
-def provider(name: str, work: Work, model: Model) -> Callable[[], Tensor]:
+def tiny_rivals() -> Iterator[Work]:
+    """The rivals on a tiny shape."""
+    shape = SHAPES["llama-tiny"]
+    everyone = ("published", "torch.compile", "torch")
+    yield Work(shape, "neurons", 5, providers=everyone, runs=1)
+    yield Work(shape, "tokens", 9, providers=everyone, runs=1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a provider of this library is set up: options of DePass, and attributes of modules that are replaced.
+
+    ``patches`` hold (module or class, attribute, value); they hold during every call.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    patches: tuple[tuple[str, str, Any], ...] = ()
+
+
+def provider(name: str, work: Work, model: Model, setup: Setup | None = None) -> Callable[[], Tensor]:
     """A function that computes the scores of all components at the last position, forward pass included."""
     device = next(model.parameters()).device
     prompts = [random_prompt(work.shape, work.length, seed).to(device) for seed in range(work.prompts)]
@@ -102,14 +150,16 @@ def provider(name: str, work: Work, model: Model) -> Callable[[], Tensor]:
         if work.components == "tokens":
             return lambda: published.score(published.tokens(prompts[0], groups=work.groups), -1, TARGET)
         return lambda: published.score(published.neurons(prompts[0], 0, groups=work.groups), -1, TARGET)
-    library = DePass(model, backend=cast(BackendName, name.removesuffix(".compile")))
+    options = {} if setup is None else setup.options
+    library = DePass(model, backend=cast(BackendName, name.removesuffix(".compile")), **options)
 
     def scores() -> Tensor:
         if work.components == "heads":
             return library.attribute(prompts[0], Heads(layers="all"), TARGET).scores
         if work.components == "all neurons":
-            method = Adjoint(refine=work.refine, sample=0)
-            return library.attribute(prompts[0], Neurons(layers="all"), TARGET, method=method).scores
+            method, every = Adjoint(refine=work.refine, sample=0), Neurons(layers="all")
+            rule = cast(Any, work.rule)
+            return library.attribute(prompts[0], every, TARGET, method=method, allocation=rule).scores
         kind = Neurons(0) if work.components == "neurons" else Tokens()
         if work.prompts == 1:
             return library.attribute(prompts[0], kind, TARGET).scores
@@ -133,7 +183,12 @@ def compiled(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return patched
 
 
-def backends() -> list[BackendName]:
-    """The library's backends that are worth timing here."""
-    names = [name for name, reason in backend_status().items() if reason is None and name != "reference"]
-    return cast(list[BackendName], names)
+def backends() -> tuple[str, ...]:
+    """The library's backends that are worth timing here, the fastest first."""
+    status = backend_status()
+    return tuple(name for name in ("triton", "torch") if status[name] is None)
+
+
+def fastest() -> str:
+    """The backend that the library's own workloads are measured with."""
+    return backends()[0]
