@@ -116,7 +116,7 @@ def kernel_parts(session: Session, limit: float | None) -> Iterator[Part]:
 
 
 def rival_parts(session: Session, options: argparse.Namespace) -> Iterator[Part]:
-    """What the library is measured against, and last the kernels' corners, which the tests have seen interpreted."""
+    """The rivals, and last the kernels' corners, which the tests have seen interpreted."""
     others = [name for name in options.providers if name not in backends()]
     if others:
         yield Part("verify rivals", lambda: verify_others(session, others), 10.0)

@@ -21,7 +21,7 @@ BUDGET = 1 << 30  # bytes of workspace on a GPU, which decide the rows of a prod
 
 
 def clocks() -> dict[str, str]:
-    """What nvidia-smi says of the clocks, the temperature and the power; nothing where there is none. It only reads."""
+    """Clocks, temperature and power as nvidia-smi reads them; nothing where there is none."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]

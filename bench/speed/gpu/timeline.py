@@ -1,4 +1,4 @@
-"""Where a call's time goes: how long the device works, and why it waits, read from one profile."""
+"""The device's busy and idle time in one profiled call, and why it was idle."""
 
 from __future__ import annotations
 

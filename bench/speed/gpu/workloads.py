@@ -98,7 +98,7 @@ def long(shapes: list[str]) -> Iterator[Work]:
 
 
 def rivals(shapes: list[str]) -> Iterator[Work]:
-    """What the library is measured against, and its backends beside each other."""
+    """Other ways to the same scores, and the library's backends beside each other."""
     first, *rest = [SHAPES[name] for name in shapes]
     yield Work(first, "neurons", 20, providers=("published", *backends()))
     yield Work(first, "tokens", 20, prompts=64, providers=backends(), runs=2)
@@ -132,7 +132,7 @@ def tiny_rivals() -> Iterator[Work]:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a provider of this library is set up: options of DePass, and attributes of modules that are replaced.
+    """Options of DePass for one provider, and attributes of modules that are replaced.
 
     ``patches`` hold (module or class, attribute, value); they hold during every call.
     """
