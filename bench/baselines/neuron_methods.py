@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from depass_fast import DePass, Neurons
-from depass_fast.options import BackendName, MethodName
+from depass_fast.options import BackendName, MethodName, RuleName
 
 from ..core.models import Model
 from .fair_ablation import FairAblation
 from .published import Published, groups_for
 
 ONE_BY_ONE, FAIR, PATCHING, PUBLISHED = "one at a time", "fair ablation", "attribution patching", "published DePass"
-EXACT, ADJOINT = "depass_fast", "depass_fast, adjoint"
+EXACT, ADJOINT, LINEAR = "depass_fast", "depass_fast, adjoint", "depass_fast, linear adjoint"
 ABLATIONS = (ONE_BY_ONE, FAIR)  # these measure the effect; the others estimate it or ask another question
 
 
@@ -43,6 +43,7 @@ def methods() -> dict[str, Callable[[Model], Method]]:
         PUBLISHED: PublishedShares,
         EXACT: Shares,
         ADJOINT: lambda model: Shares(model, "adjoint"),
+        LINEAR: lambda model: Shares(model, "adjoint", rule="taylor"),
     }
 
 
@@ -132,8 +133,14 @@ class PublishedShares:
 class Shares:
     """DePass by this library: exact, or by its adjoint sweep."""
 
-    def __init__(self, model: Model, method: MethodName = "exact", backend: BackendName = "auto") -> None:
-        self.library = DePass(model, backend=backend)
+    def __init__(
+        self,
+        model: Model,
+        method: MethodName = "exact",
+        backend: BackendName = "auto",
+        rule: RuleName = "softmax",
+    ) -> None:
+        self.library = DePass(model, backend=backend, allocation=rule)
         self.method: MethodName = method
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:

@@ -34,6 +34,33 @@ def section(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+SCALE = """The race in the shape of a real model (`python -m bench.studies.ablation --scale`). Ablations ran for a
+sample of neurons and are scaled up; exact propagation of all layers is scaled from one layer where the table says so.
+Peaks are beyond the model's weights."""
+
+
+def scale_section(result: dict) -> str:
+    """The race at scale: a row per method for one layer, and one for all layers."""
+    header = ["workload", "provider", "model", "tokens", "neurons", "neurons/s", "time", "peak", "scaled up from"]
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["workload"], reverse=True):
+        sample = [] if row["sample"] is None else [f"{row['sample']} neurons"]
+        lines.append(
+            [
+                row["workload"],
+                row["provider"],
+                row["model"],
+                str(row["length"]),
+                f"{row['neurons']:,}",
+                f"{row['neurons_per_s']:,.0f}",
+                duration(row["seconds"]),
+                mebibytes(row["peak_bytes"]),
+                "; ".join(sample + ([] if row["scaled"] is None else [row["scaled"]])) or "-",
+            ]
+        )
+    return "\n\n".join([heading("Race of neurons at scale", result["environment"]), SCALE, table(header, lines)])
+
+
 def _speeds(rows: list[dict]) -> str:
     header = ["workload", "provider", "model", "tokens", "neurons", "neurons/s", "time", "[p20, p80]", "peak"]
     lines = []

@@ -19,6 +19,7 @@ which returns the whole final state, as the published code does.
 SECTIONS = {
     "adjoint": adjoint.section,
     "ablation": ablation.section,
+    "ablation-scale": ablation.scale_section,
     "grouping": tables.grouping,
     "layers": tables.layers,
     "meta": memory.counted,

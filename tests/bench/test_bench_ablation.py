@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from bench.baselines.neuron_methods import FAIR, ONE_BY_ONE, OneAtATime, Publish
 from bench.baselines.published import Published
 from bench.core.agreement import top_overlap
 from bench.core.questions import Question, demo_model, questions
+from bench.report.page import report
+from bench.studies.ablation.__main__ import main
 from bench.studies.ablation.quality import mean_activations, quality
 from depass_fast import DePass, Neurons
 from depass_fast.demo.text import training_examples
@@ -165,3 +168,22 @@ def test_quality_judges_by_the_measured_effect() -> None:
     assert found["opposite"]["zero"]["spearman"]["all"]["median"] == pytest.approx(-1)
     assert found["opposite"]["zero"]["top1_overlap"]["layers"][2]["median"] == 1
     assert found["opposite"]["mean"]["spearman"]["all"]["median"] > -1  # the scores stay those of zero-ablation
+
+
+def test_the_race_at_scale_says_what_it_scaled_up(tmp_path, capsys):
+    path = tmp_path / "scale.json"
+    main(["--scale", "llama-tiny", "--length", "5", "--runs", "1", "--sample", "4", "--out", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["provider"], row["workload"]) for row in rows} == {
+        (name, f"neurons of {where}") for name in methods() for where in ("layer 0", "all layers")
+    }
+    measured = {(row["provider"], row["workload"]) for row in rows if row["scaled"] is None}
+    sweeps = ("attribution patching", "depass_fast, adjoint", "depass_fast, linear adjoint")
+    assert {name for name, workload in measured if workload == "neurons of all layers"} == set(sweeps)
+    one, fair = (
+        {r["workload"]: r for r in rows if r["provider"] == name} for name in ("one at a time", "fair ablation")
+    )
+    assert one["neurons of all layers"]["seconds"] > 2 * one["neurons of layer 0"]["seconds"]
+    assert fair["neurons of all layers"]["sample"] == 96
+    page = report([json.loads(path.read_text())])
+    assert "Race of neurons at scale" in page and "| 4 neurons; forward passes |" in page

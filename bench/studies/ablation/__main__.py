@@ -6,6 +6,7 @@ the end comes the quality: every method's numbers for all neurons of the demo mo
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -17,7 +18,8 @@ from ...core.cli import command
 from ...core.questions import demo_model, questions
 from ...core.results import environment, write_results
 from .quality import CORPUS, mean_activations, quality
-from .race import MethodResult, measure
+from .race import MethodResult, measure, verify
+from .scale import race
 from .subject import NeuronRace
 
 FULL = [NeuronRace(model, all_layers) for model in ("demo", "llama-512") for all_layers in (False, True)]
@@ -40,7 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", choices=["quality"], help="measure the quality again, and keep the race that --out holds"
     )
+    parser.add_argument(
+        "--scale", metavar="MODEL", help="instead: the race in the shape of this model, sampled where that is slow"
+    )
+    parser.add_argument("--length", type=int, default=20, help="tokens of the prompt of --scale")
     options = parser.parse_args(arguments)
+    if options.scale:
+        race_at_scale(options)
+        return
     if options.only and not options.out:
         parser.error("--only quality keeps the race of a results file: give it as --out FILE")
     torch.set_num_threads(options.threads)
@@ -75,6 +84,24 @@ def main(arguments: list[str] | None = None) -> None:
     facts |= measure_quality(count, options.device)
     with_quality(rows, facts["quality"], facts["n_prompts"])
     write()
+
+
+def race_at_scale(options: argparse.Namespace) -> None:
+    """The race in the shape of ``options.scale``. The methods are verified on a small model, on the same device."""
+    rows: list[MethodResult] = []
+
+    def report(row: MethodResult) -> None:
+        rows.append(row)
+        print(row_line(row), flush=True)
+        if options.out:
+            write_results(options.out, "ablation-scale", rows, device=options.device)
+
+    with torch.no_grad():
+        verify(NeuronRace("llama-tiny", False).build(options.device))
+        sample = options.sample or 48
+        failed = race(options.scale, options.device, options.length, sample, options.runs or 3, report)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def measure_quality(count: int, device: str) -> dict:
@@ -129,14 +156,18 @@ def summary(work: NeuronRace, rows: list[MethodResult], search: dict) -> str:
         f"{work.model}, {rows[0].length} tokens, {work.name}: {rows[0].neurons} neurons; the fair ablation's batch of "
         f"{search['batch']} was found in {search['seconds']:.1f} s"
     ]
-    for row in rows:
-        peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**20:7.1f} MiB"
-        note = "" if row.sample is None else f"  scaled up from {row.sample} neurons"
-        lines.append(
-            f"    {row.provider:22} {row.seconds:9.4f} s [{row.p20_s:.4f}, {row.p80_s:.4f}]"
-            f"  {row.neurons_per_s:11.0f} neurons/s{peak}{note}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(row_line, rows)])
+
+
+def row_line(row: MethodResult) -> str:
+    """One method's row."""
+    peak = "" if row.peak_bytes is None else f"  peak {row.peak_bytes / 2**20:7.1f} MiB"
+    note = "" if row.sample is None else f"  scaled up from {row.sample} neurons"
+    note = note if row.scaled is None else f"{note}  scaled: {row.scaled}"
+    return (
+        f"    {row.provider:28} {row.workload:22} {row.seconds:9.4f} s [{row.p20_s:.4f}, {row.p80_s:.4f}]"
+        f"  {row.neurons_per_s:11.0f} neurons/s{peak}{note}"
+    )
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class MethodResult:
     spearman: dict | None = None
     top1_overlap: dict | None = None
     n_prompts: int | None = None
+    scaled: str | None = None  # what the time was scaled up from and by, where not all of it was measured
     environment: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.models import SHAPES, Model, build_model, random_prompt
+from ...core.models import SHAPES, Model, Shape, build_model, random_prompt
 from ...core.questions import demo_model, questions
 
 
@@ -22,6 +22,11 @@ class NeuronRace:
     @property
     def name(self) -> str:
         return "neurons of all layers" if self.all_layers else "neurons of layer 0"
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of a random model."""
+        return SHAPES[self.model]
 
     def build(self, device: str = "cpu") -> Subject:
         if self.model == "demo":
