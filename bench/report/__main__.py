@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core.cli import command
 from ..core.results import ROOT
+from .gpu import write_goals
 from .page import report
 
 RESULTS = ROOT / "bench" / "RESULTS.md"
@@ -16,8 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmarks wrote")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--goals", action="store_true", help="make the table of goals in kernels/README.md, too")
     options = parser.parse_args(arguments)
-    options.out.write_text(report([json.loads(path.read_text()) for path in options.results]))
+    results = [json.loads(path.read_text()) for path in options.results]
+    options.out.write_text(report(results))
+    if options.goals:
+        write_goals(results)
 
 
 if __name__ == "__main__":

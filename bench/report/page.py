@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ablation, adjoint, memory, speeds, tables
+from . import ablation, adjoint, gpu, memory, speeds, tables
 
 HEAD = """# Results
 
@@ -20,6 +20,7 @@ SECTIONS = {
     "adjoint": adjoint.section,
     "ablation": ablation.section,
     "ablation-scale": ablation.scale_section,
+    "gpu": gpu.section,
     "grouping": tables.grouping,
     "layers": tables.layers,
     "meta": memory.counted,

@@ -1,12 +1,17 @@
 """The parts of `bench.speed.gpu` that need no GPU."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.core.models import SHAPES
+from bench.core.results import ROOT
+from bench.report.gpu import README, between_marks
+from bench.report.page import report
 from bench.speed.gpu.machine import chunk_rows, gemm_rates
+from bench.speed.gpu.predictions import Goal
 from bench.speed.gpu.session import Session
 from bench.speed.gpu.timeline import Span, spans_of, timeline
 from bench.speed.gpu.variants import Comparison, compare, comparisons, in_place, missing, place_of, switched
@@ -82,3 +87,39 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
     assert not session.attempt("first", fails) and session.attempt("second", lambda: None)
     assert [failure["part"] for failure in session.failures] == ["first"]
     assert "no such thing" in (tmp_path / "gpu.json").read_text()
+
+
+def test_the_readme_of_the_kernels_holds_the_table_that_the_report_makes():
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    page = README.read_text()
+    assert between_marks(page, results) == page, "python -m bench.report bench/results/*.json --goals"
+
+
+def test_a_goal_in_seconds_is_for_the_card_that_it_names():
+    goal = Goal("heads", seconds=0.15)
+    assert goal.reached("NVIDIA H200", 0.14, 0.1) and not goal.reached("NVIDIA H200", 0.16, 0.9)
+    assert goal.reached("NVIDIA H100 80GB HBM3", 0.1, 0.9) is None
+    assert Goal("tokens", of_gemm=0.85).reached("any", 9.0, 0.86)
+
+
+def test_the_section_of_a_run_names_kernels_variants_and_failures():
+    timing = {"median_s": 1e-3, "p20_s": 1e-3, "p80_s": 2e-3, "runs": 3}
+    kernel = {"kernel": "mix", "case": "N=20", "dtype": "bfloat16", **timing, "gbytes_per_s": 9.0, "of_copy": 0.5}
+    result = {
+        "benchmark": "gpu",
+        "environment": {"device": "a GPU", "date": "2026-11-28"},
+        "rows": [],
+        "kernels": [{**kernel, "flops": 1e9, "tflops": 1.0}],
+        "variants": [
+            {"comparison": "streams", "variant": "1 stream", **timing, "first_call_s": 2.0, "gemm_fraction": 0.8},
+            {"comparison": "streams", "variant": "2 streams", "left_out": "there is no STREAMS"},
+        ],
+        "timelines": {"neurons": timeline([Span("gemm", 0.0, 9.0)])},
+        "kernel_checks": [{"kernel": "mix", "case": "N=20", "dtype": "float16", "error": 1e-4, "right": True}],
+        "failures": [{"part": "corners", "traceback": "..."}],
+        "left_out": ["rivals"],
+    }
+    page = report([result])
+    rows = ("| mix | N=20 | bfloat16 | 1 ms |", "there is no STREAMS", "| neurons | 0.0 ms |")
+    for text in (*rows, "1.0e-04 in float16", "**Failed**: corners.", "the time was over: rivals."):
+        assert text in page, text
