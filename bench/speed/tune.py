@@ -1,9 +1,9 @@
-"""Launch configurations measured on this GPU, and torch's products beside fused ones: ``python -m bench.speed.tune``.
+"""Launch configurations measured on this GPU: ``python -m bench.speed.tune [--out tuned.json] [--write]``.
 
 For the buckets of :mod:`depass_fast.kernels.launch` the candidates are compiled, in several processes, and timed.
 ``--write`` puts the winners into ``tuned.json`` beside the kernels, where they are at least 3 % faster and slower in no
-case of the bucket. The MLP's two products are timed in both ways: torch's GEMM with the allocation as a kernel of its
-own, and :mod:`bench.kernels.fused_products`.
+case of the bucket; they are for the GPU's architecture, or for its name alone. ``--products`` times the MLP's two
+products in both ways: torch's GEMM with the allocation as a kernel of its own, and :mod:`bench.kernels.fused_products`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import itertools
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -126,12 +128,17 @@ def _milliseconds(call: Callable[[], object], warmup: int, rep: int) -> float:
     return median
 
 
-def tune(workers: int, only: str | None) -> dict[str, dict[str, dict]]:
-    """The best configuration per kernel and bucket, see :func:`winner`."""
+def tune(workers: int, only: str | None, keep: Callable[[dict], object]) -> dict[str, dict[str, dict]]:
+    """The best configuration per kernel and bucket, see :func:`winner`. ``keep`` is given what is known after a case.
+
+    A bucket's configuration may change with its next case.
+    """
     every = [(i, c) for i, c in enumerate(cases()) if only is None or only in f"{c.kernel} {c.name}"]
     places = [(i, j) for i, case in every for j in range(len(case.candidates))]
+    began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = dict(zip(places, pool.map(_compile, places), strict=True))
+    print(f"{len(places)} candidates compiled in {time.monotonic() - began:.0f} s", flush=True)
     measured: dict[tuple[str, str], list[list[tuple[float, dict]]]] = {}  # bucket -> case -> candidates
     for i, case in every:
         buckets: set[tuple[str, str]] = set()
@@ -154,6 +161,12 @@ def tune(workers: int, only: str | None) -> dict[str, dict[str, dict]]:
             print(f"    failed: {message}")
         for place in buckets:
             measured.setdefault(place, []).append([(ms / base, config) for ms, config in found])
+        keep(winners(measured))
+    return winners(measured)
+
+
+def winners(measured: dict[tuple[str, str], list[list[tuple[float, dict]]]]) -> dict[str, dict[str, dict]]:
+    """The winning configurations: kernel -> bucket -> configuration."""
     best: dict[str, dict[str, dict]] = {}
     for (kernel, bucket), every_case in measured.items():
         if config := winner(every_case):
@@ -215,22 +228,40 @@ def products(segments: int, count: int, width: int, n: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.tune", __doc__)
     parser.add_argument("--write", action="store_true", help="keep the winners in kernels/tuned.json")
+    parser.add_argument("--out", type=Path, help="write them to this file, after every case, in the form of tuned.json")
+    parser.add_argument(
+        "--by",
+        choices=("architecture", "name"),
+        default="architecture",
+        help="whom they are for (default: architecture)",
+    )
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--products", action="store_true", help="time the MLP's products, too")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("bench.speed.tune: no GPU here.")
+    key = torch.cuda.get_device_name() if options.by == "name" else launch.architecture(0)
+
+    def keep(best: dict) -> None:
+        if options.out:
+            options.out.write_text(json.dumps({key: best}, indent=1) + "\n")
+
     with torch.no_grad():
-        products(4, 11009, 4096, 11008)
-        products(64 * 20, 11, 4096, 11008)
-        best = tune(options.workers, options.only)
-    name = torch.cuda.get_device_name()
-    print(json.dumps({name: best}, indent=1))
-    if options.write:
-        table = json.loads(launch.TUNED.read_text()) if launch.TUNED.is_file() else {}
-        kept = table.get(name, {}) if options.only else {}  # buckets that were not measured
-        best = {kernel: kept.get(kernel, {}) | best.get(kernel, {}) for kernel in {**kept, **best}}
-        launch.TUNED.write_text(json.dumps(table | {name: best}, indent=1) + "\n")
+        best = tune(options.workers, options.only, keep)
+        print(json.dumps({key: best}, indent=1), flush=True)
+        if options.write:
+            table = json.loads(launch.TUNED.read_text()) if launch.TUNED.is_file() else {}
+            launch.TUNED.write_text(json.dumps(merged(table, key, best, bool(options.only)), indent=1) + "\n")
+        if options.products:
+            products(4, 11009, 4096, 11008)
+            products(64 * 20, 11, 4096, 11008)
+
+
+def merged(table: dict, key: str, best: dict[str, dict[str, dict]], partly: bool) -> dict:
+    """The table with the winners under ``key``; ``partly``: buckets that were not measured stay."""
+    kept = table.get(key, {}) if partly else {}
+    return table | {key: {kernel: kept.get(kernel, {}) | best.get(kernel, {}) for kernel in {**kept, **best}}}
 
 
 if __name__ == "__main__":

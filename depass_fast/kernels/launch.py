@@ -4,7 +4,8 @@ Triton compiles a kernel again for an argument of 1 and for multiples of 16. Arg
 (numbers of rows, first rows of slices) and align no load are excluded from that (``do_not_specialize``).
 
 Nothing is tuned when a user calls. ``python -m bench.speed.tune`` measures candidates on a device and writes the file:
-it maps a device's name, then a kernel's, then the bucket of the shape, to the configuration that won.
+it maps an architecture (`sm_90`), then a kernel's name, then the bucket of the shape, to the configuration that won. A
+device's full name in the place of the architecture is looked up first.
 """
 
 from __future__ import annotations
@@ -122,11 +123,22 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+@functools.cache
+def architecture(index: int) -> str:
+    """The architecture of a GPU, by which its launch configurations are known: `sm_90`, `gfx942`."""
+    about = torch.cuda.get_device_properties(index)
+    return about.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{about.major}{about.minor}"
+
+
 def tuned(device: torch.device, kernel: str, bucket: str) -> dict:
-    """The configuration that measured best on this device; empty if there is none."""
-    if device.type != "cuda":
+    """The configuration that measured best on this device, else on its architecture; empty if there is none."""
+    if device.type != "cuda" or not _table():
         return {}
-    return _table().get(_device_name(device.index or 0), {}).get(kernel, {}).get(bucket, {})
+    index = device.index or 0
+    by_name, by_architecture = (
+        _table().get(name, {}).get(kernel, {}).get(bucket, {}) for name in (_device_name(index), architecture(index))
+    )
+    return by_name or by_architecture
 
 
-__all__ = ["allocation_config", "mix_config", "mix_tile", "row_config", "tuned"]
+__all__ = ["allocation_config", "architecture", "mix_config", "mix_tile", "row_config", "tuned"]

@@ -11,7 +11,7 @@ import torch
 from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
-from bench.speed.tune import winner
+from bench.speed.tune import merged, winner, winners
 from depass_fast.kernels import allocation, attention, launch, probabilities, rows
 
 CHECKS = list(checks(small=True))
@@ -65,6 +65,7 @@ def table(monkeypatch, tmp_path):
     """Writes the file of what was tuned; there are two GPUs, the second of which is called like one in it."""
     monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned.json")
     monkeypatch.setattr(launch, "_device_name", ["Another", "Some GPU"].__getitem__)
+    monkeypatch.setattr(launch, "architecture", ["sm_80", "sm_90"].__getitem__)
 
     def write(contents):
         launch.TUNED.write_text(json.dumps(contents))
@@ -84,6 +85,15 @@ def test_what_was_tuned_is_read_for_its_device(table):
     assert found("cuda:1") == computed | {"BI": 128, "num_warps": 16} != computed
     assert found("cuda:0") == found("cuda") == computed
     assert found("cuda:1", 500) == found("cpu", 500)
+
+
+def test_a_devices_name_goes_before_its_architecture(table):
+    one, other = {"one r32": {"BI": 128}}, {"one r32": {"BI": 32}, "some": {"BI": 16}}
+    table({"Some GPU": {"allocate": one}, "sm_90": {"allocate": other}})
+    device = torch.device("cuda:1")
+    assert launch.tuned(device, "allocate", "one r32") == {"BI": 128}
+    assert launch.tuned(device, "allocate", "some") == {"BI": 16}
+    assert launch.tuned(torch.device("cuda:0"), "allocate", "some") == {}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +137,15 @@ def test_a_tuned_configuration_wins_in_every_case_of_its_bucket():
     assert winner([[(0.5, a), (0.9, b)]]) == a
     assert winner([[(0.5, a), (0.9, b), (0.8, c)], [(1.1, a), (0.8, b)]]) == b  # a is slower once, c failed
     assert winner([[(0.98, a)]]) is None and winner([[]]) is None
+
+
+def test_winners_take_the_place_of_those_before_them():
+    found = winners({("mix", "many"): [[(0.5, {"BM": 2})]], ("allocate", "some"): [[(1.2, {"BM": 4})]]})
+    assert found == {"mix": {"many": {"BM": 2}}}
+    before = {"sm_80": {}, "sm_90": {"mix": {"many": {"BM": 1}, "one": {"BM": 8}}, "allocate": {}}}
+    assert merged(before, "sm_90", found, partly=False) == {"sm_80": {}, "sm_90": found}
+    partly = {"mix": {"many": {"BM": 2}, "one": {"BM": 8}}, "allocate": {}}
+    assert merged(before, "sm_90", found, partly=True)["sm_90"] == partly
 
 
 # -- what does not fit is refused before a launch --------------------------------------------------------------------
