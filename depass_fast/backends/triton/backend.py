@@ -45,7 +45,7 @@ from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_til
 
 _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
-_AMD = ("gfx942",)
+_AMD = ("gfx942", "gfx950")  # compiled for, never run
 
 Work = TypeVar("Work")
 
