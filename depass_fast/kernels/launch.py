@@ -77,6 +77,15 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
     return config | {"BI": min(config["BI"], power_of_two(n_neurons))}
 
 
+def crowd_config(longest: int, n_neurons: int, dtype: torch.dtype) -> dict:
+    """Rows and neurons per program, for starts of up to ``longest`` rows; few rows are all held, beside more neurons."""
+    rows = min(32, power_of_two(longest, 4))
+    one = longest <= rows
+    columns = 256 if rows <= 8 else 64
+    columns = min(columns * (2 if dtype.itemsize == 2 and rows <= 4 else 1), power_of_two(n_neurons))
+    return {"BM": rows, "BI": columns, "ONE_TILE": one, "STAGES": 1 if one else 3, "num_warps": 4 if one else 8}
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take."""
@@ -141,4 +150,12 @@ def tuned(device: torch.device, kernel: str, bucket: str) -> dict:
     return by_name or by_architecture
 
 
-__all__ = ["allocation_config", "architecture", "mix_config", "mix_tile", "row_config", "tuned"]
+__all__ = [
+    "allocation_config",
+    "architecture",
+    "crowd_config",
+    "mix_config",
+    "mix_tile",
+    "row_config",
+    "tuned",
+]
