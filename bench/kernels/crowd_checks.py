@@ -62,16 +62,17 @@ def _check_share(
         places = [(1 if rest else -1), (1 + rest if bias else -1)]
         oracle = _oracle(g, alive, counts, first.tolist(), act, total, constant, places, temperature)
         wide = [poisoned(starts, queries + padding, n, dtype=torch.float32, device=device) for _ in range(3)]
-        slope = poisoned(starts, queries, dtype=torch.float32, device=device)
-        tables = crowd.CrowdTables(*(table[:, 1 : 1 + queries] for table in wide), slope)
+        slope = poisoned(starts, queries + padding, dtype=torch.float32, device=device)
+        tables = crowd.CrowdTables(*(table[:, 1 : 1 + queries] for table in (*wide, slope)))
         tables_of_places = [torch.full((starts,), place, dtype=torch.int32, device=device) for place in places]
         rows = crowd.StartRows(first.to(device), *tables_of_places, max(sizes))
         numbers = counts.to(device) if empty else counts[:, :1].to(device).expand(-1, queries)
+        flags = torch.cat([alive, alive], 1).to(device)[:, :queries]  # rows that are not packed
         given, out = None if constant is None else constant.to(device), g.to(device)
         crowd.share_with_crowds(
-            out, rows, alive.to(device), numbers, act.to(device), total.to(device), temperature, tables, given
+            out, rows, flags, numbers, act.to(device), total.to(device), temperature, tables, given
         )
-        assert all(bool(table[:, [0, queries + 1]].isnan().all()) for table in wide), "written beside the tables"
+        assert all(bool(table[:, [0, queries + 1]].isnan().all()) for table in (*wide, slope)), "written beside the tables"
         found = (out, tables.log_z, tables.share, tables.mean, tables.slope)
         return max(error(*(x.nan_to_num(posinf=99.0) for x in pair)) for pair in zip(found, oracle, strict=True))
 
@@ -102,8 +103,9 @@ def _check_back(starts: int, targets: int, queries: int, n: int) -> Callable:
         gained = y.double() * (share * act).double()[:, None]
         oracle = (gained * (1.0 - slope.double()[..., None] * mean.double())[:, None]).sum(-1)
         tables = crowd.CrowdTables(*(x.to(device) for x in (mean, share, mean, slope)))
-        out = y.to(device)
-        offsets = crowd.gradients_of_gates(out, act.to(device), tables)
+        out, temperature = y.to(device), 0.1
+        offsets = crowd.gradients_of_gates(out, act.to(device), temperature, tables)
+        gained *= slope.double()[:, None, :, None] / temperature
         return max(error(out, gained), error(offsets, oracle))
 
     return run

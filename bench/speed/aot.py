@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, launch, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, launch, probabilities, rows
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -128,6 +128,7 @@ def launches(few: bool = False) -> Launches:
             every = dtype == torch.bfloat16 and model == "llama-2-7b"
             if model in ("llama-2-7b", "qwen2-7b"):
                 _mlp(found, f"{model} {short}", dtype, shape, allocation.RULES if every else ("softmax",))
+                _sweep(found, f"{model} {short}", dtype, shape)
     return found
 
 
@@ -204,6 +205,22 @@ def _mlp(
         log_z = fused_products.gate(x, w_gate, tiles, firsts, starts, 0.1, g, *more)
         fused_products.down(state, g, w_down, act, recorded_at, log_z, tiles, starts, 0.1, fallback, *more)
         rows.read_out(_empty(33, width), _empty(1, width), _empty(33, dtype=torch.int32), _empty(20))
+
+
+def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Record the launches of an adjoint sweep's MLP: starts with few explicit rows, with some, and with many."""
+    _, neurons, heads, kv, _ = shape
+    starts, queries, constant = 3, 20, _empty(neurons) if kv < heads // 2 else None
+    tables = crowd.CrowdTables(*(_empty(starts, queries, neurons) for _ in range(3)), _empty(starts, queries))
+    act, counts = _empty(queries, neurons), _empty(starts, 1).expand(-1, queries)
+    first, places = _empty(starts + 1, dtype=torch.int64), _empty(starts, dtype=torch.int32)
+    for longest, name in ((3, "few rows"), (20, "some rows"), (131, "many rows")):
+        g, alive = _empty(3 * longest, queries, neurons, dtype=dtype), _empty(3 * longest, queries, dtype=torch.uint8)
+        with recorded(found, f"{case}, {name}"):
+            explicit = crowd.StartRows(first, places, places, longest)
+            crowd.share_with_crowds(g, explicit, alive, counts, act, act, 0.1, tables, constant)
+    with recorded(found, case):
+        crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables)
 
 
 def compile_for(target: str) -> list[Compilation]:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from depass_fast import DePass, Neurons, Trace
 from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.estimate import spearman
-from depass_fast.adjoint.maps import LayerStack
+from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.starts import make_start
 from depass_fast.adjoint.sweep import Sweep
 from depass_fast.demo import load_demo

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..runtime.transfer import to_device
 from .approximation import Approximation
+from .crowd import Crowd
 from .forward import Forward, Step, taylor_factor
-from .maps import LayerMaps, LayerStack
+from .maps import LayerMaps
+from .stack import LayerStack
 
 
 def linear_scores(
@@ -75,6 +77,8 @@ class _WayBack:
         active = len(self._back)
         back = maps.normed(self._back.flatten(0, 1), "mlp", transposed=True)
         self._back = back.unflatten(0, (active, self._k))
+        if maps.fused and step.crowd is not None:
+            return self._through_fused(step.crowd, maps)
         y = maps.down_transposed(back).unflatten(0, (active, self._k))  # (S, K, Q, I)
         crowd = step.crowd
         if crowd is None or self._temperature is None:
@@ -85,6 +89,16 @@ class _WayBack:
         self._offsets.add(y.sum(-1) - crowd.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, crowd.mean))
         read = maps.gates_transposed(y.flatten(0, 1)).view_as(self._back)
         return read * (crowd.slope / self._temperature)[:, None]
+
+    def _through_fused(self, crowd: Crowd, maps: LayerMaps) -> Tensor:
+        """Return what the MLP reads, as gradients (S, K, Q, D), by kernels."""
+        from .fused import FusedMaps  # needs Triton
+
+        assert isinstance(maps, FusedMaps) and self._temperature is not None
+        tables = crowd.log_z, crowd.share, crowd.mean, crowd.slope
+        read, offsets = maps.gates_from_shares(self._back, self._temperature, tables)
+        self._offsets.add(offsets)
+        return read
 
     def _through_attention(self, step: Step, maps: LayerMaps, read: Tensor) -> None:
         """Take the gradients back through attention and its norm; ``read`` joins them before it in a parallel layer."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..backends.workload import LayerSize
 from ..options import Adjoint
 from .approximation import Approximation
-from .maps import KEPT
+from .stack import KEPT
 from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
 
 _NAME = 80  # bytes of a label in all lists that hold it

@@ -98,6 +98,8 @@ def allocate_softmax(
 
     ``counts`` are the crowds' components, (S, Q or 1, 1); ``budget`` bounds the gates held at once, in bytes.
     """
+    if maps.fused:
+        return _allocate_fused(rows, read, counts, maps, temperature, budget)
     queries, width = maps.act.shape
     size = positions_at_once(budget, len(rows.x), width, rows.x.element_size())
     parts = []
@@ -106,6 +108,18 @@ def allocate_softmax(
         here = counts if counts.shape[1] == 1 else counts[:, at]
         parts.append(_allocate_at(rows, read, here, maps, temperature, at))
     return Crowd.joined(parts)
+
+
+def _allocate_fused(
+    rows: ExplicitRows, read: Tensor | None, counts: Tensor, maps: LayerMaps, temperature: float, budget: int
+) -> Crowd:
+    """Do :func:`allocate_softmax` with kernels."""
+    from .fused import FusedMaps, StartRows  # need Triton
+
+    assert isinstance(maps, FusedMaps)
+    places = StartRows(*rows.tables(), longest=max(rows.sizes))
+    rows.x, tables = maps.allocate(rows.x, rows.x if read is None else read, places, counts, temperature, budget)
+    return Crowd(tables.log_z, tables.share, tables.mean, tables.slope[..., None])
 
 
 def _allocate_at(

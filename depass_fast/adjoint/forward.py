@@ -16,7 +16,8 @@ from torch import Tensor
 from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Alive, Crowd, allocate_softmax, gates_of
-from .maps import LayerMaps, LayerStack
+from .maps import LayerMaps
+from .stack import LayerStack
 from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
 from .starts import Start, all_alive
 
@@ -100,10 +101,12 @@ class _WayThere:
         rows.to(maps.device)
         mid = self._join(index)
         read = rows.x[:, maps.queries] if maps.parallel else None
+        if read is not None and maps.fused:
+            read = read.clone()  # the rows are used up
         if mid:
             rows.x = rows.x[:, maps.queries]
         else:
-            rows.x = rows.x[:, maps.queries] + maps.ov(rows.x)
+            rows.x = maps.add_attention(rows.x)
             _add_constant(rows, maps, "attention")
         crowd, temperature = None, self._approximation.temperature
         if temperature is None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Layer, Mlp, Norm
+from ..adapters import Layer, Mlp, Norm
 from ..backends.torch.attention import FrozenAttention
-from ..runtime.progress import Parts
-from ..trace.record import LayerTrace, MlpTrace, Trace
+from ..trace.record import LayerTrace, MlpTrace
 
 _TILE = 1 << 26  # elements of the probabilities that are held at once
-KEPT = 1 << 28  # elements of all layers' probabilities, above which none are kept between the ways there and back
 
 
 class LayerMaps:
@@ -28,6 +28,8 @@ class LayerMaps:
     GEMMs run in ``compute``, everything else, and what is returned, is in ``dtype`` (float32 or float64). The neurons
     are those of the MLP, or of all experts that anything was sent to, whose activations are zero elsewhere.
     """
+
+    fused: ClassVar[bool] = False  # kernels do what :mod:`.fused` says
 
     def __init__(
         self,
@@ -87,38 +89,57 @@ class LayerMaps:
         """The queries among all packed positions of the trace."""
         return slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
 
+    def add_attention(self, x: Tensor) -> Tensor:
+        """Return rows with what attention adds to them: (R, N, D) -> (R, Q, D). The given ones may be used up."""
+        return x[:, self.queries] + self.ov(x)
+
     def ov(self, x: Tensor) -> Tensor:
         """Return what attention adds: (R, N, D) -> (R, Q, D)."""
-        return self._mixed(_linear(self._attention_norm, x).to(self.compute) @ self._w_v.T)
+        return self._written(self._mixed(_linear(self._attention_norm, x).to(self.compute) @ self._w_v.T))
+
+    def _written(self, heads: Tensor) -> Tensor:
+        return (heads @ self._w_o.T).to(self.dtype)
 
     def _mixed(self, values: Tensor) -> Tensor:
-        """Return values (R, N, Hkv·d), without s, after P and W_O: (R, Q, D)."""
+        """Return values (R, N, Hkv·d), without s, after P: (R, Q, H·d)."""
         r, n, _ = values.shape
         if self._value_ratio is not None:
             values = values * self._value_ratio
         values = values.view(r, n, self._kv, -1).permute(2, 1, 0, 3).reshape(self._kv, n, -1)  # (Hkv, N, R·d)
         q = self.queries.stop - self.queries.start
-        out = values.new_empty(self._kv, self._groups, q, values.shape[2])
-        for heads, first, last, p in self._tiles():
-            mixed = torch.bmm(p.flatten(1, 2), values[heads, : p.shape[3]])
-            out[heads, :, first:last] = mixed.view(p.shape[0], self._groups, last - first, -1)
-        out = out.view(self._kv, self._groups, q, r, -1).permute(3, 2, 0, 1, 4).reshape(r, q, -1)
-        return (out @ self._w_o.T).to(self.dtype)
+        only = self._only
+        if only is not None:
+            out = torch.bmm(only.flatten(1, 2), values)
+        else:
+            out = values.new_empty(self._kv, self._groups, q, values.shape[2])
+            for heads, first, last, p in self._tiles():
+                mixed = torch.bmm(p.flatten(1, 2), values[heads, : p.shape[3]])
+                out[heads, :, first:last] = mixed.view(p.shape[0], self._groups, last - first, -1)
+        return out.view(self._kv, self._groups, q, r, -1).permute(3, 2, 0, 1, 4).reshape(r, q, -1)
 
     def ov_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`ov`: (R, Q, D) -> (R, N, D)."""
+        out = self._values_transposed(y.to(self.compute) @ self._w_o)
+        return _linear_transposed(self._attention_norm, (out @ self._w_v).to(self.dtype))
+
+    def _values_transposed(self, y: Tensor) -> Tensor:
+        """Apply the transpose of :meth:`_mixed` and of a clamp: (R, Q, H·d) -> (R, N, Hkv·d)."""
         r, q, _ = y.shape
-        y = (y.to(self.compute) @ self._w_o).view(r, q, self._kv, self._groups, -1).permute(2, 3, 1, 0, 4)
+        y = y.view(r, q, self._kv, self._groups, -1).permute(2, 3, 1, 0, 4)
         y = y.reshape(self._kv, self._groups, q, -1)  # (Hkv, G, Q, R·d)
         n = self.queries.stop
-        out = y.new_zeros(self._kv, n, y.shape[3])
-        for heads, first, last, p in self._tiles():
-            part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
-            out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
+        only = self._only
+        if only is not None:
+            out = torch.bmm(only.flatten(1, 2).transpose(1, 2), y.flatten(1, 2))
+        else:
+            out = y.new_zeros(self._kv, n, y.shape[3])
+            for heads, first, last, p in self._tiles():
+                part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
+                out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
         out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
         if self._value_ratio is not None:
             out = out * self._value_ratio[:n]
-        return _linear_transposed(self._attention_norm, (out @ self._w_v).to(self.dtype))
+        return out
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
@@ -154,7 +175,8 @@ class LayerMaps:
         value = None if self._value_ratio is None else attention.value_constant(self.dtype)
         if value is None:
             return record.constant(attention, at, self.dtype)
-        mixed = self._mixed((value / self._frozen.scale[:, None].to(value)).to(self.compute)[None])[0]  # clamped
+        values = (value / self._frozen.scale[:, None].to(value)).to(self.compute)
+        mixed = self._written(self._mixed(values[None]))[0]  # clamped
         scale = None if record.out_scale is None else record.out_scale[at]
         written = attention.written_constant(attention.o.bias, scale, self.dtype)
         return mixed if written is None else mixed + written
@@ -174,80 +196,17 @@ class LayerMaps:
 
     def _tiles(self) -> Iterator[tuple[slice, int, int, Tensor]]:
         """Yield KV heads, first and last (excluded) of the queries, and their P · s (h, G, Q, K)."""
-        if self.queries.start == 0:
+        if self._only is None:
             yield from self._frozen.walk(0)
         else:
-            p = self._frozen.probabilities(slice(None), self.queries)
-            yield slice(0, self._kv), 0, p.shape[2], p
+            yield slice(0, self._kv), 0, self._only.shape[2], self._only
 
-
-class LayerStack:
-    """The layers up to ``end`` as the first ``n`` positions of one prompt pass them; read at the last of these."""
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        trace: Trace,
-        prompt: int,
-        n: int,
-        end: int,
-        dtype: torch.dtype,
-        compute: torch.dtype,
-    ) -> None:
-        self.adapter, self.trace, self.n, self.end = adapter, trace, n, end
-        self.dtype, self.compute = dtype, compute
-        first = trace.span(prompt).start
-        self.prompt, self.span = prompt, slice(first, first + n)
-        self.progress = Parts(1)  # a part per layer, there or back, of the sweep under way
-        self._layers: dict[int, Layer] = {}
-        self._maps: dict[int, LayerMaps] = {}
-        self._keeps = True
-        self._responses: dict[int, Tensor] = {}
-
-    def layer(self, index: int) -> Layer:
-        layer = self._layers.get(index)
-        if layer is None:
-            layer = self.adapter.layer(index)
-            if layer.is_own:  # weights that are computed are not to be held of every layer
-                self._layers[index] = layer
-        return layer
-
-    def queries(self, index: int) -> slice:
-        """Return the positions where a layer is needed: all, but in the last one only the position that is read."""
-        return slice(self.n - 1 if index == self.end - 1 else 0, self.n)
-
-    def maps(self, index: int) -> LayerMaps:
-        """Return the maps of a layer. They are kept where that costs little: no copy of weights, few probabilities."""
-        if index in self._maps:
-            return self._maps[index]
-        layer = self.layer(index)
-        maps = LayerMaps(layer, self.trace.layers[index], self.span, self.queries(index), self.dtype, self.compute)
-        probabilities = self.end * layer.attention.n_heads * self.n**2
-        if self._keeps and maps.borrows and probabilities <= KEPT:
-            self._maps[index] = maps
-        return maps
-
-    def release(self) -> None:
-        """Keep no maps from now on, as memory is short."""
-        self._maps, self._keeps = {}, False
-
-    def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s · γ of a layer's MLP norm (N, D), and a gate's root mean square response to a unit vector, ().
-
-        ‖s · γ ⊙ X[n, m]‖ times that response is the distance from zero at which a component's gates can be expected.
-        Both are in the dtype and on the device of ``like``, the components: they may still be on the layer before.
-        """
-        layer, record = self.layer(index), self.trace.layers[index]
-        mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
-        gamma = resid.new_ones(resid.shape[1])
-        if mlp.norm is not None and mlp.norm.weight is not None:
-            gamma = mlp.norm.weight.to(self.dtype)
-        if index not in self._responses:
-            gates = [layer.mlps[part.part].w_gate for part in record.mlps]
-            wide = torch.promote_types(gates[0].dtype, torch.float32)
-            squares = torch.stack([torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates])
-            self._responses[index] = (squares.sum() / sum(w.numel() for w in gates)).sqrt()
-        return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
+    @cached_property
+    def _only(self) -> Tensor | None:
+        """All of P · s (Hkv, G, Q, N) if that is one tile, else None."""
+        if self.queries.start == 0:
+            return self._frozen.only
+        return self._frozen.probabilities(slice(None), self.queries)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

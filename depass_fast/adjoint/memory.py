@@ -75,9 +75,9 @@ def gates_budget(workspace: int) -> int:
     return workspace // 5
 
 
-def positions_at_once(budget: int, rows: int, neurons: int, item: int) -> int:
-    """Return the positions at which the gates of all explicit rows are held at once."""
-    return max(1, budget // (5 * rows * neurons * item))
+def positions_at_once(budget: int, rows: int, neurons: int, item: int, held: int = 5) -> int:
+    """Return the positions at which the gates of all explicit rows are held at once, ``held`` times."""
+    return max(1, budget // (held * rows * neurons * item))
 
 
 def singles_at_once(budget: int, n: int, neurons: int, item: int, measure: bool) -> int:

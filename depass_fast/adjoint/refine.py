@@ -13,7 +13,7 @@ from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Crowd, dead_rows
 from .forward import Released, Step
-from .maps import LayerStack
+from .stack import LayerStack
 from .memory import singles_at_once
 from .starts import Start
 

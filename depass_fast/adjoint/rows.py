@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.transfer import to_device
+from ..runtime.transfer import all_to_device, to_device
 from .approximation import Approximation
 from .starts import Start
 
@@ -28,16 +29,33 @@ class ExplicitRows:
         self.owner = self.member = torch.zeros(0, dtype=torch.long, device="cpu")
         self.stays = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._places: dict[int, Tensor] = {}
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> None:
         if self.x.device != device:
-            self.x, self._places = self.x.to(device), {}
+            self.x, self._places, self._tables = self.x.to(device), {}, None
 
     def places(self, member: int) -> Tensor:
         """Return the rows of all starts that are `rest`, `bias` or the probe: indices (r,), in order, on x's device."""
         if member not in self._places:
             self._places[member] = to_device((self.member == member).nonzero()[:, 0], self.x.device)
         return self._places[member]
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first row of every start (S + 1,) int64, and where in it `rest` and `bias` are, on x's device.
+
+        These are (S,) int32, -1 where a start has none.
+        """
+        if self._tables is None:
+            first = np.concatenate([[0], np.cumsum(self.sizes)])
+            found = [first, *(np.full(len(self.sizes), -1, np.int32) for _ in range(2))]
+            for places, kind in zip(found[1:], (REST_ROW, BIAS_ROW), strict=True):
+                at = (self.member == kind).numpy().nonzero()[0]
+                owner = self.owner.numpy()[at]
+                places[owner] = at - first[owner]
+            first, rest, bias = all_to_device(found, self.x.device)
+            self._tables = first, rest, bias
+        return self._tables
 
     def named_of(self, start: int) -> Tensor:
         """Return the named components of a start that are explicit: indices (r,) in host memory."""
@@ -61,11 +79,12 @@ class ExplicitRows:
         self.owner = torch.cat([self.owner, torch.full_like(member, len(self.sizes))])
         self.member, self.stays = torch.cat([self.member, member]), torch.cat([self.stays, stays])
         self.sizes.append(len(member))
-        self._places = {}
+        self._places, self._tables = {}, None
 
     def keep(self, kept: Tensor) -> None:
         """Drop the rows that are not ``kept`` (R,) bool."""
-        self.x, self._places = self.x[to_device(kept.nonzero()[:, 0], self.x.device)], {}
+        self.x = self.x[to_device(kept.nonzero()[:, 0], self.x.device)]
+        self._places, self._tables = {}, None
         self.owner, self.member, self.stays = self.owner[kept], self.member[kept], self.stays[kept]
         self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
 

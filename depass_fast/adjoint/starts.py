@@ -16,7 +16,7 @@ from ..labels import BIAS, REST
 from ..runtime.precision import full_precision
 from ..state.state import Factors
 from ..trace.record import Trace
-from .maps import LayerStack
+from .stack import LayerStack
 
 
 class Named(Protocol):

@@ -18,7 +18,7 @@ from .approximation import Approximation
 from .backward import extra_scores, linear_scores
 from .estimate import Figures, draw, judge, worst
 from .forward import Forward, mean_field
-from .maps import LayerStack
+from .stack import LayerStack
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW

@@ -49,7 +49,7 @@ class StartRows:
 class CrowdTables:
     """What a layer does to its crowds: ``log_z``, ``share`` and ``mean`` (S, q, I), ``slope`` (S, q), float32.
 
-    The rows of the first three may be parts of longer tables, alike in all of them.
+    They may be parts of longer tables, the first three alike.
     """
 
     log_z: Tensor
@@ -121,15 +121,16 @@ def _moment(partial, blocks, n_neurons, number, per_t, NB: tl.constexpr):
 
 @triton.jit
 def _exponents(
-    g, alive, constant, first, query, n_queries, n_neurons, m, count, i, inside, bias, per_t,
+    g, alive, constant, first, query, n_queries, n_neurons, alive_stride, m, count, i, inside, bias, per_t,
     HAS_CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """g / T of explicit rows m, -inf for those that take no part: [BM, BI]."""
-    at = (first + m) * n_queries + query  # [BM]
+    row = first + m  # [BM]
     explicit = (m > 0) & (m < count)
     there = explicit[:, None] & inside[None, :]
-    values = tl.load(g + at[:, None] * n_neurons + i[None, :], mask=there, other=0.0).to(tl.float32)
-    part = there & (tl.load(alive + at, mask=explicit, other=0) != 0)[:, None]
+    where = (row * n_queries + query) * n_neurons
+    values = tl.load(g + where[:, None] + i[None, :], mask=there, other=0.0).to(tl.float32)
+    part = there & (tl.load(alive + row * alive_stride + query, mask=explicit, other=0) != 0)[:, None]
     if HAS_CONSTANT:
         mine = (m == bias)[:, None] & there
         values += tl.where(mine, constant[None, :], 0.0)
@@ -137,10 +138,14 @@ def _exponents(
     return tl.where(part, values * per_t, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["n_queries", "act_stride", "table_start", "count_start", "count_query"])
+@triton.jit(
+    do_not_specialize=["n_queries", "act_stride", "alive_stride", "slope_start", "table_start", "count_start",
+                       "count_query"]
+)  # fmt: skip
 def _crowd_share(
     g, alive, act, constants, starts, rest, bias, counts, partial, log_z, share, mean, slope,
-    n_queries, n_neurons, act_stride, table_start, table_query, count_start, count_query, per_t,
+    n_queries, n_neurons, act_stride, alive_stride, slope_start, table_start, table_query, count_start, count_query,
+    per_t,
     HAS_CONSTANT: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr,
     BI: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +158,7 @@ def _crowd_share(
     number = tl.maximum(crowd, 1.0)
     log_kappa, inclination = _moment(partial + place * blocks * 3, blocks, n_neurons, number, per_t, NB)
     if tl.program_id(0) % blocks == 0:
-        tl.store(slope + place, inclination)
+        tl.store(slope + start * slope_start + query, inclination)
     table = start * table_start + query * table_query + i
     average = tl.load(mean + table, mask=inside, other=0.0)
     term = average + (log_kappa + tl.log(number))  # [BI] the crowd's in log Z
@@ -166,7 +171,8 @@ def _crowd_share(
     level = tl.where(crowd > 0, term, _LOWEST)
     if ONE_TILE:
         z = _exponents(
-            g, alive, constant, first, query, n_queries, n_neurons, m, count, i, inside, biased, per_t, HAS_CONSTANT
+            g, alive, constant, first, query, n_queries, n_neurons, alive_stride, m, count, i, inside, biased, per_t,
+            HAS_CONSTANT,
         )  # fmt: skip
         top = tl.maximum(tl.max(z, 0), level)
         total = tl.sum(tl.exp(z - top[None, :]), 0)
@@ -175,8 +181,8 @@ def _crowd_share(
         sums = tl.zeros((BM, BI), tl.float32)
         for t in tl.range(0, count, BM, num_stages=STAGES):
             z = _exponents(
-                g, alive, constant, first, query, n_queries, n_neurons, t + m, count, i, inside, biased, per_t,
-                HAS_CONSTANT,
+                g, alive, constant, first, query, n_queries, n_neurons, alive_stride, t + m, count, i, inside, biased,
+                per_t, HAS_CONSTANT,
             )  # fmt: skip
             e = tl.exp(-tl.abs(z - tops))  # the smaller of the two in units of the larger
             sums = tl.where(z > tops, sums * e + 1.0, sums + e)
@@ -199,8 +205,8 @@ def _crowd_share(
     for t in range(0, count, BM):
         if not ONE_TILE:
             z = _exponents(
-                g, alive, constant, first, query, n_queries, n_neurons, t + m, count, i, inside, biased, per_t,
-                HAS_CONSTANT,
+                g, alive, constant, first, query, n_queries, n_neurons, alive_stride, t + m, count, i, inside, biased,
+                per_t, HAS_CONSTANT,
             )  # fmt: skip
         taken = tl.exp(z - top[None, :]) * factor[None, :]
         taken = tl.where((t + m == resting)[:, None] & nobody[None, :], a[None, :], taken)
@@ -210,17 +216,18 @@ def _crowd_share(
         tl.store(g + row[:, None] + i[None, :], taken.to(g.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "table_start"])
+@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "slope_start", "table_start"])
 def _crowd_back(
     y, act, share, mean, slope, offsets,
-    n_queries, n_neurons, targets, act_stride, table_start, table_query,
+    n_queries, n_neurons, targets, act_stride, slope_start, table_start, table_query, per_t,
     BI: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a gradient by share · act, and sum what is left of it where a gate is zero."""
+    """Take a gradient of shares to one of gates, and sum what a component receives where its gates are zero."""
     row = tl.program_id(0).to(tl.int64)
     query, start = row % n_queries, row // n_queries // targets
     table = start * table_start + query * table_query
-    inclination = tl.load(slope + start * n_queries + query)
+    inclination = tl.load(slope + start * slope_start + query)
+    factor = inclination * per_t
     sums = tl.zeros((BI,), tl.float32)
     for first in range(0, n_neurons, BI):
         i = first + tl.arange(0, BI)
@@ -229,7 +236,7 @@ def _crowd_back(
         at = y + row * n_neurons + i
         gained = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gained *= tl.load(share + table + i, mask=inside, other=0.0) * a
-        tl.store(at, gained.to(y.dtype.element_ty), mask=inside)
+        tl.store(at, (gained * factor).to(y.dtype.element_ty), mask=inside)
         sums += gained * (1.0 - inclination * tl.load(mean + table + i, mask=inside, other=0.0))
     tl.store(offsets + row, tl.sum(sums, 0))
 
@@ -256,7 +263,7 @@ def share_with_crowds(
     """
     check("g", g, (None, None, None), *FLOATS)
     n_rows, n_queries, n_neurons = g.shape
-    check("alive", alive, (n_rows, n_queries), torch.uint8)
+    check("alive", alive, (n_rows, n_queries), torch.uint8, spaced=True)
     for name, x in (("act", act), ("total", total)):
         check(name, x, (n_queries, n_neurons), torch.float32, spaced=True)
     if constant is not None:
@@ -282,16 +289,16 @@ def share_with_crowds(
     _crowd_share[grid](
         g, alive, act, constants, rows.first, rows.rest, rows.bias, counts, partial,
         tables.log_z, tables.share, tables.mean, tables.slope,
-        n_queries, n_neurons, act.stride(0), *table,
+        n_queries, n_neurons, act.stride(0), alive.stride(0), tables.slope.stride(0), *table,
         HAS_CONSTANT=has, ONE_TILE=one, NB=triton.next_power_of_2(blocks), **config,
     )  # fmt: skip
 
 
-def gradients_of_gates(y: Tensor, act: Tensor, tables: CrowdTables) -> Tensor:
-    """Take gradients of shares back: y (S, K, q, I) <- y · share · act, in place; the rest of ``tables`` is read.
+def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: CrowdTables) -> Tensor:
+    """Take gradients of shares back to gates: y (S, K, q, I) <- y · share · act · slope / T, in place.
 
-    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). Returned is what it receives where
-    its gates are zero: (S, K, q) float32.
+    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). Returned is the sum of what it
+    receives where its gates are zero: (S, K, q) float32.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
@@ -306,7 +313,8 @@ def gradients_of_gates(y: Tensor, act: Tensor, tables: CrowdTables) -> Tensor:
     columns = min(1024, triton.next_power_of_2(n_neurons))
     _crowd_back[(starts * targets * n_queries,)](
         y, act, tables.share, tables.mean, tables.slope, offsets,
-        n_queries, n_neurons, targets, act.stride(0), tables.mean.stride(0), tables.mean.stride(1),
+        n_queries, n_neurons, targets, act.stride(0), tables.slope.stride(0), *tables.mean.stride()[:2],
+        1.0 / temperature,
         BI=columns, num_warps=4,
     )  # fmt: skip
     return offsets
@@ -324,4 +332,4 @@ def _check_tables(tables: CrowdTables, starts: int, n_queries: int, n_neurons: i
         check(name, table, (starts, n_queries, n_neurons), torch.float32, spaced=True)
         if table.stride() != tables.mean.stride():
             raise ValueError(f"{name}: expected the strides of mean, {tables.mean.stride()}; got {table.stride()}.")
-    check("slope", tables.slope, (starts, n_queries), torch.float32)
+    check("slope", tables.slope, (starts, n_queries), torch.float32, spaced=True)

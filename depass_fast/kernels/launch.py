@@ -78,12 +78,12 @@ def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: 
 
 
 def crowd_config(longest: int, n_neurons: int, dtype: torch.dtype) -> dict:
-    """Rows and neurons per program, for starts of up to ``longest`` rows; few rows are all held, beside more neurons."""
-    rows = min(32, power_of_two(longest, 4))
-    one = longest <= rows
-    columns = 256 if rows <= 8 else 64
-    columns = min(columns * (2 if dtype.itemsize == 2 and rows <= 4 else 1), power_of_two(n_neurons))
-    return {"BM": rows, "BI": columns, "ONE_TILE": one, "STAGES": 1 if one else 3, "num_warps": 4 if one else 8}
+    """Rows and neurons per program, for starts of up to ``longest`` rows; the fewer rows, the more neurons."""
+    rows = power_of_two(longest, 4)
+    one = rows <= 32
+    columns = (512 if dtype.itemsize == 2 else 256) if rows == 4 else 256 if rows == 8 else 64
+    config = {"BM": rows if one else 16, "ONE_TILE": one, "STAGES": 1 if one else 3, "num_warps": 4}
+    return config | {"BI": min(columns, power_of_two(n_neurons))}
 
 
 @functools.cache

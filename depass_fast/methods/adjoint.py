@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adjoint.approximation import LEAST_TEMPERATURE, Approximation
 from ..adjoint.estimate import warnings_of
-from ..adjoint.maps import LayerStack
+from ..adjoint.stack import LayerStack
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from depass_fast import Custom, DePass, Neurons
 from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.forward import mean_field
-from depass_fast.adjoint.maps import LayerStack
+from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.starts import make_start
 from depass_fast.options import Adjoint
 from depass_fast.results.estimate import ApproximationWarning

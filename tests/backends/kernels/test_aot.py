@@ -38,6 +38,9 @@ def test_every_kernel_compiles_for_every_target(rows):
         "mix",
         "allocate",
         "share_linearly",
+        "crowd_mean",
+        "crowd_share",
+        "crowd_back",
         "gate",
     }
     assert all(found == everything | {"log_partition", "down"} for found in kernels.values())

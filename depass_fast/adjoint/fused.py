@@ -1,0 +1,123 @@
+"""The sweep's arithmetic of one layer by Triton's kernels: the same as :mod:`.maps` and :mod:`.crowd`, in few launches.
+
+Rows stay in float32; what a product reads and writes stays in the products' dtype, and a product adds to the rows by
+itself. It is chosen in one place, :meth:`.stack.LayerStack.maps`, and the plain code is its oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from ..adapters import Norm
+from ..backends.torch.mlp import accumulate
+from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
+from ..kernels.rows import Rows, read_rows
+from .maps import LayerMaps
+from .memory import positions_at_once
+
+
+class FusedMaps(LayerMaps):
+    """The maps of a layer, with kernels around the products; rows are float32. :class:`.maps.LayerMaps` says the rest.
+
+    What comes out of ``ov``, ``gates_transposed`` and so on is the same; its dtype is float32 only where it must be.
+    """
+
+    fused = True
+
+    def add_attention(self, x: Tensor) -> Tensor:
+        heads = self._mixed(self._read(x, self._attention_norm, self._ones) @ self._w_v.T)
+        return self._added(x[:, self.queries], heads, self._w_o)
+
+    def ov_transposed(self, y: Tensor) -> Tensor:
+        return self._through_norm(self._values_transposed(y.to(self.compute) @ self._w_o) @ self._w_v, None)
+
+    def allocate(
+        self, x: Tensor, read: Tensor, rows: StartRows, counts: Tensor, temperature: float, budget: int
+    ) -> tuple[Tensor, CrowdTables]:
+        """Return rows ``x`` (R, Q, D) with their shares added to them, and what the layer does to the crowds.
+
+        ``read`` (R, Q, D) is what the MLP reads, ``counts`` (S, Q or 1, 1) are the crowds' components. ``budget`` bounds
+        the gates held at once, in bytes.
+        """
+        queries, width = self.act.shape
+        tables = CrowdTables(
+            *(x.new_empty(len(rows), queries, width) for _ in range(3)), slope=x.new_empty(len(rows), queries)
+        )
+        alive = torch.empty(read.shape[:2], dtype=torch.uint8, device=x.device)
+        half = self._read(read, self._mlp_norm, self._mlp_scale[:, 0], alive)
+        counts = counts[..., 0].expand(-1, queries)
+        size = positions_at_once(budget, len(x), width, self.compute.itemsize, held=2)
+        for first in range(0, queries, size):
+            at = slice(first, min(first + size, queries))
+            g = half[:, at] @ self._w_gate.T
+            part = CrowdTables(*(getattr(tables, name)[:, at] for name in ("log_z", "share", "mean", "slope")))
+            given = self.act[at], self.gate_total[at], temperature, part, self.gate_constant
+            with _current(x.device):
+                share_with_crowds(g, rows, alive[:, at], counts[:, at], *given)
+            if size >= queries:
+                x = self._added(x, g, self._w_down)
+            else:
+                x[:, at] += g @ self._w_down.T
+        return x, tables
+
+    def gates_from_shares(self, y: Tensor, temperature: float, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the MLP reads as gradients (S, K, Q, D), and the offsets (S, K, Q), from gradients behind it.
+
+        ``tables`` are a crowd's ``log_z``, ``share``, ``mean`` and ``slope``.
+        """
+        y = y.to(self.compute) @ self._w_down  # (S, K, Q, I)
+        log_z, share, mean, slope = tables
+        with _current(y.device):
+            offsets = gradients_of_gates(y, self.act, temperature, CrowdTables(log_z, share, mean, slope[..., 0]))
+        return self._through_norm(y @ self._w_gate, self._reading), offsets
+
+    def _read(self, x: Tensor, norm: Norm | None, scale: Tensor, alive: Tensor | None = None) -> Tensor:
+        """Return rows (R, Q, D) through a norm, in the products' dtype; ``alive`` receives which are not all zero."""
+        flat = x.reshape(-1, x.shape[2])
+        segment = _positions(1 << (len(x) - 1).bit_length(), len(scale), x.device)[: len(flat)]
+        weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
+        where = Rows(segment, torch.empty(len(scale) + 1, dtype=torch.int64, device=x.device))
+        out = torch.empty_like(flat, dtype=self.compute)
+        with _current(x.device):
+            read_rows(flat, where, scale, weight, centred, out, None if alive is None else alive.view(-1))
+        return out.view(x.shape)
+
+    def _added(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Return x (R, Q, D) + y (R, Q, C) @ weight.T; x is used up."""
+        x = x.contiguous()
+        accumulate(x.view(-1, x.shape[2]), y.view(-1, y.shape[2]), weight.T)
+        return x
+
+    def _through_norm(self, y: Tensor, weight: Tensor | None) -> Tensor:
+        """Return gradients before a norm, float32, from those behind it."""
+        norm = self._attention_norm if weight is None else self._mlp_norm
+        if weight is None:
+            weight = None if norm is None else norm.weight
+        y = y.to(self.dtype) if weight is None else y * weight
+        return y - y.mean(-1, keepdim=True) if norm is not None and norm.centred else y
+
+    @cached_property
+    def _reading(self) -> Tensor:
+        """s · γ of the norm before the MLP: (Q, D), or (Q, 1) without γ."""
+        norm = self._mlp_norm
+        return self._mlp_scale if norm is None or norm.weight is None else self._mlp_scale * norm.weight
+
+    @cached_property
+    def _ones(self) -> Tensor:
+        return torch.ones(self.queries.stop, dtype=torch.float32, device=self.device)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Make ``device`` the current one: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache(maxsize=16)
+def _positions(components: int, positions: int, device: torch.device) -> Tensor:
+    """Return the position of every row of so many components at all positions: int32."""
+    return torch.arange(positions, dtype=torch.int32, device=device).repeat(components)
