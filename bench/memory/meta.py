@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 from depass_fast import DePass, Heads, Neurons, Tokens, engine
-from depass_fast.adjoint import sweep
+from depass_fast.adjoint import fused, stack, sweep
 from depass_fast.adjoint.memory import SweepMemory, default_workspace
 from depass_fast.backends import selection
 from depass_fast.backends.torch import backend as torch_backend
@@ -212,6 +212,7 @@ def standing_in() -> Iterator[None]:
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),
+            (stack, "maps_class", lambda device, dtype: fused.FusedMaps),
             (planner, "available", lambda device: FREE),
             (sweep, "available", lambda device: FREE),
             (sweep, "default_workspace", lambda free, cuda: default_workspace(free, True)),
@@ -234,7 +235,7 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         counted.launch()
 
     with ExitStack() as undo:
-        for place in (mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
+        for place in (fused, mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
             undo.enter_context(mock.patch.object(place, "accumulate", launch))
         undo.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: launch))
         undo.enter_context(counted)

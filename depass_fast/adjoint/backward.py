@@ -123,10 +123,12 @@ class _WayBack:
         sizes = [len(start.named) for start in self._forward.starts]
         edges = torch.tensor([0, *sizes], device="cpu").cumsum(0)
         flat = torch.cat([self._scores[s].to(self._like.device) for s in range(len(sizes))], dim=1)
-        for own in self._own:
-            named = (own.member >= 0).nonzero()[:, 0]
-            at = to_device(edges[own.owner[named]] + own.member[named], flat.device)
-            flat[:, at] = own.scores[to_device(named, own.scores.device)].T.to(flat)
+        owner, member = (torch.cat([getattr(own, name) for own in self._own]) for name in ("owner", "member"))
+        found = torch.cat([own.scores.to(flat) for own in self._own])
+        named = (member >= 0).nonzero()[:, 0]
+        if len(named):  # each of them once: a row that was released is not there at the end
+            at = to_device(edges[owner[named]] + member[named], flat.device)
+            flat[:, at] = found[to_device(named, flat.device)].T
         return list(flat.split(sizes, dim=1))
 
 
@@ -142,7 +144,7 @@ class _Offsets:
     def add(self, beta: Tensor) -> None:
         """Add what a layer gives per position: (S, K, Q)."""
         self._total = self._total.to(beta.device)
-        self._total[: len(beta)] += beta.sum(2)
+        self._total[: len(beta)].add_(beta.sum(2))
         for s, passed in self._passed.items():
             if s < len(beta):
                 passed.append(beta[s])

@@ -13,10 +13,10 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from ..adapters import Norm
+from ..adapters import Branch, Norm
 from ..backends.torch.mlp import accumulate
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
-from ..kernels.rows import Rows, read_rows
+from ..kernels.rows import Rows, read_rows, row_scales
 from .maps import LayerMaps
 from .memory import positions_at_once
 
@@ -28,6 +28,13 @@ class FusedMaps(LayerMaps):
     """
 
     fused = True
+
+    def scales(self, module: Branch, resid: Tensor) -> Tensor:
+        norm = module.norm
+        if norm is None:
+            return super().scales(module, resid)
+        with _current(resid.device):
+            return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
 
     def add_attention(self, x: Tensor) -> Tensor:
         heads = self._mixed(self._read(x, self._attention_norm, self._ones) @ self._w_v.T)
@@ -62,7 +69,7 @@ class FusedMaps(LayerMaps):
             if size >= queries:
                 x = self._added(x, g, self._w_down)
             else:
-                x[:, at] += g @ self._w_down.T
+                x[:, at].add_(g @ self._w_down.T)
         return x, tables
 
     def gates_from_shares(self, y: Tensor, temperature: float, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapters import Layer, Mlp, Norm
+from ..adapters import Branch, Layer, Mlp, Norm
 from ..backends.torch.attention import FrozenAttention
 from ..trace.record import LayerTrace, MlpTrace
 
@@ -57,7 +57,8 @@ class LayerMaps:
         self._w_v, self._w_o = attention.w_v.to(self.compute), attention.writing(attention.w_o, self.compute)
         ratio = record.value_ratio
         self._value_ratio = None if ratio is None else ratio[self._span].to(self.compute)  # (N, Hkv·d)
-        scale = record.value_scale(attention, record.resid.to(self.dtype))  # (T,)
+        scale = self.scales(attention, record.resid)  # (T,)
+        scale = scale if record.latent_scale is None else scale * record.latent_scale.to(scale)
         self._frozen = FrozenAttention(record, self._span, scale, _TILE, self.compute)
 
     def _read_mlp(self) -> None:
@@ -71,7 +72,7 @@ class LayerMaps:
         self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
         if record.out_scale is not None:
             self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
-        self._mlp_scale = mlp.scale(record.resid[self._span][queries].to(dtype)).to(dtype)[:, None]  # (Q, 1)
+        self._mlp_scale = self.scales(mlp, record.resid[self._span][queries])[:, None]  # (Q, 1)
         self.gate_constant = _gate_constant(parts, dtype)  # (I,) or None
 
     def _uses_the_models_weights(self) -> bool:
@@ -88,6 +89,10 @@ class LayerMaps:
     def _packed(self) -> slice:
         """The queries among all packed positions of the trace."""
         return slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
+
+    def scales(self, module: Branch, resid: Tensor) -> Tensor:
+        """Return s of a module's norm for the residual stream (T, D) that it reads: (T,)."""
+        return module.scale(resid.to(self.dtype)).to(self.dtype)
 
     def add_attention(self, x: Tensor) -> Tensor:
         """Return rows with what attention adds to them: (R, N, D) -> (R, Q, D). The given ones may be used up."""

@@ -64,7 +64,10 @@ class ExplicitRows:
     def join(self, start: Start, loud: Tensor, fixed: Tensor, approximation: Approximation) -> None:
         """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those that stay to the end."""
         named = torch.cat([loud, fixed])
-        rows, extras = [start.named.rows(to_device(named, start.bias.device))], []
+        rows: list[Tensor] = []
+        extras: list[int] = []
+        if len(named):
+            rows.append(start.named.rows(to_device(named, start.bias.device)))
         if start.has_bias:
             rows, extras = [start.bias[None], *rows], [BIAS_ROW]
         if start.rest is not None:
@@ -74,8 +77,8 @@ class ExplicitRows:
         member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
         stays = torch.ones(len(member), dtype=torch.bool, device="cpu")
         stays[len(extras) : len(extras) + len(loud)] = False
-        new = torch.cat(rows)
-        self.x = torch.cat([self.x, new[:, new.shape[1] - self.x.shape[1] :].to(self.x)])
+        n = self.x.shape[1]
+        self.x = torch.cat([self.x, *(new[:, new.shape[1] - n :].to(self.x) for new in rows)])
         self.owner = torch.cat([self.owner, torch.full_like(member, len(self.sizes))])
         self.member, self.stays = torch.cat([self.member, member]), torch.cat([self.stays, stays])
         self.sizes.append(len(member))

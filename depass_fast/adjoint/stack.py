@@ -44,7 +44,7 @@ class LayerStack:
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
         self._keeps = True
-        self._responses: dict[int, Tensor] = {}
+        self._drives: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int) -> Layer:
         layer = self._layers.get(index)
@@ -80,14 +80,20 @@ class LayerStack:
         ‖s · γ ⊙ X[n, m]‖ times that response is the distance from zero at which a component's gates can be expected.
         Both are in the dtype and on the device of ``like``, the components: they may still be on the layer before.
         """
+        if index not in self._drives:
+            self._drives[index] = self._drive(index)
+        weight, response = self._drives[index]
+        return weight.to(like), response.to(like)
+
+    def _drive(self, index: int) -> tuple[Tensor, Tensor]:
         layer, record = self.layer(index), self.trace.layers[index]
         mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
         gamma = resid.new_ones(resid.shape[1])
         if mlp.norm is not None and mlp.norm.weight is not None:
             gamma = mlp.norm.weight.to(self.dtype)
-        if index not in self._responses:
-            gates = [layer.mlps[part.part].w_gate for part in record.mlps]
-            wide = torch.promote_types(gates[0].dtype, torch.float32)
-            squares = torch.stack([torch.linalg.vector_norm(w.detach(), dtype=wide) ** 2 for w in gates])
-            self._responses[index] = (squares.sum() / sum(w.numel() for w in gates)).sqrt()
-        return (mlp.scale(resid).to(self.dtype)[:, None] * gamma).to(like), self._responses[index].to(like)
+        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+        wide = torch.promote_types(gates[0].dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(w.detach(), dtype=wide) for w in gates]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        response = norm / sum(w.numel() for w in gates) ** 0.5
+        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, response
