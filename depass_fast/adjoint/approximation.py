@@ -21,6 +21,7 @@ class Approximation:
 
     temperature: float | None
     loud: float = 2.0
+    quiet: float = 0.25
     at_most: int = 128
     scatter: bool = True
     releases: bool = True

@@ -142,11 +142,11 @@ class _WayThere:
     def _release(self, index: int, temperature: float) -> None:
         """Give back to the crowd the rows that are no longer loud at a layer; the way back needs their state."""
         rows = self._rows
-        if bool(rows.stays.all()):
+        if not bool(rows.limits.any()):
             return
         weight, gate = self._stack.drive(index, rows.x)
         size = (rows.x * weight).norm(dim=2).amax(1) * (gate / temperature)
-        quiet = ~rows.stays & (size < self._approximation.loud).cpu()
+        quiet = size.cpu() < rows.limits
         if not bool(quiet.any()):
             return
         x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]

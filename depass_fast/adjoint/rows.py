@@ -19,15 +19,15 @@ class ExplicitRows:
     """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
 
     Row r is component ``member[r]`` of start ``owner[r]``, or its `rest`, `bias` or probe (``REST_ROW``, ...).
-    ``stays`` (R,) says which are never released, ``sizes`` how many rows a start has. The first of a start's rows is
-    its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it waits for no device.
+    A row is released where its loudness falls below its ``limits`` (R,). ``sizes`` says how many rows a start has. The
+    first of a start's rows is its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it waits for no device.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self.sizes: list[int] = []
         self.owner = self.member = torch.zeros(0, dtype=torch.long, device="cpu")
-        self.stays = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.limits = torch.zeros(0, device="cpu")
         self._places: dict[int, Tensor] = {}
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -75,12 +75,12 @@ class ExplicitRows:
         if approximation.temperature is not None:
             rows, extras = [_probe(start, named, approximation)[None], *rows], [PROBE_ROW, *extras]
         member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
-        stays = torch.ones(len(member), dtype=torch.bool, device="cpu")
-        stays[len(extras) : len(extras) + len(loud)] = False
+        limits = [0.0] * len(extras) + [approximation.loud] * len(loud) + [approximation.quiet] * len(fixed)
         n = self.x.shape[1]
         self.x = torch.cat([self.x, *(new[:, new.shape[1] - n :].to(self.x) for new in rows)])
         self.owner = torch.cat([self.owner, torch.full_like(member, len(self.sizes))])
-        self.member, self.stays = torch.cat([self.member, member]), torch.cat([self.stays, stays])
+        self.member = torch.cat([self.member, member])
+        self.limits = torch.cat([self.limits, torch.tensor(limits, device="cpu")])
         self.sizes.append(len(member))
         self._places, self._tables = {}, None
 
@@ -88,7 +88,7 @@ class ExplicitRows:
         """Drop the rows that are not ``kept`` (R,) bool."""
         self.x = self.x[to_device(kept.nonzero()[:, 0], self.x.device)]
         self._places, self._tables = {}, None
-        self.owner, self.member, self.stays = self.owner[kept], self.member[kept], self.stays[kept]
+        self.owner, self.member, self.limits = self.owner[kept], self.member[kept], self.limits[kept]
         self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
 
     def by_start(self, values: Tensor) -> list[Tensor]:
