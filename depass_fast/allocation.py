@@ -61,7 +61,8 @@ Rule = Callable[[Gates, float], Tensor]
 # A rule may have an attribute `edit_gates` of this form. It promises that the rule is the softmax of edited gates, and
 # fast backends then call the rule itself only where a neuron finds nobody eligible. The arguments are the gates
 # (n, M, I) of all components, which it edits in place, the positions (n,) in the prompt, and the factor that the gates
-# have been multiplied by. It sets gates to -inf to shut components out, and returns True if it did so anywhere.
+# have been multiplied by. Gates of components that are not alive are -inf already. It sets others to -inf to shut
+# components out, and returns True if it did so anywhere.
 Edit = Callable[[Tensor, Tensor, float], bool]
 
 

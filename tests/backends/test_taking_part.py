@@ -107,6 +107,16 @@ def test_any_temperature_agrees_with_the_winner_or_an_even_split(temperature, ba
     assert close(found.sum(1), trace.resid(2))
 
 
+def test_half_products_are_added_up_in_float32():
+    """Sums beyond float16's range, over more columns than are widened at a time."""
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).half() for shape in ((5, 1300), (1300, 7)))
+    a, b = a * 100, b * 100
+    out = torch.ones(5, 7)
+    mlp.accumulate(out, a, b, 0.5)
+    exact = 1.0 + 0.5 * a.double() @ b.double()
+    assert exact.abs().max() > 65504 and close(out.double(), exact, 1e-6)
+
+
 def test_zeros_are_looked_for_in_one_column(monkeypatch):
     """Neither gates nor weights are searched for zeros, which took 5 % of the time."""
     seen = []
