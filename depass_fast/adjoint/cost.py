@@ -130,19 +130,39 @@ class SweepWorkload:
             for blocks in self._sampled(group, workspace):
                 yield tables + blocks
 
+    @property
+    def _fused(self) -> bool:
+        """True where kernels do what lies between the products (:mod:`.fused`): on a GPU, for rows in float32."""
+        return self.memory.cuda and self.item == 4 and self.softmax
+
     def _attention(self, index: int, rows: int) -> Iterator[list[int]]:
         size, n, width = self.layers[index], self.memory.n, self.memory.width
         p = self.heads * n * min(n, self._queries(index)) * 4
         here, values, mixed = rows * n * width * self.item, rows * n * size.v * self.compute, size.o * self.compute
         mixed *= rows * self._queries(index)
-        cast = [rows * n * width * self.compute] if self.compute != self.item else []
-        yield [here, here, *cast, values]
-        yield [here, values, *[mixed] * 3]
+        if self._fused:  # the product adds to the rows by itself
+            yield [here, rows * n * width * self.compute, values]
+            yield [here, values, max(values, mixed), mixed]
+        else:
+            cast = [rows * n * width * self.compute] if self.compute != self.item else []
+            yield [here, here, *cast, values]
+            yield [here, values, *[mixed] * 3]
         yield [here, values, p]  # and once more, as they are kept or held (maps)
 
     def _mlp(self, index: int, rows: int, starts: int, workspace: int) -> list[int]:
         n, width, queries = self.memory.n, self.memory.width, self._queries(index)
         neurons = self.layers[index].reached(n)
+        if self._fused:
+            q = min(queries, positions_at_once(gates_budget(workspace), rows, neurons, self.compute, held=2))
+            here = rows * queries * width
+            table = starts * queries * neurons * self.item  # three of them are the way back's
+            read = here * self.compute
+            return [
+                here * self.item * (1 + self.layers[index].parallel),
+                read,
+                rows * q * neurons * self.compute,
+                *[table] * 3,
+            ]
         q = min(queries, positions_at_once(gates_budget(workspace), rows, neurons, self.item))
         gates, read = rows * q * neurons, rows * q * width * self.item
         cast = [gates * self.compute] if self.compute != self.item else []
@@ -152,8 +172,9 @@ class SweepWorkload:
 
     def _back(self, index: int, starts: int) -> list[int]:
         size, n, queries = self.layers[index], self.memory.n, self._queries(index)
-        y, back = starts * queries * size.reached(n) * self.item, starts * self.memory.row
-        return [*[y] * 3, *[back] * 3, *[starts * n * size.o * self.compute] * 3]
+        neurons, back = starts * queries * size.reached(n), starts * self.memory.row
+        y = [neurons * self.compute] if self._fused else [neurons * self.item] * 3
+        return [*y, *[back] * 3, *[starts * n * size.o * self.compute] * 3]
 
     def _sampled(self, group: list[StartSize], workspace: int) -> Iterator[list[int]]:
         """Yield the phases of the sample: the half that measures log Z, then the other; all starts give alike."""
