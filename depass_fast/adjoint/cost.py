@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ..backends.workload import LayerSize
 from ..options import Adjoint
 from .approximation import Approximation
-from .stack import KEPT
 from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
+from .stack import KEPT
 
 _NAME = 80  # bytes of a label in all lists that hold it
 

@@ -17,8 +17,8 @@ from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Alive, Crowd, allocate_softmax, gates_of
 from .maps import LayerMaps
-from .stack import LayerStack
 from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
+from .stack import LayerStack
 from .starts import Start, all_alive
 
 

@@ -13,8 +13,8 @@ from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Crowd, dead_rows
 from .forward import Released, Step
-from .stack import LayerStack
 from .memory import singles_at_once
+from .stack import LayerStack
 from .starts import Start
 
 

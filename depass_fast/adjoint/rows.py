@@ -20,7 +20,8 @@ class ExplicitRows:
 
     Row r is component ``member[r]`` of start ``owner[r]``, or its `rest`, `bias` or probe (``REST_ROW``, ...).
     A row is released where its loudness falls below its ``limits`` (R,). ``sizes`` says how many rows a start has. The
-    first of a start's rows is its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it waits for no device.
+    first of a start's rows is its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it
+    waits for no device.
     """
 
     def __init__(self, x: Tensor) -> None:

@@ -18,10 +18,10 @@ from .approximation import Approximation
 from .backward import extra_scores, linear_scores
 from .estimate import Figures, draw, judge, worst
 from .forward import Forward, mean_field
-from .stack import LayerStack
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW
+from .stack import LayerStack
 from .starts import Start, loudness
 
 _ADVICE = "the trace and one start layer do not fit. Take a shorter prompt, or fewer targets at once."

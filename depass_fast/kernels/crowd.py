@@ -2,14 +2,14 @@
 
 A *start* is a start layer of the sweep. Its rows lie side by side: first the probe, then components that are carried
 explicitly; everyone else is its *crowd* (docs/adjoint.md, 2 and 3). For every start, position and neuron one pass over
-the rows yields the crowd's mean gate, another one Z and the shares. κ needs the probe's gates at all neurons; so it lies
-between two launches, as one partial result per block of neurons.
+the rows yields the crowd's mean gate, another one Z and the shares. κ needs the probe's gates at all neurons. So it
+lies between two launches, as one partial result per block of neurons.
 
 A row takes part where it is alive, `bias` also where it has a constant at that neuron. Gates are taken as they are: one
 that was rounded to zero counts.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
 
 from __future__ import annotations

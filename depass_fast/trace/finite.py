@@ -8,6 +8,8 @@ from torch import Tensor
 from ..adapters import Adapter
 from .record import LayerTrace, Trace
 
+_norms = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage] (many in one call: no public name)
+
 
 def check_finite(adapter: Adapter, trace: Trace) -> None:
     """Raise FloatingPointError if a trace holds NaN or inf.
@@ -51,7 +53,7 @@ def _has_finite_sums(*tensors: Tensor) -> bool:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     sums: list[Tensor] = []
     for (_, dtype), group in alike.items():
-        sums += torch._foreach_norm(group, 1, torch.promote_types(dtype, torch.float32))
+        sums += _norms(group, 1, torch.promote_types(dtype, torch.float32))
     return bool(torch.stack([total.to(tensors[0].device) for total in sums]).isfinite().all())
 
 

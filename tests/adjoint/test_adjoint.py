@@ -12,9 +12,9 @@ from depass_fast.adjoint.crowd import Crowd
 from depass_fast.adjoint.estimate import spearman
 from depass_fast.adjoint.forward import Forward, Step, mean_field
 from depass_fast.adjoint.maps import LayerMaps
-from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.rows import ExplicitRows
+from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.starts import DenseRows, make_start
 from depass_fast.allocation import taking_part
 from depass_fast.backends import ReferenceBackend

@@ -171,7 +171,8 @@ def test_bad_queries_and_keys_are_named(part):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_gpu_finds_one_bad_element_in_a_sum(dtype, bad):
     """It sums all recorded tensors at once, in float32 or wider: their largest numbers together are no infinity."""
-    tensors = [torch.ones(4, 3), torch.full((70, 1000), 6e4).to(dtype), torch.ones(2, 3, 4, dtype=dtype).transpose(0, 1)]
+    large, turned = torch.full((70, 1000), 6e4).to(dtype), torch.ones(2, 3, 4, dtype=dtype).transpose(0, 1)
+    tensors = [torch.ones(4, 3), large, turned]
     assert finite._has_finite_sums(*tensors)
     for tensor in tensors:
         tensor[1, 1] = bad

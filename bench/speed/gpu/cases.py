@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, launch, rows
+from depass_fast.kernels import allocation, attention, launch, probabilities, rows
 from depass_fast.state.layout import Components, Layout
 from depass_fast.state.state import ComponentState
 from depass_fast.trace.attention import attention_probabilities
@@ -192,7 +192,7 @@ def _allocate(sizes: Sizes, segments: int, count: int, dtype: torch.dtype, devic
 
 def _frozen(
     layout: Layout, sizes: Sizes, groups: int, dtype: torch.dtype, device: torch.device
-) -> tuple[attention.Frozen, Tensor, Tensor, int]:
+) -> tuple[probabilities.Frozen, Tensor, Tensor, int]:
     """A recorded attention, its log-sum-exp's positions and items, and the rows of a tile."""
     lengths = np.bincount(layout.prompt)
     tile = launch.mix_tile(int(lengths.max()), groups, dtype)
@@ -202,7 +202,7 @@ def _frozen(
     )
     packed = torch.from_numpy(layout.packed.astype(np.int32)).to(device)
     return (
-        attention.Frozen(q, k, sizes.head_dim**-0.5),
+        probabilities.Frozen(q, k, sizes.head_dim**-0.5),
         packed,
         query_tiles(lengths, tile, groups, device),
         tile,
@@ -219,7 +219,7 @@ def _log_sum_exp(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Prep
 
     n = len(packed)
     return Prepared(
-        run=lambda _: attention.log_sum_exp(frozen, packed, items, tile),
+        run=lambda _: probabilities.log_sum_exp(frozen, packed, items, tile),
         start=lambda: poisoned(n, sizes.heads, dtype=torch.float32, device=device),
         oracle=oracle,
         moved=2.0 * frozen.q.numel() * dtype.itemsize,
@@ -232,7 +232,7 @@ def _mix(sizes: Sizes, is_long: bool, groups: int, dtype: torch.dtype, device: t
     frozen, packed, items, tile = _frozen(layout, sizes, groups, dtype, device)
     part = sizes.part if is_long else (0, None)
     piece = make_piece(layout, range(1), *part, tile, groups, device)
-    lse = attention.log_sum_exp(frozen, packed, items, tile)
+    lse = probabilities.log_sum_exp(frozen, packed, items, tile)
     kv, wide = sizes.heads // groups, sizes.heads * sizes.head_dim
     values = _random(2, len(piece.rows), kv * sizes.head_dim, device=device, dtype=dtype)
     first, last = part[0], len(layout.components[0]) if part[1] is None else part[1]
@@ -275,7 +275,7 @@ def _completeness(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Pre
         return (missed.norm(dim=1) / resid.double().norm(dim=1)).amax()[None]
 
     return Prepared(
-        run=lambda _: state.completeness(resid),
+        run=lambda _: torch.div(*state.missed(resid)).amax()[None],
         start=lambda: poisoned(1, dtype=torch.float32, device=device),
         oracle=oracle,
         moved=4.0 * x.numel(),

@@ -139,7 +139,8 @@ class TritonBackend(TorchBackend):
             one, other, *own = self._buffers(device, lane, *sizes, *([4 * n, 4 * n] if half else []))
             scales = None
             if isinstance(half, AttentionRange):
-                scales = RowScales(*(_as(buffer, torch.float32, n) for buffer in own), half.shift)
+                of_values, of_mixed = (_as(buffer, torch.float32, n) for buffer in own)
+                scales = RowScales(of_values, of_mixed, half.shift)
             here, of_values = scale[piece.positions], None if scales is None else scales.values
             x = self._read(state, piece.rows, weights, here, _as(one, dtype, n, width), row_scale=of_values)
             values = torch.mm(x, w_v.T, out=_as(other, dtype, n, values_width))
