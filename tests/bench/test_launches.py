@@ -15,8 +15,8 @@ SHORT = [  # model, components, prompts of 20 tokens; operations per layer, and 
 ]
 
 
-def own(model, components, prompts, layers, backend="triton"):
-    _, counted = count(CountedRun(model, components, (20,) * prompts, backend, layers=layers))
+def own(model, components, prompts, layers):
+    _, counted = count(CountedRun(model, components, (20,) * prompts, "triton", layers=layers))
     return counted.own
 
 

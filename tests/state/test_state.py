@@ -22,7 +22,7 @@ def missed(state, resid):
 
 
 def completeness(*measured):
-    """What is found of states beside their residual streams, when all are measured."""
+    """The errors of states beside their residual streams, measured together."""
     found = Completeness()
     for state, resid in measured:
         found.measure(state, resid)
