@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -12,7 +13,8 @@ import torch
 
 _log = logging.getLogger("depass_fast")
 _said: set[str] = set()
-_INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
+# the last calls what a context manager decorates
+_INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
 
 
 def say_once(text: str) -> None:
