@@ -62,7 +62,7 @@ def _tile(
 
 @triton.jit
 def _present(alive, away, first, m, count, HAS_AWAY: tl.constexpr):
-    """Which components m take part: those alive, but no special token away from home: [BM]."""
+    """The components m that take part: those alive, but no special token away from home: [BM]."""
     row = first + m
     here = tl.load(alive + row, mask=m < count, other=0) != 0
     if HAS_AWAY:
@@ -72,7 +72,7 @@ def _present(alive, away, first, m, count, HAS_AWAY: tl.constexpr):
 
 @triton.jit
 def _part(here, driven, m, bias, HAS_CONSTANT: tl.constexpr):
-    """Who takes part, [BM, 1] or [BM, BI]: `bias` also where it is ``driven`` by a constant."""
+    """A mask of those that take part, [BM, 1] or [BM, BI]: `bias` also where it is ``driven`` by a constant."""
     part = here[:, None]
     if HAS_CONSTANT:
         part = part | ((m == bias)[:, None] & driven[None, :])
