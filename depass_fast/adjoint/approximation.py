@@ -16,7 +16,8 @@ class Approximation:
 
     ``loud``: components whose expected g/T (:func:`depass_fast.adjoint.starts.loudness`) is above this are carried
     explicitly until it no longer is, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is
-    estimated. ``releases``: components that are no longer loud go back to the crowd.
+    estimated. ``releases``: components that are no longer loud go back to the crowd, those that are refined where they
+    are below ``quiet``.
     """
 
     temperature: float | None

@@ -188,8 +188,8 @@ class Sweep:
 class _RoundTrip:
     """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
-    ``fixed`` components of every start are explicit to the end. ``settled`` (all,) says which components are, or start
-    there: nothing but log Z stands between their scores and exact ones.
+    ``fixed`` components of every start are explicit until they are quiet. ``settled`` (all,) says which are explicit to
+    the end, or start there: nothing but log Z stands between their scores and exact ones.
     """
 
     def __init__(

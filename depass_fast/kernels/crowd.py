@@ -243,7 +243,7 @@ def _crowd_back(
 
 def share_with_crowds(
     g: Tensor,
-    rows: StartRows,
+    explicit: StartRows,
     alive: Tensor,
     counts: Tensor,
     act: Tensor,
@@ -268,26 +268,26 @@ def share_with_crowds(
         check(name, x, (n_queries, n_neurons), torch.float32, spaced=True)
     if constant is not None:
         check("constant", constant, (n_neurons,), torch.float32)
-    _check_rows(rows)
-    _check_tables(tables, len(rows), n_queries, n_neurons)
-    if counts.shape != (len(rows), n_queries) or counts.dtype != torch.float32:
-        raise ValueError(f"counts: expected float32 of shape {(len(rows), n_queries)}; got {tuple(counts.shape)}.")
+    _check_rows(explicit)
+    _check_tables(tables, len(explicit), n_queries, n_neurons)
+    if counts.shape != (len(explicit), n_queries) or counts.dtype != torch.float32:
+        raise ValueError(f"counts: expected float32 of shape {(len(explicit), n_queries)}; got {tuple(counts.shape)}.")
     if not g.numel():
         return
-    config = crowd_config(rows.longest, n_neurons, g.dtype)
+    config = crowd_config(explicit.longest, n_neurons, g.dtype)
     one = config.pop("ONE_TILE")
     blocks = triton.cdiv(n_neurons, config["BI"])
-    partial = torch.empty(len(rows) * n_queries * blocks, 3, dtype=torch.float32, device=g.device)
+    partial = torch.empty(len(explicit) * n_queries * blocks, 3, dtype=torch.float32, device=g.device)
     constants, has = act if constant is None else constant, constant is not None
-    grid = (len(rows) * n_queries * blocks,)
+    grid = (len(explicit) * n_queries * blocks,)
     table = (tables.mean.stride(0), tables.mean.stride(1), counts.stride(0), counts.stride(1), 1.0 / temperature)
     _crowd_mean[grid](
-        g, total, constants, rows.first, rows.bias, counts, tables.mean, partial,
+        g, total, constants, explicit.first, explicit.bias, counts, tables.mean, partial,
         n_queries, n_neurons, total.stride(0), *table,
         HAS_CONSTANT=has, **config,
     )  # fmt: skip
     _crowd_share[grid](
-        g, alive, act, constants, rows.first, rows.rest, rows.bias, counts, partial,
+        g, alive, act, constants, explicit.first, explicit.rest, explicit.bias, counts, partial,
         tables.log_z, tables.share, tables.mean, tables.slope,
         n_queries, n_neurons, act.stride(0), alive.stride(0), tables.slope.stride(0), *table,
         HAS_CONSTANT=has, ONE_TILE=one, NB=triton.next_power_of_2(blocks), **config,

@@ -87,7 +87,7 @@ CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, probabilities, rows
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -104,6 +104,12 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
         for rule in ("softmax", "taylor"):
             allocation.allocate(g, where, act, act, rule, 0.1, alive, empty(32))
+        places, table = empty(2, dtype=small), empty(2, n, 32)
+        explicit = crowd.StartRows(here.base, places, places, 9)
+        tables, lasting = crowd.CrowdTables(table, table, table, empty(2, n)), empty(n, 32)
+        more = empty(n, n, dtype=torch.uint8), empty(2, 1).expand(2, n), lasting, lasting, 0.1, tables, empty(32)
+        crowd.share_with_crowds(empty(n, n, 32), explicit, *more)
+        crowd.gradients_of_gates(empty(2, n, n, 32), lasting, 0.1, tables)
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
@@ -118,6 +124,9 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
     once = [
         "_add_rows",
         "_allocate",
+        "_crowd_back",
+        "_crowd_mean",
+        "_crowd_share",
         "_down",
         "_gate",
         "_log_partition",

@@ -12,7 +12,7 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import merged, winner, winners
-from depass_fast.kernels import allocation, attention, launch, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, launch, probabilities, rows
 
 CHECKS = list(checks(small=True))
 
@@ -161,6 +161,7 @@ def idle(monkeypatch):
     kernels = {
         rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
         allocation: ("_allocate", "_share_linearly"),
+        crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
     }
     kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
     kernels |= {fused_products: ("_gate", "_down", "_log_partition")}
@@ -189,6 +190,19 @@ def sharing(**changes) -> dict:
     parts = {"starts": torch.tensor([0, 2, 5]), "recorded": torch.arange(2), "away": torch.zeros(5).byte(), "bias": 0}
     parts = {name: changes.pop(name, value) for name, value in parts.items()}
     return {"segments": allocation.Segments(longest=3, **parts)} | whole | changes
+
+
+def crowding(which, **changes) -> dict:
+    names = ("log_z", "share", "mean")
+    tables = {name: changes.pop(name, torch.ones(2, 3, 8)) for name in names}
+    tables = crowd.CrowdTables(**tables, slope=changes.pop("slope", torch.ones(2, 3)))
+    whole = {"act": torch.ones(3, 8), "temperature": 0.1, "tables": tables}
+    if which == "back":
+        return whole | {"y": torch.ones(2, 1, 3, 8)} | changes
+    parts = {"first": torch.tensor([0, 2, 5]), "rest": torch.zeros(2).int(), "bias": torch.zeros(2).int()}
+    explicit = crowd.StartRows(**{name: changes.pop(name, value) for name, value in parts.items()}, longest=3)
+    whole |= {"g": torch.ones(5, 3, 8), "explicit": explicit, "alive": torch.ones(5, 3).byte()}
+    return whole | {"counts": torch.ones(2, 3), "total": torch.ones(3, 8), "constant": torch.ones(8)} | changes
 
 
 def multiplying(which, **changes) -> dict:
@@ -222,6 +236,8 @@ WRAPPERS = {
     "allocate": (allocation.allocate, sharing),
     "gate": (fused_products.gate, functools.partial(multiplying, "gate")),
     "down": (fused_products.down, functools.partial(multiplying, "down")),
+    "share_with_crowds": (crowd.share_with_crowds, functools.partial(crowding, "share")),
+    "gradients_of_gates": (crowd.gradients_of_gates, functools.partial(crowding, "back")),
     "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
     "row_scales": (rows.row_scales, functools.partial(reading, "row_scales")),
     "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
@@ -232,6 +248,8 @@ NAMES = {
     "allocate": "g act gate alive constant starts recorded away",
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
+    "share_with_crowds": "g first rest bias alive act total constant log_z share mean slope",
+    "gradients_of_gates": "y act log_z share mean slope",
     "read_rows": "x segment base source scale weight out alive row_scale",
     "row_scales": "x at",
     "add_rows": "x segment base source gained row_scale",
@@ -245,7 +263,7 @@ def test_every_argument_of_another_dtype_shape_or_layout_is_refused(kernel, idle
     with pytest.raises(AssertionError, match="launched"):
         call(**arguments())
     flat = arguments()
-    for part in ("frozen", "keys", "segments", "rows"):
+    for part in ("frozen", "keys", "segments", "rows", "explicit", "tables"):
         flat |= vars(flat[part]) if part in flat else {}
     if "scales" in flat:
         flat |= {"of_values": flat["scales"].values, "of_mixed": flat["scales"].mixed}

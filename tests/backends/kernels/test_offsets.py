@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -60,6 +60,44 @@ def test_in_the_allocation(rule):
     shares(*(room[:, i * n :][:, :n] for i in range(3)), skipped)
     shares(near, act, gate, 0)
     assert torch.equal(room[skipped:, :n], near) and not torch.equal(near, before)
+
+
+def test_in_the_crowds_of_a_sweep():
+    """A start's rows, and gradients of a start, that lie behind 2³¹ numbers."""
+    width, count, n = 1 << 16, 3, 300
+    skipped = FAR // width + 1
+    room = far(count, width, rows_before=skipped)
+    room[skipped:, :n] = random(0, count, n).half()
+    room[skipped:, n:] = 0
+    act, total = random(1, 1, width), random(2, 1, width)
+    alive, places = torch.ones(len(room), 1, dtype=torch.uint8), torch.full((1,), -1, dtype=torch.int32)
+
+    def shares(g: torch.Tensor, first: int) -> crowd.CrowdTables:
+        rows_of = crowd.StartRows(torch.tensor([first, first + count]), places, places, count)
+        tables = crowd.CrowdTables(*torch.full((3, 1, 1, width), torch.nan), torch.full((1, 1), torch.nan))
+        given = alive[: len(g)], torch.full((1, 1), 50.0), act, total, 0.1, tables
+        crowd.share_with_crowds(g[:, None], rows_of, *given)
+        return tables
+
+    near, before = room[skipped:].clone(), room[skipped:].clone()
+    found, expected = shares(room, skipped), shares(near, 0)
+    assert torch.equal(room[skipped:], near) and not torch.equal(near, before)
+    assert torch.equal(found.log_z, expected.log_z) and torch.equal(found.share, expected.share)
+
+
+def test_in_the_way_back_of_a_sweep(monkeypatch):
+    width = 1 << 16
+    skipped = FAR // width + 1
+    y = far(1, width, rows_before=skipped)
+    y[skipped:] = random(3, 1, width).half()
+    gradients, act = y[skipped:].float(), torch.ones(1, width)
+    tables = [torch.ones(1, 1, width).expand(skipped + 1, 1, -1) for _ in range(3)]
+    slope, offsets = torch.ones(skipped + 1, 1), torch.zeros(skipped + 1)
+    strides = (0, 1, tables[0].stride(0), tables[0].stride(1))
+    Last(crowd._crowd_back, monkeypatch)[(skipped + 1,)](
+        y, act, *tables[1:], slope, offsets, 1, width, 1, *strides, 2.0, BI=1 << 14
+    )
+    assert torch.allclose(y[skipped:].float(), 2 * gradients, rtol=2e-3) and float(offsets[-1]) == 0.0
 
 
 def test_in_rows(monkeypatch):
