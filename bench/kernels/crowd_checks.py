@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,14 +65,15 @@ def _check_share(
         wide = [poisoned(starts, queries + padding, n, dtype=torch.float32, device=device) for _ in range(3)]
         slope = poisoned(starts, queries + padding, dtype=torch.float32, device=device)
         tables = crowd.CrowdTables(*(table[:, 1 : 1 + queries] for table in (*wide, slope)))
-        tables_of_places = [torch.full((starts,), place, dtype=torch.int32, device=device) for place in places]
-        rows = crowd.StartRows(first.to(device), *tables_of_places, max(sizes))
+        at = [torch.full((starts,), place, dtype=torch.int32, device=device) for place in places]
+        rows = crowd.StartRows(first.to(device), rest=at[0], bias=at[1], longest=max(sizes))
         numbers = counts.to(device) if empty else counts[:, :1].to(device).expand(-1, queries)
         flags = torch.cat([alive, alive], 1).to(device)[:, :queries]  # rows that are not packed
         given, out = None if constant is None else constant.to(device), g.to(device)
         crowd.share_with_crowds(out, rows, flags, numbers, act.to(device), total.to(device), temperature, tables, given)
-        beside = [table[:, [0, queries + 1]] for table in (*wide, slope)]
-        assert all(bool(table.isnan().all()) for table in beside), "written beside the tables"
+        assert all(bool(table[:, [0, queries + 1]].isnan().all()) for table in (*wide, slope)), (
+            "written beside the tables"
+        )
         found = (out, tables.log_z, tables.share, tables.mean, tables.slope)
         return max(error(*(x.nan_to_num(posinf=99.0) for x in pair)) for pair in zip(found, oracle, strict=True))
 
@@ -85,7 +86,7 @@ def _oracle(
 ) -> list[Tensor]:  # fmt: skip
     """The shares of all rows and the tables of all starts, in float64."""
     found = []
-    for s, (begin, end) in enumerate(pairwise(first)):
+    for s, (begin, end) in enumerate(itertools.pairwise(first)):
         values, part = g[begin:end].double(), (alive[begin:end] != 0)[..., None].expand(-1, -1, g.shape[2]).clone()
         if constant is not None:
             values[places[1]] += constant.double()
@@ -99,8 +100,11 @@ def _oracle(
 def _check_back(starts: int, targets: int, queries: int, n: int) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
         y, act = random(0, starts, targets, queries, n).to(dtype), random(1, queries, n)
-        share, mean = random(2, starts, queries, n).abs(), random(3, starts, queries, n)
-        slope = random(4, starts, queries)
+        share, mean, slope = (
+            random(2, starts, queries, n).abs(),
+            random(3, starts, queries, n),
+            random(4, starts, queries),
+        )
         gained = y.double() * (share * act).double()[:, None]
         oracle = (gained * (1.0 - slope.double()[..., None] * mean.double())[:, None]).sum(-1)
         tables = crowd.CrowdTables(*(x.to(device) for x in (mean, share, mean, slope)))

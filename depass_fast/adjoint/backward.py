@@ -106,7 +106,7 @@ class _WayBack:
         back = maps.normed(self._back.flatten(0, 1), "attention", transposed=True)
         through = maps.ov_transposed(back).unflatten(0, (active, self._k))
         back = back.unflatten(0, (active, self._k)) + (read if maps.parallel else 0.0)
-        self._back = _everywhere(back, step.queries, self._stack.n) + through
+        self._back = through.add_(_everywhere(back, step.queries, self._stack.n))
 
     def _score_released(self, index: int) -> None:
         """Read the rows that were released before a layer."""

@@ -67,7 +67,8 @@ def mean_field(
     """Carry the explicit rows of ``starts`` (in order) to the end of the stack.
 
     ``loud`` holds the loud components of every start, (k,) indices: explicit until they are no longer loud. ``fixed``
-    holds others, no loud ones among them, that are explicit until they are quiet. ``budget`` bounds the gates held at once, in bytes.
+    holds others, no loud ones among them, that are explicit until they are quiet. ``budget`` bounds the gates held at
+    once, in bytes.
     """
     way = _WayThere(stack, starts, loud, fixed or [indices[:0] for indices in loud], approximation, budget)
     for index in range(starts[0].entering, stack.end):

@@ -48,8 +48,8 @@ class FusedMaps(LayerMaps):
     ) -> tuple[Tensor, CrowdTables]:
         """Return rows ``x`` (R, Q, D) with their shares added to them, and what the layer does to the crowds.
 
-        ``read`` (R, Q, D) is what the MLP reads, ``counts`` (S, Q or 1, 1) are the crowds' components. ``budget``
-        bounds the gates held at once, in bytes.
+        ``read`` (R, Q, D) is what the MLP reads, ``counts`` (S, Q or 1, 1) are the crowds' components;
+        ``budget`` bounds the gates held at once, in bytes.
         """
         queries, width = self.act.shape
         tables = CrowdTables(

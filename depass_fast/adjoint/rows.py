@@ -63,7 +63,7 @@ class ExplicitRows:
         return self.member[(self.owner == start) & (self.member >= 0)]
 
     def join(self, start: Start, loud: Tensor, fixed: Tensor, approximation: Approximation) -> None:
-        """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those that stay to the end."""
+        """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those to be refined."""
         named = torch.cat([loud, fixed])
         rows: list[Tensor] = []
         extras: list[int] = []

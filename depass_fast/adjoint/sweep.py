@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -188,8 +189,8 @@ class Sweep:
 class _RoundTrip:
     """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
-    ``fixed`` components of every start are explicit until they are quiet. ``settled`` (all,) says which are explicit to
-    the end, or start there: nothing but log Z stands between their scores and exact ones.
+    ``fixed`` components of every start are explicit until they are quiet. ``settled`` (all,) says which are among them,
+    explicit to the end, or start there: little but log Z stands between their scores and exact ones.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class _RoundTrip:
             named += linear_scores(sweep.stack, forward, sweep.directions, sweep.approximation)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
-            settled.append(_settled(forward, sweep.stack.end))
+            settled.append(_settled(forward, sweep.stack.end, [] if fixed is None else fixed[group]))
             self._kept = forward if keep and len(groups) == 1 else None
         self.flat = torch.cat(named, dim=1).cpu()
         self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
@@ -246,10 +247,12 @@ class _RoundTrip:
         return scores.to(self.flat), max(errors, default=None)
 
 
-def _settled(forward: Forward, end: int) -> Tensor:
-    """Return which components are explicit to the end, or start there: (all,) bool."""
+def _settled(forward: Forward, end: int, fixed: Sequence[Tensor]) -> Tensor:
+    """Return which components are refined, explicit to the end, or start there: (all,) bool."""
     counts = torch.tensor([len(start.named) for start in forward.starts], device="cpu")
     done = torch.tensor([start.entering >= end for start in forward.starts], device="cpu").repeat_interleave(counts)
-    named = forward.rows.member >= 0
-    done[(counts.cumsum(0) - counts)[forward.rows.owner[named]] + forward.rows.member[named]] = True
+    named, edges = forward.rows.member >= 0, counts.cumsum(0) - counts
+    done[edges[forward.rows.owner[named]] + forward.rows.member[named]] = True
+    for members, edge in zip(fixed, edges, strict=False):
+        done[members + edge] = True  # some were released where they were quiet
     return done

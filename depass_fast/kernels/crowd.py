@@ -1,16 +1,17 @@
 """A layer's softmax allocation for the explicit rows of an adjoint sweep, with its crowds, and the way back through it.
 
 A *start* is a start layer of the sweep. Its rows lie side by side: first the probe, then components that are carried
-explicitly; everyone else is its *crowd* (docs/adjoint.md, 2 and 3). For every start, position and neuron one pass over
-the rows yields the crowd's mean gate, another one Z and the shares. κ needs the probe's gates at all neurons. So it
-lies between two launches, as one partial result per block of neurons.
+explicitly. Everyone else is its *crowd* (docs/adjoint.md, 2 and 3). For every start, position and neuron one pass over
+the rows yields the crowd's mean gate, another one Z and the shares. κ needs the probe's gates at all neurons, so it
+lies between two launches, as a partial result per block of neurons.
 
 A row takes part where it is alive, `bias` also where it has a constant at that neuron. Gates are taken as they are: one
 that was rounded to zero counts.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel; to
+# pyright a function of a kernel never returns)
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ class StartRows:
 
 @dataclass(frozen=True, eq=False)
 class CrowdTables:
-    """What a layer does to its crowds: ``log_z``, ``share`` and ``mean`` (S, q, I), ``slope`` (S, q), float32.
+    """The effect of a layer on its crowds: ``log_z``, ``share`` and ``mean`` (S, q, I), ``slope`` (S, q), float32.
 
     They may be parts of longer tables, the first three alike.
     """

@@ -324,3 +324,9 @@ def test_latents_and_sinks(name):
         neurons = [index for index, label in enumerate(one.labels) if label not in ("bias", "rest")]
         for scores in zip(one.scores[..., neurons], other.scores[..., neurons], strict=True):
             assert torch.corrcoef(torch.stack(scores))[0, 1] >= 0.99
+
+
+def test_a_component_that_was_refined_and_released_was_refined(demo):
+    """The sample is drawn from the others: a refined component that went back to the crowd was not missed."""
+    found = demo.attribute("Nyria Morstam speaks", Neurons(layers="all"), " Italian", method=Adjoint(refine=100))
+    assert found.estimate.missed == 0.0 and not found.warnings

@@ -63,7 +63,7 @@ def test_taylor(both):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision(dtype, both):
-    """As near to the scores of the same weights in float32 as the plain sweep."""
+    """The scores are as near to those of the same weights in float32 as the plain sweep's."""
     dp, ids = DePass(build_model("llama", initializer_range=0.05).to(dtype)), random_ids(6, seed=2)
     wide = DePass(build_model("llama", initializer_range=0.05).to(dtype).float())
     kind, method = Neurons(layers="all"), Adjoint(refine=8, sample=0)
