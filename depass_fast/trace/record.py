@@ -53,6 +53,8 @@ class AttentionTrace:
 
         It is not yet through a norm of the residual stream.
         """
+        if not weights.has_bias:  # also those of the same model that leave its biases out
+            return None
         if self.out_scale is None and self.row_sum is None:
             if dtype not in self._constants:
                 self._constants[dtype] = weights.constant(dtype)

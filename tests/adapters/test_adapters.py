@@ -121,3 +121,19 @@ def test_a_model_without_biases_is_a_view():
     assert not bare.attention.has_bias and not bare.has_mlp_bias and without_biases(adapter).final_norm().bias is None
     assert bare.attention.constant(torch.float32) is None and without_biases(adapter).unembedding_bias is None
     assert torch.equal(bare.attention.w_o, layer.attention.w_o) and torch.equal(bare.mlp.w_gate, layer.mlp.w_gate)
+
+
+@pytest.mark.parametrize("first", ["biased", "biasless"])
+def test_a_trace_serves_a_model_with_and_without_its_biases(first):
+    """A layer's constant is kept in the trace, and must not be that of the other."""
+    model = build_model("qwen2", num_key_value_heads=2)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.bias.fill_(1.0)
+    dp = DePass(model)
+    record, span = dp.trace(random_ids(5)).layers[0].attention, slice(0, 5)
+    adapters = {"biased": dp.adapter, "biasless": without_biases(dp.adapter)}
+    found = {
+        name: record.constant(adapters[name].attention(0), span, torch.float32)
+        for name in sorted(adapters, key=lambda name: name != first)
+    }
+    assert found["biasless"] is None and found["biased"].norm() > 0
