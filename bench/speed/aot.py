@@ -211,7 +211,8 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
     """Record the launches of an adjoint sweep's MLP: starts with few explicit rows, with some, and with many."""
     _, neurons, heads, kv, _ = shape
     starts, queries, constant = 3, 20, _empty(neurons) if kv < heads // 2 else None
-    tables = crowd.CrowdTables(*(_empty(starts, queries, neurons) for _ in range(3)), _empty(starts, queries))
+    table = _empty(starts, queries, neurons)
+    tables = crowd.CrowdTables(table, table, table, _empty(starts, queries))
     act, counts = _empty(queries, neurons), _empty(starts, 1).expand(-1, queries)
     first, places = _empty(starts + 1, dtype=torch.int64), _empty(starts, dtype=torch.int32)
     for longest, name in ((3, "few rows"), (20, "some rows"), (131, "many rows")):

@@ -91,7 +91,7 @@ class TorchBackend(BoundedBackend):
     ) -> Callable[[Tensor, Block], None]:
         """Return a function that adds the attention of a block to its rows (r, D), in place and last of all."""
         dtype = self._dtype(state)
-        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         frozen = self._frozen(state, trace, scale)
 
         def attend(x: Tensor, block: Block) -> None:
@@ -104,10 +104,9 @@ class TorchBackend(BoundedBackend):
         return attend
 
     def _attention_weights(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return s of all positions (T,), W_V with the norm folded in, and W_O."""
-        dtype = self._dtype(state)
+        """Return s of all positions (T,), W_V with the norm folded in, and W_O, both in ``dtype``."""
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
@@ -123,7 +122,7 @@ class TorchBackend(BoundedBackend):
         dtype, width, factors = self._dtype(state), state.rows.shape[1], state.factors
         assert factors is not None
         groups = weights.n_heads // weights.n_kv_heads
-        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         w_o = w_o.unflatten(1, (weights.n_heads, -1)).permute(1, 2, 0)  # (H, d, D)
         frozen = self._frozen(state, trace, scale)
 
@@ -201,14 +200,18 @@ class TorchBackend(BoundedBackend):
 
         return make
 
+    def _query_dtype(self, state: ComponentState) -> torch.dtype:
+        """The dtype of the products for a few queries."""
+        return self._dtype(state)
+
     def _aggregate_at(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
     ) -> ComponentState:
         """Compute only a few queries: P first, on the states themselves, then V and O on what is left of them."""
         if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
             self._workspace.clear()
-        dtype, layout, width = self._dtype(state), state.layout, state.rows.shape[1]
-        scale, w_v, w_o = self._attention_weights(state, weights, trace)
+        dtype, layout, width = self._query_dtype(state), state.layout, state.rows.shape[1]
+        scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
         rows = self._budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
         out = ComponentState(rows, queries, state.layer)

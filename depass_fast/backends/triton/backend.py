@@ -81,6 +81,10 @@ class TritonBackend(TorchBackend):
         dtype = self._dtype(state)
         return torch.bfloat16 if dtype == torch.float16 and self._ranges is not None else dtype
 
+    def _query_dtype(self, state: ComponentState) -> torch.dtype:
+        """The state's dtype where products elsewhere have scales: the torch backend's have none."""
+        return self._dtype(state) if self._ranges is None else state.rows.dtype
+
     # -- attention ----------------------------------------------------------------------------------------------
 
     def aggregate_ov(

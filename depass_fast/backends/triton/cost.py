@@ -6,6 +6,8 @@ changes its line here. The last layer's few queries are the torch backend's, and
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..torch.cost import queries
 from ..workload import Need, Workload
 from .arena import STREAMS, Arena
@@ -21,7 +23,8 @@ def workspace(work: Workload) -> int:
     if not work.passed:
         return 0
     last = work.passed[-1]
-    return max(arena_bytes(work) + probability_bytes(work), queries(work, last) + last.v * work.width * work.item)
+    at_last = replace(work, item=work.state_item) if work.halves else work  # as the backend's products for few queries
+    return max(arena_bytes(work) + probability_bytes(work), queries(at_last, last) + last.v * work.width * at_last.item)
 
 
 def arena_bytes(work: Workload) -> int:
