@@ -1,5 +1,6 @@
 """Products in float16 with a scale per row: nearer than bfloat16, at any size of component, and never out of range."""
 
+import itertools
 import math
 import statistics
 from contextlib import nullcontext
@@ -34,16 +35,15 @@ def error(found, exact):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
 def test_scores_are_several_times_nearer_than_in_bfloat16(name):
-    for kind in (Tokens(), Heads(0), Neurons(0)):
-        errors = {"bfloat16": [], "float16": []}
-        for seed in range(3):
-            dp = DePass(model(name, seed))
-            trace = dp.trace(random_ids(12, seed=seed))
-            exact = dp.attribute(trace, kind, 3, backend="reference", state_dtype="float64").scores
-            for compute, found in errors.items():
-                scores = dp.attribute(trace, kind, 3, backend="triton", compute_dtype=compute).scores
-                found.append(float((scores - exact).norm() / exact.norm()))
-        assert 4 * statistics.median(errors["float16"]) <= statistics.median(errors["bfloat16"]), (kind, errors)
+    errors = {"bfloat16": [], "float16": []}
+    for kind, seed in itertools.product((Tokens(), Heads(0), Neurons(0)), range(3)):
+        dp = DePass(model(name, seed))
+        trace = dp.trace(random_ids(12, seed=seed))
+        exact = dp.attribute(trace, kind, 3, backend="reference", state_dtype="float64").scores
+        for compute, found in errors.items():
+            scores = dp.attribute(trace, kind, 3, backend="triton", compute_dtype=compute).scores
+            found.append(float((scores - exact).norm() / exact.norm()))
+    assert 5 * statistics.median(errors["float16"]) <= statistics.median(errors["bfloat16"]), errors
 
 
 def increments(dp, trace, backend, state, dtype=torch.float32):
