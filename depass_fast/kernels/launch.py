@@ -52,13 +52,12 @@ def mix_config(
     one = longest <= keys
     columns = 1 if one or not half or scaled or width > 128 or groups > 1 else 2  # two take all registers
     keys = min(keys, 32) if columns == 2 else keys
-    columns = (
-        8 if interpreted() and not scaled else columns
-    )  # every operation of a step costs the same there, of any size
+    if interpreted() and not scaled:
+        columns = 8  # every operation of a step costs the same there, of any size
     warps = 8 if stored or tile * width > 64 * 128 else 4
     config = {"BK": keys, "BM": columns, "ONE_TILE": one, "num_warps": warps, "num_stages": 3 if one and half else 2}
     kind = f"one k{keys}" if one else "stored" if stored else "many"
-    bucket = f"{kind} d{width} r{tile} g{groups}"  # a step's size is in it
+    bucket = f"{kind} d{width} r{tile} g{groups}{' scaled' if scaled else ''}"  # a step's size is in it
     return config | (tuned(device, "mix", bucket) if half else {})
 
 

@@ -20,7 +20,7 @@ from ...core.cli import command
 from ...core.models import SHAPES
 from ...kernels.checks import verify as verify_corners
 from . import kernels, workloads
-from .machine import clocks, copy_rate, square_rate
+from .machine import clocks, copy_rate, float32_rates, square_rate
 from .measurement import measure, providers_of
 from .session import Session
 from .variants import compare, comparisons
@@ -76,6 +76,13 @@ def rates(session: Session, shape_name: str) -> None:
     session.rates(SHAPES[shape_name])
 
 
+def float32(session: Session) -> None:
+    """Products of float32 matrices, by cuBLAS and as three in float16."""
+    sizes = (33, 64, 96) if session.tiny else (11009, 4096, 11008)
+    session.sections["float32"] = found = float32_rates(session.device, *sizes)
+    session.say(f"float32 products: {', '.join(f'{name} {value:.3g}' for name, value in found.items())}")
+
+
 def corners(session: Session) -> None:
     """Every corner of every kernel at small sizes."""
     found = verify_corners(session.device, small=session.tiny)
@@ -90,6 +97,7 @@ def parts(session: Session, options: argparse.Namespace) -> Iterator[Part]:
     first = "llama-tiny" if session.tiny else options.models[0]
     yield Part("clocks", lambda: look(session))
     yield Part("rates", lambda: rates(session, first))
+    yield Part("float32 products", lambda: float32(session))
     if backends()[0] == "triton":
         yield from kernel_parts(session, options.sanitize)
     yield Part("verify backends", lambda: verify_backends(session), 10.0)

@@ -255,8 +255,12 @@ def _mix(sizes: Sizes, is_long: bool, groups: int, dtype: torch.dtype, device: t
             mixed[:, head * sizes.head_dim : (head + 1) * sizes.head_dim] = there.view(*alive.shape, -1)[alive]
         return mixed
 
+    ones = torch.ones(len(values), device=device)
+    scales = attention.RowScales(ones, torch.ones_like(ones)) if dtype == torch.float16 else None
+    p = probabilities.stored_probabilities(frozen, lse, packed, items, tile, len(packed), dtype) if is_long else None
+    where = (piece.keys, piece.items, frozen, lse, tile, piece.longest)
     return Prepared(
-        run=lambda out: attention.mix(values, piece.keys, piece.items, frozen, lse, tile, piece.longest, out),
+        run=lambda out: attention.mix(values, *where, out, p, scales),
         start=lambda: poisoned(len(values), wide, dtype=dtype, device=device),
         oracle=oracle,
         moved=(values.numel() + len(values) * wide) * dtype.itemsize,

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from depass_fast.backends.torch.mlp import accumulate
+from depass_fast.backends.triton.split import split, split_product
+from depass_fast.runtime.precision import full_precision
 
 from ...core.models import Shape
 from ...core.timing import Timing, quantiles
@@ -44,6 +46,28 @@ def square_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / quantiles(seconds_of(lambda: torch.mm(a, b, out=out), device, runs=15))["median_s"]
+
+
+def float32_rates(device: torch.device, m: int, k: int, n: int) -> dict[str, float]:
+    """A product of float32 matrices (m, k) x (k, n) by the library's GEMM and as three in float16: TFLOP/s, and errors.
+
+    The rows are split each time, the weight is split before; its splitting stands apart, in seconds.
+    """
+    x, w = torch.randn(m, k, device=device), torch.randn(n, k, device=device).mul_(0.02)
+    out = torch.empty(m, n, device=device)
+    parts, few = split(w), slice(0, min(m, 256))
+    exact = x[few].double() @ w.double().T
+    found: dict[str, float] = {}
+    for name, call in (
+        ("gemm", lambda: torch.mm(x, w.T, out=out)),
+        ("split", lambda: split_product(split(x), parts, out)),
+    ):
+        with full_precision():
+            seconds = quantiles(seconds_of(call, device, runs=5))["median_s"]
+        found[f"{name}_tflops"] = 2 * m * k * n / seconds / 1e12
+        found[f"{name}_error"] = float((out[few] - exact).norm() / exact.norm())
+    found["split_weight_s"] = quantiles(seconds_of(lambda: split(w), device, runs=5))["median_s"]
+    return found
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from unittest import mock
 
 from torch import Tensor
 
+from depass_fast.kernels import launch
+
 from ...core.models import SHAPES, Model
 from ...core.timing import interleaved, quantiles
 from .session import Session
@@ -47,17 +49,26 @@ def comparisons(shape_name: str, tiny: bool) -> Iterator[Comparison]:
     shape = replace(shape, layers=min(8, shape.layers), vocabulary=1024)
     neurons = Work(shape, "neurons", 5 if tiny else 20)
     tokens = Work(shape, "tokens", 9 if tiny else 512)
-    kinds = ("float32", "float16") if tiny else ("bfloat16", "float16")
-    dtypes = {f"products in {kind}": Setup({"compute_dtype": kind}) for kind in kinds}
+    kind = "float32" if tiny else "bfloat16"
+    dtypes = {f"products in {kind}": Setup({"compute_dtype": kind}), "products by default": Setup()}
+    one_stage = lambda *at: launch.allocation_config(*at) | {"STAGES": 1}  # noqa: E731
+    stages = {"1 stage": switched("depass_fast.kernels.allocation", "allocation_config", one_stage), "staged": Setup()}
     streams = {f"{n} stream{'s' if n > 1 else ''}": switched(BACKEND, "STREAMS", n) for n in (1, 2)}
     budgets = {f"{n} GiB": Setup({"memory_budget": n * GIB}) for n in (1, 2, 4, 8)}
     stored = {"P made again": switched(f"{ARENA}.Arena", "stores", lambda self, *_: False), "P stored": Setup()}
+    yield Comparison("neurons: allocate", neurons, stages)
     for work in (neurons,) if tiny else (neurons, tokens):
         kind = work.components
         yield Comparison(f"{kind}: products", work, dtypes)
         yield Comparison(f"{kind}: streams", work, streams)
         yield Comparison(f"{kind}: budgets", work, budgets)
     yield Comparison("tokens: probabilities", tokens, stored)
+    if not tiny:
+        dense = {
+            "all neurons": switched("depass_fast.backends.active", "make_groups", lambda *_: None),
+            "active ones": Setup(),
+        }
+        yield Comparison("ReLU: zeros", Work(SHAPES["opt-6.7b"], "neurons", 20), dense)
 
 
 def place_of(path: str) -> Any:
