@@ -242,7 +242,8 @@ def _mix(sizes: Sizes, is_long: bool, groups: int, dtype: torch.dtype, device: t
     def oracle() -> Tensor:
         trace = AttentionTrace(resid=frozen.q, q=frozen.q, k=frozen.k, scale=frozen.scale)
         n = len(packed)
-        p = attention_probabilities(trace, torch.arange(n), torch.arange(n), torch.float64)  # (H, q, k)
+        here = torch.arange(n, device=device)
+        p = attention_probabilities(trace, here, here, torch.float64)  # (H, q, k)
         at = int(births.min())
         count = (piece.rows.base[1:] - piece.rows.base[:-1])[:, None]
         alive = torch.arange(last - first, device=device) < count  # (n', M)

@@ -16,7 +16,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from depass_fast.kernels import launch
+from depass_fast.kernels.launch import allocation_config
 
 from ...core.models import SHAPES, Model
 from ...core.timing import interleaved, quantiles
@@ -51,17 +51,22 @@ def comparisons(shape_name: str, tiny: bool) -> Iterator[Comparison]:
     tokens = Work(shape, "tokens", 9 if tiny else 512)
     kind = "float32" if tiny else "bfloat16"
     dtypes = {f"products in {kind}": Setup({"compute_dtype": kind}), "products by default": Setup()}
-    one_stage = lambda *at: launch.allocation_config(*at) | {"STAGES": 1}  # noqa: E731
-    stages = {"1 stage": switched("depass_fast.kernels.allocation", "allocation_config", one_stage), "staged": Setup()}
-    streams = {f"{n} stream{'s' if n > 1 else ''}": switched(BACKEND, "STREAMS", n) for n in (1, 2)}
-    budgets = {f"{n} GiB": Setup({"memory_budget": n * GIB}) for n in (1, 2, 4, 8)}
+    plain = allocation_config
+    shapes = {
+        "in one stage": lambda *at: plain(*at) | {"STAGES": 1},
+        "by default": plain,
+        "16 x 128 in 4 stages": lambda *at: plain(*at) | {"BM": 16, "BI": 128, "STAGES": 4, "num_warps": 8},
+    }
+    allocate = {n: switched("depass_fast.kernels.allocation", "allocation_config", how) for n, how in shapes.items()}
+    lanes = {
+        f"{n} lane{'s' if n > 1 else ''}, {gib} GiB": switched(BACKEND, "STREAMS", n, memory_budget=gib * GIB)
+        for n, gib in ((1, 1), (2, 1), (1, 4), (2, 4), (1, 8), (2, 8))
+    }
     stored = {"P made again": switched(f"{ARENA}.Arena", "stores", lambda self, *_: False), "P stored": Setup()}
-    yield Comparison("neurons: allocate", neurons, stages)
+    yield Comparison("neurons: allocate", neurons, allocate)
     for work in (neurons,) if tiny else (neurons, tokens):
-        kind = work.components
-        yield Comparison(f"{kind}: products", work, dtypes)
-        yield Comparison(f"{kind}: streams", work, streams)
-        yield Comparison(f"{kind}: budgets", work, budgets)
+        yield Comparison(f"{work.components}: products", work, dtypes)
+        yield Comparison(f"{work.components}: lanes", work, lanes)
     yield Comparison("tokens: probabilities", tokens, stored)
     if not tiny:
         dense = {

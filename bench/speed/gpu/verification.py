@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +55,26 @@ def verify_backends(session: Session) -> None:
         found = [_errors(*task) for task in tasks]
     each = [(*task[:2], *pair) for task, errors in zip(tasks, found, strict=True) for pair in errors.items()]
     _record(session, [(f"{shape.name}, {name}, {kind}", (name, kind), error) for shape, kind, name, error in each])
+
+
+def verify_precision(session: Session) -> None:
+    """Record the errors of the products' dtypes on one trace, ‖scores - exact‖ / ‖exact‖: what the library adds.
+
+    :func:`verify_backends` compares with a forward pass in float64, from which that in half precision is far.
+    """
+    found = session.sections.setdefault("precision", [])
+    computes = ("float32", "float16") if session.tiny else ("bfloat16", None)
+    for shape in VERIFIED_TINY if session.tiny else VERIFIED:
+        library = DePass(_models(shape, session.dtype, session.device)[0])
+        trace = library.trace(random_prompt(shape, LENGTH).to(session.device))
+        for kind in (Tokens(), Heads(0), Neurons(0)):
+            exact = library.attribute(trace, kind, TARGET, backend="reference", state_dtype="float64").scores.double()
+            for name, compute in itertools.product(backends(), computes):
+                scores = library.attribute(trace, kind, TARGET, backend=name, compute_dtype=compute).scores
+                row = {"model": shape.name, "components": kind.kind, "backend": name, "products": compute or "default"}
+                row["error"] = float((scores - exact).norm() / exact.norm())
+                found.append(row)
+                session.say(", ".join(str(value) for value in row.values()))
 
 
 def verify_others(session: Session, names: Sequence[str]) -> None:
