@@ -233,7 +233,7 @@ class TorchBackend(BoundedBackend):
         fewest = int(np.bincount(layout.prompt).min())
 
         def cut(undone: QueryBlock | None) -> list[QueryBlock]:
-            slots = self._division(state).query_slots(width, len(w_o.T), weights.n_heads, fewest)
+            slots = self._division(state, dtype).query_slots(width, len(w_o.T), weights.n_heads, fewest)
             slots, begin = min(slots, self._slots(state, weights)), (0, 0)
             if undone is not None:
                 begin = undone.prompt, undone.first

@@ -66,8 +66,9 @@ class BoundedBackend(Backend):
             tables[key] = make()
         return tables[key]
 
-    def _division(self, state: ComponentState) -> Division:
-        item, on_cpu = self._dtype(state).itemsize, self._computes_on(state).type == "cpu"
+    def _division(self, state: ComponentState, dtype: torch.dtype | None = None) -> Division:
+        """The division for products in ``dtype``, by default :meth:`_dtype`."""
+        item, on_cpu = (dtype or self._dtype(state)).itemsize, self._computes_on(state).type == "cpu"
         return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
 
     def _slots(self, state: ComponentState, weights: Attention) -> int:

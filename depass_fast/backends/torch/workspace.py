@@ -18,15 +18,24 @@ class Workspace:
         """Let go of all of them."""
         self._buffers.clear()
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        like: Tensor,
+        dtype: torch.dtype | None = None,
+        ahead: int = 0,
+    ) -> Tensor:
         """An uninitialised tensor of ``shape`` on the device (and of the dtype) of ``like``.
 
-        What ``name`` held before is gone.
+        What ``name`` held before is gone. A buffer that has to grow becomes twice as large, but not for that larger
+        than ``ahead`` numbers: one that grows in every layer is not made anew in every layer.
         """
         key, size = (name, like.device, dtype or like.dtype), prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
+            grown = size if buffer is None else max(size, min(2 * buffer.numel(), ahead))
             self._buffers.pop(key, None)  # before its successor is made
             buffer = None
-            buffer = self._buffers[key] = torch.empty(size, dtype=key[2], device=key[1])
+            buffer = self._buffers[key] = torch.empty(grown, dtype=key[2], device=key[1])
         return buffer[:size].view(shape)

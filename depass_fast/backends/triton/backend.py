@@ -292,7 +292,7 @@ class TritonBackend(TorchBackend):
         """Return buffers of so many bytes side by side in a lane's arena, in which attention and MLP take turns."""
         ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
         like = torch.empty(0, device=device)
-        arena = self._workspace.take(f"arena {lane}", (int(ends[-1]),), like, torch.uint8)
+        arena = self._workspace.take(f"arena {lane}", (int(ends[-1]),), like, torch.uint8, self._budget.bytes(device))
         return [arena[end - -(-size // 256) * 256 :][:size] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
     # -- rows -----------------------------------------------------------------------------------------------------

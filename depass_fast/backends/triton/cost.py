@@ -19,12 +19,15 @@ def needs(work: Workload, joining: bool = False) -> Need:
 
 
 def workspace(work: Workload) -> int:
-    """Bytes of the arena and of the probabilities beside it, or of what the last layer's few queries take."""
+    """Bytes of the arena and of the probabilities beside it, or of what the last layer's few queries take instead."""
     if not work.passed:
         return 0
     last = work.passed[-1]
-    at_last = replace(work, item=work.state_item) if work.halves else work  # as the backend's products for few queries
-    return max(arena_bytes(work) + probability_bytes(work), queries(at_last, last) + last.v * work.width * at_last.item)
+    few, weights = work, last.v
+    if work.halves:  # the products for few queries are then in the state's dtype
+        few, weights = replace(work, item=work.state_item), last.v + last.o
+    instead = queries(few, last) + weights * work.width * few.item - cast_weights(work)
+    return max(arena_bytes(work) + probability_bytes(work), instead)
 
 
 def arena_bytes(work: Workload) -> int:

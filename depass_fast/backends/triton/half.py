@@ -44,6 +44,8 @@ class MlpRange:
 
 Ranges = dict[tuple[int, int | None], AttentionRange | MlpRange]  # by layer, and the number of the MLP or None
 
+_norms = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage] (many in one call: no public name)
+
 _known: WeakKeyDictionary[nn.Module, tuple[tuple, dict[tuple[int, int | None], tuple[float, ...]]]] = (
     WeakKeyDictionary()
 )
@@ -61,7 +63,7 @@ def ranges(adapter: Adapter, trace: Trace, first: int, end: int) -> Ranges:
     parts += [(index, one.part) for index in range(first, end) for one in trace.layers[index].mlps]
     missing = [part for part in parts if part not in sizes]
     measured = [tensor for index, part in missing for tensor in _sizes(adapter, index, part)]
-    peaks = [_peak(one) for index in range(first, end) for one in trace.layers[index].mlps]
+    peaks = _peaks([one for index in range(first, end) for one in trace.layers[index].mlps])
     numbers = _numbers([*measured, *peaks])
     for part, values in zip(missing, _by(numbers[: len(measured)], 4), strict=True):
         sizes[part] = values
@@ -86,19 +88,26 @@ def _sizes(adapter: Adapter, index: int, part: int | None) -> Iterator[Tensor]:
         yield torch.linalg.vector_norm(weight, torch.inf).float()
 
 
-def _peak(trace: MlpTrace) -> Tensor:
-    """The largest activation that an MLP shares out."""
-    if trace.out_scale is None:
-        return torch.linalg.vector_norm(trace.act, torch.inf).float()
-    scale = trace.out_scale if trace.positions is None else trace.out_scale[trace.positions]
-    return (torch.linalg.vector_norm(trace.act, torch.inf, dim=1).float() * scale.float().abs()).amax()
+def _peaks(traces: Sequence[MlpTrace]) -> list[Tensor]:
+    """The largest activation that each MLP shares out; those of a device without scales of their own at once."""
+    peaks: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, one in enumerate(traces):
+        if one.out_scale is None:
+            alike.setdefault((one.act.device, one.act.dtype), []).append(i)
+            continue
+        scale = one.out_scale if one.positions is None else one.out_scale[one.positions]
+        peaks[i] = (torch.linalg.vector_norm(one.act, torch.inf, dim=1).float() * scale.float().abs()).amax()
+    for group in alike.values():
+        peaks |= zip(group, _norms([traces[i].act for i in group], torch.inf, torch.float32), strict=True)
+    return [peaks[i] for i in range(len(traces))]
 
 
 def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     if not tensors:
         return []
     near = tensors[0].device
-    return torch.stack([tensor.to(near) for tensor in tensors]).cpu().tolist()
+    return torch.stack([tensor.to(near, torch.float32) for tensor in tensors]).cpu().tolist()
 
 
 def _by(numbers: Sequence[float], size: int) -> Iterator[tuple[float, ...]]:
