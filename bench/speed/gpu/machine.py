@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from depass_fast.backends.torch.mlp import accumulate
-from depass_fast.backends.triton.split import split, split_product
 from depass_fast.runtime.precision import full_precision
 
 from ...core.models import Shape
 from ...core.timing import Timing, quantiles
+from ...kernels.split_products import split, split_product
 from .events import seconds_of
 
 CLOCKS = ("name", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit",

@@ -1,8 +1,8 @@
 """Variants of the library beside each other, in one session and in turns: the table, and how it is measured.
 
 A comparison is a workload and named setups. A setup holds options of DePass and attributes that are replaced while it
-runs, for example ``("depass_fast.backends.triton.backend", "STREAMS", 1)``: a switch of the code needs no argument of
-its own to be measured.
+runs, for example ``("depass_fast.backends.active", "make_groups", ...)``: a switch of the code needs no argument of its
+own to be measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def switched(place: str, attribute: str, value: Any, **options: Any) -> Setup:
     return Setup(options, ((place, attribute, value),))
 
 
-BACKEND, ARENA = "depass_fast.backends.triton.backend", "depass_fast.backends.triton.arena"
+ARENA = "depass_fast.backends.triton.arena"
 
 
 def comparisons(shape_name: str, tiny: bool) -> Iterator[Comparison]:
@@ -58,15 +58,12 @@ def comparisons(shape_name: str, tiny: bool) -> Iterator[Comparison]:
         "16 x 128 in 4 stages": lambda *at: plain(*at) | {"BM": 16, "BI": 128, "STAGES": 4, "num_warps": 8},
     }
     allocate = {n: switched("depass_fast.kernels.allocation", "allocation_config", how) for n, how in shapes.items()}
-    lanes = {
-        f"{n} lane{'s' if n > 1 else ''}, {gib} GiB": switched(BACKEND, "STREAMS", n, memory_budget=gib * GIB)
-        for n, gib in ((1, 1), (2, 1), (1, 4), (2, 4), (1, 8), (2, 8))
-    }
+    budgets = {f"{n} GiB": Setup({"memory_budget": n * GIB}) for n in (1, 4, 8)}
     stored = {"P made again": switched(f"{ARENA}.Arena", "stores", lambda self, *_: False), "P stored": Setup()}
     yield Comparison("neurons: allocate", neurons, allocate)
     for work in (neurons,) if tiny else (neurons, tokens):
         yield Comparison(f"{work.components}: products", work, dtypes)
-        yield Comparison(f"{work.components}: lanes", work, lanes)
+        yield Comparison(f"{work.components}: budgets", work, budgets)
     yield Comparison("tokens: probabilities", tokens, stored)
     if not tiny:
         dense = {

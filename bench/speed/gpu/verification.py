@@ -63,7 +63,7 @@ def verify_precision(session: Session) -> None:
     :func:`verify_backends` compares with a forward pass in float64, from which that in half precision is far.
     """
     found = session.sections.setdefault("precision", [])
-    computes = ("float32", "float16") if session.tiny else ("bfloat16", None)
+    computes: tuple[str | None, ...] = ("float32", "float16") if session.tiny else ("bfloat16", None)
     for shape in VERIFIED_TINY if session.tiny else VERIFIED:
         library = DePass(_models(shape, session.dtype, session.device)[0])
         trace = library.trace(random_prompt(shape, LENGTH).to(session.device))
@@ -71,10 +71,15 @@ def verify_precision(session: Session) -> None:
             exact = library.attribute(trace, kind, TARGET, backend="reference", state_dtype="float64").scores.double()
             for name, compute in itertools.product(backends(), computes):
                 scores = library.attribute(trace, kind, TARGET, backend=name, compute_dtype=compute).scores
-                row = {"model": shape.name, "components": kind.kind, "backend": name, "products": compute or "default"}
-                row["error"] = float((scores - exact).norm() / exact.norm())
-                found.append(row)
-                session.say(", ".join(str(value) for value in row.values()))
+                error = float((scores - exact).norm() / exact.norm())
+                about = {
+                    "model": shape.name,
+                    "components": kind.kind,
+                    "backend": name,
+                    "products": compute or "default",
+                }
+                found.append({**about, "error": error})
+                session.say(f"{', '.join(about.values())}: error {error:.1e}")
 
 
 def verify_others(session: Session, names: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STREAMS = 1  # lanes that share the budget, see lanes.py
 _ONE_TILE = 64  # positions of a prompt whose probabilities one tile holds; see kernels/launch.py
 _FEWEST = 64  # neurons per block, and multiples of that: what a product likes
 

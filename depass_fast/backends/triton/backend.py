@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,16 +37,13 @@ from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..active import Groups, MlpTensors, transposed
 from ..torch.backend import TorchBackend, add_to_bias
 from ..torch.mlp import accumulate, accumulate_block
-from .arena import STREAMS, Arena
+from .arena import Arena
 from .half import AttentionRange, MlpRange, Ranges, ranges
-from .lanes import Lanes
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 
 _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
 _AMD = ("gfx942", "gfx950")  # compiled for, never run
-
-Work = TypeVar("Work")
 
 
 class TritonBackend(TorchBackend):
@@ -135,12 +131,11 @@ class TritonBackend(TorchBackend):
         w_v, w_o, scale, lse, stored = self._budget.prepare(device, prepare)
         width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
         widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
-        lanes = self._lanes(state, sum(widths))
 
-        def step(piece: Piece, lane: int) -> None:
+        def step(piece: Piece) -> None:
             n = len(piece.rows)
             sizes = [n * columns * dtype.itemsize for columns in widths]
-            one, other, *own = self._buffers(device, lane, *sizes, *([4 * n, 4 * n] if half else []))
+            one, other, *own = self._buffers(device, *sizes, *([4 * n, 4 * n] if half else []))
             scales = None
             if isinstance(half, AttentionRange):
                 of_values, of_mixed = (_as(buffer, torch.float32, n) for buffer in own)
@@ -158,7 +153,7 @@ class TritonBackend(TorchBackend):
                 rows.add_rows(state.rows, piece.rows, gained, None if scales is None else scales.mixed)
 
         def pieces(undone: Piece | None) -> list[Piece]:
-            most = self._arena(state, lanes).rows(sum(widths))
+            most = self._arena(state).rows(sum(widths))
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
@@ -168,7 +163,7 @@ class TritonBackend(TorchBackend):
             key = ("pieces", most, tile, groups, device, extras_only)
             return make() if undone is not None else self._table(layout, key, make)
 
-        self._each(device, lanes, pieces, step)
+        self._budget.each(device, pieces, step)
         return state
 
     # -- MLP ----------------------------------------------------------------------------------------------------
@@ -201,8 +196,7 @@ class TritonBackend(TorchBackend):
         factor = half.factor if isinstance(half, MlpRange) else 1.0
         dtype, device, layout = torch.float16 if half else self._plain(state), state.device, state.layout
         bias, rest = layout.index(BIAS), layout.index(REST)
-        lanes = self._lanes(state, sum(weights.w_down.shape))
-        groups = self._groups(state, trace, self._most_rows(state, weights, lanes), dtype)
+        groups = self._groups(state, trace, self._most_rows(state, weights), dtype)
 
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
@@ -222,14 +216,14 @@ class TritonBackend(TorchBackend):
         scale, *tensors = self._budget.prepare(device, prepare)
         whole = MlpTensors(*tensors)
 
-        def step(chunk: RowChunk, lane: int) -> None:
+        def step(chunk: RowChunk) -> None:
             neurons = None if groups is None else groups.of(chunk.segments)
             w_gate, w_down, act, gate, recorded, constant = whole.at(chunk.segments, neurons)
             n, n_neurons, width = chunk.n_rows, len(w_gate), state.rows.shape[1]
-            arena = self._arena(state, lanes)
+            arena = self._arena(state)
             size, apart = arena.neurons(n, n_neurons, width)
             sizes = arena.mlp_sizes(n, n_neurons, width)
-            one, other, flags, last, *own = self._buffers(device, lane, *sizes, *([4 * n] if half else []))
+            one, other, flags, last, *own = self._buffers(device, *sizes, *([4 * n] if half else []))
             x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
             row_scale = _as(own[0], torch.float32, n) if half else None
             self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive, row_scale)
@@ -247,19 +241,19 @@ class TritonBackend(TorchBackend):
             if apart:
                 target.copy_(out)
 
-        self._each(device, lanes, lambda undone: self._row_chunks(state, weights, groups, lanes, undone), step)
+        self._budget.each(device, lambda undone: self._row_chunks(state, weights, groups, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
-    def _most_rows(self, state: ComponentState, weights: Mlp, lanes: int) -> int:
+    def _most_rows(self, state: ComponentState, weights: Mlp) -> int:
         """Rows in a chunk of the MLP."""
-        return self._arena(state, lanes).rows(sum(weights.w_down.shape))
+        return self._arena(state).rows(sum(weights.w_down.shape))
 
     def _row_chunks(
-        self, state: ComponentState, weights: Mlp, groups: Groups | None, lanes: int, undone: RowChunk | None
+        self, state: ComponentState, weights: Mlp, groups: Groups | None, undone: RowChunk | None
     ) -> list[RowChunk]:
         """Chunks of all neurons where a position's components allow that, so that every product is a large one."""
-        most = self._most_rows(state, weights, lanes)
+        most = self._most_rows(state, weights)
         if undone is not None or groups is not None:
             first = 0 if undone is None else undone.segments.start
             return make_row_chunks(state.layout, most, state.device, first, groups)
@@ -268,31 +262,14 @@ class TritonBackend(TorchBackend):
 
     # -- the workspace ----------------------------------------------------------------------------------------------
 
-    def _arena(self, state: ComponentState, lanes: int = 1) -> Arena:
-        return Arena(self._bytes(state) // lanes, self._dtype(state).itemsize, state.rows.dtype.itemsize)
+    def _arena(self, state: ComponentState) -> Arena:
+        return Arena(self._bytes(state), self._dtype(state).itemsize, state.rows.dtype.itemsize)
 
-    def _lanes(self, state: ComponentState, columns: int) -> int:
-        """Return how many lanes share the arena: one where all rows of ``columns`` numbers fit into it at once."""
-        on_streams = state.device.type == "cuda" and state.layout.n_rows > self._arena(state).rows(columns)
-        return STREAMS if on_streams else 1
-
-    def _each(
-        self,
-        device: torch.device,
-        lanes: int,
-        cut: Callable[[Work | None], Sequence[Work]],
-        step: Callable[[Work, int], None],
-    ) -> None:
-        """Do ``step`` for every piece that is ``cut``, in lanes that take turns."""
-        turns = Lanes(device, lanes)
-        with turns.open():
-            self._budget.each(device, cut, lambda work: turns.run(step, work))
-
-    def _buffers(self, device: torch.device, lane: int, *sizes: int) -> list[Tensor]:
-        """Return buffers of so many bytes side by side in a lane's arena, in which attention and MLP take turns."""
+    def _buffers(self, device: torch.device, *sizes: int) -> list[Tensor]:
+        """Return buffers of so many bytes side by side in the arena, in which attention and MLP take turns."""
         ends = np.cumsum([-(-size // 256) * 256 for size in sizes])
         like = torch.empty(0, device=device)
-        arena = self._workspace.take(f"arena {lane}", (int(ends[-1]),), like, torch.uint8, self._budget.bytes(device))
+        arena = self._workspace.take("arena", (int(ends[-1]),), like, torch.uint8, self._budget.bytes(device))
         return [arena[end - -(-size // 256) * 256 :][:size] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
     # -- rows -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..torch.cost import queries
 from ..workload import Need, Workload
-from .arena import STREAMS, Arena
+from .arena import Arena
 
 
 def needs(work: Workload, joining: bool = False) -> Need:
@@ -31,26 +31,14 @@ def workspace(work: Workload) -> int:
 
 
 def arena_bytes(work: Workload) -> int:
-    """Bytes of the arena, in which attention and MLP take turns: of one lane, or of several that share the budget."""
-    whole = Arena(work.budget, work.item, work.state_item)
-    most = [0] * STREAMS
+    """Bytes of the arena, in which attention and MLP take turns."""
+    arena, most = Arena(work.budget, work.item, work.state_item), 0
     for size in work.passed:
-        columns = sum(whole.attention_columns(work.width, size.v, size.o))
-        lanes, arena = _lanes(work, whole, work.rows, columns)
-        taken = arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o)
-        most[:lanes] = [max(one, taken) for one in most[:lanes]]
+        most = max(most, arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o))
         for neurons, share in size.mlps:
             rows = work.sent_rows(share)
-            lanes, arena = _lanes(work, whole, rows, neurons + work.width)
-            taken = arena.mlp_bytes(rows, max(work.counts), neurons, work.width)
-            most[:lanes] = [max(one, taken) for one in most[:lanes]]
-    return sum(most)
-
-
-def _lanes(work: Workload, whole: Arena, rows: int, columns: int) -> tuple[int, Arena]:
-    """Return how many lanes carry ``rows`` rows of ``columns`` numbers, and the arena of each."""
-    lanes = STREAMS if not work.on_cpu and rows > whole.rows(columns) else 1
-    return lanes, Arena(work.budget // lanes, work.item, work.state_item)
+            most = max(most, arena.mlp_bytes(rows, max(work.counts), neurons, work.width))
+    return most
 
 
 def probability_bytes(work: Workload) -> int:

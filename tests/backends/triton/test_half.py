@@ -3,7 +3,6 @@
 import itertools
 import math
 import statistics
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.support.models import random_ids
 
 pytest.importorskip("triton")
 
-from depass_fast.backends.triton import half, lanes
+from depass_fast.backends.triton import half
 from depass_fast.backends.triton.backend import TritonBackend
 
 OPTIONS = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
@@ -126,33 +125,3 @@ def test_float16_is_the_default_for_a_bfloat16_model_on_a_gpu_alone():
     assert Options().halves(torch.bfloat16, gpu)
     assert not Options().halves(torch.bfloat16, cpu) and not Options().halves(torch.float32, gpu)
     assert not Options(compute_dtype="bfloat16").halves(torch.bfloat16, gpu)
-
-
-def test_lanes_take_turns_and_are_waited_for(monkeypatch):
-    log = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            log.append(f"{self.name} waits for {other.name}")
-
-    monkeypatch.setattr(lanes, "_streams", lambda device, count: tuple(Stream(f"lane {i}") for i in range(count)))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("caller"))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    turns = lanes.Lanes(torch.device("cuda"), 2)
-    with pytest.raises(KeyError), turns.open():
-        for work in "abc":
-            turns.run(lambda work, lane: log.append(f"{work} in {lane}"), work)
-        raise KeyError
-    waits = ["lane 0 waits for caller", "a in 0", "lane 1 waits for caller", "b in 1", "lane 0 waits for caller"]
-    assert log == [*waits, "c in 0", "caller waits for lane 0", "caller waits for lane 1"]
-
-
-def test_one_lane_and_a_cpu_need_no_stream():
-    for device, count in (("cuda", 1), ("cpu", 2)):
-        turns, log = lanes.Lanes(torch.device(device), count), []
-        with turns.open():
-            turns.run(lambda work, lane, log=log: log.append((work, lane)), "a")
-        assert log == [("a", 0)]

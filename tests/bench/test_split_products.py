@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from depass_fast.backends.triton.split import Split, split, split_product
+from bench.kernels.split_products import Split, split, split_product
 
 ACCURACY = 3e-7
 

@@ -11,10 +11,9 @@ each number and 2^-22 for what is left out. Sums of many are off by less than 3e
 of the weight's row. How a GPU adds up within one product is not in that: tensor cores may cut off bits that float32
 rounds.
 
-**Costs.** A split weight takes the bytes of the float32 weight once more, and its splitting reads and writes 8 bytes
-per number: at 3 TB/s and 600 TFLOP/s that pays from about 200 rows on. A weight is split when its layer is prepared and
-is let go with the layer; kept for all layers it would double the model. Rows are split as they are read, and shares
-after the allocation, which costs one more pass over them.
+Measured on an H100 (``python -m bench.speed.gpu --only float32``), 11,009 rows, K = 4096, 11,008 columns: 177 TFLOP/s,
+the splitting of the rows included, against 51 of cuBLAS; and an error of 4.9e-6 against 1.2e-6, relative to the norm.
+The library does not use it: who computes in float32 is promised float32's rounding.
 """
 
 from __future__ import annotations
