@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Layer, Mlp, Norm
+from ..adapters import Adapter, Attention, Layer, Mlp, Norm
 from ..allocation import Allocation
 from ..backends import Backend
 from ..backends.base import Made
@@ -87,6 +87,9 @@ class _Watched(Backend):
         self.backend, self.verifier = backend, verifier
         self.name, self.jagged, self.streams = backend.name, backend.jagged, backend.streams
         self.streamable, self.compute_dtype = backend.streamable, backend.compute_dtype
+
+    def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
+        self.backend.begin(adapter, trace, first, end)
 
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
         self.backend.expect(layer, trace, allocation)

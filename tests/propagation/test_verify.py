@@ -358,6 +358,8 @@ def test_a_watched_backend_is_in_every_respect_the_one_that_is_watched(monkeypat
     seen = []
     monkeypatch.setattr(backend, "expect", lambda *given: seen.append(given))
     monkeypatch.setattr(backend, "prepare", lambda *given: seen.append(given))
+    monkeypatch.setattr(backend, "begin", lambda *given: seen.append(given))
     watched.expect(1, 2, 3)
     watched.prepare(4, 5)
-    assert seen == [(1, 2, 3), (4, 5)]
+    watched.begin(6, 7, 8, 9)
+    assert seen == [(1, 2, 3), (4, 5), (6, 7, 8, 9)]
