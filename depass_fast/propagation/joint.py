@@ -68,7 +68,6 @@ def group_by_memory(starts: Iterable[PendingState]) -> Iterator[list[PendingStat
         yield group
 
 
-@full_precision()
 def propagate_jointly(
     adapter: Adapter,
     trace: Trace,
@@ -88,6 +87,7 @@ def propagate_jointly(
     return list(zip([one for state in done for one in state.apart()], errors, strict=True))
 
 
+@full_precision()
 def carry_jointly(
     adapter: Adapter,
     trace: Trace,
