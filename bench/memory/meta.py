@@ -244,8 +244,8 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         yield counted
 
 
-def count(case: CountedRun) -> tuple[Plan, Counted]:
-    """Return the plan for a GPU, and what was counted."""
+def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
+    """Return the plan for a GPU, and what was counted; ``again``: of a second call of the same model."""
     shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
     shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
     with standing_in(), warnings.catch_warnings():
@@ -255,11 +255,12 @@ def count(case: CountedRun) -> tuple[Plan, Counted]:
         method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
         run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, method=method)
         plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
-        with counting(dp.model) as counted:
-            if case.call == "decompose":
-                dp.decompose(prompts, kind)
-            else:
-                dp.attribute(prompts, kind, 7, **case.method)
+        for _ in range(1 + again):
+            with counting(dp.model) as counted:
+                if case.call == "decompose":
+                    dp.decompose(prompts, kind)
+                else:
+                    dp.attribute(prompts, kind, 7, **case.method)
     return plan, counted
 
 
