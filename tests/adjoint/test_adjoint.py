@@ -259,7 +259,7 @@ def test_a_dead_neuron_has_the_exact_log_z(name, explicit):
     trace, kind = dp.trace(ids), Custom(1, states, site="resid_mid")
     steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
     fixed = [torch.arange(explicit)]
-    found = mean_field(stack_of(dp, trace, len(ids)), [start], [fixed[0][:0]], Approximation(T), fixed)
+    found = mean_field(stack_of(dp, trace, len(ids)), [start], [fixed[0][:0]], Approximation(T, quiet=0.0), fixed)
     for one, other in zip(found.steps[:1] if explicit == 0 else found.steps, steps, strict=False):
         part, tolerance = (slice(None), 1e-9) if explicit else (slice(3, 4), 1e-4)  # κ is one for all neurons
         assert one.crowd is not None and other.crowd is not None
