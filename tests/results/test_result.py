@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from depass_fast import Attribution, Heads, Modules, Neurons, Tokens
-from depass_fast.state.state import ComponentState
+from depass_fast.state.completeness import Completeness
 from tests.support.models import build, random_ids
 
 IDS = random_ids(5)
@@ -32,17 +32,15 @@ def test_labels_are_the_fields_terms():
 
 def test_every_result_of_a_batch_has_its_own_prompts_errors(monkeypatch):
     """The error of prompt p in the c-th call is 10 · c + p, plus the number of decompositions before it."""
-    dp, calls = build("llama-gqa"), []
+    dp = build("llama-gqa")
 
-    def numbered(state, resid):
-        calls.append(state)
-        return 10 * (len(calls) - 1) + torch.arange(len(state.layout.components)).float()
+    def numbered(found):
+        return [10 * c + torch.arange(len(layout.components)).float() for c, layout in enumerate(found._layouts)]
 
-    monkeypatch.setattr(ComponentState, "completeness", numbered)
+    monkeypatch.setattr(Completeness, "errors", numbered)
     prompts = [IDS, IDS[:3], IDS[:4]]
     for p, result in enumerate(dp.attribute(prompts, Tokens())):
         assert result.layer_errors.tolist() == [p, 10 + p, 20 + p, 30 + p]
-    calls.clear()
     for p, result in enumerate(dp.attribute(prompts, Heads(layers="all"), method="exact")):
         found = [one.layer_errors.sub(p).tolist() for one in result]
         assert found == [[0, 10, 30, 50], [20, 33, 53], [40, 56]]

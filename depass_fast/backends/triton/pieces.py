@@ -153,7 +153,7 @@ def _place(firsts: np.ndarray, counts: np.ndarray, whole: bool) -> Block | None:
 
 
 def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:
-    """Items of whole prompts that follow each other, for :func:`depass_fast.kernels.attention.log_sum_exp`."""
+    """Items of whole prompts that follow each other, for :func:`depass_fast.kernels.probabilities.log_sum_exp`."""
     begins = np.concatenate([[0], np.cumsum(lengths)])
     parts = [_tiles(int(b), int(n), tile, groups) for b, n in zip(begins[:-1], lengths, strict=True)]
     return to_device(np.concatenate(parts), device)

@@ -137,7 +137,9 @@ def test_in_mix(one_tile, monkeypatch):
     A key's bias and the log-sum-exp (T, H) never lie as far: q (T, H, d) of such a trace fits no device.
     """
     ordinary = attention.mix_config
-    monkeypatch.setattr(attention, "mix_config", lambda *arguments: ordinary(*arguments) | {"ONE_TILE": one_tile})
+    monkeypatch.setattr(
+        attention, "mix_config", lambda *arguments, **has: ordinary(*arguments, **has) | {"ONE_TILE": one_tile}
+    )
     heads, head_dim, n = 16, 256, 3  # a component at three positions
     width = heads * head_dim
     skipped = FAR // width + 1
@@ -146,7 +148,7 @@ def test_in_mix(one_tile, monkeypatch):
     q, k, values, out = (room[i * n :][: skipped + n] for i in range(4))  # the same rows of each, side by side
     expected = [x[skipped:].float().view(n, heads, head_dim) for x in (q, k, values)]
     trace = probabilities.Frozen(q.view(-1, heads, head_dim), k.view(-1, heads, head_dim), head_dim**-0.5)
-    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0]]).int()
+    packed, whole = torch.arange(skipped, skipped + n, dtype=torch.int32), torch.tensor([[0, n, 0, 0, 1, 0, 0]]).int()
     lse = probabilities.log_sum_exp(trace, packed, whole, 16)
     keys = attention.Keys(packed, torch.arange(skipped, skipped + n + 1), torch.ones(n).int(), torch.zeros(1).int())
     attention.mix(values, keys, whole, trace, lse, 16, n, out)
