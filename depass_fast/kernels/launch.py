@@ -51,7 +51,8 @@ def mix_config(
         keys = min(keys, 32)  # more take more registers than there are, or more shared memory
     one = longest <= keys
     columns = 1 if one or not half or scaled or width > 128 or groups > 1 else 2  # two take all registers
-    keys = min(keys, 32) if columns == 2 else keys
+    full = scaled and width == 128 and groups > 1 and not (one or stored)  # with more keys registers are spilled
+    keys = min(keys, 32) if columns == 2 or full else keys
     if interpreted() and not scaled:
         columns = 8  # every operation of a step costs the same there, of any size
     warps = 8 if stored or tile * width > 64 * 128 else 4

@@ -35,6 +35,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "add_rows",
         "read_out",
         "log_sum_exp",
+        "probabilities",
         "mix",
         "allocate",
         "share_linearly",
