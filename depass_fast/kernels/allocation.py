@@ -148,7 +148,8 @@ def _allocate(
     driven = constant != 0
     m = tl.arange(0, BM)
     NEVER: tl.constexpr = float("-inf")
-    LOWEST: tl.constexpr = -3.4028234663852886e38  # no gate is below it; -inf less itself would be NaN
+    # no gate is below it, and -inf less itself would be NaN; times `per_t` it may be -inf, and 2^-inf = 0 is meant
+    LOWEST: tl.constexpr = -3.4028234663852886e38
     top = tl.full((BI,), LOWEST, tl.float32)  # the largest that takes part
     low = tl.full((BI,), float("inf"), tl.float32)
     total = tl.zeros((BI,), tl.float32)

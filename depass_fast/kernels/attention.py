@@ -94,7 +94,7 @@ def _mix(
     if not STORED:
         d = tl.arange(0, BD)
         q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
-        norm = tl.load(lse + at, mask=live, other=0.0) - power  # [BR]
+        norm = tl.load(lse + at, mask=live, other=float("inf")) - power  # [BR]; P = 0 where there is no query
     out_row = tl.load(base + begin + qpos, mask=live, other=0)  # int64 [BR]
     out_count = tl.load(count + begin + qpos, mask=live, other=0)
     if HAS_SCALE:

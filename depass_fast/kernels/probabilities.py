@@ -121,7 +121,7 @@ def _probabilities(
     at = tl.load(packed + begin + qpos, mask=live, other=0).to(tl.int64) * H + head  # [BR]
     d = tl.arange(0, BD)
     q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
-    norm = tl.load(lse + at, mask=live, other=0.0) - power
+    norm = tl.load(lse + at, mask=live, other=float("inf")) - power  # P = 0 where there is no query
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(first // G - window + 1, 0) // BK * BK
