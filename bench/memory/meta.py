@@ -35,7 +35,6 @@ from depass_fast.backends import selection
 from depass_fast.backends.torch import backend as torch_backend
 from depass_fast.backends.torch import mlp
 from depass_fast.backends.triton import backend as triton_backend
-from depass_fast.backends.triton import half
 from depass_fast.components import start as initial
 from depass_fast.options import Adjoint, BackendName
 from depass_fast.planning import planner
@@ -212,7 +211,6 @@ def standing_in() -> Iterator[None]:
             (attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
-            (half, "_sizes", lambda *part: [torch.empty((), device=META)] * 4),  # measured once per model
             (selection, "why_not_triton", lambda device, dtype: None),
             (stack, "maps_class", lambda device, dtype: fused.FusedMaps),
             (planner, "available", lambda device: FREE),
