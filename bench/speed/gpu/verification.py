@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast import ComponentKind, DePass, Heads, Neurons, Tokens
 from depass_fast.options import Adjoint, BackendName
 
 from ...core.models import Model, Shape, build_model, random_prompt, randomised
@@ -63,23 +62,21 @@ def verify_precision(session: Session) -> None:
     :func:`verify_backends` compares with a forward pass in float64, from which that in half precision is far.
     """
     found = session.sections.setdefault("precision", [])
+    kinds: tuple[ComponentKind, ...] = (Tokens(), Heads(0), Neurons(0))
     computes: tuple[str | None, ...] = ("float32", "float16") if session.tiny else ("bfloat16", None)
     for shape in VERIFIED_TINY if session.tiny else VERIFIED:
         library = DePass(_models(shape, session.dtype, session.device)[0])
         trace = library.trace(random_prompt(shape, LENGTH).to(session.device))
-        for kind in (Tokens(), Heads(0), Neurons(0)):
+        for kind in kinds:
             exact = library.attribute(trace, kind, TARGET, backend="reference", state_dtype="float64").scores.double()
-            for name, compute in itertools.product(backends(), computes):
-                scores = library.attribute(trace, kind, TARGET, backend=name, compute_dtype=compute).scores
-                error = float((scores - exact).norm() / exact.norm())
-                about = {
-                    "model": shape.name,
-                    "components": kind.kind,
-                    "backend": name,
-                    "products": compute or "default",
-                }
-                found.append({**about, "error": error})
-                session.say(f"{', '.join(about.values())}: error {error:.1e}")
+            for name in backends():
+                for compute in computes:
+                    scores = library.attribute(trace, kind, TARGET, backend=name, compute_dtype=compute).scores
+                    error = float((scores - exact).norm() / exact.norm())
+                    about = (shape.name, kind.kind, name, compute or "default")
+                    names = ("model", "components", "backend", "products")
+                    found.append({**dict(zip(names, about, strict=True)), "error": error})
+                    session.say(f"{', '.join(about)}: error {error:.1e}")
 
 
 def verify_others(session: Session, names: Sequence[str]) -> None:
