@@ -69,7 +69,7 @@ def verify_precision(session: Session) -> None:
         trace = library.trace(random_prompt(shape, LENGTH).to(session.device))
         for kind in kinds:
             exact = library.attribute(trace, kind, TARGET, backend="reference", state_dtype="float64").scores.double()
-            for name in backends():
+            for name in cast(tuple[BackendName, ...], backends()):
                 for compute in computes:
                     scores = library.attribute(trace, kind, TARGET, backend=name, compute_dtype=compute).scores
                     error = float((scores - exact).norm() / exact.norm())
