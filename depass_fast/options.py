@@ -76,7 +76,9 @@ class Options:
         self._check_values()
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
-        backend = make_backend(choice.name, compute, self.memory_budget, self.halves(adapter.dtype, adapter.device))
+        backend = make_backend(
+            choice.name, compute, self.memory_budget, self.takes_float16(adapter.dtype, adapter.device)
+        )
         if backend.compute_dtype is None and self.compute_dtype is not None and compute != state:
             raise ValueError(
                 f"compute_dtype: the {backend.name} backend computes in the state's dtype; set state_dtype."
@@ -122,7 +124,7 @@ class Options:
         compute = parse_dtype(self.compute_dtype, "compute_dtype")
         return state, compute or (model if device.type != "cpu" else torch.promote_types(state, torch.float32))
 
-    def halves(self, model: torch.dtype, device: torch.device) -> bool:
+    def takes_float16(self, model: torch.dtype, device: torch.device) -> bool:
         """True if the triton backend may compute in float16 with scales for a model of a dtype on a device."""
         return self.compute_dtype is None and model == torch.bfloat16 and device.type != "cpu"
 

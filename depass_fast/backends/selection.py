@@ -81,18 +81,18 @@ def resolve(name: str, device: torch.device | None = None, dtype: torch.dtype | 
 
 
 def make_backend(
-    name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None, halves: bool = False
+    name: str, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None, float16: bool = False
 ) -> Backend:
     """Return a new backend by the name that was chosen; the reference takes none of the options.
 
-    ``halves``: the triton backend computes in float16 where the weights allow it, and in ``compute_dtype`` elsewhere.
+    ``float16``: the triton backend computes in float16 where the weights allow it, and in ``compute_dtype`` elsewhere.
     """
     if name == "reference":
         return ReferenceBackend()
     if name == "triton":
         from .triton.backend import TritonBackend
 
-        return TritonBackend(compute_dtype, memory_budget, halves)
+        return TritonBackend(compute_dtype, memory_budget, float16)
     return TorchBackend(compute_dtype, memory_budget)
 
 

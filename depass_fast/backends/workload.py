@@ -64,7 +64,8 @@ class Workload:
 
     ``counts`` are the components of every prompt, ``row_counts`` its rows; ``staggered`` says that components are born
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
-    says that the products' dtype is not the model's, ``halves`` that the triton backend's is float16 instead.
+    says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
+    ``float16_by_default``: in the place of the model's bfloat16.
     """
 
     lengths: tuple[int, ...]
@@ -75,7 +76,8 @@ class Workload:
     state_item: int
     item: int
     casts: bool
-    halves: bool
+    float16: bool
+    float16_by_default: bool
     budget: int
     on_cpu: bool
     passed: tuple[LayerSize, ...]

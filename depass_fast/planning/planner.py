@@ -154,6 +154,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
     first_end = kind.entry(adapter).first_end
     passed = [replace(size, skip_attention=entering <= i < first_end) for i, size in enumerate(layer_sizes(adapter))]
+    by_default = options.takes_float16(adapter.dtype, device)
     work = Workload(
         lengths=tuple(lengths),
         counts=tuple(counts),
@@ -163,7 +164,8 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         state_item=state.itemsize,
         item=compute.itemsize,
         casts=compute != adapter.dtype,
-        halves=options.halves(adapter.dtype, device),
+        float16=device.type != "cpu" and (by_default or compute == torch.float16),
+        float16_by_default=by_default,
         budget=options.memory_budget or default_budget(device),
         on_cpu=device.type == "cpu",
         passed=tuple(passed[entering:last]),

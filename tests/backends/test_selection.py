@@ -49,9 +49,9 @@ def nothing_said_or_set(monkeypatch):
 def triton(monkeypatch):
     """Says why triton cannot run, None for that it can; then a stand-in carries the states."""
 
-    def make(name, compute_dtype=None, memory_budget=None, halves=False):
+    def make(name, compute_dtype=None, memory_budget=None, float16=False):
         given = compute_dtype, memory_budget
-        return StandIn(*given) if name == "triton" else make_backend(name, *given, halves)
+        return StandIn(*given) if name == "triton" else make_backend(name, *given, float16)
 
     def say(reason):
         monkeypatch.setattr(selection, "why_not_triton", lambda device, dtype: reason)

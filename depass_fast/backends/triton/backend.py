@@ -50,7 +50,7 @@ class TritonBackend(TorchBackend):
     """``memory_budget`` bounds the workspace in bytes; GEMMs run in ``compute_dtype`` (default: the state's dtype).
 
     In float16 rows have scales of their own (:mod:`.half`), and a layer whose weights do not fit computes in bfloat16.
-    ``halves``: products are in float16 where they can be, in ``compute_dtype`` elsewhere.
+    ``float16``: products are in float16 where they can be, in ``compute_dtype`` elsewhere.
     """
 
     name = "triton"
@@ -61,15 +61,15 @@ class TritonBackend(TorchBackend):
         self,
         compute_dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
-        halves: bool = False,
+        float16: bool = False,
     ) -> None:
         super().__init__(compute_dtype, memory_budget)
-        self._halves = halves or compute_dtype == torch.float16
+        self._has_scales = float16 or compute_dtype == torch.float16
         self._ranges: Ranges | None = None
 
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
         super().begin(adapter, trace, first, end)
-        if self._halves:
+        if self._has_scales:
             self._ranges = ranges(adapter, trace, first, end)
 
     def _plain(self, state: ComponentState) -> torch.dtype:

@@ -24,7 +24,7 @@ def workspace(work: Workload) -> int:
         return 0
     last = work.passed[-1]
     few, weights = work, last.v
-    if work.halves:  # the products for few queries are then in the state's dtype
+    if work.float16:  # the products for few queries are then in the state's dtype
         few, weights = replace(work, item=work.state_item), last.v + last.o
     instead = queries(few, last) + weights * work.width * few.item - cast_weights(work)
     return max(arena_bytes(work) + probability_bytes(work), instead)
@@ -51,6 +51,6 @@ def probability_bytes(work: Workload) -> int:
 def cast_weights(work: Workload) -> int:
     """Bytes of one branch's weights that have to change their dtype: norms are applied to rows, not folded."""
     pairs = [pair for size in work.passed for pair in ((size.v, size.o), *((n, n) for n, _ in size.mlps))]
-    normed, casts = any(size.output_norms for size in work.passed), work.casts or work.halves
+    normed, casts = any(size.output_norms for size in work.passed), work.casts or work.float16_by_default
     most = max((own * casts + out * (casts or normed) for own, out in pairs), default=0)
     return work.width * most * work.item

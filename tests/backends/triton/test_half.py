@@ -122,6 +122,6 @@ def test_small_shares_of_large_activations_survive():
 
 def test_float16_is_the_default_for_a_bfloat16_model_on_a_gpu_alone():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert Options().halves(torch.bfloat16, gpu)
-    assert not Options().halves(torch.bfloat16, cpu) and not Options().halves(torch.float32, gpu)
-    assert not Options(compute_dtype="bfloat16").halves(torch.bfloat16, gpu)
+    assert Options().takes_float16(torch.bfloat16, gpu)
+    assert not Options().takes_float16(torch.bfloat16, cpu) and not Options().takes_float16(torch.float32, gpu)
+    assert not Options(compute_dtype="bfloat16").takes_float16(torch.bfloat16, gpu)
