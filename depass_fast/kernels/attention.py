@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import FLOATS, check, power_of_two, product, widened, wider
-from .launch import mix_config
+from .launch import mix_config, takes_scales
 from .probabilities import ITEM, SHRUNK, Frozen, _logits, shared
 
 
@@ -227,6 +227,10 @@ def mix(
     power = SHRUNK if values.dtype == torch.float16 and (scales is not None or probabilities is not None) else 0
     shift = power + (0 if scales is None else scales.shift)
     dtype = wider(values.dtype, frozen.q.dtype) if probabilities is None else values.dtype
+    if scales is not None and not takes_scales(longest, max(head_dim, value_dim), frozen.groups, dtype, values.device):
+        raise ValueError(
+            f"scales: {frozen.groups} heads of a group lie in several tiles, which have units of their own."
+        )
     has = {"stored": probabilities is not None, "scaled": scales is not None}
     config = mix_config(longest, max(head_dim, value_dim), frozen.groups, tile, dtype, values.device, **has)
     _mix[(len(items), kv)](

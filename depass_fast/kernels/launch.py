@@ -62,6 +62,16 @@ def mix_config(
     return config | (tuned(device, "mix", bucket) if half else {})
 
 
+def takes_scales(longest: int, head_dim: int, groups: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """True if `mix` takes rows with scales: a query's heads must lie in one tile, or all keys in one.
+
+    A tile's rows are stored in the unit of the keys that the tile sees, and the heads of a query have one scale.
+    """
+    tile = mix_tile(longest, groups, dtype)
+    one = mix_config(longest, head_dim, groups, tile, dtype, device, scaled=True)["ONE_TILE"]
+    return one or tile % groups == 0
+
+
 def allocation_config(longest: int, n_neurons: int, dtype: torch.dtype, device: torch.device) -> dict:
     """Rows and neurons per program, for segments of up to ``longest`` rows; all rows at once where they are few.
 
@@ -157,5 +167,6 @@ __all__ = [
     "mix_config",
     "mix_tile",
     "row_config",
+    "takes_scales",
     "tuned",
 ]

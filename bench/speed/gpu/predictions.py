@@ -40,7 +40,7 @@ GOALS = (
         "neurons of layer 0, N=20",
         of_gemm=0.88,
         predicted="`allocate` pipelined: -0.10 s; O added by its product: -0.064 s; both beside other GEMMs",
-        why="H100: products 2.29 s, in float16 4 % slower than in bfloat16, whose rate is the measure; kernels that "
+        why="H100: products 2.29 s, in float16 5 % slower than in bfloat16, whose rate is the measure; kernels that "
         "move memory beside them 0.49 s, and their floor is 0.41. Two streams gained nothing (a GEMM takes every "
         "multiprocessor), nor did more stages of `allocate`, nor 8 GiB of workspace. In bfloat16, with O added by its "
         "product, eight layers are 11 % faster",

@@ -27,7 +27,7 @@ from ...kernels import attention, probabilities, rows
 from ...kernels.allocation import Segments, allocate
 from ...kernels.attention import RowScales
 from ...kernels.common import interpreted, wider
-from ...kernels.launch import mix_tile
+from ...kernels.launch import mix_tile, takes_scales
 from ...labels import BIAS, REST
 from ...runtime.log import say_once
 from ...runtime.transfer import to_device
@@ -89,11 +89,21 @@ class TritonBackend(TorchBackend):
         with _current(state.device):
             return super().aggregate_ov(state, weights, trace, queries)
 
+    def _scaled_attention(
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, longest: int
+    ) -> AttentionRange | None:
+        """The range of a layer's attention in float16; None: it has no scales."""
+        half = (self._ranges or {}).get((state.layer, None))
+        shape = (longest, max(trace.q.shape[2], weights.head_dim), weights.n_heads // weights.n_kv_heads)
+        takes = takes_scales(*shape, wider(torch.float16, trace.q.dtype), state.device)
+        return half if takes and isinstance(half, AttentionRange) else None
+
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        half = (self._ranges or {}).get((state.layer, None))
-        dtype = torch.float16 if isinstance(half, AttentionRange) else self._plain(state)
+        longest = int(np.bincount(state.layout.prompt).max())
+        half = self._scaled_attention(state, weights, trace, longest)
+        dtype = self._plain(state) if half is None else torch.float16
         widest = wider(dtype, trace.q.dtype)
         head_bytes = trace.q.shape[-1] * widest.itemsize
         if trace.value_ratio is not None or head_bytes > _WIDEST_HEAD:
@@ -111,7 +121,6 @@ class TritonBackend(TorchBackend):
             trace.out_scale,
         )
         lengths, groups = np.bincount(layout.prompt, minlength=len(layout.components)), frozen.groups
-        longest = int(lengths.max())
         tile = mix_tile(longest, groups, widest)
 
         def prepare() -> tuple:
@@ -137,7 +146,7 @@ class TritonBackend(TorchBackend):
             sizes = [n * columns * dtype.itemsize for columns in widths]
             one, other, *own = self._buffers(device, *sizes, *([4 * n, 4 * n] if half else []))
             scales = None
-            if isinstance(half, AttentionRange):
+            if half is not None:
                 of_values, of_mixed = (_as(buffer, torch.float32, n) for buffer in own)
                 scales = RowScales(of_values, of_mixed, half.shift)
             here, of_values = scale[piece.positions], None if scales is None else scales.values

@@ -93,6 +93,9 @@ def _peaks(traces: Sequence[MlpTrace]) -> list[Tensor]:
     peaks: dict[int, Tensor] = {}
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, one in enumerate(traces):
+        if not one.act.numel():
+            peaks[i] = one.act.new_zeros((), dtype=torch.float32)
+            continue
         if one.out_scale is None:
             alike.setdefault((one.act.device, one.act.dtype), []).append(i)
             continue

@@ -73,6 +73,23 @@ def test_a_component_of_any_size_is_as_precise_as_any_other(power):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("heads", "kv"), [(4, 2), (3, 1), (14, 2)])
+def test_heads_of_a_group_in_several_tiles_are_right(heads, kv):
+    """Rows that double every fourth position, and more positions than a tile of keys has."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv, "max_position_embeddings": 128}
+    dp = DePass(model(hidden_size=8 * heads, **shape))
+    trace = dp.trace(random_ids(80))
+    state = dp.start(trace, Heads(0))
+    state.rows[1:] *= (2.0 ** (torch.arange(len(state.rows) - 1) // (4 * (heads + 1)) - 10))[:, None]
+    backend = TritonBackend(torch.float16)
+    backend.begin(dp.adapter, trace, 1, 2)
+    found = next(increments(dp, trace, backend, state))
+    exact = next(increments(dp, trace, ReferenceBackend(), state, torch.float64))
+    rounding = 2.0**-23 * state.rows.norm(dim=1)
+    assert ((found - exact).norm(dim=1) <= 2e-2 * exact.norm(dim=1) + rounding).all()
+
+
+@torch.no_grad()
 def test_a_layer_whose_weights_are_too_large_computes_in_bfloat16():
     dp = DePass(model())
     trace = dp.trace(random_ids(7))
