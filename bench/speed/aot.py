@@ -166,8 +166,10 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
             where = (values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
             attention.mix(*where)
             rows.add_rows(state, piece.rows, x)
-            if dtype == torch.float16:
-                own = _empty(r)
+            widest = max(head_dim, value_dim)
+            scaled = dtype == torch.float16 and launch.takes_scales(length, widest, groups, dtype, values.device)
+            own = _empty(r)
+            if scaled:
                 rows.read_rows(state, piece.rows, _empty(length), weight, small_heads, x, row_scale=own)
                 attention.mix(*where, scales=attention.RowScales(own, own, 1))
                 rows.add_rows(state, piece.rows, x, own)
@@ -175,7 +177,7 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
                 packed = _empty(length, dtype=torch.int32)
                 p = probabilities.stored_probabilities(frozen, lse, packed, tiles, tile, length, dtype)
                 attention.mix(*where, probabilities=p)
-                if dtype == torch.float16:
+                if scaled:
                     attention.mix(*where, probabilities=p, scales=attention.RowScales(own, own, 1))
 
 
