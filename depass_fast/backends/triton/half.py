@@ -133,7 +133,7 @@ def _mlp_range(sizes: tuple[float, ...], peak: float, adapter: Adapter) -> MlpRa
     if not fits or not math.isfinite(peak):
         return None
     power = _SHARES_TOP - math.ceil(math.log2(peak)) if peak > 0 else 0
-    return MlpRange(2.0 ** max(-_SHARES_TOP, min(power, 40)))
+    return MlpRange(2.0 ** min(power, 40))
 
 
 def _largest_output(norm: float, adapter: Adapter) -> float:

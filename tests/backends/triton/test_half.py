@@ -126,6 +126,17 @@ def test_no_product_leaves_the_range_of_float16(size):
             assert 2**13 < found.factor * trace.layers[index].mlps[part].act.abs().max() <= 2**15
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("power", [-60, 0, 40, 100])
+def test_shares_of_activations_of_any_size_are_in_range(power):
+    dp = DePass(model())
+    trace = dp.trace(random_ids(5))
+    act = trace.layers[1].mlps[0].act
+    act *= 2.0**power
+    factor = half.ranges(dp.adapter, trace, 1, 2)[1, 0].factor
+    assert factor * act.double().abs().max() <= 2**15 and 1 / factor <= torch.finfo(torch.float32).max
+
+
 def test_small_shares_of_large_activations_survive():
     """Components of 1e-7 of the hidden state, on a position whose activations are a thousand times the usual."""
     dp = DePass(model())
