@@ -166,8 +166,8 @@ class TritonBackend(TorchBackend):
             begin = (0, 0) if undone is None else (undone.prompts.start, undone.first)
 
             def make() -> list[Piece]:
-                ranges = cut(layout, most, begin, extras_only)
-                return [make_piece(layout, *part, tile, groups, device) for part in ranges]
+                cuts = cut(layout, most, begin, extras_only)
+                return [make_piece(layout, *part, tile, groups, device) for part in cuts]
 
             key = ("pieces", most, tile, groups, device, extras_only)
             return make() if undone is not None else self._table(layout, key, make)

@@ -24,7 +24,7 @@ from ..torch.blocks import away_from_home, last_segment
 
 
 @dataclass(frozen=True)
-class Block:
+class Place:
     """A regular place in a state: ``n`` runs of ``count`` rows from ``first`` on, ``stride`` rows apart."""
 
     first: int
@@ -55,7 +55,7 @@ class Piece:
     items: Tensor
     positions: Tensor
     longest: int
-    place: Block | None
+    place: Place | None
 
 
 class Cut(NamedTuple):
@@ -81,7 +81,7 @@ def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0), extras_o
         if extras_only or first > 0 or rows > max_rows:
             components = layout.components[prompt]
             last = len(components.extras) if extras_only else len(components)
-            cuts += _ranges(prompt, counts, first, last, max_rows)
+            cuts += _cuts(prompt, counts, first, last, max_rows)
             continue
         before = cuts[-1] if cuts else None
         if before and before.last is None and before.prompts.stop == prompt and held + rows <= max_rows:
@@ -93,7 +93,7 @@ def cut(layout: Layout, max_rows: int, begin: tuple[int, int] = (0, 0), extras_o
     return cuts
 
 
-def _ranges(prompt: int, counts: np.ndarray, first: int, last: int, max_rows: int) -> Iterator[Cut]:
+def _cuts(prompt: int, counts: np.ndarray, first: int, last: int, max_rows: int) -> Iterator[Cut]:
     """Components ``first`` to ``last`` of a prompt in ranges of at most ``max_rows`` rows, or of one component."""
     while first < last:
         born = int(np.searchsorted(counts, first, side="right"))  # the first position that has it
@@ -142,14 +142,14 @@ def make_piece(
     )
 
 
-def _place(firsts: np.ndarray, counts: np.ndarray, whole: bool) -> Block | None:
+def _place(firsts: np.ndarray, counts: np.ndarray, whole: bool) -> Place | None:
     """Return the place of runs of ``counts`` rows from ``firsts`` on, if they are neighbours or regular ones."""
     if whole:
-        return Block(int(firsts[0]), 1, int(counts.sum()), 0)
+        return Place(int(firsts[0]), 1, int(counts.sum()), 0)
     steps = np.diff(firsts)
     if (counts != counts[0]).any() or (len(steps) and (steps != steps[0]).any()):
         return None
-    return Block(int(firsts[0]), len(counts), int(counts[0]), int(steps[0]) if len(steps) else 0)
+    return Place(int(firsts[0]), len(counts), int(counts[0]), int(steps[0]) if len(steps) else 0)
 
 
 def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:
