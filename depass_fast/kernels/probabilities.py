@@ -4,8 +4,9 @@ The G query heads of a KV head share its keys and values, so a tile's rows are p
 divmod(row, G).
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Triton declares a kernel's constants as `constexpr` and gets numbers; num_warps is no parameter of a kernel; to
+# pyright a function of a kernel never returns)
 
 from __future__ import annotations
 
@@ -66,13 +67,12 @@ def _logits(
     return tl.where(seen, logits * 1.4426950408889634, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["window"])
-def _log_sum_exp(
-    q, k, key_bias, lse, packed, items, scale, softcap, window,
-    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+@triton.jit
+def _tile_of_queries(
+    q, packed, items, window, H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
+    """A program's tile: its KV head and prompt, rows (query, head), their places and Q, and the first key it sees."""
     item = items + tl.program_id(0) * ITEM
     kv = tl.program_id(1)
     begin, end, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -87,6 +87,20 @@ def _log_sum_exp(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(first // G - window + 1, 0) // BK * BK
+    return kv, begin, n, first, qpos, head, live, at, q_tile, low
+
+
+@triton.jit(do_not_specialize=["window"])
+def _log_sum_exp(
+    q, k, key_bias, lse, packed, items, scale, softcap, window,
+    H: tl.constexpr, HKV: tl.constexpr, HD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    kv, begin, n, first, qpos, head, live, at, q_tile, low = _tile_of_queries(
+        q, packed, items, window, H, HKV, HD, BR, BK, BD, HAS_WINDOW
+    )
+    G: tl.constexpr = H // HKV
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     for start in range(low, tl.minimum((first + BR - 1) // G + 1, n), BK):
@@ -110,21 +124,11 @@ def _probabilities(
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    item = items + tl.program_id(0) * ITEM
-    kv = tl.program_id(1)
-    begin, end, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    kv, begin, n, first, qpos, head, live, at, q_tile, low = _tile_of_queries(
+        q, packed, items, window, H, HKV, HD, BR, BK, BD, HAS_WINDOW
+    )
     G: tl.constexpr = H // HKV
-    n = end - begin
-    r = first + tl.arange(0, BR)
-    qpos, head = r // G, kv * G + r % G
-    live = qpos < n
-    at = tl.load(packed + begin + qpos, mask=live, other=0).to(tl.int64) * H + head  # [BR]
-    d = tl.arange(0, BD)
-    q_tile = tl.load(q + at[:, None] * HD + d[None, :], mask=live[:, None] & (d < HD)[None, :], other=0.0)
     norm = tl.load(lse + at, mask=live, other=float("inf")) - power  # P = 0 where there is no query
-    low = 0
-    if HAS_WINDOW:
-        low = tl.maximum(first // G - window + 1, 0) // BK * BK
     for start in range(low, tl.minimum((first + BR - 1) // G + 1, n), BK):
         kpos = start + tl.arange(0, BK)
         key = tl.load(packed + begin + kpos, mask=kpos < n, other=0)
