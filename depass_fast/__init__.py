@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .components.features import Features
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
+    from .inputs.continuation import TokenBoundaryWarning
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
     from .results.attribution import Attribution
+    from .results.continuation import Continuation
     from .results.estimate import ApproximationWarning, Estimate
     from .results.generation import Generation
     from .results.layered import LayeredAttribution
@@ -31,6 +33,7 @@ __all__ = [
     "Attribution",
     "ComponentKind",
     "ComponentState",
+    "Continuation",
     "Custom",
     "DePass",
     "Estimate",
@@ -45,6 +48,7 @@ __all__ = [
     "Partition",
     "Plan",
     "Subspaces",
+    "TokenBoundaryWarning",
     "Tokens",
     "Trace",
     "Verification",
@@ -60,10 +64,12 @@ _HOMES = {
     "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
+    "inputs.continuation": ("TokenBoundaryWarning",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),
     "results.attribution": ("Attribution",),
+    "results.continuation": ("Continuation",),
     "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.generation": ("Generation",),
     "results.layered": ("LayeredAttribution",),

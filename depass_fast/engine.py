@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import nn
@@ -15,18 +15,18 @@ from .components.custom import Custom, Subspaces
 from .components.features import Features
 from .components.model import Tokens
 from .inputs.loading import check_weights, load_model
-from .inputs.prompts import Prompt, encode_all
-from .methods import generation as generations
-from .methods.adjoint import adjoint
-from .methods.exact import exact
+from .inputs.prompts import Prompt, encode_all, is_list_of_positions
+from .methods import continuation as continuations
+from .methods.attribution import attributions
+from .methods.continuation import attribute_continuation, refuse_beside
 from .methods.focus import Focus, Partition, focus, partition
-from .methods.layers import layers
 from .methods.plan import plan_of
 from .methods.states import carry, check_trace, decompose, start_of
-from .options import Adjoint, MethodName, Options, OptionValues
+from .options import Adjoint, CallValues, MethodName, Options, OptionValues
 from .planning.plan import Plan
 from .request import Request, make_request, take_trace, with_method, with_targets
 from .results.attribution import Attribution
+from .results.continuation import Continuation
 from .results.generation import Generation
 from .results.layered import LayeredAttribution
 from .state.state import ComponentState
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # What type checkers tell apart: prompts that are one or several whatever they hold, and kinds of a single layer.
 OnePrompt: TypeAlias = str | Sequence[int] | list[dict[str, str]]
 SeveralPrompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
+Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Subspaces | Features | Custom
 
 
@@ -99,6 +100,7 @@ class DePass:
         end: int | str | None = None,
         method: MethodName | Adjoint | None = None,
         measure: bool = True,
+        continuation: Any | None = None,
         **options: Unpack[OptionValues],
     ) -> Plan:
         """Predict FLOP, memory and time of a decomposition of a prompt, or of any of N tokens, before any work.
@@ -107,8 +109,8 @@ class DePass:
         are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
         the prompt's place tells.
 
-        ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Other arguments
-        and errors as in :meth:`attribute`.
+        ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. With a
+        ``continuation`` it is the plan of both. Other arguments and errors as in :meth:`attribute`.
         """
         return plan_of(
             self.adapter,
@@ -119,6 +121,7 @@ class DePass:
             end=end,
             method=method,
             measure=measure,
+            continuation=continuation,
         )
 
     @overload
@@ -128,12 +131,8 @@ class DePass:
         components: OneLayer,
         target: Any = None,
         *,
-        contrast: int | str | None = None,
-        targets: Sequence[Any] | None = None,
         position: int = -1,
-        end: int | str | None = None,
-        method: MethodName | Adjoint | None = None,
-        **options: Unpack[OptionValues],
+        **more: Unpack[CallValues],
     ) -> Attribution: ...
 
     @overload
@@ -143,12 +142,8 @@ class DePass:
         components: LayerKind[R],
         target: Any = None,
         *,
-        contrast: int | str | None = None,
-        targets: Sequence[Any] | None = None,
         position: int = -1,
-        end: int | str | None = None,
-        method: MethodName | Adjoint | None = None,
-        **options: Unpack[OptionValues],
+        **more: Unpack[CallValues],
     ) -> R: ...
 
     @overload
@@ -158,12 +153,8 @@ class DePass:
         components: OneLayer,
         target: Any = None,
         *,
-        contrast: int | str | None = None,
-        targets: Sequence[Any] | None = None,
         position: int = -1,
-        end: int | str | None = None,
-        method: MethodName | Adjoint | None = None,
-        **options: Unpack[OptionValues],
+        **more: Unpack[CallValues],
     ) -> list[Attribution]: ...
 
     @overload
@@ -173,13 +164,41 @@ class DePass:
         components: LayerKind[R],
         target: Any = None,
         *,
-        contrast: int | str | None = None,
-        targets: Sequence[Any] | None = None,
         position: int = -1,
-        end: int | str | None = None,
-        method: MethodName | Adjoint | None = None,
-        **options: Unpack[OptionValues],
+        **more: Unpack[CallValues],
     ) -> list[R]: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: OnePrompt,
+        components: OneLayer,
+        target: Any = None,
+        *,
+        position: Sequence[int],
+        **more: Unpack[CallValues],
+    ) -> list[Attribution]: ...
+
+    @overload
+    def attribute(
+        self,
+        prompt: OnePrompt,
+        components: LayerKind[R],
+        target: Any = None,
+        *,
+        position: Sequence[int],
+        **more: Unpack[CallValues],
+    ) -> list[R]: ...
+
+    @overload
+    def attribute(
+        self, prompt: OnePrompt, components: OneLayer, *, continuation: Given, **more: Unpack[CallValues]
+    ) -> Continuation[Attribution]: ...
+
+    @overload
+    def attribute(
+        self, prompt: OnePrompt, components: LayerKind[R], *, continuation: Given, **more: Unpack[CallValues]
+    ) -> Continuation[R]: ...
 
     @overload
     def attribute(
@@ -188,12 +207,10 @@ class DePass:
         components: ComponentKind,
         target: Any = None,
         *,
-        contrast: int | str | None = None,
-        targets: Sequence[Any] | None = None,
-        position: int = -1,
-        end: int | str | None = None,
-        method: MethodName | Adjoint | None = None,
-        **options: Unpack[OptionValues],
+        position: int | Sequence[int] = -1,
+        continuation: Any | None = None,
+        reduce: Literal["sum", "mean"] | None = None,
+        **more: Unpack[CallValues],
     ) -> Any: ...
 
     @torch.no_grad()
@@ -205,12 +222,14 @@ class DePass:
         *,
         contrast: int | str | None = None,
         targets: Sequence[Any] | None = None,
-        position: int = -1,
+        position: int | Sequence[int] = -1,
+        continuation: Any | None = None,
+        reduce: Literal["sum", "mean"] | None = None,
         end: int | str | None = None,
         method: MethodName | Adjoint | None = None,
         **options: Unpack[OptionValues],
-    ) -> Attribution | LayeredAttribution | list[Any]:
-        """Return the share of every component in the logit of ``target``.
+    ) -> Attribution | LayeredAttribution | Continuation | list[Any]:
+        """Return the share of every component in the logit of ``target``, or in every token of a ``continuation``.
 
         Args:
             prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts; or what a
@@ -221,7 +240,10 @@ class DePass:
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
             contrast: an id or a string of one token, whose logit is subtracted from the target's.
             targets: one target per prompt of a batch, instead of ``target`` for all.
-            position: where the readout happens, -N to N - 1.
+            position: where the readout happens, -N to N - 1; or a list, of one decomposition for all of them.
+            continuation: text or ids (T,) that follow the prompt, whose T tokens are the targets; or a list of these,
+                one per prompt. Components are those of prompt and continuation. Goes without ``target`` and the like.
+            reduce: "sum" or "mean" of the log-probabilities of the continuation, as one result.
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
             method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
@@ -230,21 +252,26 @@ class DePass:
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
-            An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers; a list of them for
-            several prompts, or for the trace of several.
+            An :class:`Attribution`, a :class:`LayeredAttribution` for components of several layers, a
+            :class:`Continuation` of either with ``continuation``. For a list of positions a list of them, in its
+            order; for several prompts, or for the trace of several, a list of what one prompt gives.
 
         Raises:
             ValueError, TypeError: bad input, before any work.
             FloatingPointError: NaN or inf in weights or activations, with the layer.
             MemoryError: it cannot fit on the device, whatever the workspace; before any work.
         """
+        if continuation is not None:
+            refuse_beside(target=target, contrast=contrast, targets=targets, position=position, end=end)
+            settings, given = self.options.updated(options), (prompt, components, continuation)
+            return attribute_continuation(self.adapter, self.tokenizer, settings, *given, reduce=reduce, method=method)
+        if reduce is not None:
+            raise ValueError(f"reduce: {reduce!r} is of the tokens of a continuation; give continuation=, too.")
         request = self._request(prompt, components, end, options)
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
-        request = with_method(request, method)
-        if request.method is not None:
-            results = adjoint(request)
-        else:
-            results = layers(request) if components.is_layered else exact(request)
+        results = attributions(with_method(request, method))
+        if not is_list_of_positions(position):
+            results = [result for (result,) in results]
         return results if request.batch else results[0]
 
     @torch.no_grad()
@@ -269,7 +296,7 @@ class DePass:
         """
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
         settings = self.options.updated(options)
-        return generations.attribute_generation(self.adapter, self.tokenizer, settings, prompt, arguments)
+        return continuations.attribute_generation(self.adapter, self.tokenizer, settings, prompt, arguments)
 
     @torch.no_grad()
     def decompose(

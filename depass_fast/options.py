@@ -159,6 +159,15 @@ class OptionValues(TypedDict, total=False):
     verify: bool
 
 
+class CallValues(OptionValues, total=False):
+    """The keyword arguments of an attribution that do not change what type it returns."""
+
+    contrast: int | str | None
+    targets: Sequence[Any] | None
+    end: int | str | None
+    method: MethodName | Adjoint | None
+
+
 @dataclass(frozen=True)
 class Adjoint:
     """The adjoint sweep as a ``method``: first-order scores, of which the largest are refined (docs/adjoint.md).

@@ -18,7 +18,7 @@ from .components.model import Neurons
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
-from .inputs.prompts import Prompt, as_position, encode_all, token_texts
+from .inputs.prompts import Prompt, as_positions, encode_all, token_texts
 from .inputs.targets import TargetSpec, parse_target
 from .options import Adjoint, Options
 from .planning.fit import fitted
@@ -43,7 +43,7 @@ class Request:
     prompt's tokens, ``excluded`` the positions of its special tokens. ``end_given`` is None where the final norm
     follows. ``has_bias`` says that constants are still to come. ``method`` None is exact propagation.
 
-    ``reads`` and ``targets`` are what an attribution reads: a position and a target per prompt.
+    ``reads`` and ``targets`` are what an attribution reads: one or several positions and a target per prompt.
 
     ``trace`` is there once the forward pass was taken; ``bound`` are then the components of every prompt, where they
     were asked for at one layer. ``began`` is the time when the request was made, in seconds.
@@ -63,7 +63,7 @@ class Request:
     end: int
     has_bias: bool
     method: Adjoint | None = None
-    reads: tuple[int, ...] = ()
+    reads: tuple[tuple[int, ...], ...] = ()
     targets: tuple[TargetSpec, ...] = ()
     trace: Trace | None = None
     bound: tuple[ComponentKind, ...] | None = None
@@ -73,6 +73,16 @@ class Request:
         """Return the trace, which is there by now."""
         assert self.trace is not None, "the forward pass was not taken yet"
         return self.trace
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """The prompt and the position of everything that is read, prompt by prompt."""
+        return tuple((prompt, position) for prompt, reads in enumerate(self.reads) for position in reads)
+
+    @property
+    def read_positions(self) -> list[list[int]]:
+        """The positions of every prompt that are read, each once and in order."""
+        return [sorted(set(reads)) for reads in self.reads]
 
 
 def make_request(
@@ -124,7 +134,7 @@ def with_targets(
     *,
     contrast: Any = None,
     targets: Sequence[Any] | None = None,
-    position: int = -1,
+    position: int | Sequence[int] = -1,
 ) -> Request:
     """Return the request with what is to be read, checked. Arguments as of :meth:`depass_fast.DePass.attribute`.
 
@@ -133,14 +143,17 @@ def with_targets(
     """
     count = len(request.prompts)
     if targets is not None and (isinstance(targets, str) or not isinstance(targets, Sequence | np.ndarray | Tensor)):
-        raise TypeError(f"targets: expected a list with one target per prompt, got {targets!r}.")
+        raise TypeError(
+            f"targets: expected a list with one target per prompt, got {targets!r}. A text of several tokens is given "
+            "as continuation=."
+        )
     if targets is not None and (target is not None or len(targets) != count):
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
     specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
     if request.end_given is not None and any(vector is None for spec in specs for *_, vector in spec.items):
         raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
-    reads = tuple(as_position(position, len(ids)) for ids in request.prompts)
+    reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     return replace(request, reads=reads, targets=specs)
 
 

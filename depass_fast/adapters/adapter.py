@@ -200,17 +200,27 @@ class Adapter:
         All lie on the unembedding's device, where ``tokens`` (K,) are. A cap on the logits is frozen at its ratio
         capped / raw at each token's normed hidden state ``hidden`` (K, D).
         """
+        vectors, constants = self.uncapped_directions(tokens, dtype)
+        if self.family.logit_cap is None:
+            return vectors, constants
+        ratio = self.cap_ratio((vectors * hidden.to(vectors)).sum(1) + constants)
+        return vectors * ratio[:, None], constants * ratio
+
+    def uncapped_directions(self, tokens: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`token_directions` in front of a cap on the logits."""
         vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
         if self._project_out is not None:
             vectors = vectors @ stored_weight(self._project_out).to(dtype)
-        constants = vectors.new_zeros(len(tokens)) if bias is None else bias[tokens].to(dtype)
-        scale, cap = self.family.logit_scale, self.family.logit_cap
-        vectors, constants = (vectors, constants) if scale == 1.0 else (vectors * scale, constants * scale)
-        if cap is None:
-            return vectors, constants
-        raw = ((vectors * hidden.to(vectors)).sum(1) + constants) / cap
-        ratio = torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
-        return vectors * ratio[:, None], constants * ratio
+        constants = vectors.new_zeros(len(vectors)) if bias is None else bias[tokens].to(dtype)
+        scale = self.family.logit_scale
+        return (vectors, constants) if scale == 1.0 else (vectors * scale, constants * scale)
+
+    def cap_ratio(self, raw: Tensor) -> Tensor:
+        """The ratio capped / raw of logits in front of the family's cap; ones where it has none."""
+        if self.family.logit_cap is None:
+            return torch.ones_like(raw)
+        raw = raw / self.family.logit_cap
+        return torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
 
     @property
     def _project_out(self) -> nn.Module | None:

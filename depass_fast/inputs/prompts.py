@@ -59,6 +59,22 @@ def as_position(position: int, length: int) -> int:
     return position % length
 
 
+def as_positions(position: Any, length: int) -> list[int]:
+    """One position, or every one of a list, as :func:`as_position`."""
+    if not is_list_of_positions(position):
+        return [as_position(position, length)]
+    if len(position) == 0:
+        raise ValueError("position: empty; give at least one position.")
+    return [as_position(one, length) for one in position]
+
+
+def is_list_of_positions(position: Any) -> bool:
+    """True for several positions, in a list, an array or a tensor, even if it is one of one."""
+    if isinstance(position, (Tensor, np.ndarray)):
+        return position.ndim > 0
+    return isinstance(position, Sequence) and not isinstance(position, str)
+
+
 def encode(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> Tensor:
     """The ids (N,) of one prompt, a :data:`Prompt`.
 
@@ -156,8 +172,9 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
         parts = ", ".join(
             f"{t!r} ({i})" for t, i in zip(token_texts(torch.tensor(ids, device="cpu"), tokenizer), ids, strict=True)
         )
+        more = " Several tokens are given as continuation=." if argument == "target" and len(ids) > 1 else ""
         hint = "" if text.startswith(" ") else f" Most words need a leading space: {' ' + text!r}."
-        raise ValueError(f"{argument}: {text!r} is {len(ids)} tokens: [{parts}]; one is needed.{hint}")
+        raise ValueError(f"{argument}: {text!r} is {len(ids)} tokens: [{parts}]; one is needed.{hint}{more}")
     return ids[0]
 
 

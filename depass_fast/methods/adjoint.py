@@ -29,26 +29,36 @@ from ..runtime.log import warn_user
 from ..runtime.progress import progress_bar
 
 
-def adjoint(request: Request) -> list[Attribution] | list[LayeredAttribution]:
-    """Return a result per prompt, of every layer that the components name: one sweep per prompt."""
+def adjoint(
+    request: Request, directions: Sequence[Directions] | None = None
+) -> list[list[Attribution]] | list[list[LayeredAttribution]]:
+    """Return a result per read of every prompt, of every layer that the components name: a sweep for each read.
+
+    ``directions``, one per read, stand for the targets.
+    """
     request = fit(request)
     request = with_trace(request) if request.components.is_layered else traced(request)
-    kinds, prompts = request.components.each(request.adapter), range(len(request.prompts))
-    results = []
-    with progress_bar("prompts", len(prompts), request.run.progress) as bar:
-        for prompt in prompts:
-            results.append(_one_prompt(request, kinds, prompt))
+    kinds, places = request.components.each(request.adapter), request.places
+    found = []
+    what = "prompts" if len(places) == len(request.prompts) else "positions"
+    with progress_bar(what, len(places), request.run.progress) as bar:
+        for place, (prompt, position) in enumerate(places):
+            given = None if directions is None else directions[place]
+            found.append(_one_read(request, kinds, prompt, position, given))
             if bar is not None:
                 bar.finish()
-    return results
+    results = iter(found)
+    return [[next(results) for _ in reads] for reads in request.reads]
 
 
-def _one_prompt(request: Request, kinds: Sequence[ComponentKind], prompt: int) -> Attribution | LayeredAttribution:
+def _one_read(
+    request: Request, kinds: Sequence[ComponentKind], prompt: int, position: int, directions: Directions | None
+) -> Attribution | LayeredAttribution:
     assert request.method is not None
-    end = _End.of(request, prompt)
-    sweep = _sweep(request, kinds, prompt, end.seeds, request.method)
+    end = _End.of(request, prompt, position, directions)
+    sweep = _sweep(request, kinds, prompt, position, end.seeds, request.method)
     scores = sweep.run(request.method)
-    results = _results(request, sweep.starts, scores, end, prompt)
+    results = _results(request, sweep.starts, scores, end, prompt, position)
     said = warnings_of(scores.estimate, max(result.completeness_error for result in results))
     if said:
         warn_user(f"adjoint scores: {'; '.join(said)}", ApproximationWarning)
@@ -59,7 +69,7 @@ def _one_prompt(request: Request, kinds: Sequence[ComponentKind], prompt: int) -
 
 @dataclass(frozen=True)
 class _End:
-    """The readout of one prompt: ``directions``, and ``seeds`` (K, D), the same as gradients of the state at the end.
+    """The readout of one position: ``directions``, and ``seeds`` (K, D), the same as gradients of the state at the end.
 
     ``logits`` and ``constants`` (K,) are the model's own logits, and the part of them that belongs to `bias`.
     """
@@ -70,16 +80,16 @@ class _End:
     constants: Tensor
 
     @staticmethod
-    def of(request: Request, prompt: int) -> _End:
+    def of(request: Request, prompt: int, position: int, given: Directions | None) -> _End:
         adapter, trace, wide = request.adapter, request.require_trace(), wide_dtype(request)
-        device, spec = adapter.unembedding_device, request.targets[prompt]
-        at = trace.span(prompt).start + request.reads[prompt]
+        device = adapter.unembedding_device
+        at = trace.span(prompt).start + position
         resid = trace.resid(request.end)[at].to(device)
         if request.end_given is not None:
-            found = resolve_target(spec, adapter, request.tokenizer, resid, wide)
+            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, resid, wide)
             return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants)
         norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
-        found = resolve_target(spec, adapter, request.tokenizer, final, wide)
+        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, final, wide)
         seeds, constants = found.vectors, found.constants
         if norm is not None:
             norm = norm.to(device)
@@ -89,10 +99,12 @@ class _End:
         return _End(found, seeds, found.vectors @ final.to(wide) + found.constants, constants)
 
 
-def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds: Tensor, method: Adjoint) -> Sweep:
-    """Return the sweep of one prompt over the layers of ``kinds``, read in ``seeds`` (K, D)."""
+def _sweep(
+    request: Request, kinds: Sequence[ComponentKind], prompt: int, position: int, seeds: Tensor, method: Adjoint
+) -> Sweep:
+    """Return the sweep of one prompt over the layers of ``kinds``, read in ``seeds`` (K, D) at ``position``."""
     adapter, trace, run, wide = request.adapter, request.require_trace(), request.run, wide_dtype(request)
-    n = request.reads[prompt] + 1
+    n = position + 1
     bound = None if request.bound is None else request.bound[prompt]  # of one layer
     starts = [
         make_start(kind, adapter, trace, prompt, n, has_bias, wide, bound)
@@ -105,7 +117,9 @@ def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds:
     return Sweep(stack, starts, seeds, Approximation(temperature, seed=method.seed), run.memory_budget)
 
 
-def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _End, prompt: int) -> list[Attribution]:
+def _results(
+    request: Request, starts: Sequence[Start], scores: Scores, end: _End, prompt: int, position: int
+) -> list[Attribution]:
     """Return a result per start, in order of layers."""
     results, logits, constants = [], end.logits.cpu(), end.constants.cpu()
     for s, start in enumerate(starts):
@@ -126,7 +140,7 @@ def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _En
                 input_ids=request.prompts[prompt].tolist(),
                 tokens=request.tokens[prompt],
                 layer=start.layer,
-                position=request.reads[prompt],
+                position=position,
                 seconds=0.0,
                 method="adjoint",
                 **how_computed(request),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..propagation.loop import propagate
 from ..readout.collect import Readout, to_results
+from ..readout.targets import Directions
 from ..request import Request, fit, start, traced
 from ..results.attribution import Attribution
 
 
-def exact(request: Request) -> list[Attribution]:
-    """Return a result per prompt, of components of one layer."""
+def exact(request: Request, directions: Sequence[Directions] | None = None) -> list[list[Attribution]]:
+    """Return a result per read of every prompt, of components of one layer; ``directions`` stand for the targets."""
     request = traced(fit(request))
-    readout = Readout.of(request, list(enumerate(request.reads)), request.targets)
-    reads = [[read] for read in request.reads]
-    state = start(request)
-    carried, errors = propagate(request.adapter, request.require_trace(), state, request.end, request.run, reads)
+    readout, state = Readout.of(request, directions), start(request)
+    carried, errors = propagate(
+        request.adapter, request.require_trace(), state, request.end, request.run, request.read_positions
+    )
     return to_results([readout.collect([request], carried, [errors])])[0]

@@ -15,14 +15,15 @@ from ..planning.shapes import named_components
 from ..propagation.joint import PendingState, can_propagate_jointly, carry_jointly, group_by_memory
 from ..propagation.loop import propagate
 from ..readout.collect import Readout, to_results
+from ..readout.targets import Directions
 from ..request import Request, fit, start, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..state.state import ComponentState
 
 
-def layers(request: Request) -> list[LayeredAttribution]:
-    """Return a result per prompt, of every layer that the components name."""
+def layers(request: Request, directions: Sequence[Directions] | None = None) -> list[list[LayeredAttribution]]:
+    """Return a result per read of every prompt, of all layers; ``directions`` stand for the targets."""
     adapter, kinds = request.adapter, request.components.each(request.adapter)
     request = _ready(request, kinds)
     own_bias = [
@@ -31,16 +32,19 @@ def layers(request: Request) -> list[LayeredAttribution]:
     ]
     has_bias = any(own_bias)  # states that are carried together have the same extras
     parts = [replace(request, components=kind, layer=kind.resolve(adapter), has_bias=has_bias) for kind in kinds]
-    readout = Readout.of(request, list(enumerate(request.reads)), request.targets)
+    readout = Readout.of(request, directions)
     collected, first = [], 0
     for state, errors in _carried(parts):
         collected.append(readout.collect(parts[first : first + len(errors)], state, errors))
         first += len(errors)
     by_layer = [
-        [result if has_own else _without_bias(result) for result in results]
+        results if has_own else [[_without_bias(result) for result in of_prompt] for of_prompt in results]
         for has_own, results in zip(own_bias, to_results(collected), strict=True)
     ]
-    return [LayeredAttribution(list(results), warnings=_warnings(results)) for results in zip(*by_layer, strict=True)]
+    return [
+        [LayeredAttribution(list(each), warnings=_warnings(each)) for each in zip(*of_prompt, strict=True)]
+        for of_prompt in zip(*by_layer, strict=True)
+    ]
 
 
 def _ready(request: Request, kinds: Sequence[ComponentKind]) -> Request:
@@ -69,7 +73,7 @@ def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[li
     """Yield states at the end, each of one layer's components or of several layers', and each layer's errors."""
     first = parts[0]
     adapter, trace, end, run = first.adapter, first.require_trace(), first.end, first.run
-    reads = [[read] for read in first.reads]
+    reads = first.read_positions
     if not can_propagate_jointly(trace, run):
         for part in parts:
             state, errors = propagate(adapter, trace, start(part), end, run, reads)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..adapters import Adapter
 from ..components.base import ComponentKind
+from ..inputs.continuation import encode_continued
 from ..inputs.prompts import Prompt, encode_all
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
@@ -29,10 +30,15 @@ def plan_of(
     end: int | str | None,
     method: str | Adjoint | None,
     measure: bool,
+    continuation: Any | None = None,
 ) -> Plan:
     """Return the plan of a call; arguments as of :meth:`depass_fast.DePass.plan`."""
     settings.build(adapter)  # before any work
     check_kind(components)
+    if continuation is not None and isinstance(prompt_or_length, (Trace, int, np.integer)):
+        raise ValueError(
+            "continuation: it follows a prompt; give the prompt, or the number of tokens of both without continuation."
+        )
     trace = prompt_or_length if isinstance(prompt_or_length, Trace) else None
     if trace is not None:
         lengths = [trace.length(p) for p in range(trace.n_prompts)]
@@ -40,6 +46,8 @@ def plan_of(
         lengths = [check_length(int(prompt_or_length), adapter)]
     elif isinstance(prompt_or_length, int):
         lengths = [check_length(prompt_or_length, adapter)]
+    elif continuation is not None:
+        lengths = [len(ids) for ids in encode_continued(prompt_or_length, continuation, adapter, tokenizer)[1]]
     else:
         lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
     components.check(adapter, lengths)

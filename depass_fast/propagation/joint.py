@@ -19,7 +19,6 @@ from ..runtime.memory import available
 from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
 from ..state.completeness import Completeness
-from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace, Trace
 from .layer import through_attention, through_mlp
@@ -128,7 +127,7 @@ def carry_jointly(
                 bar.finish()
     done = [] if joint is None else [joint]
     for state in _start(trace, run, starts[started:], found):  # they start where the sweep ends
-        done.append(state if positions is None else state.at(_layout_at(state.layout, trace.offsets, positions)))
+        done.append(state if positions is None else state.at(state.layout.at(trace.offsets, positions)))
     return done, _by_decomposition(found, starts, end, trace.n_prompts)
 
 
@@ -159,7 +158,7 @@ def _through_attention(
     layer: Layer,
     record: LayerTrace,
     run: Run,
-    reads: Sequence[np.ndarray] | None,
+    reads: list[np.ndarray] | None,
 ) -> tuple[ComponentState, ComponentState | None]:
     """Return all ``states`` after the attention of a layer, at ``reads`` if given, as one joint state.
 
@@ -170,7 +169,7 @@ def _through_attention(
     while states:
         state = states.pop(0)
         state.rows = state.rows.to(layer.device)
-        queries = None if reads is None else _layout_at(state.layout, offsets, reads)
+        queries = None if reads is None else state.layout.at(offsets, reads)
         after, source = through_attention(state.moved(), layer, record, run, queries)
         parts.append(after)
         sources += [] if source is None else [source]
@@ -178,9 +177,3 @@ def _through_attention(
     joint = ComponentState.join(parts)
     parts.clear()
     return joint, ComponentState.join(sources) if sources else None
-
-
-def _layout_at(layout: Layout, offsets: np.ndarray, reads: Sequence[np.ndarray]) -> Layout:
-    """Return a layout, joint or not, restricted to ``reads``, local positions of every prompt."""
-    parts = [Layout.of(part.components, offsets, list(reads)) for part in layout.apart()]
-    return parts[0] if len(parts) == 1 else Layout.join(parts)

@@ -12,7 +12,6 @@ from ..adapters import Adapter
 from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
 from ..state.completeness import Completeness
-from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import Trace
 from .layer import normalise, through_layer
@@ -40,7 +39,7 @@ def propagate(
     first, queries = state.layer, None
     run.backend.begin(adapter, trace, first, end)
     if reads is not None:
-        queries = Layout.of(state.layout.components, trace.offsets, [np.array(r) for r in reads])
+        queries = state.layout.at(trace.offsets, [np.array(r) for r in reads])
     found = Completeness()
     found.measure(state, trace.resid_at(first, state.site))
     with progress_bar("layers", end - first, run.progress) as bar:

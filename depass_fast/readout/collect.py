@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,13 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm
-from ..inputs.targets import TargetSpec
 from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
 from ..results.verification import Verification, warn_if_off
 from ..runtime.dtypes import dtype_name
 from ..runtime.precision import full_precision
 from ..runtime.transfer import to_device, to_host
-from ..state.layout import Components, Layout
+from ..state.layout import Layout
 from ..state.state import ComponentState
 from .assemble import assemble
 from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
@@ -48,25 +48,25 @@ class Readout:
 
     @staticmethod
     @full_precision()
-    def of(request: Request, places: Sequence[tuple[int, int]], targets: Sequence[TargetSpec]) -> Readout:
-        """Resolve a target for each of the ``places`` of a traced request.
+    def of(request: Request, directions: Sequence[Directions] | None = None) -> Readout:
+        """Resolve the targets of a traced request at everything that it reads, unless ``directions`` are given.
 
         Raises:
             ValueError: an unembedding row holds NaN or inf.
         """
-        adapter, trace, final_norm = request.adapter, request.require_trace(), request.end_given is None
+        adapter, final_norm, places = request.adapter, request.end_given is None, request.places
         device, norm = adapter.unembedding_device, adapter.final_norm() if final_norm else None
         dtype = wide_dtype(request)
-        resid = trace.resid(request.end).to(device)
-        final = trace.normed_final.to(device) if final_norm else resid
-        at = np.array([trace.offsets[prompt] + position for prompt, position in places])
-        hidden = final[to_device(at, device)]  # (P, D)
-        directions = resolve_targets(targets, adapter, request.tokenizer, hidden, dtype)
+        resid = request.require_trace().resid(request.end).to(device)
+        hidden = read_hidden(request)
+        if directions is None:
+            targets = [request.targets[prompt] for prompt, _ in places]
+            directions = resolve_targets(targets, adapter, request.tokenizer, hidden, dtype)
         norm = None if norm is None else norm.to(device)
         logits, constants = to_host([_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
         return Readout(
-            places=tuple(places),
+            places=places,
             directions=tuple(directions),
             logits=logits.split(widths),
             bias_scores=constants.split(widths),
@@ -75,59 +75,92 @@ class Readout:
             dtype=dtype,
         )
 
-    def only(self, place: int) -> Readout:
-        """Return the readout of one of the places."""
-        one = slice(place, place + 1)
-        chosen = {name: getattr(self, name)[one] for name in ("places", "directions", "logits", "bias_scores")}
-        return replace(self, **chosen)
+    def only(self, chosen: Sequence[int]) -> Readout:
+        """Return the readout of some of the places."""
+        names = ("places", "directions", "logits", "bias_scores")
+        return replace(self, **{name: tuple(getattr(self, name)[i] for i in chosen) for name in names})
+
+    def rounds(self) -> list[Readout]:
+        """Return the readouts of one place of every prompt, until all places had their turn.
+
+        A prompt that has fewer places than another is read at its last one again.
+        """
+        of_prompt = [list(group) for _, group in groupby(range(len(self.places)), lambda i: self.places[i][0])]
+        turns = range(max(map(len, of_prompt)))
+        return [self.only([group[min(turn, len(group) - 1)] for group in of_prompt]) for turn in turns]
 
     @full_precision()
     def collect(
         self, requests: Sequence[Request], state: ComponentState, errors: Sequence[Sequence[Tensor]]
     ) -> Collected:
-        """Read a state that holds one position of every prompt, the places' own: one decomposition, or joint ones.
+        """Read a state at the places, which are all that it holds: one decomposition, or joint ones.
 
         There are a request and ``errors`` for each decomposition: its completeness errors (P,) at the start and after
-        every layer.
+        every layer. Places are read one of every prompt at a time, so that no more than these are held in ``dtype``.
         """
-        run = requests[0].run
-        state.rows = state.rows.to(self.resid.device, self.dtype)
-        scores = read_scores(state, run.operations, self.norm, self.resid, self.directions)
-        return Collected(self, requests, state.layout, scores, errors, run.verified())
+        run, offsets = requests[0].run, requests[0].require_trace().offsets
+        rounds, found = self.rounds(), []
+        for one in rounds:
+            here = state
+            if len(rounds) > 1:
+                here = state.at(state.layout.at(offsets, [np.array([position]) for _, position in one.places]))
+            here.rows = here.rows.to(self.resid.device, self.dtype)
+            scores = read_scores(here, run.operations, self.norm, self.resid, one.directions)
+            found.append(Round(one, here.layout, scores))
+        return Collected(found, requests, errors, run.verified())
+
+
+@dataclass(frozen=True)
+class Round:
+    """The scores (n,) of the rows at one place of every prompt, still on the device."""
+
+    readout: Readout
+    layout: Layout
+    scores: Tensor
+
+    def split(self, scores: Tensor) -> list[Tensor]:
+        """Return the same scores in host memory, (K, M) for every prompt of every decomposition."""
+        layout, constants = self.layout, self.readout.bias_scores
+        n_decompositions = len(layout.components) // len(constants)
+        alive = layout.counts[np.argsort(layout.prompt, kind="stable")]
+        widths = [len(one) for one in constants] * n_decompositions
+        parts = scores.split((alive * widths).tolist())
+        return [
+            scores_of(part, components, constants[i % len(constants)])
+            for i, (part, components) in enumerate(zip(parts, layout.components, strict=True))
+        ]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The scores (n,) of a state's rows and the completeness errors of its decompositions, still on the device."""
+    """The scores of a state and the completeness errors of its decompositions, still on the device."""
 
-    readout: Readout
+    rounds: Sequence[Round]
     requests: Sequence[Request]
-    layout: Layout
-    scores: Tensor
     errors: Sequence[Sequence[Tensor]]
     verification: Verification | None
 
 
-def to_results(collected: Sequence[Collected]) -> list[list[Attribution]]:
-    """Return a result per place, for every decomposition that was ``collected``. They belong to one call of the user's.
+def to_results(collected: Sequence[Collected]) -> list[list[list[Attribution]]]:
+    """Return a result per read of every prompt, for every decomposition that was ``collected`` in a call of the user's.
 
     All are copied at once.
     """
-    held = iter(to_host([x for one in collected for x in (one.scores, *(e for many in one.errors for e in many))]))
+    held = iter(
+        to_host(
+            [
+                x
+                for one in collected
+                for x in (*(part.scores for part in one.rounds), *(e for many in one.errors for e in many))
+            ]
+        )
+    )
     seconds, results = time.perf_counter() - collected[0].requests[0].began, []
     for one in collected:
-        layout, readout, n = one.layout, one.readout, len(one.readout.places)
-        widths = [len(constants) for constants in readout.bias_scores] * len(one.requests)
-        alive = layout.counts[np.argsort(layout.prompt, kind="stable")]
-        parts = next(held).split((alive * widths).tolist())
-        scores = [
-            scores_of(part, components, readout.bias_scores[i % n])
-            for i, (part, components) in enumerate(zip(parts, layout.components, strict=True))
-        ]
+        scores = [part.split(next(held)) for part in one.rounds]
         for d, (request, many) in enumerate(zip(one.requests, one.errors, strict=True)):
             errors = torch.stack([next(held) for _ in many])
-            here = slice(d * n, (d + 1) * n)
-            results.append(_results(one, request, layout.components[here], scores[here], errors, seconds))
+            results.append(_results(one, request, d, scores, errors, seconds))
     return results
 
 
@@ -147,32 +180,48 @@ def how_computed(request: Request) -> dict[str, Any]:
 def _results(
     one: Collected,
     request: Request,
-    components: Sequence[Components],
-    scores: Sequence[Tensor],
+    decomposition: int,
+    scores: Sequence[Sequence[Tensor]],
     errors: Tensor,
     seconds: float,
-) -> list[Attribution]:
-    """Return a result per place, from its scores and all prompts' errors (layers, P) in host memory."""
-    readout, run = one.readout, request.run
-    return [
-        assemble(
-            scores=scores[i],
-            logits=readout.logits[i],
-            layer_errors=errors[:, prompt].contiguous(),
-            directions=readout.directions[i],
-            labels=components[i].labels,
-            input_ids=request.prompts[prompt].tolist(),
-            tokens=request.tokens[prompt],
-            layer=request.layer,
-            position=position,
-            seconds=seconds,
-            memory_budget=run.workspace(request.adapter.device),
-            verification=one.verification,
-            warnings=warn_if_off(one.verification, run.backend.name),
-            **how_computed(request),
+) -> list[list[Attribution]]:
+    """Return a result per read of every prompt, from the scores of the rounds and all prompts' errors (layers, P)."""
+    run, n_prompts = request.run, len(request.prompts)
+    said = warn_if_off(one.verification, run.backend.name)
+    found = []
+    for prompt, reads in enumerate(request.reads):
+        at = decomposition * n_prompts + prompt
+        found.append(
+            [
+                assemble(
+                    scores=scores[turn][at],
+                    logits=part.readout.logits[prompt],
+                    layer_errors=errors[:, prompt].contiguous(),
+                    directions=part.readout.directions[prompt],
+                    labels=part.layout.components[at].labels,
+                    input_ids=request.prompts[prompt].tolist(),
+                    tokens=request.tokens[prompt],
+                    layer=request.layer,
+                    position=position,
+                    seconds=seconds,
+                    memory_budget=run.workspace(request.adapter.device),
+                    verification=one.verification,
+                    warnings=None if said is None else list(said),
+                    **how_computed(request),
+                )
+                for turn, (position, part) in enumerate(zip(reads, one.rounds, strict=False))
+            ]
         )
-        for i, (prompt, position) in enumerate(readout.places)
-    ]
+    return found
+
+
+def read_hidden(request: Request) -> Tensor:
+    """Return the hidden states (P, D) that a traced request reads, normed or at ``end``, where the unembedding is."""
+    trace = request.require_trace()
+    final = trace.normed_final if request.end_given is None else trace.resid(request.end)
+    at = np.array([trace.offsets[prompt] + position for prompt, position in request.places])
+    device = request.adapter.unembedding_device
+    return final.to(device)[to_device(at, device)]
 
 
 def _logits(directions: Sequence[Directions], hidden: Tensor) -> Tensor:

@@ -2,85 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .attribution import Attribution
-from .tables import data_frame
-from .verification import Verification, merge
-
-if TYPE_CHECKING:
-    import pandas
+from .continuation import Continuation
+from .files import register_format
 
 
-@dataclass(eq=False)
-class Generation:
-    """A generated sequence of N tokens; the first ``prompt_length`` of them are the prompt.
+@dataclass(eq=False, repr=False)
+class Generation(Continuation[Attribution]):
+    """A :class:`depass_fast.Continuation` that the model generated: the shares of all tokens before each new one.
 
-    ``input_ids`` and ``tokens`` (N,) hold all of them; ``text`` is the whole sequence, None without a tokenizer.
-    ``steps`` holds an :class:`Attribution` per generated token: the shares of all tokens before it in its logit.
+    ``steps`` holds an :class:`Attribution` per generated token, ``input_ids`` and ``tokens`` all N tokens.
     """
 
-    prompt_length: int
-    input_ids: list[int]
-    tokens: list[str]
-    text: str | None
-    steps: list[Attribution]
-
-    @classmethod
-    def of(cls, steps: Sequence[Attribution], prompt_length: int, tokenizer: Any | None) -> Generation:
-        """Return the generation of attributions over all N tokens; each keeps the tokens before its own only."""
-        ids, tokens = steps[0].input_ids, steps[0].tokens
-        text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-        return cls(prompt_length, ids, tokens, text, [_up_to_its_position(step) for step in steps])
+    format: ClassVar[str] = "depass_fast.generation.v1"
 
     @property
     def scores(self) -> Tensor:
-        """The shares of tokens in generated tokens: (N - prompt_length, N), zero where they do not come before."""
-        scores = torch.zeros(len(self.steps), len(self.input_ids), dtype=self.steps[0].scores.dtype, device="cpu")
-        for row, step in zip(scores, self.steps, strict=True):
-            row[: step.position + 1] = step.scores[: step.position + 1]
-        return scores
+        """The shares of tokens in generated tokens: (T, N), without `bias`, zero where they do not come before."""
+        return super().scores[:, : len(self.input_ids)]
 
     @property
-    def completeness_error(self) -> float:
-        """The largest error of a step."""
-        return max(step.completeness_error for step in self.steps)
-
-    @property
-    def verification(self) -> Verification | None:
-        """The verification of all steps together; None where nothing was verified."""
-        return merge(step.verification for step in self.steps)
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """Return a DataFrame with a row per generated token and component before it. Needs pandas.
-
-        Its columns are `position`, `token`, `label` and `score`.
-        """
-        rows = [
-            (step.position + 1, self.tokens[step.position + 1], label, score)
-            for step in self.steps
-            for label, score in zip(step.labels, step.scores.tolist(), strict=True)
-        ]
-        return data_frame(["position", "token", "label", "score"], rows)
-
-    def __str__(self) -> str:
-        """Return a line per generated token: the three tokens that gave most to it."""
-        lines = [] if self.text is None else [self.text, ""]
-        for step in self.steps:
-            best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
-            lines.append(f"{step.position + 1:5d} {self.tokens[step.position + 1]!r:16} {best}")
-        found = "" if self.verification is None else f" | verified: {self.verification}"
-        return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"])
+    def log_prob_scores(self) -> Tensor:
+        """The shares of tokens in the log-probabilities of generated tokens: (T, N), without `bias`."""
+        return super().log_prob_scores[:, : len(self.input_ids)]
 
 
-def _up_to_its_position(step: Attribution) -> Attribution:
-    """Return a step without the tokens after the position that is read; they have no share."""
-    n, first_extra = step.position + 1, len(step.labels) - step.n_extras
-    kept = [*range(n), *range(first_extra, len(step.labels))]
-    labels = [step.labels[i] for i in kept]
-    return replace(step, scores=step.scores[kept], labels=labels, input_ids=step.input_ids[:n], tokens=step.tokens[:n])
+register_format(Generation.format, Generation.restore)

@@ -135,6 +135,11 @@ class Layout:
         counts = np.concatenate([c.alive(p) for c, p in zip(components, positions, strict=True)]).astype(np.int64)
         return Layout(components, prompt, local, offsets[prompt] + local, *_counted(counts))
 
+    def at(self, offsets: np.ndarray, positions: list[np.ndarray]) -> Layout:
+        """This layout, joint or not, restricted to local ``positions`` of every prompt."""
+        parts = [Layout.of(part.components, offsets, positions) for part in self.apart()]
+        return parts[0] if len(parts) == 1 else Layout.join(parts)
+
     def only(self, segments: np.ndarray) -> Layout:
         """The layout of some of the segments (S',), in that order."""
         prompt, local, packed = self.prompt[segments], self.local[segments], self.packed[segments]

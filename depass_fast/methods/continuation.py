@@ -1,0 +1,114 @@
+"""A prompt and what follows it, given or generated: decomposed once, read in front of every token that follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapters import Adapter
+from ..components.base import ComponentKind
+from ..components.model import Tokens
+from ..inputs.continuation import encode_continued
+from ..inputs.generation import generate
+from ..inputs.loading import check_ready
+from ..inputs.prompts import Prompt, encode, is_batch
+from ..inputs.targets import parse_target
+from ..options import Adjoint, Options
+from ..readout.collect import read_hidden
+from ..readout.log_probs import with_log_probs
+from ..readout.targets import resolve_targets
+from ..request import Request, fit, make_request, wide_dtype, with_method, with_trace
+from ..results.continuation import REDUCTIONS, Continuation
+from ..results.generation import Generation
+from ..trace.record import Trace
+from .attribution import attributions
+
+
+def refuse_beside(*, position: Any, **given: Any) -> None:
+    """Refuse arguments of `attribute` that a continuation, whose tokens are the targets, leaves no room for."""
+    if not (isinstance(position, int) and position == -1):
+        given["position"] = position
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: a continuation is read in front of each of its tokens, which are the targets, at the end of "
+                f"the model; leave {name} or continuation out."
+            )
+
+
+def attribute_continuation(
+    adapter: Adapter,
+    tokenizer: Any | None,
+    settings: Options,
+    prompt: Prompt | Sequence[Prompt] | Trace,
+    components: ComponentKind,
+    continuation: Any,
+    *,
+    reduce: str | None,
+    method: str | Adjoint | None,
+) -> Any:
+    """Return the continuation of a prompt, decomposed; a list of them for several prompts.
+
+    Raises:
+        ValueError, TypeError: as :meth:`depass_fast.DePass.attribute`.
+    """
+    began = time.perf_counter()
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise ValueError(f"reduce: {reduce!r} is not one of None, {', '.join(map(repr, REDUCTIONS))}.")
+    if isinstance(prompt, Trace):
+        raise TypeError(
+            "prompt: a trace is of its own tokens only, and a continuation has more; give text, ids or chat messages. "
+            "In a trace of prompt and continuation, read several positions (position=[...])."
+        )
+    batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer)
+    request = make_request(adapter, tokenizer, settings, whole, components)
+    request = with_method(replace(request, batch=batch, began=began), method)
+    results = [
+        Continuation.of(steps, length, tokenizer, log_z)
+        for (steps, log_z), length in zip(_decomposed(request, lengths), lengths, strict=True)
+    ]
+    reduced = results if reduce is None else [getattr(one, reduce) for one in results]
+    return reduced if batch else reduced[0]
+
+
+def attribute_generation(
+    adapter: Adapter, tokenizer: Any | None, settings: Options, prompt: Prompt, arguments: dict[str, Any]
+) -> Generation:
+    """Return the generation that ``arguments`` of ``model.generate`` ask for, decomposed.
+
+    Raises:
+        ValueError, TypeError: as :meth:`depass_fast.DePass.attribute_generation`.
+    """
+    began, run = time.perf_counter(), settings.build(adapter)
+    if isinstance(prompt, Trace) or is_batch(prompt):
+        raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
+    check_ready(adapter)
+    ids, length = generate(adapter, encode(prompt, adapter, tokenizer), run.progress, **arguments)
+    if len(ids) == length:
+        raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
+    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens()), began=began)
+    ((steps, log_z),) = _decomposed(request, [length])
+    return Generation.of(steps, length, tokenizer, log_z)
+
+
+def _decomposed(request: Request, lengths: Sequence[int]) -> list[tuple[list[Any], torch.Tensor]]:
+    """Decompose prompts, each with what follows its first ``lengths`` tokens.
+
+    Returns:
+        per prompt, an attribution with two targets for every token that follows, its logit and its log-probability,
+        and the log partition functions in front of them (T,).
+    """
+    adapter, tokenizer = request.adapter, request.tokenizer
+    reads = tuple(tuple(range(n - 1, len(ids) - 1)) for ids, n in zip(request.prompts, lengths, strict=True))
+    request = with_trace(fit(replace(request, reads=reads)))
+    hidden, dtype = read_hidden(request), wide_dtype(request)
+    following = [int(request.prompts[prompt][position + 1]) for prompt, position in request.places]
+    targets = [parse_target(token, adapter, tokenizer) for token in following]
+    directions = resolve_targets(targets, adapter, tokenizer, hidden, dtype)
+    directions, log_z = with_log_probs(adapter, directions, hidden)
+    by_prompt = log_z.cpu().split([len(one) for one in reads])
+    return list(zip(attributions(request, directions), by_prompt, strict=True))

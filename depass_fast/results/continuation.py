@@ -1,0 +1,305 @@
+"""The tokens that follow a prompt, and what every one of them came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .attribution import TENSORS, Attribution
+from .estimate import Estimate, estimate_dict
+from .files import read_result, register_format, write_result
+from .layered import LayeredAttribution
+from .render import rich_view
+from .tables import data_frame, write_csv
+from .verification import Verification, merge
+
+if TYPE_CHECKING:
+    import pandas
+
+REDUCTIONS = ("sum", "mean")
+
+Steps = TypeVar("Steps", Attribution, LayeredAttribution)
+
+
+@dataclass(eq=False, repr=False)
+class Continuation(Generic[Steps]):
+    """The shares of every component in T tokens that follow a prompt, of one decomposition of prompt and tokens.
+
+    Every token has two rows of shares. Those in its logit sum to the logit. Those in its log-probability are shares in
+    the direction w_t - Σ_j p_j w_j, with the model's probabilities p frozen: the gradient of log p_t. They sum to
+    logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p. Entropy, which all tokens have in common, is
+    attributed to nobody; ``log_probs`` and ``entropies`` hold both.
+
+    ``prompt_length`` tokens are the prompt's; ``text`` is the whole, None without a tokenizer. ``log_probs`` (T,) are
+    the model's own. ``shares`` holds all rows, first those of the T logits, then those of the T log-probabilities: an
+    :class:`Attribution`, or a :class:`LayeredAttribution` for components of several layers.
+    """
+
+    prompt_length: int
+    text: str | None
+    log_probs: Tensor
+    shares: Steps
+
+    format: ClassVar[str] = "depass_fast.continuation.v1"
+
+    @classmethod
+    def of(cls, steps: Sequence[Steps], prompt_length: int, tokenizer: Any | None, log_z: Tensor) -> Any:
+        """Return the continuation of T attributions with two targets each, and of its log Z (T,)."""
+        shares = _stacked(steps)
+        ids = shares.input_ids
+        text = None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+        return cls(prompt_length, text, shares.target_logits[: len(steps)] - log_z.to(shares.target_logits), shares)
+
+    def __len__(self) -> int:
+        """T, the number of tokens that follow the prompt."""
+        return len(self.log_probs)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The ids of all N tokens."""
+        return self.shares.input_ids
+
+    @property
+    def tokens(self) -> list[str]:
+        """All N tokens as text."""
+        return self.shares.tokens
+
+    @property
+    def labels(self) -> list[str]:
+        """The components' labels, in the order of the rows of :attr:`scores`."""
+        return self.shares.labels
+
+    @property
+    def scores(self) -> Tensor:
+        """The shares in the logits: (T, M), or (T, layers, I) for several layers, without `rest` and `bias` then."""
+        return self.shares.scores[: len(self)]
+
+    @property
+    def log_prob_scores(self) -> Tensor:
+        """The shares in the log-probabilities, of the shape of :attr:`scores`."""
+        return self.shares.scores[len(self) :]
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's own logits of the tokens: (T,)."""
+        return self.shares.target_logits[: len(self)]
+
+    @property
+    def entropies(self) -> Tensor:
+        """The entropies of the model's predictions in front of the tokens, in nats: (T,)."""
+        return self.shares.target_logits[len(self) :] - self.log_probs
+
+    @property
+    def sum(self) -> Steps:
+        """The shares in the sum of the log-probabilities. Its ``target_logits`` are that sum plus the entropies'."""
+        return self._reduced("sum", 1.0)
+
+    @property
+    def mean(self) -> Steps:
+        """The shares in the mean of the log-probabilities, see :attr:`sum`."""
+        return self._reduced("mean", 1.0 / len(self))
+
+    @property
+    def steps(self) -> list[Steps]:
+        """The shares in every token's logit, as a call on the tokens before it would give them."""
+        return [self._step(k, self.prompt_length - 1 + k) for k in range(len(self))]
+
+    @property
+    def log_prob_steps(self) -> list[Steps]:
+        """The shares in every token's log-probability, otherwise as :attr:`steps`."""
+        return [self._step(len(self) + k, self.prompt_length - 1 + k) for k in range(len(self))]
+
+    @property
+    def completeness_error(self) -> float:
+        """The largest error of a token's shares, or of a state on the way."""
+        return self.shares.completeness_error
+
+    @property
+    def warnings(self) -> list[str] | None:
+        """What is to be known before relying on the shares; None where there is nothing."""
+        return self.shares.warnings
+
+    @property
+    def verification(self) -> Verification | None:
+        """The verification of the decomposition; None where nothing was verified."""
+        return self.shares.verification
+
+    def _reduced(self, name: str, factor: float) -> Steps:
+        """Return the sum of the log-probabilities' rows times ``factor``, as read at the last position."""
+        what = f"{name} of log P of {len(self)} tokens, P frozen"
+        rows = slice(len(self), None)
+
+        def reduced(one: Attribution) -> Attribution:
+            return replace(
+                one,
+                scores=one.scores[rows].sum(0) * factor,
+                target_logits=one.target_logits[rows].sum(0) * factor,
+                target_names=[what],
+                target_ids=[None],
+                contrast_ids=[None],
+            )
+
+        return _mapped(self.shares, reduced)
+
+    def _step(self, row: int, position: int) -> Steps:
+        """Return one row, read at ``position``, without the tokens behind it."""
+
+        def chosen(one: Attribution) -> Attribution:
+            one = replace(
+                one,
+                scores=one.scores[row].clone(),
+                target_logits=one.target_logits[row].clone(),
+                target_names=[one.target_names[row]],
+                target_ids=[one.target_ids[row]],
+                contrast_ids=[None],
+                position=position,
+            )
+            return _up_to_its_position(one)
+
+        return _mapped(self.shares, chosen)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """Return a DataFrame with a row per token that follows and component before it. Needs pandas.
+
+        Its columns are `position`, `token`, `label`, `score` (in the logit) and `log_prob_score`; for several layers
+        also `layer`.
+        """
+        return data_frame(*self._table())
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table of :meth:`to_dataframe` as a file."""
+        write_csv(path, *self._table())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values: those of ``shares``, whose 2T rows are the logits' and the log-probabilities'."""
+        own = {"prompt_length": self.prompt_length, "text": self.text, "log_probs": self.log_probs.tolist()}
+        return own | self.shares.to_dict()
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file like :meth:`Attribution.save`; :meth:`Attribution.load` reads it, too."""
+        parts = _parts(self.shares)
+        tensors = {f"{i}.{name}": getattr(one, name).clone() for i, one in enumerate(parts) for name in TENSORS}
+        layered = isinstance(self.shares, LayeredAttribution)
+        content = {
+            "prompt_length": self.prompt_length,
+            "text": self.text,
+            "layered": layered,
+            "layers": [one.metadata() for one in parts],
+            "estimate": estimate_dict(self.shares.estimate),
+            "warnings": self.shares.warnings,
+        }
+        write_result(path, self.format, tensors | {"log_probs": self.log_probs.clone()}, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Any:
+        """Read what :meth:`save` wrote. Raises ValueError if the file holds something else."""
+        return read_result(path, cls.format)
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Any:
+        """Return the result that a file's parts describe."""
+        shares: Any = LayeredAttribution.restore(tensors, content)
+        if not content["layered"]:
+            (shares,) = shares.by_layer
+        return cls(content["prompt_length"], content["text"], tensors["log_probs"], shares)
+
+    def _table(self) -> tuple[list[str], list[tuple]]:
+        """Return the names of a table's columns, and its rows."""
+        rows = []
+        for step, other in zip(self.steps, self.log_prob_steps, strict=True):
+            at = step.position + 1
+            for one, beside in zip(_parts(step), _parts(other), strict=True):
+                layer = (one.layer,) if isinstance(step, LayeredAttribution) else ()
+                scores = zip(one.labels, one.scores.tolist(), beside.scores.tolist(), strict=True)
+                rows += [(at, self.tokens[at], *layer, *row) for row in scores]
+        layer = ["layer"] if isinstance(self.shares, LayeredAttribution) else []
+        return ["position", "token", *layer, "label", "score", "log_prob_score"], rows
+
+    def __str__(self) -> str:
+        """Return a line per token: its log-probability and the three components that gave most to its logit."""
+        lines = [] if self.text is None else [self.text, ""]
+        lines += [f"WARNING: {text}." for text in self.warnings or []]
+        for step, log_prob in zip(self.steps, self.log_probs.tolist(), strict=True):
+            best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
+            token = self.tokens[step.position + 1]
+            lines.append(f"{step.position + 1:5d} {token!r:16} log P {log_prob:7.3f}   {best}")
+        total = math.fsum(self.log_probs.tolist())
+        found = "" if self.verification is None else f" | verified: {self.verification}"
+        end = f"log P of all {total:.3f} | completeness error {self.completeness_error:.1e}{found}"
+        return "\n".join([*lines, "", end])
+
+    def __repr__(self) -> str:
+        kind = self.shares.components
+        return (
+            f"{type(self).__name__}({len(self)} tokens after {self.prompt_length}, {kind}, {len(self.labels)} labels)"
+        )
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(Text(str(self)), "", rich_view(self.sum))
+
+
+def _parts(result: Attribution | LayeredAttribution) -> list[Attribution]:
+    """Return the attributions of all layers."""
+    return result.by_layer if isinstance(result, LayeredAttribution) else [result]
+
+
+def _mapped(result: Any, change: Callable[[Attribution], Attribution]) -> Any:
+    """Return a result whose attributions are those that ``change`` makes of its own."""
+    if isinstance(result, LayeredAttribution):
+        return replace(result, by_layer=[change(one) for one in result.by_layer])
+    return change(result)
+
+
+def _stacked(steps: Sequence[Any]) -> Any:
+    """Return T results with two targets each as one with 2T targets: all first ones, then all second ones."""
+    if not isinstance(steps[0], LayeredAttribution):
+        return _stacked_layer(steps)
+    layers = [_stacked_layer(of_layer) for of_layer in zip(*(step.by_layer for step in steps), strict=True)]
+    return LayeredAttribution(layers, _worst(step.estimate for step in steps), _said(steps))
+
+
+def _stacked_layer(steps: Sequence[Attribution]) -> Attribution:
+    return replace(
+        steps[-1],
+        scores=torch.stack([step.scores for step in steps], 1).flatten(0, 1),
+        target_logits=torch.stack([step.target_logits for step in steps], 1).flatten(),
+        completeness_error=max(step.completeness_error for step in steps),
+        target_names=[step.target_names[k] for k in range(2) for step in steps],
+        target_ids=[step.target_ids[k] for k in range(2) for step in steps],
+        contrast_ids=[None] * (2 * len(steps)),
+        estimate=_worst(step.estimate for step in steps),
+        warnings=_said(steps),
+        verification=merge(step.verification for step in steps),
+    )
+
+
+def _worst(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """Return the estimate with the largest error; None where there is none."""
+    return max((one for one in estimates if one is not None), key=lambda one: one.relative_error or 0.0, default=None)
+
+
+def _said(steps: Iterable[Attribution | LayeredAttribution]) -> list[str] | None:
+    """Return the warnings of all, each once."""
+    return list(dict.fromkeys(text for step in steps for text in step.warnings or [])) or None
+
+
+def _up_to_its_position(step: Attribution) -> Attribution:
+    """Return a step without the tokens after the position that is read; they have no share."""
+    n = step.position + 1
+    step = replace(step, input_ids=step.input_ids[:n], tokens=step.tokens[:n])
+    if step.components != "tokens":
+        return step
+    kept = [*range(n), *range(len(step.labels) - step.n_extras, len(step.labels))]
+    return replace(step, scores=step.scores[kept], labels=[step.labels[i] for i in kept])
+
+
+register_format(Continuation.format, Continuation.restore)
