@@ -17,6 +17,7 @@ from depass_fast import (
     Attribution,
     ComponentKind,
     ComponentState,
+    Continuation,
     Custom,
     DePass,
     Heads,
@@ -71,6 +72,23 @@ def test_several_prompts_give_a_list(demo: DePass):
     ]
     layered = assert_type(demo.attribute([TEXT, TEXT], Modules(layers="all")), list[LayeredAttribution])
     assert [type(result) for result in [*single, *layered]] == [Attribution] * 3 + [LayeredAttribution] * 2
+
+
+def test_several_positions_and_a_continuation(demo: DePass):
+    one, several = demo.attribute(TEXT, Tokens(), position=-1), demo.attribute(TEXT, Tokens(), position=[0, -1])
+    assert_type(one, Attribution)
+    assert_type(several, list[Attribution])
+    assert_type(demo.attribute(TEXT, Modules(layers="all"), position=[0, -1]), list[LayeredAttribution])
+    given = assert_type(demo.attribute(TEXT, Tokens(), continuation=" Italian"), Continuation[Attribution])
+    assert_type(given.sum, Attribution)
+    layered = demo.attribute(IDS, Modules(layers="all"), continuation=[3])
+    assert_type(layered, Continuation[LayeredAttribution])
+    assert_type(layered.steps, list[LayeredAttribution])
+    assert [type(result) for result in [one, *several, given, layered.sum]] == [
+        *[Attribution] * 3,
+        Continuation,
+        LayeredAttribution,
+    ]
 
 
 def test_the_chat_of_one_prompt_and_of_several(demo: DePass):

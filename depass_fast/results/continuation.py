@@ -122,7 +122,7 @@ class Continuation(Generic[Steps]):
 
     @property
     def warnings(self) -> list[str] | None:
-        """What is to be known before relying on the shares; None where there is nothing."""
+        """Warnings to be known before relying on the shares; None where there are none."""
         return self.shares.warnings
 
     @property
