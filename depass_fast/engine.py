@@ -96,6 +96,7 @@ class DePass:
         prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
         components: ComponentKind,
         *,
+        position: int | None = None,
         end: int | str | None = None,
         method: MethodName | Adjoint | None = None,
         measure: bool = True,
@@ -105,7 +106,7 @@ class DePass:
 
         An adjoint sweep is planned twice, with no loud components and with as many as are ever carried: how many there
         are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
-        the prompt's place tells.
+        the prompt's place tells. ``position`` is the one that is read, behind which nothing is carried; None: the last.
 
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. Other arguments
         and errors as in :meth:`attribute`.
@@ -116,6 +117,7 @@ class DePass:
             self.options.updated(options),
             prompt_or_length,
             components,
+            position=position,
             end=end,
             method=method,
             measure=measure,

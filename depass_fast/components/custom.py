@@ -120,7 +120,7 @@ class Custom(ComponentKind):
         return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(count)))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        out.copy_(self._checked_states)
+        out.copy_(self._checked_states[: len(out)])  # the trace may end at the position that is read
 
     def user_tensors(self) -> Sequence[Tensor]:
         return (self._checked_states,)
