@@ -74,12 +74,12 @@ class _End:
         adapter, trace, wide = request.adapter, request.require_trace(), wide_dtype(request)
         device, spec = adapter.unembedding_device, request.targets[prompt]
         at = trace.span(prompt).start + request.reads[prompt]
-        resid = trace.resid(request.end)[at].to(device)
+        resid, ids = trace.resid(request.end)[at].to(device), trace.input_ids[at]
         if request.end_given is not None:
-            found = resolve_target(spec, adapter, request.tokenizer, resid, wide)
+            found = resolve_target(spec, adapter, request.tokenizer, ids, resid, wide)
             return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants)
         norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
-        found = resolve_target(spec, adapter, request.tokenizer, final, wide)
+        found = resolve_target(spec, adapter, request.tokenizer, ids, final, wide)
         seeds, constants = found.vectors, found.constants
         if norm is not None:
             norm = norm.to(device)
@@ -92,7 +92,7 @@ class _End:
 def _sweep(request: Request, kinds: Sequence[ComponentKind], prompt: int, seeds: Tensor, method: Adjoint) -> Sweep:
     """Return the sweep of one prompt over the layers of ``kinds``, read in ``seeds`` (K, D)."""
     adapter, trace, run, wide = request.adapter, request.require_trace(), request.run, wide_dtype(request)
-    n = request.reads[prompt] + 1
+    n = request.carried[prompt]
     bound = None if request.bound is None else request.bound[prompt]  # of one layer
     starts = [
         make_start(kind, adapter, trace, prompt, n, has_bias, wide, bound)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm
+from ..components.model import Tokens
 from ..inputs.targets import TargetSpec
 from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
@@ -61,7 +62,8 @@ class Readout:
         final = trace.normed_final.to(device) if final_norm else resid
         at = np.array([trace.offsets[prompt] + position for prompt, position in places])
         hidden = final[to_device(at, device)]  # (P, D)
-        directions = resolve_targets(targets, adapter, request.tokenizer, hidden, dtype)
+        ids = trace.input_ids[to_device(at, trace.input_ids.device)]
+        directions = resolve_targets(targets, adapter, request.tokenizer, ids, hidden, dtype)
         norm = None if norm is None else norm.to(device)
         logits, constants = to_host([_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
@@ -154,13 +156,14 @@ def _results(
 ) -> list[Attribution]:
     """Return a result per place, from its scores and all prompts' errors (layers, P) in host memory."""
     readout, run = one.readout, request.run
+    every = [_with_later_tokens(request, readout.places[i][0], components[i], x) for i, x in enumerate(scores)]
     return [
         assemble(
-            scores=scores[i],
+            scores=every[i][1],
             logits=readout.logits[i],
             layer_errors=errors[:, prompt].contiguous(),
             directions=readout.directions[i],
-            labels=components[i].labels,
+            labels=every[i][0],
             input_ids=request.prompts[prompt].tolist(),
             tokens=request.tokens[prompt],
             layer=request.layer,
@@ -173,6 +176,19 @@ def _results(
         )
         for i, (prompt, position) in enumerate(readout.places)
     ]
+
+
+def _with_later_tokens(
+    request: Request, prompt: int, components: Components, scores: Tensor
+) -> tuple[list[str], Tensor]:
+    """Return labels and scores (K, M) with the tokens behind those that are carried, whose shares are zero."""
+    named, carried = len(components.names), request.carried[prompt]
+    if not isinstance(request.components, Tokens) or carried == len(request.tokens[prompt]):
+        return components.labels, scores
+    later = request.components.names(request.adapter, request.tokens[prompt])[carried:]
+    zeros = scores.new_zeros(len(scores), len(later))
+    parts = scores[:, :named], zeros, scores[:, named:]
+    return [*components.names, *later, *components.extras], torch.cat(parts, dim=1)
 
 
 def _logits(directions: Sequence[Directions], hidden: Tensor) -> Tensor:
