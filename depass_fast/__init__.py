@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .options import Adjoint, Options
     from .planning.plan import Plan
     from .results.attribution import Attribution
+    from .results.completeness import CompletenessWarning
     from .results.estimate import ApproximationWarning, Estimate
     from .results.generation import Generation
     from .results.layered import LayeredAttribution
@@ -29,6 +30,7 @@ __all__ = [
     "Adjoint",
     "ApproximationWarning",
     "Attribution",
+    "CompletenessWarning",
     "ComponentKind",
     "ComponentState",
     "Custom",
@@ -64,6 +66,7 @@ _HOMES = {
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),
     "results.attribution": ("Attribution",),
+    "results.completeness": ("CompletenessWarning",),
     "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.generation": ("Generation",),
     "results.layered": ("LayeredAttribution",),

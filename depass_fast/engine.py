@@ -89,7 +89,8 @@ class DePass:
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """Take one ordinary forward pass and record it. A trace is accepted wherever a prompt is: it runs only once."""
         batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
-        return replace(take_trace(self.adapter, prompts, self.options.progress), batch=batch)
+        trace = take_trace(self.adapter, prompts, self.options.progress)
+        return replace(trace, batch=batch, source=trace.source.sampled(self.model))
 
     def plan(
         self,

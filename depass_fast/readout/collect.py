@@ -7,6 +7,7 @@ prompts or layers there are.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from ..runtime.transfer import to_device, to_host
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from .assemble import assemble
+from .completeness import warn_if_results_miss
 from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
 
 
@@ -36,13 +38,15 @@ class Readout:
     """The directions that are read at every place of a trace; a place is a prompt and a position of it.
 
     ``logits`` (K,) are the model's own, ``bias_scores`` (K,) what the readout adds to the score of `bias`, both in host
-    memory. ``resid`` (T, D) is what the final ``norm`` reads; without a norm the state itself is read.
+    memory. ``sizes`` (K,) are those of the products that a logit is the sum of, for its rounding. ``resid`` (T, D)
+    is what the final ``norm`` reads; without a norm the state itself is read.
     """
 
     places: tuple[tuple[int, int], ...]
     directions: tuple[Directions, ...]
     logits: tuple[Tensor, ...]
     bias_scores: tuple[Tensor, ...]
+    sizes: tuple[Tensor, ...]
     norm: Norm | None
     resid: Tensor
     dtype: torch.dtype
@@ -65,13 +69,14 @@ class Readout:
         ids = trace.input_ids[to_device(at, trace.input_ids.device)]
         directions = resolve_targets(targets, adapter, request.tokenizer, ids, hidden, dtype)
         norm = None if norm is None else norm.to(device)
-        logits, constants = to_host([_logits(directions, hidden), bias_scores(directions, norm)])
+        logits, sizes, constants = to_host([*_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
         return Readout(
             places=tuple(places),
             directions=tuple(directions),
             logits=logits.split(widths),
             bias_scores=constants.split(widths),
+            sizes=sizes.split(widths),
             norm=norm,
             resid=resid,
             dtype=dtype,
@@ -80,7 +85,7 @@ class Readout:
     def only(self, place: int) -> Readout:
         """Return the readout of one of the places."""
         one = slice(place, place + 1)
-        chosen = {name: getattr(self, name)[one] for name in ("places", "directions", "logits", "bias_scores")}
+        chosen = {name: getattr(self, name)[one] for name in ("places", "directions", "logits", "bias_scores", "sizes")}
         return replace(self, **chosen)
 
     @full_precision()
@@ -130,6 +135,8 @@ def to_results(collected: Sequence[Collected]) -> list[list[Attribution]]:
             errors = torch.stack([next(held) for _ in many])
             here = slice(d * n, (d + 1) * n)
             results.append(_results(one, request, layout.components[here], scores[here], errors, seconds))
+    sizes = [size for one in collected for _ in one.requests for size in one.readout.sizes]
+    warn_if_results_miss(collected[0].requests[0], list(zip(itertools.chain(*results), sizes, strict=True)))
     return results
 
 
@@ -191,10 +198,15 @@ def _with_later_tokens(
     return [*components.names, *later, *components.extras], torch.cat(parts, dim=1)
 
 
-def _logits(directions: Sequence[Directions], hidden: Tensor) -> Tensor:
-    """Return the model's own logits (ΣK,) in the directions of every place's hidden state (P, D)."""
+def _logits(directions: Sequence[Directions], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the model's logits (ΣK,) in the directions of every place's hidden state (P, D), and their sizes (ΣK,).
+
+    A size is the norm of the products that are summed up, or what it is on average for states of that norm.
+    """
     widths = [len(one.vectors) for one in directions]
     vectors, constants = (torch.cat([getattr(one, name) for one in directions]) for name in ("vectors", "constants"))
     if max(widths) > 1:
         hidden = hidden[to_device(np.repeat(np.arange(len(widths)), widths), hidden.device)]
-    return (vectors * hidden.to(vectors.dtype)).sum(1) + constants
+    products = vectors * hidden.to(vectors.dtype)
+    usual = vectors.norm(dim=1) * hidden.to(vectors.dtype).norm(dim=1) / hidden.shape[1] ** 0.5
+    return products.sum(1) + constants, torch.maximum(products.norm(dim=1), usual)

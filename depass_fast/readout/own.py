@@ -81,14 +81,12 @@ def _in_parts(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Iterator[tuple[s
 def rounding(adapter: Adapter, vectors: Tensor, hidden: Tensor, own: Tensor) -> Tensor:
     """Return how far the model's logits ``own`` (K,) may be from products of (K, D) for the sake of rounding: (K,).
 
-    Its products are rounded once at the end, and on the way as far as its dtype and TF32 let them be.
+    Its products are rounded once at the end, and on the way as far as its dtype lets them be.
     """
     products = vectors * hidden.to(vectors)
     eps = max(torch.finfo(own.dtype).eps, torch.finfo(hidden.dtype).eps, _FLOAT32)
     if kind_of(adapter.unembedding) is not None:
         eps = max(eps, _QUANTISED)
-    elif own.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        eps = max(eps, 2.0**-10)
     size = torch.maximum(products.sum(1).abs(), own.to(vectors).abs())
     return eps * (2 * size + 4 * products.norm(dim=1)) + _FLOAT32 * products.abs().sum(1)
 
@@ -96,8 +94,8 @@ def rounding(adapter: Adapter, vectors: Tensor, hidden: Tensor, own: Tensor) -> 
 def refusal(adapter: Adapter, name: str, own: float, ours: float) -> str:
     """Return the message for a target whose logit in the model is another than the one that would be shared out."""
     return (
-        f"target: the model gives {name} the logit {own:.6g}, its unembedding {ours:.6g}: {_changed_by(adapter)} changes "
-        "what lies behind the final norm, and the shares would not be those of the model's logit. Remove it, or give "
+        f"target: the model gives {name} the logit {own:.6g}, its unembedding {ours:.6g}: {_changed_by(adapter)} "
+        "changes what follows the final norm, and the shares would not be those of the model's logit. Remove it, or give "
         f"the direction itself as the target, a vector of shape ({adapter.hidden_size},)."
     )
 

@@ -52,6 +52,11 @@ class Generation:
         return max(step.completeness_error for step in self.steps)
 
     @property
+    def warnings(self) -> list[str] | None:
+        """The warnings of all steps, each once; None where there are none."""
+        return list(dict.fromkeys(text for step in self.steps for text in step.warnings or [])) or None
+
+    @property
     def verification(self) -> Verification | None:
         """The verification of all steps together; None where nothing was verified."""
         return merge(step.verification for step in self.steps)

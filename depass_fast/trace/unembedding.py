@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..adapters import Adapter
+from ..runtime.precision import full_precision
 from .exclusive import exclusive
 
 
 @torch.no_grad()
+@full_precision()
 def own_logits(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Tensor:
     """Return the logits (P, vocabulary) that the model gives at normed final hidden states ``hidden`` (P, D).
 
