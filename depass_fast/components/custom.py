@@ -28,6 +28,7 @@ class Subspaces(ComponentKind):
 
     kind = "subspaces"
     may_be_complete = True
+    complete_at_once = True  # projections are exact: the rounding of a basis leaves a part of every state over
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)

@@ -95,8 +95,8 @@ def refusal(adapter: Adapter, name: str, own: float, ours: float) -> str:
     """Return the message for a target whose logit in the model is another than the one that would be shared out."""
     return (
         f"target: the model gives {name} the logit {own:.6g}, its unembedding {ours:.6g}: {_changed_by(adapter)} "
-        "changes what follows the final norm, and the shares would not be those of the model's logit. Remove it, or give "
-        f"the direction itself as the target, a vector of shape ({adapter.hidden_size},)."
+        "changes what follows the final norm, and the shares would not be those of the model's logit. Remove it, or "
+        f"give the direction itself as the target, a vector of shape ({adapter.hidden_size},)."
     )
 
 

@@ -85,7 +85,7 @@ def _pin_reduction(name: str) -> Callable[[], None]:
 
 
 def allowed_rounding() -> float:
-    """Return the relative rounding that the user allows the model's float32 products: 2^-10 in TF32, 2^-7 in bfloat16."""
+    """Return the rounding that the user allows the model's float32 products: TF32 or bfloat16; 0 without."""
     try:
         allowed = {torch.get_float32_matmul_precision()}
     except RuntimeError:  # the two interfaces differ: the new one tells

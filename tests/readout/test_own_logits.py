@@ -1,4 +1,4 @@
-"""What changes the logits behind the final norm is read as the model reads it, or refused."""
+"""Targets are read as the model reads them: a change of its logits behind the final norm is refused."""
 
 import copy
 import threading
