@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .options import Adjoint, Options
     from .planning.plan import Plan
     from .results.attribution import Attribution
+    from .results.completeness import CompletenessWarning
     from .results.continuation import Continuation
     from .results.estimate import ApproximationWarning, Estimate
     from .results.generation import Generation
@@ -31,6 +32,7 @@ __all__ = [
     "Adjoint",
     "ApproximationWarning",
     "Attribution",
+    "CompletenessWarning",
     "ComponentKind",
     "ComponentState",
     "Continuation",
@@ -69,6 +71,7 @@ _HOMES = {
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),
     "results.attribution": ("Attribution",),
+    "results.completeness": ("CompletenessWarning",),
     "results.continuation": ("Continuation",),
     "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.generation": ("Generation",),

@@ -90,13 +90,15 @@ class DePass:
     def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
         """Take one ordinary forward pass and record it. A trace is accepted wherever a prompt is: it runs only once."""
         batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
-        return replace(take_trace(self.adapter, prompts, self.options.progress), batch=batch)
+        trace = take_trace(self.adapter, prompts, self.options.progress)
+        return replace(trace, batch=batch, source=trace.source.sampled(self.model))
 
     def plan(
         self,
         prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
         components: ComponentKind,
         *,
+        position: int | Sequence[int] | None = None,
         end: int | str | None = None,
         method: MethodName | Adjoint | None = None,
         measure: bool = True,
@@ -107,7 +109,7 @@ class DePass:
 
         An adjoint sweep is planned twice, with no loud components and with as many as are ever carried: how many there
         are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
-        the prompt's place tells.
+        the prompt's place tells. ``position`` is what is read, behind which nothing is carried; None: the last.
 
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. With a
         ``continuation`` it is the plan of both. Other arguments and errors as in :meth:`attribute`.
@@ -118,6 +120,7 @@ class DePass:
             self.options.updated(options),
             prompt_or_length,
             components,
+            position=position,
             end=end,
             method=method,
             measure=measure,

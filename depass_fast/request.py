@@ -28,6 +28,7 @@ from .runtime.dtypes import refuse_autocast
 from .runtime.precision import full_precision
 from .state.state import ComponentState
 from .trace.capture import capture
+from .trace.first import first_positions
 from .trace.record import Trace
 
 MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
@@ -43,10 +44,12 @@ class Request:
     prompt's tokens, ``excluded`` the positions of its special tokens. ``end_given`` is None where the final norm
     follows. ``has_bias`` says that constants are still to come. ``method`` None is exact propagation.
 
-    ``reads`` and ``targets`` are what an attribution reads: one or several positions and a target per prompt.
+    ``reads`` and ``targets`` are what an attribution reads: one or several positions and a target per prompt. Nothing
+    looks ahead, so that positions behind the last one that is read are not carried (:attr:`carried`).
 
-    ``trace`` is there once the forward pass was taken; ``bound`` are then the components of every prompt, where they
-    were asked for at one layer. ``began`` is the time when the request was made, in seconds.
+    ``trace`` is there once the forward pass was taken, of the positions that are carried; ``bound`` are then the
+    components of every prompt, where they were asked for at one layer. ``began`` is the time when the request was made,
+    in seconds.
     """
 
     adapter: Adapter
@@ -83,6 +86,11 @@ class Request:
     def read_positions(self) -> list[list[int]]:
         """The positions of every prompt that are read, each once and in order."""
         return [sorted(set(reads)) for reads in self.reads]
+
+    @property
+    def carried(self) -> list[int]:
+        """The number of positions of every prompt that are carried: those up to the last one that is read, or all."""
+        return [max(reads) + 1 for reads in self.reads] or [len(ids) for ids in self.prompts]
 
 
 def make_request(
@@ -236,7 +244,7 @@ def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
         MemoryError: it cannot fit at all; the message says what would.
     """
     if counts is None and request.bound is not None:
-        bound = zip(request.bound, request.tokens, strict=True)
+        bound = zip(request.bound, carried_tokens(request), strict=True)
         counts = [len(kind.names(request.adapter, texts)) for kind, texts in bound]
     shape = RunShape(
         request.adapter,
@@ -247,6 +255,7 @@ def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
         traced=request.trace is not None,
         counts=counts,
         method=request.method,
+        carried=request.carried,
     )
     return replace(request, run=fitted(request.run, shape))
 
@@ -259,10 +268,11 @@ def take_trace(adapter: Adapter, prompts: list[Tensor], progress: bool) -> Trace
 
 
 def with_trace(request: Request) -> Request:
-    """Return the request with its forward pass, unless it was taken already."""
-    if request.trace is not None:
-        return request
-    return replace(request, trace=take_trace(request.adapter, request.prompts, request.run.progress))
+    """Return the request with its forward pass, unless it was taken already, at the positions that are carried."""
+    trace = request.trace
+    if trace is None:
+        trace = take_trace(request.adapter, request.prompts, request.run.progress)
+    return replace(request, trace=first_positions(trace, request.carried))
 
 
 def traced(request: Request) -> Request:
@@ -289,11 +299,16 @@ def start(request: Request) -> ComponentState:
         request.require_trace(),
         has_bias=request.has_bias,
         dtype=request.run.state_dtype,
-        tokens=request.tokens,
-        excluded=request.excluded,
+        tokens=carried_tokens(request),
+        excluded=[{at for at in one if at < n} for one, n in zip(request.excluded, request.carried, strict=True)],
         in_host_memory=request.run.host,
         bound=request.bound,
     )
+
+
+def carried_tokens(request: Request) -> list[list[str]]:
+    """Return the texts of the tokens that are carried."""
+    return [texts[:n] for texts, n in zip(request.tokens, request.carried, strict=True)]
 
 
 def wide_dtype(request: Request) -> torch.dtype:

@@ -126,7 +126,7 @@ class Adapter:
     def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
         """Run one forward pass without the unembedding; without positions it is the model's usual one."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
-        if self._takes("use_cache"):
+        if self.takes_cache:
             inputs["use_cache"] = False
         if self.takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
@@ -146,6 +146,11 @@ class Adapter:
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
         return self.observed is not None or not self.takes_positions or of_the_longest or narrow_router
+
+    @property
+    def takes_cache(self) -> bool:
+        """True if a cache of keys and values can be declined."""
+        return self._takes("use_cache")
 
     @property
     def takes_positions(self) -> bool:
@@ -189,10 +194,13 @@ class Adapter:
         # a weight that is not floating is quantised
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
         hidden = hidden.to(self.unembedding_device, dtype)
-        raw = self.unembedding(hidden if self._project_out is None else self._project_out(hidden))
-        raw = raw * self.family.logit_scale
+        raw = self.unembedding(self.projected_out(hidden)) * self.family.logit_scale
         cap = self.family.logit_cap
         return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    def projected_out(self, hidden: Tensor) -> Tensor:
+        """Return what the decoder gives to the unembedding for normed final hidden states (..., D)."""
+        return hidden if self._project_out is None else self._project_out(hidden)
 
     def token_directions(self, tokens: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Directions (K, D) and constants (K,) whose products and sums with hidden states are the logits of ``tokens``.

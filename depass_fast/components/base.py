@@ -63,6 +63,7 @@ class ComponentKind:
     site = "resid_pre"
     hooks = tuple(LAYER_INPUT)  # the hooks that may name the layer, as in `blocks.5.hook_resid_pre`
     may_be_complete = False  # the named components can be all of the hidden state, so that there is no `rest`
+    complete_at_once = False  # they are that at every position or at none, but for the rounding of a position
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str):

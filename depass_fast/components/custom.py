@@ -28,6 +28,7 @@ class Subspaces(ComponentKind):
 
     kind = "subspaces"
     may_be_complete = True
+    complete_at_once = True  # projections are exact: the rounding of a basis leaves a part of every state over
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
@@ -120,7 +121,7 @@ class Custom(ComponentKind):
         return tuple(self.labels or (f"L{self.resolve(adapter)}.custom{m}" for m in range(count)))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        out.copy_(self._checked_states)
+        out.copy_(self._checked_states[: len(out)])  # the trace may end at the position that is read
 
     def user_tensors(self) -> Sequence[Tensor]:
         return (self._checked_states,)

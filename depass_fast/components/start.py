@@ -62,7 +62,8 @@ def initial_state(
     layout = Layout.of(components, trace.offsets)
     rows = _empty_rows(layout, x, dtype, in_host_memory)
     near, x = x.device, x.to(rows.device)
-    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (rows, x, *kind.user_tensors()))
+    sources = kind.user_tensors() if kind.complete_at_once else (x, *kind.user_tensors())  # states may be of other runs
+    given = [torch.finfo(tensor.dtype).eps for tensor in sources]
     has_settled = False
     for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
@@ -76,7 +77,7 @@ def initial_state(
         total = block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
         torch.sub(here, total, out=block[:, 0])
         if kind.may_be_complete:
-            has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), coarsest)
+            has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), max(given), kind.complete_at_once)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)
     return _without_rest(state, trace) if kind.may_be_complete and not _has_rest(state) else state
 
@@ -180,17 +181,31 @@ def _without_first(rows: Tensor, layout: Layout) -> Tensor:
     return rows[:kept]
 
 
-def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, eps: float) -> bool:
-    """Move ``rest`` (N, D), where it is only rounding, into the largest of ``named`` (N, M, D): the sum stays exact.
+def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, given: float, at_once: bool) -> bool:
+    """Move ``rest`` (N, D), where it is only rounding, into ``named`` (N, M, D): the sum stays exact.
 
-    Returns True if there was any. Rounding must not become a component: the softmax would give it a share like any
-    other. A rest counts as rounding below eps^0.75 of the largest component and below a hundredth of x. That is 6e-6 in
-    float32: states from another run or machine differ by more than the rounding of one sum.
+    Every component gets of it in proportion to its norm, so that equal ones stay equal and zeros stay zero. Returns
+    True if there was any. Rounding must not become a component: the softmax would give it a share like any other.
+
+    A rest is rounding up to a hundredth of x, and up to eps^0.75 of the state's dtype, relative to the largest
+    component: that is 6e-6 in float32, as states from another run or machine differ by more than the rounding of one
+    sum. Half precision differs by eps. What was ``given`` with a coarser eps explains as much as that; with ``at_once``
+    only where it explains the rest of every position, and a rest that is larger somewhere shows that there is one.
     """
-    size, norms = rest.norm(dim=-1), named.norm(dim=-1)
-    rounding = (size <= eps**0.75 * torch.maximum(norms.amax(1), x.norm(dim=-1))) & (size <= 0.01 * x.norm(dim=-1))
-    at = rounding.nonzero().flatten()
-    largest = norms[at].argmax(1)
-    named[at, largest] += rest[at]
-    rest[at] = 0.0
-    return len(at) > 0
+    size, norms, norm = rest.norm(dim=-1), named.norm(dim=-1), x.norm(dim=-1)
+    relative = size / torch.maximum(norms.amax(1), norm).clamp_min(torch.finfo(norm.dtype).tiny)
+    rounding, explained = relative <= _explained(torch.finfo(rest.dtype).eps), relative <= _explained(given)
+    rounding |= explained.all() if at_once else explained
+    rounding &= size <= 0.01 * norm
+    if not rounding.any():
+        return False
+    total = norms.sum(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+    shares = torch.where(rounding[:, None], norms / total, 0.0)
+    named.addcmul_(rest[:, None], shares[..., None])
+    rest[rounding] = 0.0
+    return True
+
+
+def _explained(eps: float) -> float:
+    """Return the relative size of a rest that rounding to a dtype of this eps explains."""
+    return eps if eps > 1e-4 else eps**0.75

@@ -84,12 +84,12 @@ class _End:
         adapter, trace, wide = request.adapter, request.require_trace(), wide_dtype(request)
         device = adapter.unembedding_device
         at = trace.span(prompt).start + position
-        resid = trace.resid(request.end)[at].to(device)
+        resid, ids = trace.resid(request.end)[at].to(device), trace.input_ids[at]
         if request.end_given is not None:
-            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, resid, wide)
+            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, ids, resid, wide)
             return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants)
         norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
-        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, final, wide)
+        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, ids, final, wide)
         seeds, constants = found.vectors, found.constants
         if norm is not None:
             norm = norm.to(device)

@@ -18,7 +18,7 @@ from ..inputs.loading import check_ready
 from ..inputs.prompts import Prompt, encode, is_batch
 from ..inputs.targets import parse_target
 from ..options import Adjoint, Options
-from ..readout.collect import read_hidden
+from ..readout.collect import read_hidden, read_ids
 from ..readout.log_probs import with_log_probs
 from ..readout.targets import resolve_targets
 from ..request import Request, fit, make_request, wide_dtype, with_method, with_trace
@@ -108,7 +108,8 @@ def _decomposed(request: Request, lengths: Sequence[int]) -> list[tuple[list[Any
     hidden, dtype = read_hidden(request), wide_dtype(request)
     following = [int(request.prompts[prompt][position + 1]) for prompt, position in request.places]
     targets = [parse_target(token, adapter, tokenizer) for token in following]
-    directions = resolve_targets(targets, adapter, tokenizer, hidden, dtype)
-    directions, log_z = with_log_probs(adapter, directions, hidden)
+    ids = read_ids(request)
+    directions = resolve_targets(targets, adapter, tokenizer, ids, hidden, dtype)
+    directions, log_z = with_log_probs(adapter, directions, ids, hidden)
     by_prompt = log_z.cpu().split([len(one) for one in reads])
     return list(zip(attributions(request, directions), by_prompt, strict=True))

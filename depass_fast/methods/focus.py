@@ -22,6 +22,7 @@ from ..components.start import initial_state
 from ..inputs.prompts import as_index
 from ..labels import BIAS, REST
 from ..propagation.loop import propagate
+from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced, with_trace
 from ..runtime.progress import progress_bar
 from ..runtime.transfer import to_device
@@ -151,6 +152,7 @@ def _partition(request: Request) -> Partition:
     components = state.layout.components[0]
     _, errors = propagate(request.adapter, trace, state, request.end, run)
     worst = float(torch.stack(errors).max())
+    warn_if_states_miss(request, errors)
     return Partition(components, backend.kept, request.end, worst, _made_of(request))
 
 

@@ -93,8 +93,8 @@ def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[li
 def _pending(part: Request) -> PendingState:
     """Return the state of one layer before it is made: where it enters, and how large it will be."""
     rows = sum(
-        (count + 1 + part.has_bias) * len(tokens)
-        for count, tokens in zip(_counts(part.components, part), part.tokens, strict=True)
+        (count + 1 + part.has_bias) * carried
+        for count, carried in zip(_counts(part.components, part), part.carried, strict=True)
     )
     nbytes = rows * part.require_trace().resid_final.shape[1] * part.run.state_dtype.itemsize
     device = part.adapter.layer_device(part.layer)

@@ -10,13 +10,14 @@ import numpy as np
 from ..adapters import Adapter
 from ..components.base import ComponentKind
 from ..inputs.continuation import encode_continued
-from ..inputs.prompts import Prompt, encode_all
+from ..inputs.prompts import Prompt, as_positions, encode_all
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
 from ..planning.planner import check_length, known_counts, make_plan
 from ..planning.shapes import RunShape
 from ..request import check_end, check_kind, choose_method
+from ..trace.first import first_positions
 from ..trace.record import Trace
 
 
@@ -27,6 +28,7 @@ def plan_of(
     prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
     components: ComponentKind,
     *,
+    position: int | Sequence[int] | None,
     end: int | str | None,
     method: str | Adjoint | None,
     measure: bool,
@@ -52,6 +54,8 @@ def plan_of(
         lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
     components.check(adapter, lengths)
     last = check_end(components, adapter, end)
+    carried = [n - (continuation is not None) for n in lengths]  # nothing follows the last token that is given
+    carried = carried if position is None else [max(as_positions(position, n)) + 1 for n in lengths]
     rate, source = None, ""
     if measure:
         rate, source = gemm_rate(adapter.device, settings.dtypes(adapter.dtype, adapter.device)[1])
@@ -62,7 +66,8 @@ def plan_of(
         settings,
         end=last,
         traced=trace is not None,
-        counts=None if trace is None else known_counts(components, adapter, trace),
+        counts=None if trace is None else known_counts(components, adapter, first_positions(trace, carried)),
         method=choose_method(method, components, adapter, settings),
+        carried=carried,
     )
     return make_plan(shape, gemm_flops=rate, rate_source=source)

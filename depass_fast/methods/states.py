@@ -14,6 +14,7 @@ from ..components.base import Entry
 from ..inputs.hook_names import layer_input
 from ..propagation.loop import propagate, through_final_norm
 from ..propagation.run import Run
+from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced
 from ..results.verification import warn_if_off
 from ..state.state import ComponentState
@@ -25,6 +26,7 @@ def decompose(request: Request) -> ComponentState:
     request = traced(fit(request))
     trace, final_norm = request.require_trace(), request.end_given is None
     state, errors = propagate(request.adapter, trace, start(request), request.end, request.run)
+    warn_if_states_miss(request, errors)
     return _finished(request.adapter, trace, state, errors, request.run, final_norm)
 
 

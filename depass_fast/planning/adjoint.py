@@ -89,7 +89,7 @@ def _size(work: SweepWorkload) -> tuple[int, tuple[int, ...]]:
 
 def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepOutlook:
     """Return the outlook of a sweep by ``shape.method`` on ``device``, by default the model's."""
-    adapter, lengths, kind, options = shape.adapter, shape.lengths, shape.kind, shape.options
+    adapter, lengths, kind, options = shape.adapter, shape.carried_lengths, shape.kind, shape.options
     end, counts, method, device = shape.end, shape.counts, shape.method, device or adapter.device
     assert method is not None, "an exact run is no sweep"
     state, compute = options.dtypes(adapter.dtype, device)
@@ -122,7 +122,7 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
         )
     return SweepOutlook(
         workloads=workloads,
-        forward=ForwardPass.of(adapter, lengths, shape.traced),
+        forward=ForwardPass.of(adapter, shape.lengths, shape.traced),
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for work in workloads for start in work.starts),

@@ -142,7 +142,7 @@ def _groups(workloads: Sequence[Workload]) -> list[list[Workload]]:
 
 def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     """The state of a kind at one layer and its way; True if that is known before the prompts are traced."""
-    adapter, lengths, kind, options = shape.adapter, shape.lengths, shape.kind, shape.options
+    adapter, lengths, kind, options = shape.adapter, shape.carried_lengths, shape.kind, shape.options
     end, counts = shape.end, shape.counts
     state, compute = options.dtypes(adapter.dtype, device)
     entering, last = reach(kind, adapter, end)

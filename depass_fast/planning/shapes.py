@@ -26,7 +26,8 @@ class RunShape:
     """Everything that the size of a run depends on: prompts of ``lengths`` tokens, carried to the input of ``end``.
 
     ``end`` None: after the final norm. ``traced``: the trace exists already, and is no part of the peak. ``counts`` are
-    the named components of every prompt where they are known, or bounds of them. ``method`` None: exact.
+    the named components of every prompt where they are known, or bounds of them. ``method`` None: exact. ``carried``:
+    how many positions of every prompt are carried, up to the last one that is read; None: all.
     """
 
     adapter: Adapter
@@ -37,11 +38,18 @@ class RunShape:
     traced: bool = False
     counts: Sequence[int] | None = None
     method: Adjoint | None = None
+    carried: Sequence[int] | None = None
 
     def with_lengths(self, lengths: Sequence[int]) -> RunShape:
         """Return the same for other prompts, each with as many components as the largest has."""
         counts = None if self.counts is None else [max(self.counts)] * len(lengths)
-        return replace(self, lengths=lengths, counts=counts)
+        carried = None if self.carried is None else [min(max(self.carried), n) for n in lengths]
+        return replace(self, lengths=lengths, counts=counts, carried=carried)
+
+    @property
+    def carried_lengths(self) -> Sequence[int]:
+        """The number of positions of every prompt that are carried."""
+        return self.lengths if self.carried is None else self.carried
 
     def with_state_dtype(self, dtype: torch.dtype) -> RunShape:
         return replace(self, options=replace(self.options, state_dtype=dtype))

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm
+from ..components.model import Tokens
 from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
 from ..results.verification import Verification, warn_if_off
 from ..runtime.dtypes import dtype_name
 from ..runtime.precision import full_precision
 from ..runtime.transfer import to_device, to_host
-from ..state.layout import Layout
+from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from .assemble import assemble
+from .completeness import warn_if_results_miss
 from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
 
 
@@ -35,13 +37,15 @@ class Readout:
     """The directions that are read at every place of a trace; a place is a prompt and a position of it.
 
     ``logits`` (K,) are the model's own, ``bias_scores`` (K,) what the readout adds to the score of `bias`, both in host
-    memory. ``resid`` (T, D) is what the final ``norm`` reads; without a norm the state itself is read.
+    memory. ``sizes`` (K,) are those of the products that a logit is the sum of, for its rounding. ``resid`` (T, D)
+    is what the final ``norm`` reads; without a norm the state itself is read.
     """
 
     places: tuple[tuple[int, int], ...]
     directions: tuple[Directions, ...]
     logits: tuple[Tensor, ...]
     bias_scores: tuple[Tensor, ...]
+    sizes: tuple[Tensor, ...]
     norm: Norm | None
     resid: Tensor
     dtype: torch.dtype
@@ -61,15 +65,16 @@ class Readout:
         hidden = read_hidden(request)
         if directions is None:
             targets = [request.targets[prompt] for prompt, _ in places]
-            directions = resolve_targets(targets, adapter, request.tokenizer, hidden, dtype)
+            directions = resolve_targets(targets, adapter, request.tokenizer, read_ids(request), hidden, dtype)
         norm = None if norm is None else norm.to(device)
-        logits, constants = to_host([_logits(directions, hidden), bias_scores(directions, norm)])
+        logits, sizes, constants = to_host([*_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
         return Readout(
             places=places,
             directions=tuple(directions),
             logits=logits.split(widths),
             bias_scores=constants.split(widths),
+            sizes=sizes.split(widths),
             norm=norm,
             resid=resid,
             dtype=dtype,
@@ -77,7 +82,7 @@ class Readout:
 
     def only(self, chosen: Sequence[int]) -> Readout:
         """Return the readout of some of the places."""
-        names = ("places", "directions", "logits", "bias_scores")
+        names = ("places", "directions", "logits", "bias_scores", "sizes")
         return replace(self, **{name: tuple(getattr(self, name)[i] for i in chosen) for name in names})
 
     def rounds(self) -> list[Readout]:
@@ -140,6 +145,14 @@ class Collected:
     errors: Sequence[Sequence[Tensor]]
     verification: Verification | None
 
+    def sizes(self) -> list[Tensor]:
+        """Return the sizes (K,) of what is summed up at every read of every prompt."""
+        return [
+            self.rounds[turn].readout.sizes[prompt]
+            for prompt, reads in enumerate(self.requests[0].reads)
+            for turn in range(len(reads))
+        ]
+
 
 def to_results(collected: Sequence[Collected]) -> list[list[list[Attribution]]]:
     """Return a result per read of every prompt, for every decomposition that was ``collected`` in a call of the user's.
@@ -161,6 +174,9 @@ def to_results(collected: Sequence[Collected]) -> list[list[list[Attribution]]]:
         for d, (request, many) in enumerate(zip(one.requests, one.errors, strict=True)):
             errors = torch.stack([next(held) for _ in many])
             results.append(_results(one, request, d, scores, errors, seconds))
+    sizes = [size for one in collected for _ in one.requests for size in one.sizes()]
+    flat = [result for of_decomposition in results for of_prompt in of_decomposition for result in of_prompt]
+    warn_if_results_miss(collected[0].requests[0], list(zip(flat, sizes, strict=True)))
     return results
 
 
@@ -190,15 +206,16 @@ def _results(
     said = warn_if_off(one.verification, run.backend.name)
     found = []
     for prompt, reads in enumerate(request.reads):
-        at = decomposition * n_prompts + prompt
-        found.append(
-            [
+        at, of_prompt = decomposition * n_prompts + prompt, []
+        for turn, (position, part) in enumerate(zip(reads, one.rounds, strict=False)):
+            labels, values = _with_later_tokens(request, prompt, part.layout.components[at], scores[turn][at])
+            of_prompt.append(
                 assemble(
-                    scores=scores[turn][at],
+                    scores=values,
                     logits=part.readout.logits[prompt],
                     layer_errors=errors[:, prompt].contiguous(),
                     directions=part.readout.directions[prompt],
-                    labels=part.layout.components[at].labels,
+                    labels=labels,
                     input_ids=request.prompts[prompt].tolist(),
                     tokens=request.tokens[prompt],
                     layer=request.layer,
@@ -209,9 +226,8 @@ def _results(
                     warnings=None if said is None else list(said),
                     **how_computed(request),
                 )
-                for turn, (position, part) in enumerate(zip(reads, one.rounds, strict=False))
-            ]
-        )
+            )
+        found.append(of_prompt)
     return found
 
 
@@ -219,15 +235,44 @@ def read_hidden(request: Request) -> Tensor:
     """Return the hidden states (P, D) that a traced request reads, normed or at ``end``, where the unembedding is."""
     trace = request.require_trace()
     final = trace.normed_final if request.end_given is None else trace.resid(request.end)
-    at = np.array([trace.offsets[prompt] + position for prompt, position in request.places])
     device = request.adapter.unembedding_device
-    return final.to(device)[to_device(at, device)]
+    return final.to(device)[to_device(_packed(request), device)]
 
 
-def _logits(directions: Sequence[Directions], hidden: Tensor) -> Tensor:
-    """Return the model's own logits (ΣK,) in the directions of every place's hidden state (P, D)."""
+def read_ids(request: Request) -> Tensor:
+    """Return the tokens (P,) at which a traced request reads."""
+    ids = request.require_trace().input_ids
+    return ids[to_device(_packed(request), ids.device)]
+
+
+def _packed(request: Request) -> np.ndarray:
+    """Return the positions (P,) in the trace that a request reads."""
+    offsets = request.require_trace().offsets
+    return np.array([offsets[prompt] + position for prompt, position in request.places])
+
+
+def _with_later_tokens(
+    request: Request, prompt: int, components: Components, scores: Tensor
+) -> tuple[list[str], Tensor]:
+    """Return labels and scores (K, M) with the tokens behind those that are carried, whose shares are zero."""
+    named, carried = len(components.names), request.carried[prompt]
+    if not isinstance(request.components, Tokens) or carried == len(request.tokens[prompt]):
+        return components.labels, scores
+    later = request.components.names(request.adapter, request.tokens[prompt])[carried:]
+    zeros = scores.new_zeros(len(scores), len(later))
+    parts = scores[:, :named], zeros, scores[:, named:]
+    return [*components.names, *later, *components.extras], torch.cat(parts, dim=1)
+
+
+def _logits(directions: Sequence[Directions], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the model's logits (ΣK,) in the directions of every place's hidden state (P, D), and their sizes (ΣK,).
+
+    A size is the norm of the products that are summed up, or what it is on average for states of that norm.
+    """
     widths = [len(one.vectors) for one in directions]
     vectors, constants = (torch.cat([getattr(one, name) for one in directions]) for name in ("vectors", "constants"))
     if max(widths) > 1:
         hidden = hidden[to_device(np.repeat(np.arange(len(widths)), widths), hidden.device)]
-    return (vectors * hidden.to(vectors.dtype)).sum(1) + constants
+    products = vectors * hidden.to(vectors.dtype)
+    usual = vectors.norm(dim=1) * hidden.to(vectors.dtype).norm(dim=1) / hidden.shape[1] ** 0.5
+    return products.sum(1) + constants, torch.maximum(products.norm(dim=1), usual)

@@ -18,8 +18,7 @@ from ..labels import BIAS
 from ..runtime.transfer import all_to_device, to_device
 from ..state.layout import Components
 from ..state.state import ComponentState
-
-_LOGITS = 1 << 26  # logits held at once
+from .own import OwnLogits, refusal, rounding
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,37 @@ class Directions:
 
 
 def resolve_target(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, final: Tensor, dtype: torch.dtype
+    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, ids: Tensor, final: Tensor, dtype: torch.dtype
 ) -> Directions:
     """Return the directions of a target; ``final`` (D,) is the normed hidden state that the model's logits come from.
 
+    ``ids`` () is the token there.
+
     Raises:
-        ValueError: an unembedding row holds NaN or inf.
+        ValueError: an unembedding row holds NaN or inf, or the model's logit is not the product with it.
     """
-    return resolve_targets([spec], adapter, tokenizer, final[None], dtype)[0]
+    return resolve_targets([spec], adapter, tokenizer, ids[None], final[None], dtype)[0]
 
 
 def resolve_targets(
-    specs: Sequence[TargetSpec], adapter: Adapter, tokenizer: Any | None, finals: Tensor, dtype: torch.dtype
+    specs: Sequence[TargetSpec],
+    adapter: Adapter,
+    tokenizer: Any | None,
+    ids: Tensor,
+    finals: Tensor,
+    dtype: torch.dtype,
 ) -> list[Directions]:
-    """Resolve P targets at the normed hidden states ``finals`` (P, D) as :func:`resolve_target` does one.
+    """Resolve P targets at tokens ``ids`` (P,) and normed states ``finals`` (P, D) as :func:`resolve_target` does one.
 
     Neither the number of operations nor that of waits for a GPU depends on how many there are.
     """
-    own = _own_tokens(specs, adapter, finals)
+    own = _own_logits(specs, adapter, ids, finals)
     items = [
-        _Item(place, own[place] if token is None and vector is None else token, contrast, vector)
+        _Item(place, own.next_tokens[place] if token is None and vector is None else token, contrast, vector)
         for place, spec in enumerate(specs)
         for token, contrast, vector in spec.items
     ]
-    vectors, constants = _directions(items, adapter, finals, dtype)
+    vectors, constants = _directions(items, adapter, tokenizer, finals, dtype, own)
     ends = np.cumsum([len(spec.items) for spec in specs])
     return [
         Directions(
@@ -86,27 +92,36 @@ class _Item(NamedTuple):
     vector: Tensor | None
 
 
-def _own_tokens(specs: Sequence[TargetSpec], adapter: Adapter, finals: Tensor) -> dict[int, int]:
-    """Return the model's next token at every place where a target asks for it."""
+def _own_logits(specs: Sequence[TargetSpec], adapter: Adapter, ids: Tensor, finals: Tensor) -> OwnLogits:
+    """Return the model's logits of all tokens and contrasts that are given, and of its next token where one asks."""
     places = [place for place, spec in enumerate(specs) if spec.needs_logits()]
-    if not places:
-        return {}
-    hidden = finals if len(places) == len(finals) else finals[to_device(np.array(places), finals.device)]
-    parts = hidden.split(max(1, _LOGITS // adapter.vocabulary_size))
-    tokens = torch.cat([adapter.logits(part).argmax(-1) for part in parts]).tolist()
-    return dict(zip(places, tokens, strict=True))
+    given = [
+        (place, token)
+        for place, spec in enumerate(specs)
+        for of_item in spec.items
+        for token in of_item[:2]
+        if token is not None
+    ]
+    return OwnLogits.at(adapter, ids, finals, given, places)
 
 
-def _directions(items: Sequence[_Item], adapter: Adapter, finals: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _directions(
+    items: Sequence[_Item],
+    adapter: Adapter,
+    tokenizer: Any | None,
+    finals: Tensor,
+    dtype: torch.dtype,
+    own: OwnLogits,
+) -> tuple[Tensor, Tensor]:
     """Return the directions (K, D) of all items and their constants (K,).
 
     Raises:
-        ValueError: an unembedding row holds NaN or inf.
+        ValueError: an unembedding row holds NaN or inf, or the model's logit is not the product with it.
     """
     device = adapter.unembedding_device
     looked_up = [i for i, item in enumerate(items) if item.token is not None]
     free = [i for i, item in enumerate(items) if item.token is None]
-    vectors, constants = _token_directions([items[i] for i in looked_up], adapter, finals, dtype)
+    vectors, constants = _token_directions([items[i] for i in looked_up], adapter, tokenizer, finals, dtype, own)
     if not free:
         return vectors, constants
     given = torch.stack([item.vector.to(device, dtype) for item in items if item.vector is not None])
@@ -117,7 +132,12 @@ def _directions(items: Sequence[_Item], adapter: Adapter, finals: Tensor, dtype:
 
 
 def _token_directions(
-    items: Sequence[_Item], adapter: Adapter, finals: Tensor, dtype: torch.dtype
+    items: Sequence[_Item],
+    adapter: Adapter,
+    tokenizer: Any | None,
+    finals: Tensor,
+    dtype: torch.dtype,
+    own: OwnLogits,
 ) -> tuple[Tensor, Tensor]:
     """Return the directions (K, D) and constants (K,) of items that are tokens, less those of their contrasts."""
     device = adapter.unembedding_device
@@ -129,16 +149,41 @@ def _token_directions(
     chosen, at = all_to_device([np.array(tokens, np.int64), np.array(places)], device)
     hidden = finals if places == list(range(len(finals))) else finals.to(device)[at]
     vectors, constants = adapter.token_directions(chosen, hidden, dtype)
+    _check(adapter, tokenizer, list(zip(places, tokens, strict=True)), vectors, constants, hidden, own)
     n = len(items)
     if against:
         others, other_constants = vectors[n:], constants[n:]
         vectors, constants, less = vectors[:n], constants[:n], to_device(np.array(against), device)
         vectors.index_add_(0, less, others, alpha=-1)
         constants.index_add_(0, less, other_constants, alpha=-1)
-    for item, is_finite in zip(items, vectors.isfinite().all(1).tolist(), strict=True):
-        if not is_finite:
-            raise ValueError(f"target: the unembedding of token {item.token} holds NaN or inf.")
     return vectors, constants
+
+
+def _check(
+    adapter: Adapter,
+    tokenizer: Any | None,
+    asked: Sequence[tuple[int, int]],
+    vectors: Tensor,
+    constants: Tensor,
+    hidden: Tensor,
+    own: OwnLogits,
+) -> None:
+    """Compare the logits that are shared out with the model's own. Everything is copied to the host at once.
+
+    ``asked`` (K) are pairs of a place and a token, those of ``vectors`` (K, D).
+
+    Raises:
+        ValueError: a row holds NaN or inf, or the model's logit is another one.
+    """
+    theirs = own.of(asked)
+    ours = (vectors * hidden.to(vectors)).sum(1) + constants
+    allowed = rounding(adapter, vectors, hidden, theirs)
+    found = torch.stack([vectors.isfinite().all(1).to(ours), ours, theirs.to(ours), allowed], 1).tolist()
+    for (_, token), (is_finite, value, wanted, most) in zip(asked, found, strict=True):
+        if not is_finite:
+            raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
+        if not abs(value - wanted) <= most:
+            raise ValueError(refusal(adapter, _name(token, None, tokenizer), wanted, value))
 
 
 def _names(items: Sequence[_Item], tokenizer: Any | None) -> tuple[str, ...]:

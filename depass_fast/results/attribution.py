@@ -38,7 +38,8 @@ class Attribution:
 
     ``method`` says how the scores were computed: "exact", or "adjoint" (approximate; it passes no states, so there are
     no ``layer_errors``). An approximate result holds an ``estimate`` of its error where a sample was drawn
-    (:class:`depass_fast.Estimate`), and ``warnings`` where it is not to be relied upon.
+    (:class:`depass_fast.Estimate`). ``warnings`` says where a result is not to be relied upon: a bad estimate, an exact
+    result that misses more than its dtypes explain (:class:`depass_fast.CompletenessWarning`), a failed verification.
 
     ``verification`` is what ``verify=True`` found (:class:`depass_fast.Verification`), in all prompts of the call;
     where it failed, ``warnings`` says so.

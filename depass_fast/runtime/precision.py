@@ -82,3 +82,14 @@ def _pin_reduction(name: str) -> Callable[[], None]:
         return lambda: None
     setattr(matmul, name, False)
     return lambda: setattr(matmul, name, True if split is None else (True, split))
+
+
+def allowed_rounding() -> float:
+    """Return the rounding that the user allows the model's float32 products: TF32 or bfloat16; 0 without."""
+    try:
+        allowed = {torch.get_float32_matmul_precision()}
+    except RuntimeError:  # the two interfaces differ: the new one tells
+        allowed = set()
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        allowed.add(str(getattr(getattr(backend, "matmul", None), "fp32_precision", "")))
+    return 2.0**-7 if allowed & {"medium", "bf16"} else 2.0**-10 if allowed & {"high", "tf32"} else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapters import Attention, RoutedExpert
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
+from .weights import WeightSample, are_the_same, sample_weights
 
 
 @dataclass
@@ -167,20 +168,29 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class TraceSource:
-    """The model that a trace was made by, and the state of its weights then."""
+    """The model that a trace was made by, and the state of its weights then.
+
+    ``sample`` of the weights is taken of traces that a user holds: a call's own trace ends before weights can change.
+    """
 
     model: weakref.ref
     version: tuple
+    sample: WeightSample | None = None
 
     @staticmethod
     def of(model: nn.Module) -> TraceSource:
         return TraceSource(weakref.ref(model), _version(model))
 
+    def sampled(self, model: nn.Module) -> TraceSource:
+        """Return the same with a sample of the weights."""
+        return TraceSource(self.model, self.version, sample_weights(model))
+
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` is that model, with the weights that it had."""
         if self.model() is not model:
             raise ValueError("trace: it was made by another model; trace the prompt with this one.")
-        if self.version != _version(model):
+        sample = self.sample
+        if self.version != _version(model) or not (sample is None or are_the_same(sample, sample_weights(model))):
             raise ValueError("trace: the model's weights have changed since it was made; trace the prompt again.")
 
 

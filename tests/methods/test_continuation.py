@@ -155,10 +155,26 @@ def test_a_continuation_can_be_read_saved_and_tabled(demo, tmp_path):
         assert len(found.to_dataframe()) == len(lines) - 1
 
 
+def test_logits_of_other_tokens_that_a_hook_changes_are_refused():
+    """The given tokens' own logits are as ever, and their probabilities are not."""
+    dp = DePass(build_model("llama"))
+
+    def silence(module, inputs, output):
+        return output.index_fill(-1, torch.tensor([one for one in range(64) if one not in ALL]), -torch.inf)
+
+    handle = dp.model.lm_head.register_forward_hook(silence)
+    try:
+        with pytest.raises(ValueError, match="logsumexp of the model's logits .* a forward hook on lm_head"):
+            dp.attribute(IDS, Heads(0), continuation=GIVEN)
+    finally:
+        handle.remove()
+    assert len(dp.attribute(IDS, Heads(0), continuation=GIVEN)) == 4
+
+
 def test_a_plan_is_that_of_both():
     dp = build("llama-gqa")
     plan = dp.plan(IDS, Tokens(), continuation=GIVEN, measure=False)
-    assert plan.lengths == (9,) and plan.flop == dp.plan(9, Tokens(), measure=False).flop
+    assert plan.lengths == (9,) and plan.flop == dp.plan(9, Tokens(), position=[3, 7], measure=False).flop
     with pytest.raises(ValueError, match="continuation: it follows a prompt"):
         dp.plan(5, Tokens(), continuation=GIVEN)
 

@@ -1,0 +1,58 @@
+"""The completeness of exact runs, judged by what their dtypes explain, once all that was measured is in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.stored import kind_of
+from ..request import Request
+from ..results.attribution import Attribution
+from ..results.completeness import Rounding, excess, warn_incomplete
+from ..runtime.precision import allowed_rounding
+
+
+def warn_if_results_miss(request: Request, results: Sequence[tuple[Attribution, Tensor]]) -> None:
+    """Add a warning to every result whose error is beyond what its dtypes explain, and issue one for the worst.
+
+    Beside every result are the sizes (K,) of the products that its logits are sums of.
+    """
+    rounding, found = rounding_of(request), []
+    for result, sizes in results:
+        start, worst = float(result.layer_errors[0]), float(result.layer_errors.max())
+        if not rounding.explains(worst, start):
+            found.append((worst, result, "the hidden states"))
+        elif not rounding.explains(off := _off_the_logit(result, sizes), start):
+            found.append((off, result, "the logit"))
+    if not found:
+        return
+    worst, _, missed = max(found, key=lambda one: one[0])
+    text = excess(worst, rounding, missed, callable(request.run.allocation.rule))
+    for _, result, _ in found:
+        result.warnings = [*(result.warnings or []), text]
+    warn_incomplete(text)
+
+
+def warn_if_states_miss(request: Request, errors: Sequence[Tensor]) -> None:
+    """Issue a warning if completeness errors (P,), at the start and after every layer, are more than dtypes explain."""
+    found, rounding = torch.stack(list(errors)), rounding_of(request)
+    start, worst = torch.stack([found[0].max(), found.max()]).tolist()
+    if not rounding.explains(worst, start):
+        warn_incomplete(excess(worst, rounding, "the hidden states", callable(request.run.allocation.rule)))
+
+
+def rounding_of(request: Request) -> Rounding:
+    """Return the rounding that a request's dtypes explain."""
+    adapter, run = request.adapter, request.run
+    dtypes = adapter.dtype, run.state_dtype, run.compute_dtype or run.state_dtype
+    products = allowed_rounding() if adapter.dtype == torch.float32 else 0.0
+    return Rounding.of(dtypes, products, any(kind_of(module) is not None for module in adapter.weighty(0)))
+
+
+def _off_the_logit(result: Attribution, sizes: Tensor) -> float:
+    """Return how far the scores' sum is off the logit, relative to the scores and to the products of the logit (K,)."""
+    scores, logits = result.scores.view(len(sizes), -1), result.target_logits.view(-1)
+    off = (scores.sum(1) - logits).abs() / (scores.abs().sum(1) + sizes).clamp_min(torch.finfo(scores.dtype).tiny)
+    return float(off.max())

@@ -1,0 +1,136 @@
+"""The model's own logits at the places of a readout: its next tokens, and the check that targets are read as it does.
+
+What lies behind the final norm is the one step that no trace records. So the model itself takes it, and every target's
+logit is compared with the product that is shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter
+from ..adapters.stored import kind_of
+from ..runtime.transfer import all_to_device, to_device
+from ..trace.unembedding import own_logits
+
+_LOGITS = 1 << 26  # logits held at once
+_QUANTISED = 0.05  # relative rounding of a head with 8-bit activations
+_FLOAT32 = 1e-6  # models take scales and caps in float32, whatever their dtype
+
+
+@dataclass(frozen=True)
+class OwnLogits:
+    """The model's logits of some tokens: ``slots`` maps a place and a token to one of ``logits`` (G,).
+
+    ``next_tokens`` maps a place to the model's next token, where that was asked for.
+    """
+
+    logits: Tensor
+    slots: dict[tuple[int, int], int]
+    next_tokens: dict[int, int]
+
+    @staticmethod
+    def at(
+        adapter: Adapter, ids: Tensor, hidden: Tensor, tokens: Sequence[tuple[int, int]], places: Sequence[int]
+    ) -> OwnLogits:
+        """Ask the model for ``tokens``, pairs of a place and a token in order of places, and for its own at ``places``.
+
+        ``hidden`` (P, D) are the normed final hidden states of all places, ``ids`` (P,) the tokens there.
+        """
+        device, wanted = adapter.unembedding_device, np.array(tokens, np.int64).reshape(-1, 2)
+        chosen = np.array(places, np.int64)
+        given: list[Tensor] = []
+        highest: list[Tensor] = []
+        best: list[Tensor] = []
+        for part, logits in _in_parts(adapter, ids, hidden) if len(wanted) or len(chosen) else ():
+            here = wanted[(part.start <= wanted[:, 0]) & (wanted[:, 0] < part.stop)]
+            rows = chosen[(part.start <= chosen) & (chosen < part.stop)] - part.start
+            if len(here):
+                at, of = all_to_device([here[:, 0] - part.start, here[:, 1]], logits.device)
+                given.append(logits[at, of].to(device))
+            if len(rows):
+                few = logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
+                values, tokens_there = few.max(-1)
+                highest.append(values.to(device))
+                best.append(tokens_there)
+        next_tokens = dict(zip(places, torch.cat(best).tolist() if best else [], strict=True))
+        pairs = [*tokens, *next_tokens.items()]
+        logits = torch.cat(given + highest) if pairs else hidden.new_zeros(0)
+        return OwnLogits(logits, {pair: slot for slot, pair in enumerate(pairs)}, next_tokens)
+
+    def of(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the logits (K,) of pairs of a place and a token."""
+        slots = [self.slots[pair] for pair in pairs]
+        in_order = slots == list(range(len(self.logits)))
+        return self.logits if in_order else self.logits[to_device(np.array(slots), self.logits.device)]
+
+
+def _in_parts(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits (P', vocabulary) of some places after the other."""
+    size = max(1, _LOGITS // adapter.vocabulary_size)
+    for first in range(0, len(hidden), size):
+        part = slice(first, min(first + size, len(hidden)))
+        yield part, own_logits(adapter, ids[part], hidden[part])
+
+
+def rounding(adapter: Adapter, vectors: Tensor, hidden: Tensor, own: Tensor) -> Tensor:
+    """Return how far the model's logits ``own`` (K,) may be from products of (K, D) for the sake of rounding: (K,).
+
+    Its products are rounded once at the end, and on the way as far as its dtype lets them be.
+    """
+    products = vectors * hidden.to(vectors)
+    eps = max(torch.finfo(own.dtype).eps, torch.finfo(hidden.dtype).eps, _FLOAT32)
+    if kind_of(adapter.unembedding) is not None:
+        eps = max(eps, _QUANTISED)
+    size = torch.maximum(products.sum(1).abs(), own.to(vectors).abs())
+    return eps * (2 * size + 4 * products.norm(dim=1)) + _FLOAT32 * products.abs().sum(1)
+
+
+def check_log_z(adapter: Adapter, ids: Tensor, hidden: Tensor, vectors: Tensor, log_z: Tensor) -> None:
+    """Compare log partition functions (P,) with those of the model's own logits, of all tokens.
+
+    ``vectors`` (P, D) are directions of some tokens, whose rounding all have about.
+
+    Raises:
+        ValueError: the model's are other ones.
+    """
+    theirs, allowed = [], []
+    for part, logits in _in_parts(adapter, ids, hidden):
+        wide = logits.to(log_z)
+        highest = wide.amax(-1).to(logits)
+        theirs.append(wide.logsumexp(-1))
+        allowed.append(4 * rounding(adapter, vectors[part], hidden[part], highest))
+    found = torch.stack([log_z, torch.cat(theirs), torch.cat(allowed).to(log_z)], 1).tolist()
+    for ours, own, most in found:
+        if not abs(ours - own) <= most:
+            raise ValueError(
+                f"continuation: the logsumexp of the model's logits is {own:.6g}, that of its unembedding {ours:.6g}: "
+                f"{_changed_by(adapter)} changes what follows the final norm. Remove it."
+            )
+
+
+def refusal(adapter: Adapter, name: str, own: float, ours: float) -> str:
+    """Return the message for a target whose logit in the model is another than the one that would be shared out."""
+    return (
+        f"target: the model gives {name} the logit {own:.6g}, its unembedding {ours:.6g}: {_changed_by(adapter)} "
+        "changes what follows the final norm, and the shares would not be those of the model's logit. Remove it, or "
+        f"give the direction itself as the target, a vector of shape ({adapter.hidden_size},)."
+    )
+
+
+def _changed_by(adapter: Adapter) -> str:
+    """Name the hooks behind the final norm; where there are none, the code that may be different."""
+    model, head = adapter.model, adapter.unembedding
+    places: dict[str, nn.Module] = {
+        type(model).__name__: model,
+        type(adapter.decoder).__name__: adapter.decoder,
+        adapter.name_of(head): head,
+    }
+    hooks = [f"a forward pre-hook on {name}" for name, module in places.items() if module._forward_pre_hooks]
+    hooks += [f"a forward hook on {name}" for name, module in places.items() if module._forward_hooks]
+    return " or ".join(hooks) or f"{type(model).__name__} (or {type(head).__name__}) has code of its own that"

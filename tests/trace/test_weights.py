@@ -1,0 +1,98 @@
+"""A trace of other weights is refused, however they were changed, and what no check sees shows in the completeness."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from depass_fast import CompletenessWarning, DePass, Heads, Tokens
+from depass_fast.allocation import softmax
+from depass_fast.request import take_trace
+from depass_fast.trace.weights import are_the_same, sample_weights
+from tests.support.family_models import build_model
+from tests.support.models import build, random_ids
+
+IDS = random_ids(8)
+
+
+@pytest.fixture
+def model():
+    return copy.deepcopy(build_model("llama", num_key_value_heads=2))
+
+
+def one_percent(model):
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1.01)
+
+
+def held_trace(dp):
+    """A trace without a sample of the weights, as if the change were one that no sample shows."""
+    return take_trace(dp.adapter, [torch.tensor(IDS)], False)
+
+
+def test_a_change_that_torch_does_not_count_is_seen(model):
+    dp = DePass(model)
+    trace = dp.trace(IDS)
+    assert dp.attribute(trace, Tokens(), 3).warnings is None
+    versions = [p._version for p in model.parameters()]
+    one_percent(model)
+    assert [p._version for p in model.parameters()] == versions
+    for call in (lambda: dp.attribute(trace, Tokens(), 3), lambda: dp.decompose(trace, Heads(0))):
+        with pytest.raises(ValueError, match="weights have changed"):
+            call()
+    assert dp.attribute(dp.trace(IDS), Tokens(), 3).warnings is None
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (64, 32), (32, 32), (7, 5), (1, 9), (9, 1), (3, 8, 4), (11,)])
+def test_the_sample_passes_every_row_and_column(shape):
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.randn(shape))
+    before = sample_weights(layer)
+    rows, columns = layer.weight.view(-1, shape[-1]).shape if len(shape) > 1 else (1, shape[0])
+    assert sum(part.numel() for part in before) <= 4 * 2 * (rows + columns)
+    for axis, count in ((0, rows), (1, columns)):
+        for index in range(count):
+            kept = layer.weight.data.clone()
+            layer.weight.data.view(rows, columns).select(axis, index).add_(1.0)
+            assert not are_the_same(before, sample_weights(layer)), (axis, index)
+            layer.weight.data.copy_(kept)
+    assert are_the_same(before, sample_weights(layer))
+
+
+@pytest.mark.parametrize("kind", [Tokens(), Heads(0), Heads(layers="all")])
+def test_an_error_beyond_the_dtypes_carries_a_warning(model, kind):
+    dp = DePass(model)
+    trace = held_trace(dp)
+    one_percent(model)
+    with pytest.warns(CompletenessWarning, match="miss the hidden states by .* float32 explains .* trace the prompt"):
+        result = dp.attribute(trace, kind, 3)
+    assert len(result.warnings) == 1 and "trace the prompt again" in result.warnings[0]
+    with pytest.warns(CompletenessWarning):
+        dp.decompose(trace, Heads(0))
+    with pytest.warns(CompletenessWarning):
+        assert dp.partition(trace, Heads(0)).completeness_error > 1e-4
+
+
+def test_a_readout_of_other_weights_carries_a_warning(model):
+    dp = DePass(model)
+    trace = held_trace(dp)
+    model.model.norm.weight.data.mul_(1.01)
+    with pytest.warns(CompletenessWarning, match="miss the logit"):
+        assert dp.attribute(trace, Heads(1), 3).warnings
+
+
+def test_a_rule_that_loses_shares_carries_a_warning():
+    with pytest.warns(CompletenessWarning, match="your own rule"):
+        build("llama-gqa").attribute(IDS, Tokens(), 3, allocation=lambda g, _: 0.5 * softmax(g, 1.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"compute_dtype": "float16"}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_rounding_is_no_reason_to_warn(name, dtype, options):
+    dp = DePass(copy.deepcopy(build(name).model).to(dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompletenessWarning)
+        for kind in (Tokens(), Heads(0), Heads(layers="all")):
+            assert dp.attribute([IDS, IDS[3:]], kind, [None, 5], **options)[0].warnings is None
+        dp.decompose(IDS, Tokens(), **options)
