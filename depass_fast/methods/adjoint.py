@@ -129,7 +129,7 @@ def _results(request: Request, starts: Sequence[Start], scores: Scores, end: _En
                 position=request.reads[prompt],
                 seconds=0.0,
                 method="adjoint",
-                **how_computed(request),
+                **how_computed(request, prompt),
             )
         )
     seconds = time.perf_counter() - request.began

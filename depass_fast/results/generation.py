@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.brief import cut
+from ..runtime.terminal import encodable
 from .attribution import Attribution
-from .tables import data_frame
+from .tables import data_frame, write_csv
 from .verification import Verification, merge
 
 if TYPE_CHECKING:
     import pandas
+
+_COLUMNS = ("position", "token", "label", "score")
 
 
 @dataclass(eq=False)
@@ -59,14 +64,33 @@ class Generation:
     def to_dataframe(self) -> pandas.DataFrame:
         """Return a DataFrame with a row per generated token and component before it. Needs pandas.
 
-        Its columns are `position`, `token`, `label` and `score`.
+        Its columns are `position`, `token`, `label` and `score`. Its ``attrs`` are :meth:`Attribution.how`, of all.
         """
-        rows = [
+        how = {name: value for name, value in self.steps[0].how().items() if name != "position"}
+        return data_frame(_COLUMNS, self._rows(), how | {"completeness_error": self.completeness_error})
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table of :meth:`to_dataframe` as a file."""
+        write_csv(path, _COLUMNS, self._rows())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values; ``steps`` lists those of every step."""
+        return {
+            "prompt_length": self.prompt_length,
+            "input_ids": self.input_ids,
+            "tokens": self.tokens,
+            "text": self.text,
+            "completeness_error": self.completeness_error,
+            "steps": [step.to_dict() for step in self.steps],
+        }
+
+    def _rows(self) -> list[tuple[int, str, str, float]]:
+        """Return the rows of a table of all steps."""
+        return [
             (step.position + 1, self.tokens[step.position + 1], label, score)
             for step in self.steps
             for label, score in zip(step.labels, step.scores.tolist(), strict=True)
         ]
-        return data_frame(["position", "token", "label", "score"], rows)
 
     def __str__(self) -> str:
         """Return a line per generated token: the three tokens that gave most to it."""
@@ -75,7 +99,12 @@ class Generation:
             best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
             lines.append(f"{step.position + 1:5d} {self.tokens[step.position + 1]!r:16} {best}")
         found = "" if self.verification is None else f" | verified: {self.verification}"
-        return "\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"])
+        return encodable("\n".join([*lines, "", f"completeness error {self.completeness_error:.1e}{found}"]))
+
+    def __repr__(self) -> str:
+        new = "".join(self.tokens[self.prompt_length :])
+        made = cut(f"{self.prompt_length} tokens of a prompt, {len(self.steps)} generated: {new!r}", 600)
+        return encodable(f"Generation({made} | the last: {self.steps[-1]!r})")
 
 
 def _up_to_its_position(step: Attribution) -> Attribution:
