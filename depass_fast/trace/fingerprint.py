@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from ..adapters.tuned import tuning
 
 # entries of a config that say nothing about what the model computes
-_UNRELATED = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
+_UNRELATED = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "id2label", "label2id", "problem_type"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+}
 _ELEMENTS = 1 << 24  # of a weight, looked at together
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -36,7 +40,8 @@ class Fingerprint:
     @torch.no_grad()
     def of(model: nn.Module) -> Fingerprint:
         """Return the fingerprint of a model. Every weight is read, a few times."""
-        config = json.loads(json.dumps(_config(model), default=str, sort_keys=True))
+        held: Any = model.config
+        config = json.loads(json.dumps(_config(held.to_dict()), default=str, sort_keys=True))
         return Fingerprint(type(model).__name__, config, repr(tuning(model)), _weights(model))
 
     def difference(self, other: Fingerprint) -> str | None:
@@ -53,9 +58,13 @@ class Fingerprint:
         return None if self.adapters == other.adapters else "with other active adapters"
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    config: Any = model.config
-    return {name: value for name, value in config.to_dict().items() if name not in _UNRELATED}
+def _config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config, or a part of one, says about what the model computes."""
+    return {
+        name: _config(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in _UNRELATED
+    }
 
 
 def _weights(model: nn.Module) -> dict[str, str]:
@@ -65,8 +74,9 @@ def _weights(model: nn.Module) -> dict[str, str]:
     first: dict[str, str] = {}
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-            first[name] = shared.setdefault(key, name) if value.numel() and _is_plain(value) else name
+            first[name] = name
+            if value.numel() and _is_plain(value):
+                first[name] = shared.setdefault((value.data_ptr(), value.shape, value.stride(), value.dtype), name)
             if first[name] == name:
                 sums[name] = list(_sums(value))
     digests = {name: _digest(parts) for name, parts in sums.items()}
