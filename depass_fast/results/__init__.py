@@ -1,5 +1,5 @@
 """Results: scores with labels, their files and how they look. Importing this room registers every kind of file."""
 
-from . import attribution, layered
+from . import attribution, generation, layered
 
-__all__ = ["attribution", "layered"]
+__all__ = ["attribution", "generation", "layered"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,8 @@ class Attribution:
     def load(cls, path: str | Path) -> Result:
         """Read a file of :meth:`save`. One of :meth:`depass_fast.LayeredAttribution.save` gives a LayeredAttribution.
 
+        :meth:`depass_fast.Generation.load` reads generations.
+
         Raises:
             ValueError: the file is no saved attribution, or has a format that only later versions read.
         """
@@ -245,5 +247,28 @@ PARTS: dict[str, tuple[type, Callable[..., Any]]] = {
     "verification": (Verification, Verification),
     "provenance": (Provenance, Provenance),
 }
+
+
+def pack(results: Sequence[Attribution], unknown: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors and the contents of several results in one file, with the tensors among the ``unknown``."""
+    tensors = {f"{i}.{name}": tensor.clone() for i, one in enumerate(results) for name, tensor in one.tensors().items()}
+    tensors |= {name: value for name, value in unknown.items() if isinstance(value, Tensor)}
+    return tensors, [result.metadata() for result in results]
+
+
+def unpack(
+    tensors: dict[str, Tensor], contents: Sequence[dict[str, Any]]
+) -> tuple[list[Attribution], dict[str, Tensor]]:
+    """Return the results that :func:`pack` put into a file, and the tensors that are of none of them."""
+    each: list[dict[str, Tensor]] = [{} for _ in contents]
+    unknown: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        if number.isdecimal() and int(number) < len(each):
+            each[int(number)][name] = tensor
+        else:
+            unknown[key] = tensor
+    return [Attribution.restore(held, content) for held, content in zip(each, contents, strict=True)], unknown
+
 
 register_format(FORMAT, Attribution.restore)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,17 @@ from torch import Tensor
 
 from ..runtime.brief import cut
 from ..runtime.terminal import encodable
-from .attribution import Attribution
+from .attribution import Attribution, pack, unpack
+from .files import read_result, register_format, write_result
 from .tables import data_frame, write_csv
 from .verification import Verification, merge
 
 if TYPE_CHECKING:
     import pandas
 
+FORMAT = "depass_fast.generation.v1"
+
+_OWN = ("prompt_length", "input_ids", "tokens", "text")  # fields of a file, beside those of the steps
 _COLUMNS = ("position", "token", "label", "score")
 
 
@@ -28,6 +32,7 @@ class Generation:
 
     ``input_ids`` and ``tokens`` (N,) hold all of them; ``text`` is the whole sequence, None without a tokenizer.
     ``steps`` holds an :class:`Attribution` per generated token: the shares of all tokens before it in its logit.
+    ``unknown`` holds what a file of a later version says besides; it is saved again.
     """
 
     prompt_length: int
@@ -35,6 +40,7 @@ class Generation:
     tokens: list[str]
     text: str | None
     steps: list[Attribution]
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, steps: Sequence[Attribution], prompt_length: int, tokenizer: Any | None) -> Generation:
@@ -84,6 +90,25 @@ class Generation:
             "steps": [step.to_dict() for step in self.steps],
         }
 
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file like :meth:`Attribution.save`, which :meth:`load` reads."""
+        tensors, steps = pack(self.steps, self.unknown)
+        own = {name: getattr(self, name) for name in _OWN}
+        unknown = {name: value for name, value in self.unknown.items() if not isinstance(value, Tensor)}
+        write_result(path, FORMAT, tensors, {**unknown, **own, "steps": steps})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Generation:
+        """Read what :meth:`save` wrote. Raises ValueError if the file holds no Generation."""
+        return read_result(path, FORMAT)
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Generation:
+        """Return the generation that a file's parts describe; later files have fields that are not known here."""
+        steps, more_tensors = unpack(tensors, content["steps"])
+        unknown = {name: value for name, value in content.items() if name not in (*_OWN, "steps")}
+        return cls(**{name: content[name] for name in _OWN}, steps=steps, unknown=unknown | more_tensors)
+
     def _rows(self) -> list[tuple[int, str, str, float]]:
         """Return the rows of a table of all steps."""
         return [
@@ -113,3 +138,6 @@ def _up_to_its_position(step: Attribution) -> Attribution:
     kept = [*range(n), *range(first_extra, len(step.labels))]
     labels = [step.labels[i] for i in kept]
     return replace(step, scores=step.scores[kept], labels=labels, input_ids=step.input_ids[:n], tokens=step.tokens[:n])
+
+
+register_format(FORMAT, Generation.restore)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..labels import BIAS, REST
-from .attribution import PARTS, Attribution
+from .attribution import PARTS, Attribution, pack, unpack
 from .estimate import Estimate, estimate_dict
 from .files import plain_part, read_result, register_format, restore_part, write_result
 from .interface import Row
@@ -305,15 +305,10 @@ class LayeredAttribution(_Shared):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file like :meth:`Attribution.save`; :meth:`Attribution.load` reads both."""
-        each = enumerate(self.by_layer)
-        tensors = {f"{i}.{name}": tensor.clone() for i, one in each for name, tensor in one.tensors().items()}
-        tensors |= {name: value for name, value in self.unknown.items() if isinstance(value, Tensor)}
+        tensors, layers = pack(self.by_layer, self.unknown)
         unknown = {name: value for name, value in self.unknown.items() if not isinstance(value, Tensor)}
-        content = {
-            "estimate": plain_part(self.estimate, unknown.pop("estimate", None)),
-            "layers": [result.metadata() for result in self.by_layer],
-            "warnings": self.warnings,
-        }
+        estimate = plain_part(self.estimate, unknown.pop("estimate", None))
+        content = {"layers": layers, "estimate": estimate, "warnings": self.warnings}
         write_result(path, FORMAT, tensors, unknown | content)
 
     @classmethod
@@ -327,16 +322,8 @@ class LayeredAttribution(_Shared):
         unknown = {name: value for name, value in content.items() if name not in ("layers", "estimate", "warnings")}
         estimate, more = restore_part(PARTS["estimate"][1], Estimate, content.get("estimate"))
         unknown |= {"estimate": more} if more else {}
-        of_layers: list[dict[str, Tensor]] = [{} for _ in content["layers"]]
-        for key, tensor in tensors.items():
-            layer, _, name = key.partition(".")
-            if layer.isdecimal() and int(layer) < len(of_layers):
-                of_layers[int(layer)][name] = tensor
-            else:
-                unknown[key] = tensor
-        parts: Sequence[dict[str, Any]] = content["layers"]
-        results = [Attribution.restore(held, part) for held, part in zip(of_layers, parts, strict=True)]
-        return cls(results, estimate, content.get("warnings"), unknown)
+        results, more_tensors = unpack(tensors, content["layers"])
+        return cls(results, estimate, content.get("warnings"), unknown | more_tensors)
 
     def __repr__(self) -> str:
         return short(self)

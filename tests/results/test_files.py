@@ -10,7 +10,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from depass_fast import Adjoint, Attribution, DePass, Heads, LayeredAttribution, Neurons, Tokens, __version__
+from depass_fast import (
+    Adjoint,
+    Attribution,
+    DePass,
+    Generation,
+    Heads,
+    LayeredAttribution,
+    Neurons,
+    Tokens,
+    __version__,
+)
 from depass_fast.demo import load_demo
 from depass_fast.inputs.provenance import provenance_of
 from tests.support.models import build, random_ids
@@ -141,6 +151,21 @@ def test_unknown_fields_are_kept(results, tmp_path):
         again = read(path)
         assert again[1:] == (name, content)
         assert again[0].keys() == tensors.keys() and all(torch.equal(again[0][key], tensors[key]) for key in tensors)
+
+
+def test_generations_are_saved_too(tmp_path):
+    path = tmp_path / "g.safetensors"
+    generation = build("qwen2").attribute_generation(IDS, max_new_tokens=3)
+    generation.save(path)
+    tensors, name, content = read(path)
+    write(path, tensors | {"more": torch.ones(2)}, name, content | {"mood": [1]})
+    for _ in range(2):
+        loaded = Generation.load(path)
+        assert all(map(same, loaded.steps, generation.steps)) and torch.equal(loaded.scores, generation.scores)
+        assert str(loaded) == str(generation) and loaded.unknown.keys() == {"mood", "more"}
+        loaded.save(path)
+    with pytest.raises(ValueError, match="not a saved attribution"):
+        LayeredAttribution.load(path)
 
 
 def test_a_newer_format_is_refused_by_its_number(results, tmp_path):
