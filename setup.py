@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "depass_fast/__init__.py").read_text(encoding="utf-8"))[0]
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "depass_fast/version.py").read_text(encoding="utf-8"))[0]
 
 setup(
     name="depass-fast",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .components.base import ComponentKind
     from .components.custom import Custom, Subspaces
@@ -21,12 +23,11 @@ if TYPE_CHECKING:
     from .results.estimate import ApproximationWarning, Estimate
     from .results.generation import Generation
     from .results.layered import LayeredAttribution
+    from .results.provenance import Provenance
     from .results.verification import Verification, VerificationWarning
     from .state.state import ComponentState
     from .trace.record import Trace
     from .trace.size import trace_nbytes
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adjoint",
@@ -49,6 +50,7 @@ __all__ = [
     "Options",
     "Partition",
     "Plan",
+    "Provenance",
     "Subspaces",
     "TokenBoundaryWarning",
     "Tokens",
@@ -76,6 +78,7 @@ _HOMES = {
     "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.generation": ("Generation",),
     "results.layered": ("LayeredAttribution",),
+    "results.provenance": ("Provenance",),
     "results.verification": ("Verification", "VerificationWarning"),
     "state.state": ("ComponentState",),
     "trace.record": ("Trace",),

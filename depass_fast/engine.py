@@ -29,6 +29,7 @@ from .results.attribution import Attribution
 from .results.continuation import Continuation
 from .results.generation import Generation
 from .results.layered import LayeredAttribution
+from .runtime.dtypes import dtype_name
 from .state.state import ComponentState
 from .trace.record import Trace
 
@@ -81,6 +82,11 @@ class DePass:
         Options().updated(options)  # before a model is loaded for nothing
         model, tokenizer = load_model(path, dtype=dtype, device_map=device_map, **(model_kwargs or {}))
         return cls(model, tokenizer, **options)
+
+    def __repr__(self) -> str:
+        tokenizer, a = type(self.tokenizer).__name__ if self.tokenizer is not None else "no tokenizer", self.adapter
+        model = f"{type(a.model).__name__} of {a.n_layers} layers, {dtype_name(a.dtype)} on {a.device}"
+        return f"DePass({model}, {tokenizer}, {self.options!r})"
 
     @property
     def model(self) -> nn.Module:

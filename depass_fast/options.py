@@ -14,6 +14,7 @@ from .backends import Backend, Choice, StreamBackend, make_backend, resolve
 from .inputs.prompts import as_index
 from .propagation.run import Run
 from .propagation.verify import Verifier
+from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
 RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor"]
@@ -56,6 +57,8 @@ class Options:
     stream: bool | Literal["auto"] = "auto"
     progress: bool = True
     verify: bool = False
+
+    __repr__ = brief_repr
 
     def updated(self, overrides: Mapping[str, Any]) -> Options:
         """Return these options with some replaced. Raises TypeError for an unknown name."""

@@ -19,11 +19,13 @@ from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
 from .inputs.prompts import Prompt, as_positions, encode_all, token_texts
+from .inputs.provenance import provenance_of
 from .inputs.targets import TargetSpec, parse_target
 from .options import Adjoint, Options
 from .planning.fit import fitted
 from .planning.shapes import RunShape, named_components
 from .propagation.run import Run
+from .results.provenance import Provenance
 from .runtime.dtypes import refuse_autocast
 from .runtime.precision import full_precision
 from .state.state import ComponentState
@@ -49,7 +51,7 @@ class Request:
 
     ``trace`` is there once the forward pass was taken, of the positions that are carried; ``bound`` are then the
     components of every prompt, where they were asked for at one layer. ``began`` is the time when the request was made,
-    in seconds.
+    in seconds. ``provenance`` says which model and packages compute it.
     """
 
     adapter: Adapter
@@ -65,6 +67,7 @@ class Request:
     end_given: int | None
     end: int
     has_bias: bool
+    provenance: Provenance
     method: Adjoint | None = None
     reads: tuple[tuple[int, ...], ...] = ()
     targets: tuple[TargetSpec, ...] = ()
@@ -131,6 +134,7 @@ def make_request(
         end_given=last,
         end=adapter.n_layers if last is None else last,
         has_bias=meets_bias(components, adapter, last),
+        provenance=provenance_of(adapter),
         trace=trace,
         began=began,
     )

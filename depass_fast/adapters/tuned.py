@@ -44,6 +44,12 @@ def tuning(model: nn.Module) -> tuple:
     )
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that are added to a model's weights or merged into them, in order."""
+    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
+    return sorted({name for m in tuned for name in (*at_work(m), *(m.merged_adapters if m.merged else ()))})
+
+
 def reparametrised(model: nn.Module) -> list[Tensor]:
     """The parameters that PEFT replaces in every forward pass (`target_parameters`), which writes to them."""
     tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]

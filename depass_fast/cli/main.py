@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from ..runtime.terminal import escaping_output
 from . import attribute, flags, plan, types
 from .errors import in_flags, is_users, one_line
 from .model import silence_transformers
@@ -26,6 +27,11 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    with escaping_output():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     try:
         args = _parser().parse_args(argv)
     except SystemExit as done:  # --help and --version

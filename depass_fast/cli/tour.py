@@ -108,15 +108,16 @@ def _show_tokens(console: Console, dp: DePass, text: str, trace: Trace, tokens: 
         title = Text.assemble((name, "bold"), f"  {what} {scores.sum():.2f}  ")
         if coloured:
             shares = scores.tolist()
-            console.print(title + legend(shares), token_line(tokens.tokens, shares), "", sep="\n")
+            line = token_line(tokens.tokens, shares, console.encoding)
+            console.print(title + legend(shares), line, "", sep="\n")
         else:
             console.print(title)
     if not coloured:
-        console.print(Text("\n".join(aligned(tokens, console.width))), "", sep="\n")
+        console.print(Text("\n".join(aligned(tokens, console.width, console.encoding))), "", sep="\n")
 
 
 def _show_side_by_side(console: Console, tables: dict[str, list[tuple[str, float]]]) -> None:
     grid = Table.grid(padding=(0, 4, 0, 0))
     grid.add_row(*(f"[bold]{title}" for title in tables))
-    grid.add_row(*(rich_table(rows_of_pairs(pairs), width=14) for pairs in tables.values()))
+    grid.add_row(*(rich_table(rows_of_pairs(pairs), 14, console.encoding) for pairs in tables.values()))
     console.print(grid, "")

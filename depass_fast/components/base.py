@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..inputs.hook_names import LAYER_INPUT, Site, parse_hook_name
 from ..inputs.prompts import as_index
+from ..runtime.brief import brief_repr
 from ..state.state import Factors
 from ..trace.record import Trace
 
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
         return 2 * self.layer + (self.site == "resid_mid")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComponentKind:
     """A kind of component at a ``layer``: 0 to L-1, negative counts from the end, or a hook name (see ``hooks``).
 
@@ -64,6 +65,8 @@ class ComponentKind:
     hooks = tuple(LAYER_INPUT)  # the hooks that may name the layer, as in `blocks.5.hook_resid_pre`
     may_be_complete = False  # the named components can be all of the hidden state, so that there is no `rest`
     complete_at_once = False  # they are that at every position or at none, but for the rounding of a position
+
+    __repr__ = brief_repr  # kinds hold tensors and lists of any length
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str):
@@ -139,7 +142,7 @@ class ComponentKind:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerKind(ComponentKind, Generic[R]):
     """A kind that can be asked for in several layers at once: a decomposition for each of them.
 

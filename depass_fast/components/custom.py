@@ -16,7 +16,7 @@ from ..trace.record import Trace
 from .base import ComponentKind
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subspaces(ComponentKind):
     """Projections of the input of ``layer`` on linear subspaces; the complement is `rest`.
 
@@ -78,7 +78,7 @@ class Subspaces(ComponentKind):
         return done
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Custom(ComponentKind):
     """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. The hidden state minus their sum is `rest`.
 

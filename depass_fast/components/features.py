@@ -20,7 +20,7 @@ from .products import BoundProducts
 _ROUNDING = 0.01  # relative difference of two ways to multiply the same matrices, also in TF32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Features(ComponentKind):
     """One component per feature of a dictionary that is active anywhere in the prompt, on the residual stream.
 

@@ -31,7 +31,7 @@ Which: TypeAlias = Literal["both", "attention", "mlp"]
 _MODULES = {"hook_attn_out": "attention", "hook_mlp_out": "mlp", "hook_resid_post": "both"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokens(ComponentKind):
     """One component per token, at the input of ``layer``: X[n, m] = x[n] if m = n else 0."""
 
@@ -44,7 +44,7 @@ class Tokens(ComponentKind):
         return Factors(None, trace.resid(self.resolve(adapter))[trace.span(prompt)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Heads(LayerKind[R]):
     """One component per attention head of ``layer``: its output, after W_O."""
 
@@ -77,7 +77,7 @@ class Heads(LayerKind[R]):
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Modules(LayerKind[R]):
     """The outputs of ``layer``'s modules: attention, MLP, or both.
 
@@ -147,7 +147,7 @@ class Modules(LayerKind[R]):
         return module == "attention" and self.site == "resid_post"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neurons(LayerKind[R]):
     """One component per MLP neuron of ``layer``, after its MLP: X[n, i] = a[n, i] · W_down[i].
 

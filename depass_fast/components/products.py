@@ -15,7 +15,7 @@ from ..trace.record import Trace
 from .base import ComponentKind
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class BoundProducts(ComponentKind):
     """The neurons or features of one prompt: the named components are ``products``, with a label each.
 

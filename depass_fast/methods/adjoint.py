@@ -143,7 +143,7 @@ def _results(
                 position=position,
                 seconds=0.0,
                 method="adjoint",
-                **how_computed(request),
+                **how_computed(request, prompt),
             )
         )
     seconds = time.perf_counter() - request.began

@@ -24,7 +24,10 @@ from ..labels import BIAS, REST
 from ..propagation.loop import propagate
 from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced, with_trace
+from ..runtime.brief import brief, brief_repr
+from ..runtime.memory import readable
 from ..runtime.progress import progress_bar
+from ..runtime.terminal import encodable
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
@@ -43,6 +46,12 @@ class Partition:
     end: int
     completeness_error: float
     made_of: tuple
+
+    def __repr__(self) -> str:
+        return encodable(
+            f"Partition(components {brief(self.labels)}, up to the input of layer {self.end}, {readable(self.nbytes)}, "
+            f"completeness error {self.completeness_error:.1e})"
+        )
 
     @property
     def labels(self) -> list[str]:
@@ -68,6 +77,8 @@ class Focus:
     layers: list[int]
     site: str
     partition: Partition
+
+    __repr__ = brief_repr
 
     def entering(self, layer: int) -> Tensor:
         """The states (N, k, D) that enter a layer."""
@@ -175,7 +186,7 @@ def _made_of(request: Request) -> tuple:
     given = tuple(id(tensor) for tensor in kind.user_tensors())
     ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
     what = (kind.kind, request.layer, kind.site, given, request.has_bias)
-    return (*what, ids, excluded, rule.rule, rule.temperature, source.model, source.version)
+    return (*what, ids, excluded, rule.rule, rule.temperature, source)
 
 
 def _indices(which: Sequence[int | str] | int | str, labels: list[str]) -> list[int]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..backends import BACKENDS
+from ..runtime.brief import brief_repr
 from ..runtime.memory import readable
 
 
@@ -63,6 +64,8 @@ class Plan:
     gemm_flops: float | None
     rate_source: str
     upper_bound: bool
+
+    __repr__ = brief_repr
 
     def of(self, backend: str = "torch") -> BackendEstimate:
         """Return the estimate for a backend; for a sweep, alike with all, the larger one.

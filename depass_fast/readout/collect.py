@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -180,17 +180,32 @@ def to_results(collected: Sequence[Collected]) -> list[list[list[Attribution]]]:
     return results
 
 
-def how_computed(request: Request) -> dict[str, Any]:
-    """Return the fields of an :class:`Attribution` that say how it was computed."""
-    adapter, run = request.adapter, request.run
+def how_computed(request: Request, prompt: int) -> dict[str, Any]:
+    """Return the fields of an :class:`Attribution` of a prompt that say how it was computed."""
+    adapter, run, kind = request.adapter, request.run, request.components
     return {
-        "components": request.components.kind,
+        "components": kind.kind,
         "allocation": run.allocation.name,
         "temperature": run.allocation.temperature,
+        "exclude_special": sorted(request.excluded[prompt]) if kind.kind == "tokens" else [],
         "backend": run.backend.name,
         "device": str(adapter.device),
         "dtype": dtype_name(adapter.dtype),
+        "state_dtype": dtype_name(run.state_dtype),
+        "compute_dtype": _products(request),
+        "site": kind.site,
+        "end": request.end_given,
+        "sweep": None if request.method is None else asdict(request.method),
+        "provenance": request.provenance,
     }
+
+
+def _products(request: Request) -> str:
+    """Return the dtype of the products by its name, as far as one dtype says it."""
+    adapter, run = request.adapter, request.run
+    dtype = run.compute_dtype or (run.state_dtype if request.method is None else wide_dtype(request))
+    scales = run.backend.name == "triton" and request.settings.takes_float16(adapter.dtype, adapter.device)
+    return f"float16 with scales, or {dtype_name(dtype)}" if scales and request.method is None else dtype_name(dtype)
 
 
 def _results(
@@ -224,7 +239,7 @@ def _results(
                     memory_budget=run.workspace(request.adapter.device),
                     verification=one.verification,
                     warnings=None if said is None else list(said),
-                    **how_computed(request),
+                    **how_computed(request, prompt),
                 )
             )
         found.append(of_prompt)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..labels import BIAS, REST
-from .estimate import Estimate, estimate_dict, estimate_from
-from .files import read_result, register_format, write_result
+from .estimate import Estimate, estimate_dict
+from .files import known_fields, plain_part, read_result, register_format, restore_part, write_result
 from .interface import Result, Row
+from .provenance import Provenance
 from .ranking import leading, score_of, target_row
-from .render import plain, rich_view
-from .tables import data_frame, write_csv
+from .render import plain, rich_view, short
+from .tables import data_frame, unique_names, write_csv
 from .verification import Verification
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ class Attribution:
 
     ``verification`` is what ``verify=True`` found (:class:`depass_fast.Verification`), in all prompts of the call;
     where it failed, ``warnings`` says so.
+
+    ``exclude_special`` holds the positions that were kept out of the allocation, as the option of that name takes them;
+    ``site`` is where in ``layer`` the components started, ``end`` the layer whose input was read (None: after the final
+    norm), ``sweep`` the numbers of an adjoint sweep. ``provenance`` names the model and the packages. Files of version
+    0.1.0 know none of these: they are None then. ``unknown`` holds what a file of a later version says besides; it is
+    saved again.
     """
 
     scores: Tensor
@@ -69,6 +77,14 @@ class Attribution:
     warnings: list[str] | None = None
     memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
     verification: Verification | None = None
+    exclude_special: list[int] | None = None
+    state_dtype: str | None = None
+    compute_dtype: str | None = None  # of the products
+    site: str | None = None
+    end: int | None = None
+    sweep: dict[str, Any] | None = None
+    provenance: Provenance | None = None
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
         """Return the ``k`` leading components as (label, score).
@@ -89,9 +105,12 @@ class Attribution:
         return score_of(self.labels, self.scores_of(target), label)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return a DataFrame with a row per component: `label`, and a column of scores per target. Needs pandas."""
+        """Return a DataFrame with a row per component: `label`, and a column of scores per target. Needs pandas.
+
+        Its ``attrs`` are :meth:`how`.
+        """
         names, columns = self.columns()
-        return data_frame(names, zip(*columns, strict=True))
+        return data_frame(names, zip(*columns, strict=True), self.how())
 
     def to_circuitsvis(self, target: int = 0) -> dict[str, list]:
         """Return the arguments of `circuitsvis.tokens.colored_tokens`: the tokens and their scores, without `bias`.
@@ -110,16 +129,28 @@ class Attribution:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose header carries everything else as JSON. Nothing is pickled."""
-        write_result(path, FORMAT, {name: getattr(self, name).contiguous() for name in TENSORS}, self.metadata())
+        write_result(path, FORMAT, self.tensors(), self.metadata())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """Read a file of :meth:`save`. One of :meth:`depass_fast.LayeredAttribution.save` gives a LayeredAttribution.
 
+        :meth:`depass_fast.Generation.load` reads generations.
+
         Raises:
-            ValueError: the file is no saved attribution.
+            ValueError: the file is no saved attribution, or has a format that only later versions read.
         """
         return read_result(path)
+
+    def how(self) -> dict[str, Any]:
+        """Return plain values that say how the scores were computed, and with which model: all that made them."""
+        names = (
+            *("components", "layer", "site", "position", "end", "method", "sweep", "allocation", "temperature"),
+            *("exclude_special", "backend", "device", "dtype", "state_dtype", "compute_dtype", "completeness_error"),
+        )
+        return {name: getattr(self, name) for name in names} | {
+            "provenance": None if self.provenance is None else asdict(self.provenance)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python values under the names that ``depass-fast attribute --json`` prints."""
@@ -148,6 +179,10 @@ class Attribution:
             "warnings": self.warnings or [],
             "memory_budget": self.memory_budget,
             "verification": None if self.verification is None else asdict(self.verification),
+            **{name: getattr(self, name) for name in ("exclude_special", "state_dtype", "compute_dtype", "site")},
+            "end": self.end,
+            "sweep": self.sweep,
+            "provenance": None if self.provenance is None else asdict(self.provenance),
         }
 
     def layer_text(self) -> str:
@@ -173,6 +208,9 @@ class Attribution:
     def __str__(self) -> str:
         return plain(self)
 
+    def __repr__(self) -> str:
+        return short(self)
+
     def __rich__(self) -> Any:
         return rich_view(self)
 
@@ -180,23 +218,58 @@ class Attribution:
         """Return names and values of a table's columns: the labels, then the scores of every target."""
         if self.scores.ndim == 1:
             return ["label", "score"], [self.labels, self.scores.tolist()]
-        return ["label", *self.target_names], [self.labels, *self.scores.tolist()]
+        ids = [(one, other) for one, other in zip(self.target_ids, self.contrast_ids, strict=True)]
+        return ["label", *unique_names(self.target_names, ids)], [self.labels, *self.scores.tolist()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors, as a file keeps them."""
+        unknown = {name: value for name, value in self.unknown.items() if isinstance(value, Tensor)}
+        return {name: getattr(self, name).contiguous() for name in TENSORS} | unknown
 
     def metadata(self) -> dict[str, Any]:
         """Return everything but the tensors, as a file keeps it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TENSORS}
-        verification = None if self.verification is None else asdict(self.verification)
-        return values | {"estimate": estimate_dict(self.estimate), "verification": verification}
+        unknown = {name: value for name, value in self.unknown.items() if not isinstance(value, Tensor)}
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in (*TENSORS, "unknown")}
+        parts = {name: plain_part(values[name], unknown.pop(name, None)) for name in PARTS}
+        return unknown | values | parts
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Attribution:
-        """Return the result that a file's parts describe; older files know no estimate and no verification."""
-        verification = content.get("verification")
-        objects = {
-            "estimate": estimate_from(content.get("estimate")),
-            "verification": None if verification is None else Verification(**verification),
-        }
-        return cls(**tensors, **(content | objects))
+        """Return the result that a file's parts describe; older files lack fields, later ones have some more."""
+        values, unknown = known_fields(cls, {**tensors, **content})
+        for name, (part, make) in PARTS.items():
+            values[name], more = restore_part(make, part, values.get(name))
+            unknown |= {name: more} if more else {}
+        return cls(**values, unknown=unknown)
+
+
+PARTS: dict[str, tuple[type, Callable[..., Any]]] = {
+    "estimate": (Estimate, lambda **values: Estimate.from_dict(values)),
+    "verification": (Verification, Verification),
+    "provenance": (Provenance, Provenance),
+}
+
+
+def pack(results: Sequence[Attribution], unknown: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors and the contents of several results in one file, with the tensors among the ``unknown``."""
+    tensors = {f"{i}.{name}": tensor.clone() for i, one in enumerate(results) for name, tensor in one.tensors().items()}
+    tensors |= {name: value for name, value in unknown.items() if isinstance(value, Tensor)}
+    return tensors, [result.metadata() for result in results]
+
+
+def unpack(
+    tensors: dict[str, Tensor], contents: Sequence[dict[str, Any]]
+) -> tuple[list[Attribution], dict[str, Tensor]]:
+    """Return the results that :func:`pack` put into a file, and the tensors that are of none of them."""
+    each: list[dict[str, Tensor]] = [{} for _ in contents]
+    unknown: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        if number.isdecimal() and int(number) < len(each):
+            each[int(number)][name] = tensor
+        else:
+            unknown[key] = tensor
+    return [Attribution.restore(held, content) for held, content in zip(each, contents, strict=True)], unknown
 
 
 register_format(FORMAT, Attribution.restore)

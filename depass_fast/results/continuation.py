@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .attribution import TENSORS, Attribution
+from ..runtime.brief import cut
+from ..runtime.terminal import encodable
+from .attribution import Attribution, pack, unpack
 from .estimate import Estimate, estimate_dict
 from .files import read_result, register_format, write_result
 from .layered import LayeredAttribution
@@ -38,14 +40,17 @@ class Continuation(Generic[Steps]):
 
     ``prompt_length`` tokens are the prompt's; ``text`` is the whole, None without a tokenizer. ``log_probs`` (T,) are
     the model's own. ``shares`` holds all rows, first those of the T logits, then those of the T log-probabilities: an
-    :class:`Attribution`, or a :class:`LayeredAttribution` for components of several layers.
+    :class:`Attribution`, or a :class:`LayeredAttribution` for components of several layers. ``unknown`` holds what a
+    file of a later version says besides; it is saved again.
     """
 
     prompt_length: int
     text: str | None
     log_probs: Tensor
     shares: Steps
+    unknown: dict[str, Any] = field(default_factory=dict)
 
+    origin: ClassVar[str] = "given"
     format: ClassVar[str] = "depass_fast.continuation.v1"
 
     @classmethod
@@ -168,33 +173,42 @@ class Continuation(Generic[Steps]):
         """Return a DataFrame with a row per token that follows and component before it. Needs pandas.
 
         Its columns are `position`, `token`, `label`, `score` (in the logit) and `log_prob_score`; for several layers
-        also `layer`.
+        also `layer`. Its ``attrs`` are :meth:`Attribution.how`, of all.
         """
-        return data_frame(*self._table())
+        how = {name: value for name, value in self.shares.how().items() if name != "position"}
+        return data_frame(*self._table(), how)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table of :meth:`to_dataframe` as a file."""
         write_csv(path, *self._table())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain Python values: those of ``shares``, whose 2T rows are the logits' and the log-probabilities'."""
-        own = {"prompt_length": self.prompt_length, "text": self.text, "log_probs": self.log_probs.tolist()}
-        return own | self.shares.to_dict()
+        """Return plain Python values; ``steps`` and ``log_prob_steps`` list those of every step."""
+        return {
+            "prompt_length": self.prompt_length,
+            "input_ids": self.input_ids,
+            "tokens": self.tokens,
+            "text": self.text,
+            "completeness_error": self.completeness_error,
+            "log_probs": self.log_probs.tolist(),
+            "entropies": self.entropies.tolist(),
+            "steps": [step.to_dict() for step in self.steps],
+            "log_prob_steps": [step.to_dict() for step in self.log_prob_steps],
+        }
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file like :meth:`Attribution.save`; :meth:`Attribution.load` reads it, too."""
-        parts = _parts(self.shares)
-        tensors = {f"{i}.{name}": getattr(one, name).clone() for i, one in enumerate(parts) for name in TENSORS}
-        layered = isinstance(self.shares, LayeredAttribution)
+        tensors, layers = pack(_parts(self.shares), self.unknown)
+        unknown = {name: value for name, value in self.unknown.items() if not isinstance(value, Tensor)}
         content = {
             "prompt_length": self.prompt_length,
             "text": self.text,
-            "layered": layered,
-            "layers": [one.metadata() for one in parts],
+            "layered": isinstance(self.shares, LayeredAttribution),
+            "layers": layers,
             "estimate": estimate_dict(self.shares.estimate),
             "warnings": self.shares.warnings,
         }
-        write_result(path, self.format, tensors | {"log_probs": self.log_probs.clone()}, content)
+        write_result(path, self.format, tensors | {"log_probs": self.log_probs.clone()}, unknown | content)
 
     @classmethod
     def load(cls, path: str | Path) -> Any:
@@ -203,11 +217,14 @@ class Continuation(Generic[Steps]):
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> Any:
-        """Return the result that a file's parts describe."""
-        shares: Any = LayeredAttribution.restore(tensors, content)
-        if not content["layered"]:
-            (shares,) = shares.by_layer
-        return cls(content["prompt_length"], content["text"], tensors["log_probs"], shares)
+        """Return the result that a file's parts describe; later files have fields that are not known here."""
+        own = ("prompt_length", "text", "layered", "layers", "estimate", "warnings")
+        unknown: dict[str, Any] = {name: value for name, value in content.items() if name not in own}
+        layers, more = unpack(tensors, content["layers"])
+        log_probs = more.pop("log_probs")
+        estimate = None if content["estimate"] is None else Estimate.from_dict(content["estimate"])
+        shares: Any = LayeredAttribution(layers, estimate, content["warnings"]) if content["layered"] else layers[0]
+        return cls(content["prompt_length"], content["text"], log_probs, shares, unknown | more)
 
     def _table(self) -> tuple[list[str], list[tuple]]:
         """Return the names of a table's columns, and its rows."""
@@ -232,13 +249,12 @@ class Continuation(Generic[Steps]):
         total = math.fsum(self.log_probs.tolist())
         found = "" if self.verification is None else f" | verified: {self.verification}"
         end = f"log P of all {total:.3f} | completeness error {self.completeness_error:.1e}{found}"
-        return "\n".join([*lines, "", end])
+        return encodable("\n".join([*lines, "", end]))
 
     def __repr__(self) -> str:
-        kind = self.shares.components
-        return (
-            f"{type(self).__name__}({len(self)} tokens after {self.prompt_length}, {kind}, {len(self.labels)} labels)"
-        )
+        new = "".join(self.tokens[self.prompt_length :])
+        made = cut(f"{self.prompt_length} tokens of a prompt, {len(self)} {self.origin}: {new!r}", 600)
+        return encodable(f"{type(self).__name__}({made} | the last: {self.steps[-1]!r})")
 
     def __rich__(self) -> Any:
         from rich.console import Group

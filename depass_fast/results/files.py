@@ -1,16 +1,25 @@
-"""Result files: safetensors whose header carries everything else as JSON. Every kind of result registers its format."""
+"""Result files: safetensors whose header carries everything else as JSON. Every kind of result registers its format.
+
+A format's name ends in its number, as in ``depass_fast.attribution.v1``. The number goes up when files can no longer be
+read by what read them before. A field more is no such change: a reader keeps the fields that it does not know, and
+writes them back.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..version import __version__
+
+T = TypeVar("T")
 Restore = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 
 _RESTORE: dict[str, Restore] = {}
@@ -42,5 +51,43 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
     found, known = metadata.get("format"), list(_RESTORE) if name is None else [name]
     if found not in known:
-        raise ValueError(f"{path}: not a saved attribution (format {found!r}, not {' or '.join(map(repr, known))})")
+        raise ValueError(f"{path}: {_why_unknown(found, known)}")
     return _RESTORE[found](tensors, json.loads(metadata["json"]))
+
+
+def _why_unknown(found: str | None, known: list[str]) -> str:
+    """Return the reason why a format is none of those that are ``known``."""
+    base, _, number = (found or "").rpartition(".v")
+    for one in known:
+        known_base, _, known_number = one.rpartition(".v")
+        if base == known_base and number.isdecimal() and int(number) > int(known_number):
+            return (
+                f"it has format {number} of {base}, and depass_fast {__version__} reads up to format {known_number}; "
+                "a newer version of depass_fast wrote it: pip install -U depass-fast"
+            )
+    return f"not a saved attribution (format {found!r}, not {' or '.join(map(repr, known))})"
+
+
+def known_fields(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values that are fields of a dataclass, and those that are not."""
+    names = {field.name for field in fields(cls)}
+    unknown = {name: value for name, value in values.items() if name not in names}
+    return {name: value for name, value in values.items() if name in names}, unknown
+
+
+def restore_part(
+    make: Callable[..., T], cls: type, values: Mapping[str, Any] | None
+) -> tuple[T | None, dict[str, Any]]:
+    """Return the object that a part of a file describes, ``make(**fields)``, and the part's unknown fields."""
+    if values is None:
+        return None, {}
+    known, unknown = known_fields(cls, values)
+    return make(**known), unknown
+
+
+def plain_part(part: Any, unknown: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return a part of a result as a file keeps it, with the ``unknown`` fields that it came with."""
+    if part is None:
+        return None
+    values = part.to_dict() if hasattr(part, "to_dict") else asdict(part)
+    return values | dict(unknown or {})

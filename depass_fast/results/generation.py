@@ -19,6 +19,7 @@ class Generation(Continuation[Attribution]):
     ``steps`` holds an :class:`Attribution` per generated token, ``input_ids`` and ``tokens`` all N tokens.
     """
 
+    origin: ClassVar[str] = "generated"
     format: ClassVar[str] = "depass_fast.generation.v1"
 
     @property

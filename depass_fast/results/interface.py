@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .estimate import Estimate
+from .provenance import Provenance
 from .verification import Verification
 
 
@@ -74,6 +75,21 @@ class Result(Protocol):
 
     @property
     def method(self) -> str: ...
+
+    @property
+    def exclude_special(self) -> list[int] | None: ...
+
+    @property
+    def state_dtype(self) -> str | None: ...
+
+    @property
+    def compute_dtype(self) -> str | None: ...
+
+    @property
+    def end(self) -> int | None: ...
+
+    @property
+    def provenance(self) -> Provenance | None: ...
 
     @property
     def memory_budget(self) -> int | None: ...

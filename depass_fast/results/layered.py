@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..labels import BIAS, REST
-from .attribution import TENSORS, Attribution
-from .estimate import Estimate, estimate_dict, estimate_from
-from .files import read_result, register_format, write_result
+from .attribution import PARTS, Attribution, pack, unpack
+from .estimate import Estimate, estimate_dict
+from .files import plain_part, read_result, register_format, restore_part, write_result
 from .interface import Row
+from .provenance import Provenance
 from .ranking import leading, score_of, target_row
-from .render import plain, rich_view
+from .render import plain, rich_view, short
 from .tables import data_frame, write_csv
 from .verification import Verification, merge
 
@@ -103,6 +104,31 @@ class _Shared:
         return self.by_layer[0].method
 
     @property
+    def exclude_special(self) -> list[int] | None:
+        """The positions that were kept out of the allocation."""
+        return self.by_layer[0].exclude_special
+
+    @property
+    def state_dtype(self) -> str | None:
+        """The dtype of the component states."""
+        return self.by_layer[0].state_dtype
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """The dtype of the products."""
+        return self.by_layer[0].compute_dtype
+
+    @property
+    def end(self) -> int | None:
+        """The layer whose input was read; None: after the final norm."""
+        return self.by_layer[0].end
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """The model and the packages that made the result."""
+        return self.by_layer[0].provenance
+
+    @property
     def memory_budget(self) -> int | None:
         """Bytes of workspace that were used in the end; None: not bounded."""
         return self.by_layer[0].memory_budget
@@ -116,12 +142,14 @@ class LayeredAttribution(_Shared):
     ``result[3]`` is layer 3's :class:`Attribution`; iterating goes through all of them in the order of :attr:`layers`.
 
     ``estimate`` (:class:`depass_fast.Estimate`) is that of all layers together; None where nothing was sampled.
-    ``warnings`` says where it is bad, or where the verification failed.
+    ``warnings`` says where it is bad, or where the verification failed. ``unknown`` holds what a file of a later
+    version says besides; it is saved again.
     """
 
     by_layer: list[Attribution]
     estimate: Estimate | None = None
     warnings: list[str] | None = None
+    unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, layer: int) -> Attribution:
         """Return one layer's result, by its number.
@@ -239,9 +267,12 @@ class LayeredAttribution(_Shared):
         return score_of(self.labels, self.scores_of(target), label)
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return a DataFrame with a row per component, `rest` and `bias` included: `layer`, `label`, scores."""
+        """Return a DataFrame with a row per component, `rest` and `bias` included: `layer`, `label`, scores.
+
+        Its ``attrs`` are :meth:`how`.
+        """
         names, rows = self._table()
-        return data_frame(names, rows)
+        return data_frame(names, rows, self.how())
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table of :meth:`to_dataframe` as a file."""
@@ -252,6 +283,11 @@ class LayeredAttribution(_Shared):
         """Return the names of a table's columns, and its rows."""
         rows = [(r.layer, *row) for r in self.by_layer for row in zip(*r.columns()[1], strict=True)]
         return ["layer", *self.by_layer[0].columns()[0]], rows
+
+    def how(self) -> dict[str, Any]:
+        """Return plain values that say how the scores were computed, and with which model, see Attribution.how."""
+        shared = {name: value for name, value in self.by_layer[0].how().items() if name != "layer"}
+        return {"layers": self.layers, **shared, "completeness_error": self.completeness_error}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values of :meth:`Attribution.to_dict` that all layers share; ``layers`` lists the others."""
@@ -269,13 +305,11 @@ class LayeredAttribution(_Shared):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file like :meth:`Attribution.save`; :meth:`Attribution.load` reads both."""
-        tensors = {f"{i}.{name}": getattr(r, name).clone() for i, r in enumerate(self.by_layer) for name in TENSORS}
-        content = {
-            "layers": [result.metadata() for result in self.by_layer],
-            "estimate": estimate_dict(self.estimate),
-            "warnings": self.warnings,
-        }
-        write_result(path, FORMAT, tensors, content)
+        tensors, layers = pack(self.by_layer, self.unknown)
+        unknown = {name: value for name, value in self.unknown.items() if not isinstance(value, Tensor)}
+        estimate = plain_part(self.estimate, unknown.pop("estimate", None))
+        content = {"layers": layers, "estimate": estimate, "warnings": self.warnings}
+        write_result(path, FORMAT, tensors, unknown | content)
 
     @classmethod
     def load(cls, path: str | Path) -> LayeredAttribution:
@@ -284,13 +318,15 @@ class LayeredAttribution(_Shared):
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], content: dict[str, Any]) -> LayeredAttribution:
-        """Return the result that a file's parts describe."""
-        parts: Sequence[dict[str, Any]] = content["layers"]
-        results = [
-            Attribution.restore({name: tensors[f"{i}.{name}"] for name in TENSORS}, part)
-            for i, part in enumerate(parts)
-        ]
-        return cls(results, estimate_from(content["estimate"]), content["warnings"])
+        """Return the result that a file's parts describe; later files have fields that are not known here."""
+        unknown = {name: value for name, value in content.items() if name not in ("layers", "estimate", "warnings")}
+        estimate, more = restore_part(PARTS["estimate"][1], Estimate, content.get("estimate"))
+        unknown |= {"estimate": more} if more else {}
+        results, more_tensors = unpack(tensors, content["layers"])
+        return cls(results, estimate, content.get("warnings"), unknown | more_tensors)
+
+    def __repr__(self) -> str:
+        return short(self)
 
     def __str__(self) -> str:
         return plain(self)

@@ -1,15 +1,23 @@
-"""The look of a result: as plain text (``str(result)``) and in colour (``rich.print(result)``)."""
+"""The look of a result: as plain text (``str(result)``) and in colour (``rich.print(result)``).
+
+Where text goes may lack characters: ``encoding`` is its encoding, and what that lacks is escaped before it is aligned
+(:mod:`depass_fast.runtime.terminal`).
+"""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.brief import brief, cut
+from ..runtime.terminal import NEGATIVE_BAR, POSITIVE_BAR, SHORTEST_BAR, encodable
 from .interface import Result, Row
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
     from rich.text import Text
 
@@ -17,56 +25,98 @@ _WIDTH = 100  # columns of plain text
 _BAR = 24  # columns of the longest bar
 _LONG = 128  # tokens beyond which plain text shows a table instead of the prompt
 _TOP = 10
+_SHOWN, _READ = 3, 160  # in a repr: targets and leading components, characters of a part
 
 # Mid-tones, legible on dark and on light terminals: as text, and as a background under white text.
 POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
 _FAINT = 0.03  # of the largest share; below it a token keeps the terminal's own colours
 
 
-def plain(result: Result, top: int | None = None) -> str:
+def plain(result: Result, top: int | None = None, encoding: str | None = None) -> str:
     """Return a short text: what was read out, then the prompt with every token's share, or the leading components.
 
-    ``top`` asks for a table of that many components (default: 10, and for tokens the prompt instead).
+    ``top`` asks for a table of that many components (default: 10, and for tokens the prompt instead). ``encoding`` is
+    by default that of standard output.
     """
     as_prompt = result.components == "tokens" and len(result.tokens) <= _LONG
     text = [*_warned(result), *(_headline(result, k) for k in _targets(result)), about(result)]
     if as_prompt:
-        text += ["", *aligned(result)]
+        text += ["", *aligned(result, encoding=encoding)]
     for k in _targets(result) if top or not as_prompt else ():
         title = [result.target_names[k]] if len(_targets(result)) > 1 else []
-        text += ["", *title, *_plain_table(result.rows(k, top or _TOP))]
-    return "\n".join(text)
+        text += ["", *title, *_plain_table(result.rows(k, top or _TOP), encoding)]
+    return encodable("\n".join(text), encoding)
 
 
-def rich_view(result: Result, top: int | None = None) -> Any:
+def short(result: Result) -> str:
+    """Return the ``repr`` of a result, one line: what was read out, the leading components, how it came about."""
+    targets = list(_targets(result))
+    read = [cut(_headline(result, k), _READ) for k in targets[:_SHOWN]]
+    read += [f"{len(targets) - _SHOWN} targets more"] if len(targets) > _SHOWN else []
+    leading = ", ".join(f"{brief(label)[1:-1]} {score:+.4g}" for label, score in result.top(_SHOWN))
+    warned = [f"WARNING: {text}" for text in result.warnings or []]
+    parts = [cut("; ".join(warned), _READ)] if warned else []
+    parts += [*read, f"leading: {cut(leading, _READ)}", about(result), f"made with {result.provenance}"]
+    return encodable(f"{type(result).__name__}({' | '.join(cut(part, 2 * _READ) for part in parts)})")
+
+
+def rich_view(result: Result, top: int | None = None) -> View:
     """Return the same in colour, for rich.
 
     Tokens are shown as the prompt, red where a token raises the target's logit, blue where it lowers it. A table of the
     ``top`` (default 10) leading components per target follows.
     """
-    from rich.console import Group
-    from rich.text import Text
+    return View(result, top)
 
-    parts: list[Any] = [Text(line, style="bold red") for line in _warned(result)]
-    for k in _targets(result):
-        parts += [Text(_headline(result, k), style="bold"), ""]
-        if result.components == "tokens":
-            scores = result.scores_of(k).tolist()
-            parts += [token_line(result.tokens, scores), legend(scores[: len(result.tokens)]), ""]
-        parts += [rich_table(result.rows(k, top or _TOP)), ""]
-    return Group(*parts, Text(about(result), style="dim"))
+
+@dataclass(frozen=True)
+class View:
+    """A result as rich prints it, on a console of any encoding."""
+
+    result: Result
+    top: int | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
+        from rich.console import Group
+        from rich.text import Text
+
+        result, encoding = self.result, options.encoding
+        parts: list[Any] = [Text(encodable(line, encoding), style="bold red") for line in _warned(result)]
+        for k in _targets(result):
+            parts += [Text(encodable(_headline(result, k), encoding), style="bold"), ""]
+            if result.components == "tokens":
+                scores = result.scores_of(k).tolist()
+                parts += [token_line(result.tokens, scores, encoding), legend(scores[: len(result.tokens)]), ""]
+            parts += [rich_table(result.rows(k, self.top or _TOP), encoding=encoding), ""]
+        yield Group(*parts, Text(encodable(about(result), encoding), style="dim"))
 
 
 def about(result: Result) -> str:
-    """Return one line on how a result came about."""
+    """Return one line on how a result came about; options that differ from what is usual are told."""
     rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
     how = result.method + (f" ({result.estimate})" if result.estimate else "")
     verified = "" if result.verification is None else f"verified: {result.verification} | "
+    end = "" if result.end is None else f" read entering layer {result.end}"
     return (
-        f"{result.components} at {result.layer_text()} | {how} | {rule} | "
-        f"{result.backend} on {result.device}, {result.dtype} | "
+        f"{result.components} at {result.layer_text()}{end} | {how} | {rule}{_excluded(result)} | "
+        f"{result.backend} on {result.device}, {_dtypes(result)} | "
         f"completeness error {result.completeness_error:.1e} | {verified}{result.seconds:.2f} s"
     )
+
+
+def _excluded(result: Result) -> str:
+    """Return the special tokens in words; nothing where only the first token is kept out, as it is by default."""
+    kept_out = result.exclude_special
+    if result.components != "tokens" or kept_out is None or kept_out == [0]:
+        return ""
+    return f", special tokens {brief(kept_out)} kept out" if kept_out else ", no special tokens kept out"
+
+
+def _dtypes(result: Result) -> str:
+    """Return the dtype of the model, and those of state and products where they differ from it."""
+    others = (("state", result.state_dtype), ("products", result.compute_dtype))
+    told = [f"{name} {dtype}" for name, dtype in others if dtype not in (None, result.dtype)]
+    return result.dtype + (f" ({', '.join(told)})" if told else "")
 
 
 def _warned(result: Result) -> list[str]:
@@ -74,13 +124,13 @@ def _warned(result: Result) -> list[str]:
     return [f"WARNING: {text}.{more}" for text in result.warnings or []]
 
 
-def token_line(tokens: Sequence[str], scores: Sequence[float]) -> Text:
+def token_line(tokens: Sequence[str], scores: Sequence[float], encoding: str = "utf-8") -> Text:
     """Return the prompt as one line; a token's background is red or blue, the stronger the larger its |share|."""
     from rich.text import Text
 
     line, largest = Text(), max((abs(s) for s in scores[: len(tokens)]), default=0.0)
     for token, score in zip(tokens, scores, strict=False):
-        line.append(printable(token), style=_heat(score / largest if largest else 0.0))
+        line.append(encodable(printable(token), encoding), style=_heat(score / largest if largest else 0.0))
     return line
 
 
@@ -98,12 +148,13 @@ def legend(scores: Sequence[float]) -> Text:
     return line
 
 
-def aligned(result: Result, width: int = _WIDTH) -> list[str]:
+def aligned(result: Result, width: int = _WIDTH, encoding: str | None = None) -> list[str]:
     """Return the prompt of a token attribution in lines of ``width`` columns, with its shares under every token."""
     heads = [printable(t) if t.strip() else repr(t) for t in result.tokens] + result.labels[len(result.tokens) :]
+    heads = [encodable(head, encoding) for head in heads]
     flat = format_scores([score for k in _targets(result) for score in result.scores_of(k).tolist()])
     rows = [flat[k * len(heads) : (k + 1) * len(heads)] for k in _targets(result)]
-    names = [""] if len(rows) == 1 else result.target_names
+    names = [""] if len(rows) == 1 else [encodable(name, encoding) for name in result.target_names]
     margin = max(map(_width, names))
     columns = [[head, *(row[m] for row in rows)] for m, head in enumerate(heads)]
     lines: list[str] = []
@@ -118,7 +169,7 @@ def aligned(result: Result, width: int = _WIDTH) -> list[str]:
     return [*lines, *(line.rstrip() for line in current)]
 
 
-def rich_table(rows: Sequence[Row], width: int = _BAR) -> Table:
+def rich_table(rows: Sequence[Row], width: int = _BAR, encoding: str = "utf-8") -> Table:
     """Return a table of label, share and bar of every row; the longest bar takes ``width`` columns."""
     from rich.table import Table
     from rich.text import Text
@@ -130,9 +181,9 @@ def rich_table(rows: Sequence[Row], width: int = _BAR) -> Table:
     largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
     for row, number in zip(rows, format_scores([row.score for row in rows]), strict=True):
         colour = _rgb(POSITIVE if row.score > 0 else NEGATIVE)
-        length = score_bar(row.score, largest, width, fill="█") if row.ranked else ""
-        style = "" if row.ranked else "dim"
-        table.add_row(Text(row.label, style=style), Text(number, style=style), Text(length, style=colour))
+        length = encodable(score_bar(row.score, largest, width, POSITIVE_BAR) if row.ranked else "", encoding)
+        style, label = "" if row.ranked else "dim", encodable(row.label, encoding)
+        table.add_row(Text(label, style=style), Text(number, style=style), Text(length, style=colour))
     return table
 
 
@@ -153,7 +204,7 @@ def format_scores(scores: Sequence[float]) -> list[str]:
 def score_bar(score: float, largest: float, width: int = _BAR, fill: str | None = None) -> str:
     """Return a bar of length |score| / largest; by default full blocks where positive, shaded ones where negative."""
     length = round(width * abs(score) / largest) if largest else 0
-    return (fill or ("█" if score > 0 else "▒")) * length or ("▏" if score else "")
+    return (fill or (POSITIVE_BAR if score > 0 else NEGATIVE_BAR)) * length or (SHORTEST_BAR if score else "")
 
 
 def printable(token: str) -> str:
@@ -175,13 +226,13 @@ def _headline(result: Result, target: int) -> str:
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
 
 
-def _plain_table(rows: Sequence[Row]) -> list[str]:
-    numbers = format_scores([row.score for row in rows])
-    label, number = max(_width(row.label) for row in rows), max(map(len, numbers))
+def _plain_table(rows: Sequence[Row], encoding: str | None) -> list[str]:
+    numbers, labels = format_scores([row.score for row in rows]), [encodable(row.label, encoding) for row in rows]
+    label, number = max(map(_width, labels)), max(map(len, numbers))
     largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
     return [
-        f"  {_pad(row.label, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
-        for row, text in zip(rows, numbers, strict=True)
+        f"  {_pad(name, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
+        for row, name, text in zip(rows, labels, numbers, strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.brief import brief_repr
 from ..runtime.transfer import all_to_device
 
 
@@ -46,6 +47,8 @@ class Components:
         flags = np.zeros(len(births), bool)
         flags[[len(extras) + n for n in excluded]] = True
         return Components(extras, names, births, flags)
+
+    __repr__ = brief_repr
 
     def __len__(self) -> int:
         return len(self.births)
@@ -85,6 +88,8 @@ class Layout:
     starts: np.ndarray
     positions: Layout | None = None
     joined: tuple[Layout, ...] = ()
+
+    __repr__ = brief_repr
 
     @cached_property
     def _tensors(self) -> dict[tuple[str, torch.device], Tensor]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..runtime.brief import brief
+from ..runtime.terminal import encodable
 from ..runtime.transfer import to_device
 
 if TYPE_CHECKING:
@@ -46,6 +48,14 @@ class ComponentState:
     factors: tuple[Factors, ...] | None = None
     verification: Verification | None = None
     completeness_error: float | None = None
+
+    def __repr__(self) -> str:
+        prompts, named = len(self.layout.components), brief(self.labels)
+        error = "" if self.completeness_error is None else f", completeness error {self.completeness_error:.1e}"
+        return encodable(
+            f"ComponentState({prompts} prompt{'s' * (prompts > 1)}, the first with components {named}; "
+            f"rows {brief(self.rows)} entering layer {self.layer} at {self.site}{error})"
+        )
 
     @property
     def device(self) -> torch.device:

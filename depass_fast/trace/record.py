@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from ..adapters import Attention, RoutedExpert
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
+from ..runtime.brief import brief, brief_repr
+from ..runtime.dtypes import dtype_name
+from ..runtime.memory import readable
+from .fingerprint import Fingerprint
 from .weights import WeightSample, are_the_same, sample_weights
 
 
@@ -40,6 +44,8 @@ class AttentionTrace:
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
+
+    __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         self._constants: dict[torch.dtype, Tensor | None] = {}  # the same at all positions; by dtype
@@ -79,6 +85,8 @@ class MlpTrace:
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output, where that has a bias
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
+
+    __repr__ = brief_repr
 
     def __post_init__(self, copied_positions: np.ndarray | None) -> None:
         self._copied = self.positions, copied_positions
@@ -145,6 +153,8 @@ class LayerTrace:
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
 
+    __repr__ = brief_repr
+
     @property
     def mlp(self) -> MlpTrace:
         """The only MLP, or one of the experts."""
@@ -166,16 +176,23 @@ class LayerTrace:
             yield from (value for value in vars(held).values() if isinstance(value, Tensor))
 
 
-@dataclass(frozen=True)
 class TraceSource:
     """The model that a trace was made by, and the state of its weights then.
 
     ``sample`` of the weights is taken of traces that a user holds: a call's own trace ends before weights can change.
+
+    In a file, it is the ``fingerprint`` of that model. A trace that was read from one belongs to no model until it is
+    used with one: that model's fingerprint must be the same, and from then on it is the model of the trace.
     """
 
-    model: weakref.ref
-    version: tuple
-    sample: WeightSample | None = None
+    def __init__(
+        self,
+        model: weakref.ref | None,
+        version: tuple,
+        fingerprint: Fingerprint | None = None,
+        sample: WeightSample | None = None,
+    ) -> None:
+        self.model, self.version, self.fingerprint, self.sample = model, version, fingerprint, sample
 
     @staticmethod
     def of(model: nn.Module) -> TraceSource:
@@ -183,15 +200,54 @@ class TraceSource:
 
     def sampled(self, model: nn.Module) -> TraceSource:
         """Return the same with a sample of the weights."""
-        return TraceSource(self.model, self.version, sample_weights(model))
+        return TraceSource(self.model, self.version, self.fingerprint, sample_weights(model))
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless ``model`` is that model, with the weights that it had."""
+        if self.model is None:
+            assert self.fingerprint is not None
+            difference = self.fingerprint.difference(Fingerprint.of(model))
+            if difference is not None:
+                raise ValueError(
+                    f"trace: it was saved with another model, {difference}; trace the prompt with this one."
+                )
+            self.model, self.version, self.sample = weakref.ref(model), _version(model), sample_weights(model)
         if self.model() is not model:
             raise ValueError("trace: it was made by another model; trace the prompt with this one.")
         sample = self.sample
         if self.version != _version(model) or not (sample is None or are_the_same(sample, sample_weights(model))):
             raise ValueError("trace: the model's weights have changed since it was made; trace the prompt again.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fingerprint of the model. Raises ValueError if it is gone, or its weights have changed."""
+        model = None if self.model is None else self.model()
+        if model is not None:
+            self.check(model)
+        elif self.model is not None and self.fingerprint is None:
+            raise ValueError("trace: the model that it was made by is gone; save a trace while its model is there.")
+        return {"fingerprint": self.fingerprint if model is None else Fingerprint.of(model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.model, self.version, self.fingerprint, self.sample = None, (), state["fingerprint"], None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TraceSource:
+        return self  # a copied trace is of the same model
+
+    def __eq__(self, other: object) -> bool:
+        """True if both are of the same model with the same weights."""
+        if not isinstance(other, TraceSource):
+            return NotImplemented
+        if self.model is None or other.model is None:
+            return self.fingerprint is not None and self.fingerprint == other.fingerprint
+        return self.model is other.model and self.version == other.version
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType] (it finds its model later)
+
+    def __repr__(self) -> str:
+        model = None if self.model is None else self.model()
+        if model is not None:
+            return f"made by {type(model).__name__}"
+        return "made by a model that is gone" if self.fingerprint is None else f"made by {self.fingerprint.kind}"
 
 
 def _version(model: nn.Module) -> tuple:
@@ -219,6 +275,11 @@ class Trace:
     normed_final: Tensor
     source: TraceSource
     batch: bool = False  # made of a list of prompts, even if of only one
+
+    def __repr__(self) -> str:
+        lengths, x = brief([self.length(prompt) for prompt in range(self.n_prompts)]), self.resid_final
+        where = f"{len(self.layers)} layers of width {x.shape[1]}, {dtype_name(x.dtype)} on {x.device}"
+        return f"Trace(prompts of {lengths} tokens, {where}, {readable(self.nbytes)}, {self.source!r})"
 
     @property
     def n_prompts(self) -> int:

@@ -140,7 +140,7 @@ def test_a_generation_is_a_continuation_that_was_generated(tmp_path):
 def test_a_continuation_can_be_read_saved_and_tabled(demo, tmp_path):
     rich = pytest.importorskip("rich.console")
     found = demo.attribute("Nyria Morstam speaks", Tokens(), continuation=" Italian and")
-    assert len(repr(found)) < 200 and "log P of all" in str(found) and found.tokens[-1] in str(found)
+    assert len(repr(found)) < 2000 and "log P of all" in str(found) and found.tokens[-1] in str(found)
     with rich.Console(width=100).capture():
         rich.Console(width=100).print(found)
     found.save(tmp_path / "c.safetensors")
