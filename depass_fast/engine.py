@@ -224,7 +224,7 @@ class DePass:
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
             contrast: an id or a string of one token, whose logit is subtracted from the target's.
             targets: one target per prompt of a batch, instead of ``target`` for all.
-            position: where the readout happens, -N to N - 1.
+            position: where the readout happens, -N to N - 1. Positions behind it are not carried.
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
             method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
