@@ -249,7 +249,8 @@ class DePass:
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
             contrast: an id or a string of one token, whose logit is subtracted from the target's.
             targets: one target per prompt of a batch, instead of ``target`` for all.
-            position: where the readout happens, -N to N - 1; or a list, of one decomposition for all of them.
+            position: where the readout happens, -N to N - 1; or a list, of one decomposition for all of them. Positions
+                behind the last one are not carried.
             continuation: text or ids (T,) that follow the prompt, whose T tokens are the targets; or a list of these,
                 one per prompt. Components are those of prompt and continuation. Goes without ``target`` and the like.
             reduce: "sum" or "mean" of the log-probabilities of the continuation, as one result.

@@ -22,7 +22,7 @@ _ROUNDING = 0.01  # relative difference of two ways to multiply the same matrice
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Features(ComponentKind):
-    """One component per feature of a dictionary that is active anywhere in the prompt, on the residual stream.
+    """One component per feature of a dictionary that is active in the prompt up to the readout, on the residual stream.
 
     X[n, f] = a[n, f] · s[n] · W_dec[f], where s is 1 unless the dictionary normalises its inputs. The reconstruction
     error is `rest`, the decoder's bias is `bias` (with s ≠ 1 it is no constant and stays in `rest`).

@@ -21,7 +21,8 @@ def warn_if_results_miss(request: Request, results: Sequence[tuple[Attribution, 
     """
     rounding, found = rounding_of(request), []
     for result, sizes in results:
-        start, worst = float(result.layer_errors[0]), float(result.layer_errors.max())
+        errors = result.layer_errors.double().numpy()  # in host memory, as the scores are
+        start, worst = float(errors[0]), float(errors.max())
         if not rounding.explains(worst, start):
             found.append((worst, result, "the hidden states"))
         elif not rounding.explains(off := _off_the_logit(result, sizes), start):
@@ -53,6 +54,6 @@ def rounding_of(request: Request) -> Rounding:
 
 def _off_the_logit(result: Attribution, sizes: Tensor) -> float:
     """Return how far the scores' sum is off the logit, relative to the scores and to the products of the logit (K,)."""
-    scores, logits = result.scores.view(len(sizes), -1), result.target_logits.view(-1)
-    off = (scores.sum(1) - logits).abs() / (scores.abs().sum(1) + sizes).clamp_min(torch.finfo(scores.dtype).tiny)
-    return float(off.max())
+    scores = result.scores.view(len(sizes), -1)
+    off = (scores.sum(1) - result.target_logits.view(-1)).abs()
+    return float((off / (scores.abs().sum(1) + sizes).clamp_min(torch.finfo(scores.dtype).tiny)).numpy().max())

@@ -144,7 +144,8 @@ def _token_directions(
     if not items:
         return torch.empty(0, finals.shape[1], dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)
     against = [i for i, item in enumerate(items) if item.contrast is not None]
-    tokens = [item.token for item in items] + [items[i].contrast for i in against]
+    tokens = [item.token for item in items if item.token is not None]  # all have one
+    tokens += [item.contrast for item in items if item.contrast is not None]
     places = [item.place for item in items] + [items[i].place for i in against]
     chosen, at = all_to_device([np.array(tokens, np.int64), np.array(places)], device)
     hidden = finals if places == list(range(len(finals))) else finals.to(device)[at]

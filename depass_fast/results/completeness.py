@@ -44,7 +44,8 @@ def excess(error: float, rounding: Rounding, missed: str, is_own_rule: bool) -> 
     cause = (
         "the shares of your own rule may not sum to one"
         if is_own_rule
-        else "the model's weights may have been changed after the trace was taken: trace the prompt again"
+        else "the model's weights may have been changed after the trace was taken: trace the prompt again (verify=True "
+        "says whether the backend is off)"
     )
     return (
         f"the components miss {missed} by {error:.1e}, where rounding in {rounding.coarsest} explains "

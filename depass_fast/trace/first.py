@@ -88,6 +88,6 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     )
 
 
-def _cut_fields(record: Any, cut: _Cut, *names: str) -> dict[str, Tensor | None]:
+def _cut_fields(record: Any, cut: _Cut, *names: str) -> dict[str, Any]:
     held = {name: getattr(record, name) for name in names}
     return {name: None if x is None else cut(x) for name, x in held.items()}

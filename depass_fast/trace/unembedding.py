@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..adapters import Adapter
 from ..runtime.precision import full_precision
@@ -100,11 +100,11 @@ class _KnownEnd:
         if threading.get_ident() != self.thread:
             return
         self.was_called = True
-        given, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if given is self.ids or (given is None and embedded is None):
+        ids, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        given = embedded if ids is None else ids
+        if given is None or given is self.ids:
             return
-        expected = self.ids if given is not None else self.adapter.embedding(self.ids)
-        given = embedded if given is None else given
+        expected = self.adapter.embedding(self.ids) if ids is None else self.ids
         is_alike = given.shape == expected.shape
         self.changed = (given != expected.to(given.device)).any() if is_alike else torch.tensor(True, device="cpu")
 

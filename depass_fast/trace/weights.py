@@ -1,33 +1,35 @@
 """A sample of a model's weights, by which it is seen that they have changed, however that was done.
 
-torch counts changes in place, but not those of ``parameter.data``.
+torch counts changes in place, but not those of ``parameter.data``. A sample shows what changes a weight as a whole; a
+change of a few of its rows may pass it, and shows in the completeness of what is decomposed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.tuned import reparametrised
 
+_ELEMENTS = 128  # of a weight
+
 WeightSample = tuple[Tensor, ...]  # bytes, one tensor per device and dtype
 
 
 @torch.no_grad()
 def sample_weights(model: nn.Module) -> WeightSample:
-    """Return a sample with an element at least of every row and every column of every weight.
+    """Return a sample of every weight: elements of different rows and columns, or all of a small one.
 
-    Its size is that of the longer sides together: a thousandth of a large model.
+    It is taken whenever a trace is used again, and costs a few milliseconds: what it reads lies far apart in memory.
     """
     unsteady = {id(p) for p in reparametrised(model)}  # written to in every forward pass
     parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.numel() and id(parameter) not in unsteady and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            parts.setdefault((flat.device, flat.dtype), []).append(flat[:: _step(parameter.shape)])
+            flat, columns = parameter.detach().reshape(-1), parameter.shape[-1] if parameter.ndim else 1
+            parts.setdefault((flat.device, flat.dtype), []).append(flat[:: _step(len(flat), columns)])
     return tuple(torch.cat(part).view(torch.uint8) for part in parts.values())
 
 
@@ -38,12 +40,9 @@ def are_the_same(before: WeightSample, after: WeightSample) -> bool:
     )
 
 
-def _step(shape: Sequence[int]) -> int:
-    """Return the step between elements that passes through every row, and through every column: of no common factor."""
-    if len(shape) < 2:
-        return 1
-    columns = shape[-1]
-    step = max(1, min(math.prod(shape[:-1]), columns))
+def _step(elements: int, columns: int) -> int:
+    """Return the step between the elements that are kept: of no common factor with the columns, to pass all of them."""
+    step = max(1, elements // _ELEMENTS)
     while math.gcd(step, columns) > 1:
-        step -= 1
+        step += 1
     return step

@@ -88,7 +88,7 @@ def stack_of(dp: DePass, trace, n: int) -> LayerStack:
 
 
 def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
-    spec, nothing = parse_target(target, dp.adapter, None), torch.zeros(dp.adapter.hidden_size)
+    spec, nothing = parse_target(target, dp.adapter, None), torch.zeros_like(trace.normed_final[read])
     directions = resolve_target(spec, dp.adapter, None, trace.input_ids[read], nothing, torch.float64)
     norm = dp.adapter.final_norm()
     return directions.vectors * norm.weight.double() * norm.scale(trace.resid_final[read].double())
