@@ -15,6 +15,7 @@ from ..adjoint.stack import LayerStack
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind
+from ..components.features import Features
 from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
@@ -27,13 +28,19 @@ from ..results.estimate import ApproximationWarning
 from ..results.layered import LayeredAttribution
 from ..runtime.log import warn_user
 from ..runtime.progress import progress_bar
+from .survey import largest, survey
 
 
 def adjoint(request: Request) -> list[Attribution] | list[LayeredAttribution]:
     """Return a result per prompt, of every layer that the components name: one sweep per prompt."""
-    request = fit(request)
-    request = with_trace(request) if request.components.is_layered else traced(request)
-    kinds, prompts = request.components.each(request.adapter), range(len(request.prompts))
+    request, kinds = fit(request), request.components.each(request.adapter)
+    if request.components.is_layered:
+        request = with_trace(request)
+        if isinstance(kinds[0], Features):  # only now it is known how many components there are
+            request = fit(request, largest([survey(request, kind) for kind in kinds]))
+    else:
+        request = traced(request)
+    prompts = range(len(request.prompts))
     results = []
     with progress_bar("prompts", len(prompts), request.run.progress) as bar:
         for prompt in prompts:
