@@ -112,7 +112,7 @@ class Bases(Sequence[Tensor]):
 
 
 def _listed(given: Any, name: str) -> Sequence[Any]:
-    """What was given as a list of arrays; a lone direction is a list of one."""
+    """The list of arrays that was given; a lone direction is a list of one."""
     if is_array(given):
         given = as_tensor(given, name)
         if given.ndim == 2:
