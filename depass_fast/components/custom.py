@@ -121,9 +121,6 @@ class Subspaces(LayerKind[R]):
             basis = basis.to(x)
             out[:, m] = x @ basis @ basis.T
 
-    def user_tensors(self) -> Sequence[Tensor]:
-        return self.bases
-
 
 @dataclass(frozen=True, eq=False)
 class Custom(ComponentKind):
