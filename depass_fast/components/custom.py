@@ -197,7 +197,9 @@ def _read_states(given: Any) -> Any:
 
 
 def _is_list_of_arrays(given: Any) -> bool:
-    return isinstance(given, Bases) or (isinstance(given, list | tuple) and len(given) > 0 and is_array(given[0]))
+    if isinstance(given, Bases):
+        return True
+    return isinstance(given, list | tuple) and len(given) > 0 and is_array(given[0]) and np.ndim(given[0]) > 0
 
 
 def _check_labels(labels: Sequence[str] | None, count: int) -> None:

@@ -99,6 +99,8 @@ def test_directions_are_bases_of_one_direction(dp, trace):
         found = dp.attribute(trace, Subspaces(1, bases))
         assert found.labels == oracle.labels == ["L1.subspace0", "L1.subspace1", "rest"]
         assert torch.allclose(found.scores, oracle.scores, atol=1e-6)
+    numbers = list(one.numpy()), list(other.numpy())  # NumPy's, which are arrays of their own
+    assert torch.equal(Subspaces(1, numbers).bases[1], other[:, None])
     alone = dp.attribute(trace, Subspaces(1, one, ["probe"]))
     assert alone.labels == ["probe", "rest"]
     pick = np.zeros(32, dtype=np.int64)
