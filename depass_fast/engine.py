@@ -11,8 +11,7 @@ from torch import nn
 
 from .adapters import adapt, unwrap
 from .components.base import ComponentKind, LayerKind, R
-from .components.custom import Custom, Subspaces
-from .components.features import Features
+from .components.custom import Custom
 from .components.model import Tokens
 from .inputs.loading import check_weights, load_model
 from .inputs.prompts import Prompt, encode_all, is_list_of_positions
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 OnePrompt: TypeAlias = str | Sequence[int] | list[dict[str, str]]
 SeveralPrompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
 Given: TypeAlias = str | Sequence[int]
-OneLayer: TypeAlias = Tokens | Subspaces | Features | Custom
+OneLayer: TypeAlias = Tokens | Custom
 
 
 class DePass:
@@ -258,7 +257,7 @@ class DePass:
                 final norm; ``target`` must be a vector then.
             method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
                 of a few forward passes (docs/adjoint.md), with its numbers as :class:`depass_fast.Adjoint`. None:
-                exact, but for several layers with more than 4,096 neurons in all. The result says which.
+                exact, but for several layers with more than 4,096 neurons or features in all. The result says which.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapters import Adapter
 from .allocation import Allocation
 from .components.base import ComponentKind
+from .components.features import Features
 from .components.model import Neurons
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
@@ -215,9 +216,13 @@ def choose_method(
 
 
 def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
-    """True if these are so many neurons of several layers that exact propagation would take long."""
-    layers = [one for one in kind.each(adapter) if isinstance(one, Neurons)]
-    return len(layers) > 1 and sum(one.count(adapter) for one in layers) > MOST_EXACT
+    """True if these are so many neurons or features of several layers that exact propagation would take long.
+
+    All features of a dictionary count: the method of a call does not depend on the prompt.
+    """
+    kinds = kind.each(adapter)
+    counts = [one.count(adapter) for one in kinds if isinstance(one, Neurons | Features)]
+    return len(counts) > 1 and sum(counts) > MOST_EXACT
 
 
 def check_kind(components: Any) -> None:

@@ -7,6 +7,7 @@ import pickle
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from depass_fast import (
     Continuation,
     Custom,
     DePass,
+    Features,
     Heads,
     LayeredAttribution,
     Modules,
@@ -30,6 +32,7 @@ from depass_fast import (
 from depass_fast.allocation import RULES, softmax
 from depass_fast.backends import BACKENDS
 from depass_fast.options import BackendName, RuleName
+from tests.support.components import Dictionary
 
 TEXT, IDS = "Nyria Morstam speaks", [3, 5, 7]
 
@@ -44,7 +47,10 @@ def test_one_layer_of_one_prompt_gives_an_attribution(demo: DePass):
         assert_type(demo.attribute(IDS, Neurons(1), method="adjoint"), Attribution),
         assert_type(demo.attribute((3, 5, 7), Neurons(layer=1, layers=None)), Attribution),
         assert_type(demo.attribute(IDS, Subspaces(1, bases=[torch.eye(width)[:, :2]])), Attribution),
+        assert_type(demo.attribute(IDS, Subspaces(1, [np.ones(width)], ["probe"])), Attribution),
+        assert_type(demo.attribute(IDS, Features(1, Dictionary(width=width), "resid_post")), Attribution),
         assert_type(demo.attribute(IDS, Custom(1, states=torch.zeros(3, 1, width))), Attribution),
+        assert_type(demo.attribute(IDS, Custom(1, [np.zeros((3, width))])), Attribution),
     ]
     assert all(type(result) is Attribution for result in results)
 
@@ -56,11 +62,16 @@ def test_several_layers_of_one_prompt_give_a_layered_attribution(demo: DePass):
     assert_type(layered.layers, list[int])
     assert_type(layered.rest, Tensor)
     assert layered[5].layer == 5 and layered.layers[5] == 5
+    width = demo.adapter.hidden_size
+    sae = Dictionary(width=width)
     results = [
         layered,
         assert_type(demo.attribute(IDS, Heads(layers=[1])), LayeredAttribution),
         assert_type(demo.attribute(IDS, Heads(layers=["blocks.1.attn.hook_z", 2])), LayeredAttribution),
         assert_type(demo.attribute(IDS, Modules(which="mlp", layers=range(2))), LayeredAttribution),
+        assert_type(demo.attribute(IDS, Subspaces(bases=[torch.ones(width)], layers=[0, 2])), LayeredAttribution),
+        assert_type(demo.attribute(IDS, Subspaces(layers=[0], bases={0: [np.ones(width)]})), LayeredAttribution),
+        assert_type(demo.attribute(IDS, Features(layers=[0], sae={0: sae}, site="resid_mid")), LayeredAttribution),
     ]
     assert all(type(result) is LayeredAttribution for result in results)
 

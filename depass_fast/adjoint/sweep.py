@@ -115,7 +115,12 @@ class Sweep:
         return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
 
     def _groups(self) -> list[slice]:
-        """Return the start layers that are carried together: as many as their tables allow."""
+        """Return the start layers that are carried together: as many as their tables allow.
+
+        Those that enter behind a layer's attention go alone, as the others pass it.
+        """
+        if any(start.mid for start in self.starts):
+            return [slice(s, s + 1) for s in range(len(self.starts))]
         lengths = [self.stack.end - start.entering for start in self.starts]
         return self._memory.groups(lengths, max(self._sizes), self.approximation.at_most, self._workspace)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..results.attribution import Attribution
     from ..results.layered import LayeredAttribution
 
+T = TypeVar("T")
 R = TypeVar("R", "Attribution", "LayeredAttribution")  # what `attribute` returns for a prompt
 SeveralLayers: TypeAlias = Literal["all"] | Sequence[int | str]
 
@@ -79,8 +80,13 @@ class ComponentKind:
 
     def resolve(self, adapter: Adapter) -> int:
         """The layer, counted from 0. Raises ValueError if there is no such layer."""
-        n = adapter.n_layers
-        layer = as_index(self.layer, "layer")
+        return self.number(self.layer, adapter)
+
+    def number(self, layer: int | str, adapter: Adapter) -> int:
+        """The number of a layer that is named as :attr:`layer` may be. Raises ValueError if there is none."""
+        if isinstance(layer, str):
+            layer = self.place(*parse_hook_name(layer, "layer", self.hooks))["layer"]
+        n, layer = adapter.n_layers, as_index(layer, "layer")
         if not -n <= layer < n:
             raise ValueError(f"layer: {layer} is out of range; this model has layers 0 to {n - 1}.")
         return layer % n
@@ -163,17 +169,64 @@ class LayerKind(ComponentKind, Generic[R]):
             raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
         if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
             raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
-        named = range(adapter.n_layers) if isinstance(self.layers, str) else self.layers
-        made = [replace(self, layer=layer, layers=None) for layer in named]  # a hook's name may say more than the layer
-        if not made:
+        named = list(range(adapter.n_layers) if isinstance(self.layers, str) else self.layers)
+        if not named:
             raise ValueError("layers: empty; give 'all' or at least one layer.")
-        found = {replace(one, layer=one.resolve(adapter)) for one in made}
-        if len({replace(one, layer=0) for one in found}) > 1:
-            raise ValueError(f"layers: {list(named)!r} name different outputs; ask for each of them by itself.")
-        return sorted(found, key=lambda one: one.layer)
+        made = self.at_layers(named, adapter)
+        outputs = dict.fromkeys(one.output for one in made)
+        if len(outputs) > 1:
+            found = ", ".join(outputs)
+            raise ValueError(f"layers: {self.layers!r} name different outputs ({found}); ask for each by itself.")
+        by_number = {(number := one.resolve(adapter)): replace(one, layer=number) for one in made}
+        return [by_number[number] for number in sorted(by_number)]
+
+    def at_layers(self, named: Sequence[int | str], adapter: Adapter) -> list[LayerKind]:
+        """This kind at each of the ``named`` layers. A hook's name may say more than the layer."""
+        return [replace(self, layer=layer, layers=None) for layer in named]
+
+    @property
+    def output(self) -> str:
+        """The part of a layer that is decomposed, the same in all layers."""
+        return self.site
 
     def resolve(self, adapter: Adapter) -> int:
         """The layer; the last of several, as all components are under way from there on."""
         if self.layers is None:
             return super().resolve(adapter)
         return max(kind.resolve(adapter) for kind in self.each(adapter))
+
+    def entry(self, adapter: Adapter) -> Entry:
+        """The place where the components enter; of several layers the last one."""
+        if self.layers is None:
+            return super().entry(adapter)
+        return max((kind.entry(adapter) for kind in self.each(adapter)), key=lambda entry: entry.order)
+
+
+def by_layer(
+    given: Mapping[int | str, T] | Sequence[T],
+    named: Sequence[int | str],
+    number: Callable[[int | str], int],
+    argument: str,
+) -> list[T]:
+    """The value for each of the ``named`` layers, from a mapping of layers to values or a list with one for each.
+
+    ``number`` returns the number of a layer, or raises ValueError if there is none.
+
+    Raises:
+        ValueError: layers are missing, or one is named twice; a list of another length.
+    """
+    if not isinstance(given, Mapping):
+        if len(given) != len(named):
+            raise ValueError(f"{argument}: expected {len(named)}, one per layer, got {len(given)}.")
+        return list(given)
+    found: dict[int, T] = {}
+    for key, value in given.items():
+        if number(key) in found:
+            raise ValueError(f"{argument}: layer {number(key)} is there twice; give one for each layer.")
+        found[number(key)] = value
+    wanted = [number(layer) for layer in named]
+    if missing := [str(layer) for layer in wanted if layer not in found]:
+        raise ValueError(
+            f"{argument}: nothing for layer {', '.join(missing)}; give one for each layer, or layers={sorted(found)}."
+        )
+    return [found[layer] for layer in wanted]

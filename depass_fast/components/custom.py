@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,79 +15,123 @@ from ..adapters import Adapter
 from ..inputs.hook_names import RESIDUAL, SITES, Site, place_in_residual
 from ..labels import BIAS, REST
 from ..trace.record import Trace
-from .base import ComponentKind
+from .arrays import Bases, as_tensor, is_array
+from .base import ComponentKind, LayerKind, R, SeveralLayers, by_layer
+
+if TYPE_CHECKING:
+    from ..results.attribution import Attribution
+    from ..results.layered import LayeredAttribution
+
+Array: TypeAlias = Tensor | np.ndarray
+SomeBases: TypeAlias = Sequence[Array] | Array
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Subspaces(ComponentKind):
+class Subspaces(LayerKind[R]):
     """Projections of the input of ``layer`` on linear subspaces; the complement is `rest`.
 
-    ``bases`` is a sequence of (D, k) matrices, orthonormalised here. They must be mutually orthogonal.
+    Args:
+        bases: a list of (D, k) matrices or (D,) directions: tensors or NumPy arrays of any dtype, on any device. They
+            are copied, and orthonormalised in float64. They must be mutually orthogonal, up to the rounding of their
+            dtype. With ``layers`` the list serves every layer; or there is a mapping of layers to such lists, or a list
+            of them, one per layer.
+        labels: one per basis. Of several layers they have the layer in front, `L3.probe`.
+
+    Raises:
+        TypeError: ``bases`` is something else.
     """
 
-    bases: Sequence[Tensor] = ()
+    bases: Any = ()  # Bases once they are made; those of each layer in a mapping or a list
     labels: Sequence[str] | None = None
 
     kind = "subspaces"
     may_be_complete = True
     complete_at_once = True  # projections are exact: the rounding of a basis leaves a part of every state over
 
+    if TYPE_CHECKING:  # when it runs, the dataclass makes its own
+
+        @overload
+        def __init__(
+            self: Subspaces[Attribution],
+            layer: int | str = 0,
+            bases: SomeBases = (),
+            labels: Sequence[str] | None = None,
+            *,
+            layers: None = None,
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Subspaces[LayeredAttribution],
+            layer: int | str = 0,
+            bases: SomeBases | Mapping[Any, SomeBases] | Sequence[SomeBases] = (),
+            labels: Sequence[str] | None = None,
+            *,
+            layers: SeveralLayers,
+        ) -> None: ...
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "bases", self._read())
+
+    def _read(self) -> Bases | dict[Any, Bases] | list[Bases]:
+        """The bases as they were given, or those of each layer."""
+        given = self.bases
+        if isinstance(given, Bases):
+            return given
+        is_list = isinstance(given, Sequence) and len(given) and all(_is_list_of_arrays(one) for one in given)
+        if not is_list and not isinstance(given, Mapping):
+            return Bases(given)
+        if self.layers is None:
+            raise TypeError("bases: bases for each layer go with layers='all', or with a list of layers.")
+        items = given.items() if isinstance(given, Mapping) else enumerate(given)
+        made = {key: one if isinstance(one, Bases) else Bases(one, f"bases[{key!r}]") for key, one in items}
+        return made if isinstance(given, Mapping) else list(made.values())
+
+    def at_layers(self, named: Sequence[int | str], adapter: Adapter) -> list[LayerKind]:
+        number, bases = lambda layer: self.number(layer, adapter), self.bases
+        bases = [bases] * len(named) if isinstance(bases, Bases) else by_layer(bases, named, number, "bases")
+        return [
+            replace(self, layer=layer, layers=None, bases=one, labels=self._labels_at(number(layer)))
+            for layer, one in zip(named, bases, strict=True)
+        ]
+
+    def _labels_at(self, layer: int) -> Sequence[str] | None:
+        """The labels with a layer's number in front, so that those of different layers differ."""
+        if self.labels is None:
+            return None
+        _check_labels(self.labels, len(self.labels))
+        return [f"L{layer}.{label}" for label in self.labels]
+
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
-        self._orthonormal(adapter)
-        _check_labels(self.labels, len(self.bases))
+        for one in self.each(adapter):
+            assert isinstance(one, Subspaces)
+            one.bases.check(adapter.hidden_size)
+            _check_labels(one.labels, len(one.bases))
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         return tuple(self.labels or (f"L{self.resolve(adapter)}.subspace{i}" for i in range(len(self.bases))))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        x = trace.resid(self.resolve(adapter))[trace.span(prompt)].to(out.dtype)
-        for m, basis in enumerate(self._orthonormal(adapter)):
-            basis = basis.to(out)
+        wide = torch.promote_types(out.dtype, torch.float32)  # a basis in half precision is orthonormal no more
+        x = trace.resid(self.resolve(adapter))[trace.span(prompt)].to(out.device, wide)
+        for m, basis in enumerate(self.bases.orthonormal):
+            basis = basis.to(x)
             out[:, m] = x @ basis @ basis.T
-
-    def user_tensors(self) -> Sequence[Tensor]:
-        return [b if isinstance(b, Tensor) else torch.as_tensor(b, device="cpu") for b in self.bases]
-
-    def _orthonormal(self, adapter: Adapter) -> list[Tensor]:
-        """Orthonormal bases of the subspaces, in float64, orthogonal to each other to the last digit."""
-        if isinstance(self.bases, Tensor) and self.bases.ndim == 2:
-            raise TypeError("bases: expected a list of (D, k) matrices, got one; write [basis].")
-        if not len(self.bases):
-            raise ValueError("bases: empty; give at least one (D, k) matrix.")
-        done: list[Tensor] = []
-        for i, basis in enumerate(self.bases):
-            basis = torch.as_tensor(basis, dtype=torch.float64, device="cpu").detach()
-            if basis.ndim != 2 or basis.shape[0] != adapter.hidden_size or not 1 <= basis.shape[1] <= basis.shape[0]:
-                raise ValueError(
-                    f"bases[{i}]: expected shape ({adapter.hidden_size}, k) with 1 ≤ k ≤ D, got {tuple(basis.shape)}."
-                )
-            if not basis.isfinite().all():
-                raise ValueError(f"bases[{i}]: holds NaN or inf.")
-            if torch.linalg.matrix_rank(basis) < basis.shape[1]:
-                raise ValueError(f"bases[{i}]: its columns are linearly dependent.")
-            basis = torch.linalg.qr(basis).Q
-            for j, other in enumerate(done):
-                overlap = (basis.T @ other).abs().max().item()
-                if overlap > 1e-5:
-                    raise ValueError(
-                        f"bases[{j}] and bases[{i}] overlap (largest cosine {overlap:.2g}); subspaces must be mutually "
-                        "orthogonal. Orthogonalise them, or give their sum as one subspace."
-                    )
-            for other in done:
-                basis = basis - other @ (other.T @ basis)
-            done.append(torch.linalg.qr(basis).Q)
-        return done
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Custom(ComponentKind):
     """Any components: ``states`` (N, M, D) at ``site`` of ``layer``. The hidden state minus their sum is `rest`.
 
-    ``site`` is by default that of the layer's hook name, else `resid_pre`.
+    ``states`` is a tensor or a NumPy array of floating-point numbers of any precision, on any device, or a list of M
+    arrays (N, D), one per component. ``site`` is by default that of the layer's hook name, else `resid_pre`.
     """
 
-    states: Tensor | None = None
+    states: Array | Sequence[Array] | None = None  # a tensor once they are made
     labels: Sequence[str] | None = None
     site: Site | None = None  # one of them once it is made
 
@@ -97,6 +143,8 @@ class Custom(ComponentKind):
         super().__post_init__()
         if self.site is None:
             object.__setattr__(self, "site", "resid_pre")
+        if self.states is not None:
+            object.__setattr__(self, "states", _read_states(self.states))
 
     def place(self, layer: int, hook: str) -> dict[str, Any]:
         return place_in_residual(layer, hook, self.site)
@@ -109,7 +157,10 @@ class Custom(ComponentKind):
         states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
         if not isinstance(states, Tensor) or not states.is_floating_point():
             given = f"dtype {states.dtype}" if isinstance(states, Tensor) else type(states).__name__
-            raise TypeError(f"states: expected a floating-point tensor of shape {expected}, got {given}.")
+            raise TypeError(
+                f"states: expected a floating-point tensor of shape {expected}, such an array, or a list of M arrays "
+                f"({lengths[0]}, {adapter.hidden_size}), got {given}."
+            )
         if states.ndim != 3 or states.shape[::2] != (lengths[0], adapter.hidden_size) or states.shape[1] == 0:
             raise ValueError(f"states: expected shape {expected} with M ≥ 1, got {tuple(states.shape)}.")
         if not states.isfinite().all():
@@ -128,8 +179,28 @@ class Custom(ComponentKind):
 
     @property
     def _checked_states(self) -> Tensor:
-        assert self.states is not None  # see check
+        assert isinstance(self.states, Tensor)  # see check
         return self.states
+
+
+def _read_states(given: Any) -> Any:
+    """States (N, M, D) as a tensor; something else as it is."""
+    if is_array(given):
+        return as_tensor(given, "states")
+    if not isinstance(given, list | tuple) or not all(is_array(one) for one in given):
+        return given
+    parts = [as_tensor(one, f"states[{m}]") for m, one in enumerate(given)]
+    if not parts or parts[0].ndim != 2 or any(part.shape != parts[0].shape for part in parts):
+        shapes = ", ".join(dict.fromkeys(str(tuple(part.shape)) for part in parts))
+        raise ValueError(f"states: expected a list of M arrays (N, D), one per component, got {shapes or 'none'}.")
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.stack([part.to(parts[0].device, dtype) for part in parts], dim=1)
+
+
+def _is_list_of_arrays(given: Any) -> bool:
+    if isinstance(given, Bases):
+        return True
+    return isinstance(given, list | tuple) and len(given) > 0 and is_array(given[0]) and np.ndim(given[0]) > 0
 
 
 def _check_labels(labels: Sequence[str] | None, count: int) -> None:

@@ -109,6 +109,10 @@ class Modules(LayerKind[R]):
         return "resid_mid" if self.which == "attention" else "resid_post"
 
     @property
+    def output(self) -> str:
+        return self.which
+
+    @property
     def _chosen(self) -> tuple[str, ...]:
         return ("attention", "mlp") if self.which == "both" else (self.which,)
 

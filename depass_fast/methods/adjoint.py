@@ -15,6 +15,7 @@ from ..adjoint.stack import LayerStack
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
 from ..components.base import ComponentKind
+from ..components.features import Features
 from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
@@ -27,6 +28,7 @@ from ..results.estimate import ApproximationWarning
 from ..results.layered import LayeredAttribution
 from ..runtime.log import warn_user
 from ..runtime.progress import progress_bar
+from .survey import largest, survey
 
 
 def adjoint(
@@ -36,9 +38,14 @@ def adjoint(
 
     ``directions``, one per read, stand for the targets.
     """
-    request = fit(request)
-    request = with_trace(request) if request.components.is_layered else traced(request)
-    kinds, places = request.components.each(request.adapter), request.places
+    request, kinds = fit(request), request.components.each(request.adapter)
+    if request.components.is_layered:
+        request = with_trace(request)
+        if isinstance(kinds[0], Features):  # only now it is known how many components there are
+            request = fit(request, largest([survey(request, kind) for kind in kinds]))
+    else:
+        request = traced(request)
+    places = request.places
     found = []
     what = "prompts" if len(places) == len(request.prompts) else "positions"
     with progress_bar(what, len(places), request.run.progress) as bar:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from torch import Tensor
 
 from ..components.base import ComponentKind
-from ..components.model import Neurons
 from ..components.start import each_meets_bias
 from ..labels import BIAS
 from ..planning.shapes import named_components
@@ -20,21 +20,20 @@ from ..request import Request, fit, start, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..state.state import ComponentState
+from .survey import Survey, at_layer, largest, survey
 
 
 def layers(request: Request, directions: Sequence[Directions] | None = None) -> list[list[LayeredAttribution]]:
     """Return a result per read of every prompt, of all layers; ``directions`` stand for the targets."""
     adapter, kinds = request.adapter, request.components.each(request.adapter)
-    request = _ready(request, kinds)
-    own_bias = [
-        ahead or kind.constant(adapter, request.require_trace(), 0, request.run.state_dtype) is not None
-        for kind, ahead in zip(kinds, each_meets_bias(kinds, adapter, request.end_given), strict=True)
-    ]
+    request, surveys = _ready(request, kinds)
+    ahead = each_meets_bias(kinds, adapter, request.end_given)
+    own_bias = [ahead or one.has_constant for one, ahead in zip(surveys, ahead, strict=True)]
     has_bias = any(own_bias)  # states that are carried together have the same extras
-    parts = [replace(request, components=kind, layer=kind.resolve(adapter), has_bias=has_bias) for kind in kinds]
+    parts = [replace(at_layer(request, kind), has_bias=has_bias) for kind in kinds]
     readout = Readout.of(request, directions)
     collected, first = [], 0
-    for state, errors in _carried(parts):
+    for state, errors in _carried(parts, surveys):
         collected.append(readout.collect(parts[first : first + len(errors)], state, errors))
         first += len(errors)
     by_layer = [
@@ -47,29 +46,26 @@ def layers(request: Request, directions: Sequence[Directions] | None = None) -> 
     ]
 
 
-def _ready(request: Request, kinds: Sequence[ComponentKind]) -> Request:
-    """Return the request with its trace, and with one workspace that serves the states of all ``kinds``."""
-    adapter = request.adapter
-    longest = replace(request, components=kinds[0], layer=kinds[0].resolve(adapter))  # it passes most layers
-    request = with_trace(replace(request, run=fit(longest).run))
-    if all(named_components(kind, adapter, 1)[1] for kind in kinds):
-        return request
-    trace = request.require_trace()
-    counts = [_counts(kind, request) for kind in kinds]
-    largest = [max(of_prompt) for of_prompt in zip(*counts, strict=True)]
-    return replace(request, run=fit(replace(longest, run=request.run, trace=trace), largest).run)
+def _ready(request: Request, kinds: Sequence[ComponentKind]) -> tuple[Request, list[Survey]]:
+    """Return the request with its trace and with one workspace that serves the states of all ``kinds``; their surveys.
+
+    The first layer's state passes most layers. It is planned with as many components as the largest has.
+    """
+    adapter, longest = request.adapter, at_layer(request, kinds[0])
+    counts = [[named_components(kind, adapter, carried) for carried in request.carried] for kind in kinds]
+    are_known = all(is_known for of_kind in counts for _, is_known in of_kind)
+    most = [max(count for count, _ in of_prompt) for of_prompt in zip(*counts, strict=True)]
+    request = with_trace(replace(request, run=fit(longest, most if are_known else None).run))
+    surveys = [survey(request, kind) for kind in kinds]
+    if not are_known:
+        longest = replace(longest, run=request.run, trace=request.require_trace())
+        request = replace(request, run=fit(longest, largest(surveys)).run)
+    return request, surveys
 
 
-def _counts(kind: ComponentKind, request: Request) -> list[int]:
-    """Return how many named components every prompt of a traced request has."""
-    count, is_known = named_components(kind, request.adapter, 1)
-    if is_known:
-        return [count] * len(request.prompts)
-    assert isinstance(kind, Neurons), "of the kinds for several layers, only experts' neurons depend on the prompt"
-    return kind.counts(request.adapter, request.require_trace())
-
-
-def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[list[Tensor]]]]:
+def _carried(
+    parts: Sequence[Request], surveys: Sequence[Survey]
+) -> Iterator[tuple[ComponentState, list[list[Tensor]]]]:
     """Yield states at the end, each of one layer's components or of several layers', and each layer's errors."""
     first = parts[0]
     adapter, trace, end, run = first.adapter, first.require_trace(), first.end, first.run
@@ -79,7 +75,8 @@ def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[li
             state, errors = propagate(adapter, trace, start(part), end, run, reads)
             yield state, [errors]
         return
-    for group in group_by_memory(_pending(part) for part in parts):
+    starts = (_pending(part, one.counts) for part, one in zip(parts, surveys, strict=True))
+    for group in _groups(starts, first):
         states, errors = carry_jointly(adapter, trace, group, end, run, reads)
         if run.verifier is not None:  # every layer's readout is looked at
             states = [one for state in states for one in state.apart()]
@@ -90,12 +87,27 @@ def _carried(parts: Sequence[Request]) -> Iterator[tuple[ComponentState, list[li
             done += count
 
 
-def _pending(part: Request) -> PendingState:
-    """Return the state of one layer before it is made: where it enters, and how large it will be."""
-    rows = sum(
-        (count + 1 + part.has_bias) * carried
-        for count, carried in zip(_counts(part.components, part), part.carried, strict=True)
-    )
+def _groups(starts: Iterator[PendingState], request: Request) -> Iterator[list[PendingState]]:
+    """Group neighbours that fit into memory together and have the same extras.
+
+    Components that may be complete have a `rest` or none, which only their state tells. It is made at once, then.
+    """
+    backend = request.run.backend
+    for group in group_by_memory(starts):
+        if len(group) == 1 or not request.components.may_be_complete:
+            yield group
+            continue
+        states = [backend.prepare(one.device, one.make) for one in group]
+        for _, alike in groupby(states, key=lambda state: state.layout.components[0].extras):
+            yield [PendingState.of(state) for state in alike]
+
+
+def _pending(part: Request, counts: Sequence[int]) -> PendingState:
+    """Return the state of one layer before it is made: where it enters, and how large it will be.
+
+    ``counts`` are the named components of every prompt.
+    """
+    rows = sum((count + 1 + part.has_bias) * carried for count, carried in zip(counts, part.carried, strict=True))
     nbytes = rows * part.require_trace().resid_final.shape[1] * part.run.state_dtype.itemsize
     device = part.adapter.layer_device(part.layer)
     return PendingState(part.components.entry(part.adapter).layer, nbytes, device, lambda: start(part))

@@ -126,7 +126,8 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for work in workloads for start in work.starts),
-        upper_bound=counts is None and not all(named_components(one, adapter, n)[1] for one in kinds for n in lengths),
+        upper_bound=(counts is None or kind.is_layered)
+        and not all(named_components(one, adapter, n)[1] for one in kinds for n in lengths),
         wide=wide,
         compute=compute,
     )

@@ -17,7 +17,7 @@ from ..backends import backend_status
 from ..backends.torch.division import default_budget
 from ..backends.workload import Workload
 from ..components.base import ComponentKind
-from ..components.model import Tokens
+from ..components.model import Neurons, Tokens
 from ..propagation.joint import JOINT_BYTES
 from ..runtime.dtypes import dtype_name, widest
 from ..runtime.memory import available
@@ -252,9 +252,20 @@ def for_config(config: Any, dtype: torch.dtype | None = None) -> Adapter:
 
 
 def known_counts(kind: ComponentKind, adapter: Adapter, trace: Trace) -> list[int] | None:
-    """Return the number of named components of every prompt of a trace; None if it is known without a trace."""
-    if kind.is_layered or named_components(kind, adapter, 1)[1]:
+    """Return the number of named components of every prompt of a trace; None if it is known without a trace.
+
+    Of several layers it is the largest.
+    """
+    kinds = kind.each(adapter)
+    if all(named_components(one, adapter, 1)[1] for one in kinds):
         return None
+    counts = [_counts(one, adapter, trace) for one in kinds]
+    return [max(of_prompt) for of_prompt in zip(*counts, strict=True)]
+
+
+def _counts(kind: ComponentKind, adapter: Adapter, trace: Trace) -> list[int]:
+    if isinstance(kind, Neurons):
+        return kind.counts(adapter, trace)
     return [len(kind.bound(adapter, trace, p).names(adapter, [""] * trace.length(p))) for p in range(trace.n_prompts)]
 
 

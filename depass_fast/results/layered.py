@@ -194,7 +194,7 @@ class LayeredAttribution(_Shared):
         """The table (layers, I), with the targets' axis in front if they were a list; without `rest` and `bias`.
 
         Raises:
-            ValueError: the layers have different numbers of components (in mixtures of experts); see :attr:`by_layer`.
+            ValueError: the layers have different numbers of components (experts, features); see :attr:`by_layer`.
         """
         parts = self._named()
         if len({part.shape[-1] for part in parts}) > 1:

@@ -121,3 +121,16 @@ def test_nan_in_a_dictionary_is_named():
         build("llama-gqa").attribute(IDS, Features(sae=sae), 3)
     with pytest.raises(TypeError, match="give the dictionary by its name"):
         Features(sae)
+
+
+def test_a_dictionary_per_layer():
+    dp, names = build("llama-gqa"), ("standard", "jumprelu", "layer norm")
+    saes = [make(name, f"blocks.{layer}.hook_resid_post") for layer, name in enumerate(names)]
+    found = dp.attribute(IDS, Features(layers="all", sae=saes[::-1]), 3)
+    modules = torch.nn.ModuleDict({f"layer{layer}": sae for layer, sae in enumerate(saes)})
+    same = dp.attribute(IDS, Features(layers="all", sae=list(modules.values())), 3)
+    for layer, sae in enumerate(saes):
+        alone = dp.attribute(IDS, Features(sae=sae), 3)
+        for result in (found[layer], same[layer]):
+            assert result.labels == alone.labels and result.completeness_error < 1e-5
+            assert torch.allclose(result.scores, alone.scores, atol=1e-5 * float(alone.scores.abs().max()))

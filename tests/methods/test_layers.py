@@ -83,9 +83,9 @@ def test_what_a_start_will_hold_is_told_by_the_trace(model_type, monkeypatch):
     with torch.no_grad():
         for layer in range(3):
             request = request_of(dp, trace, Neurons(layer))
-            state, start = start_state(dp, trace, Neurons(layer)), _pending(request)
-            assert (start.layer, start.nbytes, start.device) == (state.layer, state.nbytes, state.device)
             counts = Neurons(layer).counts(dp.adapter, trace)
+            state, start = start_state(dp, trace, Neurons(layer)), _pending(request, counts)
+            assert (start.layer, start.nbytes, start.device) == (state.layer, state.nbytes, state.device)
             assert counts == [len(c.names) for c in state.layout.components] and len(set(counts)) > 1
 
 
