@@ -46,7 +46,7 @@ def test_a_component_that_drives_one_neuron_far_ahead_is_carried_until_there(lay
     (found,) = find_loud(stack, [start], approximation, 48, 1 << 20)
     assert dict(zip(found.index.tolist(), found.until.tolist(), strict=True))[7] == layer
     (few,) = find_loud(stack, [start], approximation, 2, 1 << 20)
-    assert few.index.tolist() == found.index[:2].tolist() and len(few.next) == 2
+    assert len(few.index) + len(few.next) == 4  # out of twice as many candidates as are carried
     (again,) = loud_until(stack, [start], [torch.tensor([7])], approximation, 1)  # a row at a time
     assert again.until.tolist() == [layer]
     untouched = one_that_is_heard_later(layer, gate=0.0)
