@@ -14,15 +14,15 @@ LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its s
 class Approximation:
     """The approximations of a sweep. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
 
-    ``loud``: components whose expected g/T (:func:`depass_fast.adjoint.starts.loudness`) is above this are carried
-    explicitly until it no longer is, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is
-    estimated. ``releases``: components that are no longer loud go back to the crowd, those that are refined where they
-    are below ``quiet``.
+    ``loud``: components whose largest |g/T| at any MLP ahead (:mod:`depass_fast.adjoint.loud`) is at least this are
+    carried explicitly, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is estimated.
+    ``releases``: explicit components go back to the crowd behind the last MLP where they are loud, when the root mean
+    square of their g/T can be expected to be below ``quiet``.
     """
 
     temperature: float | None
-    loud: float = 2.0
-    quiet: float = 0.25
+    loud: float = 3.0
+    quiet: float = 0.1
     at_most: int = 128
     scatter: bool = True
     releases: bool = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from torch import Tensor
 from ..results.estimate import Estimate
 
 # A result beyond these carries a warning.
-LEAST_SPEARMAN, MOST_ERROR, MOST_MISSED, MOST_MOVED, MOST_INCOMPLETE = 0.98, 0.1, 0.1, 0.25, 0.01
+LEAST_SPEARMAN, MOST_MISSED, MOST_MOVED, MOST_INCOMPLETE = 0.98, 0.1, 0.25, 0.01
+MOST_OF_A_LAYER = 0.03  # the estimated error of a start layer
+FEWEST_OF_A_LAYER = 3  # components drawn by their scores
+_ADVICE = "refine more of every layer, as Adjoint(refine=256, within='layer'), or take method='exact' for these layers"
 _Z = 1.96  # the quantile of a 95 % interval
 
 
@@ -63,21 +66,63 @@ def judge(final: Tensor, exact: Tensor, drawn: Draw, top: int) -> Figures:
     )
 
 
-def worst(
-    figures: Sequence[Figures], sample: int, top: int, refined_error: float | None, partition_error: float | None
-) -> Estimate:
+@dataclass(frozen=True)
+class Sample:
+    """What ``count`` components drawn at random say: every target's ``figures``, and by layer; nothing by default."""
+
+    figures: Sequence[Figures] = ()
+    count: int = 0
+    partition_error: float | None = None
+    layers: Mapping[int, float] = field(default_factory=dict)
+
+
+def draw_by_size(
+    scores: Tensor, left: Tensor, starts: int, sample: int, loudest: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Choose components of one of ``starts`` start layers, among those that are ``left`` (M,) bool: indices (k,).
+
+    They are drawn by the size of their ``scores`` (K, M) in any target; the ``loudest`` (j,) come with them.
+    """
+    sizes = (scores.square() / scores.square().sum(1, keepdim=True).clamp_min(1e-30)).sum(0).sqrt() * left
+    count = min(max(FEWEST_OF_A_LAYER, sample // (2 * starts)), int((sizes > 0).sum()))
+    if not count:
+        return loudest
+    return torch.cat([torch.multinomial(sizes.double(), count, generator=generator), loudest]).unique()
+
+
+def layer_error(scores: Tensor, exact: Tensor, left: Tensor) -> float:
+    """Return the relative error of a start layer's ``scores`` (K, M), where ``exact`` (K, M) is known for a sample.
+
+    The error is taken to be that of the components drawn, and to be as large for the others, relative to their scores.
+    The largest of the errors is one component's: it counts for itself, not for others. The components that are not
+    ``left`` (M,) count as right. The worst target's.
+    """
+    known = ~exact.isnan()
+    off = torch.where(known, scores - exact, 0.0).square()
+    largest = off.amax(1) if off.shape[1] else off.new_zeros(len(off))
+    seen = torch.where(known, exact, 0.0).square().sum(1)
+    ratio = (off.sum(1) - largest) / seen.clamp_min(1e-30)
+    others = torch.where(~known & left, scores, 0.0).square().sum(1)
+    found = off.sum(1) + others * ratio
+    size = torch.where(known, exact, scores).square().sum(1)
+    return float((found / size.clamp_min(1e-30)).max().sqrt())
+
+
+def worst(sample: Sample, top: int, refined_error: float | None) -> Estimate:
     """Return the estimate that the worst target's figures make."""
+    figures = sample.figures
     missed = [(f.missed, f.missed_interval) for f in figures if f.missed is not None and f.missed_interval is not None]
     most_missed, interval = max(missed, default=(None, None))
     return Estimate(
-        sample=sample,
+        sample=sample.count,
         spearman=min((f.spearman for f in figures if f.spearman is not None), default=None),
         relative_error=max((f.relative_error for f in figures if f.relative_error is not None), default=None),
         refined_error=refined_error,
         top=top,
         missed=most_missed,
         missed_interval=interval,
-        partition_error=partition_error,
+        partition_error=sample.partition_error,
+        layer_errors=dict(sample.layers),
     )
 
 
@@ -128,18 +173,25 @@ def _ranks(x: Tensor) -> Tensor:
 
 
 def warnings_of(estimate: Estimate | None, completeness_error: float) -> list[str]:
-    """Return the warnings that an approximate result carries, by its estimate and its error."""
+    """Return the warnings that an approximate result carries: what is off, and what to do."""
     said = []
     if completeness_error > MOST_INCOMPLETE:
-        said.append(f"the shares miss the logit by {completeness_error:.1%} of their magnitude")
+        said.append(
+            f"the shares miss the logit by {completeness_error:.1%} of their magnitude; if weights were changed after "
+            "the trace, take another trace"
+        )
     if estimate is None:
         return said
+    bad = {layer: error for layer, error in (estimate.layer_errors or {}).items() if error > MOST_OF_A_LAYER}
+    if bad:
+        listed = ", ".join(f"layer {layer} by {error:.0%}" for layer, error in sorted(bad.items()))
+        said.append(f"the scores of {listed} are off; {_ADVICE}")
+    sure = None if estimate.missed_interval is None else estimate.missed_interval[0]
     checks = (
-        (estimate.relative_error, MOST_ERROR, "a sample's relative error is {:.1%}"),
         (estimate.refined_error, MOST_MOVED, "refinement moved the largest scores by {:.0%}"),
-        (estimate.missed, MOST_MISSED, f"about {{:.0%}} of the true top {estimate.top} were not refined"),
-        (estimate.partition_error, MOST_ERROR, "the partition function is off by {:.0%}"),
+        (sure, MOST_MISSED, f"at least {{:.0%}} of the true top {estimate.top} were not refined"),
     )
     if estimate.spearman is not None and estimate.spearman < LEAST_SPEARMAN:
-        said.append(f"a sample's rank correlation with exact scores is {estimate.spearman:.3f}")
-    return said + [text.format(value) for value, most, text in checks if value is not None and value > most]
+        said.append(f"a sample's rank correlation with exact scores is {estimate.spearman:.3f}; {_ADVICE}")
+    found = [text.format(value) for value, most, text in checks if value is not None and value > most]
+    return said + [f"{text}; {_ADVICE}" for text in found]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Alive, Crowd, allocate_softmax, gates_of
+from .loud import NOBODY, Loud
 from .maps import LayerMaps
 from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
 from .stack import LayerStack
@@ -59,18 +60,16 @@ class Forward:
 def mean_field(
     stack: LayerStack,
     starts: Sequence[Start],
-    loud: Sequence[Tensor],
+    explicit: Sequence[Loud],
     approximation: Approximation,
-    fixed: Sequence[Tensor] | None = None,
     budget: int = 1 << 28,
 ) -> Forward:
     """Carry the explicit rows of ``starts`` (in order) to the end of the stack.
 
-    ``loud`` holds the loud components of every start, (k,) indices: explicit until they are no longer loud. ``fixed``
-    holds others, no loud ones among them, that are explicit until they are quiet. ``budget`` bounds the gates held at
-    once, in bytes.
+    ``explicit`` holds components of every start that are carried until they are quiet. ``budget`` bounds the gates held
+    at once, in bytes.
     """
-    way = _WayThere(stack, starts, loud, fixed or [indices[:0] for indices in loud], approximation, budget)
+    way = _WayThere(stack, starts, explicit, approximation, budget)
     for index in range(starts[0].entering, stack.end):
         way.pass_layer(index)
         stack.progress.finish()
@@ -84,20 +83,19 @@ class _WayThere:
         self,
         stack: LayerStack,
         starts: Sequence[Start],
-        loud: Sequence[Tensor],
-        fixed: Sequence[Tensor],
+        explicit: Sequence[Loud],
         approximation: Approximation,
         budget: int,
     ) -> None:
         self._stack, self._starts, self._approximation, self._budget = stack, starts, approximation, budget
-        self._loud, self._fixed = loud, fixed
+        self._explicit = explicit
         self._whole = [True] * len(starts) if approximation.temperature is None else all_alive(starts)
         self._rows = ExplicitRows(starts[0].bias.new_zeros(0, stack.n, starts[0].bias.shape[1]))
         self._alive = Alive()
         self._forward = Forward(list(starts), [], self._rows, alive=self._alive.passed)
 
     def pass_layer(self, index: int) -> None:
-        """Carry the rows through a layer, with the starts that enter it; release those that are loud no more."""
+        """Carry the rows through a layer, with the starts that enter it; release those that are quiet from now on."""
         maps, rows = self._stack.maps(index), self._rows
         rows.to(maps.device)
         mid = self._join(index)
@@ -123,10 +121,10 @@ class _WayThere:
     def finished(self) -> Forward:
         """Return the result: the rows at the read position, with those of the starts that enter nothing any more."""
         self._rows.x = self._rows.x[:, -1:]
-        for s, start in enumerate(self._starts):
+        for start in self._starts:
             if start.entering >= self._stack.end:  # what starts there is what is read
                 self._rows.to(start.bias.device)
-                self._rows.join(start, self._loud[s][:0], self._loud[s][:0], self._approximation)
+                self._rows.join(start, NOBODY, self._approximation)
                 self._alive.passed.append(None)
         return self._forward
 
@@ -135,19 +133,19 @@ class _WayThere:
         mid = False
         for s, start in enumerate(self._starts):
             if start.entering == index:
-                self._rows.join(start, self._loud[s], self._fixed[s], self._approximation)
+                self._rows.join(start, self._explicit[s], self._approximation)
                 self._alive.join(start, self._whole[s], self._rows.x)
                 mid = start.mid
         return mid
 
     def _release(self, index: int, temperature: float) -> None:
-        """Give back to the crowd the rows that are no longer loud at a layer; the way back needs their state."""
+        """Give back to the crowd the rows that are quiet from a layer on; the way back needs their state."""
         rows = self._rows
-        if not bool(rows.limits.any()):
+        if not bool(((rows.limits > 0) & (rows.until < index)).any()):
             return
         weight, gate = self._stack.drive(index, rows.x)
         size = (rows.x * weight).norm(dim=2).amax(1) * (gate / temperature)
-        quiet = size.cpu() < rows.limits
+        quiet = (size.cpu() < rows.limits) & (rows.until < index)
         if not bool(quiet.any()):
             return
         x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]

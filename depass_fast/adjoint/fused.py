@@ -56,7 +56,7 @@ class FusedMaps(LayerMaps):
             *(x.new_empty(len(rows), queries, width) for _ in range(3)), slope=x.new_empty(len(rows), queries)
         )
         alive = torch.empty(read.shape[:2], dtype=torch.uint8, device=x.device)
-        half = self._read(read, self._mlp_norm, self._mlp_scale[:, 0], alive)
+        half = self._read(read, self._mlp_norm, self.mlp_scale[:, 0], alive)
         counts = counts[..., 0].expand(-1, queries)
         size = positions_at_once(budget, len(x), width, self.compute.itemsize, held=2)
         for first in range(0, queries, size):
@@ -112,7 +112,7 @@ class FusedMaps(LayerMaps):
     def _reading(self) -> Tensor:
         """s · γ of the norm before the MLP: (Q, D), or (Q, 1) without γ."""
         norm = self._mlp_norm
-        return self._mlp_scale if norm is None or norm.weight is None else self._mlp_scale * norm.weight
+        return self.mlp_scale if norm is None or norm.weight is None else self.mlp_scale * norm.weight
 
     @cached_property
     def _ones(self) -> Tensor:

@@ -72,7 +72,7 @@ class LayerMaps:
         self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
         if record.out_scale is not None:
             self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
-        self._mlp_scale = self.scales(mlp, record.resid[self._span][queries])[:, None]  # (Q, 1)
+        self.mlp_scale = self.scales(mlp, record.resid[self._span][queries])[:, None]  # s at the queries, (Q, 1)
         self.gate_constant = _gate_constant(parts, dtype)  # (I,) or None
 
     def _uses_the_models_weights(self) -> bool:
@@ -148,12 +148,22 @@ class LayerMaps:
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
-        x = _linear(self._mlp_norm, x) * self._mlp_scale[at]
+        x = _linear(self._mlp_norm, x) * self.mlp_scale[at]
         return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
+
+    def largest_gates(self, x: Tensor, budget: int) -> Tensor:
+        """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,).
+
+        ``budget`` bounds the gates held at once, in bytes.
+        """
+        x, size = _linear(self._mlp_norm, x).to(self.compute), len(self._w_gate) * self.compute.itemsize
+        parts = x.split(max(1, budget // size))
+        ranges = [torch.aminmax(part @ self._w_gate.T, dim=1) for part in parts]
+        return torch.cat([torch.maximum(high, -low) for low, high in ranges]).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
-        y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self._mlp_scale
+        y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self.mlp_scale
         return _linear_transposed(self._mlp_norm, y)
 
     def down(self, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CPU_BUDGET, GPU_BUDGET = 5 << 28, 20 << 30  # most bytes of workspace by default
-LOUD_ON_CPU, LOUD_ON_GPU = 1 << 28, 4 << 30  # bytes of the loud components of all starts, beside the workspace
+LOUD_ON_CPU, LOUD_ON_GPU = 1 << 28, 4 << 30  # bytes of the loud components of one start, beside the workspace
 FEWEST_LOUD = 8
 
 
@@ -51,7 +51,7 @@ class SweepMemory:
     def most_loud(self, at_most: int) -> int:
         """Return the loud components of a start that are carried, whatever memory happens to be free."""
         limit = LOUD_ON_GPU if self.cuda else LOUD_ON_CPU
-        return min(at_most, max(FEWEST_LOUD, limit // (4 * self.row * self.starts)))
+        return min(at_most, max(FEWEST_LOUD, limit // (4 * self.row)))
 
     def groups(self, lengths: Sequence[int], most_named: int, at_most: int, workspace: int) -> list[slice]:
         """Return the start layers that are carried together: as many neighbours as fit into the workspace.

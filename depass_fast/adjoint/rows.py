@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime.transfer import all_to_device, to_device
 from .approximation import Approximation
+from .loud import Loud
 from .starts import Start
 
 REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
@@ -19,7 +20,8 @@ class ExplicitRows:
     """The explicit rows, those of a start together: ``x`` (R, Q, D), ``owner`` and ``member`` (R,).
 
     Row r is component ``member[r]`` of start ``owner[r]``, or its `rest`, `bias` or probe (``REST_ROW``, ...).
-    A row is released where its loudness falls below its ``limits`` (R,). ``sizes`` says how many rows a start has. The
+    A row is released behind layer ``until`` (R,), where its expected root mean square of g/T is below its ``limits``
+    (R,). ``sizes`` says how many rows a start has. The
     first of a start's rows is its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it
     waits for no device.
     """
@@ -29,6 +31,7 @@ class ExplicitRows:
         self.sizes: list[int] = []
         self.owner = self.member = torch.zeros(0, dtype=torch.long, device="cpu")
         self.limits = torch.zeros(0, device="cpu")
+        self.until = torch.zeros(0, dtype=torch.long, device="cpu")
         self._places: dict[int, Tensor] = {}
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -62,9 +65,9 @@ class ExplicitRows:
         """Return the named components of a start that are explicit: indices (r,) in host memory."""
         return self.member[(self.owner == start) & (self.member >= 0)]
 
-    def join(self, start: Start, loud: Tensor, fixed: Tensor, approximation: Approximation) -> None:
-        """Append the rows of the next start: probe, `rest`, `bias`, the loud ones and those to be refined."""
-        named = torch.cat([loud, fixed])
+    def join(self, start: Start, explicit: Loud, approximation: Approximation) -> None:
+        """Append the rows of the next start: probe, `rest`, `bias`, and the components that are ``explicit``."""
+        named = explicit.index
         rows: list[Tensor] = []
         extras: list[int] = []
         if len(named):
@@ -76,12 +79,14 @@ class ExplicitRows:
         if approximation.temperature is not None:
             rows, extras = [_probe(start, named, approximation)[None], *rows], [PROBE_ROW, *extras]
         member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
-        limits = [0.0] * len(extras) + [approximation.loud] * len(loud) + [approximation.quiet] * len(fixed)
+        limits = [0.0] * len(extras) + [approximation.quiet] * len(named)
         n = self.x.shape[1]
         self.x = torch.cat([self.x, *(new[:, new.shape[1] - n :].to(self.x) for new in rows)])
         self.owner = torch.cat([self.owner, torch.full_like(member, len(self.sizes))])
         self.member = torch.cat([self.member, member])
         self.limits = torch.cat([self.limits, torch.tensor(limits, device="cpu")])
+        extra = explicit.until.new_full((len(extras),), -1)
+        self.until = torch.cat([self.until, extra, explicit.until])
         self.sizes.append(len(member))
         self._places, self._tables = {}, None
 
@@ -89,7 +94,8 @@ class ExplicitRows:
         """Drop the rows that are not ``kept`` (R,) bool."""
         self.x = self.x[to_device(kept.nonzero()[:, 0], self.x.device)]
         self._places, self._tables = {}, None
-        self.owner, self.member, self.limits = self.owner[kept], self.member[kept], self.limits[kept]
+        self.owner, self.member = self.owner[kept], self.member[kept]
+        self.limits, self.until = self.limits[kept], self.until[kept]
         self.sizes = self.owner.bincount(minlength=len(self.sizes)).tolist()
 
     def by_start(self, values: Tensor) -> list[Tensor]:

@@ -16,7 +16,6 @@ from ..labels import BIAS, REST
 from ..runtime.precision import full_precision
 from ..state.state import Factors
 from ..trace.record import Trace
-from .stack import LayerStack
 
 
 class Named(Protocol):
@@ -42,6 +41,10 @@ class Named(Protocol):
 
     def alive(self) -> Tensor:
         """Return which are not exactly zero: (N, M) bool."""
+        ...
+
+    def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return vectors (k, D) of some, and how much of them lies at each position, (N, k)."""
         ...
 
     def first(self, n: int) -> Named:
@@ -79,6 +82,9 @@ class ProductRows:
     def alive(self) -> Tensor:
         return (self.coefficients != 0) & (self.vectors != 0).any(1)
 
+    def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vectors[index].to(self.coefficients), self.coefficients[:, index].abs()
+
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
 
@@ -109,6 +115,13 @@ class DenseRows:
 
     def alive(self) -> Tensor:
         return (self.states != 0).any(-1)
+
+    def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.states[:, index]
+        sizes = states.norm(dim=2)
+        at = sizes.argmax(0)  # one position stands for all
+        vectors = states[at, torch.arange(len(index), device=at.device)]
+        return vectors, sizes / sizes.amax(0).clamp_min(torch.finfo(sizes.dtype).tiny)
 
     def first(self, n: int) -> DenseRows:
         return DenseRows(self.states[:n])
@@ -205,16 +218,6 @@ def all_alive(starts: Sequence[Start]) -> list[bool]:
         for start, whole in zip(starts, torch.stack([w.to(found[0].device) for w in found]).tolist(), strict=True):
             start.whole = whole
     return [bool(start.whole) for start in starts]
-
-
-def loudness(start: Start, stack: LayerStack, temperature: float) -> Tensor:
-    """Return the distance from zero at which a component's g/T at its first MLP can be expected: (M,).
-
-    It is the root mean square over the neurons of g/T at the component's loudest position, if gates were random
-    directions.
-    """
-    weight, gate = stack.drive(start.entering, start.bias)
-    return start.named.sizes(weight).amax(0) * (gate / temperature)
 
 
 def _rounding(rest: Tensor, x: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
 from .approximation import Approximation
 from .backward import extra_scores, linear_scores
-from .estimate import Figures, draw, judge, worst
+from .estimate import Sample, draw, draw_by_size, judge, layer_error, worst
 from .forward import Forward, mean_field
+from .loud import NOBODY, Loud, find_loud, loud_until
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW
 from .stack import LayerStack
-from .starts import Start, loudness
+from .starts import Start
 
 _ADVICE = "the trace and one start layer do not fit. Take a shorter prompt, or fewer targets at once."
 
@@ -68,15 +69,16 @@ class Sweep:
     def _attempt(self, method: Adjoint, workspace: int) -> Scores:
         self._workspace = workspace
         groups = self._groups()
-        loud = [indices for group in groups for indices in self._loud(group)]
+        loud = self._loud()
         approximate = self.approximation.temperature is not None
         refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
         self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
-        found = _RoundTrip(self, groups, loud, None, keep=samples and not refines)
+        found = _RoundTrip(self, groups, loud, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
         if refines:
             refined = self._largest(screened, method)
-            found = _RoundTrip(self, groups, loud, self.split(refined), keep=samples)
+            explicit = self._explicit(loud, self.split(refined))
+            found = _RoundTrip(self, groups, explicit, keep=samples)
         estimate = self._estimate(found, screened, refined, method) if refines or samples else None
         return Scores(list(found.flat.split(self._sizes, dim=1)), found.rest, found.bias, estimate)
 
@@ -101,18 +103,17 @@ class Sweep:
         bounds = torch.searchsorted(index, edges).tolist()
         return [index[a:b] - edge for a, b, edge in zip(bounds[:-1], bounds[1:], edges.tolist(), strict=False)]
 
-    def _loud(self, group: slice) -> list[Tensor]:
-        """Return indices of every start's loud components, in host memory."""
-        sizes, t = [], self.approximation.temperature
-        for start in self.starts[group]:
-            if t is None or start.entering >= self.stack.end:
-                sizes.append(start.bias.new_zeros(len(start.named)))
-            else:
-                sizes.append(loudness(start, self.stack, t))
-        devices = [size.device for size in sizes]
-        numbers = torch.stack([(size >= self.approximation.loud).sum().to(devices[0]) for size in sizes]).tolist()
-        found = [size.topk(min(k, self._most_loud, len(size))).indices for size, k in zip(sizes, numbers, strict=True)]
-        return list(torch.cat([f.to(devices[0]) for f in found]).cpu().split([len(f) for f in found]))
+    def _loud(self) -> list[Loud]:
+        """Return every start's loud components."""
+        if self.approximation.temperature is None:
+            return [NOBODY] * len(self.starts)
+        return find_loud(self.stack, self.starts, self.approximation, self._most_loud, self.gates_budget)
+
+    def _explicit(self, loud: list[Loud], refined: list[Tensor]) -> list[Loud]:
+        """Return every start's loud components and those to be refined."""
+        others = [members[~torch.isin(members, one.index)] for members, one in zip(refined, loud, strict=True)]
+        more = loud_until(self.stack, self.starts, others, self.approximation, self.gates_budget)
+        return [one.joined(other) for one, other in zip(loud, more, strict=True)]
 
     def _groups(self) -> list[slice]:
         """Return the start layers that are carried together: as many as their tables allow.
@@ -167,44 +168,49 @@ class Sweep:
         """Return what refinement and a sample say; the worst target's figures."""
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
-        figures, count, partition_error = self._sampled(found, top, method)
+        sample = self._sampled(found, top, method)
         moved = None
         if len(refined):
             change = (screened[:, refined] - flat[:, refined]).norm(dim=1)
             moved = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
-        return worst(figures, count, top, moved, partition_error)
+        return worst(sample, top, moved)
 
-    def _sampled(self, found: _RoundTrip, top: int, method: Adjoint) -> tuple[list[Figures], int, float | None]:
-        """Return every target's figures of a sample, the number of components drawn, and the relative error of Z."""
+    def _sampled(self, found: _RoundTrip, top: int, method: Adjoint) -> Sample:
+        """Return what components drawn at random say, given log Z."""
         flat, left = found.flat, (~found.settled).nonzero()[:, 0]
         if not (method.sample and len(left)):
-            return [], 0, None
+            return Sample()
         generator = torch.Generator().manual_seed(method.seed)
         drawn = [draw(scores[left].abs(), left, top, method.sample, generator) for scores in flat]
         uniform = torch.cat([one.uniform for one in drawn]).unique()
-        near = torch.cat([one.near for one in drawn]).unique()
-        near = near[~torch.isin(near, uniform)]
+        parts = list(zip(flat.split(self._sizes, dim=1), found.settled.split(self._sizes), strict=True))
+        checked = [
+            draw_by_size(scores, ~settled, len(self.starts), method.sample, explicit.next, generator)
+            for (scores, settled), explicit in zip(parts, found.explicit, strict=True)
+        ]
+        edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0).tolist()
+        others = torch.cat([*(one.near for one in drawn), *map(torch.add, checked, map(torch.tensor, edges))]).unique()
+        others = others[~torch.isin(others, uniform)]
         exact = torch.full_like(flat, float("nan"))
         exact[:, uniform], partition_error = found.given_z(uniform, measure=True)
-        exact[:, near], _ = found.given_z(near)
+        exact[:, others], _ = found.given_z(others)
+        layers = {
+            start.layer: layer_error(scores, truth, ~settled)
+            for start, (scores, settled), truth in zip(self.starts, parts, exact.split(self._sizes, dim=1), strict=True)
+        }
         figures = [judge(final, truth, one, top) for final, truth, one in zip(flat, exact, drawn, strict=True)]
-        return figures, len(uniform) + len(near), partition_error
+        return Sample(figures, len(uniform) + len(others), partition_error, layers)
 
 
 class _RoundTrip:
     """One way there and back: scores ``flat`` (K, all) on the CPU, ``rest`` and ``bias`` (starts, K).
 
-    ``fixed`` components of every start are explicit until they are quiet. ``settled`` (all,) says which are among them,
-    explicit to the end, or start there: little but log Z stands between their scores and exact ones.
+    ``explicit`` components of every start are carried until they are quiet. ``settled`` (all,) says which these are,
+    and which start at the end: little but log Z stands between their scores and exact ones.
     """
 
-    def __init__(
-        self, sweep: Sweep, groups: list[slice], loud: list[Tensor], fixed: list[Tensor] | None, keep: bool
-    ) -> None:
-        self.sweep, self.groups, self._fixed = sweep, groups, fixed
-        self._loud = loud
-        if fixed is not None:
-            self._loud = [indices[~torch.isin(indices, f)] for indices, f in zip(loud, fixed, strict=True)]
+    def __init__(self, sweep: Sweep, groups: list[slice], explicit: list[Loud], keep: bool) -> None:
+        self.sweep, self.groups, self.explicit = sweep, groups, explicit
         named, rest, bias, settled = [], [], [], []
         self._kept: Forward | None = None
         for group in groups:
@@ -212,16 +218,15 @@ class _RoundTrip:
             named += linear_scores(sweep.stack, forward, sweep.directions, sweep.approximation)
             rest.append(extra_scores(forward, sweep.directions, REST_ROW).cpu())
             bias.append(extra_scores(forward, sweep.directions, BIAS_ROW).cpu())
-            settled.append(_settled(forward, sweep.stack.end, [] if fixed is None else fixed[group]))
+            settled.append(_settled(forward, sweep.stack.end, explicit[group]))
             self._kept = forward if keep and len(groups) == 1 else None
         self.flat = torch.cat(named, dim=1).cpu()
         self.rest, self.bias, self.settled = torch.cat(rest), torch.cat(bias), torch.cat(settled)
 
     def _forward(self, group: slice) -> Forward:
         sweep = self.sweep
-        fixed = None if self._fixed is None else self._fixed[group]
-        starts, loud = sweep.starts[group], self._loud[group]
-        return mean_field(sweep.stack, starts, loud, sweep.approximation, fixed, sweep.gates_budget)
+        starts, explicit = sweep.starts[group], self.explicit[group]
+        return mean_field(sweep.stack, starts, explicit, sweep.approximation, sweep.gates_budget)
 
     def given_z(self, index: Tensor, measure: bool = False) -> tuple[Tensor, float | None]:
         """Return scores (K, k) of components ``index`` (k,), sorted, by themselves given log Z.
@@ -252,12 +257,11 @@ class _RoundTrip:
         return scores.to(self.flat), max(errors, default=None)
 
 
-def _settled(forward: Forward, end: int, fixed: Sequence[Tensor]) -> Tensor:
-    """Return which components are refined, explicit to the end, or start there: (all,) bool."""
-    counts = torch.tensor([len(start.named) for start in forward.starts], device="cpu")
-    done = torch.tensor([start.entering >= end for start in forward.starts], device="cpu").repeat_interleave(counts)
-    named, edges = forward.rows.member >= 0, counts.cumsum(0) - counts
-    done[edges[forward.rows.owner[named]] + forward.rows.member[named]] = True
-    for members, edge in zip(fixed, edges, strict=False):
-        done[members + edge] = True  # some were released where they were quiet
-    return done
+def _settled(forward: Forward, end: int, explicit: Sequence[Loud]) -> Tensor:
+    """Return which components are explicit until they are quiet, or start at the end: (all,) bool."""
+    parts = []
+    for start, chosen in zip(forward.starts, explicit, strict=True):
+        done = torch.full((len(start.named),), start.entering >= end, device="cpu")
+        done[chosen.index] = True
+        parts.append(done)
+    return torch.cat(parts)

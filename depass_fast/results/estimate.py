@@ -26,6 +26,8 @@ class Estimate:
     top: the K of ``missed``: as many as were refined, else one in a hundred.
     missed: the share of the true top K that is not among the refined; ``missed_interval`` is its 95 % interval.
     partition_error: the relative error of Z that the sample shows; None with too few.
+    layer_errors: by start layer, the norm of the scores' errors over that of the scores, of the named components. It is
+        estimated from components that are drawn by their scores, and from the loudest that were not carried.
     """
 
     sample: int
@@ -36,17 +38,23 @@ class Estimate:
     missed: float | None
     missed_interval: tuple[float, float] | None
     partition_error: float | None
+    layer_errors: Mapping[int, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as files and JSON hold them."""
         interval = None if self.missed_interval is None else list(self.missed_interval)
-        return asdict(self) | {"missed_interval": interval}
+        layers = None if self.layer_errors is None else {str(k): v for k, v in self.layer_errors.items()}
+        return asdict(self) | {"missed_interval": interval, "layer_errors": layers}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
         """Return the estimate that :meth:`to_dict` wrote down."""
-        interval = values["missed_interval"]
-        return cls(**{**values, "missed_interval": None if interval is None else tuple(interval)})
+        interval, layers = values["missed_interval"], values.get("layer_errors")
+        tables = {
+            "missed_interval": None if interval is None else tuple(interval),
+            "layer_errors": None if layers is None else {int(layer): error for layer, error in layers.items()},
+        }
+        return cls(**{**values, **tables})
 
     def __str__(self) -> str:
         found = [f"sample of {self.sample}"] if self.sample else []
@@ -54,6 +62,9 @@ class Estimate:
             found.append(f"Spearman {self.spearman:.4f}")
         if self.relative_error is not None:
             found.append(f"error {self.relative_error:.1%}")
+        if self.layer_errors:
+            layer, error = max(self.layer_errors.items(), key=lambda item: item[1])
+            found.append(f"worst layer {layer} {error:.1%}")
         if self.missed is not None and self.missed_interval is not None:
             low, high = self.missed_interval
             found.append(f"missed of the top {self.top}: {self.missed:.0%} ({low:.0%} to {high:.0%})")

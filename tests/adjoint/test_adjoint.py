@@ -22,7 +22,7 @@ from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
 from depass_fast.options import Adjoint
 from depass_fast.readout.targets import resolve_target
-from tests.support.adjoint import assert_close
+from tests.support.adjoint import assert_close, explicit_rows
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import FAMILIES, build, random_ids
@@ -257,8 +257,8 @@ def test_a_dead_neuron_has_the_exact_log_z(name, explicit):
     states[:4, 7] = 0.0
     trace, kind = dp.trace(ids), Custom(1, states, site="resid_mid")
     steps, _, start = exact_steps(dp, trace, kind, len(ids) - 1)
-    fixed = [torch.arange(explicit)]
-    found = mean_field(stack_of(dp, trace, len(ids)), [start], [fixed[0][:0]], Approximation(T, quiet=0.0), fixed)
+    carried = explicit_rows(torch.arange(explicit))
+    found = mean_field(stack_of(dp, trace, len(ids)), [start], [carried], Approximation(T, quiet=0.0))
     for one, other in zip(found.steps[:1] if explicit == 0 else found.steps, steps, strict=False):
         part, tolerance = (slice(None), 1e-9) if explicit else (slice(3, 4), 1e-4)  # κ is one for all neurons
         assert one.crowd is not None and other.crowd is not None

@@ -15,7 +15,7 @@ from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.starts import make_start
 from depass_fast.options import Adjoint
 from depass_fast.results.estimate import ApproximationWarning
-from tests.support.adjoint import assert_close, no_nan
+from tests.support.adjoint import assert_close, explicit_rows, no_nan
 from tests.support.components import custom
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
@@ -155,7 +155,7 @@ def test_mean_field_alone_keeps_shares_at_most_one():
     trace = dp.trace(ids)
     start = make_start(Neurons(0), dp.adapter, trace, 0, 6, False, torch.float32)
     stack = LayerStack(dp.adapter, trace, 0, 6, dp.adapter.n_layers, torch.float32, torch.float32)
-    forward = mean_field(stack, [start], [torch.arange(4)], Approximation(0.1))
+    forward = mean_field(stack, [start], [explicit_rows(torch.arange(4))], Approximation(0.1))
     for step in forward.steps:
         crowd = step.crowd
         assert (crowd.share <= 1.0 + 1e-5).all() and crowd.slope.max() <= 1.0 and crowd.mean.isfinite().all()

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAttribution, Neurons, Tokens
 from depass_fast.adjoint import sweep
 from depass_fast.adjoint.approximation import Approximation
-from depass_fast.adjoint.estimate import draw, judge, spearman, warnings_of, wilson, worst
+from depass_fast.adjoint.estimate import Sample, draw, judge, spearman, warnings_of, wilson, worst
 from depass_fast.adjoint.memory import CPU_BUDGET
 from depass_fast.options import Adjoint
 from depass_fast.request import MOST_EXACT
@@ -354,8 +354,10 @@ def test_a_draw_that_misses_says_so():
     assert len(set(drawn.near.tolist())) == 80 and len(drawn.uniform) == 320
     figures = judge(final, exact, drawn, 20)
     assert figures.spearman < 0.3 and figures.relative_error > 0.3
-    said = warnings_of(worst([figures], sample=400, top=20, refined_error=None, partition_error=0.5), 0.2)
-    assert "miss the logit by 20.0%" in said[0] and len(said) == 5
+    sample = Sample([figures], count=400, layers={3: 0.07, 4: 0.02})
+    said = warnings_of(worst(sample, top=20, refined_error=None), 0.2)
+    assert "miss the logit by 20.0%" in said[0] and len(said) == 3
+    assert "the scores of layer 3 by 7% are off; refine more of every layer" in said[1]
     assert warnings_of(None, 0.0) == [] and len(warnings_of(None, 0.2)) == 1
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from depass_fast import Estimate
+from depass_fast.adjoint.loud import Loud
 
 
 def assert_close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
@@ -13,7 +14,14 @@ def assert_close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: floa
     assert ((approximate - exact).abs() / scale).max() <= tolerance
 
 
+def explicit_rows(index: torch.Tensor) -> Loud:
+    """Return components (k,) to be carried; none of them is loud anywhere."""
+    return Loud(index, torch.full_like(index, -1), index[:0])
+
+
 def no_nan(estimate: Estimate | None) -> bool:
     """True if no figure of an estimate is NaN; None is a figure that was not measured."""
     figures = [] if estimate is None else [value for value in vars(estimate).values() if isinstance(value, float)]
+    if estimate is not None:
+        figures += (estimate.layer_errors or {}).values()
     return not any(map(math.isnan, figures))
