@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, overload
 
 import numpy as np
@@ -98,6 +99,14 @@ class Bases(Sequence[Tensor]):
                         "be mutually orthogonal. Orthogonalise them, or give their sum as one subspace."
                     )
         return _nearest_orthonormal(alone, self.name)
+
+    @cached_property
+    def digest(self) -> tuple[str, ...]:
+        """A hash of every basis, as it was given."""
+        return tuple(
+            sha256(f"{basis.dtype}{tuple(basis.shape)}".encode() + basis.double().numpy().tobytes()).hexdigest()
+            for basis in self._given
+        )
 
     def _span(self, i: int) -> Tensor:
         """An orthonormal basis of one subspace, in float64."""

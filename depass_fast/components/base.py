@@ -128,6 +128,10 @@ class ComponentKind:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()
 
+    def identity(self) -> tuple:
+        """What tells these components from others of their kind, beside layer and site: what the user gave."""
+        return tuple(id(tensor) for tensor in self.user_tensors())
+
     def each(self, adapter: Adapter) -> list[ComponentKind]:
         """This kind layer by layer: itself, unless several layers were asked for."""
         return [self]

@@ -98,6 +98,9 @@ class Subspaces(LayerKind[R]):
             for layer, one in zip(named, bases, strict=True)
         ]
 
+    def identity(self) -> tuple:
+        return self.bases.digest  # bases are copies
+
     def _labels_at(self, layer: int) -> Sequence[str] | None:
         """The labels with a layer's number in front, so that those of different layers differ."""
         if self.labels is None:

@@ -183,9 +183,8 @@ def _streaming(
 def _made_of(request: Request) -> tuple:
     """Return what has to be the same for a partition to hold."""
     kind, rule, source = request.components, request.run.allocation, request.require_trace().source
-    given = tuple(id(tensor) for tensor in kind.user_tensors())
     ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
-    what = (kind.kind, request.layer, kind.site, given, request.has_bias)
+    what = (kind.kind, request.layer, kind.site, kind.identity(), request.has_bias)
     return (*what, ids, excluded, rule.rule, rule.temperature, source)
 
 

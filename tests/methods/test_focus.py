@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from depass_fast import Custom, Heads, Neurons, Tokens
+from depass_fast import Custom, Heads, Neurons, Subspaces, Tokens
 from depass_fast.allocation import RULES
 from tests.support.components import kinds
 from tests.support.models import FAMILIES, build, random_ids
@@ -95,6 +95,11 @@ def test_bad_input_is_refused():
     for other, options in ((Tokens(1), {}), (Tokens(), {"temperature": 0.2}), (Tokens(), {"exclude_special": False})):
         with pytest.raises(ValueError, match="partition: it was made of other components"):
             dp.focus(trace, other, [0], partition=partition, **options)
+    basis = torch.eye(32)[:, :2]
+    subspaces = dp.partition(trace, Subspaces(1, [basis]))
+    dp.focus(trace, Subspaces(1, [basis.clone()]), [0], partition=subspaces)
+    with pytest.raises(ValueError, match="partition: it was made of other components"):
+        dp.focus(trace, Subspaces(1, [torch.eye(32)[:, 2:4]]), [0], partition=subspaces)
     with pytest.raises(ValueError, match="prompt: one at a time can be looked at closely, got 2"):
         dp.focus([ids, ids], Tokens(), [0])
     with pytest.raises(ValueError, match="backend: the reference backend carries all components at once"):
