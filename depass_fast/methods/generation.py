@@ -35,10 +35,11 @@ def attribute_generation(
     if isinstance(prompt, Trace) or is_batch(prompt):
         raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
     check_ready(adapter)
-    ids, length = generate(adapter, encode(prompt, adapter, tokenizer), run.progress, **arguments)
+    ids = encode(prompt, adapter, tokenizer, settings.chat_template_kwargs)
+    ids, length = generate(adapter, ids, run.progress, **arguments)
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
-    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens()), began=began)
+    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
     request = traced(fit(request))
     trace, reads = request.require_trace(), range(length - 1, len(ids) - 1)
     targets = [parse_target(int(ids[read + 1]), adapter, tokenizer) for read in reads]

@@ -41,7 +41,8 @@ def plan_of(
     elif isinstance(prompt_or_length, int):
         lengths = [check_length(prompt_or_length, adapter)]
     else:
-        lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
+        prompts = encode_all(prompt_or_length, adapter, tokenizer, settings.chat_template_kwargs)[1]
+        lengths = [len(ids) for ids in prompts]
     components.check(adapter, lengths)
     last = check_end(components, adapter, end)
     rate, source = None, ""
