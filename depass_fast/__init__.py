@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .components.features import Features
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
+    from .inputs.doubts import InputWarning
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "Focus",
     "Generation",
     "Heads",
+    "InputWarning",
     "LayeredAttribution",
     "Modules",
     "Neurons",
@@ -60,6 +62,7 @@ _HOMES = {
     "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
+    "inputs.doubts": ("InputWarning",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

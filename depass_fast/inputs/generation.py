@@ -20,14 +20,15 @@ def generation_arguments(max_new_tokens: int | None, given: Mapping[str, Any] | 
 
     A ``generation_config`` among them decides by itself what it sets.
     """
-    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens} | dict(given or {})
-    config = arguments.get("generation_config")
+    arguments, config = dict(given or {}), (given or {}).get("generation_config")
     if config is None:
         arguments = {"do_sample": False} | arguments
+    if max_new_tokens is not None:
+        arguments = {"max_new_tokens": max_new_tokens} | arguments
     by_config = config is not None and (config.max_new_tokens is not None or config.max_length not in _UNSET)
-    if arguments["max_new_tokens"] is None and arguments.get("max_length") is None and not by_config:
+    if not by_config and all(arguments.get(name) is None for name in ("max_new_tokens", "max_length")):
         arguments["max_new_tokens"] = NEW_TOKENS
-    return {name: value for name, value in arguments.items() if value is not None}
+    return arguments
 
 
 def generate(adapter: Adapter, ids: Tensor, progress: bool = True, **arguments: Any) -> tuple[Tensor, int]:
