@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from .doubts import doubt
 
 _ASSISTANT = ("assistant", "model")
 _OURS = ("conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors")
 _OURS += ("tokenize", "tokenizer_kwargs", "truncation")  # they say how ids are returned
 _NOT_IN_TEMPLATE = ("add_generation_prompt", "chat_template", "continue_final_message", "sanitize_control_tokens")
-_BY_TEMPLATE = PreTrainedTokenizerBase.apply_chat_template
+_BY_TEMPLATE = "transformers.tokenization_utils_base"  # the home of the method that needs a template
 
 
 def check_template_kwargs(given: Any) -> None:
@@ -48,7 +46,8 @@ def chat_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, given: Mappi
     """
     given = dict(given or {})
     template = given.get("chat_template") or getattr(tokenizer, "chat_template", None)
-    if not template and getattr(type(tokenizer), "apply_chat_template", _BY_TEMPLATE) is _BY_TEMPLATE:
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    if not template and (method is None or method.__module__ == _BY_TEMPLATE):
         raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
     if template:  # mistral-common works without, and refuses by itself what it does not know
         _doubt_unread(given, str(template))

@@ -131,8 +131,9 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     else:
         parts = ", ".join(f"{part!r} ({i})" for part, i in zip(token_texts(ids, reader), ids, strict=True))
         problem = f"{text!r} is {len(ids)} tokens: [{parts}]; one is needed"
-    variants = [v for v in (f" {bare}", bare) if bare and v != text and _one(v, reader) is not None]
-    hint = f" {variants[0]!r} is one token." if variants else ""
+    others = [f" {bare}", bare] if bare else [f"<0x{byte:02X}>" for byte in text.encode()[:1] if len(text) == 1]
+    variant = next((other for other in others if other != text and _one(other, reader) is not None), None)
+    hint = "" if variant is None else f" {variant!r} is one token."
     raise ValueError(f"{argument}: {problem}.{hint}")
 
 
