@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
     from .inputs.continuation import TokenBoundaryWarning
+    from .inputs.doubts import InputWarning
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -44,6 +45,7 @@ __all__ = [
     "Focus",
     "Generation",
     "Heads",
+    "InputWarning",
     "LayeredAttribution",
     "Modules",
     "Neurons",
@@ -69,6 +71,7 @@ _HOMES = {
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
     "inputs.continuation": ("TokenBoundaryWarning",),
+    "inputs.doubts": ("InputWarning",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

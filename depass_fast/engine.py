@@ -13,7 +13,8 @@ from .adapters import adapt, unwrap
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
 from .components.model import Tokens
-from .inputs.loading import check_weights, load_model
+from .inputs.generation import generation_arguments
+from .inputs.loading import as_tokenizer, check_weights, load_model
 from .inputs.prompts import Prompt, encode_all, is_list_of_positions
 from .methods import continuation as continuations
 from .methods.attribution import attributions
@@ -48,7 +49,8 @@ class DePass:
     Args:
         model: in any floating dtype, on any device or devices; never modified. An nnsight `LanguageModel` and a
             TransformerLens `TransformerBridge` stand for the model and the tokenizer inside.
-        tokenizer: needed for text prompts, string targets and readable labels only.
+        tokenizer: needed for text prompts, string targets and readable labels only. A processor stands for the one
+            that it holds, a path or a hub name for the one that is loaded from there.
         options: defaults for every call, see :class:`depass_fast.Options`.
 
     Raises:
@@ -58,7 +60,7 @@ class DePass:
     def __init__(self, model: nn.Module, tokenizer: Any | None = None, **options: Unpack[OptionValues]) -> None:
         model, tokenizer = unwrap(model, tokenizer)
         self.adapter = adapt(model)
-        self.tokenizer = tokenizer
+        self.tokenizer = as_tokenizer(tokenizer)
         self.options = Options().updated(options)
         self.options.build(self.adapter)
         check_weights(self.adapter)
@@ -75,7 +77,7 @@ class DePass:
     ) -> DePass:
         """Load model and tokenizer from ``path`` (a folder or a hub name). A folder without a tokenizer is fine.
 
-        ``dtype="auto"`` is the stored one; ``model_kwargs`` (revision, token, ...) go to transformers.
+        ``dtype="auto"`` is the stored one; ``model_kwargs`` (revision, token, gguf_file, ...) go to transformers.
         ``device_map="auto"`` over several devices needs accelerate; on one device it does not.
         """
         Options().updated(options)  # before a model is loaded for nothing
@@ -92,10 +94,12 @@ class DePass:
         """The Hugging Face model."""
         return self.adapter.model
 
-    def trace(self, prompt: Prompt | Sequence[Prompt]) -> Trace:
+    def trace(self, prompt: Prompt | Sequence[Prompt], **options: Unpack[OptionValues]) -> Trace:
         """Take one ordinary forward pass and record it. A trace is accepted wherever a prompt is: it runs only once."""
-        batch, prompts = encode_all(prompt, self.adapter, self.tokenizer)
-        trace = take_trace(self.adapter, prompts, self.options.progress)
+        settings = self.options.updated(options)
+        settings.build(self.adapter)
+        batch, prompts = encode_all(prompt, self.adapter, self.tokenizer, settings.chat_template_kwargs)
+        trace = take_trace(self.adapter, prompts, settings.progress)
         return replace(trace, batch=batch, source=trace.source.sampled(self.model))
 
     def plan(
@@ -240,9 +244,9 @@ class DePass:
         """Return the share of every component in the logit of ``target``, or in every token of a ``continuation``.
 
         Args:
-            prompt: text, ids (list, or tensor (N,)), chat messages, a :class:`Trace`, or a list of prompts; or what a
-                tokenizer returns, ``input_ids`` (B, N) with ``attention_mask``, padded on any side: the padding is
-                dropped, and positions count without it.
+            prompt: text, ids (list, or tensor (N,)), chat messages (a last one of the assistant's is continued), a
+                :class:`Trace`, or a list of prompts; or what a tokenizer returns, ``input_ids`` (B, N) with
+                ``attention_mask``, padded on any side: the padding is dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
             target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
                 difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
@@ -288,7 +292,7 @@ class DePass:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 20,
+        max_new_tokens: int | None = None,
         generation: dict[str, Any] | None = None,
         **options: Unpack[OptionValues],
     ) -> Generation:
@@ -297,13 +301,14 @@ class DePass:
         Args:
             prompt: text, ids or chat messages; one.
             max_new_tokens, generation: how to generate; ``generation`` holds further arguments of ``model.generate``,
-                as ``{"do_sample": True}``. Default: greedy.
+                as ``{"do_sample": True}`` or ``{"max_length": 50}``. Default: greedy, and 20 tokens where no length is
+                given.
             options: overrides of :class:`depass_fast.Options`.
 
         Raises:
             ValueError, TypeError: as :meth:`attribute`; more tokens than the model's context; nothing was generated.
         """
-        arguments = {"max_new_tokens": max_new_tokens, "do_sample": False} | (generation or {})
+        arguments = generation_arguments(max_new_tokens, generation)
         settings = self.options.updated(options)
         return continuations.attribute_generation(self.adapter, self.tokenizer, settings, prompt, arguments)
 

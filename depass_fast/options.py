@@ -11,6 +11,7 @@ import torch
 from .adapters import Adapter
 from .allocation import Allocation, Rule
 from .backends import Backend, Choice, StreamBackend, make_backend, resolve
+from .inputs.chat import check_template_kwargs
 from .inputs.prompts import as_index
 from .propagation.run import Run
 from .propagation.verify import Verifier
@@ -45,6 +46,9 @@ class Options:
     verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
         how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`), in the states
         and in what a step adds to them. Same results; a short prompt takes a few times as long. Exact runs only.
+    chat_template_kwargs: arguments of the tokenizer's chat template for prompts that are chat messages, such as
+        ``{"tools": [...], "enable_thinking": False}``. ``add_generation_prompt`` or ``continue_final_message`` among
+        them say how the prompt ends. Default: a last message of the assistant's is continued, else its turn begins.
     """
 
     allocation: RuleName | Rule = "softmax"
@@ -57,6 +61,7 @@ class Options:
     stream: bool | Literal["auto"] = "auto"
     progress: bool = True
     verify: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     __repr__ = brief_repr
 
@@ -109,6 +114,7 @@ class Options:
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
         if not isinstance(self.verify, bool):
             raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
+        check_template_kwargs(self.chat_template_kwargs)
 
     def _check_streaming(self, backend: Backend, choice: Choice) -> None:
         """Refuse ``stream=True`` for a backend by name that does not stream, and for a user's own rule."""
@@ -160,6 +166,7 @@ class OptionValues(TypedDict, total=False):
     stream: bool | Literal["auto"]
     progress: bool
     verify: bool
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class CallValues(OptionValues, total=False):

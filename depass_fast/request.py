@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from .components.model import Neurons
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
-from .inputs.prompts import Prompt, as_positions, encode_all, token_texts
+from .inputs.prompts import Prompt, as_positions, encode_all
 from .inputs.provenance import provenance_of
 from .inputs.targets import TargetSpec, parse_target
+from .inputs.token_texts import token_texts
 from .options import Adjoint, Options
 from .planning.fit import fitted
 from .planning.shapes import RunShape, named_components
@@ -104,8 +105,12 @@ def make_request(
     prompt: Prompt | Sequence[Prompt] | Trace,
     components: ComponentKind,
     end: int | str | None = None,
+    *,
+    encoded: bool = False,
 ) -> Request:
     """Check everything that can be checked before any work.
+
+    ``encoded`` says that the prompt is the ids (N,) of one that was checked before, or a list of these.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -116,8 +121,10 @@ def make_request(
         trace.source.check(adapter.model)
         batch, ids = trace.batch, trace.input_ids.cpu()
         prompts = [ids[trace.span(p)] for p in range(trace.n_prompts)]
+    elif encoded:
+        batch, prompts = False, cast("list[Tensor]", prompt if isinstance(prompt, list) else [prompt])
     else:
-        batch, prompts = encode_all(prompt, adapter, tokenizer)
+        batch, prompts = encode_all(prompt, adapter, tokenizer, settings.chat_template_kwargs)
     check_kind(components)
     components.check(adapter, [len(ids) for ids in prompts])
     last = check_end(components, adapter, end)

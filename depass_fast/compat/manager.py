@@ -14,7 +14,7 @@ from ..components.base import ComponentKind
 from ..components.custom import Custom
 from ..components.model import Heads, Modules, Neurons, Tokens
 from ..inputs.generation import generate
-from ..inputs.loading import check_weights
+from ..inputs.loading import as_tokenizer, check_weights
 from ..inputs.prompts import Prompt, encode
 from ..labels import BIAS, REST
 from ..methods.states import carry
@@ -72,7 +72,8 @@ class decomposed_state_manager:
         self.ignore_special_token = ignore_special_token
         self.mlp_decomposed_function = mlp_decomposed_function
         self.corrected = corrected
-        inner, self._inner_tokenizer = unwrap(model, tokenizer)
+        inner, tokenizer = unwrap(model, tokenizer)
+        self._inner_tokenizer = as_tokenizer(tokenizer)
         adapter = adapt(inner)
         self._settings = Options(temperature=mlp_softmax_temp).updated(options)
         self._settings.build(adapter)
@@ -91,7 +92,7 @@ class decomposed_state_manager:
     def get_states(self, prompt: Prompt) -> list[Tensor]:
         """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``."""
         self._trace = None  # its memory, before that of the next one is needed
-        ids = encode(prompt, self._adapter, self._inner_tokenizer)
+        ids = encode(prompt, self._adapter, self._inner_tokenizer, self._settings.chat_template_kwargs)
         self._trace = take_trace(self._traced, [ids], self._settings.progress)
         stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
         self.states = [x[None].clone() for x in (*stream, self._trace.resid_final)]
@@ -231,7 +232,7 @@ class decomposed_state_manager:
         arguments = {k: v for k, v in arguments.items() if v is not None} | generation
         if self.tokenizer is None:
             raise ValueError("model_generate_cite: a tokenizer is needed for the text that it returns.")
-        ids = encode(prompt, self._adapter, self._inner_tokenizer)
+        ids = encode(prompt, self._adapter, self._inner_tokenizer, self._settings.chat_template_kwargs)
         ids, length = generate(self._adapter, ids, self._settings.progress, **arguments)
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         attribute_state, states = self.get_last_layer_decomposed_state(ids)

@@ -98,6 +98,9 @@ class Subspaces(LayerKind[R]):
             for layer, one in zip(named, bases, strict=True)
         ]
 
+    def user_tensors(self) -> Sequence[Tensor]:
+        return self.bases
+
     def identity(self) -> tuple:
         return self.bases.digest  # bases are copies
 

@@ -190,12 +190,13 @@ def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, given: float, at_on
     A rest is rounding up to a hundredth of x, and up to eps^0.75 of the state's dtype, relative to the largest
     component: that is 6e-6 in float32, as states from another run or machine differ by more than the rounding of one
     sum. Half precision differs by eps. What was ``given`` with a coarser eps explains as much as that; with ``at_once``
-    only where it explains the rest of every position, and a rest that is larger somewhere shows that there is one.
+    half as much, as each number is rounded once, and only where it explains the rest of every position: a rest that is
+    larger somewhere shows that there is one.
     """
     size, norms, norm = rest.norm(dim=-1), named.norm(dim=-1), x.norm(dim=-1)
     relative = size / torch.maximum(norms.amax(1), norm).clamp_min(torch.finfo(norm.dtype).tiny)
-    rounding, explained = relative <= _explained(torch.finfo(rest.dtype).eps), relative <= _explained(given)
-    rounding |= explained.all() if at_once else explained
+    rounding = relative <= _explained(torch.finfo(rest.dtype).eps)
+    rounding |= (relative <= _explained(given) / 2).all() if at_once else relative <= _explained(given)
     rounding &= size <= 0.01 * norm
     if not rounding.any():
         return False

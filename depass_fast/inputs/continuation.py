@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,11 @@ class TokenBoundaryWarning(UserWarning):
 
 
 def encode_continued(
-    prompt: Any, continuation: Any, adapter: Adapter, tokenizer: Any | None
+    prompt: Any,
+    continuation: Any,
+    adapter: Adapter,
+    tokenizer: Any | None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[bool, list[Tensor], list[int]]:
     """Return the ids (N,) of every prompt with its ``continuation`` behind it, and the prompts' own lengths.
 
@@ -38,7 +42,7 @@ def encode_continued(
             number of continuations than of prompts, no tokenizer for text; and as :func:`encode_all` of the prompts.
         TypeError: anything that is neither text nor ids.
     """
-    batch, prompts = encode_all(prompt, adapter, tokenizer)
+    batch, prompts = encode_all(prompt, adapter, tokenizer, template_kwargs)
     whole = []
     for ids, text, given in zip(
         prompts, _texts(prompt, batch, len(prompts)), _per_prompt(continuation, len(prompts)), strict=True

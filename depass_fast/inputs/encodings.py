@@ -6,7 +6,7 @@ lengths without any (:mod:`depass_fast.trace.capture`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 # entries that tokenizers and collators add, and that the forward pass of a language model does not read
 _ABOUT_THE_TEXT = {
+    "assistant_masks",
     "labels",
     "length",
     "num_truncated_tokens",
@@ -23,6 +24,7 @@ _ABOUT_THE_TEXT = {
     "overflowing_tokens",
     "special_tokens_mask",
 }
+_KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # 0: text
 
 
 def is_encoding(prompt: Any) -> bool:
@@ -97,8 +99,10 @@ def _refuse_other_inputs(encoding: Mapping[str, Any]) -> None:
     for name, value in encoding.items():
         if value is None or name in _ABOUT_THE_TEXT or name in ("input_ids", "attention_mask"):
             continue
-        if name == "token_type_ids" and not any(row.any() for row in _rows(value, name)):
+        if name in _KINDS_OF_TOKENS and not any(row.any() for row in _rows(value, name)):
             continue  # a single kind of text, as without this entry
+        if isinstance(value, str) or (isinstance(value, Sequence) and value and isinstance(value[0], str)):
+            continue  # a column of a data set, such as the text itself
         raise ValueError(
             f"prompt: {name} is an input that a decomposition would leave out; give input_ids and attention_mask only."
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.stored import kind_of, reads_as_computed, unreadable
 from ..runtime.dtypes import parse_dtype
+from .doubts import doubt
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WHERE = ("revision", "token", "subfolder", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")
+_NO_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _READING_TOLERANCE = 0.05  # of an output; 8-bit activations round it by 0.01
 
 
 def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
-    """Load the model (in eval mode) and the tokenizer of ``path``, a folder or a hub name. No tokenizer is None.
+    """Load the model (in eval mode) and the tokenizer of ``path``, a folder or a hub name.
+
+    The tokenizer is None where there is none, with a warning for a hub name, and for a GGUF file, which holds one.
 
     Raises:
         ImportError: ``device_map`` needs accelerate to spread the model over several devices.
@@ -37,14 +44,47 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
     if device is not None:
         model = model.to(device)
-    shared = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "subfolder", "trust_remote_code")}
+    shared = {name: model_kwargs[name] for name in _WHERE if name in model_kwargs}
+    gguf = shared.get("gguf_file")
+    expected: tuple[type[Exception], ...] = (Exception,) if gguf else _NO_TOKENIZER
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **shared)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it says in various ways that there is none
-        if any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
+        return model, transformers.AutoTokenizer.from_pretrained(path, **shared)
+    except expected as error:  # it says in various ways that there is none
+        if not gguf and any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
             raise  # there is one, and it is broken
-        tokenizer = None
-    return model, tokenizer
+        if gguf or not Path(path).is_dir():
+            doubt(
+                f"tokenizer: none could be read from {gguf or path} ({' '.join(str(error).split())}). Text and "
+                "readable labels need one: give DePass(dp.model, tokenizer) one, or the path of a folder that has one."
+            )
+        return model, None
+
+
+def as_tokenizer(given: Any) -> Any:
+    """The tokenizer that a tokenizer, a processor, a path or a hub name stands for; None stays None.
+
+    Raises:
+        ValueError: no tokenizer can be loaded from there.
+        TypeError: it is something else.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(os.fspath(given))
+        except (OSError, *_NO_TOKENIZER) as error:
+            raise ValueError(f"tokenizer: none could be loaded from {os.fspath(given)!r}: {error}") from error
+    if type(given).__module__.partition(".")[0] == "tokenizers":
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=given)
+    inner = getattr(given, "tokenizer", None)
+    if inner is not None and not hasattr(given, "encode"):
+        template = getattr(given, "chat_template", None)
+        if template and not getattr(inner, "chat_template", None):  # some processors keep it to themselves
+            inner = copy.copy(inner)
+            inner.chat_template = template
+        return inner
+    if given is None or (hasattr(given, "encode") and hasattr(given, "decode") and not isinstance(given, type)):
+        return given
+    name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+    raise TypeError(f"tokenizer: expected a tokenizer, a processor that holds one, or a path, got {name}.")
 
 
 def _single_device(device_map: Any) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from .chat import chat_ids
+from .doubts import doubt_end, doubt_padding, doubt_start
 from .encodings import is_encoded_batch, is_encoding, unpadded
 
 Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -18,27 +20,35 @@ Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
 
 def is_batch(prompt: Any) -> bool:
     """True for several prompts: a (P, N) tensor or a tokenizer's output with P > 1, or a list of prompts."""
+    prompt = _texts(prompt)
     if isinstance(prompt, (Tensor, np.ndarray)):
         return prompt.ndim == 2 and len(prompt) > 1
     if is_encoding(prompt):
         return is_encoded_batch(prompt)
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0 and _is_prompt(prompt[0])
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, (str, bytes, bytearray))
+    return listed and len(prompt) > 0 and _is_prompt(prompt[0])
 
 
 def _is_prompt(item: Any) -> bool:
+    item = _texts(item)
     if isinstance(item, (Tensor, np.ndarray)):
         return item.ndim > 0
-    return isinstance(item, (str, list, tuple)) or is_encoding(item)
+    return isinstance(item, (str, bytes, list, tuple)) or is_encoding(item)
 
 
-def encode_all(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[bool, list[Tensor]]:
-    """The ids (N,) of every prompt; first, True if several are given rather than one."""
+def _texts(prompt: Any) -> Any:
+    """An array of strings or of Python objects as a list (a string, if it has no axis); anything else as it is."""
+    return prompt.tolist() if isinstance(prompt, np.ndarray) and prompt.dtype.kind in "OSTU" else prompt
+
+
+def encode_all(
+    prompt: Any, adapter: Adapter, tokenizer: Any | None, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[bool, list[Tensor]]:
+    """The ids (N,) of every prompt; first, True if several are given rather than one. Arguments as :func:`encode`."""
     batch = is_batch(prompt)
     if is_encoding(prompt):
-        prompt = unpadded(prompt)
-    elif not batch:
-        prompt = [prompt]
-    return batch, [encode(p, adapter, tokenizer) for p in prompt]
+        return batch, _encoded(prompt, adapter, tokenizer)
+    return batch, [encode(p, adapter, tokenizer, template_kwargs) for p in (_texts(prompt) if batch else [prompt])]
 
 
 def as_index(value: Any, argument: str) -> int:
@@ -75,39 +85,70 @@ def is_list_of_positions(position: Any) -> bool:
     return isinstance(position, Sequence) and not isinstance(position, str)
 
 
-def encode(prompt: Any, adapter: Adapter, tokenizer: Any | None) -> Tensor:
+def encode(
+    prompt: Any, adapter: Adapter, tokenizer: Any | None, template_kwargs: Mapping[str, Any] | None = None
+) -> Tensor:
     """The ids (N,) of one prompt, a :data:`Prompt`.
 
-    Text goes through the tokenizer with its special tokens, chat messages through its template, which adds them itself.
-    The output of a tokenizer (`input_ids`, `attention_mask`) loses its padding.
+    Text goes through the tokenizer with its special tokens. Chat messages go through its template, which adds them
+    itself and reads ``template_kwargs``; a last message of the assistant's is continued. The output of a tokenizer
+    (`input_ids`, `attention_mask`) loses its padding.
 
     Raises:
         ValueError: empty prompt, ids outside the vocabulary, longer than the model's context, no tokenizer for text.
         TypeError: anything that is no prompt.
     """
+    prompt = _texts(prompt)
     if is_encoding(prompt):
         if is_encoded_batch(prompt):
             raise ValueError("prompt: input_ids of one prompt are expected here, (N,) or (1, N).")
-        prompt = unpadded(prompt)[0]
-    if isinstance(prompt, np.ndarray):
-        prompt = torch.from_numpy(prompt)
+        return _encoded(prompt, adapter, tokenizer)[0]
     if isinstance(prompt, str):
         ids = _text_ids(prompt, tokenizer)
-    elif isinstance(prompt, Tensor):
-        ids = _tensor_ids(prompt)
-    elif not isinstance(prompt, Sequence):
-        raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}.")
-    elif len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-        ids = _chat_ids(list(prompt), tokenizer)
+    elif isinstance(prompt, Sequence) and len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+        ids = chat_ids(prompt, required(tokenizer, "prompt as chat messages"), template_kwargs)
+        doubt_start(ids, tokenizer, "The tokenizer's chat template adds one too many; give ids without it.")
     else:
-        ids = _listed_ids(prompt)
+        ids = _given_ids(prompt)
+        doubt_padding(ids, tokenizer)
+        doubt_start(ids, tokenizer, _ONE_BOS)
     return _checked(ids, adapter)
+
+
+_ONE_BOS = "Give ids with one: tokenizer(text, add_special_tokens=False) where the text has its own."
+
+
+def _encoded(encoding: Mapping[str, Any], adapter: Adapter, tokenizer: Any | None) -> list[Tensor]:
+    """The ids (N,) of every prompt in a tokenizer's output."""
+    rows = [_given_ids(ids) for ids in unpadded(encoding)]
+    for ids in rows:
+        if encoding.get("attention_mask") is None:
+            doubt_padding(ids, tokenizer)
+        doubt_start(ids, tokenizer, _ONE_BOS)
+    return [_checked(ids, adapter) for ids in rows]
 
 
 def _text_ids(text: str, tokenizer: Any | None) -> list[int]:
     if not text:
         return []  # a BOS that the tokenizer adds by itself does not make an empty text a prompt
-    return _required(tokenizer, "prompt as text").encode(text)
+    ids = required(tokenizer, "prompt as text").encode(text)
+    doubt_start(ids, tokenizer, "The text has one, and the tokenizer adds one: leave it out of the text.")
+    doubt_end(text, ids, tokenizer)
+    return ids
+
+
+def _given_ids(prompt: Any) -> list[int]:
+    """Ids in a tensor, an array or a list, as a list."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise TypeError("prompt: expected text, got bytes; decode them first: prompt.decode('utf-8').")
+    if isinstance(prompt, np.ndarray):
+        prompt = torch.from_numpy(prompt)
+    if isinstance(prompt, Tensor):
+        return _tensor_ids(prompt)
+    if isinstance(prompt, Sequence):
+        return _listed_ids(prompt)
+    listed = "; give prompt.tolist()" if hasattr(prompt, "tolist") else ""
+    raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}{listed}.")
 
 
 def _tensor_ids(ids: Tensor) -> list[int]:
@@ -120,19 +161,11 @@ def _tensor_ids(ids: Tensor) -> list[int]:
     return ids.tolist()
 
 
-def _chat_ids(messages: list[Mapping[str, Any]], tokenizer: Any | None) -> list[int]:
-    reader = _required(tokenizer, "prompt as chat messages")
-    if not reader.chat_template:
-        raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
-    text = reader.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return reader.encode(text, add_special_tokens=False)
-
-
 def _listed_ids(ids: Sequence[Any]) -> list[int]:
     for item in ids:
         if isinstance(item, bool) or not hasattr(item, "__index__"):
             raise TypeError(f"prompt: expected text, token ids or chat messages, got a list with {item!r}.")
-    return list(ids)
+    return [int(i) for i in ids]
 
 
 def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
@@ -142,43 +175,14 @@ def _checked(ids: Sequence[int], adapter: Adapter) -> Tensor:
     limit, vocabulary = adapter.context_length, adapter.embedding.weight.shape[0]
     if limit is not None and len(ids) > limit:
         raise ValueError(f"prompt: {len(ids)} tokens, but the model's context is {limit}; shorten the prompt.")
-    tensor = torch.tensor([int(i) for i in ids], dtype=torch.long, device="cpu")
+    tensor = torch.tensor(ids, dtype=torch.long, device="cpu")
     outside = tensor[(tensor < 0) | (tensor >= vocabulary)]
     if len(outside):
         raise ValueError(f"prompt: id {int(outside[0])} is outside the vocabulary (0 to {vocabulary - 1}).")
     return tensor
 
 
-def token_texts(ids: Tensor, tokenizer: Any | None) -> list[str]:
-    """The text of every token; its number where there is no tokenizer."""
-    if tokenizer is None:
-        return [str(i) for i in ids.tolist()]
-    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids.tolist()]
-
-
-def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> int:
-    """The id of a text that is a single token.
-
-    Raises:
-        ValueError: it is several tokens (the message names them), or none.
-    """
-    reader = _required(tokenizer, f"{argument} {text!r}")
-    ids = reader.encode(text, add_special_tokens=False)
-    if not text:
-        raise ValueError(f"{argument}: empty string; give one token, or None for the model's own next token.")
-    if len(ids) == 1 and ids[0] == reader.unk_token_id and text != reader.unk_token:
-        raise ValueError(f"{argument}: {text!r} is not in the tokenizer's vocabulary.")
-    if len(ids) != 1:
-        parts = ", ".join(
-            f"{t!r} ({i})" for t, i in zip(token_texts(torch.tensor(ids, device="cpu"), tokenizer), ids, strict=True)
-        )
-        more = " Several tokens are given as continuation=." if argument == "target" and len(ids) > 1 else ""
-        hint = "" if text.startswith(" ") else f" Most words need a leading space: {' ' + text!r}."
-        raise ValueError(f"{argument}: {text!r} is {len(ids)} tokens: [{parts}]; one is needed.{hint}{more}")
-    return ids[0]
-
-
-def _required(tokenizer: Any | None, argument: str) -> Any:
+def required(tokenizer: Any | None, argument: str) -> Any:
     if tokenizer is None:
         raise ValueError(f"{argument}: a tokenizer is needed, DePass(model, tokenizer). Without one, give token ids.")
     return tokenizer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
-from .prompts import as_index, single_token
+from .prompts import as_index
+from .token_texts import single_token
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast:
 
 
 def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    return value.tolist() if value.dtype.kind in "OSTU" else torch.from_numpy(value)
 
 
 def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[int | None, int | None, Tensor | None]:
@@ -80,7 +83,13 @@ def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[int 
 
 def _token(item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "target") -> int:
     if isinstance(item, str):
-        return single_token(item, tokenizer, argument)
+        token, size = single_token(item, tokenizer, argument), adapter.vocabulary_size
+        if token >= size:
+            raise ValueError(
+                f"{argument}: {item!r} is the tokenizer's id {token}, outside the model's vocabulary "
+                f"(0 to {size - 1}); the tokenizer has more tokens than the model."
+            )
+        return token
     try:
         token = as_index(item, argument)
     except TypeError:

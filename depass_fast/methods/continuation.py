@@ -64,8 +64,8 @@ def attribute_continuation(
             "prompt: a trace is of its own tokens only, and a continuation has more; give text, ids or chat messages. "
             "In a trace of prompt and continuation, read several positions (position=[...])."
         )
-    batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer)
-    request = make_request(adapter, tokenizer, settings, whole, components)
+    batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer, settings.chat_template_kwargs)
+    request = make_request(adapter, tokenizer, settings, whole, components, encoded=True)
     request = with_method(replace(request, batch=batch, began=began), method)
     results = [
         Continuation.of(steps, length, tokenizer, log_z)
@@ -87,10 +87,11 @@ def attribute_generation(
     if isinstance(prompt, Trace) or is_batch(prompt):
         raise TypeError("prompt: one prompt at a time (text, ids or chat messages) can be continued.")
     check_ready(adapter)
-    ids, length = generate(adapter, encode(prompt, adapter, tokenizer), run.progress, **arguments)
+    ids = encode(prompt, adapter, tokenizer, settings.chat_template_kwargs)
+    ids, length = generate(adapter, ids, run.progress, **arguments)
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
-    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens()), began=began)
+    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
     ((steps, log_z),) = _decomposed(request, [length])
     return Generation.of(steps, length, tokenizer, log_z)
 

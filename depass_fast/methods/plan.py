@@ -49,9 +49,15 @@ def plan_of(
     elif isinstance(prompt_or_length, int):
         lengths = [check_length(prompt_or_length, adapter)]
     elif continuation is not None:
-        lengths = [len(ids) for ids in encode_continued(prompt_or_length, continuation, adapter, tokenizer)[1]]
+        lengths = [
+            len(ids)
+            for ids in encode_continued(
+                prompt_or_length, continuation, adapter, tokenizer, settings.chat_template_kwargs
+            )[1]
+        ]
     else:
-        lengths = [len(ids) for ids in encode_all(prompt_or_length, adapter, tokenizer)[1]]
+        prompts = encode_all(prompt_or_length, adapter, tokenizer, settings.chat_template_kwargs)[1]
+        lengths = [len(ids) for ids in prompts]
     components.check(adapter, lengths)
     last = check_end(components, adapter, end)
     carried = [n - (continuation is not None) for n in lengths]  # nothing follows the last token that is given

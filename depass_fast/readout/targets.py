@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..adapters import Adapter, Norm
 from ..backends import Backend
-from ..inputs.prompts import token_texts
 from ..inputs.targets import TargetSpec
+from ..inputs.token_texts import token_texts
 from ..labels import BIAS
 from ..runtime.transfer import all_to_device, to_device
 from ..state.layout import Components
@@ -243,5 +243,5 @@ def scores_of(alive: Tensor, components: Components, constants: Tensor) -> Tenso
 def _name(token: int | None, contrast: int | None, tokenizer: Any | None) -> str:
     if token is None:
         return "direction"
-    texts = token_texts(torch.tensor([token] if contrast is None else [token, contrast], device="cpu"), tokenizer)
+    texts = token_texts([token] if contrast is None else [token, contrast], tokenizer)
     return " - ".join(repr(text) if tokenizer is not None else f"id {text}" for text in texts)

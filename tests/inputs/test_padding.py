@@ -65,7 +65,8 @@ def test_one_prompt_is_one_prompt(dp):
     encodings = [
         {"input_ids": PROMPTS[0]},
         {"input_ids": [PROMPTS[0]], "attention_mask": [[1] * 5], "token_type_ids": [[0] * 5], "pixel_values": None},
-        {"input_ids": ids, "attention_mask": mask, "offset_mapping": [(0, 1)] * 7},
+        {"input_ids": ids, "attention_mask": mask, "offset_mapping": [(0, 1)] * 7, "assistant_masks": [0] * 7},
+        {"input_ids": PROMPTS[0], "mm_token_type_ids": [0] * 5, "text": "a row of a data set", "names": ["a"]},
         row,
     ]
     for encoding in encodings:

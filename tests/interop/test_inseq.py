@@ -1,5 +1,7 @@
 """DePass as an attribution method of inseq."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -84,6 +86,36 @@ def test_the_shares_sum_to_the_logit(loaded):
     _, (sequence,) = sequences(model, PROMPT, FULL, step_scores=["logit"])
     shares = sequence.target_attributions.nan_to_num().sum(0)
     assert torch.allclose(shares, sequence.step_scores["logit"], atol=1e-3)  # this model has no constants
+
+
+@pytest.mark.parametrize("name", ["contrast_logits_diff", "contrast_logits"])
+def test_a_contrast_of_logits_is_a_sum_of_shares(loaded, name):
+    model, dp = loaded
+    other = f"{PROMPT} French."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inseq's own, on contrasts as attributed functions
+        _, (sequence,) = sequences(
+            model, PROMPT, FULL, attributed_fn=name, contrast_targets=other, step_scores=[name], layer=1
+        )
+    prompt, full = dp.tokenizer.encode(PROMPT), dp.tokenizer.encode(FULL)
+    got = sequence.target_attributions.nan_to_num()
+    for step, against in enumerate(dp.tokenizer.encode(other)[len(prompt) :]):
+        before = full[: len(prompt) + step]
+        target = against if name == "contrast_logits" else (full[len(before)], against)
+        alone = dp.attribute(before, Tokens(1), target).scores[: len(before)]
+        assert torch.allclose(got[: len(before), step], alone, atol=1e-4)
+    assert float(got[:, 0].sum()) == pytest.approx(float(sequence.step_scores[name][0]), abs=1e-3)
+
+
+def test_what_a_contrast_needs(loaded):
+    model, _ = loaded
+    contrast = {"attributed_fn": "contrast_logits_diff"}
+    with pytest.raises(ValueError, match="contrast_targets: needed for a contrast"):
+        sequences(model, PROMPT, FULL, **contrast)
+    with pytest.raises(ValueError, match="contrast_force_inputs: a contrast is decomposed after the original"):
+        sequences(model, PROMPT, FULL, **contrast, contrast_targets=f"{PROMPT} French.", contrast_force_inputs=True)
+    with pytest.raises(ValueError, match="contrast_prob_diff_fn is no logit and no difference of logits"):
+        sequences(model, PROMPT, FULL, attributed_fn="contrast_prob_diff", contrast_targets=f"{PROMPT} French.")
 
 
 def test_only_logits_are_sums_of_shares(loaded):

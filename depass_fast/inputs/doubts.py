@@ -1,0 +1,56 @@
+"""Warnings about input that can be decomposed, and that is probably not what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..runtime.log import warn_user
+
+
+class InputWarning(UserWarning):
+    """A prompt, a chat template's argument or a tokenizer's file is probably not what was meant."""
+
+
+def doubt(text: str) -> None:
+    """Warn at the user's own line."""
+    warn_user(text, InputWarning)
+
+
+def doubt_padding(ids: Sequence[int], tokenizer: Any | None) -> None:
+    """Warn of padding at the ends of ids that came without a mask.
+
+    A token for padding that is also another special one, such as GPT-2's, may stand there once.
+    """
+    pad = _special(tokenizer, "pad_token_id")
+    if pad is None:
+        return
+    shared = any(_special(tokenizer, f"{name}_token_id") == pad for name in ("bos", "eos", "unk", "sep", "cls"))
+    for end, run in (("begins", ids), ("ends", ids[::-1])):
+        if run and all(i == pad for i in run[: 2 if shared else 1]) and len(run) > shared:
+            doubt(
+                f"prompt: it {end} with the tokenizer's padding token (id {pad}), and no mask says that it is padding: "
+                "it is decomposed like text. Give input_ids with their attention_mask, or ids without padding."
+            )
+            return
+
+
+def doubt_start(ids: Sequence[int], tokenizer: Any | None, advice: str) -> None:
+    """Warn where a prompt begins with two BOS; ``advice`` says what to do."""
+    bos = _special(tokenizer, "bos_token_id")
+    if bos is not None and bos != _special(tokenizer, "pad_token_id") and list(ids[:2]) == [bos, bos]:
+        doubt(f"prompt: it begins with the start token twice (id {bos}), which models were not trained on. {advice}")
+
+
+def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
+    """Warn where a tokenizer ends a text with EOS: what is read there is what follows the end."""
+    eos, token = _special(tokenizer, "eos_token_id"), getattr(tokenizer, "eos_token", None)
+    if eos is not None and len(ids) > 1 and ids[-1] == eos and not text.rstrip().endswith(str(token)):
+        doubt(
+            f"prompt: the tokenizer ends the text with {token!r}, so that position -1 reads what follows the end. Set "
+            "tokenizer.add_eos_token = False, or give ids without it."
+        )
+
+
+def _special(tokenizer: Any | None, name: str) -> int | None:
+    return getattr(tokenizer, name, None)

@@ -1,0 +1,93 @@
+"""Input that is probably not what was meant is warned of: padding without a mask, two start tokens, an end."""
+
+import warnings
+
+import pytest
+import torch
+from tokenizers import processors
+
+from depass_fast import DePass, InputWarning, Tokens
+from tests.support.family_models import build_model
+from tests.support.tokenizers import byte_level, llama_like
+
+
+def with_model(tokenizer):
+    return DePass(build_model("llama", num_key_value_heads=2, vocab_size=len(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def padded():
+    """A tokenizer with a token for padding alone."""
+    return with_model(byte_level(bos_token="<s>", eos_token="</s>", pad_token="<pad>"))
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A tokenizer as GPT-2's: one token for everything."""
+    return with_model(byte_level(**dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], "<|end|>")))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return with_model(llama_like())
+
+
+def quiet(dp, prompt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dp.attribute(dp.trace(prompt), Tokens())
+
+
+def test_padding_without_a_mask(padded):
+    pad = padded.tokenizer.pad_token_id
+    for prompt in ([pad, 5, 6], [5, 6, pad], torch.tensor([[5, 6, 7], [5, pad, pad]]), {"input_ids": [[pad, 5, 6]]}):
+        for call in (lambda p: padded.attribute(p, Tokens()), padded.trace):
+            with pytest.warns(InputWarning, match=rf"padding token \(id {pad}\), and no mask says that it is padding"):
+                call(prompt)
+    quiet(padded, {"input_ids": [[pad, 5, 6]], "attention_mask": [[0, 1, 1]]})
+    quiet(padded, {"input_ids": [[pad, 5, 6]], "attention_mask": [[1, 1, 1]]})  # it says so itself
+    quiet(padded, [5, pad, 6])
+
+
+def test_one_token_for_padding_and_for_the_ends(shared):
+    """A single one is a start or an end of a text; several are padding."""
+    end = shared.tokenizer.pad_token_id
+    for prompt in ([end, 5, 6], [5, 6, end], [end, 5, end], "<|end|>ab", {"input_ids": [end, 5]}, [end]):
+        quiet(shared, prompt)
+    for prompt in ([end, end, 5], [5, end, end]):
+        with pytest.warns(InputWarning, match="padding token") as caught:
+            shared.attribute(prompt, Tokens())
+        assert len(caught) == 1
+
+
+def test_two_start_tokens(llama):
+    ids = llama.tokenizer.encode("The capital")
+    quiet(llama, "The capital")
+    quiet(llama, ids)
+    with pytest.warns(InputWarning, match=r"start token twice \(id 1\).* leave it out of the text"):
+        llama.attribute("<s>The capital", Tokens())
+    for prompt in ([1, *ids], {"input_ids": [1, *ids], "attention_mask": [1] * (len(ids) + 1)}):
+        with pytest.warns(InputWarning, match=r"start token twice .* add_special_tokens=False"):
+            llama.attribute(prompt, Tokens())
+    llama.tokenizer.chat_template = "<s><s>{{ messages[0]['content'] }}"
+    with pytest.warns(InputWarning, match="The tokenizer's chat template adds one too many"):
+        llama.attribute([{"role": "user", "content": "is"}], Tokens())
+
+
+def test_generated_ids_are_not_doubted_again(padded):
+    with pytest.warns(InputWarning) as caught:
+        padded.attribute_generation([padded.tokenizer.pad_token_id, 5], max_new_tokens=2)
+    assert len(caught) == 1
+
+
+def test_a_tokenizer_that_ends_the_text(padded):
+    tokenizer = byte_level(eos_token="</s>")
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", end)]
+    )
+    dp = DePass(padded.model, tokenizer)
+    with pytest.warns(InputWarning, match="the tokenizer ends the text with '</s>'"):
+        dp.attribute("ab", Tokens())
+    quiet(dp, [5, end])
+    quiet(with_model(byte_level(eos_token="</s>")), "ab</s>")
