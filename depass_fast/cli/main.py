@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from . import attribute, flags, plan, types
 from .errors import in_flags, is_users, one_line
 from .model import silence_transformers
+from .startup import import_transformers
 
 _DESCRIPTION = """\
 Exact attributions for Hugging Face causal language models: how much of a logit comes from every input token,
@@ -25,7 +26,10 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C.
+
+    Without ``argv`` this is the command of the process, whose imports may be lighter than a library's.
+    """
     try:
         args = _parser().parse_args(argv)
     except SystemExit as done:  # --help and --version
@@ -33,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     try:
+        if argv is None and args.command != "doctor":
+            import_transformers()
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
