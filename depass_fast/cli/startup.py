@@ -17,13 +17,17 @@ from types import ModuleType
 from typing import Any
 
 _DEFERRED = ("torch._dynamo", "scipy", "sklearn")
-_MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # decorators that tell the compiler how to take a function
+_MARKS = (
+    "allow_in_graph",
+    "assume_constant_result",
+    "disable",
+)  # decorators that tell the compiler how to take a function
 
 
 def import_transformers() -> None:
     """Import torch and transformers' models and generation, and freeze all objects that this makes.
 
-    Where transformers needs more than the stand-ins, as another version may, it is imported from the start without them.
+    Where transformers needs more than the stand-ins, as another version may, it is imported anew without them.
     """
     if "transformers.modeling_utils" in sys.modules:
         return
@@ -84,7 +88,7 @@ class _Finder:
 
 
 class _StandIn(ModuleType):
-    """A module whose decorators leave functions as they are; its other functions import the module when they are called."""
+    """A module whose decorators leave functions as they are. Its other functions import the module when called."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 
 def text(given: str) -> str:
-    """A text that is not empty."""
+    """A text that is not empty; a dash stands for standard input."""
+    if given == "-":
+        given = standard_input()
     if not given:
         raise argparse.ArgumentTypeError("empty; at least one token is needed")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no valid UTF-8") from None
     return given
+
+
+def standard_input() -> str:
+    """Standard input up to its end, without its last line break."""
+    try:
+        content = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"standard input is no text ({error})") from None
+    return content.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(given: str) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{given!r} cannot be read ({error})") from None
 
 
 def token_ids(given: str) -> list[int]:
@@ -91,3 +115,13 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return checked
+
+
+def dictionary(given: str) -> Path:
+    """A file of weights, .safetensors or .npz, or a folder."""
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no file {given!r}")
+    if not path.is_dir() and path.suffix not in (".safetensors", ".npz"):
+        raise argparse.ArgumentTypeError(f"{given!r} must be a folder, or end in .safetensors or .npz")
+    return path
