@@ -81,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Attribute, batch by batch; write --out and print the results as they come."""
-    _check(args)
     with on_stderr():
         engine, components, options = _prepared(args)
         writer = Writer(args.out, prompts.is_several(args))
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     writer.close()
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, before anything is imported."""
     if args.components == "features" and args.dictionary is None:
         raise ValueError("--dictionary: features need a file with the weights of a dictionary.")

@@ -75,9 +75,9 @@ def load_dictionary(path: Path, device: str) -> tuple[Dictionary, str]:
     if found.k is not None and found.k > len(found.b_enc):
         raise ValueError(f"dictionary: {config} says k = {found.k}, but there are {len(found.b_enc)} features.")
     act = "TopK" if found.k is not None else "ReLU" if found.threshold is None else "JumpReLU"
-    x = "x - b_dec" if found.centred else "x"
+    x = "(x - b_dec)" if found.centred else "x"
     source = "by its cfg.json" if config.is_file() else "no cfg.json says otherwise"
-    return found, f"dictionary: {len(found.b_enc)} features, {act}(({x}) W_enc + b_enc); {source}"
+    return found, f"dictionary: {len(found.b_enc)} features, {act}({x} W_enc + b_enc); {source}"
 
 
 def _weights_file(path: Path) -> Path:

@@ -106,14 +106,13 @@ def check_method(args: argparse.Namespace) -> None:
 
 
 def method_of(args: argparse.Namespace) -> MethodName | Adjoint | None:
-    """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together.
+    """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together, checked before.
 
     --refine, --refine-within, --sample and --seed belong to the adjoint sweep: any of them asks for it.
 
     Raises:
-        ValueError: one of them is given with another method, or is out of range.
+        ValueError: one of them is out of range.
     """
-    check_method(args)
     given = _adjoint_numbers(args)
     if not given:
         return args.method

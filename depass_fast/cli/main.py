@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return int(done.code or 0)
     except ValueError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:  # while standard input is read
+        return 130
     try:
+        if "check" in args:
+            args.check(args)
         if argv is None and args.command != "doctor":
             import_transformers()
         args.run(args)
@@ -101,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "attribute", help="the share of every token, head, module, neuron or feature in a logit", **shape
     )
     attribute.add_arguments(shares)
-    shares.set_defaults(run=attribute.run)
+    shares.set_defaults(run=attribute.run, check=attribute.check)
 
     texts = commands.add_parser(
         "generate", help="continue a prompt, with the tokens that each new one drew on", **shape
@@ -111,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     costs = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
     plan.add_arguments(costs)
-    costs.set_defaults(run=plan.run)
+    costs.set_defaults(run=plan.run, check=flags.check_method)
 
     doctor = commands.add_parser(
         "doctor",

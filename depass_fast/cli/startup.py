@@ -17,11 +17,8 @@ from types import ModuleType
 from typing import Any
 
 _DEFERRED = ("torch._dynamo", "scipy", "sklearn")
-_MARKS = (
-    "allow_in_graph",
-    "assume_constant_result",
-    "disable",
-)  # decorators that tell the compiler how to take a function
+# decorators that tell the compiler how to take a function
+_MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 
 
 def import_transformers() -> None:
