@@ -106,7 +106,7 @@ def check_method(args: argparse.Namespace) -> None:
 
 
 def method_of(args: argparse.Namespace) -> MethodName | Adjoint | None:
-    """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together, checked before.
+    """Return the ``method`` that --method, --refine, --refine-within, --sample and --seed name together.
 
     --refine, --refine-within, --sample and --seed belong to the adjoint sweep: any of them asks for it.
 

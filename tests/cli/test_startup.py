@@ -1,4 +1,4 @@
-"""What a command imports: no torch for what needs none, and no compiler with transformers."""
+"""Imports of a command: no torch where none is needed, and no compiler with transformers."""
 
 from __future__ import annotations
 
