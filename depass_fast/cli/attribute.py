@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attribute, batch by batch; write --out and print the results as they come."""
+    """Attribute, batch by batch; print the results and write --out as they come."""
     with on_stderr():
         engine, components, options = _prepared(args)
         writer = Writer(args.out, prompts.is_several(args))
@@ -89,12 +89,11 @@ def run(args: argparse.Namespace) -> None:
         batch = items[first : first + args.batch_size]
         with on_stderr():
             results = _attributions(engine, args, batch, components, options)
-            for result in results:
-                writer.write(result)
         for number, result in enumerate(results, first + 1):
             if prompts.is_several(args) and not args.json:
                 emit(f"{'' if number == 1 else chr(10)}prompt {number} of {len(items)}")
-            show(result, as_json=args.json, top=args.top)
+            show(result, as_json=args.json, top=args.top)  # before it is written: a full disk loses nothing
+            writer.write(result)
     writer.close()
 
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate, decompose, write --out, and print."""
+    """Generate, decompose, print, and write --out."""
     with on_stderr():
         silence_transformers()
         engine = engine_of(args, device_of(args.device))
@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> None:
         generation = {"disable_compile": True} if hasattr(settings, "disable_compile") else {}
         (item,) = prompts.items_of(args)
         result = engine.attribute_generation(item.prompt, max_new_tokens=args.max_new_tokens, generation=generation)
-        writer.write(result)
-        writer.close()
     show(result, as_json=args.json)
+    writer.write(result)
+    writer.close()

@@ -51,11 +51,12 @@ def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
         return
     from rich.console import Console
 
-    from ..results.generation import Generation
+    from ..results.attribution import Attribution
+    from ..results.layered import LayeredAttribution
     from ..results.render import plain, rich_view
 
     console = Console()
-    if isinstance(result, Generation):
+    if not isinstance(result, (Attribution, LayeredAttribution)):
         emit(result)
     elif console.is_terminal:
         console.print(rich_view(result, top))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -112,6 +113,8 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"{given!r} is a folder")
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{given!r} lies in a folder that does not exist: {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{given!r} cannot be written: no permission")
         return path
 
     return checked

@@ -109,6 +109,22 @@ def test_a_file_for_each_of_several_prompts(capsys, tmp_path, suffix):
             assert Attribution.load(path).labels == one["labels"]
 
 
+def test_a_file_that_cannot_be_written_is_an_error_before_any_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    message = fail(capsys, *TOKENS, "--prompt", FIRST, "--out", str(tmp_path / "shares.csv"))
+    assert "--out" in message and "no permission" in message
+
+
+def test_a_full_disk_loses_no_result(capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Attribution, "to_csv", full)
+    assert main([*TOKENS, "--prompt", FIRST, "--json", "--out", str(tmp_path / "shares.csv")]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["labels"] and "No space left" in captured.err
+
+
 def test_lines_of_json_of_one_prompt(capsys, tmp_path):
     out = tmp_path / "one.jsonl"
     (found,) = objects(capsys, "--prompt", FIRST, "--out", str(out))

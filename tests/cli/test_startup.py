@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import depass_fast
 from depass_fast.backends import BACKENDS
@@ -62,7 +63,9 @@ def test_an_attribution_imports_no_compiler():
     arguments = ["--model", "demo", "--device", "cpu", "--prompt", "Nyria Morstam speaks", "--components", "tokens"]
     code, modules = modules_after("attribute", *arguments)
     assert code == 0 and "depass_fast.engine" in modules
-    heavy = {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton"}
+    heavy = {"torch._dynamo", "torch._inductor", "triton"}
+    if int(transformers.__version__.split(".")[0]) >= 5:  # before, they are imported whatever torch says
+        heavy |= {"torch.distributed.tensor", "sympy"}
     assert not heavy & modules
     assert not {"scipy", "sklearn", "pandas", "accelerate"} & modules
 
