@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,17 +32,23 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def on_stderr() -> Iterator[None]:
-    """Send to standard error what libraries print and what this library logs (the backend chosen, and why)."""
+    """Send to standard error what libraries print, warnings, and the log of this one (the backend chosen, and why)."""
     logger, handler = logging.getLogger("depass_fast"), logging.StreamHandler(sys.stderr)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning on a line, without the line of Python that it came from."""
+    note(f"depass-fast: warning: {' '.join(str(message).split())}")
 
 
 def show(result: Result, *, as_json: bool, top: int | None = None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 
 import pytest
 
 from depass_fast import DePass
+from depass_fast.cli.main import main
 from depass_fast.demo import load_demo
 from tests.support.command import fail, one_thread, run  # noqa: F401 (a fixture)
 
@@ -42,6 +44,18 @@ def test_a_table(capsys, tmp_path, expected):
     assert header == ["position", "token", "label", "score"]
     assert len(rows) == sum(len(step.labels) for step in expected.steps)
     assert [row[1] for row in rows[:1]] == [expected.tokens[expected.prompt_length]]
+
+
+def test_a_warning_is_a_line_on_standard_error(capsys, monkeypatch):
+    generated = DePass.attribute_generation
+
+    def doubtful(*args, **kwargs):
+        warnings.warn("the text begins with\na BOS", UserWarning, stacklevel=1)
+        return generated(*args, **kwargs)
+
+    monkeypatch.setattr(DePass, "attribute_generation", doubtful)
+    assert main(GENERATE) == 0
+    assert "depass-fast: warning: the text begins with a BOS\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
