@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .components.features import Features
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
+    from .inputs.loading import WeightsWarning
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -49,6 +50,7 @@ __all__ = [
     "Trace",
     "Verification",
     "VerificationWarning",
+    "WeightsWarning",
     "__version__",
     "trace_nbytes",
 ]
@@ -60,6 +62,7 @@ _HOMES = {
     "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
+    "inputs.loading": ("WeightsWarning",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

@@ -52,10 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="features: where in --layer. Default: as the cfg.json or the hook's name in --layer says",
     )
     target = what.add_mutually_exclusive_group()
-    target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
+    target.add_argument(
+        "--target", type=types.token_text, metavar="TEXT", help="one token. Default: the model's own next token"
+    )
     target.add_argument("--target-id", dest="target", type=int, metavar="I")
     contrast = what.add_mutually_exclusive_group()
-    contrast.add_argument("--contrast", metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)")
+    contrast.add_argument(
+        "--contrast", type=types.token_text, metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)"
+    )
     contrast.add_argument("--contrast-id", dest="contrast", type=int, metavar="I")
     what.add_argument("--position", type=int, default=-1, metavar="P", help="where the logit is read. Default: -1")
 

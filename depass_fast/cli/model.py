@@ -35,9 +35,11 @@ def config_of(model: str) -> Any:
     path = path_of(model)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # a config.json may be wrong in many ways
         where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{one_line(error)}") from error
+        raise ValueError(f"--model: {where}{_told(error)}") from error
 
 
 def device_of(name: str | None, *, elsewhere: bool = False) -> str:
@@ -151,8 +153,16 @@ def _loaded(args: argparse.Namespace, device: str, options: dict[str, Any]) -> D
     except Exception as error:  # transformers raises nearly anything for a folder that is no model
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise ValueError(f"--model: {args.model!r} cannot be loaded: {one_line(error)}") from error
+        raise ValueError(f"--model: {args.model!r} cannot be loaded: {_told(error)}") from error
     return DePass(model, tokenizer, **options)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error of transformers, which need not make sense without its kind."""
+    if "ignore_mismatched_sizes" in str(error):  # it points to a report that is not printed
+        return "the shapes that its config.json asks for are not those of its weights."
+    known = isinstance(error, (OSError, ValueError))
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _refuse_text(args: argparse.Namespace) -> None:

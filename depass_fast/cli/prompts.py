@@ -126,12 +126,18 @@ def _chat(given: str) -> list[dict[str, Any]]:
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    is_chat = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
-    if not is_chat or not all(isinstance(message.get("role"), str) for message in value):
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
         raise argparse.ArgumentTypeError(
             f'{where}expected a list of messages such as [{{"role": "user", "content": "Hello"}}]'
         )
     return value
+
+
+def _is_message(value: Any) -> bool:
+    """True for a role and what it says: a text, parts, or calls of tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), (str, list)) or isinstance(value.get("tool_calls"), list)
 
 
 def _file_of_prompts(given: str) -> list[Item]:

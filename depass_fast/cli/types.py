@@ -14,6 +14,11 @@ def text(given: str) -> str:
     """A text that is not empty; a dash stands for standard input."""
     if given == "-":
         given = standard_input()
+    return token_text(given)
+
+
+def token_text(given: str) -> str:
+    """A text that is not empty, as it is."""
     if not given:
         raise argparse.ArgumentTypeError("empty; at least one token is needed")
     try:
@@ -44,7 +49,7 @@ def token_ids(given: str) -> list[int]:
     """Token ids, separated by spaces or commas."""
     items = given.replace(",", " ").split()
     for item in items:
-        if not item.isdecimal():
+        if not item.isdecimal() or int(item) >= 2**63:
             raise argparse.ArgumentTypeError(f'{item!r} is not a token id; expected integers such as "1 5 9"')
     if not items:
         raise argparse.ArgumentTypeError('empty; expected integers such as "1 5 9"')

@@ -13,9 +13,14 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.stored import kind_of, reads_as_computed, unreadable
 from ..runtime.dtypes import parse_dtype
+from ..runtime.log import warn_user
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _READING_TOLERANCE = 0.05  # of an output; 8-bit activations round it by 0.01
+
+
+class WeightsWarning(UserWarning):
+    """A checkpoint lacks weights of its model, which are random then."""
 
 
 def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
@@ -34,7 +39,7 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
         device, device_map = _single_device(device_map), None
     if device_map is not None:
         model_kwargs["device_map"] = device_map
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
+    model = _complete_model(path, model_kwargs).eval()
     if device is not None:
         model = model.to(device)
     shared = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "subfolder", "trust_remote_code")}
@@ -45,6 +50,21 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
             raise  # there is one, and it is broken
         tokenizer = None
     return model, tokenizer
+
+
+def _complete_model(path: str, model_kwargs: dict[str, Any]) -> Any:
+    """The model of ``path``, with a warning where the checkpoint lacks weights: transformers draws those at random."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, report = load(path, **model_kwargs | {"output_loading_info": True})
+    lacking = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        warn_user(
+            f"model: {path} does not hold {', '.join(lacking[:3])}{more}, as its config.json asks for; these weights "
+            "are random, and so is what follows from them. Give a causal language model's checkpoint with its config.",
+            WeightsWarning,
+        )
+    return model
 
 
 def _single_device(device_map: Any) -> str:

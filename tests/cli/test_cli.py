@@ -364,3 +364,33 @@ def test_a_plan_for_another_machine(capsys):
     made = json.loads(capsys.readouterr().out)
     assert (made["layer"], made["device"], made["available_bytes"]) == (0, "cuda", None)
     assert {"torch", "triton", "torch, streamed"} <= {one["backend"] for one in made["estimates"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("config.json", {"num_hidden_layers": "six"}, ["num_hidden_layers"]),
+        ("config.json", {"hidden_size": 64}, ["shapes", "config.json"]),
+        ("tokenizer.json", {"version": "1.0"}, ["cannot be loaded", "Error"]),
+    ],
+)
+def test_a_folder_that_contradicts_itself(capsys, tmp_path, file, content, parts):
+    folder = _copy_with(tmp_path, file, content)
+    message = fail(capsys, "attribute", "--model", str(folder), "--device", "cpu", *TOKENS)
+    assert all(part in message for part in ["--model:", *parts]), message
+
+
+def test_weights_that_are_random_are_warned_of(capsys, tmp_path):
+    folder = _copy_with(tmp_path, "config.json", {"num_hidden_layers": 7})
+    assert main(["attribute", "--model", str(folder), "--device", "cpu", *TOKENS]) == 0
+    warned = capsys.readouterr().err
+    assert "depass-fast: warning: model:" in warned and "model.layers.6." in warned and "random" in warned
+
+
+def _copy_with(tmp_path, file, content):
+    """The folder of the demo model with some entries of one JSON file replaced."""
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path(), folder)
+    before = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps(before | content))
+    return folder
