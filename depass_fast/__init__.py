@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .engine import DePass
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
+    from .inputs.loading import WeightsWarning
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -59,6 +60,7 @@ __all__ = [
     "Trace",
     "Verification",
     "VerificationWarning",
+    "WeightsWarning",
     "__version__",
     "trace_nbytes",
 ]
@@ -72,6 +74,7 @@ _HOMES = {
     "engine": ("DePass",),
     "inputs.continuation": ("TokenBoundaryWarning",),
     "inputs.doubts": ("InputWarning",),
+    "inputs.loading": ("WeightsWarning",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

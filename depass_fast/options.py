@@ -202,6 +202,6 @@ class Adjoint:
             raise ValueError(f"within: {self.within!r} is not one of 'all', 'layer'.")
         for name in ("refine", "sample", "seed"):
             value = as_index(getattr(self, name), name)
-            if value < 0:
-                raise ValueError(f"{name}: {value} is out of range; it must be at least 0.")
+            if not 0 <= value < 2**63:
+                raise ValueError(f"{name}: {value} is out of range; it must be at least 0, and below 2^63.")
             object.__setattr__(self, name, value)

@@ -1,20 +1,17 @@
-"""``depass-fast attribute``: its flags, its work, and what it prints. Heavy modules are imported inside functions."""
+"""``depass-fast attribute``: its flags and its work. Heavy modules are imported inside functions."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import logging
-import sys
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import flags, types
-from .model import components_of, config_of, device_of, path_of, silence_transformers
+from . import flags, prompts, types
+from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
+from .output import Writer, emit, note, on_stderr, show
 
 if TYPE_CHECKING:
+    from ..components.base import ComponentKind
     from ..engine import DePass
     from ..results.attribution import Attribution
     from ..results.layered import LayeredAttribution
@@ -28,151 +25,134 @@ examples:
   depass-fast attribute --model ./llama --input-ids "1 450 7483" --components neurons --layer 3 --out n3.safetensors
   depass-fast attribute --model ./llama --prompt "The capital of France is" --components neurons --layer all \\
       --method adjoint --refine 200 --sample 200
+  depass-fast attribute --model ./llama --prompts prompts.jsonl --components tokens --out shares.jsonl
+  depass-fast attribute --model ./llama --chat '[{"role": "user", "content": "Hello"}]' --components tokens
+  depass-fast attribute --model ./gemma --prompt - --components features --dictionary params.npz \\
+      --layer blocks.12.hook_resid_post < prompt.txt
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the description, the flags and the examples. A flag for text and its twin for ids share an argument."""
+    """Add the description, the flags and the examples. --target and --contrast share an argument with their ids."""
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     what = parser.add_argument_group("what is attributed")
     flags.add_model(what)
-    prompt = what.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", type=types.text, metavar="TEXT")
-    prompt.add_argument(
-        "--input-ids",
-        dest="prompt",
-        type=types.token_ids,
-        metavar="IDS",
-        help='token ids as they are, such as "1 5 9"; nothing is added',
+    prompts.add_arguments(what, several=True)
+    flags.add_components(what, "0 for tokens; none for others", (*flags.KINDS, "features"))
+    what.add_argument(
+        "--dictionary",
+        type=types.dictionary,
+        metavar="FILE",
+        help="features: an SAE, FILE.safetensors or FILE.npz with W_enc (D, F), W_dec (F, D), b_enc, b_dec and "
+        "threshold, or SAE Lens' folder; a cfg.json beside it says how it encodes, else it is ReLU(x W_enc + b_enc)",
     )
-    flags.add_components(what, layer="0 for tokens; none for others")
+    what.add_argument(
+        "--site",
+        choices=("resid_pre", "resid_mid", "resid_post"),
+        help="features: where in --layer. Default: as the cfg.json or the hook's name in --layer says",
+    )
     target = what.add_mutually_exclusive_group()
-    target.add_argument("--target", metavar="TEXT", help="one token. Default: the model's own next token")
+    target.add_argument(
+        "--target", type=types.token_text, metavar="TEXT", help="one token. Default: the model's own next token"
+    )
     target.add_argument("--target-id", dest="target", type=int, metavar="I")
     contrast = what.add_mutually_exclusive_group()
-    contrast.add_argument("--contrast", metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)")
+    contrast.add_argument(
+        "--contrast", type=types.token_text, metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)"
+    )
     contrast.add_argument("--contrast-id", dest="contrast", type=int, metavar="I")
     what.add_argument("--position", type=int, default=-1, metavar="P", help="where the logit is read. Default: -1")
 
     how = parser.add_argument_group("how it is computed")
     flags.add_method(how)
-    how.add_argument("--allocation", default="softmax", metavar="RULE", help="softmax, linear, relu, max or taylor")
-    how.add_argument("--temperature", type=float, default=0.1, metavar="T", help="T of the softmax. Default: 0.1")
-    how.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
-    how.add_argument(
-        "--backend",
-        default="auto",
-        metavar="B",
-        help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
-    )
+    flags.add_rule(how)
+    flags.add_backend(how)
     flags.add_machine(how)
-    how.add_argument("--verify", action="store_true", help="recompute a sample of positions with the reference backend")
 
     out = parser.add_argument_group("output")
     out.add_argument("--top", type=types.positive, metavar="K", help="print the K leading components. Default: 10")
-    flags.add_json(out)
+    flags.add_json(out, "one JSON object per prompt, each on a line")
     out.add_argument(
         "--out",
-        type=types.output_file(".safetensors", ".csv"),
+        type=types.output_file(".safetensors", ".csv", ".jsonl"),
         metavar="FILE",
-        help="write every score to FILE.safetensors or FILE.csv",
+        help="write every score to FILE.safetensors, FILE.csv, or FILE.jsonl with a line per prompt; for several "
+        "prompts FILE-0.csv, FILE-1.csv, ...",
     )
-    out.add_argument("--quiet", action="store_true", help="show no progress bar. Without a terminal there never is one")
+    flags.add_quiet(out)
     flags.add_debug(out)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attribute, write --out, and print the result. Whatever else a library prints goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr), _log_on_stderr():
-        result = _attribution(args)
-        if args.out is not None:
-            (result.save if args.out.suffix == ".safetensors" else result.to_csv)(args.out)
-    if args.json:
-        print(json.dumps(result.to_dict(), allow_nan=False))
-    else:
-        _show(result, args.top)
-    if args.out is not None:
-        print(f"wrote {args.out}", file=sys.stderr)
+    """Attribute, batch by batch; print the results and write --out as they come."""
+    with on_stderr():
+        engine, components, options = _prepared(args)
+        writer = Writer(args.out, prompts.is_several(args))
+    items = prompts.items_of(args)
+    for first in range(0, len(items), args.batch_size):
+        batch = items[first : first + args.batch_size]
+        with on_stderr():
+            results = _attributions(engine, args, batch, components, options)
+        for number, result in enumerate(results, first + 1):
+            if prompts.is_several(args) and not args.json:
+                emit(f"{'' if number == 1 else chr(10)}prompt {number} of {len(items)}")
+            show(result, as_json=args.json, top=args.top)  # before it is written: a full disk loses nothing
+            writer.write(result)
+    writer.close()
 
 
-@contextlib.contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    """Print what the library logs (the backend that was chosen, and why) on stderr."""
-    logger, handler = logging.getLogger("depass_fast"), logging.StreamHandler(sys.stderr)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together, before anything is imported."""
+    if args.components == "features" and args.dictionary is None:
+        raise ValueError("--dictionary: features need a file with the weights of a dictionary.")
+    for flag in ("dictionary", "site"):
+        if args.components != "features" and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: it belongs to --components features, not to {args.components}.")
+    if args.target is not None and any(item.target is not None for item in prompts.items_of(args)):
+        raise ValueError("--target: the lines of --prompts have targets of their own; leave one of the two out.")
+    flags.check_method(args)
 
 
-def _attribution(args: argparse.Namespace) -> Attribution | LayeredAttribution:
-    """The attribution that was asked for. All that can be checked without the weights is checked before they load."""
+def _prepared(args: argparse.Namespace) -> tuple[DePass, ComponentKind, dict[str, Any]]:
+    """The engine, the components and the arguments of a call. What needs no weights is checked before they load."""
     silence_transformers()
     import torch
 
-    from ..allocation import Allocation
     from ..backends import choose_backend
     from ..options import Options
 
-    Allocation(args.allocation, args.temperature)
     device = device_of(args.device)
     where, dtype = torch.device(device), getattr(torch, args.dtype) if args.dtype else None
     choose_backend(args.backend, where, dtype and Options().dtypes(dtype, where)[1])
-    components = components_of(config_of(args.model), args.components, args.layer)
+    config = config_of(args.model)
+    if args.components == "features":
+        components, how = features_of(config, args.dictionary, args.layer, args.site, device)
+        note(how)
+    else:
+        components = components_of(config, args.components, args.layer)
     method = flags.method_of(args)
-    engine = _engine(args, device)
+    engine = engine_of(args, device)
+    if prompts.is_several(args):
+        prompts.check_all(args, engine)
+    return engine, components, {"contrast": args.contrast, "position": args.position, "method": method}
 
+
+def _attributions(
+    engine: DePass,
+    args: argparse.Namespace,
+    batch: list[prompts.Item],
+    components: ComponentKind,
+    options: dict[str, Any],
+) -> list[Attribution | LayeredAttribution]:
+    """The attributions of a batch of prompts."""
     from ..results.estimate import ApproximationWarning
     from ..results.verification import VerificationWarning
 
+    several = prompts.is_several(args)
+    prompt = [item.prompt for item in batch] if several else batch[0].prompt
+    targets = [item.target for item in batch] if any(item.target is not None for item in batch) else None
     with warnings.catch_warnings():  # the printed result says the same
         warnings.simplefilter("ignore", ApproximationWarning)
         warnings.simplefilter("ignore", VerificationWarning)
-        return engine.attribute(
-            args.prompt, components, args.target, contrast=args.contrast, position=args.position, method=method
-        )
-
-
-def _engine(args: argparse.Namespace, device: str) -> DePass:
-    from ..engine import DePass
-
-    options = {
-        "allocation": args.allocation,
-        "temperature": args.temperature,
-        "exclude_special": not args.no_exclude_special,
-        "backend": args.backend,
-        "memory_budget": args.memory_budget,
-        "progress": not args.quiet,
-        "verify": args.verify,
-    }
-    if args.model == "demo":
-        import torch
-
-        from ..demo import load_demo
-
-        model, tokenizer = load_demo(getattr(torch, args.dtype) if args.dtype else None)
-        engine = DePass(torch.nn.Module.to(model, torch.device(device)), tokenizer, **options)
-    else:
-        engine = DePass.from_pretrained(path_of(args.model), dtype=args.dtype or "auto", device_map=device, **options)
-    if engine.tokenizer is None:
-        for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
-            if isinstance(getattr(args, flag), str):
-                raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")
-    return engine
-
-
-def _show(result: Attribution | LayeredAttribution, top: int | None) -> None:
-    """Print a result: in colour on a terminal, else as plain text."""
-    from rich.console import Console
-
-    from ..results.render import plain, rich_view
-
-    console = Console()
-    if console.is_terminal:
-        console.print(rich_view(result, top))
-    else:
-        print(plain(result, top))
+        found = engine.attribute(prompt, components, args.target, targets=targets, **options)
+    return found if several else [found]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-_OF_IDS = {"prompt": "input-ids", "target": "target-id", "contrast": "contrast-id"}
-_RENAMED = {"within": "refine-within"}
+_OF_IDS = {"target": "target-id", "contrast": "contrast-id"}
+_PROMPTS = {"prompt": "prompt", "prompts": "prompts", "chat": "chat", "input_ids": "input-ids"}
+_RENAMED = {"within": "refine-within", "sae": "dictionary"}
+_USERS = (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)
+# of libraries that may not be there; a TemplateError is a chat's that its template refuses
+_USERS_BY_NAME = {"OutOfMemoryError", "SafetensorError", "TemplateError"}
 
 
 def is_users(error: Exception) -> bool:
     """True if a user can mend it: bad input, a missing file or package, too little memory. All others are bugs."""
-    if isinstance(error, (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)):
-        return True
-    return type(error).__name__ in ("OutOfMemoryError", "SafetensorError")
+    return isinstance(error, _USERS) or any(kind.__name__ in _USERS_BY_NAME for kind in type(error).__mro__)
 
 
 def one_line(error: Exception) -> str:
@@ -20,12 +22,17 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of memory; give a smaller --memory-budget, or a shorter prompt. {text}"
+    if any(kind.__name__ == "TemplateError" for kind in type(error).__mro__):
+        return f"prompt: the tokenizer's chat template refuses it: {text}"
     return text or type(error).__name__
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
     """The message with the flag in place of the library's argument that it begins with."""
     name, colon, rest = message.partition(":")
+    if colon and name == "prompt":
+        given = [flag for field, flag in _PROMPTS.items() if getattr(args, field, None) is not None]
+        return f"--{given[0]}:{rest}" if given else message
     flag = _RENAMED.get(name, name.replace("_", "-"))
     field = flag.replace("-", "_")
     if not colon or field not in vars(args):

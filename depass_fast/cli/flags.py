@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import types
@@ -10,7 +11,10 @@ from . import types
 if TYPE_CHECKING:
     from ..options import Adjoint, MethodName
 
-_KINDS = ("tokens", "heads", "modules", "neurons")
+KINDS = ("tokens", "heads", "modules", "neurons")
+# as in the rooms that know them, which take torch a second to import; a test compares them
+_RULES = ("softmax", "linear", "relu", "max", "taylor")
+_BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -20,9 +24,9 @@ def add_model(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_components(group: argparse._ActionsContainer, layer: str) -> None:
+def add_components(group: argparse._ActionsContainer, layer: str, kinds: Sequence[str] = KINDS) -> None:
     """--components and --layer. ``layer`` says what the default layer is."""
-    group.add_argument("--components", required=True, choices=_KINDS)
+    group.add_argument("--components", required=True, choices=kinds)
     group.add_argument(
         "--layer",
         type=types.layer,
@@ -44,6 +48,29 @@ def add_method(group: argparse._ActionsContainer) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="adjoint: the seed of the random draws. Default: 0")
 
 
+def add_rule(group: argparse._ActionsContainer) -> None:
+    """--allocation, --temperature and --no-exclude-special."""
+    group.add_argument("--allocation", default="softmax", choices=_RULES, metavar="RULE", help=", ".join(_RULES))
+    group.add_argument(
+        "--temperature", type=types.rate, default=0.1, metavar="T", help="T of the softmax. Default: 0.1"
+    )
+    group.add_argument("--no-exclude-special", action="store_true", help="let the first token take part like any other")
+
+
+def add_backend(group: argparse._ActionsContainer) -> None:
+    """--backend and --verify."""
+    group.add_argument(
+        "--backend",
+        default="auto",
+        choices=_BACKENDS,
+        metavar="B",
+        help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
+    )
+    group.add_argument(
+        "--verify", action="store_true", help="recompute a sample of positions with the reference backend"
+    )
+
+
 def add_machine(group: argparse._ActionsContainer) -> None:
     """--dtype, --device and --memory-budget."""
     group.add_argument("--dtype", choices=DTYPES, help="dtype of the model. Default: as stored")
@@ -56,12 +83,26 @@ def add_machine(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_json(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+def add_json(group: argparse._ActionsContainer, each: str = "one JSON object") -> None:
+    group.add_argument("--json", action="store_true", help=f"print {each}, and nothing else")
+
+
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--quiet", action="store_true", help="show no progress bar. Without a terminal there never is one"
+    )
 
 
 def add_debug(group: argparse._ActionsContainer) -> None:
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """Raise ValueError where a number of the adjoint sweep is given with --method exact."""
+    given = _adjoint_numbers(args)
+    if args.method == "exact" and given:
+        flag = next(iter(given)).replace("within", "refine-within")
+        raise ValueError(f"--{flag}: it belongs to --method adjoint; exact scores have nothing to be refined.")
 
 
 def method_of(args: argparse.Namespace) -> MethodName | Adjoint | None:
@@ -70,20 +111,17 @@ def method_of(args: argparse.Namespace) -> MethodName | Adjoint | None:
     --refine, --refine-within, --sample and --seed belong to the adjoint sweep: any of them asks for it.
 
     Raises:
-        ValueError: one of them is given with another method, or is out of range.
+        ValueError: one of them is out of range.
     """
-    given: dict[str, Any] = {
-        "refine": args.refine,
-        "within": args.refine_within,
-        "sample": args.sample,
-        "seed": args.seed,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given or args.method not in (None, "exact", "adjoint"):
+    given = _adjoint_numbers(args)
+    if not given:
         return args.method
-    if args.method == "exact":
-        flag = next(iter(given)).replace("within", "refine-within")
-        raise ValueError(f"--{flag}: it belongs to --method adjoint; exact scores have nothing to be refined.")
     from ..options import Adjoint
 
     return Adjoint(**given)
+
+
+def _adjoint_numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of :class:`depass_fast.Adjoint` that flags give."""
+    given = {"refine": args.refine, "within": args.refine_within, "sample": args.sample, "seed": args.seed}
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The command ``depass-fast``: demo, attribute, plan, doctor. Heavy modules are imported inside the subcommands."""
+"""The command ``depass-fast``: demo, attribute, generate, plan, doctor. Heavy modules are imported inside these."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attribute, flags, plan, types
+from . import attribute, flags, generate, plan, types
 from .errors import in_flags, is_users, one_line
 from .model import silence_transformers
+from .output import emit, note
+from .startup import import_transformers
 
 _DESCRIPTION = """\
 Exact attributions for Hugging Face causal language models: how much of a logit comes from every input token,
@@ -26,7 +28,10 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C.
+
+    Without ``argv`` this is the command of the process, whose imports may be lighter than a library's.
+    """
     with escaping_output():
         return _main(argv)
 
@@ -38,7 +43,13 @@ def _main(argv: list[str] | None) -> int:
         return int(done.code or 0)
     except ValueError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:  # while standard input is read
+        return 130
     try:
+        if "check" in args:
+            args.check(args)
+        if argv is None and args.command != "doctor":
+            import_transformers()
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -54,7 +65,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"depass-fast: error: {message}", file=sys.stderr)
+    note(f"depass-fast: error: {message}")
     return 2
 
 
@@ -72,7 +83,7 @@ class _Version(argparse.Action):
     def __call__(self, *_: Any) -> NoReturn:
         from .. import __version__
 
-        print(f"depass-fast {__version__}")
+        emit(f"depass-fast {__version__}")
         raise SystemExit(0)
 
 
@@ -81,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="{demo,attribute,plan,doctor}"
+        title="commands", dest="command", required=True, metavar="{demo,attribute,generate,plan,doctor}"
     )
 
     demo = commands.add_parser(
@@ -97,14 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     shares = commands.add_parser(
-        "attribute", help="the share of every token, head, module or neuron in a logit", **shape
+        "attribute", help="the share of every token, head, module, neuron or feature in a logit", **shape
     )
     attribute.add_arguments(shares)
-    shares.set_defaults(run=attribute.run)
+    shares.set_defaults(run=attribute.run, check=attribute.check)
+
+    texts = commands.add_parser(
+        "generate", help="continue a prompt, with the tokens that each new one drew on", **shape
+    )
+    generate.add_arguments(texts)
+    texts.set_defaults(run=generate.run)
 
     costs = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
     plan.add_arguments(costs)
-    costs.set_defaults(run=plan.run)
+    costs.set_defaults(run=plan.run, check=flags.check_method)
 
     doctor = commands.add_parser(
         "doctor",
@@ -125,7 +142,7 @@ def _doctor(args: argparse.Namespace) -> None:
     from . import doctor
 
     found = doctor.report()
-    print(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
+    emit(json.dumps(found, indent=2) if args.json else "\n".join(doctor.lines(found)))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -144,4 +161,4 @@ def _demo(args: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
     if args.svg is not None:
         console.save_svg(str(args.svg), title="depass-fast demo")
-        print(f"wrote {args.svg}", file=sys.stderr)
+        note(f"wrote {args.svg}")

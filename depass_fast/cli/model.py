@@ -1,7 +1,8 @@
-"""The model that --model names: its folder, its config, the components that it has, and the device for it."""
+"""The model that --model names: its folder, its config, its components, its device, and the engine on it."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from .errors import one_line
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
+    from ..engine import DePass
 
 
 def silence_transformers() -> None:
@@ -33,9 +35,11 @@ def config_of(model: str) -> Any:
     path = path_of(model)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # a config.json may be wrong in many ways
         where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{one_line(error)}") from error
+        raise ValueError(f"--model: {where}{_told(error)}") from error
 
 
 def device_of(name: str | None, *, elsewhere: bool = False) -> str:
@@ -72,6 +76,98 @@ def components_of(config: Any, name: str, layer: int | str | None) -> ComponentK
             raise ValueError(f"--layer: tokens enter at one layer; choose one of {layers}.")
         return make(layers="all")
     kind = make(0 if layer is None else layer)
-    if n_layers is not None and not -n_layers <= kind.layer < n_layers:
-        raise ValueError(f"--layer: {kind.layer} is out of range; this model has layers {layers}.")
+    _check_layer(kind.layer, n_layers)
     return kind
+
+
+def features_of(config: Any, path: Path, layer: int | str | None, site: Any, device: str) -> tuple[ComponentKind, str]:
+    """The features that --dictionary, --layer and --site name, and how the dictionary encodes.
+
+    Raises:
+        ValueError: the dictionary cannot be read, or its place is not known or not in this model.
+    """
+    from ..components.features import Features
+    from .dictionary import load_dictionary
+
+    if layer == "all":
+        raise ValueError("--layer: a dictionary belongs to one layer.")
+    found, how = load_dictionary(path, device)
+    try:
+        kind = Features(layer=layer, sae=found, site=site)
+    except ValueError as error:
+        if not str(error).startswith("layer, site:"):
+            raise
+        raise ValueError(
+            "--layer: the dictionary does not say where it belongs; give a hook's name such as "
+            "blocks.5.hook_resid_post, or a number and --site."
+        ) from error
+    _check_layer(kind.layer, getattr(config.get_text_config(), "num_hidden_layers", None))
+    return kind, how
+
+
+def _check_layer(layer: Any, n_layers: int | None) -> None:
+    if n_layers is not None and not -n_layers <= layer < n_layers:
+        raise ValueError(f"--layer: {layer} is out of range; this model has layers 0 to {n_layers - 1}.")
+
+
+def engine_of(args: argparse.Namespace, device: str) -> DePass:
+    """Load the model of a call on ``device``, with the options that its flags name.
+
+    Raises:
+        ValueError: it cannot be loaded, or a flag gives text and there is no tokenizer.
+    """
+    import torch
+
+    from ..engine import DePass
+
+    options = {
+        "allocation": args.allocation,
+        "temperature": args.temperature,
+        "exclude_special": not args.no_exclude_special,
+        "backend": args.backend,
+        "memory_budget": args.memory_budget,
+        "progress": not args.quiet,
+        "verify": args.verify,
+    }
+    if args.model == "demo":
+        from ..demo import load_demo
+
+        model, tokenizer = load_demo(getattr(torch, args.dtype) if args.dtype else None)
+        engine = DePass(torch.nn.Module.to(model, torch.device(device)), tokenizer, **options)
+    else:
+        engine = _loaded(args, device, options)
+    if engine.tokenizer is None:
+        _refuse_text(args)
+    return engine
+
+
+def _loaded(args: argparse.Namespace, device: str, options: dict[str, Any]) -> DePass:
+    from ..engine import DePass
+    from ..inputs.loading import load_model
+
+    where = None if device == "cpu" else device  # a model is loaded on the CPU without accelerate
+    try:
+        model, tokenizer = load_model(path_of(args.model), dtype=args.dtype or "auto", device_map=where)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises nearly anything for a folder that is no model
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ValueError(f"--model: {args.model!r} cannot be loaded: {_told(error)}") from error
+    return DePass(model, tokenizer, **options)
+
+
+def _told(error: Exception) -> str:
+    """The message of an error of transformers, which need not make sense without its kind."""
+    if "ignore_mismatched_sizes" in str(error):  # it points to a report that is not printed
+        return "the shapes that its config.json asks for are not those of its weights."
+    known = isinstance(error, (OSError, ValueError))
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+
+
+def _refuse_text(args: argparse.Namespace) -> None:
+    """Raise ValueError for text in a flag, which needs a tokenizer."""
+    for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
+        value = getattr(args, flag, None)
+        if isinstance(value, (str, list)):
+            raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import flags, types
 from .model import components_of, config_of, device_of, path_of, silence_transformers
+from .output import emit
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         silence_transformers()
         plan = _plan(args)
-    print(json.dumps(plan.to_dict(), allow_nan=False) if args.json else plan)
+    emit(json.dumps(plan.to_dict(), allow_nan=False) if args.json else plan)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 
 def text(given: str) -> str:
-    """A text that is not empty."""
+    """A text that is not empty; a dash stands for standard input."""
+    if given == "-":
+        given = standard_input()
+    return token_text(given)
+
+
+def token_text(given: str) -> str:
+    """A text that is not empty, as it is."""
     if not given:
         raise argparse.ArgumentTypeError("empty; at least one token is needed")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no valid UTF-8") from None
     return given
+
+
+def standard_input() -> str:
+    """Standard input up to its end, without its last line break."""
+    try:
+        content = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"standard input is no text ({error})") from None
+    return content.removesuffix("\n").removesuffix("\r")
+
+
+def read_text(given: str) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{given!r} cannot be read ({error})") from None
 
 
 def token_ids(given: str) -> list[int]:
     """Token ids, separated by spaces or commas."""
     items = given.replace(",", " ").split()
     for item in items:
-        if not item.isdecimal():
+        if not item.isdecimal() or int(item) >= 2**63:
             raise argparse.ArgumentTypeError(f'{item!r} is not a token id; expected integers such as "1 5 9"')
     if not items:
         raise argparse.ArgumentTypeError('empty; expected integers such as "1 5 9"')
@@ -88,6 +118,18 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"{given!r} is a folder")
         if not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{given!r} lies in a folder that does not exist: {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{given!r} cannot be written: no permission")
         return path
 
     return checked
+
+
+def dictionary(given: str) -> Path:
+    """A file of weights, .safetensors or .npz, or a folder."""
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no file {given!r}")
+    if not path.is_dir() and path.suffix not in (".safetensors", ".npz"):
+        raise argparse.ArgumentTypeError(f"{given!r} must be a folder, or end in .safetensors or .npz")
+    return path

@@ -15,12 +15,17 @@ from torch import nn
 from ..adapters import Adapter
 from ..adapters.stored import kind_of, reads_as_computed, unreadable
 from ..runtime.dtypes import parse_dtype
+from ..runtime.log import warn_user
 from .doubts import doubt
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WHERE = ("revision", "token", "subfolder", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")
 _NO_TOKENIZER = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _READING_TOLERANCE = 0.05  # of an output; 8-bit activations round it by 0.01
+
+
+class WeightsWarning(UserWarning):
+    """A checkpoint lacks weights of its model, which are random then."""
 
 
 def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
@@ -41,7 +46,7 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
         device, device_map = _single_device(device_map), None
     if device_map is not None:
         model_kwargs["device_map"] = device_map
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **model_kwargs).eval()
+    model = _complete_model(path, model_kwargs).eval()
     if device is not None:
         model = model.to(device)
     shared = {name: model_kwargs[name] for name in _WHERE if name in model_kwargs}
@@ -85,6 +90,21 @@ def as_tokenizer(given: Any) -> Any:
         return given
     name = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
     raise TypeError(f"tokenizer: expected a tokenizer, a processor that holds one, or a path, got {name}.")
+
+
+def _complete_model(path: str, model_kwargs: dict[str, Any]) -> Any:
+    """The model of ``path``, with a warning where the checkpoint lacks weights: transformers draws those at random."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, report = load(path, **model_kwargs | {"output_loading_info": True})
+    lacking = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        warn_user(
+            f"model: {path} does not hold {', '.join(lacking[:3])}{more}, as its config.json asks for; these weights "
+            "are random, and so is what follows from them. Give a causal language model's checkpoint with its config.",
+            WeightsWarning,
+        )
+    return model
 
 
 def _single_device(device_map: Any) -> str:

@@ -15,6 +15,7 @@ from depass_fast import Attribution, DePass, Heads, Tokens, __version__
 from depass_fast.cli.main import main
 from depass_fast.demo import demo_path, demo_prompts, load_demo
 from depass_fast.results.render import NEGATIVE, POSITIVE, token_line
+from tests.support.command import ATTRIBUTE, fail, one_thread, run  # noqa: F401 (a fixture)
 
 KEYS = {
     "input_ids": list,
@@ -33,16 +34,6 @@ KEYS = {
 }
 IOI = demo_prompts("ioi", count=1)[0]
 FACT = next(p for p in demo_prompts("facts", language="en") if p.phrasing == 0)
-ATTRIBUTE = ["attribute", "--model", "demo", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost such a small model more than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +41,9 @@ def engine():
     return DePass(*load_demo())
 
 
-def run(capsys, *arguments: str) -> str:
-    """The stdout of a command that succeeds."""
-    code = main(list(arguments))
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return captured.out
-
-
 def run_json(capsys, *arguments: str) -> dict:
     """The one JSON object that ``attribute --json`` prints."""
     return json.loads(run(capsys, *ATTRIBUTE, *arguments, "--json"))
-
-
-def fail(capsys, *arguments: str) -> str:
-    """The one line of an error."""
-    assert main(list(arguments)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("depass-fast: error: ")
-    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
-    return captured.err
 
 
 # -- results
@@ -391,3 +364,33 @@ def test_a_plan_for_another_machine(capsys):
     made = json.loads(capsys.readouterr().out)
     assert (made["layer"], made["device"], made["available_bytes"]) == (0, "cuda", None)
     assert {"torch", "triton", "torch, streamed"} <= {one["backend"] for one in made["estimates"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        ("config.json", {"num_hidden_layers": "six"}, ["num_hidden_layers"]),
+        ("config.json", {"hidden_size": 64}, ["shapes", "config.json"]),
+        ("tokenizer.json", {"version": "1.0"}, ["cannot be loaded", "Error"]),
+    ],
+)
+def test_a_folder_that_contradicts_itself(capsys, tmp_path, file, content, parts):
+    folder = _copy_with(tmp_path, file, content)
+    message = fail(capsys, "attribute", "--model", str(folder), "--device", "cpu", *TOKENS)
+    assert all(part in message for part in ["--model:", *parts]), message
+
+
+def test_weights_that_are_random_are_warned_of(capsys, tmp_path):
+    folder = _copy_with(tmp_path, "config.json", {"num_hidden_layers": 7})
+    assert main(["attribute", "--model", str(folder), "--device", "cpu", *TOKENS]) == 0
+    warned = capsys.readouterr().err
+    assert "depass-fast: warning: model:" in warned and "model.layers.6." in warned and "random" in warned
+
+
+def _copy_with(tmp_path, file, content):
+    """The folder of the demo model with some entries of one JSON file replaced."""
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path(), folder)
+    before = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    (folder / file).write_text(json.dumps(before | content))
+    return folder

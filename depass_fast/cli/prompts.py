@@ -1,0 +1,205 @@
+"""The prompts of a call: their flags, the files that hold them, and their check before any is decomposed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import types
+
+if TYPE_CHECKING:
+    from ..engine import DePass
+
+_FLAGS = {"prompt": "--prompt", "prompts": "--prompts", "chat": "--chat", "input_ids": "--input-ids"}
+
+
+class Item(NamedTuple):
+    """A prompt (text, ids or messages), and the target that a line of --prompts may give it."""
+
+    prompt: Any
+    target: Any = None
+
+
+def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
+    """Add --prompt, --chat and --input-ids; with ``several`` also --prompts and --batch-size. One of them is needed."""
+    ways = group.add_mutually_exclusive_group(required=True)
+    again = "; give it again for more prompts" if several else ""
+    ways.add_argument(
+        "--prompt",
+        type=types.text,
+        action="append" if several else _Single,
+        metavar="TEXT",
+        help=f"a text; - reads it from standard input, without its last line break{again}",
+    )
+    if several:
+        ways.add_argument(
+            "--prompts",
+            type=_file_of_prompts,
+            metavar="FILE",
+            help="several prompts: FILE.txt with a text per line; or FILE.jsonl with a JSON value per line, a text or "
+            'an object with "prompt", "messages" or "input_ids", and a "target" if you like',
+        )
+    ways.add_argument(
+        "--chat",
+        type=_chat,
+        metavar="MESSAGES",
+        help='a chat through the tokenizer\'s template: JSON such as [{"role": "user", "content": "Hello"}], a file '
+        "that holds it, or - for standard input",
+    )
+    ways.add_argument(
+        "--input-ids",
+        type=types.token_ids,
+        metavar="IDS",
+        help='token ids as they are, such as "1 5 9"; nothing is added',
+    )
+    if several:
+        group.add_argument(
+            "--batch-size", type=types.positive, default=8, metavar="B", help="prompts computed together. Default: 8"
+        )
+
+
+class _Single(argparse.Action):
+    """Stores a list of one, and refuses a second value."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; one prompt is continued")
+        setattr(namespace, self.dest, [values])
+
+
+def items_of(args: argparse.Namespace) -> list[Item]:
+    """Return the prompts of a call."""
+    if getattr(args, "prompts", None) is not None:
+        return args.prompts
+    if args.prompt is not None:
+        return [Item(text) for text in args.prompt]
+    return [Item(args.chat if args.chat is not None else args.input_ids)]
+
+
+def flag_of(args: argparse.Namespace) -> str:
+    """Return the flag that gave the prompts."""
+    return next(flag for name, flag in _FLAGS.items() if getattr(args, name, None) is not None)
+
+
+def is_several(args: argparse.Namespace) -> bool:
+    """True if the call may have more than one prompt: --prompts, or --prompt more than once."""
+    return args.prompts is not None or len(args.prompt or ()) > 1
+
+
+def check_all(args: argparse.Namespace, engine: DePass) -> None:
+    """Encode every prompt of several, so that the last one's error comes before the first one's work.
+
+    Raises:
+        ValueError, TypeError: naming the prompt by its number, from 1.
+    """
+    import warnings
+
+    from ..inputs.prompts import encode
+
+    for number, item in enumerate(items_of(args), 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is to be said is said when it is decomposed
+                encode(item.prompt, engine.adapter, engine.tokenizer)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{flag_of(args)}: prompt {number}: {str(error).removeprefix('prompt: ')}") from error
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _chat(given: str) -> list[dict[str, Any]]:
+    """Chat messages: JSON, a file that holds it, or a dash for standard input."""
+    text = given
+    if given == "-":
+        text = types.standard_input()
+    elif not given.lstrip().startswith("["):
+        if not Path(given).expanduser().is_file():
+            raise argparse.ArgumentTypeError(
+                f'there is no file {given!r}; one turn is [{{"role": "user", "content": "Hello"}}].'
+            )
+        text = types.read_text(given)
+    return _messages(_json(text, "the messages"), "")
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        raise argparse.ArgumentTypeError(
+            f'{where}expected a list of messages such as [{{"role": "user", "content": "Hello"}}]'
+        )
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    """True for a role and what it says: a text, parts, or calls of tools."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), (str, list)) or isinstance(value.get("tool_calls"), list)
+
+
+def _file_of_prompts(given: str) -> list[Item]:
+    """The prompts of a file, a line each; empty lines are skipped."""
+    path = Path(given).expanduser()
+    if path.suffix not in (".txt", ".jsonl"):
+        raise argparse.ArgumentTypeError(
+            f"{given!r} must end in .txt (a text per line) or .jsonl (a JSON value per line)"
+        )
+    lines = enumerate(types.read_text(given).split("\n"), 1)  # nothing else ends a line of JSON
+    found = list(
+        _json_items(lines)
+        if path.suffix == ".jsonl"
+        else (Item(line.rstrip("\r")) for _, line in lines if line.strip())
+    )
+    if not found:
+        raise argparse.ArgumentTypeError(f"{given!r} holds no prompts")
+    return found
+
+
+def _json_items(lines: Iterator[tuple[int, str]]) -> Iterator[Item]:
+    for number, line in lines:
+        if line.strip():
+            where = f"line {number}: "
+            value = _json(line, f"line {number}")
+            yield Item(_checked_text(value, where)) if isinstance(value, str) else _item(value, where)
+
+
+def _item(value: Any, where: str) -> Item:
+    """The prompt that an object of a line describes."""
+    known = ("prompt", "messages", "input_ids")
+    given = [name for name in known if isinstance(value, dict) and name in value]
+    unknown = [name for name in value if name not in (*known, "target")] if isinstance(value, dict) else []
+    if len(given) != 1 or unknown:
+        got = f"got {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else f"got {value!r}"
+        raise argparse.ArgumentTypeError(
+            f'{where}expected a text, or an object with one of "prompt", "messages" and "input_ids", and "target" if '
+            f"you like; {got}"
+        )
+    target = value.get("target")
+    if isinstance(target, list):
+        target = tuple(target)
+    content = value[given[0]]
+    if given[0] == "messages":
+        return Item(_messages(content, where), target)
+    return Item(_checked_text(content, where) if given[0] == "prompt" else _checked_ids(content, where), target)
+
+
+def _checked_text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise argparse.ArgumentTypeError(f"{where}expected a text that is not empty, got {value!r}")
+    return value
+
+
+def _checked_ids(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
+        raise argparse.ArgumentTypeError(f"{where}expected a list of token ids such as [1, 5, 9], got {value!r}")
+    return value
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{what}: not JSON ({error})") from None
