@@ -13,8 +13,7 @@ from .output import Writer, emit, note, on_stderr, show
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
     from ..engine import DePass
-    from ..results.attribution import Attribution
-    from ..results.layered import LayeredAttribution
+    from .output import Result
 
 _DESCRIPTION = "Print the share of every component in the logit of a target token."
 _EXAMPLES = """\
@@ -25,6 +24,8 @@ examples:
   depass-fast attribute --model ./llama --input-ids "1 450 7483" --components neurons --layer 3 --out n3.safetensors
   depass-fast attribute --model ./llama --prompt "The capital of France is" --components neurons --layer all \\
       --method adjoint --refine 200 --sample 200
+  depass-fast attribute --model ./llama --prompt "The capital of France is" --components tokens \\
+      --continuation " Paris, of course" --reduce sum
   depass-fast attribute --model ./llama --prompts prompts.jsonl --components tokens --out shares.jsonl
   depass-fast attribute --model ./llama --chat '[{"role": "user", "content": "Hello"}]' --components tokens
   depass-fast attribute --model ./gemma --prompt - --components features --dictionary params.npz \\
@@ -61,7 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contrast", type=types.token_text, metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)"
     )
     contrast.add_argument("--contrast-id", dest="contrast", type=int, metavar="I")
-    what.add_argument("--position", type=int, default=-1, metavar="P", help="where the logit is read. Default: -1")
+    what.add_argument(
+        "--position",
+        type=types.positions,
+        metavar="P",
+        help="where the logit is read; or several, such as 3,8,-1, in one decomposition. Default: -1",
+    )
+    following = what.add_mutually_exclusive_group()
+    following.add_argument(
+        "--continuation",
+        type=types.text,
+        metavar="TEXT",
+        help="a text that follows the prompt: the shares in each of its tokens, in the place of a target",
+    )
+    following.add_argument("--continuation-ids", dest="continuation", type=types.token_ids, metavar="IDS")
+    what.add_argument(
+        "--reduce", choices=("sum", "mean"), help="continuation: the shares in the sum or mean of the log-probabilities"
+    )
 
     how = parser.add_argument_group("how it is computed")
     flags.add_method(how)
@@ -87,17 +104,20 @@ def run(args: argparse.Namespace) -> None:
     """Attribute, batch by batch; print the results and write --out as they come."""
     with on_stderr():
         engine, components, options = _prepared(args)
-        writer = Writer(args.out, prompts.is_several(args))
+        writer = Writer(args.out, prompts.is_several(args) or isinstance(args.position, list))
     items = prompts.items_of(args)
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
         with on_stderr():
-            results = _attributions(engine, args, batch, components, options)
-        for number, result in enumerate(results, first + 1):
-            if prompts.is_several(args) and not args.json:
-                emit(f"{'' if number == 1 else chr(10)}prompt {number} of {len(items)}")
-            show(result, as_json=args.json, top=args.top)  # before it is written: a full disk loses nothing
-            writer.write(result)
+            found = _attributions(engine, args, batch, components, options)
+        for number, results in enumerate(found, first + 1):
+            for result in results:
+                if writer.count and not args.json:
+                    emit("")
+                if prompts.is_several(args) and not args.json and result is results[0]:
+                    emit(f"prompt {number} of {len(items)}")
+                show(result, as_json=args.json, top=args.top)  # before it is written: a full disk loses nothing
+                writer.write(result)
     writer.close()
 
 
@@ -108,9 +128,27 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("dictionary", "site"):
         if args.components != "features" and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: it belongs to --components features, not to {args.components}.")
-    if args.target is not None and any(item.target is not None for item in prompts.items_of(args)):
-        raise ValueError("--target: the lines of --prompts have targets of their own; leave one of the two out.")
+    _check_targets(args)
     flags.check_method(args)
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Raise ValueError for targets, continuations and positions that do not go together."""
+    items = prompts.items_of(args)
+    for name in ("target", "continuation"):
+        if getattr(args, name) is not None and any(getattr(item, name) is not None for item in items):
+            raise ValueError(f"--{name}: the lines of --prompts have a {name} of their own; leave one of the two out.")
+    with_one = [args.continuation is not None or item.continuation is not None for item in items]
+    if not any(with_one):
+        if args.reduce is not None:
+            raise ValueError(f"--reduce: {args.reduce} of the tokens of a continuation; give --continuation, too.")
+        return
+    if not all(with_one):
+        raise ValueError("--prompts: either every line has a continuation, or none has one.")
+    beside = [name for name in ("target", "contrast", "position") if getattr(args, name) is not None]
+    if beside or any(item.target is not None for item in items):
+        name = beside[0] if beside else "prompts"
+        raise ValueError(f"--{name}: the tokens of a continuation are the targets; leave one of the two out.")
 
 
 def _prepared(args: argparse.Namespace) -> tuple[DePass, ComponentKind, dict[str, Any]]:
@@ -134,7 +172,7 @@ def _prepared(args: argparse.Namespace) -> tuple[DePass, ComponentKind, dict[str
     engine = engine_of(args, device)
     if prompts.is_several(args):
         prompts.check_all(args, engine)
-    return engine, components, {"contrast": args.contrast, "position": args.position, "method": method}
+    return engine, components, {"method": method}
 
 
 def _attributions(
@@ -143,16 +181,28 @@ def _attributions(
     batch: list[prompts.Item],
     components: ComponentKind,
     options: dict[str, Any],
-) -> list[Attribution | LayeredAttribution]:
-    """The attributions of a batch of prompts."""
+) -> list[list[Result]]:
+    """The results of each prompt of a batch: one, or one for each of several positions."""
     from ..results.estimate import ApproximationWarning
     from ..results.verification import VerificationWarning
 
     several = prompts.is_several(args)
     prompt = [item.prompt for item in batch] if several else batch[0].prompt
-    targets = [item.target for item in batch] if any(item.target is not None for item in batch) else None
     with warnings.catch_warnings():  # the printed result says the same
         warnings.simplefilter("ignore", ApproximationWarning)
         warnings.simplefilter("ignore", VerificationWarning)
-        found = engine.attribute(prompt, components, args.target, targets=targets, **options)
-    return found if several else [found]
+        found = engine.attribute(prompt, components, **_what(args, batch), **options)
+    each = found if several else [found]
+    return each if isinstance(args.position, list) else [[result] for result in each]
+
+
+def _what(args: argparse.Namespace, batch: list[prompts.Item]) -> dict[str, Any]:
+    """The arguments of `attribute` that say what is read."""
+    given = [args.continuation if item.continuation is None else item.continuation for item in batch]
+    if given[0] is not None:
+        return {"continuation": given if prompts.is_several(args) else given[0], "reduce": args.reduce}
+    position = -1 if args.position is None else args.position
+    read = {"target": args.target, "contrast": args.contrast, "position": position}
+    if any(item.target is not None for item in batch):
+        read["targets"] = [item.target for item in batch]
+    return read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-_OF_IDS = {"target": "target-id", "contrast": "contrast-id"}
+_OF_IDS = {"target": "target-id", "contrast": "contrast-id", "continuation": "continuation-ids"}
 _PROMPTS = {"prompt": "prompt", "prompts": "prompts", "chat": "chat", "input_ids": "input-ids"}
 _RENAMED = {"within": "refine-within", "sae": "dictionary"}
 _USERS = (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)

@@ -167,7 +167,12 @@ def _told(error: Exception) -> str:
 
 def _refuse_text(args: argparse.Namespace) -> None:
     """Raise ValueError for text in a flag, which needs a tokenizer."""
-    for flag, ids in (("prompt", "input-ids"), ("target", "target-id"), ("contrast", "contrast-id")):
+    for flag, ids in (
+        ("prompt", "input-ids"),
+        ("target", "target-id"),
+        ("contrast", "contrast-id"),
+        ("continuation", "continuation-ids"),
+    ):
         value = getattr(args, flag, None)
-        if isinstance(value, (str, list)):
+        if isinstance(value, str) or (flag == "prompt" and value is not None):
             raise ValueError(f"--{flag}: text needs a tokenizer, and {args.model!r} has none; give --{ids}.")

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
+    from ..results.continuation import Continuation
     from ..results.generation import Generation
     from ..results.layered import LayeredAttribution
 
-    Result = Attribution | LayeredAttribution | Generation
+    Result = Attribution | LayeredAttribution | Continuation | Generation
 
 
 def emit(text: Any) -> None:

@@ -17,10 +17,11 @@ _FLAGS = {"prompt": "--prompt", "prompts": "--prompts", "chat": "--chat", "input
 
 
 class Item(NamedTuple):
-    """A prompt (text, ids or messages), and the target that a line of --prompts may give it."""
+    """A prompt (text, ids or messages), and the target or the continuation that a line of --prompts may give it."""
 
     prompt: Any
     target: Any = None
+    continuation: Any = None
 
 
 def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
@@ -40,7 +41,7 @@ def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
             type=_file_of_prompts,
             metavar="FILE",
             help="several prompts: FILE.txt with a text per line; or FILE.jsonl with a JSON value per line, a text or "
-            'an object with "prompt", "messages" or "input_ids", and a "target" if you like',
+            'an object with "prompt", "messages" or "input_ids", and a "target" or a "continuation" if you like',
         )
     ways.add_argument(
         "--chat",
@@ -170,20 +171,26 @@ def _item(value: Any, where: str) -> Item:
     """The prompt that an object of a line describes."""
     known = ("prompt", "messages", "input_ids")
     given = [name for name in known if isinstance(value, dict) and name in value]
-    unknown = [name for name in value if name not in (*known, "target")] if isinstance(value, dict) else []
+    allowed = (*known, "target", "continuation")
+    unknown = [name for name in value if name not in allowed] if isinstance(value, dict) else []
     if len(given) != 1 or unknown:
         got = f"got {', '.join(map(repr, value)) or 'nothing'}" if isinstance(value, dict) else f"got {value!r}"
         raise argparse.ArgumentTypeError(
-            f'{where}expected a text, or an object with one of "prompt", "messages" and "input_ids", and "target" if '
-            f"you like; {got}"
+            f'{where}expected a text, or an object with one of "prompt", "messages" and "input_ids", and "target" or '
+            f'"continuation" if you like; {got}'
         )
     target = value.get("target")
     if isinstance(target, list):
         target = tuple(target)
-    content = value[given[0]]
+    content, continuation = value[given[0]], value.get("continuation")
+    if continuation is not None:
+        check = _checked_text if isinstance(continuation, str) else _checked_ids
+        continuation = check(continuation, f"{where}continuation: ")
     if given[0] == "messages":
-        return Item(_messages(content, where), target)
-    return Item(_checked_text(content, where) if given[0] == "prompt" else _checked_ids(content, where), target)
+        content = _messages(content, where)
+    else:
+        content = _checked_text(content, where) if given[0] == "prompt" else _checked_ids(content, where)
+    return Item(content, target, continuation)
 
 
 def _checked_text(value: Any, where: str) -> str:

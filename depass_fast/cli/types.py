@@ -76,6 +76,14 @@ def model(given: str) -> str:
     return given
 
 
+def positions(given: str) -> int | list[int]:
+    """A position, or several, which a comma makes a list."""
+    if not re.fullmatch(r"-?\d+(,-?\d+)*,?", given):
+        raise argparse.ArgumentTypeError(f"{given!r} is no position; expected an integer, or several such as 3,8,-1")
+    numbers = [int(item) for item in given.split(",") if item]
+    return numbers if "," in given else numbers[0]
+
+
 def layer(given: str) -> int | str:
     """A number, "all", or a hook's name such as blocks.5.attn.hook_z."""
     return int(given) if re.fullmatch(r"-?\d+", given) else given
