@@ -3,7 +3,7 @@
 Write ``from depass_fast.compat import decomposed_state_manager``. A script that says ``from DePass import
 decomposed_state_manager`` runs unchanged with ``python -m depass_fast.compat SCRIPT.py ARGS``; a notebook does after
 ``%load_ext depass_fast.compat``, and anything after ``import depass_fast.compat.install``. These also bridge what newer
-packages broke (:mod:`.bridges`). ``DePass.utils`` and the published attributes are there (:mod:`.utils`, :mod:`.steps`).
+packages broke (:mod:`.bridges`). ``DePass.utils`` and published attributes are there (:mod:`.utils`, :mod:`.steps`).
 
 The published code deviates from the method (DESIGN.md section 6). The deviations are reproduced by default, through
 initial states (:mod:`.manager`) and rules (:mod:`.rules`). ``corrected=True`` leaves them out:

@@ -32,7 +32,7 @@ CHANGED = "the model has changed since get_states (weights, hooks or settings); 
 class PublishedSteps:
     """The part of :class:`depass_fast.compat.decomposed_state_manager` that goes step by step.
 
-    Component states are (M, N, D) here, on any device, and changed in place. ``state`` is what :meth:`get_states`
+    Component states are (M, N, D) here, on any device, and changed in place. ``state`` is what ``get_states``
     returned for the step: ``states[2 * layer]`` for attention, ``states[2 * layer + 1]`` for the MLP. ``masks``,
     ``dropouts`` and ``causals`` are the attributes of these names.
 
