@@ -2,7 +2,7 @@
 
 Weights are compared by a hash of all their bits: `.data` edits count no version. The hash reads every weight once, but
 for the two vocabulary matrices: of the embedding it reads what the prompt's tokens look up, and the unembedding is no
-part of a trace. 425 MB of SmolLM2-135M take 25 ms on one core, its forward pass over 38 tokens 155 ms.
+part of a trace. 425 MB of SmolLM2-135M take 30 ms on one core, its forward pass over 38 tokens 155 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..adapters import Adapter
 from ..trace.consistency import computation
 from ..trace.record import Trace, TraceSource
 
-_PRIMES = (4_099, 16_411, 65_537, 262_147, 1_048_583, 16_777_259)
+_PRIMES = (16_411, 65_537, 262_147, 1_048_583, 16_777_259)
 _OWN = frozenset(vars(nn.Module())) - {"training"}  # attributes of every module, which hold its parts and hooks
 _WATCHING = "transformers.utils.output_capturing"  # its hooks stay, and change nothing
 _KINDS = (Tensor, nn.Parameter, nn.Buffer)
