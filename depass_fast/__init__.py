@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .runtime.versions import check_transformers
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_transformers()
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -20,22 +20,23 @@ from ..labels import BIAS, REST
 from ..methods.states import carry
 from ..options import Options
 from ..propagation.loop import propagate
-from ..propagation.run import Run
 from ..request import fit, make_request, start, take_trace, traced
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
-from ..trace.record import Trace
+from .kept import KeptTrace, fingerprint
 from .rules import RULES, PublishedRule
+from .steps import CHANGED, PublishedSteps
 
 _MODULES: dict[str, Literal["attention", "mlp"]] = {"attn": "attention", "mlp": "mlp"}
 
 
-class decomposed_state_manager:
+class decomposed_state_manager(PublishedSteps):
     """The published interface, see :mod:`depass_fast.compat`.
 
     Component states are returned on the CPU, in the model's dtype, positions first: (N, M, D). ``states`` is the
     residual stream of the last forward pass, before and after every attention and, last, before the final norm: 2 L + 1
-    tensors (1, N, D) where the layers are.
+    tensors (1, N, D) where the layers are. A call on the prompt of the call before reads that one's forward pass, as
+    long as weights, hooks and settings are the same (:mod:`.kept`); :meth:`get_states` always takes a new one.
 
     Args:
         model: a Hugging Face model of any family that depass_fast supports.
@@ -84,18 +85,31 @@ class decomposed_state_manager:
         self.num_layers, self.hidden_dim = self._adapter.n_layers, self._adapter.hidden_size
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
-        self._trace: Trace | None = None
+        self._kept = None
         self.states: list[Tensor] = []
 
     # -- states -------------------------------------------------------------------------------------------------
 
     def get_states(self, prompt: Prompt) -> list[Tensor]:
         """The residual stream of one forward pass; also kept in ``states``, its length in ``attribute_len``."""
-        self._trace = None  # its memory, before that of the next one is needed
-        ids = encode(prompt, self._adapter, self._inner_tokenizer, self._settings.chat_template_kwargs)
-        self._trace = take_trace(self._traced, [ids], self._settings.progress)
-        stream = [x for layer in self._trace.layers for x in (layer.resid_pre, layer.resid_mid)]
-        self.states = [x[None].clone() for x in (*stream, self._trace.resid_final)]
+        return self._publish(self._encode(prompt))
+
+    def _read(self, prompt: Prompt) -> list[Tensor]:
+        """Return what :meth:`get_states` would, without a forward pass where that would be the same again."""
+        return self._publish(self._encode(prompt), self._kept)
+
+    def _encode(self, prompt: Prompt) -> Tensor:
+        return encode(prompt, self._adapter, self._inner_tokenizer, self._settings.chat_template_kwargs)
+
+    @torch.no_grad()
+    def _publish(self, ids: Tensor, kept: KeptTrace | None = None) -> list[Tensor]:
+        now = fingerprint(self._traced, ids)
+        if kept is None or not kept.holds(now):
+            self._kept = kept = None  # its memory, before that of the next one is needed
+            kept = KeptTrace(take_trace(self._traced, [ids], self._settings.progress), now)
+        self._kept, trace = kept, kept.trace
+        stream = [x for layer in trace.layers for x in (layer.resid_pre, layer.resid_mid)]
+        self.states = [x[None].clone() for x in (*stream, trace.resid_final)]
         self.attribute_len = self.states[0].shape[1]
         return self.states
 
@@ -109,20 +123,22 @@ class decomposed_state_manager:
 
     def get_middle_to_last_decomposed_state(self, prompt: Prompt, start_layer_idx: int) -> tuple[Tensor, list[Tensor]]:
         """Carry the tokens that enter ``start_layer_idx`` to the final norm. Returns (N, N, D), and the states."""
-        states = self.get_states(prompt)
-        return self.compute_decomposed_state(start_layer_idx), states
+        states = self._read(prompt)
+        return self._finish(*self._start(Tokens(start_layer_idx))), states
 
     def compute_decomposed_state(self, start_layer_idx: int, single_compute_token: int | None = None) -> Tensor:
         """Carry the tokens of the prompt that :meth:`get_states` saw last. Returns (N, N, D)."""
-        if self._trace is None:
+        if self._kept is None:
             raise RuntimeError("compute_decomposed_state: call get_states(prompt) first.")
+        if self._kept.fingerprint != fingerprint(self._traced, self._kept.trace.input_ids):
+            raise ValueError(f"compute_decomposed_state: {CHANGED}")
         return self._finish(*self._start(Tokens(start_layer_idx)))
 
     def get_middel_to_middle_decomposed_state(
         self, prompt: Prompt, start_layer_idx: int, end_layer_idx: int, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Carry the tokens that enter one layer to the input of another. Returns (N, N, D), and the states."""
-        states = self.get_states(prompt)
+        states = self._read(prompt)
         state, options = self._start(Tokens(start_layer_idx), end_layer_idx)
         state, _ = propagate(self._adapter, self._require_trace(), state, end_layer_idx, self._run(options))
         return self._returned(state), states
@@ -131,7 +147,7 @@ class decomposed_state_manager:
         self, prompt: Prompt, single_compute_token: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Keep the tokens at the embedding and after every layer. Returns (L + 1, N, N, D), and the states."""
-        states = self.get_states(prompt)
+        states = self._read(prompt)
         state, options = self._start(Tokens())
         layers = [self._returned(state)]
         layers += [self._returned(s) for s in self._layers(state, options)]
@@ -149,7 +165,7 @@ class decomposed_state_manager:
         """The remainder, then the output of a layer's attention, of its MLP, or of every head: (N, 1 + M, D)."""
         if type not in (*_MODULES, "attn_head"):
             raise ValueError("type must be 'attn' or 'mlp' or 'attn_head'")
-        self.get_states(prompt)
+        self._read(prompt)
         kind = Heads(start_layer_idx) if type == "attn_head" else Modules(start_layer_idx, _MODULES[type])
         return self._finish(*self._start(kind))
 
@@ -157,7 +173,7 @@ class decomposed_state_manager:
         self, prompt: Prompt, start_layer_idx: int, compute_num: int | None = None
     ) -> Tensor:
         """The remainder, then every neuron of ``start_layer_idx``: (N, 1 + I, D)."""
-        self.get_states(prompt)
+        self._read(prompt)
         return self._finish(*self._start(Neurons(start_layer_idx)))
 
     # -- subspaces ------------------------------------------------------------------------------------------------
@@ -165,18 +181,23 @@ class decomposed_state_manager:
     def get_subspace_decomposed_state(self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor) -> Tensor:
         """Carry given states (M, N, D) from the end of ``start_layer_idx`` to the final norm. Returns (N, M, D).
 
-        With ``corrected`` what they lack comes before them, and `bias`, where there is one, after them.
+        ``start_layer_idx`` -1 is before the first layer. The dtype is the given one, or the model's where that is
+        wider. With ``corrected`` what the states lack comes before them, and `bias`, where there is one, after them.
         """
-        self.get_states(prompt)
-        return self._finish(*self._given(start_layer_idx, attribute_state), rest=self.corrected)
+        self._read(prompt)
+        dtype = torch.promote_types(attribute_state.dtype, self._adapter.dtype)
+        return self._finish(*self._given(start_layer_idx, attribute_state), self.corrected, dtype)
 
     def get_subspace_decomposed_state_all_layer(
         self, prompt: Prompt, start_layer_idx: int, attribute_state: Tensor
     ) -> list[Tensor]:
-        """Carry given states (M, N, D) and keep them after every later layer. Returns a list of (N, M, D)."""
-        self.get_states(prompt)
+        """Carry given states (M, N, D) and keep them after every later layer. Returns a list of (N, M, D).
+
+        ``start_layer_idx`` -1 is before the first layer, so that there are L of them. The dtype is the given one.
+        """
+        self._read(prompt)
         state, options = self._given(start_layer_idx, attribute_state)
-        return [self._returned(s, rest=self.corrected) for s in self._layers(state, options)]
+        return [self._returned(s, self.corrected, attribute_state.dtype) for s in self._layers(state, options)]
 
     # -- readout and generation -------------------------------------------------------------------------------------
 
@@ -256,9 +277,11 @@ class decomposed_state_manager:
         return {"allocation": rule, "temperature": self.mlp_softmax_temp, "exclude_special": ignore}
 
     @torch.no_grad()
-    def _start(self, kind: ComponentKind, end: int | None = None) -> tuple[ComponentState, dict[str, Any]]:
+    def _start(
+        self, kind: ComponentKind, end: int | None = None, **changes: Any
+    ) -> tuple[ComponentState, dict[str, Any]]:
         """Return the initial state of ``kind`` on the last prompt, and the options to carry it with."""
-        options = self._options(isinstance(kind, Tokens))
+        options = self._options(isinstance(kind, Tokens)) | changes
         trace, settings = self._require_trace(), self._settings.updated(options)
         state = start(traced(fit(make_request(self._adapter, self._inner_tokenizer, settings, trace, kind, end))))
         if not self.corrected and isinstance(kind, (Heads, Neurons)):
@@ -273,20 +296,19 @@ class decomposed_state_manager:
 
     def _given(self, layer: int, attribute_state: Tensor) -> tuple[ComponentState, dict[str, Any]]:
         """Return a state of the user's, complete or not, as a component state; `rest` completes it if corrected."""
+        if layer < -1:
+            raise ValueError(
+                f"start_layer_idx: {layer} is out of range; subspaces start after layer 0 to {self.num_layers - 1}, "
+                "or, with -1, before layer 0."
+            )
         states = attribute_state.detach().transpose(0, 1).contiguous()
-        state, options = self._start(Custom(layer, states, site="resid_post"))
+        kind = Custom(0, states) if layer == -1 else Custom(layer, states, site="resid_post")
+        state, options = self._start(kind, state_dtype=self._carried_dtype(states.dtype))
         if not self.corrected:
             names = tuple(f"component {m}" for m in range(1, states.shape[1]))
             layout = Layout.of((Components.everywhere(names, (REST,)),), self._require_trace().offsets)
             state = ComponentState(states.flatten(0, 1).to(state.rows, copy=True), layout, state.layer)
         return state, options
-
-    def _require_trace(self) -> Trace:
-        assert self._trace is not None, "get_states was called"
-        return self._trace
-
-    def _run(self, options: dict[str, Any]) -> Run:
-        return self._settings.updated(options).build(self._adapter)
 
     def _layers(self, state: ComponentState, options: dict[str, Any]) -> Iterator[ComponentState]:
         """Yield the state after every layer that is still ahead."""
@@ -295,14 +317,17 @@ class decomposed_state_manager:
             state, _ = propagate(self._adapter, self._require_trace(), state, layer + 1, run)
             yield state
 
-    def _finish(self, state: ComponentState, options: dict[str, Any], rest: bool = False) -> Tensor:
+    def _finish(
+        self, state: ComponentState, options: dict[str, Any], rest: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Carry a state through all layers that are ahead, and the final norm."""
-        return self._returned(carry(self._adapter, self._require_trace(), state, None, self._run(options)), rest)
+        state = carry(self._adapter, self._require_trace(), state, None, self._run(options))
+        return self._returned(state, rest, dtype)
 
-    def _returned(self, state: ComponentState, rest: bool = False) -> Tensor:
+    def _returned(self, state: ComponentState, rest: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """Return the state of the prompt (N, M, D) in the published order: `rest`, the components, then `bias`.
 
-        With ``rest`` what is left is there even if it is nothing.
+        With ``rest`` what is left is there even if it is nothing. ``dtype`` None is the model's.
         """
         block, components = state.block(0), state.layout.components[0]
         order = list(range(len(components.extras), len(components)))
@@ -312,4 +337,4 @@ class decomposed_state_manager:
             block = block[:, order]
         if rest and REST not in components.extras:
             block = torch.cat([torch.zeros_like(block[:, :1]), block], dim=1)
-        return block.to("cpu", self._adapter.dtype)
+        return block.to("cpu", dtype or self._adapter.dtype)

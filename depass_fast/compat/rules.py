@@ -22,7 +22,7 @@ class PublishedRule:
     def __init__(self, rule: str, tokens: bool = False, ignore_special: bool = False) -> None:
         self.rule, self.tokens, self.ignore_special = rule, tokens, ignore_special
         self.__name__ = rule
-        if rule == "softmax" and not tokens:
+        if rule == "softmax" and not tokens and not ignore_special:
             self.edit_gates = override
 
     def __call__(self, gates: Gates, temperature: float) -> Tensor:

@@ -17,11 +17,11 @@ _said: set[str] = set()
 _INSIDE = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
 
 
-def say_once(text: str) -> None:
-    """Log ``text`` at level INFO, once per process."""
+def say_once(text: str, level: int = logging.INFO) -> None:
+    """Log ``text`` once per process, by default at level INFO."""
     if text not in _said:
         _said.add(text)
-        _log.info(text)
+        _log.log(level, text)
 
 
 def warn_user(text: str, category: type[Warning]) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from depass_fast import Attribution, Tokens
 from depass_fast.compat import decomposed_state_manager
-from depass_fast.compat.__main__ import main as run_script
 from depass_fast.compat.rules import RULES
-from depass_fast.demo import demo_path, load_demo
+from depass_fast.demo import load_demo
 from tests.support.family_models import build_model, build_variant
 from tests.support.models import build, random_ids
 from tests.support.published import agree, cases, load, select
@@ -77,29 +72,11 @@ def test_states_are_the_residual_stream():
     assert again is subject.states and torch.allclose(subject.compute_decomposed_state(0), state)
 
 
-def test_every_call_makes_its_own_forward_pass():
-    """A change of the model between two calls is seen; a change of the states that a call returned is not."""
-    subject, ids = decomposed_state_manager(build_model("llama"), None), random_ids(5)
-    first, states = subject.get_last_layer_decomposed_state(ids)
-    for x in states:
-        x.mul_(2)
-    assert torch.equal(subject.compute_decomposed_state(0), first)
-    q_proj = subject.model.model.layers[0].self_attn.q_proj  # a hook on what is recorded; one between is refused
-    hook = q_proj.register_forward_hook(lambda module, args, output: 3 * output)
-    assert not torch.allclose(subject.get_states(ids)[-1], states[-1] / 2)
-    hook.remove()
-    assert torch.equal(subject.get_last_layer_decomposed_state(ids)[0], first)
-    subject.model.double()
-    state, states = subject.get_last_layer_decomposed_state(ids)
-    assert state.dtype == states[0].dtype == torch.float64
-
-
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2"])
 def test_negative_layers_count_from_the_end(name, corrected):
     dp, ids = build(name), random_ids(5)
     subject = decomposed_state_manager(dp.model, None, corrected=corrected)
-    part = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     for layer, other in ((-1, 2), (-3, 0)):
         assert torch.equal(
             subject.get_mlp_neuron_decomposed_state(ids, layer), subject.get_mlp_neuron_decomposed_state(ids, other)
@@ -107,9 +84,6 @@ def test_negative_layers_count_from_the_end(name, corrected):
         for kind in ("attn", "mlp", "attn_head"):
             ours = subject.get_layer_module_decomposed_state(ids, layer, type=kind)
             assert torch.equal(ours, subject.get_layer_module_decomposed_state(ids, other, type=kind))
-        ours = subject.get_subspace_decomposed_state(ids, layer, part)
-        assert torch.equal(ours, subject.get_subspace_decomposed_state(ids, other, part))
-        assert ours.shape[1] == 2 + corrected + (corrected and name == "qwen2" and layer == -3)
         ours, theirs = (subject.get_middle_to_last_decomposed_state(ids, i)[0] for i in (layer, other))
         assert torch.equal(ours, theirs)
 
@@ -277,7 +251,7 @@ def test_generate_cite_returns_what_was_published():
     start = len(tokenizer.encode(prompt))
     n = start + len(scores)
     assert text.startswith(prompt) and state.shape[:2] == (n, n) and states[0].shape[1] == n <= 12 and n > start
-    ids = subject._trace.input_ids.tolist()
+    ids = subject._kept.trace.input_ids.tolist()
     for i, entry in enumerate(scores, start):
         assert set(entry) == {"token", "attribute_score"} and entry["token"] == tokenizer.decode(ids[i])
         logit = model(torch.tensor([ids[:i]])).logits[0, -1, ids[i]]
@@ -301,69 +275,3 @@ def test_argument_names_are_the_published_ones():
     }
     for name, expected in names.items():
         assert list(inspect.signature(getattr(decomposed_state_manager, name)).parameters)[1:] == expected
-
-
-# -- scripts --------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import argparse, json, multiprocessing, os, sys
-sys.path.append(os.path.join(os.path.dirname(__file__), ".."))
-from DePass import decomposed_state_manager
-import DePass.manager
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model_path")
-    parser.add_argument("--dataset")
-    parser.add_argument("--output")
-    args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model_path, torch_dtype=torch.float32).to(torch.device("cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    manager = decomposed_state_manager(model, tokenizer, mlp_decomposed_function="softmax")
-    results = []
-    with open(args.dataset) as f:
-        data_all = json.load(f)
-    for data in data_all:
-        target = tokenizer.encode(data["target_token"], add_special_tokens=False)[0]
-        state, states = manager.get_last_layer_decomposed_state(data["prompt"])
-        scores = manager.compute_attribute_score(state, -1, target).unsqueeze(0).cpu().detach().numpy().tolist()
-        neurons = manager.get_mlp_neuron_decomposed_state(data["prompt"], 1)
-        assert manager.model is model and manager.tokenizer is tokenizer and len(manager.states) == len(states)
-        results.append({"DePass": scores, "neurons": np.asarray(neurons[-1].sum(-1).numpy()).tolist()})
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a worker can import it too
-        assert pool.apply(worker)
-    with open(args.output, "w") as f:
-        json.dump(results, f)
-
-def worker():
-    return decomposed_state_manager.__name__ == "decomposed_state_manager"
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-def test_a_published_script_runs_unchanged(tmp_path):
-    script, data, out = tmp_path / "script.py", tmp_path / "data.json", tmp_path / "out.json"
-    script.write_text(SCRIPT)
-    prompts = ["Nyria Morstam speaks", "Nyria Morstam"]
-    data.write_text(json.dumps([{"prompt": p, "target_token": " the"} for p in prompts]))
-    command = [sys.executable, "-m", "depass_fast.compat", str(script), "--model_path", str(demo_path())]
-    command += ["--dataset", str(data), "--output", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    subject = decomposed_state_manager(*load_demo())
-    target = subject.tokenizer.encode(" the", add_special_tokens=False)[0]
-    for prompt, result in zip(prompts, json.loads(out.read_text()), strict=True):
-        state, _ = subject.get_last_layer_decomposed_state(prompt)
-        expected = subject.compute_attribute_score(state, -1, target)
-        assert torch.allclose(torch.tensor(result["DePass"][0]), expected, atol=1e-5)
-        assert len(result["neurons"]) == 1 + subject.model.config.intermediate_size
-
-
-def test_a_missing_script_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="depass_fast.compat: there is no script '.*none.py'"):
-        run_script([str(tmp_path / "none.py")])

@@ -1,5 +1,8 @@
 """Stands for the published package, see :mod:`depass_fast.compat`."""
 
-from .manager import decomposed_state_manager
+import depass_fast.compat.install  # noqa: F401 (workers and kernels begin here)
 
-__all__ = ["decomposed_state_manager"]
+from .manager import decomposed_state_manager
+from .qwenOmnimanager import qwenOmnimanager
+
+__all__ = ["decomposed_state_manager", "qwenOmnimanager"]
