@@ -187,15 +187,15 @@ def run_adjoint(case: PlannedRun, dp: DePass, components: ComponentKind, prompts
     dp.attribute([1, 2, 3, 4], Neurons(0), 7, method=Adjoint(refine=2, sample=2))
     found, find_loud = [], Sweep._loud
 
-    def recording(sweep: Sweep, group: Any) -> Any:
-        found.append(find_loud(sweep, group))
+    def recording(sweep: Sweep) -> Any:
+        found.append(find_loud(sweep))
         return found[-1]
 
     with mock.patch.object(Sweep, "_loud", recording):
         began = time.perf_counter()
         peak = measured(lambda: dp.attribute(prompts, components, 7, method=method, **options))
         seconds = time.perf_counter() - began
-    loud = max(len(indices) for group in found for indices in group)
+    loud = max(len(one.index) for starts in found for one in starts)
     rate, _ = gemm_rate(dp.adapter.device, torch.float32)
     lengths = [len(prompt) for prompt in prompts]
     shape = RunShape(dp.adapter, lengths, components, method=method)

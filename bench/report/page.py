@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ablation, adjoint, gpu, memory, speeds, tables
+from . import ablation, adjoint, gpu, memory, speeds, tables, trained
 
 HEAD = """# Results
 
@@ -27,6 +27,7 @@ SECTIONS = {
     "plan": memory.planned,
     "prompts": tables.prompts,
     "suite": tables.suite,
+    "trained": trained.section,
 }
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from ..backends.workload import LayerSize
 from ..options import Adjoint
 from .approximation import Approximation
+from .estimate import FEWEST_OF_A_LAYER
+from .loud import CANDIDATES, NEXT
 from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
 from .stack import KEPT
 
@@ -68,6 +70,18 @@ class SweepWorkload:
         loud = min(self.loud, start.named, self.memory.most_loud(Approximation.at_most))
         return 1 + start.extras + max(loud, fixed)
 
+    def _heard(self, start: StartSize) -> int:
+        """Return the most components whose gates are looked at ahead (:mod:`.loud`); quiet ones are not."""
+        if start.entering >= self.end or not self.softmax:
+            return 0
+        return min(start.named, CANDIDATES * self.memory.most_loud(Approximation.at_most))
+
+    @property
+    def _drawn(self) -> int:
+        """Return the components of the sample, of all starts."""
+        by_layer = max(FEWEST_OF_A_LAYER, self.method.sample // (2 * len(self.starts))) + NEXT
+        return min(self.method.sample + by_layer * len(self.starts), sum(start.named for start in self.starts))
+
     def rows(self) -> int:
         """Return the explicit rows of all starts."""
         return sum(self._rows(start, bool(self.method.refine)) for start in self.starts)
@@ -105,6 +119,7 @@ class SweepWorkload:
     def _phases(self, workspace: int) -> Iterator[list[int]]:
         """Yield the blocks that are held at once, phase by phase."""
         yield [max(start.making for start in self.starts)]
+        yield [sum(map(self._heard, self.starts)) * 2 * self.memory.width * self.item, gates_budget(workspace)]
         for group in self._groups(workspace):
             for refined in self._passes():
                 yield from self._pass(group, refined, workspace)
@@ -177,10 +192,10 @@ class SweepWorkload:
         return [*y, *[back] * 3, *[starts * n * size.o * self.compute] * 3]
 
     def _sampled(self, group: list[StartSize], workspace: int) -> Iterator[list[int]]:
-        """Yield the phases of the sample: the half that measures log Z, then the other; all starts give alike."""
+        """Yield the phases of the sample: the part that measures log Z, then the others; all starts give alike."""
         n, item, budget = self.memory.n, self.item, gates_budget(workspace)
-        drawn = min(self.method.sample, sum(start.named for start in self.starts))
-        for count, measure in ((drawn - drawn // 2, True), (drawn // 2, False)):
+        half = min(self._drawn, self.method.sample - self.method.sample // 2)
+        for count, measure in ((half, True), (self._drawn - half, False)):
             most = singles_at_once(budget, n, self.memory.widest, item, measure)
             for index in range(group[0].entering, self.end):
                 entered = sum(start.entering <= index for start in group)
@@ -195,7 +210,12 @@ class SweepWorkload:
     def flop(self, workspace: int) -> float:
         """Return the FLOP of all products, for one target."""
         passes = sum(self._pass_flop(group, refined) for group in self._groups(workspace) for refined in self._passes())
-        return passes + (self._sample_flop() if self.method.sample and self.softmax else 0.0)
+        heard = sum(self._heard(start) * self._neurons_ahead(start) for start in self.starts)
+        sampled = self._sample_flop() if self.method.sample and self.softmax else 0.0
+        return passes + 2.0 * self.memory.width * heard + sampled
+
+    def _neurons_ahead(self, start: StartSize) -> int:
+        return sum(self.layers[index].reached(self.memory.n) for index in range(start.entering, self.end))
 
     def _pass_flop(self, group: list[StartSize], refined: bool) -> float:
         """Return the FLOP of one pass there and back."""
@@ -209,10 +229,10 @@ class SweepWorkload:
 
     def _sample_flop(self) -> float:
         """Return the FLOP of the sample; all starts give alike."""
-        drawn, total = min(self.method.sample, sum(start.named for start in self.starts)), 0.0
+        total = 0.0
         for index in range(self.starts[0].entering, self.end):
             entered = sum(start.entering <= index for start in self.starts)
-            total += self._layer_flop(index, drawn * entered / len(self.starts))
+            total += self._layer_flop(index, self._drawn * entered / len(self.starts))
         return total
 
     def _layer_flop(self, index: int, rows: float) -> float:

@@ -80,11 +80,12 @@ def test_the_arithmetic_of_a_sweep_is_what_is_done(wide, kind, refine, sample, m
     monkeypatch.setattr(sweep.Sweep, "_loud", lambda *given: found.append(find(*given)) or found[-1])
     with FlopCounterMode(display=False) as counted:
         wide.attribute(trace, kind, 7, method=Adjoint(refine=refine, sample=sample))
-    loud = max(len(indices) for group in found for indices in group)
+    loud = max(len(one.index) for group in found for one in group)
     method = Adjoint(refine, "all", sample)
     plan = make_plan(RunShape(wide.adapter, [len(IDS)], kind, wide.options, traced=True, method=method), loud=loud)
     off = 1.7 if (refine or sample) and kind.is_layered else 1.2  # of which layers they are, nobody knows beforehand
-    assert 1 / off < plan.flop / counted.get_total_flops() < off
+    ratio = plan.flop / counted.get_total_flops()
+    assert 1 / off < ratio < off
 
 
 def test_a_sweep_that_cannot_fit_is_refused_before_any_work(wide, free, monkeypatch):
