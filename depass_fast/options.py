@@ -184,7 +184,7 @@ class Adjoint:
 
     refine: how many of the largest scores are replaced by exact ones, given log Z.
     within: "all" refines the largest of all layers together, "layer" as many of every layer.
-    sample: how many components are drawn to estimate the error.
+    sample: how many components are drawn to estimate the error, beside a few of every start layer. 0: no estimate.
     seed: seed of everything that is drawn at random.
 
     Raises:

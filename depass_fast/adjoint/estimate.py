@@ -68,7 +68,7 @@ def judge(final: Tensor, exact: Tensor, drawn: Draw, top: int) -> Figures:
 
 @dataclass(frozen=True)
 class Sample:
-    """What ``count`` components drawn at random say: every target's ``figures``, and by layer; nothing by default."""
+    """The findings of ``count`` components drawn at random: every target's ``figures``, and errors by layer."""
 
     figures: Sequence[Figures] = ()
     count: int = 0

@@ -129,7 +129,7 @@ class ComponentKind:
         return ()
 
     def identity(self) -> tuple:
-        """What tells these components from others of their kind, beside layer and site: what the user gave."""
+        """The marks of what the user gave, which tell these components from others of their kind, layer and site."""
         return tuple(id(tensor) for tensor in self.user_tensors())
 
     def each(self, adapter: Adapter) -> list[ComponentKind]:

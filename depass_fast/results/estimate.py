@@ -17,10 +17,10 @@ class Estimate:
 
     Exact means: propagated by itself given log Z.
 
-    sample: how many components were drawn. Half come from all that were not refined, half from the ranks next to the
-        refined.
-    spearman: rank correlation with exact scores over the first half, or None with fewer than 8.
-    relative_error: root mean square of the differences over that of the exact scores, over the first half.
+    sample: how many components were drawn: from all that were not carried, from the ranks next to the refined, and of
+        every start layer by their scores.
+    spearman: rank correlation with exact scores over those from all, or None with fewer than 8.
+    relative_error: root mean square of the differences over that of the exact scores, over those from all.
     refined_error: by how much refinement moved the refined components, relatively; None without. A large one says that
         log Z was off, or that the first order is not enough: for the others, too.
     top: the K of ``missed``: as many as were refined, else one in a hundred.

@@ -1,4 +1,4 @@
-"""Which components are carried explicitly: those that drive a neuron alone, at any MLP ahead."""
+"""The components that are carried explicitly: those that drive a neuron alone, at any MLP ahead."""
 
 from functools import partial
 
