@@ -189,7 +189,8 @@ class Sweep:
             for (scores, settled), explicit in zip(parts, found.explicit, strict=True)
         ]
         edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0).tolist()
-        others = torch.cat([*(one.near for one in drawn), *map(torch.add, checked, map(torch.tensor, edges))]).unique()
+        by_layer = [members + edge for members, edge in zip(checked, edges, strict=False)]
+        others = torch.cat([*(one.near for one in drawn), *by_layer]).unique()
         others = others[~torch.isin(others, uniform)]
         exact = torch.full_like(flat, float("nan"))
         exact[:, uniform], partition_error = found.given_z(uniform, measure=True)

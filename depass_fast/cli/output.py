@@ -55,7 +55,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
     """Print a result: one line of JSON, or text, which is in colour on a terminal."""
     if as_json:
-        emit(json.dumps(as_dict(result), allow_nan=False))
+        emit(json.dumps(result.to_dict(), allow_nan=False))
         return
     from rich.console import Console
 
@@ -70,22 +70,6 @@ def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
         console.print(rich_view(result, top))
     else:
         emit(plain(result, top))
-
-
-def as_dict(result: Result) -> dict[str, Any]:
-    """Return a result as plain Python values; a generation holds those of its steps."""
-    from ..results.generation import Generation
-
-    if not isinstance(result, Generation):
-        return result.to_dict()
-    return {
-        "text": result.text,
-        "prompt_length": result.prompt_length,
-        "input_ids": result.input_ids,
-        "tokens": result.tokens,
-        "completeness_error": result.completeness_error,
-        "steps": [step.to_dict() for step in result.steps],
-    }
 
 
 class Writer:
@@ -105,7 +89,7 @@ class Writer:
         """Write one result."""
         if self._part is not None:
             with open(self._part, "a", encoding="utf-8") as file:
-                file.write(json.dumps(as_dict(result), allow_nan=False) + "\n")
+                file.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
         elif self.path is not None:
             path = self.path
             if self.numbered:
@@ -122,16 +106,4 @@ class Writer:
 
 
 def _write(result: Result, path: Path) -> None:
-    from ..results.generation import Generation
-
-    if not isinstance(result, Generation):
-        (result.save if path.suffix == ".safetensors" else result.to_csv)(path)
-        return
-    from ..results.tables import write_csv
-
-    rows = [
-        (step.position + 1, result.tokens[step.position + 1], label, score)
-        for step in result.steps
-        for label, score in zip(step.labels, step.scores.tolist(), strict=True)
-    ]
-    write_csv(path, ["position", "token", "label", "score"], rows)
+    (result.save if path.suffix == ".safetensors" else result.to_csv)(path)

@@ -78,17 +78,23 @@ def _in_parts(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Iterator[tuple[s
         yield part, own_logits(adapter, ids[part], hidden[part])
 
 
-def rounding(adapter: Adapter, vectors: Tensor, hidden: Tensor, own: Tensor) -> Tensor:
-    """Return how far the model's logits ``own`` (K,) may be from products of (K, D) for the sake of rounding: (K,).
-
-    Its products are rounded once at the end, and on the way as far as its dtype lets them be.
-    """
+def sums_of_products(vectors: Tensor, hidden: Tensor) -> Tensor:
+    """Return the sums, the norms and the sums of sizes of the products of vectors (K, D) with states (K, D): (K, 3)."""
     products = vectors * hidden.to(vectors)
-    eps = max(torch.finfo(own.dtype).eps, torch.finfo(hidden.dtype).eps, _FLOAT32)
+    return torch.stack([products.sum(1), products.norm(dim=1), products.norm(1, dim=1)], 1)
+
+
+def rounding(adapter: Adapter, hidden: torch.dtype, own: torch.dtype, sums: Sequence[float], logit: float) -> float:
+    """Return how far the model's ``logit`` may be from a sum of products for the sake of rounding.
+
+    Its products are rounded once at the end, and on the way as far as its dtype lets them be. ``hidden`` and ``own``
+    are the dtypes of hidden states and logits, ``sums`` are a row of :func:`sums_of_products`.
+    """
+    eps = max(torch.finfo(own).eps, torch.finfo(hidden).eps, _FLOAT32)
     if kind_of(adapter.unembedding) is not None:
         eps = max(eps, _QUANTISED)
-    size = torch.maximum(products.sum(1).abs(), own.to(vectors).abs())
-    return eps * (2 * size + 4 * products.norm(dim=1)) + _FLOAT32 * products.abs().sum(1)
+    total, norm, size = sums
+    return eps * (2 * max(abs(total), abs(logit)) + 4 * norm) + _FLOAT32 * size
 
 
 def check_log_z(adapter: Adapter, ids: Tensor, hidden: Tensor, vectors: Tensor, log_z: Tensor) -> None:
@@ -99,15 +105,13 @@ def check_log_z(adapter: Adapter, ids: Tensor, hidden: Tensor, vectors: Tensor, 
     Raises:
         ValueError: the model's are other ones.
     """
-    theirs, allowed = [], []
+    rows, dtype = [], hidden.dtype
     for part, logits in _in_parts(adapter, ids, hidden):
-        wide = logits.to(log_z)
-        highest = wide.amax(-1).to(logits)
-        theirs.append(wide.logsumexp(-1))
-        allowed.append(4 * rounding(adapter, vectors[part], hidden[part], highest))
-    found = torch.stack([log_z, torch.cat(theirs), torch.cat(allowed).to(log_z)], 1).tolist()
-    for ours, own, most in found:
-        if not abs(ours - own) <= most:
+        wide, dtype = logits.to(log_z), logits.dtype
+        own = torch.stack([log_z[part], wide.logsumexp(-1), wide.amax(-1)], 1)
+        rows.append(torch.cat([own, sums_of_products(vectors[part], hidden[part]).to(own)], 1))
+    for ours, own, highest, *sums in torch.cat(rows).tolist():
+        if not abs(ours - own) <= 4 * rounding(adapter, hidden.dtype, dtype, sums, highest):
             raise ValueError(
                 f"continuation: the logsumexp of the model's logits is {own:.6g}, that of its unembedding {ours:.6g}: "
                 f"{_changed_by(adapter)} changes what follows the final norm. Remove it."

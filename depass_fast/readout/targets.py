@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from ..labels import BIAS
 from ..runtime.transfer import all_to_device, to_device
 from ..state.layout import Components
 from ..state.state import ComponentState
-from .own import OwnLogits, refusal, rounding
+from .own import OwnLogits, refusal, rounding, sums_of_products
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,13 @@ def _check(
     Raises:
         ValueError: a row holds NaN or inf, or the model's logit is another one.
     """
-    theirs = own.of(asked)
-    ours = (vectors * hidden.to(vectors)).sum(1) + constants
-    allowed = rounding(adapter, vectors, hidden, theirs)
-    found = torch.stack([vectors.isfinite().all(1).to(ours), ours, theirs.to(ours), allowed], 1).tolist()
-    for (_, token), (is_finite, value, wanted, most) in zip(asked, found, strict=True):
-        if not is_finite:
+    theirs, sums = own.of(asked), sums_of_products(vectors, hidden)
+    logits = torch.stack([sums[:, 0] + constants, theirs.to(sums)], 1)
+    for (_, token), (ours, wanted, *sizes) in zip(asked, torch.cat([logits, sums], 1).tolist(), strict=True):
+        if not math.isfinite(sizes[-1]):
             raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
-        if not abs(value - wanted) <= most:
-            raise ValueError(refusal(adapter, _name(token, None, tokenizer), wanted, value))
+        if not abs(ours - wanted) <= rounding(adapter, hidden.dtype, theirs.dtype, sizes, wanted):
+            raise ValueError(refusal(adapter, _name(token, None, tokenizer), wanted, ours))
 
 
 def _names(items: Sequence[_Item], tokenizer: Any | None) -> tuple[str, ...]:

@@ -190,6 +190,7 @@ class Continuation(Generic[Steps]):
             "tokens": self.tokens,
             "text": self.text,
             "completeness_error": self.completeness_error,
+            "warnings": self.shares.warnings,
             "log_probs": self.log_probs.tolist(),
             "entropies": self.entropies.tolist(),
             "steps": [step.to_dict() for step in self.steps],

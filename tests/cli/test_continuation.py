@@ -32,11 +32,11 @@ def test_a_continuation(capsys, tmp_path, engine):
     expected = engine.attribute(PROMPT, Tokens(), continuation=NEXT)
     (found,) = objects(capsys, *TOKENS, "--continuation", NEXT, "--out", str(tmp_path / "shares.safetensors"))
     assert found["log_probs"] == near(expected.log_probs)
-    for row, scores in zip(found["scores"], expected.shares.scores, strict=True):
-        assert row == near(scores)
+    for name, steps in (("steps", expected.steps), ("log_prob_steps", expected.log_prob_steps)):
+        assert [one["scores"] for one in found[name]] == [near(step.scores) for step in steps]
     assert Attribution.load(tmp_path / "shares.safetensors").log_probs.tolist() == found["log_probs"]
     ids = engine.tokenizer.encode(NEXT, add_special_tokens=False)
-    assert objects(capsys, *TOKENS, "--continuation-ids", " ".join(map(str, ids)))[0]["scores"] == found["scores"]
+    assert objects(capsys, *TOKENS, "--continuation-ids", " ".join(map(str, ids)))[0]["log_probs"] == found["log_probs"]
     assert run(capsys, *TOKENS, "--continuation", NEXT).strip() == str(expected).strip()
 
 

@@ -41,7 +41,7 @@ def test_a_table(capsys, tmp_path, expected):
     run(capsys, *GENERATE, "--out", str(out))
     with open(out, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    assert header == ["position", "token", "label", "score"]
+    assert header == ["position", "token", "label", "score", "log_prob_score"]
     assert len(rows) == sum(len(step.labels) for step in expected.steps)
     assert [row[1] for row in rows[:1]] == [expected.tokens[expected.prompt_length]]
 

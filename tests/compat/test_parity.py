@@ -44,7 +44,7 @@ class Library:
 
     @torch.no_grad()
     def attribute(self, trace: Trace, kind: ComponentKind, target: int, *, position: int) -> Attribution:
-        return exact(with_targets(self.request(trace, kind, None, {}), target, position=position))[0]
+        return exact(with_targets(self.request(trace, kind, None, {}), target, position=position))[0][0]
 
 
 def library(name: str) -> Library:

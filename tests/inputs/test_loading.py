@@ -11,6 +11,7 @@ from depass_fast.demo import demo_path, load_demo
 from tests.support.models import build, random_ids
 
 PROMPT = "Nyria Morstam speaks"
+COMPLETE = {"missing_keys": set(), "mismatched_keys": set()}  # of a checkpoint with all weights
 
 
 class Processor:
@@ -62,7 +63,7 @@ def test_the_tokenizer_of_a_gguf_file(monkeypatch):
 
         return from_pretrained
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded("model", model))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded("model", (model, COMPLETE)))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loaded("tokenizer", tokenizer))
     dp = DePass.from_pretrained("a/hub-name", model_kwargs={"gguf_file": "m.gguf", "revision": "x"})
     assert asked["tokenizer"] == {"gguf_file": "m.gguf", "revision": "x"} and dp.tokenizer is tokenizer
@@ -83,7 +84,7 @@ def test_a_hub_name_without_a_tokenizer(monkeypatch):
     def missing(path, **arguments):
         raise OSError("offline")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path, **_: model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path, **_: (model, COMPLETE))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
     with pytest.warns(InputWarning, match=r"tokenizer: none could be read from a/hub-name \(offline\)"):
         DePass.from_pretrained("a/hub-name")

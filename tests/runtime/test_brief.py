@@ -71,7 +71,7 @@ def test_requests():
         "Custom(layer=2, states=<float32 tensor (40, 300, 64) on cpu>, labels=None, site='resid_pre')"
     )
     assert repr(Tokens()) == "Tokens(layer=0)" and repr(Heads(3)) == "Heads(layer=3, layers=None)"
-    assert "bases=[<float64 array (64, 2)>, " in repr(kinds[1]) and "300 in all]" in repr(kinds[1])
+    assert "bases=(<float64 tensor (64, 2) on cpu>, " in repr(kinds[1]) and "500 in all]" in repr(kinds[1])
 
 
 def test_values_in_brief():

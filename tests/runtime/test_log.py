@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from depass_fast import Adjoint, ApproximationWarning, DePass, Neurons, Tokens, VerificationWarning
+from depass_fast import Adjoint, ApproximationWarning, CompletenessWarning, DePass, Neurons, Tokens, VerificationWarning
 from depass_fast.backends import TorchBackend
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
@@ -36,7 +36,7 @@ def test_a_failed_verification(call, monkeypatch):
         "decompose": lambda: dp.decompose(ids, Tokens(), verify=True),
         "layers": lambda: dp.attribute(ids, Neurons(layers="all"), method="exact", verify=True),
     }
-    assert lines(calls[call]) == {(__file__, VerificationWarning)}
+    assert lines(calls[call]) == {(__file__, VerificationWarning), (__file__, CompletenessWarning)}
 
 
 def test_an_approximation_that_is_not_to_be_relied_upon():

@@ -22,6 +22,7 @@ ON_THE_HOST = (
     "depass_fast.readout.assemble",
     "depass_fast.readout.collect",
     "depass_fast.inputs.prompts",
+    "depass_fast.inputs.token_texts",
 )  # no tensor of a device gets there
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
 
