@@ -175,13 +175,13 @@ def variants(count: int) -> dict[str, tuple[dict, Adjoint]]:
     return {
         "crowd's mean alone": ({"loud": silent, "scatter": False}, none),
         "+ scatter (random signs)": ({"loud": silent}, none),
-        "+ loud ones above 6": ({"loud": 6.0}, none),
-        "+ loud ones above 3": ({"loud": 3.0}, none),
-        "+ loud ones above 3, never released": ({"loud": 3.0, "releases": False}, none),
-        "+ loud ones above 2": ({"loud": 2.0}, none),
+        "+ loud ones above 5": ({"loud": 5.0}, none),
+        "+ loud ones above 2.5": ({"loud": 2.5}, none),
+        "+ loud ones above 2.5, never released": ({"loud": 2.5, "releases": False}, none),
+        "+ loud ones above 1.5": ({"loud": 1.5}, none),
         "crowd's mean, refined (second pass)": ({"loud": silent, "scatter": False}, within),
-        "all: above 3, refined (second pass)": ({"loud": 3.0}, within),
-        "all, above 2": ({"loud": 2.0}, within),
+        "all: above 2.5, refined (second pass)": ({"loud": 2.5}, within),
+        "all, above 1.5": ({"loud": 1.5}, within),
     }
 
 

@@ -21,7 +21,7 @@ class Approximation:
     """
 
     temperature: float | None
-    loud: float = 3.0
+    loud: float = 2.5
     quiet: float = 0.1
     at_most: int = 128
     scatter: bool = True

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ..backends.workload import LayerSize
 from ..options import Adjoint
 from .approximation import Approximation
-from .estimate import FEWEST_OF_A_LAYER
-from .loud import CANDIDATES, NEXT
+from .estimate import FEWEST_OF_A_LAYER, IN_DANGER
+from .loud import CANDIDATES
 from .memory import SweepMemory, gates_budget, positions_at_once, singles_at_once
 from .stack import KEPT
 
@@ -79,7 +79,7 @@ class SweepWorkload:
     @property
     def _drawn(self) -> int:
         """Return the components of the sample, of all starts."""
-        by_layer = max(FEWEST_OF_A_LAYER, self.method.sample // (2 * len(self.starts))) + NEXT
+        by_layer = max(FEWEST_OF_A_LAYER, self.method.sample // (2 * len(self.starts))) + IN_DANGER
         return min(self.method.sample + by_layer * len(self.starts), sum(start.named for start in self.starts))
 
     def rows(self) -> int:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..results.estimate import Estimate
+from .loud import Loud
 
 # A result beyond these carries a warning.
 LEAST_SPEARMAN, MOST_MISSED, MOST_MOVED, MOST_INCOMPLETE = 0.98, 0.1, 0.25, 0.01
 MOST_OF_A_LAYER = 0.03  # the estimated error of a start layer
-FEWEST_OF_A_LAYER = 3  # components drawn by their scores
+FEWEST_OF_A_LAYER, IN_DANGER = 3, 3  # components drawn by their scores, and those most likely to be off
 _ADVICE = "refine more of every layer, as Adjoint(refine=256, within='layer'), or take method='exact' for these layers"
 _Z = 1.96  # the quantile of a 95 % interval
 
@@ -77,17 +78,20 @@ class Sample:
 
 
 def draw_by_size(
-    scores: Tensor, left: Tensor, starts: int, sample: int, loudest: Tensor, generator: torch.Generator
+    scores: Tensor, left: Tensor, starts: int, sample: int, explicit: Loud, generator: torch.Generator
 ) -> Tensor:
     """Choose components of one of ``starts`` start layers, among those that are ``left`` (M,) bool: indices (k,).
 
-    They are drawn by the size of their ``scores`` (K, M) in any target; the ``loudest`` (j,) come with them.
+    They are drawn by the size of their ``scores`` (K, M) in any target. With them come those that are most in danger to
+    be off: large scores of components that are nearly loud enough to be ``explicit``.
     """
     sizes = (scores.square() / scores.square().sum(1, keepdim=True).clamp_min(1e-30)).sum(0).sqrt() * left
+    danger = (sizes[explicit.next] * explicit.gates.to(sizes)).topk(min(IN_DANGER, len(explicit.next))).indices
+    doubtful = explicit.next[danger]
     count = min(max(FEWEST_OF_A_LAYER, sample // (2 * starts)), int((sizes > 0).sum()))
     if not count:
-        return loudest
-    return torch.cat([torch.multinomial(sizes.double(), count, generator=generator), loudest]).unique()
+        return doubtful
+    return torch.cat([torch.multinomial(sizes.double(), count, generator=generator), doubtful]).unique()
 
 
 def layer_error(scores: Tensor, exact: Tensor, left: Tensor) -> float:
@@ -108,9 +112,21 @@ def layer_error(scores: Tensor, exact: Tensor, left: Tensor) -> float:
     return float((found / size.clamp_min(1e-30)).max().sqrt())
 
 
-def worst(sample: Sample, top: int, refined_error: float | None) -> Estimate:
-    """Return the estimate that the worst target's figures make."""
-    figures = sample.figures
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """Return by how much scores (K, M) have changed, relative to their norm: the worst target's."""
+    return float(((now - before).norm(dim=1) / now.norm(dim=1).clamp_min(1e-30)).max())
+
+
+def worst(
+    sample: Sample, top: int, refined_error: float | None = None, moved: Mapping[int, float] | None = None
+) -> Estimate:
+    """Return the estimate that the worst target's figures make.
+
+    ``moved`` says by how much the second pass changed each start layer. A pass is taken to be off by half as much as
+    the one before it: that shows an error of log Z, which components propagated given log Z share.
+    """
+    figures, moved = sample.figures, moved or {}
+    layers = {layer: max(error, 0.5 * moved.get(layer, 0.0)) for layer, error in sample.layers.items()}
     missed = [(f.missed, f.missed_interval) for f in figures if f.missed is not None and f.missed_interval is not None]
     most_missed, interval = max(missed, default=(None, None))
     return Estimate(
@@ -122,7 +138,7 @@ def worst(sample: Sample, top: int, refined_error: float | None) -> Estimate:
         missed=most_missed,
         missed_interval=interval,
         partition_error=sample.partition_error,
-        layer_errors=dict(sample.layers),
+        layer_errors=layers,
     )
 
 

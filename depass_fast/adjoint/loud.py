@@ -14,28 +14,29 @@ from .stack import LayerStack
 from .starts import Start
 
 CANDIDATES = 2  # times as many components as may be carried are looked at
-NEXT = 2  # of every start, the estimate looks at so many that are just not loud
 
 
 @dataclass(frozen=True)
 class Loud:
     """Explicit components ``index`` (k,) of a start, and the last layer ``until`` (k,) where each is loud, or -1.
 
-    ``next`` (j,) are the loudest of those that are not among them.
+    ``next`` (j,) are others that were looked at, not loud enough or too many, and ``gates`` (j,) their largest |g/T|.
     """
 
     index: Tensor
     until: Tensor
     next: Tensor
+    gates: Tensor
 
     def joined(self, other: Loud) -> Loud:
         """Return these and others, none of them among these."""
-        further = self.next[~torch.isin(self.next, other.index)]
-        return Loud(torch.cat([self.index, other.index]), torch.cat([self.until, other.until]), further)
+        further = ~torch.isin(self.next, other.index)
+        index, until = torch.cat([self.index, other.index]), torch.cat([self.until, other.until])
+        return Loud(index, until, self.next[further], self.gates[further])
 
 
 _EMPTY = torch.zeros(0, dtype=torch.long, device="cpu")
-NOBODY = Loud(_EMPTY, _EMPTY, _EMPTY)
+NOBODY = Loud(_EMPTY, _EMPTY, _EMPTY, torch.zeros(0, device="cpu"))
 
 
 def find_loud(
@@ -47,7 +48,8 @@ def find_loud(
     for index, gates, until in _listen(stack, starts, candidates, approximation, budget):
         order = gates.argsort(descending=True, stable=True)
         count = min(most, int((gates >= approximation.loud).sum()))
-        found.append(Loud(index[order[:count]], until[order[:count]], index[order[count : count + NEXT]]))
+        carried, others = order[:count], order[count:]
+        found.append(Loud(index[carried], until[carried], index[others], gates[others]))
     return found
 
 
@@ -57,7 +59,7 @@ def loud_until(
     """Return given components of every start, (k,) in host memory each, with the last layers where they are loud."""
     chosen = [to_device(members, start.bias.device) for start, members in zip(starts, index, strict=True)]
     heard = _listen(stack, starts, chosen, approximation, budget)
-    return [Loud(members, until, _EMPTY) for members, _, until in heard]
+    return [Loud(members, until, _EMPTY, NOBODY.gates) for members, _, until in heard]
 
 
 def _candidates(stack: LayerStack, starts: Sequence[Start], approximation: Approximation, most: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
 from .approximation import Approximation
 from .backward import extra_scores, linear_scores
-from .estimate import Sample, draw, draw_by_size, judge, layer_error, worst
+from .estimate import Sample, draw, draw_by_size, judge, layer_error, relative_change, worst
 from .forward import Forward, mean_field
 from .loud import NOBODY, Loud, find_loud, loud_until
 from .memory import SweepMemory, default_workspace, gates_budget
@@ -169,11 +169,11 @@ class Sweep:
         flat = found.flat
         top = min(method.refine or -(-flat.shape[1] // 100), flat.shape[1])
         sample = self._sampled(found, top, method)
-        moved = None
-        if len(refined):
-            change = (screened[:, refined] - flat[:, refined]).norm(dim=1)
-            moved = float((change / flat[:, refined].norm(dim=1).clamp_min(1e-30)).max())
-        return worst(sample, top, moved)
+        if not len(refined):
+            return worst(sample, top)
+        moved = relative_change(flat[:, refined], screened[:, refined])
+        parts = zip(self.starts, flat.split(self._sizes, dim=1), screened.split(self._sizes, dim=1), strict=True)
+        return worst(sample, top, moved, {start.layer: relative_change(now, before) for start, now, before in parts})
 
     def _sampled(self, found: _RoundTrip, top: int, method: Adjoint) -> Sample:
         """Return what components drawn at random say, given log Z."""
@@ -185,7 +185,7 @@ class Sweep:
         uniform = torch.cat([one.uniform for one in drawn]).unique()
         parts = list(zip(flat.split(self._sizes, dim=1), found.settled.split(self._sizes), strict=True))
         checked = [
-            draw_by_size(scores, ~settled, len(self.starts), method.sample, explicit.next, generator)
+            draw_by_size(scores, ~settled, len(self.starts), method.sample, explicit, generator)
             for (scores, settled), explicit in zip(parts, found.explicit, strict=True)
         ]
         edges = torch.tensor([0, *self._sizes], device="cpu").cumsum(0).tolist()

@@ -1,5 +1,6 @@
 """The components that are carried explicitly: those that drive a neuron alone, at any MLP ahead."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -47,6 +48,7 @@ def test_a_component_that_drives_one_neuron_far_ahead_is_carried_until_there(lay
     assert dict(zip(found.index.tolist(), found.until.tolist(), strict=True))[7] == layer
     (few,) = find_loud(stack, [start], approximation, 2, 1 << 20)
     assert len(few.index) + len(few.next) == 4  # out of twice as many candidates as are carried
+    assert (few.gates.diff() <= 0).all() and not set(few.next.tolist()) & set(few.index.tolist())
     (again,) = loud_until(stack, [start], [torch.tensor([7])], approximation, 1)  # a row at a time
     assert again.until.tolist() == [layer]
     untouched = one_that_is_heard_later(layer, gate=0.0)
@@ -83,7 +85,7 @@ def test_dense_components_are_heard_at_their_largest_position():
 
 def test_nobody():
     joined = NOBODY.joined(NOBODY)
-    assert not len(joined.index) and not len(joined.until) and not len(joined.next)
+    assert not len(joined.index) and not len(joined.until) and not len(joined.next) and not len(joined.gates)
 
 
 # ----------------------------------------------------------------------------------------------- a start layer's error
@@ -104,12 +106,16 @@ def test_one_error_counts_for_itself_and_many_count_for_all():
 
 
 def test_components_are_drawn_by_their_scores_in_any_target():
+    def drawn(scores, left, others=(), gates=(), starts=30):
+        explicit = replace(NOBODY, next=torch.tensor(others, dtype=torch.long), gates=torch.tensor(gates))
+        return draw_by_size(scores, left, starts, 64, explicit, torch.Generator().manual_seed(0)).tolist()
+
     scores = torch.zeros(2, 50)
     scores[0, 3], scores[1, 8], scores[1, 9] = 1.0, 1e-6, 1e-6
     left = torch.ones(50, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    drawn = draw_by_size(scores, left, 30, 64, torch.tensor([20]), generator)
-    assert drawn.tolist() == [3, 8, 9, 20]  # a target of small scores counts as much
+    assert drawn(scores, left) == [3, 8, 9]  # a target of small scores counts as much
     left[3] = False
-    assert draw_by_size(scores, left, 30, 64, torch.tensor([20, 8]), generator).tolist() == [8, 9, 20]
-    assert draw_by_size(scores * 0, left, 1, 64, torch.tensor([2]), generator).tolist() == [2]
+    assert drawn(scores, left, [20], [2.0]) == [8, 9, 20]
+    assert drawn(scores * 0, left, [2], [1.0], starts=1) == [2]
+    scores[0] = torch.linspace(0.0, 0.1, 50)
+    assert {40, 41, 42} <= set(drawn(scores, left, [5, 40, 41, 42, 6], [2.4, 2.0, 2.0, 2.0, 2.4]))  # most in danger

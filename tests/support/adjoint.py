@@ -1,11 +1,12 @@
 """Checks of the adjoint sweep's scores and estimates."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from depass_fast import Estimate
-from depass_fast.adjoint.loud import Loud
+from depass_fast.adjoint.loud import NOBODY, Loud
 
 
 def assert_close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
@@ -16,7 +17,7 @@ def assert_close(approximate: torch.Tensor, exact: torch.Tensor, tolerance: floa
 
 def explicit_rows(index: torch.Tensor) -> Loud:
     """Return components (k,) to be carried; none of them is loud anywhere."""
-    return Loud(index, torch.full_like(index, -1), index[:0])
+    return replace(NOBODY, index=index, until=torch.full_like(index, -1))
 
 
 def no_nan(estimate: Estimate | None) -> bool:
