@@ -119,7 +119,9 @@ class SweepWorkload:
     def _phases(self, workspace: int) -> Iterator[list[int]]:
         """Yield the blocks that are held at once, phase by phase."""
         yield [max(start.making for start in self.starts)]
-        yield [sum(map(self._heard, self.starts)) * 2 * self.memory.width * self.item, gates_budget(workspace)]
+        heard = sum(map(self._heard, self.starts))
+        gates = min(heard * self.memory.widest * self.compute, gates_budget(workspace))
+        yield [heard * 2 * self.memory.width * self.item, gates]
         for group in self._groups(workspace):
             for refined in self._passes():
                 yield from self._pass(group, refined, workspace)
