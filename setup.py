@@ -43,7 +43,7 @@ setup(
         "peft": ["peft>=0.15"],
         "quantised": ["bitsandbytes>=0.46", "torchao>=0.12", "optimum-quanto>=0.2.7", "peft>=0.15"],
         "inseq": ["inseq>=0.7,<0.8"],
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],
     },
