@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..runtime.brief import cut
 from ..runtime.terminal import encodable
-from .attribution import Attribution, pack, unpack
-from .estimate import Estimate, estimate_dict
-from .files import read_result, register_format, write_result
+from .attribution import PARTS, Attribution, pack, unpack
+from .estimate import Estimate, worst_of
+from .files import plain_part, read_result, register_format, restore_part, write_result
 from .layered import LayeredAttribution
 from .render import rich_view
 from .tables import data_frame, write_csv
@@ -206,7 +206,7 @@ class Continuation(Generic[Steps]):
             "text": self.text,
             "layered": isinstance(self.shares, LayeredAttribution),
             "layers": layers,
-            "estimate": estimate_dict(self.shares.estimate),
+            "estimate": plain_part(self.shares.estimate, unknown.pop("estimate", None)),
             "warnings": self.shares.warnings,
         }
         write_result(path, self.format, tensors | {"log_probs": self.log_probs.clone()}, unknown | content)
@@ -223,7 +223,8 @@ class Continuation(Generic[Steps]):
         unknown: dict[str, Any] = {name: value for name, value in content.items() if name not in own}
         layers, more = unpack(tensors, content["layers"])
         log_probs = more.pop("log_probs")
-        estimate = None if content["estimate"] is None else Estimate.from_dict(content["estimate"])
+        estimate, of_estimate = restore_part(PARTS["estimate"][1], Estimate, content["estimate"])
+        unknown |= {"estimate": of_estimate} if of_estimate else {}
         shares: Any = LayeredAttribution(layers, estimate, content["warnings"]) if content["layered"] else layers[0]
         return cls(content["prompt_length"], content["text"], log_probs, shares, unknown | more)
 
@@ -281,7 +282,7 @@ def _stacked(steps: Sequence[Any]) -> Any:
     if not isinstance(steps[0], LayeredAttribution):
         return _stacked_layer(steps)
     layers = [_stacked_layer(of_layer) for of_layer in zip(*(step.by_layer for step in steps), strict=True)]
-    return LayeredAttribution(layers, _worst(step.estimate for step in steps), _said(steps))
+    return LayeredAttribution(layers, worst_of(step.estimate for step in steps), _said(steps))
 
 
 def _stacked_layer(steps: Sequence[Attribution]) -> Attribution:
@@ -293,15 +294,10 @@ def _stacked_layer(steps: Sequence[Attribution]) -> Attribution:
         target_names=[step.target_names[k] for k in range(2) for step in steps],
         target_ids=[step.target_ids[k] for k in range(2) for step in steps],
         contrast_ids=[None] * (2 * len(steps)),
-        estimate=_worst(step.estimate for step in steps),
+        estimate=worst_of(step.estimate for step in steps),
         warnings=_said(steps),
         verification=merge(step.verification for step in steps),
     )
-
-
-def _worst(estimates: Iterable[Estimate | None]) -> Estimate | None:
-    """Return the estimate with the largest error; None where there is none."""
-    return max((one for one in estimates if one is not None), key=lambda one: one.relative_error or 0.0, default=None)
 
 
 def _said(steps: Iterable[Attribution | LayeredAttribution]) -> list[str] | None:

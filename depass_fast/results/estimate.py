@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ class ApproximationWarning(UserWarning):
 @dataclass(frozen=True)
 class Estimate:
     """The error of approximate scores, estimated from components drawn at random; figures of the worst target.
+
+    A continuation's are those of its worst step, each figure by itself, see :func:`worst_of`.
 
     Exact means: propagated by itself given log Z.
 
@@ -76,6 +78,30 @@ def estimate_dict(estimate: Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else estimate.to_dict()
 
 
-def estimate_from(values: Mapping[str, Any] | None) -> Estimate | None:
-    """Return the estimate of plain values; None stays None."""
-    return None if values is None else Estimate.from_dict(values)
+def worst_of(estimates: Iterable[Estimate | None]) -> Estimate | None:
+    """Return the estimate whose every figure is the worst of all; None where there is none.
+
+    The largest errors, by layer, and the smallest rank correlation. ``sample`` and ``top`` are the largest, too: each
+    figure rests on one draw, not on all of them. ``missed_interval`` is the largest of both ends.
+    """
+    found = [one for one in estimates if one is not None]
+    if not found:
+        return None
+    intervals = [one.missed_interval for one in found if one.missed_interval is not None]
+    tables = [one.layer_errors for one in found if one.layer_errors is not None]
+    layers = sorted({layer for table in tables for layer in table})
+    return Estimate(
+        sample=max(one.sample for one in found),
+        spearman=min((one.spearman for one in found if one.spearman is not None), default=None),
+        relative_error=_largest(one.relative_error for one in found),
+        refined_error=_largest(one.refined_error for one in found),
+        top=max(one.top for one in found),
+        missed=_largest(one.missed for one in found),
+        missed_interval=(max(low for low, _ in intervals), max(high for _, high in intervals)) if intervals else None,
+        partition_error=_largest(one.partition_error for one in found),
+        layer_errors={n: max(table[n] for table in tables if n in table) for n in layers} if tables else None,
+    )
+
+
+def _largest(figures: Iterable[float | None]) -> float | None:
+    return max((figure for figure in figures if figure is not None), default=None)

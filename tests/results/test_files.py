@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from depass_fast import (
     Adjoint,
     Attribution,
+    Continuation,
     DePass,
     Generation,
     Heads,
@@ -151,6 +152,24 @@ def test_unknown_fields_are_kept(results, tmp_path):
         again = read(path)
         assert again[1:] == (name, content)
         assert again[0].keys() == tensors.keys() and all(torch.equal(again[0][key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("components", [Neurons(1), Neurons(layers="all")])
+def test_a_continuations_unknown_fields_are_kept(components, tmp_path):
+    path = tmp_path / "c.safetensors"
+    found = build("qwen2").attribute(IDS, components, continuation=[7, 9], method=Adjoint(refine=2, sample=4))
+    found.save(path)
+    tensors, name, content = read(path)
+    content["estimate"]["kendall"] = 0.5
+    for part in content["layers"]:
+        part["weather"] = None
+        if part["estimate"]:
+            part["estimate"]["kendall"] = 0.5
+    write(path, tensors, name, content)
+    loaded = Continuation.load(path)
+    assert loaded.shares.estimate == found.shares.estimate is not None
+    loaded.save(path)
+    assert read(path)[1:] == (name, content)
 
 
 def test_generations_are_saved_too(tmp_path):
