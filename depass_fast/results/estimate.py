@@ -29,7 +29,8 @@ class Estimate:
     missed: the share of the true top K that is not among the refined; ``missed_interval`` is its 95 % interval.
     partition_error: the relative error of Z that the sample shows; None with too few.
     layer_errors: by start layer, the norm of the scores' errors over that of the scores, of the named components. It is
-        estimated from components that are drawn by their scores, and from the loudest that were not carried.
+        estimated from components that are drawn by their scores, and from those most likely to be off; it is at
+        least half of what the second pass changed.
     """
 
     sample: int
