@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import flags, prompts, types
 from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
-from .output import Writer, emit, note, on_stderr, show
+from .output import Output, emit, note, on_stderr, saying_once, show
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     """Attribute, batch by batch; print the results and write --out as they come."""
     with on_stderr():
         engine, components, options = _prepared(args)
-        writer = Writer(args.out, prompts.is_several(args) or isinstance(args.position, list))
+        output = Output(args.out, prompts.is_several(args) or isinstance(args.position, list))
     items = prompts.items_of(args)
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
@@ -112,13 +112,17 @@ def run(args: argparse.Namespace) -> None:
             found = _attributions(engine, args, batch, components, options)
         for number, results in enumerate(found, first + 1):
             for result in results:
-                if writer.count and not args.json:
-                    emit("")
-                if prompts.is_several(args) and not args.json and result is results[0]:
-                    emit(f"prompt {number} of {len(items)}")
-                show(result, as_json=args.json, top=args.top)  # before it is written: a full disk loses nothing
-                writer.write(result)
-    writer.close()
+                begins = prompts.is_several(args) and result is results[0]
+                head = f"prompt {number} of {len(items)}\n" if begins else ""
+                output.add(result, partial(_show, args, result, head if output.is_empty else f"\n{head}"))
+    output.close()
+
+
+def _show(args: argparse.Namespace, result: Result, head: str) -> None:
+    """Print a result; ``head`` goes before one that is text."""
+    if head and not args.json:
+        emit(head.removesuffix("\n"))
+    show(result, as_json=args.json, top=args.top)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -183,14 +187,9 @@ def _attributions(
     options: dict[str, Any],
 ) -> list[list[Result]]:
     """The results of each prompt of a batch: one, or one for each of several positions."""
-    from ..results.estimate import ApproximationWarning
-    from ..results.verification import VerificationWarning
-
     several = prompts.is_several(args)
     prompt = [item.prompt for item in batch] if several else batch[0].prompt
-    with warnings.catch_warnings():  # the printed result says the same
-        warnings.simplefilter("ignore", ApproximationWarning)
-        warnings.simplefilter("ignore", VerificationWarning)
+    with saying_once():
         found = engine.attribute(prompt, components, **_what(args, batch), **options)
     each = found if several else [found]
     return each if isinstance(args.position, list) else [[result] for result in each]

@@ -6,7 +6,7 @@ import argparse
 
 from . import flags, prompts, types
 from .model import device_of, engine_of, silence_transformers
-from .output import Writer, on_stderr, show
+from .output import Output, on_stderr, saying_once, show
 
 _DESCRIPTION = "Continue a prompt, and print which earlier tokens gave most to every new one's logit."
 _EXAMPLES = """\
@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> None:
     with on_stderr():
         silence_transformers()
         engine = engine_of(args, device_of(args.device))
-        writer = Writer(args.out, numbered=False)
+        output = Output(args.out, numbered=False)
         # a command lives too short for a compiled forward pass to pay
         settings = getattr(engine.model, "generation_config", None)
         generation = {"disable_compile": True} if hasattr(settings, "disable_compile") else {}
         (item,) = prompts.items_of(args)
-        result = engine.attribute_generation(item.prompt, max_new_tokens=args.max_new_tokens, generation=generation)
-    show(result, as_json=args.json)
-    writer.write(result)
-    writer.close()
+        with saying_once():
+            result = engine.attribute_generation(item.prompt, max_new_tokens=args.max_new_tokens, generation=generation)
+    output.add(result, lambda: show(result, as_json=args.json))
+    output.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from ..runtime.terminal import escaping_output
 from . import attribute, flags, generate, plan, types
 from .errors import in_flags, is_users, one_line
 from .model import silence_transformers
-from .output import emit, note
+from .output import drop_output, emit, note
 from .startup import import_transformers
 
 _DESCRIPTION = """\
@@ -51,11 +50,12 @@ def _main(argv: list[str] | None) -> int:
         if argv is None and args.command != "doctor":
             import_transformers()
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell (`>&-`)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except Exception as error:
         if getattr(args, "debug", False) or not is_users(error):

@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .errors import is_users
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -22,13 +24,29 @@ if TYPE_CHECKING:
 
 
 def emit(text: Any) -> None:
-    """Print a result, or a part of one, on standard output."""
-    print(text, flush=True)
+    """Print a result, or a part of one, on standard output.
+
+    Raises:
+        OSError: the reader of a pipe has gone, or a disk is full. What is printed from then on is dropped.
+    """
+    try:
+        print(text, flush=True)
+    except OSError:
+        drop_output()
+        raise
+
+
+def drop_output() -> None:
+    """Let standard output lead nowhere, so that what is still in its buffer raises no error at the end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream in memory, or none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(text: str) -> None:
-    """Print what is not the result on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print what is not the result on standard error, if that can be written to."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -45,6 +63,19 @@ def on_stderr() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def saying_once() -> Iterator[None]:
+    """Leave out the warnings that a printed result holds itself."""
+    from ..results.completeness import CompletenessWarning
+    from ..results.estimate import ApproximationWarning
+    from ..results.verification import VerificationWarning
+
+    with warnings.catch_warnings():
+        for category in (ApproximationWarning, CompletenessWarning, VerificationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -99,10 +130,59 @@ class Writer:
         self.count += 1
 
     def close(self) -> None:
-        """Say that all results were written."""
+        """Give FILE.jsonl its name: all results were written."""
         if self._part is not None and self.path is not None:
             os.replace(self._part, self.path)
             note(f"wrote {self.path}")
+
+
+class Output:
+    """Prints results, and writes them to --out, as they come. Where one of the two fails, the other goes on."""
+
+    def __init__(self, path: Path | None, numbered: bool) -> None:
+        self.writer = Writer(path, numbered)
+        self._unprinted: OSError | None = None
+        self._unwritten: Exception | None = None
+        self._count = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """True before the first result."""
+        return self._count == 0
+
+    def add(self, result: Result, show: Callable[[], None]) -> None:
+        """Print one result by ``show``, and write it.
+
+        Raises:
+            Exception: one of the two failed and the other had failed before, or nothing is written at all.
+        """
+        self._count += 1
+        if self._unprinted is None:
+            try:
+                show()
+            except OSError as error:
+                if self.writer.path is None or self._unwritten is not None:
+                    raise self._unwritten or error from None
+                self._unprinted = error
+        if self._unwritten is None:
+            try:
+                self.writer.write(result)
+            except Exception as error:
+                if not is_users(error) or self._unprinted is not None:
+                    raise
+                self._unwritten = error
+
+    def close(self) -> None:
+        """Finish FILE.jsonl.
+
+        Raises:
+            Exception: a result was not written, or not printed. A pipe whose reader has gone is no error.
+        """
+        if self._unwritten is not None:
+            raise self._unwritten
+        self.writer.close()
+        if self._unprinted is not None and not isinstance(self._unprinted, BrokenPipeError):
+            raise OSError(f"standard output: {self._unprinted}; --out holds every result.") from self._unprinted
 
 
 def _write(result: Result, path: Path) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..adapters import Adapter
 from ..runtime.progress import ProgressBar, progress_bar
 
 NEW_TOKENS = 20  # where no length is given
-_UNSET = (None, 20)  # a GenerationConfig's `max_length` that nobody chose
+_UNSET = (None, GenerationConfig().max_length)  # a GenerationConfig's `max_length` that nobody chose
 
 
 def generation_arguments(max_new_tokens: int | None, given: Mapping[str, Any] | None) -> dict[str, Any]:

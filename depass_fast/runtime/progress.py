@@ -65,7 +65,7 @@ class ProgressBar:
 def progress_bar(label: str, total: int, wanted: bool = True) -> Iterator[ProgressBar | None]:
     """A bar of ``total`` units; None if it is not wanted, stderr is no terminal, or this thread has a bar already."""
     outer = getattr(_here, "bar", None)
-    if not wanted or total < 1 or outer is not None or not sys.stderr.isatty():
+    if not wanted or total < 1 or outer is not None or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     _here.bar = bar = ProgressBar(label, total)

@@ -11,6 +11,8 @@ from depass_fast.demo import demo_path, load_demo
 from tests.support.models import build, random_ids
 
 PROMPT = "Nyria Morstam speaks"
+# before transformers 5, 20 is what a GenerationConfig says that nobody chose
+CHOSEN_20 = 20 if GenerationConfig().max_length is None else 25
 COMPLETE = {"missing_keys": set(), "mismatched_keys": set()}  # of a checkpoint with all weights
 
 
@@ -98,6 +100,7 @@ def test_a_hub_name_without_a_tokenizer(monkeypatch):
         (4, {"max_length": 8}, 9),
         (3, None, 8),
         (None, {"generation_config": GenerationConfig(max_length=8)}, 8),
+        (None, {"generation_config": GenerationConfig(max_length=20)}, CHOSEN_20),
         (None, {"generation_config": GenerationConfig(max_new_tokens=2)}, 7),
         (None, None, 25),
         (None, {"max_length": None}, 25),
