@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 _OF_IDS = {"target": "target-id", "contrast": "contrast-id", "continuation": "continuation-ids"}
+_OF_LINES = ("target", "continuation")  # a line of --prompts may give them
 _PROMPTS = {"prompt": "prompt", "prompts": "prompts", "chat": "chat", "input_ids": "input-ids"}
 _RENAMED = {"within": "refine-within", "sae": "dictionary"}
 _USERS = (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)
@@ -37,6 +38,8 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
     field = flag.replace("-", "_")
     if not colon or field not in vars(args):
         return message
+    if field in _OF_LINES and getattr(args, field) is None and getattr(args, "prompts", None) is not None:
+        return f"--prompts: {message}"
     if flag in _OF_IDS and not isinstance(getattr(args, field), str):
         flag = _OF_IDS[flag]
     return f"--{flag}:{rest}"

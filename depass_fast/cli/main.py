@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
@@ -50,8 +49,7 @@ def _main(argv: list[str] | None) -> int:
         if argv is None and args.command != "doctor":
             import_transformers()
         args.run(args)
-        if sys.stdout is not None:  # closed by the shell (`>&-`)
-            sys.stdout.flush()
+        print(end="", flush=True)  # nothing, where the shell closed standard output
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone (`| head`)

@@ -91,22 +91,45 @@ def is_several(args: argparse.Namespace) -> bool:
 
 
 def check_all(args: argparse.Namespace, engine: DePass) -> None:
-    """Encode every prompt of several, so that the last one's error comes before the first one's work.
+    """Encode every prompt of several with its target or continuation, before the first one is decomposed.
 
     Raises:
         ValueError, TypeError: naming the prompt by its number, from 1.
     """
     import warnings
 
-    from ..inputs.prompts import encode
-
     for number, item in enumerate(items_of(args), 1):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is to be said is said when it is decomposed
-                encode(item.prompt, engine.adapter, engine.tokenizer)
+                _check_one(item, args, engine)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{flag_of(args)}: prompt {number}: {str(error).removeprefix('prompt: ')}") from error
+            raise type(error)(_numbered(str(error), number, args)) from error
+
+
+def _check_one(item: Item, args: argparse.Namespace, engine: DePass) -> None:
+    """Encode a prompt, and look up what is read of it."""
+    from ..inputs.continuation import encode_continued
+    from ..inputs.prompts import as_positions, encode
+    from ..inputs.targets import parse_target
+
+    adapter, tokenizer = engine.adapter, engine.tokenizer
+    template_kwargs = engine.options.chat_template_kwargs
+    ids = encode(item.prompt, adapter, tokenizer, template_kwargs)
+    continuation = args.continuation if item.continuation is None else item.continuation
+    if continuation is not None:
+        encode_continued(item.prompt, continuation, adapter, tokenizer, template_kwargs)
+        return
+    parse_target(args.target if item.target is None else item.target, adapter, tokenizer, args.contrast)
+    as_positions(-1 if args.position is None else args.position, len(ids))
+
+
+def _numbered(message: str, number: int, args: argparse.Namespace) -> str:
+    """The message with the flag that it is about, and with the prompt's number if it may depend on the prompt."""
+    name, _, rest = message.partition(": ")
+    if name in ("target", "contrast", "position", "continuation") and getattr(args, name) is not None:
+        return message if name in ("target", "contrast") else f"{name}: prompt {number}: {rest}"
+    return f"{flag_of(args)}: prompt {number}: {message.removeprefix('prompt: ')}"
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -179,9 +202,7 @@ def _item(value: Any, where: str) -> Item:
             f'{where}expected a text, or an object with one of "prompt", "messages" and "input_ids", and "target" or '
             f'"continuation" if you like; {got}'
         )
-    target = value.get("target")
-    if isinstance(target, list):
-        target = tuple(target)
+    target = _checked_target(value.get("target"), where)
     content, continuation = value[given[0]], value.get("continuation")
     if continuation is not None:
         check = _checked_text if isinstance(continuation, str) else _checked_ids
@@ -196,7 +217,25 @@ def _item(value: Any, where: str) -> Item:
 def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise argparse.ArgumentTypeError(f"{where}expected a text that is not empty, got {value!r}")
-    return value
+    try:
+        return types.token_text(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{where}{error}") from None
+
+
+def _checked_target(value: Any, where: str) -> Any:
+    """A target as JSON says it: null, an id, a text, or a pair of these in a list."""
+    where = f"{where}target: "
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, str):
+        return _checked_text(value, where)
+    if not isinstance(value, list) or len(value) != 2 or not all(type(item) in (int, str) for item in value):
+        raise argparse.ArgumentTypeError(
+            f'{where}expected a token id, a text of one token, or a pair of these such as [" Paris", " Rome"], got '
+            f"{value!r}"
+        )
+    return tuple(_checked_text(item, where) if isinstance(item, str) else item for item in value)
 
 
 def _checked_ids(value: Any, where: str) -> list[int]:

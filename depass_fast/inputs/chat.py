@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .doubts import doubt
+from .text import check_text
 
 _ASSISTANT = ("assistant", "model")
 _OURS = ("conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors")
@@ -45,15 +46,15 @@ def chat_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, given: Mappi
         ValueError: there is no template, it refuses the messages, or the assistant's last message holds no text.
     """
     given = dict(given or {})
-    template = given.get("chat_template") or getattr(tokenizer, "chat_template", None)
+    template = getattr(tokenizer, "chat_template", None) or given.get("chat_template")
     method = getattr(type(tokenizer), "apply_chat_template", None)
     if not template and (method is None or method.__module__ == _BY_TEMPLATE):
         raise ValueError("prompt: chat messages given, but the tokenizer has no chat template; give text or ids.")
+    _check_texts(messages)
     if template:  # mistral-common works without, and refuses by itself what it does not know
-        _doubt_unread(given, str(template))
+        _doubt_unread(given, str(_template_read(template, given)))
     if not {"continue_final_message", "add_generation_prompt"} & given.keys():
-        continued = messages[-1].get("role") in _ASSISTANT
-        given["continue_final_message" if continued else "add_generation_prompt"] = True
+        given |= _ending(messages, bool(template))
     if given.get("continue_final_message") is True and not _has_text(messages[-1]):
         raise ValueError(
             "prompt: the last message is to be continued and holds no text; leave it out to ask for a new one."
@@ -64,6 +65,29 @@ def chat_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, given: Mappi
         raise
     except Exception as error:  # a template is a program of its own, and raises what it likes
         raise ValueError(f"prompt: the tokenizer's chat template refuses these messages: {error}") from error
+
+
+def _ending(messages: Sequence[Mapping[str, Any]], has_template: bool) -> dict[str, bool]:
+    """The argument that continues a last message of the assistant's, or begins one."""
+    if messages[-1].get("role") in _ASSISTANT:
+        return {"continue_final_message": True}
+    return {"add_generation_prompt": True} if has_template else {}  # mistral-common begins one, and refuses to be told
+
+
+def _check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
+    for message in messages:
+        if isinstance(message.get("content"), str):
+            check_text(message["content"], "prompt")
+
+
+def _template_read(template: Any, given: Mapping[str, Any]) -> Any:
+    """The template that transformers reads: a given one, the tokenizer's only one, or one of several by its name."""
+    named = given.get("chat_template")
+    if not isinstance(template, Mapping):
+        return named or template
+    if named is None:
+        named = "tool_use" if given.get("tools") is not None and "tool_use" in template else "default"
+    return template.get(named, named)
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from ..adapters import Adapter
 from ..runtime.log import warn_user
 from .encodings import is_encoding
 from .prompts import as_index, encode_all
+from .text import check_text
 
 _ANCHORS = ("\n", ".", "a")  # texts in front of which a text has no prefix space of its own
 
@@ -89,6 +90,7 @@ def _text_ids(text: str, before: str | None, prompt: list[int], tokenizer: Any |
         )
     if not text:
         raise ValueError("continuation: empty; give at least one token.")
+    check_text(text, "continuation")
     together = _together(text, before, prompt, tokenizer)
     n = len(prompt)
     if together is not None and len(together) > n and together[:n] == prompt:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..adapters import Adapter
 from ..runtime.progress import ProgressBar, progress_bar
+from .prompts import as_index
 
 NEW_TOKENS = 20  # where no length is given
 _UNSET = (None, GenerationConfig().max_length)  # a GenerationConfig's `max_length` that nobody chose
@@ -63,7 +64,7 @@ def _new_tokens(arguments: Mapping[str, Any], length: int, limit: int | None) ->
     name = next((n for n in ("max_new_tokens", "max_length") if arguments.get(n) is not None), None)
     if name is None:
         return None
-    given = arguments[name]
+    given = as_index(arguments[name], name)
     new = given if name == "max_new_tokens" else given - length
     if new < 1:
         raise ValueError(f"{name}: {given} leaves no new token after a prompt of {length}; raise it.")

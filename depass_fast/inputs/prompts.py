@@ -14,6 +14,7 @@ from ..adapters import Adapter
 from .chat import chat_ids
 from .doubts import doubt_end, doubt_padding, doubt_start
 from .encodings import is_encoded_batch, is_encoding, unpadded
+from .text import check_text
 
 Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
@@ -131,6 +132,7 @@ def _encoded(encoding: Mapping[str, Any], adapter: Adapter, tokenizer: Any | Non
 def _text_ids(text: str, tokenizer: Any | None) -> list[int]:
     if not text:
         return []  # a BOS that the tokenizer adds by itself does not make an empty text a prompt
+    check_text(text, "prompt")
     ids = required(tokenizer, "prompt as text").encode(text)
     doubt_start(ids, tokenizer, "The text has one, and the tokenizer adds one: leave it out of the text.")
     doubt_end(text, ids, tokenizer)
@@ -147,8 +149,10 @@ def _given_ids(prompt: Any) -> list[int]:
         return _tensor_ids(prompt)
     if isinstance(prompt, Sequence):
         return _listed_ids(prompt)
-    listed = "; give prompt.tolist()" if hasattr(prompt, "tolist") else ""
-    raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}{listed}.")
+    advice = "; give prompt.tolist()" if hasattr(prompt, "tolist") else ""
+    if isinstance(prompt, Mapping) and "role" in prompt:
+        advice = "; give one message in a list, [message]"
+    raise TypeError(f"prompt: expected text, token ids or chat messages, got {type(prompt).__name__}{advice}.")
 
 
 def _tensor_ids(ids: Tensor) -> list[int]:

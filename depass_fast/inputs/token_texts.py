@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .prompts import required
+from .text import check_text
 
 _SPACE = "▁"  # SentencePiece's
 _WORD_END = "</w>"  # a space behind the entry, in the oldest vocabularies
@@ -122,6 +123,7 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     reader = required(tokenizer, f"{argument} {text!r}")
     if not text:
         raise ValueError(f"{argument}: empty string; give one token, or None for the model's own next token.")
+    check_text(text, argument)
     token = _one(text, reader)
     if token is not None:
         return token

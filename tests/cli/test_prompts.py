@@ -143,6 +143,11 @@ def test_lines_of_json_of_one_prompt(capsys, tmp_path):
         ('{"prompt": ""}', ["line 1", "not empty"]),
         ('{"input_ids": [1, true]}', ["line 1", "token ids"]),
         ('{"messages": [{"content": "a"}]}', ["line 1", '"role"']),
+        ('{"prompt": "a\\ud800"}', ["line 1", "UTF-8"]),
+        ('"\\ud800"', ["line 1", "UTF-8"]),
+        ('{"prompt": "a", "target": [1, 2, 3]}', ["line 1: target: expected a token id", "[1, 2, 3]"]),
+        ('{"prompt": "a", "target": true}', ["line 1: target: expected a token id", "True"]),
+        ('{"prompt": "a", "target": ""}', ["line 1: target: expected a text that is not empty"]),
     ],
 )
 def test_errors_name_the_line(capsys, tmp_path, content, parts):
@@ -180,6 +185,20 @@ def test_the_last_prompt_is_checked_before_the_first_is_decomposed(capsys, monke
     assert main([*TOKENS, "--prompts", str(path)]) == 2
     message = capsys.readouterr().err
     assert "--prompts: prompt 2: id 99999 is outside the vocabulary" in message
+    for line, arguments, expected in (
+        ('{"prompt": "b", "target": " nonesuch"}', [], "--prompts: prompt 2: target: ' nonesuch' is"),
+        ('{"prompt": "b", "target": 99999}', [], "--prompts: prompt 2: target: id 99999"),
+        ('{"prompt": "b", "target": [3, 4]}', ["--contrast-id", "5"], "--contrast-id: it is subtracted"),
+        ('"b"', ["--position", "2"], "--position: prompt 2: 2 is out of range"),
+        ('"b"', ["--target", " nonesuch"], "--target: ' nonesuch' is"),
+        ('"b"', ["--continuation-ids", "99999"], "--continuation-ids: prompt 1: id 99999"),
+    ):
+        path.write_text(f'"Nyria Morstam speaks"\n{line}')
+        assert main([*TOKENS, "--prompts", str(path), *arguments]) == 2
+        assert expected in capsys.readouterr().err
+    path.write_text('{"prompt": "a", "continuation": "b"}\n{"prompt": "a", "continuation": [99999]}')
+    assert main([*TOKENS, "--prompts", str(path)]) == 2
+    assert "--prompts: prompt 2: continuation: id 99999" in capsys.readouterr().err
     path.write_text('{"prompt": "a", "target": 3}')
     assert "--target: the lines" in fail(capsys, *TOKENS, "--prompts", str(path), "--target", "b")
 

@@ -110,3 +110,31 @@ def test_without_a_template(dp):
     common = Common()
     assert DePass(dp.model, common).attribute([USER, REPLY], Tokens()).input_ids == [1, 2]
     assert common.seen == {"tokenize": True, "return_dict": False, "continue_final_message": True}
+    DePass(dp.model, common).attribute([USER], Tokens())
+    assert common.seen == {"tokenize": True, "return_dict": False}  # in transformers 4 it refuses any more
+
+
+def test_templates_by_their_names(dp, monkeypatch):
+    read = "{{ messages[0]['content'] }}{% if tools %}[{{ tools | length }}]{% endif %}"
+    monkeypatch.setattr(dp.tokenizer, "chat_template", {"default": TEMPLATE, "tool_use": read, "bare": "Hi"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert text_of(dp, [USER], chat_template_kwargs={"thinks": True}).endswith("(hm)")
+        assert text_of(dp, [USER], chat_template_kwargs={"tools": [TOOL]}) == "Hi?[1]"
+    with pytest.warns(InputWarning, match="reads no 'tools'"):
+        dp.attribute([USER], Tokens(), chat_template_kwargs={"tools": [TOOL], "chat_template": "bare"})
+
+
+def test_a_lone_surrogate_and_a_lone_message(dp):
+    half = "Hi\ud800"
+    for prompt, options, argument in (
+        (half, {}, "prompt"),
+        ([{"role": "user", "content": half}], {}, "prompt"),
+        ("Hi", {"target": half}, "target"),
+        ("Hi", {"target": 3, "contrast": half}, "contrast"),
+        ("Hi", {"continuation": half}, "continuation"),
+    ):
+        with pytest.raises(ValueError, match=rf"{argument}: character 2 is '\\ud800', a lone surrogate"):
+            dp.attribute(prompt, Tokens(), **options)
+    with pytest.raises(TypeError, match=r"got dict; give one message in a list, \[message\]"):
+        dp.attribute(USER, Tokens())

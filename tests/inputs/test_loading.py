@@ -119,6 +119,9 @@ def test_a_length_that_leaves_nothing():
         dp.attribute_generation(ids, generation={"max_length": 5})
     with pytest.raises(ValueError, match="max_length: 65 after a prompt of 5 tokens pass the model's context of 64"):
         dp.attribute_generation(ids, generation={"max_length": 65})
+    for wrong in ("3", 2.5, True):
+        with pytest.raises(TypeError, match=f"max_new_tokens: expected an integer, got {wrong!r}"):
+            dp.attribute_generation(ids, max_new_tokens=wrong)
 
 
 def test_a_models_own_length_gives_way(monkeypatch):
