@@ -88,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("output")
     out.add_argument("--top", type=types.positive, metavar="K", help="print the K leading components. Default: 10")
-    flags.add_json(out, "one JSON object per prompt, each on a line")
+    flags.add_json(out, "one JSON object per result, each on a line")
     out.add_argument(
         "--out",
         type=types.output_file(".safetensors", ".csv", ".jsonl"),
         metavar="FILE",
-        help="write every score to FILE.safetensors, FILE.csv, or FILE.jsonl with a line per prompt; for several "
-        "prompts FILE-0.csv, FILE-1.csv, ...",
+        help="write every score to FILE.safetensors, FILE.csv, or FILE.jsonl with a line per result; for several "
+        "prompts or positions FILE-0.csv, FILE-1.csv, ...",
     )
     flags.add_quiet(out)
     flags.add_debug(out)
@@ -132,6 +132,7 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("dictionary", "site"):
         if args.components != "features" and getattr(args, flag) is not None:
             raise ValueError(f"--{flag}: it belongs to --components features, not to {args.components}.")
+    prompts.template_kwargs_of(args)
     _check_targets(args)
     flags.check_method(args)
 
@@ -149,6 +150,8 @@ def _check_targets(args: argparse.Namespace) -> None:
         return
     if not all(with_one):
         raise ValueError("--prompts: either every line has a continuation, or none has one.")
+    if args.top is not None and args.reduce is None:
+        raise ValueError("--top: a continuation is printed token by token; give --reduce, too, or leave it out.")
     beside = [name for name in ("target", "contrast", "position") if getattr(args, name) is not None]
     if beside or any(item.target is not None for item in items):
         name = beside[0] if beside else "prompts"

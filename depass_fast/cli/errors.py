@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 _OF_IDS = {"target": "target-id", "contrast": "contrast-id", "continuation": "continuation-ids"}
 _OF_LINES = ("target", "continuation")  # a line of --prompts may give them
@@ -11,6 +12,24 @@ _RENAMED = {"within": "refine-within", "sae": "dictionary"}
 _USERS = (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)
 # of libraries that may not be there; a TemplateError is a chat's that its template refuses
 _USERS_BY_NAME = {"OutOfMemoryError", "SafetensorError", "TemplateError"}
+
+
+_ADVICE = (  # the library's own, as it is given in Python
+    (r"\bmethod='(\w+)'", r"--method \1"),
+    (r"\b(?:method=)?Adjoint\(refine=(\d+), within='(\w+)'\)", r"--refine \1 --refine-within \2"),
+    (r"\b(?:method=)?Adjoint\(refine=(\d+), sample=(\d+)\)", r"--refine \1 --sample \2"),
+    (r"\bbackend='(\w+)'", r"--backend \1"),
+    (r"\bverify=True\b", "--verify"),
+    (r"\bmemory_budget=(\d+)", r"--memory-budget \1"),
+    (r"\bcontinuation=(?!\w)", "--continuation"),
+)
+
+
+def with_flags(text: str) -> str:
+    """The text of a warning or an error with flags where it advises arguments of the library."""
+    for argument, flag in _ADVICE:
+        text = re.sub(argument, flag, text)
+    return text
 
 
 def is_users(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""The flags that `attribute` and `plan` share, and the method that some of them name together."""
+"""The flags that `attribute`, `generate` and `plan` share, and the method that some of them name together."""
 
 from __future__ import annotations
 

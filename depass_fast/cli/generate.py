@@ -32,12 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_json(out)
     out.add_argument(
         "--out",
-        type=types.output_file(".csv", ".jsonl"),
+        type=types.output_file(".safetensors", ".csv", ".jsonl"),
         metavar="FILE",
-        help="write every share to FILE.csv, or all that --json prints to FILE.jsonl",
+        help="write every share to FILE.safetensors or FILE.csv, or all that --json prints to FILE.jsonl",
     )
     flags.add_quiet(out)
     flags.add_debug(out)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together, before anything is imported."""
+    prompts.template_kwargs_of(args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
 from . import attribute, flags, generate, plan, types
-from .errors import in_flags, is_users, one_line
+from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
 from .startup import import_transformers
@@ -17,6 +18,7 @@ _DESCRIPTION = """\
 Exact attributions for Hugging Face causal language models: how much of a logit comes from every input token,
 attention head, module or MLP neuron. The shares sum to the logit.
 """
+_NEGATIVE = re.compile(r"-\d+(,-?\d+)*,?$|-\d*\.\d+$")  # a value of a flag, not a flag
 _EXAMPLES = """\
 examples:
   depass-fast demo
@@ -58,7 +60,7 @@ def _main(argv: list[str] | None) -> int:
     except Exception as error:
         if getattr(args, "debug", False) or not is_users(error):
             raise
-        return _fail(in_flags(one_line(error), args))
+        return _fail(with_flags(in_flags(one_line(error), args)))
     return 0
 
 
@@ -71,7 +73,11 @@ def _fail(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises its errors, so that they are printed on one line like all others."""
+    """A parser that raises its errors, so that they are printed on one line like all others; -1,3 is a value to it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -115,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="continue a prompt, with the tokens that each new one drew on", **shape
     )
     generate.add_arguments(texts)
-    texts.set_defaults(run=generate.run)
+    texts.set_defaults(run=generate.run, check=generate.check)
 
     costs = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
     plan.add_arguments(costs)

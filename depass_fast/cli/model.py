@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import one_line
+from .prompts import template_kwargs_of
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
@@ -128,6 +129,7 @@ def engine_of(args: argparse.Namespace, device: str) -> DePass:
         "memory_budget": args.memory_budget,
         "progress": not args.quiet,
         "verify": args.verify,
+        "chat_template_kwargs": template_kwargs_of(args),
     }
     if args.model == "demo":
         from ..demo import load_demo

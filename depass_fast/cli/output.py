@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import is_users
+from .errors import is_users, with_flags
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -80,7 +81,7 @@ def saying_once() -> Iterator[None]:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning on a line, without the line of Python that it came from."""
-    note(f"depass-fast: warning: {' '.join(str(message).split())}")
+    note(f"depass-fast: warning: {with_flags(' '.join(str(message).split()))}")
 
 
 def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
@@ -94,13 +95,25 @@ def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
     from ..results.layered import LayeredAttribution
     from ..results.render import plain, rich_view
 
-    console = Console()
+    console, result = Console(), _advising_flags(result)
     if not isinstance(result, (Attribution, LayeredAttribution)):
         emit(result)
     elif console.is_terminal:
         console.print(rich_view(result, top))
     else:
         emit(plain(result, top))
+
+
+def _advising_flags(result: Any) -> Any:
+    """The result, or a copy of it whose warnings advise flags."""
+    if not result.warnings:
+        return result
+    shown = copy.copy(result)
+    if hasattr(result, "shares"):
+        shown.shares = _advising_flags(result.shares)
+    else:
+        shown.warnings = [with_flags(text) for text in result.warnings]
+    return shown
 
 
 class Writer:

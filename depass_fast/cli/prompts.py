@@ -24,6 +24,13 @@ class Item(NamedTuple):
     continuation: Any = None
 
 
+class Chat(NamedTuple):
+    """The messages of --chat, and the tools that may be beside them."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
 def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
     """Add --prompt, --chat and --input-ids; with ``several`` also --prompts and --batch-size. One of them is needed."""
     ways = group.add_mutually_exclusive_group(required=True)
@@ -47,14 +54,20 @@ def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
         "--chat",
         type=_chat,
         metavar="MESSAGES",
-        help='a chat through the tokenizer\'s template: JSON such as [{"role": "user", "content": "Hello"}], a file '
-        "that holds it, or - for standard input",
+        help='a chat through the tokenizer\'s template: JSON such as [{"role": "user", "content": "Hello"}], or an '
+        'object with "messages" and, if you like, "tools"; a file that holds it, or - for standard input',
     )
     ways.add_argument(
         "--input-ids",
         type=types.token_ids,
         metavar="IDS",
         help='token ids as they are, such as "1 5 9"; nothing is added',
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=_template_kwargs,
+        metavar="JSON",
+        help='what else the chat template reads, an object such as {"enable_thinking": false}',
     )
     if several:
         group.add_argument(
@@ -77,7 +90,28 @@ def items_of(args: argparse.Namespace) -> list[Item]:
         return args.prompts
     if args.prompt is not None:
         return [Item(text) for text in args.prompt]
-    return [Item(args.chat if args.chat is not None else args.input_ids)]
+    return [Item(args.chat.messages if args.chat is not None else args.input_ids)]
+
+
+def template_kwargs_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what chat templates read: --chat-template-kwargs, and the tools of --chat. None where there is neither.
+
+    Raises:
+        ValueError: no prompt is a chat, or both name tools.
+    """
+    given = args.chat_template_kwargs
+    if given is not None and not any(_is_chat(item.prompt) for item in items_of(args)):
+        raise ValueError("--chat-template-kwargs: it belongs to chats, --chat or lines of --prompts with messages.")
+    tools = None if args.chat is None else args.chat.tools
+    if tools is None:
+        return given
+    if "tools" in (given or {}):
+        raise ValueError("--chat-template-kwargs: --chat has tools of its own; leave one of the two out.")
+    return {"tools": tools} | (given or {})
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and isinstance(prompt[0], dict)
 
 
 def flag_of(args: argparse.Namespace) -> str:
@@ -135,18 +169,35 @@ def _numbered(message: str, number: int, args: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _chat(given: str) -> list[dict[str, Any]]:
-    """Chat messages: JSON, a file that holds it, or a dash for standard input."""
+def _chat(given: str) -> Chat:
+    """A chat: JSON, a file that holds it, or a dash for standard input."""
     text = given
     if given == "-":
         text = types.standard_input()
-    elif not given.lstrip().startswith("["):
+    elif not given.lstrip().startswith(("[", "{")):
         if not Path(given).expanduser().is_file():
             raise argparse.ArgumentTypeError(
                 f'there is no file {given!r}; one turn is [{{"role": "user", "content": "Hello"}}].'
             )
         text = types.read_text(given)
-    return _messages(_json(text, "the messages"), "")
+    value = _json(text, "the messages")
+    if not isinstance(value, dict) or "role" in value:
+        return Chat(_messages(value, ""))
+    unknown = [name for name in value if name not in ("messages", "tools")]
+    if unknown:
+        raise argparse.ArgumentTypeError(f'expected an object with "messages" and "tools"; it has {unknown[0]!r}, too')
+    tools = value.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise argparse.ArgumentTypeError(f"tools: expected a list of tools, got {tools!r}")
+    return Chat(_messages(value.get("messages"), "messages: "), tools)
+
+
+def _template_kwargs(given: str) -> dict[str, Any]:
+    """Arguments of a chat template: an object of JSON."""
+    value = _json(given, "the arguments")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected an object such as {{"enable_thinking": false}}, got {given}')
+    return value
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .doubts import doubt
 from .prompts import required
 from .text import check_text
 
@@ -126,6 +127,7 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     check_text(text, argument)
     token = _one(text, reader)
     if token is not None:
+        _doubt_namesake(text, token, reader, argument)
         return token
     ids, bare = reader.encode(text, add_special_tokens=False), text.strip()
     if len(ids) == 1:
@@ -138,6 +140,16 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     hint = "" if variant is None else f" {variant!r} is one token."
     more = " Several tokens are given as continuation=." if argument == "target" and len(ids) > 1 else ""
     raise ValueError(f"{argument}: {problem}.{hint}{more}")
+
+
+def _doubt_namesake(text: str, token: int, tokenizer: Any, argument: str) -> None:
+    """Warn where a text reads as one token, as with SentencePiece's space in front, and is the label of another."""
+    other = token_with_text(text, tokenizer)
+    if other is not None and other != token:
+        doubt(
+            f"{argument}: {text!r} by itself is the token {_text(token, tokenizer)!r} (id {token}), and is read as that. "
+            f"The token with the label {text!r} is another (id {other}); give the id of the one that is meant."
+        )
 
 
 def _one(text: str, tokenizer: Any) -> int | None:

@@ -38,6 +38,8 @@ def test_a_continuation(capsys, tmp_path, engine):
     ids = engine.tokenizer.encode(NEXT, add_special_tokens=False)
     assert objects(capsys, *TOKENS, "--continuation-ids", " ".join(map(str, ids)))[0]["log_probs"] == found["log_probs"]
     assert run(capsys, *TOKENS, "--continuation", NEXT).strip() == str(expected).strip()
+    heads = [*ATTRIBUTE, "--prompt", PROMPT, "--components", "heads", "--layer", "5", "--continuation", NEXT]
+    assert "5 others" in run(capsys, *heads, "--reduce", "sum", "--top", "3")
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -56,6 +58,7 @@ def test_several_positions_give_a_result_each(capsys, tmp_path, engine):
     assert [one["position"] for one in found] == [one.position for one in expected]
     assert len(list(tmp_path.iterdir())) == 3
     assert objects(capsys, *TOKENS, "--position", "3")[0]["scores"] == near(expected[0].scores)
+    assert [one["position"] for one in objects(capsys, *TOKENS, "--position", "-1,3")] == [expected[-1].position, 3]
     assert run(capsys, *TOKENS, "--position", "3,8").count("\n\n'") == 1
 
 
@@ -81,6 +84,7 @@ def test_lines_with_a_continuation_each(capsys, tmp_path, engine):
         (["--continuation", ""], ["--continuation", "empty"]),
         (["--continuation", "a", "--target", "b"], ["--target:", "continuation"]),
         (["--continuation", "a", "--position", "3"], ["--position:", "continuation"]),
+        (["--continuation", "a", "--top", "3"], ["--top:", "--reduce"]),
         (["--continuation", "a", "--continuation-ids", "3"], ["--continuation-ids", "--continuation"]),
     ],
 )

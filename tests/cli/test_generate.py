@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from depass_fast import DePass
+from depass_fast import DePass, Generation
 from depass_fast.cli.main import main
 from depass_fast.demo import load_demo
 from tests.support.command import fail, one_thread, run  # noqa: F401 (a fixture)
@@ -34,6 +34,9 @@ def test_json(capsys, tmp_path, expected):
     for step, one in zip(found["steps"], expected.steps, strict=True):
         assert step["scores"] == pytest.approx(one.scores.tolist(), abs=1e-4) and step["target_id"] == one.target_ids[0]
     assert json.loads(out.read_text()) == found
+    out = tmp_path / "generation.safetensors"
+    run(capsys, *GENERATE, "--out", str(out))
+    assert Generation.load(out).input_ids == expected.input_ids
 
 
 def test_a_table(capsys, tmp_path, expected):
@@ -64,7 +67,8 @@ def test_a_warning_is_a_line_on_standard_error(capsys, monkeypatch):
         (["--prompt", "again"], ["--prompt", "twice"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens", "'0'"]),
         (["--max-new-tokens", "600"], ["--max-new-tokens:", "600", "512"]),
-        (["--out", "generation.safetensors"], ["--out", ".csv"]),
+        (["--out", "generation.txt"], ["--out", ".csv"]),
+        (["--chat-template-kwargs", "{}"], ["--chat-template-kwargs:", "--chat "]),
         (["--temperature", "-1"], ["--temperature", "-1"]),
     ],
 )

@@ -10,6 +10,7 @@ import warnings
 import pytest
 
 from depass_fast import Attribution, CompletenessWarning, DePass
+from depass_fast.cli.errors import with_flags
 from depass_fast.cli.main import main
 from tests.support.command import ATTRIBUTE, one_thread, run  # noqa: F401 (a fixture)
 
@@ -72,6 +73,29 @@ def test_messages_are_no_results(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert main(["attribute"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_advice_is_given_in_flags(capsys, monkeypatch):
+    from depass_fast.adjoint.estimate import _ADVICE
+
+    attribute = DePass.attribute
+
+    def warned(*args, **kwargs):
+        warnings.warn(_ADVICE, UserWarning, stacklevel=1)
+        results = attribute(*args, **kwargs)
+        for result in results:
+            result.warnings = [_ADVICE]
+        return results
+
+    monkeypatch.setattr(DePass, "attribute", warned)
+    assert main(TOKENS) == 0
+    captured = capsys.readouterr()
+    advice = "refine more of every layer, as --refine 256 --refine-within layer, or take --method exact"
+    assert advice in captured.err and captured.out.count(f"WARNING: {advice}") == 3
+    assert main([*ATTRIBUTE, "--prompt", "a", "--components", "tokens", "--target", " Nyria Morstam"]) == 2
+    assert "Several tokens are given as --continuation." in capsys.readouterr().err
+    sweep = "give method=Adjoint(refine=0, sample=0) or backend='torch'; see Adjoint(...), continuation=1"
+    assert with_flags(sweep) == "give --refine 0 --sample 0 or --backend torch; see Adjoint(...), continuation=1"
 
 
 def test_a_warning_that_the_result_holds_is_not_said_twice(capsys, monkeypatch):

@@ -50,6 +50,22 @@ def test_a_chat_in_place_in_a_file_and_from_standard_input(capsys, monkeypatch, 
         assert found["input_ids"] == expected.input_ids and found["scores"] == scores(expected)
 
 
+def test_what_a_template_reads(capsys, monkeypatch, tmp_path):
+    model, tokenizer = load_demo()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinks %} Nyria{% endif %}{{ tools | length }}"
+    monkeypatch.setattr("depass_fast.demo.load_demo", lambda *_: (model, tokenizer))
+    expected = DePass(model, tokenizer, chat_template_kwargs={"thinks": True, "tools": [{}]}).attribute(CHAT, Tokens())
+    thinks, chat = ["--chat-template-kwargs", '{"thinks": true}'], json.dumps({"messages": CHAT, "tools": [{}]})
+    (found,) = objects(capsys, "--chat", chat, *thinks)
+    assert found["input_ids"] == expected.input_ids and found["scores"] == scores(expected)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    both = ["--chat-template-kwargs", '{"thinks": true, "tools": [{}]}']
+    assert objects(capsys, "--prompts", str(path), *both)[0]["input_ids"] == expected.input_ids
+    assert main([*TOKENS, "--chat", chat, "--chat-template-kwargs", '{"tokenize": false}']) == 2
+    assert "--chat-template-kwargs: 'tokenize'" in capsys.readouterr().err
+
+
 def test_several_prompts_give_a_line_of_json_each(capsys, engine):
     found = objects(capsys, "--prompt", FIRST, "--prompt", SECOND, "--target", " Diane", "--batch-size", "1")
     expected = engine.attribute([FIRST, SECOND], Tokens(), " Diane")
@@ -169,6 +185,15 @@ def test_errors_name_the_line(capsys, tmp_path, content, parts):
         (["--chat", json.dumps(CHAT), "--prompt", "a"], ["--chat", "--prompt"]),
         (["--prompt", "\udcff"], ["--prompt", "UTF-8"]),
         (["--prompt", "a", "--prompt", ""], ["--prompt", "empty"]),
+        (["--chat", '{"messages": []}'], ["--chat", "messages: expected a list"]),
+        (["--chat", '{"messages": [], "tool": []}'], ["--chat", "'tool'"]),
+        (["--chat", json.dumps({"messages": CHAT, "tools": 3})], ["--chat", "tools: expected a list"]),
+        (["--chat", json.dumps(CHAT), "--chat-template-kwargs", "[]"], ["--chat-template-kwargs", "an object", "[]"]),
+        (["--prompt", "a", "--chat-template-kwargs", "{}"], ["--chat-template-kwargs:", "--chat "]),
+        (
+            ["--chat", json.dumps({"messages": CHAT, "tools": []}), "--chat-template-kwargs", '{"tools": []}'],
+            ["--chat-template-kwargs:", "tools of its own"],
+        ),
         (["--prompt", "a", "--batch-size", "0"], ["--batch-size", "'0'"]),
     ],
 )

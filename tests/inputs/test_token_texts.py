@@ -1,6 +1,7 @@
 """Every token is labelled by its piece, with its space; labels of different ids differ, and lead back to the id."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from depass_fast import DePass, Tokens
+from depass_fast import DePass, InputWarning, Tokens
 from depass_fast.inputs.token_texts import single_token, token_texts, token_with_text
 from tests.support.family_models import build_model
 from tests.support.tokenizers import byte_level, llama_like
@@ -123,6 +124,20 @@ def test_a_string_of_one_token():
         single_token("capital", byte_level())
 
 
+def test_a_text_that_is_the_label_of_another_token():
+    """Llama 2's tokenizer reads 'is' as '▁is', and has an 'is' without a space."""
+    tokenizer = llama_like()
+    with_space, without = tokenizer.convert_tokens_to_ids(["▁is", "is"])
+    expected = rf"contrast: 'is' by itself is the token ' is' \(id {with_space}\), .* 'is' is another \(id {without}\)"
+    with pytest.warns(InputWarning, match=expected):
+        assert single_token("is", tokenizer, "contrast") == with_space
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert single_token(" is", tokenizer) == with_space
+        single_token("Paris", tokenizer)
+        single_token(" Paris", byte_level(" Paris", "Paris"))
+
+
 def test_a_target_beyond_the_models_vocabulary():
     tokenizer = byte_level(" Paris")
     last = len(tokenizer) - 1
@@ -145,5 +160,5 @@ def test_arrays_of_strings():
     assert dp.attribute(np.array(texts[0]), Tokens()).labels == expected[0].labels
     assert dp.trace(np.array(texts)).n_prompts == 2
     assert str(dp.plan(np.array(texts), Tokens(), measure=False)) == str(dp.plan(texts, Tokens(), measure=False))
-    names = dp.attribute(texts[0], Tokens(), np.array([" Paris", "is"])).target_names
+    names = dp.attribute(texts[0], Tokens(), np.array([" Paris", " is"])).target_names
     assert names == ["' Paris'", "' is'"]
