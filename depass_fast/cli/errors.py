@@ -21,6 +21,7 @@ _ADVICE = (  # the library's own, as it is given in Python
     (r"\bbackend='(\w+)'", r"--backend \1"),
     (r"\bverify=True\b", "--verify"),
     (r"\bmemory_budget=(\d+)", r"--memory-budget \1"),
+    (r"\bchat_template_kwargs\b", "--chat-template-kwargs"),
     (r"\bcontinuation=(?!\w)", "--continuation"),
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import is_users, with_flags
+from .errors import is_users, one_line, with_flags
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -120,7 +120,7 @@ class Writer:
     """Writes results to --out as they come: lines of JSON into one file, or a file of scores for each.
 
     FILE.jsonl is FILE.jsonl.part until :meth:`close`. Of several results, FILE.csv and FILE.safetensors get the number
-    of the prompt, from 0: FILE-0.csv. ``path`` None writes nothing.
+    of each, from 0: FILE-0.csv. ``path`` None writes nothing.
     """
 
     def __init__(self, path: Path | None, numbered: bool) -> None:
@@ -184,6 +184,7 @@ class Output:
                 if not is_users(error) or self._unprinted is not None:
                     raise
                 self._unwritten = error
+                note(f"depass-fast: warning: --out: {one_line(error)}; the other results are printed only.")
 
     def close(self) -> None:
         """Finish FILE.jsonl.

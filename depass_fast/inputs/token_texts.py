@@ -147,7 +147,7 @@ def _doubt_namesake(text: str, token: int, tokenizer: Any, argument: str) -> Non
     other = token_with_text(text, tokenizer)
     if other is not None and other != token:
         doubt(
-            f"{argument}: {text!r} by itself is the token {_text(token, tokenizer)!r} (id {token}), and is read as that. "
+            f"{argument}: {text!r} by itself is the token {_text(token, tokenizer)!r} (id {token}) and read as that. "
             f"The token with the label {text!r} is another (id {other}); give the id of the one that is meant."
         )
 

@@ -128,7 +128,7 @@ def test_a_text_that_is_the_label_of_another_token():
     """Llama 2's tokenizer reads 'is' as '▁is', and has an 'is' without a space."""
     tokenizer = llama_like()
     with_space, without = tokenizer.convert_tokens_to_ids(["▁is", "is"])
-    expected = rf"contrast: 'is' by itself is the token ' is' \(id {with_space}\), .* 'is' is another \(id {without}\)"
+    expected = rf"contrast: 'is' by itself is the token ' is' \(id {with_space}\) .* 'is' is another \(id {without}\)"
     with pytest.warns(InputWarning, match=expected):
         assert single_token("is", tokenizer, "contrast") == with_space
     with warnings.catch_warnings():
