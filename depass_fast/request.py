@@ -272,6 +272,7 @@ def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
         counts=counts,
         method=request.method,
         carried=request.carried,
+        reads=[[position + 1 for position in reads] for reads in request.reads] or None,
     )
     return replace(request, run=fitted(request.run, shape))
 

@@ -7,13 +7,14 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import flags, types
 from .model import components_of, config_of, device_of, path_of, silence_transformers
 from .output import emit
 
 if TYPE_CHECKING:
+    from ..adapters import Adapter
     from ..planning.plan import Plan
 
 _DESCRIPTION = """\
@@ -25,6 +26,7 @@ examples:
   depass-fast plan --model ./llama --length 512 --components tokens
   depass-fast plan --model meta-llama/Llama-2-7b-hf --length 20 --components neurons --layer 0 --dtype bfloat16 --json
   depass-fast plan --model ./llama --length 20 --components neurons --layer all --refine 1000
+  depass-fast plan --model ./llama --prompt "The capital of France is" --continuation " Paris." --components tokens
   depass-fast plan --model ./llama --length 2048 --components tokens --device cuda --gemm-tflops 790
 """
 
@@ -36,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--length", type=types.lengths, metavar="N", help='tokens of a prompt; "20 35 12" for several')
     length.add_argument("--prompt", type=types.text, metavar="TEXT", help="a text; needs the model's tokenizer")
+    read = parser.add_mutually_exclusive_group()
+    read.add_argument(
+        "--position",
+        type=types.positions,
+        metavar="P",
+        help="what is read, as of `attribute`; or several, such as 3,8,-1. Default: the last",
+    )
+    read.add_argument("--continuation", type=types.token_text, metavar="TEXT", help="a text that follows --prompt")
     flags.add_components(parser, layer="0")
     flags.add_method(parser)
     flags.add_machine(parser)
@@ -73,7 +83,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
     options = Options(memory_budget=args.memory_budget, state_dtype=args.state_dtype)
     components.resolve(adapter)  # a layer that does not exist is an error before any method is chosen
-    lengths = args.length or [_token_count(args.prompt, path_of(args.model))]
+    lengths, reads = _lengths(args, adapter)
     if args.gemm_tflops is not None:
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
@@ -84,15 +94,32 @@ def _plan(args: argparse.Namespace) -> Plan:
         components,
         options,
         method=choose_method(flags.method_of(args), components, adapter, options),
+        carried=[max(of_prompt) for of_prompt in reads],
+        reads=reads,
     )
     return make_plan(shape, device=device, gemm_flops=rate, rate_source=source)
 
 
-def _token_count(text: str, path: str) -> int:
+def _lengths(args: argparse.Namespace, adapter: Adapter) -> tuple[list[int], list[list[int]]]:
+    """Return the number of tokens of every prompt, and how many there are up to each that is read."""
+    from ..inputs.continuation import encode_continued
+    from ..methods.plan import reads_of_continuations, reads_of_positions
+
+    if args.continuation is None:
+        lengths = args.length or [len(_tokenizer(args.model).encode(args.prompt))]
+        return lengths, reads_of_positions(args.position, lengths)
+    if args.prompt is None:
+        raise ValueError("--continuation: it follows a text; give --prompt, or the --length of both.")
+    _, whole, own = encode_continued(args.prompt, args.continuation, adapter, _tokenizer(args.model))
+    return [len(ids) for ids in whole], reads_of_continuations(whole, own)
+
+
+def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
+    path = path_of(model)
     try:
-        return len(AutoTokenizer.from_pretrained(path).encode(text))
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         where = "this folder" if Path(path).is_dir() else f"{path!r}"
         raise ValueError(f"--prompt: text needs a tokenizer, and {where} has none; give --length.") from error

@@ -22,9 +22,9 @@ def bridge() -> None:
     """Put up the bridges that are needed and not up yet."""
     if not hasattr(torch.load, "is_bridge"):
         torch.load = _loading(torch.load)
-    if not hasattr(type(transformers), "is_bridge") and not hasattr(transformers, "AutoModelWithLMHead"):
-        module: Any = transformers
-        module.__class__ = _with_lm_head(type(transformers))
+    lazy: Any = type(transformers)
+    if not hasattr(lazy.__getattr__, "is_bridge") and not hasattr(transformers, "AutoModelWithLMHead"):
+        lazy.__getattr__ = _with_lm_head(lazy.__getattr__)
     model: Any = transformers.PreTrainedModel
     if not hasattr(model.__call__, "is_bridge") and hasattr(model, "set_attn_implementation"):
         model.__call__ = _attending(model.__call__)
@@ -56,19 +56,20 @@ def _loading(load: Any) -> Any:
     return _marked(bridged)
 
 
-def _with_lm_head(module: type) -> type:
-    """Return the type of a module that has `AutoModelWithLMHead`."""
+def _with_lm_head(getter: Any) -> Any:
+    """Return the getter of lazy modules' attributes with `transformers.AutoModelWithLMHead`.
 
-    class WithLMHead(module):
-        is_bridge = True
+    It is the class' own: importing a model's code can put another module `transformers` in the place of the first.
+    """
 
-        def __getattr__(self, name: str) -> Any:
-            if name != "AutoModelWithLMHead":
-                return super().__getattr__(name)
-            _log("transformers.AutoModelWithLMHead is AutoModelForCausalLM, since it is gone.")
-            return transformers.AutoModelForCausalLM
+    @functools.wraps(getter)
+    def bridged(self: Any, name: str) -> Any:
+        if name != "AutoModelWithLMHead" or self.__name__ != "transformers":
+            return getter(self, name)
+        _log("transformers.AutoModelWithLMHead is AutoModelForCausalLM, since it is gone.")
+        return self.AutoModelForCausalLM
 
-    return WithLMHead
+    return _marked(bridged)
 
 
 def _attending(call: Any) -> Any:

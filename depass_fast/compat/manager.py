@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import adapt, unwrap, without_biases
 from ..adapters.stored import stored_bias, stored_weight
+from ..components.arrays import as_tensor
 from ..components.base import ComponentKind
 from ..components.custom import Custom
 from ..components.model import Heads, Modules, Neurons, Tokens
@@ -185,6 +186,7 @@ class decomposed_state_manager(PublishedSteps):
         wider. With ``corrected`` what the states lack comes before them, and `bias`, where there is one, after them.
         """
         self._read(prompt)
+        attribute_state = as_tensor(attribute_state, "attribute_state")
         dtype = torch.promote_types(attribute_state.dtype, self._adapter.dtype)
         return self._finish(*self._given(start_layer_idx, attribute_state), self.corrected, dtype)
 
@@ -196,6 +198,7 @@ class decomposed_state_manager(PublishedSteps):
         ``start_layer_idx`` -1 is before the first layer, so that there are L of them. The dtype is the given one.
         """
         self._read(prompt)
+        attribute_state = as_tensor(attribute_state, "attribute_state")
         state, options = self._given(start_layer_idx, attribute_state)
         return [self._returned(s, self.corrected, attribute_state.dtype) for s in self._layers(state, options)]
 

@@ -112,7 +112,10 @@ class Bases(Sequence[Tensor]):
         """An orthonormal basis of one subspace, in float64."""
         given = self._given[i]
         basis = given.double()
-        q, r = torch.linalg.qr(basis / basis.norm(dim=0).clamp_min(torch.finfo(basis.dtype).tiny))
+        if not (lengths := basis.norm(dim=0)).all():
+            column = int((lengths == 0).nonzero()[0])
+            raise ValueError(f"{self.name}[{i}]: column {column} is zero, which is no direction; leave it out.")
+        q, r = torch.linalg.qr(basis / lengths.clamp_min(torch.finfo(basis.dtype).tiny))
         sizes = torch.linalg.svdvals(r)
         rounding = max(max(basis.shape) * torch.finfo(basis.dtype).eps, 2 * torch.finfo(given.dtype).eps)
         if sizes[-1] <= rounding * sizes[0]:  # what is left of a column would be the rounding of its dtype

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..runtime.log import warn_user
+from .doubts import doubt_padding, doubt_second_start
 from .encodings import is_encoding
 from .prompts import as_index, encode_all
 from .text import check_text
@@ -33,7 +34,8 @@ def encode_continued(
 
     A continuation is text, or ids: one for all prompts, or a list with one per prompt. Text has the tokens that it has
     behind the prompt, and no special tokens. Where the two texts together would change the prompt's own last tokens,
-    the continuation is tokenised by itself, with a :class:`TokenBoundaryWarning`.
+    the continuation is tokenised by itself, with a :class:`TokenBoundaryWarning`. BOS in front of a continuation, and
+    padding at its ends, are warned of.
 
     Returns:
         True if several prompts are given rather than one; the ids; the lengths.
@@ -50,6 +52,8 @@ def encode_continued(
     ):
         own = _text_ids(given, text, ids.tolist(), tokenizer) if isinstance(given, str) else _listed_ids(given)
         _check(own, len(ids), adapter)
+        doubt_second_start(own, tokenizer)
+        doubt_padding(own, tokenizer, "continuation")
         whole.append(torch.cat([ids, torch.tensor(own, dtype=torch.long, device="cpu")]))
     return batch, whole, [len(ids) for ids in prompts]
 

@@ -17,7 +17,7 @@ def doubt(text: str) -> None:
     warn_user(text, InputWarning)
 
 
-def doubt_padding(ids: Sequence[int], tokenizer: Any | None) -> None:
+def doubt_padding(ids: Sequence[int], tokenizer: Any | None, argument: str = "prompt") -> None:
     """Warn of padding at the ends of ids that came without a mask.
 
     A token for padding that is also another special one, such as GPT-2's, may stand there once.
@@ -25,12 +25,13 @@ def doubt_padding(ids: Sequence[int], tokenizer: Any | None) -> None:
     pad = _special(tokenizer, "pad_token_id")
     if pad is None:
         return
+    with_mask = "input_ids with their attention_mask, or " if argument == "prompt" else ""
     shared = any(_special(tokenizer, f"{name}_token_id") == pad for name in ("bos", "eos", "unk", "sep", "cls"))
     for end, run in (("begins", ids), ("ends", ids[::-1])):
         if run and all(i == pad for i in run[: 2 if shared else 1]) and len(run) > shared:
             doubt(
-                f"prompt: it {end} with the tokenizer's padding token (id {pad}), and no mask says that it is padding: "
-                "it is decomposed like text. Give input_ids with their attention_mask, or ids without padding."
+                f"{argument}: it {end} with the tokenizer's padding token (id {pad}), and no mask says that it is "
+                f"padding: it is decomposed like text. Give {with_mask}ids without padding."
             )
             return
 
@@ -40,6 +41,16 @@ def doubt_start(ids: Sequence[int], tokenizer: Any | None, advice: str) -> None:
     bos = _special(tokenizer, "bos_token_id")
     if bos is not None and bos != _special(tokenizer, "pad_token_id") and list(ids[:2]) == [bos, bos]:
         doubt(f"prompt: it begins with the start token twice (id {bos}), which models were not trained on. {advice}")
+
+
+def doubt_second_start(ids: Sequence[int], tokenizer: Any | None) -> None:
+    """Warn where a continuation begins with BOS. One that is EOS as well may stand there alone: the text ends."""
+    bos, eos = _special(tokenizer, "bos_token_id"), _special(tokenizer, "eos_token_id")
+    if bos is not None and list(ids[:1]) == [bos] and (bos != eos or len(ids) > 1):
+        doubt(
+            f"continuation: it begins with the start token (id {bos}), which then stands behind the prompt. Leave it "
+            "out of the text, or give tokenizer(text, add_special_tokens=False).input_ids."
+        )
 
 
 def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from .encodings import is_encoded_batch, is_encoding, unpadded
 from .text import check_text
 
 Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+POSITIONS = "an integer, or a list of integers"  # what a position may be
 
 
 def is_batch(prompt: Any) -> bool:
@@ -52,19 +53,19 @@ def encode_all(
     return batch, [encode(p, adapter, tokenizer, template_kwargs) for p in (_texts(prompt) if batch else [prompt])]
 
 
-def as_index(value: Any, argument: str) -> int:
+def as_index(value: Any, argument: str, expected: str = "an integer") -> int:
     """An integer of any kind (Python's, NumPy's, a 0-dim tensor). Anything else is a TypeError, bool included."""
     try:
         if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
         return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}.") from None
+        raise TypeError(f"{argument}: expected {expected}, got {value!r}.") from None
 
 
 def as_position(position: int, length: int) -> int:
     """The position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
-    position = as_index(position, "position")
+    position = as_index(position, "position", POSITIONS)
     if not -length <= position < length:
         raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
     return position % length

@@ -15,7 +15,7 @@ from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
 from ..inputs.generation import generate
 from ..inputs.loading import check_ready
-from ..inputs.prompts import Prompt, encode, is_batch
+from ..inputs.prompts import POSITIONS, Prompt, as_index, encode, is_batch, is_list_of_positions
 from ..inputs.targets import parse_target
 from ..options import Adjoint, Options
 from ..readout.collect import read_hidden, read_ids
@@ -30,7 +30,7 @@ from .attribution import attributions
 
 def refuse_beside(*, position: Any, **given: Any) -> None:
     """Refuse arguments of `attribute` that a continuation, whose tokens are the targets, leaves no room for."""
-    if not (isinstance(position, int) and position == -1):
+    if is_list_of_positions(position) or as_index(position, "position", POSITIONS) != -1:
         given["position"] = position
     for name, value in given.items():
         if value is not None:

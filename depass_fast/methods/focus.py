@@ -107,7 +107,7 @@ def focus(request: Request, which: Sequence[int | str] | int | str, known: Parti
     request = _ready(request) if known is None else with_trace(request)
     if known is None:
         known = _partition(request)
-    elif known.made_of != _made_of(request) or known.end < request.end:
+    elif not _is_of(known, request) or known.end < request.end:
         raise ValueError(
             "partition: it was made of other components, of another prompt or with other options, or does not reach "
             f"layer {request.end}; make it with dp.partition(prompt, components, ...) and the same arguments."
@@ -186,6 +186,18 @@ def _made_of(request: Request) -> tuple:
     ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
     what = (kind.kind, request.layer, kind.site, kind.identity(), request.has_bias)
     return (*what, ids, excluded, rule.rule, rule.temperature, source)
+
+
+def _is_of(known: Partition, request: Request) -> bool:
+    """Return True if a partition was made of what is asked for. ValueError: it is another model's."""
+    try:
+        known.made_of[-1].check(request.adapter.model)  # one that was read from a file knows its model from now on
+    except ValueError as error:
+        raise ValueError(
+            "partition: it was made by another model, or by this one with other weights; make it with dp.partition"
+            f"(prompt, components, ...). Its trace says: {error}"
+        ) from error
+    return known.made_of == _made_of(request)
 
 
 def _indices(which: Sequence[int | str] | int | str, labels: list[str]) -> list[int]:

@@ -19,7 +19,7 @@ from .shapes import ForwardPass, RunShape, has_bias, layer_sizes, named_componen
 
 @dataclass(frozen=True)
 class SweepOutlook:
-    """The forward pass of all prompts, then a sweep per prompt, one after the other.
+    """The forward pass of all prompts, then a sweep per position that is read, one after the other.
 
     ``given`` are the bytes of workspace that were asked for, None if nobody asked.
     """
@@ -89,18 +89,19 @@ def _size(work: SweepWorkload) -> tuple[int, tuple[int, ...]]:
 
 def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepOutlook:
     """Return the outlook of a sweep by ``shape.method`` on ``device``, by default the model's."""
-    adapter, lengths, kind, options = shape.adapter, shape.carried_lengths, shape.kind, shape.options
+    adapter, sweeps, kind, options = shape.adapter, shape.sweeps, shape.kind, shape.options
     end, counts, method, device = shape.end, shape.counts, shape.method, device or adapter.device
     assert method is not None, "an exact run is no sweep"
     state, compute = options.dtypes(adapter.dtype, device)
     wide = torch.promote_types(state, torch.float32)
     compute = compute if has_compute_dtype(options.backend) else wide
     kinds, layers = kind.each(adapter), layer_sizes(adapter)
+    lengths = {n for _, n in sweeps}
     casts, widest = wide != adapter.dtype, {n: max(size.reached(n) for size in layers) for n in lengths}
     copies = compute != adapter.dtype or any(size.output_norms or len(size.mlps) > 1 for size in layers)
     is_cuda, softmax = device.type == "cuda", Allocation(options.allocation).is_softmax
     workloads = []
-    for prompt, n in enumerate(lengths):
+    for prompt, n in sweeps:
         count = None if counts is None else counts[prompt]
         starts = [_start_size(one, adapter, n, count, end, wide.itemsize, casts) for one in kinds]
         starts.sort(key=lambda start: start.entering)

@@ -27,7 +27,9 @@ class RunShape:
 
     ``end`` None: after the final norm. ``traced``: the trace exists already, and is no part of the peak. ``counts`` are
     the named components of every prompt where they are known, or bounds of them. ``method`` None: exact. ``carried``:
-    how many positions of every prompt are carried, up to the last one that is read; None: all.
+    how many positions of every prompt are carried, up to the last one that is read; None: all. ``reads``: how many
+    positions lie before every one that is read, itself included, per prompt, each of which takes an adjoint sweep of
+    its own; None: the last one carried.
     """
 
     adapter: Adapter
@@ -39,17 +41,24 @@ class RunShape:
     counts: Sequence[int] | None = None
     method: Adjoint | None = None
     carried: Sequence[int] | None = None
+    reads: Sequence[Sequence[int]] | None = None
 
     def with_lengths(self, lengths: Sequence[int]) -> RunShape:
         """Return the same for other prompts, each with as many components as the largest has."""
         counts = None if self.counts is None else [max(self.counts)] * len(lengths)
         carried = None if self.carried is None else [min(max(self.carried), n) for n in lengths]
-        return replace(self, lengths=lengths, counts=counts, carried=carried)
+        return replace(self, lengths=lengths, counts=counts, carried=carried, reads=None)
 
     @property
     def carried_lengths(self) -> Sequence[int]:
         """The number of positions of every prompt that are carried."""
         return self.lengths if self.carried is None else self.carried
+
+    @property
+    def sweeps(self) -> list[tuple[int, int]]:
+        """The prompt and the number of positions of every adjoint sweep."""
+        reads = [[n] for n in self.carried_lengths] if self.reads is None else self.reads
+        return [(prompt, n) for prompt, lengths in enumerate(reads) for n in lengths]
 
     def with_state_dtype(self, dtype: torch.dtype) -> RunShape:
         return replace(self, options=replace(self.options, state_dtype=dtype))

@@ -48,7 +48,9 @@ class Attribution:
 
     ``exclude_special`` holds the positions that were kept out of the allocation, as the option of that name takes them;
     ``site`` is where in ``layer`` the components started, ``end`` the layer whose input was read (None: after the final
-    norm), ``sweep`` the numbers of an adjoint sweep. ``provenance`` names the model and the packages. Files of version
+    norm), ``sweep`` the numbers of an adjoint sweep. ``provenance`` names the model and the packages. ``reduced`` says
+    what the sum or the mean of a :class:`depass_fast.Continuation` is of: `by`, `prompt_length`, `tokens` (how many,
+    the last one read at ``position``), and `log_prob` and `entropy`, whose sum ``target_logits`` is. Files of version
     0.1.0 know none of these: they are None then. ``unknown`` holds what a file of a later version says besides; it is
     saved again.
     """
@@ -84,6 +86,7 @@ class Attribution:
     end: int | None = None
     sweep: dict[str, Any] | None = None
     provenance: Provenance | None = None
+    reduced: dict[str, Any] | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
@@ -145,7 +148,18 @@ class Attribution:
     def how(self) -> dict[str, Any]:
         """Return plain values that say how the scores were computed, and with which model: all that made them."""
         names = (
-            *("components", "layer", "site", "position", "end", "method", "sweep", "allocation", "temperature"),
+            *(
+                "components",
+                "layer",
+                "site",
+                "position",
+                "end",
+                "method",
+                "sweep",
+                "allocation",
+                "temperature",
+                "reduced",
+            ),
             *("exclude_special", "backend", "device", "dtype", "state_dtype", "compute_dtype", "completeness_error"),
         )
         return {name: getattr(self, name) for name in names} | {
@@ -182,6 +196,7 @@ class Attribution:
             **{name: getattr(self, name) for name in ("exclude_special", "state_dtype", "compute_dtype", "site")},
             "end": self.end,
             "sweep": self.sweep,
+            "reduced": self.reduced,
             "provenance": None if self.provenance is None else asdict(self.provenance),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -17,7 +17,8 @@ from .attribution import PARTS, Attribution, pack, unpack
 from .estimate import Estimate, worst_of
 from .files import plain_part, read_result, register_format, restore_part, write_result
 from .layered import LayeredAttribution
-from .render import rich_view
+from .provenance import Provenance
+from .render import TextAbove
 from .tables import data_frame, write_csv
 from .verification import Verification, merge
 
@@ -102,7 +103,10 @@ class Continuation(Generic[Steps]):
 
     @property
     def sum(self) -> Steps:
-        """The shares in the sum of the log-probabilities. Its ``target_logits`` are that sum plus the entropies'."""
+        """The shares in the sum of the log-probabilities. Its ``target_logits`` are that sum plus the entropies'.
+
+        Its ``reduced`` holds both, see :class:`Attribution`.
+        """
         return self._reduced("sum", 1.0)
 
     @property
@@ -135,10 +139,31 @@ class Continuation(Generic[Steps]):
         """The verification of the decomposition; None where nothing was verified."""
         return self.shares.verification
 
+    @property
+    def estimate(self) -> Estimate | None:
+        """The estimate of an adjoint sweep's error, of all tokens; None where nothing was sampled."""
+        return self.shares.estimate
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """The model and the packages that made the result."""
+        return self.shares.provenance
+
+    def how(self) -> dict[str, Any]:
+        """Return plain values that say how the scores were computed, and with which model, see Attribution.how."""
+        return {name: value for name, value in self.shares.how().items() if name not in ("position", "reduced")}
+
     def _reduced(self, name: str, factor: float) -> Steps:
         """Return the sum of the log-probabilities' rows times ``factor``, as read at the last position."""
         what = f"{name} of log P of {len(self)} tokens, P frozen"
         rows = slice(len(self), None)
+        how = {
+            "by": name,
+            "prompt_length": self.prompt_length,
+            "tokens": len(self),
+            "log_prob": math.fsum(self.log_probs.tolist()) * factor,
+            "entropy": math.fsum(self.entropies.tolist()) * factor,
+        }
 
         def reduced(one: Attribution) -> Attribution:
             return replace(
@@ -148,6 +173,7 @@ class Continuation(Generic[Steps]):
                 target_names=[what],
                 target_ids=[None],
                 contrast_ids=[None],
+                reduced=how,
             )
 
         return _mapped(self.shares, reduced)
@@ -175,8 +201,7 @@ class Continuation(Generic[Steps]):
         Its columns are `position`, `token`, `label`, `score` (in the logit) and `log_prob_score`; for several layers
         also `layer`. Its ``attrs`` are :meth:`Attribution.how`, of all.
         """
-        how = {name: value for name, value in self.shares.how().items() if name != "position"}
-        return data_frame(*self._table(), how)
+        return data_frame(*self._table(), self.how())
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table of :meth:`to_dataframe` as a file."""
@@ -189,8 +214,10 @@ class Continuation(Generic[Steps]):
             "input_ids": self.input_ids,
             "tokens": self.tokens,
             "text": self.text,
-            "completeness_error": self.completeness_error,
-            "warnings": self.shares.warnings,
+            **self.how(),
+            "warnings": self.warnings or [],
+            "estimate": None if self.estimate is None else self.estimate.to_dict(),
+            "verification": None if self.verification is None else asdict(self.verification),
             "log_probs": self.log_probs.tolist(),
             "entropies": self.entropies.tolist(),
             "steps": [step.to_dict() for step in self.steps],
@@ -242,6 +269,10 @@ class Continuation(Generic[Steps]):
 
     def __str__(self) -> str:
         """Return a line per token: its log-probability and the three components that gave most to its logit."""
+        return encodable(self._text())
+
+    def _text(self) -> str:
+        """Return the text of ``str``, whatever an encoding lacks."""
         lines = [] if self.text is None else [self.text, ""]
         lines += [f"WARNING: {text}." for text in self.warnings or []]
         for step, log_prob in zip(self.steps, self.log_probs.tolist(), strict=True):
@@ -251,18 +282,15 @@ class Continuation(Generic[Steps]):
         total = math.fsum(self.log_probs.tolist())
         found = "" if self.verification is None else f" | verified: {self.verification}"
         end = f"log P of all {total:.3f} | completeness error {self.completeness_error:.1e}{found}"
-        return encodable("\n".join([*lines, "", end]))
+        return "\n".join([*lines, "", end])
 
     def __repr__(self) -> str:
-        new = "".join(self.tokens[self.prompt_length :])
+        new = ("" if self.text is not None else " ").join(self.tokens[self.prompt_length :])  # else they are ids
         made = cut(f"{self.prompt_length} tokens of a prompt, {len(self)} {self.origin}: {new!r}", 600)
         return encodable(f"{type(self).__name__}({made} | the last: {self.steps[-1]!r})")
 
     def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(Text(str(self)), "", rich_view(self.sum))
+        return TextAbove(self._text(), self.sum)
 
 
 def _parts(result: Attribution | LayeredAttribution) -> list[Attribution]:

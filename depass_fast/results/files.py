@@ -39,7 +39,7 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
     """Read a file of the format ``name``, by default of any registered format.
 
     Raises:
-        ValueError: the file has another format, or is not a safetensors file.
+        ValueError: the file has another format, is damaged, or is not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -52,7 +52,10 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
     found, known = metadata.get("format"), list(_RESTORE) if name is None else [name]
     if found not in known:
         raise ValueError(f"{path}: {_why_unknown(found, known)}")
-    return _RESTORE[found](tensors, json.loads(metadata["json"]))
+    try:
+        return _RESTORE[found](tensors, json.loads(metadata["json"]))
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, {found} has other parts ({type(error).__name__}: {error})") from error
 
 
 def _why_unknown(found: str | None, known: list[str]) -> str:

@@ -86,6 +86,9 @@ class Result(Protocol):
     def compute_dtype(self) -> str | None: ...
 
     @property
+    def reduced(self) -> dict[str, Any] | None: ...
+
+    @property
     def end(self) -> int | None: ...
 
     @property

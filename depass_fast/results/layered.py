@@ -124,6 +124,11 @@ class _Shared:
         return self.by_layer[0].end
 
     @property
+    def reduced(self) -> dict[str, Any] | None:
+        """The sum or mean of a continuation's tokens, see Attribution; None for other results."""
+        return self.by_layer[0].reduced
+
+    @property
     def provenance(self) -> Provenance | None:
         """The model and the packages that made the result."""
         return self.by_layer[0].provenance

@@ -56,7 +56,8 @@ def short(result: Result) -> str:
     leading = ", ".join(f"{brief(label)[1:-1]} {score:+.4g}" for label, score in result.top(_SHOWN))
     warned = [f"WARNING: {text}" for text in result.warnings or []]
     parts = [cut("; ".join(warned), _READ)] if warned else []
-    parts += [*read, f"leading: {cut(leading, _READ)}", about(result), f"made with {result.provenance}"]
+    parts += [*read, f"leading: {cut(leading, _READ)}", about(result)]
+    parts += [f"made with {result.provenance}"] if result.provenance is not None else []
     return encodable(f"{type(result).__name__}({' | '.join(cut(part, 2 * _READ) for part in parts)})")
 
 
@@ -89,6 +90,21 @@ class View:
                 parts += [token_line(result.tokens, scores, encoding), legend(scores[: len(result.tokens)]), ""]
             parts += [rich_table(result.rows(k, self.top or _TOP), encoding=encoding), ""]
         yield Group(*parts, Text(encodable(about(result), encoding), style="dim"))
+
+
+@dataclass(frozen=True)
+class TextAbove:
+    """A text and a result below it as rich prints them, on a console of any encoding."""
+
+    text: str
+    result: Result
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield Text(encodable(self.text, options.encoding))
+        yield ""
+        yield View(self.result)
 
 
 def about(result: Result) -> str:
@@ -218,12 +234,22 @@ def _targets(result: Result) -> range:
 
 def _headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
+    if result.reduced is not None:
+        return _reduced_headline(result, result.reduced)
     if result.target_ids[target] is None:
         what = "projection"
     else:
         what = "logit" if result.contrast_ids[target] is None else "logit difference"
     at = f"position {result.position} (after {result.tokens[result.position]!r})"
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
+
+
+def _reduced_headline(result: Result, reduced: dict[str, Any]) -> str:
+    """Return what a reduced continuation sums up, where, and the parts of its value."""
+    first, last = reduced["prompt_length"] - 1, result.position
+    at = f"position {last}" if first == last else f"{reduced['tokens']} positions ({first} to {last})"
+    parts = f"log P {reduced['log_prob']:.4f}, entropy {reduced['entropy']:.4f}"
+    return f"{result.target_names[0]}, at {at}: projection {result.target_logits.item():.4f} ({parts})"
 
 
 def _plain_table(rows: Sequence[Row], encoding: str | None) -> list[str]:

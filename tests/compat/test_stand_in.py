@@ -130,10 +130,11 @@ def clean(monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setattr(torch, "load", torch.load)
-    module, base = type(transformers), transformers.PreTrainedModel
+    lazy = type(transformers)
+    monkeypatch.setattr(lazy, "__getattr__", lazy.__getattr__)
+    base = transformers.PreTrainedModel
     call = vars(base).get("__call__")
     yield
-    transformers.__class__ = module
     if call is None and "__call__" in vars(base):
         del base.__call__
     for name in [name for name in sys.modules if name.split(".")[0] == "DePass"]:
@@ -249,6 +250,16 @@ def test_the_model_class_that_is_gone(said):
     assert ["AutoModelWithLMHead is AutoModelForCausalLM" in line for line in said()] == [True]
     with pytest.raises(AttributeError):
         _ = transformers.AutoModelWithTwoHeads
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older ones have it")
+def test_the_model_class_that_is_gone_after_a_model_was_imported(tmp_path):
+    """Importing the code of a model puts another module `transformers` in the place of the first."""
+    lines = ["import DePass", "import transformers.models.llama.modeling_llama", "import transformers"]
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([*lines, "print(transformers.AutoModelWithLMHead.__name__)"]))
+    done = run([sys.executable, "-m", "depass_fast.compat", str(script)])
+    assert (done.returncode, done.stdout) == (0, "AutoModelForCausalLM\n"), done.stderr
 
 
 def test_attentions_are_returned_where_they_are_asked_for(said):

@@ -142,6 +142,8 @@ def test_minus_one_starts_subspaces_before_the_first_layer(name, corrected):
     for state, after in zip(layers, [*subject.states[2:-1:2], final[None]], strict=True):
         assert float((state.sum(1) - after[0]).norm() / after.norm()) < 1e-5
     whole = subject.get_subspace_decomposed_state(IDS, -1, parts)
+    assert torch.equal(subject.get_subspace_decomposed_state(IDS, -1, parts.numpy()), whole)
+    assert torch.equal(subject.get_subspace_decomposed_state_all_layer(IDS, -1, parts.numpy())[-1], layers[-1])
     assert torch.allclose(whole.sum(1), subject.model.model.norm(final), atol=1e-4)
     with pytest.raises(ValueError, match="start_layer_idx: -2 is out of range; subspaces start after layer 0 to ., or"):
         subject.get_subspace_decomposed_state(IDS, -2, parts)

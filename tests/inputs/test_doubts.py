@@ -91,3 +91,21 @@ def test_a_tokenizer_that_ends_the_text(padded):
         dp.attribute("ab", Tokens())
     quiet(dp, [5, end])
     quiet(with_model(byte_level(eos_token="</s>")), "ab</s>")
+
+
+def test_start_and_padding_of_a_continuation(llama, padded, shared):
+    ids = llama.tokenizer.encode("The capital")
+    for continuation in ([1, 5], "<s>The", [[1, 5]]):
+        with pytest.warns(InputWarning, match=r"continuation: it begins with the start token \(id 1\), .*=False"):
+            llama.attribute([ids], Tokens(), continuation=continuation)
+    pad, end = padded.tokenizer.pad_token_id, shared.tokenizer.pad_token_id
+    for dp, continuation in ((padded, [5, pad]), (padded, [pad, 5]), (shared, [5, end, end])):
+        with pytest.warns(InputWarning, match=r"continuation: .*padding: it is decomposed like text. Give ids without"):
+            dp.attribute([5, 6], Tokens(), continuation=continuation)
+    with pytest.warns(InputWarning, match="continuation: it begins with the start token"):
+        shared.attribute([5, 6], Tokens(), continuation=[end, 5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)
+        llama.attribute(ids, Tokens(), continuation=ids[1:])
+        shared.attribute([5, 6], Tokens(), continuation=[5, end])
+        shared.attribute([5, 6], Tokens(), continuation=[end])

@@ -157,7 +157,8 @@ def test_subspaces(dp, no_work):
     for bases, message in [
         ([], "bases: empty"),
         ([eye[:, :4], eye[:, 3:6]], r"bases\[0\] and bases\[1\] overlap \(largest cosine 1\)"),
-        ([torch.zeros(32, 2)], r"bases\[0\]: its columns are linearly dependent"),
+        ([torch.zeros(32, 2)], r"bases\[0\]: column 0 is zero, which is no direction"),
+        ([torch.ones(32, 2)], r"bases\[0\]: its columns are linearly dependent"),
         ([torch.zeros(31, 2)], r"bases\[0\]: expected shape \(32, k\)"),
         ([eye[0, :5]], r"bases\[0\]: expected shape \(32, k\)"),
         ([eye[:, :2] * float("nan")], r"bases\[0\]: holds NaN or inf"),

@@ -1,5 +1,7 @@
 """A given continuation, decomposed once: shares in the logit and in the log-probability of each of its tokens."""
 
+import json
+
 import pytest
 import torch
 
@@ -111,6 +113,37 @@ def test_all_layers(method, tmp_path):
     assert torch.equal(Continuation.load(tmp_path / "all.safetensors").scores, found.scores)
     names, rows = found._table()
     assert names[2] == "layer" and len(rows) == 4 * sum(len(one.labels) for one in found.shares)
+
+
+@pytest.mark.parametrize("kind", [Tokens(), Heads(layers="all")])
+def test_a_reduced_continuation_says_what_it_is_of(kind, tmp_path):
+    found = build("qwen2").attribute(IDS, kind, continuation=GIVEN)
+    for by, factor in (("sum", 1.0), ("mean", 0.25)):
+        one = getattr(found, by)
+        assert [one.reduced[name] for name in ("by", "prompt_length", "tokens")] == [by, 5, 4] and one.position == 7
+        log_prob, entropy = (float(each.sum()) * factor for each in (found.log_probs, found.entropies))
+        assert abs(one.reduced["log_prob"] - log_prob) < 1e-5 and abs(one.reduced["entropy"] - entropy) < 1e-5
+        assert abs(float(one.target_logits) - log_prob - entropy) < 1e-4
+        assert f"{by} of log P of 4 tokens, P frozen, at 4 positions (4 to 7): projection" in str(one)
+        assert f"(log P {log_prob:.4f}, entropy {entropy:.4f})" in str(one) and one.to_dict()["reduced"] == one.reduced
+        one.save(tmp_path / "one.safetensors")
+        assert type(one).load(tmp_path / "one.safetensors").reduced == one.reduced
+    assert found.steps[0].reduced is None and "reduced" not in found.how()
+    assert "at position 4" in str(build("qwen2").attribute(IDS, kind, continuation=[3], reduce="sum"))
+    new = " ".join(map(str, GIVEN))
+    assert f"4 given: '{new}'" in repr(found)  # no text without a tokenizer: they are told apart
+
+
+@pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"method": Adjoint(refine=8, sample=8)}])
+def test_plain_values_say_how_they_came_about(options):
+    kind = Neurons(1) if "method" in options else Tokens()
+    found = build("qwen2").attribute(IDS, kind, continuation=GIVEN, **options)
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["provenance"]["model_class"] == found.provenance.model_class == "Qwen2ForCausalLM"
+    assert (plain["verification"] is None) == (found.verification is None) == ("verify" not in options)
+    assert (plain["estimate"] is None) == (found.estimate is None) == ("method" not in options)
+    assert plain["method"] == found.how()["method"] and plain["warnings"] == (found.warnings or [])
 
 
 def test_a_continuation_is_text_behind_text(demo):

@@ -102,9 +102,11 @@ def test_positions_are_one_forward_pass_and_one_way_through_the_layers(monkeypat
     [
         ([], ValueError, "position: empty"),
         ([0, 9], ValueError, "position: 9 is out of range for a prompt of 9 tokens"),
-        ([0, 1.5], TypeError, "position: expected an integer, got 1.5"),
-        ("3", TypeError, "position: expected an integer, got '3'"),
-        ([True], TypeError, "position: expected an integer, got True"),
+        ([0, 1.5], TypeError, "position: expected an integer, or a list of integers, got 1.5"),
+        ("3,8", TypeError, "position: expected an integer, or a list of integers, got '3,8'"),
+        ({1, 2}, TypeError, "position: expected an integer, or a list of integers, got {1, 2}"),
+        (None, TypeError, "position: expected an integer, or a list of integers, got None"),
+        ([True], TypeError, "position: expected an integer, or a list of integers, got True"),
     ],
 )
 def test_bad_positions_are_refused_before_any_work(position, error, message, monkeypatch):

@@ -126,6 +126,48 @@ def test_a_sweep_begins_with_the_workspace_that_there_is_room_for(wide, free, mo
     assert_close(found.scores.flatten(), usual.scores.flatten(), 1e-5)
 
 
+def test_a_sweep_for_every_position_and_token_is_planned(wide):
+    def flop(prompt=IDS, **given):
+        return wide.plan(prompt, ALL, method="adjoint", measure=False, **given).of("adjoint").flop
+
+    whole = len(IDS)
+    assert flop(position=[2, 5, -1]) == sum(flop(position=at) for at in (2, 5, whole - 1)) > 2 * flop(position=5)
+    assert flop(continuation=[3, 4, 5]) == sum(flop(whole + more) for more in range(3))
+    exact = [wide.plan(12, Tokens(), position=at, measure=False).flop for at in ([3, 5, -2], -2)]
+    assert exact[0] == exact[1] == wide.plan(IDS[:9], Tokens(), continuation=[1, 2, 3], measure=False).flop
+
+
+def test_the_sweeps_of_several_positions_are_what_is_done(wide):
+    method, at = Adjoint(refine=0, sample=0), [5, 20, -1]
+    trace = wide.trace(IDS)
+    with FlopCounterMode(display=False) as counted:
+        wide.attribute(trace, ALL, 7, method=method, position=at)
+    planned = wide.plan(trace, ALL, method=method, position=at, measure=False).of("adjoint").flop
+    assert 1 / 1.2 < planned / counted.get_total_flops() < 1.2
+
+
+def test_a_plan_refuses_what_an_attribution_refuses(wide):
+    for beside in ({"position": 1}, {"position": [-1]}, {"end": 1}):
+        with pytest.raises(ValueError, match=f"{next(iter(beside))}: a continuation is read in front of each"):
+            wide.plan(IDS, Tokens(), continuation=[3], measure=False, **beside)
+    assert wide.plan(IDS, Tokens(), continuation=[3], position=-1, measure=False).lengths == (len(IDS) + 1,)
+
+
+def test_the_command_plans_positions_and_continuations(capsys):
+    arguments = ["plan", "--model", "demo", "--components", "tokens", "--gemm-tflops", "1"]
+
+    def planned(*given):
+        assert main([*arguments, "--json", *given]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert planned("--length", "20", "--position", "3,8")["rows"] == planned("--length", "9")["rows"]
+    text = ("--prompt", "Nyria Morstam")
+    given, alone = planned(*text, "--continuation", " speaks Italian"), planned(*text)["lengths"][0]
+    assert given["lengths"][0] > alone and given["rows"] == planned("--length", str(given["lengths"][0] - 1))["rows"]
+    assert main([*arguments, "--length", "20", "--continuation", " x"]) == 2
+    assert "--continuation: it follows a text" in capsys.readouterr().err
+
+
 def test_the_command_plans_sweeps(capsys):
     arguments = ["plan", "--model", "demo", "--length", "20", "--components", "neurons", "--gemm-tflops", "1", "--json"]
     for flags, method in (

@@ -27,7 +27,8 @@ from depass_fast.inputs.provenance import provenance_of
 from tests.support.models import build, random_ids
 
 IDS = random_ids(5)
-NEW = ("exclude_special", "state_dtype", "compute_dtype", "site", "end", "sweep", "provenance")  # since version 0.1.0
+# since version 0.1.0
+NEW = ("exclude_special", "state_dtype", "compute_dtype", "site", "end", "sweep", "provenance", "reduced")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_files_of_the_first_version_load(results, tmp_path):
         loaded = Attribution.load(path)
         assert torch.equal(loaded.scores, result.scores) and loaded.estimate == result.estimate
         assert (loaded.provenance, loaded.exclude_special, loaded.end) == (None, None, None)
-        assert "made with None" in repr(loaded) and str(loaded)
+        assert "made with" not in repr(loaded) and str(loaded)
         loaded.save(path)
         assert same(Attribution.load(path), loaded)
 
@@ -185,6 +186,21 @@ def test_generations_are_saved_too(tmp_path):
         loaded.save(path)
     with pytest.raises(ValueError, match="not a saved attribution"):
         LayeredAttribution.load(path)
+
+
+def test_a_damaged_file_is_refused_with_its_path(results, tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    given = build("qwen2").attribute(IDS, Tokens(), continuation=[3])
+    for result, missing in ((results[0], "labels"), (results[1], "layers"), (given, "prompt_length")):
+        result.save(path)
+        tensors, name, content = read(path)
+        write(path, tensors, name, {key: value for key, value in content.items() if key != missing})
+        with pytest.raises(ValueError, match=rf"damaged\.safetensors: damaged, {name} has other parts .*{missing}"):
+            Attribution.load(path)
+    for metadata in ({"format": name, "json": "{"}, {"format": name, "json": "[]"}, {"format": name}):
+        save_file(tensors, str(path), metadata=metadata)
+        with pytest.raises(ValueError, match=r"damaged\.safetensors: damaged, "):
+            Attribution.load(path)
 
 
 def test_a_newer_format_is_refused_by_its_number(results, tmp_path):

@@ -68,6 +68,19 @@ def test_print(output, result):
     assert ("日本" in text) == (stream.encoding == "utf-8") and ("é" in text) == (stream.encoding != "ascii")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_continuation_on_a_rich_console(encoding):
+    """The console's encoding counts, whatever standard output has."""
+    console = pytest.importorskip("rich.console")
+    dp, stream = DePass(*load_demo()), strict(encoding)
+    found = dp.attribute("Nyria Morstam", Tokens(), continuation=" parle 日本")
+    found.shares.tokens[-1] = "日"
+    console.Console(file=stream, width=200, legacy_windows=False).print(found)
+    text = written(stream)
+    assert ("█" in text) == (encoding == "utf-8") and "log P of all" in text and "sum of log P of" in text
+    assert r"\u65e5" in text or encoding == "utf-8"
+
+
 def test_escaped_tokens_are_aligned(result):
     lines = plain(result, encoding="ascii").splitlines()
     head, shares = lines[4], lines[5]

@@ -147,5 +147,8 @@ def test_results_and_states_are_pickled():
     for value in values:
         for again in (saved(value), copy.deepcopy(value)):
             assert str(again) == str(value)
-    focus = dp.focus(saved(dp.trace(IDS)), Neurons(1), [0], partition=saved(partition))
-    assert torch.equal(focus.states[-1], values[-1].states[-1])
+    for prompt in (IDS, dp.trace(IDS), saved(dp.trace(IDS))):
+        focus = dp.focus(prompt, Neurons(1), [0], partition=saved(partition))
+        assert torch.equal(focus.states[-1], values[-1].states[-1])
+    with pytest.raises(ValueError, match="partition: it was made by another model"):
+        build("llama-gqa").focus(IDS, Neurons(1), [0], partition=saved(partition))
