@@ -52,8 +52,9 @@ class Request:
     looks ahead, so that positions behind the last one that is read are not carried (:attr:`carried`).
 
     ``trace`` is there once the forward pass was taken, of the positions that are carried; ``bound`` are then the
-    components of every prompt, where they were asked for at one layer. ``began`` is the time when the request was made,
-    in seconds. ``provenance`` says which model and packages compute it.
+    components of every prompt, where they were asked for at one layer. ``finals`` (T, D) are the normed final hidden
+    states of all positions of the prompts, also of those that are not carried. ``began`` is the time when the request
+    was made, in seconds. ``provenance`` says which model and packages compute it.
     """
 
     adapter: Adapter
@@ -75,6 +76,7 @@ class Request:
     targets: tuple[TargetSpec, ...] = ()
     trace: Trace | None = None
     bound: tuple[ComponentKind, ...] | None = None
+    finals: Tensor | None = None
     began: float = field(default_factory=time.perf_counter)
 
     def require_trace(self) -> Trace:
@@ -289,7 +291,8 @@ def with_trace(request: Request) -> Request:
     trace = request.trace
     if trace is None:
         trace = take_trace(request.adapter, request.prompts, request.run.progress)
-    return replace(request, trace=first_positions(trace, request.carried))
+    finals = trace.normed_final if request.finals is None else request.finals
+    return replace(request, trace=first_positions(trace, request.carried), finals=finals)
 
 
 def traced(request: Request) -> Request:

@@ -188,12 +188,14 @@ def _ranks(x: Tensor) -> Tensor:
     return (last - (counts - 1) / 2)[inverse]
 
 
-def warnings_of(estimate: Estimate | None, completeness_error: float) -> list[str]:
+def warnings_of(
+    estimate: Estimate | None, completeness_error: float, most_incomplete: float = MOST_INCOMPLETE
+) -> list[str]:
     """Return the warnings that an approximate result carries: what is off, and what to do."""
     said = []
-    if completeness_error > MOST_INCOMPLETE:
+    if completeness_error > most_incomplete:
         said.append(
-            f"the shares miss the logit by {completeness_error:.1%} of their magnitude; if weights were changed after "
+            f"the shares miss the logit by {completeness_error:.2%} of their magnitude; if weights were changed after "
             "the trace, take another trace"
         )
     if estimate is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adjoint.approximation import LEAST_TEMPERATURE, Approximation
-from ..adjoint.estimate import warnings_of
+from ..adjoint.estimate import MOST_INCOMPLETE, warnings_of
 from ..adjoint.stack import LayerStack
 from ..adjoint.starts import Start, make_start
 from ..adjoint.sweep import Scores, Sweep
@@ -20,7 +20,8 @@ from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
 from ..readout.assemble import assemble
-from ..readout.collect import how_computed
+from ..readout.collect import how_computed, read_places
+from ..readout.completeness import off_the_logit, rounding_of
 from ..readout.targets import Directions, resolve_target
 from ..request import Request, fit, traced, wide_dtype, with_trace
 from ..results.attribution import Attribution
@@ -66,7 +67,10 @@ def _one_read(
     sweep = _sweep(request, kinds, prompt, position, end.seeds, request.method)
     scores = sweep.run(request.method)
     results = _results(request, sweep.starts, scores, end, prompt, position)
-    said = warnings_of(scores.estimate, max(result.completeness_error for result in results))
+    computed = request.run.compute_dtype or wide_dtype(request)
+    most = min(MOST_INCOMPLETE, rounding_of(request.adapter, request.run, computed).limit)
+    sizes = end.sizes.cpu()
+    said = warnings_of(scores.estimate, max(off_the_logit(result, sizes) for result in results), most)
     if said:
         warn_user(f"adjoint scores: {'; '.join(said)}", ApproximationWarning)
     if request.components.is_layered:
@@ -79,31 +83,35 @@ class _End:
     """The readout of one position: ``directions``, and ``seeds`` (K, D), the same as gradients of the state at the end.
 
     ``logits`` and ``constants`` (K,) are the model's own logits, and the part of them that belongs to `bias`.
+    ``sizes`` (K,) are those of the products that a logit is the sum of, for its rounding.
     """
 
     directions: Directions
     seeds: Tensor
     logits: Tensor
     constants: Tensor
+    sizes: Tensor
 
     @staticmethod
     def of(request: Request, prompt: int, position: int, given: Directions | None) -> _End:
         adapter, trace, wide = request.adapter, request.require_trace(), wide_dtype(request)
         device = adapter.unembedding_device
         at = trace.span(prompt).start + position
-        resid, ids = trace.resid(request.end)[at].to(device), trace.input_ids[at]
+        resid, places = trace.resid(request.end)[at].to(device), read_places(request, [(prompt, position)])
         if request.end_given is not None:
-            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, ids, resid, wide)
-            return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants)
+            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, places, resid, wide)
+            sizes = (found.vectors * resid.to(wide)).norm(dim=1)
+            return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants, sizes)
         norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
-        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, ids, final, wide)
+        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, places, final, wide)
         seeds, constants = found.vectors, found.constants
         if norm is not None:
             norm = norm.to(device)
             if norm.bias is not None:
                 constants = constants + found.vectors @ norm.bias.to(wide)
             seeds = norm.fold(seeds, torch.empty_like(seeds)) * norm.scale(resid.to(wide)).to(wide)
-        return _End(found, seeds, found.vectors @ final.to(wide) + found.constants, constants)
+        sizes = (found.vectors * final.to(wide)).norm(dim=1)
+        return _End(found, seeds, found.vectors @ final.to(wide) + found.constants, constants, sizes)
 
 
 def _sweep(

@@ -18,7 +18,7 @@ from ..inputs.loading import check_ready
 from ..inputs.prompts import POSITIONS, Prompt, as_index, encode, is_batch, is_list_of_positions
 from ..inputs.targets import parse_target
 from ..options import Adjoint, Options
-from ..readout.collect import read_hidden, read_ids
+from ..readout.collect import read_hidden, read_places
 from ..readout.log_probs import with_log_probs
 from ..readout.targets import resolve_targets
 from ..request import Request, fit, make_request, wide_dtype, with_method, with_trace
@@ -92,12 +92,14 @@ def attribute_generation(
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
     request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
-    ((steps, log_z),) = _decomposed(request, [length])
+    ((steps, log_z),) = _decomposed(request, [length], generated=True)
     return Generation.of(steps, length, tokenizer, log_z)
 
 
-def _decomposed(request: Request, lengths: Sequence[int]) -> list[tuple[list[Any], torch.Tensor]]:
-    """Decompose prompts, each with what follows its first ``lengths`` tokens.
+def _decomposed(
+    request: Request, lengths: Sequence[int], generated: bool = False
+) -> list[tuple[list[Any], torch.Tensor]]:
+    """Decompose prompts, each with what follows its first ``lengths`` tokens, given or ``generated``.
 
     Returns:
         per prompt, an attribution with two targets for every token that follows, its logit and its log-probability,
@@ -109,8 +111,8 @@ def _decomposed(request: Request, lengths: Sequence[int]) -> list[tuple[list[Any
     hidden, dtype = read_hidden(request), wide_dtype(request)
     following = [int(request.prompts[prompt][position + 1]) for prompt, position in request.places]
     targets = [parse_target(token, adapter, tokenizer) for token in following]
-    ids = read_ids(request)
-    directions = resolve_targets(targets, adapter, tokenizer, ids, hidden, dtype)
-    directions, log_z = with_log_probs(adapter, directions, ids, hidden)
+    for places in read_places(request).ways(adapter, generated):  # compared in each, and all of them the same
+        of_tokens = resolve_targets(targets, adapter, tokenizer, places, hidden, dtype)
+        directions, log_z = with_log_probs(adapter, of_tokens, places, hidden)
     by_prompt = log_z.cpu().split([len(one) for one in reads])
     return list(zip(attributions(request, directions), by_prompt, strict=True))

@@ -163,7 +163,7 @@ def _partition(request: Request) -> Partition:
     components = state.layout.components[0]
     _, errors = propagate(request.adapter, trace, state, request.end, run)
     worst = float(torch.stack(errors).max())
-    warn_if_states_miss(request, errors)
+    warn_if_states_miss(request.adapter, request.run, errors)
     return Partition(components, backend.kept, request.end, worst, _made_of(request))
 
 

@@ -26,7 +26,7 @@ def decompose(request: Request) -> ComponentState:
     request = traced(fit(request))
     trace, final_norm = request.require_trace(), request.end_given is None
     state, errors = propagate(request.adapter, trace, start(request), request.end, request.run)
-    warn_if_states_miss(request, errors)
+    warn_if_states_miss(request.adapter, request.run, errors)
     return _finished(request.adapter, trace, state, errors, request.run, final_norm)
 
 
@@ -63,6 +63,7 @@ def carry(adapter: Adapter, trace: Trace, state: ComponentState, end: int | str 
     entry.check_end(last, adapter.n_layers, "these components", end)
     before = state.completeness_error or 0.0
     carried, errors = propagate(adapter, trace, state, last, run)
+    warn_if_states_miss(adapter, run, errors)
     finished = _finished(adapter, trace, carried, errors, run, end is None)
     return replace(finished, completeness_error=max(before, finished.completeness_error or 0.0))
 

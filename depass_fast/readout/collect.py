@@ -29,6 +29,7 @@ from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from .assemble import assemble
 from .completeness import warn_if_results_miss
+from .own import Places
 from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
 
 
@@ -65,7 +66,7 @@ class Readout:
         hidden = read_hidden(request)
         if directions is None:
             targets = [request.targets[prompt] for prompt, _ in places]
-            directions = resolve_targets(targets, adapter, request.tokenizer, read_ids(request), hidden, dtype)
+            directions = resolve_targets(targets, adapter, request.tokenizer, read_places(request), hidden, dtype)
         norm = None if norm is None else norm.to(device)
         logits, sizes, constants = to_host([*_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
@@ -254,10 +255,10 @@ def read_hidden(request: Request) -> Tensor:
     return final.to(device)[to_device(_packed(request), device)]
 
 
-def read_ids(request: Request) -> Tensor:
-    """Return the tokens (P,) at which a traced request reads."""
-    ids = request.require_trace().input_ids
-    return ids[to_device(_packed(request), ids.device)]
+def read_places(request: Request, places: Sequence[tuple[int, int]] | None = None) -> Places:
+    """Return the places that a traced request reads, or some of them."""
+    assert request.finals is not None, "the forward pass was not taken yet"
+    return Places(request.places if places is None else places, request.prompts, request.finals)
 
 
 def _packed(request: Request) -> np.ndarray:

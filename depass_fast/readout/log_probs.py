@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..runtime.precision import full_precision
-from .own import check_log_z
+from .own import Places, check_log_z
 from .targets import Directions
 
 _ELEMENTS = 1 << 25  # of the unembedding, and of the logits, that are held at once in the state's dtype
@@ -18,13 +18,13 @@ _ELEMENTS = 1 << 25  # of the unembedding, and of the logits, that are held at o
 
 @full_precision()
 def with_log_probs(
-    adapter: Adapter, directions: Sequence[Directions], ids: Tensor, hidden: Tensor
+    adapter: Adapter, directions: Sequence[Directions], places: Places, hidden: Tensor
 ) -> tuple[list[Directions], Tensor]:
-    """Return the directions of a token at each of P places with that of its log-probability beside it.
+    """Return the directions of a token at each of P ``places`` with that of its log-probability beside it.
 
     The latter is w_t - Σ_j p_j w_j with the probabilities p that the model has at the place's normed hidden state, a
-    row of ``hidden`` (P, D), where the token is that of ``ids`` (P,): the gradient of log p_t. Its product with the
-    hidden state is logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p.
+    row of ``hidden`` (P, D): the gradient of log p_t. Its product with the hidden state is logit_t - Σ_j p_j logit_j,
+    which is log p_t plus the entropy of p.
 
     Returns:
         K = 2 directions per place, the logit's first; the log partition functions logsumexp_j logit_j (P,).
@@ -36,7 +36,7 @@ def with_log_probs(
     means, mean_constants, log_z = _expected(adapter, hidden.to(tokens))
     if not (means.isfinite().all() and mean_constants.isfinite().all()):
         raise ValueError("continuation: a row of the unembedding holds NaN or inf, so that no log-probability exists.")
-    check_log_z(adapter, ids, hidden, tokens, log_z)
+    check_log_z(adapter, places, hidden, tokens, log_z)
     found = [
         replace(
             one,

@@ -7,7 +7,8 @@ logit is compared with the product that is shared out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -16,11 +17,38 @@ from torch import Tensor, nn
 from ..adapters import Adapter
 from ..adapters.stored import kind_of
 from ..runtime.transfer import all_to_device, to_device
-from ..trace.unembedding import own_logits
+from ..trace.unembedding import is_plain, modules_behind, own_logits
 
 _LOGITS = 1 << 26  # logits held at once
 _QUANTISED = 0.05  # relative rounding of a head with 8-bit activations
 _FLOAT32 = 1e-6  # models take scales and caps in float32, whatever their dtype
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of a readout, each a prompt and a position of it, prompt by prompt, with what the model needs there.
+
+    ``prompts`` are the ids (N,) of all tokens of every prompt, ``finals`` (T, D) their normed final hidden states, one
+    prompt after the other. ``alone`` says that the model reads every place by itself, as it does where it generates.
+    """
+
+    pairs: Sequence[tuple[int, int]]
+    prompts: Sequence[Tensor]
+    finals: Tensor
+    alone: bool = False
+
+    def ids(self, device: torch.device) -> Tensor:
+        """Return the tokens (P,) at all places."""
+        ids = [self.prompts[prompt].numpy()[position] for prompt, position in self.pairs]
+        return to_device(np.array(ids), device)
+
+    def ways(self, adapter: Adapter, generated: bool) -> list[Places]:
+        """Return these places, and where it matters in front of ``generated`` tokens, the same as they were read then.
+
+        A model that generates is given the prompt, and then token by token.
+        """
+        both = generated and not is_plain(adapter)
+        return [self, replace(self, alone=True)] if both else [self]
 
 
 @dataclass(frozen=True)
@@ -36,18 +64,18 @@ class OwnLogits:
 
     @staticmethod
     def at(
-        adapter: Adapter, ids: Tensor, hidden: Tensor, tokens: Sequence[tuple[int, int]], places: Sequence[int]
+        adapter: Adapter, places: Places, hidden: Tensor, tokens: Sequence[tuple[int, int]], asked: Sequence[int]
     ) -> OwnLogits:
-        """Ask the model for ``tokens``, pairs of a place and a token in order of places, and for its own at ``places``.
+        """Ask the model for ``tokens``, pairs of a place and a token in order of places, and for its own if ``asked``.
 
-        ``hidden`` (P, D) are the normed final hidden states of all places, ``ids`` (P,) the tokens there.
+        ``hidden`` (P, D) are the normed final hidden states of all ``places``.
         """
         device, wanted = adapter.unembedding_device, np.array(tokens, np.int64).reshape(-1, 2)
-        chosen = np.array(places, np.int64)
+        chosen = np.array(asked, np.int64)
         given: list[Tensor] = []
         highest: list[Tensor] = []
         best: list[Tensor] = []
-        for part, logits in _in_parts(adapter, ids, hidden) if len(wanted) or len(chosen) else ():
+        for part, logits in _in_parts(adapter, places, hidden) if len(wanted) or len(chosen) else ():
             here = wanted[(part.start <= wanted[:, 0]) & (wanted[:, 0] < part.stop)]
             rows = chosen[(part.start <= chosen) & (chosen < part.stop)] - part.start
             if len(here):
@@ -58,7 +86,7 @@ class OwnLogits:
                 values, tokens_there = few.max(-1)
                 highest.append(values.to(device))
                 best.append(tokens_there)
-        next_tokens = dict(zip(places, torch.cat(best).tolist() if best else [], strict=True))
+        next_tokens = dict(zip(asked, torch.cat(best).tolist() if best else [], strict=True))
         pairs = [*tokens, *next_tokens.items()]
         logits = torch.cat(given + highest) if pairs else hidden.new_zeros(0)
         return OwnLogits(logits, {pair: slot for slot, pair in enumerate(pairs)}, next_tokens)
@@ -70,12 +98,29 @@ class OwnLogits:
         return self.logits if in_order else self.logits[to_device(np.array(slots), self.logits.device)]
 
 
-def _in_parts(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits (P', vocabulary) of some places after the other."""
-    size = max(1, _LOGITS // adapter.vocabulary_size)
+def _in_parts(adapter: Adapter, places: Places, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits (P', vocabulary) of some places after the other.
+
+    Code of a user's is shown one whole prompt at a time. All its logits are then held, as in the model's own pass.
+    """
+    if not (places.alone or is_plain(adapter)):
+        yield from _by_prompt(adapter, places)
+        return
+    size, ids = max(1, _LOGITS // adapter.vocabulary_size), places.ids(adapter.device)
     for first in range(0, len(hidden), size):
         part = slice(first, min(first + size, len(hidden)))
-        yield part, own_logits(adapter, ids[part], hidden[part])
+        yield part, own_logits(adapter, ids[part, None], hidden[part, None])[:, -1]
+
+
+def _by_prompt(adapter: Adapter, places: Places) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits (P', vocabulary) of one prompt's places after the other's, from a pass over all its tokens."""
+    finals, first = places.finals.split([len(ids) for ids in places.prompts]), 0
+    for prompt, group in groupby(places.pairs, key=lambda pair: pair[0]):
+        positions = np.array([position for _, position in group])
+        hidden = finals[prompt].to(adapter.unembedding_device)
+        (logits,) = own_logits(adapter, places.prompts[prompt][None], hidden[None])
+        yield slice(first, first + len(positions)), logits[to_device(positions, logits.device)]
+        first += len(positions)
 
 
 def sums_of_products(vectors: Tensor, hidden: Tensor) -> Tensor:
@@ -97,7 +142,7 @@ def rounding(adapter: Adapter, hidden: torch.dtype, own: torch.dtype, sums: Sequ
     return eps * (2 * max(abs(total), abs(logit)) + 4 * norm) + _FLOAT32 * size
 
 
-def check_log_z(adapter: Adapter, ids: Tensor, hidden: Tensor, vectors: Tensor, log_z: Tensor) -> None:
+def check_log_z(adapter: Adapter, places: Places, hidden: Tensor, vectors: Tensor, log_z: Tensor) -> None:
     """Compare log partition functions (P,) with those of the model's own logits, of all tokens.
 
     ``vectors`` (P, D) are directions of some tokens, whose rounding all have about.
@@ -106,7 +151,7 @@ def check_log_z(adapter: Adapter, ids: Tensor, hidden: Tensor, vectors: Tensor, 
         ValueError: the model's are other ones.
     """
     rows, dtype = [], hidden.dtype
-    for part, logits in _in_parts(adapter, ids, hidden):
+    for part, logits in _in_parts(adapter, places, hidden):
         wide, dtype = logits.to(log_z), logits.dtype
         own = torch.stack([log_z[part], wide.logsumexp(-1), wide.amax(-1)], 1)
         rows.append(torch.cat([own, sums_of_products(vectors[part], hidden[part]).to(own)], 1))
@@ -131,9 +176,8 @@ def _changed_by(adapter: Adapter) -> str:
     """Name the hooks behind the final norm; where there are none, the code that may be different."""
     model, head = adapter.model, adapter.unembedding
     places: dict[str, nn.Module] = {
-        type(model).__name__: model,
-        type(adapter.decoder).__name__: adapter.decoder,
-        adapter.name_of(head): head,
+        adapter.name_of(module) if module is head else type(module).__name__: module
+        for module in modules_behind(adapter)
     }
     hooks = [f"a forward pre-hook on {name}" for name, module in places.items() if module._forward_pre_hooks]
     hooks += [f"a forward hook on {name}" for name, module in places.items() if module._forward_hooks]

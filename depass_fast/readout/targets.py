@@ -19,7 +19,7 @@ from ..labels import BIAS
 from ..runtime.transfer import all_to_device, to_device
 from ..state.layout import Components
 from ..state.state import ComponentState
-from .own import OwnLogits, refusal, rounding, sums_of_products
+from .own import OwnLogits, Places, refusal, rounding, sums_of_products
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,31 @@ class Directions:
 
 
 def resolve_target(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, ids: Tensor, final: Tensor, dtype: torch.dtype
+    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, places: Places, final: Tensor, dtype: torch.dtype
 ) -> Directions:
     """Return the directions of a target; ``final`` (D,) is the normed hidden state that the model's logits come from.
 
-    ``ids`` () is the token there.
+    ``places`` is that one place.
 
     Raises:
         ValueError: an unembedding row holds NaN or inf, or the model's logit is not the product with it.
     """
-    return resolve_targets([spec], adapter, tokenizer, ids[None], final[None], dtype)[0]
+    return resolve_targets([spec], adapter, tokenizer, places, final[None], dtype)[0]
 
 
 def resolve_targets(
     specs: Sequence[TargetSpec],
     adapter: Adapter,
     tokenizer: Any | None,
-    ids: Tensor,
+    places: Places,
     finals: Tensor,
     dtype: torch.dtype,
 ) -> list[Directions]:
-    """Resolve P targets at tokens ``ids`` (P,) and normed states ``finals`` (P, D) as :func:`resolve_target` does one.
+    """Resolve targets at P ``places``, whose normed states are ``finals`` (P, D), as :func:`resolve_target` does one.
 
     Neither the number of operations nor that of waits for a GPU depends on how many there are.
     """
-    own = _own_logits(specs, adapter, ids, finals)
+    own = _own_logits(specs, adapter, places, finals)
     items = [
         _Item(place, own.next_tokens[place] if token is None and vector is None else token, contrast, vector)
         for place, spec in enumerate(specs)
@@ -93,9 +93,9 @@ class _Item(NamedTuple):
     vector: Tensor | None
 
 
-def _own_logits(specs: Sequence[TargetSpec], adapter: Adapter, ids: Tensor, finals: Tensor) -> OwnLogits:
+def _own_logits(specs: Sequence[TargetSpec], adapter: Adapter, places: Places, finals: Tensor) -> OwnLogits:
     """Return the model's logits of all tokens and contrasts that are given, and of its next token where one asks."""
-    places = [place for place, spec in enumerate(specs) if spec.needs_logits()]
+    asked = [place for place, spec in enumerate(specs) if spec.needs_logits()]
     given = [
         (place, token)
         for place, spec in enumerate(specs)
@@ -103,7 +103,7 @@ def _own_logits(specs: Sequence[TargetSpec], adapter: Adapter, ids: Tensor, fina
         for token in of_item[:2]
         if token is not None
     ]
-    return OwnLogits.at(adapter, ids, finals, given, places)
+    return OwnLogits.at(adapter, places, finals, given, asked)
 
 
 def _directions(

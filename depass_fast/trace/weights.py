@@ -1,7 +1,9 @@
 """A sample of a model's weights, by which it is seen that they have changed, however that was done.
 
-torch counts changes in place, but not those of ``parameter.data``. A sample shows what changes a weight as a whole; a
-change of a few of its rows may pass it, and shows in the completeness of what is decomposed.
+torch counts changes in place, but not those of ``parameter.data``. A sample shows what changes a weight as a whole, or
+1/512 of its rows that are neighbours. A change of fewer rows or of single elements may pass it. It then shows in the
+completeness only if the weight is one whose products make up the hidden states: those of values, outputs, down
+projections and norms. Nothing shows a change of queries, keys or gates.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.tuned import reparametrised
 
-_ELEMENTS = 128  # of a weight
+_ELEMENTS = 512  # of a weight
 
 WeightSample = tuple[Tensor, ...]  # bytes, one tensor per device and dtype
 
@@ -44,5 +46,5 @@ def _step(elements: int, columns: int) -> int:
     """Return the step between the elements that are kept: of no common factor with the columns, to pass all of them."""
     step = max(1, elements // _ELEMENTS)
     while math.gcd(step, columns) > 1:
-        step += 1
+        step -= 1
     return step

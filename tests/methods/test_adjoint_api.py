@@ -356,7 +356,7 @@ def test_a_draw_that_misses_says_so():
     assert figures.spearman < 0.3 and figures.relative_error > 0.3
     sample = Sample([figures], count=400, layers={3: 0.07, 4: 0.02})
     said = warnings_of(worst(sample, top=20, refined_error=None), 0.2)
-    assert "miss the logit by 20.0%" in said[0] and len(said) == 3
+    assert "miss the logit by 20.00%" in said[0] and len(said) == 3
     assert "the scores of layer 3 by 7% are off; refine more of every layer" in said[1]
     assert warnings_of(None, 0.0) == [] and len(warnings_of(None, 0.2)) == 1
 

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import wraps
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.readout import own
-from depass_fast.trace.unembedding import own_logits
+from depass_fast.trace.unembedding import is_plain, own_logits
 from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.models import random_ids
 
@@ -151,6 +152,153 @@ def test_a_hook_that_changes_the_input_is_refused(model):
         DePass(model).attribute(IDS, Tokens(), 3)
 
 
+def other_token(ids):
+    """One token is another, which is not the last."""
+    return {"input_ids": torch.where(ids == IDS[2], OTHER, ids)}
+
+
+def mask(ids):
+    return {"attention_mask": (torch.arange(ids.shape[1], device="cpu") != 1).long().expand_as(ids)}
+
+
+def positions(ids):
+    return {"position_ids": 2 * torch.arange(ids.shape[1], device="cpu")[None]}
+
+
+def usual(ids):
+    return {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1], device="cpu")[None]}
+
+
+def before_model(change):
+    def hook(module, args, kwargs):
+        return args, {**kwargs, **change(kwargs["input_ids"])}
+
+    return lambda model: model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("change", [other_token, mask, positions])
+@pytest.mark.parametrize("method", ["exact", "adjoint"])
+def test_a_hook_that_changes_an_earlier_input_is_refused(model, change, method):
+    ids, kind = torch.tensor([IDS]), Tokens() if method == "exact" else Neurons(1)
+    plain = model(input_ids=ids).logits[0, -1, 3]
+    before_model(change)(model)
+    assert (model(input_ids=ids).logits[0, -1, 3] - plain).abs() > 1e-4
+    for prompt in (IDS, [IDS[-1:], IDS]):
+        with pytest.raises(ValueError, match="a hook on LlamaForCausalLM changes its input"):
+            DePass(model).attribute(prompt, kind, 3, method=method)
+
+
+def test_a_hook_may_name_the_usual_mask_and_positions(model):
+    wanted = DePass(model).attribute([IDS, IDS[2:]], Tokens(), 3)
+    before_model(usual)(model)
+    for got, plain in zip(DePass(model).attribute([IDS, IDS[2:]], Tokens(), 3), wanted, strict=True):
+        assert torch.equal(got.scores, plain.scores)
+
+
+def raised(at):
+    """A change of the logits at one position."""
+
+    def change(logits):
+        logits = logits.clone()
+        logits[:, at] += 5
+        return logits
+
+    return change
+
+
+PLACES = {"on the model": on_output, "on the head": on_head}
+
+
+@pytest.mark.parametrize("where_put", PLACES)
+@pytest.mark.parametrize("method", ["exact", "adjoint"])
+def test_a_hook_is_shown_the_whole_prompt(model, where_put, method):
+    """It may name a position, and acts on that one alone."""
+    kind = Tokens() if method == "exact" else Neurons(1)
+    plain = DePass(build_model("llama", num_key_value_heads=2))
+    for at, spared in ((3, 2), (-1, 2)):
+        handle = PLACES[where_put](raised(at))(model)
+        dp = DePass(model)
+        for position in (at, [spared, at]):
+            with pytest.raises(ValueError, match="a forward hook on"):
+                dp.attribute(IDS, kind, 3, position=position, method=method)
+        for position in (spared, [spared, 0, spared]):
+            got, wanted = (one.attribute(IDS, kind, 3, position=position, method=method) for one in (dp, plain))
+            pairs = zip(got, wanted, strict=True) if isinstance(position, list) else [(got, wanted)]
+            assert all(torch.equal(one.scores, other.scores) for one, other in pairs)
+        handle.remove()
+    with pytest.raises(ValueError, match="a forward hook on"):
+        PLACES[where_put](raised(-1))(model)
+        DePass(model).attribute([IDS, IDS[2:]], kind, 3, position=[0, -1], method=method)
+
+
+@pytest.mark.parametrize("where_put", [*PLACES, "on the decoder"])
+def test_a_hook_for_longer_prompts_is_seen(model, where_put):
+    """It acts where the model reads the prompt, and not where it generates."""
+    if where_put == "on the decoder":
+        model.model.register_forward_hook(
+            lambda module, args, output: type(output)(
+                last_hidden_state=output.last_hidden_state * (1 + (output.last_hidden_state.shape[1] > 1))
+            )
+        )
+    else:
+        PLACES[where_put](lambda logits: logits + 5 * (logits.shape[1] > 1))(model)
+    dp, told = DePass(model), "changes what follows the final norm"
+    for method, kind in (("exact", Tokens()), ("adjoint", Neurons(1))):
+        with pytest.raises(ValueError, match=told):
+            dp.attribute([IDS[1:], IDS], kind, 3, position=[1, -1], method=method)
+        with pytest.raises(ValueError, match=told):
+            dp.attribute(IDS, kind, continuation=[4, 9], method=method)
+    with pytest.raises(ValueError, match=told):
+        dp.attribute_generation(IDS, max_new_tokens=2)
+    assert dp.attribute(IDS[:1], Tokens(), 3).completeness_error < 1e-5
+
+
+def test_a_log_probability_is_the_model_s_in_the_whole_prompt(model):
+    """The logits of other tokens are raised, at one position."""
+
+    def change(logits):
+        logits = logits.clone()
+        logits[:, len(IDS), 10:] += 5
+        return logits
+
+    on_head(change)(model)
+    with pytest.raises(ValueError, match="continuation: the logsumexp of the model's logits"):
+        DePass(model).attribute(IDS, Tokens(), continuation=[4, 9])
+    assert DePass(model).attribute(IDS, Tokens(), continuation=[4]).sum
+
+
+def test_only_what_a_user_put_there_is_shown_whole_prompts(model, monkeypatch):
+    found = []
+    shapes = lambda adapter, ids, hidden: found.append(tuple(ids.shape)) or own_logits(adapter, ids, hidden)  # noqa: E731
+    monkeypatch.setattr(own, "own_logits", shapes)
+    dp = DePass(model)
+
+    def asked():
+        found.clear()
+        dp.attribute([IDS, IDS[2:]], Tokens(), 3, position=[1, -1])
+        return found
+
+    assert asked() == [(4, 1)] and is_plain(dp.adapter)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert asked() == [(1, 8), (1, 6)]
+    handle.remove()
+    forward = model.forward
+    model.forward = wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+    assert not is_plain(dp.adapter)
+    del model.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", wraps(type(model).forward)(lambda self, **kwargs: None))
+        assert not is_plain(dp.adapter)
+    assert is_plain(dp.adapter)
+    model.model.register_forward_hook(lambda *_: None)
+    assert asked() == [(1, 8), (1, 6)]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)][::9])
+def test_no_family_has_code_of_a_user_s(name):
+    assert is_plain(DePass(build_variant(name)).adapter)
+
+
 def test_a_hook_that_the_trace_has_seen_is_fine(model):
     model.model.layers[1].register_forward_hook(
         lambda module, args, output: steering(output) if isinstance(output, torch.Tensor) else output
@@ -185,7 +333,7 @@ def test_other_threads_get_their_own_pass(model):
             thread.join()
 
     model.lm_head.register_forward_pre_hook(elsewhere)
-    own_logits(dp.adapter, trace.input_ids[-1:], trace.normed_final[-1:])
+    own_logits(dp.adapter, trace.input_ids[-1:, None], trace.normed_final[-1:, None])
     assert torch.equal(found[0], wanted)
 
 

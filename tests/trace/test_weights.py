@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from depass_fast import CompletenessWarning, DePass, Heads, Tokens
+from depass_fast import ApproximationWarning, CompletenessWarning, DePass, Heads, Neurons, Tokens
 from depass_fast.allocation import softmax
 from depass_fast.request import take_trace
 from depass_fast.trace.weights import are_the_same, sample_weights
@@ -50,10 +50,18 @@ def test_the_sample_lies_in_many_rows_and_columns(shape):
     layer.weight = torch.nn.Parameter(torch.arange(math.prod(shape), dtype=torch.float32).view(shape))
     (sample,) = sample_weights(layer)
     elements = sample.view(torch.float32).long()
-    assert min(layer.weight.numel(), 100) <= len(elements) <= 256
+    assert min(layer.weight.numel(), 512) <= len(elements) < 1536
     columns = shape[-1] if shape else 1
     for count, found in ((columns, elements % columns), (math.prod(shape) // columns, elements // columns)):
-        assert len(found.unique()) >= min(count, 60)
+        assert len(found.unique()) >= min(count, 256)
+
+
+@pytest.mark.parametrize("first", [0, 700, 4088])
+def test_a_change_of_a_few_rows_is_seen(first):
+    layer = torch.nn.Linear(96, 4096, bias=False)
+    before = sample_weights(layer)
+    layer.weight.data[first : first + 8] += 1.0  # 1/512 of them
+    assert not are_the_same(before, sample_weights(layer))
 
 
 def test_the_sample_is_of_bytes():
@@ -77,6 +85,34 @@ def test_an_error_beyond_the_dtypes_carries_a_warning(model, kind):
         dp.decompose(trace, Heads(0))
     with pytest.warns(CompletenessWarning):
         assert dp.partition(trace, Heads(0)).completeness_error > 1e-4
+
+
+def test_states_that_are_carried_by_other_weights_warn(model):
+    dp = DePass(model)
+    trace = held_trace(dp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CompletenessWarning)
+        halfway = dp.carry(trace, dp.start(trace, Heads(0)), 1)
+        doubled = dp.start(trace, Heads(0))
+        doubled.rows *= 2
+        assert dp.carry(trace, doubled).completeness_error > 0.1  # they miss the hidden states from the start
+    one_percent(model)
+    with pytest.warns(CompletenessWarning, match="miss the hidden states by .* trace the prompt again"):
+        assert dp.carry(trace, halfway).completeness_error > 1e-4
+
+
+@pytest.mark.parametrize("allocation", ["softmax", "taylor"])
+def test_a_sweep_through_other_weights_carries_a_warning(model, allocation):
+    dp, how = DePass(model, allocation=allocation), {"method": "adjoint"}
+    trace = held_trace(dp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ApproximationWarning)
+        for kind in (Neurons(0), Neurons(layers="all")):
+            assert not dp.attribute(trace, kind, 3, **how).warnings
+    one_percent(model)
+    with pytest.warns(ApproximationWarning, match="miss the logit by 0.* take another trace"):
+        result = dp.attribute(trace, Neurons(0), 3, **how)
+    assert 1e-4 < result.completeness_error < 1e-2 and result.warnings
 
 
 def test_a_readout_of_other_weights_carries_a_warning(model):
