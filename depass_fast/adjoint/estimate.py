@@ -15,7 +15,7 @@ from .loud import Loud
 LEAST_SPEARMAN, MOST_MISSED, MOST_MOVED, MOST_INCOMPLETE = 0.98, 0.1, 0.25, 0.01
 MOST_OF_A_LAYER = 0.03  # the estimated error of a start layer
 FEWEST_OF_A_LAYER, IN_DANGER = 3, 3  # components drawn by their scores, and those most likely to be off
-_ADVICE = "refine more of every layer, as Adjoint(refine=256, within='layer'), or take method='exact' for these layers"
+_ADVICE = "refine more of every layer, as Adjoint(refine=256, within='layer'), or take method='exact'"
 _Z = 1.96  # the quantile of a 95 % interval
 
 
@@ -203,7 +203,7 @@ def warnings_of(
     bad = {layer: error for layer, error in (estimate.layer_errors or {}).items() if error > MOST_OF_A_LAYER}
     if bad:
         listed = ", ".join(f"layer {layer} by {error:.0%}" for layer, error in sorted(bad.items()))
-        said.append(f"the scores of {listed} are off; {_ADVICE}")
+        said.append(f"the scores of {listed} are off; {_ADVICE} for these layers")
     sure = None if estimate.missed_interval is None else estimate.missed_interval[0]
     checks = (
         (estimate.refined_error, MOST_MOVED, "refinement moved the largest scores by {:.0%}"),
