@@ -336,7 +336,7 @@ def test_the_command_line(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)["verification"]
     assert 0 < found["error"] < 1e-5 < found["limit"] and found["compared"] > 20 and "layer" in found["where"]
     assert main([*arguments, "--components", "neurons", "--layer", "1", "--method", "adjoint"]) == 2
-    assert "error: --verify: method='adjoint' carries no states" in capsys.readouterr().err
+    assert "error: --verify: --method adjoint carries no states" in capsys.readouterr().err
     breaks(monkeypatch, TorchBackend, "allocate_mlp")
     assert main([*arguments, "--components", "tokens"]) == 0
     shown = capsys.readouterr()
