@@ -264,6 +264,8 @@ def test_the_model_class_that_is_gone_after_a_model_was_imported(tmp_path):
 
 def test_attentions_are_returned_where_they_are_asked_for(said):
     model, ids = build_model("llama"), torch.tensor([[3, 1, 4, 1]])
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip("the installed transformers does not change attention of a model that is loaded")
     model.set_attn_implementation("eager")
     expected = model(ids, output_attentions=True)
     model.set_attn_implementation("sdpa")

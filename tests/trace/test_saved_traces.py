@@ -129,7 +129,8 @@ def test_a_fingerprint_is_of_bits():
     found = Fingerprint.of(model)
     assert found.weights["lm_head.weight"] == found.weights["model.embed_tokens.weight"]
     assert found.difference(Fingerprint.of(copy.deepcopy(model))) is None
-    model.set_attn_implementation("eager")
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
     assert found.difference(Fingerprint.of(model)) is None
     assert "config" not in str(found.difference(Fingerprint.of(model.double())))
 
