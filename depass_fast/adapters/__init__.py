@@ -15,14 +15,17 @@ from typing import Any, cast
 from torch import nn
 
 from . import families
+from .activation import Activation
 from .adapter import Adapter
 from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
 from .family import Experts, Family, Observed
+from .missing import missing_path
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
 
 __all__ = [
+    "Activation",
     "Adapter",
     "Attention",
     "Branch",
@@ -78,7 +81,7 @@ def adapt(model: nn.Module) -> Adapter:
     declared = copy.copy(config)
     declared.model_type = family
     adapter = Adapter(model, _FAMILIES[family].declare(declared))
-    if (missing := adapter.missing()) is not None:
+    if (missing := missing_path(adapter)) is not None:
         raise ValueError(
             f"model: {type(model).__name__} has no {missing}, where the family {family!r} keeps it; a fork must keep "
             "its family's modules under their names."

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import experts
+from .dense import dense_mlp, unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Family, Observed, Path
-from .paths import below, exists, name_of
+from .paths import below, below_or_none, name_of
 from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
 from .tuned import inside
 from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
@@ -270,32 +271,32 @@ class Adapter:
         if self.final_norm_module is not None:
             yield self.final_norm_module, self._made_norm(self.final_norm_module)
 
-    def weighty(self, index: int) -> list[nn.Module | Stacked]:
-        """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up)."""
+    def weighty(self, index: int, linear_rule: bool = False) -> list[nn.Module | Stacked]:
+        """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up).
+
+        Only a ``linear_rule`` reads an MLP's up projection.
+        """
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
         parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
         parts += _BRANCH_NORMS
         modules: list[nn.Module | Stacked] = []
         modules += [module for part in parts if (module := self.module(index, part)) is not None]
+        up = below_or_none(self.block(index), self.family.up_proj) if linear_rule else None
+        modules += [] if up is None or self.is_mixture(index) else [up]
         if self.is_mixture(index):
             modules += experts.expert_modules(self.block(index), self._experts)
         return modules
 
-    def missing(self) -> str | None:
-        """The path of a module that the family declares and this model lacks, or None."""
-        for part in ("layers", "embedding", "final_norm", "unembedding", "project_out"):
-            path: Path | None = getattr(self.family, part)
-            if path is not None and not exists(self.model, path):
-                return name_of(path)
-        for index in range(self.n_layers):
-            parts = ["attention", "v_proj", "v_norm", "v_up", "o_proj", "mlp", *_BRANCH_NORMS]
-            for part in [*parts, "gate_proj", "down_proj"]:
-                try:
-                    if part not in ("gate_proj", "down_proj") or not self.is_mixture(index):
-                        self.module(index, part)
-                except AttributeError:
-                    return self.path(index, part)
-        return None
+    def check_linear_rule(self, rule: str) -> None:
+        """Raise ValueError unless the up projection and the activation of every MLP are there, which ``rule`` needs."""
+        for index in range(self.n_layers):  # experts always have both
+            problem = None if self.is_mixture(index) else unusable_part(self.block(index), self.family)
+            if problem is not None:
+                place = f"{name_of(self.family.layers)}.{index}.{name_of(problem[0])}"
+                raise ValueError(
+                    f"allocation: {rule!r} needs the up projection and the activation of every MLP; {place}: "
+                    f"{problem[1]} Take another rule, such as 'softmax' or 'taylor'."
+                )
 
     def path(self, index: int, part: str) -> str:
         """The name below the model of what the family calls ``part`` in layer ``index``."""
@@ -362,8 +363,7 @@ class Adapter:
         branch = self._branch(block, "mlp")
         if self.is_mixture(index):
             return experts.expert_mlps(block, self._experts, branch)
-        gate = replace(self._linear(block, "gate_proj"), part=self.family.gate_part)
-        return (Mlp(**branch, gate=gate, down=self._linear(block, "down_proj")),)
+        return (dense_mlp(block, self.family, branch),)
 
     def _values(self, block: nn.Module) -> Linear | Latent:
         down = replace(self._linear(block, "v_proj"), part=self.family.v_part)

@@ -34,8 +34,12 @@ class _Biasless(Adapter):
         return replace(weights, v=v, o=_biasless_linear(weights.o))
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
-        mlps = (_biasless_norms(mlp) for mlp in super().mlps(index))
-        return tuple(replace(mlp, gate=_biasless_linear(mlp.gate), down=_biasless_linear(mlp.down)) for mlp in mlps)
+        return tuple(_biasless_mlp(_biasless_norms(mlp)) for mlp in super().mlps(index))
+
+
+def _biasless_mlp(mlp: Mlp) -> Mlp:
+    up = None if mlp.up is None else _biasless_linear(mlp.up)
+    return replace(mlp, gate=_biasless_linear(mlp.gate), up=up, down=_biasless_linear(mlp.down))
 
 
 def _biasless_norms(branch: AnyBranch) -> AnyBranch:

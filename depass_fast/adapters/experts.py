@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.transfer import to_host
+from .activation import Activation
 from .family import Experts, Path, first_half, second_half
 from .paths import below, exists, name_of
 from .stored import Stacked
@@ -22,8 +22,7 @@ from .weights import Linear, Mlp
 class RoutedExpert:
     """The work of one expert, the layer's MLP number ``part``: gates and activations (P, I) at ``positions`` (P,).
 
-    ``positions`` is None for all. ``router_weight`` (P,) is the factor of its output. It is None where the output has
-    no bias: the activations hold the factor then.
+    ``positions`` is None for all. ``router_weight`` (P,) is the factor of its output. The activations hold it.
     """
 
     part: int
@@ -31,7 +30,7 @@ class RoutedExpert:
     host_positions: np.ndarray | None  # the same in host memory
     gate: Tensor
     act: Tensor
-    router_weight: Tensor | None
+    router_weight: Tensor
 
 
 def has_router(block: nn.Module, experts: Experts) -> bool:
@@ -42,7 +41,10 @@ def has_router(block: nn.Module, experts: Experts) -> bool:
 def expert_mlps(block: nn.Module, experts: Experts, branch: dict[str, Any]) -> tuple[Mlp, ...]:
     """Every expert of a layer, the shared one last."""
     parts = _projections(block, experts)
-    return tuple(Mlp(**branch, gate=part.gate, down=part.down, name=part.name) for part in parts)
+    return tuple(
+        Mlp(**branch, gate=part.gate, down=part.down, name=part.name, up=part.up, activation=part.activation)
+        for part in parts
+    )
 
 
 def expert_modules(block: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
@@ -124,9 +126,8 @@ def route(
             positions, on_host = assignment.positions[here], assignment.host_positions[here]
             inputs, weight = x[positions], weights[here] * experts.factor
         gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
-        act = (part.activate(gate, up) * weight).to(x.dtype)
-        weight = weight.flatten().to(x.dtype) if part.down.has_bias else None
-        done.append(RoutedExpert(index, positions, on_host, gate, act, weight))
+        act = (part.activation(gate, up) * weight).to(x.dtype)
+        done.append(RoutedExpert(index, positions, on_host, gate, act, weight.flatten().to(x.dtype)))
     return done
 
 
@@ -153,7 +154,7 @@ class _Projections:
     gate: Linear
     up: Linear
     down: Linear
-    activate: Callable[[Tensor, Tensor], Tensor]  # (g, up) -> what the down projection reads
+    activation: Activation
 
 
 def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
@@ -184,11 +185,12 @@ def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
         )
     (gate_up, gate_up_bias), (down, down_bias) = (_stack(held, path) for path in experts.stacks)
     halves = (_even, _odd) if experts.interleaved else (first_half, second_half)
-    activate = _activation(held, experts)
+    activation = _activation(held, experts)
     for index in range(len(down)):
         both = Stacked(gate_up, index, gate_up_bias, experts.transposed)
         gate, up = (Linear(both, half) for half in halves)
-        yield _Projections(f"E{index}", gate, up, Linear(Stacked(down, index, down_bias, experts.transposed)), activate)
+        wide = Linear(Stacked(down, index, down_bias, experts.transposed))
+        yield _Projections(f"E{index}", gate, up, wide, activation)
 
 
 def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:
@@ -196,11 +198,8 @@ def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:
     return below(held, path), getattr(held, f"{name_of(path)}_bias", None)
 
 
-def _activation(held: nn.Module, experts: Experts) -> Callable[[Tensor, Tensor], Tensor]:
-    if experts.activate is not None:
-        return partial(experts.activate, held)
-    act_fn = below(held, experts.act_fn)
-    return lambda gate, up: act_fn(gate) * up
+def _activation(held: nn.Module, experts: Experts) -> Activation:
+    return Activation(below(held, experts.act_fn)) if experts.activation is None else experts.activation(held)
 
 
 def _even(weight: Tensor) -> Tensor:

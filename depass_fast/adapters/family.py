@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .activation import Activation
+
 Part = Callable[[Tensor], Tensor]
 Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
 
@@ -44,7 +46,7 @@ class Experts:
     down: str = "down_proj"
     fused: bool = False  # ``gate`` is both projections, [gate; up]
     act_fn: Path = "act_fn"  # below an expert, or below ``experts``
-    activate: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (experts, g, up), if not act_fn(g) · up
+    activation: Callable[[Any], Activation] | None = None  # of what holds ``act_fn``, if a neuron is not act_fn(g) · up
     decide: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
     shared: Path | None = None  # an expert that every position goes through
     shared_gate: Path | None = None  # the logit of that expert's weight
@@ -116,7 +118,10 @@ class Family:
     mlp_stream_norm: Path | None = None
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
+    up_proj: Path | None = "mlp.up_proj"  # None: the MLP is ungated
+    up_part: Part | None = None
     down_proj: Path = "mlp.down_proj"
+    act_fn: Path = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")  # a module or a plain function
     experts: Experts | None = None  # in the layers whose MLP has a router
 
 

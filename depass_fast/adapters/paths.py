@@ -31,6 +31,11 @@ def exists(module: nn.Module, path: Path) -> bool:
         return False
 
 
+def below_or_none(module: nn.Module, path: Path | None) -> Any:
+    """The object under a path; None if there is no path, or nothing under it."""
+    return below(module, path) if path is not None and exists(module, path) else None
+
+
 def name_of(path: Path) -> str:
     """The path's name in messages: the first of several."""
     return path if isinstance(path, str) else path[0]

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .activation import Activation
 from .stored import Stacked, kind_of, stored_bias, stored_device, stored_shape, stored_weight
 
 
@@ -297,14 +298,18 @@ class Attention(Branch):
 
 @dataclass(frozen=True)
 class Mlp(Branch):
-    """An MLP, or one expert of several: ``gate`` maps D to I (in an ungated MLP it is the only way in), ``down`` back.
+    """An MLP, or one expert of several: ``gate`` and ``up`` map D to I, ``down`` maps ``activation`` of both back.
 
+    An ungated MLP has no ``up``: ``gate`` is its only way in. A fork may keep ``up`` and ``activation`` elsewhere than
+    its family; they are None then, and only the rules that need them refuse it (``Adapter.check_linear_rule``).
     ``name`` tells experts apart: `E0`, `E1`, ..., or `shared`; it is empty for the only MLP of a layer.
     """
 
     gate: Linear
     down: Linear
     name: str = ""
+    up: Linear | None = None
+    activation: Activation | None = None
 
     @property
     def is_routed(self) -> bool:
@@ -316,16 +321,26 @@ class Mlp(Branch):
         return self.gate.weight
 
     @property
+    def w_up(self) -> Tensor:
+        assert self.up is not None  # the MLP is gated
+        return self.up.weight
+
+    @property
     def w_down(self) -> Tensor:
         return self.down.weight
 
     @property
     def has_bias(self) -> bool:
-        return self.has_norm_bias or self.gate.has_bias or self.down.has_bias
+        projections = (linear for linear in (self.gate, self.up, self.down) if linear is not None)
+        return self.has_norm_bias or any(linear.has_bias for linear in projections)
 
     def gate_constant(self, dtype: torch.dtype) -> Tensor | None:
         """The constant part of every gate, which the `bias` component drives beside its own state: (I,), or None."""
         return self._read_constant(lambda: self.w_gate, self.gate.bias, dtype)
+
+    def up_constant(self, dtype: torch.dtype) -> Tensor | None:
+        """The constant part of every up projection: (I,), or None. The activation's offset is not in it."""
+        return None if self.up is None else self._read_constant(lambda: self.w_up, self.up.bias, dtype)
 
 
 @dataclass(frozen=True)
@@ -352,7 +367,7 @@ class Layer:
     @property
     def is_own(self) -> bool:
         """True if all weights are the model's own tensors, none computed when it is read."""
-        mlps = (linear for mlp in self.mlps for linear in (mlp.gate, mlp.down))
+        mlps = (linear for mlp in self.mlps for linear in (mlp.gate, mlp.up, mlp.down) if linear is not None)
         return all(linear.is_own for linear in (self.attention.v, self.attention.o, *mlps))
 
     @property

@@ -24,7 +24,9 @@ def declare(config: Any) -> Family:
         observed=Observed(("query_key_value",), _read),
         alibi=True,
         gate_proj="mlp.dense_h_to_4h",
+        up_proj=None,
         down_proj="mlp.dense_4h_to_h",
+        act_fn="mlp.gelu_impl",
     )
 
 

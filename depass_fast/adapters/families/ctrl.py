@@ -21,5 +21,7 @@ def declare(config: Any) -> Family:
         mlp="ffn",
         mlp_norm="layernorm2",
         gate_proj="ffn.0",
+        up_proj=None,
         down_proj="ffn.2",
+        act_fn="ffn.1",
     )

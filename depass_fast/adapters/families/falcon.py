@@ -30,6 +30,7 @@ def declare(config: Any) -> Family:
         alibi=config.alibi,
         mlp_norm="ln_mlp" if two_norms else norm if parallel else "post_attention_layernorm",
         gate_proj="mlp.dense_h_to_4h",
+        up_proj=None,
         down_proj="mlp.dense_4h_to_h",
     )
 

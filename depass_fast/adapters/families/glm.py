@@ -5,7 +5,7 @@ From GLM-4-0414 on (`glm4`) there are norms on the outputs, too.
 
 from typing import Any
 
-from ..family import Family, first_half
+from ..family import Family, first_half, second_half
 
 MODEL_TYPES = ("glm", "glm4")
 
@@ -13,4 +13,5 @@ MODEL_TYPES = ("glm", "glm4")
 def declare(config: Any) -> Family:
     outputs = {"attention_output_norm": "post_self_attn_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
     norms: dict[str, Any] = outputs if config.model_type == "glm4" else {}
-    return Family(gate_proj="mlp.gate_up_proj", gate_part=first_half, **norms)
+    fused: dict[str, Any] = {"gate_proj": "mlp.gate_up_proj", "up_proj": "mlp.gate_up_proj"}
+    return Family(**fused, gate_part=first_half, up_part=second_half, **norms)

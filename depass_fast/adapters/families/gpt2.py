@@ -23,6 +23,7 @@ def declare(config: Any) -> Family:
         mlp_norm="ln_2",
         eager_scale=_scale,
         gate_proj="mlp.c_fc",
+        up_proj=None,
         down_proj="mlp.c_proj",
     )
 

@@ -27,6 +27,7 @@ def declare(config: Any) -> Family:
         observed=Observed(("c_attn",), _read),
         mlp_norm="ln_2",
         gate_proj="mlp.c_fc",
+        up_proj=None,
         down_proj="mlp.c_proj",
     )
 

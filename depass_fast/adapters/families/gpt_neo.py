@@ -22,6 +22,7 @@ def declare(config: Any) -> Family:
         observed=Observed(("q_proj", "k_proj", "v_proj"), _read),
         mlp_norm="ln_2",
         gate_proj="mlp.c_fc",
+        up_proj=None,
         down_proj="mlp.c_proj",
     )
 

@@ -30,6 +30,7 @@ def declare(config: Any) -> Family:
         o_bias="attention.dense_bias" if japanese else None,
         observed=Observed(("query_key_value",), _read),
         gate_proj="mlp.dense_h_to_4h",
+        up_proj=None,
         down_proj="mlp.dense_4h_to_h",
     )
 

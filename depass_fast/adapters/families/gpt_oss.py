@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
+from ..activation import Activation
 from ..family import Experts, Family
 
 MODEL_TYPES = ("gpt_oss",)
@@ -21,11 +21,11 @@ def declare(config: Any) -> Family:
             router="mlp.router",
             transposed=True,
             interleaved=True,
-            activate=_activate,
+            activation=_activation,
         ),
     )
 
 
-def _activate(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit)
-    return (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
+def _activation(experts: Any) -> Activation:
+    limit, alpha = experts.limit, experts.alpha
+    return Activation(lambda x: x * torch.sigmoid(alpha * x), gate_limit=limit, up_limit=limit, up_offset=1.0)

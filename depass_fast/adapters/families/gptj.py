@@ -32,6 +32,7 @@ def declare(config: Any) -> Family:
         observed=Observed(("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj"), _read),
         mlp_norm="ln_1",
         gate_proj="mlp.fc_in",
+        up_proj=None,
         down_proj="mlp.fc_out",
     )
 

@@ -8,7 +8,7 @@ alone, and only these are decomposed.
 from dataclasses import replace
 from typing import Any
 
-from ..family import Family, first_half
+from ..family import Family, first_half, second_half
 
 MODEL_TYPES = ("granite", "granite_swa", "hyperclovax", "granitemoehybrid")
 
@@ -23,6 +23,14 @@ def declare(config: Any) -> Family:
     if config.model_type == "granitemoehybrid":
         if config.num_local_experts or {*config.layers_block_type} - {"attention", "full_attention"}:
             raise ValueError("model: this Granite 4 has Mamba layers or experts; only those without are supported.")
-        projections = {"gate_proj": "shared_mlp.input_linear", "down_proj": "shared_mlp.output_linear"}
-        return replace(family, mlp="shared_mlp", gate_part=first_half, **projections)
+        return replace(
+            family,
+            mlp="shared_mlp",
+            gate_proj="shared_mlp.input_linear",
+            gate_part=first_half,
+            up_proj="shared_mlp.input_linear",
+            up_part=second_half,
+            down_proj="shared_mlp.output_linear",
+            act_fn="shared_mlp.activation",
+        )
     return family

@@ -26,7 +26,9 @@ def declare(config: Any) -> Family:
         mlp="ffn",
         mlp_norm="norm_2",
         gate_proj="ffn.up_proj",
+        up_proj=None,
         down_proj="ffn.down_proj",
+        act_fn="ffn.act",
     )
 
 

@@ -16,4 +16,5 @@ def declare(config: Any) -> Family:
         norm_offset=1.0 if config.model_type == "nemotron" else 0.0,
         observed=Observed(("q_proj", "k_proj", "v_proj"), read_rotary),
         gate_proj="mlp.up_proj",
+        up_proj=None,
     )

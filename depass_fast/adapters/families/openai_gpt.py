@@ -25,6 +25,7 @@ def declare(config: Any) -> Family:
         mlp_norm=None,
         mlp_stream_norm="ln_2",
         gate_proj="mlp.c_fc",
+        up_proj=None,
         down_proj="mlp.c_proj",
     )
 

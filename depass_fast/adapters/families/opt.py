@@ -24,5 +24,6 @@ def declare(config: Any) -> Family:
         mlp_norm="final_layer_norm" if before else None,
         mlp_stream_norm=None if before else "final_layer_norm",
         gate_proj="fc1",
+        up_proj=None,
         down_proj="fc2",
     )

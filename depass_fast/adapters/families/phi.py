@@ -15,5 +15,6 @@ def declare(config: Any) -> Family:
         o_proj="self_attn.dense",
         mlp_norm="input_layernorm",
         gate_proj="mlp.fc1",
+        up_proj=None,
         down_proj="mlp.fc2",
     )

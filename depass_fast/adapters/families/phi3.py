@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..family import Family, first_half
+from ..family import Family, first_half, second_half
 
 MODEL_TYPES = ("phi3",)
 
@@ -15,4 +15,6 @@ def declare(config: Any) -> Family:
         v_part=lambda weight: weight[-values:],
         gate_proj="mlp.gate_up_proj",
         gate_part=first_half,
+        up_proj="mlp.gate_up_proj",
+        up_part=second_half,
     )

@@ -8,4 +8,4 @@ MODEL_TYPES = ("starcoder2",)
 
 
 def declare(config: Any) -> Family:
-    return Family(norm="layer", gate_proj="mlp.c_fc", down_proj="mlp.c_proj")
+    return Family(norm="layer", gate_proj="mlp.c_fc", up_proj=None, down_proj="mlp.c_proj")

@@ -23,5 +23,6 @@ def declare(config: Any) -> Family:
         mlp="fc1",
         mlp_norm="final_layer_norm",
         gate_proj="fc1",
+        up_proj=None,
         down_proj="fc2",
     )

@@ -1,0 +1,36 @@
+"""The MLP of a layer without experts, and what it lacks for the rules that need its up projection and activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .activation import Activation
+from .family import Family, Path
+from .paths import below, below_or_none
+from .stored import unreadable
+from .weights import Linear, Mlp
+
+
+def dense_mlp(block: nn.Module, family: Family, branch: dict[str, Any]) -> Mlp:
+    """The MLP of a layer; ``up`` and ``activation`` are None where they are not found."""
+    up, act_fn = (below_or_none(block, path) for path in (family.up_proj, family.act_fn))
+    return Mlp(
+        **branch,
+        gate=Linear(below(block, family.gate_proj), family.gate_part),
+        up=None if up is None else Linear(up, family.up_part),
+        down=Linear(below(block, family.down_proj)),
+        activation=None if act_fn is None else Activation(act_fn),
+    )
+
+
+def unusable_part(block: nn.Module, family: Family) -> tuple[Path, str] | None:
+    """The path of an up projection or activation that a linear rule cannot use, and the reason; None if it can."""
+    if family.up_proj is not None:
+        up = below_or_none(block, family.up_proj)
+        problem = "the model keeps nothing there." if up is None else unreadable(up)
+        if problem is not None:
+            return family.up_proj, problem
+    lacking = below_or_none(block, family.act_fn) is None
+    return (family.act_fn, "the model keeps nothing there.") if lacking else None
