@@ -3,6 +3,8 @@
 They are written once, plainly and completely (DESIGN.md section 2). The reference backend uses nothing else; a fast
 backend computes the common case by itself and calls these functions in the corners. A rule maps gates to weights
 (n, M, I) that sum to one over the components. A user's own rule is any callable of that form.
+
+In a linear rule components do not meet, and it is no such function: see :mod:`.linear_rules`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .linear_rules import LINEAR_RULES
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,13 @@ def winner(gates: Gates, temperature: float) -> Tensor:
     return _normalised(torch.zeros_like(gates.values).scatter_(1, best, one), eligible, gates)
 
 
-def taylor(gates: Gates, temperature: float) -> Tensor:
-    """Weights w = g / gate, so that a component receives g · act(gate)/gate · up, which is linear in its state."""
-    total = gates.total[:, None]
-    return torch.where(total == 0, 0.0, gates.values / torch.where(total == 0, 1.0, total))
-
-
 def inverse(temperature: float, dtype: torch.dtype) -> float:
     """Return 1 / T within the range of ``dtype``: an infinite one times zero, or zero times infinity, would be NaN."""
     return max(torch.finfo(dtype).tiny, min(1.0 / temperature, torch.finfo(dtype).max))
 
 
-RULES: dict[str, Rule] = {"softmax": softmax, "linear": linear, "relu": relu, "max": winner, "taylor": taylor}
+RULES: dict[str, Rule] = {"softmax": softmax, "linear": linear, "relu": relu, "max": winner}
+NAMES = (*RULES, *LINEAR_RULES)
 
 
 def _normalised(weights: Tensor, eligible: Tensor, gates: Gates) -> Tensor:
@@ -134,10 +133,10 @@ class Allocation:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        if not callable(self.rule) and self.rule not in RULES:
+        if not callable(self.rule) and self.rule not in NAMES:
             raise ValueError(
-                f"allocation: unknown rule {self.rule!r}. Allowed: {', '.join(RULES)}, or a callable (gates, T) -> "
-                "weights."
+                f"allocation: unknown rule {self.rule!r}. Allowed: {', '.join(NAMES)}, or a callable "
+                "(gates, T) -> weights."
             )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature!r} is out of range; it must be positive and finite.")
@@ -153,12 +152,17 @@ class Allocation:
         return self.rule == "softmax" or self.edit is not None
 
     @property
+    def linear_rule(self) -> str | None:
+        """The rule's name if it is one of :data:`LINEAR_RULES`, else None."""
+        return self.rule if isinstance(self.rule, str) and self.rule in LINEAR_RULES else None
+
+    @property
     def name(self) -> str:
         """The rule's name, or that of its function or class."""
         return getattr(self.rule, "__name__", type(self.rule).__name__) if callable(self.rule) else self.rule
 
     def weights(self, gates: Gates) -> Tensor:
-        """Return the weights (n, M, I) of this rule.
+        """Return the weights (n, M, I) of this rule, which is not linear.
 
         Raises:
             ValueError: a user's rule returned anything else.

@@ -18,7 +18,7 @@ from .propagation.verify import Verifier
 from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
-RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor"]
+RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor", "half", "shapley"]
 BackendName: TypeAlias = Literal["auto", "reference", "torch", "triton"]
 MethodName: TypeAlias = Literal["exact", "adjoint"]
 
@@ -27,7 +27,8 @@ MethodName: TypeAlias = Literal["exact", "adjoint"]
 class Options:
     """Options are given to :class:`depass_fast.DePass` as defaults, and to a single call as overrides.
 
-    allocation: "softmax", "linear", "relu", "max", "taylor", or a callable (:mod:`depass_fast.allocation`).
+    allocation: "softmax", "linear", "relu", "max" (:mod:`depass_fast.allocation`), "taylor", "half", "shapley"
+        (:mod:`depass_fast.linear_rules`), or a callable.
     temperature: T of the softmax, positive.
     exclude_special: True keeps the first token (the attention sink, whatever its id) out of the allocation at every
         position but its own; a list of positions names the tokens to keep out; False keeps none out. For `Tokens`.
@@ -82,6 +83,9 @@ class Options:
         """
         refuse_autocast(adapter.device)
         self._check_values()
+        allocation = Allocation(self.allocation, self.temperature)
+        if allocation.linear_rule not in (None, "taylor"):
+            adapter.check_linear_rule(str(allocation.rule))
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
         backend = make_backend(
@@ -95,7 +99,7 @@ class Options:
             self._check_streaming(backend, choice)
             backend = StreamBackend(adapter.device, compute, self.memory_budget)
         return Run(
-            allocation=Allocation(self.allocation, self.temperature),
+            allocation=allocation,
             backend=backend,
             state_dtype=state,
             memory_budget=self.memory_budget,

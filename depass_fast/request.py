@@ -143,7 +143,7 @@ def make_request(
         layer=components.resolve(adapter),
         end_given=last,
         end=adapter.n_layers if last is None else last,
-        has_bias=meets_bias(components, adapter, last),
+        has_bias=meets_bias(components, adapter, last, run.allocation),
         provenance=provenance_of(adapter),
         trace=trace,
         began=began,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation, Gates
 from ..labels import BIAS, REST
+from ..linear_rules import linear_shares
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.attention import attention_probabilities
@@ -60,29 +61,15 @@ class ReferenceBackend(Backend):
         source: ComponentState | None = None,
     ) -> ComponentState:
         dtype, layout = state.rows.dtype, state.layout
-        bias, gate_constant = layout.index(BIAS), weights.gate_constant(dtype)
-        for prompt, components in enumerate(layout.components):
-            segments = layout.segments(prompt)
-            where = torch.from_numpy(layout.packed[segments]).to(state.device)
-            local = torch.from_numpy(layout.local[segments]).to(state.device)
+        bias = layout.index(BIAS)
+        for prompt in range(len(layout.components)):
+            where = torch.from_numpy(layout.packed[layout.segments(prompt)]).to(state.device)
             x = (source or state).block(prompt)  # (N, M, D)
-            g = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_gate.to(dtype).T  # (N, M, I)
-            if bias is not None and gate_constant is not None:
-                g[:, bias] += gate_constant
-            births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
-            recorded = trace.rows(where)
-            gates = Gates(
-                values=g,
-                total=trace.gate[recorded].to(dtype),
-                alive=(x != 0).any(-1),
-                excluded=excluded & (births != local[:, None]),
-                positions=local,
-                rest=layout.index(REST),
-                bias=bias,
-                constant=None if bias is None else gate_constant,
-            )
-            w = allocation.weights(gates)  # (N, M, I)
-            y = (w * trace.act[recorded].to(dtype)[:, None]) @ weights.w_down.to(dtype).T
+            if allocation.linear_rule is None:
+                shares = _allocated(allocation, weights, trace, layout, prompt, x)
+            else:
+                shares = _linearly(allocation.linear_rule, weights, trace, where, x, bias)
+            y = shares @ weights.w_down.to(dtype).T
             y = _written(weights, y, trace.constant(weights, where, dtype), trace.out_scale, where, bias)
             state.set_block(prompt, y + (x if source is None else state.block(prompt)))
         return state
@@ -98,6 +85,49 @@ class ReferenceBackend(Backend):
 def _frozen_norm(norm: Norm | None, x: Tensor, resid: Tensor) -> Tensor:
     """γ ⊙ x · s with s of the hidden states ``resid`` (N, D); ``x`` is (N, ..., D)."""
     return x if norm is None else norm.apply(x, norm.scale(resid.to(x.dtype)))
+
+
+def _projected(
+    weight: Tensor, constant: Tensor | None, norm: Norm | None, x: Tensor, resid: Tensor, bias: int | None
+) -> Tensor:
+    """Return what a projection reads of every component, its constant in that of `bias`: (N, M, D) -> (N, M, I)."""
+    y = _frozen_norm(norm, x, resid) @ weight.to(x.dtype).T
+    if bias is not None and constant is not None:
+        y[:, bias] += constant
+    return y
+
+
+def _allocated(
+    allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: Layout, prompt: int, x: Tensor
+) -> Tensor:
+    """Return the shares (N, M, I) of components ``x`` (N, M, D) that compete for a neuron's activation."""
+    segments, components, bias = layout.segments(prompt), layout.components[prompt], layout.index(BIAS)
+    where, local = (torch.from_numpy(at[segments]).to(x.device) for at in (layout.packed, layout.local))
+    births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
+    constant, recorded = weights.gate_constant(x.dtype), trace.rows(where)
+    gates = Gates(
+        values=_projected(weights.w_gate, constant, weights.norm, x, trace.resid[where], bias),
+        total=trace.gate[recorded].to(x.dtype),
+        alive=(x != 0).any(-1),
+        excluded=excluded & (births != local[:, None]),
+        positions=local,
+        rest=layout.index(REST),
+        bias=bias,
+        constant=None if bias is None else constant,
+    )
+    return allocation.weights(gates) * trace.act[recorded].to(x.dtype)[:, None]
+
+
+def _linearly(rule: str, weights: Mlp, trace: MlpTrace, where: Tensor, x: Tensor, bias: int | None) -> Tensor:
+    """Return the shares (N, M, I) that a linear rule gives components ``x`` (N, M, D)."""
+    c = linear_shares(rule, weights, trace, trace.rows(where), x.dtype)
+    read = (weights.norm, x, trace.resid[where], bias)
+    shares = _projected(weights.w_gate, weights.gate_constant(x.dtype), *read) * c.gate[:, None]
+    if c.up is not None:
+        shares += _projected(weights.w_up, weights.up_constant(x.dtype), *read) * c.up[:, None]
+    if bias is not None and c.constant is not None:
+        shares[:, bias] += c.constant
+    return shares
 
 
 def _written(

@@ -20,20 +20,18 @@ _START = {
     "linear": {"low": torch.inf, "sum": 0.0, "count": 0.0},
     "relu": {"sum": 0.0},
     "max": {"top": -torch.inf, "winner": -1.0},
-    "taylor": {},
 }
 
 
 @dataclass(frozen=True)
 class GateBlock:
-    """Gates of a block of components: ``values`` (n, b, I), ``total`` (n, I) of all; ``alive``, ``excluded`` (n, b).
+    """Gates of a block of components: ``values`` (n, b, I); ``alive`` and ``excluded`` (n, b).
 
     ``members`` (b,) are the components' places among all of the prompt, ``rest`` and ``bias`` are the places of these
     in the block. ``constant`` (I,) is the part of the gates that `bias` drives without a state.
     """
 
     values: Tensor
-    total: Tensor
     alive: Tensor
     excluded: Tensor
     members: Tensor
@@ -58,8 +56,8 @@ class Statistics:
 
     @staticmethod
     def fresh(rule: str, temperature: float, has_rest: bool, like: Tensor) -> Statistics:
-        """Statistics of no components yet; ``like`` (S, I) gives shape, dtype and device."""
-        tables = {name: torch.full_like(like, value) for name, value in _START[rule].items()}
+        """Statistics of no components yet; ``like`` (S, I) gives shape, dtype and device. A linear rule has no tables."""
+        tables = {name: torch.full_like(like, value) for name, value in _START.get(rule, {}).items()}
         return Statistics(rule, temperature, has_rest, like.new_zeros(len(like)), tables)
 
     def on(self, device: torch.device) -> Statistics:
@@ -102,9 +100,6 @@ class Statistics:
     def shares(self, block: GateBlock, at: slice, part: slice) -> Tensor:
         """The weights (n, b, I) of a block's components."""
         g = block.values
-        if self.rule == "taylor":
-            total = block.total[:, None]
-            return torch.where(total == 0, 0.0, g / torch.where(total == 0, 1.0, total))
         t = {name: table[at, part][:, None] for name, table in self.tables.items()}
         eligible = block.eligible
         if self.rule == "softmax":

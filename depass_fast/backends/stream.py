@@ -31,6 +31,7 @@ from ..trace.record import AttentionTrace, LayerTrace, MlpTrace
 from .statistics import GateBlock, Statistics
 from .torch.backend import TorchBackend, add_to_bias, scatter
 from .torch.blocks import Block
+from .torch.linear import linear_block
 from .torch.mlp import MlpStep
 
 _copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] (many copies in one call: no public name)
@@ -74,7 +75,7 @@ class StreamBackend(TorchBackend):
 
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
         alone = len(trace.mlps) == 1 and trace.mlps[0].positions is None
-        if self.known is None and alone and layer.attention.stream is None:
+        if self.known is None and alone and layer.attention.stream is None and allocation.linear_rule is None:
             self._next = layer.mlps[trace.mlps[0].part], trace.mlps[0], allocation, layer.parallel
 
     # -- first pass -------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class StreamBackend(TorchBackend):
         at, step, statistics = _at(layout, block), gathering.step, gathering.statistics
         x, alive = _read(rows, layout, block, step)
         statistics.alive[at].add_(alive.sum(1))
-        for part in self._parts(x, step):
+        for part in self._parts(len(x) * x.shape[1], len(step.w_gate)):
             statistics.meet(self._gates(layout, block, x, alive, step, part), at, part)
 
     # -- second pass ------------------------------------------------------------------------------------------------
@@ -166,6 +167,8 @@ class StreamBackend(TorchBackend):
         source: ComponentState | None = None,
     ) -> ComponentState:
         device, layout = weights.w_gate.device, state.layout
+        if allocation.linear_rule is not None:
+            return self._share_linearly(state, weights, trace, allocation.linear_rule, source or state)
         gathered, self._gathered = self._gathered, None
         if gathered is None or gathered.key != (state.layer, trace.part):
             gathered = self._gathering(state, weights, trace, allocation, device)
@@ -180,9 +183,31 @@ class StreamBackend(TorchBackend):
             self._put(state, block, x.add_(self._gained(read, layout, block, gathered)))
 
         # a block that reads what it writes to is whole by then: a component's share needs nobody else's state
-        self._budget.each(device, self._cut(layout, gathered.step, device), share)
+        self._budget.each(device, self._cut(layout, gathered.step.w_gate, device), share)
         self._arrived(device)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
+        return state
+
+    def _share_linearly(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, rule: str, source: ComponentState
+    ) -> ComponentState:
+        device = weights.w_gate.device
+        step = self._budget.prepare(device, lambda: self._linear_step(state, weights, trace, rule, device))
+        if self.keep:  # nothing is needed to carry components alone
+            like = state.rows.new_zeros(len(state.layout.counts), 0)
+            self.kept[(state.layer, trace.part)] = Statistics.fresh(rule, 0.0, False, like)
+
+        def share(block: Block) -> None:
+            x = self._take(state, block, device)
+            read = x if source is state else self._take(source, block, device)
+            dense, bias = scatter(read, block), _place(state.layout.index(BIAS), block)
+            parts = self._parts(dense.shape[0] * dense.shape[1], len(step.w_gate))
+            gained = linear_block(dense, step, _at(state.layout, block), parts, bias)
+            self._put(state, block, x.add_(gained if block.slots is None else gained.index_select(0, block.slots)))
+
+        cut = self._cut(state.layout, step.w_gate, device, held=2 if step.w_up is None else 3)
+        self._budget.each(device, cut, share)
+        self._arrived(device)
         return state
 
     def _gather(self, source: ComponentState, gathering: _Gathering, device: torch.device) -> None:
@@ -192,13 +217,16 @@ class StreamBackend(TorchBackend):
             with self._undone(gathering, source.layout, block):
                 self._meet(self._take(source, block, device), source.layout, block, gathering)
 
-        self._budget.each(device, self._cut(source.layout, gathering.step, device), meet)
+        self._budget.each(device, self._cut(source.layout, gathering.step.w_gate, device), meet)
 
-    def _cut(self, layout: Layout, step: MlpStep, device: torch.device) -> Callable[[Block | None], list[Block]]:
-        width = step.w_gate.shape[1] + 2 * min(step.w_gate.shape[0], 512)
+    def _cut(
+        self, layout: Layout, w_gate: Tensor, device: torch.device, held: int = 2
+    ) -> Callable[[Block | None], list[Block]]:
+        """Return a function that cuts a state into blocks for an MLP that holds so many numbers of a neuron at once."""
+        width = w_gate.shape[1] + held * min(w_gate.shape[0], 512)
 
         def cut(undone: Block | None) -> list[Block]:
-            slots = max(1, self._budget.bytes(self.device) // (2 * width * step.act.dtype.itemsize))
+            slots = max(1, self._budget.bytes(self.device) // (2 * width * w_gate.dtype.itemsize))
             return self._cut_blocks(layout, slots, device, undone=undone)
 
         return cut
@@ -208,7 +236,7 @@ class StreamBackend(TorchBackend):
         at, step, statistics = _at(layout, block), gathered.step, gathered.statistics
         x, alive = _read(rows, layout, block, step)
         out = x.new_zeros(x.shape[0] * x.shape[1], x.shape[2], dtype=rows.dtype)
-        for part in self._parts(x, step):
+        for part in self._parts(len(x) * x.shape[1], len(step.w_gate)):
             shares = statistics.shares(self._gates(layout, block, x, alive, step, part), at, part)
             shares = (shares * step.act[at, part][:, None]).to(x.dtype)
             out += shares.flatten(0, 1) @ step.w_down[:, part].T
@@ -216,10 +244,9 @@ class StreamBackend(TorchBackend):
 
     # -- both -------------------------------------------------------------------------------------------------------
 
-    def _parts(self, x: Tensor, step: MlpStep) -> list[slice]:
-        """Neurons in blocks that there is room for, with states (n, b, D)."""
-        n = step.w_gate.shape[0]
-        size = self._budget.bytes(self.device) // (8 * max(1, x.shape[0] * x.shape[1]) * 4)
+    def _parts(self, places: int, n: int) -> list[slice]:
+        """``n`` neurons in blocks that there is room for, with states at so many ``places``."""
+        size = self._budget.bytes(self.device) // (8 * max(1, places) * 4)
         size = min(n, max(16, size))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -235,7 +262,6 @@ class StreamBackend(TorchBackend):
         away = components.births[chosen] != layout.local[at, None]
         return GateBlock(
             values=g,
-            total=step.gate[at, part].to(g.dtype),
             alive=alive,
             excluded=to_device(components.excluded[chosen] & away, x.device),
             members=to_device(members[chosen], x.device),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 KINDS = ("tokens", "heads", "modules", "neurons")
 # as in the rooms that know them, which take torch a second to import; a test compares them
-_RULES = ("softmax", "linear", "relu", "max", "taylor")
+_RULES = ("softmax", "linear", "relu", "max", "taylor", "half", "shapley")
 _BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..allocation import Allocation
 from ..labels import BIAS, REST
+from ..linear_rules import adds_constant
 from ..runtime.memory import empty_on_host
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
@@ -141,19 +143,24 @@ def _fill_in_parts(out: Tensor, products: Factors) -> None:
         out[part].copy_(products.coefficients[part].to(out.dtype)[..., None] * vectors)
 
 
-def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> bool:
-    """True if a constant is added between the components' start and the input of layer ``end`` (None: the logits)."""
-    return each_meets_bias([kind], adapter, end)[0]
+def meets_bias(kind: ComponentKind, adapter: Adapter, end: int | None, allocation: Allocation) -> bool:
+    """True if a constant is added between the components' start and the input of layer ``end`` (None: the logits).
+
+    Under a linear rule an activation may have one of its own.
+    """
+    return each_meets_bias([kind], adapter, end, allocation)[0]
 
 
-def each_meets_bias(kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None) -> list[bool]:
+def each_meets_bias(
+    kinds: Sequence[ComponentKind], adapter: Adapter, end: int | None, allocation: Allocation
+) -> list[bool]:
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
     first = [kind.entry(adapter).order for kind in kinds]
-    last = _last_constant(adapter, min(first) // 2, end)
+    last = _last_constant(adapter, min(first) // 2, end, allocation.linear_rule)
     return [one <= last for one in first]
 
 
-def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
+def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | None) -> float:
     """The last module that adds a constant in the layers from ``first`` on, before ``end``.
 
     Layer l's attention is 2·l and its MLP 2·l + 1. The result is -1 if there is none, inf if the readout adds one.
@@ -165,7 +172,7 @@ def _last_constant(adapter: Adapter, first: int, end: int | None) -> float:
         end = adapter.n_layers
     for index in reversed(range(first, end)):
         weights = adapter.layer(index)
-        if weights.has_mlp_bias:
+        if weights.has_mlp_bias or (rule is not None and any(adds_constant(rule, mlp) for mlp in weights.mlps)):
             return 2 * index + 1
         if weights.attention.has_bias:
             return 2 * index

@@ -27,7 +27,7 @@ def layers(request: Request, directions: Sequence[Directions] | None = None) -> 
     """Return a result per read of every prompt, of all layers; ``directions`` stand for the targets."""
     adapter, kinds = request.adapter, request.components.each(request.adapter)
     request, surveys = _ready(request, kinds)
-    ahead = each_meets_bias(kinds, adapter, request.end_given)
+    ahead = each_meets_bias(kinds, adapter, request.end_given, request.run.allocation)
     own_bias = [ahead or one.has_constant for one, ahead in zip(surveys, ahead, strict=True)]
     has_bias = any(own_bias)  # states that are carried together have the same extras
     parts = [replace(at_layer(request, kind), has_bias=has_bias) for kind in kinds]

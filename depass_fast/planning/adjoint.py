@@ -139,7 +139,7 @@ def _start_size(
 ) -> StartSize:
     """Return the size of one start layer for a prompt of ``n`` tokens, with ``count`` components if that is known."""
     named = named_components(kind, adapter, n)[0] if count is None else count
-    entering, extras = reach(kind, adapter, end)[0], 1 + has_bias(kind, adapter, end)
+    entering, extras = reach(kind, adapter, end)[0], 1 + has_bias(kind, adapter, end, Allocation())
     held, making = _start_bytes(kind, adapter, n, named, item, casts)
     return StartSize(entering, named, extras, held, making)
 

@@ -146,7 +146,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     end, counts = shape.end, shape.counts
     state, compute = options.dtypes(adapter.dtype, device)
     entering, last = reach(kind, adapter, end)
-    extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end)
+    extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end, Allocation(options.allocation))
     named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     if counts is not None:
         named, exact = counts, (True,)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..adapters import Adapter
+from ..allocation import Allocation
 from ..backends.active import may_vanish
 from ..backends.workload import LayerSize
 from ..components.base import ComponentKind
@@ -100,14 +101,14 @@ def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tupl
     return len(kind.names(adapter, [""] * length)), True
 
 
-def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None) -> int:
+def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None, allocation: Allocation) -> int:
     layer = adapter.layer(kind.resolve(adapter))
     own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
     if isinstance(kind, Features):
         own = getattr(kind.sae, "b_dec", None) is not None
     if isinstance(kind, Modules):
         own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
-    return int(own or meets_bias(kind, adapter, end))
+    return int(own or meets_bias(kind, adapter, end, allocation))
 
 
 def fewest_components(kind: ComponentKind, adapter: Adapter) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Mlp, Norm
+from ..adapters import Attention, Linear, Mlp, Norm
 from ..allocation import Allocation
 from ..backends import ReferenceBackend
 from ..runtime.memory import available
@@ -110,14 +110,19 @@ class _Projection:
     bias: Tensor | None
 
 
+def _rows(linear: Linear, neurons: slice) -> _Projection:
+    """Return a projection to some of the neurons."""
+    return _Projection(linear.weight[neurons], None if linear.bias is None else linear.bias[neurons])
+
+
 def _some_neurons(weights: Mlp, neurons: slice, constants: bool) -> Mlp:
     """Return an MLP of some of the neurons, with the constants that it writes or without."""
-    bias, output = weights.gate.bias, weights.output
-    gate = _Projection(weights.w_gate[neurons], None if bias is None else bias[neurons])
+    output, gate = weights.output, _rows(weights.gate, neurons)
+    up = None if weights.up is None else _rows(weights.up, neurons)
     down = _Projection(weights.w_down[:, neurons], weights.down.bias if constants else None)
     if output is not None and not constants:
         output = replace(output, bias=None)
-    return replace(weights, gate=gate, down=down, output=output)
+    return replace(weights, gate=gate, up=up, down=down, output=output)
 
 
 def _dtype(device: torch.device, numbers: int) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...adapters import Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
 from ...labels import BIAS
+from ...linear_rules import reads_up
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
@@ -27,6 +28,7 @@ from ..active import transposed
 from .attention import FrozenAttention
 from .blocks import Block, Chunk
 from .bounded import BoundedBackend
+from .linear import LinearStep, linear_chunk
 from .mlp import MlpStep, accumulate, general_chunk, softmax_chunk
 from .queries import Asked, QueryBlock, make_query_blocks, mix_queries, query_probabilities
 
@@ -253,6 +255,8 @@ class TorchBackend(BoundedBackend):
         source: ComponentState | None = None,
     ) -> ComponentState:
         source = state if source is None else source
+        if allocation.linear_rule is not None:
+            return self._share_linearly(state, weights, trace, allocation.linear_rule, source)
         groups = self._groups(state, trace, self._mlp_rows(state, weights), self._dtype(state))
 
         def make() -> MlpStep:
@@ -270,6 +274,34 @@ class TorchBackend(BoundedBackend):
         self._budget.each(state.device, lambda undone: self._chunks(state, weights, groups, undone), step)
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
+
+    def _share_linearly(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, rule: str, source: ComponentState
+    ) -> ComponentState:
+        step = self._budget.prepare(state.device, lambda: self._linear_step(state, weights, trace, rule, state.device))
+
+        def share(chunk: Chunk) -> None:
+            neurons = self._neuron_blocks(chunk, state, len(step.w_gate))
+            linear_chunk(state, source, chunk, step, neurons, self._workspace)
+
+        self._budget.each(state.device, lambda undone: self._chunks(state, weights, None, undone), share)
+        return state
+
+    def _linear_step(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, rule: str, device: torch.device
+    ) -> LinearStep:
+        """Prepare the MLP of a layer for the state's segments, under a linear rule."""
+        dtype, packed = self._dtype(state), state.layout.tensor("packed", device)
+        resid = trace.resid[packed].to(state.rows.dtype)
+        scale, w_up, up = weights.scale(resid), None, None
+        if reads_up(rule, weights):
+            w_up = self._reading("w_up", weights.w_up, weights, dtype)
+            up, constant = (resid * scale.to(resid)[:, None]).to(dtype) @ w_up.T, weights.up_constant(dtype)
+            up = up if constant is None else up + constant
+        w_down = weights.writing(weights.w_down, dtype)
+        w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
+        out_scale = None if trace.out_scale is None else trace.out_scale[packed]
+        return LinearStep(rule, weights, trace, scale, w_gate, w_up, w_down, trace.rows(packed), up, out_scale)
 
     def _mlp_constant(self, state: ComponentState, weights: Mlp, trace: MlpTrace) -> Tensor | None:
         """The constant that `bias` receives from the MLP: (D,), or (S, D), or None."""

@@ -191,7 +191,7 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
     """Apply ``edit`` to the gates (r, i) of a chunk, ``factor`` times themselves. True if it shut anyone out."""
     local = to_device(layout.local[chunk.segments], g.device)
-    parts = _runs(chunk.counts)
+    parts = runs(chunk.counts)
     return any([edit(g[rows].view(n, -1, g.shape[1]), local[segments], factor) for rows, segments, n in parts])
 
 
@@ -233,7 +233,7 @@ def _softmax_segments(
     nobody.
     """
     sums = workspace.take("sums", (len(chunk.counts), g.shape[1]), g)
-    parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in _runs(chunk.counts)]
+    parts = [(g[rows].view(n, -1, g.shape[1]), segments) for rows, segments, n in runs(chunk.counts)]
     for part, segments in parts:
         part -= torch.amax(part, 1, keepdim=True, out=sums[segments, None])
     if (absent.anyone_dead or shut) and (sums == -torch.inf).any():
@@ -263,7 +263,7 @@ def has_zeros(x: Tensor) -> bool:
     return bool((x == 0).any())  # a GPU counts in a copy of 8 bytes per element
 
 
-def _runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
+def runs(counts: list[int]) -> Iterator[tuple[slice, slice, int]]:
     """Runs of neighbouring segments of equal length: their rows, the segments, and their number."""
     row = segment = 0
     for count, run in groupby(counts):

@@ -1,0 +1,230 @@
+"""The linear rules: a component's share of a neuron is a fixed linear function of what it adds to the neuron's inputs.
+
+With the frozen pre-activations G of the gate and U of the up projection, and the frozen activation A = act(G) · U, a
+component that contributes g to G and u to U receives ``gate`` · g + ``up`` · u of A. Components do not meet: zero stays
+zero, nobody is left out, and the whole network is linear, given the trace (DESIGN.md section 7).
+
+====================  ==========================================  ==============================
+rule                  share of A                                  origin
+====================  ==========================================  ==============================
+`taylor`              g · A/G                                     the published code
+`half`                ½ · (g · A/G + u · act(G))                  LRP's uniform rule (RelP)
+`shapley`             g · U · (act(G) - B)/G + u · B              Aumann and Shapley's value
+====================  ==========================================  ==============================
+
+B = ∫₀¹ act(tG) dt. The shares of `shapley` sum to A whatever B is: its precision moves credit between gate and up, and
+never loses any. Constants, the projections' biases among them, are shares of `bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapters import Mlp
+    from .trace.record import MlpTrace
+
+LINEAR_RULES = ("taylor", "half", "shapley")
+
+Curve = Callable[[Tensor], Tensor]
+
+_STEP = 2.0**-10  # of the difference that gives a curve's slope at zero
+_BREAKS = (0.0, 3.0, 8.0, 20.0, torch.inf)  # of |G|: eight nodes in each part give B to 6e-9
+_NODES = 8
+_ELEMENTS = 1 << 22  # values of a curve that are held at once
+
+
+@dataclass(frozen=True)
+class LinearShares:
+    """Coefficients of a rule at P positions for I neurons: gates g and ups u receive ``gate`` · g + ``up`` · u.
+
+    gate (P, I), up (P, I): None where the rule, or an ungated MLP, does not look at the up projection.
+    constant (P, I): what is nobody's g or u, for `bias`; None where there is no such thing.
+    """
+
+    gate: Tensor
+    up: Tensor | None = None
+    constant: Tensor | None = None
+
+    def of_bias(self, gate_constant: Tensor | None, up_constant: Tensor | None) -> Tensor | None:
+        """Return the share (P, I) of constants (I,) in the gates and ups, and of what is nobody's; None for nothing."""
+        parts = [] if self.constant is None else [self.constant]
+        if gate_constant is not None:
+            parts.append(self.gate * gate_constant.to(self.gate))
+        if up_constant is not None and self.up is not None:
+            parts.append(self.up * up_constant.to(self.up))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def written_constant(
+        self, weights: Mlp, trace: MlpTrace, recorded: Tensor, out_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what the MLP writes of its constants at the ``recorded`` rows (P,): (P, D), or (D,), or None.
+
+        ``out_scale`` (P,) is s of a norm on the output, if there is one.
+        """
+        at = recorded if trace.positions is None else trace.positions[recorded]
+        raw, up_constant = trace.constant(weights, at, dtype), None if self.up is None else weights.up_constant(dtype)
+        driven = self.of_bias(weights.gate_constant(dtype), up_constant)
+        if driven is not None:
+            written = driven.to(dtype) @ weights.w_down.to(dtype).T
+            raw = written if raw is None else written + raw
+        return weights.written_constant(raw, out_scale, dtype)
+
+
+def linear_shares(
+    rule: str,
+    weights: Mlp,
+    trace: MlpTrace,
+    recorded: Tensor | slice,
+    dtype: torch.dtype,
+    up: Tensor | None = None,
+) -> LinearShares:
+    """Return the coefficients of a linear ``rule`` at the ``recorded`` rows of an MLP's trace, in ``dtype``.
+
+    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known. The router's weight is part of the
+    coefficients; the scale of a norm on the output is not.
+
+    Raises:
+        ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    gate, act = (x[recorded].to(wide) for x in (trace.gate, trace.act))
+    if rule == "taylor":
+        return LinearShares(_ratio(act, gate, 0.0).to(dtype))
+    activation, weight = weights.activation, _router_weight(weights, trace, recorded, wide)
+    assert activation is not None, "it was checked when the rule was"
+    limited = activation.limited_gate(gate)
+    gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
+    at_zero, slope = _at_zero(activation.curve)
+    if weights.up is None:
+        found = LinearShares(
+            _ratio(act - weight * at_zero, limited, weight * slope) * gate_ratio,
+            constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
+        )
+    else:
+        raw = frozen_up(weights, trace, recorded, wide) if up is None else up.to(wide)
+        up = activation.limited_up(raw)
+        up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
+        up = up + activation.up_offset if activation.up_offset else up
+        of_gate, of_up = _gated(rule, activation.curve, limited, up, act, weight, at_zero, slope)
+        constant = activation.up_offset * of_up if activation.up_offset else None
+        if rule == "half" and not _is_zero(at_zero):
+            more = 0.5 * weight * at_zero * up
+            constant = more if constant is None else constant + more
+        found = LinearShares(of_gate * gate_ratio, of_up * up_ratio, constant)
+    parts = (None if x is None else x.to(dtype) for x in (found.gate, found.up, found.constant))
+    return LinearShares(*parts)  # pyright: ignore[reportArgumentType] (the gate's is there)
+
+
+def _gated(
+    rule: str, curve: Curve, gate: Tensor, up: Tensor, act: Tensor, weight: Tensor | float, at_zero: float, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients (P, I) of a gated MLP's limited gates and ups."""
+    if rule == "half":
+        of_up = 0.5 * weight * curve(gate)
+        return 0.5 * _ratio(act - weight * at_zero * up, gate, weight * slope * up), of_up
+    of_up = weight * mean_to_zero(curve, gate)
+    return _ratio(act - of_up * up, gate, 0.5 * weight * slope * up), of_up
+
+
+def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor:
+    """Return U, the up projection's pre-activations at the ``recorded`` rows of an MLP's trace: (P, I), in ``dtype``.
+
+    It is recomputed from the residual stream, as the trace does not hold it.
+    """
+    at = recorded if trace.positions is None else trace.positions[recorded]
+    x = trace.resid[at].to(dtype)
+    if weights.norm is not None:
+        x = weights.norm.apply(x, weights.norm.scale(x))
+    constant = weights.up_constant(dtype)
+    up = x @ weights.w_up.to(dtype).T
+    return up if constant is None else up + constant
+
+
+def reads_up(rule: str, weights: Mlp) -> bool:
+    """True if a rule looks at the up projection of an MLP."""
+    return rule != "taylor" and weights.up is not None
+
+
+def adds_constant(rule: str, weights: Mlp) -> bool:
+    """True if an MLP has a constant that is a share of `bias` under this rule, beside those of its projections."""
+    activation = weights.activation
+    if rule == "taylor" or activation is None:
+        return False
+    if weights.up is None or rule == "half":
+        return not _is_zero(_at_zero(activation.curve)[0]) or (weights.up is not None and activation.up_offset != 0)
+    return activation.up_offset != 0
+
+
+def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
+    """Return B = ∫₀¹ curve(t · x) dt, element by element, to about 1e-8: a Gauss rule on each of four parts of |x|."""
+    rows = x.flatten(0, -2)
+    size = max(1, _ELEMENTS // (_NODES * rows.shape[1]))
+    if x.device.type == "cpu":  # most elements are small, and do without the other parts
+        return torch.cat([_mean_of_few(curve, part) for part in rows.split(size)]).view_as(x)
+    parts = rows.split(max(1, size // (len(_BREAKS) - 1)))
+    return torch.cat([_mean_of_parts(curve, part, 0, len(_BREAKS) - 1) for part in parts]).view_as(x)
+
+
+def _mean_of_few(curve: Curve, x: Tensor) -> Tensor:
+    found, large = _mean_of_parts(curve, x, 0, 1), x.abs() > _BREAKS[1]
+    if large.any():
+        found[large] += _mean_of_parts(curve, x[large], 1, len(_BREAKS) - 1)
+    return found
+
+
+def _mean_of_parts(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
+    """Return what the parts of [0, |x|] from number ``first`` to ``last`` (excluded) add to the mean."""
+    nodes, weights = _gauss(x.dtype, x.device)
+    size, one = x.abs(), [1] * x.ndim
+    total = torch.zeros_like(x)
+    for low, high in zip(_BREAKS[first:last], _BREAKS[first + 1 : last + 1], strict=True):
+        share = size.clamp(low, high).sub_(low) / size.clamp_min(torch.finfo(x.dtype).tiny)  # of [0, |x|]
+        begin = low / size.clamp_min(max(low, torch.finfo(x.dtype).tiny))
+        t = begin + nodes.view(-1, *one) * share
+        total += torch.tensordot(weights, curve(t * x), 1) * share
+    return total
+
+
+@lru_cache(maxsize=8)
+def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    return tuple(torch.tensor(x / 2, dtype=dtype, device=device) for x in (nodes + 1, weights))  # pyright: ignore[reportReturnType]
+
+
+def _at_zero(curve: Curve) -> tuple[Tensor | float, Tensor | float]:
+    """Return a curve's value and its slope at zero: numbers, or float64 scalars on the device of its parameters."""
+    own = next(iter(curve.parameters()), None) if isinstance(curve, torch.nn.Module) else None
+    device = torch.device("cpu") if own is None else own.device
+    points = torch.tensor([-_STEP, 0.0, _STEP], dtype=torch.float64, device=device)
+    below, at, above = curve(points).to(torch.float64)
+    slope = (above - below) / (2 * _STEP)
+    return (float(at), float(slope)) if own is None else (at, slope)
+
+
+def _is_zero(value: Tensor | float) -> bool:
+    """True if a curve vanishes at zero for certain, without waiting for a device."""
+    return not isinstance(value, Tensor) and value == 0.0
+
+
+def _ratio(a: Tensor, b: Tensor, limit: Tensor | float) -> Tensor:
+    """Return a / b, and ``limit`` where b is zero."""
+    zero = b == 0
+    return torch.where(zero, limit, a / torch.where(zero, 1.0, b))
+
+
+def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
+    """Return the factor (P, 1) of an expert's output, 1.0 for an MLP that is no expert."""
+    if trace.router_weight is not None:
+        return trace.router_weight[recorded, None].to(dtype)
+    if weights.name:
+        raise ValueError("trace: it was saved by an earlier version, without the router's weights; trace the prompt again.")
+    return 1.0
