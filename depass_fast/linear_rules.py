@@ -38,7 +38,8 @@ Curve = Callable[[Tensor], Tensor]
 _STEP = 2.0**-10  # of the difference that gives a curve's slope at zero
 _BREAKS = (0.0, 3.0, 8.0, 20.0, torch.inf)  # of |G|: eight nodes in each part give B to 6e-9
 _NODES = 8
-_ELEMENTS = 1 << 22  # values of a curve that are held at once
+_EVERY = len(_BREAKS) - 1
+_ON_A_CPU, _ELSEWHERE = (1 << 18, 1 << 18), (1 << 22, 1 << 24)  # coefficients, and values of a curve, made at once
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,40 @@ class LinearShares:
         return sum(parts[1:], parts[0]) if parts else None
 
     def written_constant(
-        self, weights: Mlp, trace: MlpTrace, recorded: Tensor, out_scale: Tensor | None, dtype: torch.dtype
+        self,
+        weights: Mlp,
+        trace: MlpTrace,
+        recorded: Tensor,
+        out_scale: Tensor | None,
+        dtype: torch.dtype,
+        w_down: Tensor | None = None,
     ) -> Tensor | None:
         """Return what the MLP writes of its constants at the ``recorded`` rows (P,): (P, D), or (D,), or None.
 
-        ``out_scale`` (P,) is s of a norm on the output, if there is one.
+        ``out_scale`` (P,) is s of a norm on the output, if there is one. ``w_down`` (D, I) is the weight as it writes
+        (``Mlp.writing``), in the dtype of the product; by default in ``dtype``.
         """
         at = recorded if trace.positions is None else trace.positions[recorded]
-        raw, up_constant = trace.constant(weights, at, dtype), None if self.up is None else weights.up_constant(dtype)
+        fixed = weights.written_constant(trace.constant(weights, at, dtype), out_scale, dtype)
+        up_constant = None if self.up is None else weights.up_constant(dtype)
         driven = self.of_bias(weights.gate_constant(dtype), up_constant)
-        if driven is not None:
-            written = driven.to(dtype) @ weights.w_down.to(dtype).T
-            raw = written if raw is None else written + raw
-        return weights.written_constant(raw, out_scale, dtype)
+        if driven is None:
+            return fixed
+        if out_scale is not None:
+            driven = driven * out_scale[:, None].to(driven)
+        w_down = weights.writing(weights.w_down, dtype) if w_down is None else w_down
+        written = (driven.to(w_down.dtype) @ w_down.T).to(dtype)
+        return written if fixed is None else written + fixed
+
+    def at(self, rows: slice) -> LinearShares:
+        """Return views of the coefficients at some of the positions."""
+        return LinearShares(self.gate[rows], *(None if x is None else x[rows] for x in (self.up, self.constant)))
+
+    def put(self, rows: slice, part: LinearShares) -> None:
+        """Write the coefficients of some of the positions."""
+        for mine, other in zip((self.gate, self.up, self.constant), (part.gate, part.up, part.constant), strict=True):
+            if mine is not None and other is not None:
+                mine[rows] = other
 
 
 def linear_shares(
@@ -94,6 +116,27 @@ def linear_shares(
     Raises:
         ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
     """
+    at, n_neurons = _indices(recorded, trace.gate), trace.gate.shape[1]
+    parts = at.split(max(1, _at_once(at.device)[0] // n_neurons))
+    if len(parts) == 1:
+        return _shares(rule, weights, trace, recorded, dtype, up)
+    found, done = None, 0
+    for part in parts:  # what is held beside the coefficients does not grow with the prompt
+        rows = slice(done, done + len(part))
+        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows])
+        if found is None:
+            tables = (None if x is None else x.new_empty(len(at), n_neurons) for x in (made.up, made.constant))
+            found = LinearShares(made.gate.new_empty(len(at), n_neurons), *tables)
+        found.put(rows, made)
+        done = rows.stop
+    assert found is not None
+    return found
+
+
+def _shares(
+    rule: str, weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype, up: Tensor | None
+) -> LinearShares:
+    """Return the coefficients at so few rows that they can be made at once."""
     wide = torch.promote_types(dtype, torch.float32)
     gate, act = (x[recorded].to(wide) for x in (trace.gate, trace.act))
     if rule == "taylor":
@@ -164,40 +207,49 @@ def adds_constant(rule: str, weights: Mlp) -> bool:
 
 
 def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
-    """Return B = ∫₀¹ curve(t · x) dt, element by element, to about 1e-8: a Gauss rule on each of four parts of |x|."""
-    rows = x.flatten(0, -2)
-    size = max(1, _ELEMENTS // (_NODES * rows.shape[1]))
-    if x.device.type == "cpu":  # most elements are small, and do without the other parts
-        return torch.cat([_mean_of_few(curve, part) for part in rows.split(size)]).view_as(x)
-    parts = rows.split(max(1, size // (len(_BREAKS) - 1)))
-    return torch.cat([_mean_of_parts(curve, part, 0, len(_BREAKS) - 1) for part in parts]).view_as(x)
+    """Return B = ∫₀¹ curve(t · x) dt (P, I), element by element, to about 1e-8: a Gauss rule on each part of |x|."""
+    on_cpu = x.device.type == "cpu"  # most elements are small: a CPU looks for the others, a GPU would be waited for
+    mean, last = (_mean_of_few, 1) if on_cpu else (_mean_of_parts, _EVERY)
+    size = _at_once(x.device)[1] // (_NODES * last * x.shape[1])
+    return torch.cat([mean(curve, part, 0, last) for part in x.split(max(1, size))])
 
 
-def _mean_of_few(curve: Curve, x: Tensor) -> Tensor:
-    found, large = _mean_of_parts(curve, x, 0, 1), x.abs() > _BREAKS[1]
+def _mean_of_few(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
+    """The mean of all parts, those from number ``last`` on only for the elements that reach them."""
+    found, large = _mean_of_parts(curve, x, first, last), x.abs() > _BREAKS[last]
     if large.any():
-        found[large] += _mean_of_parts(curve, x[large], 1, len(_BREAKS) - 1)
+        found[large] += _mean_of_parts(curve, x[large], last, _EVERY)
     return found
 
 
 def _mean_of_parts(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
     """Return what the parts of [0, |x|] from number ``first`` to ``last`` (excluded) add to the mean."""
-    nodes, weights = _gauss(x.dtype, x.device)
-    size, one = x.abs(), [1] * x.ndim
-    total = torch.zeros_like(x)
-    for low, high in zip(_BREAKS[first:last], _BREAKS[first + 1 : last + 1], strict=True):
-        share = size.clamp(low, high).sub_(low) / size.clamp_min(torch.finfo(x.dtype).tiny)  # of [0, |x|]
-        begin = low / size.clamp_min(max(low, torch.finfo(x.dtype).tiny))
-        t = begin + nodes.view(-1, *one) * share
-        total += torch.tensordot(weights, curve(t * x), 1) * share
-    return total
+    breaks, nodes, weights = _gauss(x.dtype, x.device)
+    one = [1] * x.ndim
+    low, high = (ends.view(-1, *one) for ends in (breaks[first:last], breaks[first + 1 : last + 1]))  # (K, 1, ...)
+    size = x.abs().clamp_min(torch.finfo(x.dtype).tiny)  # all of a point is in the first part
+    above = torch.maximum(size, low)
+    share = (torch.minimum(above, high) - low) / size  # (K, ...) of [0, |x|]
+    begin = low / above
+    t = torch.addcmul(begin, nodes.view(-1, 1, *one), share)  # (8, K, ...)
+    return (torch.tensordot(weights, curve(t.mul_(x)), 1) * share).sum(0)
 
 
 @lru_cache(maxsize=8)
-def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
+def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the parts of |x| end (5,), and nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    return tuple(torch.tensor(x / 2, dtype=dtype, device=device) for x in (nodes + 1, weights))  # pyright: ignore[reportReturnType]
+    each = (_BREAKS, (nodes + 1) / 2, weights / 2)
+    return tuple(torch.tensor(x, dtype=dtype, device=device) for x in each)  # pyright: ignore[reportReturnType]
+
+
+def _at_once(device: torch.device) -> tuple[int, int]:
+    """The numbers of coefficients, and of a curve's values, that are made at once on a device."""
+    return _ON_A_CPU if device.type == "cpu" else _ELSEWHERE
+
+
+def _indices(recorded: Tensor | slice, like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)[recorded] if isinstance(recorded, slice) else recorded
 
 
 def _at_zero(curve: Curve) -> tuple[Tensor | float, Tensor | float]:
@@ -226,5 +278,7 @@ def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtyp
     if trace.router_weight is not None:
         return trace.router_weight[recorded, None].to(dtype)
     if weights.name:
-        raise ValueError("trace: it was saved by an earlier version, without the router's weights; trace the prompt again.")
+        raise ValueError(
+            "trace: it was saved by an earlier version, without the router's weights; trace the prompt again."
+        )
     return 1.0

@@ -33,8 +33,9 @@ from depass_fast.adjoint import fused, stack, sweep
 from depass_fast.adjoint.memory import SweepMemory, default_workspace
 from depass_fast.backends import selection
 from depass_fast.backends.torch import backend as torch_backend
-from depass_fast.backends.torch import mlp
+from depass_fast.backends.torch import linear, mlp
 from depass_fast.backends.triton import backend as triton_backend
+from depass_fast.backends.triton import linear as triton_linear
 from depass_fast.components import start as initial
 from depass_fast.options import Adjoint, BackendName
 from depass_fast.planning import planner
@@ -235,7 +236,13 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         counted.launch()
 
     with ExitStack() as undo:
-        for place in (fused, mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
+        for place in (
+            fused,
+            mlp,
+            linear,
+            triton_backend,
+            triton_linear,
+        ):  # a GPU's product adds up in a wider dtype by itself
             undo.enter_context(mock.patch.object(place, "accumulate", launch))
         undo.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: launch))
         undo.enter_context(counted)

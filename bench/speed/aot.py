@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, crowd, launch, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -197,7 +197,11 @@ def _mlp(
         g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
         for rule in rules:
             with recorded(found, f"{case}, {name}, {rule}"):
-                allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant, scales, 0.5)
+                allocation.allocate(g, segments, act, rule, 0.1, alive, constant, scales, 0.5)
+        with recorded(found, f"{case}, {name}, linear rules"):
+            table = _empty(2, neurons)
+            linear.share_linearly(g, starts, length, table)
+            linear.share_linearly(g, starts, length, table, g, table)
     with recorded(found, case):
         n_tiles = -(-length // fused_products.product_config(dtype, META)["BM"])
         tiles, firsts = _empty(n_tiles, 3, dtype=torch.int32), _empty(3, dtype=torch.int32)

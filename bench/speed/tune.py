@@ -59,7 +59,7 @@ def _allocate(segments: int, count: int, n: int) -> Callable:
         out = gates.clone()
 
         def call() -> torch.Tensor:  # in place: its own output is as good an input
-            allocation.allocate(out, where, act, act, "softmax", 0.1, alive)
+            allocation.allocate(out, where, act, "softmax", 0.1, alive)
             return out
 
         return call, 3.0 * gates.numel() * 2
@@ -217,7 +217,7 @@ def products(segments: int, count: int, width: int, n: int) -> None:
     half = torch.empty(r, width, dtype=BF16, device=device)
     ways = {
         "library gate": lambda: torch.mm(x, w_gate.T, out=g),
-        "allocate": lambda: allocation.allocate(g, where, act, act, "softmax", 0.1, alive),
+        "allocate": lambda: allocation.allocate(g, where, act, "softmax", 0.1, alive),
         "library down, bf16 out": lambda: torch.mm(g, w_down.T, out=half),
         "library down into float32": lambda: accumulate(state, g, w_down.T),
         "fused gate and log Z": lambda: fused_products.gate(x, w_gate, tiles, firsts, where.starts, 0.1, g),
