@@ -89,8 +89,8 @@ class LinearShares:
         written = (driven.to(w_down.dtype) @ w_down.T).to(dtype)
         return written if fixed is None else written + fixed
 
-    def at(self, rows: slice) -> LinearShares:
-        """Return views of the coefficients at some of the positions."""
+    def at(self, rows: slice | Tensor) -> LinearShares:
+        """Return the coefficients at some of the positions: views for a slice."""
         return LinearShares(self.gate[rows], *(None if x is None else x[rows] for x in (self.up, self.constant)))
 
     def put(self, rows: slice, part: LinearShares) -> None:
@@ -117,7 +117,7 @@ def linear_shares(
         ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
     """
     at, n_neurons = _indices(recorded, trace.gate), trace.gate.shape[1]
-    parts = at.split(max(1, _at_once(at.device)[0] // n_neurons))
+    parts = at.split(max(1, at_once(at.device.type == "cpu")[0] // n_neurons))
     if len(parts) == 1:
         return _shares(rule, weights, trace, recorded, dtype, up)
     found, done = None, 0
@@ -171,8 +171,8 @@ def _gated(
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficients (P, I) of a gated MLP's limited gates and ups."""
     if rule == "half":
-        of_up = 0.5 * weight * curve(gate)
-        return 0.5 * _ratio(act - weight * at_zero * up, gate, weight * slope * up), of_up
+        driven = act if _is_zero(at_zero) else act - weight * at_zero * up
+        return 0.5 * _ratio(driven, gate, weight * slope * up), 0.5 * weight * curve(gate)
     of_up = weight * mean_to_zero(curve, gate)
     return _ratio(act - of_up * up, gate, 0.5 * weight * slope * up), of_up
 
@@ -191,9 +191,14 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     return up if constant is None else up + constant
 
 
+def looks_at_up(rule: str | None) -> bool:
+    """True if a linear rule looks at the up projection where there is one; None is no linear rule."""
+    return rule not in (None, "taylor")
+
+
 def reads_up(rule: str, weights: Mlp) -> bool:
     """True if a rule looks at the up projection of an MLP."""
-    return rule != "taylor" and weights.up is not None
+    return looks_at_up(rule) and weights.up is not None
 
 
 def adds_constant(rule: str, weights: Mlp) -> bool:
@@ -210,7 +215,7 @@ def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
     """Return B = ∫₀¹ curve(t · x) dt (P, I), element by element, to about 1e-8: a Gauss rule on each part of |x|."""
     on_cpu = x.device.type == "cpu"  # most elements are small: a CPU looks for the others, a GPU would be waited for
     mean, last = (_mean_of_few, 1) if on_cpu else (_mean_of_parts, _EVERY)
-    size = _at_once(x.device)[1] // (_NODES * last * x.shape[1])
+    size = at_once(on_cpu)[1] // (_NODES * last * x.shape[1])
     return torch.cat([mean(curve, part, 0, last) for part in x.split(max(1, size))])
 
 
@@ -243,9 +248,9 @@ def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Te
     return tuple(torch.tensor(x, dtype=dtype, device=device) for x in each)  # pyright: ignore[reportReturnType]
 
 
-def _at_once(device: torch.device) -> tuple[int, int]:
-    """The numbers of coefficients, and of a curve's values, that are made at once on a device."""
-    return _ON_A_CPU if device.type == "cpu" else _ELSEWHERE
+def at_once(on_cpu: bool) -> tuple[int, int]:
+    """The numbers of coefficients, and of a curve's values, that are made at once."""
+    return _ON_A_CPU if on_cpu else _ELSEWHERE
 
 
 def _indices(recorded: Tensor | slice, like: Tensor) -> Tensor:
@@ -269,8 +274,7 @@ def _is_zero(value: Tensor | float) -> bool:
 
 def _ratio(a: Tensor, b: Tensor, limit: Tensor | float) -> Tensor:
     """Return a / b, and ``limit`` where b is zero."""
-    zero = b == 0
-    return torch.where(zero, limit, a / torch.where(zero, 1.0, b))
+    return torch.where(b == 0, limit, a / b)
 
 
 def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:

@@ -19,6 +19,7 @@ from ..active import Groups
 from ..base import Backend, Made
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .division import Division, default_budget
+from .linear import Recorded
 from .workspace import Workspace
 
 
@@ -129,6 +130,12 @@ class BoundedBackend(Backend):
             return make_chunks(layout, rows, device, first, groups, positions)
         make = partial(make_chunks, layout, rows, device, positions=positions)
         return self._table(layout, ("chunks", rows, positions, device), make)
+
+    def _recorded(self, layout: Layout, trace: MlpTrace, device: torch.device) -> Recorded:
+        """The rows of the trace that segments read; of a layer that all positions pass they are those of any other."""
+        if trace.positions is not None:
+            return Recorded.of(layout, trace, device)
+        return self._table(layout, ("recorded", device), lambda: Recorded.of(layout, trace, device))
 
     def _neuron_blocks(self, chunk: Chunk, state: ComponentState, n: int, ways_in: int | None = None) -> list[slice]:
         """``n`` neurons in blocks that there is room for, for the rows of a chunk."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...adapters import Mlp
 from ...labels import BIAS
 from ...linear_rules import LinearShares, linear_shares
+from ...runtime.transfer import all_to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import MlpTrace
@@ -18,13 +20,47 @@ from .mlp import accumulate, runs
 from .workspace import Workspace
 
 
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """The rows of an MLP's trace that segments read: ``rows`` (S,), of which ``unique`` (U,) are all there are.
+
+    States that are carried together read the same rows. Then ``places`` (S,) are those among the unique ones, in host
+    memory, and ``index`` (S,) the same on the device; both are None where every segment reads a row of its own.
+    """
+
+    rows: Tensor
+    unique: Tensor
+    places: np.ndarray | None = None
+    index: Tensor | None = None
+
+    @staticmethod
+    def of(layout: Layout, trace: MlpTrace, device: torch.device) -> Recorded:
+        rows = trace.rows(layout.tensor("packed", device))
+        packed, places = np.unique(layout.packed, return_inverse=True)
+        if len(packed) == len(places):
+            return Recorded(rows, rows)
+        unique, index = all_to_device([packed, places], device)
+        return Recorded(rows, trace.rows(unique), places, index)
+
+    def positions(self, trace: MlpTrace) -> Tensor:
+        """The packed positions of the unique rows (U,)."""
+        return self.unique if trace.positions is None else trace.positions[self.unique]
+
+    def span(self, segments: slice) -> slice:
+        """The unique rows that some of the segments read, and those in between."""
+        if self.places is None:
+            return segments
+        places = self.places[segments]
+        return slice(int(places.min()), int(places.max()) + 1)
+
+
 @dataclass(eq=False)
 class LinearStep:
     """One layer's MLP under a linear ``rule``: scale (S,), w_gate and w_up (I, D), w_down (D, I) as it writes.
 
-    ``recorded`` (S,) are the rows of the trace that segments read, ``up`` (S, I) the frozen up projection. It and
-    ``w_up`` are None where the rule does not look at it. ``out_scale`` (S,) is s of a norm on the output, or None.
-    Coefficients of ``most`` segments are held at a time, or of all that are asked for together.
+    ``up`` (U, I) is the frozen up projection at the unique ``recorded`` rows. It and ``w_up`` are None where the rule
+    does not look at it. ``out_scale`` (S,) is s of a norm on the output, or None. Coefficients of ``most`` positions
+    are held at a time, or of all that are asked for together.
     """
 
     rule: str
@@ -34,7 +70,7 @@ class LinearStep:
     w_gate: Tensor
     w_up: Tensor | None
     w_down: Tensor
-    recorded: Tensor
+    recorded: Recorded
     up: Tensor | None
     out_scale: Tensor | None
     most: int
@@ -47,16 +83,19 @@ class LinearStep:
 
     def shares(self, segments: slice) -> LinearShares:
         """Return the rule's coefficients at some of the segments, in float32 at least."""
-        held = self._held
-        if held is None or not held[0].start <= segments.start <= segments.stop <= held[0].stop:
+        span, held = self.recorded.span(segments), self._held
+        if held is None or not held[0].start <= span.start <= span.stop <= held[0].stop:
             self._held = held = None  # before its successor is made
-            at = slice(segments.start, max(segments.stop, min(segments.start + self.most, len(self.recorded))))
+            unique = self.recorded.unique
+            at = slice(span.start, max(span.stop, min(span.start + self.most, len(unique))))
             dtype = torch.promote_types(self.w_gate.dtype, torch.float32)
             up = None if self.up is None else self.up[at]
-            made = linear_shares(self.rule, self.weights, self.trace, self.recorded[at], dtype, up)
+            made = linear_shares(self.rule, self.weights, self.trace, unique[at], dtype, up)
             self._held = held = (at, made)
-        first = held[0].start
-        return held[1].at(slice(segments.start - first, segments.stop - first))
+        first, index = held[0].start, self.recorded.index
+        if index is None:
+            return held[1].at(slice(span.start - first, span.stop - first))
+        return held[1].at(index[segments] - first)
 
     def written(self, shares: LinearShares, segments: slice) -> tuple[Tensor, Tensor | None]:
         """Return the coefficients (S', I) of gates and ups, times s of a norm on the output."""
@@ -68,7 +107,7 @@ class LinearStep:
     def constant(self, shares: LinearShares, segments: slice, dtype: torch.dtype) -> Tensor | None:
         """Return what `bias` receives by its constants at some segments: (S', D), or (D,), or None."""
         out_scale = None if self.out_scale is None else self.out_scale[segments]
-        recorded = self.recorded[segments]
+        recorded = self.recorded.rows[segments]
         return shares.written_constant(self.weights, self.trace, recorded, out_scale, dtype, self.w_down)
 
 

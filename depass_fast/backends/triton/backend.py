@@ -268,9 +268,12 @@ class TritonBackend(TorchBackend):
         def prepare() -> LinearStep:
             packed = state.layout.tensor("packed", device)
             scale, w_up, up = _scales(weights.norm, trace.resid, packed), None, None
+            recorded = self._recorded(state.layout, trace, device)
             if ways_in == 2:
-                w_up, resid = weights.w_up.to(dtype).contiguous(), trace.resid[packed].float()
-                up = (resid if weights.norm is None else weights.norm.apply(resid, scale)).to(dtype) @ w_up.T
+                w_up, at = weights.w_up.to(dtype).contiguous(), recorded.positions(trace)
+                read, norm = trace.resid[at].float(), weights.norm
+                read = read if norm is None else norm.apply(read, _scales(norm, trace.resid, at))
+                up = read.to(dtype) @ w_up.T
                 constant = weights.up_constant(dtype)
                 up = up if constant is None else up + constant
             w_gate, w_down = weights.w_gate.to(dtype).contiguous(), weights.writing(weights.w_down, dtype)
@@ -282,7 +285,7 @@ class TritonBackend(TorchBackend):
                 w_gate=w_gate,
                 w_up=w_up,
                 w_down=w_down if groups is None else transposed(w_down),
-                recorded=trace.rows(packed),
+                recorded=recorded,
                 up=up,
                 out_scale=None if trace.out_scale is None else trace.out_scale[packed],
                 most=self._arena(state).positions(len(w_gate)),

@@ -104,7 +104,7 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
         act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
         allocation.allocate(g, where, act, "softmax", 0.1, alive, empty(32))
-        linear.share_linearly(g, here.base, 9, act[:1], g, act[:1])
+        linear.share_linearly(g, here.base, 9, act, g, act)
         places, table = empty(2, dtype=small), empty(2, n, 32)
         explicit = crowd.StartRows(here.base, places, places, 9)
         tables, lasting = crowd.CrowdTables(table, table, table, empty(2, n)), empty(n, 32)
