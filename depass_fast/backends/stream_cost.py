@@ -27,7 +27,8 @@ def workspace(work: Workload) -> int:
     columns = 1 + max(size.ways_in for size in work.passed)
     slots = work.budget // (2 * (work.width + columns * min(work.neurons, 512)) * work.item)
     slots = min(max(slots, work.longest), work.longest * max(work.counts))
-    gates = min(3 * work.budget // 4, 6 * slots * work.neurons * 4)
+    arrays = 3 if work.linear_rule else 6
+    gates = min(arrays * work.budget // 8, arrays * slots * work.neurons * 4)
     return max(torch_cost.workspace(work), 4 * slots * work.width * work.state_item + gates)
 
 
@@ -40,9 +41,9 @@ def statistics(work: Workload) -> int:
 
 
 def coefficients(work: Workload) -> int:
-    """Bytes of a linear rule's coefficients: a block has all positions of its prompt."""
+    """Bytes of a linear rule's coefficients: a block has all positions of its prompt, and its gates come later."""
     held = torch_cost.division(work).positions
-    return work.coefficients(lambda neurons: max(work.longest, held(neurons)))
+    return work.coefficients(lambda neurons: max(work.longest, held(neurons)), making=False)
 
 
 def gates_again(work: Workload) -> float:

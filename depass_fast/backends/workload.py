@@ -144,21 +144,31 @@ class Workload:
         """Rows that are sent to an MLP with a ``share`` of the positions, at most."""
         return int(min(1.0, BUSIEST * share) * self.rows)
 
-    def coefficients(self, held: Callable[[int], int]) -> int:
-        """Bytes of a linear rule's coefficients, of U, and of what is held while they are made.
+    def coefficients(self, held: Callable[[int], int], making: bool = True) -> int:
+        """Bytes of a linear rule's coefficients, of U, and with ``making`` of what is held while they are made.
 
         ``held`` gives the positions whose coefficients are held at a time, for so many neurons.
         """
-        most, item = 0, max(4, self.item)
-        for size in self.passed if self.linear_rule else ():
-            table, (some, values) = min(self.positions, held(size.neurons)) * size.neurons, at_once(self.on_cpu)
-            beside = (_BESIDE if size.reads_up else _BESIDE // 2) * min(table, some)
-            if size.reads_up and self.linear_rule == "shapley":
-                at_nodes = min(_NODES[self.on_cpu] * min(table, some), values)
-                beside = max(beside, 2 * min(table, some) + _VALUES * at_nodes)
-            frozen = self.positions * size.neurons * self.item if size.reads_up else 0
-            most = max(most, (size.ways_in * table + beside) * item + frozen)
-        return most
+        each = {(size, *mlp) for size in self.passed for mlp in size.mlps} if self.linear_rule else ()
+        return max((self._coefficients(*one, held, making) for one in each), default=0)
+
+    def _coefficients(
+        self, size: LayerSize, neurons: int, share: float, held: Callable[[int], int], making: bool
+    ) -> int:
+        positions = int(min(1.0, BUSIEST * share) * self.positions)
+        table = min(positions, held(neurons)) * neurons
+        made = (size.ways_in * table + making * self._beside(size, table)) * max(4, self.item)
+        before = self.positions * 3 * self.width * 4  # of the activations; let go by then
+        return max(0, made - before) + size.reads_up * positions * neurons * self.item
+
+    def _beside(self, size: LayerSize, table: int) -> int:
+        """Numbers that are held beside a ``table`` of so many coefficients while it is made."""
+        some, values = at_once(self.on_cpu)
+        some = min(table, some)
+        if not size.reads_up:
+            return _BESIDE // 2 * some
+        at_nodes = min(_NODES[self.on_cpu] * some, values) if self.linear_rule == "shapley" else 0
+        return max(_BESIDE * some, 2 * some + _VALUES * at_nodes)
 
     # -- bytes that are held whatever the backend --------------------------------------------------------------
 
