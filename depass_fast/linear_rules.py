@@ -12,8 +12,9 @@ rule                  share of A                                  origin
 `shapley`             g · U · (act(G) - B)/G + u · B              Aumann and Shapley's value
 ====================  ==========================================  ==============================
 
-B = ∫₀¹ act(tG) dt. The shares of `shapley` sum to A whatever B is: its precision moves credit between gate and up, and
-never loses any. Constants, the projections' biases among them, are shares of `bias`.
+B = ∫₀¹ act(tG) dt. Gates receive what ups leave of A, so that shares sum to A as it was recorded, whatever B is: its
+precision moves credit between gate and up, and never loses any. Constants, the projections' biases among them, are
+shares of `bias`.
 """
 
 from __future__ import annotations
@@ -146,9 +147,11 @@ def _shares(
     limited = activation.limited_gate(gate)
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
     at_zero, slope = _at_zero(activation.curve)
+    # near zero, what a curve has beyond its value there is all rounding
+    near = 0.0 if _is_zero(at_zero) else torch.finfo(trace.act.dtype).eps ** 0.5
     if weights.up is None:
         found = LinearShares(
-            _ratio(act - weight * at_zero, limited, weight * slope) * gate_ratio,
+            _ratio(act - weight * at_zero, limited, weight * slope, near) * gate_ratio,
             constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
         )
     else:
@@ -156,25 +159,17 @@ def _shares(
         up = activation.limited_up(raw)
         up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
         up = up + activation.up_offset if activation.up_offset else up
-        of_gate, of_up = _gated(rule, activation.curve, limited, up, act, weight, at_zero, slope)
+        of_up = mean_to_zero(activation.curve, limited) if rule == "shapley" else 0.5 * activation.curve(limited)
+        of_up = of_up if isinstance(weight, float) else of_up * weight
+        driven = act - of_up * up  # by the gate: the shares sum to the activation as it was recorded
         constant = activation.up_offset * of_up if activation.up_offset else None
         if rule == "half" and not _is_zero(at_zero):
             more = 0.5 * weight * at_zero * up
-            constant = more if constant is None else constant + more
+            driven, constant = driven - more, more if constant is None else constant + more
+        of_gate = _ratio(driven, limited, 0.5 * weight * slope * up, near)
         found = LinearShares(of_gate * gate_ratio, of_up * up_ratio, constant)
     parts = (None if x is None else x.to(dtype) for x in (found.gate, found.up, found.constant))
     return LinearShares(*parts)  # pyright: ignore[reportArgumentType] (the gate's is there)
-
-
-def _gated(
-    rule: str, curve: Curve, gate: Tensor, up: Tensor, act: Tensor, weight: Tensor | float, at_zero: float, slope: float
-) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (P, I) of a gated MLP's limited gates and ups."""
-    if rule == "half":
-        driven = act if _is_zero(at_zero) else act - weight * at_zero * up
-        return 0.5 * _ratio(driven, gate, weight * slope * up), 0.5 * weight * curve(gate)
-    of_up = weight * mean_to_zero(curve, gate)
-    return _ratio(act - of_up * up, gate, 0.5 * weight * slope * up), of_up
 
 
 def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -272,9 +267,9 @@ def _is_zero(value: Tensor | float) -> bool:
     return not isinstance(value, Tensor) and value == 0.0
 
 
-def _ratio(a: Tensor, b: Tensor, limit: Tensor | float) -> Tensor:
-    """Return a / b, and ``limit`` where b is zero."""
-    return torch.where(b == 0, limit, a / b)
+def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: float = 0.0) -> Tensor:
+    """Return a / b, and ``limit`` where b is zero, or as ``near`` to it."""
+    return torch.where(b.abs() <= near if near else b == 0, limit, a / b)
 
 
 def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
