@@ -149,7 +149,9 @@ def test_half_precision_products_are_complete_and_near(name, dtype, rule):
             # nothing normalises the shares of a linear rule, so the rounding of gates and ups is in their sum
             limit = 3e-2 if rule in LINEAR_RULES else 1e-2
             assert dp.attribute(trace, kind, **options).layer_errors.max() < limit, (label, backend, budget)
-            if rule == "softmax" or rule in LINEAR_RULES:  # the others jump: at a tie, or where the smallest gate changes
+            if (
+                rule == "softmax" or rule in LINEAR_RULES
+            ):  # the others jump: at a tie, or where the smallest gate changes
                 assert close(dp.decompose(trace, kind, **options).dense(), oracle, 0.1), (label, backend, budget)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from depass_fast import Attribution, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
-from depass_fast.allocation import RULES
+from depass_fast.allocation import NAMES
+from depass_fast.linear_rules import LINEAR_RULES
 from depass_fast.backends import Backend, StreamBackend, TorchBackend
 from depass_fast.cli.main import main
 from depass_fast.options import Adjoint
@@ -85,15 +86,15 @@ def test_parallel_layers_experts_norms_anywhere_and_clamped_values(name):
         unchanged_and_verified(dp, trace, kind, limit=1e-4, **({"method": "exact"} if kind.is_layered else {}))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 def test_every_rule_in_every_dtype(rule):
     """In half precision a rule that jumps may be anything at a tie; float64 is held against float64."""
     for dtype, options, limit in (
         (torch.float32, {}, 1e-5),
         (torch.float64, {}, 1e-12),
         (torch.float32, {"state_dtype": "bfloat16"}, 0.02),
-        (torch.float32, {"compute_dtype": "bfloat16"}, 0.09 if rule in ("softmax", "taylor") else 1.0),
-        (torch.float32, {"compute_dtype": "float16"}, 0.03 if rule in ("softmax", "taylor") else 1.0),
+        (torch.float32, {"compute_dtype": "bfloat16"}, 0.09 if rule in ("softmax", *LINEAR_RULES) else 1.0),
+        (torch.float32, {"compute_dtype": "float16"}, 0.03 if rule in ("softmax", *LINEAR_RULES) else 1.0),
         (torch.bfloat16, {}, 1e-5),  # what the model rounds is the trace's, which both read
     ):
         dp = build("qwen2", dtype)
