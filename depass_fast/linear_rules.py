@@ -2,7 +2,7 @@
 
 With the frozen pre-activations G of the gate and U of the up projection, and the frozen activation A = act(G) · U, a
 component that contributes g to G and u to U receives ``gate`` · g + ``up`` · u of A. Components do not meet: zero stays
-zero, nobody is left out, and the whole network is linear, given the trace (DESIGN.md section 7).
+zero, nobody is left out, and the whole network is linear, given the trace (DESIGN.md section 8).
 
 ====================  ==========================================  ==============================
 rule                  share of A                                  origin

@@ -35,7 +35,7 @@ def shares_of(rule, activation, gate, up=None, weight=None):
 
 
 def total(shares, gate, up):
-    """What all components receive together, those of the constants included."""
+    """The sum of what all components receive, constants included."""
     found = shares.gate * gate
     found = found if shares.up is None else found + shares.up * up
     return found if shares.constant is None else found + shares.constant
@@ -161,7 +161,7 @@ def test_half_is_the_mean_of_all_to_the_gates_and_all_to_the_ups():
 
 @pytest.mark.parametrize("rule", ["half", "shapley"])
 def test_a_clamped_neuron_is_shared_by_its_frozen_ratio(rule):
-    """As in gpt-oss: a gate above its limit, an up below minus its limit, and an offset, which is for `bias`."""
+    """A gate above its limit, an up below minus its limit, and an offset, which is for `bias`: as gpt-oss has them."""
     curve = lambda x: x * torch.sigmoid(1.7 * x)  # noqa: E731
     gpt_oss = Activation(curve, gate_limit=7.0, up_limit=7.0, up_offset=1.0)
     gate = torch.tensor([[9.0, 9.0, -30.0, 2.0, 0.0]]).double()

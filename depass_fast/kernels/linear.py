@@ -1,4 +1,4 @@
-"""The linear rules: gates and ups become shares of the frozen activation, each by its own (DESIGN.md section 7).
+"""The linear rules: gates and ups become shares of the frozen activation, each by its own (DESIGN.md section 8).
 
 The coefficients are tables, one number per position and neuron. Every tile is read once.
 """
