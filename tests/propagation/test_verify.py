@@ -9,9 +9,9 @@ import torch
 
 from depass_fast import Attribution, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
 from depass_fast.allocation import NAMES
-from depass_fast.linear_rules import LINEAR_RULES
 from depass_fast.backends import Backend, StreamBackend, TorchBackend
 from depass_fast.cli.main import main
+from depass_fast.linear_rules import LINEAR_RULES
 from depass_fast.options import Adjoint
 from depass_fast.propagation.verify import Verifier
 from tests.support.components import kinds

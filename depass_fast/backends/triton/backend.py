@@ -294,14 +294,14 @@ class TritonBackend(TorchBackend):
         whole = self._budget.prepare(device, prepare)
 
         def share(chunk: RowChunk) -> None:
-            arena, at = self._arena(state), whole.scale[chunk.segments]
+            arena, at, width = self._arena(state), whole.scale[chunk.segments], state.rows.shape[1]
             linear_row_chunk(
                 state,
                 chunk,
                 whole,
                 None if groups is None else groups.of(chunk.segments),
                 arena,
-                lambda *sizes: self._buffers(device, *arena.mlp_sizes(*sizes, state.rows.shape[1], ways_in)),
+                lambda n, neurons: self._buffers(device, *arena.mlp_sizes(n, neurons, width, ways_in)),
                 lambda x: self._read(source, chunk.rows, weights, at, x),
             )
 
