@@ -85,10 +85,12 @@ def linear_shares(
     recorded: Tensor | slice,
     dtype: torch.dtype,
     up: Tensor | None = None,
+    product: torch.dtype | None = None,
 ) -> LinearShares:
     """Return the coefficients of a linear ``rule`` at the ``recorded`` rows of an MLP's trace, in ``dtype``.
 
-    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known. The router's weight is part of the
+    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known; else the ``product`` that makes it
+    runs in that dtype, by default in float32 or wider. The router's weight is part of the
     coefficients; the scale of a norm on the output is not.
 
     Raises:
@@ -109,7 +111,7 @@ def linear_shares(
             constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
         )
     else:
-        raw = frozen_up(weights, trace, recorded, wide) if up is None else up.to(wide)
+        raw = (frozen_up(weights, trace, recorded, product or wide) if up is None else up).to(wide)
         up = activation.limited_up(raw)
         up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
         up = up + activation.up_offset if activation.up_offset else up
@@ -140,10 +142,8 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     It is recomputed from the residual stream, as the trace does not hold it.
     """
     at = recorded if trace.positions is None else trace.positions[recorded]
-    x = trace.resid[at].to(dtype)
-    if weights.norm is not None:
-        x = weights.norm.apply(x, weights.norm.scale(x))
-    constant = weights.up_constant(dtype)
+    x, constant = trace.resid[at].to(torch.promote_types(dtype, torch.float32)), weights.up_constant(dtype)
+    x = (x if weights.norm is None else weights.norm.normed(x)).to(dtype)
     up = x @ weights.w_up.to(dtype).T
     return up if constant is None else up + constant
 
