@@ -209,3 +209,6 @@ class Adjoint:
             if not 0 <= value < 2**63:
                 raise ValueError(f"{name}: {value} is out of range; it must be at least 0, and below 2^63.")
             object.__setattr__(self, name, value)
+
+
+LINEAR = Adjoint(refine=0, sample=0)  # of a linear rule, which leaves nothing to refine or to sample

@@ -10,6 +10,7 @@ from ..request import Request
 from .adjoint import adjoint
 from .exact import exact
 from .layers import layers
+from .linear import linear
 
 
 def attributions(request: Request, directions: Sequence[Directions] | None = None) -> list[list[Any]]:
@@ -17,6 +18,8 @@ def attributions(request: Request, directions: Sequence[Directions] | None = Non
 
     ``directions``, one per read of one prompt after the other, stand for the targets.
     """
+    if request.method is not None and request.run.allocation.linear_rule is not None:
+        return linear(request, directions)
     if request.method is not None:
         return adjoint(request, directions)
     return layers(request, directions) if request.components.is_layered else exact(request, directions)

@@ -41,7 +41,7 @@ def layers(request: Request, directions: Sequence[Directions] | None = None) -> 
         for has_own, results in zip(own_bias, to_results(collected), strict=True)
     ]
     return [
-        [LayeredAttribution(list(each), warnings=_warnings(each)) for each in zip(*of_prompt, strict=True)]
+        [LayeredAttribution(list(each), warnings=warnings_of_layers(each)) for each in zip(*of_prompt, strict=True)]
         for of_prompt in zip(*by_layer, strict=True)
     ]
 
@@ -113,7 +113,7 @@ def _pending(part: Request, counts: Sequence[int]) -> PendingState:
     return PendingState(part.components.entry(part.adapter).layer, nbytes, device, lambda: start(part))
 
 
-def _warnings(results: Sequence[Attribution]) -> list[str] | None:
+def warnings_of_layers(results: Sequence[Attribution]) -> list[str] | None:
     """Return the warnings of all layers, each once."""
     return list(dict.fromkeys(text for result in results for text in result.warnings or [])) or None
 

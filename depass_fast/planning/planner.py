@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..adapters import Adapter
+from ..allocation import Allocation
 from ..backends import backend_status
 from ..backends.torch.division import default_budget
 from ..backends.workload import Workload

@@ -196,7 +196,7 @@ def how_computed(request: Request, prompt: int) -> dict[str, Any]:
         "compute_dtype": _products(request),
         "site": kind.site,
         "end": request.end_given,
-        "sweep": None if request.method is None else asdict(request.method),
+        "sweep": None if request.method is None or run.allocation.linear_rule is not None else asdict(request.method),
         "provenance": request.provenance,
     }
 
