@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
     from .inputs.loading import WeightsWarning
+    from .ledger.book import Ledger
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -49,6 +50,7 @@ __all__ = [
     "Heads",
     "InputWarning",
     "LayeredAttribution",
+    "Ledger",
     "Modules",
     "Neurons",
     "Options",
@@ -76,6 +78,7 @@ _HOMES = {
     "inputs.continuation": ("TokenBoundaryWarning",),
     "inputs.doubts": ("InputWarning",),
     "inputs.loading": ("WeightsWarning",),
+    "ledger.book": ("Ledger",),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 LINEAR_RULES = ("taylor", "half", "shapley")
 
 Curve = Callable[[Tensor], Tensor]
+Value = Tensor | float
 
 _STEP = 2.0**-10  # of the difference that gives a curve's slope at zero
 _BREAKS = (0.0, 3.0, 8.0, 20.0, torch.inf)  # of |G|: eight nodes in each part give B to 6e-9
@@ -126,7 +127,7 @@ def linear_shares(
 
 
 def _gated(
-    rule: str, curve: Curve, gate: Tensor, up: Tensor, act: Tensor, weight: Tensor | float, at_zero: float, slope: float
+    rule: str, curve: Curve, gate: Tensor, up: Tensor, act: Tensor, weight: Tensor | float, at_zero: Value, slope: Value
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficients (P, I) of a gated MLP's limited gates and ups."""
     if rule == "half":
@@ -226,5 +227,7 @@ def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtyp
     if trace.router_weight is not None:
         return trace.router_weight[recorded, None].to(dtype)
     if weights.name:
-        raise ValueError("trace: it was saved by an earlier version, without the router's weights; trace the prompt again.")
+        raise ValueError(
+            "trace: it was saved by an earlier version, without the router's weights; trace the prompt again."
+        )
     return 1.0

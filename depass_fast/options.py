@@ -19,6 +19,7 @@ from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
 RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor", "half", "shapley"]
+LinearRuleName: TypeAlias = Literal["taylor", "half", "shapley"]
 BackendName: TypeAlias = Literal["auto", "reference", "torch", "triton"]
 MethodName: TypeAlias = Literal["exact", "adjoint"]
 

@@ -97,9 +97,7 @@ def _projected(
     return y
 
 
-def _allocated(
-    allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: Layout, prompt: int, x: Tensor
-) -> Tensor:
+def _allocated(allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: Layout, prompt: int, x: Tensor) -> Tensor:
     """Return the shares (N, M, I) of components ``x`` (N, M, D) that compete for a neuron's activation."""
     segments, components, bias = layout.segments(prompt), layout.components[prompt], layout.index(BIAS)
     where, local = (torch.from_numpy(at[segments]).to(x.device) for at in (layout.packed, layout.local))

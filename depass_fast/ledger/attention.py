@@ -96,8 +96,7 @@ class WayThroughAttention:
 
     def _of_batch(self, batch: Batch, y: Tensor) -> Tensor:
         """Apply the transpose of P to one batch's gradients (R, B, Q, H·d) of heads: (B, H, N, R, d)."""
-        rows, b, q, _ = y.shape
-        heads, n = self.weights.n_heads, batch.keys.shape[1]
+        rows, heads, (b, n) = len(y), self.weights.n_heads, batch.keys.shape
         y = y.unflatten(-1, (heads, -1)).permute(1, 3, 2, 0, 4).flatten(3)  # (B, H, Q, R·d)
         keys, queries = batch.take(self.trace.k), batch.at_queries(self.trace.q)
         most = _CPU_TILE if y.device.type == "cpu" else _GPU_TILE

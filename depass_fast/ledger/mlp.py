@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,9 +69,7 @@ class WayThroughMlp:
         of_driven = sum(driven[1:], driven[0]) if driven else None
         return MlpBack(read, neurons if with_neurons else None, constant, of_driven)
 
-    def _part(
-        self, trace: MlpTrace, written: Tensor, read: Tensor, with_neurons: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _part(self, trace: MlpTrace, written: Tensor, read: Tensor, with_neurons: bool) -> tuple[Tensor, Tensor | None]:
         """Take gradients ``written`` (R, A, D) back through one MLP, and add them to ``read``, in front of the norm.
 
         Returns the scores of its neurons (R, P, I), and that of what drives them by no component (R, P), or None.

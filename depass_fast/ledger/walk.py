@@ -130,9 +130,7 @@ class _WayBack:
 
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
         """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
-        way = WayThroughMlp(
-            layer.mlps, record, self._packing, self._partial, self._rule, self._compute, self._budget
-        )
+        way = WayThroughMlp(layer.mlps, record, self._packing, self._partial, self._rule, self._compute, self._budget)
         found = way.back(self._back, index in self._wanted.neurons)
         if found.neurons is not None:
             self.pages.neurons[index] = found.neurons

@@ -123,7 +123,9 @@ def _sweep(
     bound = None if request.bound is None else request.bound[prompt]  # of one layer
     starts = [
         make_start(kind, adapter, trace, prompt, n, has_bias, wide, bound)
-        for kind, has_bias in zip(kinds, each_meets_bias(kinds, adapter, request.end_given, run.allocation), strict=True)
+        for kind, has_bias in zip(
+            kinds, each_meets_bias(kinds, adapter, request.end_given, run.allocation), strict=True
+        )
     ]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = run.compute_dtype or wide

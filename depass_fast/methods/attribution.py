@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..ledger.attribute import attribute as by_ledger
 from ..readout.targets import Directions
 from ..request import Request
 from .adjoint import adjoint
 from .exact import exact
 from .layers import layers
-from .linear import linear
 
 
 def attributions(request: Request, directions: Sequence[Directions] | None = None) -> list[list[Any]]:
@@ -19,7 +19,7 @@ def attributions(request: Request, directions: Sequence[Directions] | None = Non
     ``directions``, one per read of one prompt after the other, stand for the targets.
     """
     if request.method is not None and request.run.allocation.linear_rule is not None:
-        return linear(request, directions)
+        return by_ledger(request, directions)
     if request.method is not None:
         return adjoint(request, directions)
     return layers(request, directions) if request.components.is_layered else exact(request, directions)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..adapters import Adapter
+from ..chosen_method import with_method
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
@@ -21,7 +22,7 @@ from ..options import Adjoint, Options
 from ..readout.collect import read_hidden, read_places
 from ..readout.log_probs import with_log_probs
 from ..readout.targets import resolve_targets
-from ..request import Request, fit, make_request, wide_dtype, with_method, with_trace
+from ..request import Request, fit, make_request, wide_dtype, with_trace
 from ..results.continuation import REDUCTIONS, Continuation
 from ..results.generation import Generation
 from ..trace.record import Trace

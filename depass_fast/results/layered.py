@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -338,6 +338,11 @@ class LayeredAttribution(_Shared):
 
     def __rich__(self) -> Any:
         return rich_view(self)
+
+
+def warnings_of_layers(results: Sequence[Attribution]) -> list[str] | None:
+    """Return the warnings of all layers, each once."""
+    return list(dict.fromkeys(text for result in results for text in result.warnings or [])) or None
 
 
 register_format(FORMAT, LayeredAttribution.restore)

@@ -23,7 +23,7 @@ class LinearStep:
     """One layer's MLP under a linear ``rule``: scale (S,), w_gate and w_up (I, D) with γ, w_down (D, I) as it writes.
 
     ``recorded`` (S,) are the rows of the trace that segments read, ``up`` (S, I) the frozen up projection. It and
-    ``w_up`` are None where the rule does not look at it. ``out_scale`` (S,) is s of a norm on the output, if there is one.
+    ``w_up`` are None where the rule does not look at it. ``out_scale`` (S,) is s of a norm on the output, if any.
     """
 
     rule: str

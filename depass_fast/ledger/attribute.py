@@ -9,29 +9,27 @@ import torch
 
 from ..components.base import ComponentKind
 from ..components.start import each_meets_bias
-from ..ledger.answers import Shares, shares_of, wanted_of
-from ..ledger.reads import Reads
-from ..ledger.walk import Pages, Wanted, walk_back
 from ..readout.assemble import assemble
 from ..readout.collect import how_computed
 from ..readout.completeness import warn_if_logits_miss
 from ..readout.targets import Directions
-from ..request import Request, fit, wide_dtype, with_trace
+from ..request import Request, at_layer, fit, wide_dtype, with_trace
 from ..results.attribution import Attribution
-from ..results.layered import LayeredAttribution
+from ..results.layered import LayeredAttribution, warnings_of_layers
 from ..runtime.budget import Budget
 from ..runtime.precision import full_precision
 from ..runtime.progress import Parts, progress_bar
 from ..runtime.transfer import to_host
-from .layers import warnings_of_layers
-from .survey import at_layer
+from .answers import Shares, shares_of, wanted_of
+from .reads import Reads
+from .walk import Pages, Wanted, walk_back
 
 CPU_WORKSPACE, GPU_WORKSPACE = 1 << 27, 1 << 30
 _LEAST_WORKSPACE = 1 << 20
 _ADVICE = "the trace and the gradients do not fit. Take shorter prompts, fewer of them, or fewer targets at once."
 
 
-def linear(
+def attribute(
     request: Request, directions: Sequence[Directions] | None = None
 ) -> list[list[Attribution]] | list[list[LayeredAttribution]]:
     """Return a result per read of every prompt; ``directions``, one per read, stand for the targets."""
