@@ -57,7 +57,7 @@ class OwnLogits:
     """The model's logits of some tokens: ``slots`` maps a place and a token to one of ``logits`` (G,).
 
     ``next_tokens`` maps a place to the model's next token, where that was asked for. ``log_z`` (S, 2) are the logsumexp
-    and the largest of all logits at the places ``summed``, each once and in order.
+    and the largest of all logits at the places ``summed``, each once and in order; ``top`` (S,) have the largest.
     """
 
     logits: Tensor
@@ -65,6 +65,7 @@ class OwnLogits:
     next_tokens: dict[int, int]
     summed: list[int]
     log_z: Tensor
+    top: Tensor
 
     @staticmethod
     def at(
@@ -86,6 +87,7 @@ class OwnLogits:
         highest: list[Tensor] = []
         best: list[Tensor] = []
         log_z: list[Tensor] = []
+        top: list[Tensor] = []
         for part, logits in _in_parts(adapter, places, hidden) if len(wanted) or len(chosen) else ():
             here = wanted[_inside(wanted[:, 0], part)]
             if len(here):
@@ -97,13 +99,16 @@ class OwnLogits:
                 best.append(tokens_there)
             for few in _rows_at(logits, part, all_of):
                 wide = few.to(dtype)
-                log_z.append(torch.stack([wide.logsumexp(-1), wide.amax(-1)], 1).to(device))
+                values, tokens_there = wide.max(-1)
+                log_z.append(torch.stack([wide.logsumexp(-1), values], 1).to(device))
+                top.append(tokens_there.to(device))
         next_tokens = dict(zip(asked, torch.cat(best).tolist() if best else [], strict=True))
         pairs = [*tokens, *next_tokens.items()]
         found = torch.cat(given + highest) if pairs else hidden.new_zeros(0)
         slots = {pair: slot for slot, pair in enumerate(pairs)}
-        both = torch.cat(log_z) if log_z else torch.empty(0, 2, dtype=dtype, device=device)
-        return OwnLogits(found, slots, next_tokens, summed, both)
+        if not summed:
+            return OwnLogits(found, slots, next_tokens, [], hidden.new_zeros(0, 2), hidden.new_zeros(0))
+        return OwnLogits(found, slots, next_tokens, summed, torch.cat(log_z), torch.cat(top))
 
     def of(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """Return the logits (K,) of pairs of a place and a token."""

@@ -188,17 +188,15 @@ def _less_means(
     Returns:
         log Z (S,) at the places ``own.summed``.
     """
-    device = vectors.device
     chosen = [i for i, item in enumerate(items) if item.target.log_prob]
+    tokens = [items[i].target.token or 0 for i in chosen]  # all have one
     slots = np.searchsorted(own.summed, [items[i].place for i in chosen])
-    firsts = np.searchsorted(slots, np.arange(len(own.summed)))  # a log-probability of each place
-    which, at, few, read = all_to_device(
-        [np.array(chosen), slots, np.array(chosen)[firsts], np.array(own.summed)], device
-    )
-    mean = MeanToken.at(adapter, finals.to(device)[read].to(vectors.dtype))
+    firsts = np.array(chosen)[np.searchsorted(slots, np.arange(len(own.summed)))]  # a log-probability of each place
+    arrays = [np.array(chosen), np.array(tokens, np.int64), slots, firsts, np.array(own.summed)]
+    rows, of, at, few, read = all_to_device(arrays, vectors.device)
+    mean = MeanToken.at(adapter, finals.to(vectors.device)[read].to(vectors.dtype), own.top)
     check_log_z(adapter, own, mean.log_z, mean.is_finite, sums[few], finals.dtype)
-    vectors.index_add_(0, which, mean.vectors[at], alpha=-1)
-    constants.index_add_(0, which, mean.constants[at], alpha=-1)
+    vectors[rows], constants[rows] = mean.subtracted(of, vectors[rows], constants[rows], at)
     return mean.log_z
 
 

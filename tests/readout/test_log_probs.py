@@ -49,7 +49,7 @@ def model():
 def passes(monkeypatch) -> list[int]:
     """The number of places of every pass over the vocabulary."""
     found, at = [], MeanToken.at
-    monkeypatch.setattr(MeanToken, "at", lambda adapter, hidden: found.append(len(hidden)) or at(adapter, hidden))
+    monkeypatch.setattr(MeanToken, "at", lambda *given: found.append(len(given[1])) or at(*given))
     return found
 
 
@@ -114,6 +114,46 @@ def test_what_raises_all_logits_alike_has_no_share():
     with torch.no_grad():
         (found,) = read_directions(traced_request(dp, IDS, LogProb(5)))
     assert abs(float(found.vectors[0, 0])) < 1e-12 < float(found.vectors.abs().max())
+
+
+def test_where_the_model_is_certain_no_digits_are_lost():
+    """1 - p is 1e-9, and so is the direction of the most probable token, relative to its row of the unembedding."""
+    dp = DePass(build_model("llama"))
+    with torch.no_grad():
+        hidden = dp.trace(IDS).normed_final[-1:]
+        dp.model.lm_head.weight *= 25 / dp.adapter.logits(hidden).topk(2).values.diff().abs()
+        top, means = dp.adapter.logits(hidden).argmax(-1), []
+        for dtype in (torch.float32, torch.float64):
+            mean = MeanToken.at(dp.adapter, hidden.to(dtype), top)
+            means.append(mean.subtracted(top, mean.vectors, mean.constants[:, 0], torch.tensor([0]))[0].double())
+    single, exact = means
+    assert exact.norm() < 1e-9 * dp.model.lm_head.weight[top].norm()
+    assert (single - exact).norm() < 1e-4 * exact.norm()
+    found = dp.attribute(IDS, Tokens(), LogProb())
+    assert abs(float(found.scores.sum() - found.target_logits)) < 1e-4 * float(found.scores.abs().sum())
+
+
+@pytest.mark.parametrize("summed", [1, 7, 64])
+@pytest.mark.parametrize("block", [1, 32 * 20, 1 << 25])
+def test_the_vocabulary_may_be_cut_anywhere(summed, block, monkeypatch):
+    dp = build("llama-gqa", torch.float64)
+    expected = dp.attribute(BATCH, Tokens(), LogProb(5))
+    monkeypatch.setattr("depass_fast.readout.log_probs._ELEMENTS", block)
+    monkeypatch.setattr("depass_fast.readout.log_probs._SUMMED", summed)
+    for one, other in zip(dp.attribute(BATCH, Tokens(), LogProb(5)), expected, strict=True):
+        assert torch.allclose(one.scores, other.scores, rtol=1e-11)
+
+
+def test_a_long_sum_loses_no_digits():
+    """A vocabulary of 50,000 with about the same probability each, and a direction that all have in common."""
+    dp = DePass(build_model("llama", vocab_size=50_000, num_hidden_layers=1))
+    hidden = dp.trace(IDS).normed_final[-2:] * 1e-3
+    with torch.no_grad():
+        dp.model.lm_head.weight += 1.0
+        top = dp.adapter.logits(hidden).argmax(-1)
+        single, exact = (MeanToken.at(dp.adapter, hidden.to(dtype), top) for dtype in (torch.float32, torch.float64))
+    assert (single.offsets - exact.offsets).norm() < 1e-6 * exact.offsets.norm()
+    assert torch.allclose(single.log_z.double(), exact.log_z, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", kinds(6))
