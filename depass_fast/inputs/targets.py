@@ -20,8 +20,9 @@ class LogProb:
     """The log-probability of a token as a target: an id or a string of one token. None: the model's own next token.
 
     It is read in the direction w_t - Σ_j p_j w_j, with the model's probabilities p frozen: the gradient of log p_t. The
-    shares sum to logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p. What raises all logits alike has no
-    share in it, so that it is the better target for ranking neurons and heads.
+    shares sum to logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p. Where a family caps its logits, the
+    cap's ratio is frozen, too. What raises all logits alike has no share: this is the target for ranking neurons and
+    heads.
     """
 
     token: int | str | None = None
@@ -96,11 +97,13 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast:
         raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
     parsed = [_parse_one(item, adapter, tokenizer) for item in items]
     if contrast is not None:
-        parsed = _less(parsed, contrast, adapter, tokenizer)
+        parsed = _with_contrast(parsed, contrast, adapter, tokenizer)
     return TargetSpec(tuple(parsed), several)
 
 
-def _less(parsed: list[TargetItem], contrast: Any, adapter: Adapter, tokenizer: Any | None) -> list[TargetItem]:
+def _with_contrast(
+    parsed: list[TargetItem], contrast: Any, adapter: Adapter, tokenizer: Any | None
+) -> list[TargetItem]:
     """Return targets with the logit of ``contrast`` subtracted from each."""
     if not isinstance(contrast, str) and not hasattr(contrast, "__index__"):
         raise TypeError(f"contrast: expected a token id or a string of one token, got {contrast!r}.")

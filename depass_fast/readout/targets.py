@@ -143,14 +143,14 @@ def _token_directions(
     dtype: torch.dtype,
     own: OwnLogits,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the directions (K, D) and constants (K,) of items that are tokens, and log Z (S,), as all of them have it.
+    """Return the directions (K, D) and constants (K,) of items that are tokens, and log Z (S,) of :func:`_directions`.
 
-    From each the direction of its contrast is subtracted, or the mean of all tokens.
+    From each the direction of its contrast is subtracted, or the mean of all tokens where it is a log-probability.
     """
-    device, width = adapter.unembedding_device, finals.shape[1]
+    device = adapter.unembedding_device
     if not items:
-        none = torch.empty(0, dtype=dtype, device=device)
-        return none.view(0, 1).expand(0, width), none, none
+        vectors = torch.empty(0, finals.shape[1], dtype=dtype, device=device)
+        return vectors, vectors.new_empty(0), vectors.new_empty(0)
     against = [i for i, item in enumerate(items) if item.target.contrast is not None]
     tokens = [item.target.token for item in items if item.target.token is not None]  # all have one
     tokens += [item.target.contrast for item in items if item.target.contrast is not None]

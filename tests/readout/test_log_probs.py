@@ -279,6 +279,25 @@ def test_a_hook_that_changes_the_logits_of_others_is_refused(model):
             dp.attribute([IDS, IDS[1:]], kind, [3, LogProb(5)], method=method)
 
 
+def test_a_hook_that_changes_nothing(model):
+    """The model is then shown whole prompts, one after the other."""
+    dp, targets = DePass(model), [[LogProb(5), 3], [7], [9, LogProb()]]
+    plain = dp.attribute(BATCH, Tokens(), targets=targets, position=[-1, 0])
+    model.lm_head.register_forward_hook(lambda module, args, output: output)
+    for one, other in zip(dp.attribute(BATCH, Tokens(), targets=targets, position=[-1, 0]), plain, strict=True):
+        assert all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, dtype):
+    dp = DePass(model.to(dtype))
+    own = log_probs_of(dp, IDS)[-1]
+    entropy = float(-(own.exp() * own).sum())
+    for result in dp.attribute([IDS, IDS], Heads(1), [LogProb(5), LogProb()]):
+        for token, value in zip(result.target_ids, result.target_logits.tolist(), strict=True):
+            assert value == pytest.approx(float(own[token]) + entropy, abs=0.05)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_of_the_unembedding_that_is_not_finite(model, value):
     with torch.no_grad():
