@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
     from .inputs.loading import WeightsWarning
+    from .inputs.targets import Contrast, LogProb
     from .ledger.book import Ledger
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
@@ -41,6 +42,7 @@ __all__ = [
     "ComponentKind",
     "ComponentState",
     "Continuation",
+    "Contrast",
     "Custom",
     "DePass",
     "Estimate",
@@ -51,6 +53,7 @@ __all__ = [
     "InputWarning",
     "LayeredAttribution",
     "Ledger",
+    "LogProb",
     "Modules",
     "Neurons",
     "Options",
@@ -79,6 +82,7 @@ _HOMES = {
     "inputs.doubts": ("InputWarning",),
     "inputs.loading": ("WeightsWarning",),
     "ledger.book": ("Ledger",),
+    "inputs.targets": ("Contrast", "LogProb"),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

@@ -249,8 +249,9 @@ class DePass(StateCalls):
                 :class:`Trace`, or a list of prompts; or what a tokenizer returns, ``input_ids`` (B, N) with
                 ``attention_mask``, padded on any side: the padding is dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
-            target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
-                difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
+            target: None (the model's own next token), an id, a string of one token, a `LogProb`, a `Contrast` or a pair
+                (a, b) for the logit difference a - b, a vector (D,) that the normed hidden state is projected on, or a
+                list of these.
             contrast: an id or a string of one token, whose logit is subtracted from the target's.
             targets: one target per prompt of a batch, instead of ``target`` for all.
             position: where the readout happens, -N to N - 1; or a list, of one decomposition for all of them. Positions

@@ -166,8 +166,11 @@ def with_targets(
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
     specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
-    if request.end_given is not None and any(vector is None for spec in specs for *_, vector in spec.items):
-        raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
+    if request.end_given is not None and any(item.vector is None for spec in specs for item in spec.items):
+        raise ValueError(
+            "target: at the input of a layer (end=...) only vectors in R^D can be read out; logits and "
+            "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
+        )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     return replace(request, reads=reads, targets=specs)
 

@@ -54,6 +54,11 @@ class _Shared:
         return self.by_layer[0].contrast_ids
 
     @property
+    def target_kinds(self) -> list[str] | None:
+        """The kind of each target, see Attribution; None in files of version 0.1.0."""
+        return self.by_layer[0].target_kinds
+
+    @property
     def input_ids(self) -> list[int]:
         """The prompt's token ids."""
         return self.by_layer[0].input_ids
