@@ -1,0 +1,90 @@
+"""The check of the activations: an MLP must compute with the up projection and the function that are read of it.
+
+Most rules take the recorded activations as they are. A linear rule also needs how they came about. It is checked when
+such a rule is first asked for, and again when the model's code, its hooks or its activation functions have changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, Mlp
+from ..adapters.stored import kind_of
+from ..runtime.transfer import to_device
+from .consistency import READING, Checked, Consistency, computation, normed
+from .record import MlpTrace, Trace
+
+_checked = Checked()
+
+
+@torch.no_grad()
+def check_activations(adapter: Adapter, trace: Trace) -> None:
+    """Compare recorded activations at a few positions with those of the recorded gates and of the up projections.
+
+    A model is compared once. ``adapter.check_linear_rule`` comes first: what is missing is not looked for here.
+
+    Raises:
+        RuntimeError: they differ; the message names the layer and the module.
+    """
+    adapter = Adapter(adapter.model, adapter.family)  # with biases: the forward pass has them
+    mlps = [adapter.mlps(index) for index in range(adapter.n_layers)]
+    key = *computation(adapter.model), *(_identity(mlp) for layer in mlps for mlp in layer)
+    if _checked.knows(adapter.model, key):
+        return
+    found = Consistency()
+    for index, layer in enumerate(trace.layers):
+        for part in layer.mlps:
+            _compare(found, adapter, index, mlps[index][part.part], part)
+    found.verdict("a linear rule would split something else; take another rule, such as 'softmax' or 'taylor'")
+    _checked.remember(adapter.model, key)
+
+
+def _identity(mlp: Mlp) -> tuple:
+    """A key of an MLP's activation. It does not keep the function alive."""
+    activation = mlp.activation
+    assert activation is not None  # see check_linear_rule
+    curve = getattr(activation.curve, "__func__", activation.curve)
+    return weakref.ref(curve), activation.gate_limit, activation.up_limit, activation.up_offset
+
+
+def _compare(found: Consistency, adapter: Adapter, index: int, weights: Mlp, part: MlpTrace) -> None:
+    """Compare the first, the middle and the last activation of an MLP, or of an expert."""
+    assert weights.activation is not None  # see check_linear_rule
+    at = np.unique([0, len(part.act) // 2, len(part.act) - 1])
+    rows = to_device(at, part.act.device)
+    positions = rows if part.positions is None else part.positions[rows]
+    wide = torch.promote_types(part.act.dtype, torch.float32)
+    up = None if weights.up is None else _up(weights, part.resid[positions], wide)
+    act = weights.activation(part.gate[rows].to(wide), up)
+    if part.router_weight is not None:
+        act = act * part.router_weight[rows, None].to(wide)
+    found.compare(
+        f"layer {index}: {_what_differs(adapter, index, weights)}",
+        part.act[rows],
+        act.to(part.act.dtype),
+        tolerance=None if weights.up is None or kind_of(weights.up.module) is None else READING,
+    )
+
+
+def _up(weights: Mlp, resid: Tensor, wide: torch.dtype) -> Tensor:
+    """The up projection (S, I) of the norm of residual streams (S, D)."""
+    assert weights.up is not None
+    bias = weights.up.bias
+    up = nn.functional.linear(normed(weights.norm, resid).to(wide), weights.w_up.to(wide))
+    return up if bias is None else up + bias.to(wide)
+
+
+def _what_differs(adapter: Adapter, index: int, weights: Mlp) -> str:
+    if weights.name:
+        place = f"expert {weights.name} of {adapter.path(index, 'mlp')}"
+        return f"the recorded activations of {place} are not those that its weights and its activation function give"
+    gate, up, down, act_fn = (
+        None if getattr(adapter.family, part) is None else adapter.path(index, part)
+        for part in ("gate_proj", "up_proj", "down_proj", "act_fn")
+    )
+    product = f"{act_fn}({gate})" if up is None else f"{act_fn}({gate}) · {up}"
+    return f"{down} reads something else than {product}"
