@@ -32,14 +32,14 @@ def check_activations(adapter: Adapter, trace: Trace) -> None:
         RuntimeError: they differ; the message names the layer and the module.
     """
     adapter = Adapter(adapter.model, adapter.family)  # with biases: the forward pass has them
-    mlps = [adapter.mlps(index) for index in range(adapter.n_layers)]
-    key = *computation(adapter.model), *(_identity(mlp) for layer in mlps for mlp in layer)
+    key = *computation(adapter.model), *(_identity(mlp) for i in range(adapter.n_layers) for mlp in adapter.mlps(i))
     if _checked.knows(adapter.model, key):
         return
     found = Consistency()
     for index, layer in enumerate(trace.layers):
+        mlps = adapter.mlps(index)  # they hold the weights that are computed
         for part in layer.mlps:
-            _compare(found, adapter, index, mlps[index][part.part], part)
+            _compare(found, adapter, index, mlps[part.part], part)
     found.verdict("a linear rule would split something else; take another rule, such as 'softmax' or 'taylor'")
     _checked.remember(adapter.model, key)
 
@@ -87,9 +87,6 @@ def _what_differs(adapter: Adapter, index: int, weights: Mlp) -> str:
     if weights.name:
         place = f"expert {weights.name} of {adapter.path(index, 'mlp')}"
         return f"the recorded activations of {place} are not those that its weights and its activation function give"
-    gate, up, down, act_fn = (
-        None if getattr(adapter.family, part) is None else adapter.path(index, part)
-        for part in ("gate_proj", "up_proj", "down_proj", "act_fn")
-    )
-    product = f"{act_fn}({gate})" if up is None else f"{act_fn}({gate}) · {up}"
-    return f"{down} reads something else than {product}"
+    gate, down = (adapter.path(index, part) for part in ("gate_proj", "down_proj"))
+    times_up = "" if weights.up is None else f" times {adapter.path(index, 'up_proj')}"
+    return f"{down} reads something else than the activation function of {gate}{times_up}"
