@@ -84,9 +84,10 @@ def test_a_bias_of_the_up_projection_alone_counts():
 
 
 def test_the_activation_is_read_as_it_is_now():
-    model, tanh = fork(), nn.Tanh()
+    model, tanh, compiled = fork(), nn.Tanh(), nn.Module()
+    compiled._orig_mod = tanh  # as torch.compile wraps it
     dp, mlp = DePass(model), model.model.layers[1].mlp
-    for other, expected in ((relu := nn.ReLU(), relu), (torch.compile(tanh), tanh), (silu, silu)):
+    for other, expected in ((relu := nn.ReLU(), relu), (compiled, tanh), (silu, silu)):
         del mlp.act_fn  # torch puts no function in a module's place
         mlp.act_fn = other
         assert dp.adapter.mlps(1)[0].activation.curve is expected

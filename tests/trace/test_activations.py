@@ -56,8 +56,7 @@ def test_a_fork_that_computes_with_something_else(change, dtype):
     trace = dp.trace(IDS)
     for _ in range(2):  # a refusal is not forgotten
         with pytest.raises(
-            RuntimeError,
-            match=r"layer 1: model.layers.1.mlp.down_proj reads something else than .* times model.layers.1.mlp.up_proj .* take",
+            RuntimeError, match=r"layer 1: \S+\.1\.mlp.down_proj reads .* times \S+\.1\.mlp.up_proj .* take"
         ):
             check_activations(dp.adapter, trace)
     assert dp.attribute(trace, Tokens()).completeness_error < 0.02  # the other rules take what was recorded
