@@ -134,6 +134,11 @@ class Linear:
         """This projection's part of what the module outputs: (N, C) -> (N, out)."""
         return outputs if self.part is None else self.part(outputs.T).T
 
+    def project(self, x: Tensor) -> Tensor:
+        """The projection of (N, in) to (N, out), in x's dtype. A weight that is computed may be wider."""
+        weight, bias = self.weight, self.bias
+        return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
+
 
 @dataclass(frozen=True)
 class Latent:

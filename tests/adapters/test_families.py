@@ -208,6 +208,27 @@ def test_any_position_any_layer_and_in_steps(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float64, 2)])
+def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
+    """The up projection of what is read, its bias, the activation function and a router's weight give them."""
+    dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
+    dp.adapter.check_linear_rule("half")
+    for index, layer in enumerate(trace.layers):
+        mlps = dp.adapter.mlps(index)
+        for part in layer.mlps:
+            mlp, up = mlps[part.part], None
+            if mlp.up is not None:
+                resid = part.resid if part.positions is None else part.resid[part.positions]
+                up = resid * mlp.scale(resid)[:, None] @ mlp.reading(mlp.w_up, dtype).T
+                constant = mlp.up_constant(dtype)
+                up = up if constant is None else up + constant
+            act = mlp.activation(part.gate, up)
+            assert (part.router_weight is None) == (mlp.name == "")
+            act = act if part.router_weight is None else act * part.router_weight[:, None]
+            assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
+
+
+@torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
     """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
     dp = built(name)
