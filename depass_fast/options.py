@@ -85,7 +85,7 @@ class Options:
         refuse_autocast(adapter.device)
         self._check_values()
         allocation = Allocation(self.allocation, self.temperature)
-        if allocation.linear_rule not in (None, "taylor"):
+        if allocation.needs_activations:
             adapter.check_linear_rule(str(allocation.rule))
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))

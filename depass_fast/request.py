@@ -28,6 +28,7 @@ from .results.provenance import Provenance
 from .runtime.dtypes import refuse_autocast
 from .runtime.precision import full_precision
 from .state.state import ComponentState
+from .trace.activations import check_activations
 from .trace.capture import capture
 from .trace.first import first_positions
 from .trace.record import Trace
@@ -232,6 +233,8 @@ def with_trace(request: Request) -> Request:
     trace = request.trace
     if trace is None:
         trace = take_trace(request.adapter, request.prompts, request.run.progress)
+    if request.run.allocation.needs_activations:
+        check_activations(request.adapter, trace)
     finals = trace.normed_final if request.finals is None else request.finals
     return replace(request, trace=first_positions(trace, request.carried), finals=finals)
 
