@@ -207,7 +207,7 @@ def standing_in() -> Iterator[None]:
         for place, name, instead in (
             (engine, "check_weights", lambda adapter: None),
             (capture, "check_finite", lambda adapter, trace: None),
-            (capture.consistency, "is_known", lambda *about: True),
+            (capture.consistency.Checked, "knows", lambda *about: True),
             (attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
