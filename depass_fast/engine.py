@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
@@ -341,6 +342,15 @@ class DePass(StateCalls):
         request = self._request(prompt, Tokens(), None, {**options, "allocation": rule})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         return Ledger.of(with_method(request, "adjoint"), one_position=not is_list_of_positions(position))
+
+    @torch.no_grad()
+    def load_ledger(self, path: str | Path) -> Ledger:
+        """Read a file of :meth:`depass_fast.Ledger.save`. One forward pass makes its trace anew, on this device.
+
+        Raises:
+            ValueError: the file holds no ledger, or one of a model with other weights; the message says what differs.
+        """
+        return Ledger.read(path, self.adapter, self.tokenizer, self.options)
 
     def _request(
         self,

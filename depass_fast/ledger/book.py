@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
+from ..adapters import Adapter
 from ..components.base import ComponentKind, SeveralLayers
 from ..components.custom import Array, Custom, SomeBases, Subspaces
 from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
+from ..options import Options
 from ..request import Request, check_end, check_kind, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
@@ -24,9 +26,6 @@ from .attribute import read_off, way_back
 from .reads import Reads
 from .saved import restore, save
 from .walk import Pages, Wanted
-
-if TYPE_CHECKING:
-    from ..engine import DePass
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
 By: TypeAlias = Literal["magnitude", "positive", "negative"]
@@ -66,18 +65,16 @@ class Ledger:
         return Ledger(request, reads, way_back(request, reads, Wanted.everything(request.end)), one_position)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with the gradients and the scores of heads and neurons. Nothing is pickled."""
+        """Write a safetensors file with the gradients and the scores of heads and neurons. Nothing is pickled.
+
+        :meth:`depass_fast.DePass.load_ledger` reads it.
+        """
         save(path, self._request, self._reads, self._pages, self._one_position)
 
-    @classmethod
-    @torch.no_grad()
-    def load(cls, path: str | Path, engine: DePass) -> Ledger:
-        """Read a file of :meth:`save` for the model of ``engine``, which takes one forward pass for its trace.
-
-        Raises:
-            ValueError: the file holds no ledger, or one of a model with other weights.
-        """
-        return cls(*restore(path, engine.adapter, engine.tokenizer, engine.options))
+    @staticmethod
+    def read(path: str | Path, adapter: Adapter, tokenizer: Any | None, settings: Options) -> Ledger:
+        """Return what :meth:`save` wrote, for :meth:`depass_fast.DePass.load_ledger`. Errors as there."""
+        return Ledger(*restore(path, adapter, tokenizer, settings))
 
     # -- questions ------------------------------------------------------------------------------------------------
 

@@ -64,7 +64,11 @@ def rounding_of(adapter: Adapter, run: Run, computed: torch.dtype | None = None)
     """Return the rounding that a run's dtypes explain; ``computed`` are products and states of another dtype."""
     dtypes = adapter.dtype, computed or run.state_dtype, computed or run.compute_dtype or run.state_dtype
     products = allowed_rounding() if adapter.dtype == torch.float32 else 0.0
-    return Rounding.of(dtypes, products, any(kind_of(module) is not None for module in adapter.weighty(0)))
+    return Rounding.of(
+        dtypes,
+        products,
+        any(kind_of(module) is not None for module in adapter.weighty(0, run.allocation.needs_activations)),
+    )
 
 
 def off_the_logit(result: Attribution, sizes: Tensor) -> float:
