@@ -195,7 +195,7 @@ class Ledger:
         """The largest |Σ_m score - logit| over all sites, relative to the products that the logit is the sum of."""
         readout, worst = self._reads.readout, 0.0
         for site, total in self._pages.totals.items():
-            found = (total + self._pages.constants[site]).cpu() + self._reads.constants
+            found = total + self._pages.constants[site] + self._reads.constants
             for (prompt, _), rows, logits, sizes in zip(
                 readout.places, self._reads.rows, readout.logits, readout.sizes, strict=True
             ):
