@@ -116,7 +116,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
         pieces = empty(n + 1, dtype=small)
-        way_back.neurons_back(empty(2, n, 32), lasting, lasting, empty(n, 32), empty(n, dtype=long), pieces, "half", "silu")
+        given = lasting, lasting, empty(n, 32), empty(n, dtype=long), pieces
+        way_back.neurons_back(empty(2, n, 32), *given, "half", "silu")
         frozen = probabilities.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
         probabilities.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 7, dtype=small), 16)
 print(json.dumps([made[0] for made in found]))
