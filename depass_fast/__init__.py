@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
     from .inputs.loading import WeightsWarning
+    from .inputs.targets import Contrast, LogProb
+    from .ledger.book import Ledger
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
@@ -40,6 +42,7 @@ __all__ = [
     "ComponentKind",
     "ComponentState",
     "Continuation",
+    "Contrast",
     "Custom",
     "DePass",
     "Estimate",
@@ -49,6 +52,8 @@ __all__ = [
     "Heads",
     "InputWarning",
     "LayeredAttribution",
+    "Ledger",
+    "LogProb",
     "Modules",
     "Neurons",
     "Options",
@@ -76,6 +81,8 @@ _HOMES = {
     "inputs.continuation": ("TokenBoundaryWarning",),
     "inputs.doubts": ("InputWarning",),
     "inputs.loading": ("WeightsWarning",),
+    "ledger.book": ("Ledger",),
+    "inputs.targets": ("Contrast", "LogProb"),
     "methods.focus": ("Focus", "Partition"),
     "options": ("Adjoint", "Options"),
     "planning.plan": ("Plan",),

@@ -157,6 +157,11 @@ class Allocation:
         return self.rule if isinstance(self.rule, str) and self.rule in LINEAR_RULES else None
 
     @property
+    def needs_activations(self) -> bool:
+        """True for a rule that reads up projections and activation functions, beside what a trace holds."""
+        return self.linear_rule not in (None, "taylor")
+
+    @property
     def name(self) -> str:
         """The rule's name, or that of its function or class."""
         return getattr(self.rule, "__name__", type(self.rule).__name__) if callable(self.rule) else self.rule

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import nn
 
 from .adapters import adapt, unwrap
+from .chosen_method import with_method
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
 from .components.model import Tokens
 from .inputs.generation import generation_arguments
 from .inputs.loading import as_tokenizer, check_weights, load_model
 from .inputs.prompts import Prompt, encode_all, is_list_of_positions
+from .ledger.book import Ledger
+from .linear_rules import LINEAR_RULES
 from .methods import continuation as continuations
 from .methods.attribution import attributions
 from .methods.continuation import attribute_continuation, refuse_beside
-from .methods.focus import Focus, Partition, focus, partition
 from .methods.plan import plan_of
-from .methods.states import carry, check_trace, decompose, start_of
-from .options import Adjoint, CallValues, MethodName, Options, OptionValues
+from .options import Adjoint, CallValues, LinearRuleName, MethodName, Options, OptionValues
 from .planning.plan import Plan
-from .request import Request, make_request, take_trace, with_method, with_targets
+from .request import Request, make_request, take_trace, with_targets
 from .results.attribution import Attribution
 from .results.continuation import Continuation
 from .results.generation import Generation
 from .results.layered import LayeredAttribution
 from .runtime.dtypes import dtype_name
-from .state.state import ComponentState
+from .state_calls import StateCalls
 from .trace.record import Trace
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Custom
 
 
-class DePass:
+class DePass(StateCalls):
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:
@@ -248,8 +250,9 @@ class DePass:
                 :class:`Trace`, or a list of prompts; or what a tokenizer returns, ``input_ids`` (B, N) with
                 ``attention_mask``, padded on any side: the padding is dropped, and positions count without it.
             components: `Tokens`, `Heads`, `Modules`, `Neurons`, `Subspaces`, `Features` or `Custom`.
-            target: None (the model's own next token), an id, a string of one token, a pair (a, b) for the logit
-                difference a - b, a vector (D,) that the normed hidden state is projected on, or a list of these.
+            target: None (the model's own next token), an id, a string of one token, a `LogProb`, a `Contrast` or a pair
+                (a, b) for the logit difference a - b, a vector (D,) that the normed hidden state is projected on, or a
+                list of these.
             contrast: an id or a string of one token, whose logit is subtracted from the target's.
             targets: one target per prompt of a batch, instead of ``target`` for all.
             position: where the readout happens, -N to N - 1; or a list, of one decomposition for all of them. Positions
@@ -313,72 +316,41 @@ class DePass:
         return continuations.attribute_generation(self.adapter, self.tokenizer, settings, prompt, arguments)
 
     @torch.no_grad()
-    def decompose(
+    def ledger(
         self,
         prompt: Prompt | Sequence[Prompt] | Trace,
-        components: ComponentKind,
+        target: Any = None,
         *,
-        end: int | str | None = None,
+        rule: LinearRuleName = "shapley",
+        contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
+        position: int | Sequence[int] = -1,
         **options: Unpack[OptionValues],
-    ) -> ComponentState:
-        """Return the component state entering layer ``end`` (L: after the last layer); None: after the final norm.
+    ) -> Ledger:
+        """Return every component's exact score under a linear rule, by one forward and one backward pass.
 
-        ``dense(p)`` of the result is (N, M, D) for prompt p, ``completeness_error`` is the error that was measured on
-        the way, a float. Arguments and errors as in :meth:`attribute`.
+        ``rule`` is "shapley", "half" or "taylor" (docs/rules.md says which for what). The other arguments are those of
+        :meth:`attribute`, and so are the errors.
         """
-        return decompose(self._request(prompt, components, end, options))
+        if rule not in LINEAR_RULES:
+            raise ValueError(
+                f"rule: {rule!r} is not linear ({', '.join(LINEAR_RULES)}), and has no ledger; for all components of a "
+                "kind under 'softmax' take attribute(..., method='adjoint')."
+            )
+        if "allocation" in options:
+            raise TypeError("allocation: a ledger takes it as rule=.")
+        request = self._request(prompt, Tokens(), None, {**options, "allocation": rule})
+        request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
+        return Ledger.of(with_method(request, "adjoint"), one_position=not is_list_of_positions(position))
 
     @torch.no_grad()
-    def focus(
-        self,
-        prompt: Prompt | Trace,
-        components: ComponentKind,
-        which: Sequence[int | str] | int | str,
-        *,
-        partition: Partition | None = None,
-        end: int | str | None = None,
-        **options: Unpack[OptionValues],
-    ) -> Focus:
-        """Carry the components ``which``, labels or indices, alone and exactly, and keep them at every layer.
-
-        The states are those before the final norm. They follow from a ``partition``; without one, one run over all
-        components comes first. Arguments and errors as in :meth:`attribute`; one prompt.
-        """
-        return focus(self._request(prompt, components, end, options), which, partition)
-
-    @torch.no_grad()
-    def partition(
-        self,
-        prompt: Prompt | Trace,
-        components: ComponentKind,
-        *,
-        end: int | str | None = None,
-        **options: Unpack[OptionValues],
-    ) -> Partition:
-        """Carry all components once and keep log Z of every layer, for :meth:`focus`. Arguments and errors as there."""
-        return partition(self._request(prompt, components, end, options))
-
-    @torch.no_grad()
-    def start(self, trace: Trace, components: ComponentKind, **options: Unpack[OptionValues]) -> ComponentState:
-        """Return the components where they start, as :meth:`carry` takes them. Its rows may be changed.
-
-        ``completeness_error`` of the result is None, as nothing was measured yet. Errors as in :meth:`attribute`.
-        """
-        check_trace(trace)
-        return start_of(self._request(trace, components, None, options))
-
-    @torch.no_grad()
-    def carry(
-        self, trace: Trace, state: ComponentState, end: int | str | None = None, **options: Unpack[OptionValues]
-    ) -> ComponentState:
-        """Carry a state, complete or not, to the input of layer ``end``; None: after the final norm. It is used up.
-
-        ``completeness_error`` of the result is the largest that was measured from the start on, a float.
+    def load_ledger(self, path: str | Path) -> Ledger:
+        """Read a file of :meth:`depass_fast.Ledger.save`. One forward pass makes its trace anew, on this device.
 
         Raises:
-            ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.
+            ValueError: the file holds no ledger, or one of a model with other weights; the message says what differs.
         """
-        return carry(self.adapter, trace, state, end, self.options.updated(options).build(self.adapter))
+        return Ledger.read(path, self.adapter, self.tokenizer, self.options)
 
     def _request(
         self,

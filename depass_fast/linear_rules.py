@@ -108,26 +108,31 @@ def linear_shares(
     recorded: Tensor | slice,
     dtype: torch.dtype,
     up: Tensor | None = None,
+    product: torch.dtype | None = None,
 ) -> LinearShares:
     """Return the coefficients of a linear ``rule`` at the ``recorded`` rows of an MLP's trace, in ``dtype``.
 
-    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known. The router's weight is part of the
-    coefficients; the scale of a norm on the output is not.
+    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known; else the ``product`` that makes it
+    runs in that dtype, by default in float32 or wider. The router's weight is part of the coefficients; the scale of a
+    norm on the output is not.
 
     Raises:
         ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
     """
-    at, n_neurons = _indices(recorded, trace.gate), trace.gate.shape[1]
-    parts = at.split(max(1, at_once(at.device.type == "cpu")[0] // n_neurons))
-    if len(parts) == 1:
-        return _shares(rule, weights, trace, recorded, dtype, up)
-    found, done = None, 0
-    for part in parts:  # what is held beside the coefficients does not grow with the prompt
+    n_recorded, n_neurons = trace.gate.shape
+    n = len(range(*recorded.indices(n_recorded))) if isinstance(recorded, slice) else len(recorded)
+    most = max(1, at_once(trace.gate.device.type == "cpu")[0] // n_neurons)
+    if n <= most:
+        return _shares(rule, weights, trace, recorded, dtype, up, product)
+    at, found, done = recorded, None, 0
+    if isinstance(at, slice):
+        at = torch.arange(n_recorded, device=trace.gate.device)[at]
+    for part in at.split(most):  # what is held beside the coefficients does not grow with the prompt
         rows = slice(done, done + len(part))
-        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows])
+        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows], product)
         if found is None:
-            tables = (None if x is None else x.new_empty(len(at), n_neurons) for x in (made.up, made.constant))
-            found = LinearShares(made.gate.new_empty(len(at), n_neurons), *tables)
+            tables = (None if x is None else x.new_empty(n, n_neurons) for x in (made.up, made.constant))
+            found = LinearShares(made.gate.new_empty(n, n_neurons), *tables)
         found.put(rows, made)
         done = rows.stop
     assert found is not None
@@ -135,7 +140,13 @@ def linear_shares(
 
 
 def _shares(
-    rule: str, weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype, up: Tensor | None
+    rule: str,
+    weights: Mlp,
+    trace: MlpTrace,
+    recorded: Tensor | slice,
+    dtype: torch.dtype,
+    up: Tensor | None,
+    product: torch.dtype | None,
 ) -> LinearShares:
     """Return the coefficients at so few rows that they can be made at once."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -155,7 +166,7 @@ def _shares(
             constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
         )
     else:
-        raw = frozen_up(weights, trace, recorded, wide) if up is None else up.to(wide)
+        raw = (frozen_up(weights, trace, recorded, product or wide) if up is None else up).to(wide)
         up = activation.limited_up(raw)
         up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
         up = up + activation.up_offset if activation.up_offset else up
@@ -178,10 +189,8 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     It is recomputed from the residual stream, as the trace does not hold it.
     """
     at = recorded if trace.positions is None else trace.positions[recorded]
-    x = trace.resid[at].to(dtype)
-    if weights.norm is not None:
-        x = weights.norm.apply(x, weights.norm.scale(x))
-    constant = weights.up_constant(dtype)
+    x, constant = trace.resid[at].to(torch.promote_types(dtype, torch.float32)), weights.up_constant(dtype)
+    x = (x if weights.norm is None else weights.norm.normed(x)).to(dtype)
     up = x @ weights.w_up.to(dtype).T
     return up if constant is None else up + constant
 
@@ -246,10 +255,6 @@ def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Te
 def at_once(on_cpu: bool) -> tuple[int, int]:
     """The numbers of coefficients, and of a curve's values, that are made at once."""
     return _ON_A_CPU if on_cpu else _ELSEWHERE
-
-
-def _indices(recorded: Tensor | slice, like: Tensor) -> Tensor:
-    return torch.arange(len(like), device=like.device)[recorded] if isinstance(recorded, slice) else recorded
 
 
 def _at_zero(curve: Curve) -> tuple[Tensor | float, Tensor | float]:

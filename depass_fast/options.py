@@ -19,6 +19,7 @@ from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 
 RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor", "half", "shapley"]
+LinearRuleName: TypeAlias = Literal["taylor", "half", "shapley"]
 BackendName: TypeAlias = Literal["auto", "reference", "torch", "triton"]
 MethodName: TypeAlias = Literal["exact", "adjoint"]
 
@@ -84,7 +85,7 @@ class Options:
         refuse_autocast(adapter.device)
         self._check_values()
         allocation = Allocation(self.allocation, self.temperature)
-        if allocation.linear_rule not in (None, "taylor"):
+        if allocation.needs_activations:
             adapter.check_linear_rule(str(allocation.rule))
         state, compute = self.dtypes(adapter.dtype, adapter.device)
         choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
@@ -209,3 +210,6 @@ class Adjoint:
             if not 0 <= value < 2**63:
                 raise ValueError(f"{name}: {value} is out of range; it must be at least 0, and below 2^63.")
             object.__setattr__(self, name, value)
+
+
+LINEAR = Adjoint(refine=0, sample=0)  # of a linear rule, which leaves nothing to refine or to sample

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter
-from .allocation import Allocation
 from .components.base import ComponentKind
-from .components.features import Features
-from .components.model import Neurons
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
@@ -31,13 +28,10 @@ from .results.provenance import Provenance
 from .runtime.dtypes import refuse_autocast
 from .runtime.precision import full_precision
 from .state.state import ComponentState
+from .trace.activations import check_activations
 from .trace.capture import capture
 from .trace.first import first_positions
 from .trace.record import Trace
-
-MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
-ADJOINT_RULES = ("softmax", "taylor")
-ADJOINT_KINDS = ("neurons", "features", "custom")
 
 
 @dataclass(frozen=True)
@@ -173,65 +167,13 @@ def with_targets(
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
     specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
-    if request.end_given is not None and any(vector is None for spec in specs for *_, vector in spec.items):
-        raise ValueError("target: at the input of a layer (end=...) only vectors in R^D can be read out.")
+    if request.end_given is not None and any(item.vector is None for spec in specs for item in spec.items):
+        raise ValueError(
+            "target: at the input of a layer (end=...) only vectors in R^D can be read out; logits and "
+            "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
+        )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     return replace(request, reads=reads, targets=specs)
-
-
-def with_method(request: Request, method: str | Adjoint | None) -> Request:
-    """Return the request with the method that it is computed by, see :func:`choose_method`."""
-    return replace(request, method=choose_method(method, request.components, request.adapter, request.settings))
-
-
-def choose_method(
-    method: str | Adjoint | None,
-    kind: ComponentKind,
-    adapter: Adapter,
-    settings: Options,
-) -> Adjoint | None:
-    """Return the sweep that ``method`` stands for, or None for exact propagation.
-
-    ``method`` None is exact for one layer, and for several layers with up to MOST_EXACT components in all.
-
-    Raises:
-        ValueError: an unknown method; a kind, a rule or an option that the adjoint sweep is not for.
-    """
-    if not isinstance(method, Adjoint) and method not in (None, "exact", "adjoint"):
-        raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint', Adjoint(...).")
-    allocation = Allocation(settings.allocation, settings.temperature)
-    if method == "exact":
-        return None
-    if method is None and not (_is_large(kind, adapter) and allocation.rule in ADJOINT_RULES):
-        return None
-    if settings.stream is True:
-        raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
-    if settings.verify:
-        raise ValueError(
-            "verify: method='adjoint' carries no states that the reference could recompute, its sample says how far it "
-            "is off; take method='exact', or verify=False."
-        )
-    if kind.kind not in ADJOINT_KINDS:
-        raise ValueError(
-            f"method: 'adjoint' is for many fine-grained components ({', '.join(ADJOINT_KINDS)}); {kind.kind} are few, "
-            "for which 'exact' is cheap."
-        )
-    if allocation.rule not in ADJOINT_RULES:
-        raise ValueError(
-            f"method: 'adjoint' needs a rule with a derivative and a partition function ({', '.join(ADJOINT_RULES)}); "
-            f"with {allocation.name!r} take method='exact'."
-        )
-    return method if isinstance(method, Adjoint) else Adjoint()
-
-
-def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
-    """True if these are so many neurons or features of several layers that exact propagation would take long.
-
-    All features of a dictionary count: the method of a call does not depend on the prompt.
-    """
-    kinds = kind.each(adapter)
-    counts = [one.count(adapter) for one in kinds if isinstance(one, Neurons | Features)]
-    return len(counts) > 1 and sum(counts) > MOST_EXACT
 
 
 def check_kind(components: Any) -> None:
@@ -291,6 +233,8 @@ def with_trace(request: Request) -> Request:
     trace = request.trace
     if trace is None:
         trace = take_trace(request.adapter, request.prompts, request.run.progress)
+    if request.run.allocation.needs_activations:
+        check_activations(request.adapter, trace)
     finals = trace.normed_final if request.finals is None else request.finals
     return replace(request, trace=first_positions(trace, request.carried), finals=finals)
 
@@ -334,3 +278,8 @@ def carried_tokens(request: Request) -> list[list[str]]:
 def wide_dtype(request: Request) -> torch.dtype:
     """The dtype of scores: that of the state, float32 at least. No share is rounded to half precision."""
     return torch.promote_types(request.run.state_dtype, torch.float32)
+
+
+def at_layer(request: Request, kind: ComponentKind) -> Request:
+    """Return the request of one layer's components out of those of several."""
+    return replace(request, components=kind, layer=kind.resolve(request.adapter))

@@ -223,7 +223,8 @@ def test_equals_share_alike_and_the_absent_receive_nothing(rule, backend):
 def test_nobody_is_left_out(rule):
     dp, ids = build("llama-gqa"), random_ids(6)
     some, none, every = (
-        dp.attribute(ids, Tokens(), allocation=rule, exclude_special=x) for x in (True, False, [0, 1, 2])
+        dp.attribute(ids, Tokens(), allocation=rule, method="exact", exclude_special=x)
+        for x in (True, False, [0, 1, 2])
     )
     assert torch.equal(some.scores, none.scores) and torch.equal(every.scores, none.scores)
 
@@ -231,9 +232,9 @@ def test_nobody_is_left_out(rule):
 @pytest.mark.parametrize("kind", [Tokens(), Neurons(0), Heads(1), Modules(0)])
 def test_shapley_is_complete_whatever_the_quadrature_gives(kind, monkeypatch):
     dp, ids = build("llama-biases", torch.float64), random_ids(7)
-    right = dp.attribute(ids, kind, [5], allocation="shapley")
+    right = dp.attribute(ids, kind, [5], allocation="shapley", method="exact")
     monkeypatch.setattr(linear_rules, "mean_to_zero", lambda curve, x: 0.3 * torch.sin(x))
-    wrong = dp.attribute(ids, kind, [5], allocation="shapley")
+    wrong = dp.attribute(ids, kind, [5], allocation="shapley", method="exact")
     assert wrong.completeness_error < 1e-12 and wrong.layer_errors.max() < 1e-12
     assert not close(wrong.scores, right.scores, 1e-3)
 
@@ -258,7 +259,7 @@ def test_constants_are_shares_of_bias(name, changes, rule):
         assert close(oracle.dense().sum(1), trace.normed_final, 1e-12)
         for options in ({}, {"memory_budget": 2_000}, {"stream": True, "memory_budget": 2_000}):
             assert close(dp.decompose(trace, kind, allocation=rule, **options).dense(), oracle.dense(), 1e-11)
-    result = dp.attribute(trace, Tokens(), allocation=rule)
+    result = dp.attribute(trace, Tokens(), allocation=rule, method="exact")
     assert result.completeness_error < 1e-12 and ("bias" in result.labels) == appears
     softmax = dp.attribute(trace, Tokens())
     assert ("bias" in softmax.labels) == (name != "llama" or "mlp_bias" in changes)
@@ -285,7 +286,7 @@ def test_every_way_of_asking(rule):
     """Checked as it goes, in steps, in parts, a few chosen ones, joined layers, and a tiny workspace."""
     dp, ids = build("llama-biases"), random_ids(6)
     trace = dp.trace(ids)
-    checked = dp.attribute(trace, Tokens(), 5, allocation=rule, verify=True)
+    checked = dp.attribute(trace, Tokens(), 5, allocation=rule, method="exact", verify=True)
     assert checked.verification.passed and checked.verification.error < 1e-5
     for label, kind in kinds(len(ids)).items():
         whole = dp.decompose(trace, kind, allocation=rule)
@@ -300,11 +301,13 @@ def test_every_way_of_asking(rule):
         entering = dp.decompose(trace, kind, end=3, allocation=rule)
         where = [entering.labels.index(label) for label in chosen]
         assert close(focus.entering(3), entering.dense()[:, where]), label
-    for one, alone in zip(dp.attribute(trace, Heads(layers="all"), 5, allocation=rule), range(3), strict=True):
-        assert close(one.scores, dp.attribute(trace, Heads(alone), 5, allocation=rule).scores)
+    for one, alone in zip(
+        dp.attribute(trace, Heads(layers="all"), 5, allocation=rule, method="exact"), range(3), strict=True
+    ):
+        assert close(one.scores, dp.attribute(trace, Heads(alone), 5, allocation=rule, method="exact").scores)
     prompts = [random_ids(n, seed=n) for n in (5, 1, 6)]
-    for ids, one in zip(prompts, dp.attribute(prompts, Neurons(1), 5, allocation=rule), strict=True):
-        assert close(one.scores, dp.attribute(ids, Neurons(1), 5, allocation=rule).scores)
+    for ids, one in zip(prompts, dp.attribute(prompts, Neurons(1), 5, allocation=rule, method="exact"), strict=True):
+        assert close(one.scores, dp.attribute(ids, Neurons(1), 5, allocation=rule, method="exact").scores)
 
 
 def test_a_fork_without_an_activation_is_refused_before_any_work(monkeypatch):
@@ -313,7 +316,7 @@ def test_a_fork_without_an_activation_is_refused_before_any_work(monkeypatch):
         del layer.mlp.act_fn
         layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     dp, ids = DePass(model), random_ids(5)
-    assert dp.attribute(ids, Tokens(), allocation="taylor").completeness_error < 1e-5
+    assert dp.attribute(ids, Tokens(), allocation="taylor", method="exact").completeness_error < 1e-5
     monkeypatch.setattr(model, "forward", None)
     for rule in ("half", "shapley"):
         for ask in (dp.attribute, dp.decompose):

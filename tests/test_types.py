@@ -19,11 +19,13 @@ from depass_fast import (
     ComponentKind,
     ComponentState,
     Continuation,
+    Contrast,
     Custom,
     DePass,
     Features,
     Heads,
     LayeredAttribution,
+    LogProb,
     Modules,
     Neurons,
     Subspaces,
@@ -100,6 +102,16 @@ def test_several_positions_and_a_continuation(demo: DePass):
         Continuation,
         LayeredAttribution,
     ]
+
+
+def test_targets_that_have_names(demo: DePass):
+    one = assert_type(demo.attribute(TEXT, Tokens(), LogProb(" Italian")), Attribution)
+    other = assert_type(demo.attribute(IDS, Heads(layers=[1]), [LogProb(), Contrast(3, 5)]), LayeredAttribution)
+    several = assert_type(demo.attribute([TEXT], Tokens(), targets=[LogProb()]), list[Attribution])
+    assert_type(LogProb().token, int | str | None)
+    assert_type(one.target_kinds, list[str] | None)
+    assert (one.target_kinds, other.target_kinds) == (["log-prob"], ["log-prob", "contrast"])
+    assert several[0].target_kinds == one.target_kinds
 
 
 def test_the_chat_of_one_prompt_and_of_several(demo: DePass):

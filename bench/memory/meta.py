@@ -220,7 +220,7 @@ def standing_in() -> Iterator[None]:
             (engine, "check_weights", lambda adapter: None),
             (Adapter, "check_linear_rule", lambda adapter, rule: None),
             (capture, "check_finite", lambda adapter, trace: None),
-            (capture.consistency, "is_known", lambda *about: True),
+            (capture.consistency.Checked, "knows", lambda *about: True),
             (attention, "causal_attention", attend),
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
@@ -273,7 +273,7 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
                 if case.call == "decompose":
                     dp.decompose(prompts, kind)
                 else:
-                    dp.attribute(prompts, kind, 7, **case.method)
+                    dp.attribute(prompts, kind, 7, **(case.method or {"method": "exact"}))
     return plan, counted
 
 

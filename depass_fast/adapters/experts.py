@@ -125,16 +125,10 @@ def route(
                 continue
             positions, on_host = assignment.positions[here], assignment.host_positions[here]
             inputs, weight = x[positions], weights[here] * experts.factor
-        gate, up = (_projected(linear, inputs) for linear in (part.gate, part.up))
+        gate, up = part.gate.project(inputs), part.up.project(inputs)
         act = (part.activation(gate, up) * weight).to(x.dtype)
         done.append(RoutedExpert(index, positions, on_host, gate, act, weight.flatten().to(x.dtype)))
     return done
-
-
-def _projected(linear: Linear, x: Tensor) -> Tensor:
-    """A projection in x's dtype. Its weight may be wider, if it is computed (dequantised, or changed by PEFT)."""
-    weight, bias = linear.weight, linear.bias
-    return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
 def _choice(values: tuple, dense: bool = False) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,13 @@ class Norm:
         y = norm(x, x.shape[-1:], eps=self.eps)
         return y if self.weight is None else self._weighted(y)
 
+    def transposed(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        """Apply the transpose of :meth:`apply`, to gradients ``y`` (..., N, D) behind the norm."""
+        y = y if self.weight is None else self._weighted(y)
+        if scale is not None:
+            y = y * scale.to(y.dtype)[..., None]
+        return y - y.mean(-1, keepdim=True) if self.centred else y
+
     def _weighted(self, x: Tensor) -> Tensor:
         assert self.weight is not None
         narrower = torch.promote_types(x.dtype, self.weight.dtype) == x.dtype  # the product widens it by itself
@@ -126,6 +133,11 @@ class Linear:
     def select(self, outputs: Tensor) -> Tensor:
         """This projection's part of what the module outputs: (N, C) -> (N, out)."""
         return outputs if self.part is None else self.part(outputs.T).T
+
+    def project(self, x: Tensor) -> Tensor:
+        """The projection of (N, in) to (N, out), in x's dtype. A weight that is computed may be wider."""
+        weight, bias = self.weight, self.bias
+        return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,12 @@ class Branch:
         """The addition of raw outputs ``y`` (N, ..., D) to the residual stream, the output norm's scale (N,) frozen."""
         if self.output is not None:
             y = self.output.apply(y, out_scale)
+        return y if self.factor == 1.0 else y * self.factor
+
+    def written_transposed(self, y: Tensor, out_scale: Tensor | None) -> Tensor:
+        """Apply the transpose of :meth:`written`, to gradients ``y`` (..., N, D) of the residual stream."""
+        if self.output is not None:
+            y = self.output.transposed(y, out_scale)
         return y if self.factor == 1.0 else y * self.factor
 
     def written_constant(self, y: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:

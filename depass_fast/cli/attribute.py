@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", type=types.token_text, metavar="TEXT", help="one token. Default: the model's own next token"
     )
     target.add_argument("--target-id", dest="target", type=int, metavar="I")
+    what.add_argument(
+        "--target-kind",
+        choices=("logit", "log-prob"),
+        default="logit",
+        help="attribute the target's logit, or its log-probability, with P frozen: for ranking neurons and heads. "
+        "Default: logit",
+    )
     contrast = what.add_mutually_exclusive_group()
     contrast.add_argument(
         "--contrast", type=types.token_text, metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)"
@@ -143,6 +150,8 @@ def _check_targets(args: argparse.Namespace) -> None:
     for name in ("target", "continuation"):
         if getattr(args, name) is not None and any(getattr(item, name) is not None for item in items):
             raise ValueError(f"--{name}: the lines of --prompts have a {name} of their own; leave one of the two out.")
+    if args.target_kind == "log-prob":
+        _check_log_prob(args, items)
     with_one = [args.continuation is not None or item.continuation is not None for item in items]
     if not any(with_one):
         if args.reduce is not None:
@@ -156,6 +165,18 @@ def _check_targets(args: argparse.Namespace) -> None:
     if beside or any(item.target is not None for item in items):
         name = beside[0] if beside else "prompts"
         raise ValueError(f"--{name}: the tokens of a continuation are the targets; leave one of the two out.")
+
+
+def _check_log_prob(args: argparse.Namespace, items: list[prompts.Item]) -> None:
+    """Raise ValueError for --target-kind log-prob beside what is no single token."""
+    if args.contrast is not None:
+        raise ValueError(
+            "--target-kind: the difference of two log-probabilities is that of the logits; leave it or --contrast out."
+        )
+    if args.continuation is not None or any(item.continuation is not None for item in items):
+        raise ValueError("--target-kind: a continuation has the shares in logits and log-probabilities; leave it out.")
+    if any(isinstance(item.target, tuple) for item in items):
+        raise ValueError("--target-kind: log-prob is of one token, and a line of --prompts has a pair as its target.")
 
 
 def _prepared(args: argparse.Namespace) -> tuple[DePass, ComponentKind, dict[str, Any]]:
@@ -204,7 +225,7 @@ def _what(args: argparse.Namespace, batch: list[prompts.Item]) -> dict[str, Any]
     if given[0] is not None:
         return {"continuation": given if prompts.is_several(args) else given[0], "reduce": args.reduce}
     position = -1 if args.position is None else args.position
-    read = {"target": args.target, "contrast": args.contrast, "position": position}
+    read = {"contrast": args.contrast, "position": position}
     if any(item.target is not None for item in batch):
-        read["targets"] = [item.target for item in batch]
-    return read
+        return read | {"targets": [prompts.target_of(args, item) for item in batch]}
+    return read | {"target": prompts.target_of(args, batch[0])}

@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> Plan:
     import torch
 
+    from ..chosen_method import choose_method
     from ..options import Options
     from ..planning.gemm_rate import gemm_rate
     from ..planning.planner import check_length, for_config, make_plan
     from ..planning.shapes import RunShape
-    from ..request import choose_method
 
     device = torch.device(device_of(args.device, elsewhere=args.gemm_tflops is not None))
     config = config_of(args.model)

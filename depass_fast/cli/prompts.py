@@ -124,6 +124,16 @@ def is_several(args: argparse.Namespace) -> bool:
     return args.prompts is not None or len(args.prompt or ()) > 1
 
 
+def target_of(args: argparse.Namespace, item: Item) -> Any:
+    """Return the target of a prompt: its line's or that of the flags, of the kind that --target-kind names."""
+    target = args.target if item.target is None else item.target
+    if args.target_kind == "logit":
+        return target
+    from ..inputs.targets import LogProb
+
+    return LogProb(target)
+
+
 def check_all(args: argparse.Namespace, engine: DePass) -> None:
     """Encode every prompt of several with its target or continuation, before the first one is decomposed.
 
@@ -154,7 +164,7 @@ def _check_one(item: Item, args: argparse.Namespace, engine: DePass) -> None:
     if continuation is not None:
         encode_continued(item.prompt, continuation, adapter, tokenizer, template_kwargs)
         return
-    parse_target(args.target if item.target is None else item.target, adapter, tokenizer, args.contrast)
+    parse_target(target_of(args, item), adapter, tokenizer, args.contrast)
     as_positions(-1 if args.position is None else args.position, len(ids))
 
 

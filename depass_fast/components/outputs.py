@@ -101,21 +101,31 @@ class LayerOutputs:
 
     def neurons(self, prefix: str) -> tuple[tuple[str, ...], Factors]:
         """The names and products of all neurons of the MLP, or of the experts that any position was sent to."""
-        names, numbers, vectors = [], [], []
-        for part in self.record.mlps:
-            mlp, act, positions = self.mlps[part.part], part.dense(part.act, self.span), part.host_positions
-            span = (self.span.start, self.span.stop)
-            if positions is not None and not np.diff(np.searchsorted(positions, span)).any():
-                continue
+        numbers, vectors = [], []
+        for part in (self.record.mlps[index] for index in self.reached()):
+            mlp, act = self.mlps[part.part], part.dense(part.act, self.span)
             stored, numbers_of_part = mlp.w_down, act
             if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
                 stored, numbers_of_part = self._written_factors(mlp, part, act)
-            names += map(f"{prefix}{mlp.name}N".__add__, _numerals(act.shape[1]))
             numbers.append(numbers_of_part)
             vectors.append(stored.T)
+        names = self.neuron_names(prefix)
         if len(vectors) == 1:
-            return tuple(names), Factors(numbers[0], vectors[0])
-        return tuple(names), Factors(torch.cat(numbers, 1), torch.cat(vectors))
+            return names, Factors(numbers[0], vectors[0])
+        return names, Factors(torch.cat(numbers, 1), torch.cat(vectors))
+
+    def neuron_names(self, prefix: str) -> tuple[str, ...]:
+        """The names of :meth:`neurons`."""
+        names: list[str] = []
+        for part in (self.record.mlps[index] for index in self.reached()):
+            names += map(f"{prefix}{self.mlps[part.part].name}N".__add__, _numerals(part.act.shape[1]))
+        return tuple(names)
+
+    def reached(self) -> list[int]:
+        """The places in the record of the MLP, or of the experts that any position of the prompt was sent to."""
+        span, every = (self.span.start, self.span.stop), enumerate(self.record.mlps)
+        sent = ((index, part.host_positions) for index, part in every)
+        return [i for i, at in sent if at is None or np.diff(np.searchsorted(at, span)).any()]
 
     def _written_factors(self, mlp: Mlp, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
         """W_down and activations (N, I) with the norms and factors between a neuron and the stream in them."""

@@ -3,39 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..runtime.brief import brief
 from .prompts import as_index
 from .token_texts import single_token
 
 
 @dataclass(frozen=True)
-class TargetSpec:
-    """A target, checked and with its tokens looked up, before the forward pass; ``items`` are (id, contrast, vector).
+class LogProb:
+    """The log-probability of a token as a target: an id or a string of one token. None: the model's own next token.
 
-    An id of None without a vector is the model's own next token.
+    It is read in the direction w_t - Σ_j p_j w_j, with the model's probabilities p frozen: the gradient of log p_t. The
+    shares sum to logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p. Where a family caps its logits, the
+    cap's ratio is frozen, too. What raises all logits alike has no share: this is the target for ranking neurons and
+    heads.
     """
 
-    items: tuple[tuple[int | None, int | None, Tensor | None], ...]
-    several: bool
+    token: int | str | None = None
 
-    def needs_logits(self) -> bool:
-        return any(token is None and vector is None for token, _, vector in self.items)
+    def __repr__(self) -> str:
+        return f"LogProb({'' if self.token is None else brief(self.token)})"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference logit(a) - logit(b) of two tokens, ids or strings, as a target: the pair (a, b) by its name.
+
+    It is also log P(a) - log P(b).
+    """
+
+    a: int | str
+    b: int | str
+
+    def __repr__(self) -> str:
+        return f"Contrast({brief(self.a)}, {brief(self.b)})"
+
+
+class TargetItem(NamedTuple):
+    """One target: the logit of ``token``, less that of ``contrast``; its log-probability; or the product with a vector.
+
+    Without token and vector it is of the model's own next token.
+    """
+
+    token: int | None = None
+    contrast: int | None = None
+    vector: Tensor | None = None
+    log_prob: bool = False
+
+    @property
+    def of_next_token(self) -> bool:
+        """True if the token is the model's own next one, which is not known yet."""
+        return self.token is None and self.vector is None
+
+    @property
+    def kind(self) -> str:
+        """The kind as results name it: "logit", "contrast", "log-prob" or "vector"."""
+        if self.vector is not None:
+            return "vector"
+        if self.log_prob:
+            return "log-prob"
+        return "logit" if self.contrast is None else "contrast"
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A target or a list of them, checked and with their tokens looked up, before the forward pass."""
+
+    items: tuple[TargetItem, ...]
+    several: bool
 
 
 def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast: Any = None) -> TargetSpec:
-    """Check a target: None, an id, a string, a pair (a, b) for a - b, a vector (D,), or a list of any of these.
+    """Check a target: None, an id, a string, a LogProb, a Contrast or a pair, a vector (D,), or a list of any of these.
 
     ``contrast``, an id or a string, is subtracted from every target.
 
     Raises:
         ValueError: a string of several tokens, an id outside the vocabulary, a vector of the wrong size or with NaN; a
-            contrast of a pair or of a vector.
+            contrast of a token with itself; a contrast of a pair, of a vector or of a log-probability.
         TypeError: anything else.
     """
     target = _tensor(target)
@@ -46,15 +97,27 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast:
         raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
     parsed = [_parse_one(item, adapter, tokenizer) for item in items]
     if contrast is not None:
-        if not isinstance(contrast, str) and not hasattr(contrast, "__index__"):
-            raise TypeError(f"contrast: expected a token id or a string of one token, got {contrast!r}.")
-        other = _token(contrast, adapter, tokenizer, "contrast")
-        if any(against is not None or vector is not None for _, against, vector in parsed):
-            raise ValueError("contrast: it is subtracted from a token's logit; this target is a pair or a vector.")
-        if any(token == other for token, _, _ in parsed):
-            raise ValueError(f"contrast: it is the target itself, {contrast!r}; all shares would be zero.")
-        parsed = [(token, other, None) for token, _, _ in parsed]
+        parsed = _with_contrast(parsed, contrast, adapter, tokenizer)
     return TargetSpec(tuple(parsed), several)
+
+
+def _with_contrast(
+    parsed: list[TargetItem], contrast: Any, adapter: Adapter, tokenizer: Any | None
+) -> list[TargetItem]:
+    """Return targets with the logit of ``contrast`` subtracted from each."""
+    if not isinstance(contrast, str) and not hasattr(contrast, "__index__"):
+        raise TypeError(f"contrast: expected a token id or a string of one token, got {contrast!r}.")
+    other = _token(contrast, adapter, tokenizer, "contrast")
+    if any(item.log_prob for item in parsed):
+        raise ValueError(
+            "contrast: it is subtracted from a token's logit; this target is a log-probability. The difference of two "
+            "log-probabilities is that of the logits: give the token itself, or Contrast(a, b)."
+        )
+    if any(item.contrast is not None or item.vector is not None for item in parsed):
+        raise ValueError("contrast: it is subtracted from a token's logit; this target is a pair or a vector.")
+    if any(item.token == other for item in parsed):
+        raise ValueError(f"contrast: it is the target itself, {contrast!r}; all shares would be zero.")
+    return [item._replace(contrast=other) for item in parsed]
 
 
 def _tensor(value: Any) -> Any:
@@ -63,25 +126,40 @@ def _tensor(value: Any) -> Any:
     return value.tolist() if value.dtype.kind in "OSTU" else torch.from_numpy(value)
 
 
-def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> tuple[int | None, int | None, Tensor | None]:
+def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> TargetItem:
     if item is None:
-        return None, None, None
+        return TargetItem()
+    if isinstance(item, LogProb):
+        of = None if item.token is None else _token(item.token, adapter, tokenizer, inside="LogProb")
+        return TargetItem(of, log_prob=True)
+    if isinstance(item, Contrast):
+        return _contrast(item, adapter, tokenizer)
     item = _tensor(item)
     if isinstance(item, Tensor) and item.is_floating_point():
         if tuple(item.shape) != (adapter.hidden_size,):
             raise ValueError(f"target: a direction must have shape ({adapter.hidden_size},), got {tuple(item.shape)}.")
         if not item.isfinite().all():
             raise ValueError("target: the direction holds NaN or inf.")
-        return None, None, item.detach()
+        return TargetItem(vector=item.detach())
     if isinstance(item, tuple):
         if len(item) != 2:
             raise ValueError(f"target: a contrast is a pair (a, b) for logit(a) - logit(b), got {len(item)} entries.")
         first, second = item
-        return _token(first, adapter, tokenizer), _token(second, adapter, tokenizer, "target's contrast"), None
-    return _token(item, adapter, tokenizer), None, None
+        return TargetItem(_token(first, adapter, tokenizer), _token(second, adapter, tokenizer, "target's contrast"))
+    return TargetItem(_token(item, adapter, tokenizer))
 
 
-def _token(item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "target") -> int:
+def _contrast(item: Contrast, adapter: Adapter, tokenizer: Any | None) -> TargetItem:
+    a, b = (_token(one, adapter, tokenizer, inside="Contrast") for one in (item.a, item.b))
+    if a == b:
+        raise ValueError(f"target: {item!r} is of a token and itself; all shares would be zero.")
+    return TargetItem(a, b)
+
+
+def _token(
+    item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "target", inside: str | None = None
+) -> int:
+    """Return the id of a token, an id or a string; ``inside`` names the object that it is given in."""
     if isinstance(item, str):
         token, size = single_token(item, tokenizer, argument), adapter.vocabulary_size
         if token >= size:
@@ -93,9 +171,13 @@ def _token(item: Any, adapter: Adapter, tokenizer: Any | None, argument: str = "
     try:
         token = as_index(item, argument)
     except TypeError:
+        if inside is not None:
+            raise TypeError(
+                f"{argument}: {inside} takes a token id or a string of one token, got {brief(item)}."
+            ) from None
         raise TypeError(
-            f"{argument}: expected None, a token id, a string, a pair, a vector in R^{adapter.hidden_size}, or a list "
-            f"of these, got {item!r}."
+            f"{argument}: expected None, a token id, a string, LogProb(token), Contrast(a, b), a pair, a vector in "
+            f"R^{adapter.hidden_size}, or a list of these, got {item!r}."
         ) from None
     size = adapter.vocabulary_size
     if not 0 <= token < size:

@@ -20,9 +20,9 @@ from ..components.start import each_meets_bias
 from ..labels import BIAS, REST
 from ..options import Adjoint
 from ..readout.assemble import assemble
-from ..readout.collect import how_computed, read_places
+from ..readout.collect import how_computed, read_directions
 from ..readout.completeness import off_the_logit, rounding_of
-from ..readout.targets import Directions, resolve_target
+from ..readout.targets import Directions
 from ..request import Request, fit, traced, wide_dtype, with_trace
 from ..results.attribution import Attribution
 from ..results.estimate import ApproximationWarning
@@ -46,13 +46,12 @@ def adjoint(
             request = fit(request, largest([survey(request, kind) for kind in kinds]))
     else:
         request = traced(request)
-    places = request.places
+    places, directions = request.places, directions or read_directions(request)
     found = []
     what = "prompts" if len(places) == len(request.prompts) else "positions"
     with progress_bar(what, len(places), request.run.progress) as bar:
         for place, (prompt, position) in enumerate(places):
-            given = None if directions is None else directions[place]
-            found.append(_one_read(request, kinds, prompt, position, given))
+            found.append(_one_read(request, kinds, prompt, position, directions[place]))
             if bar is not None:
                 bar.finish()
     results = iter(found)
@@ -60,7 +59,7 @@ def adjoint(
 
 
 def _one_read(
-    request: Request, kinds: Sequence[ComponentKind], prompt: int, position: int, directions: Directions | None
+    request: Request, kinds: Sequence[ComponentKind], prompt: int, position: int, directions: Directions
 ) -> Attribution | LayeredAttribution:
     assert request.method is not None
     end = _End.of(request, prompt, position, directions)
@@ -93,17 +92,15 @@ class _End:
     sizes: Tensor
 
     @staticmethod
-    def of(request: Request, prompt: int, position: int, given: Directions | None) -> _End:
+    def of(request: Request, prompt: int, position: int, found: Directions) -> _End:
         adapter, trace, wide = request.adapter, request.require_trace(), wide_dtype(request)
         device = adapter.unembedding_device
         at = trace.span(prompt).start + position
-        resid, places = trace.resid(request.end)[at].to(device), read_places(request, [(prompt, position)])
+        resid = trace.resid(request.end)[at].to(device)
         if request.end_given is not None:
-            found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, places, resid, wide)
             sizes = (found.vectors * resid.to(wide)).norm(dim=1)
             return _End(found, found.vectors, found.vectors @ resid.to(wide), found.constants, sizes)
         norm, final = adapter.final_norm(), trace.normed_final[at].to(device)
-        found = given or resolve_target(request.targets[prompt], adapter, request.tokenizer, places, final, wide)
         seeds, constants = found.vectors, found.constants
         if norm is not None:
             norm = norm.to(device)
@@ -123,7 +120,9 @@ def _sweep(
     bound = None if request.bound is None else request.bound[prompt]  # of one layer
     starts = [
         make_start(kind, adapter, trace, prompt, n, has_bias, wide, bound)
-        for kind, has_bias in zip(kinds, each_meets_bias(kinds, adapter, request.end_given, run.allocation), strict=True)
+        for kind, has_bias in zip(
+            kinds, each_meets_bias(kinds, adapter, request.end_given, run.allocation), strict=True
+        )
     ]
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = run.compute_dtype or wide

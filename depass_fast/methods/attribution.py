@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..ledger.attribute import attribute as by_ledger
 from ..readout.targets import Directions
 from ..request import Request
 from .adjoint import adjoint
@@ -17,6 +18,8 @@ def attributions(request: Request, directions: Sequence[Directions] | None = Non
 
     ``directions``, one per read of one prompt after the other, stand for the targets.
     """
+    if request.method is not None and request.run.allocation.linear_rule is not None:
+        return by_ledger(request, directions)
     if request.method is not None:
         return adjoint(request, directions)
     return layers(request, directions) if request.components.is_layered else exact(request, directions)

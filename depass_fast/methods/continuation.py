@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from ..adapters import Adapter
+from ..chosen_method import with_method
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
 from ..inputs.generation import generate
 from ..inputs.loading import check_ready
 from ..inputs.prompts import POSITIONS, Prompt, as_index, encode, is_batch, is_list_of_positions
-from ..inputs.targets import parse_target
+from ..inputs.targets import LogProb, parse_target
 from ..options import Adjoint, Options
 from ..readout.collect import read_hidden, read_places
-from ..readout.log_probs import with_log_probs
 from ..readout.targets import resolve_targets
-from ..request import Request, fit, make_request, wide_dtype, with_method, with_trace
+from ..request import Request, fit, make_request, wide_dtype, with_trace
 from ..results.continuation import REDUCTIONS, Continuation
 from ..results.generation import Generation
 from ..trace.record import Trace
@@ -110,9 +110,9 @@ def _decomposed(
     request = with_trace(fit(replace(request, reads=reads)))
     hidden, dtype = read_hidden(request), wide_dtype(request)
     following = [int(request.prompts[prompt][position + 1]) for prompt, position in request.places]
-    targets = [parse_target(token, adapter, tokenizer) for token in following]
+    targets = [parse_target([token, LogProb(token)], adapter, tokenizer) for token in following]
     for places in read_places(request).ways(adapter, generated):  # compared in each, and all of them the same
-        of_tokens = resolve_targets(targets, adapter, tokenizer, places, hidden, dtype)
-        directions, log_z = with_log_probs(adapter, of_tokens, places, hidden)
+        directions = resolve_targets(targets, adapter, tokenizer, places, hidden, dtype)
+    log_z = torch.stack([one.log_z for one in directions if one.log_z is not None])  # all have one
     by_prompt = log_z.cpu().split([len(one) for one in reads])
     return list(zip(attributions(request, directions), by_prompt, strict=True))

@@ -16,11 +16,11 @@ from ..propagation.joint import PendingState, can_propagate_jointly, carry_joint
 from ..propagation.loop import propagate
 from ..readout.collect import Readout, to_results
 from ..readout.targets import Directions
-from ..request import Request, fit, start, with_trace
+from ..request import Request, at_layer, fit, start, with_trace
 from ..results.attribution import Attribution
-from ..results.layered import LayeredAttribution
+from ..results.layered import LayeredAttribution, warnings_of_layers
 from ..state.state import ComponentState
-from .survey import Survey, at_layer, largest, survey
+from .survey import Survey, largest, survey
 
 
 def layers(request: Request, directions: Sequence[Directions] | None = None) -> list[list[LayeredAttribution]]:
@@ -41,7 +41,7 @@ def layers(request: Request, directions: Sequence[Directions] | None = None) -> 
         for has_own, results in zip(own_bias, to_results(collected), strict=True)
     ]
     return [
-        [LayeredAttribution(list(each), warnings=_warnings(each)) for each in zip(*of_prompt, strict=True)]
+        [LayeredAttribution(list(each), warnings=warnings_of_layers(each)) for each in zip(*of_prompt, strict=True)]
         for of_prompt in zip(*by_layer, strict=True)
     ]
 
@@ -111,11 +111,6 @@ def _pending(part: Request, counts: Sequence[int]) -> PendingState:
     nbytes = rows * part.require_trace().resid_final.shape[1] * part.run.state_dtype.itemsize
     device = part.adapter.layer_device(part.layer)
     return PendingState(part.components.entry(part.adapter).layer, nbytes, device, lambda: start(part))
-
-
-def _warnings(results: Sequence[Attribution]) -> list[str] | None:
-    """Return the warnings of all layers, each once."""
-    return list(dict.fromkeys(text for result in results for text in result.warnings or [])) or None
 
 
 def _without_bias(result: Attribution) -> Attribution:

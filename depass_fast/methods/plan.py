@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..chosen_method import choose_method
 from ..components.base import ComponentKind
 from ..inputs.continuation import encode_continued
 from ..inputs.prompts import Prompt, as_positions, encode_all
@@ -17,7 +18,7 @@ from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
 from ..planning.planner import check_length, known_counts, make_plan
 from ..planning.shapes import RunShape
-from ..request import check_end, check_kind, choose_method
+from ..request import check_end, check_kind
 from ..trace.first import first_positions
 from ..trace.record import Trace
 from .continuation import refuse_beside

@@ -18,6 +18,7 @@ from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced
 from ..results.verification import warn_if_off
 from ..state.state import ComponentState
+from ..trace.activations import check_activations
 from ..trace.record import Trace
 
 
@@ -56,6 +57,8 @@ def carry(adapter: Adapter, trace: Trace, state: ComponentState, end: int | str 
     if not isinstance(state, ComponentState):
         raise TypeError(f"state: expected dp.start(...) or dp.decompose(...), got {type(state).__name__}.")
     trace.source.check(adapter.model)
+    if run.allocation.needs_activations:
+        check_activations(adapter, trace)
     if not np.array_equal(state.layout.packed, np.arange(trace.offsets[-1])):
         raise ValueError("state: it does not hold all positions of the trace's prompts.")
     last = adapter.n_layers if end is None else layer_input(end, "end")

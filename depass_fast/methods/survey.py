@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..components.base import ComponentKind
 from ..components.features import Features
@@ -42,8 +42,3 @@ def survey(request: Request, kind: ComponentKind) -> Survey:
 def largest(surveys: Sequence[Survey]) -> list[int]:
     """Return the most named components that any layer has, of every prompt."""
     return [max(counts) for counts in zip(*(one.counts for one in surveys), strict=True)]
-
-
-def at_layer(request: Request, kind: ComponentKind) -> Request:
-    """Return the request of one layer's components out of those of several."""
-    return replace(request, components=kind, layer=kind.resolve(request.adapter))

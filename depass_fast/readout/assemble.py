@@ -43,5 +43,6 @@ def assemble(
         target_names=list(directions.names),
         target_ids=list(directions.ids),
         contrast_ids=list(directions.contrast_ids),
+        target_kinds=list(directions.kinds),
         **rest,
     )

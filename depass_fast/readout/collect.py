@@ -64,9 +64,7 @@ class Readout:
         dtype = wide_dtype(request)
         resid = request.require_trace().resid(request.end).to(device)
         hidden = read_hidden(request)
-        if directions is None:
-            targets = [request.targets[prompt] for prompt, _ in places]
-            directions = resolve_targets(targets, adapter, request.tokenizer, read_places(request), hidden, dtype)
+        directions = read_directions(request) if directions is None else directions
         norm = None if norm is None else norm.to(device)
         logits, sizes, constants = to_host([*_logits(directions, hidden), bias_scores(directions, norm)])
         widths = [len(one.vectors) for one in directions]
@@ -196,7 +194,7 @@ def how_computed(request: Request, prompt: int) -> dict[str, Any]:
         "compute_dtype": _products(request),
         "site": kind.site,
         "end": request.end_given,
-        "sweep": None if request.method is None else asdict(request.method),
+        "sweep": None if request.method is None or run.allocation.linear_rule is not None else asdict(request.method),
         "provenance": request.provenance,
     }
 
@@ -255,10 +253,21 @@ def read_hidden(request: Request) -> Tensor:
     return final.to(device)[to_device(_packed(request), device)]
 
 
-def read_places(request: Request, places: Sequence[tuple[int, int]] | None = None) -> Places:
-    """Return the places that a traced request reads, or some of them."""
+def read_places(request: Request) -> Places:
+    """Return the places that a traced request reads."""
     assert request.finals is not None, "the forward pass was not taken yet"
-    return Places(request.places if places is None else places, request.prompts, request.finals)
+    return Places(request.places, request.prompts, request.finals)
+
+
+def read_directions(request: Request) -> list[Directions]:
+    """Return the directions of the targets of a traced request, one for every place that it reads.
+
+    Raises:
+        ValueError: an unembedding row holds NaN or inf, or the model reads its logits otherwise.
+    """
+    targets, hidden = [request.targets[prompt] for prompt, _ in request.places], read_hidden(request)
+    places, dtype = read_places(request), wide_dtype(request)
+    return resolve_targets(targets, request.adapter, request.tokenizer, places, hidden, dtype)
 
 
 def _packed(request: Request) -> np.ndarray:

@@ -38,6 +38,20 @@ def warn_if_results_miss(request: Request, results: Sequence[tuple[Attribution, 
     warn_incomplete(text)
 
 
+def warn_if_logits_miss(request: Request, results: Sequence[tuple[Attribution, Tensor]], computed: torch.dtype) -> None:
+    """Do as :func:`warn_if_results_miss` for results that no states were carried for; products ran in ``computed``."""
+    rounding, found = rounding_of(request.adapter, request.run, computed), []
+    for result, sizes in results:
+        if not rounding.explains(off := off_the_logit(result, sizes), 0.0):
+            found.append((off, result))
+    if not found:
+        return
+    text = excess(max(off for off, _ in found), rounding, "the logit", False)
+    for _, result in found:
+        result.warnings = [*(result.warnings or []), text]
+    warn_incomplete(text)
+
+
 def warn_if_states_miss(adapter: Adapter, run: Run, errors: Sequence[Tensor]) -> None:
     """Issue a warning if completeness errors (P,), at the start and after every layer, are more than dtypes explain."""
     found, rounding = torch.stack(list(errors)), rounding_of(adapter, run)
@@ -50,7 +64,11 @@ def rounding_of(adapter: Adapter, run: Run, computed: torch.dtype | None = None)
     """Return the rounding that a run's dtypes explain; ``computed`` are products and states of another dtype."""
     dtypes = adapter.dtype, computed or run.state_dtype, computed or run.compute_dtype or run.state_dtype
     products = allowed_rounding() if adapter.dtype == torch.float32 else 0.0
-    return Rounding.of(dtypes, products, any(kind_of(module) is not None for module in adapter.weighty(0)))
+    return Rounding.of(
+        dtypes,
+        products,
+        any(kind_of(module) is not None for module in adapter.weighty(0, run.allocation.needs_activations)),
+    )
 
 
 def off_the_logit(result: Attribution, sizes: Tensor) -> float:

@@ -1,76 +1,91 @@
-"""The log-probability of a token as a direction, with the model's probabilities frozen."""
+"""The direction of a token's log-probability, with the model's probabilities frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter
-from ..runtime.precision import full_precision
-from .own import Places, check_log_z
-from .targets import Directions
 
 _ELEMENTS = 1 << 25  # of the unembedding, and of the logits, that are held at once in the state's dtype
+_SUMMED = 1024  # tokens that one product sums up; longer sums lose digits
 
 
-@full_precision()
-def with_log_probs(
-    adapter: Adapter, directions: Sequence[Directions], places: Places, hidden: Tensor
-) -> tuple[list[Directions], Tensor]:
-    """Return the directions of a token at each of P ``places`` with that of its log-probability beside it.
+@dataclass(frozen=True)
+class MeanToken:
+    """The mean direction Σ_j p_j w_j of all tokens j under the model's probabilities p, at S hidden states.
 
-    The latter is w_t - Σ_j p_j w_j with the probabilities p that the model has at the place's normed hidden state, a
-    row of ``hidden`` (P, D): the gradient of log p_t. Its product with the hidden state is logit_t - Σ_j p_j logit_j,
-    which is log p_t plus the entropy of p.
+    w_t - Σ_j p_j w_j, with p frozen, is the gradient of log p_t. Its product with the hidden state is
+    logit_t - Σ_j p_j logit_j, which is log p_t plus the entropy of p.
 
-    Returns:
-        K = 2 directions per place, the logit's first; the log partition functions logsumexp_j logit_j (P,).
-
-    Raises:
-        ValueError: a row of the unembedding holds NaN or inf, or the model's logits are others than those of its rows.
+    The mean is held as seen from the token ``top`` (S,), the most probable one: its direction ``vectors`` (S, D), and
+    ``offsets`` (S, D), Σ_j p_j (w_j - w_top). Where the model is certain, the direction of that token's own
+    log-probability is ever smaller than w_t; so it loses no digits. Of the ``constants`` (S, 2) the first are those of
+    the top token, the second Σ_j p_j (c_j - c_top). ``log_z`` (S,) is logsumexp_j logit_j.
     """
-    tokens = torch.cat([one.vectors for one in directions])
-    means, mean_constants, log_z = _expected(adapter, hidden.to(tokens))
-    if not (means.isfinite().all() and mean_constants.isfinite().all()):
-        raise ValueError("continuation: a row of the unembedding holds NaN or inf, so that no log-probability exists.")
-    check_log_z(adapter, places, hidden, tokens, log_z)
-    found = [
-        replace(
-            one,
-            vectors=torch.stack([one.vectors[0], one.vectors[0] - mean]),
-            constants=torch.stack([one.constants[0], one.constants[0] - constant]),
-            names=(one.names[0], f"log P({one.names[0]}), P frozen"),
-            ids=(one.ids[0], None),
-            contrast_ids=(None, None),
-            several=True,
+
+    top: Tensor
+    vectors: Tensor
+    offsets: Tensor
+    constants: Tensor
+    log_z: Tensor
+
+    @staticmethod
+    def at(adapter: Adapter, hidden: Tensor, top: Tensor) -> MeanToken:
+        """Return the mean at normed final hidden states (S, D), in their dtype.
+
+        One pass over the vocabulary, block by block, with a running maximum. A cap's ratio is part of w_j.
+        """
+        (places, width), size = hidden.shape, adapter.vocabulary_size
+        block = max(1, _ELEMENTS // max(width, places))
+        w_top, c_top = adapter.token_directions(top, hidden, hidden.dtype)
+        logit = (w_top * hidden).sum(1) + c_top
+        largest, total = logit, hidden.new_zeros(places)  # all sums are those of the other tokens
+        constants, vectors = hidden.new_zeros(places), torch.zeros_like(hidden)
+        for first in range(0, size, block):
+            rows, offsets = adapter.uncapped_directions(slice(first, first + block), hidden.dtype)
+            raw = hidden @ rows.T + offsets  # (S, block)
+            ratio = adapter.cap_ratio(raw)
+            logits = raw * ratio
+            new = torch.maximum(largest, logits.amax(1))
+            shrink, weights = (largest - new).exp(), (logits - new[:, None]).exp()
+            weights = weights.masked_fill(torch.arange(first, first + len(rows), device=top.device) == top[:, None], 0)
+            total = total * shrink + weights.sum(1)
+            weights *= ratio
+            constants = constants * shrink + weights @ offsets
+            vectors = vectors * shrink[:, None] + _product(weights, rows)
+            largest = new
+        z = total + (logit - largest).exp()
+        return MeanToken(
+            top=top,
+            vectors=w_top,
+            offsets=(vectors - total[:, None] * w_top) / z[:, None],
+            constants=torch.stack([c_top, (constants - total * c_top) / z], 1),
+            log_z=largest + z.log(),
         )
-        for one, mean, constant in zip(directions, means, mean_constants, strict=True)
-    ]
-    return found, log_z
+
+    @property
+    def is_finite(self) -> Tensor:
+        """False (S,) where a row of the unembedding holds NaN or inf."""
+        return self.offsets.isfinite().all(1) & self.constants.isfinite().all(1)
+
+    def subtracted(self, tokens: Tensor, vectors: Tensor, constants: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Return directions (K, D) and constants (K,) of ``tokens`` (K,), less the means ``at`` (K,) places of S."""
+        is_top = tokens == self.top[at]
+        above = torch.where(is_top[:, None], 0.0, vectors - self.vectors[at])
+        beside = torch.where(is_top, 0.0, constants - self.constants[at, 0])
+        return above - self.offsets[at], beside - self.constants[at, 1]
 
 
-def _expected(adapter: Adapter, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Σ_j p_j w_j (P, D), the same of the constants (P,), and log Z (P,), at hidden states (P, D).
+def _product(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return ``weights`` (S, V) @ ``rows`` (V, D), as the sum of the products of a few of the V at a time.
 
-    One pass over the vocabulary, block by block, with a running maximum. A cap's ratio is part of w_j.
+    No more than V · D elements are held in between, or S · V.
     """
-    (places, width), size = hidden.shape, adapter.vocabulary_size
-    block = max(1, _ELEMENTS // max(width, places))
-    largest = hidden.new_full((places,), -torch.inf)
-    total, constants, vectors = hidden.new_zeros(places), hidden.new_zeros(places), torch.zeros_like(hidden)
-    for first in range(0, size, block):
-        rows, offsets = adapter.uncapped_directions(slice(first, first + block), hidden.dtype)
-        raw = hidden @ rows.T + offsets  # (P, block)
-        ratio = adapter.cap_ratio(raw)
-        logits = raw * ratio
-        new = torch.maximum(largest, logits.amax(1))
-        shrink, weights = (largest - new).exp(), (logits - new[:, None]).exp()
-        total = total * shrink + weights.sum(1)
-        weights *= ratio
-        constants = constants * shrink + weights @ offsets
-        vectors = vectors * shrink[:, None] + weights @ rows
-        largest = new
-    return vectors / total[:, None], constants / total, largest + total.log()
+    few = max(_SUMMED, len(weights))
+    shape = len(rows) // few, few
+    whole = shape[0] * few
+    parts = weights[:, :whole].unflatten(1, shape).transpose(0, 1) @ rows[:whole].unflatten(0, shape)
+    return parts.sum(0) + weights[:, whole:] @ rows[whole:]

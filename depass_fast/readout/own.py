@@ -6,6 +6,7 @@ logit is compared with the product that is shared out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -55,47 +56,76 @@ class Places:
 class OwnLogits:
     """The model's logits of some tokens: ``slots`` maps a place and a token to one of ``logits`` (G,).
 
-    ``next_tokens`` maps a place to the model's next token, where that was asked for.
+    ``next_tokens`` maps a place to the model's next token, where that was asked for. ``log_z`` (S, 2) are the logsumexp
+    and the largest of all logits at the places ``summed``, each once and in order; ``top`` (S,) have the largest.
     """
 
     logits: Tensor
     slots: dict[tuple[int, int], int]
     next_tokens: dict[int, int]
+    summed: list[int]
+    log_z: Tensor
+    top: Tensor
 
     @staticmethod
     def at(
-        adapter: Adapter, places: Places, hidden: Tensor, tokens: Sequence[tuple[int, int]], asked: Sequence[int]
+        adapter: Adapter,
+        places: Places,
+        hidden: Tensor,
+        tokens: Sequence[tuple[int, int]],
+        asked: Sequence[int],
+        summed: list[int],
+        dtype: torch.dtype,
     ) -> OwnLogits:
         """Ask the model for ``tokens``, pairs of a place and a token in order of places, and for its own if ``asked``.
 
-        ``hidden`` (P, D) are the normed final hidden states of all ``places``.
+        ``hidden`` (P, D) are the normed final hidden states of all ``places``. Logits are ``summed`` up in ``dtype``.
         """
         device, wanted = adapter.unembedding_device, np.array(tokens, np.int64).reshape(-1, 2)
-        chosen = np.array(asked, np.int64)
+        chosen, all_of = np.array(asked, np.int64), np.array(summed, np.int64)
         given: list[Tensor] = []
         highest: list[Tensor] = []
         best: list[Tensor] = []
+        log_z: list[Tensor] = []
+        top: list[Tensor] = []
         for part, logits in _in_parts(adapter, places, hidden) if len(wanted) or len(chosen) else ():
-            here = wanted[(part.start <= wanted[:, 0]) & (wanted[:, 0] < part.stop)]
-            rows = chosen[(part.start <= chosen) & (chosen < part.stop)] - part.start
+            here = wanted[_inside(wanted[:, 0], part)]
             if len(here):
                 at, of = all_to_device([here[:, 0] - part.start, here[:, 1]], logits.device)
                 given.append(logits[at, of].to(device))
-            if len(rows):
-                few = logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
+            for few in _rows_at(logits, part, chosen):
                 values, tokens_there = few.max(-1)
                 highest.append(values.to(device))
                 best.append(tokens_there)
+            for few in _rows_at(logits, part, all_of):
+                wide = few.to(dtype)
+                values, tokens_there = wide.max(-1)
+                log_z.append(torch.stack([wide.logsumexp(-1), values], 1).to(device))
+                top.append(tokens_there.to(device))
         next_tokens = dict(zip(asked, torch.cat(best).tolist() if best else [], strict=True))
         pairs = [*tokens, *next_tokens.items()]
-        logits = torch.cat(given + highest) if pairs else hidden.new_zeros(0)
-        return OwnLogits(logits, {pair: slot for slot, pair in enumerate(pairs)}, next_tokens)
+        found = torch.cat(given + highest) if pairs else hidden.new_zeros(0)
+        slots = {pair: slot for slot, pair in enumerate(pairs)}
+        if not summed:
+            return OwnLogits(found, slots, next_tokens, [], hidden.new_zeros(0, 2), hidden.new_zeros(0))
+        return OwnLogits(found, slots, next_tokens, summed, torch.cat(log_z), torch.cat(top))
 
     def of(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """Return the logits (K,) of pairs of a place and a token."""
         slots = [self.slots[pair] for pair in pairs]
         in_order = slots == list(range(len(self.logits)))
         return self.logits if in_order else self.logits[to_device(np.array(slots), self.logits.device)]
+
+
+def _inside(places: np.ndarray, part: slice) -> np.ndarray:
+    return (part.start <= places) & (places < part.stop)
+
+
+def _rows_at(logits: Tensor, part: slice, places: np.ndarray) -> Iterator[Tensor]:
+    """Yield the rows of ``logits`` (P', vocabulary) at those of ``places``, in order, that lie in ``part``, if any."""
+    rows = places[_inside(places, part)] - part.start
+    if len(rows):
+        yield logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
 
 
 def _in_parts(adapter: Adapter, places: Places, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -142,23 +172,24 @@ def rounding(adapter: Adapter, hidden: torch.dtype, own: torch.dtype, sums: Sequ
     return eps * (2 * max(abs(total), abs(logit)) + 4 * norm) + _FLOAT32 * size
 
 
-def check_log_z(adapter: Adapter, places: Places, hidden: Tensor, vectors: Tensor, log_z: Tensor) -> None:
-    """Compare log partition functions (P,) with those of the model's own logits, of all tokens.
+def check_log_z(
+    adapter: Adapter, own: OwnLogits, log_z: Tensor, finite: Tensor, sums: Tensor, hidden: torch.dtype
+) -> None:
+    """Compare log partition functions (S,) with those of the model's ``own`` logits, at the places that it ``summed``.
 
-    ``vectors`` (P, D) are directions of some tokens, whose rounding all have about.
+    ``finite`` (S,) says that the unembedding is, ``sums`` (S, 3) are rows of :func:`sums_of_products` of some tokens
+    there, whose rounding all have about. ``hidden`` is the dtype of the hidden states.
 
     Raises:
-        ValueError: the model's are other ones.
+        ValueError: a row of the unembedding holds NaN or inf, or the model's are other ones.
     """
-    rows, dtype = [], hidden.dtype
-    for part, logits in _in_parts(adapter, places, hidden):
-        wide, dtype = logits.to(log_z), logits.dtype
-        own = torch.stack([log_z[part], wide.logsumexp(-1), wide.amax(-1)], 1)
-        rows.append(torch.cat([own, sums_of_products(vectors[part], hidden[part]).to(own)], 1))
-    for ours, own, highest, *sums in torch.cat(rows).tolist():
-        if not abs(ours - own) <= 4 * rounding(adapter, hidden.dtype, dtype, sums, highest):
+    columns = torch.stack([log_z, finite.to(log_z)], 1), own.log_z, sums.to(log_z)
+    for ours, is_finite, theirs, highest, *sizes in torch.cat(columns, 1).tolist():
+        if not (is_finite and math.isfinite(ours)):
+            raise ValueError("target: a row of the unembedding holds NaN or inf, so that no log-probability exists.")
+        if not abs(ours - theirs) <= 4 * rounding(adapter, hidden, own.logits.dtype, sizes, highest):
             raise ValueError(
-                f"continuation: the logsumexp of the model's logits is {own:.6g}, that of its unembedding {ours:.6g}: "
+                f"target: the logsumexp of the model's logits is {theirs:.6g}, that of its unembedding {ours:.6g}: "
                 f"{_changed_by(adapter)} changes what follows the final norm. Remove it."
             )
 

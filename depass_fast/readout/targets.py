@@ -13,21 +13,24 @@ from torch import Tensor
 
 from ..adapters import Adapter, Norm
 from ..backends import Backend
-from ..inputs.targets import TargetSpec
+from ..inputs.targets import TargetItem, TargetSpec
 from ..inputs.token_texts import token_texts
 from ..labels import BIAS
+from ..runtime.precision import full_precision
 from ..runtime.transfer import all_to_device, to_device
 from ..state.layout import Components
 from ..state.state import ComponentState
-from .own import OwnLogits, Places, refusal, rounding, sums_of_products
+from .log_probs import MeanToken
+from .own import OwnLogits, Places, check_log_z, refusal, rounding, sums_of_products
 
 
 @dataclass(frozen=True)
 class Directions:
     """K directions in the space of the hidden state: ``vectors`` (K, D), their ``constants`` (K,) and names.
 
-    ``ids`` holds a token id per direction (None for a free vector), ``contrast_ids`` the token subtracted from it.
-    ``several`` says whether the user asked for a list, so that scores keep the axis.
+    ``ids`` holds a token id per direction (None for a free vector), ``contrast_ids`` the token subtracted from it,
+    ``kinds`` the kind of target. ``several`` says whether the user asked for a list, so that scores keep the axis.
+    ``log_z`` () is log Z of the model's logits where one of the targets is a log-probability.
     """
 
     vectors: Tensor
@@ -35,22 +38,12 @@ class Directions:
     names: tuple[str, ...]
     ids: tuple[int | None, ...]
     contrast_ids: tuple[int | None, ...]
+    kinds: tuple[str, ...]
     several: bool
+    log_z: Tensor | None = None
 
 
-def resolve_target(
-    spec: TargetSpec, adapter: Adapter, tokenizer: Any | None, places: Places, final: Tensor, dtype: torch.dtype
-) -> Directions:
-    """Return the directions of a target; ``final`` (D,) is the normed hidden state that the model's logits come from.
-
-    ``places`` is that one place.
-
-    Raises:
-        ValueError: an unembedding row holds NaN or inf, or the model's logit is not the product with it.
-    """
-    return resolve_targets([spec], adapter, tokenizer, places, final[None], dtype)[0]
-
-
+@full_precision()
 def resolve_targets(
     specs: Sequence[TargetSpec],
     adapter: Adapter,
@@ -59,51 +52,65 @@ def resolve_targets(
     finals: Tensor,
     dtype: torch.dtype,
 ) -> list[Directions]:
-    """Resolve targets at P ``places``, whose normed states are ``finals`` (P, D), as :func:`resolve_target` does one.
+    """Return the directions of targets at P ``places``, whose normed final hidden states are ``finals`` (P, D).
 
-    Neither the number of operations nor that of waits for a GPU depends on how many there are.
+    Neither the number of operations nor that of waits for a GPU depends on how many there are. Log-probabilities take
+    one pass over the vocabulary, for all of them.
+
+    Raises:
+        ValueError: an unembedding row holds NaN or inf, or the model's logits are not the products with its rows.
     """
-    own = _own_logits(specs, adapter, places, finals)
+    own = _own_logits(specs, adapter, places, finals, dtype)
     items = [
-        _Item(place, own.next_tokens[place] if token is None and vector is None else token, contrast, vector)
+        _Item(place, item._replace(token=own.next_tokens[place]) if item.of_next_token else item)
         for place, spec in enumerate(specs)
-        for token, contrast, vector in spec.items
+        for item in spec.items
     ]
-    vectors, constants = _directions(items, adapter, tokenizer, finals, dtype, own)
-    ends = np.cumsum([len(spec.items) for spec in specs])
-    return [
-        Directions(
-            vectors=vectors[end - len(spec.items) : end],
-            constants=constants[end - len(spec.items) : end],
-            names=_names(items[end - len(spec.items) : end], tokenizer),
-            ids=tuple(item.token for item in items[end - len(spec.items) : end]),
-            contrast_ids=tuple(item.contrast for item in items[end - len(spec.items) : end]),
-            several=spec.several,
+    vectors, constants, log_z = _directions(items, adapter, tokenizer, finals, dtype, own)
+    ends, slots = np.cumsum([len(spec.items) for spec in specs]).tolist(), {p: i for i, p in enumerate(own.summed)}
+    found = []
+    for place, (spec, end) in enumerate(zip(specs, ends, strict=True)):
+        here = slice(end - len(spec.items), end)
+        targets = [item.target for item in items[here]]
+        found.append(
+            Directions(
+                vectors=vectors[here],
+                constants=constants[here],
+                names=_names(targets, tokenizer),
+                ids=tuple(target.token for target in targets),
+                contrast_ids=tuple(target.contrast for target in targets),
+                kinds=tuple(target.kind for target in targets),
+                several=spec.several,
+                log_z=log_z[slots[place]] if place in slots else None,
+            )
         )
-        for spec, end in zip(specs, ends.tolist(), strict=True)
-    ]
+    return found
 
 
 class _Item(NamedTuple):
-    """One direction at the hidden state ``place``: of a ``token``, less that of its ``contrast``, or a ``vector``."""
+    """A ``target`` at the hidden state ``place``. The model's own next token is known."""
 
     place: int
-    token: int | None
-    contrast: int | None
-    vector: Tensor | None
+    target: TargetItem
 
 
-def _own_logits(specs: Sequence[TargetSpec], adapter: Adapter, places: Places, finals: Tensor) -> OwnLogits:
-    """Return the model's logits of all tokens and contrasts that are given, and of its next token where one asks."""
-    asked = [place for place, spec in enumerate(specs) if spec.needs_logits()]
+def _own_logits(
+    specs: Sequence[TargetSpec], adapter: Adapter, places: Places, finals: Tensor, dtype: torch.dtype
+) -> OwnLogits:
+    """Return the model's logits of all tokens and contrasts that are given, and what else of its logits is asked for.
+
+    That is its next token, and log Z for log-probabilities.
+    """
+    asked = [place for place, spec in enumerate(specs) if any(item.of_next_token for item in spec.items)]
     given = [
         (place, token)
         for place, spec in enumerate(specs)
-        for of_item in spec.items
-        for token in of_item[:2]
+        for item in spec.items
+        for token in (item.token, item.contrast)
         if token is not None
     ]
-    return OwnLogits.at(adapter, places, finals, given, asked)
+    summed = [place for place, spec in enumerate(specs) if any(item.log_prob for item in spec.items)]
+    return OwnLogits.at(adapter, places, finals, given, asked, summed, dtype)
 
 
 def _directions(
@@ -113,23 +120,19 @@ def _directions(
     finals: Tensor,
     dtype: torch.dtype,
     own: OwnLogits,
-) -> tuple[Tensor, Tensor]:
-    """Return the directions (K, D) of all items and their constants (K,).
-
-    Raises:
-        ValueError: an unembedding row holds NaN or inf, or the model's logit is not the product with it.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the directions (K, D) of all items, their constants (K,), and log Z (S,) at the places ``own.summed``."""
     device = adapter.unembedding_device
-    looked_up = [i for i, item in enumerate(items) if item.token is not None]
-    free = [i for i, item in enumerate(items) if item.token is None]
-    vectors, constants = _token_directions([items[i] for i in looked_up], adapter, tokenizer, finals, dtype, own)
+    looked_up = [i for i, item in enumerate(items) if item.target.token is not None]
+    free = [i for i, item in enumerate(items) if item.target.token is None]
+    vectors, constants, log_z = _token_directions([items[i] for i in looked_up], adapter, tokenizer, finals, dtype, own)
     if not free:
-        return vectors, constants
-    given = torch.stack([item.vector.to(device, dtype) for item in items if item.vector is not None])
+        return vectors, constants, log_z
+    given = torch.stack([item.target.vector.to(device, dtype) for item in items if item.target.vector is not None])
     if not looked_up:
-        return given, given.new_zeros(len(given))
+        return given, given.new_zeros(len(given)), log_z
     order = to_device(np.argsort(looked_up + free), device)
-    return torch.cat([vectors, given])[order], torch.cat([constants, constants.new_zeros(len(free))])[order]
+    return torch.cat([vectors, given])[order], torch.cat([constants, constants.new_zeros(len(free))])[order], log_z
 
 
 def _token_directions(
@@ -139,55 +142,92 @@ def _token_directions(
     finals: Tensor,
     dtype: torch.dtype,
     own: OwnLogits,
-) -> tuple[Tensor, Tensor]:
-    """Return the directions (K, D) and constants (K,) of items that are tokens, less those of their contrasts."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the directions (K, D) and constants (K,) of items that are tokens, and log Z (S,) of :func:`_directions`.
+
+    From each the direction of its contrast is subtracted, or the mean of all tokens where it is a log-probability.
+    """
     device = adapter.unembedding_device
     if not items:
-        return torch.empty(0, finals.shape[1], dtype=dtype, device=device), torch.empty(0, dtype=dtype, device=device)
-    against = [i for i, item in enumerate(items) if item.contrast is not None]
-    tokens = [item.token for item in items if item.token is not None]  # all have one
-    tokens += [item.contrast for item in items if item.contrast is not None]
+        vectors = torch.empty(0, finals.shape[1], dtype=dtype, device=device)
+        return vectors, vectors.new_empty(0), vectors.new_empty(0)
+    against = [i for i, item in enumerate(items) if item.target.contrast is not None]
+    tokens = [item.target.token for item in items if item.target.token is not None]  # all have one
+    tokens += [item.target.contrast for item in items if item.target.contrast is not None]
     places = [item.place for item in items] + [items[i].place for i in against]
     chosen, at = all_to_device([np.array(tokens, np.int64), np.array(places)], device)
     hidden = finals if places == list(range(len(finals))) else finals.to(device)[at]
     vectors, constants = adapter.token_directions(chosen, hidden, dtype)
-    _check(adapter, tokenizer, list(zip(places, tokens, strict=True)), vectors, constants, hidden, own)
+    sums = sums_of_products(vectors, hidden)
+    _check(adapter, tokenizer, list(zip(places, tokens, strict=True)), constants, sums, hidden.dtype, own)
     n = len(items)
+    others, other_constants = vectors[n:], constants[n:]
+    vectors, constants = vectors[:n], constants[:n]
     if against:
-        others, other_constants = vectors[n:], constants[n:]
-        vectors, constants, less = vectors[:n], constants[:n], to_device(np.array(against), device)
+        less = to_device(np.array(against), device)
         vectors.index_add_(0, less, others, alpha=-1)
         constants.index_add_(0, less, other_constants, alpha=-1)
-    return vectors, constants
+    if not own.summed:
+        return vectors, constants, constants.new_empty(0)
+    return vectors, constants, _less_means(vectors, constants, sums, items, adapter, finals, own)
+
+
+def _less_means(
+    vectors: Tensor,
+    constants: Tensor,
+    sums: Tensor,
+    items: Sequence[_Item],
+    adapter: Adapter,
+    finals: Tensor,
+    own: OwnLogits,
+) -> Tensor:
+    """Subtract the mean of all tokens from the directions (K, D) and constants (K,) of log-probabilities, in place.
+
+    ``sums`` are those of all tokens' products, the items' first.
+
+    Returns:
+        log Z (S,) at the places ``own.summed``.
+    """
+    chosen = [i for i, item in enumerate(items) if item.target.log_prob]
+    tokens = [items[i].target.token or 0 for i in chosen]  # all have one
+    slots = np.searchsorted(own.summed, [items[i].place for i in chosen])
+    firsts = np.array(chosen)[np.searchsorted(slots, np.arange(len(own.summed)))]  # a log-probability of each place
+    arrays = [np.array(chosen), np.array(tokens, np.int64), slots, firsts, np.array(own.summed)]
+    rows, of, at, few, read = all_to_device(arrays, vectors.device)
+    mean = MeanToken.at(adapter, finals.to(vectors.device)[read].to(vectors.dtype), own.top)
+    check_log_z(adapter, own, mean.log_z, mean.is_finite, sums[few], finals.dtype)
+    vectors[rows], constants[rows] = mean.subtracted(of, vectors[rows], constants[rows], at)
+    return mean.log_z
 
 
 def _check(
     adapter: Adapter,
     tokenizer: Any | None,
     asked: Sequence[tuple[int, int]],
-    vectors: Tensor,
     constants: Tensor,
-    hidden: Tensor,
+    sums: Tensor,
+    hidden: torch.dtype,
     own: OwnLogits,
 ) -> None:
     """Compare the logits that are shared out with the model's own. Everything is copied to the host at once.
 
-    ``asked`` (K) are pairs of a place and a token, those of ``vectors`` (K, D).
+    ``asked`` (K) are pairs of a place and a token, ``constants`` (K,) theirs, and ``sums`` (K, 3) those of the products
+    of their directions with hidden states, whose dtype is ``hidden``.
 
     Raises:
         ValueError: a row holds NaN or inf, or the model's logit is another one.
     """
-    theirs, sums = own.of(asked), sums_of_products(vectors, hidden)
+    theirs = own.of(asked)
     logits = torch.stack([sums[:, 0] + constants, theirs.to(sums)], 1)
     for (_, token), (ours, wanted, *sizes) in zip(asked, torch.cat([logits, sums], 1).tolist(), strict=True):
         if not math.isfinite(sizes[-1]):
             raise ValueError(f"target: the unembedding of token {token} holds NaN or inf.")
-        if not abs(ours - wanted) <= rounding(adapter, hidden.dtype, theirs.dtype, sizes, wanted):
-            raise ValueError(refusal(adapter, _name(token, None, tokenizer), wanted, ours))
+        if not abs(ours - wanted) <= rounding(adapter, hidden, theirs.dtype, sizes, wanted):
+            raise ValueError(refusal(adapter, _name(TargetItem(token), tokenizer), wanted, ours))
 
 
-def _names(items: Sequence[_Item], tokenizer: Any | None) -> tuple[str, ...]:
-    names = [_name(item.token, item.contrast, tokenizer) for item in items]
+def _names(targets: Sequence[TargetItem], tokenizer: Any | None) -> tuple[str, ...]:
+    names = [_name(target, tokenizer) for target in targets]
     if names.count("direction") > 1:
         names = [f"direction {i}" if name == "direction" else name for i, name in enumerate(names)]
     return tuple(names)
@@ -239,8 +279,9 @@ def scores_of(alive: Tensor, components: Components, constants: Tensor) -> Tenso
     return torch.roll(full, -len(components.extras), dims=0).T.contiguous()
 
 
-def _name(token: int | None, contrast: int | None, tokenizer: Any | None) -> str:
-    if token is None:
+def _name(target: TargetItem, tokenizer: Any | None) -> str:
+    if target.token is None:
         return "direction"
-    texts = token_texts([token] if contrast is None else [token, contrast], tokenizer)
-    return " - ".join(repr(text) if tokenizer is not None else f"id {text}" for text in texts)
+    tokens = [target.token] if target.contrast is None else [target.token, target.contrast]
+    name = " - ".join(repr(text) if tokenizer is not None else f"id {text}" for text in token_texts(tokens, tokenizer))
+    return f"log P({name}), P frozen" if target.log_prob else name

@@ -46,6 +46,9 @@ class Attribution:
     ``verification`` is what ``verify=True`` found (:class:`depass_fast.Verification`), in all prompts of the call;
     where it failed, ``warnings`` says so.
 
+    ``target_kinds`` says what each target is: "logit", "contrast" (the difference of two logits), "log-prob" (the
+    direction of a log-probability with P frozen: scores sum to log P plus the entropy of P) or "vector".
+
     ``exclude_special`` holds the positions that were kept out of the allocation, as the option of that name takes them;
     ``site`` is where in ``layer`` the components started, ``end`` the layer whose input was read (None: after the final
     norm), ``sweep`` the numbers of an adjoint sweep. ``provenance`` names the model and the packages. ``reduced`` says
@@ -87,6 +90,7 @@ class Attribution:
     sweep: dict[str, Any] | None = None
     provenance: Provenance | None = None
     reduced: dict[str, Any] | None = None
+    target_kinds: list[str] | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
@@ -179,6 +183,7 @@ class Attribution:
             "target_id": self.target_ids[0] if single else self.target_ids,
             "contrast_id": self.contrast_ids[0] if single else self.contrast_ids,
             "target": self.target_names[0] if single else self.target_names,
+            "target_kind": self.target_kinds[0] if single and self.target_kinds else self.target_kinds,
             "target_logit": self.target_logits.tolist(),
             "position": self.position,
             "completeness_error": self.completeness_error,

@@ -173,6 +173,7 @@ class Continuation(Generic[Steps]):
                 target_names=[what],
                 target_ids=[None],
                 contrast_ids=[None],
+                target_kinds=["log-prob"],
                 reduced=how,
             )
 
@@ -189,6 +190,7 @@ class Continuation(Generic[Steps]):
                 target_names=[one.target_names[row]],
                 target_ids=[one.target_ids[row]],
                 contrast_ids=[None],
+                target_kinds=None if one.target_kinds is None else [one.target_kinds[row]],
                 position=position,
             )
             return _up_to_its_position(one)
@@ -322,6 +324,7 @@ def _stacked_layer(steps: Sequence[Attribution]) -> Attribution:
         target_names=[step.target_names[k] for k in range(2) for step in steps],
         target_ids=[step.target_ids[k] for k in range(2) for step in steps],
         contrast_ids=[None] * (2 * len(steps)),
+        target_kinds=["logit"] * len(steps) + ["log-prob"] * len(steps),
         estimate=worst_of(step.estimate for step in steps),
         warnings=_said(steps),
         verification=merge(step.verification for step in steps),

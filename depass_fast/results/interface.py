@@ -47,6 +47,9 @@ class Result(Protocol):
     def contrast_ids(self) -> list[int | None]: ...
 
     @property
+    def target_kinds(self) -> list[str] | None: ...
+
+    @property
     def input_ids(self) -> list[int]: ...
 
     @property

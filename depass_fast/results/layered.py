@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -52,6 +52,11 @@ class _Shared:
     def contrast_ids(self) -> list[int | None]:
         """The token id that is subtracted from each target, None where none is."""
         return self.by_layer[0].contrast_ids
+
+    @property
+    def target_kinds(self) -> list[str] | None:
+        """The kind of each target, see Attribution; None in files of version 0.1.0."""
+        return self.by_layer[0].target_kinds
 
     @property
     def input_ids(self) -> list[int]:
@@ -338,6 +343,11 @@ class LayeredAttribution(_Shared):
 
     def __rich__(self) -> Any:
         return rich_view(self)
+
+
+def warnings_of_layers(results: Sequence[Attribution]) -> list[str] | None:
+    """Return the warnings of all layers, each once."""
+    return list(dict.fromkeys(text for result in results for text in result.warnings or [])) or None
 
 
 register_format(FORMAT, LayeredAttribution.restore)

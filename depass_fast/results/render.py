@@ -27,6 +27,9 @@ _LONG = 128  # tokens beyond which plain text shows a table instead of the promp
 _TOP = 10
 _SHOWN, _READ = 3, 160  # in a repr: targets and leading components, characters of a part
 
+# the value that shares sum to, by the kind of target
+_VALUES = {"logit": "logit", "contrast": "logit difference", "log-prob": "log P + entropy", "vector": "projection"}
+
 # Mid-tones, legible on dark and on light terminals: as text, and as a background under white text.
 POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
 _FAINT = 0.03  # of the largest share; below it a token keeps the terminal's own colours
@@ -236,7 +239,9 @@ def _headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
     if result.reduced is not None:
         return _reduced_headline(result, result.reduced)
-    if result.target_ids[target] is None:
+    if result.target_kinds is not None:
+        what = _VALUES[result.target_kinds[target]]
+    elif result.target_ids[target] is None:
         what = "projection"
     else:
         what = "logit" if result.contrast_ids[target] is None else "logit difference"

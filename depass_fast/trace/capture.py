@@ -43,12 +43,12 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
     """
     with one_at_a_time:
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
-        is_checking = not consistency.is_known(adapter.model, computation, longest)
+        is_checking = not consistency.checked.knows(adapter.model, computation, longest)
         groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
         with progress_bar_of_calls("forward pass", adapter.blocks, len(groups) + is_checking, progress):
             trace = _capture(adapter, groups, is_checking)
         if is_checking:
-            consistency.know(adapter.model, computation, longest)
+            consistency.checked.remember(adapter.model, computation, longest)
         return trace
 
 

@@ -32,11 +32,29 @@ WATCHED = {
     "down_proj": ("act_input", "mlp_written"),
 }
 
-_READING = 0.05  # tolerance, relative to an output: 8-bit activations round it by 0.01
+READING = 0.05  # tolerance, relative to an output: 8-bit activations round it by 0.01
 _KEPT = 8  # computations remembered of a model
 
-# for every model, the computations that have been checked, and the length of the prompts
-_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+class Checked:
+    """The memory of a check: the computations of every model that have passed it, and the length of the prompts."""
+
+    def __init__(self) -> None:
+        self.models: WeakKeyDictionary[nn.Module, dict[tuple, int]] = WeakKeyDictionary()
+
+    def knows(self, model: nn.Module, computation: tuple, length: int = 1) -> bool:
+        """True if this computation of a model has been checked already, with prompts of at least half this length."""
+        return self.models.get(model, {}).get(computation, 0) >= length.bit_length()
+
+    def remember(self, model: nn.Module, computation: tuple, length: int = 1) -> None:
+        """Remember that it has been checked."""
+        known = self.models.setdefault(model, {})
+        known[computation] = max(known.pop(computation, 0), length.bit_length())
+        while len(known) > _KEPT:
+            del known[next(iter(known))]
+
+
+checked = Checked()
 
 
 def computation(model: nn.Module) -> tuple:
@@ -50,19 +68,6 @@ def computation(model: nn.Module) -> tuple:
     hooked.append((*module_hooks._global_forward_pre_hooks, "after", *module_hooks._global_forward_hooks))
     code = (vars(module).get("forward", type(module).forward) for module in modules)
     return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
-
-
-def is_known(model: nn.Module, computation: tuple, length: int) -> bool:
-    """True if this computation of a model has been checked already, with prompts of at least half this length."""
-    return _known.get(model, {}).get(computation, 0) >= length.bit_length()
-
-
-def know(model: nn.Module, computation: tuple, length: int) -> None:
-    """Remember that it has been checked."""
-    known = _known.setdefault(model, {})
-    known[computation] = max(known.pop(computation, 0), length.bit_length())
-    while len(known) > _KEPT:
-        del known[next(iter(known))]
 
 
 class Consistency:
@@ -89,7 +94,7 @@ class Consistency:
         self.allowed.append(allowed)
         self.names.append(name)
 
-    def verdict(self) -> None:
+    def verdict(self, consequence: str = "cannot be decomposed as one of that family") -> None:
         """Raise RuntimeError for the first difference that is too large. The device is waited for once."""
         device = self.errors[0].device
         errors = torch.stack([error.to(device, torch.float64) for error in self.errors]).tolist()
@@ -97,7 +102,7 @@ class Consistency:
             if error > allowed:
                 raise RuntimeError(
                     f"{name} (a difference of {error:.1%}). This model, or a hook on it, computes something that the "
-                    "family does not declare, and cannot be decomposed as one of that family."
+                    f"family does not declare, and {consequence}."
                 )
 
 
@@ -119,8 +124,8 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
         _check_attention(found, adapter, index, trace.layers[index], record, at)
         _check_mlp(found, adapter, index, trace, record, at)
     norm = adapter.final_norm()
-    resid, final = (_rows(x, at) for x in (trace.resid_final, trace.normed_final))
-    found.compare("the final norm gives something else than its formula", final, _normed(norm, resid).to(final))
+    resid, final = (rows(x, at) for x in (trace.resid_final, trace.normed_final))
+    found.compare("the final norm gives something else than its formula", final, normed(norm, resid).to(final))
     found.verdict()
 
 
@@ -130,7 +135,7 @@ def _check_reading(found: Consistency, name: str, linear: Linear, inputs: Tensor
     bias = None if linear.bias is None else linear.bias.to(wide)
     ours = nn.functional.linear(inputs.to(wide), linear.weight.to(wide), bias)
     name = f"{name} computes something else than its weight says"
-    found.compare(name, linear.select(outputs), ours, tolerance=_READING)
+    found.compare(name, linear.select(outputs), ours, tolerance=READING)
 
 
 def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass) -> None:
@@ -176,18 +181,18 @@ def _check_attention(
     found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
 ) -> None:
     weights = adapter.attention(index)
-    name, pre = f"layer {index}: {adapter.path(index, 'attention')}", _rows(layer.resid_pre, at)
+    name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
-        _normed(weights.norm, pre).to(pre),
+        normed(weights.norm, pre).to(pre),
     )
     computed = isinstance(weights.v, Latent) and not weights.v.up.is_own  # a weight that is computed rounds otherwise
     found.compare(
         f"{name} changes the values between their projection and the heads",
         record["values"],
         weights.values_of(record["values_output"]),
-        tolerance=_READING if computed else None,
+        tolerance=READING if computed else None,
     )
     found.compare(
         f"{name} gives its output projection something else than the heads' mixture of values",
@@ -203,9 +208,9 @@ def _check_attention(
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
     if adapter.is_parallel:
         return  # attention's output is part of all that the stream gains: see the MLP
-    mid, written = _rows(layer.resid_mid, at), record["attention_written"]
+    mid, written = rows(layer.resid_mid, at), record["attention_written"]
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
-    after = mid if layer.attention_sum is None else _rows(layer.attention_sum, at)
+    after = mid if layer.attention_sum is None else rows(layer.attention_sum, at)
     _check_write(found, name, weights, written, pre, after, mid)
 
 
@@ -221,21 +226,21 @@ def _check_mlp(
 ) -> None:
     layer, weights = trace.layers[index], adapter.layer(index)
     mixture = adapter.is_mixture(index)
-    name, read = f"layer {index}: {adapter.path(index, 'mlp')}", _rows(layer.mlp.resid, at)
+    name, read = f"layer {index}: {adapter.path(index, 'mlp')}", rows(layer.mlp.resid, at)
     found.compare(
         f"{name} reads something else than the norm of the residual stream",
-        _rows(record["experts_input"], at) if mixture else record["gate_input"],
-        _normed(weights.mlp.norm, read).to(read),
+        rows(record["experts_input"], at) if mixture else record["gate_input"],
+        normed(weights.mlp.norm, read).to(read),
     )
     if not mixture:
         for part, linear in (("gate_proj", weights.mlp.gate), ("down_proj", weights.mlp.down)):
             inputs, outputs = (record[name] for name in WATCHED[part])
             _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
     written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
-    mid, post = _rows(layer.resid_mid, at), _rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
-    after = post if layer.mlp_sum is None else _rows(layer.mlp_sum, at)
+    mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
+    after = post if layer.mlp_sum is None else rows(layer.mlp_sum, at)
     computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that _experts reads
-    _check_write(found, name, weights.mlp, written, mid, after, post, _READING if computed else None)
+    _check_write(found, name, weights.mlp, written, mid, after, post, READING if computed else None)
 
 
 def _check_write(
@@ -249,7 +254,7 @@ def _check_write(
     tolerance: float | None = None,
 ) -> None:
     """Check that outputs ``raw`` (S, D) lead from ``before`` to ``after``, and from there, if normed, to ``stream``."""
-    written, wide = _normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
+    written, wide = normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
         after.to(wide) - before.to(wide),
@@ -260,7 +265,7 @@ def _check_write(
     )
     if branch.stream is not None:
         found.compare(
-            f"{name} is followed by something else than its norm", stream, _normed(branch.stream, after).to(stream)
+            f"{name} is followed by something else than its norm", stream, normed(branch.stream, after).to(stream)
         )
 
 
@@ -279,7 +284,7 @@ def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor) -> Tensor:
     return total.to(layer.resid_mid)
 
 
-def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+def normed(norm: Norm | None, x: Tensor) -> Tensor:
     """Hidden states (S, D) after a norm, by its formula, in float32 at least."""
     if norm is None:
         return x
@@ -288,5 +293,5 @@ def _normed(norm: Norm | None, x: Tensor) -> Tensor:
     return y if norm.bias is None else y + norm.bias.to(y)
 
 
-def _rows(x: Tensor, at: Tensor) -> Tensor:
+def rows(x: Tensor, at: Tensor) -> Tensor:
     return x[at.to(x.device)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.tuned import tuning
+from .weights import plain_tensors
 
 # entries of a config that say nothing about what the model computes
 _UNRELATED = {
@@ -90,12 +91,11 @@ def _is_plain(value: Tensor) -> bool:
 
 def _sums(value: Tensor) -> Iterator[Tensor]:
     """Yield what a weight's digest is of: its shape, and the sums of its bits over rows and columns."""
-    if not _is_plain(value):
-        names, _ = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
-        for name in names:
-            yield from _sums(getattr(value, name))
-        return
-    value = value.detach().as_subclass(Tensor)
+    for held in plain_tensors(value):
+        yield from _sums_of_bits(held)
+
+
+def _sums_of_bits(value: Tensor) -> Iterator[Tensor]:
     yield torch.tensor([value.itemsize, value.is_floating_point(), *value.shape], device="cpu")
     if value.numel():
         bits = value.contiguous().flatten().view(_INTEGERS.get(value.itemsize, torch.uint8))

@@ -9,6 +9,7 @@ projections and norms. Nothing shows a change of queries, keys or gates.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,22 @@ def sample_weights(model: nn.Module) -> WeightSample:
     """
     unsteady = {id(p) for p in reparametrised(model)}  # written to in every forward pass
     parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.numel() and id(parameter) not in unsteady and not parameter.is_meta:
-            flat, columns = parameter.detach().reshape(-1), parameter.shape[-1] if parameter.ndim else 1
+    steady = (p for p in model.parameters() if id(p) not in unsteady)
+    for held in (tensor for parameter in steady for tensor in plain_tensors(parameter)):
+        if held.numel() and not held.is_meta:
+            flat, columns = held.reshape(-1), held.shape[-1] if held.ndim else 1
             parts.setdefault((flat.device, flat.dtype), []).append(flat[:: _step(len(flat), columns)])
     return tuple(torch.cat(part).view(torch.uint8) for part in parts.values())
+
+
+def plain_tensors(value: Tensor) -> Iterator[Tensor]:
+    """A weight, without its graph; of one that is quantised as a tensor of tensors, those that it is made of."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value.detach().as_subclass(Tensor)
+        return
+    names, _ = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    for name in names:
+        yield from plain_tensors(getattr(value, name))
 
 
 def are_the_same(before: WeightSample, after: WeightSample) -> bool:

@@ -149,8 +149,8 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     """Every other variant under the one rule, the others under the other."""
     dp, trace = built(name, dtype), traced(name, dtype)
     rule = ("half", "shapley")[list(VARIANTS).index(name) % 2]
-    oracle = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, backend="reference")
-    result = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, backend="torch")
+    oracle = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="reference")
+    result = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="torch")
     for one in (oracle, result):
         assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= EXACT[dtype]
     assert largest_difference(result.scores, oracle.scores) <= EXACT[dtype] and result.labels == oracle.labels
@@ -217,6 +217,27 @@ def test_any_position_any_layer_and_in_steps(name):
                 found = dict(zip(result.labels, result.scores.tolist(), strict=True))
                 for label, score in wanted.items():  # experts' neurons that are reached later are no components yet
                     assert abs(found.get(label, 0.0) - score) <= 1e-5 * float(whole.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float64, 2)])
+def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
+    """The up projection of what is read, its bias, the activation function and a router's weight give them."""
+    dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
+    dp.adapter.check_linear_rule("half")
+    for index, layer in enumerate(trace.layers):
+        mlps = dp.adapter.mlps(index)
+        for part in layer.mlps:
+            mlp, up = mlps[part.part], None
+            if mlp.up is not None:
+                resid = part.resid if part.positions is None else part.resid[part.positions]
+                up = resid * mlp.scale(resid)[:, None] @ mlp.reading(mlp.w_up, dtype).T
+                constant = mlp.up_constant(dtype)
+                up = up if constant is None else up + constant
+            act = mlp.activation(part.gate, up)
+            assert (part.router_weight is None) == (mlp.name == "")
+            act = act if part.router_weight is None else act * part.router_weight[:, None]
+            assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.options import Adjoint
+from depass_fast.trace.activations import check_activations
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
 
@@ -114,6 +115,23 @@ def test_a_sweep_holds_the_weights_of_one_layer_at_a_time():
     made.clear(), most.clear()
     dp.attribute(trace, Neurons(0), method=Adjoint(refine=4))
     assert len(made) > 24 and max(most) <= 8  # V, O, gate and down: of a layer, and of the one before it
+
+
+def test_the_check_of_activations_holds_one_up_projection_at_a_time():
+    made, most = [], []
+
+    class Fresh(Hqq):
+        def dequantize(self):
+            weight = super().dequantize().clone()
+            made.append(weakref.ref(weight))
+            most.append(sum(ref() is not None for ref in made))
+            return weight
+
+    dp = DePass(replaced(Fresh))
+    trace = dp.trace(IDS)
+    made.clear(), most.clear()
+    check_activations(dp.adapter, trace)
+    assert len(made) == 3 and max(most) <= 2  # one, and that of the layer before it
 
 
 def test_a_weight_that_is_not_what_the_module_computes_with():

@@ -22,7 +22,7 @@ from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
 from depass_fast.options import Adjoint
 from depass_fast.readout.own import Places
-from depass_fast.readout.targets import resolve_target
+from depass_fast.readout.targets import resolve_targets
 from tests.support.adjoint import assert_close, explicit_rows
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import available, build_model, build_variant
@@ -91,7 +91,7 @@ def stack_of(dp: DePass, trace, n: int) -> LayerStack:
 def seeds(dp: DePass, trace, read: int, target=5) -> torch.Tensor:
     spec, nothing = parse_target(target, dp.adapter, None), torch.zeros_like(trace.normed_final)
     places = Places([(0, read)], [trace.input_ids.cpu()], nothing)
-    directions = resolve_target(spec, dp.adapter, None, places, nothing[read], torch.float64)
+    (directions,) = resolve_targets([spec], dp.adapter, None, places, nothing[read, None], torch.float64)
     norm = dp.adapter.final_norm()
     return directions.vectors * norm.weight.double() * norm.scale(trace.resid_final[read].double())
 

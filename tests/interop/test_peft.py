@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.trace.activations import check_activations
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
 peft = pytest.importorskip("peft")
 
 IDS = random_ids(7)
-TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 KINDS = (Tokens(), Heads(1), Modules(0), Neurons(1))
 CONFIGS = {
     "LoRA": peft.LoraConfig(r=4, target_modules=TARGETS),
@@ -52,6 +53,7 @@ def check(model, oracle):
         scale = float(expected.scores.abs().max())
         assert torch.allclose(result.scores, expected.scores, atol=1e-4 * scale), kind
         assert result.completeness_error < 2e-5
+    check_activations(dp.adapter, dp.trace(IDS))
     with torch.no_grad():
         own = model(torch.tensor([IDS])).logits[0, -1, 5]
     result = dp.attribute(IDS, Tokens(), 5)
@@ -180,3 +182,13 @@ def test_the_model_is_handed_back_as_it_came():
 def test_what_is_no_single_weight_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         DePass(wrapped(config))
+
+
+def test_an_up_projection_that_is_no_single_weight():
+    """Most rules do not read it."""
+    dp = DePass(wrapped(peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[])))
+    assert dp.attribute(IDS, Tokens()).completeness_error < 2e-5
+    with pytest.raises(
+        ValueError, match="'half' needs the up projection .* model.layers.0.mlp.up_proj: Linear changes"
+    ):
+        dp.adapter.check_linear_rule("half")

@@ -5,6 +5,7 @@ import torch
 
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adapters.stored import stored_weight
+from depass_fast.trace.activations import check_activations
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
@@ -97,6 +98,8 @@ def test_quantised_weights_are_read(name):
                 read = stored_weight(own)
                 assert (read - computed).norm() < max(tolerance(name), 1e-6) * computed.norm()
                 linear.weight.copy_(computed)
+    dp.adapter.check_linear_rule("half")
+    check_activations(dp.adapter, dp.trace(IDS))
     for kind in KINDS:
         result = dp.attribute(IDS, kind)
         assert result.completeness_error < tolerance(name), kind

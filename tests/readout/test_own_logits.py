@@ -262,7 +262,7 @@ def test_a_log_probability_is_the_model_s_in_the_whole_prompt(model):
         return logits
 
     on_head(change)(model)
-    with pytest.raises(ValueError, match="continuation: the logsumexp of the model's logits"):
+    with pytest.raises(ValueError, match="target: the logsumexp of the model's logits"):
         DePass(model).attribute(IDS, Tokens(), continuation=[4, 9])
     assert DePass(model).attribute(IDS, Tokens(), continuation=[4]).sum
 

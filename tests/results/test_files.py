@@ -28,7 +28,17 @@ from tests.support.models import build, random_ids
 
 IDS = random_ids(5)
 # since version 0.1.0
-NEW = ("exclude_special", "state_dtype", "compute_dtype", "site", "end", "sweep", "provenance", "reduced")
+NEW = (
+    "exclude_special",
+    "state_dtype",
+    "compute_dtype",
+    "site",
+    "end",
+    "sweep",
+    "provenance",
+    "reduced",
+    "target_kinds",
+)
 
 
 @pytest.fixture(scope="module")

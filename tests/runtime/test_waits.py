@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import depass_fast.backends.triton.backend as triton_backend
 import depass_fast.backends.triton.linear as triton_linear
-from depass_fast import DePass, Heads, Modules, Neurons, Tokens
+from depass_fast import DePass, Heads, LogProb, Modules, Neurons, Tokens
 from depass_fast.runtime.transfer import pack, to_device, unpack
 from depass_fast.trace.record import Trace
 from depass_fast.trace.recorder import Recorder
@@ -100,11 +100,19 @@ def _traced(n_layers: int, n_prompts: int, model_type: str, changes: dict) -> tu
     return dp, dp.trace([random_ids(5 + prompt % 2, seed=prompt) for prompt in range(n_prompts)])
 
 
-def _counts(monkeypatch, n_layers: int, n_prompts: int, kind, model=DENSE) -> Counter:
+def _counts(monkeypatch, n_layers: int, n_prompts: int, kind, model=DENSE, target=None) -> Counter:
     dp, traced = _traced(n_layers, n_prompts, *model)
     with waits(monkeypatch) as found:
-        dp.attribute(traced, kind, method="exact")
+        dp.attribute(traced, kind, target, method="exact")
     return found
+
+
+def test_waits_do_not_grow_with_log_probabilities(monkeypatch, no_kernels):
+    few = _counts(monkeypatch, 2, 1, Tokens(), target=[LogProb()])
+    assert few["from_numpy"] == 0
+    assert _counts(monkeypatch, 2, 4, Tokens(), target=[LogProb(5), LogProb(), 9, LogProb(9)]) == few
+    plain = _counts(monkeypatch, 2, 1, Tokens())
+    assert few.total() == plain.total() + 1  # log Z is compared
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from depass_fast import DePass, Heads
 from depass_fast.trace import consistency
+from depass_fast.trace.activations import check_activations
 from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.forks import fork
 from tests.support.models import random_ids
@@ -149,14 +150,15 @@ def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     monkeypatch.setattr("depass_fast.trace.consistency.Consistency.verdict", lower_verdict)
     dp = DePass(build_variant(name).to(dtype))
     try:
-        dp.trace([random_ids(n, seed=n) for n in (1, 40, 7)])
+        trace = dp.trace([random_ids(n, seed=n) for n in (1, 40, 7)])
     except RuntimeError as error:
         with pytest.raises(RuntimeError):  # the model itself does not run either
             dp.model(torch.tensor([random_ids(7)]))
         pytest.skip(f"transformers itself: {error}")
+    check_activations(dp.adapter, trace)
 
 
-def lower_verdict(self) -> None:
+def lower_verdict(self, consequence: str = "") -> None:
     for name, error, allowed in zip(self.names, self.errors, self.allowed, strict=True):
         assert float(error.detach()) <= allowed / 2, (name, float(error), allowed)
 

@@ -1,5 +1,6 @@
 """gpt-oss: Llama's layout with biases, attention sinks, every second layer's window, experts with biases and clamps."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,5 +28,9 @@ def declare(config: Any) -> Family:
 
 
 def _activation(experts: Any) -> Activation:
-    limit, alpha = experts.limit, experts.alpha
+    return _clamped(experts.limit, experts.alpha)
+
+
+@lru_cache(maxsize=8)  # the same for all experts and layers
+def _clamped(limit: float, alpha: float) -> Activation:
     return Activation(lambda x: x * torch.sigmoid(alpha * x), gate_limit=limit, up_limit=limit, up_offset=1.0)

@@ -26,7 +26,7 @@ from ...kernels.attention import RowScales
 from ...kernels.common import wider
 from ...kernels.launch import mix_tile, takes_scales
 from ...labels import BIAS, REST
-from ...linear_rules import reads_up
+from ...linear_rules import frozen_up, reads_up
 from ...runtime.log import say_once
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
@@ -270,12 +270,8 @@ class TritonBackend(TorchBackend):
             scale, w_up, up = _scales(weights.norm, trace.resid, packed), None, None
             recorded = self._recorded(state.layout, trace, device)
             if ways_in == 2:
-                w_up, at = weights.w_up.to(dtype).contiguous(), recorded.positions(trace)
-                read, norm = trace.resid[at].float(), weights.norm
-                read = read if norm is None else norm.apply(read, _scales(norm, trace.resid, at))
-                up = read.to(dtype) @ w_up.T
-                constant = weights.up_constant(dtype)
-                up = up if constant is None else up + constant
+                w_up = weights.w_up.to(dtype).contiguous()
+                up = frozen_up(weights, trace, recorded.unique, dtype)
             w_gate, w_down = weights.w_gate.to(dtype).contiguous(), weights.writing(weights.w_down, dtype)
             return LinearStep(
                 rule=rule,

@@ -1,0 +1,109 @@
+"""The method of a request: exact propagation, the adjoint sweep, or the way back of a linear rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .adapters import Adapter
+from .allocation import Allocation
+from .components.base import ComponentKind
+from .components.features import Features
+from .components.model import Neurons, Tokens
+from .linear_rules import LINEAR_RULES
+from .options import LINEAR, Adjoint, Options
+from .planning.shapes import named_components
+from .request import Request
+
+MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
+ADJOINT_RULES = ("softmax", *LINEAR_RULES)
+ADJOINT_KINDS = ("neurons", "features", "custom")
+
+
+def with_method(request: Request, method: str | Adjoint | None) -> Request:
+    """Return the request with the method that it is computed by, see :func:`choose_method`."""
+    chosen = choose_method(method, request.components, request.adapter, request.settings)
+    if method is None and chosen == LINEAR and not _is_cheaper(request):
+        chosen = None
+    return replace(request, method=chosen)
+
+
+def _is_cheaper(request: Request) -> bool:
+    """True unless more gradients than components would be carried: one is for every target of every read."""
+    named = [len(ids) for ids in request.prompts]  # tokens, of which there is one more at each position
+    if not isinstance(request.components, Tokens):
+        first = request.components.each(request.adapter)[0]
+        named = [2 * named_components(first, request.adapter, 1)[0]] * len(request.prompts)
+    specs = request.targets or [None] * len(request.prompts)
+    rows = [len(at) * (1 if one is None else len(one.items)) for at, one in zip(request.reads, specs, strict=True)]
+    return all(2 * count <= most + 2 for count, most in zip(rows, named, strict=True))
+
+
+def choose_method(
+    method: str | Adjoint | None,
+    kind: ComponentKind,
+    adapter: Adapter,
+    settings: Options,
+) -> Adjoint | None:
+    """Return the sweep that ``method`` stands for, or None for exact propagation.
+
+    ``method`` None is exact for one layer, and for several layers with up to MOST_EXACT components in all. Under a
+    linear rule it is the way back, whose scores are exact and cost less: :data:`depass_fast.options.LINEAR`.
+
+    Raises:
+        ValueError: an unknown method; a kind, a rule or an option that the adjoint sweep is not for.
+    """
+    if not isinstance(method, Adjoint) and method not in (None, "exact", "adjoint"):
+        raise ValueError(f"method: {method!r} is not one of None, 'exact', 'adjoint', Adjoint(...).")
+    allocation = Allocation(settings.allocation, settings.temperature)
+    if method == "exact":
+        return None
+    if allocation.linear_rule is not None:
+        return _linear(method, allocation, settings)
+    if method is None and not (_is_large(kind, adapter) and allocation.rule in ADJOINT_RULES):
+        return None
+    _refuse_states(settings)
+    if kind.kind not in ADJOINT_KINDS:
+        raise ValueError(
+            f"method: 'adjoint' is for many fine-grained components ({', '.join(ADJOINT_KINDS)}); {kind.kind} are few, "
+            "for which 'exact' is cheap."
+        )
+    if allocation.rule not in ADJOINT_RULES:
+        raise ValueError(
+            f"method: 'adjoint' needs a rule with a derivative and a partition function ({', '.join(ADJOINT_RULES)}); "
+            f"with {allocation.name!r} take method='exact'."
+        )
+    return method if isinstance(method, Adjoint) else Adjoint()
+
+
+def _linear(method: str | Adjoint | None, allocation: Allocation, settings: Options) -> Adjoint | None:
+    """Return the method under a linear rule: the way back, or exact propagation where an option needs states."""
+    if isinstance(method, Adjoint) and (method.refine or method.sample):
+        raise ValueError(
+            f"method: under the linear rule {allocation.name!r} the adjoint is exact, with nothing to refine and no "
+            f"error to sample (refine={method.refine}, sample={method.sample}); take method='adjoint'."
+        )
+    if method is None and (settings.stream is True or settings.verify):
+        return None
+    _refuse_states(settings)
+    return LINEAR
+
+
+def _refuse_states(settings: Options) -> None:
+    """Refuse options about states that are carried, which the adjoint does not do."""
+    if settings.stream is True:
+        raise ValueError("stream: method='adjoint' holds no state that could be streamed; leave one of the two out.")
+    if settings.verify:
+        raise ValueError(
+            "verify: method='adjoint' carries no states that the reference could recompute, its sample says how far it "
+            "is off; take method='exact', or verify=False."
+        )
+
+
+def _is_large(kind: ComponentKind, adapter: Adapter) -> bool:
+    """True if these are so many neurons or features of several layers that exact propagation would take long.
+
+    All features of a dictionary count: the method of a call does not depend on the prompt.
+    """
+    kinds = kind.each(adapter)
+    counts = [one.count(adapter) for one in kinds if isinstance(one, Neurons | Features)]
+    return len(counts) > 1 and sum(counts) > MOST_EXACT

@@ -1,0 +1,124 @@
+"""Attribution under a linear rule: exact scores of all components by one way back (docs/rules.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..components.base import ComponentKind
+from ..components.start import each_meets_bias
+from ..readout.assemble import assemble
+from ..readout.collect import how_computed
+from ..readout.completeness import warn_if_logits_miss
+from ..readout.targets import Directions
+from ..request import Request, at_layer, fit, wide_dtype, with_trace
+from ..results.attribution import Attribution
+from ..results.layered import LayeredAttribution, warnings_of_layers
+from ..runtime.budget import Budget
+from ..runtime.precision import full_precision
+from ..runtime.progress import Parts, progress_bar
+from ..runtime.transfer import to_host
+from .answers import Shares, shares_of, wanted_of
+from .reads import Reads
+from .walk import Pages, Wanted, walk_back
+
+CPU_WORKSPACE, GPU_WORKSPACE = 1 << 27, 1 << 30
+_LEAST_WORKSPACE = 1 << 20
+_ADVICE = "the trace and the gradients do not fit. Take shorter prompts, fewer of them, or fewer targets at once."
+
+
+def attribute(
+    request: Request, directions: Sequence[Directions] | None = None
+) -> list[list[Attribution]] | list[list[LayeredAttribution]]:
+    """Return a result per read of every prompt; ``directions``, one per read, stand for the targets."""
+    request = with_trace(fit(request))
+    kinds, reads = request.components.each(request.adapter), Reads.of(request, directions)
+    return read_off(request, kinds, reads, way_back(request, reads, wanted_of(kinds, request.adapter)))
+
+
+def way_back(request: Request, reads: Reads, wanted: Wanted) -> Pages:
+    """Take the way back of a traced request. One that runs out of memory is begun again with half the workspace."""
+    run, adapter, wide = request.run, request.adapter, wide_dtype(request)
+    rule, compute = run.allocation.linear_rule, run.compute_dtype or wide
+    assert rule is not None, "the method was chosen by the rule"
+    n_layers = max(1, request.end - wanted.last.layer)
+
+    def walk() -> Pages:
+        with progress_bar("layers", 1, run.progress):
+            given = (rule, wanted, compute, budget.bytes(adapter.device), Parts(n_layers))
+            return walk_back(adapter, request.require_trace(), reads.packing, reads.seeds, request.end, *given)
+
+    default = CPU_WORKSPACE if adapter.device.type == "cpu" else GPU_WORKSPACE
+    budget = Budget(run.memory_budget, lambda _: default, _release, _LEAST_WORKSPACE, _ADVICE)
+    return budget.prepare(adapter.device, walk)
+
+
+def read_off(
+    request: Request, kinds: Sequence[ComponentKind], reads: Reads, pages: Pages
+) -> list[list[Attribution]] | list[list[LayeredAttribution]]:
+    """Return the results of ``kinds``, the components of a request, from the pages of its way back."""
+    adapter, trace = request.adapter, request.require_trace()
+    ahead = each_meets_bias(kinds, adapter, request.end_given, request.run.allocation)
+    shares = [
+        shares_of(pages, kind, adapter, trace, prompt, request.tokens[prompt], meets)
+        for kind, meets in zip(kinds, ahead, strict=True)
+        for prompt in range(trace.n_prompts)
+    ]
+    by_layer = _results(request, kinds, shares, reads)
+    if not request.components.is_layered:
+        return by_layer[0]
+    return [
+        [LayeredAttribution(list(each), warnings=warnings_of_layers(each)) for each in zip(*of_prompt, strict=True)]
+        for of_prompt in zip(*by_layer, strict=True)
+    ]
+
+
+@full_precision()
+def _results(
+    request: Request, kinds: Sequence[ComponentKind], shares: Sequence[Shares], reads: Reads
+) -> list[list[list[Attribution]]]:
+    """Return a result per layer, prompt and read; ``shares`` are those of every layer, prompt by prompt.
+
+    Everything is copied to the host at once.
+    """
+    scores = to_host([one.columns() for one in shares])
+    n_prompts, seconds = len(request.prompts), time.perf_counter() - request.began
+    places = list(zip(reads.readout.places, range(len(reads.rows)), strict=True))
+    found = []
+    for number, (one, columns) in enumerate(zip(shares, scores, strict=True)):
+        kind, prompt = kinds[number // n_prompts], number % n_prompts
+        if one.has_bias:
+            columns[:, -1] += reads.constants[:, prompt]
+        of_kind = at_layer(request, kind)
+        found.append(
+            [
+                assemble(
+                    scores=columns[reads.rows[place]],
+                    logits=reads.readout.logits[place],
+                    layer_errors=torch.zeros(0, device="cpu"),
+                    directions=reads.readout.directions[place],
+                    labels=one.all_labels,
+                    input_ids=request.prompts[prompt].tolist(),
+                    tokens=request.tokens[prompt],
+                    layer=kind.resolve(request.adapter),
+                    position=position,
+                    seconds=seconds,
+                    method="adjoint",
+                    **how_computed(of_kind, prompt),
+                )
+                for (of, position), place in places
+                if of == prompt
+            ]
+        )
+    sizes = [reads.readout.sizes[place] for _, place in places]
+    flat = [result for of_prompt in found for result in of_prompt]
+    computed = request.run.compute_dtype or wide_dtype(request)
+    warn_if_logits_miss(request, list(zip(flat, sizes * len(kinds), strict=True)), computed)
+    return [found[first : first + n_prompts] for first in range(0, len(found), n_prompts)]
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,133 @@
+"""A ledger's file: the pages of the way back as safetensors, and everything else as JSON in its header."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..components.base import Entry
+from ..components.model import Tokens
+from ..options import LINEAR, Options
+from ..readout.collect import Readout
+from ..readout.targets import Directions
+from ..request import Request, make_request, wide_dtype, with_trace
+from ..results.files import read_result, register_format, write_result
+from ..runtime.dtypes import dtype_name
+from ..trace.fingerprint import Fingerprint
+from .batches import Packing
+from .reads import Reads
+from .walk import Pages
+
+FORMAT = "depass_fast.ledger.v1"
+_BY_SITE = ("gradients", "totals", "constants")
+_BY_LAYER = ("heads", "of_attention", "of_mlp")
+_OF_PLACES = ("logits", "bias_scores", "sizes")
+
+
+def save(path: str | Path, request: Request, reads: Reads, pages: Pages, one_position: bool) -> None:
+    """Write a ledger's file."""
+    run, readout = request.run, reads.readout
+    tensors: dict[str, Tensor] = {"seeds": reads.seeds, "ids": torch.cat(request.prompts)}
+    for name in _BY_SITE:
+        tensors |= {f"{name}.{site.order}": one for site, one in getattr(pages, name).items()}
+    for name in _BY_LAYER:
+        tensors |= {f"{name}.{layer}": one for layer, one in getattr(pages, name).items()}
+    for layer, parts in pages.neurons.items():
+        tensors |= {f"neurons.{layer}.{i}": one for i, one in enumerate(parts)}
+    for place, one in enumerate(readout.directions):
+        tensors |= {f"{name}.{place}": getattr(readout, name)[place] for name in _OF_PLACES}
+        tensors |= {f"directions.{place}.{name}": value for name, value in _tensors(one).items()}
+    content = {
+        "fingerprint": asdict(Fingerprint.of(request.adapter.model)),
+        "lengths": [len(ids) for ids in request.prompts],
+        "batch": request.batch,
+        "one_position": one_position,
+        "reads": request.reads,
+        "directions": [
+            {f.name: getattr(one, f.name) for f in fields(one) if not isinstance(getattr(one, f.name), Tensor)}
+            for one in readout.directions
+        ],
+        "options": {
+            "allocation": run.allocation.name,
+            "exclude_special": request.settings.exclude_special,
+            "state_dtype": dtype_name(run.state_dtype),
+            "compute_dtype": dtype_name(run.compute_dtype or wide_dtype(request)),
+        },
+    }
+    write_result(path, FORMAT, {name: one.contiguous().cpu().clone() for name, one in tensors.items()}, content)
+
+
+def restore(
+    path: str | Path, adapter: Adapter, tokenizer: Any | None, settings: Options
+) -> tuple[Request, Reads, Pages, bool]:
+    """Read a ledger's file for the model that it is of; one forward pass makes its trace anew.
+
+    Raises:
+        ValueError: the file holds no ledger, or one of another model; the message says what is different.
+    """
+    tensors, content = read_result(path, FORMAT)
+    difference = Fingerprint(**content["fingerprint"]).difference(Fingerprint.of(adapter.model))
+    if difference is not None:
+        raise ValueError(f"{path}: it is the ledger of another model, {difference}.")
+    prompts = list(tensors["ids"].split(content["lengths"]))
+    settings = settings.updated(content["options"])
+    request = make_request(adapter, tokenizer, settings, prompts, Tokens(), encoded=True)
+    reads = tuple(tuple(at) for at in content["reads"])
+    request = with_trace(replace(request, batch=content["batch"], reads=reads, method=LINEAR))
+    device = adapter.unembedding_device
+    return request, _reads(request, tensors, content, device), _pages(request, tensors), content["one_position"]
+
+
+def _tensors(directions: Directions) -> dict[str, Tensor]:
+    values = {field.name: getattr(directions, field.name) for field in fields(directions)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _pages(request: Request, tensors: dict[str, Tensor]) -> Pages:
+    """Return the pages; gradients are on the devices of their layers."""
+    adapter, pages = request.adapter, Pages()
+    last = adapter.n_layers - 1
+    for key, one in tensors.items():
+        name, *numbers = key.split(".")
+        if name in _BY_SITE:
+            layer, mid = divmod(int(numbers[0]), 2)
+            site = Entry(layer, "resid_mid" if mid else "resid_pre")
+            device = adapter.layer_device(min(layer, last)) if name == "gradients" else one.device
+            getattr(pages, name)[site] = one.to(device)
+        elif name in _BY_LAYER:
+            getattr(pages, name)[int(numbers[0])] = one
+        elif name == "neurons":
+            parts = pages.neurons.setdefault(int(numbers[0]), [])
+            parts.append(one)
+    for layer, parts in pages.neurons.items():  # in their order, which keys of more than one digit do not have
+        pages.neurons[layer] = [tensors[f"neurons.{layer}.{i}"] for i in range(len(parts))]
+    return pages
+
+
+def _reads(request: Request, tensors: dict[str, Tensor], content: dict[str, Any], device: torch.device) -> Reads:
+    adapter, trace = request.adapter, request.require_trace()
+    directions = []
+    for place, values in enumerate(content["directions"]):
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        begin = f"directions.{place}."
+        held = {key.removeprefix(begin): one.to(device) for key, one in tensors.items() if key.startswith(begin)}
+        directions.append(Directions(**held, **plain))  # pyright: ignore[reportArgumentType]
+    of_places = {name: tuple(tensors[f"{name}.{place}"] for place in range(len(directions))) for name in _OF_PLACES}
+    norm = adapter.final_norm()
+    readout = Readout(
+        places=request.places,
+        directions=tuple(directions),
+        norm=None if norm is None else norm.to(device),
+        resid=trace.resid(request.end).to(device),
+        dtype=wide_dtype(request),
+        **of_places,
+    )
+    return Reads.made(readout, Packing(trace.offsets, request.read_positions), tensors["seeds"].to(device))
+
+
+register_format(FORMAT, lambda tensors, content: (tensors, content))

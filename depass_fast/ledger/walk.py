@@ -1,0 +1,208 @@
+"""The way back through all layers: gradients of every site, and the scores of heads and neurons on the way.
+
+A score is linear in the components under a linear rule: score[m] = Σ_n ⟨λ[n], X[n, m]⟩ + what constants add to `bias`,
+with one gradient λ per site for all components of all kinds (docs/rules.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, Branch, Layer
+from ..components.base import Entry
+from ..runtime.precision import full_precision
+from ..runtime.progress import Parts
+from ..runtime.transfer import to_host
+from ..trace.record import LayerTrace, Trace
+from .attention import WayThroughAttention
+from .batches import Packing
+from .mlp import WayThroughMlp
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a way back: gradients and totals at ``sites`` (None: at all), scores of layers.
+
+    The way ends at ``last``, the first site of the model that anything is asked of.
+    """
+
+    sites: frozenset[Entry] | None
+    neurons: frozenset[int]
+    heads: frozenset[int]
+    last: Entry
+
+    @staticmethod
+    def everything(n_layers: int) -> Wanted:
+        """All that there is, of all layers."""
+        layers = frozenset(range(n_layers))
+        return Wanted(None, layers, layers, Entry(0, "resid_pre"))
+
+    def keeps(self, site: Entry) -> bool:
+        return self.sites is None or site in self.sites
+
+
+@dataclass
+class Pages:
+    """What the way back found, for R rows (a read and a target) of P prompts with T packed positions.
+
+    All but the gradients is in host memory once the way is done.
+
+    gradients: λ (R, T, D) of the sites that were asked for.
+    totals, constants: of every site passed, (R, P): Σ_n ⟨λ[n], x[n]⟩, and what all constants behind it are worth.
+    neurons, heads: of a layer, the scores (R, P, I) for each of its MLPs, and (R, P, H).
+    of_attention, of_mlp: what the constants in a layer's own outputs are worth, (R, P).
+    """
+
+    gradients: dict[Entry, Tensor] = field(default_factory=dict)
+    totals: dict[Entry, Tensor] = field(default_factory=dict)
+    constants: dict[Entry, Tensor] = field(default_factory=dict)
+    neurons: dict[int, list[Tensor]] = field(default_factory=dict)
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    of_attention: dict[int, Tensor] = field(default_factory=dict)
+    of_mlp: dict[int, Tensor] = field(default_factory=dict)
+
+    def brought_home(self) -> Pages:
+        """Return the same with all but the gradients in host memory, in one copy."""
+        each = [getattr(self, name) for name in ("totals", "constants", "heads", "of_attention", "of_mlp")]
+        parts = [list(held.values()) for held in each] + list(self.neurons.values())
+        home = iter(to_host([one for part in parts for one in part]))
+        moved = [{key: next(home) for key in held} for held in each]
+        neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
+        totals, constants, heads, of_attention, of_mlp = moved
+        return Pages(self.gradients, totals, constants, neurons, heads, of_attention, of_mlp)
+
+
+@full_precision()
+def walk_back(
+    adapter: Adapter,
+    trace: Trace,
+    packing: Packing,
+    seeds: Tensor,
+    end: int,
+    rule: str,
+    wanted: Wanted,
+    compute: torch.dtype,
+    budget: int,
+    progress: Parts | None = None,
+) -> Pages:
+    """Take gradients ``seeds`` (R, A, D) at the read positions, in front of layer ``end``, back as far as is wanted.
+
+    Products run in ``compute``, everything else in the dtype of the seeds. ``budget`` bounds what an MLP holds, in
+    bytes.
+    """
+    way = _WayBack(trace, packing, seeds, end, rule, wanted, compute, budget)
+    for index in reversed(range(wanted.last.layer, end)):
+        way.pass_layer(index, adapter.layer(index), adapter.is_parallel)
+        if progress is not None:
+            progress.finish()
+    return way.pages.brought_home()
+
+
+class _WayBack:
+    """A way back that is under way; arguments as of :func:`walk_back`."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        packing: Packing,
+        seeds: Tensor,
+        end: int,
+        rule: str,
+        wanted: Wanted,
+        compute: torch.dtype,
+        budget: int,
+    ) -> None:
+        self._trace, self._packing, self._wanted = trace, packing, wanted
+        self._rule, self._compute, self._budget = rule, compute, budget
+        self._back, self._partial = seeds, True
+        self._read: tuple[tuple[int, bool], Tensor, Tensor] | None = None
+        self._after = seeds.new_zeros(len(seeds), packing.n_prompts)
+        self.pages = Pages()
+        self._visit(Entry(end, "resid_pre"), trace.resid(end))
+
+    def pass_layer(self, index: int, layer: Layer, parallel: bool) -> None:
+        """Take the gradients back through a layer, or through its MLP alone where the way ends."""
+        record = self._trace.layers[index]
+        self._back, self._after = self._back.to(layer.device), self._after.to(layer.device)
+        beta = self._through_stream(layer.mlp, record.mlp_sum)
+        if parallel:
+            read = self._everywhere(self._through_mlp(index, layer, record, beta), self._partial)
+            self._through_attention(index, layer, record, None)
+            self._back += read
+        else:
+            self._back = self._back + self._through_mlp(index, layer, record, beta)
+            self._visit(Entry(index, "resid_mid"), record.resid_mid)
+            if self._wanted.last == Entry(index, "resid_mid"):
+                return
+            beta = self._through_stream(layer.attention, record.attention_sum)
+            self._through_attention(index, layer, record, beta)
+        self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
+        """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
+        way = WayThroughMlp(layer.mlps, record, self._packing, self._partial, self._rule, self._compute, self._budget)
+        found = way.back(self._back, self._states(record.mlp.resid), index in self._wanted.neurons)
+        if found.neurons is not None:
+            self.pages.neurons[index] = found.neurons
+        self._add(self.pages.of_mlp, index, [found.constant, beta])
+        self._add(None, index, [found.driven])
+        return found.gradients
+
+    def _through_attention(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> None:
+        """Take the gradients back through attention, to all positions; note what it and its constants are worth."""
+        way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
+        x = self._states(record.attention.resid, everywhere=True)
+        found = way.back(self._back, x, index in self._wanted.heads)
+        if found.heads is not None:
+            self.pages.heads[index] = found.heads
+        self._add(self.pages.of_attention, index, [found.constant, beta])
+        self._back = found.gradients + self._everywhere(self._back, self._partial)
+        self._partial = False
+
+    def _through_stream(self, branch: Branch, total: Tensor | None) -> Tensor | None:
+        """Take the gradients back through a norm of the stream behind a branch; return what its β is worth (R, P)."""
+        norm = branch.stream
+        if norm is None:
+            return None
+        assert total is not None  # it is recorded wherever there is such a norm
+        at = self._packing.at(self._partial, self._back.device)
+        scale = norm.scale((total if at is None else total[at]).to(self._back.dtype))
+        beta = None if norm.bias is None else self._packing.sum(self._back @ norm.bias.to(self._back), self._partial)
+        self._back = norm.transposed(self._back, scale)
+        return beta
+
+    def _add(self, own: dict[int, Tensor] | None, index: int, worth: Iterable[Tensor | None]) -> None:
+        """Add what constants are worth (R, P) to that of all constants behind, and note it as a layer's own."""
+        for one in worth:
+            if one is None:
+                continue
+            self._after = self._after + one
+            if own is not None:
+                own[index] = own[index] + one if index in own else one
+
+    def _visit(self, site: Entry, x: Tensor) -> None:
+        """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
+        self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
+        self.pages.constants[site] = self._after
+        if self._wanted.keeps(site):
+            self.pages.gradients[site] = self._everywhere(self._back, self._partial)
+
+    def _states(self, x: Tensor, everywhere: bool = False) -> Tensor:
+        """Return hidden states (T, D) as the gradients are, at their positions or everywhere; the last are kept."""
+        at = None if everywhere else self._packing.at(self._partial, x.device)
+        key = id(x), at is None
+        if self._read is None or self._read[0] != key:
+            self._read = key, x, (x if at is None else x[at]).to(self._back)
+        return self._read[2]
+
+    def _everywhere(self, gradients: Tensor, partial: bool) -> Tensor:
+        """Return gradients (R, A, D) as those of all positions, (R, T, D)."""
+        if not partial:
+            return gradients
+        out = gradients.new_zeros(len(gradients), self._packing.n_positions, gradients.shape[2])
+        out[:, self._packing.at(True, gradients.device)] = gradients
+        return out
