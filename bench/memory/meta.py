@@ -263,17 +263,22 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
     with standing_in(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
         model = build_model(shape, getattr(torch, case.dtype), device=META)
-        options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget, "allocation": case.rule}
+        options: dict[str, Any] = {
+            "state_dtype": case.state_dtype,
+            "memory_budget": case.memory_budget,
+            "allocation": case.rule,
+        }
         dp = DePass(model, backend=case.backend, **options)
         method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
         run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, method=method)
         plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
+        how: dict[str, Any] = case.method or {"method": "exact"}
         for _ in range(1 + again):
             with counting(dp.model) as counted:
                 if case.call == "decompose":
                     dp.decompose(prompts, kind)
                 else:
-                    dp.attribute(prompts, kind, 7, **(case.method or {"method": "exact"}))
+                    dp.attribute(prompts, kind, 7, **how)
     return plan, counted
 
 
