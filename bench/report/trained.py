@@ -45,7 +45,7 @@ def _by_prompt(prompts: list[dict]) -> str:
 
 
 def _by_error(every: list[tuple[dict, bool]]) -> str:
-    """How true the estimate is: its ratio to the error, by the size of the error."""
+    """The truth of the estimate: its ratio to the error, by the size of the error."""
     header = ["error", "start layers", "named", "estimate / error: p20", "median", "p80"]
     rows = []
     for low, high in pairwise(BANDS):

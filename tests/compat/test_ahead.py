@@ -15,7 +15,7 @@ LAYERS = 8
 
 @pytest.fixture
 def joined(monkeypatch) -> list[int]:
-    """How many layers were carried together, every time that it was more than one."""
+    """The number of layers that were carried together, every time that it was more than one."""
     found, join = [], ahead.propagate_jointly
     monkeypatch.setattr(ahead, "propagate_jointly", lambda *args: found.append(len(args[2])) or join(*args))
     return found
