@@ -141,7 +141,7 @@ def test_states(demo: DePass):
 
 
 def test_options_are_words_that_there_are(demo: DePass):
-    assert get_args(RuleName) == NAMES and get_args(BackendName) == ("auto", *BACKENDS)
+    assert get_args(RuleName) == tuple(NAMES) and get_args(BackendName) == ("auto", *BACKENDS)
     demo.attribute(IDS, Tokens(), backend="reference", allocation="linear", stream=False, method="exact")
     demo.attribute(IDS, Tokens(), allocation=softmax, stream="auto")
     with pytest.raises(ValueError, match="backend: "):

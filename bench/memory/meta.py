@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -46,7 +45,7 @@ from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import SHAPES, build_model
 from ..core.results import write_results
 
@@ -312,7 +311,7 @@ def line(case: CountedRun, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.meta", __doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=writable)
     parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
     parser.add_argument("--where", action="store_true", help="print which functions ask for the operations")
     options = parser.parse_args(arguments)

@@ -22,7 +22,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,7 +35,7 @@ from depass_fast.planning.planner import make_plan
 from depass_fast.planning.shapes import RunShape
 from depass_fast.results.estimate import ApproximationWarning
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import family_model
 from ..core.peak import measurable, measured
 from ..core.results import ROOT, write_results
@@ -250,7 +249,7 @@ def measure(case: PlannedRun) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.plan", __doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=writable)
     parser.add_argument("--quick", action="store_true", help="four small shapes, in seconds: checks that it runs")
     parser.add_argument("--only", metavar="NAME", help="only cases whose names begin with this")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -26,6 +26,7 @@ SECTIONS = {
     "meta": memory.counted,
     "plan": memory.planned,
     "prompts": tables.prompts,
+    "scripts": tables.scripts,
     "suite": tables.suite,
     "trained": trained.section,
 }

@@ -25,7 +25,7 @@ from .mlp import WayThroughMlp
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a way back: gradients and totals at ``sites`` (None: at all), scores of layers.
+    """The questions to a way back: gradients and totals at ``sites`` (None: at all), scores of layers.
 
     The way ends at ``last``, the first site of the model that anything is asked of.
     """
@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass
 class Pages:
-    """What the way back found, for R rows (a read and a target) of P prompts with T packed positions.
+    """The findings of a way back, for R rows (a read and a target) of P prompts with T packed positions.
 
     All but the gradients is in host memory once the way is done.
 
