@@ -86,10 +86,9 @@ def _neurons_back(
             u = tl.load(up + n.to(tl.int64)[:, None] * n_neurons + i[None, :], mask=here, other=0.0).to(tl.float32)
             if RULE == "half":
                 c_up = 0.5 * routed * _curve(g, CURVE)
-                driven = 0.5 * a
             else:
                 c_up = routed * _mean_to_zero(g, nodes, weights, CURVE, NODES)
-                driven = a - c_up * u
+            driven = a - c_up * u
             limit = 0.25 * routed * u
             tl.store(of_up + where, (back * c_up).to(of_up.dtype.element_ty), mask=here)
         else:

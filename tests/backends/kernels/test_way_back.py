@@ -36,7 +36,7 @@ def expected(y, act, gate, up, at, router, rule, curve):
     if up is not None:
         half = rule == "half"
         of_up = weight * (0.5 * FUNCTIONS[curve](g) if half else mean_to_zero(FUNCTIONS[curve], g))
-        driven, limit = 0.5 * a if half else a - of_up * up.double(), 0.25 * weight * up.double()
+        driven, limit = a - of_up * up.double(), 0.25 * weight * up.double()
     of_gate = torch.where(g == 0, limit, driven / torch.where(g == 0, 1.0, g))
     scores = torch.stack([(y * a)[:, first:last].sum(1) for first, last in pairwise(ENDS.tolist())], 1)
     return y * of_gate, None if of_up is None else y * of_up, scores
