@@ -108,13 +108,11 @@ def linear_shares(
     recorded: Tensor | slice,
     dtype: torch.dtype,
     up: Tensor | None = None,
-    product: torch.dtype | None = None,
 ) -> LinearShares:
     """Return the coefficients of a linear ``rule`` at the ``recorded`` rows of an MLP's trace, in ``dtype``.
 
-    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known; else the ``product`` that makes it
-    runs in that dtype, by default in float32 or wider. The router's weight is part of the coefficients; the scale of a
-    norm on the output is not.
+    They are computed in float32 at least. ``up`` (P, I) is U there, if it is known. The router's weight is part of the
+    coefficients; the scale of a norm on the output is not.
 
     Raises:
         ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
@@ -123,13 +121,13 @@ def linear_shares(
     n = len(range(*recorded.indices(n_recorded))) if isinstance(recorded, slice) else len(recorded)
     most = max(1, at_once(trace.gate.device.type == "cpu")[0] // n_neurons)
     if n <= most:
-        return _shares(rule, weights, trace, recorded, dtype, up, product)
+        return _shares(rule, weights, trace, recorded, dtype, up)
     at, found, done = recorded, None, 0
     if isinstance(at, slice):
         at = torch.arange(n_recorded, device=trace.gate.device)[at]
     for part in at.split(most):  # what is held beside the coefficients does not grow with the prompt
         rows = slice(done, done + len(part))
-        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows], product)
+        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows])
         if found is None:
             tables = (None if x is None else x.new_empty(n, n_neurons) for x in (made.up, made.constant))
             found = LinearShares(made.gate.new_empty(n, n_neurons), *tables)
@@ -146,7 +144,6 @@ def _shares(
     recorded: Tensor | slice,
     dtype: torch.dtype,
     up: Tensor | None,
-    product: torch.dtype | None,
 ) -> LinearShares:
     """Return the coefficients at so few rows that they can be made at once."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -166,7 +163,7 @@ def _shares(
             constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
         )
     else:
-        raw = (frozen_up(weights, trace, recorded, product or wide) if up is None else up).to(wide)
+        raw = (frozen_up(weights, trace, recorded, wide) if up is None else up).to(wide)
         up = activation.limited_up(raw)
         up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
         up = up + activation.up_offset if activation.up_offset else up
