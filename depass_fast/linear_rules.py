@@ -215,24 +215,28 @@ def adds_constant(rule: str, weights: Mlp) -> bool:
 def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
     """Return B = ∫₀¹ curve(t · x) dt (P, I), element by element, to about 1e-8: a Gauss rule on each part of |x|."""
     on_cpu = x.device.type == "cpu"  # most elements are small: a CPU looks for the others, a GPU would be waited for
-    mean, last = (_mean_of_few, 1) if on_cpu else (_mean_of_parts, _EVERY)
-    size = at_once(on_cpu)[1] // (_NODES * last * x.shape[1])
-    return torch.cat([mean(curve, part, 0, last) for part in x.split(max(1, size))])
+    size = at_once(on_cpu)[1] // (_NODES * (1 if on_cpu else _EVERY) * x.shape[1])
+    parts = x.split(max(1, size))
+    return torch.cat([_mean_of_few(curve, part) if on_cpu else _mean_of_parts(curve, part, 0) for part in parts])
 
 
-def _mean_of_few(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
-    """The mean of all parts, those from number ``last`` on only for the elements that reach them."""
-    found, large = _mean_of_parts(curve, x, first, last), x.abs() > _BREAKS[last]
+def _mean_of_few(curve: Curve, x: Tensor) -> Tensor:
+    """The mean, with the parts behind the first one only for the elements that reach them."""
+    _, nodes, weights = _gauss(x.dtype, x.device)
+    within = x.clamp(-_BREAKS[1], _BREAKS[1])
+    found = torch.tensordot(weights, curve(nodes.view(-1, *[1] * x.ndim) * within), 1)
+    large = within != x
     if large.any():
-        found[large] += _mean_of_parts(curve, x[large], last, _EVERY)
+        some = x[large]
+        found[large] = found[large] * (within[large] / some) + _mean_of_parts(curve, some, 1)
     return found
 
 
-def _mean_of_parts(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
-    """Return what the parts of [0, |x|] from number ``first`` to ``last`` (excluded) add to the mean."""
+def _mean_of_parts(curve: Curve, x: Tensor, first: int) -> Tensor:
+    """Return what the parts of [0, |x|] from number ``first`` on add to the mean."""
     breaks, nodes, weights = _gauss(x.dtype, x.device)
     one = [1] * x.ndim
-    low, high = (ends.view(-1, *one) for ends in (breaks[first:last], breaks[first + 1 : last + 1]))  # (K, 1, ...)
+    low, high = (ends.view(-1, *one) for ends in (breaks[first:-1], breaks[first + 1 :]))  # (K, 1, ...)
     size = x.abs().clamp_min(torch.finfo(x.dtype).tiny)  # all of a point is in the first part
     above = torch.maximum(size, low)
     share = (torch.minimum(above, high) - low) / size  # (K, ...) of [0, |x|]

@@ -109,6 +109,7 @@ class WayThroughAttention:
             if out is None:
                 return part.unflatten(3, (rows, -1))
             out[tile.prompts, tile.heads, tile.keys] += part
+            del p, part  # before the next tile is made
         assert out is not None
         return out.unflatten(3, (rows, -1))
 

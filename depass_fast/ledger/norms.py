@@ -55,8 +55,8 @@ def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if Triton's kernels can do what is computed in ``dtype`` on a device."""
-    return dtype == torch.float32 and why_not_triton(device, dtype) is None
+    """True if Triton's kernels can do what is computed in ``dtype`` on a device; its interpreter is not meant."""
+    return device.type != "cpu" and dtype == torch.float32 and why_not_triton(device, dtype) is None
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
