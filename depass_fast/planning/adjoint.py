@@ -99,7 +99,7 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
     lengths = {n for _, n in sweeps}
     casts, widest = wide != adapter.dtype, {n: max(size.reached(n) for size in layers) for n in lengths}
     copies = compute != adapter.dtype or any(size.output_norms or len(size.mlps) > 1 for size in layers)
-    is_cuda, softmax = device.type == "cuda", Allocation(options.allocation).is_softmax
+    is_cuda = device.type == "cuda"
     workloads = []
     for prompt, n in sweeps:
         count = None if counts is None else counts[prompt]
@@ -112,7 +112,6 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
                 starts=starts,
                 end=reach(kinds[-1], adapter, end)[1],
                 method=method,
-                softmax=softmax,
                 loud=1 << 30,
                 item=wide.itemsize,
                 compute=compute.itemsize,
