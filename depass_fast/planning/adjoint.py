@@ -139,11 +139,11 @@ def _start_size(
     """Return the size of one start layer for a prompt of ``n`` tokens, with ``count`` components if that is known."""
     named = named_components(kind, adapter, n)[0] if count is None else count
     entering, extras = reach(kind, adapter, end)[0], 1 + has_bias(kind, adapter, end, Allocation())
-    held, making = _start_bytes(kind, adapter, n, named, item, casts)
+    held, making = start_bytes(kind, adapter, n, named, item, casts)
     return StartSize(entering, named, extras, held, making)
 
 
-def _start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:
+def start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:
     """Bytes of what a start's components are made of beyond the trace and the model, and of what their making holds."""
     width, size = adapter.hidden_size, layer_sizes(adapter)[kind.resolve(adapter)]
     held, numbers, vectors = 2 * n * width * item, n * named * item, named * width * item
