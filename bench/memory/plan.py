@@ -3,9 +3,9 @@
 Each case of a grid of shapes is measured in a process of its own: the high-water mark of the resident set less the
 resident set with the model loaded (see :mod:`bench.core.peak`).
 
-Adjoint sweeps and ways back make and free blocks of many sizes. The C library keeps freed blocks below 32 MiB, in pieces that serve
-no larger ones, and their number differs from run to run. So their allocations are measured with every freed block
-given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without this
+Adjoint sweeps and ways back make and free blocks of many sizes. The C library keeps freed blocks below 32 MiB, in
+pieces that serve no larger ones, and their number differs from run to run. So their allocations are measured with every
+freed block given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without this
 setting stands beside both. States that stream are measured in the same way: their prediction adds the host's part to
 the device's, which are one memory here.
 
@@ -137,9 +137,10 @@ ADJOINT = [
     _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
 ]
 _DEEP, _PROMPTS = (512, 1376, "tokens", 2048), (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
+_SHAPLEY = {"heads": 4, "layers": 2, "rule": "shapley"}
 LINEAR = [
     *(
-        _llama(f"{call}, {name}", *shape, method="linear", call=call, **{"heads": 4, "layers": 2, "rule": "shapley", **more})
+        _llama(f"{call}, {name}", *shape, method="linear", call=call, **{**_SHAPLEY, **more})
         for call in ("ledger", "attribute")
         for name, shape, more in (
             ("shapley", _DEEP, {}),

@@ -139,7 +139,7 @@ class LedgerWorkload:
         """Return the blocks of the chunk of an MLP that holds most."""
         size, queries, here = self.layers[index], self._queries(index), self._arriving(index)
         arriving = here * self.compute // self.item * (self.compute != self.item)
-        read = queries * self.width * self.item * (1 + self.widens) * self._reads_up(index)
+        normed = queries * self.width * self.compute * (self.rule != "taylor") + self._norm(queries)
         most = max(1, workspace // (self.rows * size.neurons * self.item * HELD))
         neurons = int(max(min(most, min(1.0, BUSIEST * share) * queries) * count for count, share in size.mlps))
         numbers = max(self.rows + _SHARES[self.rule], self.rows * _ROWS + 2 + self._reads_up(index)) + 2 * self.widens
@@ -151,7 +151,11 @@ class LedgerWorkload:
             integral = min(values, 8 * neurons) * times + neurons
             chunk = max(chunk, (integral + neurons * (self.rows + 2)) * self.item)
         weights = self._weight(size.neurons) * (3 if self._reads_up(index) else 2)
-        return [here, arriving, read, chunk, weights]
+        return [here, arriving, normed, chunk, weights]
+
+    def _norm(self, queries: int) -> int:
+        """Return the bytes of a frozen norm, and of the states that it is of where they are converted."""
+        return queries * self.width * self.item * (1 + self.widens)
 
     def _attention(self, index: int) -> Iterator[list[int]]:
         """Yield the blocks of an attention: while P is made and applied, while heads are scored, and at its end."""
@@ -162,11 +166,12 @@ class LedgerWorkload:
         read = self.rows * self.positions * size.v * self.compute
         scored = index in self.heads
         values = self.positions * size.v * self.item * scored
-        yield [y, values, self.positions * self.width * self.item * (1 + self.widens) * scored, weights]
+        norm = self._norm(self.positions)
+        yield [y, values, norm, self.positions * self.width * self.item * scored, weights]
         tiles = self._tile(size, queries)
-        yield [y, values, read, through, out, *tiles, self._taken(size)]
-        yield [y, values, read, out, out * self.item // self.compute * scored]
-        yield [y, values, read, read * (self.item != self.compute), *[self.gradient] * 3, weights, self._resid]
+        yield [y, values, norm, read, through, out, *tiles, self._taken(size)]
+        yield [y, values, norm, read, out, out * self.item // self.compute * scored]
+        yield [y, values, norm, read, *[self.gradient] * 3, weights]
 
     def _padded(self, positions: int) -> int:
         """Return so many positions of all prompts with the padding of those that go through attention together."""
@@ -187,7 +192,8 @@ class LedgerWorkload:
         most = CPU_TILE if self.on_cpu else GPU_TILE
         numbers = min(all_of_them, max(most, longest))
         times = _TILES if all_of_them > most else _TILES - 1
-        return [numbers * self.wide * times, 2 * min(numbers, longest * longest), numbers * self.compute * self.narrows]
+        mask = numbers if size.o > size.v else min(numbers, longest * longest)
+        return [(numbers * times + mask) * self.wide, numbers * self.compute * self.narrows]
 
     @property
     def narrows(self) -> bool:
