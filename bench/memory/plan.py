@@ -137,6 +137,7 @@ ADJOINT = [
     _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
 ]
 _DEEP, _PROMPTS = (512, 1376, "tokens", 2048), (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
+_LEDGER = {"method": "linear", "call": "ledger"}
 _SHAPLEY = {"heads": 4, "layers": 2, "rule": "shapley"}
 LINEAR = [
     *(
@@ -158,7 +159,7 @@ LINEAR = [
     _llama("ledger, qwen2: biases", *_DEEP, method="linear", rule="half", call="ledger", model_type="qwen2", layers=2),
     _llama("ledger, gpt_neox: parallel", *_DEEP, method="linear", rule="half", call="ledger", model_type="gpt_neox"),
     _llama("ledger, gpt2", *_DEEP, method="linear", rule="shapley", call="ledger", model_type="gpt2"),
-    _llama("ledger, gemma2: output norms", *_DEEP, method="linear", rule="half", call="ledger", model_type="gemma2"),
+    _llama("ledger, gemma2: output norms", 1024, 2048, "tokens", 300, **_SHAPLEY, **_LEDGER, model_type="gemma2"),
 ]
 QUICK = [
     _llama("tokens", 256, 256, "tokens", 150),
@@ -208,12 +209,12 @@ def run(case: PlannedRun) -> dict:
         return {**asdict(case), **run_linear(case, dp, components, prompts, options)}
     options["stream"] = case.stream
     dp.attribute([1, 2, 3, 4], Tokens(), target=7, stream=case.stream)
-    plan = dp.plan(prompts, components, measure=False, **options)
+    plan = dp.plan(prompts, components, method="exact", measure=False, **options)
     estimate = plan.of("torch, streamed" if case.stream else "torch")
     if case.call == "decompose":
         peak = measured(lambda: dp.decompose(prompts, components, **options))
     else:
-        peak = measured(lambda: dp.attribute(prompts, components, 7, **options))
+        peak = measured(lambda: dp.attribute(prompts, components, 7, method="exact", **options))
     return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
 
 
@@ -245,14 +246,15 @@ def run_adjoint(case: PlannedRun, dp: DePass, components: ComponentKind, prompts
 def run_linear(case: PlannedRun, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
     """Return the same for a way back under a linear rule: for a ledger, or for the components of an attribution."""
     targets = list(range(7, 7 + case.targets))
+    workspace = {name: value for name, value in options.items() if name != "allocation"}
 
     def call(prompts: list) -> object:
         if case.call == "ledger":
-            return dp.ledger(prompts, targets, rule=case.rule, **options)
-        return dp.attribute(prompts, components, targets, allocation=case.rule, method="adjoint", **options)
+            return dp.ledger(prompts, targets, rule=case.rule, **workspace)
+        return dp.attribute(prompts, components, targets, method="adjoint", **options)
 
     call([[1, 2, 3, 4]])
-    given = {"allocation": case.rule, "method": "adjoint", "n_targets": case.targets, **options}
+    given = {"method": "adjoint", "n_targets": case.targets, **options}
     asked = "ledger" if case.call == "ledger" else components
     plan, timed = (dp.plan(prompts, asked, measure=measure, **given) for measure in (False, True))
     began = time.perf_counter()
