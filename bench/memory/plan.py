@@ -22,14 +22,14 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 
 from depass_fast import ComponentKind, Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adjoint.sweep import Sweep
-from depass_fast.options import Adjoint, RuleName
+from depass_fast.options import Adjoint, LinearRuleName, RuleName
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import make_plan
 from depass_fast.planning.shapes import RunShape
@@ -250,7 +250,7 @@ def run_linear(case: PlannedRun, dp: DePass, components: ComponentKind, prompts:
 
     def call(prompts: list) -> object:
         if case.call == "ledger":
-            return dp.ledger(prompts, targets, rule=case.rule, **workspace)
+            return dp.ledger(prompts, targets, rule=cast(LinearRuleName, case.rule), **workspace)
         return dp.attribute(prompts, components, targets, method="adjoint", **options)
 
     call([[1, 2, 3, 4]])

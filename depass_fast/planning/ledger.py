@@ -18,6 +18,7 @@ from ..backends import has_compute_dtype
 from ..backends.workload import BUSIEST, LayerSize
 from ..components.base import ComponentKind, Entry
 from ..components.model import Heads, Modules, Neurons
+from ..linear_rules import at_once
 from .adjoint import start_bytes
 from .shapes import ForwardPass, RunShape, layer_sizes, named_components, reach
 
@@ -26,9 +27,9 @@ CPU_TILE, GPU_TILE = 1 << 22, 1 << 26  # probabilities of a tile
 SHORT = 64  # prompts of up to so many positions are padded to the longest of them
 HELD = 12  # numbers per neuron, position and row for which a chunk's budget is divided
 _TILES = 3  # P of the tile before, the logits, and P
-_SHARES = {"taylor": 4, "half": 7, "shapley": 7}  # numbers per neuron and position that coefficients are made of
+_SHARES = 7  # numbers per neuron and position of the block whose coefficients are being made
 _ROWS = 3  # numbers per neuron, position and row: gradients, and those of gates and ups
-_INTEGRAL = 1 << 22, 3  # values of a curve that are held at once, and how often: the rule `shapley` alone
+_CURVE = 3  # times that the values of a curve are held
 _NAME = 80  # bytes of a label in all lists that hold it
 
 
@@ -142,14 +143,10 @@ class LedgerWorkload:
         normed = queries * self.width * self.compute * (self.rule != "taylor") + self._norm(queries)
         most = max(1, workspace // (self.rows * size.neurons * self.item * HELD))
         neurons = int(max(min(most, min(1.0, BUSIEST * share) * queries) * count for count, share in size.mlps))
-        numbers = max(self.rows + _SHARES[self.rule], self.rows * _ROWS + 2 + self._reads_up(index)) + 2 * self.widens
-        if self.compute != self.item:
-            numbers += self.rows
-        chunk = neurons * self.item * numbers
-        if self.rule == "shapley" and self.on_cpu:
-            values, times = _INTEGRAL
-            integral = min(values, 8 * neurons) * times + neurons
-            chunk = max(chunk, (integral + neurons * (self.rows + 2)) * self.item)
+        numbers = self.rows * _ROWS + 2 + self._reads_up(index) + self.rows * (self.compute != self.item)
+        block, values = at_once(self.on_cpu)
+        chunk = neurons * self.item * numbers + min(neurons, block) * _SHARES * self.wide
+        chunk += min(8 * neurons, values) * _CURVE * self.wide * (self.rule == "shapley")
         weights = self._weight(size.neurons) * (3 if self._reads_up(index) else 2)
         return [here, arriving, normed, chunk, weights]
 

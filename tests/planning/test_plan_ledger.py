@@ -150,7 +150,7 @@ def test_a_way_back_begins_with_the_workspace_that_there_is_room_for(wide, free,
 
 
 def test_attention_is_held_a_tile_at_a_time(wide):
-    """What grows with the square of a prompt's length ends at a tile: the rest grows with the length."""
+    """No more than a tile grows with the square of the length of a prompt."""
     narrow = DePass(build_model("llama", max_position_embeddings=1 << 16))
 
     def beside(length):
