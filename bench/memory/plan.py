@@ -136,7 +136,8 @@ ADJOINT = [
     ),
     _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
 ]
-_DEEP, _PROMPTS = (512, 1376, "tokens", 2048), (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
+_DEEP: tuple[Any, ...] = (512, 1376, "tokens", 2048)
+_PROMPTS: tuple[Any, ...] = (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
 _LEDGER = {"method": "linear", "call": "ledger"}
 _SHAPLEY = {"heads": 4, "layers": 2, "rule": "shapley"}
 LINEAR = [
