@@ -12,7 +12,7 @@ from .components.model import Neurons, Tokens
 from .linear_rules import LINEAR_RULES
 from .options import LINEAR, Adjoint, Options
 from .planning.shapes import named_components
-from .request import Request
+from .request import Request, gradients_of
 
 MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
 ADJOINT_RULES = ("softmax", *LINEAR_RULES)
@@ -33,9 +33,7 @@ def _is_cheaper(request: Request) -> bool:
     if not isinstance(request.components, Tokens):
         first = request.components.each(request.adapter)[0]
         named = [2 * named_components(first, request.adapter, 1)[0]] * len(request.prompts)
-    specs = request.targets or [None] * len(request.prompts)
-    rows = [len(at) * (1 if one is None else len(one.items)) for at, one in zip(request.reads, specs, strict=True)]
-    return all(2 * count <= most + 2 for count, most in zip(rows, named, strict=True))
+    return all(2 * count <= most + 2 for count, most in zip(gradients_of(request), named, strict=True))
 
 
 def choose_method(

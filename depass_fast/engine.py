@@ -107,13 +107,14 @@ class DePass(StateCalls):
     def plan(
         self,
         prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
-        components: ComponentKind,
+        components: ComponentKind | Literal["ledger"],
         *,
         position: int | Sequence[int] | None = None,
         end: int | str | None = None,
         method: MethodName | Adjoint | None = None,
         measure: bool = True,
         continuation: Any | None = None,
+        n_targets: int = 1,
         **options: Unpack[OptionValues],
     ) -> Plan:
         """Predict FLOP, memory and time of a decomposition of a prompt, or of any of N tokens, before any work.
@@ -121,10 +122,15 @@ class DePass(StateCalls):
         An adjoint sweep is planned twice, with no loud components and with as many as are ever carried: how many there
         are depends on the prompt. So does how many components a dictionary or experts have, which a :class:`Trace` in
         the prompt's place tells. ``position`` is what is read, behind which nothing is carried; None: the last.
+        ``n_targets`` is the number of targets at every position: a linear rule carries a gradient for each.
+
+        ``components`` "ledger" plans :meth:`ledger`, under the ``allocation`` that is given, by default "shapley".
 
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. With a
         ``continuation`` it is the plan of both. Other arguments and errors as in :meth:`attribute`.
         """
+        if components == "ledger":
+            options = {"allocation": "shapley", **options}
         return plan_of(
             self.adapter,
             self.tokenizer,
@@ -136,6 +142,7 @@ class DePass(StateCalls):
             method=method,
             measure=measure,
             continuation=continuation,
+            n_targets=n_targets,
         )
 
     @overload

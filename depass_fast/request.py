@@ -195,10 +195,11 @@ def check_end(components: ComponentKind, adapter: Adapter, end: int | str | None
     return last
 
 
-def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
+def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool = False) -> Request:
     """Return the request with the workspace that the device has room for.
 
     ``counts`` are the named components of every prompt, where they are known; by default those that are ``bound``.
+    ``is_ledger``: all components of all kinds are asked for, whatever the request says.
 
     Raises:
         MemoryError: it cannot fit at all; the message says what would.
@@ -217,8 +218,17 @@ def fit(request: Request, counts: Sequence[int] | None = None) -> Request:
         method=request.method,
         carried=request.carried,
         reads=[[position + 1 for position in reads] for reads in request.reads] or None,
+        gradients=max(gradients_of(request), default=1),
+        is_ledger=is_ledger,
     )
     return replace(request, run=fitted(request.run, shape))
+
+
+def gradients_of(request: Request) -> list[int]:
+    """Return how many gradients each prompt would need: one for every target of every read."""
+    specs = request.targets or [None] * len(request.prompts)
+    counts = (1 if spec is None else len(spec.items) for spec in specs)
+    return [len(reads) * count for reads, count in zip(request.reads, counts, strict=False)]
 
 
 def take_trace(adapter: Adapter, prompts: list[Tensor], progress: bool) -> Trace:

@@ -131,7 +131,7 @@ class PublishedShares:
 
 
 class Shares:
-    """DePass by this library: exact, or by its adjoint sweep."""
+    """DePass by this library: exact, by its adjoint sweep, or under a linear rule by its way back."""
 
     def __init__(
         self,

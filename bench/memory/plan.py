@@ -3,11 +3,11 @@
 Each case of a grid of shapes is measured in a process of its own: the high-water mark of the resident set less the
 resident set with the model loaded (see :mod:`bench.core.peak`).
 
-Adjoint sweeps make and free blocks of many sizes. The C library keeps freed blocks below 32 MiB, in pieces that serve
-no larger ones, and their number differs from run to run. So a sweep's allocations are measured with every freed block
-given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without this
-setting stands beside both. States that stream are measured in the same way: their prediction adds the host's part to
-the device's, which are one memory here.
+Adjoint sweeps and ways back make and free blocks of many sizes. The C library keeps freed blocks below 32 MiB, in
+pieces that serve no larger ones, and their number differs from run to run. So their allocations are measured with every
+freed block given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without
+this setting stands beside both. States that stream are measured in the same way: their prediction adds the host's part
+to the device's, which are one memory here.
 
 The table is printed; ``python -m bench.report`` reads the JSON file.
 """
@@ -22,14 +22,14 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
 
 from depass_fast import ComponentKind, Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adjoint.sweep import Sweep
-from depass_fast.options import Adjoint, RuleName
+from depass_fast.options import Adjoint, LinearRuleName, RuleName
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import make_plan
 from depass_fast.planning.shapes import RunShape
@@ -68,14 +68,13 @@ class PlannedRun:
     stream: bool = False
     rule: RuleName = "softmax"
     scale: float = 0.2  # of the weights: the number of loud neurons depends on it
+    targets: int = 1
 
 
 def _llama(name: str, hidden: int, intermediate: int, components: str, *lengths: int, **more: object) -> PlannedRun:
-    heads = hidden // 64
-    shape = {"model_type": "llama", "layers": 3, "kv_heads": heads, **more}
-    return PlannedRun(
-        name, hidden=hidden, intermediate=intermediate, heads=heads, components=components, lengths=lengths, **shape
-    )
+    heads = more.get("heads", hidden // 64)
+    shape = {"model_type": "llama", "layers": 3, "heads": heads, "kv_heads": heads, **more}
+    return PlannedRun(name, hidden=hidden, intermediate=intermediate, components=components, lengths=lengths, **shape)
 
 
 FULL = [
@@ -137,11 +136,38 @@ ADJOINT = [
     ),
     _llama("adjoint, 2,000 tokens", 512, 1024, "neurons", 2000, method="adjoint", refine=0, sample=0, scale=0.02),
 ]
+_DEEP: tuple[Any, ...] = (512, 1376, "tokens", 2048)
+_PROMPTS: tuple[Any, ...] = (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
+_LEDGER = {"method": "linear", "call": "ledger"}
+_SHAPLEY = {"heads": 4, "layers": 2, "rule": "shapley"}
+LINEAR = [
+    *(
+        _llama(f"{call}, {name}", *shape, method="linear", call=call, **{**_SHAPLEY, **more})
+        for call in ("ledger", "attribute")
+        for name, shape, more in (
+            ("shapley", _DEEP, {}),
+            ("half", _DEEP, {"rule": "half"}),
+            ("taylor", _DEEP, {"rule": "taylor"}),
+            ("3 targets", _DEEP, {"targets": 3}),
+            ("4,096 tokens", (512, 1376, "tokens", 4096), {}),
+            ("16 prompts", _PROMPTS, {}),
+            ("16 prompts of 20 tokens", (1024, 2816, "tokens", *[20] * 16), {"layers": 6}),
+            ("64M of workspace", _DEEP, {"memory_budget": 64 << 20}),
+            ("half model", _DEEP, {"dtype": "bfloat16"}),
+        )
+    ),
+    _llama("attribute, all neurons", 512, 2816, "neurons", 100, method="linear", rule="half", every=True, layers=12),
+    _llama("ledger, qwen2: biases", *_DEEP, method="linear", rule="half", call="ledger", model_type="qwen2", layers=2),
+    _llama("ledger, gpt_neox: parallel", *_DEEP, method="linear", rule="half", call="ledger", model_type="gpt_neox"),
+    _llama("ledger, gpt2", *_DEEP, method="linear", rule="shapley", call="ledger", model_type="gpt2"),
+    _llama("ledger, gemma2: output norms", 1024, 2048, "tokens", 300, **_SHAPLEY, **_LEDGER, model_type="gemma2"),
+]
 QUICK = [
     _llama("tokens", 256, 256, "tokens", 150),
     _llama("neurons", 128, 1024, "neurons", 40),
     _llama("neurons, shapley", 128, 1024, "neurons", 40, rule="shapley"),
     _llama("adjoint", 128, 1024, "neurons", 40, method="adjoint", refine=8, sample=8),
+    _llama("ledger", 128, 1024, "tokens", 200, method="linear", rule="shapley", call="ledger"),
 ]
 
 
@@ -180,14 +206,16 @@ def run(case: PlannedRun) -> dict:
     dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
     if case.method == "adjoint":
         return {**asdict(case), **run_adjoint(case, dp, components, prompts, options)}
+    if case.method == "linear":
+        return {**asdict(case), **run_linear(case, dp, components, prompts, options)}
     options["stream"] = case.stream
     dp.attribute([1, 2, 3, 4], Tokens(), target=7, stream=case.stream)
-    plan = dp.plan(prompts, components, measure=False, **options)
+    plan = dp.plan(prompts, components, method="exact", measure=False, **options)
     estimate = plan.of("torch, streamed" if case.stream else "torch")
     if case.call == "decompose":
         peak = measured(lambda: dp.decompose(prompts, components, **options))
     else:
-        peak = measured(lambda: dp.attribute(prompts, components, 7, **options))
+        peak = measured(lambda: dp.attribute(prompts, components, 7, method="exact", **options))
     return {**asdict(case), "predicted_bytes": estimate.peak_bytes + estimate.host_bytes, "measured_bytes": peak}
 
 
@@ -216,18 +244,39 @@ def run_adjoint(case: PlannedRun, dp: DePass, components: ComponentKind, prompts
     return {"loud": loud, "predicted_bytes": plan.of().peak_bytes, "measured_bytes": peak, **times}
 
 
+def run_linear(case: PlannedRun, dp: DePass, components: ComponentKind, prompts: list, options: dict) -> dict:
+    """Return the same for a way back under a linear rule: for a ledger, or for the components of an attribution."""
+    targets = list(range(7, 7 + case.targets))
+    workspace = {name: value for name, value in options.items() if name != "allocation"}
+
+    def call(prompts: list) -> object:
+        if case.call == "ledger":
+            return dp.ledger(prompts, targets, rule=cast(LinearRuleName, case.rule), **workspace)
+        return dp.attribute(prompts, components, targets, method="adjoint", **options)
+
+    call([[1, 2, 3, 4]])
+    given = {"method": "adjoint", "n_targets": case.targets, **options}
+    asked = "ledger" if case.call == "ledger" else components
+    plan, timed = (dp.plan(prompts, asked, measure=measure, **given) for measure in (False, True))
+    began = time.perf_counter()
+    peak = measured(lambda: call(prompts))
+    times = {"seconds": time.perf_counter() - began, "predicted_seconds": timed.of().seconds}
+    return {"predicted_bytes": plan.of().peak_bytes, "measured_bytes": peak, **times}
+
+
 def line(row: dict) -> str:
     predicted, found = row["predicted_bytes"], row["measured_bytes"]
     sizes = f"{predicted / 2**20:8.0f} MiB predicted {found / 2**20:8.0f} MiB measured"
     more = ""
-    if row["method"] == "adjoint":
+    if row["method"] != "exact":
         times = f"{row['predicted_seconds']:.1f} s predicted {row['seconds']:.1f} s measured"
-        more = f"  {row['resident_bytes'] / 2**20:.0f} MiB resident, {row['loud']} loud, {times}"
+        loud = f", {row['loud']} loud" if row["method"] == "adjoint" else ""
+        more = f"  {row['resident_bytes'] / 2**20:.0f} MiB resident{loud}, {times}"
     return f"{row['name']:28s} {sizes}  {predicted / found - 1:+6.1%}{more}"
 
 
 def measure(case: PlannedRun) -> dict:
-    """Measure a row of the table in a process of its own, a sweep in two."""
+    """Measure a row of the table in a process of its own, a sweep or a way back in two."""
     command = [sys.executable, "-m", "bench.memory.plan", "--case", json.dumps(asdict(case))]
 
     def once(**environment: str) -> dict:
@@ -250,7 +299,7 @@ def measure(case: PlannedRun) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.plan", __doc__)
     parser.add_argument("--out", type=writable)
-    parser.add_argument("--quick", action="store_true", help="four small shapes, in seconds: checks that it runs")
+    parser.add_argument("--quick", action="store_true", help="five small shapes, in seconds: checks that it runs")
     parser.add_argument("--only", metavar="NAME", help="only cases whose names begin with this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -261,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not measurable():
         raise SystemExit("bench.memory.plan: peaks of memory can be measured on Linux only.")
     rows = []
-    for case in QUICK if options.quick else FULL + ADJOINT:
+    for case in QUICK if options.quick else FULL + ADJOINT + LINEAR:
         if options.only and not case.name.startswith(options.only):
             continue
         rows.append(measure(case))

@@ -12,7 +12,7 @@ LEAST_TEMPERATURE = 1e-26  # the softmax is a maximum long before; g/T and its s
 
 @dataclass(frozen=True)
 class Approximation:
-    """The approximations of a sweep. ``temperature`` None: the `taylor` rule, for which nothing is approximated.
+    """The approximations of a sweep under the softmax rule at a ``temperature``.
 
     ``loud``: components whose largest |g/T| at any MLP ahead (:mod:`depass_fast.adjoint.loud`) is at least this are
     carried explicitly, the ``at_most`` loudest of every start layer. ``scatter``: the crowd's spread is estimated.
@@ -20,7 +20,7 @@ class Approximation:
     square of their g/T can be expected to be below ``quiet``.
     """
 
-    temperature: float | None
+    temperature: float
     loud: float = 2.5
     quiet: float = 0.1
     at_most: int = 128

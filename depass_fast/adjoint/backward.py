@@ -10,7 +10,7 @@ from torch import Tensor
 from ..runtime.transfer import to_device
 from .approximation import Approximation
 from .crowd import Crowd
-from .forward import Forward, Step, taylor_factor
+from .forward import Forward, Step
 from .maps import LayerMaps
 from .stack import LayerStack
 
@@ -77,13 +77,10 @@ class _WayBack:
         active = len(self._back)
         back = maps.normed(self._back.flatten(0, 1), "mlp", transposed=True)
         self._back = back.unflatten(0, (active, self._k))
-        if maps.fused and step.crowd is not None:
-            return self._through_fused(step.crowd, maps)
-        y = maps.down_transposed(back).unflatten(0, (active, self._k))  # (S, K, Q, I)
         crowd = step.crowd
-        if crowd is None or self._temperature is None:
-            y *= taylor_factor(maps)
-            return maps.gates_transposed(y.flatten(0, 1)).view_as(self._back)
+        if maps.fused:
+            return self._through_fused(crowd, maps)
+        y = maps.down_transposed(back).unflatten(0, (active, self._k))  # (S, K, Q, I)
         # a component receives share · act · (1 - slope · mean + slope · g / T)
         y *= (crowd.share * maps.act)[:, None]
         self._offsets.add(y.sum(-1) - crowd.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, crowd.mean))
@@ -94,7 +91,7 @@ class _WayBack:
         """Return what the MLP reads, as gradients (S, K, Q, D), by kernels."""
         from .fused import FusedMaps  # needs Triton
 
-        assert isinstance(maps, FusedMaps) and self._temperature is not None
+        assert isinstance(maps, FusedMaps)
         tables = crowd.log_z, crowd.share, crowd.mean, crowd.slope
         read, offsets = maps.gates_from_shares(self._back, self._temperature, tables)
         self._offsets.add(offsets)

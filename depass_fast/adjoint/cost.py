@@ -48,7 +48,6 @@ class SweepWorkload:
     starts: list[StartSize]
     end: int
     method: Adjoint
-    softmax: bool
     loud: int
     item: int
     compute: int
@@ -63,7 +62,7 @@ class SweepWorkload:
 
     def _rows(self, start: StartSize, refined: bool) -> int:
         """Return the explicit rows of a start; the refined are for the most part its loud ones."""
-        if start.entering >= self.end or not self.softmax:
+        if start.entering >= self.end:
             return start.extras
         within = sum(other.entering < self.end for other in self.starts) if self.method.within == "all" else 1
         fixed = min(start.named, -(-self.method.refine // within)) if refined else 0
@@ -72,7 +71,7 @@ class SweepWorkload:
 
     def _heard(self, start: StartSize) -> int:
         """Return the most components whose gates are looked at ahead (:mod:`.loud`); quiet ones are not."""
-        if start.entering >= self.end or not self.softmax:
+        if start.entering >= self.end:
             return 0
         return min(start.named, CANDIDATES * self.memory.most_loud(Approximation.at_most))
 
@@ -114,7 +113,7 @@ class SweepWorkload:
 
     def _passes(self) -> tuple[bool, ...]:
         """Return for every pass there and back if the refined components are explicit in it."""
-        return (False, True) if self.method.refine and self.softmax else (False,)
+        return (False, True) if self.method.refine else (False,)
 
     def _phases(self, workspace: int) -> Iterator[list[int]]:
         """Yield the blocks that are held at once, phase by phase."""
@@ -141,16 +140,16 @@ class SweepWorkload:
                 yield tables + blocks
             yield tables + self._mlp(index, rows, entered, workspace)
             table = entered * self._queries(index) * self.layers[index].reached(self.memory.n) * self.item
-            tables += [table] * 3 if self.softmax else []
+            tables += [table] * 3
             yield tables + self._back(index, entered)
-        if self.method.sample and self.softmax:
+        if self.method.sample:
             for blocks in self._sampled(group, workspace):
                 yield tables + blocks
 
     @property
     def _fused(self) -> bool:
         """True where kernels do what lies between the products (:mod:`.fused`): on a GPU, for rows in float32."""
-        return self.memory.cuda and self.item == 4 and self.softmax
+        return self.memory.cuda and self.item == 4
 
     def _attention(self, index: int, rows: int) -> Iterator[list[int]]:
         size, n, width = self.layers[index], self.memory.n, self.memory.width
@@ -213,7 +212,7 @@ class SweepWorkload:
         """Return the FLOP of all products, for one target."""
         passes = sum(self._pass_flop(group, refined) for group in self._groups(workspace) for refined in self._passes())
         heard = sum(self._heard(start) * self._neurons_ahead(start) for start in self.starts)
-        sampled = self._sample_flop() if self.method.sample and self.softmax else 0.0
+        sampled = self._sample_flop() if self.method.sample else 0.0
         return passes + 2.0 * self.memory.width * heard + sampled
 
     def _neurons_ahead(self, start: StartSize) -> int:

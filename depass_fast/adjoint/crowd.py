@@ -83,7 +83,7 @@ class Alive:
         return counts[..., None]
 
 
-def gates_of(rows: ExplicitRows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
+def _gates_of(rows: ExplicitRows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
     """Return the gates (R, q, I) of the rows at some positions; a parallel layer reads ``read`` in their place."""
     g = maps.gates((rows.x if read is None else read)[:, at], at)
     if maps.gate_constant is not None:
@@ -126,7 +126,7 @@ def _allocate_at(
     rows: ExplicitRows, read: Tensor | None, counts: Tensor, maps: LayerMaps, temperature: float, at: slice
 ) -> Crowd:
     """Do :func:`allocate_softmax` at some positions. The gates are gone when it returns, before the next are made."""
-    u = gates_of(rows, read, maps, at).div_(temperature)
+    u = _gates_of(rows, read, maps, at).div_(temperature)
     dead = dead_rows((rows.x if read is None else read)[:, at])
     taken, crowd = _shares(rows, u, dead, counts, maps, temperature, at)
     rows.x[:, at] += maps.down(taken)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
 from .approximation import Approximation
-from .crowd import Alive, Crowd, allocate_softmax, gates_of
+from .crowd import Alive, Crowd, allocate_softmax
 from .loud import NOBODY, Loud
 from .maps import LayerMaps
 from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
@@ -25,11 +24,11 @@ from .starts import Start, all_alive
 
 @dataclass
 class Step:
-    """The record of one layer for the way back, at its ``queries``; ``crowd`` is None for `taylor`."""
+    """The record of one layer for the way back, at its ``queries``."""
 
     index: int
     queries: slice
-    crowd: Crowd | None = None
+    crowd: Crowd
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _WayThere:
     ) -> None:
         self._stack, self._starts, self._approximation, self._budget = stack, starts, approximation, budget
         self._explicit = explicit
-        self._whole = [True] * len(starts) if approximation.temperature is None else all_alive(starts)
+        self._whole = all_alive(starts)
         self._rows = ExplicitRows(starts[0].bias.new_zeros(0, stack.n, starts[0].bias.shape[1]))
         self._alive = Alive()
         self._forward = Forward(list(starts), [], self._rows, alive=self._alive.passed)
@@ -107,15 +106,11 @@ class _WayThere:
         else:
             rows.x = maps.add_attention(rows.x)
             _add_constant(rows, maps, "attention")
-        crowd, temperature = None, self._approximation.temperature
-        if temperature is None:
-            rows.x = rows.x + maps.down(gates_of(rows, read, maps) * taylor_factor(maps))
-        else:
-            counts = self._alive.crowd_counts(rows, self._starts, maps, mid)
-            crowd = allocate_softmax(rows, read, counts, maps, temperature, self._budget)
+        counts, temperature = self._alive.crowd_counts(rows, self._starts, maps, mid), self._approximation.temperature
+        crowd = allocate_softmax(rows, read, counts, maps, temperature, self._budget)
         _add_constant(rows, maps, "mlp")
         self._forward.steps.append(Step(index, maps.queries, crowd))
-        if index + 1 < self._stack.end and temperature is not None and self._approximation.releases:
+        if index + 1 < self._stack.end and self._approximation.releases:
             self._release(index + 1, temperature)
 
     def finished(self) -> Forward:
@@ -166,9 +161,3 @@ def _add_constant(rows: ExplicitRows, maps: LayerMaps, module: str) -> None:
     rows.x, beta = maps.normed(rows.x, module), maps.stream_bias(module)
     if beta is not None:
         rows.x[at] += beta
-
-
-def taylor_factor(maps: LayerMaps) -> Tensor:
-    """Return act / gate, zero where the gate is: (Q, I)."""
-    total = maps.gate_total
-    return torch.where(total == 0, 0.0, maps.act / torch.where(total == 0, 1.0, total))

@@ -64,7 +64,6 @@ def loud_until(
 
 def _candidates(stack: LayerStack, starts: Sequence[Start], approximation: Approximation, most: int) -> list[Tensor]:
     """Return the components that are largest at the MLP that they reach first, and not quiet there: (k,) each."""
-    assert approximation.temperature is not None, "the taylor rule has no loud components"
     found, sizes = [], []
     for start in starts:
         if start.entering >= stack.end:
@@ -91,7 +90,6 @@ def _listen(
     """
     parts = [start.named.directions(index) for start, index in zip(starts, chosen, strict=True)]
     sizes, temperature = [len(index) for index in chosen], approximation.temperature
-    assert temperature is not None, "the taylor rule has no loud components"
     vectors = largest = until = parts[0][0].new_zeros(0)
     amounts = parts[0][1].new_zeros(stack.n, 0)
     entered = 0

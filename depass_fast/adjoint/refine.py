@@ -45,9 +45,8 @@ def scores_given_z(
 
     ``measure``: the components are a random sample of the crowd, and tell how far Z is off.
     """
-    assert approximation.temperature is not None, "the taylor rule has no log Z"
     singles = _singles(starts, chosen, released or {})
-    width = max((step.crowd.log_z.shape[2] for step in steps if step.crowd is not None), default=1)
+    width = max((step.crowd.log_z.shape[2] for step in steps), default=1)
     size = singles_at_once(budget, stack.n, width, directions.element_size(), measure)
     scores = directions.new_zeros(len(singles), len(directions))
     error = _PartitionError([len(start.named) for start in starts]) if measure else None
@@ -109,7 +108,6 @@ class _SingleWalk:
 
     def _pass_layer(self, step: Step, x: Tensor, joining: Sequence[_Single], owners: Tensor) -> Tensor:
         """Return the rows (r, Q, D) behind a layer, with those that enter it."""
-        assert step.crowd is not None
         maps = self.stack.maps(step.index)
         new = self._first_rows(joining)
         x = torch.cat([x.to(maps.device), *(rows.to(maps.device, x.dtype) for rows in new)])

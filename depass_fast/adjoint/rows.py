@@ -21,9 +21,8 @@ class ExplicitRows:
 
     Row r is component ``member[r]`` of start ``owner[r]``, or its `rest`, `bias` or probe (``REST_ROW``, ...).
     A row is released behind layer ``until`` (R,), where its expected root mean square of g/T is below its ``limits``
-    (R,). ``sizes`` says how many rows a start has. The
-    first of a start's rows is its probe (not for `taylor`). All but ``x`` is in host memory, so that asking for it
-    waits for no device.
+    (R,). ``sizes`` says how many rows a start has. The first of a start's rows is its probe. All but ``x`` is in host
+    memory, so that asking for it waits for no device.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -68,16 +67,13 @@ class ExplicitRows:
     def join(self, start: Start, explicit: Loud, approximation: Approximation) -> None:
         """Append the rows of the next start: probe, `rest`, `bias`, and the components that are ``explicit``."""
         named = explicit.index
-        rows: list[Tensor] = []
-        extras: list[int] = []
+        rows, extras = [_probe(start, named, approximation)[None]], [PROBE_ROW]
+        if start.rest is not None:
+            rows, extras = [*rows, start.rest[None]], [*extras, REST_ROW]
+        if start.has_bias:
+            rows, extras = [*rows, start.bias[None]], [*extras, BIAS_ROW]
         if len(named):
             rows.append(start.named.rows(to_device(named, start.bias.device)))
-        if start.has_bias:
-            rows, extras = [start.bias[None], *rows], [BIAS_ROW]
-        if start.rest is not None:
-            rows, extras = [start.rest[None], *rows], [REST_ROW, *extras]
-        if approximation.temperature is not None:
-            rows, extras = [_probe(start, named, approximation)[None], *rows], [PROBE_ROW, *extras]
         member = torch.cat([torch.tensor(extras, dtype=torch.long, device="cpu"), named])
         limits = [0.0] * len(extras) + [approximation.quiet] * len(named)
         n = self.x.shape[1]

@@ -19,7 +19,7 @@ from .approximation import Approximation
 from .backward import extra_scores, linear_scores
 from .estimate import Sample, draw, draw_by_size, judge, layer_error, relative_change, worst
 from .forward import Forward, mean_field
-from .loud import NOBODY, Loud, find_loud, loud_until
+from .loud import Loud, find_loud, loud_until
 from .memory import SweepMemory, default_workspace, gates_budget
 from .refine import scores_given_z
 from .rows import BIAS_ROW, REST_ROW
@@ -58,7 +58,7 @@ class Sweep:
 
     @full_precision()
     def run(self, method: Adjoint) -> Scores:
-        """Screen all components; refine the largest; estimate. `taylor` leaves nothing to be refined.
+        """Screen all components; refine the largest; estimate.
 
         A sweep changes nothing: one that runs out of memory is begun again with half the workspace.
         """
@@ -70,8 +70,7 @@ class Sweep:
         self._workspace = workspace
         groups = self._groups()
         loud = self._loud()
-        approximate = self.approximation.temperature is not None
-        refines, samples = approximate and method.refine > 0, approximate and method.sample > 0
+        refines, samples = method.refine > 0, method.sample > 0
         self.stack.progress = Parts(self._walks(groups, method) * sum(self._length(group) for group in groups))
         found = _RoundTrip(self, groups, loud, keep=samples and not refines)
         screened, refined = found.flat, torch.zeros(0, dtype=torch.long, device="cpu")
@@ -88,8 +87,6 @@ class Sweep:
 
     def _walks(self, groups: list[slice], method: Adjoint) -> int:
         """Return how often :meth:`run` passes the layers, there or back."""
-        if self.approximation.temperature is None:
-            return 2
         sampled = (2 if len(groups) == 1 else 4) if method.sample else 0  # there once more where nothing is kept
         return (4 if method.refine else 2) + sampled
 
@@ -105,8 +102,6 @@ class Sweep:
 
     def _loud(self) -> list[Loud]:
         """Return every start's loud components."""
-        if self.approximation.temperature is None:
-            return [NOBODY] * len(self.starts)
         return find_loud(self.stack, self.starts, self.approximation, self._most_loud, self.gates_budget)
 
     def _explicit(self, loud: list[Loud], refined: list[Tensor]) -> list[Loud]:

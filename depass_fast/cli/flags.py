@@ -48,9 +48,13 @@ def add_method(group: argparse._ActionsContainer) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="adjoint: the seed of the random draws. Default: 0")
 
 
+def add_allocation(group: argparse._ActionsContainer, default: str | None = "softmax", note: str = "") -> None:
+    group.add_argument("--allocation", default=default, choices=_RULES, metavar="RULE", help=", ".join(_RULES) + note)
+
+
 def add_rule(group: argparse._ActionsContainer) -> None:
     """--allocation, --temperature and --no-exclude-special."""
-    group.add_argument("--allocation", default="softmax", choices=_RULES, metavar="RULE", help=", ".join(_RULES))
+    add_allocation(group)
     group.add_argument(
         "--temperature", type=types.rate, default=0.1, metavar="T", help="T of the softmax. Default: 0.1"
     )

@@ -26,6 +26,7 @@ examples:
   depass-fast plan --model ./llama --length 512 --components tokens
   depass-fast plan --model meta-llama/Llama-2-7b-hf --length 20 --components neurons --layer 0 --dtype bfloat16 --json
   depass-fast plan --model ./llama --length 20 --components neurons --layer all --refine 1000
+  depass-fast plan --model ./llama --length 2048 --components ledger --allocation half --targets 3
   depass-fast plan --model ./llama --prompt "The capital of France is" --continuation " Paris." --components tokens
   depass-fast plan --model ./llama --length 2048 --components tokens --device cuda --gemm-tflops 790
 """
@@ -46,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is read, as of `attribute`; or several, such as 3,8,-1. Default: the last",
     )
     read.add_argument("--continuation", type=types.token_text, metavar="TEXT", help="a text that follows --prompt")
-    flags.add_components(parser, layer="0")
+    flags.add_components(parser, layer="0", kinds=(*flags.KINDS, "ledger"))
+    flags.add_allocation(parser, default=None, note=". Default: softmax; of a ledger, shapley")
+    parser.add_argument(
+        "--targets", type=int, default=1, metavar="K", help="how many targets a linear rule reads at once. Default: 1"
+    )
     flags.add_method(parser)
     flags.add_machine(parser)
     parser.add_argument("--state-dtype", choices=flags.DTYPES, help="dtype of the component state. Default: float32")
@@ -72,16 +77,21 @@ def _plan(args: argparse.Namespace) -> Plan:
     import torch
 
     from ..chosen_method import choose_method
+    from ..methods.plan import check_ledger
     from ..options import Options
     from ..planning.gemm_rate import gemm_rate
     from ..planning.planner import check_length, for_config, make_plan
     from ..planning.shapes import RunShape
 
     device = torch.device(device_of(args.device, elsewhere=args.gemm_tflops is not None))
-    config = config_of(args.model)
-    components = components_of(config, args.components, 0 if args.layer is None else args.layer)
+    if args.targets < 1:
+        raise ValueError(f"--targets: {args.targets} is out of range; it is at least 1.")
+    config, is_ledger = config_of(args.model), args.components == "ledger"
+    name, rule = ("tokens", "shapley") if is_ledger else (args.components, "softmax")
+    components = components_of(config, name, 0 if args.layer is None or is_ledger else args.layer)
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
-    options = Options(memory_budget=args.memory_budget, state_dtype=args.state_dtype)
+    options = Options(args.allocation or rule, memory_budget=args.memory_budget, state_dtype=args.state_dtype)
+    method = check_ledger(options, flags.method_of(args)) if is_ledger else flags.method_of(args)
     components.resolve(adapter)  # a layer that does not exist is an error before any method is chosen
     lengths, reads = _lengths(args, adapter)
     if args.gemm_tflops is not None:
@@ -93,9 +103,11 @@ def _plan(args: argparse.Namespace) -> Plan:
         [check_length(length, adapter) for length in lengths],
         components,
         options,
-        method=choose_method(flags.method_of(args), components, adapter, options),
+        method=choose_method(method, components, adapter, options),
         carried=[max(of_prompt) for of_prompt in reads],
         reads=reads,
+        gradients=args.targets * max(map(len, reads)),
+        is_ledger=is_ledger,
     )
     return make_plan(shape, device=device, gemm_flops=rate, rate_source=source)
 

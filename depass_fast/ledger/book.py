@@ -16,7 +16,7 @@ from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
 from ..options import Options
-from ..request import Request, check_end, check_kind, with_trace
+from ..request import Request, check_end, check_kind, fit, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
@@ -59,8 +59,8 @@ class Ledger:
 
     @staticmethod
     def of(request: Request, one_position: bool) -> Ledger:
-        """Take the forward and the backward pass of a request that is fitted."""
-        request = with_trace(request)
+        """Take the forward and the backward pass of a request. Raises MemoryError where they cannot fit."""
+        request = with_trace(fit(request, is_ledger=True))
         reads = Reads.of(request)
         return Ledger(request, reads, way_back(request, reads, Wanted.everything(request.end)), one_position)
 

@@ -127,7 +127,7 @@ def _sweep(
     starts.sort(key=lambda start: start.entering)  # those under way at a layer are then always the first ones
     compute = run.compute_dtype or wide
     stack = LayerStack(adapter, trace, prompt, n, request.end, wide, compute)
-    temperature = max(run.allocation.temperature, LEAST_TEMPERATURE) if run.allocation.is_softmax else None
+    temperature = max(run.allocation.temperature, LEAST_TEMPERATURE)
     return Sweep(stack, starts, seeds, Approximation(temperature, seed=method.seed), run.memory_budget)
 
 

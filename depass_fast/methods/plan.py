@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..allocation import Allocation
 from ..chosen_method import choose_method
 from ..components.base import ComponentKind
+from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
-from ..inputs.prompts import Prompt, as_positions, encode_all
+from ..inputs.prompts import Prompt, as_index, as_positions, encode_all
+from ..linear_rules import LINEAR_RULES
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
@@ -29,16 +32,24 @@ def plan_of(
     tokenizer: Any | None,
     settings: Options,
     prompt_or_length: int | Prompt | Sequence[Prompt] | Trace,
-    components: ComponentKind,
+    components: ComponentKind | Literal["ledger"],
     *,
     position: int | Sequence[int] | None,
     end: int | str | None,
     method: str | Adjoint | None,
     measure: bool,
     continuation: Any | None = None,
+    n_targets: int = 1,
 ) -> Plan:
     """Return the plan of a call; arguments as of :meth:`depass_fast.DePass.plan`."""
     settings.build(adapter)  # before any work
+    n_targets = as_index(n_targets, "n_targets")
+    if n_targets < 1:
+        raise ValueError(f"n_targets: {n_targets} is out of range; it is at least 1.")
+    is_ledger = components == "ledger"
+    if is_ledger:
+        method = check_ledger(settings, method, end, continuation)
+        components = Tokens()
     check_kind(components)
     if continuation is not None:
         refuse_beside(position=-1 if position is None else position, end=end)
@@ -79,8 +90,31 @@ def plan_of(
         method=choose_method(method, components, adapter, settings),
         carried=carried,
         reads=reads,
+        gradients=n_targets * max(map(len, reads)),
+        is_ledger=is_ledger,
     )
     return make_plan(shape, gemm_flops=rate, rate_source=source)
+
+
+def check_ledger(
+    settings: Options, method: str | Adjoint | None, end: int | str | None = None, continuation: Any | None = None
+) -> Literal["adjoint"]:
+    """Return the method of a ledger.
+
+    Raises:
+        ValueError: the rule is not linear; another method; an argument that a ledger does not take.
+    """
+    for name, value in (("end", end), ("continuation", continuation)):
+        if value is not None:
+            raise ValueError(f"{name}: a ledger is of a prompt and of all layers; leave {name}= out.")
+    if Allocation(settings.allocation).linear_rule is None:
+        raise ValueError(
+            f"allocation: {Allocation(settings.allocation).name!r} is not linear ({', '.join(LINEAR_RULES)}), and has "
+            "no ledger."
+        )
+    if method not in (None, "adjoint"):
+        raise ValueError(f"method: a ledger is made by method='adjoint' alone; got {method!r}.")
+    return "adjoint"
 
 
 def reads_of_positions(position: int | Sequence[int] | None, lengths: Sequence[int]) -> list[list[int]]:

@@ -99,7 +99,7 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
     lengths = {n for _, n in sweeps}
     casts, widest = wide != adapter.dtype, {n: max(size.reached(n) for size in layers) for n in lengths}
     copies = compute != adapter.dtype or any(size.output_norms or len(size.mlps) > 1 for size in layers)
-    is_cuda, softmax = device.type == "cuda", Allocation(options.allocation).is_softmax
+    is_cuda = device.type == "cuda"
     workloads = []
     for prompt, n in sweeps:
         count = None if counts is None else counts[prompt]
@@ -112,7 +112,6 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
                 starts=starts,
                 end=reach(kinds[-1], adapter, end)[1],
                 method=method,
-                softmax=softmax,
                 loud=1 << 30,
                 item=wide.itemsize,
                 compute=compute.itemsize,
@@ -140,11 +139,11 @@ def _start_size(
     """Return the size of one start layer for a prompt of ``n`` tokens, with ``count`` components if that is known."""
     named = named_components(kind, adapter, n)[0] if count is None else count
     entering, extras = reach(kind, adapter, end)[0], 1 + has_bias(kind, adapter, end, Allocation())
-    held, making = _start_bytes(kind, adapter, n, named, item, casts)
+    held, making = start_bytes(kind, adapter, n, named, item, casts)
     return StartSize(entering, named, extras, held, making)
 
 
-def _start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:
+def start_bytes(kind: ComponentKind, adapter: Adapter, n: int, named: int, item: int, casts: bool) -> tuple[int, int]:
     """Bytes of what a start's components are made of beyond the trace and the model, and of what their making holds."""
     width, size = adapter.hidden_size, layer_sizes(adapter)[kind.resolve(adapter)]
     held, numbers, vectors = 2 * n * width * item, n * named * item, named * width * item

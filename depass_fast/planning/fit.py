@@ -17,6 +17,7 @@ from ..runtime.dtypes import dtype_name
 from ..runtime.memory import available, readable
 from .adjoint import SweepOutlook, sweep_outlook
 from .exact import JOINTLY
+from .ledger import LedgerOutlook, ledger_outlook
 from .plan import Plan
 from .planner import make_plan
 from .shapes import RunShape, fewest_components, layer_sizes, named_components
@@ -38,11 +39,12 @@ def fitted(run: Run, shape: RunShape) -> Run:
     adapter, kind = shape.adapter, shape.kind
     if _is_small(shape):
         return run
-    fit = _fitted_state if shape.method is None else _fitted_sweep
+    fit = _fitted_way_back if shape.is_linear else _fitted_state if shape.method is None else _fitted_sweep
     if shape.counts is not None or all(named_components(one, adapter, 1)[1] for one in kind.each(adapter)):
         return fit(run, shape)
     fewest = replace(shape, counts=[fewest_components(kind, adapter)] * len(shape.lengths))
-    if shape.method is None or not _trace_fits(fewest):  # a sweep's tables are as wide as all experts: too wide to tell
+    has_tables = shape.method is not None and not shape.is_linear
+    if not has_tables or not _trace_fits(fewest):  # a sweep's tables are as wide as all experts: too wide to tell
         fit(run, fewest)
     return run
 
@@ -113,6 +115,20 @@ def _fitted_sweep(run: Run, shape: RunShape) -> Run:
     raise MemoryError(_refusal_of_sweep(shape, outlook, free))
 
 
+def _fitted_way_back(run: Run, shape: RunShape) -> Run:
+    """Give a way back the workspace with which it fits; one that was asked for is left as it is, as a sweep's is."""
+    free = available(shape.adapter.device)
+    if free is None:
+        return run
+    outlook = ledger_outlook(shape)
+    if outlook.peak(outlook.default_workspace) <= free or _is_spread(shape.adapter):
+        return run
+    workspace = outlook.fitting_workspace(free)
+    if workspace is None:
+        raise MemoryError(_refusal_of_way_back(shape, outlook, free))
+    return run if shape.options.memory_budget else replace(run, memory_budget=workspace)
+
+
 def _may_replace(run: Run, shape: RunShape) -> bool:
     """True if the streaming backend may take the place of the run's: it is torch, or nobody asked for it by name."""
     streamable = run.backend.streamable
@@ -133,7 +149,8 @@ def _is_small(shape: RunShape) -> bool:
     counts["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
     if kind not in counts:
         return False
-    width = adapter.hidden_size * (counts[kind] + 4 * len(sizes)) + sum(size.neurons for size in sizes)
+    width = adapter.hidden_size * (counts[kind] + 4 * len(sizes) * shape.gradients)
+    width += shape.gradients * sum(size.neurons for size in sizes)
     most, free = 16 * sum(lengths) * width, available(adapter.device)
     return most <= _SMALL and (free is None or most <= free // 8)
 
@@ -200,6 +217,32 @@ def _ways_of_sweep(shape: RunShape, outlook: SweepOutlook, fits: Fits) -> Iterat
     if shape.method != screening and (need := fits(replace(shape, method=screening), "adjoint")):
         yield f"method=Adjoint(refine=0, sample=0) ({readable(need)})"
     if outlook.wide == torch.float64 and (need := fits(shape.with_state_dtype(torch.float32), "adjoint")):
+        yield f"state_dtype='float32' ({readable(need)})"
+    yield from _smaller_prompts(shape, "adjoint", fits)
+
+
+def _refusal_of_way_back(shape: RunShape, outlook: LedgerOutlook, free: int) -> str:
+    """The message for a way back under a linear rule."""
+
+    def fits(other: RunShape, name: str) -> int | None:
+        need = ledger_outlook(other).least()
+        return need if need <= free else None
+
+    name = "ledger" if shape.is_ledger else f"{shape.kind.kind}, adjoint"
+    return (
+        f"{name}: needs {readable(outlook.least())} on {shape.adapter.device}, however small the workspace, and "
+        f"{readable(free)} are available: the trace takes {readable(outlook.forward.trace)}, what is kept "
+        f"{readable(outlook.work.kept)}. {_advice(_ways_of_way_back(shape, outlook, fits))}"
+    )
+
+
+def _ways_of_way_back(shape: RunShape, outlook: LedgerOutlook, fits: Fits) -> Iterator[str]:
+    """Changes of a way back that make it fit, each found to do so by an outlook of its own."""
+    if shape.gradients > 1 and (need := fits(replace(shape, gradients=1), "adjoint")):
+        yield f"one target and one position at a time ({readable(need)})"
+    if shape.is_ledger and (need := fits(replace(shape, is_ledger=False), "adjoint")):
+        yield f"attribute(..., allocation={outlook.work.rule!r}) of a kind at a time ({readable(need)})"
+    if outlook.state == torch.float64 and (need := fits(shape.with_state_dtype(torch.float32), "adjoint")):
         yield f"state_dtype='float32' ({readable(need)})"
     yield from _smaller_prompts(shape, "adjoint", fits)
 

@@ -40,6 +40,8 @@ class Plan:
 
     If ``method`` is "adjoint", the rows and the state are those that are carried explicitly, at most; ``flop`` counts
     all products without loud components; one estimate is without loud components, one with as many as are ever carried.
+    Under a linear rule the rows are gradients, the state is the gradients and scores that are kept, and there is one
+    estimate.
     """
 
     method: str
@@ -68,7 +70,7 @@ class Plan:
     __repr__ = brief_repr
 
     def of(self, backend: str = "torch") -> BackendEstimate:
-        """Return the estimate for a backend; for a sweep, alike with all, the larger one.
+        """Return the estimate for a backend; of the adjoint, alike with all, the larger one.
 
         Raises:
             KeyError: this plan has no such backend.

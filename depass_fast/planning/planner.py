@@ -27,12 +27,13 @@ from ..trace.record import Trace
 from ..trace.size import without_weights
 from .adjoint import sweep_outlook
 from .exact import JOINTLY, SINGLY, estimates
+from .ledger import ledger_outlook
 from .plan import BackendEstimate, Plan
 from .shapes import ForwardPass, RunShape, has_bias, layer_sizes, named_components, reach
 
 # shares of the GEMM rate, measured on a CPU by bench.speed.cpu and bench.memory.plan, on a GPU by bench.speed.gpu
-EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5}
-ON_A_GPU = {"torch": 0.3, "triton": 0.7, "adjoint": 0.2}
+EFFICIENCY = {"torch": 0.75, "reference": 0.25, "adjoint": 0.5, "ledger": 0.5}
+ON_A_GPU = {"torch": 0.3, "triton": 0.7, "adjoint": 0.2, "ledger": 0.2}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def make_plan(
     """
     adapter, gemm = shape.adapter, _GemmRate(gemm_flops, rate_source)
     shape.kind.check(adapter, shape.lengths)
+    if shape.is_linear:
+        return _ledger(shape, device or adapter.device, gemm)
     if shape.method is not None:
         return _adjoint(shape, device or adapter.device, loud, gemm)
     plan = _exact(shape, device or adapter.device, gemm)
@@ -224,6 +227,46 @@ def _adjoint(shape: RunShape, device: torch.device, loud: int | None, gemm: _Gem
         state_bytes=rows * adapter.hidden_size * outlook.wide.itemsize,
         estimates=tuple(found),
         available_bytes=free,
+        gemm_flops=gemm.flops,
+        rate_source=gemm.source,
+        upper_bound=outlook.upper_bound,
+    )
+
+
+def _ledger(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
+    """The plan of a way back under a linear rule."""
+    adapter, outlook = shape.adapter, ledger_outlook(shape, device)
+    work, workspace, reached = outlook.work, outlook.default_workspace, _rate("ledger", device, gemm.flops)
+    flop, peak = work.flop(), outlook.peak(workspace)
+    estimate = BackendEstimate(
+        backend="adjoint",
+        flop=flop,
+        workspace_bytes=peak - outlook.least(),
+        peak_bytes=peak,
+        forward_bytes=outlook.forward.peak,
+        host_bytes=0,
+        seconds=None if reached is None else (flop + outlook.forward.flop) / reached,
+    )
+    return Plan(
+        method="adjoint",
+        components="ledger" if shape.is_ledger else shape.kind.kind,
+        layer=outlook.layer,
+        start_layers=adapter.n_layers if shape.is_ledger else len(list(shape.kind.each(adapter))),
+        layers_passed=len(work.passed),
+        lengths=tuple(shape.lengths),
+        n_components=outlook.n_components,
+        rows=work.rows * work.positions,
+        hidden_size=adapter.hidden_size,
+        device=str(device),
+        dtype=dtype_name(adapter.dtype),
+        state_dtype=dtype_name(outlook.state),
+        compute_dtype=dtype_name(outlook.compute),
+        flop=flop,
+        weights_bytes=_weights(adapter),
+        trace_bytes=outlook.forward.trace,
+        state_bytes=work.kept,
+        estimates=(estimate,),
+        available_bytes=available(device),
         gemm_flops=gemm.flops,
         rate_source=gemm.source,
         upper_bound=outlook.upper_bound,

@@ -30,7 +30,8 @@ class RunShape:
     the named components of every prompt where they are known, or bounds of them. ``method`` None: exact. ``carried``:
     how many positions of every prompt are carried, up to the last one that is read; None: all. ``reads``: how many
     positions lie before every one that is read, itself included, per prompt, each of which takes an adjoint sweep of
-    its own; None: the last one carried.
+    its own; None: the last one carried. ``gradients``: how many a way back carries, one for every target of every read
+    of a prompt. ``is_ledger``: those of all sites are kept, and ``kind`` says nothing.
     """
 
     adapter: Adapter
@@ -43,6 +44,13 @@ class RunShape:
     method: Adjoint | None = None
     carried: Sequence[int] | None = None
     reads: Sequence[Sequence[int]] | None = None
+    gradients: int = 1
+    is_ledger: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """True if the method is the way back of a linear rule."""
+        return self.method is not None and Allocation(self.options.allocation).linear_rule is not None
 
     def with_lengths(self, lengths: Sequence[int]) -> RunShape:
         """Return the same for other prompts, each with as many components as the largest has."""

@@ -16,7 +16,7 @@ from depass_fast.adjoint.refine import scores_given_z
 from depass_fast.adjoint.rows import ExplicitRows
 from depass_fast.adjoint.stack import LayerStack
 from depass_fast.adjoint.starts import DenseRows, make_start
-from depass_fast.allocation import taking_part
+from depass_fast.allocation import Allocation, taking_part
 from depass_fast.backends import ReferenceBackend
 from depass_fast.components.start import meets_bias
 from depass_fast.inputs.targets import parse_target
@@ -36,25 +36,10 @@ T = 0.1
 # ------------------------------------------------------------------------------------------------ exact where it can be
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_taylor_is_exact(name):
-    dp, ids = build(name), random_ids(7, seed=3)
-    kinds = [Neurons(layers="all"), *(custom(dp, ids, site=s) for s in ("resid_pre", "resid_mid", "resid_post"))]
-    for kind in [*kinds, Features(1, Dictionary(size=12), "resid_post")]:
-        for target in (5, [None, (9, 3)]):
-            exact = dp.attribute(ids, kind, target, allocation="taylor", method="exact")
-            found = dp.attribute(ids, kind, target, allocation="taylor", method="adjoint")
-            assert found.method == "adjoint" and found.labels == exact.labels and found.estimate is None
-            for one, other in zip(*(list(r) if kind.is_layered else [r] for r in (found, exact)), strict=True):
-                assert one.labels == other.labels
-                assert_close(one.scores, other.scores, 1e-5)
-                assert one.completeness_error <= 1e-5
-
-
 def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward, torch.Tensor]:
     """The steps of a sweep as the exact run has them: log Z of all components, the crowd's mean gate."""
     adapter, n = dp.adapter, read + 1
-    has_bias = meets_bias(kind, adapter, None)
+    has_bias = meets_bias(kind, adapter, None, Allocation(temperature=T))
     start = make_start(kind, adapter, trace, 0, n, has_bias, torch.float64)
     state = dp.start(trace, kind, backend="reference", state_dtype="float64") if kind.site != "resid_post" else None
     steps = []
@@ -263,7 +248,6 @@ def test_a_dead_neuron_has_the_exact_log_z(name, explicit):
     found = mean_field(stack_of(dp, trace, len(ids)), [start], [carried], Approximation(T, quiet=0.0))
     for one, other in zip(found.steps[:1] if explicit == 0 else found.steps, steps, strict=False):
         part, tolerance = (slice(None), 1e-9) if explicit else (slice(3, 4), 1e-4)  # κ is one for all neurons
-        assert one.crowd is not None and other.crowd is not None
         assert_close(one.crowd.log_z[..., part], other.crowd.log_z[..., part], tolerance)
 
 
@@ -299,14 +283,13 @@ def test_other_families(model_type):
     """Norms before and behind a branch, parallel branches, plain MLPs, experts: exact and complete as in a Llama."""
     dp = DePass(build_model(model_type, **(_EXPERTS if model_type == "qwen2_moe" else {})))
     trace = dp.trace(random_ids(6, seed=2))
-    for rule, tolerance in (("taylor", 1e-4), ("softmax", 0.05)):
-        exact = dp.attribute(trace, Neurons(layers="all"), 5, method="exact", allocation=rule)
-        found = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=500), allocation=rule)
-        for one, other in zip(found, exact, strict=True):
-            assert one.labels == other.labels
-            assert_close(one.scores, other.scores, tolerance)
-        rough = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=0, sample=0), allocation=rule)
-        assert rough.completeness_error <= 1e-4
+    exact = dp.attribute(trace, Neurons(layers="all"), 5, method="exact")
+    found = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=500))
+    for one, other in zip(found, exact, strict=True):
+        assert one.labels == other.labels
+        assert_close(one.scores, other.scores, 0.05)
+    rough = dp.attribute(trace, Neurons(layers="all"), 5, method=Adjoint(refine=0, sample=0))
+    assert rough.completeness_error <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "youtu", "gpt_oss"])

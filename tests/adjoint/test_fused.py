@@ -53,14 +53,6 @@ def test_in_other_families(model, both):
         assert_close(other.scores, one.scores, 2e-5)
 
 
-def test_taylor(both):
-    dp, ids = build("llama-biases"), random_ids(6, seed=2)
-    kind, method = Neurons(layers="all"), Adjoint(refine=0, sample=0)
-    plain, fused = both(lambda: dp.attribute(ids, kind, 5, method=method, allocation="taylor"))
-    for one, other in zip(plain, fused, strict=True):
-        assert_close(other.scores, one.scores, 2e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision(dtype, both):
     """The scores are as near to those of the same weights in float32 as the plain sweep's."""

@@ -114,14 +114,13 @@ def only(bars, label, total):
     return way
 
 
-@pytest.mark.parametrize("allocation", ["softmax", "taylor"])
 @pytest.mark.parametrize(
     ("method", "options"),
     [("adjoint", {}), (Adjoint(refine=0), {}), (Adjoint(sample=0), {}), ("adjoint", {"memory_budget": 1})],
 )
-def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, method, allocation):
+def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, method):
     dp, prompts = build("llama-gqa"), [random_ids(9), random_ids(5)]
-    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, method=method, allocation=allocation, **options)
+    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, method=method, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)
         expected = call(progress=False)
@@ -131,6 +130,17 @@ def test_a_sweep_has_one_bar_for_all_prompts(drawn, terminal, options, method, a
     assert max(b - a for a, b in pairwise([0.0, *way])) <= 0.51  # layer by layer: at most half of a prompt at once
     for one, other in zip(found, expected, strict=True):
         assert (one.scores == other.scores).all()
+
+
+def test_a_way_back_has_one_bar_of_its_layers(drawn, terminal):
+    dp, prompts = build("llama-gqa"), [random_ids(9), random_ids(5)]
+    call = partial(dp.attribute, prompts, Neurons(layers="all"), 7, allocation="taylor")
+    expected = call(progress=False)
+    assert not drawn and not terminal.getvalue()
+    found = call()
+    way = only(drawn, "layers", 1)
+    assert max(b - a for a, b in pairwise([0.0, *way])) <= 1 / dp.adapter.n_layers + 0.01
+    assert all((one.scores == other.scores).all() for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama: GQA", "gptj"])

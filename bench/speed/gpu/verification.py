@@ -127,7 +127,8 @@ def _errors(shape: Shape, kind: str, dtype: torch.dtype, device: str) -> dict[st
     ids, rule = random_prompt(shape, LENGTH), "taylor" if kind.endswith("taylor") else "softmax"
     given: dict[str, Any] = {"allocation": rule}
     oracle = DePass(wide, backend="reference").attribute(ids, components, TARGET, method="exact", **given).scores
-    given |= {"method": Adjoint(refine=40, sample=0)} if kind.startswith("all") else {}
+    if kind.startswith("all"):
+        given["method"] = Adjoint(refine=40, sample=0) if rule == "softmax" else "adjoint"
     return {
         name: _relative(
             DePass(model, backend=cast(BackendName, name)).attribute(ids, components, TARGET, **given).scores, oracle
