@@ -127,12 +127,10 @@ def test_every_answer_sums_to_the_target(name, rule):
 
 
 def test_a_module_is_the_sum_of_its_heads_or_neurons():
-    """So for each of the layers, and so with experts, where prompts reach different ones."""
     ledger = build("llama-gqa", torch.float64).ledger([IDS, OTHER], 5)
-    answers = zip(ledger.modules(), ledger.heads(), ledger.neurons(), strict=True)
-    for modules, heads, neurons in answers:
-        parts = torch.stack([heads.scores.sum(-1), neurons.scores.sum(-1)], -1)
-        assert torch.allclose(modules.scores, parts, rtol=0, atol=1e-12)
+    for of_prompt in zip(ledger.modules(), ledger.heads(), ledger.neurons(), strict=True):
+        modules, heads, neurons = (one.scores for one in of_prompt)
+        assert torch.allclose(modules, torch.stack([heads.sum(-1), neurons.sum(-1)], -1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Tokens(), Heads(1), Neurons(layers=[0, 2])], ids=lambda kind: kind.kind)
@@ -161,7 +159,7 @@ def test_a_generation_under_a_linear_rule():
 def test_the_input_of_a_layer_is_read(kind):
     dp, kind = build("llama-biases", torch.float64), kinds(len(IDS))[kind]
     reads = {"target": [VECTOR, 2 * VECTOR], "end": 2, "position": [-1, 2]}
-    found = dp.attribute(IDS, kind, allocation="half", **reads)
+    found = dp.attribute(IDS, kind, allocation="half", method="adjoint", **reads)
     assert_close(found, exact(dp, IDS, kind, "half", **reads))
     assert {(one.method, one.end) for one in found} == {("adjoint", 2)}
 
