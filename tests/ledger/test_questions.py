@@ -127,10 +127,11 @@ def test_every_answer_sums_to_the_target(name, rule):
 
 
 def test_a_module_is_the_sum_of_its_heads_or_neurons():
+    """Attention by itself starts where its heads do; beside an MLP, as one of both, behind it."""
     ledger = build("llama-gqa", torch.float64).ledger([IDS, OTHER], 5)
-    for of_prompt in zip(ledger.modules(), ledger.heads(), ledger.neurons(), strict=True):
-        modules, heads, neurons = (one.scores for one in of_prompt)
-        assert torch.allclose(modules, torch.stack([heads.sum(-1), neurons.sum(-1)], -1), rtol=0, atol=1e-12)
+    for which, parts in (("attention", ledger.heads()), ("mlp", ledger.neurons())):
+        for whole, each in zip(ledger.modules(which=which), parts, strict=True):
+            assert torch.allclose(whole.scores[:, 0], each.scores.sum(-1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Tokens(), Heads(1), Neurons(layers=[0, 2])], ids=lambda kind: kind.kind)
