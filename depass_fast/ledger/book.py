@@ -96,7 +96,10 @@ class Ledger:
         """Return a list of results, one per position, for each of the ``prompts``."""
         check_kind(components)
         given, adapter = replace(self._request, began=time.perf_counter()), self._request.adapter
-        given.require_trace().source.check(adapter.model)
+        try:
+            given.require_trace().source.check(adapter.model)
+        except ValueError as error:
+            raise ValueError("ledger: the model's weights have changed since it was made; make it again.") from error
         components.check(adapter, [len(ids) for ids in given.prompts])
         kinds = components.each(adapter)
         for kind in kinds:
