@@ -192,6 +192,8 @@ class Ledger:
         ``str(ledger)`` is that of the first prompt, read and target. Arguments and errors as of :meth:`top`.
         """
         results = self._results(kinds, prompt, read)
+        for result in results.values():
+            result.scores_of(target)  # or there is no such target
         return View(results, target, top, (*self._others(prompt, read, target), self._about()))
 
     def to_dict(

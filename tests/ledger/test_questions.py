@@ -46,7 +46,11 @@ def test_a_ledger_answers_as_attribute_does():
     assert [one.position for one in dp.ledger(IDS, position=[3]).heads(1)] == [3]
     found = dp.ledger([IDS, OTHER], [1, LogProb()], position=[-1, 0]).neurons(layers=[0, 2])
     assert [[one.position for one in of_prompt] for of_prompt in found] == [[6, 0], [3, 0]]
-    assert all(isinstance(one, LayeredAttribution) and one.scores.shape == (2, 2, 48) for one in sum(found, []))
+    assert all(
+        isinstance(one, LayeredAttribution) and one.scores.shape == (2, 2, 48)
+        for of_prompt in found
+        for one in of_prompt
+    )
     (only,) = dp.ledger([IDS]).modules()
     assert only.layers == [0, 1, 2] and only.labels[:3] == ["L0.attn", "L0.mlp", "L1.attn"]
     trace = dp.trace([IDS, OTHER])

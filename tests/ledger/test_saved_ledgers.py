@@ -36,9 +36,8 @@ def rewrite(path, change):
 def assert_same_answers(found, ledger, asked):
     for kind in asked:
         for one, other in zip(flat(found.scores(kind)), flat(ledger.scores(kind)), strict=True):
-            assert (
-                distance(one, other) <= 1e-6 and one.labels == other.labels and one.target_kinds == other.target_kinds
-            )
+            assert distance(one, other) <= 1e-6 and one.labels == other.labels
+            assert one.target_kinds == other.target_kinds
             assert one.how() | ERROR == other.how() | ERROR and torch.equal(one.target_logits, other.target_logits)
     assert repr(found) == repr(ledger) and abs(found.completeness_error - ledger.completeness_error) < 1e-6
     assert [one.label for one in found.top(7)] == [one.label for one in ledger.top(7)]
@@ -115,9 +114,7 @@ def test_other_files_are_refused_with_what_reads_them(path, tmp_path):
     dp = build("llama-gqa")
     dp.ledger(IDS, 5).save(path)
     for load in (Attribution.load, Continuation.load):
-        with pytest.raises(
-            ValueError, match=r"not a saved attribution .*load_ledger\(path\) of the model's DePass reads"
-        ):
+        with pytest.raises(ValueError, match=r"not a saved attribution .*load_ledger\(path\) of the model's DePass"):
             load(path)
     dp.attribute(IDS, Tokens()).save(path)
     with pytest.raises(ValueError, match=r"not a saved ledger .*Attribution\.load\(path\) reads it"):

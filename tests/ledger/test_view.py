@@ -69,7 +69,7 @@ def test_a_repr_is_short():
     many = dp.ledger([IDS[: 1 + n % 7] for n in range(60)], [list(range(9)), torch.ones(32)][0], position=[0, 0, 0])
     text = repr(many)
     assert len(text) <= 2000 and text.startswith("Ledger(shapley, prompts of [1, 2, 3, 4, ... 60 in all] tokens")
-    assert "7 sites" in text and "KiB" in text
+    assert "7 sites" in text and text.endswith("1.4 MiB)")
 
 
 def test_the_leading_components_of_all_kinds_and_layers(ledger):
@@ -77,9 +77,8 @@ def test_the_leading_components_of_all_kinds_and_layers(ledger):
     assert len(found) == 12 and {entry.kind for entry in found} <= {"tokens", "heads", "neurons"}
     sizes = [abs(entry.score) for entry in found]
     assert sizes == sorted(sizes, reverse=True)
-    every = [
-        (label, "tokens", 0, score) for label, score in zip(ledger.tokens().labels, ledger.tokens().scores.tolist())
-    ]
+    tokens = ledger.tokens()
+    every = [(label, "tokens", 0, score) for label, score in zip(tokens.labels, tokens.scores.tolist(), strict=True)]
     for kind in ("heads", "neurons"):
         for one in getattr(ledger, kind)():
             named = len(one.labels) - one.n_extras
