@@ -18,7 +18,7 @@ def mean_of_silu(x):
 
 
 def coefficients(rule, gate, up):
-    """What multiplies a component's gate and its up, of an MLP that computes silu(gate) · up."""
+    """Return the factors of a component's gate and of its up, in an MLP that computes silu(gate) · up."""
     if rule == "half":
         return 0.5 * torch.sigmoid(gate) * up, 0.5 * silu(gate)
     mean = mean_of_silu(gate)
