@@ -346,6 +346,12 @@ class DePass(StateCalls):
             )
         if "allocation" in options:
             raise TypeError("allocation: a ledger takes it as rule=.")
+        settings = self.options.updated(options)
+        for name, given in (("stream", settings.stream is True), ("verify", settings.verify)):
+            if given:
+                raise ValueError(
+                    f"{name}: a ledger carries no states; leave it out. attribute(...) has method='exact'."
+                )
         request = self._request(prompt, Tokens(), None, {**options, "allocation": rule})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         return Ledger.of(with_method(request, "adjoint"), one_position=not is_list_of_positions(position))

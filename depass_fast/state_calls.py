@@ -40,7 +40,7 @@ class StateCalls(ABC):
         """Return the component state entering layer ``end`` (L: after the last layer); None: after the final norm.
 
         ``dense(p)`` of the result is (N, M, D) for prompt p, ``completeness_error`` is the error that was measured on
-        the way, a float. Arguments and errors as in :meth:`attribute`.
+        the way, a float. Arguments and errors as in :meth:`depass_fast.DePass.attribute`.
         """
         return decompose(self._request(prompt, components, end, options))
 
@@ -58,7 +58,7 @@ class StateCalls(ABC):
         """Carry the components ``which``, labels or indices, alone and exactly, and keep them at every layer.
 
         The states are those before the final norm. They follow from a ``partition``; without one, one run over all
-        components comes first. Arguments and errors as in :meth:`attribute`; one prompt.
+        components comes first. Arguments and errors as in :meth:`depass_fast.DePass.attribute`; one prompt.
         """
         return focus(self._request(prompt, components, end, options), which, partition)
 
@@ -78,7 +78,8 @@ class StateCalls(ABC):
     def start(self, trace: Trace, components: ComponentKind, **options: Unpack[OptionValues]) -> ComponentState:
         """Return the components where they start, as :meth:`carry` takes them. Its rows may be changed.
 
-        ``completeness_error`` of the result is None, as nothing was measured yet. Errors as in :meth:`attribute`.
+        ``completeness_error`` of the result is None, as nothing was measured yet. Errors as in
+        :meth:`depass_fast.DePass.attribute`.
         """
         check_trace(trace)
         return start_of(self._request(trace, components, None, options))

@@ -182,11 +182,12 @@ def to_results(collected: Sequence[Collected]) -> list[list[list[Attribution]]]:
 def how_computed(request: Request, prompt: int) -> dict[str, Any]:
     """Return the fields of an :class:`Attribution` of a prompt that say how it was computed."""
     adapter, run, kind = request.adapter, request.run, request.components
+    kept_out = kind.kind == "tokens" and run.allocation.linear_rule is None  # a linear rule keeps nobody out
     return {
         "components": kind.kind,
         "allocation": run.allocation.name,
         "temperature": run.allocation.temperature,
-        "exclude_special": sorted(request.excluded[prompt]) if kind.kind == "tokens" else [],
+        "exclude_special": sorted(request.excluded[prompt]) if kept_out else [],
         "backend": run.backend.name,
         "device": str(adapter.device),
         "dtype": dtype_name(adapter.dtype),

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from depass_fast import Attribution, Custom, DePass, Features, Heads, LayeredAttribution, Neurons, Tokens
 from depass_fast.adjoint import sweep
@@ -17,6 +16,7 @@ from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import build_model
 from tests.support.models import build, random_ids
+from tests.support.shortage import Shortage
 
 pytestmark = pytest.mark.filterwarnings("ignore::depass_fast.ApproximationWarning")
 IDS = random_ids(6, seed=1)
@@ -226,20 +226,6 @@ def test_start_layers_in_groups_give_the_same(monkeypatch):
     parts = dp.attribute(IDS, Neurons(layers="all"), 5, memory_budget=1, **options)
     assert len(groups[-1]) == 3
     assert_close(parts.scores.flatten(), whole.scores.flatten(), 1e-5)
-
-
-class Shortage(TorchDispatchMode):
-    """Fails the ``at``-th operation on tensors, once."""
-
-    def __init__(self, at, error):
-        super().__init__()
-        self.count, self.at, self.error = 0, at, error
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.at:
-            raise self.error
-        return function(*args, **(kwargs or {}))
 
 
 def watched(monkeypatch, shortage):
