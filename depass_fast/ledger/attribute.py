@@ -56,17 +56,25 @@ def way_back(request: Request, reads: Reads, wanted: Wanted) -> Pages:
 
 
 def read_off(
-    request: Request, kinds: Sequence[ComponentKind], reads: Reads, pages: Pages
+    request: Request,
+    kinds: Sequence[ComponentKind],
+    reads: Reads,
+    pages: Pages,
+    prompts: Sequence[int] | None = None,
 ) -> list[list[Attribution]] | list[list[LayeredAttribution]]:
-    """Return the results of ``kinds``, the components of a request, from the pages of its way back."""
+    """Return the results of ``kinds``, the components of a request, from the pages of its way back.
+
+    They are those of ``prompts``, by default of all.
+    """
     adapter, trace = request.adapter, request.require_trace()
+    prompts = range(trace.n_prompts) if prompts is None else prompts
     ahead = each_meets_bias(kinds, adapter, request.end_given, request.run.allocation)
     shares = [
         shares_of(pages, kind, adapter, trace, prompt, request.tokens[prompt], meets)
         for kind, meets in zip(kinds, ahead, strict=True)
-        for prompt in range(trace.n_prompts)
+        for prompt in prompts
     ]
-    by_layer = _results(request, kinds, shares, reads)
+    by_layer = _results(request, kinds, prompts, shares, reads)
     if not request.components.is_layered:
         return by_layer[0]
     return [
@@ -77,18 +85,18 @@ def read_off(
 
 @full_precision()
 def _results(
-    request: Request, kinds: Sequence[ComponentKind], shares: Sequence[Shares], reads: Reads
+    request: Request, kinds: Sequence[ComponentKind], prompts: Sequence[int], shares: Sequence[Shares], reads: Reads
 ) -> list[list[list[Attribution]]]:
     """Return a result per layer, prompt and read; ``shares`` are those of every layer, prompt by prompt.
 
     Everything is copied to the host at once.
     """
     scores = to_host([one.columns() for one in shares])
-    n_prompts, seconds = len(request.prompts), time.perf_counter() - request.began
+    seconds = time.perf_counter() - request.began
     places = list(zip(reads.readout.places, range(len(reads.rows)), strict=True))
     found = []
     for number, (one, columns) in enumerate(zip(shares, scores, strict=True)):
-        kind, prompt = kinds[number // n_prompts], number % n_prompts
+        kind, prompt = kinds[number // len(prompts)], prompts[number % len(prompts)]
         if one.has_bias:
             columns[:, -1] += reads.constants[:, prompt]
         of_kind = at_layer(request, kind)
@@ -112,11 +120,11 @@ def _results(
                 if of == prompt
             ]
         )
-    sizes = [reads.readout.sizes[place] for _, place in places]
+    sizes = [reads.readout.sizes[place] for prompt in prompts for (of, _), place in places if of == prompt]
     flat = [result for of_prompt in found for result in of_prompt]
     computed = request.run.compute_dtype or wide_dtype(request)
     warn_if_logits_miss(request, list(zip(flat, sizes * len(kinds), strict=True)), computed)
-    return [found[first : first + n_prompts] for first in range(0, len(found), n_prompts)]
+    return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
 
 
 def _release() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -20,16 +21,21 @@ from ..request import Request, check_end, check_kind, with_trace
 from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
+from ..runtime.dtypes import dtype_name
 from ..runtime.memory import readable
 from ..runtime.terminal import encodable
 from .attribute import read_off, way_back
 from .reads import Reads
 from .saved import restore, save
+from .view import View
 from .walk import Pages, Wanted
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
 By: TypeAlias = Literal["magnitude", "positive", "negative"]
 KINDS = ("tokens", "modules", "heads", "neurons")
+_OWN: dict[str, ComponentKind] = dict(
+    zip(KINDS, (Tokens(), Modules(layers="all"), Heads(layers="all"), Neurons(layers="all")), strict=True)
+)
 
 
 class Entry(NamedTuple):
@@ -56,6 +62,7 @@ class Ledger:
 
     def __init__(self, request: Request, reads: Reads, pages: Pages, one_position: bool) -> None:
         self._request, self._reads, self._pages, self._one_position = request, reads, pages, one_position
+        self._seconds = time.perf_counter() - request.began
 
     @staticmethod
     def of(request: Request, one_position: bool) -> Ledger:
@@ -80,8 +87,15 @@ class Ledger:
 
     def scores(self, components: ComponentKind) -> Answer:
         """Return the scores of any components, as `attribute` takes them."""
+        results = self._read_off(components, range(len(self._request.prompts)))
+        if self._one_position:
+            results = [result for (result,) in results]
+        return results if self._request.batch else results[0]
+
+    def _read_off(self, components: ComponentKind, prompts: Sequence[int]) -> list[Any]:
+        """Return a list of results, one per position, for each of the ``prompts``."""
         check_kind(components)
-        given, adapter = self._request, self._request.adapter
+        given, adapter = replace(self._request, began=time.perf_counter()), self._request.adapter
         given.require_trace().source.check(adapter.model)
         components.check(adapter, [len(ids) for ids in given.prompts])
         kinds = components.each(adapter)
@@ -89,10 +103,7 @@ class Ledger:
             check_end(kind, adapter, given.end_given)
         request = replace(given, components=components, layer=components.resolve(adapter))
         with torch.no_grad():
-            results: list[Any] = read_off(request, kinds, self._reads, self._pages)
-        if self._one_position:
-            results = [result for (result,) in results]
-        return results if given.batch else results[0]
+            return read_off(request, kinds, self._reads, self._pages, prompts)
 
     def tokens(self, layer: int | str = 0) -> Answer:
         """Return the scores of the tokens at the input of a layer: what each position's state is worth."""
@@ -160,23 +171,77 @@ class Ledger:
         also hold "modules". ``prompt``, ``read`` and ``target`` choose one of several.
 
         Raises:
-            ValueError: an unknown kind; ``by`` is another word.
+            ValueError: an unknown kind; ``by`` is another word; ``k`` is less than one.
+            IndexError: there is no such prompt, read or target.
         """
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise ValueError(f"kinds: {unknown[0]!r} is not one of {', '.join(map(repr, KINDS))}.")
         found: list[Entry] = []
-        for kind in kinds:
-            for result in self._results(kind, prompt, read):
-                found += [Entry(label, kind, result.layer, score) for label, score in result.top(k, target, by)]
+        for kind, result in self._results(kinds, prompt, read).items():
+            for one in result if isinstance(result, LayeredAttribution) else [result]:
+                found += [Entry(label, kind, one.layer, score) for label, score in one.top(k, target, by)]
         keys = {"magnitude": lambda e: -abs(e.score), "positive": lambda e: -e.score, "negative": lambda e: e.score}
         return sorted(found, key=keys[by])[:k]
 
-    def _results(self, kind: str, prompt: int, read: int) -> Iterator[Attribution]:
-        """Yield the answers for one of the model's own kinds, layer by layer."""
-        answer = self.tokens() if kind == "tokens" else getattr(self, kind)()
-        answer = answer[prompt] if self._request.batch else answer
-        answer = answer if self._one_position else answer[read]
-        yield from answer if isinstance(answer, LayeredAttribution) else [answer]
+    def view(
+        self, top: int = 5, *, kinds: Sequence[str] = KINDS, prompt: int = 0, read: int = 0, target: int = 0
+    ) -> View:
+        """Return the ``top`` leading components of every kind, for ``print`` and ``rich.print``.
+
+        ``str(ledger)`` is that of the first prompt, read and target. Arguments and errors as of :meth:`top`.
+        """
+        results = self._results(kinds, prompt, read)
+        return View(results, target, top, (*self._others(prompt, read, target), self._about()))
+
+    def to_dict(
+        self, *, kinds: Sequence[str] = KINDS, prompt: int | None = None, read: int | None = None
+    ) -> dict[str, Any]:
+        """Return plain Python values: ``rule``, what the kinds share, and the labels and scores of each kind.
+
+        The names are those of :meth:`Attribution.to_dict`. A kind holds ``layers``, a list, where it is of several
+        layers. ``prompt`` and ``read`` choose one of several, and are needed there.
+
+        Raises:
+            ValueError: an unknown kind; ``prompt`` or ``read`` is needed and was not given.
+            IndexError: there is no such prompt or read.
+        """
+        for name, given, count in (("prompt", prompt, len(self._request.prompts)), ("read", read, self.n_reads)):
+            if given is None and count > 1:
+                raise ValueError(f"{name}: this ledger holds {count}; choose one, from 0 to {count - 1}.")
+        each = {kind: one.to_dict() for kind, one in self._results(kinds, prompt or 0, read or 0).items()}
+        own = ("components", "allocation", "layer", "layers", "site", "labels", "scores", "exclude_special", "seconds")
+        own += ("temperature", "verification", "estimate", "sweep", "reduced", "end")  # none of which there is
+        shared = {name: value for one in each.values() for name, value in one.items() if name not in own}
+        parts = {kind: {name: one[name] for name in own[2:7] if name in one} for kind, one in each.items()}
+        return {"rule": self.rule, **shared, "completeness_error": self.completeness_error, **parts}
+
+    def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
+        """Return the answer for each of the model's own kinds, for one prompt and read.
+
+        Raises:
+            ValueError, IndexError: as of :meth:`top`.
+        """
+        if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in _OWN]):
+            given = kinds if isinstance(kinds, str) else unknown[0]
+            raise ValueError(f"kinds: expected a list of {', '.join(map(repr, KINDS))}, got {given!r}.")
+        for name, given, count in (("prompt", prompt, len(self._request.prompts)), ("read", read, self.n_reads)):
+            if not -count <= given < count:
+                raise IndexError(f"{name}: {given} is out of range; this ledger holds {count}.")
+        prompt %= len(self._request.prompts)
+        return {kind: self._read_off(_OWN[kind], [prompt])[0][read] for kind in kinds}
+
+    def _others(self, prompt: int, read: int, target: int) -> list[str]:
+        """Return a line that says which of several prompts, reads and targets a view shows, if there are several."""
+        place = prompt % len(self._request.prompts) * self.n_reads + read % self.n_reads
+        counts = len(self._request.prompts), self.n_reads, len(self.target_names[place])
+        chosen = zip(("prompt", "read", "target"), (prompt, read, target), counts, strict=True)
+        several = [f"{name} {number} of {count}" for name, number, count in chosen if count > 1]
+        return [f"{', '.join(several)}; view(prompt=, read=, target=) shows others"] if several else []
+
+    def _about(self) -> str:
+        adapter = self._request.adapter
+        return (
+            f"ledger | {self.rule} | {adapter.device}, {dtype_name(adapter.dtype)} | "
+            f"completeness error {self.completeness_error:.1e} | {self._seconds:.2f} s"
+        )
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -184,6 +249,11 @@ class Ledger:
     def rule(self) -> str:
         """The linear rule."""
         return self._request.run.allocation.name
+
+    @property
+    def n_reads(self) -> int:
+        """The number of positions that are read in every prompt."""
+        return len(self._request.reads[0])
 
     @property
     def target_names(self) -> list[list[str]]:
@@ -206,6 +276,12 @@ class Ledger:
     def nbytes(self) -> int:
         """The bytes of the gradients that it holds; the trace has its own."""
         return sum(one.numel() * one.element_size() for one in self._pages.gradients.values())
+
+    def __str__(self) -> str:
+        return str(self.view())
+
+    def __rich__(self) -> View:
+        return self.view()
 
     def __repr__(self) -> str:
         lengths = brief([len(ids) for ids in self._request.prompts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..options import LINEAR, Options
 from ..readout.collect import Readout
 from ..readout.targets import Directions
 from ..request import Request, make_request, wide_dtype, with_trace
-from ..results.files import read_result, register_format, write_result
+from ..results.files import damage_told, read_file, write_result
 from ..runtime.dtypes import dtype_name
 from ..trace.fingerprint import Fingerprint
 from .batches import Packing
@@ -70,17 +71,20 @@ def restore(
     Raises:
         ValueError: the file holds no ledger, or one of another model; the message says what is different.
     """
-    tensors, content = read_result(path, FORMAT)
-    difference = Fingerprint(**content["fingerprint"]).difference(Fingerprint.of(adapter.model))
+    _, tensors, text = read_file(path, [FORMAT], "a saved ledger")
+    with damage_told(path, FORMAT):
+        content = json.loads(text)
+        saved, prompts = Fingerprint(**content["fingerprint"]), list(tensors["ids"].split(content["lengths"]))
+        options, batch, one_position = content["options"], content["batch"], content["one_position"]
+        reads = tuple(tuple(at) for at in content["reads"])
+    difference = saved.difference(Fingerprint.of(adapter.model))
     if difference is not None:
         raise ValueError(f"{path}: it is the ledger of another model, {difference}.")
-    prompts = list(tensors["ids"].split(content["lengths"]))
-    settings = settings.updated(content["options"])
-    request = make_request(adapter, tokenizer, settings, prompts, Tokens(), encoded=True)
-    reads = tuple(tuple(at) for at in content["reads"])
-    request = with_trace(replace(request, batch=content["batch"], reads=reads, method=LINEAR))
-    device = adapter.unembedding_device
-    return request, _reads(request, tensors, content, device), _pages(request, tensors), content["one_position"]
+    request = make_request(adapter, tokenizer, settings.updated(options), prompts, Tokens(), encoded=True)
+    request = with_trace(replace(request, batch=batch, reads=reads, method=LINEAR))
+    with damage_told(path, FORMAT):
+        made = _reads(request, tensors, content, adapter.unembedding_device)
+        return request, made, _pages(request, tensors), one_position
 
 
 def _tensors(directions: Directions) -> dict[str, Tensor]:
@@ -128,6 +132,3 @@ def _reads(request: Request, tensors: dict[str, Tensor], content: dict[str, Any]
         **of_places,
     )
     return Reads.made(readout, Packing(trace.offsets, request.read_positions), tensors["seeds"].to(device))
-
-
-register_format(FORMAT, lambda tensors, content: (tensors, content))

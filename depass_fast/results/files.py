@@ -8,7 +8,8 @@ writes them back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,13 @@ T = TypeVar("T")
 Restore = Callable[[dict[str, Tensor], dict[str, Any]], Any]
 
 _RESTORE: dict[str, Restore] = {}
+_READ_BY = {  # by the first part of a format's name
+    "depass_fast.ledger": "load_ledger(path) of the model's DePass",
+    "depass_fast.attribution": "Attribution.load(path)",
+    "depass_fast.layers": "Attribution.load(path)",
+    "depass_fast.continuation": "Continuation.load(path)",
+    "depass_fast.generation": "Generation.load(path)",
+}
 
 
 def register_format(name: str, restore: Restore) -> None:
@@ -41,6 +49,17 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
     Raises:
         ValueError: the file has another format, is damaged, or is not a safetensors file.
     """
+    found, tensors, text = read_file(path, list(_RESTORE) if name is None else [name], "a saved attribution")
+    with damage_told(path, found):
+        return _RESTORE[found](tensors, json.loads(text))
+
+
+def read_file(path: str | Path, known: list[str], what: str) -> tuple[str, dict[str, Tensor], str]:
+    """Return the format of a file, its tensors, and its content as JSON; ``known`` are the formats of ``what``.
+
+    Raises:
+        ValueError: the file has another format, or is not a safetensors file.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -49,17 +68,23 @@ def read_result(path: str | Path, name: str | None = None) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
-    found, known = metadata.get("format"), list(_RESTORE) if name is None else [name]
+    found = metadata.get("format")
     if found not in known:
-        raise ValueError(f"{path}: {_why_unknown(found, known)}")
+        raise ValueError(f"{path}: {_why_unknown(found, known, what)}")
+    return found, tensors, metadata.get("json", "")
+
+
+@contextmanager
+def damage_told(path: str | Path, found: str) -> Iterator[None]:
+    """Raise what a file of the format ``found`` lacks, or has in other shapes, as a ValueError with its path."""
     try:
-        return _RESTORE[found](tensors, json.loads(metadata["json"]))
+        yield
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, {found} has other parts ({type(error).__name__}: {error})") from error
 
 
-def _why_unknown(found: str | None, known: list[str]) -> str:
-    """Return the reason why a format is none of those that are ``known``."""
+def _why_unknown(found: str | None, known: list[str], what: str) -> str:
+    """Return the reason why a format is none of those that are ``known``, of ``what``."""
     base, _, number = (found or "").rpartition(".v")
     for one in known:
         known_base, _, known_number = one.rpartition(".v")
@@ -68,7 +93,8 @@ def _why_unknown(found: str | None, known: list[str]) -> str:
                 f"it has format {number} of {base}, and depass_fast {__version__} reads up to format {known_number}; "
                 "a newer version of depass_fast wrote it: pip install -U depass-fast"
             )
-    return f"not a saved attribution (format {found!r}, not {' or '.join(map(repr, known))})"
+    read_by = next((f"; {call} reads it" for name, call in _READ_BY.items() if base == name), "")
+    return f"not {what} (format {found!r}, not {' or '.join(map(repr, known))}){read_by}"
 
 
 def known_fields(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

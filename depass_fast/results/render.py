@@ -42,19 +42,19 @@ def plain(result: Result, top: int | None = None, encoding: str | None = None) -
     by default that of standard output.
     """
     as_prompt = result.components == "tokens" and len(result.tokens) <= _LONG
-    text = [*_warned(result), *(_headline(result, k) for k in _targets(result)), about(result)]
+    text = [*_warned(result), *(headline(result, k) for k in _targets(result)), about(result)]
     if as_prompt:
         text += ["", *aligned(result, encoding=encoding)]
     for k in _targets(result) if top or not as_prompt else ():
         title = [result.target_names[k]] if len(_targets(result)) > 1 else []
-        text += ["", *title, *_plain_table(result.rows(k, top or _TOP), encoding)]
+        text += ["", *title, *plain_table(result.rows(k, top or _TOP), encoding)]
     return encodable("\n".join(text), encoding)
 
 
 def short(result: Result) -> str:
     """Return the ``repr`` of a result, one line: what was read out, the leading components, how it came about."""
     targets = list(_targets(result))
-    read = [cut(_headline(result, k), _READ) for k in targets[:_SHOWN]]
+    read = [cut(headline(result, k), _READ) for k in targets[:_SHOWN]]
     read += [f"{len(targets) - _SHOWN} targets more"] if len(targets) > _SHOWN else []
     leading = ", ".join(f"{brief(label)[1:-1]} {score:+.4g}" for label, score in result.top(_SHOWN))
     warned = [f"WARNING: {text}" for text in result.warnings or []]
@@ -87,7 +87,7 @@ class View:
         result, encoding = self.result, options.encoding
         parts: list[Any] = [Text(encodable(line, encoding), style="bold red") for line in _warned(result)]
         for k in _targets(result):
-            parts += [Text(encodable(_headline(result, k), encoding), style="bold"), ""]
+            parts += [Text(encodable(headline(result, k), encoding), style="bold"), ""]
             if result.components == "tokens":
                 scores = result.scores_of(k).tolist()
                 parts += [token_line(result.tokens, scores, encoding), legend(scores[: len(result.tokens)]), ""]
@@ -235,7 +235,7 @@ def _targets(result: Result) -> range:
     return range(len(result.target_names))
 
 
-def _headline(result: Result, target: int) -> str:
+def headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
     if result.reduced is not None:
         return _reduced_headline(result, result.reduced)
@@ -257,9 +257,10 @@ def _reduced_headline(result: Result, reduced: dict[str, Any]) -> str:
     return f"{result.target_names[0]}, at {at}: projection {result.target_logits.item():.4f} ({parts})"
 
 
-def _plain_table(rows: Sequence[Row], encoding: str | None) -> list[str]:
+def plain_table(rows: Sequence[Row], encoding: str | None = None) -> list[str]:
+    """Return lines of label, share and bar of every row; none for no rows."""
     numbers, labels = format_scores([row.score for row in rows]), [encodable(row.label, encoding) for row in rows]
-    label, number = max(map(_width, labels)), max(map(len, numbers))
+    label, number = max(map(_width, labels), default=0), max(map(len, numbers), default=0)
     largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
     return [
         f"  {_pad(name, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
