@@ -20,7 +20,8 @@ def section(result: dict) -> str:
     parts = [heading(f"Rules, {result['model']}", result["environment"])]
     for end in ("lowest", "highest"):
         shares = " and ".join(f"{_percents(result['shares'][kind][end])} of all {kind}" for kind in KINDS)
-        parts.append(f"{TEXT.format(**result, end=f'the {end}', shares=shares)} {GOOD[end]}".replace("\n", " "))
+        text = TEXT.format(model=result["model"], prompts=result["prompts"], end=f"the {end}", shares=shares)
+        parts.append(f"{text} {GOOD[end]}".replace("\n", " "))
         parts.append(masking(result, end))
     return "\n\n".join([*parts, TOKENS.replace("\n", " "), deletion(result)])
 
