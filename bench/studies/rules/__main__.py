@@ -1,4 +1,4 @@
-"""Which rule finds what matters: ``python -m bench.studies.rules [--model PATH --questions FILE] [--out FILE.json]``.
+"""The rules put to the test: ``python -m bench.studies.rules [--model PATH --questions FILE] [--out FILE.json]``.
 
 For prompts that the model answers rightly, every method ranks all neurons, all heads and all tokens. The lowest and the
 highest neurons and heads are masked: their activations, or outputs, are zero at every position, as in the published
