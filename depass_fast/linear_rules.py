@@ -2,7 +2,7 @@
 
 With the frozen pre-activations G of the gate and U of the up projection, and the frozen activation A = act(G) · U, a
 component that contributes g to G and u to U receives ``gate`` · g + ``up`` · u of A. Components do not meet: zero stays
-zero, nobody is left out, and the whole network is linear, given the trace (DESIGN.md section 7).
+zero, nobody is left out, and the whole network is linear, given the trace (DESIGN.md section 8).
 
 ====================  ==========================================  ==============================
 rule                  share of A                                  origin
@@ -12,8 +12,9 @@ rule                  share of A                                  origin
 `shapley`             g · U · (act(G) - B)/G + u · B              Aumann and Shapley's value
 ====================  ==========================================  ==============================
 
-B = ∫₀¹ act(tG) dt. The shares of `shapley` sum to A whatever B is: its precision moves credit between gate and up, and
-never loses any. Constants, the projections' biases among them, are shares of `bias`.
+B = ∫₀¹ act(tG) dt. Gates receive what ups leave of A, so that shares sum to A as it was recorded, whatever B is: its
+precision moves credit between gate and up, and never loses any. Constants, the projections' biases among them, are
+shares of `bias`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
 LINEAR_RULES = ("taylor", "half", "shapley")
 
 Curve = Callable[[Tensor], Tensor]
-Value = Tensor | float
 
 _STEP = 2.0**-10  # of the difference that gives a curve's slope at zero
 _BREAKS = (0.0, 3.0, 8.0, 20.0, torch.inf)  # of |G|: eight nodes in each part give B to 6e-9
 _NODES = 8
-_ELEMENTS = 1 << 22  # values of a curve that are held at once
+_EVERY = len(_BREAKS) - 1
+_ON_A_CPU, _ELSEWHERE = (1 << 18, 1 << 18), (1 << 22, 1 << 24)  # coefficients, and values of a curve, made at once
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,40 @@ class LinearShares:
         return sum(parts[1:], parts[0]) if parts else None
 
     def written_constant(
-        self, weights: Mlp, trace: MlpTrace, recorded: Tensor, out_scale: Tensor | None, dtype: torch.dtype
+        self,
+        weights: Mlp,
+        trace: MlpTrace,
+        recorded: Tensor,
+        out_scale: Tensor | None,
+        dtype: torch.dtype,
+        w_down: Tensor | None = None,
     ) -> Tensor | None:
         """Return what the MLP writes of its constants at the ``recorded`` rows (P,): (P, D), or (D,), or None.
 
-        ``out_scale`` (P,) is s of a norm on the output, if there is one.
+        ``out_scale`` (P,) is s of a norm on the output, if there is one. ``w_down`` (D, I) is the weight as it writes
+        (``Mlp.writing``), in the dtype of the product; by default in ``dtype``.
         """
         at = recorded if trace.positions is None else trace.positions[recorded]
-        raw, up_constant = trace.constant(weights, at, dtype), None if self.up is None else weights.up_constant(dtype)
+        fixed = weights.written_constant(trace.constant(weights, at, dtype), out_scale, dtype)
+        up_constant = None if self.up is None else weights.up_constant(dtype)
         driven = self.of_bias(weights.gate_constant(dtype), up_constant)
-        if driven is not None:
-            written = driven.to(dtype) @ weights.w_down.to(dtype).T
-            raw = written if raw is None else written + raw
-        return weights.written_constant(raw, out_scale, dtype)
+        if driven is None:
+            return fixed
+        if out_scale is not None:
+            driven = driven * out_scale[:, None].to(driven)
+        w_down = weights.writing(weights.w_down, dtype) if w_down is None else w_down
+        written = (driven.to(w_down.dtype) @ w_down.T).to(dtype)
+        return written if fixed is None else written + fixed
+
+    def at(self, rows: slice | Tensor) -> LinearShares:
+        """Return the coefficients at some of the positions: views for a slice."""
+        return LinearShares(self.gate[rows], *(None if x is None else x[rows] for x in (self.up, self.constant)))
+
+    def put(self, rows: slice, part: LinearShares) -> None:
+        """Write the coefficients of some of the positions."""
+        for mine, other in zip((self.gate, self.up, self.constant), (part.gate, part.up, part.constant), strict=True):
+            if mine is not None and other is not None:
+                mine[rows] = other
 
 
 def linear_shares(
@@ -91,12 +113,42 @@ def linear_shares(
     """Return the coefficients of a linear ``rule`` at the ``recorded`` rows of an MLP's trace, in ``dtype``.
 
     They are computed in float32 at least. ``up`` (P, I) is U there, if it is known; else the ``product`` that makes it
-    runs in that dtype, by default in float32 or wider. The router's weight is part of the
-    coefficients; the scale of a norm on the output is not.
+    runs in that dtype, by default in float32 or wider. The router's weight is part of the coefficients; the scale of a
+    norm on the output is not.
 
     Raises:
         ValueError: the trace of an expert lacks the router's weight, as traces saved by earlier versions do.
     """
+    n_recorded, n_neurons = trace.gate.shape
+    n = len(range(*recorded.indices(n_recorded))) if isinstance(recorded, slice) else len(recorded)
+    most = max(1, at_once(trace.gate.device.type == "cpu")[0] // n_neurons)
+    if n <= most:
+        return _shares(rule, weights, trace, recorded, dtype, up, product)
+    at, found, done = recorded, None, 0
+    if isinstance(at, slice):
+        at = torch.arange(n_recorded, device=trace.gate.device)[at]
+    for part in at.split(most):  # what is held beside the coefficients does not grow with the prompt
+        rows = slice(done, done + len(part))
+        made = _shares(rule, weights, trace, part, dtype, None if up is None else up[rows], product)
+        if found is None:
+            tables = (None if x is None else x.new_empty(n, n_neurons) for x in (made.up, made.constant))
+            found = LinearShares(made.gate.new_empty(n, n_neurons), *tables)
+        found.put(rows, made)
+        done = rows.stop
+    assert found is not None
+    return found
+
+
+def _shares(
+    rule: str,
+    weights: Mlp,
+    trace: MlpTrace,
+    recorded: Tensor | slice,
+    dtype: torch.dtype,
+    up: Tensor | None,
+    product: torch.dtype | None,
+) -> LinearShares:
+    """Return the coefficients at so few rows that they can be made at once."""
     wide = torch.promote_types(dtype, torch.float32)
     gate, act = (x[recorded].to(wide) for x in (trace.gate, trace.act))
     if rule == "taylor":
@@ -106,9 +158,11 @@ def linear_shares(
     limited = activation.limited_gate(gate)
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
     at_zero, slope = _at_zero(activation.curve)
+    # near zero, what a curve has beyond its value there is all rounding
+    near = 0.0 if _is_zero(at_zero) else torch.finfo(trace.act.dtype).eps ** 0.5
     if weights.up is None:
         found = LinearShares(
-            _ratio(act - weight * at_zero, limited, weight * slope) * gate_ratio,
+            _ratio(act - weight * at_zero, limited, weight * slope, near) * gate_ratio,
             constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
         )
     else:
@@ -116,25 +170,17 @@ def linear_shares(
         up = activation.limited_up(raw)
         up_ratio = 1.0 if activation.up_limit is None else _ratio(up, raw, 1.0)
         up = up + activation.up_offset if activation.up_offset else up
-        of_gate, of_up = _gated(rule, activation.curve, limited, up, act, weight, at_zero, slope)
+        of_up = mean_to_zero(activation.curve, limited) if rule == "shapley" else 0.5 * activation.curve(limited)
+        of_up = of_up if isinstance(weight, float) else of_up * weight
+        driven = act - of_up * up  # by the gate: the shares sum to the activation as it was recorded
         constant = activation.up_offset * of_up if activation.up_offset else None
         if rule == "half" and not _is_zero(at_zero):
             more = 0.5 * weight * at_zero * up
-            constant = more if constant is None else constant + more
+            driven, constant = driven - more, more if constant is None else constant + more
+        of_gate = _ratio(driven, limited, 0.5 * weight * slope * up, near)
         found = LinearShares(of_gate * gate_ratio, of_up * up_ratio, constant)
     parts = (None if x is None else x.to(dtype) for x in (found.gate, found.up, found.constant))
     return LinearShares(*parts)  # pyright: ignore[reportArgumentType] (the gate's is there)
-
-
-def _gated(
-    rule: str, curve: Curve, gate: Tensor, up: Tensor, act: Tensor, weight: Tensor | float, at_zero: Value, slope: Value
-) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (P, I) of a gated MLP's limited gates and ups."""
-    if rule == "half":
-        of_up = 0.5 * weight * curve(gate)
-        return 0.5 * _ratio(act - weight * at_zero * up, gate, weight * slope * up), of_up
-    of_up = weight * mean_to_zero(curve, gate)
-    return _ratio(act - of_up * up, gate, 0.5 * weight * slope * up), of_up
 
 
 def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -149,9 +195,14 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     return up if constant is None else up + constant
 
 
+def looks_at_up(rule: str | None) -> bool:
+    """True if a linear rule looks at the up projection where there is one; None is no linear rule."""
+    return rule not in (None, "taylor")
+
+
 def reads_up(rule: str, weights: Mlp) -> bool:
     """True if a rule looks at the up projection of an MLP."""
-    return rule != "taylor" and weights.up is not None
+    return looks_at_up(rule) and weights.up is not None
 
 
 def adds_constant(rule: str, weights: Mlp) -> bool:
@@ -165,40 +216,45 @@ def adds_constant(rule: str, weights: Mlp) -> bool:
 
 
 def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
-    """Return B = ∫₀¹ curve(t · x) dt, element by element, to about 1e-8: a Gauss rule on each of four parts of |x|."""
-    rows = x.flatten(0, -2)
-    size = max(1, _ELEMENTS // (_NODES * rows.shape[1]))
-    if x.device.type == "cpu":  # most elements are small, and do without the other parts
-        return torch.cat([_mean_of_few(curve, part) for part in rows.split(size)]).view_as(x)
-    parts = rows.split(max(1, size // (len(_BREAKS) - 1)))
-    return torch.cat([_mean_of_parts(curve, part, 0, len(_BREAKS) - 1) for part in parts]).view_as(x)
+    """Return B = ∫₀¹ curve(t · x) dt (P, I), element by element, to about 1e-8: a Gauss rule on each part of |x|."""
+    on_cpu = x.device.type == "cpu"  # most elements are small: a CPU looks for the others, a GPU would be waited for
+    mean, last = (_mean_of_few, 1) if on_cpu else (_mean_of_parts, _EVERY)
+    size = at_once(on_cpu)[1] // (_NODES * last * x.shape[1])
+    return torch.cat([mean(curve, part, 0, last) for part in x.split(max(1, size))])
 
 
-def _mean_of_few(curve: Curve, x: Tensor) -> Tensor:
-    found, large = _mean_of_parts(curve, x, 0, 1), x.abs() > _BREAKS[1]
+def _mean_of_few(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
+    """The mean of all parts, those from number ``last`` on only for the elements that reach them."""
+    found, large = _mean_of_parts(curve, x, first, last), x.abs() > _BREAKS[last]
     if large.any():
-        found[large] += _mean_of_parts(curve, x[large], 1, len(_BREAKS) - 1)
+        found[large] += _mean_of_parts(curve, x[large], last, _EVERY)
     return found
 
 
 def _mean_of_parts(curve: Curve, x: Tensor, first: int, last: int) -> Tensor:
     """Return what the parts of [0, |x|] from number ``first`` to ``last`` (excluded) add to the mean."""
-    nodes, weights = _gauss(x.dtype, x.device)
-    size, one = x.abs(), [1] * x.ndim
-    total = torch.zeros_like(x)
-    for low, high in zip(_BREAKS[first:last], _BREAKS[first + 1 : last + 1], strict=True):
-        share = size.clamp(low, high).sub_(low) / size.clamp_min(torch.finfo(x.dtype).tiny)  # of [0, |x|]
-        begin = low / size.clamp_min(max(low, torch.finfo(x.dtype).tiny))
-        t = begin + nodes.view(-1, *one) * share
-        total += torch.tensordot(weights, curve(t * x), 1) * share
-    return total
+    breaks, nodes, weights = _gauss(x.dtype, x.device)
+    one = [1] * x.ndim
+    low, high = (ends.view(-1, *one) for ends in (breaks[first:last], breaks[first + 1 : last + 1]))  # (K, 1, ...)
+    size = x.abs().clamp_min(torch.finfo(x.dtype).tiny)  # all of a point is in the first part
+    above = torch.maximum(size, low)
+    share = (torch.minimum(above, high) - low) / size  # (K, ...) of [0, |x|]
+    begin = low / above
+    t = torch.addcmul(begin, nodes.view(-1, 1, *one), share)  # (8, K, ...)
+    return (torch.tensordot(weights, curve(t.mul_(x)), 1) * share).sum(0)
 
 
 @lru_cache(maxsize=8)
-def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
+def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the parts of |x| end (5,), and nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    return tuple(torch.tensor(x / 2, dtype=dtype, device=device) for x in (nodes + 1, weights))  # pyright: ignore[reportReturnType]
+    each = (_BREAKS, (nodes + 1) / 2, weights / 2)
+    return tuple(torch.tensor(x, dtype=dtype, device=device) for x in each)  # pyright: ignore[reportReturnType]
+
+
+def at_once(on_cpu: bool) -> tuple[int, int]:
+    """The numbers of coefficients, and of a curve's values, that are made at once."""
+    return _ON_A_CPU if on_cpu else _ELSEWHERE
 
 
 def _at_zero(curve: Curve) -> tuple[Tensor | float, Tensor | float]:
@@ -216,10 +272,9 @@ def _is_zero(value: Tensor | float) -> bool:
     return not isinstance(value, Tensor) and value == 0.0
 
 
-def _ratio(a: Tensor, b: Tensor, limit: Tensor | float) -> Tensor:
-    """Return a / b, and ``limit`` where b is zero."""
-    zero = b == 0
-    return torch.where(zero, limit, a / torch.where(zero, 1.0, b))
+def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: float = 0.0) -> Tensor:
+    """Return a / b, and ``limit`` where b is zero, or as ``near`` to it."""
+    return torch.where(b.abs() <= near if near else b == 0, limit, a / b)
 
 
 def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:

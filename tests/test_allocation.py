@@ -38,9 +38,6 @@ def gates(values, **changes) -> Gates:
         ("relu", [-1.0, -2.0], [0.5, 0.5]),  # nobody opens the gate: evenly among those alive
         ("max", [1.0, 5.0, 5.0], [0.0, 1.0, 0.0]),
         ("max", [-1.0, -5.0, 0.0], [0.0, 0.0, 1.0]),
-        ("taylor", [1.0, 2.0, 1.0], [0.25, 0.5, 0.25]),
-        ("taylor", [-1.0, 2.0], [-1.0, 2.0]),
-        ("taylor", [1.0, -1.0], [0.0, 0.0]),  # gate zero, activation zero
         ("softmax", [1e4, -1e4], [1.0, 0.0]),
     ],
 )

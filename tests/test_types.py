@@ -31,7 +31,7 @@ from depass_fast import (
     Subspaces,
     Tokens,
 )
-from depass_fast.allocation import RULES, softmax
+from depass_fast.allocation import NAMES, softmax
 from depass_fast.backends import BACKENDS
 from depass_fast.options import BackendName, RuleName
 from tests.support.components import Dictionary
@@ -141,7 +141,7 @@ def test_states(demo: DePass):
 
 
 def test_options_are_words_that_there_are(demo: DePass):
-    assert get_args(RuleName) == tuple(RULES) and get_args(BackendName) == ("auto", *BACKENDS)
+    assert get_args(RuleName) == tuple(NAMES) and get_args(BackendName) == ("auto", *BACKENDS)
     demo.attribute(IDS, Tokens(), backend="reference", allocation="linear", stream=False, method="exact")
     demo.attribute(IDS, Tokens(), allocation=softmax, stream="auto")
     with pytest.raises(ValueError, match="backend: "):

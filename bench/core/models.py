@@ -51,7 +51,7 @@ SHAPES = {
     for shape in (
         Shape("llama-512", 512, 1408, 6, 8, 8),  # small, for a CPU
         Shape("llama-tiny", 64, 96, 3, 4, 2, vocabulary=64),
-        Shape("smollm2-135m", 576, 1536, 30, 9, 3, vocabulary=49152),
+        Shape("smollm2-135m", 576, 1536, 30, 9, 3),
         Shape("llama-2-7b", 4096, 11008, 32, 32, 32, vocabulary=32000),
         Shape("llama-3.1-8b", 4096, 14336, 32, 32, 8, vocabulary=128256),
         Shape("qwen2-7b", 3584, 18944, 28, 28, 4, vocabulary=152064, model_type="qwen2"),

@@ -41,7 +41,7 @@ def _alive(n_rows: int, zeros: bool) -> Tensor:
 
 
 def allocation_oracle(
-    rule: str, g: Tensor, counts: list[int], act: Tensor, gate: Tensor, recorded: Tensor, alive: Tensor,
+    rule: str, g: Tensor, counts: list[int], act: Tensor, recorded: Tensor, alive: Tensor,
     away: Sequence[int], constant: Tensor | None, bias: int | None, rest: int | None, temperature: float,
 ) -> Tensor:  # fmt: skip
     """The shares times the activations in float64, by the plain rules of depass_fast.allocation."""
@@ -56,9 +56,8 @@ def allocation_oracle(
         values = g[at].double()[None].clone()
         if constant is not None:
             values[:, bias] += constant.double()
-        total = gate[recorded[segment]].double()[None]
         there, gone = alive[None, at] != 0, excluded[None, at]
-        gates = Gates(values, total, there, gone, torch.zeros(1), rest, bias, constant)
+        gates = Gates(values, values.sum(1), there, gone, torch.zeros(1), rest, bias, constant)
         out[at] = (RULES[rule](gates, temperature) * act[recorded[segment]].double())[0]
     return out
 
@@ -79,8 +78,7 @@ def _check_allocate(
         if nan:
             g[:, 1] = 1  # equal to each other
             g[::4, 1::3] = torch.nan
-        act, gate = random(1, len(counts) + 2, n).to(dtype), random(2, len(counts) + 2, n).to(dtype)
-        gate[2, 0] = 0  # the last segment's
+        act = random(1, len(counts) + 2, n).to(dtype)
         recorded = torch.arange(len(counts)).flip(0) + 2
         alive = _alive(len(g), zeros)
         constant = random(3, n) if bias is not None else None
@@ -91,15 +89,13 @@ def _check_allocate(
         true = g if size is None else g.double() * size[:, None].double()
         _, begins, flags = chunk(counts, device, away)
         segments = allocation.Segments(begins, recorded.to(device), max(counts), flags, bias, rest)
-        oracle = allocation_oracle(
-            rule, true, counts, act, gate, recorded, alive, away, constant, bias, rest, temperature
-        )
+        oracle = allocation_oracle(rule, true, counts, act, recorded, alive, away, constant, bias, rest, temperature)
         wide = poisoned(len(g), n + 3, dtype=dtype, device=device)  # rows that are not packed
         out = wide[:, :n].copy_(g)
         numbers = None if constant is None else constant.to(device)
         scales = None if size is None else size.to(device)
         more = (alive.to(device), numbers, scales, out_factor)
-        allocation.allocate(out, segments, act.to(device), gate.to(device), rule, temperature, *more)
+        allocation.allocate(out, segments, act.to(device), rule, temperature, *more)
         assert bool(wide[:, n:].isnan().all()), "written beside the gates"
         found, expected = out, oracle * out_factor
         assert torch.equal(found.isnan().cpu(), expected.isnan()), "NaN elsewhere"

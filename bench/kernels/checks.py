@@ -17,6 +17,7 @@ from .allocation_checks import allocation_checks
 from .attention_checks import attention_checks
 from .checking import LIMITS, Check
 from .crowd_checks import crowd_checks
+from .linear_checks import linear_checks
 from .product_checks import product_checks
 from .row_checks import row_checks
 
@@ -26,6 +27,7 @@ def checks(small: bool) -> Iterator[Check]:
     yield from row_checks(small)
     yield from attention_checks(small)
     yield from allocation_checks(small)
+    yield from linear_checks(small)
     yield from crowd_checks(small)
     yield from product_checks(small)
 

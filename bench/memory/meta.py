@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,15 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
-from depass_fast import DePass, Heads, Neurons, Tokens, engine
+from depass_fast import DePass, Heads, Modules, Neurons, Tokens, engine
+from depass_fast.adapters import Adapter
 from depass_fast.adjoint import fused, stack, sweep
 from depass_fast.adjoint.memory import SweepMemory, default_workspace
 from depass_fast.backends import selection
 from depass_fast.backends.torch import backend as torch_backend
-from depass_fast.backends.torch import mlp
+from depass_fast.backends.torch import linear, mlp
 from depass_fast.backends.triton import backend as triton_backend
+from depass_fast.backends.triton import linear as triton_linear
 from depass_fast.components import start as initial
-from depass_fast.options import Adjoint, BackendName
+from depass_fast.options import Adjoint, BackendName, RuleName
 from depass_fast.planning import planner
 from depass_fast.planning.plan import Plan
 from depass_fast.planning.shapes import RunShape
@@ -44,7 +45,7 @@ from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import SHAPES, build_model
 from ..core.results import write_results
 
@@ -58,6 +59,7 @@ _KINDS = {
     "heads": Heads(0),
     "heads of all layers": Heads(layers="all"),
     "all neurons": Neurons(layers="all"),
+    "modules": Modules(0),
 }
 
 
@@ -75,6 +77,7 @@ class CountedRun:
     state_dtype: str = "float32"
     memory_budget: int | None = None
     refine: int = 0  # of all neurons, by the adjoint sweep
+    rule: RuleName = "softmax"
 
     @property
     def method(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class CountedRun:
         more = [] if self.dtype == "bfloat16" else [self.dtype]
         more += [] if self.state_dtype == "float32" else [f"state {self.state_dtype}"]
         more += [f"adjoint, refine {self.refine:,}"] if self.method else []
+        more += [] if self.rule == "softmax" else [self.rule]
         more += [] if self.memory_budget is None else [f"{self.memory_budget >> 20} MiB of workspace"]
         return ", ".join([self.components, prompts, self.call, *more])
 
@@ -116,6 +120,13 @@ def cases() -> Iterator[CountedRun]:
         yield CountedRun("llama-2-7b", "tokens", (512,), backend, dtype="float32")
         yield CountedRun("llama-2-7b", "neurons", (20,), backend, dtype="float32")
         yield CountedRun("llama-2-7b", "tokens", (512,), backend, state_dtype="bfloat16")
+        for rule in ("half", "shapley"):
+            yield CountedRun("llama-2-7b", "tokens", (512,), backend, rule=rule)
+        for components, lengths in (("neurons", (20,)), ("modules", (512,) * 4)):
+            yield CountedRun("llama-2-7b", components, lengths, backend, rule="shapley")
+        yield CountedRun("llama-2-7b", "heads of all layers", (20,), backend, layers=32, rule="shapley")
+        yield CountedRun("pythia-6.9b", "tokens", (512,), backend, rule="shapley")
+        yield CountedRun("gemma-2-9b", "neurons", (20,), backend, rule="half")
         for budget in (128 << 20, 4 << 30):
             yield CountedRun("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
             yield CountedRun("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
@@ -206,6 +217,7 @@ def standing_in() -> Iterator[None]:
     with ExitStack() as undo:
         for place, name, instead in (
             (engine, "check_weights", lambda adapter: None),
+            (Adapter, "check_linear_rule", lambda adapter, rule: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency.Checked, "knows", lambda *about: True),
             (attention, "causal_attention", attend),
@@ -235,7 +247,8 @@ def counting(model: nn.Module) -> Iterator[Counted]:
         counted.launch()
 
     with ExitStack() as undo:
-        for place in (fused, mlp, torch_backend, triton_backend):  # a GPU's product adds up in a wider dtype by itself
+        # a GPU's product adds up in a wider dtype by itself
+        for place in (fused, mlp, linear, torch_backend, triton_backend, triton_linear):
             undo.enter_context(mock.patch.object(place, "accumulate", launch))
         undo.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: launch))
         undo.enter_context(counted)
@@ -249,16 +262,22 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
     with standing_in(), warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
         model = build_model(shape, getattr(torch, case.dtype), device=META)
-        dp = DePass(model, backend=case.backend, state_dtype=case.state_dtype, memory_budget=case.memory_budget)
+        options: dict[str, Any] = {
+            "state_dtype": case.state_dtype,
+            "memory_budget": case.memory_budget,
+            "allocation": case.rule,
+        }
+        dp = DePass(model, backend=case.backend, **options)
         method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
         run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, method=method)
         plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
+        how: dict[str, Any] = case.method or {"method": "exact"}
         for _ in range(1 + again):
             with counting(dp.model) as counted:
                 if case.call == "decompose":
                     dp.decompose(prompts, kind)
                 else:
-                    dp.attribute(prompts, kind, 7, **case.method)
+                    dp.attribute(prompts, kind, 7, **how)
     return plan, counted
 
 
@@ -292,7 +311,7 @@ def line(case: CountedRun, row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.meta", __doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=writable)
     parser.add_argument("--only", metavar="TEXT", help="cases whose line holds this")
     parser.add_argument("--where", action="store_true", help="print which functions ask for the operations")
     options = parser.parse_args(arguments)

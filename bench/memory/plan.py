@@ -22,7 +22,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,13 +29,13 @@ import torch
 
 from depass_fast import ComponentKind, Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adjoint.sweep import Sweep
-from depass_fast.options import Adjoint
+from depass_fast.options import Adjoint, RuleName
 from depass_fast.planning.gemm_rate import gemm_rate
 from depass_fast.planning.planner import make_plan
 from depass_fast.planning.shapes import RunShape
 from depass_fast.results.estimate import ApproximationWarning
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import family_model
 from ..core.peak import measurable, measured
 from ..core.results import ROOT, write_results
@@ -67,6 +66,7 @@ class PlannedRun:
     refine: int = 0
     sample: int = 0
     stream: bool = False
+    rule: RuleName = "softmax"
     scale: float = 0.2  # of the weights: the number of loud neurons depends on it
 
 
@@ -99,6 +99,16 @@ FULL = [
     _llama("gpt2", 1024, 2048, "tokens", 300, model_type="gpt2", layers=2),
     _llama("gemma2: output norms", 1024, 2048, "tokens", 300, model_type="gemma2", layers=2),
     _llama("mixtral: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2),
+    _llama("half: tokens", 1024, 1024, "tokens", 300, rule="half"),
+    _llama("half: neurons", 512, 2816, "neurons", 60, layers=2, rule="half"),
+    _llama("shapley: tokens, wide MLP", 512, 4096, "tokens", 500, layers=2, rule="shapley"),
+    _llama("shapley: neurons", 1024, 4096, "neurons", 16, layers=3, rule="shapley"),
+    _llama("shapley: modules", 2048, 4096, "modules", 4000, layers=2, rule="shapley"),
+    _llama("shapley: half model", 1024, 1024, "tokens", 400, dtype="bfloat16", layers=2, rule="shapley"),
+    _llama("shapley: experts", 1024, 1024, "tokens", 250, model_type="mixtral", layers=2, rule="shapley"),
+    _llama("shapley: ungated", 1024, 2048, "tokens", 300, model_type="gpt2", layers=2, rule="shapley"),
+    _llama("shapley: streamed tokens", 1024, 2816, "tokens", 128, stream=True, rule="shapley"),
+    _llama("half: streamed heads", 1024, 2816, "heads", 200, stream=True, rule="half"),
     _llama("streamed tokens", 512, 1408, "tokens", 256, stream=True),
     _llama("streamed tokens, wide", 1024, 2816, "tokens", 128, stream=True),
     _llama("streamed neurons", 512, 1408, "neurons", 24, stream=True),
@@ -130,6 +140,7 @@ ADJOINT = [
 QUICK = [
     _llama("tokens", 256, 256, "tokens", 150),
     _llama("neurons", 128, 1024, "neurons", 40),
+    _llama("neurons, shapley", 128, 1024, "neurons", 40, rule="shapley"),
     _llama("adjoint", 128, 1024, "neurons", 40, method="adjoint", refine=8, sample=8),
 ]
 
@@ -163,7 +174,7 @@ def run(case: PlannedRun) -> dict:
     """Return the prediction beside the measured peak, in this process."""
     torch.set_num_threads(1)
     dp, components = build(case), kind(case)
-    options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget}
+    options = {"state_dtype": case.state_dtype, "memory_budget": case.memory_budget, "allocation": case.rule}
     make = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 64, (n,), generator=make) for n in case.lengths]
     dp.attribute([1, 2, 3, 4], Tokens(), target=7)  # thread pools, buffers of the GEMM library
@@ -238,8 +249,8 @@ def measure(case: PlannedRun) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.memory.plan", __doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="three small shapes, in seconds: checks that it runs")
+    parser.add_argument("--out", type=writable)
+    parser.add_argument("--quick", action="store_true", help="four small shapes, in seconds: checks that it runs")
     parser.add_argument("--only", metavar="NAME", help="only cases whose names begin with this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.results import ROOT
 from .gpu import write_goals
 from .page import report
@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "RESULTS.md"
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files that benchmarks wrote")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=writable, default=str(RESULTS))
     parser.add_argument("--goals", action="store_true", help="make the table of goals in kernels/README.md, too")
     options = parser.parse_args(arguments)
     results = [json.loads(path.read_text()) for path in options.results]

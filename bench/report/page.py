@@ -28,6 +28,7 @@ SECTIONS = {
     "plan": memory.planned,
     "prompts": tables.prompts,
     "rules": rules.section,
+    "scripts": tables.scripts,
     "suite": tables.suite,
     "trained": trained.section,
 }

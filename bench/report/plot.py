@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..core.cli import command
+from ..core.cli import command, picture
 from ..core.results import ROOT
 
 PICTURE = ROOT / "docs" / "grouping.svg"
@@ -61,7 +61,7 @@ def plot(result: dict, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.report.plot", __doc__)
     parser.add_argument("result", type=Path, help="the JSON file that bench.studies.grouping wrote")
-    parser.add_argument("--out", type=Path, default=PICTURE)
+    parser.add_argument("--out", type=picture, default=str(PICTURE))
     options = parser.parse_args(arguments)
     plot(json.loads(options.result.read_text()), options.out)
 

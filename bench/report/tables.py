@@ -18,6 +18,11 @@ LAYERS = (
 PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
 the other. Both were verified to give the same scores before they were timed, in turns."""
 
+SCRIPTS = """Scripts that ask layer by layer, one call per layer, through the published interface. Medians of a way
+through all layers, by the clock and of the CPU, which other processes disturb less; ratios are those of single turns.
+The floor is the least that products take at the GEMM rate of the same run; the check is what it takes to see, once per
+layer, that no weight has changed. A new forward pass begins every way. One by one: nothing is carried ahead."""
+
 SUITE = """`pytest bench --benchmark-only --benchmark-json=bench/results/suite.json`: every backend on every kind of
 component, on a random Llama (D = {hidden}, I = {intermediate}, {layers} layers), verified against the reference
 backend before they are timed; then capture and readout alone. From a trace to scores at the last position."""
@@ -54,6 +59,26 @@ def prompts(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Prompts per second", result["environment"]), PROMPTS, table(header, lines)])
+
+
+def scripts(result: dict) -> str:
+    header = ["workload", "way", "model", "time", "CPU", "published", "published, CPU", "floor", "check", "turns"]
+    lines = [
+        [
+            row["workload"],
+            row["provider"],
+            row["model"],
+            duration(row["wall_s"]),
+            duration(row["cpu_s"]),
+            f"{row['wall_ratio']:.2f}×",
+            f"{row['cpu_ratio']:.2f}×",
+            duration(row["floor_s"]),
+            duration(row["check_s"]),
+            str(row["runs"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Layer by layer", result["environment"]), SCRIPTS, table(header, lines)])
 
 
 def layers(result: dict) -> str:

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, crowd, launch, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows, way_back
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -129,6 +129,7 @@ def launches(few: bool = False) -> Launches:
             if model in ("llama-2-7b", "qwen2-7b"):
                 _mlp(found, f"{model} {short}", dtype, shape, allocation.RULES if every else ("softmax",))
                 _sweep(found, f"{model} {short}", dtype, shape)
+                _way_back(found, f"{model} {short}", dtype, shape, way_back.CURVES if every else ("silu",))
     return found
 
 
@@ -197,7 +198,11 @@ def _mlp(
         g, alive = _empty(2 * length, neurons, dtype=dtype), _empty(2 * length, dtype=torch.uint8)
         for rule in rules:
             with recorded(found, f"{case}, {name}, {rule}"):
-                allocation.allocate(g, segments, act, act, rule, 0.1, alive, constant, scales, 0.5)
+                allocation.allocate(g, segments, act, rule, 0.1, alive, constant, scales, 0.5)
+        with recorded(found, f"{case}, {name}, linear rules"):
+            table = _empty(2, neurons)
+            linear.share_linearly(g, starts, length, table)
+            linear.share_linearly(g, starts, length, table, g, table)
     with recorded(found, case):
         n_tiles = -(-length // fused_products.product_config(dtype, META)["BM"])
         tiles, firsts = _empty(n_tiles, 3, dtype=torch.int32), _empty(3, dtype=torch.int32)
@@ -224,6 +229,21 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
             crowd.share_with_crowds(g, explicit, alive, counts, act, act, 0.1, tables, constant)
     with recorded(found, case):
         crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables)
+
+
+def _way_back(
+    found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], curves: tuple[str, ...]
+) -> None:
+    """Record the launches of a ledger's MLP: gated and not, and of an expert."""
+    neurons, positions = shape[1], 20
+    y, act = _empty(1, positions, neurons, dtype=dtype), _empty(positions, neurons, dtype=dtype)
+    recorded_at, pieces = _empty(positions, dtype=torch.int64), _empty(2, dtype=torch.int32)
+    for curve in curves:
+        for rule in way_back.RULES:
+            with recorded(found, f"{case}, {rule}, {curve}"):
+                way_back.neurons_back(y, act, act, act, recorded_at, pieces, rule, curve)
+                way_back.neurons_back(y, act, act, None, recorded_at, pieces, rule, curve)
+                way_back.neurons_back(y, act, act, act, recorded_at, pieces, rule, curve, _empty(positions))
 
 
 def compile_for(target: str) -> list[Compilation]:

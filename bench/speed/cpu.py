@@ -8,12 +8,11 @@ go to the JSON file, from which ``python -m bench.report`` makes RESULTS.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..baselines.providers import PROVIDERS, SinglePrompt, error_against, named_scores, provider
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.results import Row, environment, write_results
 from ..core.timing import Gemm, interleaved, quantiles
 from ..memory.provider import peak_bytes
@@ -150,7 +149,7 @@ def ratio(work: SinglePrompt, goal: Goal, rows: list[Row]) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.cpu", __doc__)
-    parser.add_argument("--out", type=Path, help="write rows and ratios to this JSON file")
+    parser.add_argument("--out", type=writable, help="write rows and ratios to this JSON file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: checks that it runs")
     parser.add_argument("--runs", type=int, help="timed runs per provider (default: 9; 3 with --quick)")
     parser.add_argument("--threads", type=int, default=2)

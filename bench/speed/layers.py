@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from depass_fast import DePass, Heads, Neurons
 from depass_fast.demo import load_demo
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import SHAPES, Model, Shape, build_model, floor_flops, random_prompt
 from ..core.results import environment, write_results
 from ..core.timing import Gemm, interleaved, quantiles
@@ -120,7 +119,7 @@ def measure(name: str, layers: int | None, components: str, length: int, runs: i
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.layers", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--out", type=writable, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: bfloat16, all layers of the 7B shape")
     parser.add_argument("--threads", type=int, default=2)

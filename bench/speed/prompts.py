@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from depass_fast import ComponentKind, DePass, Heads, Neurons, Tokens
 from depass_fast.demo import load_demo
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.models import SHAPES, Model, build_model
 from ..core.results import environment, write_results
 from ..core.timing import interleaved, quantiles
@@ -127,7 +126,7 @@ def measure(work: PromptList, runs: int, device: str = "cpu") -> Iterator[Prompt
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.prompts", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--out", type=writable, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="a tiny model and four prompts")
     parser.add_argument("--runs", type=int, help="timed runs of either way (default: 5; 2 with --tiny)")
     parser.add_argument("--only", help="workloads whose model or name contains this")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,7 +28,7 @@ from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, launch, probabilities
 from depass_fast.state.layout import Components, Layout
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..kernels import fused_products
 
 BF16 = torch.bfloat16
@@ -59,7 +58,7 @@ def _allocate(segments: int, count: int, n: int) -> Callable:
         out = gates.clone()
 
         def call() -> torch.Tensor:  # in place: its own output is as good an input
-            allocation.allocate(out, where, act, act, "softmax", 0.1, alive)
+            allocation.allocate(out, where, act, "softmax", 0.1, alive)
             return out
 
         return call, 3.0 * gates.numel() * 2
@@ -217,7 +216,7 @@ def products(segments: int, count: int, width: int, n: int) -> None:
     half = torch.empty(r, width, dtype=BF16, device=device)
     ways = {
         "library gate": lambda: torch.mm(x, w_gate.T, out=g),
-        "allocate": lambda: allocation.allocate(g, where, act, act, "softmax", 0.1, alive),
+        "allocate": lambda: allocation.allocate(g, where, act, "softmax", 0.1, alive),
         "library down, bf16 out": lambda: torch.mm(g, w_down.T, out=half),
         "library down into float32": lambda: accumulate(state, g, w_down.T),
         "fused gate and log Z": lambda: fused_products.gate(x, w_gate, tiles, firsts, where.starts, 0.1, g),
@@ -235,7 +234,9 @@ def products(segments: int, count: int, width: int, n: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.tune", __doc__)
     parser.add_argument("--write", action="store_true", help="keep the winners in kernels/tuned.json")
-    parser.add_argument("--out", type=Path, help="write them to this file, after every case, in the form of tuned.json")
+    parser.add_argument(
+        "--out", type=writable, help="write them to this file, after every case, in the form of tuned.json"
+    )
     parser.add_argument(
         "--by",
         choices=("architecture", "name"),

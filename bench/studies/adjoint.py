@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,11 @@ from depass_fast.demo import load_demo
 from depass_fast.options import Adjoint, MethodName
 from depass_fast.results.estimate import ApproximationWarning
 
-from ..core.cli import command
+from ..core.cli import command, picture, writable
 from ..core.questions import demo_texts
 from ..core.results import environment
 from ..core.timing import interleaved
-from .faithfulness import Curves, measure_faithfulness
+from .faithfulness import Curves, draw, measure_faithfulness
 
 REFINED, TOP = 0.02, 0.01  # shares of a layer's neurons: those refined, and those to be found among them
 GOALS = {"spearman": 0.99, "pearson": 0.99, "found": 0.95, "one layer": 20.0, "all layers": 50.0}
@@ -227,7 +226,7 @@ def ablation(name: str, engine: DePass, trace: Trace, targets: list[int]) -> lis
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def run(size: Size, plot: Path | None) -> dict:
+def run(size: Size) -> dict:
     """Measure everything and print figures as they come."""
     began, rows, parts, speeds = time.perf_counter(), [], [], []
     model, tokenizer = load_demo()
@@ -254,7 +253,7 @@ def run(size: Size, plot: Path | None) -> dict:
     for row in parts:
         print(f"{row['model']:32} {row['variant']:38} spearman {row['spearman']:.4f}  pearson {row['pearson']:.4f}  "
               f"found {row['found']:.3f}  error {row['relative_error']:.3f}  FLOP {row['flop_share']:.2%}")  # fmt: skip
-    curves: Curves = measure_faithfulness(demo, texts, plot)
+    curves: Curves = measure_faithfulness(demo, texts)
     for method, values in curves["accuracy"].items():
         print(f"masked  {method:22} " + "  ".join(f"{f:.2%}: {v:.2f}" for f, v in zip(curves["shares"], values)))  # noqa: B905
     return {
@@ -281,17 +280,20 @@ def show(rows: list[dict]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.adjoint", __doc__)
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--plot", type=Path, help="write the faithfulness curves to this SVG file (needs matplotlib)")
+    parser.add_argument("--out", type=writable, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--plot", type=picture, help="write the faithfulness curves to this SVG file (needs matplotlib)"
+    )
     parser.add_argument("--quick", action="store_true", help="sizes of seconds")
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximationWarning)
-        found = run(QUICK if options.quick else Size(), options.plot)
+        found = run(QUICK if options.quick else Size())
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"benchmark": "adjoint", "environment": environment(), "quick": options.quick, **found}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
+    if options.plot:
+        draw(found["faithfulness"], options.plot)
 
 
 if __name__ == "__main__":

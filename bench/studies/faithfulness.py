@@ -21,7 +21,7 @@ from depass_fast.demo import load_demo
 from depass_fast.options import Adjoint
 
 from ..baselines.neuron_methods import AttributionPatching
-from ..core.cli import command
+from ..core.cli import command, picture
 from ..core.questions import demo_texts
 
 SHARES = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # of all neurons
@@ -84,7 +84,7 @@ def masked_predictions(engine: DePass, ids: Tensor, masks: Tensor, part: str = "
         return engine.model(ids.expand(len(masks), -1), **given).logits[:, -1].argmax(-1)
 
 
-def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]], plot: Path | None = None) -> Curves:
+def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]]) -> Curves:
     """Accuracy curves over prompts with their answers."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None  # the demo's
@@ -102,18 +102,13 @@ def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]], plot: Pat
             right = masked_predictions(engine, ids, masks.view(-1, *scores.shape)) == target
             hits[method] = hits.get(method, torch.zeros(len(SHARES), dtype=torch.int64)) + right
     accuracy = {method: (counts / len(texts)).tolist() for method, counts in hits.items()}
-    curves = Curves(shares=list(SHARES), accuracy=accuracy, prompts=len(texts), neurons=neurons)
-    if plot is not None:
-        draw(curves, plot)
-    return curves
+    return Curves(shares=list(SHARES), accuracy=accuracy, prompts=len(texts), neurons=neurons)
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """The curves as an SVG file. Needs matplotlib: pip install 'depass-fast[bench]'."""
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports] (the extra `bench`)
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'depass-fast[bench]'") from error
+    """The curves as an SVG file. Needs matplotlib."""
+    import matplotlib  # pyright: ignore[reportMissingImports] (the extra `bench`)
+
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "depass_fast"  # the same file from the same figures
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports] (the extra `bench`)
@@ -136,13 +131,15 @@ def draw(curves: Curves, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.faithfulness", __doc__)
-    parser.add_argument("--plot", type=Path, help="write the curves to this SVG file (needs matplotlib)")
+    parser.add_argument("--plot", type=picture, help="write the curves to this SVG file (needs matplotlib)")
     parser.add_argument("--prompts", type=int, default=60)
     options = parser.parse_args(arguments)
-    curves = measure_faithfulness(DePass(*load_demo()), demo_texts(options.prompts), options.plot)
+    curves = measure_faithfulness(DePass(*load_demo()), demo_texts(options.prompts))
     for method, values in curves["accuracy"].items():
         cells = [f"{share:.2%}: {value:.2f}" for share, value in zip(curves["shares"], values, strict=True)]
         print(f"{method:22} {'  '.join(cells)}")
+    if options.plot:
+        draw(curves, options.plot)
 
 
 if __name__ == "__main__":

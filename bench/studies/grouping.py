@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from depass_fast.components.products import BoundProducts
 from depass_fast.state.state import Factors
 
 from ..core.agreement import spread, top_overlap
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.questions import Question, demo_model, questions
 from ..core.results import environment, write_results
 
@@ -140,7 +139,7 @@ def compare(scores: Tensor, exact: Tensor) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.grouping", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every one")
+    parser.add_argument("--out", type=writable, help="write the rows to this JSON file, after every one")
     parser.add_argument("--tiny", "--quick", action="store_true", help="one prompt, three numbers of groups")
     parser.add_argument("--prompts", type=int, help="default: 50; 1 with --tiny")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 3])

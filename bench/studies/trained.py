@@ -1,8 +1,9 @@
 """The adjoint sweep on trained models: ``python -m bench.studies.trained --model PATH [--out FILE.json]``.
 
 All neurons of a model that nobody here trained, by the default sweep and exactly, for twenty natural prompts. It prints
-the relative error of every start layer beside its estimate, and the warnings. ``--gguf FILE`` names a GGUF file in the
-folder. The exact runs take minutes per prompt; ``--layers`` and ``--prompts`` choose fewer.
+the relative error of every start layer beside its estimate, the warnings, and how long a prompt took. ``--gguf FILE``
+names a GGUF file in the folder. The exact runs take minutes per prompt; ``--layers`` and ``--prompts`` choose fewer.
+The file is written after every prompt. A run that is started again keeps the prompts that it holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from depass_fast import ApproximationWarning, DePass, Neurons
 from depass_fast.options import Adjoint
 
-from ..core.cli import command
+from ..core.cli import command, writable
 from ..core.results import environment
 
 PROMPTS = (
@@ -53,21 +54,32 @@ def compare(engine: DePass, prompt: str, layers: list[int]) -> dict:
         warnings.simplefilter("ignore", ApproximationWarning)
         found = engine.attribute(trace, Neurons(layers="all"), method=Adjoint())
     seconds = time.perf_counter() - began
+    began_exact = time.perf_counter()
     exact = engine.attribute(trace, Neurons(layers=layers), method="exact")
+    exact_seconds = time.perf_counter() - began_exact
     assert found.estimate is not None and found.estimate.layer_errors is not None
     rows = []
     for one in exact:
         named = len(one.labels) - one.n_extras
         off = (found[one.layer].scores - one.scores)[:named].norm() / one.scores[:named].norm()
         rows.append({"layer": one.layer, "error": float(off), "estimate": found.estimate.layer_errors[one.layer]})
-    return {"prompt": prompt, "tokens": trace.length(0), "seconds": seconds, "layers": rows, "warnings": found.warnings}
+    return {
+        "prompt": prompt,
+        "tokens": trace.length(0),
+        "seconds": seconds,
+        "exact_seconds": exact_seconds,
+        "layers": rows,
+        "warnings": found.warnings,
+        "commit": environment()["commit"],
+    }
 
 
 def show(result: dict) -> None:
     """Print a prompt's worst layer, and its warnings."""
     worst = max(result["layers"], key=lambda row: row["error"])
-    missed = [r["layer"] for r in result["layers"] if r["error"] > WRONG and f"layer {r['layer']} " not in said(result)]
-    print(f"{result['prompt'][:40]!r:45} {result['tokens']:3} tokens {result['seconds']:6.1f} s   worst layer "
+    missed = [r["layer"] for r in result["layers"] if r["error"] > WRONG and not is_named(r["layer"], result)]
+    print(f"{result['prompt'][:40]!r:45} {result['tokens']:3} tokens  sweep {result['seconds']:6.1f} s, exact "
+          f"{result['exact_seconds']:6.1f} s   worst layer "
           f"{worst['layer']:2}: {worst['error']:.2%} (estimate {worst['estimate']:.2%})   unnamed above {WRONG:.0%}: "
           f"{missed or 'none'}   {said(result) or 'no warning'}", flush=True)  # fmt: skip
 
@@ -77,6 +89,43 @@ def said(result: dict) -> str:
     return "; ".join(result["warnings"] or [])
 
 
+def is_named(layer: int, result: dict) -> bool:
+    """True if a warning names the layer."""
+    return f"layer {layer} " in said(result)
+
+
+def done_before(path: Path | None, model: str, layers: list[int]) -> list[dict]:
+    """Return the prompts that a file holds, of the same model and start layers.
+
+    Raises:
+        ValueError: it holds another model or other layers.
+    """
+    if path is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if before.get("benchmark") != "trained":
+        raise ValueError(f"{path}: it holds no figures of bench.studies.trained; give another file.")
+    if before["model"] != model:
+        raise ValueError(
+            f"{path}: it holds figures of {before['model']}, this is {model}; give another file, or --name."
+        )
+    for result in before["prompts"]:
+        compared = [row["layer"] for row in result["layers"]]
+        if compared != layers:
+            raise ValueError(
+                f"{path}: it holds start layers {compared}, asked are {layers}; give another file, or its --layers."
+            )
+    return before["prompts"]
+
+
+def write(path: Path, model: str, results: list[dict]) -> None:
+    """Write the figures; a file that is there is replaced when the new one is whole."""
+    content = {"benchmark": "trained", "environment": environment(), "model": model, "prompts": results}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.trained", __doc__)
     parser.add_argument("--model", required=True, help="a folder, or a hub name")
@@ -84,20 +133,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, nargs="+", help="start layers that are compared (default: all)")
     parser.add_argument("--prompts", type=int, nargs="+", default=range(len(PROMPTS)), help="which prompts, from 0 on")
     parser.add_argument("--name", help="the model's name in the file")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--out", type=writable, help="write the figures to this JSON file, and keep what it holds")
     options = parser.parse_args(arguments)
+    if not all(0 <= index < len(PROMPTS) for index in options.prompts):
+        parser.error(f"--prompts: {list(options.prompts)}; there are 0 to {len(PROMPTS) - 1}")
     more = {"gguf_file": options.gguf} if options.gguf else {}
     engine = DePass.from_pretrained(options.model, dtype=torch.float32, model_kwargs=more, progress=False)
-    layers = options.layers or list(range(engine.adapter.n_layers - 1))
-    results = []
-    for index in options.prompts:
-        results.append(compare(engine, PROMPTS[index], layers))
+    count, name = engine.adapter.n_layers, options.name or Path(options.model).name
+    layers = sorted(set(options.layers)) if options.layers else list(range(count - 1))
+    if not all(0 <= layer < count for layer in layers):
+        parser.error(f"--layers: {layers}; the model has 0 to {count - 1}")
+    try:
+        results = done_before(options.out, name, layers)
+    except ValueError as error:
+        parser.error(str(error))
+    for prompt in (PROMPTS[index] for index in options.prompts):
+        if any(result["prompt"] == prompt for result in results):
+            print(f"{prompt[:40]!r:45} is in {options.out}", flush=True)
+            continue
+        results.append(compare(engine, prompt, layers))
         show(results[-1])
         if options.out:
-            name = options.name or Path(options.model).name
-            content = {"benchmark": "trained", "environment": environment(), "model": name, "prompts": results}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            write(options.out, name, results)
 
 
 if __name__ == "__main__":

@@ -215,15 +215,14 @@ def _padded(count: np.ndarray | int, multiple: int) -> np.ndarray:
 
 
 class MlpTensors(NamedTuple):
-    """An MLP's neurons: w_gate (I, D), w_down (D, I), act and gate (P, I), constant (I,) of the gates.
+    """An MLP's neurons: w_gate (I, D), w_down (D, I), act (P, I), constant (I,) of the gates.
 
-    ``recorded`` (S,) are the rows of ``act`` and ``gate`` that segments read.
+    ``recorded`` (S,) are the rows of ``act`` that segments read.
     """
 
     w_gate: Tensor
     w_down: Tensor
     act: Tensor
-    gate: Tensor
     recorded: Tensor
     constant: Tensor | None
 
@@ -232,10 +231,10 @@ class MlpTensors(NamedTuple):
         recorded = self.recorded[segments]
         if neurons is None:
             return self._replace(recorded=recorded)
-        act, gate = (x[recorded[:, None], neurons] for x in (self.act, self.gate))
+        act = self.act[recorded[:, None], neurons]
         constant = None if self.constant is None else self.constant[neurons]
         w_gate, w_down = (w.index_select(0, neurons) for w in (self.w_gate, self.w_down.T))
-        return MlpTensors(w_gate, w_down.T, act, gate, torch.arange(len(recorded), device=act.device), constant)
+        return MlpTensors(w_gate, w_down.T, act, torch.arange(len(recorded), device=act.device), constant)
 
 
 def transposed(w_down: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from .workload import Need, Workload
 def needs(work: Workload) -> Need:
     """Return what the reference needs: components take part in the arithmetic before they are born, too."""
     dense = sum(n * m for n, m in zip(work.lengths, work.counts, strict=True)) / max(1, work.rows)
-    return Need(work.flop * dense, workspace(work), work.state_bytes + work.activations() + folded_weights(work))
+    beside = work.activations() + folded_weights(work) + work.coefficients(lambda neurons: work.longest)
+    return Need(work.flop * dense, workspace(work), work.state_bytes + beside)
 
 
 def workspace(work: Workload) -> int:

@@ -43,7 +43,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype | None) -> str | Non
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     try:
-        from .triton.backend import why_not
+        from .triton.machine import why_not
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     return why_not(device, dtype)

@@ -14,17 +14,21 @@ def needs(work: Workload) -> Need:
     """Return what streaming needs. On a CPU the host's memory is the device's."""
     held = work.held()
     host = 0 if work.on_cpu else held
-    beside = statistics(work) + held - host + work.activations() + torch_cost.folded_weights(work)
-    return Need(work.flop + gates_again(work), workspace(work), beside, host)
+    met = coefficients(work) if work.linear_rule else statistics(work)
+    beside = met + held - host + work.activations() + torch_cost.folded_weights(work)
+    again = 0 if work.linear_rule else gates_again(work)
+    return Need(work.flop + again, workspace(work), beside, host)
 
 
 def workspace(work: Workload) -> int:
     """Bytes of a block's rows, four times over, and of its gates in parts."""
     if not work.passed:
         return 0
-    slots = work.budget // (2 * (work.width + 2 * min(work.neurons, 512)) * work.item)
+    columns = 1 + max(size.ways_in for size in work.passed)
+    slots = work.budget // (2 * (work.width + columns * min(work.neurons, 512)) * work.item)
     slots = min(max(slots, work.longest), work.longest * max(work.counts))
-    gates = min(3 * work.budget // 4, 6 * slots * work.neurons * 4)
+    arrays = 3 if work.linear_rule else 6
+    gates = min(arrays * work.budget // 8, arrays * slots * work.neurons * 4)
     return max(torch_cost.workspace(work), 4 * slots * work.width * work.state_item + gates)
 
 
@@ -36,6 +40,12 @@ def statistics(work: Workload) -> int:
     return 2 * (work.positions + work.longest) * work.neurons * max(work.item, 4)
 
 
+def coefficients(work: Workload) -> int:
+    """Bytes of a linear rule's coefficients: a block has all positions of its prompt, and its gates come later."""
+    held = torch_cost.division(work).positions
+    return work.coefficients(lambda neurons: max(work.longest, held(neurons)), making=False)
+
+
 def gates_again(work: Workload) -> float:
-    """FLOP that streaming adds: the gates are computed in both passes."""
+    """FLOP that streaming adds where components compete: the gates are computed in both passes."""
     return sum(size.gates(work.width, work.rows) for size in work.passed)

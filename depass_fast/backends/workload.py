@@ -7,9 +7,13 @@ the workloads and combines what the models say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from ..linear_rules import at_once
+
+_BESIDE, _VALUES = 6, 3  # tables beside the coefficients while they are made, and those of a curve's values
+_NODES = {True: 8, False: 32}  # values of a curve per coefficient, on a CPU and elsewhere
 BUSIEST = 1.4  # times the even share, which one expert of a layer gets
 _INDEX = 40  # bytes of indices per row, held along with a state
 
@@ -27,15 +31,21 @@ class LayerSize:
     output_norms: bool
     skip_attention: bool = False
     may_vanish: bool = False  # activations may be exactly zero
+    reads_up: bool = False  # the rule looks at the up projection
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
         attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
-        return attention + rows * sum(4 * width * neurons * share for neurons, share in self.mlps)
+        return attention + (1 + self.ways_in) * self.gates(width, rows)
 
     def gates(self, width: int, rows: int) -> float:
         """FLOP of the gates alone."""
         return rows * sum(2 * width * neurons * share for neurons, share in self.mlps)
+
+    @property
+    def ways_in(self) -> int:
+        """2 where a neuron is driven by gates and ups, else 1."""
+        return 2 if self.reads_up else 1
 
     def parameters(self, width: int) -> float:
         """Weights that a position meets on its way."""
@@ -65,7 +75,7 @@ class Workload:
     ``counts`` are the components of every prompt, ``row_counts`` its rows; ``staggered`` says that components are born
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
-    ``float16_by_default``: in the place of the model's bfloat16.
+    ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
     """
 
     lengths: tuple[int, ...]
@@ -81,6 +91,7 @@ class Workload:
     budget: int
     on_cpu: bool
     passed: tuple[LayerSize, ...]
+    linear_rule: str | None = None
 
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:
@@ -114,16 +125,50 @@ class Workload:
     def flop(self) -> float:
         """FLOP of the state at all positions; a row meets (N + 1) / 2 keys."""
         keys = sum(r * (n + 1) / 2 for r, n in zip(self.row_counts, self.lengths, strict=True))
-        return sum(size.flop(self.width, self.rows, keys) for size in self.passed)
+        frozen = sum(size.gates(self.width, self.positions) for size in self.passed if size.reads_up)  # U
+        return sum(size.flop(self.width, self.rows, keys) for size in self.passed) + frozen
 
     def gathered(self) -> int:
-        """Bytes of W_down transposed and of both weights gathered, where activations may vanish; of all neurons."""
-        neurons = max((size.neurons for size in self.passed if size.may_vanish), default=0)
+        """Bytes of W_down transposed and of both weights gathered, where activations may vanish; of all neurons.
+
+        Under a linear rule that is where nothing looks at the up projection.
+        """
+        neurons = max((size.neurons for size in self.passed if size.may_vanish and not size.reads_up), default=0)
         return 3 * neurons * self.width * self.item
+
+    def rows_at(self, positions: int) -> int:
+        """Rows at so many positions, at most."""
+        return positions * max(self.counts)
 
     def sent_rows(self, share: float) -> int:
         """Rows that are sent to an MLP with a ``share`` of the positions, at most."""
         return int(min(1.0, BUSIEST * share) * self.rows)
+
+    def coefficients(self, held: Callable[[int], int], making: bool = True) -> int:
+        """Bytes of a linear rule's coefficients, of U, and with ``making`` of what is held while they are made.
+
+        ``held`` gives the positions whose coefficients are held at a time, for so many neurons.
+        """
+        each = {(size, *mlp) for size in self.passed for mlp in size.mlps} if self.linear_rule else ()
+        return max((self._coefficients(*one, held, making) for one in each), default=0)
+
+    def _coefficients(
+        self, size: LayerSize, neurons: int, share: float, held: Callable[[int], int], making: bool
+    ) -> int:
+        positions = int(min(1.0, BUSIEST * share) * self.positions)
+        table = min(positions, held(neurons)) * neurons
+        made = (size.ways_in * table + making * self._beside(size, table)) * max(4, self.item)
+        before = self.positions * 3 * self.width * 4  # of the activations; let go by then
+        return max(0, made - before) + size.reads_up * positions * neurons * self.item
+
+    def _beside(self, size: LayerSize, table: int) -> int:
+        """Numbers that are held beside a ``table`` of so many coefficients while it is made."""
+        some, values = at_once(self.on_cpu)
+        some = min(table, some)
+        if not size.reads_up:
+            return _BESIDE // 2 * some
+        at_nodes = min(_NODES[self.on_cpu] * some, values) if self.linear_rule == "shapley" else 0
+        return max(_BESIDE * some, 2 * some + _VALUES * at_nodes)
 
     # -- bytes that are held whatever the backend --------------------------------------------------------------
 

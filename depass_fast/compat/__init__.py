@@ -34,6 +34,7 @@ Not reproduced, with ``corrected`` or without:
 |                                                     | layer 0, as published, and others are refused                 |
 | a given subspace state is changed in place          | it is left as it was                                          |
 | every call takes a forward pass                     | one for a prompt, as long as the model stays as it is         |
+| every layer is carried by itself                    | calls for one layer after the other carry several together    |
 | single steps take any state, mask and weights       | those of the last forward pass; others are refused            |
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import adapt, unwrap, without_biases
 from ..adapters.stored import stored_bias, stored_weight
 from ..components.arrays import as_tensor
-from ..components.base import ComponentKind
+from ..components.base import ComponentKind, LayerKind
 from ..components.custom import Custom
 from ..components.model import Heads, Modules, Neurons, Tokens
 from ..inputs.generation import generate
@@ -24,6 +24,7 @@ from ..propagation.loop import propagate
 from ..request import fit, make_request, start, take_trace, traced
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
+from .ahead import LayersAhead
 from .kept import KeptTrace, fingerprint
 from .rules import RULES, PublishedRule
 from .steps import CHANGED, PublishedSteps
@@ -37,7 +38,8 @@ class decomposed_state_manager(PublishedSteps):
     Component states are returned on the CPU, in the model's dtype, positions first: (N, M, D). ``states`` is the
     residual stream of the last forward pass, before and after every attention and, last, before the final norm: 2 L + 1
     tensors (1, N, D) where the layers are. A call on the prompt of the call before reads that one's forward pass, as
-    long as weights, hooks and settings are the same (:mod:`.kept`); :meth:`get_states` always takes a new one.
+    long as weights, hooks and settings are the same (:mod:`.kept`); :meth:`get_states` always takes a new one. Of calls
+    for one layer after the other, the second and later ones carry layers that follow along (:mod:`.ahead`).
 
     Args:
         model: a Hugging Face model of any family that depass_fast supports.
@@ -87,6 +89,7 @@ class decomposed_state_manager(PublishedSteps):
         self.num_heads, self.num_key_value_heads = attention.n_heads, attention.n_kv_heads
         self.head_dim = attention.head_dim
         self._kept = None
+        self._ahead = LayersAhead(self._adapter)
         self.states: list[Tensor] = []
 
     # -- states -------------------------------------------------------------------------------------------------
@@ -107,6 +110,7 @@ class decomposed_state_manager(PublishedSteps):
         now = fingerprint(self._traced, ids)
         if kept is None or not kept.holds(now):
             self._kept = kept = None  # its memory, before that of the next one is needed
+            self._ahead.clear()
             kept = KeptTrace(take_trace(self._traced, [ids], self._settings.progress), now)
         self._kept, trace = kept, kept.trace
         stream = [x for layer in trace.layers for x in (layer.resid_pre, layer.resid_mid)]
@@ -168,14 +172,14 @@ class decomposed_state_manager(PublishedSteps):
             raise ValueError("type must be 'attn' or 'mlp' or 'attn_head'")
         self._read(prompt)
         kind = Heads(start_layer_idx) if type == "attn_head" else Modules(start_layer_idx, _MODULES[type])
-        return self._finish(*self._start(kind))
+        return self._of_layer(kind)
 
     def get_mlp_neuron_decomposed_state(
         self, prompt: Prompt, start_layer_idx: int, compute_num: int | None = None
     ) -> Tensor:
         """The remainder, then every neuron of ``start_layer_idx``: (N, 1 + I, D)."""
         self._read(prompt)
-        return self._finish(*self._start(Neurons(start_layer_idx)))
+        return self._of_layer(Neurons(start_layer_idx))
 
     # -- subspaces ------------------------------------------------------------------------------------------------
 
@@ -319,6 +323,16 @@ class decomposed_state_manager(PublishedSteps):
         for layer in range(state.layer, self.num_layers):
             state, _ = propagate(self._adapter, self._require_trace(), state, layer + 1, run)
             yield state
+
+    def _of_layer(self, kind: LayerKind) -> Tensor:
+        """Carry components of a layer through all layers that are ahead, and the final norm."""
+        assert self._kept is not None, "get_states was called"
+        if self._kept.fingerprint is None:  # nobody can tell if the next call is of the same weights
+            return self._finish(*self._start(kind))
+        asked = self.mlp_decomposed_function, self.mlp_softmax_temp, self.ignore_special_token, self.corrected
+        run = self._run(self._options(tokens=False))
+        state = self._ahead.carry(kind, self._kept.trace, run, asked, lambda one: self._start(one)[0])
+        return self._returned(state)
 
     def _finish(
         self, state: ComponentState, options: dict[str, Any], rest: bool = False, dtype: torch.dtype | None = None

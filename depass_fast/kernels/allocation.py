@@ -22,7 +22,7 @@ from .common import FLOATS, LOG2E, check
 from .launch import allocation_config
 
 _FINITE = torch.finfo(torch.float32)
-RULES = ("softmax", "linear", "relu", "max", "taylor")
+RULES = ("softmax", "linear", "relu", "max")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,34 +77,6 @@ def _part(here, driven, m, bias, HAS_CONSTANT: tl.constexpr):
     if HAS_CONSTANT:
         part = part | ((m == bias)[:, None] & driven[None, :])
     return part
-
-
-@triton.jit(do_not_specialize=["recorded", "out_factor", "bias"])
-def _share_linearly(
-    g, row_scale, act, gate, constants, starts, recorded, n_neurons, stride, act_stride, out_factor, bias, gate_stride,
-    HAS_ROW_SCALE: tl.constexpr, HAS_CONSTANT: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`taylor`: w = g / gate, which does not depend on the other components."""
-    blocks = tl.cdiv(n_neurons, BI)
-    segment = tl.program_id(0) // blocks
-    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
-    inside = i < n_neurons
-    first = tl.load(starts + segment)
-    count = (tl.load(starts + segment + 1) - first).to(tl.int32)
-    at = tl.load(recorded + segment)
-    a = tl.load(act + at * act_stride + i, mask=inside, other=0.0).to(tl.float32) * out_factor  # [BI]
-    total = tl.load(gate + at * gate_stride + i, mask=inside, other=0.0).to(tl.float32)
-    constant = total
-    if HAS_CONSTANT:
-        constant = tl.load(constants + i, mask=inside, other=0.0).to(tl.float32)
-    a = tl.where(total == 0, 0.0, a / tl.where(total == 0, 1.0, total))
-    for t in tl.range(0, count, BM, num_stages=STAGES):
-        m = t + tl.arange(0, BM)
-        values = _tile(
-            g, row_scale, constant, first, m, count, i, inside, stride, bias, HAS_ROW_SCALE, HAS_CONSTANT
-        )  # fmt: skip
-        where = g + (first + m)[:, None] * stride + i[None, :]
-        tl.store(where, (values * a[None, :]).to(g.dtype.element_ty), mask=(m < count)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["away", "recorded", "out_factor", "bias", "rest"])
@@ -250,7 +222,6 @@ def allocate(
     g: Tensor,
     segments: Segments,
     act: Tensor,
-    gate: Tensor,
     rule: str,
     temperature: float,
     alive: Tensor,
@@ -260,9 +231,8 @@ def allocate(
 ) -> None:
     """Replace gates by shares of the frozen activation, in place: g (r, i) <- w · a.
 
-    ``act`` and ``gate`` (P, i) are the trace's; only `taylor` reads the latter. ``constant`` (i,) is the gate's bias,
-    which `bias` drives. ``alive`` (r,) uint8 is zero for components that are not there. The rows of ``g``, ``act`` and
-    ``gate`` may be parts of longer ones.
+    ``act`` (P, i) is the trace's. ``constant`` (i,) is the gate's bias, which `bias` drives. ``alive`` (r,) uint8 is
+    zero for components that are not there. The rows of ``g`` and ``act`` may be parts of longer ones.
 
     With ``row_scale`` (r,) float32 the gates are ``g`` · ``row_scale``. Shares are stored times ``out_factor``.
 
@@ -272,7 +242,6 @@ def allocate(
     check("g", g, (None, None), *FLOATS, spaced=True)
     n_rows, n_neurons = g.shape
     check("act", act, (None, n_neurons), *FLOATS, spaced=True)
-    check("gate", gate, (None, n_neurons), *FLOATS, spaced=True)
     check("alive", alive, (n_rows,), torch.uint8)
     check("starts", segments.starts, (len(segments) + 1,), torch.int64)
     check("recorded", segments.recorded, (None,), torch.int64)
@@ -293,23 +262,6 @@ def allocate(
     common = (segments.starts, segments.recorded, n_neurons, g.stride(0), act.stride(0))
     scales = act if row_scale is None else row_scale
     constants, bias = act if constant is None else constant, -1 if segments.bias is None else segments.bias
-    if rule == "taylor":
-        del config["ONE_TILE"]
-        _share_linearly[grid](
-            g,
-            scales,
-            act,
-            gate,
-            constants,
-            *common,
-            out_factor,
-            bias,
-            gate.stride(0),
-            HAS_ROW_SCALE=row_scale is not None,
-            HAS_CONSTANT=constant is not None,
-            **config,
-        )
-        return
     _allocate[grid](
         g,
         scales,

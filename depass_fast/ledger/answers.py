@@ -39,8 +39,8 @@ class Shares:
 
     def columns(self) -> Tensor:
         """Return all scores (R, M'), those of `rest` and `bias` behind the named ones where there are such."""
-        extras = [] if self.rest is None else [self.rest[:, None]]
-        return torch.cat([self.named, *extras, *([self.bias[:, None]] if self.has_bias else [])], 1)
+        extras = [*([] if self.rest is None else [self.rest]), *([self.bias] if self.has_bias else [])]
+        return torch.cat([self.named, *(one[:, None].to(self.named) for one in extras)], 1)
 
 
 def wanted_of(kinds: Sequence[ComponentKind], adapter: Adapter) -> Wanted:

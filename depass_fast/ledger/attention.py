@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters import Attention
 from ..trace.record import AttentionTrace
 from .batches import Batch, Packing
+from .norms import FrozenNorm
 
 _CPU_TILE, _GPU_TILE = 1 << 22, 1 << 26  # probabilities that are held at once
 
@@ -59,22 +60,21 @@ class WayThroughAttention:
     partial: bool
     compute: torch.dtype
 
-    def back(self, gradients: Tensor, with_heads: bool) -> AttentionBack:
-        """Take gradients (R, A, D) of what attention adds back to what it reads: (R, T, D)."""
+    def back(self, gradients: Tensor, x: Tensor, with_heads: bool) -> AttentionBack:
+        """Take gradients (R, A, D) of what attention adds back to what it reads, the residual stream ``x`` (T, D)."""
         weights, trace, dtype = self.weights, self.trace, gradients.dtype
         at = self.packing.at(self.partial, gradients.device)
         out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
         y = weights.written_transposed(gradients, out_scale).to(self.compute) @ weights.w_o.to(self.compute)
-        values = self._values(dtype) if with_heads else None
+        norm = FrozenNorm.of(weights.norm, x, dtype)
+        values = self._values(norm.read(x), dtype) if with_heads else None
         of_values, heads = self._through_probabilities(y, values)
-        of_values = self._scaled(of_values.to(dtype))
+        of_values = self._scaled(of_values)
         constant = self._constant(gradients, of_values, out_scale)
         if trace.latent_scale is not None:
-            of_values = of_values * trace.latent_scale.to(dtype)[:, None]
+            of_values = of_values * trace.latent_scale[:, None]
         back = (of_values.to(self.compute) @ weights.w_v.to(self.compute)).to(dtype)
-        if weights.norm is not None:
-            back = weights.norm.transposed(back, weights.norm.scale(trace.resid.to(dtype)))
-        return AttentionBack(back, heads, constant)
+        return AttentionBack(norm.back(back), heads, constant)
 
     def _through_probabilities(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take gradients (R, A, H·d) of the heads back to the values (R, T, Hkv·d).
@@ -118,25 +118,26 @@ class WayThroughAttention:
         wide = torch.promote_types(torch.promote_types(q.dtype, torch.float32), self.compute)
         q = q[tile.prompts, tile.queries, tile.heads].to(wide)
         q = q.unflatten(2, (-1, tile.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, hkv, G·Q', d)
-        logits = (q @ k[tile.prompts, tile.keys, tile.kv].to(wide).permute(0, 2, 3, 1)).mul_(trace.scale)
-        if trace.softcap is not None:
-            logits = torch.tanh(logits / trace.softcap).mul_(trace.softcap)
-        logits = logits.unflatten(2, (tile.groups, -1)).flatten(1, 2)  # (b, h, Q', K)
+        k = k[tile.prompts, tile.keys, tile.kv].to(wide).permute(0, 2, 3, 1)  # (b, hkv, d, K)
+        mask = batch.mask(tile.prompts, tile.queries, tile.keys, trace.window, wide)[:, None, None]  # (b, 1, 1, Q', K)
+        mask = mask.expand(-1, k.shape[1], tile.groups, -1, -1).expand(len(k), -1, -1, -1, -1).flatten(2, 3)
+        if trace.softcap is None:
+            logits = torch.baddbmm(mask.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1), alpha=trace.scale)
+        else:
+            logits = torch.tanh((q @ k).mul_(trace.scale / trace.softcap)).mul_(trace.softcap).add_(mask).flatten(0, 1)
+        logits = logits.view(len(k), -1, *mask.shape[2:]).unflatten(2, (tile.groups, -1)).flatten(1, 2)  # (b, h, Q', K)
         if trace.key_bias is not None:
             bias = batch.take(trace.key_bias)[tile.prompts, tile.keys, tile.heads]
-            logits += bias.to(wide).permute(0, 2, 1)[:, :, None]
-        unseen = batch.unseen(tile.prompts, tile.queries, tile.keys, trace.window)
-        p = logits.masked_fill_(unseen[:, None], -torch.inf).softmax(-1)
+            logits = logits + bias.to(wide).permute(0, 2, 1)[:, :, None]
+        p = logits.softmax(-1)
         if trace.row_sum is not None:
             row_sum = batch.at_queries(trace.row_sum)[tile.prompts, tile.queries, tile.heads]
             p *= row_sum.to(wide).permute(0, 2, 1)[..., None]
         return p
 
-    def _values(self, dtype: torch.dtype) -> Tensor:
-        """Return the values that every KV head gives, without their constant part: (T, Hkv, d)."""
+    def _values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the values that every KV head makes of ``x`` (T, D), without their constant part: (T, Hkv, d)."""
         weights, trace = self.weights, self.trace
-        x = trace.resid.to(dtype)
-        x = x if weights.norm is None else weights.norm.normed(x)
         values = (x.to(self.compute) @ weights.w_v.to(self.compute).T).to(dtype)
         if trace.latent_scale is not None:
             values = values * trace.latent_scale.to(dtype)[:, None]
@@ -145,7 +146,7 @@ class WayThroughAttention:
     def _scaled(self, values: Tensor) -> Tensor:
         """Return values, or gradients of them, (..., T, Hkv·d), as the clamping of values scaled them."""
         ratio = self.trace.value_ratio
-        return values if ratio is None else values * ratio.to(values)
+        return values if ratio is None else values * ratio.to(values.device)
 
     def _constant(self, gradients: Tensor, of_values: Tensor, out_scale: Tensor | None) -> Tensor | None:
         """Return the score (R, P) of attention's constants, given the gradients (R, T, Hkv·d) of its values."""
@@ -153,7 +154,7 @@ class WayThroughAttention:
         value, written = weights.value_constant(dtype), weights.written_constant(weights.o.bias, out_scale, dtype)
         parts = []
         if value is not None:
-            parts.append(self.packing.sum(of_values @ value, False))
+            parts.append(self.packing.sum(of_values.to(dtype) @ value, False))
         if written is not None:
             parts.append(self.packing.sum((gradients * written).sum(-1), self.partial))
         return sum(parts[1:], parts[0]) if parts else None

@@ -16,6 +16,7 @@ Made = TypeVar("Made")
 
 _SHORT = 64  # prompts of up to so many positions go together, whatever their lengths
 _KEPT = 1 << 20  # elements of a mask above which it is not kept
+_PIECE = 64  # positions whose scores a kernel adds up at a time
 _ALIKE = 0.8  # others if they are so long, relative to the longest
 
 
@@ -45,16 +46,19 @@ class Batch:
         b, n = self.keys.shape
         return x[self.first : self.first + b * n].view(b, n, *x.shape[1:]) if self.filled is None else x[self.keys]
 
-    def unseen(self, prompts: slice, queries: slice, keys: slice, window: int | None) -> Tensor:
-        """Return where queries do not see a key: (b, Q', K), b = 1 where all prompts are alike. All layers share it."""
+    def mask(self, prompts: slice, queries: slice, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return -inf where a query does not see a key, else zero: (b, Q', K), b = 1 where all prompts are alike.
+
+        All layers share it.
+        """
         alike = self.causal and self.padded is None
         which = (0 if alike else prompts.start, 1 if alike else prompts.stop)
-        key = (*which, queries.start, queries.stop, keys.start, keys.stop, window)
+        key = (*which, queries.start, queries.stop, keys.start, keys.stop, window, dtype)
         if key not in self._masks:
             local = self.local[slice(*which), queries, None]
             at = torch.arange(keys.start, keys.stop, device=local.device)
-            hidden = at > local
-            mask = hidden if window is None else hidden | (at <= local - window)
+            hidden = at > local if window is None else (at > local) | (at <= local - window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=local.device).masked_fill_(hidden, -torch.inf)
             if mask.numel() > _KEPT:
                 return mask
             self._masks[key] = mask
@@ -116,6 +120,36 @@ class Packing:
         prompt = np.searchsorted(self.offsets, packed, side="right") - 1
         members = to_device((prompt == np.arange(self.n_prompts)[:, None]).astype(np.uint8), values.device)
         return torch.einsum("pa,ra...->rp...", members.to(values), values)
+
+    def pieces(self, packed: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Cut ``packed`` positions (A,), in order, into pieces of one prompt and of at most 64 positions.
+
+        Returns the ends of the pieces (S + 1,) int32, and which are a prompt's, (P, S); None where each is one prompt.
+        """
+        key = ("pieces", len(packed), int(packed[0]), int(packed[-1]))
+        in_order = len(packed) == packed[-1] - packed[0] + 1
+        return self._keep(key, device, lambda: self._cut(packed, device)) if in_order else self._cut(packed, device)
+
+    def _cut(self, packed: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        prompt = np.searchsorted(self.offsets, packed, side="right") - 1
+        first = np.searchsorted(prompt, np.arange(self.n_prompts))  # of each prompt
+        place = np.arange(len(packed)) - first[prompt]
+        begins = np.flatnonzero(place % _PIECE == 0)
+        ends = to_device(np.append(begins, len(packed)).astype(np.int32), device)
+        if np.array_equal(prompt[begins], np.arange(self.n_prompts)):
+            return ends, None
+        return ends, to_device((prompt[begins] == np.arange(self.n_prompts)[:, None]).astype(np.uint8), device)
+
+    def range(self, rows: slice, device: torch.device) -> Tensor:
+        """The numbers of some neighbouring rows, int64."""
+        key = ("range", rows.start, rows.stop)
+        return self._keep(key, device, lambda: torch.arange(rows.start, rows.stop, device=device))
+
+    def dot(self, gradients: Tensor, x: Tensor, partial: bool) -> Tensor:
+        """Return Σ_n ⟨λ[r, n], x[n]⟩ over the positions of each prompt: (R, A, D) and (A, D) -> (R, P)."""
+        if self.n_prompts == 1:
+            return gradients.flatten(1) @ x.flatten()[:, None]
+        return self.sum((gradients * x).sum(-1), partial)
 
     def _members(self, partial: bool, device: torch.device) -> Tensor:
         packed = self.host_at if partial else np.arange(self.n_positions)

@@ -51,7 +51,7 @@ class Ledger:
     """Exact scores of all components under a linear rule, from one forward and one backward pass.
 
     It holds the gradient λ of the target at every layer and site, (R, T, D) for R targets and T positions, and the
-    trace. A component's score is Σ_n ⟨λ[n], X[n]⟩, whatever it is (DESIGN.md section 7). Every answer is complete: its
+    trace. A component's score is Σ_n ⟨λ[n], X[n]⟩, whatever it is (DESIGN.md section 8). Every answer is complete: its
     scores, with `rest` and `bias`, sum to the target.
 
     Answers are what :meth:`depass_fast.DePass.attribute` returns for the same components: an :class:`Attribution`, or a
@@ -265,7 +265,7 @@ class Ledger:
         """The largest |Σ_m score - logit| over all sites, relative to the products that the logit is the sum of."""
         readout, worst = self._reads.readout, 0.0
         for site, total in self._pages.totals.items():
-            found = (total + self._pages.constants[site]).cpu() + self._reads.constants
+            found = total + self._pages.constants[site] + self._reads.constants
             for (prompt, _), rows, logits, sizes in zip(
                 readout.places, self._reads.rows, readout.logits, readout.sizes, strict=True
             ):

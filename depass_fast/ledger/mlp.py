@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..adapters import Mlp
-from ..linear_rules import linear_shares
+from ..linear_rules import linear_shares, reads_up
 from ..runtime.transfer import to_device
 from ..trace.record import LayerTrace, MlpTrace
 from .batches import Packing
+from .curves import kernel_curve
+from .norms import FrozenNorm, on_device
 
 _HELD = 12  # numbers per neuron, position and row that a chunk holds at once, about
 
@@ -48,52 +50,89 @@ class WayThroughMlp:
     compute: torch.dtype
     budget: int
 
-    def back(self, gradients: Tensor, with_neurons: bool) -> MlpBack:
-        """Take gradients (R, A, D) of what the MLP adds back to what it reads."""
+    def back(self, gradients: Tensor, x: Tensor, with_neurons: bool) -> MlpBack:
+        """Take gradients (R, A, D) of what the MLP adds back to what it reads, the residual stream ``x`` (A, D)."""
         weights, trace, dtype = self.mlps[self.record.mlp.part], self.record.mlp, gradients.dtype
         at = self.packing.at(self.partial, gradients.device)
+        norm = FrozenNorm.of(weights.norm, x, dtype)
         out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
-        written = weights.written_transposed(gradients, out_scale)
-        read, neurons, driven = torch.zeros_like(gradients), [], []
+        written = weights.written_transposed(gradients, out_scale).to(self.compute)
+        normed = norm.read(x).to(self.compute) if self.rule != "taylor" else None
+        read, neurons, driven = _Sum(gradients), [], []
         for part in self.record.mlps:
-            of_neurons, of_constants = self._part(part, written, read, with_neurons)
+            of_neurons, of_constants = self._part(part, written, normed, read, with_neurons)
             neurons.append(of_neurons)
             driven += [] if of_constants is None else [of_constants]
-        if weights.norm is not None:
-            resid = trace.resid if at is None else trace.resid[at]
-            read = weights.norm.transposed(read, weights.norm.scale(resid.to(dtype)))
         constant = self.record.mlp_constant(self.mlps, slice(0, self.packing.n_positions), dtype)
         if constant is not None:
             constant = constant if constant.ndim == 1 or at is None else constant[at]
             constant = self.packing.sum((gradients * constant).sum(-1), self.partial)
         of_driven = sum(driven[1:], driven[0]) if driven else None
-        return MlpBack(read, neurons if with_neurons else None, constant, of_driven)
+        return MlpBack(norm.back(read.total), neurons if with_neurons else None, constant, of_driven)
 
-    def _part(self, trace: MlpTrace, written: Tensor, read: Tensor, with_neurons: bool) -> tuple[Tensor, Tensor | None]:
+    def _part(
+        self, trace: MlpTrace, written: Tensor, normed: Tensor | None, read: _Sum, with_neurons: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Take gradients ``written`` (R, A, D) back through one MLP, and add them to ``read``, in front of the norm.
 
-        Returns the scores of its neurons (R, P, I), and that of what drives them by no component (R, P), or None.
+        ``normed`` (A, D) is what the MLP reads, None where the rule does not need it. Returns the scores of its neurons
+        (R, P, I), and that of what drives them by no component (R, P), or None.
         """
-        weights, dtype = self.mlps[trace.part], written.dtype
+        weights, dtype = self.mlps[trace.part], read.like.dtype
         w_gate, w_down = weights.w_gate.to(self.compute), weights.w_down.to(self.compute)
-        n_neurons = len(w_gate)
-        scores = written.new_zeros(len(written), self.packing.n_prompts, n_neurons if with_neurons else 0)
-        constant = None
-        gate_constant, up_constant = weights.gate_constant(dtype), weights.up_constant(dtype)
-        for places in self._places(trace, len(written) * n_neurons * dtype.itemsize * _HELD, written.device):
-            y = (places.of(written).to(self.compute) @ w_down).to(dtype)  # (R, a, I)
-            shares = linear_shares(self.rule, weights, trace, places.recorded, dtype, product=self.compute)
+        w_up = weights.w_up.to(self.compute) if reads_up(self.rule, weights) else None
+        constants = weights.gate_constant(dtype), None if w_up is None else weights.up_constant(dtype)
+        scores, found = [], []
+        curve = kernel_curve(self.rule, weights, constants, written.device, dtype)
+        for places in self._places(trace, len(written) * len(w_gate) * dtype.itemsize * _HELD, written.device):
+            if curve is not None:
+                up = None if w_up is None or normed is None else normed[places.at] @ w_up.T
+                y = written[:, places.at] @ w_down
+                of_ups, of_neurons = self._by_kernel(y, up, trace, places, curve)
+                scores.append(of_neurons)
+                back = y @ w_gate
+                read.add(places, back if of_ups is None or w_up is None else _added(back, of_ups, w_up))
+                continue
+            y = (written[:, places.at] @ w_down).to(dtype)  # (R, a, I)
+            up = None
+            if w_up is not None and normed is not None:
+                up = (normed[places.at] @ w_up.T).to(dtype)
+                up = up if constants[1] is None else up + constants[1]
+            shares = linear_shares(self.rule, weights, trace, places.recorded, dtype, up)
             if with_neurons:
-                scores += self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed)
-            driven = shares.of_bias(gate_constant, None if shares.up is None else up_constant)
+                scores.append(self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed))
+            driven = shares.of_bias(*constants)
             if driven is not None:
-                more = self.packing.sum_at((y * driven).sum(-1), places.packed)
-                constant = more if constant is None else constant + more
-            back = ((y * shares.gate).to(self.compute) @ w_gate).to(dtype)
-            if shares.up is not None:
-                back += ((y * shares.up).to(self.compute) @ weights.w_up.to(self.compute)).to(dtype)
-            places.add_to(read, back)
-        return scores, constant
+                found.append(self.packing.sum_at((y * driven).sum(-1), places.packed))
+            back = (y * shares.gate).to(self.compute) @ w_gate
+            if shares.up is not None and w_up is not None:
+                back = _added(back, (y * shares.up).to(self.compute), w_up)
+            read.add(places, back)
+        neurons = sum(scores[1:], scores[0]) if scores else self._nothing(read.like, len(w_gate))
+        return neurons, sum(found[1:], found[0]) if found else None
+
+    def _nothing(self, like: Tensor, n_neurons: int) -> Tensor:
+        return like.new_zeros(len(like), self.packing.n_prompts, n_neurons)
+
+    def _by_kernel(
+        self, y: Tensor, up: Tensor | None, trace: MlpTrace, places: Places, curve: str
+    ) -> tuple[Tensor | None, Tensor]:
+        """Turn gradients ``y`` (R, a, I) of what neurons write into those of their gates, in place.
+
+        Returns the gradients of the ups, and the scores of the neurons (R, P, I).
+        """
+        from ..kernels.way_back import neurons_back  # needs Triton
+
+        pieces, members = self.packing.pieces(places.packed, y.device)
+        recorded = places.recorded
+        if isinstance(recorded, slice):
+            recorded = self.packing.range(recorded, y.device)
+        with on_device(y.device):
+            given = (trace.act, trace.gate, up, recorded, pieces, self.rule, curve, trace.router_weight)
+            of_ups, found = neurons_back(y, *given)
+        if members is None:
+            return of_ups, found
+        return of_ups, torch.einsum("ps,rsi->rpi", members.to(found), found)
 
     def _places(self, trace: MlpTrace, row: int, device: torch.device) -> Iterator[Places]:
         """Yield the positions where gradients arrive and that were sent to an MLP, as many as there is room for.
@@ -123,13 +162,30 @@ class Places:
     recorded: Tensor | slice
     at: Tensor | slice
 
-    def of(self, gradients: Tensor) -> Tensor:
-        """Return gradients (R, A, D) at these places: (R, a, D)."""
-        return gradients[:, self.at]
 
-    def add_to(self, gradients: Tensor, back: Tensor) -> None:
-        """Add (R, a, D) to gradients (R, A, D) at these places, each of which is there once."""
-        if isinstance(self.at, slice):
-            gradients[:, self.at] += back
+class _Sum:
+    """Gradients (R, A, D), zero at first; the first that are added to all positions take their place."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self._total = like, None
+
+    @property
+    def total(self) -> Tensor:
+        return torch.zeros_like(self.like) if self._total is None else self._total
+
+    def add(self, places: Places, back: Tensor) -> None:
+        """Add (R, a, D) at some places, each of which is there once."""
+        if self._total is None and back.shape == self.like.shape:
+            self._total = back.to(self.like)
+            return
+        if self._total is None:
+            self._total = torch.zeros_like(self.like)
+        if isinstance(places.at, slice):
+            self._total[:, places.at] += back
         else:
-            gradients.index_add_(1, self.at, back)
+            self._total.index_add_(1, places.at, back.to(self._total))
+
+
+def _added(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return total (R, a, D) + a (R, a, I) @ b (I, D); ``total`` may be used up."""
+    return torch.addmm(total.flatten(0, 1), a.flatten(0, 1), b, out=total.view(-1, total.shape[2])).view_as(total)

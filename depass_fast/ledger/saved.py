@@ -93,7 +93,7 @@ def _tensors(directions: Directions) -> dict[str, Tensor]:
 
 
 def _pages(request: Request, tensors: dict[str, Tensor]) -> Pages:
-    """Return the pages, each on the device of its layer."""
+    """Return the pages; gradients are on the devices of their layers."""
     adapter, pages = request.adapter, Pages()
     last = adapter.n_layers - 1
     for key, one in tensors.items():
@@ -101,15 +101,15 @@ def _pages(request: Request, tensors: dict[str, Tensor]) -> Pages:
         if name in _BY_SITE:
             layer, mid = divmod(int(numbers[0]), 2)
             site = Entry(layer, "resid_mid" if mid else "resid_pre")
-            getattr(pages, name)[site] = one.to(adapter.layer_device(min(layer, last)))
+            device = adapter.layer_device(min(layer, last)) if name == "gradients" else one.device
+            getattr(pages, name)[site] = one.to(device)
         elif name in _BY_LAYER:
-            getattr(pages, name)[int(numbers[0])] = one.to(adapter.layer_device(int(numbers[0])))
+            getattr(pages, name)[int(numbers[0])] = one
         elif name == "neurons":
             parts = pages.neurons.setdefault(int(numbers[0]), [])
             parts.append(one)
     for layer, parts in pages.neurons.items():  # in their order, which keys of more than one digit do not have
-        device = adapter.layer_device(layer)
-        pages.neurons[layer] = [tensors[f"neurons.{layer}.{i}"].to(device) for i in range(len(parts))]
+        pages.neurons[layer] = [tensors[f"neurons.{layer}.{i}"] for i in range(len(parts))]
     return pages
 
 

@@ -16,6 +16,7 @@ from ..adapters import Adapter, Branch, Layer
 from ..components.base import Entry
 from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
+from ..runtime.transfer import to_host
 from ..trace.record import LayerTrace, Trace
 from .attention import WayThroughAttention
 from .batches import Packing
@@ -24,7 +25,7 @@ from .mlp import WayThroughMlp
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of a way back: gradients and totals at ``sites`` (None: at all), scores of layers.
+    """The questions to a way back: gradients and totals at ``sites`` (None: at all), scores of layers.
 
     The way ends at ``last``, the first site of the model that anything is asked of.
     """
@@ -46,7 +47,9 @@ class Wanted:
 
 @dataclass
 class Pages:
-    """What the way back found, for R rows (a read and a target) of P prompts with T packed positions.
+    """The findings of a way back, for R rows (a read and a target) of P prompts with T packed positions.
+
+    All but the gradients is in host memory once the way is done.
 
     gradients: λ (R, T, D) of the sites that were asked for.
     totals, constants: of every site passed, (R, P): Σ_n ⟨λ[n], x[n]⟩, and what all constants behind it are worth.
@@ -61,6 +64,16 @@ class Pages:
     heads: dict[int, Tensor] = field(default_factory=dict)
     of_attention: dict[int, Tensor] = field(default_factory=dict)
     of_mlp: dict[int, Tensor] = field(default_factory=dict)
+
+    def brought_home(self) -> Pages:
+        """Return the same with all but the gradients in host memory, in one copy."""
+        each = [getattr(self, name) for name in ("totals", "constants", "heads", "of_attention", "of_mlp")]
+        parts = [list(held.values()) for held in each] + list(self.neurons.values())
+        home = iter(to_host([one for part in parts for one in part]))
+        moved = [{key: next(home) for key in held} for held in each]
+        neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
+        totals, constants, heads, of_attention, of_mlp = moved
+        return Pages(self.gradients, totals, constants, neurons, heads, of_attention, of_mlp)
 
 
 @full_precision()
@@ -86,7 +99,7 @@ def walk_back(
         way.pass_layer(index, adapter.layer(index), adapter.is_parallel)
         if progress is not None:
             progress.finish()
-    return way.pages
+    return way.pages.brought_home()
 
 
 class _WayBack:
@@ -106,6 +119,7 @@ class _WayBack:
         self._trace, self._packing, self._wanted = trace, packing, wanted
         self._rule, self._compute, self._budget = rule, compute, budget
         self._back, self._partial = seeds, True
+        self._read: tuple[tuple[int, bool], Tensor, Tensor] | None = None
         self._after = seeds.new_zeros(len(seeds), packing.n_prompts)
         self.pages = Pages()
         self._visit(Entry(end, "resid_pre"), trace.resid(end))
@@ -131,7 +145,7 @@ class _WayBack:
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
         """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
         way = WayThroughMlp(layer.mlps, record, self._packing, self._partial, self._rule, self._compute, self._budget)
-        found = way.back(self._back, index in self._wanted.neurons)
+        found = way.back(self._back, self._states(record.mlp.resid), index in self._wanted.neurons)
         if found.neurons is not None:
             self.pages.neurons[index] = found.neurons
         self._add(self.pages.of_mlp, index, [found.constant, beta])
@@ -141,7 +155,8 @@ class _WayBack:
     def _through_attention(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> None:
         """Take the gradients back through attention, to all positions; note what it and its constants are worth."""
         way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
-        found = way.back(self._back, index in self._wanted.heads)
+        x = self._states(record.attention.resid, everywhere=True)
+        found = way.back(self._back, x, index in self._wanted.heads)
         if found.heads is not None:
             self.pages.heads[index] = found.heads
         self._add(self.pages.of_attention, index, [found.constant, beta])
@@ -171,12 +186,18 @@ class _WayBack:
 
     def _visit(self, site: Entry, x: Tensor) -> None:
         """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
-        at = self._packing.at(self._partial, self._back.device)
-        here = (x if at is None else x[at.to(x.device)]).to(self._back)
-        self.pages.totals[site] = self._packing.sum((self._back * here).sum(-1), self._partial)
+        self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
         self.pages.constants[site] = self._after
         if self._wanted.keeps(site):
             self.pages.gradients[site] = self._everywhere(self._back, self._partial)
+
+    def _states(self, x: Tensor, everywhere: bool = False) -> Tensor:
+        """Return hidden states (T, D) as the gradients are, at their positions or everywhere; the last are kept."""
+        at = None if everywhere else self._packing.at(self._partial, x.device)
+        key = id(x), at is None
+        if self._read is None or self._read[0] != key:
+            self._read = key, x, (x if at is None else x[at]).to(self._back)
+        return self._read[2]
 
     def _everywhere(self, gradients: Tensor, partial: bool) -> Tensor:
         """Return gradients (R, A, D) as those of all positions, (R, T, D)."""

@@ -19,6 +19,7 @@ from ..backends.torch.division import default_budget
 from ..backends.workload import Workload
 from ..components.base import ComponentKind
 from ..components.model import Neurons, Tokens
+from ..linear_rules import looks_at_up
 from ..propagation.joint import JOINT_BYTES
 from ..runtime.dtypes import dtype_name, widest
 from ..runtime.memory import available
@@ -147,14 +148,20 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     end, counts = shape.end, shape.counts
     state, compute = options.dtypes(adapter.dtype, device)
     entering, last = reach(kind, adapter, end)
-    extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end, Allocation(options.allocation))
+    allocation = Allocation(options.allocation)
+    extras = int(not isinstance(kind, Tokens)) + has_bias(kind, adapter, end, allocation)
     named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     if counts is not None:
         named, exact = counts, (True,)
     staggered, counts = isinstance(kind, Tokens), [n + extras for n in named]
     rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
     first_end = kind.entry(adapter).first_end
-    passed = [replace(size, skip_attention=entering <= i < first_end) for i, size in enumerate(layer_sizes(adapter))]
+    passed = [
+        replace(
+            size, skip_attention=entering <= i < first_end, reads_up=size.has_up and looks_at_up(allocation.linear_rule)
+        )
+        for i, size in enumerate(layer_sizes(adapter))
+    ]
     by_default = options.takes_float16(adapter.dtype, device)
     work = Workload(
         lengths=tuple(lengths),
@@ -170,6 +177,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         budget=options.memory_budget or default_budget(device),
         on_cpu=device.type == "cpu",
         passed=tuple(passed[entering:last]),
+        linear_rule=allocation.linear_rule,
     )
     return work, all(exact)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..labels import BIAS, REST
+from ..linear_rules import LINEAR_RULES
 from .estimate import Estimate, estimate_dict
 from .files import known_fields, plain_part, read_result, register_format, restore_part, write_result
 from .interface import Result, Row
@@ -38,8 +39,9 @@ class Attribution:
     ``completeness_error`` is the largest of |Σ_m score - logit| / Σ_m |score|, over the targets, and of
     ``layer_errors``: max_n ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖, at the start and after every layer passed.
 
-    ``method`` says how the scores were computed: "exact", or "adjoint" (approximate; it passes no states, so there are
-    no ``layer_errors``). An approximate result holds an ``estimate`` of its error where a sample was drawn
+    ``method`` says how the scores were computed: "exact", or "adjoint", which passes no states, so that there are no
+    ``layer_errors``. The adjoint is exact under a linear rule and approximate else, see ``is_exact``. An approximate
+    result holds an ``estimate`` of its error where a sample was drawn
     (:class:`depass_fast.Estimate`). ``warnings`` says where a result is not to be relied upon: a bad estimate, an exact
     result that misses more than its dtypes explain (:class:`depass_fast.CompletenessWarning`), a failed verification.
 
@@ -101,6 +103,11 @@ class Attribution:
         """
         scores = self.scores_of(target)
         return leading(self.labels, scores if extras else scores[: len(self.labels) - self.n_extras], k, by)
+
+    @property
+    def is_exact(self) -> bool:
+        """True unless the scores are approximate: those of the adjoint, under a rule that is not linear."""
+        return self.method == "exact" or self.allocation in LINEAR_RULES
 
     @property
     def n_extras(self) -> int:
@@ -194,6 +201,7 @@ class Attribution:
             "dtype": self.dtype,
             "seconds": self.seconds,
             "method": self.method,
+            "is_exact": self.is_exact,
             "estimate": estimate_dict(self.estimate),
             "warnings": self.warnings or [],
             "memory_budget": self.memory_budget,

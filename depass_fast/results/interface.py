@@ -80,6 +80,9 @@ class Result(Protocol):
     def method(self) -> str: ...
 
     @property
+    def is_exact(self) -> bool: ...
+
+    @property
     def exclude_special(self) -> list[int] | None: ...
 
     @property

@@ -104,6 +104,11 @@ class _Shared:
         return self.by_layer[0].dtype
 
     @property
+    def is_exact(self) -> bool:
+        """True unless the scores are approximate, see :class:`depass_fast.Attribution`."""
+        return self.by_layer[0].is_exact
+
+    @property
     def method(self) -> str:
         """The method: "exact" or "adjoint"."""
         return self.by_layer[0].method

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..linear_rules import LINEAR_RULES
 from ..runtime.brief import brief, cut
 from ..runtime.terminal import NEGATIVE_BAR, POSITIVE_BAR, SHORTEST_BAR, encodable
 from .interface import Result, Row
@@ -113,7 +114,8 @@ class TextAbove:
 def about(result: Result) -> str:
     """Return one line on how a result came about; options that differ from what is usual are told."""
     rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
-    how = result.method + (f" ({result.estimate})" if result.estimate else "")
+    about = result.estimate or ("exact under a linear rule" if result.is_exact and result.method != "exact" else "")
+    how = result.method + (f" ({about})" if about else "")
     verified = "" if result.verification is None else f"verified: {result.verification} | "
     end = "" if result.end is None else f" read entering layer {result.end}"
     return (
@@ -126,7 +128,8 @@ def about(result: Result) -> str:
 def _excluded(result: Result) -> str:
     """Return the special tokens in words; nothing where only the first token is kept out, as it is by default."""
     kept_out = result.exclude_special
-    if result.components != "tokens" or kept_out is None or kept_out == [0]:
+    of_no_use = result.allocation in LINEAR_RULES  # which keep nothing out
+    if result.components != "tokens" or kept_out is None or kept_out == [0] or of_no_use:
         return ""
     return f", special tokens {brief(kept_out)} kept out" if kept_out else ", no special tokens kept out"
 
@@ -139,7 +142,7 @@ def _dtypes(result: Result) -> str:
 
 
 def _warned(result: Result) -> list[str]:
-    more = " These scores are approximate; see docs/adjoint.md." if result.method == "adjoint" else ""
+    more = " These scores are approximate; see docs/adjoint.md." if not result.is_exact else ""
     return [f"WARNING: {text}.{more}" for text in result.warnings or []]
 
 

@@ -144,6 +144,18 @@ def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family
         family_results(name, "kinds", kind.kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
+    """Every other variant under the one rule, the others under the other."""
+    dp, trace = built(name, dtype), traced(name, dtype)
+    rule = ("half", "shapley")[list(VARIANTS).index(name) % 2]
+    oracle = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="reference")
+    result = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="torch")
+    for one in (oracle, result):
+        assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= EXACT[dtype]
+    assert largest_difference(result.scores, oracle.scores) <= EXACT[dtype] and result.labels == oracle.labels
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
     dp, trace = built(name, dtype), traced(name, dtype)

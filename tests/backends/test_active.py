@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from depass_fast import DePass, Heads, Neurons, Tokens
-from depass_fast.allocation import RULES, softmax
+from depass_fast.allocation import NAMES, softmax
 from depass_fast.backends import active
 from tests.support.components import kinds
 from tests.support.family_models import VARIANTS, available, build_model
@@ -45,7 +45,7 @@ def groups(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 @pytest.mark.parametrize(
     ("backend", "name"), [*(("torch", name) for name in RELU), *(("triton", name) for name in SOME)]
 )
@@ -60,7 +60,10 @@ def test_families_with_relu_agree_with_the_reference(backend, name, rule, groups
         oracle = dp.decompose(trace, kind, allocation=rule, backend="reference").dense()
         assert close(dp.decompose(trace, kind, allocation=rule, backend=backend).dense(), oracle), label
     done = [len(neurons) for one in groups if one is not None for neurons in one.neurons]
-    assert done and np.mean(done) < 0.8 * dp.adapter.layer(0).mlp.gate.shape[0]
+    if rule in ("half", "shapley"):  # a coefficient need not vanish where the activation does
+        assert not done
+    else:
+        assert done and np.mean(done) < 0.8 * dp.adapter.layer(0).mlp.gate.shape[0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from depass_fast import Custom, DePass, Heads, Neurons, Options, Tokens
-from depass_fast.allocation import RULES
+from depass_fast.allocation import NAMES
 from depass_fast.backends import StreamBackend
 from depass_fast.backends import stream as stream_module
 from depass_fast.backends.torch import blocks, bounded
@@ -19,7 +19,7 @@ from tests.support.states import close, corner_states
 from tests.support.steps import carried
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_streaming_agrees_with_the_reference(name, rule):
     dp, ids = build(name), random_ids(9, seed=5)
@@ -31,7 +31,7 @@ def test_streaming_agrees_with_the_reference(name, rule):
             assert close(state.dense(), oracle), (label, budget)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
     """Components at a time, 1 to M, in attention and in both passes of the MLP."""
     dp, prompts = build("llama-biases"), [random_ids(7, seed=2), random_ids(4, seed=3)]
@@ -49,7 +49,7 @@ def test_blocks_of_every_size_from_one_to_all(rule, monkeypatch):
             assert close(dp.decompose(trace, kind, allocation=rule, stream=True).rows, oracle), size
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
 def test_the_corners(name, rule):
     """Absent components, duplicates, opposite ones, and positions where nobody is eligible."""

@@ -12,7 +12,7 @@ import torch
 from bench.baselines.published import Published
 from bench.core.questions import Question
 from bench.report import __main__ as report
-from bench.speed import prompts
+from bench.speed import prompts, scripts
 from bench.studies import faithfulness, grouping
 from bench.studies.ablation import __main__ as race
 from bench.studies.ablation.race import verify
@@ -68,6 +68,16 @@ def test_a_batch_that_differs_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(prompts, "DePass", Wrong)
     with pytest.raises(RuntimeError, match="differ by"):
         list(prompts.measure(work, runs=1))
+
+
+def test_scripts_that_differ_are_not_timed(monkeypatch, tmp_path) -> None:
+    out, page = tmp_path / "scripts.json", tmp_path / "RESULTS.md"
+    scripts.main(["--tiny", "--kinds", "attn", "--length", "4", "--out", str(out)])
+    report.main([str(out), "--out", str(page)])
+    assert "| attention of every layer, N=4 | compat, one by one | llama-tiny |" in page.read_text()
+    monkeypatch.setattr(scripts, "AGREE", 0.0)
+    with pytest.raises(RuntimeError, match=r"compat, layer 0: it is .* off the published"):
+        scripts.main(["--tiny", "--kinds", "attn"])
 
 
 def test_quality_is_measured_again_without_the_race(monkeypatch, tmp_path, capsys) -> None:

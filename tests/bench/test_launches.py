@@ -14,11 +14,23 @@ SHORT = [  # model, components, prompts of 20 tokens; operations per layer, and 
     ("llama-2-7b", "heads of all layers", 1, 49, 80),
     ("qwen2-7b", "heads of all layers", 1, 57, 80),  # its values have biases
 ]
+LINEAR = {"taylor": 9, "half": 28, "shapley": 40}  # operations per layer beside those of the softmax
 
 
-def own(model, components, prompts, layers):
-    _, counted = count(CountedRun(model, components, (20,) * prompts, "triton", layers=layers), again=True)
+def own(model, components, prompts, layers, rule="softmax"):
+    case = CountedRun(model, components, (20,) * prompts, "triton", layers=layers, rule=rule)
+    _, counted = count(case, again=True)
     return counted.own
+
+
+@pytest.mark.parametrize(("rule", "beside"), LINEAR.items())
+def test_a_linear_rule_is_few_launches_more(rule, beside):
+    """Its coefficients are made once per layer, those of `shapley` at all nodes together."""
+    for components in ("tokens", "heads of all layers"):
+        (few, more), (plain, most) = (
+            [own("llama-2-7b", components, 1, layers, one) for layers in (4, 8)] for one in (rule, "softmax")
+        )
+        assert (more - few) / 4 <= (most - plain) / 4 + beside
 
 
 @pytest.mark.parametrize(("model", "components", "prompts", "per_layer", "others"), SHORT)

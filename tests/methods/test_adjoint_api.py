@@ -11,8 +11,8 @@ from depass_fast.adjoint import sweep
 from depass_fast.adjoint.approximation import Approximation
 from depass_fast.adjoint.estimate import Sample, draw, judge, spearman, warnings_of, wilson, worst
 from depass_fast.adjoint.memory import CPU_BUDGET
-from depass_fast.options import Adjoint
 from depass_fast.chosen_method import MOST_EXACT
+from depass_fast.options import Adjoint
 from tests.support.adjoint import assert_close
 from tests.support.components import Dictionary, custom
 from tests.support.family_models import build_model

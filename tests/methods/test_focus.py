@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depass_fast import Custom, Heads, Neurons, Subspaces, Tokens
-from depass_fast.allocation import RULES
+from depass_fast.allocation import NAMES
 from tests.support.components import kinds
 from tests.support.models import FAMILIES, build, random_ids
 from tests.support.states import close, corner_states
@@ -22,7 +22,7 @@ def agree(dp, trace, kind, focus, tolerance=1e-5, **options):
         assert float((states - expected).abs().max()) <= tolerance * scale, layer
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_chosen_ones_equal_the_full_run(name, rule):
     dp, ids = build(name), random_ids(9, seed=5)
@@ -37,7 +37,7 @@ def test_the_chosen_ones_equal_the_full_run(name, rule):
         agree(dp, trace, kind, focus, allocation=rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases"])
 def test_the_corners(name, rule):
     dp, ids = build(name, torch.float64), random_ids(8)

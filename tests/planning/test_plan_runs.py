@@ -272,10 +272,21 @@ def test_a_dictionary_encodes_a_prompt_no_more_often_for_being_planned(monkeypat
 # -- the triton backend -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [30_000, 1 << 25])
-@pytest.mark.parametrize(("kind", "length"), [(Tokens(), 30), (Neurons(0), 7)])
-def test_the_arena_is_as_large_as_planned(kind, length, budget, monkeypatch):
-    dp = DePass(build_model("llama", intermediate_size=200), backend="triton", memory_budget=budget)
+@pytest.mark.parametrize(
+    ("kind", "length", "budget", "rule"),
+    [
+        *(
+            (kind, length, budget, "softmax")
+            for kind, length in ((Tokens(), 30), (Neurons(0), 7))
+            for budget in (30_000, 1 << 25)
+        ),
+        (Tokens(), 20, 30_000, "shapley"),
+        (Neurons(0), 4, 1 << 25, "shapley"),
+    ],
+)
+def test_the_arena_is_as_large_as_planned(kind, length, budget, rule, monkeypatch):
+    options = {"backend": "triton", "memory_budget": budget, "allocation": rule}
+    dp = DePass(build_model("llama", intermediate_size=200), **options)
     trace, taken, take = dp.trace(random_ids(length)), [], TritonBackend._buffers
     monkeypatch.setattr(
         TritonBackend, "_buffers", lambda self, device, *sizes: taken.append(sum(sizes)) or take(self, device, *sizes)

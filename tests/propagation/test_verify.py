@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from depass_fast import Attribution, DePass, Heads, Modules, Neurons, Tokens, Verification, VerificationWarning
-from depass_fast.allocation import RULES
+from depass_fast.allocation import NAMES
 from depass_fast.backends import Backend, StreamBackend, TorchBackend
 from depass_fast.cli.main import main
+from depass_fast.linear_rules import LINEAR_RULES
 from depass_fast.options import Adjoint
 from depass_fast.propagation.verify import Verifier
 from tests.support.components import kinds
@@ -43,7 +44,9 @@ def no_failure_unnoticed():
 
 def unchanged_and_verified(dp, prompt, kind, limit=1e-5, **options) -> Verification:
     """The verification of an attribution, whose numbers are those of one that is not verified."""
-    plain, watched = (dp.attribute(prompt, kind, 7, verify=verify, **options) for verify in (False, True))
+    plain, watched = (
+        dp.attribute(prompt, kind, 7, method="exact", verify=verify, **options) for verify in (False, True)
+    )
     for one, other in zip(*((r if isinstance(r, list) else [r]) for r in (plain, watched)), strict=True):
         for a, b in zip(getattr(one, "by_layer", [one]), getattr(other, "by_layer", [other]), strict=True):
             assert torch.equal(a.scores, b.scores) and torch.equal(a.layer_errors, b.layer_errors)
@@ -85,15 +88,15 @@ def test_parallel_layers_experts_norms_anywhere_and_clamped_values(name):
         unchanged_and_verified(dp, trace, kind, limit=1e-4, **({"method": "exact"} if kind.is_layered else {}))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", NAMES)
 def test_every_rule_in_every_dtype(rule):
     """In half precision a rule that jumps may be anything at a tie; float64 is held against float64."""
     for dtype, options, limit in (
         (torch.float32, {}, 1e-5),
         (torch.float64, {}, 1e-12),
         (torch.float32, {"state_dtype": "bfloat16"}, 0.02),
-        (torch.float32, {"compute_dtype": "bfloat16"}, 0.09 if rule in ("softmax", "taylor") else 1.0),
-        (torch.float32, {"compute_dtype": "float16"}, 0.03 if rule in ("softmax", "taylor") else 1.0),
+        (torch.float32, {"compute_dtype": "bfloat16"}, 0.09 if rule in ("softmax", *LINEAR_RULES) else 1.0),
+        (torch.float32, {"compute_dtype": "float16"}, 0.03 if rule in ("softmax", *LINEAR_RULES) else 1.0),
         (torch.bfloat16, {}, 1e-5),  # what the model rounds is the trace's, which both read
     ):
         dp = build("qwen2", dtype)

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depass_fast.backends.triton.backend as triton_backend
+import depass_fast.backends.triton.linear as triton_linear
 from depass_fast import DePass, Heads, LogProb, Modules, Neurons, Tokens
 from depass_fast.runtime.transfer import pack, to_device, unpack
 from depass_fast.trace.record import Trace
@@ -77,6 +78,7 @@ def no_kernels(monkeypatch):
         (triton_backend.rows, "read_rows"): lambda *given: given[5].zero_(),
         (triton_backend.rows, "read_out"): lambda rows, directions, *_: rows.new_zeros(len(rows), len(directions)),
         (triton_backend, "allocate"): lambda gates, *_: gates.zero_(),
+        (triton_linear, "share_linearly"): lambda gates, *_: gates.zero_(),
     }
     for (home, name), stub in kernels.items():
         monkeypatch.setattr(home, name, stub)

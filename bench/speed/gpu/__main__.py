@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from ...core.cli import command
+from ...core.cli import command, writable
 from ...core.models import SHAPES
 from ...kernels.checks import verify as verify_corners
 from . import kernels, workloads
@@ -39,7 +38,7 @@ class Part:
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = command("bench.speed.gpu", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every figure")
+    parser.add_argument("--out", type=writable, help="write the rows to this JSON file, after every figure")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: checks that it runs")
     parser.add_argument(
         "--models", nargs="+", default=["llama-2-7b", "qwen2-7b", "llama-3.1-8b"], choices=tuple(SHAPES)

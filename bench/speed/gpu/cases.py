@@ -180,7 +180,7 @@ def _allocate(sizes: Sizes, segments: int, count: int, dtype: torch.dtype, devic
     alive = torch.ones(len(gates), dtype=torch.uint8, device=device)
 
     def run(out: Tensor) -> Tensor:
-        allocation.allocate(out, where, act, act, "softmax", 0.1, alive)
+        allocation.allocate(out, where, act, "softmax", 0.1, alive)
         return out
 
     def oracle() -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...baselines.neuron_methods import methods
-from ...core.cli import command
+from ...core.cli import command, writable
 from ...core.questions import demo_model, questions
 from ...core.results import environment, write_results
 from .quality import CORPUS, mean_activations, quality
@@ -28,7 +28,7 @@ TINY = [NeuronRace("llama-tiny", all_layers, length=6) for all_layers in (False,
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.ablation", __doc__)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file, after every workload")
+    parser.add_argument("--out", type=writable, help="write the rows to this JSON file, after every workload")
     parser.add_argument("--tiny", "--quick", action="store_true", help="tiny shapes and two prompts, in seconds")
     parser.add_argument("--runs", type=int, help="timed runs per method (default: 5; 2 with --tiny)")
     parser.add_argument(

@@ -278,13 +278,22 @@ class TorchBackend(BoundedBackend):
     def _share_linearly(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, rule: str, source: ComponentState
     ) -> ComponentState:
-        step = self._budget.prepare(state.device, lambda: self._linear_step(state, weights, trace, rule, state.device))
+        groups, ways_in = None, 2 if reads_up(rule, weights) else 1
+        if rule == "taylor":  # whose coefficients vanish where the activation does
+            groups = self._groups(state, trace, self._mlp_rows(state, weights, ways_in), self._dtype(state))
+
+        def make() -> LinearStep:
+            whole = self._linear_step(state, weights, trace, rule, state.device)
+            return whole if groups is None else replace(whole, w_down=transposed(whole.w_down))
+
+        whole = self._budget.prepare(state.device, make)
 
         def share(chunk: Chunk) -> None:
-            neurons = self._neuron_blocks(chunk, state, len(step.w_gate))
-            linear_chunk(state, source, chunk, step, neurons, self._workspace)
+            active = None if groups is None else groups.of(chunk.segments)
+            neurons = self._neuron_blocks(chunk, state, len(whole.w_gate) if active is None else len(active), ways_in)
+            linear_chunk(state, source, chunk, whole, active, neurons, self._workspace)
 
-        self._budget.each(state.device, lambda undone: self._chunks(state, weights, None, undone), share)
+        self._budget.each(state.device, lambda undone: self._chunks(state, weights, groups, undone, ways_in), share)
         return state
 
     def _linear_step(
@@ -292,16 +301,19 @@ class TorchBackend(BoundedBackend):
     ) -> LinearStep:
         """Prepare the MLP of a layer for the state's segments, under a linear rule."""
         dtype, packed = self._dtype(state), state.layout.tensor("packed", device)
-        resid = trace.resid[packed].to(state.rows.dtype)
-        scale, w_up, up = weights.scale(resid), None, None
+        recorded, w_up, up = self._recorded(state.layout, trace, device), None, None
+        scale = weights.scale(trace.resid[packed].to(state.rows.dtype))
         if reads_up(rule, weights):
             w_up = self._reading("w_up", weights.w_up, weights, dtype)
-            up, constant = (resid * scale.to(resid)[:, None]).to(dtype) @ w_up.T, weights.up_constant(dtype)
+            resid = trace.resid[recorded.positions(trace)].to(state.rows.dtype)
+            read = (resid * weights.scale(resid)[:, None].to(resid)).to(dtype)
+            up, constant = read @ w_up.T, weights.up_constant(dtype)
             up = up if constant is None else up + constant
         w_down = weights.writing(weights.w_down, dtype)
         w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
-        return LinearStep(rule, weights, trace, scale, w_gate, w_up, w_down, trace.rows(packed), up, out_scale)
+        most = self._division(state).positions(len(w_gate))
+        return LinearStep(rule, weights, trace, scale, w_gate, w_up, w_down, recorded, up, out_scale, most)
 
     def _mlp_constant(self, state: ComponentState, weights: Mlp, trace: MlpTrace) -> Tensor | None:
         """The constant that `bias` receives from the MLP: (D,), or (S, D), or None."""

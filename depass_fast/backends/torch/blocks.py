@@ -85,16 +85,21 @@ def make_blocks(
 
 
 def make_chunks(
-    layout: Layout, max_rows: int, device: torch.device, first: int = 0, groups: Groups | None = None
+    layout: Layout,
+    max_rows: int,
+    device: torch.device,
+    first: int = 0,
+    groups: Groups | None = None,
+    positions: int | None = None,
 ) -> list[Chunk]:
     """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment.
 
-    No chunk has segments of two ``groups``.
+    No chunk has segments of two ``groups``, or more of them than ``positions``.
     """
     segment_of_row, away = layout.row_segments(), away_from_home(layout)
     chunks, n = [], len(layout.counts)
     while first < n:
-        last = last_segment(layout, max_rows, first, groups)
+        last = last_segment(layout, max_rows, first, groups, positions)
         rows = slice(int(layout.starts[first]), int(layout.starts[last]))
         gone = np.flatnonzero(away[rows])
         counts = layout.counts[first:last]
@@ -113,10 +118,15 @@ def make_chunks(
     return chunks
 
 
-def last_segment(layout: Layout, max_rows: int, first: int, groups: Groups | None = None) -> int:
-    """The end of a chunk that begins at ``first``: of one group, and of at most ``max_rows`` rows or one segment."""
+def last_segment(
+    layout: Layout, max_rows: int, first: int, groups: Groups | None = None, positions: int | None = None
+) -> int:
+    """The end of a chunk that begins at ``first``: of one group, and of at most ``max_rows`` rows or one segment.
+
+    It has no more segments than ``positions``.
+    """
     last = int(np.searchsorted(layout.starts, layout.starts[first] + max_rows, side="right")) - 1
-    last = min(max(last, first + 1), len(layout.counts))
+    last = min(max(last, first + 1), len(layout.counts), first + (positions or len(layout.counts)))
     return last if groups is None else min(last, groups.end(first))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from ..active import Groups
 from ..base import Backend, Made
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .division import Division, default_budget
+from .linear import Recorded
 from .workspace import Workspace
 
 
@@ -66,10 +68,12 @@ class BoundedBackend(Backend):
             tables[key] = make()
         return tables[key]
 
-    def _division(self, state: ComponentState, dtype: torch.dtype | None = None) -> Division:
-        """The division for products in ``dtype``, by default :meth:`_dtype`."""
+    def _division(
+        self, state: ComponentState, dtype: torch.dtype | None = None, ways_in: int | None = None
+    ) -> Division:
+        """The division for products in ``dtype``, by default :meth:`_dtype`; ``ways_in`` under a linear rule."""
         item, on_cpu = (dtype or self._dtype(state)).itemsize, self._computes_on(state).type == "cpu"
-        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu)
+        return Division(self._bytes(state), item, state.rows.dtype.itemsize, on_cpu, ways_in)
 
     def _slots(self, state: ComponentState, weights: Attention) -> int:
         v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
@@ -95,10 +99,11 @@ class BoundedBackend(Backend):
         key = ("blocks", slots, extras_only, device)
         return self._table(layout, key, lambda: make_blocks(layout, slots, device, extras_only))
 
-    def _mlp_rows(self, state: ComponentState, weights: Mlp) -> int:
-        """Rows in a chunk of the MLP."""
+    def _mlp_rows(self, state: ComponentState, weights: Mlp, ways_in: int | None = None) -> int:
+        """Rows in a chunk of the MLP; ``ways_in`` under a linear rule."""
         layout, (width, n_neurons) = state.layout, weights.w_down.shape
-        return self._division(state).rows(width, n_neurons, layout.n_rows, int(layout.counts.max()))
+        division = self._division(state, ways_in=ways_in)
+        return division.rows(width, n_neurons, layout.n_rows, int(layout.counts.max()))
 
     def _groups(self, state: ComponentState, trace: MlpTrace, max_rows: int, dtype: torch.dtype) -> Groups | None:
         """Positions that do without the same neurons; None if all neurons are done everywhere."""
@@ -106,17 +111,34 @@ class BoundedBackend(Backend):
         return active.make_groups(trace, state.layout, state.rows.shape[1], max_rows, costs, state.device)
 
     def _chunks(
-        self, state: ComponentState, weights: Mlp, groups: Groups | None, undone: Chunk | None = None
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        groups: Groups | None,
+        undone: Chunk | None = None,
+        ways_in: int | None = None,
     ) -> list[Chunk]:
-        """Chunks of positions for the MLP, all of them or those from an undone one on."""
-        layout, device, rows = state.layout, state.device, self._mlp_rows(state, weights)
+        """Chunks of positions for the MLP, all of them or those from an undone one on.
+
+        Under a linear rule (with ``ways_in``) a chunk has no more positions than coefficients are held of.
+        """
+        layout, device, rows, positions = state.layout, state.device, self._mlp_rows(state, weights, ways_in), None
+        if ways_in is not None:
+            positions = self._division(state).positions(weights.w_down.shape[1])
         if undone is not None or groups is not None:
             first = 0 if undone is None else undone.segments.start
-            return make_chunks(layout, rows, device, first, groups)
-        return self._table(layout, ("chunks", rows, device), lambda: make_chunks(layout, rows, device))
+            return make_chunks(layout, rows, device, first, groups, positions)
+        make = partial(make_chunks, layout, rows, device, positions=positions)
+        return self._table(layout, ("chunks", rows, positions, device), make)
 
-    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, n: int) -> list[slice]:
+    def _recorded(self, layout: Layout, trace: MlpTrace, device: torch.device) -> Recorded:
+        """The rows of the trace that segments read; of a layer that all positions pass they are those of any other."""
+        if trace.positions is not None:
+            return Recorded.of(layout, trace, device)
+        return self._table(layout, ("recorded", device), lambda: Recorded.of(layout, trace, device))
+
+    def _neuron_blocks(self, chunk: Chunk, state: ComponentState, n: int, ways_in: int | None = None) -> list[slice]:
         """``n`` neurons in blocks that there is room for, for the rows of a chunk."""
-        width = state.rows.shape[1]
-        size = self._division(state).neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
+        width, division = state.rows.shape[1], self._division(state, ways_in=ways_in)
+        size = division.neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]

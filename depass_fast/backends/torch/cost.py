@@ -13,7 +13,8 @@ from .division import TARGET_NEURONS, Division
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
-    return Need(work.flop, workspace(work), work.held_on_device(joining) + folded_weights(work) + work.gathered())
+    beside = work.coefficients(division(work).positions) + folded_weights(work) + work.gathered()
+    return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 
 def workspace(work: Workload) -> int:
@@ -25,7 +26,7 @@ def workspace(work: Workload) -> int:
 
 def _workspace_on_a_cpu(work: Workload) -> int:
     attention = max(work.width + 2 * (size.o + size.v) for size in work.passed)
-    mlp = max(work.width + min(size.neurons, TARGET_NEURONS) for size in work.passed)
+    mlp = max(work.width + size.ways_in * min(size.neurons, TARGET_NEURONS) for size in work.passed)
     rows = min(work.rows, work.budget // (2 * min(attention, mlp) * work.item) + work.longest)
     tiles = 3 * min(work.budget // 4, 4 * work.longest**2 * max(size.o for size in work.passed) // 64)
     return min(work.budget, rows * max(attention, mlp) * work.item) + tiles
@@ -39,8 +40,11 @@ def _workspace_on_a_gpu(work: Workload) -> int:
         kept = slots * (size.v + size.o) * item + (0 if alone else slots * work.width * work.state_item)
         shared = slots * max(size.v, size.o) * item
         passing = max(slots * work.width * item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
+        cut = division(work, size)
         for neurons, share in set(size.mlps):
             n_rows, longest = work.sent_rows(share), max(work.counts)
+            if work.linear_rule:
+                n_rows = min(n_rows, work.rows_at(cut.positions(neurons)))
             n_rows = min(n_rows, max(cut.rows(work.width, neurons, n_rows, longest), longest))
             part = cut.neurons(work.width, neurons, max(1, n_rows))
             apart = 0 if part == neurons else work.width * work.state_item
@@ -67,13 +71,15 @@ def queries(work: Workload, size: LayerSize) -> int:
 
 def folded_weights(work: Workload) -> int:
     """Bytes of one layer's weights with a norm folded into them, and of those that have to change their dtype."""
-    folded = max((size.v + size.neurons for size in work.passed), default=0)
+    folded = max((size.v + size.ways_in * size.neurons for size in work.passed), default=0)
     changed = max((max(size.o, size.neurons) * (work.casts or size.output_norms) for size in work.passed), default=0)
     return work.width * (folded + changed) * work.item
 
 
-def division(work: Workload) -> Division:
-    return Division(work.budget, work.item, work.state_item, work.on_cpu)
+def division(work: Workload, size: LayerSize | None = None) -> Division:
+    """The division of the workspace, for the MLP of a layer of some ``size``."""
+    ways_in = size.ways_in if size is not None and work.linear_rule else None
+    return Division(work.budget, work.item, work.state_item, work.on_cpu, ways_in)
 
 
 def _block(work: Workload, slots: int) -> tuple[int, bool]:

@@ -24,16 +24,25 @@ def default_budget(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Division:
-    """``budget`` bytes for products of ``item`` bytes per number on a state of ``state_item``, on a CPU or a GPU."""
+    """``budget`` bytes for products of ``item`` bytes per number on a state of ``state_item``, on a CPU or a GPU.
+
+    ``ways_in``: under a linear rule, 2 where a neuron is driven by gates and ups, else 1. None: components compete.
+    """
 
     budget: int
     item: int
     state_item: int
     on_cpu: bool
+    ways_in: int | None = None
 
     @property
     def gate(self) -> int:
-        """Bytes of a gate: in the product's dtype, and once more in float32 if that is half precision."""
+        """Bytes of a gate: in the product's dtype, and once more in float32 if that is half precision.
+
+        Under a linear rule it is those of the gate and of the up, in the product's dtype alone.
+        """
+        if self.ways_in is not None:
+            return self.ways_in * self.item
         return self.item if self.item >= 4 else self.item + 4
 
     def slots(self, width: int, v: int, o: int) -> int:
@@ -58,14 +67,15 @@ class Division:
         """Rows in a chunk of the MLP, of a state of ``n_rows`` with up to ``longest`` at a position."""
         if not self.on_cpu:
             return max(1, self.budget // (2 * (n_neurons * self.gate + width * self.item)))
-        rows = max(1, self.budget // (2 * (min(n_neurons, TARGET_NEURONS) + width) * self.item))
+        columns = (self.ways_in or 1) * min(n_neurons, TARGET_NEURONS) + width
+        rows = max(1, self.budget // (2 * columns * self.item))
         # of equal size: a small one at the end would cost as much as a whole one
         return min(rows, -(-n_rows // max(1, round(n_rows / _TARGET_ROWS))) + longest - 1)
 
     def neurons(self, width: int, n_neurons: int, n_rows: int) -> int:
         """Neurons at a time for a chunk of ``n_rows``; with fewer than all, outputs are added up apart."""
         if self.on_cpu:
-            size = min(self.budget // (2 * n_rows * self.item), TARGET_NEURONS)
+            size = min(self.budget // (2 * n_rows * self.item * (self.ways_in or 1)), TARGET_NEURONS)
         elif 2 * n_rows * (n_neurons * self.gate + width * self.item) <= self.budget:
             return n_neurons
         else:
@@ -74,3 +84,7 @@ class Division:
             size = room // (n_rows * self.gate)
         parts = -(-n_neurons // max(_FEWEST, min(n_neurons, size)))
         return -(-n_neurons // parts)
+
+    def positions(self, n_neurons: int) -> int:
+        """Positions of which a linear rule's coefficients are held at a time."""
+        return max(1, self.budget // (4 * 2 * n_neurons * max(self.item, 4)))

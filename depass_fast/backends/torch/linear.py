@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...adapters import Mlp
 from ...labels import BIAS
 from ...linear_rules import LinearShares, linear_shares
+from ...runtime.transfer import all_to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import MlpTrace
@@ -18,12 +20,47 @@ from .mlp import accumulate, runs
 from .workspace import Workspace
 
 
-@dataclass(frozen=True)
-class LinearStep:
-    """One layer's MLP under a linear ``rule``: scale (S,), w_gate and w_up (I, D) with γ, w_down (D, I) as it writes.
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """The rows of an MLP's trace that segments read: ``rows`` (S,), of which ``unique`` (U,) are all there are.
 
-    ``recorded`` (S,) are the rows of the trace that segments read, ``up`` (S, I) the frozen up projection. It and
-    ``w_up`` are None where the rule does not look at it. ``out_scale`` (S,) is s of a norm on the output, if any.
+    States that are carried together read the same rows. Then ``places`` (S,) are those among the unique ones, in host
+    memory, and ``index`` (S,) the same on the device; both are None where every segment reads a row of its own.
+    """
+
+    rows: Tensor
+    unique: Tensor
+    places: np.ndarray | None = None
+    index: Tensor | None = None
+
+    @staticmethod
+    def of(layout: Layout, trace: MlpTrace, device: torch.device) -> Recorded:
+        rows = trace.rows(layout.tensor("packed", device))
+        packed, places = np.unique(layout.packed, return_inverse=True)
+        if len(packed) == len(places):
+            return Recorded(rows, rows)
+        unique, index = all_to_device([packed, places], device)
+        return Recorded(rows, trace.rows(unique), places, index)
+
+    def positions(self, trace: MlpTrace) -> Tensor:
+        """The packed positions of the unique rows (U,)."""
+        return self.unique if trace.positions is None else trace.positions[self.unique]
+
+    def span(self, segments: slice) -> slice:
+        """The unique rows that some of the segments read, and those in between."""
+        if self.places is None:
+            return segments
+        places = self.places[segments]
+        return slice(int(places.min()), int(places.max()) + 1)
+
+
+@dataclass(eq=False)
+class LinearStep:
+    """One layer's MLP under a linear ``rule``: scale (S,), w_gate and w_up (I, D), w_down (D, I) as it writes.
+
+    ``up`` (U, I) is the frozen up projection at the unique ``recorded`` rows. It and ``w_up`` are None where the rule
+    does not look at it. ``out_scale`` (S,) is s of a norm on the output, or None. Coefficients of ``most`` positions
+    are held at a time, or of all that are asked for together.
     """
 
     rule: str
@@ -33,20 +70,45 @@ class LinearStep:
     w_gate: Tensor
     w_up: Tensor | None
     w_down: Tensor
-    recorded: Tensor
+    recorded: Recorded
     up: Tensor | None
     out_scale: Tensor | None
+    most: int
+    _held: tuple[slice, LinearShares] | None = field(default=None, init=False)
+
+    @property
+    def ways_in(self) -> int:
+        """2 where a neuron is driven by gates and ups, else 1."""
+        return 1 if self.w_up is None else 2
 
     def shares(self, segments: slice) -> LinearShares:
         """Return the rule's coefficients at some of the segments, in float32 at least."""
-        dtype = torch.promote_types(self.w_gate.dtype, torch.float32)
-        up = None if self.up is None else self.up[segments]
-        return linear_shares(self.rule, self.weights, self.trace, self.recorded[segments], dtype, up)
+        span, held = self.recorded.span(segments), self._held
+        if held is None or not held[0].start <= span.start <= span.stop <= held[0].stop:
+            self._held = held = None  # before its successor is made
+            unique = self.recorded.unique
+            at = slice(span.start, max(span.stop, min(span.start + self.most, len(unique))))
+            dtype = torch.promote_types(self.w_gate.dtype, torch.float32)
+            up = None if self.up is None else self.up[at]
+            made = linear_shares(self.rule, self.weights, self.trace, unique[at], dtype, up)
+            self._held = held = (at, made)
+        first, index = held[0].start, self.recorded.index
+        if index is None:
+            return held[1].at(slice(span.start - first, span.stop - first))
+        return held[1].at(index[segments] - first)
+
+    def written(self, shares: LinearShares, segments: slice) -> tuple[Tensor, Tensor | None]:
+        """Return the coefficients (S', I) of gates and ups, times s of a norm on the output."""
+        if self.out_scale is None:
+            return shares.gate, shares.up
+        scale = self.out_scale[segments, None].to(shares.gate)
+        return shares.gate * scale, None if shares.up is None else shares.up * scale
 
     def constant(self, shares: LinearShares, segments: slice, dtype: torch.dtype) -> Tensor | None:
         """Return what `bias` receives by its constants at some segments: (S', D), or (D,), or None."""
         out_scale = None if self.out_scale is None else self.out_scale[segments]
-        return shares.written_constant(self.weights, self.trace, self.recorded[segments], out_scale, dtype)
+        recorded = self.recorded.rows[segments]
+        return shares.written_constant(self.weights, self.trace, recorded, out_scale, dtype, self.w_down)
 
 
 def linear_chunk(
@@ -54,32 +116,44 @@ def linear_chunk(
     source: ComponentState,
     chunk: Chunk,
     step: LinearStep,
+    active: Tensor | None,
     neurons: list[slice],
     workspace: Workspace,
 ) -> None:
-    """Add to ``state`` what ``source`` drives in a chunk, which may be the same state."""
+    """Add to ``state`` what ``source`` drives in a chunk, which may be the same state.
+
+    ``active`` (u,) are the neurons that do anything there, None: all. ``neurons`` are blocks of them.
+    """
     shares, target, dtype = step.shares(chunk.segments), state.rows[chunk.rows], step.w_gate.dtype
     constant = None
     if state.layout.index(BIAS) is not None:
         constant = step.constant(shares, chunk.segments, state.rows.dtype)
+    w_gate, w_down = step.w_gate, step.w_down
+    if active is not None:
+        shares = LinearShares(shares.gate.index_select(1, active))
+        w_gate, w_down = w_gate.index_select(0, active), w_down.T.index_select(0, active).T
     rows, scale = source.rows[chunk.rows], step.scale
     factor = None if step.out_scale is None else step.out_scale[chunk.segments].to(scale)
     if rows.dtype == dtype:
         factor = scale[chunk.segments] if factor is None else scale[chunk.segments] * factor
     else:  # the scale keeps half precision in its range
-        wide = workspace.take("wide rows", rows.shape, rows, scale.dtype).copy_(rows)
-        rows = workspace.take("rows", rows.shape, rows, dtype).copy_(wide.mul_(scale[chunk.segment_of, None]))
+        read = workspace.take("rows", rows.shape, rows, dtype)
+        if rows.dtype == scale.dtype:
+            rows = torch.mul(rows, scale[chunk.segment_of, None], out=read)
+        else:
+            wide = workspace.take("wide rows", rows.shape, rows, scale.dtype).copy_(rows)
+            rows = read.copy_(wide.mul_(scale[chunk.segment_of, None]))
     # in place with one block of neurons, else nothing is written before all has been read
     out = target if len(neurons) == 1 else workspace.take("out", target.shape, target).copy_(target)
     for part in neurons:
         driven = workspace.take("values", (len(rows), part.stop - part.start), rows)
-        torch.mm(rows, step.w_gate[part].T, out=driven)
+        torch.mm(rows, w_gate[part].T, out=driven)
         ups = None
         if step.w_up is not None:
             ups = workspace.take("ups", driven.shape, driven)
             torch.mm(rows, step.w_up[part].T, out=ups)
         _weigh(driven, ups, chunk, shares, factor, part)
-        accumulate(out, driven, step.w_down[:, part].T)
+        accumulate(out, driven, w_down[:, part].T)
     if out is not target:
         target.copy_(out)
     if constant is not None:

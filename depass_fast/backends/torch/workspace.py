@@ -39,3 +39,8 @@ class Workspace:
             buffer = None
             buffer = self._buffers[key] = torch.empty(grown, dtype=key[2], device=key[1])
         return buffer[:size].view(shape)
+
+
+def viewed(buffer: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """View the beginning of a buffer of bytes as a tensor."""
+    return buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)

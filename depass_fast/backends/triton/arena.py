@@ -37,26 +37,35 @@ class Arena:
         """Columns per row of attention's two buffers: rows as read, then mixed values; values, then what is written."""
         return max(width, o), max(width, v)
 
-    def neurons(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, bool]:
-        """Neurons at a time for a chunk: all, or as many as fit; True if outputs are added up apart."""
+    def neurons(self, n_rows: int, n_neurons: int, width: int, ways_in: int = 1) -> tuple[int, bool]:
+        """Neurons at a time for a chunk: all, or as many as fit; True if outputs are added up apart.
+
+        ``ways_in`` is 2 where a neuron is driven by gates and ups, else 1.
+        """
         each = n_rows * self.item
-        if self.budget // each >= n_neurons + width:
+        if self.budget // each >= ways_in * n_neurons + width:
             return n_neurons, False
         held = width * (each + n_rows * self.state_item)
         left = max(self.budget - held, self.budget // 4)  # a position's rows can be more than all of it
-        blocks = -(-n_neurons // max(left // each, _FEWEST))
+        blocks = -(-n_neurons // max(left // (ways_in * each), _FEWEST))
         return min(n_neurons, -(-n_neurons // (_FEWEST * blocks)) * _FEWEST), True
 
-    def mlp_sizes(self, n_rows: int, n_neurons: int, width: int) -> tuple[int, ...]:
-        """Bytes of the parts of a chunk: rows as they are read, gates, marks of the living, outputs added up apart."""
-        size, apart = self.neurons(n_rows, n_neurons, width)
-        return n_rows * width * self.item, n_rows * size * self.item, n_rows, apart * n_rows * width * self.state_item
+    def mlp_sizes(self, n_rows: int, n_neurons: int, width: int, ways_in: int = 1) -> tuple[int, ...]:
+        """Bytes of the parts of a chunk: rows as they are read, gates, marks of the living, outputs apart, ups."""
+        size, apart = self.neurons(n_rows, n_neurons, width, ways_in)
+        rows, gates = n_rows * width * self.item, n_rows * size * self.item
+        return rows, gates, n_rows, apart * n_rows * width * self.state_item, (ways_in - 1) * gates
+
+    def positions(self, n_neurons: int) -> int:
+        """Positions of which a linear rule's coefficients are held at a time, beside the arena."""
+        return max(1, self.budget // (4 * 2 * n_neurons * 4))
 
     def attention_bytes(self, rows: int, least: int, width: int, v: int, o: int) -> int:
         """Bytes for attention on a state of ``rows``, of which no piece has fewer than ``least``."""
         columns = sum(self.attention_columns(width, v, o))
         return min(rows, max(self.rows(columns), least)) * columns * self.item
 
-    def mlp_bytes(self, rows: int, least: int, n_neurons: int, width: int) -> int:
+    def mlp_bytes(self, rows: int, least: int, n_neurons: int, width: int, ways_in: int = 1) -> int:
         """Bytes for the MLP on a state of ``rows``, of which no chunk has fewer than ``least``."""
-        return sum(self.mlp_sizes(min(rows, max(self.rows(n_neurons + width), least)), n_neurons, width))
+        chunk = min(rows, max(self.rows(ways_in * n_neurons + width), least))
+        return sum(self.mlp_sizes(chunk, n_neurons, width, ways_in))

@@ -10,25 +10,23 @@ The cost model is :mod:`.cost`: whoever changes a buffer here changes it there.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from math import prod
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from triton import knobs
 
 from ...adapters import Adapter, Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
 from ...kernels import attention, probabilities, rows
 from ...kernels.allocation import Segments, allocate
 from ...kernels.attention import RowScales
-from ...kernels.common import interpreted, wider
+from ...kernels.common import wider
 from ...kernels.launch import mix_tile, takes_scales
 from ...labels import BIAS, REST
+from ...linear_rules import frozen_up, reads_up
 from ...runtime.log import say_once
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
@@ -36,14 +34,16 @@ from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..active import Groups, MlpTensors, transposed
 from ..torch.backend import TorchBackend, add_to_bias
+from ..torch.linear import LinearStep
 from ..torch.mlp import accumulate, accumulate_block
+from ..torch.workspace import viewed
 from .arena import Arena
 from .half import AttentionRange, MlpRange, Ranges, ranges
+from .linear import linear_row_chunk
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 
 _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
-_AMD = ("gfx942", "gfx950")  # compiled for, never run
 
 
 class TritonBackend(TorchBackend):
@@ -147,18 +147,18 @@ class TritonBackend(TorchBackend):
             one, other, *own = self._buffers(device, *sizes, *([4 * n, 4 * n] if half else []))
             scales = None
             if half is not None:
-                of_values, of_mixed = (_as(buffer, torch.float32, n) for buffer in own)
+                of_values, of_mixed = (viewed(buffer, torch.float32, n) for buffer in own)
                 scales = RowScales(of_values, of_mixed, half.shift)
             here, of_values = scale[piece.positions], None if scales is None else scales.values
-            x = self._read(state, piece.rows, weights, here, _as(one, dtype, n, width), row_scale=of_values)
-            values = torch.mm(x, w_v.T, out=_as(other, dtype, n, values_width))
-            mixed = _as(one, dtype, n, mixed_width)  # x has been read
+            x = self._read(state, piece.rows, weights, here, viewed(one, dtype, n, width), row_scale=of_values)
+            values = torch.mm(x, w_v.T, out=viewed(other, dtype, n, values_width))
+            mixed = viewed(one, dtype, n, mixed_width)  # x has been read
             where = (piece.keys, piece.items, frozen, lse, tile, piece.longest)
             attention.mix(values, *where, mixed, stored, scales)
             if scales is None and piece.place is not None:
                 accumulate_block(piece.place.of(state.rows), mixed, w_o.T)
             else:
-                gained = torch.mm(mixed, w_o.T, out=_as(other, dtype, n, width))
+                gained = torch.mm(mixed, w_o.T, out=viewed(other, dtype, n, width))
                 rows.add_rows(state.rows, piece.rows, gained, None if scales is None else scales.mixed)
 
         def pieces(undone: Piece | None) -> list[Piece]:
@@ -189,6 +189,8 @@ class TritonBackend(TorchBackend):
             if not isinstance(allocation.rule, str):
                 say_once("backend: triton leaves the allocation to torch: it has no kernel for a rule of your own")
                 return super().allocate_mlp(state, weights, trace, allocation, source)
+            if allocation.linear_rule is not None:
+                return self._share_linearly(state, weights, trace, allocation.linear_rule, source or state)
             return self._allocate(state, weights, trace, allocation.rule, allocation.temperature, source)
 
     def _allocate(
@@ -201,7 +203,7 @@ class TritonBackend(TorchBackend):
         source: ComponentState | None,
     ) -> ComponentState:
         source = state if source is None else source
-        half = None if rule == "taylor" else (self._ranges or {}).get((state.layer, trace.part))
+        half = (self._ranges or {}).get((state.layer, trace.part))
         factor = half.factor if isinstance(half, MlpRange) else 1.0
         dtype, device, layout = torch.float16 if half else self._plain(state), state.device, state.layout
         bias, rest = layout.index(BIAS), layout.index(REST)
@@ -210,9 +212,9 @@ class TritonBackend(TorchBackend):
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
             recorded = packed if trace.positions is None else trace.rows(packed)
-            act, gate = _rowwise(trace.act), _rowwise(trace.gate)
+            act = _rowwise(trace.act)
             if trace.out_scale is not None:
-                act, gate = act[recorded] * trace.out_scale[packed, None], gate[recorded]
+                act = act[recorded] * trace.out_scale[packed, None]
                 recorded = torch.arange(len(packed), device=device)
             constant = weights.gate_constant(torch.float32) if bias is not None else None
             w_gate = weights.w_gate.to(dtype).contiguous()  # which a part of an interleaved tensor is not
@@ -220,32 +222,32 @@ class TritonBackend(TorchBackend):
             scale = _scales(weights.norm, trace.resid, packed)
             if groups is not None:
                 w_down = transposed(w_down)
-            return scale, w_gate, w_down, act, gate, recorded, constant
+            return scale, w_gate, w_down, act, recorded, constant
 
         scale, *tensors = self._budget.prepare(device, prepare)
         whole = MlpTensors(*tensors)
 
         def step(chunk: RowChunk) -> None:
             neurons = None if groups is None else groups.of(chunk.segments)
-            w_gate, w_down, act, gate, recorded, constant = whole.at(chunk.segments, neurons)
+            w_gate, w_down, act, recorded, constant = whole.at(chunk.segments, neurons)
             n, n_neurons, width = chunk.n_rows, len(w_gate), state.rows.shape[1]
             arena = self._arena(state)
             size, apart = arena.neurons(n, n_neurons, width)
             sizes = arena.mlp_sizes(n, n_neurons, width)
-            one, other, flags, last, *own = self._buffers(device, *sizes, *([4 * n] if half else []))
-            x, alive = _as(one, dtype, n, width), _as(flags, torch.uint8, n)
-            row_scale = _as(own[0], torch.float32, n) if half else None
+            one, other, flags, last, _, *own = self._buffers(device, *sizes, *([4 * n] if half else []))
+            x, alive = viewed(one, dtype, n, width), viewed(flags, torch.uint8, n)
+            row_scale = viewed(own[0], torch.float32, n) if half else None
             self._read(source, chunk.rows, weights, scale[chunk.segments], x, alive, row_scale)
             target = state.rows[chunk.rows.first : chunk.rows.first + n]
             # several blocks are added up apart, so that the state is written to once (see budget)
-            out = _as(last, target.dtype, n, width).copy_(target) if apart else target
+            out = viewed(last, target.dtype, n, width).copy_(target) if apart else target
             segments = Segments(chunk.rows.base, recorded, chunk.longest, chunk.away, bias, rest)
             for i in range(0, n_neurons, size):
                 part = slice(i, min(i + size, n_neurons))
-                g = torch.mm(x, w_gate[part].T, out=_as(other, dtype, n, part.stop - i))
+                g = torch.mm(x, w_gate[part].T, out=viewed(other, dtype, n, part.stop - i))
                 numbers = None if constant is None else constant[part]
                 more = (numbers, row_scale, factor)
-                allocate(g, segments, act[:, part], gate[:, part], rule, temperature, alive, *more)
+                allocate(g, segments, act[:, part], rule, temperature, alive, *more)
                 accumulate(out, g, w_down[:, part].T, 1.0 / factor)
             if apart:
                 target.copy_(out)
@@ -254,20 +256,79 @@ class TritonBackend(TorchBackend):
         add_to_bias(state, self._mlp_constant(state, weights, trace))
         return state
 
-    def _most_rows(self, state: ComponentState, weights: Mlp) -> int:
+    def _share_linearly(
+        self, state: ComponentState, weights: Mlp, trace: MlpTrace, rule: str, source: ComponentState
+    ) -> ComponentState:
+        dtype, device = self._plain(state), state.device
+        ways_in = 2 if reads_up(rule, weights) else 1
+        groups = None
+        if rule == "taylor":  # whose coefficients vanish where the activation does
+            groups = self._groups(state, trace, self._most_rows(state, weights), dtype)
+
+        def prepare() -> LinearStep:
+            packed = state.layout.tensor("packed", device)
+            scale, w_up, up = _scales(weights.norm, trace.resid, packed), None, None
+            recorded = self._recorded(state.layout, trace, device)
+            if ways_in == 2:
+                w_up = weights.w_up.to(dtype).contiguous()
+                up = frozen_up(weights, trace, recorded.unique, dtype)
+            w_gate, w_down = weights.w_gate.to(dtype).contiguous(), weights.writing(weights.w_down, dtype)
+            return LinearStep(
+                rule=rule,
+                weights=weights,
+                trace=trace,
+                scale=scale,
+                w_gate=w_gate,
+                w_up=w_up,
+                w_down=w_down if groups is None else transposed(w_down),
+                recorded=recorded,
+                up=up,
+                out_scale=None if trace.out_scale is None else trace.out_scale[packed],
+                most=self._arena(state).positions(len(w_gate)),
+            )
+
+        whole = self._budget.prepare(device, prepare)
+
+        def share(chunk: RowChunk) -> None:
+            arena, at, width = self._arena(state), whole.scale[chunk.segments], state.rows.shape[1]
+            linear_row_chunk(
+                state,
+                chunk,
+                whole,
+                None if groups is None else groups.of(chunk.segments),
+                arena,
+                lambda n, neurons: self._buffers(device, *arena.mlp_sizes(n, neurons, width, ways_in)),
+                lambda x: self._read(source, chunk.rows, weights, at, x),
+            )
+
+        self._budget.each(device, lambda undone: self._row_chunks(state, weights, groups, undone, ways_in), share)
+        return state
+
+    def _most_rows(self, state: ComponentState, weights: Mlp, ways_in: int = 1) -> int:
         """Rows in a chunk of the MLP."""
-        return self._arena(state).rows(sum(weights.w_down.shape))
+        width, n_neurons = weights.w_down.shape
+        return self._arena(state).rows(width + ways_in * n_neurons)
 
     def _row_chunks(
-        self, state: ComponentState, weights: Mlp, groups: Groups | None, undone: RowChunk | None
+        self,
+        state: ComponentState,
+        weights: Mlp,
+        groups: Groups | None,
+        undone: RowChunk | None,
+        ways_in: int | None = None,
     ) -> list[RowChunk]:
-        """Chunks of all neurons where a position's components allow that, so that every product is a large one."""
-        most = self._most_rows(state, weights)
+        """Chunks of all neurons where a position's components allow that, so that every product is a large one.
+
+        Under a linear rule (with ``ways_in``) a chunk has no more positions than coefficients are held of.
+        """
+        most, positions = self._most_rows(state, weights, ways_in or 1), None
+        if ways_in is not None:
+            positions = self._arena(state).positions(weights.w_down.shape[1])
         if undone is not None or groups is not None:
             first = 0 if undone is None else undone.segments.start
-            return make_row_chunks(state.layout, most, state.device, first, groups)
-        key = ("row chunks", most, state.device)
-        return self._table(state.layout, key, lambda: make_row_chunks(state.layout, most, state.device))
+            return make_row_chunks(state.layout, most, state.device, first, groups, positions)
+        make = partial(make_row_chunks, state.layout, most, state.device, positions=positions)
+        return self._table(state.layout, ("row chunks", most, positions, state.device), make)
 
     # -- the workspace ----------------------------------------------------------------------------------------------
 
@@ -310,45 +371,6 @@ class TritonBackend(TorchBackend):
             return rows.read_out(state.rows, folded, segment, _scales(norm, resid, packed))
 
 
-def why_not(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Return the reason why this backend cannot run on a device, computing in a dtype; None where it can."""
-    if dtype == torch.float64:
-        return "its kernels compute in float32 at most"
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if interpreted():
-        return None if device.type == "cpu" else "TRITON_INTERPRET is set, with which kernels run on the CPU"
-    if device.type != "cuda":
-        return f"it needs a GPU that Triton has code for, not {device.type} (TRITON_INTERPRET=1 interprets it, slowly)"
-    about = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        arch = about.gcnArchName.split(":")[0]
-        if arch not in _AMD:
-            return f"its kernels are compiled for {' and '.join(_AMD)}, not for {arch}"
-    elif about.major < 8:
-        return f"its kernels need a GPU of capability 8.0, and this one's is {about.major}.{about.minor}"
-    return _no_compiler()
-
-
-def _no_compiler() -> str | None:
-    """Return the reason why Triton cannot compile the C code that launches a kernel; None where it can.
-
-    It looks in this order (triton/runtime/build.py): a builder of one's own, the variable CC, gcc, clang.
-    """
-    if getattr(knobs.build, "impl", None) is not None:
-        return None
-    named = os.environ.get("CC")
-    if named is not None:
-        return (
-            None
-            if shutil.which(named)
-            else f"Triton needs a C compiler, and the one that CC names, {named!r}, is not there"
-        )
-    if shutil.which("gcc") or shutil.which("clang"):
-        return None
-    return "Triton needs a C compiler to launch its kernels; install gcc or clang, or name one in the variable CC"
-
-
 @contextmanager
 def _current(device: torch.device) -> Iterator[None]:
     """Make ``device`` the current one: Triton launches there."""
@@ -361,11 +383,6 @@ def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tenso
     if norm is None:
         return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
-
-
-def _as(buffer: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """View the beginning of a buffer of bytes as a tensor."""
-    return buffer[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _rowwise(x: Tensor) -> Tensor:

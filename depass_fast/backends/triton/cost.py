@@ -15,7 +15,9 @@ from .arena import Arena
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the triton backend needs; ``joining``: one more state joins the one that is carried."""
-    return Need(work.flop, workspace(work), work.held_on_device(joining) + cast_weights(work) + work.gathered())
+    arena = Arena(work.budget, work.item, work.state_item)
+    beside = work.coefficients(arena.positions) + cast_weights(work) + work.gathered()
+    return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 
 def workspace(work: Workload) -> int:
@@ -37,7 +39,9 @@ def arena_bytes(work: Workload) -> int:
         most = max(most, arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o))
         for neurons, share in size.mlps:
             rows = work.sent_rows(share)
-            most = max(most, arena.mlp_bytes(rows, max(work.counts), neurons, work.width))
+            if work.linear_rule:
+                rows = min(rows, work.rows_at(arena.positions(neurons)))
+            most = max(most, arena.mlp_bytes(rows, max(work.counts), neurons, work.width, size.ways_in))
     return most
 
 
@@ -50,7 +54,11 @@ def probability_bytes(work: Workload) -> int:
 
 def cast_weights(work: Workload) -> int:
     """Bytes of one branch's weights that have to change their dtype: norms are applied to rows, not folded."""
-    pairs = [pair for size in work.passed for pair in ((size.v, size.o), *((n, n) for n, _ in size.mlps))]
-    normed, casts = any(size.output_norms for size in work.passed), work.casts or work.float16_by_default
-    most = max((own * casts + out * (casts or normed) for own, out in pairs), default=0)
+    normed, most = any(size.output_norms for size in work.passed), 0
+    for size in work.passed:
+        half = work.float16_by_default  # under a linear rule the MLP is not in float16
+        pairs = [(size.v, size.o, half), *((size.ways_in * n, n, half and not work.linear_rule) for n, _ in size.mlps)]
+        for own, out, in_float16 in pairs:
+            casts = work.casts or in_float16
+            most = max(most, own * casts + out * (casts or normed))
     return work.width * most * work.item

@@ -6,6 +6,7 @@ bound are the products: an output is at most the norm of the row times the norm 
 
 - V and the gates: sqrt(D) · 2^(ROW_TOP + 1) · ‖w‖. Where the weights' norms are too large the layer takes bfloat16.
 - O: sqrt(H·d) · (largest value) · ‖w‖ · 2^-``shift``, since a row of P sums to 1 at most.
+- Under a linear rule nothing bounds a share, and the MLP takes bfloat16.
 - down adds up in float32. It reads shares w · a · ``factor``, at most 2^15; alpha = 1 / ``factor`` undoes that.
 """
 

@@ -198,18 +198,23 @@ class RowChunk:
 
 
 def make_row_chunks(
-    layout: Layout, max_rows: int, device: torch.device, first: int = 0, groups: Groups | None = None
+    layout: Layout,
+    max_rows: int,
+    device: torch.device,
+    first: int = 0,
+    groups: Groups | None = None,
+    positions: int | None = None,
 ) -> list[RowChunk]:
     """Cut the segments from ``first`` on into chunks of at most ``max_rows`` rows, or of one segment.
 
-    No chunk has segments of two ``groups``.
+    No chunk has segments of two ``groups``, or more of them than ``positions``.
     """
     segment_of, starts = layout.tensor("segment_of", device), layout.tensor("starts", device)
     away = away_from_home(layout)
     flags = to_device(away.astype(np.uint8), device) if away.any() else None
     chunks, n = [], len(layout.counts)
     while first < n:
-        last = last_segment(layout, max_rows, first, groups)
+        last = last_segment(layout, max_rows, first, groups, positions)
         begin, end = int(layout.starts[first]), int(layout.starts[last])
         if end > begin:
             segment, base = segment_of[begin:end], starts[first : last + 1]

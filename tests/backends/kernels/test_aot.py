@@ -42,6 +42,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "crowd_mean",
         "crowd_share",
         "crowd_back",
+        "neurons_back",
         "gate",
     }
     assert all(found == everything | {"log_partition", "down"} for found in kernels.values())
@@ -88,7 +89,7 @@ CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, crowd, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows, way_back
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -103,8 +104,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         rows.read_out(x, empty(n, 64), here.segment, empty(2))
         where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
         act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
-        for rule in ("softmax", "taylor"):
-            allocation.allocate(g, where, act, act, rule, 0.1, alive, empty(32))
+        allocation.allocate(g, where, act, "softmax", 0.1, alive, empty(32))
+        linear.share_linearly(g, here.base, 9, act, g, act)
         places, table = empty(2, dtype=small), empty(2, n, 32)
         explicit = crowd.StartRows(here.base, places, places, 9)
         tables, lasting = crowd.CrowdTables(table, table, table, empty(2, n)), empty(n, 32)
@@ -114,6 +115,9 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
+        pieces = empty(n + 1, dtype=small)
+        given = lasting, lasting, empty(n, 32), empty(n, dtype=long), pieces
+        way_back.neurons_back(empty(2, n, 32), *given, "half", "silu")
         frozen = probabilities.Frozen(empty(9, 2, 16), empty(9, 2, 16), 0.1, window=n)
         probabilities.log_sum_exp(frozen, empty(9, dtype=small), empty(1, 7, dtype=small), 16)
 print(json.dumps([made[0] for made in found]))
@@ -132,6 +136,7 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
         "_gate",
         "_log_partition",
         "_log_sum_exp",
+        "_neurons_back",
         "_read_out",
         "_share_linearly",
     ]

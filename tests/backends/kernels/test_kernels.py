@@ -12,7 +12,7 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import merged, winner, winners
-from depass_fast.kernels import allocation, attention, crowd, launch, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows
 
 CHECKS = list(checks(small=True))
 
@@ -160,7 +160,8 @@ def idle(monkeypatch):
     """Kernels that nobody may launch."""
     kernels = {
         rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
-        allocation: ("_allocate", "_share_linearly"),
+        allocation: ("_allocate",),
+        linear: ("_share_linearly",),
         crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
     }
     kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
@@ -185,11 +186,16 @@ def mixing(**changes) -> dict:
 
 
 def sharing(**changes) -> dict:
-    whole = {"g": torch.ones(5, 8), "act": torch.ones(2, 8), "gate": torch.ones(2, 8), "rule": "softmax"}
+    whole = {"g": torch.ones(5, 8), "act": torch.ones(2, 8), "rule": "softmax"}
     whole |= {"temperature": 0.1, "alive": torch.ones(5).byte(), "constant": torch.ones(8)}
     parts = {"starts": torch.tensor([0, 2, 5]), "recorded": torch.arange(2), "away": torch.zeros(5).byte(), "bias": 0}
     parts = {name: changes.pop(name, value) for name, value in parts.items()}
     return {"segments": allocation.Segments(longest=3, **parts)} | whole | changes
+
+
+def sharing_linearly(**changes) -> dict:
+    whole = {"g": torch.ones(5, 8), "starts": torch.tensor([0, 2, 5]), "longest": 3, "gate": torch.ones(2, 8)}
+    return whole | {"u": torch.ones(5, 8), "up": torch.ones(2, 8)} | changes
 
 
 def crowding(which, **changes) -> dict:
@@ -234,6 +240,7 @@ def reading(which, **changes) -> dict:
 WRAPPERS = {
     "mix": (attention.mix, mixing),
     "allocate": (allocation.allocate, sharing),
+    "share_linearly": (linear.share_linearly, sharing_linearly),
     "gate": (fused_products.gate, functools.partial(multiplying, "gate")),
     "down": (fused_products.down, functools.partial(multiplying, "down")),
     "share_with_crowds": (crowd.share_with_crowds, functools.partial(crowding, "share")),
@@ -245,7 +252,8 @@ WRAPPERS = {
 }
 NAMES = {
     "mix": "q k key_bias out_scale values out packed base count births items lse probabilities of_values of_mixed",
-    "allocate": "g act gate alive constant starts recorded away",
+    "allocate": "g act alive constant starts recorded away",
+    "share_linearly": "g starts gate u up",
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
     "share_with_crowds": "g first rest bias alive act total constant log_z share mean slope",
@@ -282,6 +290,9 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (attention.mix, mixing(k=torch.ones(3, 3, 16)), "k: 3 heads do not divide the 4 heads of q"),
         (attention.mix, mixing(out=torch.ones(4, 64)), r"out: expected .* shape \(5, 64\), .* shape \(4, 64\)"),
         (allocation.allocate, sharing(bias=None), "constant: it is driven by `bias`"),
+        (linear.share_linearly, sharing_linearly(up=None), "ups need coefficients, and coefficients ups"),
+        (linear.share_linearly, sharing_linearly(u=None), "one of the two is missing"),
+        (linear.share_linearly, sharing_linearly(u=torch.ones(5, 8).half()), "u: expected float32"),
         (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
         (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),

@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, crowd, probabilities, rows
+from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -43,23 +43,38 @@ class Last:
         return launch
 
 
-@pytest.mark.parametrize("rule", ["softmax", "taylor"])
-def test_in_the_allocation(rule):
+def test_in_the_allocation():
     """Gates and records that lie behind 2³¹ others become what the same ones become at the beginning."""
     width, count, n = 1 << 16, 3, 8
     skipped = FAR // width + 1
     room = far(count, width, rows_before=skipped)
-    room[skipped:, : 3 * n] = random(0, count, 3 * n).half()
-    near, act, gate = (room[skipped:, i * n :][:, :n].clone() for i in range(3))
+    room[skipped:, : 2 * n] = random(0, count, 2 * n).half()
+    near, act = (room[skipped:, i * n :][:, :n].clone() for i in range(2))
     before, alive = near.clone(), torch.ones(len(room), dtype=torch.uint8)
 
-    def shares(g: torch.Tensor, act: torch.Tensor, gate: torch.Tensor, first: int) -> None:
+    def shares(g: torch.Tensor, act: torch.Tensor, first: int) -> None:
         where = allocation.Segments(torch.tensor([first, first + count]), torch.tensor([first]), count)
-        allocation.allocate(g, where, act, gate, rule, 0.1, alive[: len(g)])
+        allocation.allocate(g, where, act, "softmax", 0.1, alive[: len(g)])
 
-    shares(*(room[:, i * n :][:, :n] for i in range(3)), skipped)
-    shares(near, act, gate, 0)
+    shares(*(room[:, i * n :][:, :n] for i in range(2)), skipped)
+    shares(near, act, 0)
     assert torch.equal(room[skipped:, :n], near) and not torch.equal(near, before)
+
+
+def test_in_the_linear_rules(monkeypatch):
+    """Gates, ups and coefficients that lie behind 2³¹ others: the last of so many segments."""
+    width, count, n = 1 << 16, 3, 8
+    skipped = FAR // width + 1
+    room, tables = far(count, width, rows_before=skipped), torch.empty(skipped + 1, width)
+    room[skipped:, : 2 * n], tables[skipped, : 2 * n] = random(0, count, 2 * n).half(), random(1, 2 * n)
+    g, u = room[:, :n], room[:, n : 2 * n]
+    of_gate, of_up = tables[:, :n], tables[:, n : 2 * n]
+    expected = g[skipped:].float() * of_gate[skipped] + u[skipped:].float() * of_up[skipped]
+    starts = torch.full((skipped + 2,), skipped)
+    starts[-1] += count
+    monkeypatch.setattr(linear, "_share_linearly", Last(linear._share_linearly, monkeypatch))
+    linear.share_linearly(g, starts, count, of_gate, u, of_up)
+    assert torch.equal(g[skipped:], expected.half())
 
 
 def test_in_the_crowds_of_a_sweep():

@@ -1,0 +1,64 @@
+"""A branch's norm with its scale frozen, as the way back needs it: there and back, with one scale for both."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters import Norm
+from ..backends.selection import why_not_triton
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """γ ⊙ (x - mean x) · s at A positions: ``weight`` is s · γ (A, D), or (A, 1) without γ; None for no norm.
+
+    The mean is left where it is unless ``centred``. β is no part of it.
+    """
+
+    weight: Tensor | None
+    centred: bool
+
+    @staticmethod
+    def of(norm: Norm | None, resid: Tensor, dtype: torch.dtype) -> FrozenNorm:
+        """Freeze the ``norm`` of hidden states ``resid`` (A, D); everything is in ``dtype``."""
+        if norm is None:
+            return FrozenNorm(None, False)
+        scale = _scale(norm, resid, dtype)[:, None]
+        return FrozenNorm(scale if norm.weight is None else scale * norm.weight, norm.centred)  # in the wider dtype
+
+    def read(self, x: Tensor) -> Tensor:
+        """Apply it to hidden states (A, D)."""
+        if self.weight is None:
+            return x
+        return (x - x.mean(-1, keepdim=True) if self.centred else x) * self.weight
+
+    def back(self, y: Tensor) -> Tensor:
+        """Apply its transpose to gradients (R, A, D)."""
+        if self.weight is None:
+            return y
+        y = y * self.weight
+        return y - y.mean(-1, keepdim=True) if self.centred else y
+
+
+def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return s of hidden states (A, D) -> (A,), on a GPU by one kernel."""
+    if not has_kernels(resid.device, dtype):
+        return norm.scale(resid.to(dtype)).to(dtype)
+    from ..kernels.rows import row_scales  # needs Triton
+
+    with on_device(resid.device):
+        return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if Triton's kernels can do what is computed in ``dtype`` on a device."""
+    return dtype == torch.float32 and why_not_triton(device, dtype) is None
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make ``device`` the current one: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
