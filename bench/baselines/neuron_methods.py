@@ -90,25 +90,45 @@ class AttributionPatching:
         self.model = model
 
     def effects(self, ids: Tensor, target: int, layers: Sequence[int], values: Tensor) -> Tensor:
-        acts = {}
-
-        def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-            def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-                # the graph begins at the first of these layers: nothing before it is kept for the backward pass
-                acts[layer] = args[0].detach().requires_grad_() if layer == min(layers) else args[0]
-                return (acts[layer],)
-
-            return hook
-
-        with torch.enable_grad(), ExitStack() as hooks:
-            for layer in layers:
-                down = self.model.model.layers[layer].mlp.down_proj
-                hooks.callback(down.register_forward_pre_hook(keep(layer)).remove)
+        def logit() -> list[Tensor]:
             hidden = self.model.model(ids[None], use_cache=False).last_hidden_state[0, -1]
-            logit = hidden @ self.model.lm_head.weight[target]
-            gradients = torch.autograd.grad(logit, [acts[layer] for layer in layers])
-        changes = [acts[layer][0].detach() - values[layer].to(logit) for layer in layers]
-        return torch.stack([(g[0] * change).sum(0) for g, change in zip(gradients, changes, strict=True)])
+            return [hidden @ self.model.lm_head.weight[target]]
+
+        ordered = sorted(layers)
+        acts, (gradients,) = inputs_and_gradients([self.model.model.layers[i].mlp.down_proj for i in ordered], logit)
+        found = {
+            layer: (gradient * (act - values[layer].to(act))).sum(0)
+            for layer, act, gradient in zip(ordered, acts, gradients, strict=True)
+        }
+        return torch.stack([found[layer] for layer in layers])
+
+
+def inputs_and_gradients(
+    modules: Sequence[nn.Module], read: Callable[[], Sequence[Tensor]]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The inputs (N, W) of modules in a forward pass of one prompt, and the gradients of each number read of it.
+
+    ``read`` takes the forward pass. The graph begins at the input of the first of ``modules``, in the order in which
+    they run: nothing before it is kept for the backward pass.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept[number] = args[0].detach().requires_grad_() if number == 0 else args[0]
+            return (kept[number], *args[1:])
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as hooks:
+        for number, module in enumerate(modules):
+            hooks.callback(module.register_forward_pre_hook(keep(number)).remove)
+        numbers = read()
+        inputs = [kept[number] for number in range(len(modules))]
+        gradients = [
+            torch.autograd.grad(number, inputs, retain_graph=i < len(numbers) - 1) for i, number in enumerate(numbers)
+        ]
+    return [x[0].detach() for x in inputs], [[g[0] for g in each] for each in gradients]
 
 
 class PublishedShares:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ablation, adjoint, gpu, memory, speeds, tables, trained
+from . import ablation, adjoint, gpu, memory, rules, speeds, tables, trained
 
 HEAD = """# Results
 
@@ -23,9 +23,11 @@ SECTIONS = {
     "gpu": gpu.section,
     "grouping": tables.grouping,
     "layers": tables.layers,
+    "ledger": rules.speed,
     "meta": memory.counted,
     "plan": memory.planned,
     "prompts": tables.prompts,
+    "rules": rules.section,
     "scripts": tables.scripts,
     "suite": tables.suite,
     "trained": trained.section,

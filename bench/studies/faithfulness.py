@@ -8,6 +8,7 @@ numbers. The sooner the accuracy falls, the more faithful is the method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
@@ -15,7 +16,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from depass_fast import DePass, Neurons
+from depass_fast import DePass, Neurons, Trace
 from depass_fast.demo import load_demo
 from depass_fast.options import Adjoint
 
@@ -35,20 +36,20 @@ class Curves(TypedDict):
     neurons: int
 
 
-def _down_projections(engine: DePass) -> list[torch.nn.Module]:
-    found = [engine.adapter.module(index, "down_proj") for index in range(engine.adapter.n_layers)]
-    return [module for module in found if module is not None]
-
-
-def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, Tensor]:
-    """The scores of every neuron by every method: (layers, I) each."""
-    trace, every = engine.trace(ids), Neurons(layers="all")
-    norms = torch.stack(
+def neuron_norms(engine: DePass, trace: Trace) -> Tensor:
+    """The norm of what every neuron writes, over the positions of a prompt: (layers, I)."""
+    return torch.stack(
         [
             record.mlp.act.norm(dim=0) * engine.adapter.layer(index).mlp.w_down.norm(dim=0)
             for index, record in enumerate(trace.layers)
         ]
     ).detach()
+
+
+def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, Tensor]:
+    """The scores of every neuron by every method: (layers, I) each."""
+    trace, every = engine.trace(ids), Neurons(layers="all")
+    norms = neuron_norms(engine, trace)
     patching = AttributionPatching(engine.model)
     return {
         "exact": engine.attribute(trace, every, target, method="exact").scores,
@@ -60,20 +61,34 @@ def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, T
 
 
 @torch.no_grad()
-def masked_prediction(engine: DePass, ids: Tensor, mask: Tensor) -> int:
-    """The next token with the neurons of ``mask`` (layers, I) set to zero."""
+def masked_predictions(engine: DePass, ids: Tensor, masks: Tensor, part: str = "down_proj") -> Tensor:
+    """The next token after ids (N,) under each of ``masks`` (B, layers, W): (B,).
+
+    What is masked is set to zero at every position where the module ``part`` reads it: neurons where `down_proj` does,
+    heads where `o_proj` does.
+    """
+
+    def zeroing(off: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            width = args[0].shape[-1] // off.shape[-1]  # 1, or a head's
+            return (args[0].masked_fill(off.repeat_interleave(width, -1)[:, None], 0.0),)
+
+        return hook
+
     with ExitStack() as undo:
-        for module, off in zip(_down_projections(engine), mask, strict=True):
-            hook = module.register_forward_pre_hook(lambda m, args, off=off: (args[0].masked_fill(off, 0.0),))
-            undo.callback(hook.remove)
-        return int(engine.model(ids[None], use_cache=False).logits[0, -1].argmax())
+        for index in range(engine.adapter.n_layers):
+            module = engine.adapter.module(index, part)
+            assert module is not None
+            undo.callback(module.register_forward_pre_hook(zeroing(masks[:, index])).remove)
+        given = {"use_cache": False, "logits_to_keep": 1}
+        return engine.model(ids.expand(len(masks), -1), **given).logits[:, -1].argmax(-1)
 
 
 def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]]) -> Curves:
     """Accuracy curves over prompts with their answers."""
     tokenizer = engine.tokenizer
     assert tokenizer is not None  # the demo's
-    hits: dict[str, list[int]] = {}
+    hits: dict[str, Tensor] = {}
     neurons = 0
     for seed, (text, answer) in enumerate(texts):
         ids = torch.tensor(tokenizer.encode(text))
@@ -81,12 +96,12 @@ def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]]) -> Curves
         for method, scores in rankings(engine, ids, target, seed).items():
             neurons = scores.numel()
             order = scores.flatten().argsort(descending=True)
-            counts = hits.setdefault(method, [0] * len(SHARES))
-            for i, share in enumerate(SHARES):
-                mask = torch.zeros(neurons, dtype=torch.bool)
+            masks = torch.zeros(len(SHARES), neurons, dtype=torch.bool)
+            for mask, share in zip(masks, SHARES, strict=True):
                 mask[order[: round(share * neurons)]] = True
-                counts[i] += masked_prediction(engine, ids, mask.view(scores.shape)) == target
-    accuracy = {method: [count / len(texts) for count in counts] for method, counts in hits.items()}
+            right = masked_predictions(engine, ids, masks.view(-1, *scores.shape)) == target
+            hits[method] = hits.get(method, torch.zeros(len(SHARES), dtype=torch.int64)) + right
+    accuracy = {method: (counts / len(texts)).tolist() for method, counts in hits.items()}
     return Curves(shares=list(SHARES), accuracy=accuracy, prompts=len(texts), neurons=neurons)
 
 

@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import flags, prompts, types
+from . import flags, prompts, targets, types
 from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
 from .output import Output, emit, note, on_stderr, saying_once, show
 
@@ -52,29 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("resid_pre", "resid_mid", "resid_post"),
         help="features: where in --layer. Default: as the cfg.json or the hook's name in --layer says",
     )
-    target = what.add_mutually_exclusive_group()
-    target.add_argument(
-        "--target", type=types.token_text, metavar="TEXT", help="one token. Default: the model's own next token"
-    )
-    target.add_argument("--target-id", dest="target", type=int, metavar="I")
-    what.add_argument(
-        "--target-kind",
-        choices=("logit", "log-prob"),
-        default="logit",
-        help="attribute the target's logit, or its log-probability, with P frozen: for ranking neurons and heads. "
-        "Default: logit",
-    )
-    contrast = what.add_mutually_exclusive_group()
-    contrast.add_argument(
-        "--contrast", type=types.token_text, metavar="TEXT", help="one token: attribute logit(target) - logit(contrast)"
-    )
-    contrast.add_argument("--contrast-id", dest="contrast", type=int, metavar="I")
-    what.add_argument(
-        "--position",
-        type=types.positions,
-        metavar="P",
-        help="where the logit is read; or several, such as 3,8,-1, in one decomposition. Default: -1",
-    )
+    targets.add_arguments(what)
     following = what.add_mutually_exclusive_group()
     following.add_argument(
         "--continuation",
@@ -147,11 +125,7 @@ def check(args: argparse.Namespace) -> None:
 def _check_targets(args: argparse.Namespace) -> None:
     """Raise ValueError for targets, continuations and positions that do not go together."""
     items = prompts.items_of(args)
-    for name in ("target", "continuation"):
-        if getattr(args, name) is not None and any(getattr(item, name) is not None for item in items):
-            raise ValueError(f"--{name}: the lines of --prompts have a {name} of their own; leave one of the two out.")
-    if args.target_kind == "log-prob":
-        _check_log_prob(args, items)
+    targets.check(args, items)
     with_one = [args.continuation is not None or item.continuation is not None for item in items]
     if not any(with_one):
         if args.reduce is not None:
@@ -165,18 +139,6 @@ def _check_targets(args: argparse.Namespace) -> None:
     if beside or any(item.target is not None for item in items):
         name = beside[0] if beside else "prompts"
         raise ValueError(f"--{name}: the tokens of a continuation are the targets; leave one of the two out.")
-
-
-def _check_log_prob(args: argparse.Namespace, items: list[prompts.Item]) -> None:
-    """Raise ValueError for --target-kind log-prob beside what is no single token."""
-    if args.contrast is not None:
-        raise ValueError(
-            "--target-kind: the difference of two log-probabilities is that of the logits; leave it or --contrast out."
-        )
-    if args.continuation is not None or any(item.continuation is not None for item in items):
-        raise ValueError("--target-kind: a continuation has the shares in logits and log-probabilities; leave it out.")
-    if any(isinstance(item.target, tuple) for item in items):
-        raise ValueError("--target-kind: log-prob is of one token, and a line of --prompts has a pair as its target.")
 
 
 def _prepared(args: argparse.Namespace) -> tuple[DePass, ComponentKind, dict[str, Any]]:
@@ -224,8 +186,4 @@ def _what(args: argparse.Namespace, batch: list[prompts.Item]) -> dict[str, Any]
     given = [args.continuation if item.continuation is None else item.continuation for item in batch]
     if given[0] is not None:
         return {"continuation": given if prompts.is_several(args) else given[0], "reduce": args.reduce}
-    position = -1 if args.position is None else args.position
-    read = {"contrast": args.contrast, "position": position}
-    if any(item.target is not None for item in batch):
-        return read | {"targets": [prompts.target_of(args, item) for item in batch]}
-    return read | {"target": prompts.target_of(args, batch[0])}
+    return targets.arguments(args, batch)

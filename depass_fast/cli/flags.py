@@ -1,4 +1,4 @@
-"""The flags that `attribute`, `generate` and `plan` share, and the method that some of them name together."""
+"""The flags that commands share, and the method that some of them name together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KINDS = ("tokens", "heads", "modules", "neurons")
 # as in the rooms that know them, which take torch a second to import; a test compares them
 _RULES = ("softmax", "linear", "relu", "max", "taylor", "half", "shapley")
+LINEAR_RULES = ("shapley", "half", "taylor")
 _BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

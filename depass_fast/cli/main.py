@@ -1,4 +1,4 @@
-"""The command ``depass-fast``: demo, attribute, generate, plan, doctor. Heavy modules are imported inside these."""
+"""The command ``depass-fast`` and its subcommands. Heavy modules are imported inside these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attribute, flags, generate, plan, types
+from . import attribute, flags, generate, ledger, plan, types
 from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="{demo,attribute,generate,plan,doctor}"
+        title="commands", dest="command", required=True, metavar="{demo,attribute,ledger,generate,plan,doctor}"
     )
 
     demo = commands.add_parser(
@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     attribute.add_arguments(shares)
     shares.set_defaults(run=attribute.run, check=attribute.check)
+
+    book = commands.add_parser(
+        "ledger", help="the leading tokens, modules, heads and neurons of all layers, from one backward pass", **shape
+    )
+    ledger.add_arguments(book)
+    book.set_defaults(run=ledger.run, check=ledger.check)
 
     texts = commands.add_parser(
         "generate", help="continue a prompt, with the tokens that each new one drew on", **shape

@@ -89,19 +89,26 @@ def show(result: Result, *, as_json: bool, top: int | None = None) -> None:
     if as_json:
         emit(json.dumps(result.to_dict(), allow_nan=False))
         return
-    from rich.console import Console
-
     from ..results.attribution import Attribution
     from ..results.layered import LayeredAttribution
     from ..results.render import plain, rich_view
 
-    console, result = Console(), _advising_flags(result)
+    result = _advising_flags(result)
     if not isinstance(result, (Attribution, LayeredAttribution)):
         emit(result)
-    elif console.is_terminal:
-        console.print(rich_view(result, top))
     else:
-        emit(plain(result, top))
+        print_view(rich_view(result, top), lambda: plain(result, top))
+
+
+def print_view(view: Any, plainly: Callable[[], str] | None = None) -> None:
+    """Print what rich shows in colour on a terminal, and its text elsewhere: ``plainly()``, or ``str(view)``."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(view)
+    else:
+        emit(view if plainly is None else plainly())
 
 
 def _advising_flags(result: Any) -> Any:
@@ -129,8 +136,8 @@ class Writer:
         if self._part is not None:
             self._part.write_bytes(b"")
 
-    def write(self, result: Result) -> None:
-        """Write one result."""
+    def write(self, result: Any) -> None:
+        """Write one result, or a ledger: anything with the method that the file takes."""
         if self._part is not None:
             with open(self._part, "a", encoding="utf-8") as file:
                 file.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
@@ -163,7 +170,7 @@ class Output:
         """True before the first result."""
         return self._count == 0
 
-    def add(self, result: Result, show: Callable[[], None]) -> None:
+    def add(self, result: Any, show: Callable[[], None]) -> None:
         """Print one result by ``show``, and write it.
 
         Raises:
@@ -199,5 +206,5 @@ class Output:
             raise OSError(f"standard output: {self._unprinted}; --out holds every result.") from self._unprinted
 
 
-def _write(result: Result, path: Path) -> None:
+def _write(result: Any, path: Path) -> None:
     (result.save if path.suffix == ".safetensors" else result.to_csv)(path)

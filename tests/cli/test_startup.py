@@ -52,6 +52,8 @@ def modules_after(*arguments: str) -> tuple[int, set[str]]:
         (["attribute", "--model", "demo", "--prompt", "x", "--components", "tokens", "--allocation", "x"], 2),
         (["attribute", "--model", "demo", "--prompt", "x", "--components", "features"], 2),
         (["generate", "--model", "demo", "--chat", "[1]"], 2),
+        (["ledger", "--help"], 0),
+        (["ledger", "--model", "demo", "--prompt", "x", "--rule", "softmax"], 2),
     ],
 )
 def test_no_model_no_torch(arguments, code):

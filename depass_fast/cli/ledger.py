@@ -1,0 +1,162 @@
+"""``depass-fast ledger``: the leading tokens, modules, heads and neurons of all layers, from one backward pass."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import flags, prompts, targets, types
+from .model import device_of, engine_of, silence_transformers
+from .output import Output, Writer, emit, on_stderr, print_view
+
+if TYPE_CHECKING:
+    from ..ledger.book import Ledger
+    from ..ledger.view import View
+
+KINDS = ("tokens", "modules", "heads", "neurons")  # in the order in which they are printed
+
+_DESCRIPTION = """\
+Print the leading tokens, modules, heads and neurons of all layers, exactly, under a rule that is linear in the
+components: one forward and one backward pass for all of them.
+"""
+_EXAMPLES = """\
+examples:
+  depass-fast ledger --model demo --prompt "Nyria Morstam speaks"
+  depass-fast ledger --model ./llama --prompt "The capital of France is" --target " Paris" --target-kind log-prob
+  depass-fast ledger --model ./llama --prompt "The capital of France is" --kinds heads,neurons --top 20 --out heads.csv
+  depass-fast ledger --model ./llama --prompts prompts.jsonl --rule half --out book.safetensors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the description, the flags and the examples."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    what = parser.add_argument_group("what is attributed")
+    flags.add_model(what)
+    prompts.add_arguments(what, several=True)
+    targets.add_arguments(what)
+    what.add_argument(
+        "--kinds",
+        type=_kinds,
+        default=KINDS,
+        metavar="KINDS",
+        help="those that are printed and written, such as heads,neurons. Default: tokens,modules,heads,neurons",
+    )
+
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument(
+        "--rule",
+        default="shapley",
+        choices=flags.LINEAR_RULES,
+        help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",
+    )
+    flags.add_machine(how)
+
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--top", type=types.positive, default=5, metavar="K", help="print the K leading ones of every kind. Default: 5"
+    )
+    flags.add_json(out, "one JSON object per prompt and position, each on a line")
+    out.add_argument(
+        "--out",
+        type=types.output_file(".safetensors", ".csv", ".jsonl"),
+        metavar="FILE",
+        help="write the ledger to FILE.safetensors, which answers more questions in Python (load_ledger), one file per "
+        "batch; or the scores of --kinds to FILE.csv or FILE.jsonl, as `depass-fast attribute` does",
+    )
+    flags.add_quiet(out)
+    flags.add_debug(out)
+    # what the other commands have flags for
+    parser.set_defaults(continuation=None, backend="auto", verify=False)
+    parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False)
+
+
+def _kinds(given: str) -> tuple[str, ...]:
+    """Kinds of components, separated by commas."""
+    kinds = tuple(item.strip() for item in given.split(","))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(kinds))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together, before anything is imported."""
+    prompts.template_kwargs_of(args)
+    items = prompts.items_of(args)
+    targets.check(args, items)
+    if any(item.continuation is not None for item in items):
+        raise ValueError("--prompts: a ledger has targets; lines with a continuation are for `depass-fast attribute`.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make a ledger per batch; print what leads in every prompt and position, and write --out as they come."""
+    with on_stderr():
+        silence_transformers()
+        engine = engine_of(args, device_of(args.device))
+        if prompts.is_several(args):
+            prompts.check_all(args, engine)
+    items, whole = prompts.items_of(args), args.out is not None and args.out.suffix == ".safetensors"
+    books = Writer(args.out if whole else None, numbered=len(items) > args.batch_size)
+    output = Output(None if whole else args.out, prompts.is_several(args) or isinstance(args.position, list))
+    for first in range(0, len(items), args.batch_size):
+        batch = items[first : first + args.batch_size]
+        with on_stderr():
+            prompt = [item.prompt for item in batch] if prompts.is_several(args) else batch[0].prompt
+            book = engine.ledger(prompt, rule=args.rule, **targets.arguments(args, batch))
+            books.write(book)
+        for number, read in product(range(len(batch)), range(book.n_reads)):
+            with on_stderr():
+                page = _Page.of(book, args, number, read)
+            begins = prompts.is_several(args) and read == 0
+            head = f"prompt {first + number + 1} of {len(items)}" if begins else ""
+            output.add(page, partial(page.show, head if output.is_empty else f"\n{head}"))
+    output.close()
+
+
+@dataclass(frozen=True)
+class _Page:
+    """One prompt at one position of a ledger: as plain values where they are printed or written, or as a view."""
+
+    values: dict[str, Any]
+    view: View | None
+
+    @staticmethod
+    def of(book: Ledger, args: argparse.Namespace, prompt: int, read: int) -> _Page:
+        """Read off the kinds that --kinds names."""
+        which: dict[str, Any] = {"kinds": args.kinds, "prompt": prompt, "read": read}
+        written = args.out is not None and args.out.suffix != ".safetensors"
+        values = book.to_dict(**which) if args.json or written else {}
+        if args.json:
+            return _Page(values, None)
+        view = book.view(args.top, **which)
+        return _Page(values, replace(view, about=view.about[-1:]))  # without the line on other prompts: they follow
+
+    def show(self, head: str) -> None:
+        """Print it; ``head`` goes before a view."""
+        if self.view is None:
+            emit(json.dumps(self.values, allow_nan=False))
+            return
+        if head:
+            emit(head.removesuffix("\n"))
+        print_view(self.view)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plain values."""
+        return self.values
+
+    def to_csv(self, path: Path) -> None:
+        """Write a table with a row per component: its kind, the layer where it starts, its label and its score."""
+        from ..results.tables import write_csv
+
+        of_kind = ((kind, self.values[kind]) for kind in KINDS if kind in self.values)
+        parts = ((kind, one) for kind, found in of_kind for one in found.get("layers", [found]))
+        rows = (
+            (kind, one["layer"], *row) for kind, one in parts for row in zip(one["labels"], one["scores"], strict=True)
+        )
+        write_csv(path, ["kind", "layer", "label", "score"], rows)
