@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
-from depass_fast import DePass, Heads, Modules, Neurons, Tokens, engine
+from depass_fast import DePass, Heads, Modules, Neurons, Tokens, engine, request
 from depass_fast.adapters import Adapter
 from depass_fast.adjoint import fused, stack, sweep
 from depass_fast.adjoint.memory import SweepMemory, default_workspace
@@ -37,11 +37,14 @@ from depass_fast.backends.torch import linear, mlp
 from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.backends.triton import linear as triton_linear
 from depass_fast.components import start as initial
-from depass_fast.options import Adjoint, BackendName, RuleName
+from depass_fast.ledger import norms
+from depass_fast.ledger.book import Ledger
+from depass_fast.options import LINEAR, Adjoint, BackendName, RuleName
 from depass_fast.planning import planner
 from depass_fast.planning.plan import Plan
 from depass_fast.planning.shapes import RunShape
 from depass_fast.propagation.joint import JOINT_BYTES
+from depass_fast.results.completeness import CompletenessWarning
 from depass_fast.results.estimate import ApproximationWarning
 from depass_fast.trace import attention, capture
 
@@ -97,6 +100,7 @@ class CountedRun:
 
 def cases() -> Iterator[CountedRun]:
     """The workloads of ``bench.speed.gpu``, and other families, dtypes and sizes of the workspace."""
+    yield from ledgers()
     for backend in ("torch", "triton"):
         for model in ("llama-2-7b", "llama-3.1-8b", "qwen2-7b"):
             yield CountedRun(model, "neurons", (20,), backend)
@@ -130,6 +134,12 @@ def cases() -> Iterator[CountedRun]:
         for budget in (128 << 20, 4 << 30):
             yield CountedRun("llama-2-7b", "tokens", (512,), backend, memory_budget=budget)
             yield CountedRun("llama-2-7b", "neurons", (20,), backend, memory_budget=budget)
+
+
+def ledgers() -> Iterator[CountedRun]:
+    """Ledgers of many short prompts and of a long one; a way back knows no backends."""
+    for lengths in ((20,) * 64, (2048,)):
+        yield CountedRun("llama-2-7b", "tokens", lengths, "torch", layers=32, call="ledger", rule="shapley")
 
 
 class Counted(TorchDispatchMode):
@@ -224,6 +234,8 @@ def standing_in() -> Iterator[None]:
             (initial, "_settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),
+            (norms, "why_not_triton", lambda device, dtype: None),
+            (request, "check_activations", lambda adapter, trace: None),
             (stack, "maps_class", lambda device, dtype: fused.FusedMaps),
             (planner, "available", lambda device: FREE),
             (sweep, "available", lambda device: FREE),
@@ -260,7 +272,8 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
     shape, prompts = SHAPES[case.model], [torch.arange(n) for n in case.lengths]
     shape, kind = replace(shape, layers=min(case.layers, shape.layers)), _KINDS[case.components]
     with standing_in(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ApproximationWarning)  # of scores that are no numbers
+        for category in (ApproximationWarning, CompletenessWarning):  # of scores that are no numbers
+            warnings.simplefilter("ignore", category)
         model = build_model(shape, getattr(torch, case.dtype), device=META)
         options: dict[str, Any] = {
             "state_dtype": case.state_dtype,
@@ -269,16 +282,26 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
         }
         dp = DePass(model, backend=case.backend, **options)
         method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
-        run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, method=method)
+        whole = {"method": LINEAR, "is_ledger": True}
+        ways = whole if case.call == "ledger" else {"method": method}
+        run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, **ways)
         plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
         how: dict[str, Any] = case.method or {"method": "exact"}
         for _ in range(1 + again):
             with counting(dp.model) as counted:
                 if case.call == "decompose":
                     dp.decompose(prompts, kind)
+                elif case.call == "ledger":
+                    ask_for_everything(dp.ledger(prompts, 7, rule=case.rule))
                 else:
                     dp.attribute(prompts, kind, 7, **how)
     return plan, counted
+
+
+def ask_for_everything(ledger: Ledger) -> None:
+    """Ask for the neurons and heads of all layers, and the tokens."""
+    for answers in (ledger.neurons, ledger.heads, ledger.tokens):
+        answers()
 
 
 def run(case: CountedRun) -> dict:
@@ -291,7 +314,7 @@ def row_of(case: CountedRun, plan: Plan, counted: Counted) -> dict:
     state = plan.state_bytes if plan.start_layers == 1 or case.method else min(plan.state_bytes, JOINT_BYTES)
     return asdict(case) | {
         "name": case.name,
-        "predicted_bytes": plan.of(case.backend).peak_bytes,
+        "predicted_bytes": (plan.estimates[0] if case.call == "ledger" else plan.of(case.backend)).peak_bytes,
         "measured_bytes": counted.peak,
         "state_bytes": state,
         "trace_bytes": plan.trace_bytes,

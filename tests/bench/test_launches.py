@@ -50,3 +50,14 @@ def test_a_launch_is_counted_where_it_is_asked_for():
     _, counted = count(CountedRun("llama-2-7b", "tokens", (20,), "triton", layers=2))
     assert counted.places["model"] and counted.places["kernels/allocation.py allocate"] == 2
     assert counted.operations == counted.own + counted.places["model"] == sum(counted.places.values())
+
+
+def test_a_ledger_of_a_large_model_is_few_launches():
+    """Forward pass, way back and all answers, the model's own operations among them: 3,000 for 32 layers."""
+    few, more = (
+        count(
+            CountedRun("llama-2-7b", "tokens", (20,), "torch", layers=layers, call="ledger", rule="shapley"), again=True
+        )[1]
+        for layers in (4, 8)
+    )
+    assert few.operations + 28 * (more.operations - few.operations) / 4 <= 2700
