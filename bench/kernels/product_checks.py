@@ -41,7 +41,7 @@ def _check_products(
         exact = g.cpu()
         worst = max(worst, _log_z_error(log_z, exact, counts, gone, constant, bias, 0.1))
         shares = allocation_oracle(
-            "softmax", exact, counts, act, act, recorded, alive, list(away), constant, bias, rest, 0.1
+            "softmax", exact, counts, act, recorded, alive, list(away), constant, bias, rest, 0.1
         )  # fmt: skip
         fallback = torch.zeros(len(x))
         for begin, end in pairwise(starts):

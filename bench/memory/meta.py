@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -39,7 +39,7 @@ from depass_fast.backends.triton import linear as triton_linear
 from depass_fast.components import start as initial
 from depass_fast.ledger import norms
 from depass_fast.ledger.book import Ledger
-from depass_fast.options import LINEAR, Adjoint, BackendName, RuleName
+from depass_fast.options import LINEAR, Adjoint, BackendName, LinearRuleName, RuleName
 from depass_fast.planning import planner
 from depass_fast.planning.plan import Plan
 from depass_fast.planning.shapes import RunShape
@@ -282,8 +282,8 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
         }
         dp = DePass(model, backend=case.backend, **options)
         method, loud = (Adjoint(case.refine, "all", 0), 1) if case.method else (None, None)
-        whole = {"method": LINEAR, "is_ledger": True}
-        ways = whole if case.call == "ledger" else {"method": method}
+        whole: dict[str, Any] = {"method": LINEAR, "is_ledger": True}
+        ways: dict[str, Any] = whole if case.call == "ledger" else {"method": method}
         run_shape = RunShape(dp.adapter, case.lengths, kind, dp.options, **ways)
         plan = planner.make_plan(run_shape, device=torch.device("cuda"), loud=loud)
         how: dict[str, Any] = case.method or {"method": "exact"}
@@ -292,7 +292,7 @@ def count(case: CountedRun, again: bool = False) -> tuple[Plan, Counted]:
                 if case.call == "decompose":
                     dp.decompose(prompts, kind)
                 elif case.call == "ledger":
-                    ask_for_everything(dp.ledger(prompts, 7, rule=case.rule))
+                    ask_for_everything(dp.ledger(prompts, 7, rule=cast(LinearRuleName, case.rule)))
                 else:
                     dp.attribute(prompts, kind, 7, **how)
     return plan, counted

@@ -138,6 +138,8 @@ ADJOINT = [
 ]
 _DEEP: tuple[Any, ...] = (512, 1376, "tokens", 2048)
 _PROMPTS: tuple[Any, ...] = (512, 1376, "tokens", *(100 + 10 * i for i in range(16)))
+_LONGER: tuple[Any, ...] = (512, 1376, "tokens", 4096)
+_SHORT_PROMPTS: tuple[Any, ...] = (1024, 2816, "tokens", *[20] * 16)
 _LEDGER = {"method": "linear", "call": "ledger"}
 _SHAPLEY = {"heads": 4, "layers": 2, "rule": "shapley"}
 LINEAR = [
@@ -149,9 +151,9 @@ LINEAR = [
             ("half", _DEEP, {"rule": "half"}),
             ("taylor", _DEEP, {"rule": "taylor"}),
             ("3 targets", _DEEP, {"targets": 3}),
-            ("4,096 tokens", (512, 1376, "tokens", 4096), {}),
+            ("4,096 tokens", _LONGER, {}),
             ("16 prompts", _PROMPTS, {}),
-            ("16 prompts of 20 tokens", (1024, 2816, "tokens", *[20] * 16), {"layers": 6}),
+            ("16 prompts of 20 tokens", _SHORT_PROMPTS, {"layers": 6}),
             ("64M of workspace", _DEEP, {"memory_budget": 64 << 20}),
             ("half model", _DEEP, {"dtype": "bfloat16"}),
         )
