@@ -19,21 +19,25 @@ ADJOINT_RULES = ("softmax", *LINEAR_RULES)
 ADJOINT_KINDS = ("neurons", "features", "custom")
 
 
-def with_method(request: Request, method: str | Adjoint | None) -> Request:
-    """Return the request with the method that it is computed by, see :func:`choose_method`."""
+def with_method(request: Request, method: str | Adjoint | None, n_targets: int = 1) -> Request:
+    """Return the request with the method that it is computed by, see :func:`choose_method`.
+
+    ``n_targets`` is the number of targets of every read where the request does not hold them yet.
+    """
     chosen = choose_method(method, request.components, request.adapter, request.settings)
-    if method is None and chosen == LINEAR and not _is_cheaper(request):
+    if method is None and chosen == LINEAR and not _is_cheaper(request, n_targets):
         chosen = None
     return replace(request, method=chosen)
 
 
-def _is_cheaper(request: Request) -> bool:
+def _is_cheaper(request: Request, n_targets: int) -> bool:
     """True unless more gradients than components would be carried: one is for every target of every read."""
     named = [len(ids) for ids in request.prompts]  # tokens, of which there is one more at each position
     if not isinstance(request.components, Tokens):
         first = request.components.each(request.adapter)[0]
         named = [2 * named_components(first, request.adapter, 1)[0]] * len(request.prompts)
-    return all(2 * count <= most + 2 for count, most in zip(gradients_of(request), named, strict=True))
+    rows = [n_targets * count for count in gradients_of(request)]
+    return all(2 * count <= most + 2 for count, most in zip(rows, named, strict=True))
 
 
 def choose_method(

@@ -66,10 +66,10 @@ def attribute_continuation(
         )
     batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer, settings.chat_template_kwargs)
     request = make_request(adapter, tokenizer, settings, whole, components, encoded=True)
-    request = with_method(replace(request, batch=batch, began=began), method)
+    request = _read_in_front(replace(request, batch=batch, began=began), lengths)
     results = [
         Continuation.of(steps, length, tokenizer, log_z)
-        for (steps, log_z), length in zip(_decomposed(request, lengths), lengths, strict=True)
+        for (steps, log_z), length in zip(_decomposed(with_method(request, method, 2)), lengths, strict=True)
     ]
     reduced = results if reduce is None else [getattr(one, reduce) for one in results]
     return reduced if batch else reduced[0]
@@ -92,27 +92,30 @@ def attribute_generation(
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
     request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
-    ((steps, log_z),) = _decomposed(request, [length], generated=True)
+    ((steps, log_z),) = _decomposed(_read_in_front(request, [length]), generated=True)
     return Generation.of(steps, length, tokenizer, log_z)
 
 
-def _decomposed(
-    request: Request, lengths: Sequence[int], generated: bool = False
-) -> list[tuple[list[Any], torch.Tensor]]:
-    """Decompose prompts, each with what follows its first ``lengths`` tokens, given or ``generated``.
+def _read_in_front(request: Request, lengths: Sequence[int]) -> Request:
+    """Return the request, read in front of every token that follows the first ``lengths`` of its prompts."""
+    reads = (tuple(range(n - 1, len(ids) - 1)) for ids, n in zip(request.prompts, lengths, strict=True))
+    return replace(request, reads=tuple(reads))
+
+
+def _decomposed(request: Request, generated: bool = False) -> list[tuple[list[Any], torch.Tensor]]:
+    """Decompose prompts that are read in front of all tokens that were given or ``generated``.
 
     Returns:
         per prompt, an attribution with two targets for every token that follows, its logit and its log-probability,
         and the log partition functions in front of them (T,).
     """
     adapter, tokenizer = request.adapter, request.tokenizer
-    reads = tuple(tuple(range(n - 1, len(ids) - 1)) for ids, n in zip(request.prompts, lengths, strict=True))
-    request = with_trace(fit(replace(request, reads=reads)))
+    request = with_trace(fit(request))
     hidden, dtype = read_hidden(request), wide_dtype(request)
     following = [int(request.prompts[prompt][position + 1]) for prompt, position in request.places]
     targets = [parse_target([token, LogProb(token)], adapter, tokenizer) for token in following]
     for places in read_places(request).ways(adapter, generated):  # compared in each, and all of them the same
         directions = resolve_targets(targets, adapter, tokenizer, places, hidden, dtype)
     log_z = torch.stack([one.log_z for one in directions if one.log_z is not None])  # all have one
-    by_prompt = log_z.cpu().split([len(one) for one in reads])
+    by_prompt = log_z.cpu().split([len(one) for one in request.reads])
     return list(zip(attributions(request, directions), by_prompt, strict=True))

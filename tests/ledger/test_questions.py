@@ -141,12 +141,14 @@ def test_a_module_is_the_sum_of_its_heads_or_neurons():
 @pytest.mark.parametrize("kind", [Tokens(), Heads(1), Neurons(layers=[0, 2])], ids=lambda kind: kind.kind)
 def test_a_continuation_under_a_linear_rule(kind):
     dp = build("llama-biases", torch.float64)
-    found = dp.attribute(IDS, kind, continuation=[3, 9, 4], allocation="half")
+    found = dp.attribute(IDS, kind, continuation=[3, 9, 4], allocation="half", method="adjoint")
+    chosen = dp.attribute(IDS, kind, continuation=[3, 9, 4], allocation="half")
     carried = dp.attribute(IDS, kind, continuation=[3, 9, 4], allocation="half", method="exact")
     for ours, theirs in ((found.steps, carried.steps), (found.log_prob_steps, carried.log_prob_steps)):
         assert_close(ours, theirs)
         assert all(one.method == "adjoint" for one in flat(ours))
     assert_close(found.sum, carried.sum)
+    assert_close(chosen.steps, carried.steps)
     assert found.estimate is None and found.warnings in (None, []) and found.completeness_error <= 1e-12
 
 
