@@ -83,7 +83,7 @@ class MlpTrace:
     part: int = 0  # its number among the layer's MLPs
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
-    router_weight: Tensor | None = None  # (P,) the factor of an expert's output, where that has a bias
+    router_weight: Tensor | None = None  # (P,) the factor of an expert's output
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr

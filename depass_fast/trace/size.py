@@ -93,13 +93,13 @@ def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:
     """The bytes per position of the MLP, or of the experts that a position goes to."""
     routed = [mlp for mlp in mlps if mlp.is_routed]
     everywhere = [mlp for mlp in mlps if not mlp.is_routed]
-    size = sum(2 * mlp.gate.shape[0] * item + _bias_weight(mlp, item) for mlp in everywhere)
+    size = sum(2 * mlp.gate.shape[0] * item + _router_weight(mlp, item) for mlp in everywhere)
     if routed:
-        each = _INDEX + 2 * routed[0].gate.shape[0] * item + _bias_weight(routed[0], item)
+        each = _INDEX + 2 * routed[0].gate.shape[0] * item + _router_weight(routed[0], item)
         size += experts_per_position * each
     return size
 
 
-def _bias_weight(mlp: Mlp, item: int) -> int:
-    """The bytes of a router's weight, which is recorded for an expert with a bias."""
-    return item if mlp.name and mlp.down.has_bias else 0
+def _router_weight(mlp: Mlp, item: int) -> int:
+    """The bytes of a router's weight, which is recorded for an expert, the shared one too."""
+    return item if mlp.name else 0

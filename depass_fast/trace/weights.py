@@ -3,7 +3,7 @@
 torch counts changes in place, but not those of ``parameter.data``. A sample shows what changes a weight as a whole, or
 1/512 of its rows that are neighbours. A change of fewer rows or of single elements may pass it. It then shows in the
 completeness only if the weight is one whose products make up the hidden states: those of values, outputs, down
-projections and norms. Nothing shows a change of queries, keys or gates.
+projections and norms. Nothing shows a change of queries, keys, gates or up projections.
 """
 
 from __future__ import annotations
