@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .adapters import Adapter
@@ -15,7 +16,6 @@ from .planning.shapes import named_components
 from .request import Request, gradients_of
 
 MOST_EXACT = 4096  # components of several layers together that are propagated exactly by default
-ADJOINT_RULES = ("softmax", *LINEAR_RULES)
 ADJOINT_KINDS = ("neurons", "features", "custom")
 
 
@@ -24,20 +24,9 @@ def with_method(request: Request, method: str | Adjoint | None, n_targets: int =
 
     ``n_targets`` is the number of targets of every read where the request does not hold them yet.
     """
-    chosen = choose_method(method, request.components, request.adapter, request.settings)
-    if method is None and chosen == LINEAR and not _is_cheaper(request, n_targets):
-        chosen = None
-    return replace(request, method=chosen)
-
-
-def _is_cheaper(request: Request, n_targets: int) -> bool:
-    """True unless more gradients than components would be carried: one is for every target of every read."""
-    named = [len(ids) for ids in request.prompts]  # tokens, of which there is one more at each position
-    if not isinstance(request.components, Tokens):
-        first = request.components.each(request.adapter)[0]
-        named = [2 * named_components(first, request.adapter, 1)[0]] * len(request.prompts)
-    rows = [n_targets * count for count in gradients_of(request)]
-    return all(2 * count <= most + 2 for count, most in zip(rows, named, strict=True))
+    gradients = [n_targets * count for count in gradients_of(request)]
+    given = (request.components, request.adapter, request.settings, request.carried, gradients)
+    return replace(request, method=choose_method(method, *given))
 
 
 def choose_method(
@@ -45,11 +34,14 @@ def choose_method(
     kind: ComponentKind,
     adapter: Adapter,
     settings: Options,
+    lengths: Sequence[int],
+    gradients: Sequence[int],
 ) -> Adjoint | None:
     """Return the sweep that ``method`` stands for, or None for exact propagation.
 
     ``method`` None is exact for one layer, and for several layers with up to MOST_EXACT components in all. Under a
-    linear rule it is the way back, whose scores are exact and cost less: :data:`depass_fast.options.LINEAR`.
+    linear rule it is the way back, which is exact, wherever that is cheaper: :data:`depass_fast.options.LINEAR`.
+    ``lengths`` are the positions that are carried of every prompt, ``gradients`` the targets of all its reads.
 
     Raises:
         ValueError: an unknown method; a kind, a rule or an option that the adjoint sweep is not for.
@@ -60,8 +52,9 @@ def choose_method(
     if method == "exact":
         return None
     if allocation.linear_rule is not None:
-        return _linear(method, allocation, settings)
-    if method is None and not (_is_large(kind, adapter) and allocation.rule in ADJOINT_RULES):
+        found = _linear(method, allocation, settings)
+        return None if method is None and not _is_cheaper(kind, adapter, lengths, gradients) else found
+    if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax"):
         return None
     _refuse_states(settings)
     if kind.kind not in ADJOINT_KINDS:
@@ -69,12 +62,25 @@ def choose_method(
             f"method: 'adjoint' is for many fine-grained components ({', '.join(ADJOINT_KINDS)}); {kind.kind} are few, "
             "for which 'exact' is cheap."
         )
-    if allocation.rule not in ADJOINT_RULES:
+    if allocation.rule != "softmax":
         raise ValueError(
-            f"method: 'adjoint' needs a rule with a derivative and a partition function ({', '.join(ADJOINT_RULES)}); "
-            f"with {allocation.name!r} take method='exact'."
+            "method: 'adjoint' needs a rule with a derivative and a partition function, 'softmax', or a linear one "
+            f"({', '.join(map(repr, LINEAR_RULES))}); with {allocation.name!r} take method='exact'."
         )
     return method if isinstance(method, Adjoint) else Adjoint()
+
+
+def _is_cheaper(kind: ComponentKind, adapter: Adapter, lengths: Sequence[int], gradients: Sequence[int]) -> bool:
+    """True unless gradients pass more rows than components would, layer by layer, in any of the prompts."""
+    kinds, n = kind.each(adapter), adapter.n_layers
+    passed = [n - one.entry(adapter).layer for one in kinds]
+    for length, count in zip(lengths, gradients, strict=True):
+        named = [named_components(one, adapter, length)[0] for one in kinds]
+        if isinstance(kind, Tokens):  # of which there is one more at each position
+            named = [(length + 1) / 2]
+        if count * max(passed) > sum(m * layers for m, layers in zip(named, passed, strict=True)):
+            return False
+    return True
 
 
 def _linear(method: str | Adjoint | None, allocation: Allocation, settings: Options) -> Adjoint | None:

@@ -328,7 +328,7 @@ class DePass(StateCalls):
         prompt: Prompt | Sequence[Prompt] | Trace,
         target: Any = None,
         *,
-        rule: LinearRuleName = "shapley",
+        rule: LinearRuleName | None = None,
         contrast: int | str | None = None,
         targets: Sequence[Any] | None = None,
         position: int | Sequence[int] = -1,
@@ -336,9 +336,12 @@ class DePass(StateCalls):
     ) -> Ledger:
         """Return every component's exact score under a linear rule, by one forward and one backward pass.
 
-        ``rule`` is "shapley", "half" or "taylor" (docs/rules.md says which for what). The other arguments are those of
-        :meth:`attribute`, and so are the errors.
+        ``rule`` is "shapley", "half" or "taylor" (docs/rules.md says which for what). None: the engine's ``allocation``
+        where that is one of them, else "shapley". The other arguments are those of :meth:`attribute`, and so are the
+        errors.
         """
+        if rule is None:
+            rule = self.options.allocation if self.options.allocation in LINEAR_RULES else "shapley"
         if rule not in LINEAR_RULES:
             raise ValueError(
                 f"rule: {rule!r} is not linear ({', '.join(LINEAR_RULES)}), and has no ledger; for all components of a "

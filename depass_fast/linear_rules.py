@@ -38,7 +38,7 @@ Curve = Callable[[Tensor], Tensor]
 
 _STEP = 2.0**-10  # of the difference that gives a curve's slope at zero
 _BREAKS = (0.0, 3.0, 8.0, 20.0, torch.inf)  # of |G|: eight nodes in each part give B to 6e-9
-_NODES = 8
+_NODES = 8  # in float64 twice as many
 _EVERY = len(_BREAKS) - 1
 _ON_A_CPU, _ELSEWHERE = (1 << 18, 1 << 18), (1 << 22, 1 << 24)  # coefficients, and values of a curve, made at once
 
@@ -156,12 +156,10 @@ def _shares(
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
     at_zero, slope = _at_zero(activation.curve)
     # near zero, what a curve has beyond its value there is all rounding
-    near = 0.0 if _is_zero(at_zero) else torch.finfo(trace.act.dtype).eps ** 0.5
+    near = 0.0 if _is_zero(at_zero) else torch.finfo(trace.act.dtype).eps ** 0.5 * abs(at_zero)
     if weights.up is None:
-        found = LinearShares(
-            _ratio(act - weight * at_zero, limited, weight * slope, near) * gate_ratio,
-            constant=None if _is_zero(at_zero) else torch.ones_like(act) * weight * at_zero,
-        )
+        of_gate = _ratio(act - weight * at_zero, limited, weight * slope, near)
+        found = LinearShares(of_gate * gate_ratio, None, None if _is_zero(at_zero) else act - of_gate * limited)
     else:
         raw = (frozen_up(weights, trace, recorded, wide) if up is None else up).to(wide)
         up = activation.limited_up(raw)
@@ -175,6 +173,8 @@ def _shares(
             more = 0.5 * weight * at_zero * up
             driven, constant = driven - more, more if constant is None else constant + more
         of_gate = _ratio(driven, limited, 0.5 * weight * slope * up, near)
+        if rule == "half" and constant is not None:
+            constant = constant + (driven - of_gate * limited)  # what is left where the slope stands for the ratio
         found = LinearShares(of_gate * gate_ratio, of_up * up_ratio, constant)
     parts = (None if x is None else x.to(dtype) for x in (found.gate, found.up, found.constant))
     return LinearShares(*parts)  # pyright: ignore[reportArgumentType] (the gate's is there)
@@ -215,7 +215,7 @@ def adds_constant(rule: str, weights: Mlp) -> bool:
 def mean_to_zero(curve: Curve, x: Tensor) -> Tensor:
     """Return B = ∫₀¹ curve(t · x) dt (P, I), element by element, to about 1e-8: a Gauss rule on each part of |x|."""
     on_cpu = x.device.type == "cpu"  # most elements are small: a CPU looks for the others, a GPU would be waited for
-    size = at_once(on_cpu)[1] // (_NODES * (1 if on_cpu else _EVERY) * x.shape[1])
+    size = at_once(on_cpu)[1] // (2 * _NODES * (1 if on_cpu else _EVERY) * x.shape[1])
     parts = x.split(max(1, size))
     return torch.cat([_mean_of_few(curve, part) if on_cpu else _mean_of_parts(curve, part, 0) for part in parts])
 
@@ -247,8 +247,8 @@ def _mean_of_parts(curve: Curve, x: Tensor, first: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _gauss(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the parts of |x| end (5,), and nodes and weights (8,) of Gauss and Legendre's rule on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    """Return where the parts of |x| end (5,), and nodes and weights of Gauss and Legendre's rule on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES * (2 if dtype == torch.float64 else 1))
     each = (_BREAKS, (nodes + 1) / 2, weights / 2)
     return tuple(torch.tensor(x, dtype=dtype, device=device) for x in each)  # pyright: ignore[reportReturnType]
 
@@ -273,9 +273,10 @@ def _is_zero(value: Tensor | float) -> bool:
     return not isinstance(value, Tensor) and value == 0.0
 
 
-def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: float = 0.0) -> Tensor:
+def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: Tensor | float = 0.0) -> Tensor:
     """Return a / b, and ``limit`` where b is zero, or as ``near`` to it."""
-    return torch.where(b.abs() <= near if near else b == 0, limit, a / b)
+    is_near = b == 0 if isinstance(near, float) and near == 0.0 else b.abs() <= near
+    return torch.where(is_near, limit, a / b)
 
 
 def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:

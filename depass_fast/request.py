@@ -226,9 +226,8 @@ def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool =
 
 def gradients_of(request: Request) -> list[int]:
     """Return how many gradients each prompt would need: one for every target of every read."""
-    specs = request.targets or [None] * len(request.prompts)
-    counts = (1 if spec is None else len(spec.items) for spec in specs)
-    return [len(reads) * count for reads, count in zip(request.reads, counts, strict=False)]
+    counts = [len(spec.items) for spec in request.targets] or [1] * len(request.reads)
+    return [len(reads) * count for reads, count in zip(request.reads, counts, strict=True)]
 
 
 def take_trace(adapter: Adapter, prompts: list[Tensor], progress: bool) -> Trace:

@@ -57,7 +57,7 @@ class Statistics:
     @staticmethod
     def fresh(rule: str, temperature: float, has_rest: bool, like: Tensor) -> Statistics:
         """Statistics of no components yet; ``like`` (S, I) gives shape, dtype and device. A linear rule has none."""
-        tables = {name: torch.full_like(like, value) for name, value in _START.get(rule, {}).items()}
+        tables = {name: torch.full_like(like, value) for name, value in _START[rule].items()}
         return Statistics(rule, temperature, has_rest, like.new_zeros(len(like)), tables)
 
     def on(self, device: torch.device) -> Statistics:

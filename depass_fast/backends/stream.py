@@ -193,9 +193,6 @@ class StreamBackend(TorchBackend):
     ) -> ComponentState:
         device = weights.w_gate.device
         step = self._budget.prepare(device, lambda: self._linear_step(state, weights, trace, rule, device))
-        if self.keep:  # nothing is needed to carry components alone
-            like = state.rows.new_zeros(len(state.layout.counts), 0)
-            self.kept[(state.layer, trace.part)] = Statistics.fresh(rule, 0.0, False, like)
 
         def share(block: Block) -> None:
             x = self._take(state, block, device)

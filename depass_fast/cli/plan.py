@@ -94,6 +94,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     method = check_ledger(options, flags.method_of(args)) if is_ledger else flags.method_of(args)
     components.resolve(adapter)  # a layer that does not exist is an error before any method is chosen
     lengths, reads = _lengths(args, adapter)
+    carried = [max(of_prompt) for of_prompt in reads]
     if args.gemm_tflops is not None:
         rate, source = args.gemm_tflops * 1e12, "given"
     else:
@@ -103,8 +104,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         [check_length(length, adapter) for length in lengths],
         components,
         options,
-        method=choose_method(method, components, adapter, options),
-        carried=[max(of_prompt) for of_prompt in reads],
+        method=choose_method(method, components, adapter, options, carried, [args.targets * len(one) for one in reads]),
+        carried=carried,
         reads=reads,
         gradients=args.targets * max(map(len, reads)),
         is_ledger=is_ledger,

@@ -53,11 +53,14 @@ class Batch:
         """
         alike = self.causal and self.padded is None
         which = (0 if alike else prompts.start, 1 if alike else prompts.stop)
-        key = (*which, queries.start, queries.stop, keys.start, keys.stop, window, dtype)
+        at = (queries.start, queries.stop, keys.start, keys.stop)
+        if alike:  # only the distance of queries and keys counts
+            at = (queries.start - keys.start, queries.stop - queries.start, keys.stop - keys.start)
+        key = (*which, *at, window, dtype)
         if key not in self._masks:
             local = self.local[slice(*which), queries, None]
-            at = torch.arange(keys.start, keys.stop, device=local.device)
-            hidden = at > local if window is None else (at > local) | (at <= local - window)
+            places = torch.arange(keys.start, keys.stop, device=local.device)
+            hidden = places > local if window is None else (places > local) | (places <= local - window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=local.device).masked_fill_(hidden, -torch.inf)
             if mask.numel() > _KEPT:
                 return mask
@@ -97,6 +100,10 @@ class Packing:
         self.n_prompts, self.n_positions = len(offsets) - 1, int(offsets[-1])
         self.host_at = np.concatenate([first + at for first, at in zip(offsets[:-1], self.reads, strict=True)])
         self._kept: dict[tuple, Any] = {}
+
+    def forget(self) -> None:
+        """Let go of the tables that only a way back needs."""
+        self._kept.clear()
 
     def at(self, partial: bool, device: torch.device) -> Tensor | None:
         """The packed positions (A,) where gradients arrive; None: at all."""

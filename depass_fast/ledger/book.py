@@ -24,6 +24,7 @@ from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import readable
 from ..runtime.terminal import encodable
+from ..trace.light import light
 from .attribute import read_off, way_back
 from .reads import Reads
 from .saved import restore, save
@@ -69,13 +70,19 @@ class Ledger:
         """Take the forward and the backward pass of a request. Raises MemoryError where they cannot fit."""
         request = with_trace(fit(request, is_ledger=True))
         reads = Reads.of(request)
-        return Ledger(request, reads, way_back(request, reads, Wanted.everything(request.end)), one_position)
+        pages = way_back(request, reads, Wanted.everything(request.end))
+        reads.packing.forget()
+        return Ledger(replace(request, trace=light(request.require_trace())), reads, pages, one_position)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the gradients and the scores of heads and neurons. Nothing is pickled.
 
         :meth:`depass_fast.DePass.load_ledger` reads it.
+
+        Raises:
+            ValueError: the model's weights have changed since the ledger was made.
         """
+        self._check_weights()
         save(path, self._request, self._reads, self._pages, self._one_position)
 
     @staticmethod
@@ -96,10 +103,7 @@ class Ledger:
         """Return a list of results, one per position, for each of the ``prompts``."""
         check_kind(components)
         given, adapter = replace(self._request, began=time.perf_counter()), self._request.adapter
-        try:
-            given.require_trace().source.check(adapter.model)
-        except ValueError as error:
-            raise ValueError("ledger: the model's weights have changed since it was made; make it again.") from error
+        self._check_weights()
         components.check(adapter, [len(ids) for ids in given.prompts])
         kinds = components.each(adapter)
         for kind in kinds:
@@ -277,10 +281,24 @@ class Ledger:
                 worst = max(worst, float(((found[rows, prompt] - logits).abs() / sizes).max()))
         return worst
 
+    def _check_weights(self) -> None:
+        """Raise ValueError if the model's weights have changed since the ledger was made."""
+        try:
+            self._request.require_trace().source.check(self._request.adapter.model)
+        except ValueError as error:
+            raise ValueError("ledger: the model's weights have changed since it was made; make it again.") from error
+
     @property
     def nbytes(self) -> int:
-        """The bytes of the gradients that it holds; the trace has its own."""
-        return sum(one.numel() * one.element_size() for one in self._pages.gradients.values())
+        """The bytes of the gradients and of the hidden states that it holds."""
+        trace = self._request.require_trace()
+        states = [
+            trace.resid_final,
+            trace.normed_final,
+            *(x for one in trace.layers for x in (one.resid_pre, one.resid_mid)),
+        ]
+        held = {one.data_ptr(): one for one in (*self._pages.gradients.values(), *states)}
+        return sum(one.numel() * one.element_size() for one in held.values())
 
     def __str__(self) -> str:
         return str(self.view())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,24 @@ _CURVES = {
 
 
 def kernel_curve(
-    rule: str, weights: Mlp, constants: Sequence[Tensor | None], device: torch.device, dtype: torch.dtype
+    rule: str, weights: Mlp, constants: Sequence[Tensor | None], device: torch.device, *dtypes: torch.dtype
 ) -> str | None:
     """Return the name by which the kernel knows an MLP's activation; None where the plain code has to do the MLP.
 
-    The kernel knows no ``constants`` in front of the activation, no limits and no code of a user's.
+    ``dtypes`` are those of the products, of the gradients and of the trace. The kernel knows no ``constants`` in front
+    of the activation, no limits and no code of a user's.
     """
     activation = weights.activation
-    if rule == "taylor" or activation is None or not has_kernels(device, dtype):
+    if rule == "taylor" or activation is None or not has_kernels(device, *dtypes):
         return None
     changed = activation.gate_limit, activation.up_limit, activation.up_offset or None, *constants
     if any(one is not None for one in changed):
         return None
-    curve = activation.curve
+    return curve_name(activation.curve)
+
+
+def curve_name(curve: Callable[[Tensor], Tensor]) -> str | None:
+    """Return the name by which the kernel knows an activation; None where it is none of torch's or transformers' own."""
     if isinstance(curve, nn.GELU):
         return "gelu_tanh" if curve.approximate == "tanh" else "gelu"
     if isinstance(curve, nn.Module):

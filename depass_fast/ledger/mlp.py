@@ -83,7 +83,8 @@ class WayThroughMlp:
         w_up = weights.w_up.to(self.compute) if reads_up(self.rule, weights) else None
         constants = weights.gate_constant(dtype), None if w_up is None else weights.up_constant(dtype)
         scores, found = [], []
-        curve = kernel_curve(self.rule, weights, constants, written.device, dtype)
+        dtypes = dtype, self.compute, trace.act.dtype
+        curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
         for places in self._places(trace, len(written) * len(w_gate) * dtype.itemsize * _HELD, written.device):
             if curve is not None:
                 up = None if w_up is None or normed is None else normed[places.at] @ w_up.T

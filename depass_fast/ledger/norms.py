@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class FrozenNorm:
 
 def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
     """Return s of hidden states (A, D) -> (A,), on a GPU by one kernel."""
-    if not has_kernels(resid.device, dtype):
+    if not has_kernels(resid.device, dtype, resid.dtype):
         return norm.scale(resid.to(dtype)).to(dtype)
     from ..kernels.rows import row_scales  # needs Triton
 
@@ -54,9 +55,16 @@ def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
         return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
 
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if Triton's kernels can do what is computed in ``dtype`` on a device; its interpreter is not meant."""
-    return device.type != "cpu" and dtype == torch.float32 and why_not_triton(device, dtype) is None
+def has_kernels(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """True if Triton's kernels can do what is held in these ``dtypes``, on a device; its interpreter is not meant."""
+    if device.type == "cpu" or torch.float64 in dtypes:
+        return False
+    return _runs_kernels(device) if device.type == "cuda" else why_not_triton(device, torch.float32) is None
+
+
+@lru_cache(maxsize=64)
+def _runs_kernels(device: torch.device) -> bool:
+    return why_not_triton(device, torch.float32) is None
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -37,7 +37,8 @@ from ..state.state import ComponentState
 class Partition:
     """The statistics of all components of one prompt, at every layer from where they start to ``end``.
 
-    For the softmax that is log Z: per position and neuron the largest g/T, and the sum of exp(g/T) relative to it.
+    For the softmax that is log Z: per position and neuron the largest g/T, and the sum of exp(g/T) relative to it. For
+    a linear rule there are none, and nothing is carried.
     ``completeness_error`` is the largest of the run that made it.
     """
 
@@ -161,6 +162,8 @@ def _partition(request: Request) -> Partition:
     backend = _streaming(request, keep=True)
     run, trace, state = replace(request.run, backend=backend), request.require_trace(), start(request)
     components = state.layout.components[0]
+    if run.allocation.linear_rule is not None:  # components do not meet: there is nothing to know of the others
+        return Partition(components, {}, request.end, 0.0, _made_of(request))
     _, errors = propagate(request.adapter, trace, state, request.end, run)
     worst = float(torch.stack(errors).max())
     warn_if_states_miss(request.adapter, request.run, errors)

@@ -87,7 +87,9 @@ def plan_of(
         end=last,
         traced=trace is not None,
         counts=None if trace is None else known_counts(components, adapter, first_positions(trace, carried)),
-        method=choose_method(method, components, adapter, settings),
+        method=choose_method(
+            method, components, adapter, settings, carried, [n_targets * len(of_prompt) for of_prompt in reads]
+        ),
         carried=carried,
         reads=reads,
         gradients=n_targets * max(map(len, reads)),

@@ -295,7 +295,7 @@ def test_the_arena_is_as_large_as_planned(kind, length, budget, rule, monkeypatc
     monkeypatch.setattr(
         cost, "arena_bytes", lambda work, inner=cost.arena_bytes: planned.append(inner(work)) or planned[-1]
     )
-    dp.plan(trace, kind, measure=False)
+    dp.plan(trace, kind, method="exact", measure=False)
     dp.decompose(trace, kind)
     assert planned[0] * 0.9 <= max(taken) <= planned[0]
 

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.kernels import way_back
 from depass_fast.kernels.way_back import CURVES, RULES, neurons_back
+from depass_fast.ledger import curves, norms
 from depass_fast.linear_rules import mean_to_zero
+from tests.support.family_models import VARIANTS, available, build_variant
+from tests.support.models import random_ids
 
 FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 ROWS, POSITIONS, NEURONS, RECORDED = 2, 21, 40, 30
@@ -65,3 +70,61 @@ def test_bad_arguments_are_refused():
         neurons_back(y, act, gate, up, at.int(), ENDS, "half", "silu")
     with pytest.raises(ValueError, match="up"):
         neurons_back(y, act, gate, up[:3], at, ENDS, "half", "silu")
+
+
+KERNEL = {
+    "llama": True,
+    "phi3": True,
+    "mixtral": True,
+    "gemma2": True,
+    "qwen2_moe": True,
+    "gpt_oss": False,
+    "gpt2": False,
+}
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_a_ledger_by_the_kernel_is_the_plain_one(name, monkeypatch):
+    """As a GPU makes it; biases and clamps are left to the plain code. A prompt of more than a piece is among them."""
+    if not available(name):
+        pytest.skip("not in this version of transformers")
+    dp = DePass(build_variant(name), progress=False)
+    prompts, kinds = (
+        [random_ids(6), random_ids(1), random_ids(60, 1)],
+        (Tokens(), Heads(layers="all"), Neurons(layers="all")),
+    )
+    calls, inner = [], way_back.neurons_back
+    monkeypatch.setattr(way_back, "neurons_back", lambda *given: calls.append(1) or inner(*given))
+    plain = dp.ledger(prompts, [5, 3], position=[0, -1])
+    for module in (curves, norms):
+        monkeypatch.setattr(module, "has_kernels", lambda device, *dtypes: torch.float64 not in dtypes)
+    monkeypatch.setattr("depass_fast.ledger.batches._PIECE", 16)
+    found = dp.ledger(prompts, [5, 3], position=[0, -1])
+    assert bool(calls) == KERNEL[name]
+    for kind in kinds:
+        for ours, theirs in zip(every(found.scores(kind)), every(plain.scores(kind)), strict=True):
+            assert ours.labels == theirs.labels and ours.completeness_error < 1e-4
+            assert torch.allclose(ours.scores, theirs.scores, atol=3e-6 * float(theirs.scores.abs().max()), rtol=0)
+    mixed = DePass(dp.model, compute_dtype="float64", progress=False).ledger(prompts, 5)
+    assert mixed.completeness_error < 1e-5  # which the kernel does not take
+
+
+def every(answer):
+    """The attributions in an answer of a ledger."""
+    if isinstance(answer, list):
+        return [one for part in answer for one in every(part)]
+    return list(answer) if hasattr(answer, "by_layer") else [answer]
+
+
+def test_the_kernel_knows_the_activations_of_the_families():
+    """By their names; each name's formula is the activation."""
+    x, known = torch.linspace(-9, 9, 301), set()
+    for name in VARIANTS:
+        if not available(name):
+            continue
+        curve = DePass(build_variant(name)).adapter.mlps(0)[0].activation.curve
+        found = curves.curve_name(curve)
+        if found is not None:
+            known.add(found)
+            assert torch.allclose(curve(x), FUNCTIONS[found](x), atol=2e-6), name
+    assert known == {"silu", "gelu", "gelu_tanh", "relu"}
