@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
 
 import torch
 from torch import nn
 
 from .adapters import adapt, unwrap
+from .allocation import Allocation
 from .chosen_method import with_method
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
@@ -341,7 +342,7 @@ class DePass(StateCalls):
         errors.
         """
         if rule is None:
-            rule = self.options.allocation if self.options.allocation in LINEAR_RULES else "shapley"
+            rule = cast(LinearRuleName, Allocation(self.options.allocation).linear_rule or "shapley")
         if rule not in LINEAR_RULES:
             raise ValueError(
                 f"rule: {rule!r} is not linear ({', '.join(LINEAR_RULES)}), and has no ledger; for all components of a "

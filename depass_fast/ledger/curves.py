@@ -36,7 +36,7 @@ def kernel_curve(
 
 
 def curve_name(curve: Callable[[Tensor], Tensor]) -> str | None:
-    """Return the name by which the kernel knows an activation; None where it is none of torch's or transformers' own."""
+    """Return the name by which the kernel knows an activation; None for a user's own, and for one that it lacks."""
     if isinstance(curve, nn.GELU):
         return "gelu_tanh" if curve.approximate == "tanh" else "gelu"
     if isinstance(curve, nn.Module):
