@@ -191,7 +191,7 @@ def how_computed(request: Request, prompt: int) -> dict[str, Any]:
         "backend": run.backend.name,
         "device": str(adapter.device),
         "dtype": dtype_name(adapter.dtype),
-        "state_dtype": dtype_name(run.state_dtype),
+        "state_dtype": dtype_name(run.state_dtype if request.method is None else wide_dtype(request)),
         "compute_dtype": _products(request),
         "site": kind.site,
         "end": request.end_given,

@@ -77,7 +77,7 @@ KERNEL = {"phi3": True, "mixtral": True, "gemma2": True, "gpt_oss": False, "gpt2
 
 @pytest.mark.parametrize("name", KERNEL)
 def test_a_ledger_by_the_kernel_is_the_plain_one(name, monkeypatch):
-    """The way that a GPU makes it; biases and clamps are left to the plain code. A prompt of more than a piece is among them."""
+    """Biases and clamps are left to the plain code; one prompt is longer than a piece."""
     if not available(name):
         pytest.skip("not in this version of transformers")
     dp = DePass(build_variant(name), progress=False)
