@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import nn
 
 from .adapters import adapt, unwrap
-from .allocation import Allocation
 from .chosen_method import with_method
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
@@ -20,11 +19,11 @@ from .inputs.generation import generation_arguments
 from .inputs.loading import as_tokenizer, check_weights, load_model
 from .inputs.prompts import Prompt, encode_all, is_list_of_positions
 from .ledger.book import Ledger
-from .linear_rules import LINEAR_RULES
+from .ledger.given import check_options, refuse_arguments, rule_of
 from .methods import continuation as continuations
 from .methods.attribution import attributions
 from .methods.continuation import attribute_continuation, refuse_beside
-from .methods.plan import plan_of
+from .methods.plan import ledger_settings, plan_of
 from .options import Adjoint, CallValues, LinearRuleName, MethodName, Options, OptionValues
 from .planning.plan import Plan
 from .request import Request, make_request, take_trace, with_targets
@@ -116,6 +115,7 @@ class DePass(StateCalls):
         measure: bool = True,
         continuation: Any | None = None,
         n_targets: int = 1,
+        rule: LinearRuleName | None = None,
         **options: Unpack[OptionValues],
     ) -> Plan:
         """Predict FLOP, memory and time of a decomposition of a prompt, or of any of N tokens, before any work.
@@ -125,17 +125,19 @@ class DePass(StateCalls):
         the prompt's place tells. ``position`` is what is read, behind which nothing is carried; None: the last.
         ``n_targets`` is the number of targets at every position: a linear rule carries a gradient for each.
 
-        ``components`` "ledger" plans :meth:`ledger`, under the ``allocation`` that is given, by default "shapley".
+        ``components`` "ledger" plans :meth:`ledger` under ``rule``, or under the ``allocation`` that is given; by
+        default under the engine's own one where that is linear, else "shapley".
 
         ``measure`` times a GEMM of this machine once, a fraction of a second, for the estimate of time. With a
         ``continuation`` it is the plan of both. Other arguments and errors as in :meth:`attribute`.
         """
-        if components == "ledger":
-            options = {"allocation": "shapley", **options}
+        settings = self.options.updated(options)
+        if rule is not None or (components == "ledger" and "allocation" not in options):
+            settings = ledger_settings(settings, components, rule, "allocation" in options)
         return plan_of(
             self.adapter,
             self.tokenizer,
-            self.options.updated(options),
+            settings,
             prompt_or_length,
             components,
             position=position,
@@ -341,22 +343,10 @@ class DePass(StateCalls):
         where that is one of them, else "shapley". The other arguments are those of :meth:`attribute`, and so are the
         errors.
         """
-        if rule is None:
-            rule = cast(LinearRuleName, Allocation(self.options.allocation).linear_rule or "shapley")
-        if rule not in LINEAR_RULES:
-            raise ValueError(
-                f"rule: {rule!r} is not linear ({', '.join(LINEAR_RULES)}), and has no ledger; for all components of a "
-                "kind under 'softmax' take attribute(..., method='adjoint')."
-            )
-        if "allocation" in options:
-            raise TypeError("allocation: a ledger takes it as rule=.")
+        refuse_arguments(options)
         settings = self.options.updated(options)
-        for name, given in (("stream", settings.stream is True), ("verify", settings.verify)):
-            if given:
-                raise ValueError(
-                    f"{name}: a ledger carries no states; leave it out. attribute(...) has method='exact'."
-                )
-        request = self._request(prompt, Tokens(), None, {**options, "allocation": rule})
+        check_options(settings)
+        request = self._request(prompt, Tokens(), None, {**options, "allocation": rule_of(rule, settings)})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         return Ledger.of(with_method(request, "adjoint"), one_position=not is_list_of_positions(position))
 

@@ -161,7 +161,7 @@ def with_targets(
     if targets is not None and (isinstance(targets, str) or not isinstance(targets, Sequence | np.ndarray | Tensor)):
         raise TypeError(
             f"targets: expected a list with one target per prompt, got {targets!r}. A text of several tokens is given "
-            "as continuation=."
+            "to attribute(..., continuation=...)."
         )
     if targets is not None and (target is not None or len(targets) != count):
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")

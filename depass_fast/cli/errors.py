@@ -22,6 +22,7 @@ _ADVICE = (  # the library's own, as it is given in Python
     (r"\bverify=True\b", "--verify"),
     (r"\bmemory_budget=(\d+)", r"--memory-budget \1"),
     (r"\bchat_template_kwargs\b", "--chat-template-kwargs"),
+    (r"\battribute\(\.\.\., continuation=\.\.\.\)", "`depass-fast attribute --continuation`"),
     (r"\bcontinuation=(?!\w)", "--continuation"),
 )
 

@@ -49,8 +49,12 @@ def add_method(group: argparse._ActionsContainer) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="adjoint: the seed of the random draws. Default: 0")
 
 
-def add_allocation(group: argparse._ActionsContainer, default: str | None = "softmax", note: str = "") -> None:
-    group.add_argument("--allocation", default=default, choices=_RULES, metavar="RULE", help=", ".join(_RULES) + note)
+def add_allocation(
+    group: argparse._ActionsContainer, default: str | None = "softmax", note: str = "", *names: str
+) -> None:
+    """--allocation, also under other ``names``."""
+    text = ", ".join(_RULES) + note
+    group.add_argument("--allocation", *names, default=default, choices=_RULES, metavar="RULE", help=text)
 
 
 def add_rule(group: argparse._ActionsContainer) -> None:

@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
         "--rule",
+        "--allocation",
+        dest="rule",
         default="shapley",
         choices=flags.LINEAR_RULES,
         help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",

@@ -26,7 +26,7 @@ examples:
   depass-fast plan --model ./llama --length 512 --components tokens
   depass-fast plan --model meta-llama/Llama-2-7b-hf --length 20 --components neurons --layer 0 --dtype bfloat16 --json
   depass-fast plan --model ./llama --length 20 --components neurons --layer all --refine 1000
-  depass-fast plan --model ./llama --length 2048 --components ledger --allocation half --targets 3
+  depass-fast plan --model ./llama --length 2048 --components ledger --rule half --targets 3
   depass-fast plan --model ./llama --prompt "The capital of France is" --continuation " Paris." --components tokens
   depass-fast plan --model ./llama --length 2048 --components tokens --device cuda --gemm-tflops 790
 """
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     read.add_argument("--continuation", type=types.token_text, metavar="TEXT", help="a text that follows --prompt")
     flags.add_components(parser, layer="0", kinds=(*flags.KINDS, "ledger"))
-    flags.add_allocation(parser, default=None, note=". Default: softmax; of a ledger, shapley")
+    flags.add_allocation(parser, None, "; of a ledger a linear one. Default: softmax; of a ledger, shapley", "--rule")
     parser.add_argument(
         "--targets", type=int, default=1, metavar="K", help="how many targets a linear rule reads at once. Default: 1"
     )
@@ -88,6 +88,10 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--targets: {args.targets} is out of range; it is at least 1.")
     config, is_ledger = config_of(args.model), args.components == "ledger"
     name, rule = ("tokens", "shapley") if is_ledger else (args.components, "softmax")
+    if is_ledger and args.layer not in (None, "all"):
+        raise ValueError(
+            f"--layer: {args.layer!r} cannot be planned by itself: a ledger is of all layers. Leave it out."
+        )
     components = components_of(config, name, 0 if args.layer is None or is_ledger else args.layer)
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
     options = Options(args.allocation or rule, memory_budget=args.memory_budget, state_dtype=args.state_dtype)

@@ -162,6 +162,11 @@ class LayerKind(ComponentKind, Generic[R]):
 
     layers: SeveralLayers | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, str) and self.layer == "all":
+            raise ValueError("layer: 'all' is no layer; for all layers give layers='all'.")
+        super().__post_init__()
+
     @property
     def is_layered(self) -> bool:
         return self.layers is not None

@@ -138,7 +138,11 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     others = [f" {bare}", bare] if bare else [f"<0x{byte:02X}>" for byte in text.encode()[:1] if len(text) == 1]
     variant = next((other for other in others if other != text and _one(other, reader) is not None), None)
     hint = "" if variant is None else f" {variant!r} is one token."
-    more = " Several tokens are given as continuation=." if argument == "target" and len(ids) > 1 else ""
+    more = (
+        " Several tokens are given to attribute(..., continuation=...)."
+        if argument == "target" and len(ids) > 1
+        else ""
+    )
     raise ValueError(f"{argument}: {problem}.{hint}{more}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -16,9 +16,11 @@ from ..components.custom import Array, Custom, SomeBases, Subspaces
 from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
+from ..inputs.prompts import as_index
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
 from ..results.attribution import Attribution
+from ..results.files import check_path
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
@@ -37,6 +39,11 @@ KINDS = ("tokens", "modules", "heads", "neurons")
 _OWN: dict[str, ComponentKind] = dict(
     zip(KINDS, (Tokens(), Modules(layers="all"), Heads(layers="all"), Neurons(layers="all")), strict=True)
 )
+_KEYS: dict[str, Callable[[Entry], float]] = {
+    "magnitude": lambda entry: -abs(entry.score),
+    "positive": lambda entry: -entry.score,
+    "negative": lambda entry: entry.score,
+}
 
 
 class Entry(NamedTuple):
@@ -81,7 +88,9 @@ class Ledger:
 
         Raises:
             ValueError: the model's weights have changed since the ledger was made.
+            OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
         """
+        check_path(path)
         self._check_weights()
         save(path, self._request, self._reads, self._pages, self._one_position)
 
@@ -116,19 +125,19 @@ class Ledger:
         """Return the scores of the tokens at the input of a layer: what each position's state is worth."""
         return self.scores(Tokens(layer))
 
-    def heads(self, layer: int | str | None = None, *, layers: SeveralLayers = "all") -> Answer:
+    def heads(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
         """Return the scores of the attention heads of one layer or several, by default of all."""
-        return self.scores(Heads(layers=layers) if layer is None else Heads(layer))
+        return self.scores(Heads(**_place(layer, layers)))
 
-    def neurons(self, layer: int | str | None = None, *, layers: SeveralLayers = "all") -> Answer:
+    def neurons(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
         """Return the scores of the MLP's neurons of one layer or several, by default of all."""
-        return self.scores(Neurons(layers=layers) if layer is None else Neurons(layer))
+        return self.scores(Neurons(**_place(layer, layers)))
 
     def modules(
-        self, layer: int | str | None = None, which: Which = "both", *, layers: SeveralLayers = "all"
+        self, layer: int | str | None = None, which: Which = "both", *, layers: SeveralLayers | None = None
     ) -> Answer:
         """Return the scores of whole attentions and MLPs of one layer or several, by default of all."""
-        return self.scores(Modules(which=which, layers=layers) if layer is None else Modules(layer, which))
+        return self.scores(Modules(which=which, **_place(layer, layers)))
 
     def features(
         self,
@@ -139,6 +148,7 @@ class Ledger:
         layers: SeveralLayers | None = None,
     ) -> Answer:
         """Return the scores of a dictionary's features. Arguments as of :class:`depass_fast.Features`."""
+        _refuse_both(layer, layers)
         return self.scores(Features(layer, sae, site, layers=layers))  # pyright: ignore[reportArgumentType]
 
     def subspaces(
@@ -179,26 +189,30 @@ class Ledger:
 
         Raises:
             ValueError: an unknown kind; ``by`` is another word; ``k`` is less than one.
+            TypeError: ``k``, ``prompt``, ``read`` or ``target`` is no integer.
             IndexError: there is no such prompt, read or target.
         """
+        self._check(kinds, prompt, read, target, k=k)
+        if by not in _KEYS:
+            raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, _KEYS))}.")
         found: list[Entry] = []
         for kind, result in self._results(kinds, prompt, read).items():
             for one in result if isinstance(result, LayeredAttribution) else [result]:
                 found += [Entry(label, kind, one.layer, score) for label, score in one.top(k, target, by)]
-        keys = {"magnitude": lambda e: -abs(e.score), "positive": lambda e: -e.score, "negative": lambda e: e.score}
-        return sorted(found, key=keys[by])[:k]
+        return sorted(found, key=_KEYS[by])[:k]
 
     def view(
         self, top: int = 5, *, kinds: Sequence[str] = KINDS, prompt: int = 0, read: int = 0, target: int = 0
     ) -> View:
         """Return the ``top`` leading components of every kind, for ``print`` and ``rich.print``.
 
-        ``str(ledger)`` is that of the first prompt, read and target. Arguments and errors as of :meth:`top`.
+        ``str(ledger)`` is that of the first prompt, read and target. Tokens behind the position that is read have no
+        rows. Arguments and errors as of :meth:`top`.
         """
-        results = self._results(kinds, prompt, read)
-        for result in results.values():
-            result.scores_of(target)  # or there is no such target
-        return View(results, target, top, (*self._others(prompt, read, target), self._about()))
+        prompt, read, target = self._check(kinds, prompt, read, target, top=top)
+        return View(
+            self._results(kinds, prompt, read), target, top, (*self._others(prompt, read, target), self._about())
+        )
 
     def to_dict(
         self, *, kinds: Sequence[str] = KINDS, prompt: int | None = None, read: int | None = None
@@ -215,6 +229,7 @@ class Ledger:
         for name, given, count in (("prompt", prompt, len(self._request.prompts)), ("read", read, self.n_reads)):
             if given is None and count > 1:
                 raise ValueError(f"{name}: this ledger holds {count}; choose one, from 0 to {count - 1}.")
+        self._check(kinds, prompt or 0, read or 0)
         each = {kind: one.to_dict() for kind, one in self._results(kinds, prompt or 0, read or 0).items()}
         own = ("components", "allocation", "layer", "layers", "site", "labels", "scores", "exclude_special", "seconds")
         own += ("temperature", "verification", "estimate", "sweep", "reduced", "end")  # none of which there is
@@ -223,23 +238,31 @@ class Ledger:
         return {"rule": self.rule, **shared, "completeness_error": self.completeness_error, **parts}
 
     def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
-        """Return the answer for each of the model's own kinds, for one prompt and read.
+        """Return the answer for each of the model's own kinds, for one prompt and read, which were checked."""
+        prompt %= len(self._request.prompts)
+        return {kind: self._read_off(_OWN[kind], [prompt])[0][read] for kind in kinds}
+
+    def _check(
+        self, kinds: Sequence[str], prompt: int, read: int, target: int = 0, **counts: int
+    ) -> tuple[int, int, int]:
+        """Return ``prompt``, ``read`` and ``target`` counted from 0; ``counts`` are numbers of components.
 
         Raises:
-            ValueError, IndexError: as of :meth:`top`.
+            ValueError, TypeError, IndexError: as of :meth:`top`.
         """
         if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in _OWN]):
             given = kinds if isinstance(kinds, str) else unknown[0]
             raise ValueError(f"kinds: expected a list of {', '.join(map(repr, KINDS))}, got {given!r}.")
-        for name, given, count in (("prompt", prompt, len(self._request.prompts)), ("read", read, self.n_reads)):
-            if not -count <= given < count:
-                raise IndexError(f"{name}: {given} is out of range; this ledger holds {count}.")
-        prompt %= len(self._request.prompts)
-        return {kind: self._read_off(_OWN[kind], [prompt])[0][read] for kind in kinds}
+        for name, given in counts.items():
+            if as_index(given, name) < 1:
+                raise ValueError(f"{name}: {given} is out of range; it must be at least 1.")
+        prompt = _number(prompt, "prompt", len(self._request.prompts))
+        read = _number(read, "read", self.n_reads)
+        return prompt, read, _number(target, "target", len(self.target_names[prompt * self.n_reads + read]))
 
     def _others(self, prompt: int, read: int, target: int) -> list[str]:
         """Return a line that says which of several prompts, reads and targets a view shows, if there are several."""
-        place = prompt % len(self._request.prompts) * self.n_reads + read % self.n_reads
+        place = prompt * self.n_reads + read
         counts = len(self._request.prompts), self.n_reads, len(self.target_names[place])
         chosen = zip(("prompt", "read", "target"), (prompt, read, target), counts, strict=True)
         several = [f"{name} {number} of {count}" for name, number, count in chosen if count > 1]
@@ -300,6 +323,12 @@ class Ledger:
         held = {one.data_ptr(): one for one in (*self._pages.gradients.values(), *states)}
         return sum(one.numel() * one.element_size() for one in held.values())
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Ledger: it belongs to a model, and is neither pickled nor copied. save(path) writes a file, and "
+            "load_ledger(path) of the model's DePass reads it."
+        )
+
     def __str__(self) -> str:
         return str(self.view())
 
@@ -312,3 +341,22 @@ class Ledger:
             f"Ledger({self.rule}, prompts of {lengths} tokens, targets {brief(self.target_names[0])}, "
             f"{len(self._pages.gradients)} sites, {readable(self.nbytes)})"
         )
+
+
+def _number(given: Any, name: str, count: int) -> int:
+    """Return which of ``count`` is meant, counted from 0. Raises IndexError for none, TypeError for no integer."""
+    number = as_index(given, name)
+    if not -count <= number < count:
+        raise IndexError(f"{name}: {number} is out of range; this ledger holds {count}.")
+    return number % count
+
+
+def _place(layer: int | str | None, layers: SeveralLayers | None) -> dict[str, Any]:
+    """Return the arguments of a kind for one layer or several, by default for all. Raises ValueError for both."""
+    _refuse_both(layer, layers)
+    return {"layers": "all" if layers is None else layers} if layer is None else {"layer": layer}
+
+
+def _refuse_both(layer: int | str | None, layers: SeveralLayers | None) -> None:
+    if layer is not None and layers is not None:
+        raise ValueError(f"layer: {layer!r} beside layers={layers!r}; give one of the two.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..results.attribution import Attribution
 from ..results.interface import Result
 from ..results.render import headline, legend, plain_table, rich_table, token_line
 from ..runtime.terminal import encodable
@@ -30,7 +31,7 @@ class View:
     def __str__(self) -> str:
         lines = [*self._headlines(), *self.about]
         for result in self.results.values():
-            lines += ["", self._title(result), *plain_table(result.rows(self.target, self.top))]
+            lines += ["", self._title(result), *plain_table(_up_to_position(result).rows(self.target, self.top))]
         return encodable("\n".join(lines))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Group]:
@@ -44,7 +45,7 @@ class View:
             if result.components == "tokens":
                 scores = result.scores_of(self.target).tolist()
                 parts += [token_line(result.tokens, scores, encoding), legend(scores[: len(result.tokens)])]
-            parts.append(rich_table(result.rows(self.target, self.top), encoding=encoding))
+            parts.append(rich_table(_up_to_position(result).rows(self.target, self.top), encoding=encoding))
         yield Group(*parts, "", *(Text(encodable(line, encoding), style="dim") for line in self.about))
 
     def _headlines(self) -> list[str]:
@@ -52,3 +53,11 @@ class View:
 
     def _title(self, result: Result) -> str:
         return f"{result.components} at {result.layer_text()}"
+
+
+def _up_to_position(result: Result) -> Result:
+    """Return tokens without those behind the position that is read, which have no share; other results as they are."""
+    if not isinstance(result, Attribution) or result.components != "tokens":
+        return result
+    kept = [m for m in range(len(result.labels)) if not result.position < m < len(result.tokens)]
+    return replace(result, labels=[result.labels[m] for m in kept], scores=result.scores[..., kept])

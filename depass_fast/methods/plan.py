@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from ..adapters import Adapter
-from ..allocation import Allocation
 from ..chosen_method import choose_method
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
 from ..inputs.prompts import Prompt, as_index, as_positions, encode_all
-from ..linear_rules import LINEAR_RULES
+from ..ledger.given import check_rule, rule_of
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
 from ..planning.plan import Plan
@@ -98,6 +98,20 @@ def plan_of(
     return make_plan(shape, gemm_flops=rate, rate_source=source)
 
 
+def ledger_settings(settings: Options, components: Any, rule: str | None, has_allocation: bool) -> Options:
+    """Return the options with the rule of a ledger; ``has_allocation`` says that the call names one by ``allocation``.
+
+    Raises:
+        ValueError: ``rule`` is unknown or not linear, or the components are no ledger.
+        TypeError: ``rule`` beside ``allocation``.
+    """
+    if components != "ledger":
+        raise ValueError("rule: it is of a plan of 'ledger'; other components take it as allocation=.")
+    if has_allocation:
+        raise TypeError("rule: it is the allocation of a ledger by another name; leave one of the two out.")
+    return replace(settings, allocation=rule_of(rule, settings))
+
+
 def check_ledger(
     settings: Options, method: str | Adjoint | None, end: int | str | None = None, continuation: Any | None = None
 ) -> Literal["adjoint"]:
@@ -109,11 +123,7 @@ def check_ledger(
     for name, value in (("end", end), ("continuation", continuation)):
         if value is not None:
             raise ValueError(f"{name}: a ledger is of a prompt and of all layers; leave {name}= out.")
-    if Allocation(settings.allocation).linear_rule is None:
-        raise ValueError(
-            f"allocation: {Allocation(settings.allocation).name!r} is not linear ({', '.join(LINEAR_RULES)}), and has "
-            "no ledger."
-        )
+    check_rule(settings.allocation, "allocation")
     if method not in (None, "adjoint"):
         raise ValueError(f"method: a ledger is made by method='adjoint' alone; got {method!r}.")
     return "adjoint"

@@ -15,9 +15,12 @@ def leading(labels: Sequence[str], scores: Tensor, k: int, by: str) -> list[tupl
 
     Raises:
         ValueError: ``by`` is no known order, or ``k`` is less than one.
+        TypeError: ``k`` is no integer.
     """
     if by not in _KEYS:
         raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, _KEYS))}.")
+    if not hasattr(k, "__index__"):
+        raise TypeError(f"k: expected an integer, got {k!r}.")
     if k < 1:
         raise ValueError(f"k: {k} is out of range; it must be at least 1.")
     order: list[int] = _KEYS[by](scores).argsort(descending=True, stable=True)[:k].tolist()

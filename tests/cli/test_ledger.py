@@ -53,6 +53,9 @@ def test_text(capsys, engine):
     assert [out.index(f"\n{kind} at ") for kind in KINDS] == sorted(out.index(f"\n{kind} at ") for kind in KINDS)
     out = run(capsys, *LEDGER, "--prompt", FIRST, "--top", "2", "--kinds", "heads,tokens", "--rule", "half")
     assert "neurons at" not in out and out.count("L0H") == 2 and "ledger | half | cpu" in out
+    assert "ledger | taylor | cpu" in run(
+        capsys, *LEDGER, "--prompt", FIRST, "--allocation", "taylor", "--kinds", "heads"
+    )
 
 
 def test_colour_on_a_terminal(capsys, monkeypatch):
@@ -125,12 +128,14 @@ def test_a_ledger_that_answers_more(capsys, engine, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--rule", "softmax"], "--rule: invalid choice: 'softmax'"),
+        (["--rule", "softmax"], "--rule/--allocation: invalid choice: 'softmax'"),
         (["--kinds", "heads,features"], "--kinds: 'features' is not one of tokens, modules, heads, neurons"),
         (["--target-id", "100000"], "--target-id: id 100000 is outside the vocabulary"),
         (["--contrast", " Grace", "--target-kind", "log-prob"], "--target-kind: the difference of two"),
         (["--position", "99"], "--position: 99 is out of range"),
         (["--out", "book.txt"], "--out: 'book.txt' must end in"),
+        (["--target", " Diane Grace"], "given to `depass-fast attribute --continuation`"),
+        (["--allocation", "relu"], "--rule/--allocation: invalid choice: 'relu'"),
         (["--top", "0"], "--top: '0' is not a positive integer"),
     ],
 )

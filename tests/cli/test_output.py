@@ -93,7 +93,7 @@ def test_advice_is_given_in_flags(capsys, monkeypatch):
     advice = "refine more of every layer, as --refine 256 --refine-within layer, or take --method exact"
     assert advice in captured.err and captured.out.count(f"WARNING: {advice}") == 3
     assert main([*ATTRIBUTE, "--prompt", "a", "--components", "tokens", "--target", " Nyria Morstam"]) == 2
-    assert "Several tokens are given as --continuation." in capsys.readouterr().err
+    assert "Several tokens are given to `depass-fast attribute --continuation`." in capsys.readouterr().err
     sweep = "give method=Adjoint(refine=0, sample=0) or backend='torch'; see Adjoint(...), continuation=1"
     assert with_flags(sweep) == "give --refine 0 --sample 0 or --backend torch; see Adjoint(...), continuation=1"
 

@@ -1,6 +1,7 @@
 """Bad input of a ledger is refused by name, before any work where that is possible."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -16,10 +17,29 @@ def dp():
     return build("llama-gqa")
 
 
-@pytest.mark.parametrize("rule", ["softmax", "relu", "shapely", len])
-def test_a_rule_that_is_not_linear(dp, rule):
-    with pytest.raises(ValueError, match=r"rule: .* is not linear \(taylor, half, shapley\).* method='adjoint'"):
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("softmax", "rule: 'softmax' is not linear, .*neurons of all layers .* method='adjoint' of attribute"),
+        ("relu", "rule: 'relu' is not linear, .*one layer at a time, with allocation= of attribute"),
+        ("max", "rule: 'max' is not linear, .*one layer at a time"),
+        (len, "rule: len is not linear, .*one layer at a time"),
+        ("shapely", "rule: unknown rule 'shapely'; the linear rules, .* are 'taylor', 'half', 'shapley'"),
+        ("Shapley", "rule: unknown rule 'Shapley'; the linear rules"),
+        (3, "rule: unknown rule 3; the linear rules"),
+        (["half"], r"rule: unknown rule \['half'\]; the linear rules"),
+    ],
+)
+def test_a_rule_that_is_not_linear(dp, rule, message):
+    with pytest.raises(ValueError, match=message):
         dp.ledger(IDS, rule=rule)
+    with pytest.raises(ValueError, match=message):
+        dp.plan(7, "ledger", rule=rule, measure=False)
+
+
+def test_a_rule_of_none_is_the_allocation_where_that_is_linear(dp):
+    for own, expected in (("half", "half"), ("taylor", "taylor"), ("softmax", "shapley"), ("relu", "shapley")):
+        assert DePass(dp.model, allocation=own).ledger(IDS, rule=None).rule == expected
 
 
 @pytest.mark.parametrize(
@@ -28,7 +48,12 @@ def test_a_rule_that_is_not_linear(dp, rule):
         ({"allocation": "half"}, TypeError, "allocation: a ledger takes it as rule="),
         ({"stream": True}, ValueError, "stream: a ledger carries no states"),
         ({"verify": True}, ValueError, "verify: a ledger carries no states"),
-        ({"refine": 3}, TypeError, "refine"),
+        ({"method": "adjoint"}, TypeError, "method: .* no method to choose, and nothing to refine or to sample"),
+        ({"refine": 3}, TypeError, "refine: .* nothing to refine"),
+        ({"sample": 3}, TypeError, "sample: .* nothing to refine or to sample"),
+        ({"continuation": [1]}, TypeError, r"continuation: a ledger has targets; .*attribute\(..., continuation=...\)"),
+        ({"end": 1}, TypeError, r"end: .*attribute\(..., end=...\)"),
+        ({"layer": 1}, TypeError, "layer: a ledger is of all layers and kinds"),
         ({"memory_budget": -1}, ValueError, "memory_budget"),
         ({"target": 64}, ValueError, "target: id 64"),
         ({"target": [1, -1]}, ValueError, "target"),
@@ -69,6 +94,11 @@ def test_there_is_nothing_to_refine_or_to_sample(dp, numbers):
     [
         (lambda ledger: ledger.heads(3), ValueError, "layer: 3 is out of range"),
         (lambda ledger: ledger.neurons(layers=[]), ValueError, "layers"),
+        (lambda ledger: ledger.neurons(0, layers=[1]), ValueError, r"layer: 0 beside layers=\[1\]; give one"),
+        (lambda ledger: ledger.heads(1, layers="all"), ValueError, "layer: 1 beside layers='all'; give one"),
+        (lambda ledger: ledger.modules(1, layers=[1]), ValueError, "layer: 1 beside layers"),
+        (lambda ledger: ledger.features(None, 1, layers=[1]), ValueError, "layer: 1 beside layers"),
+        (lambda ledger: ledger.neurons("all"), ValueError, "layer: 'all' is no layer; .* layers='all'"),
         (lambda ledger: ledger.scores("heads"), TypeError, r"components: expected Tokens\(\)"),
         (lambda ledger: ledger.modules(1, "both of them"), ValueError, "which"),
         (lambda ledger: ledger.custom(0, torch.ones(7, 1, 31)), ValueError, "states"),
@@ -80,11 +110,23 @@ def test_there_is_nothing_to_refine_or_to_sample(dp, numbers):
         (lambda ledger: ledger.top(kinds="heads"), ValueError, "kinds: expected a list"),
         (lambda ledger: ledger.top(by="size"), ValueError, "by: 'size' is not one of 'magnitude'"),
         (lambda ledger: ledger.top(0), ValueError, "k: 0 is out of range"),
+        (lambda ledger: ledger.top(0, kinds=[]), ValueError, "k: 0 is out of range"),
+        (lambda ledger: ledger.top("5"), TypeError, "k: expected an integer, got '5'"),
+        (lambda ledger: ledger.top(5.5), TypeError, "k: expected an integer, got 5.5"),
+        (lambda ledger: ledger.top(3, prompt="x"), TypeError, "prompt: expected an integer, got 'x'"),
+        (lambda ledger: ledger.top(3, read=None), TypeError, "read: expected an integer, got None"),
+        (lambda ledger: ledger.top(3, target=0.5), TypeError, "target: expected an integer, got 0.5"),
+        (lambda ledger: ledger.view(0), ValueError, "top: 0 is out of range; it must be at least 1"),
+        (lambda ledger: ledger.view("3"), TypeError, "top: expected an integer, got '3'"),
+        (lambda ledger: ledger.to_dict(prompt="x"), TypeError, "prompt: expected an integer"),
+        (lambda ledger: ledger.heads(0).top("5"), TypeError, "k: expected an integer, got '5'"),
+        (lambda ledger: pickle.dumps(ledger), TypeError, r"Ledger: .*neither pickled nor copied. save\(path\)"),
+        (lambda ledger: copy.deepcopy(ledger), TypeError, "Ledger: .*neither pickled nor copied"),
         (lambda ledger: ledger.top(prompt=1), IndexError, "prompt: 1 is out of range; this ledger holds 1"),
         (lambda ledger: ledger.top(read=-2), IndexError, "read: -2 is out of range; this ledger holds 1"),
         (lambda ledger: ledger.top(target=1), IndexError, "target: 1 is out of range"),
         (lambda ledger: ledger.view(prompt=2), IndexError, "prompt: 2 is out of range"),
-        (lambda ledger: str(ledger.view(target=3)), IndexError, "target: 3 is out of range"),
+        (lambda ledger: ledger.view(target=3), IndexError, "target: 3 is out of range"),
         (lambda ledger: ledger.to_dict(read=1), IndexError, "read: 1 is out of range"),
     ],
 )

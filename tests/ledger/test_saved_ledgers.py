@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from depass_fast import Attribution, Continuation, Contrast, Custom, DePass, Features, Heads, LogProb, Neurons, Tokens
@@ -82,6 +82,31 @@ def test_more_than_ten_mlps_of_a_layer_keep_their_order(path):
     ledger = dp.ledger(random_ids(12), 5)
     ledger.save(path)
     assert_same_answers(dp.load_ledger(path), ledger, [Neurons(0)])
+
+
+def test_a_path_that_cannot_be_written(tmp_path, monkeypatch):
+    ledger = build("llama-gqa").ledger(IDS, 5)
+    heads, nowhere = ledger.heads(1), tmp_path / "no" / "x.safetensors"
+    (tmp_path / "file").touch()
+    for one in (ledger, heads, ledger.heads()):
+        with pytest.raises(FileNotFoundError, match=r"x\.safetensors: there is no folder '.*no'; make it"):
+            one.save(nowhere)
+        with pytest.raises(NotADirectoryError, match=r"file.x: '.*file' is a file, and no folder"):
+            one.save(str(tmp_path / "file" / "x"))
+        with pytest.raises(IsADirectoryError, match="it is a folder; give the path of a file"):
+            one.save(tmp_path)
+    monkeypatch.setattr("depass_fast.ledger.book.save", None)  # before any work
+    with pytest.raises(FileNotFoundError):
+        ledger.save(nowhere)
+
+
+def test_what_the_system_refuses_is_an_error_with_the_path(path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr("depass_fast.results.files.save_file", full)
+    with pytest.raises(OSError, match=r"ledger\.safetensors: it cannot be written \(no space left\)"):
+        build("llama-gqa").ledger(IDS, 5).save(path)
 
 
 def test_options_are_those_of_the_ledger(path):

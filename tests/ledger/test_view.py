@@ -55,8 +55,17 @@ def test_a_view_says_which_of_several_it_shows():
     second = str(ledger.view(kinds=["heads"], prompt=0, read=1, target=1))
     assert second.startswith("id 2 at position 0 ") and "prompt 0 of 2, read 1 of 2, target 1 of 2" in second
     last = str(ledger.view(prompt=-1))
-    assert last.startswith("id 3 at position 3 ") and "prompt -1 of 2, read 0 of 2; view" in last
+    assert last.startswith("id 3 at position 3 ") and "prompt 1 of 2, read 0 of 2; view" in last
     assert "bias" in last and str(ledger.view(1, kinds=[])).startswith("prompt 0 of 2")
+
+
+def test_tokens_behind_the_position_have_no_rows():
+    ledger = build("llama-biases").ledger([IDS, OTHER], [1, 2], position=[2, -1])
+    table = str(ledger.view(20, kinds=["tokens"], target=1)).split("\n\n")[1].splitlines()
+    assert table[0] == "tokens at layer 0" and sorted(line.split("@")[1][0] for line in table[1:4]) == ["0", "1", "2"]
+    assert [line.split()[0] for line in table[4:]] == ["bias", "sum"]
+    assert str(ledger.view(20, kinds=["tokens"], read=-1)).count("@") == 7
+    assert in_colour(ledger.view(20, kinds=["tokens"])).count("@") == 3
 
 
 def test_an_encoding_that_lacks_characters(ledger, monkeypatch):

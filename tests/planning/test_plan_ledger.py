@@ -1,5 +1,7 @@
 """Plans of a way back under a linear rule: for a ledger, and for components of a kind; what cannot fit is refused."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +58,14 @@ def test_the_plan_of_a_ledger_is_asked_for_by_its_name():
     assert dp.plan(12, "ledger", n_targets=3, position=[3, -1], measure=False).rows == 2 * 3 * 12
     assert dp.plan(12, Tokens(), measure=False, **KEPT).method == "adjoint"
     assert dp.plan(12, Tokens(), method="exact", measure=False, **KEPT).method == "exact"
+    taylor = dp.plan(12, "ledger", allocation="taylor", measure=False)
+    assert dp.plan(12, "ledger", rule="taylor", measure=False).flop == taylor.flop != plan.flop
+    assert DePass(dp.model, allocation="taylor").plan(12, "ledger", measure=False).flop == taylor.flop
+    assert DePass(dp.model, allocation="relu").plan(12, "ledger", measure=False).flop == plan.flop
+    with pytest.raises(TypeError, match="rule: it is the allocation of a ledger"):
+        dp.plan(12, "ledger", rule="half", allocation="half", measure=False)
+    with pytest.raises(ValueError, match="rule: it is of a plan of 'ledger'"):
+        dp.plan(12, Tokens(), rule="half", measure=False)
     for more, message in (
         ({"allocation": "softmax"}, "allocation: 'softmax' is not linear"),
         ({"method": "exact"}, "method: a ledger is made by method='adjoint' alone"),
@@ -161,5 +171,12 @@ def test_the_command(capsys):
     assert "ledger of 6 layers" in capsys.readouterr().out
     assert main([*given, "--components", "tokens", "--allocation", "half", "--json"]) == 0
     assert '"method": "adjoint"' in capsys.readouterr().out
+    printed = []
+    for more in (["--rule", "taylor", "--layer", "all"], ["--allocation", "taylor"], ["--rule", "half"]):
+        assert main([*given, "--components", "ledger", *more, "--json"]) == 0
+        printed.append(json.loads(capsys.readouterr().out)["flop"])
+    assert printed[0] == printed[1] < printed[2]
+    assert main([*given, "--components", "ledger", "--layer", "3"]) == 2
+    assert "--layer: 3 cannot be planned by itself: a ledger is of all layers" in capsys.readouterr().err
     assert main([*given, "--components", "ledger", "--allocation", "relu"]) == 2
     assert "'relu' is not linear" in capsys.readouterr().err

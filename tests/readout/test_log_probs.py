@@ -339,7 +339,10 @@ def test_errors_come_before_any_work(arguments, error, message, monkeypatch):
 
 
 def test_a_text_of_several_tokens(demo):
-    with pytest.raises(ValueError, match=r"target: ' Italian Italian' is 2 tokens: .* given as continuation=\."):
+    with pytest.raises(
+        ValueError,
+        match=r"target: ' Italian Italian' is 2 tokens: .* given to attribute\(\.\.\., continuation=\.\.\.\)",
+    ):
         demo.attribute("Nyria Morstam speaks", Tokens(), LogProb(" Italian Italian"))
     found = demo.attribute("Nyria Morstam speaks", Tokens(), [LogProb(" Italian"), Contrast(" Italian", " French")])
     assert found.target_names == ["log P(' Italian'), P frozen", "' Italian' - ' French'"]

@@ -1,0 +1,71 @@
+"""What a ledger is given: its rule, checked before any work, and what it takes no argument for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..allocation import RULES
+from ..linear_rules import LINEAR_RULES
+from ..options import Options
+
+DEFAULT_RULE = "shapley"
+_NOTHING_TO_REFINE = (
+    "a ledger's scores are exact, by one forward and one backward pass; there is no method to choose, and nothing to "
+    "refine or to sample. Leave it out."
+)
+_ALL_LAYERS = "a ledger is of all layers and kinds; leave it out, and ask the ledger: heads(3), neurons(), top(20)."
+_TEXT = "a ledger has targets; the tokens of a given text are attribute(..., continuation=...)."
+_NO_ARGUMENTS = {
+    "allocation": "a ledger takes it as rule=.",
+    **dict.fromkeys(("method", "refine", "within", "sample", "seed"), _NOTHING_TO_REFINE),
+    **dict.fromkeys(("components", "layer", "layers", "kinds"), _ALL_LAYERS),
+    "end": "a ledger reads behind the last layer; attribute(..., end=...) reads at another one.",
+    **dict.fromkeys(("continuation", "reduce"), _TEXT),
+}
+
+
+def refuse_arguments(names: Iterable[str]) -> None:
+    """Raise TypeError for an argument of other calls that a ledger has no use for; the message says what to do."""
+    for name in names:
+        if name in _NO_ARGUMENTS:
+            raise TypeError(f"{name}: {_NO_ARGUMENTS[name]}")
+
+
+def check_options(settings: Options) -> None:
+    """Raise ValueError for options about states that are carried."""
+    for name, given in (("stream", settings.stream is True), ("verify", settings.verify)):
+        if given:
+            raise ValueError(f"{name}: a ledger carries no states; leave it out. attribute(...) has method='exact'.")
+
+
+def rule_of(rule: Any, settings: Options) -> str:
+    """Return the linear rule of a ledger; None: the engine's own allocation where that is linear, else "shapley".
+
+    Raises:
+        ValueError: an unknown rule, or one that is not linear.
+    """
+    if rule is not None:
+        return check_rule(rule, "rule")
+    own = settings.allocation
+    return own if isinstance(own, str) and own in LINEAR_RULES else DEFAULT_RULE
+
+
+def check_rule(rule: Any, argument: str) -> str:
+    """Return a linear rule by its name.
+
+    Raises:
+        ValueError: an unknown rule, or one that is not linear; the message says what to do.
+    """
+    known, linear = isinstance(rule, str), ", ".join(map(repr, LINEAR_RULES))
+    if known and rule in LINEAR_RULES:
+        return rule
+    if not callable(rule) and not (known and rule in RULES):
+        raise ValueError(f"{argument}: unknown rule {rule!r}; the linear rules, which have a ledger, are {linear}.")
+    advice = (
+        "for the neurons of all layers under it take method='adjoint' of attribute."
+        if rule == "softmax"
+        else "under it attribute one layer at a time, with allocation= of attribute."
+    )
+    name = getattr(rule, "__name__", repr(rule)) if callable(rule) else repr(rule)
+    raise ValueError(f"{argument}: {name} is not linear, and has no ledger ({linear} have one); {advice}")
