@@ -1,15 +1,15 @@
-"""What a ledger is given: its rule, checked before any work, and what it takes no argument for."""
+"""The rule and the options of a ledger, checked before any work, and the arguments that it has no use for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from ..allocation import RULES
 from ..linear_rules import LINEAR_RULES
-from ..options import Options
+from ..options import LinearRuleName, Options
 
-DEFAULT_RULE = "shapley"
+DEFAULT_RULE: LinearRuleName = "shapley"
 _NOTHING_TO_REFINE = (
     "a ledger's scores are exact, by one forward and one backward pass; there is no method to choose, and nothing to "
     "refine or to sample. Leave it out."
@@ -39,7 +39,7 @@ def check_options(settings: Options) -> None:
             raise ValueError(f"{name}: a ledger carries no states; leave it out. attribute(...) has method='exact'.")
 
 
-def rule_of(rule: Any, settings: Options) -> str:
+def rule_of(rule: Any, settings: Options) -> LinearRuleName:
     """Return the linear rule of a ledger; None: the engine's own allocation where that is linear, else "shapley".
 
     Raises:
@@ -48,10 +48,10 @@ def rule_of(rule: Any, settings: Options) -> str:
     if rule is not None:
         return check_rule(rule, "rule")
     own = settings.allocation
-    return own if isinstance(own, str) and own in LINEAR_RULES else DEFAULT_RULE
+    return cast(LinearRuleName, own) if own in LINEAR_RULES else DEFAULT_RULE
 
 
-def check_rule(rule: Any, argument: str) -> str:
+def check_rule(rule: Any, argument: str) -> LinearRuleName:
     """Return a linear rule by its name.
 
     Raises:
@@ -59,7 +59,7 @@ def check_rule(rule: Any, argument: str) -> str:
     """
     known, linear = isinstance(rule, str), ", ".join(map(repr, LINEAR_RULES))
     if known and rule in LINEAR_RULES:
-        return rule
+        return cast(LinearRuleName, rule)
     if not callable(rule) and not (known and rule in RULES):
         raise ValueError(f"{argument}: unknown rule {rule!r}; the linear rules, which have a ledger, are {linear}.")
     advice = (
