@@ -272,9 +272,11 @@ class DePass(StateCalls):
             reduce: "sum" or "mean" of the log-probabilities of the continuation, as one result.
             end: read the input of this layer instead (a number, or the name of a residual stream's hook), without the
                 final norm; ``target`` must be a vector then.
-            method: "exact"; or "adjoint", first-order scores of neurons, features or custom components at the price
-                of a few forward passes (docs/adjoint.md), with its numbers as :class:`depass_fast.Adjoint`. None:
-                exact, but for several layers with more than 4,096 neurons or features in all. The result says which.
+            method: "exact"; or "adjoint": under the softmax first-order scores of neurons, features or custom
+                components at the price of a few forward passes (docs/adjoint.md), with its numbers as
+                :class:`depass_fast.Adjoint`; under a linear rule exact scores of all kinds. None: exact, but adjoint
+                for several layers with more than 4,096 neurons or features in all, and under a linear rule where that
+                is cheaper. The result says which.
             options: overrides of :class:`depass_fast.Options`.
 
         Returns:
