@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from .record import LayerTrace, MlpTrace, Trace
@@ -34,5 +33,5 @@ def _mlp(mlp: MlpTrace) -> MlpTrace:
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Return zeros of a tensor's shape that take no memory."""
-    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape)
+    """Return a tensor of the same shape that holds nothing and takes no memory."""
+    return x.new_empty(()).expand(x.shape)

@@ -37,10 +37,9 @@ def declare(config: Any) -> Family:
 
 def _values(config: Any) -> Part:
     """V's part of QKV: beside the queries that share it, beside its own, or behind all."""
-    heads = config.num_attention_heads
+    heads, kv = config.num_attention_heads, config.num_kv_heads
     if config.new_decoder_architecture:
-        group = heads // config.num_kv_heads + 2
-        return of_each_head(config.num_kv_heads, group, group - 1)
+        return of_each_head(kv, heads // kv + 2, heads // kv + 1)
     if not config.multi_query:
         return of_each_head(heads, 3, 2)
     return lambda weight: weight.unflatten(0, (heads + 2, -1))[-1]

@@ -11,7 +11,7 @@ from depass_fast.allocation import Allocation
 from depass_fast.backends import choose_backend
 from depass_fast.backends.reference import ReferenceBackend
 from depass_fast.backends.torch.backend import TorchBackend
-from depass_fast.backends.triton import backend as backend
+from depass_fast.backends.triton import backend, machine
 from depass_fast.cli.doctor import report
 from depass_fast.state.state import ComponentState
 from tests.support.family_models import build_model
@@ -158,7 +158,7 @@ def test_a_step_is_no_further_from_float64_than_the_torch_backend(kind, compute)
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A machine with a GPU and no compiler, and how it gets one: (the name of a program, or what CC holds)."""
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(machine, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -174,12 +174,12 @@ def gpu(monkeypatch, tmp_path):
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_a_gpu_without_a_c_compiler_is_a_reason(compiler, gpu):
     device, reason = torch.device("cuda"), "Triton needs a C compiler to launch its kernels; install gcc or clang"
-    assert backend.why_not(device).startswith(reason)
+    assert machine.why_not(device).startswith(reason)
     assert choose_backend("auto", device).name == "torch" and reason in choose_backend("auto", device).why
     with pytest.raises(ValueError, match=f"backend: 'triton' cannot run: {reason}"):
         choose_backend("triton", device)
     gpu(compiler)
-    assert backend.why_not(device) is None and choose_backend("auto", device).name == "triton"
+    assert machine.why_not(device) is None and choose_backend("auto", device).name == "triton"
 
 
 def test_a_compiler_may_be_named(gpu, monkeypatch):
@@ -187,18 +187,18 @@ def test_a_compiler_may_be_named(gpu, monkeypatch):
     for named in ("gcc-13", "", "ccache gcc"):  # what Triton runs is the whole of it
         monkeypatch.setenv("CC", named)
         assert (
-            backend.why_not(device) == f"Triton needs a C compiler, and the one that CC names, {named!r}, is not there"
+            machine.why_not(device) == f"Triton needs a C compiler, and the one that CC names, {named!r}, is not there"
         )
     gpu("gcc-13")
     monkeypatch.setenv("CC", "gcc-13")
-    assert backend.why_not(device) is None
+    assert machine.why_not(device) is None
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(backend.knobs.build, "impl", lambda *arguments: "module.so", raising=False)
-    assert backend.why_not(device) is None
+    monkeypatch.setattr(machine.knobs.build, "impl", lambda *arguments: "module.so", raising=False)
+    assert machine.why_not(device) is None
 
 
 def test_the_doctor_misses_the_compiler_and_the_interpreter_does_not(gpu, monkeypatch):
     monkeypatch.setattr("depass_fast.cli.doctor.devices", list)
     assert report()["backends"]["triton"].startswith("Triton needs a C compiler")
-    monkeypatch.setattr(backend, "interpreted", lambda: True)
-    assert backend.why_not(torch.device("cpu")) is None
+    monkeypatch.setattr(machine, "interpreted", lambda: True)
+    assert machine.why_not(torch.device("cpu")) is None
