@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allocation",
         dest="rule",
         default="shapley",
-        choices=flags.LINEAR_RULES,
+        type=_rule,
+        metavar="{" + ",".join(flags.LINEAR_RULES) + "}",
         help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",
     )
     flags.add_machine(how)
@@ -76,6 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # what the other commands have flags for
     parser.set_defaults(continuation=None, backend="auto", verify=False)
     parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False)
+
+
+def _rule(given: str) -> str:
+    """A linear rule; of the others the error says what they have instead of a ledger."""
+    if given in flags.LINEAR_RULES:
+        return given
+    known = ", ".join(flags.LINEAR_RULES)
+    if given == "softmax":
+        raise argparse.ArgumentTypeError(
+            f"'softmax' is not linear and has no ledger; take one of {known}, or for the neurons of all layers "
+            "`depass-fast attribute --components neurons --layer all --method adjoint`"
+        )
+    raise argparse.ArgumentTypeError(f"{given!r} is not one of the linear rules {known}, which have a ledger")
 
 
 def _kinds(given: str) -> tuple[str, ...]:

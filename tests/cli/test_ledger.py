@@ -128,14 +128,14 @@ def test_a_ledger_that_answers_more(capsys, engine, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--rule", "softmax"], "--rule/--allocation: invalid choice: 'softmax'"),
+        (["--rule", "softmax"], "--layer all --method adjoint"),
         (["--kinds", "heads,features"], "--kinds: 'features' is not one of tokens, modules, heads, neurons"),
         (["--target-id", "100000"], "--target-id: id 100000 is outside the vocabulary"),
         (["--contrast", " Grace", "--target-kind", "log-prob"], "--target-kind: the difference of two"),
         (["--position", "99"], "--position: 99 is out of range"),
         (["--out", "book.txt"], "--out: 'book.txt' must end in"),
         (["--target", " Diane Grace"], "given to `depass-fast attribute --continuation`"),
-        (["--allocation", "relu"], "--rule/--allocation: invalid choice: 'relu'"),
+        (["--allocation", "relu"], "--rule/--allocation: 'relu' is not one of the linear rules"),
         (["--top", "0"], "--top: '0' is not a positive integer"),
     ],
 )
