@@ -35,6 +35,7 @@ setup(
     extras_require={
         "pandas": ["pandas>=2"],  # Attribution.to_dataframe
         "device-map": ["accelerate>=1"],  # models spread over several devices
+        "gguf": ["gguf>=0.10", "accelerate>=1.1"],  # models from GGUF files; transformers loads none without the two
         # what tests/interop runs against; inseq cannot share an environment with TransformerLens (typeguard)
         "nnsight": ["nnsight>=0.8,<0.9"],
         "transformer-lens": ["transformer-lens>=3.9,<5"],

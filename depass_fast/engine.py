@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,17 +71,23 @@ class DePass(StateCalls):
     @classmethod
     def from_pretrained(
         cls,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str = "auto",
         device_map: Any | None = None,
         model_kwargs: dict[str, Any] | None = None,
         **options: Unpack[OptionValues],
     ) -> DePass:
-        """Load model and tokenizer from ``path`` (a folder or a hub name). A folder without a tokenizer is fine.
+        """Load model and tokenizer from ``path``: a folder, a hub name, or a file whose name ends in .gguf.
 
-        ``dtype="auto"`` is the stored one; ``model_kwargs`` (revision, token, gguf_file, ...) go to transformers.
+        A folder without a tokenizer is fine. ``dtype="auto"`` is the stored one, and float32 for a GGUF file, whose
+        weights are dequantised. ``model_kwargs`` (revision, token, gguf_file, ...) go to transformers.
         ``device_map="auto"`` over several devices needs accelerate; on one device it does not.
+
+        Raises:
+            FileNotFoundError, ValueError: no such GGUF file, or one that transformers cannot load.
+            ImportError: a GGUF file without the packages of the extra ``gguf``, several devices without accelerate.
+            OSError: as transformers raises it.
         """
         Options().updated(options)  # before a model is loaded for nothing
         model, tokenizer = load_model(path, dtype=dtype, device_map=device_map, **(model_kwargs or {}))

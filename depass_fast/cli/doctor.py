@@ -10,7 +10,8 @@ from typing import Any
 _REQUIRED = ("torch", "transformers", "safetensors", "numpy", "rich")
 _OPTIONAL = {
     "triton": "needed by the triton backend only; comes with PyTorch for CUDA",
-    "accelerate": "needed to spread a model over several devices only",
+    "accelerate": "needed to spread a model over several devices, and for GGUF files",
+    "gguf": "needed for GGUF files only",
     "pandas": "needed by to_dataframe() only",
 }
 

@@ -8,7 +8,7 @@ import re
 _OF_IDS = {"target": "target-id", "contrast": "contrast-id", "continuation": "continuation-ids"}
 _OF_LINES = ("target", "continuation")  # a line of --prompts may give them
 _PROMPTS = {"prompt": "prompt", "prompts": "prompts", "chat": "chat", "input_ids": "input-ids"}
-_RENAMED = {"within": "refine-within", "sae": "dictionary"}
+_RENAMED = {"within": "refine-within", "sae": "dictionary", "path": "model"}
 _USERS = (ValueError, TypeError, FloatingPointError, OSError, ImportError, MemoryError)
 # of libraries that may not be there; a TemplateError is a chat's that its template refuses
 _USERS_BY_NAME = {"OutOfMemoryError", "SafetensorError", "TemplateError"}

@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def add_model(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--model", required=True, type=types.model, metavar="PATH", help="model folder, hub name, or demo"
+        "--model", required=True, type=types.model, metavar="PATH", help="model folder, GGUF file, hub name, or demo"
     )
 
 

@@ -23,7 +23,7 @@ def silence_transformers() -> None:
 
 
 def path_of(model: str) -> str:
-    """The folder or hub name of a model."""
+    """The folder, hub name or GGUF file of a model."""
     from ..demo import demo_path
 
     return str(demo_path() if model == "demo" else Path(model).expanduser())
@@ -33,14 +33,17 @@ def config_of(model: str) -> Any:
     """The transformers config of a model, read without any of its weights."""
     from transformers import AutoConfig
 
-    path = path_of(model)
+    from ..inputs.gguf import located, read_once, reading
+
+    path, where = located(path_of(model), {})
     try:
-        return AutoConfig.from_pretrained(path)
+        with read_once(where.get("gguf_file")), reading(where.get("gguf_file")):
+            return AutoConfig.from_pretrained(path, **where)
     except ImportError:
         raise
     except Exception as error:  # a config.json may be wrong in many ways
-        where = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
-        raise ValueError(f"--model: {where}{_told(error)}") from error
+        unknown = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
+        raise ValueError(f"--model: {unknown}{_told(error)}") from error
 
 
 def device_of(name: str | None, *, elsewhere: bool = False) -> str:
@@ -164,7 +167,7 @@ def _told(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):  # it points to a report that is not printed
         return "the shapes that its config.json asks for are not those of its weights."
     known = isinstance(error, (OSError, ValueError))
-    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    return one_line(error).removeprefix("path: ") if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _refuse_text(args: argparse.Namespace) -> None:

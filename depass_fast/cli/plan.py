@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Print the FLOP, the memory and the time of a decomposition, before it is run. The model's config is read, its weights
-are not: a folder that holds only a config.json will do.
+are not: a folder that holds only a config.json will do, and of a GGUF file the header is read.
 """
 _EXAMPLES = """\
 examples:
@@ -132,11 +132,11 @@ def _lengths(args: argparse.Namespace, adapter: Adapter) -> tuple[list[int], lis
 
 
 def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
+    from ..inputs.loading import as_tokenizer
 
     path = path_of(model)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return as_tokenizer(path)
+    except ValueError as error:
         where = "this folder" if Path(path).is_dir() else f"{path!r}"
         raise ValueError(f"--prompt: text needs a tokenizer, and {where} has none; give --length.") from error

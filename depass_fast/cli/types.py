@@ -65,14 +65,22 @@ def lengths(given: str) -> list[int]:
 
 
 def model(given: str) -> str:
-    """A folder with a config.json, the name of a model on the hub, or "demo"."""
+    """A folder with a config.json, a GGUF file, the name of a model on the hub, or "demo"."""
     path = Path(given).expanduser()
-    if given == "demo" or (path.is_dir() and (path / "config.json").is_file()):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if given == "demo" or (path.is_dir() and (path / "config.json").is_file()) or (path.is_file() and is_gguf):
         return given
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() == ".gguf")
+        hint = f"; of the GGUF files in it give one, such as {path / files[0]}" if files else ""
+        raise argparse.ArgumentTypeError(f"{given!r} is no model folder: it holds no config.json{hint}")
     if path.exists():
-        raise argparse.ArgumentTypeError(f"{given!r} is no model folder: it holds no config.json")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given):
-        raise argparse.ArgumentTypeError(f"there is no folder {given!r}; give a model folder, a hub name, or demo")
+        raise argparse.ArgumentTypeError(f"{given!r} is no model folder, and its name does not end in .gguf")
+    if is_gguf or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", given):
+        kind = "file" if is_gguf else "folder"
+        raise argparse.ArgumentTypeError(
+            f"there is no {kind} {given!r}; give a model folder, a GGUF file, a hub name, or demo"
+        )
     return given
 
 

@@ -17,6 +17,7 @@ from ..adapters.stored import kind_of, reads_as_computed, unreadable
 from ..runtime.dtypes import parse_dtype
 from ..runtime.log import warn_user
 from .doubts import doubt
+from .gguf import located, read_once, reading
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WHERE = ("revision", "token", "subfolder", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")
@@ -28,32 +29,50 @@ class WeightsWarning(UserWarning):
     """A checkpoint lacks weights of its model, which are random then."""
 
 
-def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any) -> tuple[nn.Module, Any]:
-    """Load the model (in eval mode) and the tokenizer of ``path``, a folder or a hub name.
+def load_model(
+    path: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, **model_kwargs: Any
+) -> tuple[nn.Module, Any]:
+    """Load the model (in eval mode) and the tokenizer of ``path``, a folder, a hub name or a GGUF file.
 
     The tokenizer is None where there is none, with a warning for a hub name, and for a GGUF file, which holds one.
+    The weights of a GGUF file are dequantised, by default to float32.
 
     Raises:
-        ImportError: ``device_map`` needs accelerate to spread the model over several devices.
+        ImportError: ``device_map`` needs accelerate to spread the model over several devices, or a GGUF file a package.
+        FileNotFoundError: there is no such GGUF file.
         OSError, ValueError: as transformers raises them.
     """
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    folder, model_kwargs = located(path, model_kwargs)
+    gguf = model_kwargs.get("gguf_file")
+    if gguf and dtype == "auto":
+        dtype = "float32"  # transformers looks for a stored one, in vain where the ending is not in lower case
+    if gguf and hasattr(transformers, "GgufConfig"):  # it leaves weights packed on a GPU unless told otherwise
+        model_kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     if dtype is not None:
+        major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+        name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
         model_kwargs[name] = dtype if dtype == "auto" else parse_dtype(dtype, "dtype")
     device = None
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         device, device_map = _single_device(device_map), None
     if device_map is not None:
         model_kwargs["device_map"] = device_map
-    model = _complete_model(path, model_kwargs).eval()
-    if device is not None:
-        model = model.to(device)
-    shared = {name: model_kwargs[name] for name in _WHERE if name in model_kwargs}
-    gguf = shared.get("gguf_file")
+    with read_once(gguf):
+        with reading(gguf):
+            model = _complete_model(folder, model_kwargs).eval()
+        if device is not None:
+            model = model.to(device)
+        if gguf:
+            model.config._name_or_path = os.path.join(folder, gguf)
+        return model, _own_tokenizer(folder, {name: model_kwargs[name] for name in _WHERE if name in model_kwargs})
+
+
+def _own_tokenizer(path: str, where: dict[str, Any]) -> Any:
+    """The tokenizer beside a model; None where there is none, with a warning unless ``path`` is a folder."""
+    gguf = where.get("gguf_file")
     expected: tuple[type[Exception], ...] = (Exception,) if gguf else _NO_TOKENIZER
     try:
-        return model, transformers.AutoTokenizer.from_pretrained(path, **shared)
+        return transformers.AutoTokenizer.from_pretrained(path, **where)
     except expected as error:  # it says in various ways that there is none
         if not gguf and any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
             raise  # there is one, and it is broken
@@ -62,7 +81,7 @@ def load_model(path: str, *, dtype: Any = "auto", device_map: Any = None, **mode
                 f"tokenizer: none could be read from {gguf or path} ({' '.join(str(error).split())}). Text and "
                 "readable labels need one: give DePass(dp.model, tokenizer) one, or the path of a folder that has one."
             )
-        return model, None
+        return None
 
 
 def as_tokenizer(given: Any) -> Any:
@@ -74,9 +93,12 @@ def as_tokenizer(given: Any) -> Any:
     """
     if isinstance(given, (str, os.PathLike)):
         try:
-            return transformers.AutoTokenizer.from_pretrained(os.fspath(given))
-        except (OSError, *_NO_TOKENIZER) as error:
-            raise ValueError(f"tokenizer: none could be loaded from {os.fspath(given)!r}: {error}") from error
+            path, where = located(given, {})
+            with read_once(where.get("gguf_file")), reading(where.get("gguf_file")):
+                return transformers.AutoTokenizer.from_pretrained(path, **where)
+        except _NO_TOKENIZER as error:
+            reason = str(error).removeprefix("path: ")
+            raise ValueError(f"tokenizer: none could be loaded from {os.fspath(given)!r}: {reason}") from error
     if type(given).__module__.partition(".")[0] == "tokenizers":
         return transformers.PreTrainedTokenizerFast(tokenizer_object=given)
     inner = getattr(given, "tokenizer", None)
@@ -99,8 +121,12 @@ def _complete_model(path: str, model_kwargs: dict[str, Any]) -> Any:
     lacking = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        name, config = (
+            model_kwargs.get("gguf_file") or path,
+            "header" if model_kwargs.get("gguf_file") else "config.json",
+        )
         warn_user(
-            f"model: {path} does not hold {', '.join(lacking[:3])}{more}, as its config.json asks for; these weights "
+            f"model: {name} does not hold {', '.join(lacking[:3])}{more}, as its {config} asks for; these weights "
             "are random, and so is what follows from them. Give a causal language model's checkpoint with its config.",
             WeightsWarning,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Provenance:
     """The model and the packages that a result was made with. None stands for what the model does not say.
 
-    model: its name on the hub, or the folder that it was loaded from.
+    model: its name on the hub, or the folder or GGUF file that it was loaded from.
     revision: the commit of the hub that it was loaded at.
     model_type, model_class: its family, and the class that computes it.
     adapters: the PEFT adapters at work in it, by their names.
