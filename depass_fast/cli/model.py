@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 def silence_transformers() -> None:
     """Show neither the log messages nor the progress bars of transformers."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_files
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    own: Any = gguf_files
+    own.tqdm = logging.tqdm  # the one that heeds the line above
 
 
 def path_of(model: str) -> str:
@@ -42,6 +45,8 @@ def config_of(model: str) -> Any:
     except ImportError:
         raise
     except Exception as error:  # a config.json may be wrong in many ways
+        if where:
+            raise  # of a GGUF file, and told
         unknown = "" if Path(path).is_dir() else f"{model!r} is no folder here, and the hub did not give it: "
         raise ValueError(f"--model: {unknown}{_told(error)}") from error
 
@@ -156,7 +161,7 @@ def _loaded(args: argparse.Namespace, device: str, options: dict[str, Any]) -> D
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # transformers raises nearly anything for a folder that is no model
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ == "OutOfMemoryError" or str(error).startswith("path: "):
             raise
         raise ValueError(f"--model: {args.model!r} cannot be loaded: {_told(error)}") from error
     return DePass(model, tokenizer, **options)
@@ -167,7 +172,7 @@ def _told(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):  # it points to a report that is not printed
         return "the shapes that its config.json asks for are not those of its weights."
     known = isinstance(error, (OSError, ValueError))
-    return one_line(error).removeprefix("path: ") if known else f"{type(error).__name__}: {one_line(error)}"
+    return one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _refuse_text(args: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def load_model(
     """
     folder, model_kwargs = located(path, model_kwargs)
     gguf = model_kwargs.get("gguf_file")
-    if gguf and dtype == "auto":
+    if gguf and dtype in (None, "auto"):
         dtype = "float32"  # transformers looks for a stored one, in vain where the ending is not in lower case
     if gguf and hasattr(transformers, "GgufConfig"):  # it leaves weights packed on a GPU unless told otherwise
         model_kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))

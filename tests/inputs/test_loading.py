@@ -1,5 +1,6 @@
 """A tokenizer may be given as a processor or a path; a GGUF file has its own; a generation is as long as asked for."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from depass_fast import DePass, InputWarning, Tokens
 from depass_fast.demo import demo_path, load_demo
+from depass_fast.inputs import gguf, loading
 from tests.support.models import build, random_ids
 
 PROMPT = "Nyria Morstam speaks"
@@ -65,6 +67,8 @@ def test_the_tokenizer_of_a_gguf_file(monkeypatch):
 
         return from_pretrained
 
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name)  # have the packages
+    monkeypatch.setattr(loading, "read_once", contextlib.nullcontext)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded("model", (model, COMPLETE)))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loaded("tokenizer", tokenizer))
     dp = DePass.from_pretrained("a/hub-name", model_kwargs={"gguf_file": "m.gguf", "revision": "x"})
