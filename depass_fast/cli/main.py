@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attribute, flags, generate, ledger, plan, types
+from . import attribute, evaluate, flags, generate, ledger, plan, types
 from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="{demo,attribute,ledger,generate,plan,doctor}"
+        title="commands", dest="command", required=True, metavar="{demo,attribute,ledger,generate,plan,evaluate,doctor}"
     )
 
     demo = commands.add_parser(
@@ -132,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     costs = commands.add_parser("plan", help="FLOP, memory and time of a decomposition, before it is run", **shape)
     plan.add_arguments(costs)
     costs.set_defaults(run=plan.run, check=flags.check_method)
+
+    studies = commands.add_parser("evaluate", help="the paper's experiments and more, on your model", **shape)
+    evaluate.add_arguments(studies, shape)
 
     doctor = commands.add_parser(
         "doctor",

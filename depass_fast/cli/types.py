@@ -104,6 +104,13 @@ def positive(given: str) -> int:
     return int(given)
 
 
+def seed(given: str) -> int:
+    """An integer from 0 to 10,000."""
+    if not given.isdecimal() or int(given) > 10_000:
+        raise argparse.ArgumentTypeError(f"{given!r} is not an integer from 0 to 10,000")
+    return int(given)
+
+
 def rate(given: str) -> float:
     """A positive number."""
     try:
@@ -139,6 +146,14 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return checked
+
+
+def data_file(given: str) -> Path:
+    """A file of prompts or texts that exists."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {given!r}")
+    return path
 
 
 def dictionary(given: str) -> Path:

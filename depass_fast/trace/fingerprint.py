@@ -45,6 +45,11 @@ class Fingerprint:
         config = json.loads(json.dumps(_config(held.to_dict()), default=str, sort_keys=True))
         return Fingerprint(type(model).__name__, config, repr(tuning(model)), _weights(model))
 
+    @property
+    def digest(self) -> str:
+        """A short digest of the weights alone."""
+        return hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()[:16]
+
     def difference(self, other: Fingerprint) -> str | None:
         """Return the first difference of ``other`` in words; None if there is none."""
         if self.kind != other.kind:

@@ -1,0 +1,1 @@
+"""The studies: each prepares its items, measures one at a time, and sums up."""
