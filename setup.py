@@ -46,6 +46,7 @@ setup(
         "inseq": ["inseq>=0.7,<0.8"],
         "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
+        "evaluate": ["matplotlib>=3.8", "captum>=0.9"],  # its plots; what its baselines are compared with in tests
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli.main:main"]},

@@ -7,13 +7,13 @@ DePass answers "which share of the logit did this neuron bring". The race compar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from depass_fast import DePass, Neurons
+from depass_fast.evaluate.methods.gradients import inputs_and_gradients
 from depass_fast.options import BackendName, MethodName, RuleName
 
 from ..core.models import Model
@@ -101,34 +101,6 @@ class AttributionPatching:
             for layer, act, gradient in zip(ordered, acts, gradients, strict=True)
         }
         return torch.stack([found[layer] for layer in layers])
-
-
-def inputs_and_gradients(
-    modules: Sequence[nn.Module], read: Callable[[], Sequence[Tensor]]
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The inputs (N, W) of modules in a forward pass of one prompt, and the gradients of each number read of it.
-
-    ``read`` takes the forward pass. The graph begins at the input of the first of ``modules``, in the order in which
-    they run: nothing before it is kept for the backward pass.
-    """
-    kept: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept[number] = args[0].detach().requires_grad_() if number == 0 else args[0]
-            return (kept[number], *args[1:])
-
-        return hook
-
-    with torch.enable_grad(), ExitStack() as hooks:
-        for number, module in enumerate(modules):
-            hooks.callback(module.register_forward_pre_hook(keep(number)).remove)
-        numbers = read()
-        inputs = [kept[number] for number in range(len(modules))]
-        gradients = [
-            torch.autograd.grad(number, inputs, retain_graph=i < len(numbers) - 1) for i, number in enumerate(numbers)
-        ]
-    return [x[0].detach() for x in inputs], [[g[0] for g in each] for each in gradients]
 
 
 class PublishedShares:
