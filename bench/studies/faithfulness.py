@@ -8,16 +8,16 @@ numbers. The sooner the accuracy falls, the more faithful is the method.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from depass_fast import DePass, Neurons, Trace
+from depass_fast import DePass, Neurons
 from depass_fast.demo import load_demo
+from depass_fast.evaluate.interventions import PARTS, masked_logits
+from depass_fast.evaluate.methods.norms import neuron_norms
 from depass_fast.options import Adjoint
 
 from ..baselines.neuron_methods import AttributionPatching
@@ -36,16 +36,6 @@ class Curves(TypedDict):
     neurons: int
 
 
-def neuron_norms(engine: DePass, trace: Trace) -> Tensor:
-    """The norm of what every neuron writes, over the positions of a prompt: (layers, I)."""
-    return torch.stack(
-        [
-            record.mlp.act.norm(dim=0) * engine.adapter.layer(index).mlp.w_down.norm(dim=0)
-            for index, record in enumerate(trace.layers)
-        ]
-    ).detach()
-
-
 def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, Tensor]:
     """The scores of every neuron by every method: (layers, I) each."""
     trace, every = engine.trace(ids), Neurons(layers="all")
@@ -60,28 +50,14 @@ def rankings(engine: DePass, ids: Tensor, target: int, seed: int) -> dict[str, T
     }
 
 
-@torch.no_grad()
 def masked_predictions(engine: DePass, ids: Tensor, masks: Tensor, part: str = "down_proj") -> Tensor:
     """The next token after ids (N,) under each of ``masks`` (B, layers, W): (B,).
 
     What is masked is set to zero at every position where the module ``part`` reads it: neurons where `down_proj` does,
     heads where `o_proj` does.
     """
-
-    def zeroing(off: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor]], tuple[Tensor]]:
-        def hook(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-            width = args[0].shape[-1] // off.shape[-1]  # 1, or a head's
-            return (args[0].masked_fill(off.repeat_interleave(width, -1)[:, None], 0.0),)
-
-        return hook
-
-    with ExitStack() as undo:
-        for index in range(engine.adapter.n_layers):
-            module = engine.adapter.module(index, part)
-            assert module is not None
-            undo.callback(module.register_forward_pre_hook(zeroing(masks[:, index])).remove)
-        given = {"use_cache": False, "logits_to_keep": 1}
-        return engine.model(ids.expand(len(masks), -1), **given).logits[:, -1].argmax(-1)
+    kind = next(kind for kind, module in PARTS.items() if module == part)
+    return masked_logits(engine, ids, masks, kind).argmax(-1)
 
 
 def measure_faithfulness(engine: DePass, texts: list[tuple[str, str]]) -> Curves:

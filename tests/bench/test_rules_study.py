@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from bench.report.page import report
 from bench.speed import ledger as speed
 from bench.studies.faithfulness import masked_predictions
 from bench.studies.rules import __main__ as study
-from bench.studies.rules.measures import HIGHEST, LOWEST, deleted, masked, orders
-from bench.studies.rules.scores import gradient_times_activation, scores_of
+from bench.studies.rules.scores import both_reads, scores_of
 from depass_fast import DePass
 from depass_fast.demo import load_demo
+from depass_fast.evaluate.erasure import deleted
+from depass_fast.evaluate.masking import HIGHEST, LOWEST, masked, orders
+from depass_fast.evaluate.methods.gradients import gradient_times_activation
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
@@ -47,10 +50,10 @@ def test_all_methods_score_all_components(engine):
 def test_gradients_of_a_log_probability_are_those_of_its_direction(engine):
     """The gradient of log P is that of logit_t - Σ p_j logit_j, p frozen."""
     ids = torch.tensor(random_ids(6))
-    (_, _, tokens), _ = gradient_times_activation(engine, ids, TARGET)
+    tokens = gradient_times_activation(engine, ids, both_reads(TARGET), ["tokens"])["tokens"]
     with torch.no_grad():
         p = engine.model(ids[None]).logits[0, -1].softmax(-1)
-    others = sum(p[j] * gradient_times_activation(engine, ids, j)[0][2][0] for j in range(len(p)))
+    others = (p[:, None] * gradient_times_activation(engine, ids, lambda x: x, ["tokens"])["tokens"]).sum(0)
     torch.testing.assert_close(tokens[1], tokens[0] - others, rtol=1e-3, atol=1e-5)
 
 
@@ -95,11 +98,11 @@ def test_deleting_the_tokens_that_matter(monkeypatch, engine):
     """A stand-in for the model: the answer's probability is the share of the prompt's second and third token kept."""
     ids, seen = torch.tensor([1, 7, 8, 9]), set()
 
-    def probabilities(engine, rows, target):
-        seen.update(map(tuple, rows.tolist()))
-        return [sum(token in (7, 8) for token in row) / 2 for row in rows.tolist()]
+    def log_probs_after(engine, rows, target):
+        seen.update(rows)
+        return {row: math.log(sum(token in (7, 8) for token in row) / 2 + 1e-9) for row in rows}
 
-    monkeypatch.setattr("bench.studies.rules.measures._probabilities", probabilities)
+    monkeypatch.setattr("depass_fast.evaluate.erasure.log_probs_after", log_probs_after)
     best, worst = torch.tensor([9.0, 3.0, 2.0, 1.0]), torch.tensor([9.0, 1.0, 2.0, 3.0])
     found = deleted(engine, ids, TARGET, {1}, {("best", "-"): best, ("worst", "-"): worst})
     assert all(row[0] == 1 for row in seen) and (1,) in seen  # the special token stays

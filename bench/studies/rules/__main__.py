@@ -21,11 +21,13 @@ from torch import Tensor
 
 from depass_fast import DePass
 from depass_fast.demo import load_demo
+from depass_fast.evaluate.erasure import TENTHS, deleted
+from depass_fast.evaluate.interventions import PARTS
+from depass_fast.evaluate.masking import SHARES, masked
 
 from ...core.cli import command
 from ...core.questions import demo_texts
 from ...core.results import environment
-from .measures import DELETED, PARTS, SHARES, deleted, masked
 from .scores import READS, scores_of
 
 ANSWERS = ("answer", "attribute", "target_token")
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(found)
     if options.out and part:
         name = options.name or ("demo" if options.model is None else Path(options.model).name)
-        facts = {"model": name, "prompts": len(done), "shares": SHARES, "deleted_shares": DELETED, **found}
+        facts = {"model": name, "prompts": len(done), "shares": SHARES, "deleted_shares": TENTHS, **found}
         content = {"benchmark": "rules", "environment": environment(), **facts}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
         part.unlink()
