@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from depass_fast.evaluate import statistics
+
 
 def top_overlap(a: Tensor, b: Tensor, share: float = 0.01) -> float:
     """The part (0 to 1) of the largest ``share`` of ``a`` (M,) by magnitude that is among the largest of ``b``.
 
     At least one component counts as largest.
     """
-    count = max(1, round(share * len(a)))
-    largest = [set(x.abs().topk(count).indices.tolist()) for x in (a, b)]
-    return len(largest[0] & largest[1]) / count
+    return statistics.top_overlap(a, b, max(1, round(share * len(a))))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

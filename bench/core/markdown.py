@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from depass_fast.evaluate.tables import markdown
+
 
 def table(header: list[str], rows: list[list[str]], left: int = 3) -> str:
     """A Markdown table, the first ``left`` columns left-aligned."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+    return markdown(header, rows, left)
 
 
 def heading(title: str, env: dict) -> str:

@@ -4,9 +4,7 @@ Where memory is short, the published algorithm decomposes a layer's neurons in g
 all others are one component with the rest of the hidden state, and each group is carried through the network by itself.
 That changes the components among which a neuron is shared, so the scores depend on the number of groups. Here the
 scores of all neurons are compared with the exact ones (one group), for contiguous and for random groups, on the demo
-model.
-
-Groups are the prompts of one jagged batch: the same prompt once for every group, so the library itself does the work.
+model. ``depass-fast evaluate grouping`` does the same on any model, with time and peak memory.
 """
 
 from __future__ import annotations
@@ -17,34 +15,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from depass_fast import DePass, Neurons, Trace
-from depass_fast.adapters import Adapter
-from depass_fast.adjoint.estimate import spearman
-from depass_fast.components.products import BoundProducts
-from depass_fast.state.state import Factors
+from depass_fast import DePass, Neurons
+from depass_fast.evaluate.studies.grouping import compare, grouped_scores, split
 
-from ..core.agreement import spread, top_overlap
+from ..core.agreement import spread
 from ..core.cli import command, writable
 from ..core.questions import Question, demo_model, questions
 from ..core.results import environment, write_results
 
-ROWS = 1 << 18  # the most rows of the component state at once
-
-
-@dataclass(frozen=True, eq=False)
-class GroupedNeurons(Neurons):
-    """The neurons of one group for every prompt of a trace; all others stay in `rest`."""
-
-    groups: Sequence[Tensor] = ()
-
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
-        products, here = super().bound(adapter, trace, prompt), self.groups[prompt]
-        factors = products.products
-        assert factors is not None and factors.coefficients is not None  # neurons are numbers times vectors
-        chosen = Factors(factors.coefficients[:, here], factors.vectors[here])
-        return replace(products, labels=tuple(products.labels[i] for i in here.tolist()), products=chosen)
+FIGURES = ("relative_error", "max_error", "spearman", "top1_overlap", "sum_ratio")
 
 
 @dataclass
@@ -71,33 +51,6 @@ class GroupingError:
         return asdict(self)
 
 
-def grouped_scores(library: DePass, question: Question, layer: int, groups: Sequence[Tensor]) -> Tensor:
-    """The scores (I,) of a layer's neurons, each from the run of its own group. Groups hold every neuron once."""
-    scores = torch.zeros(sum(map(len, groups)))
-    for part in _parts(groups, len(question.ids)):
-        trace = library.trace([question.ids] * len(part))
-        trace = replace(trace, batch=True)  # one group is a batch, too
-        results = library.attribute(trace, GroupedNeurons(layer, groups=part), question.target)
-        for result, here in zip(results, part, strict=True):
-            scores[here] = result.scores[: len(here)].float()
-    return scores
-
-
-def _parts(groups: Sequence[Tensor], length: int) -> Iterator[Sequence[Tensor]]:
-    """Runs of groups whose state has at most ``ROWS`` rows."""
-    each = max(1, ROWS // (length * (max(map(len, groups)) + 1)))
-    for first in range(0, len(groups), each):
-        yield groups[first : first + each]
-
-
-def split(width: int, count: int, grouping: str, seed: int = 0) -> list[Tensor]:
-    """``width`` neurons in ``count`` groups of equal size, as equal as can be: `contiguous`, or `random`."""
-    order = torch.arange(width)
-    if grouping == "random":
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
-    return [part.sort().values for part in order.tensor_split(count)]
-
-
 def measure(
     library: DePass, asked: Sequence[Question], layers: Sequence[int], counts: Sequence[int], place: dict
 ) -> Iterator[GroupingError]:
@@ -116,25 +69,14 @@ def measure(
                 figures = defaultdict(list)
                 for number, (question, expected) in enumerate(zip(asked, exact, strict=True)):
                     groups = split(width, count, grouping, seed=number)
-                    for name, value in compare(grouped_scores(library, question, layer, groups), expected).items():
+                    scores = grouped_scores(library, question.ids, layer, groups, question.target)
+                    for name, value in compare(scores, expected).items():
                         figures[name].append(value)
-                spreads = {name: spread(values) for name, values in figures.items()}
+                spreads = {name: spread(figures[name]) for name in FIGURES}
                 row = GroupingError("demo", layer, grouping, count, **spreads, n_prompts=len(asked), environment=place)
                 if count in (1, width):
                     only_way[count] = row
                 yield row
-
-
-def compare(scores: Tensor, exact: Tensor) -> dict[str, float]:
-    """The figures of a :class:`GroupingError` for one prompt."""
-    difference = scores - exact
-    return {
-        "relative_error": float(difference.norm() / exact.norm()),
-        "max_error": float(difference.abs().max() / exact.abs().max()),
-        "spearman": spearman(scores, exact),
-        "top1_overlap": top_overlap(scores, exact),
-        "sum_ratio": float(scores.sum() / exact.sum()),
-    }
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,13 +9,13 @@ The file is written after every prompt. A run that is started again keeps the pr
 from __future__ import annotations
 
 import json
-import time
-import warnings
 from pathlib import Path
 
 import torch
 
-from depass_fast import ApproximationWarning, DePass, Neurons
+from depass_fast import DePass
+from depass_fast.evaluate.statistics import relative_error
+from depass_fast.evaluate.studies.adjoint import WRONG, exact_layers, is_named, pairs, sweep
 from depass_fast.options import Adjoint
 
 from ..core.cli import command, writable
@@ -43,26 +43,19 @@ PROMPTS = (
     "def add(a, b):\n    return a +",
     "Dear Sir or Madam, I am writing to",
 )
-WRONG, RIGHT = 0.05, 0.02  # above the first a layer must be named, below the second it must not
 
 
 def compare(engine: DePass, prompt: str, layers: list[int]) -> dict:
     """Return the true and the estimated relative error of every one of ``layers``, by the sweep over all layers."""
     trace = engine.trace(prompt)
-    began = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ApproximationWarning)
-        found = engine.attribute(trace, Neurons(layers="all"), method=Adjoint())
-    seconds = time.perf_counter() - began
-    began_exact = time.perf_counter()
-    exact = engine.attribute(trace, Neurons(layers=layers), method="exact")
-    exact_seconds = time.perf_counter() - began_exact
+    found, seconds = sweep(engine, trace, Adjoint())
+    exact, exact_seconds = exact_layers(engine, trace, layers)
     assert found.estimate is not None and found.estimate.layer_errors is not None
-    rows = []
-    for one in exact:
-        named = len(one.labels) - one.n_extras
-        off = (found[one.layer].scores - one.scores)[:named].norm() / one.scores[:named].norm()
-        rows.append({"layer": one.layer, "error": float(off), "estimate": found.estimate.layer_errors[one.layer]})
+    estimated = found.estimate.layer_errors
+    rows = [
+        {"layer": layer, "error": relative_error(scores, true), "estimate": estimated[layer]}
+        for layer, scores, true in pairs(found, exact)
+    ]
     return {
         "prompt": prompt,
         "tokens": trace.length(0),
@@ -77,21 +70,13 @@ def compare(engine: DePass, prompt: str, layers: list[int]) -> dict:
 def show(result: dict) -> None:
     """Print a prompt's worst layer, and its warnings."""
     worst = max(result["layers"], key=lambda row: row["error"])
-    missed = [r["layer"] for r in result["layers"] if r["error"] > WRONG and not is_named(r["layer"], result)]
+    missed = [
+        r["layer"] for r in result["layers"] if r["error"] > WRONG and not is_named(r["layer"], result["warnings"])
+    ]
     print(f"{result['prompt'][:40]!r:45} {result['tokens']:3} tokens  sweep {result['seconds']:6.1f} s, exact "
           f"{result['exact_seconds']:6.1f} s   worst layer "
           f"{worst['layer']:2}: {worst['error']:.2%} (estimate {worst['estimate']:.2%})   unnamed above {WRONG:.0%}: "
-          f"{missed or 'none'}   {said(result) or 'no warning'}", flush=True)  # fmt: skip
-
-
-def said(result: dict) -> str:
-    """Return the warnings as one text."""
-    return "; ".join(result["warnings"] or [])
-
-
-def is_named(layer: int, result: dict) -> bool:
-    """True if a warning names the layer."""
-    return f"layer {layer} " in said(result)
+          f"{missed or 'none'}   {'; '.join(result['warnings'] or []) or 'no warning'}", flush=True)  # fmt: skip
 
 
 def done_before(path: Path | None, model: str, layers: list[int]) -> list[dict]:

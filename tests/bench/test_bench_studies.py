@@ -32,13 +32,13 @@ def question() -> tuple[DePass, Question]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 48])
-def test_grouped_scores_are_those_of_the_published_groups(count: int, monkeypatch) -> None:
+def test_grouped_scores_are_those_of_the_published_groups(count: int) -> None:
     """The published gate overrides and residual are left out: they have nothing to do with grouping."""
-    monkeypatch.setattr(grouping, "ROWS", 100)  # several batches of groups
     library, asked = question()
     published = Published(library.model, corrected=True)
     expected = published.score(published.neurons(asked.ids, 0, groups=count), -1, TARGET)[1:]
-    actual = grouping.grouped_scores(library, asked, 0, grouping.split(48, count, "contiguous"))
+    groups = grouping.split(48, count, "contiguous")
+    actual = grouping.grouped_scores(library, asked.ids, 0, groups, TARGET, rows=100)  # several batches of groups
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     exact = library.attribute(asked.ids, Neurons(0), TARGET).scores[:48]
     error = grouping.compare(actual, exact)["relative_error"]
