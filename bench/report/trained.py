@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from depass_fast.evaluate.studies.adjoint import RIGHT, WRONG, is_named
+
 from ..core.markdown import duration, heading, table
-from ..studies.trained import RIGHT, WRONG, is_named
 
 BANDS = (0.0, 0.001, 0.005, 0.01, RIGHT, WRONG, np.inf)
 
@@ -15,7 +16,7 @@ BANDS = (0.0, 0.001, 0.005, 0.01, RIGHT, WRONG, np.inf)
 def section(result: dict) -> str:
     """`bench.studies.trained`: true and estimated errors of the default sweep, at the layers that were compared."""
     prompts = result["prompts"]
-    every = [(row, is_named(row["layer"], one)) for one in prompts for row in one["layers"]]
+    every = [(row, is_named(row["layer"], one["warnings"])) for one in prompts for row in one["layers"]]
     wrong = [named for row, named in every if row["error"] > WRONG]
     right = [named for row, named in every if row["error"] <= RIGHT]
     text = (
