@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from depass_fast import DePass, Neurons
+from depass_fast.evaluate.methods.gradients import inputs_and_gradients
 
-from ..baselines.neuron_methods import inputs_and_gradients
 from ..core.cli import command
 from ..core.models import SHAPES, Model, build_model, random_prompt
 from ..core.peak import fresh_process, measured
