@@ -9,17 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...adjoint.estimate import spearman
 from ..comparison import compared
 from ..methods.base import SOFTMAX
-from ..probes import Classifier, last_hidden_states
+from ..probes import Classifier
 from ..questions import Question
-from ..statements import Statements, depths, read_statements, truthfulness
+from ..statements import truthfulness
 from ..statistics import rounded
 from ..study import Item, QuestionStudy, Row
 from ..tables import Panel, Table, figure
+from .on_statements import OnStatements
 from .projection_scores import (
     MEASURES,
     RANDOM,
@@ -40,12 +40,10 @@ from .projection_scores import (
     token_scores,
 )
 
-DEPTHS, QUICK_DEPTHS = (0.25, 0.5, 0.75), (0.5,)
 SEEDS, QUICK_SEEDS = 5, 2
-QUICK_STATEMENTS = 100
 
 
-class ProjectionStudy(QuestionStudy):
+class ProjectionStudy(OnStatements, QuestionStudy):
     """Shares of a subspace in the answer, and of tokens in that subspace, over several classifiers of one property.
 
     Classifiers differ in the statements that they learn from, a bootstrap sample by seed: they are fits of a convex
@@ -55,6 +53,7 @@ class ProjectionStudy(QuestionStudy):
 
     name, title = "projection", "Robustness of the projection on a subspace"
     task = "facts"
+    depths = (0.25, 0.5, 0.75)
 
     def items(self) -> Iterator[Item | None]:
         _ = self._bases  # a faulty file of statements is refused before any question is asked
@@ -79,23 +78,10 @@ class ProjectionStudy(QuestionStudy):
         }
 
     @cached_property
-    def _statements(self) -> Statements:
-        return read_statements(self.settings.train, QUICK_STATEMENTS if self.settings.quick else None)
-
-    @cached_property
-    def _layers(self) -> list[int]:
-        parts = QUICK_DEPTHS if self.settings.quick else DEPTHS
-        return self.chosen_layers(depths(self.engine.adapter.n_layers, parts))
-
-    @cached_property
     def _samples(self) -> list[tuple[list[int], list[int]]]:
         """The statements that a seed's classifiers learn from, and those that are left over."""
         seeds = range(QUICK_SEEDS if self.settings.quick else SEEDS)
         return [sample(self._statements, f"{self.settings.seed}-{seed}") for seed in seeds]
-
-    @cached_property
-    def _states(self) -> Tensor:
-        return last_hidden_states(self.engine, self._statements.texts, self._layers)
 
     @cached_property
     def _classifiers(self) -> dict[int, list[list[Classifier]]]:

@@ -12,16 +12,14 @@ from torch import Tensor
 from ..comparison import cell, compared
 from ..erasure import Ranking
 from ..interventions import replacement_id, values_after
-from ..probes import last_hidden_states
-from ..statements import FOLDS, depths, held_out_accuracy, read_statements, truthfulness
+from ..statements import FOLDS, held_out_accuracy, truthfulness
 from ..statistics import rounded
-from ..study import Item, Row, Study
+from ..study import Item, Row
 from ..tables import Panel, Table, figure
+from .on_statements import OnStatements
 from .truth_questions import INFORMATION, LETTER, OPTIONS, WORDS, WRONG, Encoded, encoded, read_questions
 from .truth_scores import ALONE, CLAIM, MEANINGS, METHODS, PROMPT, RANDOM, scores_of, spans_of
 
-DEPTHS, QUICK_DEPTHS = (0.25, 0.375, 0.5, 0.625, 0.75), (0.5,)
-QUICK_STATEMENTS = 100
 SHARES = {CLAIM: (0.05, 0.1, 0.2, 0.5, 1.0), PROMPT: (0.05, 0.1, 0.2)}  # of the tokens that may be masked
 SHOWN = {CLAIM: 0.5, PROMPT: 0.2}  # the share of the tables that compare by other figures
 SPANS = {LETTER: (CLAIM,), WORDS: (CLAIM, PROMPT)}  # what is masked in which form
@@ -37,7 +35,7 @@ class Probe(NamedTuple):
     layer: int
 
 
-class TruthStudy(Study):
+class TruthStudy(OnStatements):
     """Questions with misleading information, and what masking its most untruthful tokens does to the answer.
 
     A question counts as answered rightly where the right answer is more probable than the wrong one, in the first token
@@ -47,6 +45,7 @@ class TruthStudy(Study):
     name, title = "truth", "A false answer through a subspace of truthfulness"
     version = 2
     answered_only = False
+    depths = (0.25, 0.375, 0.5, 0.625, 0.75)
 
     def items(self) -> Iterator[Item | None]:
         questions = read_questions(self.settings.data)  # faulty files are refused before any work
@@ -95,19 +94,6 @@ class TruthStudy(Study):
         layer = max(by_layer, key=lambda one: by_layer[one])
         found = statements.fit(self._states[:, list(by_layer).index(layer)], range(len(statements.texts)))
         return Probe(truthfulness(found), float(found.bias[1] - found.bias[0]), layer)
-
-    @cached_property
-    def _statements(self) -> Any:
-        return read_statements(self.settings.train, QUICK_STATEMENTS if self.settings.quick else None)
-
-    @cached_property
-    def _layers(self) -> list[int]:
-        parts = QUICK_DEPTHS if self.settings.quick else DEPTHS
-        return self.chosen_layers(depths(self.engine.adapter.n_layers, parts))
-
-    @cached_property
-    def _states(self) -> Tensor:
-        return last_hidden_states(self.engine, self._statements.texts, self._layers)
 
     @cached_property
     def _by_layer(self) -> dict[int, float]:
