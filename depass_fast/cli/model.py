@@ -36,7 +36,7 @@ def config_of(model: str) -> Any:
     """The transformers config of a model, read without any of its weights."""
     from transformers import AutoConfig
 
-    from ..inputs.gguf import located, read_once, reading
+    from ..inputs.gguf_files import located, read_once, reading
 
     path, where = located(path_of(model), {})
     try:

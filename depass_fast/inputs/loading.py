@@ -17,7 +17,7 @@ from ..adapters.stored import kind_of, reads_as_computed, unreadable
 from ..runtime.dtypes import parse_dtype
 from ..runtime.log import warn_user
 from .doubts import doubt
-from .gguf import located, read_once, reading
+from .gguf_files import located, read_once, reading
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _WHERE = ("revision", "token", "subfolder", "trust_remote_code", "cache_dir", "local_files_only", "gguf_file")

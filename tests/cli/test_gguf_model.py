@@ -65,7 +65,7 @@ def test_what_is_no_gguf_file(tmp_path, capsys):
 
 
 def test_packages_that_are_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("depass_fast.inputs.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("depass_fast.inputs.gguf_files.find_spec", lambda name: None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     said = fail(capsys, *_tokens(str(tmp_path / "m.gguf")))
     assert (

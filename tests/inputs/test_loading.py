@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from depass_fast import DePass, InputWarning, Tokens
 from depass_fast.demo import demo_path, load_demo
-from depass_fast.inputs import gguf, loading
+from depass_fast.inputs import gguf_files, loading
 from tests.support.models import build, random_ids
 
 PROMPT = "Nyria Morstam speaks"
@@ -67,7 +67,7 @@ def test_the_tokenizer_of_a_gguf_file(monkeypatch):
 
         return from_pretrained
 
-    monkeypatch.setattr(gguf, "find_spec", lambda name: name)  # have the packages
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: name)  # have the packages
     monkeypatch.setattr(loading, "read_once", contextlib.nullcontext)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded("model", (model, COMPLETE)))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loaded("tokenizer", tokenizer))

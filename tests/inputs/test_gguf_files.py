@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depass_fast import DePass, Tokens, WeightsWarning
-from depass_fast.inputs import gguf
+from depass_fast.inputs import gguf_files
 from tests.support.gguf_file import needs_gguf, write_gguf
 from tests.support.models import build
 
@@ -19,7 +19,7 @@ def file(tmp_path_factory):
 @pytest.fixture
 def installed(monkeypatch):
     """Have all packages that GGUF files need."""
-    monkeypatch.setattr(gguf, "find_spec", lambda name: name)
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: name)
 
 
 @needs_gguf
@@ -118,7 +118,7 @@ def test_what_is_no_gguf_file(tmp_path, installed):
         DePass.from_pretrained(part)
     whole = tmp_path / "model-00001-of-00001.gguf"
     whole.write_bytes(b"GGUF")
-    assert gguf.located(whole, {})[0] == str(tmp_path)
+    assert gguf_files.located(whole, {})[0] == str(tmp_path)
 
 
 def test_arguments_about_the_hub(tmp_path, installed):
@@ -129,19 +129,19 @@ def test_arguments_about_the_hub(tmp_path, installed):
             DePass.from_pretrained(file, model_kwargs={name: "main"})
     with pytest.raises(ValueError, match="model_kwargs: gguf_file='m.gguf' beside a path that is a file itself"):
         DePass.from_pretrained(file, model_kwargs={"gguf_file": "m.gguf"})
-    found = gguf.located(file, {"revision": None, "token": "t"})
+    found = gguf_files.located(file, {"revision": None, "token": "t"})
     assert found == (str(tmp_path), {"revision": None, "token": "t", "gguf_file": str(file)})
     for path in ("a/hub-name.gguf", "a/hub-name"):
         given = {"gguf_file": "m.gguf", "revision": "x"}
-        assert gguf.located(path, given) == (path, given)
+        assert gguf_files.located(path, given) == (path, given)
     folder = tmp_path / "folder.gguf"
     folder.mkdir()
-    assert gguf.located(str(folder), {}) == (str(folder), {})
+    assert gguf_files.located(str(folder), {}) == (str(folder), {})
 
 
 @pytest.mark.parametrize(("missing", "named"), [({"gguf"}, "gguf"), ({"gguf", "accelerate"}, "gguf and accelerate")])
 def test_packages_that_are_missing(missing, named, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "find_spec", lambda name: None if name in missing else name)
+    monkeypatch.setattr(gguf_files, "find_spec", lambda name: None if name in missing else name)
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
     for path, more in ((file, None), ("a/hub-name", {"gguf_file": "m.gguf"})):
