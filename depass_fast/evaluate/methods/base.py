@@ -49,7 +49,7 @@ class Subject:
     kinds: Sequence[str]
     methods: Sequence[str]
     seed: int = 0
-    steps: int = 64
+    steps: int = 512
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -109,7 +109,7 @@ def scores_of(
     *,
     seed: int = 0,
     only: Sequence[str] | None = None,
-    steps: int = 64,
+    steps: int = 512,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Scores]:
     """Return the scores of a question's components by every method: {kind: {(method, read): scores}}.

@@ -21,7 +21,7 @@ from ..tables import Panel, Table
 
 TEMPERATURES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FEW_TEMPERATURES = (0.03, 0.1, 1.0)  # those of the toy size
-NEURONS_EVERY = 4  # prompts: a sweep of all neurons at a low temperature takes a minute
+NEURONS_EVERY = 2  # prompts: a sweep of all neurons at a low temperature takes a minute
 OTHERS = tuple(read for read in READS if read != LOG_PROB)
 HIGHER = {f"{kind}, {read}": kind == RECOVER for kind in (DISRUPT, RECOVER) for read in READS} | {
     f"{kind}, {end}, {ranking}": end == LOWEST
@@ -70,8 +70,8 @@ class RuleStudy(QuestionStudy):
     these alone (recover). Of heads and neurons of all layers the lowest and the highest shares are masked, zero at
     every position: the figure is the part of the masks under which the model still answers rightly. They are ranked by
     the scores in the log-probability, signed and by size. Scores are exact, but for the softmax's neurons, which are
-    those of the refined adjoint sweep. Neurons are ranked on the prompts whose number is a multiple of four, as a sweep
-    at a low temperature takes a minute. `linear`, `relu` and `max` have no sweep.
+    those of the refined adjoint sweep. Neurons are ranked on the prompts whose number is even, as a sweep at a low
+    temperature takes a minute. `linear`, `relu` and `max` have no sweep.
     """
 
     name, title = "rules", "Is softmax the best rule?"

@@ -52,6 +52,7 @@ class TokenStudy(QuestionStudy):
     """
 
     name, title = "tokens", "Tokens that the answer needs"
+    version = 2
 
     def measure(self, item: Item) -> Row:
         question: Question = item.value
