@@ -26,6 +26,7 @@ SECTIONS = {
     "ledger": rules.speed,
     "meta": memory.counted,
     "plan": memory.planned,
+    "products": tables.products,
     "prompts": tables.prompts,
     "rules": rules.section,
     "scripts": tables.scripts,

@@ -18,6 +18,10 @@ LAYERS = (
 PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
 the other. Both were verified to give the same scores before they were timed, in turns."""
 
+PRODUCTS = """`python -m bench.speed.products`: float32 on a CPU, as torch multiplies and as the engine does, which
+takes oneDNN where MKL does not use the CPU's AVX-512. Both take turns. The error is that of the engine's product in
+units of torch's."""
+
 SCRIPTS = """Scripts that ask layer by layer, one call per layer, through the published interface. Medians of a way
 through all layers, by the clock and of the CPU, which other processes disturb less; ratios are those of single turns.
 The floor is the least that products take at the GEMM rate of the same run; the check is what it takes to see, once per
@@ -59,6 +63,24 @@ def prompts(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Prompts per second", result["environment"]), PROMPTS, table(header, lines)])
+
+
+def products(result: dict) -> str:
+    header = ["workload", "model", "as torch", "engine", "ratio", "GFLOP/s, as torch", "engine", "error", "turns"]
+    lines = [
+        [
+            row["workload"],
+            row["model"],
+            duration(row["torch_s"]),
+            duration(row["engine_s"]),
+            f"{row['ratio']:.2f}×",
+            *(("-", "-") if row["gflops"] is None else (f"{rate:.0f}" for rate in row["gflops"])),
+            "-" if row["error"] is None else f"{row['error']:.2f}",
+            str(row["runs"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Products on a CPU", result["environment"]), PRODUCTS, table(header, lines)])
 
 
 def scripts(result: dict) -> str:

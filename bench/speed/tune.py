@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import triton
 
-from depass_fast.backends.torch.mlp import accumulate
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
 from depass_fast.kernels import allocation, attention, launch, probabilities
+from depass_fast.runtime.products import accumulate
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command, writable

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Branch, Norm
-from ..backends.torch.mlp import accumulate
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
 from ..kernels.rows import Rows, read_rows, row_scales
+from ..runtime.products import accumulate
 from .maps import LayerMaps
 from .memory import positions_at_once
 

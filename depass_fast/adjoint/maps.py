@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..adapters import Branch, Layer, Mlp, Norm
 from ..backends.torch.attention import FrozenAttention
+from ..runtime.products import product
 from ..trace.record import LayerTrace, MlpTrace
 
 _TILE = 1 << 26  # elements of the probabilities that are held at once
@@ -100,10 +101,10 @@ class LayerMaps:
 
     def ov(self, x: Tensor) -> Tensor:
         """Return what attention adds: (R, N, D) -> (R, Q, D)."""
-        return self._written(self._mixed(_linear(self._attention_norm, x).to(self.compute) @ self._w_v.T))
+        return self._written(self._mixed(product(_linear(self._attention_norm, x).to(self.compute), self._w_v.T)))
 
     def _written(self, heads: Tensor) -> Tensor:
-        return (heads @ self._w_o.T).to(self.dtype)
+        return product(heads, self._w_o.T).to(self.dtype)
 
     def _mixed(self, values: Tensor) -> Tensor:
         """Return values (R, N, Hkv·d), without s, after P: (R, Q, H·d)."""
@@ -124,8 +125,8 @@ class LayerMaps:
 
     def ov_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`ov`: (R, Q, D) -> (R, N, D)."""
-        out = self._values_transposed(y.to(self.compute) @ self._w_o)
-        return _linear_transposed(self._attention_norm, (out @ self._w_v).to(self.dtype))
+        out = self._values_transposed(product(y.to(self.compute), self._w_o))
+        return _linear_transposed(self._attention_norm, product(out, self._w_v).to(self.dtype))
 
     def _values_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`_mixed` and of a clamp: (R, Q, H·d) -> (R, N, Hkv·d)."""
@@ -149,7 +150,7 @@ class LayerMaps:
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
         x = _linear(self._mlp_norm, x) * self.mlp_scale[at]
-        return (x.to(self.compute) @ self._w_gate.T).to(self.dtype)
+        return product(x.to(self.compute), self._w_gate.T).to(self.dtype)
 
     def largest_gates(self, x: Tensor, budget: int) -> Tensor:
         """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,).
@@ -158,21 +159,21 @@ class LayerMaps:
         """
         x, size = _linear(self._mlp_norm, x).to(self.compute), len(self._w_gate) * self.compute.itemsize
         parts = x.split(max(1, budget // size))
-        ranges = [torch.aminmax(part @ self._w_gate.T, dim=1) for part in parts]
+        ranges = [torch.aminmax(product(part, self._w_gate.T), dim=1) for part in parts]
         return torch.cat([torch.maximum(high, -low) for low, high in ranges]).to(self.dtype)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
-        y = (y.to(self.compute) @ self._w_gate).to(self.dtype) * self.mlp_scale
+        y = product(y.to(self.compute), self._w_gate).to(self.dtype) * self.mlp_scale
         return _linear_transposed(self._mlp_norm, y)
 
     def down(self, y: Tensor) -> Tensor:
         """Return what neurons write: (R, Q, I) -> (R, Q, D)."""
-        return (y.to(self.compute) @ self._w_down.T).to(self.dtype)
+        return product(y.to(self.compute), self._w_down.T).to(self.dtype)
 
     def down_transposed(self, x: Tensor) -> Tensor:
         """Apply the transpose of :meth:`down`: (R, Q, D) -> (R, Q, I)."""
-        return (x.to(self.compute) @ self._w_down).to(self.dtype)
+        return product(x.to(self.compute), self._w_down).to(self.dtype)
 
     def normed(self, x: Tensor, module: str, transposed: bool = False) -> Tensor:
         """Apply the stream's own norm behind "attention" or "mlp", or its transpose, if there is one: (R, Q, D)."""

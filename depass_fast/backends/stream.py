@@ -24,6 +24,7 @@ from torch import Tensor
 from ..adapters import Attention, Layer, Mlp
 from ..allocation import Allocation
 from ..labels import BIAS, REST
+from ..runtime.products import product
 from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
@@ -236,7 +237,7 @@ class StreamBackend(TorchBackend):
         for part in self._parts(len(x) * x.shape[1], len(step.w_gate)):
             shares = statistics.shares(self._gates(layout, block, x, alive, step, part), at, part)
             shares = (shares * step.act[at, part][:, None]).to(x.dtype)
-            out += shares.flatten(0, 1) @ step.w_down[:, part].T
+            out += product(shares.flatten(0, 1), step.w_down[:, part].T)
         return out if block.slots is None else out.index_select(0, block.slots)
 
     # -- both -------------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ class StreamBackend(TorchBackend):
     def _gates(self, layout: Layout, block: Block, x: Tensor, alive: Tensor, step: MlpStep, part: slice) -> GateBlock:
         at, components = _at(layout, block), layout.components[block.prompt]
         chosen = slice(block.first, block.first + block.n_components)
-        g = (x @ step.w_gate[part].T).to(torch.promote_types(x.dtype, torch.float32))  # (n, b, i)
+        g = product(x, step.w_gate[part].T).to(torch.promote_types(x.dtype, torch.float32))  # (n, b, i)
         bias, rest = (_place(layout.index(name), block) for name in (BIAS, REST))
         constant = None if bias is None or step.gate_constant is None else step.gate_constant[part]
         if constant is not None:

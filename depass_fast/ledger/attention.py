@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Attention
+from ..runtime.products import product
 from ..trace.record import AttentionTrace
 from .batches import Batch, Packing
 from .norms import FrozenNorm
@@ -65,7 +66,7 @@ class WayThroughAttention:
         weights, trace, dtype = self.weights, self.trace, gradients.dtype
         at = self.packing.at(self.partial, gradients.device)
         out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
-        y = weights.written_transposed(gradients, out_scale).to(self.compute) @ weights.w_o.to(self.compute)
+        y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
         norm = FrozenNorm.of(weights.norm, x, dtype)
         values = self._values(norm.read(x), dtype) if with_heads else None
         of_values, heads = self._through_probabilities(y, values)
@@ -73,7 +74,7 @@ class WayThroughAttention:
         constant = self._constant(gradients, of_values, out_scale)
         if trace.latent_scale is not None:
             of_values = of_values * trace.latent_scale[:, None]
-        back = (of_values.to(self.compute) @ weights.w_v.to(self.compute)).to(dtype)
+        back = product(of_values.to(self.compute), weights.w_v.to(self.compute)).to(dtype)
         return AttentionBack(norm.back(back), heads, constant)
 
     def _through_probabilities(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +140,7 @@ class WayThroughAttention:
     def _values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values that every KV head makes of ``x`` (T, D), without their constant part: (T, Hkv, d)."""
         weights, trace = self.weights, self.trace
-        values = (x.to(self.compute) @ weights.w_v.to(self.compute).T).to(dtype)
+        values = product(x.to(self.compute), weights.w_v.to(self.compute).T).to(dtype)
         if trace.latent_scale is not None:
             values = values * trace.latent_scale.to(dtype)[:, None]
         return self._scaled(values).unflatten(-1, (weights.n_kv_heads, -1))

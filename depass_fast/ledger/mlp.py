@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..adapters import Mlp
 from ..linear_rules import linear_shares, reads_up
+from ..runtime.products import accumulate, product
 from ..runtime.transfer import to_device
 from ..trace.record import LayerTrace, MlpTrace
 from .batches import Packing
@@ -87,17 +88,17 @@ class WayThroughMlp:
         curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
         for places in self._places(trace, len(written) * len(w_gate) * dtype.itemsize * _HELD, written.device):
             if curve is not None:
-                up = None if w_up is None or normed is None else normed[places.at] @ w_up.T
-                y = written[:, places.at] @ w_down
+                up = None if w_up is None or normed is None else product(normed[places.at], w_up.T)
+                y = product(written[:, places.at], w_down)
                 of_ups, of_neurons = self._by_kernel(y, up, trace, places, curve)
                 scores.append(of_neurons)
-                back = y @ w_gate
+                back = product(y, w_gate)
                 read.add(places, back if of_ups is None or w_up is None else _added(back, of_ups, w_up))
                 continue
-            y = (written[:, places.at] @ w_down).to(dtype)  # (R, a, I)
+            y = product(written[:, places.at], w_down).to(dtype)  # (R, a, I)
             up = None
             if w_up is not None and normed is not None:
-                up = (normed[places.at] @ w_up.T).to(dtype)
+                up = product(normed[places.at], w_up.T).to(dtype)
                 up = up if constants[1] is None else up + constants[1]
             shares = linear_shares(self.rule, weights, trace, places.recorded, dtype, up)
             if with_neurons:
@@ -105,7 +106,7 @@ class WayThroughMlp:
             driven = shares.of_bias(*constants)
             if driven is not None:
                 found.append(self.packing.sum_at((y * driven).sum(-1), places.packed))
-            back = (y * shares.gate).to(self.compute) @ w_gate
+            back = product((y * shares.gate).to(self.compute), w_gate)
             if shares.up is not None and w_up is not None:
                 back = _added(back, (y * shares.up).to(self.compute), w_up)
             read.add(places, back)
@@ -189,4 +190,5 @@ class _Sum:
 
 def _added(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return total (R, a, D) + a (R, a, I) @ b (I, D); ``total`` may be used up."""
-    return torch.addmm(total.flatten(0, 1), a.flatten(0, 1), b, out=total.view(-1, total.shape[2])).view_as(total)
+    accumulate(total.view(-1, total.shape[2]), a.flatten(0, 1), b)
+    return total

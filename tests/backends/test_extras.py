@@ -6,9 +6,9 @@ import torch
 from depass_fast import Heads, Tokens
 from depass_fast.backends import StreamBackend
 from depass_fast.backends.torch.backend import TorchBackend
-from depass_fast.backends.torch.mlp import accumulate
 from depass_fast.backends.triton import backend as triton_backend
 from depass_fast.backends.triton.backend import TritonBackend
+from depass_fast.runtime.products import accumulate
 from depass_fast.state.state import ComponentState
 from tests.support.models import build, random_ids
 from tests.support.states import close

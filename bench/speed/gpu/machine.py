@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from depass_fast.backends.torch.mlp import accumulate
 from depass_fast.runtime.precision import full_precision
+from depass_fast.runtime.products import accumulate
 
 from ...core.models import Shape
 from ...core.timing import Timing, quantiles

@@ -20,6 +20,7 @@ from ...adapters import Attention, Branch, Mlp, Norm
 from ...allocation import Allocation
 from ...labels import BIAS
 from ...linear_rules import reads_up
+from ...runtime.products import accumulate, product, write_product
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
@@ -29,7 +30,7 @@ from .attention import FrozenAttention
 from .blocks import Block, Chunk
 from .bounded import BoundedBackend
 from .linear import LinearStep, linear_chunk
-from .mlp import MlpStep, accumulate, general_chunk, softmax_chunk
+from .mlp import MlpStep, general_chunk, softmax_chunk
 from .queries import Asked, QueryBlock, make_query_blocks, mix_queries, query_probabilities
 
 
@@ -98,7 +99,7 @@ class TorchBackend(BoundedBackend):
 
         def attend(x: Tensor, block: Block) -> None:
             values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
-            torch.mm(x.to(dtype), w_v.T, out=values)
+            write_product(values, x.to(dtype), w_v.T)
             if trace.value_ratio is not None:
                 self._clamp(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
@@ -307,7 +308,7 @@ class TorchBackend(BoundedBackend):
             w_up = self._reading("w_up", weights.w_up, weights, dtype)
             resid = trace.resid[recorded.positions(trace)].to(state.rows.dtype)
             read = (resid * weights.scale(resid)[:, None].to(resid)).to(dtype)
-            up, constant = read @ w_up.T, weights.up_constant(dtype)
+            up, constant = product(read, w_up.T), weights.up_constant(dtype)
             up = up if constant is None else up + constant
         w_down = weights.writing(weights.w_down, dtype)
         w_gate = self._reading("w_gate", weights.w_gate, weights, dtype)

@@ -11,12 +11,13 @@ from torch import Tensor
 from ...adapters import Mlp
 from ...labels import BIAS
 from ...linear_rules import LinearShares, linear_shares
+from ...runtime.products import accumulate, product, write_product
 from ...runtime.transfer import all_to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import MlpTrace
 from .blocks import Chunk
-from .mlp import accumulate, runs
+from .mlp import runs
 from .workspace import Workspace
 
 
@@ -147,11 +148,11 @@ def linear_chunk(
     out = target if len(neurons) == 1 else workspace.take("out", target.shape, target).copy_(target)
     for part in neurons:
         driven = workspace.take("values", (len(rows), part.stop - part.start), rows)
-        torch.mm(rows, w_gate[part].T, out=driven)
+        write_product(driven, rows, w_gate[part].T)
         ups = None
         if step.w_up is not None:
             ups = workspace.take("ups", driven.shape, driven)
-            torch.mm(rows, step.w_up[part].T, out=ups)
+            write_product(ups, rows, step.w_up[part].T)
         _weigh(driven, ups, chunk, shares, factor, part)
         accumulate(out, driven, w_down[:, part].T)
     if out is not target:
@@ -169,12 +170,12 @@ def linear_block(x: Tensor, step: LinearStep, at: slice, neurons: list[slice], b
     read = (x * step.scale[at, None, None]).to(dtype)
     out = x.new_zeros(x.shape)
     for part in neurons:
-        driven = (read @ step.w_gate[part].T) * shares.gate[:, None, part]
+        driven = product(read, step.w_gate[part].T) * shares.gate[:, None, part]
         if step.w_up is not None and shares.up is not None:
-            driven += (read @ step.w_up[part].T) * shares.up[:, None, part]
+            driven += product(read, step.w_up[part].T) * shares.up[:, None, part]
         if step.out_scale is not None:
             driven = driven * step.out_scale[at, None, None]
-        out += (driven.to(dtype) @ step.w_down[:, part].T).to(out)
+        out += product(driven.to(dtype), step.w_down[:, part].T).to(out)
     constant = None if bias is None else step.constant(shares, at, x.dtype)
     if constant is not None:
         out[:, bias] += constant

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...allocation import Allocation, Edit, Gates, inverse
 from ...labels import BIAS, REST
+from ...runtime.products import accumulate, product, write_product
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState, segment_sums
@@ -23,7 +24,6 @@ from .workspace import Workspace
 _FLOOR = -80.0
 _LEAST_SHARE = 1.01 * math.exp(_FLOOR)
 _LARGEST_FACTOR = 1e12  # of gates by the product itself: beyond it they could overflow
-_WIDENED = 512  # columns of a product's operands that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _shares(
     """The activations of some neurons as the rows share them: (r, i), or None if a neuron finds nobody eligible."""
     x, wide = read.x, _wide(read.x.dtype)
     product = workspace.take("values", (len(x), part.stop - part.start), x)
-    torch.addmm(product, x, step.w_gate[part].T, beta=0.0, alpha=read.factor, out=product)
+    write_product(product, x, step.w_gate[part].T, read.factor)
     gates = product
     if product.dtype != wide:  # in half precision shares would not sum to one
         gates = workspace.take("gates", product.shape, product, wide).copy_(product)
@@ -160,32 +160,6 @@ def _shares(
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the softmax: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out += alpha · a @ b, where ``out`` may be of a wider dtype."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b, alpha=alpha)
-    elif out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:  # added up in float32 by the product
-        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
-    elif out.is_cuda or a.dtype == torch.float16:  # whose range is short; on HIP a product's output is as wide as it
-        for first in range(0, len(b), _WIDENED):
-            part = slice(first, first + _WIDENED)
-            out.addmm_(a[:, part].to(out.dtype), b[part].to(out.dtype), alpha=alpha)
-    else:
-        out.add_(a @ b, alpha=alpha)
-
-
-def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (n, r, C) += a @ b, where ``out`` may be a view of another tensor and of a wider dtype: a is (n·r, K)."""
-    a, n = a.view(*out.shape[:2], -1), len(out)
-    if n > 1 and out.dtype == a.dtype:
-        out.baddbmm_(a, b.expand(n, -1, -1))
-    elif n > 1 and out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:
-        torch.baddbmm(out, a, b.expand(n, -1, -1), out_dtype=torch.float32, out=out)
-    else:
-        for one, rows in zip(out, a, strict=True):
-            accumulate(one, rows, b)
 
 
 def _edited(edit: Edit, g: Tensor, chunk: Chunk, layout: Layout, factor: float) -> bool:
@@ -290,7 +264,7 @@ def general_chunk(
         alive = (rows != 0).any(-1)
         out = gained[here.start - chunk.rows.start : here.stop - chunk.rows.start].view_as(rows)
         for part in neurons:
-            g = (x @ step.w_gate[part].T).to(torch.promote_types(dtype, torch.float32))  # (n, M, i)
+            g = product(x, step.w_gate[part].T).to(torch.promote_types(dtype, torch.float32))  # (n, M, i)
             if step.gate_constant is not None:
                 g[:, layout.index(BIAS)] += step.gate_constant[part]
             gates = Gates(
@@ -304,5 +278,5 @@ def general_chunk(
                 constant=None if step.gate_constant is None else step.gate_constant[part],
             )
             shares = step.allocation.weights(gates) * step.frozen(step.act, at, part)[:, None]
-            out += shares.to(dtype) @ step.w_down[:, part].T
+            out += product(shares.to(dtype), step.w_down[:, part].T)
     state.rows[chunk.rows].add_(gained)  # += would copy it onto itself afterwards, and could fail there

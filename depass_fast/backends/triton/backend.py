@@ -28,6 +28,7 @@ from ...kernels.launch import mix_tile, takes_scales
 from ...labels import BIAS, REST
 from ...linear_rules import frozen_up, reads_up
 from ...runtime.log import say_once
+from ...runtime.products import accumulate, accumulate_block
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
@@ -35,7 +36,6 @@ from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..active import Groups, MlpTensors, transposed
 from ..torch.backend import TorchBackend, add_to_bias
 from ..torch.linear import LinearStep
-from ..torch.mlp import accumulate, accumulate_block
 from ..torch.workspace import viewed
 from .arena import Arena
 from .half import AttentionRange, MlpRange, Ranges, ranges

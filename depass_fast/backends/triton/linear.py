@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...kernels.linear import share_linearly
 from ...labels import BIAS
+from ...runtime.products import accumulate
 from ...state.state import ComponentState
 from ..torch.linear import LinearStep
-from ..torch.mlp import accumulate
 from ..torch.workspace import viewed
 from .arena import Arena
 from .pieces import RowChunk

@@ -1,0 +1,104 @@
+"""Products of matrices: added to what is there, and on a CPU by the faster of torch's two libraries.
+
+torch multiplies float32 matrices on a CPU by MKL, and MKL takes AVX2 where the CPU is not Intel's, whatever else it
+has. oneDNN, which torch carries for other things, takes AVX-512 there: 2.2 times the rate
+(``python -m bench.speed.products``).
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_WIDENED = 512  # columns of a product's operands that are widened at a time
+_ROWS = 256  # of a product by oneDNN: what is written elsewhere is copied while it is in the cache
+_SMALLEST = 1 << 20  # multiplications; MKL's call is cheaper than oneDNN's
+_WORTH_A_COPY = 64  # rows; oneDNN takes whole matrices alone
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a (..., K) @ b (K, N)."""
+    weight = _weight(a, b)
+    return a @ b if weight is None else _by_one_dnn(a, weight)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out = alpha · a (r, K) @ b (K, N), all of one dtype."""
+    weight = _weight(a, b)
+    if weight is None:
+        torch.addmm(out, a, b, beta=0.0, alpha=alpha, out=out)
+        return
+    for some, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
+        made = _by_one_dnn(rows, weight)
+        some.copy_(made if alpha == 1 else made.mul_(alpha))
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+    """out += alpha · a (r, K) @ b (K, N), where ``out`` may be of a wider dtype."""
+    if out.dtype == a.dtype:
+        _add_product(out, a, b, alpha)
+    elif out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:  # added up in float32 by the product
+        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, out=out)
+    elif out.is_cuda or a.dtype == torch.float16:  # whose range is short; on HIP a product's output is as wide as it
+        for first in range(0, len(b), _WIDENED):
+            part = slice(first, first + _WIDENED)
+            _add_product(out, a[:, part].to(out.dtype), b[part].to(out.dtype), alpha)
+    else:
+        out.add_(a @ b, alpha=alpha)
+
+
+def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (n, r, C) += a @ b, where ``out`` may be a view of another tensor and of a wider dtype: a is (n·r, K)."""
+    a, n = a.view(*out.shape[:2], -1), len(out)
+    if n > 1 and out.dtype == a.dtype:
+        out.baddbmm_(a, b.expand(n, -1, -1))
+    elif n > 1 and out.is_cuda and out.dtype == torch.float32 and not torch.version.hip:
+        torch.baddbmm(out, a, b.expand(n, -1, -1), out_dtype=torch.float32, out=out)
+    else:
+        for one, rows in zip(out, a, strict=True):
+            accumulate(one, rows, b)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    weight = _weight(a, b)
+    if weight is None:
+        out.addmm_(a, b, alpha=alpha)
+        return
+    for some, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
+        some.add_(_by_one_dnn(rows, weight), alpha=alpha)
+
+
+def _by_one_dnn(a: Tensor, weight: Tensor) -> Tensor:
+    """Return a (..., K) @ weight (N, K).T."""
+    return torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
+
+
+def _weight(a: Tensor, b: Tensor) -> Tensor | None:
+    """Return b (K, N) as oneDNN takes it, (N, K), or None where the product is not one for oneDNN."""
+    if not (a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and one_dnn_is_faster()):
+        return None
+    if a.numel() * b.shape[1] < _SMALLEST or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return None
+    if b.is_contiguous() or b.T.is_contiguous():
+        return b.T
+    return b.T.contiguous() if a.numel() >= _WORTH_A_COPY * a.shape[-1] else None
+
+
+@functools.cache
+def one_dnn_is_faster() -> bool:
+    """Return if oneDNN multiplies float32 matrices faster than what torch takes: an AVX-512 CPU that is not Intel's.
+
+    The answer does not come from a clock, so that a second run gives the same numbers.
+    """
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and torch.backends.cpu.get_cpu_capability() == "AVX512" and "GenuineIntel" not in _vendor()
+
+
+def _vendor() -> str:
+    """Return what the system says of the CPU's vendor."""
+    cpus = Path("/proc/cpuinfo")
+    return cpus.read_text(encoding="utf-8", errors="replace") if cpus.exists() else platform.processor()
