@@ -64,17 +64,15 @@ def attributions(shape: Shape, runs: int) -> Iterator[ProductTime]:
     """Time attributions of a prompt of random tokens."""
     engine = DePass(build_model(shape), progress=False)
     trace = engine.trace(torch.randint(0, shape.vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0)))
-    for name, components, rule in (
-        ("tokens", Tokens(), None),
-        ("heads of all layers", Heads(layers="all"), None),
-        ("neurons of the middle layer", Neurons(shape.layers // 2), None),
-        ("neurons of all layers, adjoint", Neurons(layers="all"), None),
-        ("neurons of all layers, shapley", Neurons(layers="all"), "shapley"),
-    ):
-        given = {} if rule is None else {"allocation": rule}
-        yield _row(
-            f"{name}, N={LENGTH}", shape, _turns(lambda c=components, g=given: engine.attribute(trace, c, **g), runs)
-        )
+    neurons = Neurons(layers="all")
+    for name, call in {
+        "tokens": lambda: engine.attribute(trace, Tokens()),
+        "heads of all layers": lambda: engine.attribute(trace, Heads(layers="all")),
+        "neurons of the middle layer": lambda: engine.attribute(trace, Neurons(shape.layers // 2)),
+        "neurons of all layers, adjoint": lambda: engine.attribute(trace, neurons),
+        "neurons of all layers, shapley": lambda: engine.attribute(trace, neurons, allocation="shapley"),
+    }.items():
+        yield _row(f"{name}, N={LENGTH}", shape, _turns(call, runs))
 
 
 def _turns(call: Callable[[], object], runs: int, repeats: int = 1) -> dict[str, np.ndarray]:
