@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.backends.torch.division import TARGET_NEURONS
 from depass_fast.runtime import products
 
 from ..core.cli import command, writable
@@ -48,12 +49,15 @@ class ProductTime:
 def matrices(shape: Shape, rows: int, runs: int) -> Iterator[ProductTime]:
     """Time the products of a model's MLP with so many rows."""
     make = torch.Generator().manual_seed(0)
-    for name, n, k in (("gate", shape.intermediate, shape.hidden), ("down", shape.hidden, shape.intermediate)):
-        x, w = torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make)
-        repeats = max(1, 4096 // rows)
-        found = _turns(lambda x=x, w=w: products.product(x, w.T), runs, repeats)
-        exact = x.double() @ w.double().T
-        errors = [float((one - exact).norm()) for one in (products.product(x, w.T), x @ w.T)]
+    hidden, width = shape.hidden, shape.intermediate
+    part = min(width, TARGET_NEURONS)
+    for name, n, k in (("gate", width, hidden), ("down", hidden, width), ("down, of some neurons", hidden, part)):
+        x, w = torch.randn(rows, k, generator=make), torch.randn(n, width if name != "gate" else k, generator=make)
+        w, repeats = w[:, :k].T, max(1, 4096 // rows)
+        out = torch.zeros(rows, n)
+        found = _turns(lambda out=out, x=x, w=w: products.accumulate(out, x, w), runs, repeats)
+        exact = x.double() @ w.double()
+        errors = [float((one - exact).norm()) for one in (products.product(x, w), x @ w)]
         flops = 2e-9 * rows * n * k
         yield _row(
             f"{name}, {rows} rows", shape, found, errors[0] / errors[1], lambda s, flops=flops: flops / s, repeats

@@ -1,7 +1,7 @@
 """Products of matrices: added to what is there, and on a CPU by the faster of torch's two libraries.
 
 torch multiplies float32 matrices on a CPU by MKL, and MKL takes AVX2 where the CPU is not Intel's, whatever else it
-has. oneDNN, which torch carries for other things, takes AVX-512 there: 2.2 times the rate
+has. oneDNN, which torch carries for other things, takes AVX-512 there, at twice the rate
 (``python -m bench.speed.products``).
 """
 
@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _WIDENED = 512  # columns of a product's operands that are widened at a time
-_ROWS = 256  # of a product by oneDNN: what is written elsewhere is copied while it is in the cache
 _SMALLEST = 1 << 20  # multiplications; MKL's call is cheaper than oneDNN's
-_WORTH_A_COPY = 64  # rows; oneDNN takes whole matrices alone
+_MADE = 1 << 18  # numbers of a product by oneDNN that are made before they are written where they belong
+_COPIED = 1 << 20  # numbers of a weight that are copied at a time: oneDNN takes whole matrices alone
+_WORTH_A_COPY = 256  # rows
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a (..., K) @ b (K, N)."""
-    weight = _weight(a, b)
-    return a @ b if weight is None else _by_one_dnn(a, weight)
+    if not _for_one_dnn(a, b):
+        return a @ b
+    if _is_whole(b):
+        return _by_one_dnn(a, b.T)
+    out = a.new_empty(*a.shape[:-1], b.shape[1])
+    for at, made in _pieces(a.reshape(-1, a.shape[-1]), b):
+        out.view(-1, b.shape[1])[at] = made
+    return out
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out = alpha · a (r, K) @ b (K, N), all of one dtype."""
-    weight = _weight(a, b)
-    if weight is None:
+    """out (r, N) = alpha · a (r, K) @ b (K, N), all of one dtype."""
+    if not _for_one_dnn(a, b, out):
         torch.addmm(out, a, b, beta=0.0, alpha=alpha, out=out)
         return
-    for some, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
-        made = _by_one_dnn(rows, weight)
-        some.copy_(made if alpha == 1 else made.mul_(alpha))
+    for at, made in _pieces(a, b):
+        out[at] = made if alpha == 1 else made.mul_(alpha)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
@@ -64,12 +70,23 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    weight = _weight(a, b)
-    if weight is None:
+    if not _for_one_dnn(a, b, out):
         out.addmm_(a, b, alpha=alpha)
         return
-    for some, rows in zip(out.split(_ROWS), a.split(_ROWS), strict=True):
-        some.add_(_by_one_dnn(rows, weight), alpha=alpha)
+    for at, made in _pieces(a, b):
+        out[at].add_(made, alpha=alpha)
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Yield a (r, K) @ b (K, N) in pieces, and where each of them is: what is made and copied at a time is small."""
+    width = b.shape[1] if _is_whole(b) else max(1, _COPIED // b.shape[0])
+    height = max(1, _MADE // min(width, b.shape[1]))
+    for left in range(0, b.shape[1], width):
+        columns = slice(left, left + width)
+        weight = b.T if _is_whole(b) else b.T[columns].contiguous()
+        for top in range(0, len(a), height):
+            rows = slice(top, top + height)
+            yield (rows, columns), _by_one_dnn(a[rows], weight)
 
 
 def _by_one_dnn(a: Tensor, weight: Tensor) -> Tensor:
@@ -77,15 +94,20 @@ def _by_one_dnn(a: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], "")
 
 
-def _weight(a: Tensor, b: Tensor) -> Tensor | None:
-    """Return b (K, N) as oneDNN takes it, (N, K), or None where the product is not one for oneDNN."""
+def _for_one_dnn(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
+    """Return if a @ b, written to ``out`` or anew, is a product for oneDNN; what is no product at all is torch's."""
     if not (a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and one_dnn_is_faster()):
-        return None
-    if a.numel() * b.shape[1] < _SMALLEST or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
-        return None
-    if b.is_contiguous() or b.T.is_contiguous():
-        return b.T
-    return b.T.contiguous() if a.numel() >= _WORTH_A_COPY * a.shape[-1] else None
+        return False
+    if b.dim() != 2 or a.shape[-1:] != b.shape[:1] or (out is not None and out.shape != (len(a), b.shape[1])):
+        return False
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return False
+    large = a.numel() * b.shape[1] >= _SMALLEST
+    return large and (_is_whole(b) or a.numel() >= _WORTH_A_COPY * a.shape[-1])
+
+
+def _is_whole(b: Tensor) -> bool:
+    return b.is_contiguous() or b.T.is_contiguous()
 
 
 @functools.cache

@@ -8,22 +8,24 @@ import torch
 from depass_fast.runtime import products
 from depass_fast.runtime.products import accumulate, product, write_product
 
-ROWS, K, N = 600, 96, 160  # more rows than are written at once
+ROWS, K, N = 600, 96, 160
 needs_one_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes that oneDNN multiplies, on any CPU that has it, from one multiplication on."""
+def calls(monkeypatch) -> list[int]:
+    """How many numbers each call of oneDNN makes, on any CPU that has it, from one multiplication on, in pieces."""
     found = []
     by_one_dnn = products._by_one_dnn
 
     def counted(a, weight):
-        found.append((*a.shape, len(weight)))
+        found.append(a.numel() // a.shape[-1] * len(weight))
         return by_one_dnn(a, weight)
 
     monkeypatch.setattr(products, "one_dnn_is_faster", lambda: True)
     monkeypatch.setattr(products, "_SMALLEST", 1)
+    monkeypatch.setattr(products, "_COPIED", 50 * K)
+    monkeypatch.setattr(products, "_MADE", 70 * 50)
     monkeypatch.setattr(products, "_by_one_dnn", counted)
     return found
 
@@ -49,8 +51,9 @@ def test_products_are_torchs(calls, layout):
     exact = (a.double() @ b.double()).float()
     torch.testing.assert_close(product(a, b), exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(product(a.view(4, -1, K), b), exact.view(4, -1, N), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(product(a[:, ::1][1::2], b), exact[1::2], rtol=1e-4, atol=1e-4)
-    assert len(calls) == 3
+    torch.testing.assert_close(product(a[1::2], b), exact[1::2], rtol=1e-4, atol=1e-4)
+    assert sum(calls) == 2.5 * ROWS * N
+    del calls[:]
     out = torch.full((ROWS, N), torch.nan)
     write_product(out, a, b, alpha=0.5)
     torch.testing.assert_close(out, exact / 2, rtol=1e-4, atol=1e-4)
@@ -59,7 +62,10 @@ def test_products_are_torchs(calls, layout):
     expected[:, :N] += 2 * exact
     accumulate(wide[:, :N], a, b, alpha=2.0)  # a view: its neighbours stay
     torch.testing.assert_close(wide, expected, rtol=1e-4, atol=1e-4)
-    assert sum(shape[0] for shape in calls[3:]) == 2 * ROWS
+    assert sum(calls) == 2 * ROWS * N and len(calls) > 2 * N // 50
+    with torch.inference_mode():
+        torch.testing.assert_close(product(a, b), exact, rtol=1e-4, atol=1e-4)
+    assert product(a[:0], b).shape == (0, N) and product(a[0], b).shape == (N,)
 
 
 @needs_one_dnn
@@ -83,6 +89,22 @@ def test_what_is_no_product_for_one_dnn(calls):
         assert not calls and product(a, b).isfinite().all() and len(calls) == 1
     few, columns = draw(3, K), draw(N, 2 * K)[:, :K].T  # a copy of the matrix would not pay
     assert torch.equal(product(few, columns), few @ columns) and len(calls) == 1
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("shape", [(K + 1, N), (4, K, N), (N,)])
+def test_what_is_no_product_is_torchs_error(calls, shape):
+    a, b = draw(4, 7, K), draw(*shape)
+    try:
+        expected = a @ b
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            product(a, b)
+    else:
+        assert torch.equal(product(a, b), expected)
+    with pytest.raises(RuntimeError):
+        accumulate(torch.zeros(ROWS, N), draw(ROWS, K), draw(K, 1))
+    assert not calls
 
 
 def test_small_products_are_torchs_own(monkeypatch):
