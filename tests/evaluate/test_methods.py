@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -231,6 +232,17 @@ def test_integrated_gradients_are_complete(demo, asked, small):
                 ahead = question.values(engine.model(inputs_embeds=start[None]).logits[0, -1])
             torch.testing.assert_close(found.scores[:, 0], ahead - low, rtol=1e-4, atol=1e-5)
     assert integrated_gradients(small, question_of(), most=8).steps == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_integrated_gradients_of_half_precision(demo, asked, dtype):
+    """No two points of the way coincide: the scores are those of float32, up to rounding."""
+    whole = integrated_gradients(demo, asked)
+    half = DePass(copy.deepcopy(demo.model).to(dtype), demo.tokenizer, progress=False)
+    found = integrated_gradients(half, asked)
+    assert (found.scores - whole.scores).norm() <= 0.03 * whole.scores.norm()
+    if dtype == torch.float16:
+        assert found.errors.max() <= 0.01 and found.steps <= 2 * whole.steps
 
 
 def test_integrated_gradients_of_captum(small):

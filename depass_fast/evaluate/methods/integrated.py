@@ -36,10 +36,13 @@ def integrated_gradients(engine: DePass, question: Question, most: int = 512) ->
 
     The trapezoid rule is adaptive. A step is off by its own rise of f less the integral over it; the quarter of the
     steps that are most off are halved, until the scores of every read sum to f(x) - f(b) to 1 %, or there are ``most``
-    steps (8 at least). f is rough in some places of the way, and smooth over most of it.
+    steps (8 at least). f is rough in some places of the way, and smooth over most of it. A complete sum says that the
+    scores are right together, not that each is right to 1 %.
     """
     x, base = _state(engine, question.ids), _state(engine, question.ids, mean_embedding(engine))
     base = torch.where(question.special[:, None], x, base)
+    wide = torch.promote_types(x.dtype, torch.float32)  # in half precision points of the way would coincide
+    x, base = x.to(wide), base.to(wide)
     start = torch.cat([x[:1], base[1:]])
     with torch.no_grad(), entering(engine, base[None]):
         low = question.values(graded_logits(engine, question.ids[None]))[0].cpu()
