@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _WIDENED = 512  # columns of a product's operands that are widened at a time
 _SMALLEST = 1 << 20  # multiplications; MKL's call is cheaper than oneDNN's
@@ -71,7 +72,10 @@ def accumulate_block(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     if not _for_one_dnn(a, b, out):
-        out.addmm_(a, b, alpha=alpha)
+        if out.shape == (len(a), b.shape[-1]):  # a counter of FLOPs does not know addmm_
+            torch.addmm(out, a, b, alpha=alpha, out=out)
+        else:  # addmm would give `out` another shape
+            out.addmm_(a, b, alpha=alpha)
         return
     for at, made in _pieces(a, b):
         out[at].add_(made, alpha=alpha)
@@ -100,8 +104,8 @@ def _for_one_dnn(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
         return False
     if b.dim() != 2 or a.shape[-1:] != b.shape[:1] or (out is not None and out.shape != (len(a), b.shape[1])):
         return False
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return False
+    if is_in_torch_dispatch_mode() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return False  # counters of FLOPs know torch's own products, and so do gradients
     large = a.numel() * b.shape[1] >= _SMALLEST
     return large and (_is_whole(b) or a.numel() >= _WORTH_A_COPY * a.shape[-1])
 

@@ -117,7 +117,7 @@ def test_running_out_of_memory_anywhere_changes_nothing(label, rule, stream, mon
 def test_memory_that_stays_short_is_an_error_that_says_what_to_do(monkeypatch):
     dp = build("llama-gqa")
     trace = dp.trace(random_ids(6))
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: (_ for _ in ()).throw(ERRORS["gpu"]))
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: (_ for _ in ()).throw(ERRORS["gpu"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from depass_fast.runtime import products
 from depass_fast.runtime.products import accumulate, product, write_product
@@ -87,6 +88,9 @@ def test_what_is_no_product_for_one_dnn(calls):
     torch.testing.assert_close(b.grad, a.sum(0)[:, None].expand(K, N), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert not calls and product(a, b).isfinite().all() and len(calls) == 1
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        product(a, b)
+    assert counted.get_total_flops() == 2 * ROWS * K * N and len(calls) == 1
     few, columns = draw(3, K), draw(N, 2 * K)[:, :K].T  # a copy of the matrix would not pay
     assert torch.equal(product(few, columns), few @ columns) and len(calls) == 1
 
