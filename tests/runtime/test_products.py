@@ -15,7 +15,7 @@ needs_one_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), rea
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
-    """How many numbers each call of oneDNN makes, on any CPU that has it, from one multiplication on, in pieces."""
+    """The numbers that each call of oneDNN makes, counted; on any CPU that has it, from one multiplication on."""
     found = []
     by_one_dnn = products._by_one_dnn
 
