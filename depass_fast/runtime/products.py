@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _WIDENED = 512  # columns of a product's operands that are widened at a time
 _SMALLEST = 1 << 20  # multiplications; MKL's call is cheaper than oneDNN's
 _MADE = 1 << 18  # numbers of a product by oneDNN that are made before they are written where they belong
+_ROWS = 256  # so many at least, however wide: every piece reads the whole weight
 _COPIED = 1 << 20  # numbers of a weight that are copied at a time: oneDNN takes whole matrices alone
 _WORTH_A_COPY = 256  # rows
 
@@ -84,7 +85,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Yield a (r, K) @ b (K, N) in pieces, and where each of them is: what is made and copied at a time is small."""
     width = b.shape[1] if _is_whole(b) else max(1, _COPIED // b.shape[0])
-    height = max(1, _MADE // min(width, b.shape[1]))
+    height = max(_ROWS, _MADE // min(width, b.shape[1]))
     for left in range(0, b.shape[1], width):
         columns = slice(left, left + width)
         weight = b.T if _is_whole(b) else b.T[columns].contiguous()

@@ -27,6 +27,7 @@ def calls(monkeypatch) -> list[int]:
     monkeypatch.setattr(products, "_SMALLEST", 1)
     monkeypatch.setattr(products, "_COPIED", 50 * K)
     monkeypatch.setattr(products, "_MADE", 70 * 50)
+    monkeypatch.setattr(products, "_ROWS", 70)
     monkeypatch.setattr(products, "_by_one_dnn", counted)
     return found
 
