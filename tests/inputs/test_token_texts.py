@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from depass_fast import DePass, InputWarning, Tokens
 from depass_fast.inputs.token_texts import single_token, token_texts, token_with_text
 from tests.support.family_models import build_model
+from tests.support.plans import assert_same
 from tests.support.tokenizers import byte_level, llama_like
 
 JAPANESE = " 東京タワー"  # a space and fifteen bytes
@@ -159,6 +160,6 @@ def test_arrays_of_strings():
     assert len(dp.attribute(np.array(texts[:1]), Tokens())) == 1
     assert dp.attribute(np.array(texts[0]), Tokens()).labels == expected[0].labels
     assert dp.trace(np.array(texts)).n_prompts == 2
-    assert str(dp.plan(np.array(texts), Tokens(), measure=False)) == str(dp.plan(texts, Tokens(), measure=False))
+    assert_same(dp.plan(np.array(texts), Tokens(), measure=False), dp.plan(texts, Tokens(), measure=False))
     names = dp.attribute(texts[0], Tokens(), np.array([" Paris", " is"])).target_names
     assert names == ["' Paris'", "' is'"]
