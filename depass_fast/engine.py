@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adapters import adapt, unwrap
+from .attention_calls import AttentionCalls
 from .chosen_method import with_method
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
@@ -46,7 +47,7 @@ Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Custom
 
 
-class DePass(StateCalls):
+class DePass(StateCalls, AttentionCalls):
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:

@@ -21,6 +21,7 @@ from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
 from .family import Experts, Family, Observed
 from .missing import missing_path
+from .query_key import QueryKey, query_key, query_key_norms
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
 
@@ -38,8 +39,11 @@ __all__ = [
     "Mlp",
     "Norm",
     "Observed",
+    "QueryKey",
     "RoutedExpert",
     "adapt",
+    "query_key",
+    "query_key_norms",
     "sort_choices",
     "supported_families",
     "unwrap",

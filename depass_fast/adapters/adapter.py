@@ -267,9 +267,9 @@ class Adapter:
             for part in [*_BRANCH_NORMS, "v_norm"]:
                 module = self.module(index, part)
                 if module is not None:
-                    yield module, self._made_norm(module)
+                    yield module, self.made_norm(module)
         if self.final_norm_module is not None:
-            yield self.final_norm_module, self._made_norm(self.final_norm_module)
+            yield self.final_norm_module, self.made_norm(self.final_norm_module)
 
     def weighty(self, index: int, linear_rule: bool = False) -> list[nn.Module | Stacked]:
         """The modules of layer ``index`` whose weights the propagation reads, or the trace (an expert's up).
@@ -372,7 +372,7 @@ class Adapter:
         up = replace(self._linear(block, "v_up"), part=self.family.v_up_part)
         if down.has_bias or up.has_bias:
             raise ValueError("model: its values go through a latent with a bias, which no component can carry.")
-        return Latent(down, self._made_norm(self._part(block, "v_norm")), up)
+        return Latent(down, self.made_norm(self._part(block, "v_norm")), up)
 
     def _head_dim(self, block: nn.Module) -> int:
         module = self._part(block, "attention")
@@ -387,9 +387,9 @@ class Adapter:
         return Linear(self._part(block, part))
 
     def _norm(self, module: nn.Module | None) -> Norm | None:
-        return None if module is None else self._made_norm(module)
+        return None if module is None else self.made_norm(module)
 
-    def _made_norm(self, module: nn.Module) -> Norm:
+    def made_norm(self, module: nn.Module) -> Norm:
         weight = getattr(module, "weight", None)
         if weight is not None and self.family.norm_offset:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset

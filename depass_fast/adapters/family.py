@@ -96,12 +96,24 @@ class Family:
     attention_stream_norm: Path | None = None
     v_proj: Path = "self_attn.v_proj"
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
-    v_clip: float | None = None  # values are clamped to ± this
+    v_clip: float | None = None  # values, and queries and keys in front of the rotary embedding, are clamped to ± this
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
     v_up: Path | None = None  # the projection from there to the values
     v_up_part: Part | None = None
     value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys
     key_dim: int | None = None  # width of a head's queries and keys, in the same case
+    q_proj: Path = "self_attn.q_proj"  # to the queries; where these come from a latent, the projection behind it
+    q_part: Part | None = None  # Q's part of the outputs of a fused projection, like `v_part`
+    q_down: Path | None = None  # the projection to the latent of queries, in layers that have one
+    q_latent_norm: Path | None = None  # the norm of that latent
+    k_proj: Path = "self_attn.k_proj"
+    k_part: Part | None = None
+    # keys by way of the latent of values: K's part of `v_up`, and that of `v_proj` which all heads share behind it
+    k_up_part: Part | None = None
+    k_shared_part: Part | None = None
+    q_norm: Path = ("self_attn.q_norm", "self_attn.q_layernorm", "self_attn.query_layernorm")  # in models that have one
+    k_norm: Path = ("self_attn.k_norm", "self_attn.k_layernorm", "self_attn.key_layernorm")
+    qk_norm_last: bool = False  # these norms are behind the rotary embedding
     o_proj: Path = "self_attn.o_proj"
     o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, query_key_norms
 from ..runtime.progress import progress_bar_of_calls
 from . import consistency
 from .exclusive import change_config, exclusive, one_at_a_time
@@ -83,7 +83,7 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
         else:
             undo.callback(RecordingHook(recorder, recorder.final, "resid_final").before(end))
         if adapter.dtype == torch.float64:
-            for module, norm in adapter.norms():
+            for module, norm in (*adapter.norms(), *query_key_norms(adapter)):
                 undo.callback(module.register_forward_hook(full_precision(norm)).remove)
         if end is not None:
             undo.callback(RecordingHook(recorder, recorder.final, "normed_final").after(end))

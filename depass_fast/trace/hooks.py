@@ -157,8 +157,7 @@ def full_precision(norm: Norm) -> Callable[..., Tensor]:
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].flatten(0, -2)
-        y = norm.apply(x, norm.scale(x))
-        return (y if norm.bias is None else y + norm.bias).view(args[0].shape)
+        y = norm.normed(args[0])
+        return y if norm.bias is None else y + norm.bias
 
     return hook

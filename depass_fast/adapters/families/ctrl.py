@@ -16,6 +16,8 @@ def declare(config: Any) -> Family:
         attention="multi_head_attention",
         attention_norm="layernorm1",
         v_proj="multi_head_attention.Wv",
+        q_proj="multi_head_attention.Wq",
+        k_proj="multi_head_attention.Wk",
         o_proj="multi_head_attention.dense",
         observed=Observed(("Wq", "Wk", "Wv"), read_plain),
         mlp="ffn",

@@ -26,13 +26,27 @@ def declare(config: Any) -> Family:
     def values(weight: Tensor) -> Tensor:
         return weight.unflatten(0, (heads, -1))[:, -wide:].flatten(0, 1)  # of [k1; v1; k2; v2; ...]
 
+    def keys(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (heads, -1))[:, :-wide].flatten(0, 1)
+
+    latent: dict[str, Any] = {}
+    if config.q_lora_rank is not None:
+        latent = {
+            "q_proj": "self_attn.q_b_proj",
+            "q_down": "self_attn.q_a_proj",
+            "q_latent_norm": "self_attn.q_a_layernorm",
+        }
+
     return Family(
         v_proj="self_attn.kv_a_proj_with_mqa",
         v_part=lambda weight: weight[:rank],
         v_norm="self_attn.kv_a_layernorm",
         v_up="self_attn.kv_b_proj",
         v_up_part=values,
+        k_up_part=keys,
+        k_shared_part=lambda weight: weight[rank:],
         value_dim=wide,
         key_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+        **latent,
         **beside,
     )

@@ -25,6 +25,10 @@ def declare(config: Any) -> Family:
         attention_norm=norm,
         v_proj="self_attention.query_key_value",
         v_part=_values(config),
+        q_proj="self_attention.query_key_value",
+        q_part=_queries(config),
+        k_proj="self_attention.query_key_value",
+        k_part=_keys(config),
         o_proj="self_attention.dense",
         observed=Observed(("query_key_value",), _read),
         alibi=config.alibi,
@@ -43,6 +47,26 @@ def _values(config: Any) -> Part:
     if not config.multi_query:
         return of_each_head(heads, 3, 2)
     return lambda weight: weight.unflatten(0, (heads + 2, -1))[-1]
+
+
+def _queries(config: Any) -> Part:
+    """Q's part of it."""
+    heads, kv = config.num_attention_heads, config.num_kv_heads
+    if config.new_decoder_architecture:
+        return lambda weight: weight.unflatten(0, (kv, heads // kv + 2, -1))[:, :-2].flatten(0, 2)
+    if not config.multi_query:
+        return of_each_head(heads, 3, 0)
+    return lambda weight: weight.unflatten(0, (heads + 2, -1))[:-2].flatten(0, 1)
+
+
+def _keys(config: Any) -> Part:
+    """K's part of it."""
+    heads, kv = config.num_attention_heads, config.num_kv_heads
+    if config.new_decoder_architecture:
+        return of_each_head(kv, heads // kv + 2, heads // kv)
+    if not config.multi_query:
+        return of_each_head(heads, 3, 1)
+    return lambda weight: weight.unflatten(0, (heads + 2, -1))[-2]
 
 
 def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:

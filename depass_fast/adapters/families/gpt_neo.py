@@ -18,6 +18,8 @@ def declare(config: Any) -> Family:
         attention="attn.attention",
         attention_norm="ln_1",
         v_proj="attn.attention.v_proj",
+        q_proj="attn.attention.q_proj",
+        k_proj="attn.attention.k_proj",
         o_proj="attn.attention.out_proj",
         observed=Observed(("q_proj", "k_proj", "v_proj"), _read),
         mlp_norm="ln_2",

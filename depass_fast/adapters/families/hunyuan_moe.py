@@ -11,4 +11,4 @@ def declare(config: Any) -> Family:
     chosen = {config.moe_topk} if isinstance(config.moe_topk, int) else set(config.moe_topk)
     if len(chosen) > 1:
         raise ValueError(f"model: its layers choose different numbers of experts ({sorted(chosen)}); not supported.")
-    return Family(experts=Experts(top_k=chosen.pop(), normalised=True, shared="mlp.shared_mlp"))
+    return Family(qk_norm_last=True, experts=Experts(top_k=chosen.pop(), normalised=True, shared="mlp.shared_mlp"))

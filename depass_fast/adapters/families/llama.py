@@ -17,4 +17,4 @@ MODEL_TYPES = (
 
 
 def declare(config: Any) -> Family:
-    return Family()
+    return Family(qk_norm_last=config.model_type == "hunyuan_v1_dense")

@@ -19,6 +19,10 @@ def declare(config: Any) -> Family:
         attention_norm="norm_1",
         v_proj="attn.Wqkv",
         v_part=third(2),
+        q_proj="attn.Wqkv",
+        q_part=third(0),
+        k_proj="attn.Wqkv",
+        k_part=third(1),
         v_clip=config.attn_config.clip_qkv or None,  # 0 stands for none, too
         o_proj="attn.out_proj",
         observed=Observed(("Wqkv",), _read),

@@ -11,4 +11,10 @@ MODEL_TYPES = ("nanochat",)
 
 
 def declare(config: Any) -> Family:
-    return Family(logit_cap=config.final_logit_softcapping, gate_proj="mlp.fc1", up_proj=None, down_proj="mlp.fc2")
+    return Family(
+        logit_cap=config.final_logit_softcapping,
+        qk_norm_last=True,
+        gate_proj="mlp.fc1",
+        up_proj=None,
+        down_proj="mlp.fc2",
+    )

@@ -9,10 +9,14 @@ MODEL_TYPES = ("phi3",)
 
 def declare(config: Any) -> Family:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = config.num_key_value_heads * head_dim
+    keys = values = config.num_key_value_heads * head_dim
     return Family(
         v_proj="self_attn.qkv_proj",
         v_part=lambda weight: weight[-values:],
+        q_proj="self_attn.qkv_proj",
+        q_part=lambda weight: weight[: -keys - values],
+        k_proj="self_attn.qkv_proj",
+        k_part=lambda weight: weight[-keys - values : -values],
         gate_proj="mlp.gate_up_proj",
         gate_part=first_half,
         up_proj="mlp.gate_up_proj",

@@ -1,0 +1,81 @@
+"""The calls of :class:`depass_fast.DePass` that explain attention itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .adapters import Adapter
+from .components.base import ComponentKind
+from .inputs.prompts import Prompt
+from .methods.explain import attention_layer, explanations, heads_of
+from .options import OptionValues
+from .request import Request
+from .trace.record import Trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AttentionCalls(ABC):
+    """Why heads look where they look, and what that is worth."""
+
+    adapter: Adapter
+
+    @torch.no_grad()
+    def explain_attention(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+        *,
+        query: int = -1,
+        key: int | tuple[int, int] | None = None,
+        **options: Unpack[OptionValues],
+    ) -> Any:
+        """Return the shares of components in the attention logits of one query (DESIGN.md section 9).
+
+        The logit of a query and a key is c · Σ_m Σ_m' q_m · k_m', over the components m of the query's position and m'
+        of the key's, as they are at the input of the layer; norms, rotary embedding and caps are frozen. Each side
+        alone sums to the logit, and so do the pairs.
+
+        Args:
+            prompt: as for :meth:`depass_fast.DePass.attribute`.
+            components: any kind, of one layer, that starts at the input of ``layer`` or before.
+            layer: the attention's layer, -L to L - 1, or the name of its input's hook.
+            head: a head, -H to H - 1, or a list of them; None: all of the layer.
+            query: the position that looks, -N to N - 1.
+            key: a position that it sees, or two of them (why one and not the other); None: all.
+            options: overrides of :class:`depass_fast.Options`. ``allocation`` is the rule under which components come
+                to the layer.
+
+        Returns:
+            An :class:`AttentionExplanation`; a list of them for several prompts, or for the trace of several.
+
+        Raises:
+            ValueError, TypeError: bad input, before any work: a layer, head, query or key that is out of range, a key
+                behind the query or hidden by a window, components that start behind the layer or at several.
+            ValueError: queries and keys cannot be made again from the residual stream; the message names the family.
+            MemoryError: it cannot fit.
+        """
+        number = attention_layer(layer, self.adapter)
+        heads = heads_of(head, self.adapter, number)
+        components_end = number
+        request = self._request(prompt, components, components_end, options)
+        one_head = head is not None and not isinstance(head, Sequence)
+        found = explanations(request, number, heads, one_head, query, key)
+        return found if request.batch else found[0]
+
+    @abstractmethod
+    def _request(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        end: int | str | None,
+        options: OptionValues,
+    ) -> Request:
+        """Return the request of a call, checked."""

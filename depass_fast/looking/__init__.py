@@ -1,0 +1,1 @@
+"""Attention's own book: why heads look where they look (DESIGN.md section 9)."""

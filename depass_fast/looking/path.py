@@ -1,0 +1,59 @@
+"""From even attention to the model's: the average of attention's derivative along the way (DESIGN.md section 9)."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NODES = (12, 24, 48, 96, 192, 384)
+_CLOSE = {torch.float32: 2e-6, torch.float64: 1e-11}  # of what the closing leaves, relative to the parts
+
+
+def path_average(logits: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the derivative of Σ_k P_k v_k by the logits, over P = softmax(τ S) from τ = 0 to 1.
+
+    Its product with the logits is the change of that sum from even attention to the model's. Gauss nodes are doubled
+    until it is, nearly, and what is left is closed along the logits.
+
+    Args:
+        logits: S (..., K), -inf for keys that are not seen.
+        worth: v (R, ..., K), finite everywhere.
+
+    Returns:
+        the average (R, ..., K), which sums to zero over the keys; the change (R, ...).
+    """
+    seen = torch.isfinite(logits)
+    finite = logits.masked_fill(~seen, 0.0)
+    even = seen.to(logits.dtype) / seen.sum(-1, keepdim=True)
+    change = ((logits.softmax(-1) - even) * worth).sum(-1)
+    average = torch.zeros_like(worth)
+    for count in _NODES:
+        average = _average(logits, worth, count)
+        parts = average * finite
+        missed = change - parts.sum(-1)
+        sizes = parts.abs().sum(-1) + change.abs()
+        if bool((missed.abs() <= _CLOSE[logits.dtype] * sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).all()):
+            break
+    centred = torch.where(seen, finite - (finite * even).sum(-1, keepdim=True), 0.0)
+    length = (centred * finite).sum(-1)
+    closing = torch.where(length > 0, missed / length.clamp_min(torch.finfo(length.dtype).tiny), 0.0)
+    return average + closing[..., None] * centred, change
+
+
+def _average(logits: Tensor, worth: Tensor, count: int) -> Tensor:
+    out = torch.zeros_like(worth)
+    for tau, weight in _nodes(count):
+        p = (logits * tau).softmax(-1)
+        out += weight * p * (worth - (p * worth).sum(-1, keepdim=True))
+    return out
+
+
+@functools.cache
+def _nodes(count: int) -> list[tuple[float, float]]:
+    """Gauss-Legendre nodes of [0, 1] in √τ, as most happens near τ = 0 where logits differ much: (τ, weight)."""
+    x, weights = np.polynomial.legendre.leggauss(count)
+    u = (x + 1) / 2
+    return list(zip((u**2).tolist(), (weights * u).tolist(), strict=True))  # dτ = 2u du, and the weights' own half

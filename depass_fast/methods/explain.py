@@ -1,0 +1,218 @@
+"""Why the heads of a layer looked where they looked: their logits, shared out over components."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..inputs.hook_names import layer_input
+from ..inputs.prompts import as_index, as_position
+from ..looking.explain import Explained, explain, query_parts
+from ..looking.rows import PromptRows
+from ..looking.sides import Sides, freeze_sides
+from ..looking.turned import turns_of
+from ..propagation.loop import propagate
+from ..readout.collect import how_computed
+from ..readout.completeness import rounding_of
+from ..request import Request, fit, start, traced, wide_dtype
+from ..results.completeness import excess, warn_incomplete
+from ..results.explanation import AttentionExplanation
+from ..results.verification import warn_if_off
+from ..runtime.memory import available, readable
+from ..runtime.precision import full_precision
+from ..trace.attention import causal_mask
+
+KEPT = 1 << 28  # bytes of states that a result keeps for its pairs
+
+
+def attention_layer(layer: Any, adapter: Adapter) -> int:
+    """Return the number of a layer whose attention is asked for. Raises ValueError if it is out of range."""
+    number = layer_input(layer, "layer")
+    if not -adapter.n_layers <= number < adapter.n_layers:
+        raise ValueError(f"layer: {layer} is out of range; this model has {adapter.n_layers} layers.")
+    return number % adapter.n_layers
+
+
+def heads_of(head: Any, adapter: Adapter, layer: int) -> list[int]:
+    """Return the numbers of the heads that are asked for; None: all.
+
+    Raises:
+        ValueError: out of range, given twice, or none at all.
+        TypeError: no integer and no list of them.
+    """
+    count = adapter.attention(layer).n_heads
+    if head is None:
+        return list(range(count))
+    several = isinstance(head, Sequence | Tensor) and not isinstance(head, str) and getattr(head, "ndim", 1) > 0
+    found = [as_index(one, "head", "an integer or a list of them") for one in (head if several else [head])]
+    for one in found:
+        if not -count <= one < count:
+            raise ValueError(f"head: {one} is out of range; layer {layer} has {count} heads.")
+    found = [one % count for one in found]
+    if not found or len({*found}) < len(found):
+        raise ValueError("head: the list is empty." if not found else "head: a head is there twice.")
+    return found
+
+
+def explanations(request: Request, layer: int, heads: list[int], one_head: bool, query: int, key: Any) -> list[Any]:
+    """Return an :class:`AttentionExplanation` for every prompt. ``request`` ends at the input of ``layer``.
+
+    Raises:
+        ValueError: a query or key that is out of range, after the query or hidden by a window; queries and keys that
+            cannot be made again; components of several layers.
+        MemoryError: the shares do not fit.
+    """
+    request.components.single()
+    queries = [as_index_of_query(query, len(ids)) for ids in request.prompts]
+    for ids, at in zip(request.prompts, queries, strict=True):
+        _keys(key, len(ids), at, None, layer)
+    request = traced(fit(replace(request, reads=tuple((at,) for at in queries))))
+    adapter, trace, record = request.adapter, request.require_trace(), request.require_trace().layers[layer].attention
+    keys = [_keys(key, len(ids), at, record.window, layer) for ids, at in zip(request.prompts, queries, strict=True)]
+    turns = turns_of(adapter, request.prompts, [layer])
+    sides = [
+        freeze_sides(adapter, layer, record, trace.span(p), turns[p][layer], wide_dtype(request))
+        for p in range(trace.n_prompts)
+    ]
+    state, errors = propagate(adapter, trace, start(request), layer, request.run)
+    verified = request.run.verified()
+    warn_if_off(verified, request.run.backend.name)
+    layer_errors = torch.stack([one.cpu() for one in errors])
+    results, texts = [], []
+    for p, (of_p, some) in enumerate(zip(sides, keys, strict=True)):
+        constants = record.row_sum is not None or any(x.constant is not None for x in (of_p.of_q, of_p.of_k))
+        rows = PromptRows.of(state, p, constants, record.key_bias is not None)
+        _check_memory(of_p, len(heads), len(some), len(rows.labels))
+        with full_precision():
+            found = explain(rows, of_p, record, trace.span(p), heads, queries[p], some)
+        result = _result(request, p, layer, heads, one_head, queries[p], some, rows, found, layer_errors[:, p].tolist())
+        result._parts = _kept_parts(rows, of_p, record.scale, record, trace.span(p), queries[p], some)
+        begun = max(result.layer_errors[0], of_p.off)
+        rounding = rounding_of(adapter, request.run)
+        if not rounding.explains(result.completeness_error, begun):
+            missed = "the attention logits"
+            texts.append(excess(result.completeness_error, rounding, missed, callable(request.run.allocation.rule)))
+            result.warnings = [texts[-1]]
+        results.append(result)
+    if texts:
+        warn_incomplete(texts[0])
+    return results
+
+
+def as_index_of_query(query: Any, length: int) -> int:
+    """Return a query's position; negative ones count from the end. Raises ValueError if it is out of range."""
+    return _named("query", query, length)
+
+
+def _named(name: str, given: Any, length: int) -> int:
+    try:
+        return as_position(given, length)
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("position:", f"{name}:", 1)) from None
+
+
+def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> list[int]:
+    """Return the keys that are asked for: all that the query sees, one, or two."""
+    first = 0 if window is None else max(0, query + 1 - window)
+    if key is None:
+        return list(range(first, query + 1))
+    several = isinstance(key, Sequence | Tensor) and not isinstance(key, str) and getattr(key, "ndim", 1) > 0
+    given = list(key) if several else [key]
+    if several and len(given) != 2:
+        raise ValueError(f"key: expected a position, or two (why one and not the other), got {len(given)}.")
+    found = [_named("key", one, length) for one in given]
+    for one, at in zip(given, found, strict=True):
+        if at > query:
+            raise ValueError(f"key: {one} is behind the query at position {query}, which cannot see it.")
+        if at < first:
+            raise ValueError(
+                f"key: {one} is hidden by the window of layer {layer}; the query at position {query} sees {first} to "
+                f"{query}."
+            )
+    if len(found) == 2 and found[0] == found[1]:
+        raise ValueError(f"key: {given[0]!r} and {given[1]!r} are the same position.")
+    return found
+
+
+def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
+    """Raise MemoryError if the shares of both sides do not fit."""
+    need, free = 3 * heads * keys * components * sides.q.element_size(), available(sides.q.device)
+    if free is not None and need > free:
+        raise MemoryError(
+            f"explain_attention: the shares of {heads} heads, {keys} keys and {components} components need "
+            f"{readable(need)}, and {readable(free)} are available. Ask for fewer heads, for one key, or for fewer "
+            "components."
+        )
+
+
+def _kept_parts(
+    rows: PromptRows, sides: Sides, scale: float, record: Any, span: slice, query: int, keys: list[int]
+) -> Any:
+    """Return what gives the parts of a query and of a key; None where the states of the keys are too large to keep."""
+    counts = rows.state.layout.counts[rows.state.layout.segments(rows.prompt)]
+    width = rows.state.rows.shape[1] * rows.state.rows.element_size()
+    if sum(int(counts[at]) for at in {query, *keys}) * width > KEPT:
+        return None
+    kept = rows.only([*sorted({query, *keys})])
+    return partial(_parts, kept, sides, record, span, query)
+
+
+def _parts(
+    rows: PromptRows, sides: Sides, record: Any, span: slice, query: int, head: int, key: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts (M, d) of a head's query, its logits' factor in them, and of a key; and what is added (M,)."""
+    from ..looking.logits import logits_of
+
+    at = torch.tensor([query], device=sides.q.device)
+    found = logits_of(sides, record, span, slice(head, head + 1), at, query + 1)
+    of_query = query_parts(rows, sides.of_q, query, sides.q)[:, head] * found.ratio[0, 0, key]
+    of_key = query_parts(rows, sides.of_k, key, sides.k)[:, head // sides.groups]
+    place = of_query.new_zeros(len(of_query))
+    if found.bias is not None and rows.position is not None:
+        place[rows.position] = found.bias[0, 0, key]
+    return of_query, of_key, place
+
+
+def _result(
+    request: Request,
+    prompt: int,
+    layer: int,
+    heads: list[int],
+    one_head: bool,
+    query: int,
+    keys: list[int],
+    rows: PromptRows,
+    found: Explained,
+    layer_errors: list[float],
+) -> AttentionExplanation:
+    """Return one prompt's result; everything is in host memory."""
+    how = how_computed(request, prompt)
+    names = ("query_side", "key_side", "query_mean", "key_mean", "entropy", "probabilities", "sink")
+    tensors = {name: getattr(found, name) for name in names} | {"scores": found.logits}
+    held = {name: x.cpu() for name, x in tensors.items() if x is not None}
+    if one_head:
+        held = {name: x[0] for name, x in held.items()}
+    passed = ("components", "allocation", "temperature", "backend", "device", "dtype", "state_dtype", "compute_dtype")
+    return AttentionExplanation(
+        **held,
+        **{name: how[name] for name in (*passed, "exclude_special", "site", "provenance")},
+        labels=list(rows.labels),
+        layer=layer,
+        heads=heads,
+        query=query,
+        keys=keys,
+        completeness_error=max(float(found.error), *layer_errors),
+        layer_errors=layer_errors,
+        input_ids=request.prompts[prompt].tolist(),
+        tokens=request.tokens[prompt],
+        start=request.layer,
+        seconds=time.perf_counter() - request.began,
+        one_head=one_head,
+    )
