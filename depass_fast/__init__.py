@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .results.attribution import Attribution
     from .results.completeness import CompletenessWarning
     from .results.continuation import Continuation
+    from .results.credit import AttentionCredit
     from .results.estimate import ApproximationWarning, Estimate
+    from .results.explanation import AttentionExplanation, Pair
     from .results.generation import Generation
     from .results.layered import LayeredAttribution
     from .results.provenance import Provenance
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Adjoint",
     "ApproximationWarning",
+    "AttentionCredit",
+    "AttentionExplanation",
     "Attribution",
     "CompletenessWarning",
     "ComponentKind",
@@ -57,6 +61,7 @@ __all__ = [
     "Modules",
     "Neurons",
     "Options",
+    "Pair",
     "Partition",
     "Plan",
     "Provenance",
@@ -89,7 +94,9 @@ _HOMES = {
     "results.attribution": ("Attribution",),
     "results.completeness": ("CompletenessWarning",),
     "results.continuation": ("Continuation",),
+    "results.credit": ("AttentionCredit",),
     "results.estimate": ("ApproximationWarning", "Estimate"),
+    "results.explanation": ("AttentionExplanation", "Pair"),
     "results.generation": ("Generation",),
     "results.layered": ("LayeredAttribution",),
     "results.provenance": ("Provenance",),

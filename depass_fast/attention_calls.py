@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,11 @@ import torch
 from .adapters import Adapter
 from .components.base import ComponentKind
 from .inputs.prompts import Prompt
+from .ledger.given import rule_of
+from .methods.credit import credits_of
 from .methods.explain import attention_layer, explanations, heads_of
-from .options import OptionValues
-from .request import Request
+from .options import LinearRuleName, Options, OptionValues
+from .request import Request, with_targets
 from .trace.record import Trace
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ class AttentionCalls(ABC):
     """Why heads look where they look, and what that is worth."""
 
     adapter: Adapter
+    options: Options
 
     @torch.no_grad()
     def explain_attention(
@@ -68,6 +72,52 @@ class AttentionCalls(ABC):
         request = self._request(prompt, components, components_end, options)
         one_head = head is not None and not isinstance(head, Sequence)
         found = explanations(request, number, heads, one_head, query, key)
+        return found if request.batch else found[0]
+
+    @torch.no_grad()
+    def attention_credit(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        target: Any = None,
+        *,
+        rule: LinearRuleName | None = None,
+        contrast: int | str | None = None,
+        targets: Sequence[Any] | None = None,
+        position: int = -1,
+        **options: Unpack[OptionValues],
+    ) -> Any:
+        """Return how much of a target's logit comes from attending *there* instead of evenly, for every component.
+
+        A head that looked evenly at all that it sees would add something else to the target. The difference is shared
+        out, for every head and all its queries, over the components of queries and keys (DESIGN.md section 9). Credit
+        of neurons of all layers at once, summed over heads, is ``ledger(..., attention=True)``.
+
+        Args:
+            prompt, components, target, contrast, targets: as for :meth:`depass_fast.DePass.attribute`; components of
+                one layer.
+            rule: the linear rule of the way from heads to the target, "shapley", "half" or "taylor". None: the engine's
+                ``allocation`` where that is one of them, else "shapley".
+            position: where the target is read, -N to N - 1.
+            options: overrides of :class:`depass_fast.Options`. ``allocation`` is the rule under which components come
+                to the layers, by default ``rule``.
+
+        Returns:
+            An :class:`AttentionCredit`; a list of them for several prompts, or for the trace of several.
+
+        Raises:
+            ValueError, TypeError: bad input, before any work; components that reach no attention; a family whose
+                queries and keys cannot be made again.
+            MemoryError: it cannot fit.
+        """
+        settings = self.options.updated(options)
+        chosen = rule_of(rule, settings)
+        way = {**options, "allocation": options.get("allocation", chosen)}
+        request = self._request(prompt, components, None, way)
+        request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
+        if any(len(reads) > 1 for reads in request.reads):
+            raise ValueError("position: attention_credit reads one position; call it for each.")
+        found = credits_of(request, chosen, replace(request.settings, allocation=chosen))
         return found if request.batch else found[0]
 
     @abstractmethod

@@ -345,20 +345,23 @@ class DePass(StateCalls, AttentionCalls):
         contrast: int | str | None = None,
         targets: Sequence[Any] | None = None,
         position: int | Sequence[int] = -1,
+        attention: bool = False,
         **options: Unpack[OptionValues],
     ) -> Ledger:
         """Return every component's exact score under a linear rule, by one forward and one backward pass.
 
         ``rule`` is "shapley", "half" or "taylor" (docs/rules.md says which for what). None: the engine's ``allocation``
-        where that is one of them, else "shapley". The other arguments are those of :meth:`attribute`, and so are the
-        errors.
+        where that is one of them, else "shapley". With ``attention`` the ledger has a second book, ``steered``: what
+        the target owes to where heads looked (:meth:`attention_credit`), for all components of all layers by the same
+        backward pass. The other arguments are those of :meth:`attribute`, and so are the errors; ``attention`` also
+        raises ValueError for a family whose queries and keys cannot be made again.
         """
         refuse_arguments(options)
         settings = self.options.updated(options)
         check_options(settings)
         request = self._request(prompt, Tokens(), None, {**options, "allocation": rule_of(rule, settings)})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
-        return Ledger.of(with_method(request, "adjoint"), one_position=not is_list_of_positions(position))
+        return Ledger.of(with_method(request, "adjoint"), not is_list_of_positions(position), attention)
 
     @torch.no_grad()
     def load_ledger(self, path: str | Path) -> Ledger:

@@ -195,11 +195,11 @@ def check_end(components: ComponentKind, adapter: Adapter, end: int | str | None
     return last
 
 
-def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool = False) -> Request:
+def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool = False, books: int = 1) -> Request:
     """Return the request with the workspace that the device has room for.
 
     ``counts`` are the named components of every prompt, where they are known; by default those that are ``bound``.
-    ``is_ledger``: all components of all kinds are asked for, whatever the request says.
+    ``is_ledger``: all components of all kinds are asked for, whatever the request says, in so many ``books``.
 
     Raises:
         MemoryError: it cannot fit at all; the message says what would.
@@ -218,7 +218,7 @@ def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool =
         method=request.method,
         carried=request.carried,
         reads=[[position + 1 for position in reads] for reads in request.reads] or None,
-        gradients=max(gradients_of(request), default=1),
+        gradients=books * max(gradients_of(request), default=1),
         is_ledger=is_ledger,
     )
     return replace(request, run=fitted(request.run, shape))

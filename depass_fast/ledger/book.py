@@ -28,8 +28,11 @@ from ..runtime.memory import readable
 from ..runtime.terminal import encodable
 from ..trace.light import light
 from .attribute import read_off, way_back
+from .given import numbered, place, refuse_both
+from .looking import reads_of_looking, worst_miss
 from .reads import Reads
 from .saved import restore, save
+from .steering import Steers
 from .view import View
 from .walk import Pages, Wanted
 
@@ -68,18 +71,49 @@ class Ledger:
     changed.
     """
 
-    def __init__(self, request: Request, reads: Reads, pages: Pages, one_position: bool) -> None:
+    def __init__(
+        self, request: Request, reads: Reads, pages: Pages, one_position: bool, looking: Pages | None = None
+    ) -> None:
         self._request, self._reads, self._pages, self._one_position = request, reads, pages, one_position
-        self._seconds = time.perf_counter() - request.began
+        self._looking, self._seconds = looking, time.perf_counter() - request.began
 
     @staticmethod
-    def of(request: Request, one_position: bool) -> Ledger:
-        """Take the forward and the backward pass of a request. Raises MemoryError where they cannot fit."""
-        request = with_trace(fit(request, is_ledger=True))
-        reads = Reads.of(request)
-        pages = way_back(request, reads, Wanted.everything(request.end))
+    def of(request: Request, one_position: bool, attention: bool = False) -> Ledger:
+        """Take the forward and the backward pass of a request, with the book of ``attention`` if it is wanted.
+
+        Raises:
+            MemoryError: they cannot fit.
+            ValueError: the queries and keys of the model cannot be made again.
+        """
+        request = with_trace(fit(request, is_ledger=True, books=1 + attention))
+        reads, trace, layers = Reads.of(request), request.require_trace(), range(request.end)
+        steers = Steers.of(request.adapter, trace, request.prompts, layers) if attention else None
+        pages, looking = way_back(request, reads, Wanted.everything(request.end), steers), None
+        if attention:
+            count = len(reads.seeds)
+            pages, looking = pages.rows(slice(count)), pages.rows(slice(count, None))
         reads.packing.forget()
-        return Ledger(replace(request, trace=light(request.require_trace())), reads, pages, one_position)
+        return Ledger(replace(request, trace=light(trace)), reads, pages, one_position, looking)
+
+    @property
+    def steered(self) -> Ledger:
+        """The second book: what the target owes to where heads looked, in the components' shares.
+
+        It answers the same questions as the first. Its scores sum to the credit of all heads behind the components'
+        start, see :meth:`depass_fast.DePass.attention_credit`.
+
+        Raises:
+            ValueError: the ledger was made without ``attention=True``.
+        """
+        if self._looking is None:
+            raise ValueError("steered: this ledger has no book of attention; make it with ledger(..., attention=True).")
+        if self._looking is self._pages:
+            return self
+        return Ledger(self._request, self._reads, self._looking, self._one_position, self._looking)
+
+    @property
+    def _is_steered(self) -> bool:
+        return self._looking is self._pages
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the gradients and the scores of heads and neurons. Nothing is pickled.
@@ -92,7 +126,9 @@ class Ledger:
         """
         check_path(path)
         self._check_weights()
-        save(path, self._request, self._reads, self._pages, self._one_position)
+        if self._is_steered:
+            raise ValueError("save: this is the second book of a ledger; save the ledger, which holds both.")
+        save(path, self._request, self._reads, self._pages, self._one_position, self._looking)
 
     @staticmethod
     def read(path: str | Path, adapter: Adapter, tokenizer: Any | None, settings: Options) -> Ledger:
@@ -118,8 +154,11 @@ class Ledger:
         for kind in kinds:
             check_end(kind, adapter, given.end_given)
         request = replace(given, components=components, layer=components.resolve(adapter))
+        reads = [self._reads] * len(kinds)
+        if self._is_steered:
+            reads = [reads_of_looking(self._reads, self._pages, kind.entry(adapter)) for kind in kinds]
         with torch.no_grad():
-            return read_off(request, kinds, self._reads, self._pages, prompts)
+            return read_off(request, kinds, reads, self._pages, prompts)
 
     def tokens(self, layer: int | str = 0) -> Answer:
         """Return the scores of the tokens at the input of a layer: what each position's state is worth."""
@@ -127,17 +166,17 @@ class Ledger:
 
     def heads(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
         """Return the scores of the attention heads of one layer or several, by default of all."""
-        return self.scores(Heads(**_place(layer, layers)))
+        return self.scores(Heads(**place(layer, layers)))
 
     def neurons(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
         """Return the scores of the MLP's neurons of one layer or several, by default of all."""
-        return self.scores(Neurons(**_place(layer, layers)))
+        return self.scores(Neurons(**place(layer, layers)))
 
     def modules(
         self, layer: int | str | None = None, which: Which = "both", *, layers: SeveralLayers | None = None
     ) -> Answer:
         """Return the scores of whole attentions and MLPs of one layer or several, by default of all."""
-        return self.scores(Modules(which=which, **_place(layer, layers)))
+        return self.scores(Modules(which=which, **place(layer, layers)))
 
     def features(
         self,
@@ -148,7 +187,7 @@ class Ledger:
         layers: SeveralLayers | None = None,
     ) -> Answer:
         """Return the scores of a dictionary's features. Arguments as of :class:`depass_fast.Features`."""
-        _refuse_both(layer, layers)
+        refuse_both(layer, layers)
         return self.scores(Features(layer, sae, site, layers=layers))  # pyright: ignore[reportArgumentType]
 
     def subspaces(
@@ -256,9 +295,9 @@ class Ledger:
         for name, given in counts.items():
             if as_index(given, name) < 1:
                 raise ValueError(f"{name}: {given} is out of range; it must be at least 1.")
-        prompt = _number(prompt, "prompt", len(self._request.prompts))
-        read = _number(read, "read", self.n_reads)
-        return prompt, read, _number(target, "target", len(self.target_names[prompt * self.n_reads + read]))
+        prompt = numbered(prompt, "prompt", len(self._request.prompts))
+        read = numbered(read, "read", self.n_reads)
+        return prompt, read, numbered(target, "target", len(self.target_names[prompt * self.n_reads + read]))
 
     def _others(self, prompt: int, read: int, target: int) -> list[str]:
         """Return a line that says which of several prompts, reads and targets a view shows, if there are several."""
@@ -269,9 +308,9 @@ class Ledger:
         return [f"{', '.join(several)}; view(prompt=, read=, target=) shows others"] if several else []
 
     def _about(self) -> str:
-        adapter = self._request.adapter
+        adapter, name = self._request.adapter, "steered by attention" if self._is_steered else "ledger"
         return (
-            f"ledger | {self.rule} | {adapter.device}, {dtype_name(adapter.dtype)} | "
+            f"{name} | {self.rule} | {adapter.device}, {dtype_name(adapter.dtype)} | "
             f"completeness error {self.completeness_error:.1e} | {self._seconds:.2f} s"
         )
 
@@ -294,7 +333,12 @@ class Ledger:
 
     @property
     def completeness_error(self) -> float:
-        """The largest |Σ_m score - logit| over all sites, relative to the products that the logit is the sum of."""
+        """The largest |Σ_m score - logit| over all sites, relative to the products that the logit is the sum of.
+
+        Of the second book, |Σ_m score - credit|, relative to the sum of the heads' amounts.
+        """
+        if self._is_steered:
+            return worst_miss(self._pages)
         readout, worst = self._reads.readout, 0.0
         for site, total in self._pages.totals.items():
             found = total + self._pages.constants[site] + self._reads.constants
@@ -320,7 +364,8 @@ class Ledger:
             trace.normed_final,
             *(x for one in trace.layers for x in (one.resid_pre, one.resid_mid)),
         ]
-        held = {one.data_ptr(): one for one in (*self._pages.gradients.values(), *states)}
+        books = [self._pages] + ([] if self._looking is None else [self._looking])
+        held = {one.data_ptr(): one for one in (*(x for book in books for x in book.gradients.values()), *states)}
         return sum(one.numel() * one.element_size() for one in held.values())
 
     def __reduce__(self) -> Any:
@@ -341,22 +386,3 @@ class Ledger:
             f"Ledger({self.rule}, prompts of {lengths} tokens, targets {brief(self.target_names[0])}, "
             f"{len(self._pages.gradients)} sites, {readable(self.nbytes)})"
         )
-
-
-def _number(given: Any, name: str, count: int) -> int:
-    """Return which of ``count`` is meant, counted from 0. Raises IndexError for none, TypeError for no integer."""
-    number = as_index(given, name)
-    if not -count <= number < count:
-        raise IndexError(f"{name}: {number} is out of range; this ledger holds {count}.")
-    return number % count
-
-
-def _place(layer: int | str | None, layers: SeveralLayers | None) -> dict[str, Any]:
-    """Return the arguments of a kind for one layer or several, by default for all. Raises ValueError for both."""
-    _refuse_both(layer, layers)
-    return {"layers": "all" if layers is None else layers} if layer is None else {"layer": layer}
-
-
-def _refuse_both(layer: int | str | None, layers: SeveralLayers | None) -> None:
-    if layer is not None and layers is not None:
-        raise ValueError(f"layer: {layer!r} beside layers={layers!r}; give one of the two.")

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from ..allocation import RULES
+from ..components.base import SeveralLayers
+from ..inputs.prompts import as_index
 from ..linear_rules import LINEAR_RULES
 from ..options import LinearRuleName, Options
 
@@ -69,3 +71,23 @@ def check_rule(rule: Any, argument: str) -> LinearRuleName:
     )
     name = getattr(rule, "__name__", repr(rule)) if callable(rule) else repr(rule)
     raise ValueError(f"{argument}: {name} is not linear, and has no ledger ({linear} have one); {advice}")
+
+
+def numbered(given: Any, name: str, count: int) -> int:
+    """Return which of ``count`` is meant, counted from 0. Raises IndexError for none, TypeError for no integer."""
+    number = as_index(given, name)
+    if not -count <= number < count:
+        raise IndexError(f"{name}: {number} is out of range; this ledger holds {count}.")
+    return number % count
+
+
+def place(layer: int | str | None, layers: SeveralLayers | None) -> dict[str, Any]:
+    """Return the arguments of a kind for one layer or several, by default for all. Raises ValueError for both."""
+    refuse_both(layer, layers)
+    return {"layers": "all" if layers is None else layers} if layer is None else {"layer": layer}
+
+
+def refuse_both(layer: int | str | None, layers: SeveralLayers | None) -> None:
+    """Raise ValueError if one layer is named beside several."""
+    if layer is not None and layers is not None:
+        raise ValueError(f"layer: {layer!r} beside layers={layers!r}; give one of the two.")

@@ -25,21 +25,21 @@ from .reads import Reads
 from .walk import Pages
 
 FORMAT = "depass_fast.ledger.v1"
-_BY_SITE = ("gradients", "totals", "constants")
+_BY_SITE = ("gradients", "totals", "constants", "changes", "sizes")
+_SECOND = "steered."  # in front of what belongs to the second book
 _BY_LAYER = ("heads", "of_attention", "of_mlp")
 _OF_PLACES = ("logits", "bias_scores", "sizes")
 
 
-def save(path: str | Path, request: Request, reads: Reads, pages: Pages, one_position: bool) -> None:
-    """Write a ledger's file."""
+def save(
+    path: str | Path, request: Request, reads: Reads, pages: Pages, one_position: bool, looking: Pages | None = None
+) -> None:
+    """Write a ledger's file; ``looking`` is its second book."""
     run, readout = request.run, reads.readout
     tensors: dict[str, Tensor] = {"seeds": reads.seeds, "ids": torch.cat(request.prompts)}
-    for name in _BY_SITE:
-        tensors |= {f"{name}.{site.order}": one for site, one in getattr(pages, name).items()}
-    for name in _BY_LAYER:
-        tensors |= {f"{name}.{layer}": one for layer, one in getattr(pages, name).items()}
-    for layer, parts in pages.neurons.items():
-        tensors |= {f"neurons.{layer}.{i}": one for i, one in enumerate(parts)}
+    tensors |= _page_tensors(pages)
+    if looking is not None:
+        tensors |= {f"{_SECOND}{name}": one for name, one in _page_tensors(looking).items()}
     for place, one in enumerate(readout.directions):
         tensors |= {f"{name}.{place}": getattr(readout, name)[place] for name in _OF_PLACES}
         tensors |= {f"directions.{place}.{name}": value for name, value in _tensors(one).items()}
@@ -65,7 +65,7 @@ def save(path: str | Path, request: Request, reads: Reads, pages: Pages, one_pos
 
 def restore(
     path: str | Path, adapter: Adapter, tokenizer: Any | None, settings: Options
-) -> tuple[Request, Reads, Pages, bool]:
+) -> tuple[Request, Reads, Pages, bool, Pages | None]:
     """Read a ledger's file for the model that it is of; one forward pass makes its trace anew.
 
     Raises:
@@ -84,7 +84,20 @@ def restore(
     request = with_trace(replace(request, batch=batch, reads=reads, method=LINEAR))
     with damage_told(path, FORMAT):
         made = _reads(request, tensors, content, adapter.unembedding_device)
-        return request, made, _pages(request, tensors), one_position
+        second = {key.removeprefix(_SECOND): one for key, one in tensors.items() if key.startswith(_SECOND)}
+        looking = _pages(request, second) if second else None
+        return request, made, _pages(request, tensors), one_position, looking
+
+
+def _page_tensors(pages: Pages) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in _BY_SITE:
+        found |= {f"{name}.{site.order}": one for site, one in getattr(pages, name).items()}
+    for name in _BY_LAYER:
+        found |= {f"{name}.{layer}": one for layer, one in getattr(pages, name).items()}
+    for layer, parts in pages.neurons.items():
+        found |= {f"neurons.{layer}.{i}": one for i, one in enumerate(parts)}
+    return found
 
 
 def _tensors(directions: Directions) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from ..trace.record import LayerTrace, Trace
 from .attention import WayThroughAttention
 from .batches import Packing
 from .mlp import WayThroughMlp
+from .steering import Steers, Taken
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Pages:
 
     gradients: λ (R, T, D) of the sites that were asked for.
     totals, constants: of every site passed, (R, P): Σ_n ⟨λ[n], x[n]⟩, and what all constants behind it are worth.
+    changes, sizes: in the book of attention, of every site passed, (R, P): the credit of all looking behind it, and the
+    sum of its heads' amounts.
     neurons, heads: of a layer, the scores (R, P, I) for each of its MLPs, and (R, P, H).
     of_attention, of_mlp: what the constants in a layer's own outputs are worth, (R, P).
     """
@@ -60,6 +63,8 @@ class Pages:
     gradients: dict[Entry, Tensor] = field(default_factory=dict)
     totals: dict[Entry, Tensor] = field(default_factory=dict)
     constants: dict[Entry, Tensor] = field(default_factory=dict)
+    changes: dict[Entry, Tensor] = field(default_factory=dict)
+    sizes: dict[Entry, Tensor] = field(default_factory=dict)
     neurons: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     of_attention: dict[int, Tensor] = field(default_factory=dict)
@@ -67,13 +72,22 @@ class Pages:
 
     def brought_home(self) -> Pages:
         """Return the same with all but the gradients in host memory, in one copy."""
-        each = [getattr(self, name) for name in ("totals", "constants", "heads", "of_attention", "of_mlp")]
+        names = ("totals", "constants", "changes", "sizes", "heads", "of_attention", "of_mlp")
+        each = [getattr(self, name) for name in names]
         parts = [list(held.values()) for held in each] + list(self.neurons.values())
         home = iter(to_host([one for part in parts for one in part]))
         moved = [{key: next(home) for key in held} for held in each]
         neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
-        totals, constants, heads, of_attention, of_mlp = moved
-        return Pages(self.gradients, totals, constants, neurons, heads, of_attention, of_mlp)
+        return Pages(self.gradients, neurons=neurons, **dict(zip(names, moved, strict=True)))
+
+    def rows(self, some: slice) -> Pages:
+        """Return the same for some of the rows. What only the book of attention has is left as it is."""
+        parts = {name: {key: one[some] for key, one in getattr(self, name).items()} for name in _BY_ROW}
+        neurons = {layer: [one[some] for one in of_layer] for layer, of_layer in self.neurons.items()}
+        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes)
+
+
+_BY_ROW = ("gradients", "totals", "constants", "heads", "of_attention", "of_mlp")
 
 
 @full_precision()
@@ -88,13 +102,14 @@ def walk_back(
     compute: torch.dtype,
     budget: int,
     progress: Parts | None = None,
+    steers: Steers | None = None,
 ) -> Pages:
     """Take gradients ``seeds`` (R, A, D) at the read positions, in front of layer ``end``, back as far as is wanted.
 
     Products run in ``compute``, everything else in the dtype of the seeds. ``budget`` bounds what an MLP holds, in
-    bytes.
+    bytes. ``steers`` opens the book of attention: its rows are behind those of ``seeds``.
     """
-    way = _WayBack(trace, packing, seeds, end, rule, wanted, compute, budget)
+    way = _WayBack(trace, packing, seeds, end, rule, wanted, compute, budget, steers)
     for index in reversed(range(wanted.last.layer, end)):
         way.pass_layer(index, adapter.layer(index), adapter.is_parallel)
         if progress is not None:
@@ -115,7 +130,12 @@ class _WayBack:
         wanted: Wanted,
         compute: torch.dtype,
         budget: int,
+        steers: Steers | None,
     ) -> None:
+        self._steers, self._rows = steers, len(seeds)
+        if steers is not None and not steers.keeps:
+            seeds = torch.cat([seeds, torch.zeros_like(seeds)])
+            self._changed = self._amount = seeds.new_zeros(self._rows, packing.n_prompts)
         self._trace, self._packing, self._wanted = trace, packing, wanted
         self._rule, self._compute, self._budget = rule, compute, budget
         self._back, self._partial = seeds, True
@@ -128,6 +148,8 @@ class _WayBack:
         """Take the gradients back through a layer, or through its MLP alone where the way ends."""
         record = self._trace.layers[index]
         self._back, self._after = self._back.to(layer.device), self._after.to(layer.device)
+        if self._steers is not None and not self._steers.keeps:
+            self._changed, self._amount = self._changed.to(layer.device), self._amount.to(layer.device)
         beta = self._through_stream(layer.mlp, record.mlp_sum)
         if parallel:
             read = self._everywhere(self._through_mlp(index, layer, record, beta), self._partial)
@@ -157,11 +179,23 @@ class _WayBack:
         way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
         x = self._states(record.attention.resid, everywhere=True)
         found = way.back(self._back, x, index in self._wanted.heads)
+        taken = self._looking(index, layer, record)
         if found.heads is not None:
             self.pages.heads[index] = found.heads
         self._add(self.pages.of_attention, index, [found.constant, beta])
         self._back = found.gradients + self._everywhere(self._back, self._partial)
         self._partial = False
+        if taken is not None:
+            self._back[self._rows :] += taken.gradients
+            self._add(None, index, [torch.cat([torch.zeros_like(taken.worth), taken.worth])])
+            self._changed, self._amount = self._changed + taken.change, self._amount + taken.size
+
+    def _looking(self, index: int, layer: Layer, record: LayerTrace) -> Taken | None:
+        """Return what the book of attention takes up here; None without such a book."""
+        if self._steers is None:
+            return None
+        given = (layer.attention, record.attention, self._packing, self._partial, self._back[: self._rows])
+        return self._steers.through(index, *given)
 
     def _through_stream(self, branch: Branch, total: Tensor | None) -> Tensor | None:
         """Take the gradients back through a norm of the stream behind a branch; return what its β is worth (R, P)."""
@@ -188,6 +222,8 @@ class _WayBack:
         """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
         self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
         self.pages.constants[site] = self._after
+        if self._steers is not None and not self._steers.keeps:
+            self.pages.changes[site], self.pages.sizes[site] = self._changed, self._amount
         if self._wanted.keeps(site):
             self.pages.gradients[site] = self._everywhere(self._back, self._partial)
 

@@ -1,4 +1,4 @@
-"""The logits of one query of a layer, as sums over the components of the query and of the keys (DESIGN.md section 9)."""
+"""The logits of one query of a layer, as sums over the components of query and keys (DESIGN.md section 9)."""
 
 from __future__ import annotations
 
@@ -124,9 +124,10 @@ def _key_side(
     first: int,
     keys: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Return the shares of every key's components in its logit, (H, K, M), and their average (H, M); ``first`` is the first key seen.
+    """Return the shares of every key's components in its logit, (H, K, M), and their average (H, M).
 
-    A share is the product of a row with the gradient of the logit there: no component's keys are ever made.
+    ``first`` is the first key that is seen. A share is the product of a row with the gradient of the logit there: no
+    component's keys are ever made.
     """
     q, place = sides.q[query, heads], {key: i for i, key in enumerate(keys)}
     shares = q.new_zeros(len(heads), len(keys), len(rows.labels))

@@ -27,7 +27,6 @@ from ..results.explanation import AttentionExplanation
 from ..results.verification import warn_if_off
 from ..runtime.memory import available, readable
 from ..runtime.precision import full_precision
-from ..trace.attention import causal_mask
 
 KEPT = 1 << 28  # bytes of states that a result keeps for its pairs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..inputs.prompts import as_index
 from ..runtime.terminal import encodable
-from .files import known_fields, plain_part, read_result, register_format, write_result
+from .files import known_fields, read_result, register_format, write_result
 from .provenance import Provenance
 from .ranking import leading
 from .tables import data_frame, write_csv
@@ -42,10 +41,10 @@ class AttentionExplanation:
     Shapes are those of a call with one ``head``; with several, every tensor has them as its first axis (H, ...).
 
     ``scores`` (K,) are the logits of the ``keys``, final: scaled, capped, with what is added for a key's place.
-    ``probabilities`` (K,) are what the softmax over all keys makes of them. ``query_side`` (K, M) are the shares of what
-    the query's position holds, ``key_side`` (K, M) of what the key's holds: **each side sums to the logit**.
+    ``probabilities`` (K,) are what the softmax over all keys makes of them. ``query_side`` (K, M) are the shares of
+    what the query's position holds, ``key_side`` (K, M) of what the key's holds: **each side sums to the logit**.
     ``query_mean`` and ``key_mean`` (M,) are the averages of the shares under P over all keys that the query sees, and
-    ``entropy`` () is that of P, in nats. ``sink`` () is the probability of looking nowhere, None where there is no sink.
+    ``entropy`` () is that of P, in nats. ``sink`` () is the probability of looking nowhere, None without a sink.
 
     ``labels`` (M,) are the components of the positions up to the query, then `rest`, `bias` (constants of queries and
     keys included) and `position` (ALiBi) where they exist. The components are at the input of ``layer``, where
@@ -211,7 +210,18 @@ class AttentionExplanation:
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
         """Return the names and the rows of a table: a row per head, key and component."""
-        names = ["layer", "head", "query", "key", "key_token", "logit", "probability", "label", "query_side", "key_side"]
+        names = [
+            "layer",
+            "head",
+            "query",
+            "key",
+            "key_token",
+            "logit",
+            "probability",
+            "label",
+            "query_side",
+            "key_side",
+        ]
         scores, p, q, k = (
             x[None] if self.one_head else x for x in (self.scores, self.probabilities, self.query_side, self.key_side)
         )
@@ -227,7 +237,7 @@ class AttentionExplanation:
         return names, rows
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """Return a DataFrame with a row per head, key and component. Needs pandas. Its ``attrs`` say how it was made."""
+        """Return a DataFrame with a row per head, key and component; ``attrs`` say how it was made. Needs pandas."""
         return data_frame(*self.table(), self._plain())
 
     def to_csv(self, path: str | Path) -> None:
@@ -272,9 +282,7 @@ class AttentionExplanation:
 _PAIRS = 1 << 22  # made at a time
 
 
-def _leading_pairs(
-    of_query: Tensor, of_key: Tensor, place: Tensor, k: int
-) -> tuple[list[float], list[int], list[int]]:
+def _leading_pairs(of_query: Tensor, of_key: Tensor, place: Tensor, k: int) -> tuple[list[float], list[int], list[int]]:
     """Return the ``k`` pairs of the largest |share|: their shares, and their components (queries', keys').
 
     ``of_query`` and ``of_key`` are (M, d), their product the share; ``place`` (M,) is added to a component with itself.

@@ -30,6 +30,8 @@ _READ_BY = {  # by the first part of a format's name
     "depass_fast.layers": "Attribution.load(path)",
     "depass_fast.continuation": "Continuation.load(path)",
     "depass_fast.generation": "Generation.load(path)",
+    "depass_fast.attention": "AttentionExplanation.load(path)",
+    "depass_fast.attention_credit": "AttentionCredit.load(path)",
 }
 
 

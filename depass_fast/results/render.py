@@ -29,7 +29,13 @@ _TOP = 10
 _SHOWN, _READ = 3, 160  # in a repr: targets and leading components, characters of a part
 
 # the value that shares sum to, by the kind of target
-_VALUES = {"logit": "logit", "contrast": "logit difference", "log-prob": "log P + entropy", "vector": "projection"}
+_VALUES = {
+    "logit": "logit",
+    "contrast": "logit difference",
+    "log-prob": "log P + entropy",
+    "vector": "projection",
+    "attention": "credit of attention",
+}
 
 # Mid-tones, legible on dark and on light terminals: as text, and as a background under white text.
 POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
@@ -152,7 +158,7 @@ def token_line(tokens: Sequence[str], scores: Sequence[float], encoding: str = "
 
     line, largest = Text(), max((abs(s) for s in scores[: len(tokens)]), default=0.0)
     for token, score in zip(tokens, scores, strict=False):
-        line.append(encodable(printable(token), encoding), style=_heat(score / largest if largest else 0.0))
+        line.append(encodable(printable(token), encoding), style=heat(score / largest if largest else 0.0))
     return line
 
 
@@ -163,10 +169,10 @@ def legend(scores: Sequence[float]) -> Text:
     largest = max((abs(s) for s in scores), default=0.0)
     low, high = format_scores([-largest, largest])
     line = Text()
-    line.append(f" {low} ", style=_heat(-1.0))
+    line.append(f" {low} ", style=heat(-1.0))
     for step in (-0.6, -0.2, 0.2, 0.6):
-        line.append("   ", style=_heat(step))
-    line.append(f" {high} ", style=_heat(1.0))
+        line.append("   ", style=heat(step))
+    line.append(f" {high} ", style=heat(1.0))
     return line
 
 
@@ -177,17 +183,17 @@ def aligned(result: Result, width: int = _WIDTH, encoding: str | None = None) ->
     flat = format_scores([score for k in _targets(result) for score in result.scores_of(k).tolist()])
     rows = [flat[k * len(heads) : (k + 1) * len(heads)] for k in _targets(result)]
     names = [""] if len(rows) == 1 else [encodable(name, encoding) for name in result.target_names]
-    margin = max(map(_width, names))
+    margin = max(map(text_width, names))
     columns = [[head, *(row[m] for row in rows)] for m, head in enumerate(heads)]
     lines: list[str] = []
-    current = ["  " + _pad(name, margin) for name in ["", *names]]
+    current = ["  " + pad(name, margin) for name in ["", *names]]
     start = list(current)
     for column in columns:
-        wide = max(map(_width, column))
-        if current != start and _width(current[0]) + 2 + wide > width:
+        wide = max(map(text_width, column))
+        if current != start and text_width(current[0]) + 2 + wide > width:
             lines += [*(line.rstrip() for line in current), ""]
             current = list(start)
-        current = [line + "  " + _pad(cell, wide, right=True) for line, cell in zip(current, column, strict=True)]
+        current = [line + "  " + pad(cell, wide, right=True) for line, cell in zip(current, column, strict=True)]
     return [*lines, *(line.rstrip() for line in current)]
 
 
@@ -263,15 +269,15 @@ def _reduced_headline(result: Result, reduced: dict[str, Any]) -> str:
 def plain_table(rows: Sequence[Row], encoding: str | None = None) -> list[str]:
     """Return lines of label, share and bar of every row; none for no rows."""
     numbers, labels = format_scores([row.score for row in rows]), [encodable(row.label, encoding) for row in rows]
-    label, number = max(map(_width, labels), default=0), max(map(len, numbers), default=0)
+    label, number = max(map(text_width, labels), default=0), max(map(len, numbers), default=0)
     largest = max((abs(row.score) for row in rows if row.ranked), default=0.0)
     return [
-        f"  {_pad(name, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
+        f"  {pad(name, label)}  {text:>{number}}  {score_bar(row.score, largest) if row.ranked else ''}".rstrip()
         for row, name, text in zip(rows, labels, numbers, strict=True)
     ]
 
 
-def _heat(t: float) -> str:
+def heat(t: float) -> str:
     """Return the style of a share ``t`` in -1 to 1: from grey to full colour, white text."""
     if abs(t) < _FAINT:
         return ""
@@ -284,11 +290,12 @@ def _rgb(colour: Any) -> str:
     return "rgb({},{},{})".format(*colour)
 
 
-def _width(text: str) -> int:
+def text_width(text: str) -> int:
     """Return the columns that a text takes on a terminal: wide East Asian characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _pad(text: str, width: int, right: bool = False) -> str:
-    space = " " * max(0, width - _width(text))
+def pad(text: str, width: int, right: bool = False) -> str:
+    """Return a text filled up with spaces to ``width`` columns."""
+    space = " " * max(0, width - text_width(text))
     return space + text if right else text + space

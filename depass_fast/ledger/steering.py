@@ -1,0 +1,95 @@
+"""The second book of a way back: what the target owes to where heads look, beside what they carry.
+
+Under a linear rule both are linear in the components. The gradient κ of the second book starts at zero; at every
+attention it takes up the credit of that layer's looking, which the first book's gradient λ decides, and goes back
+through the layers like λ (DESIGN.md section 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, Attention
+from ..looking.sides import freeze_sides
+from ..looking.steer import Steering, steer, values_of
+from ..looking.turned import turns_of
+from ..runtime.products import product
+from ..trace.record import AttentionTrace, Trace
+from ..trace.turns import Turns
+from .batches import Packing
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What κ takes up at one layer: ``gradients`` (R, T, D), and of every prompt (R, P) the rest.
+
+    ``worth`` is that of constants and places, ``change`` the sum of all credit, ``size`` that of its heads' amounts.
+    """
+
+    gradients: Tensor
+    worth: Tensor
+    change: Tensor
+    size: Tensor
+
+
+@dataclass
+class Steers:
+    """The queries and keys of all layers on a way back, as the prompts' ``turns`` give them.
+
+    With ``keeps`` the credit of every layer and prompt is kept, head by head, and κ takes up nothing.
+    """
+
+    adapter: Adapter
+    trace: Trace
+    turns: list[dict[int, Turns]]
+    keeps: bool = False
+    kept: dict[int, list[Steering]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        adapter: Adapter, trace: Trace, prompts: Sequence[Tensor], layers: Collection[int], keeps: bool = False
+    ) -> Steers:
+        """Measure the turns of ``layers``. ``prompts`` are whole, also where the trace holds their first positions.
+
+        Raises:
+            ValueError: queries and keys cannot be made again; the message names the family.
+        """
+        return Steers(adapter, trace, turns_of(adapter, prompts, layers), keeps)
+
+    def through(
+        self, index: int, weights: Attention, record: AttentionTrace, packing: Packing, partial: bool, back: Tensor
+    ) -> Taken | None:
+        """Return the credit of layer ``index``, given gradients (R, A, D) of what its attention adds."""
+        found = self._steering(index, weights, record, packing, partial, back)
+        if self.keeps:
+            self.kept[index] = found
+            return None
+        gradients = back.new_zeros(len(back), packing.n_positions, back.shape[2])
+        for p, one in enumerate(found):
+            gradients[:, self.trace.span(p)] = one.together()
+        worth = torch.stack([(one.constant + one.position).sum(1) for one in found], 1)
+        change = torch.stack([one.change.sum(1) for one in found], 1)
+        return Taken(gradients, worth, change, torch.stack([one.change.abs().sum(1) for one in found], 1))
+
+    def _steering(
+        self, index: int, weights: Attention, record: AttentionTrace, packing: Packing, partial: bool, back: Tensor
+    ) -> list[Steering]:
+        """Return the credit of every prompt."""
+        dtype, at = back.dtype, packing.at(partial, back.device)
+        out_scale = record.out_scale if at is None or record.out_scale is None else record.out_scale[at]
+        of_heads = product(weights.written_transposed(back, out_scale), weights.w_o.to(dtype))
+        of_heads = of_heads.unflatten(-1, (weights.n_heads, -1))
+        found, first = [], 0
+        for p in range(self.trace.n_prompts):
+            span = self.trace.span(p)
+            queries = torch.from_numpy(packing.reads[p]) if partial else torch.arange(self.trace.length(p))
+            rows = slice(first, first + len(queries))
+            first = rows.stop
+            sides = freeze_sides(self.adapter, index, record, span, self.turns[p][index], dtype)
+            values = values_of(weights, record, record.resid[span].to(dtype), span)
+            found.append(steer(weights, record, sides, span, queries.to(back.device), of_heads[:, rows], values))
+        return found
