@@ -14,7 +14,7 @@ from .components.base import ComponentKind
 from .inputs.prompts import Prompt
 from .ledger.given import rule_of
 from .methods.credit import credits_of
-from .methods.explain import attention_layer, explanations, heads_of
+from .methods.explain import attention_layer, check_start, explanations, heads_of
 from .options import LinearRuleName, Options, OptionValues
 from .request import Request, with_targets
 from .trace.record import Trace
@@ -68,8 +68,8 @@ class AttentionCalls(ABC):
         """
         number = attention_layer(layer, self.adapter)
         heads = heads_of(head, self.adapter, number)
-        components_end = number
-        request = self._request(prompt, components, components_end, options)
+        check_start(components, self.adapter, number)
+        request = self._request(prompt, components, number, options)
         one_head = head is not None and not isinstance(head, Sequence)
         found = explanations(request, number, heads, one_head, query, key)
         return found if request.batch else found[0]
@@ -112,8 +112,7 @@ class AttentionCalls(ABC):
         """
         settings = self.options.updated(options)
         chosen = rule_of(rule, settings)
-        way = {**options, "allocation": options.get("allocation", chosen)}
-        request = self._request(prompt, components, None, way)
+        request = self._request(prompt, components, None, {"allocation": chosen, **options})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         if any(len(reads) > 1 for reads in request.reads):
             raise ValueError("position: attention_credit reads one position; call it for each.")

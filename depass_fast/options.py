@@ -12,11 +12,11 @@ from .adapters import Adapter
 from .allocation import Allocation, Rule
 from .backends import Backend, Choice, StreamBackend, make_backend, resolve
 from .inputs.chat import check_template_kwargs
-from .inputs.prompts import as_index
 from .propagation.run import Run
 from .propagation.verify import Verifier
 from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
+from .runtime.numbers import as_index
 
 RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor", "half", "shapley"]
 LinearRuleName: TypeAlias = Literal["taylor", "half", "shapley"]

@@ -47,7 +47,7 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Projected:
-    """What gives the queries, or the keys, of all heads: ``own`` maps D to H·d.
+    """The projections to the queries, or to the keys, of all heads: ``own`` maps D to H·d.
 
     ``shared`` maps D to what every head has behind its own part (keys of multi-head latent attention), else None.
     """

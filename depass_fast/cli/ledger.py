@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -57,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rule,
         metavar="{" + ",".join(flags.LINEAR_RULES) + "}",
         help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",
+    )
+    how.add_argument(
+        "--attention",
+        action="store_true",
+        help="print the second book, too: what the target owes to where heads look (`depass-fast attention --credit`)",
     )
     flags.add_machine(how)
 
@@ -124,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         batch = items[first : first + args.batch_size]
         with on_stderr():
             prompt = [item.prompt for item in batch] if prompts.is_several(args) else batch[0].prompt
-            book = engine.ledger(prompt, rule=args.rule, **targets.arguments(args, batch))
+            book = engine.ledger(prompt, rule=args.rule, attention=args.attention, **targets.arguments(args, batch))
             books.write(book)
         for number, read in product(range(len(batch)), range(book.n_reads)):
             with on_stderr():
@@ -140,7 +146,7 @@ class _Page:
     """One prompt at one position of a ledger: as plain values where they are printed or written, or as a view."""
 
     values: dict[str, Any]
-    view: View | None
+    views: tuple[View, ...]
 
     @staticmethod
     def of(book: Ledger, args: argparse.Namespace, prompt: int, read: int) -> _Page:
@@ -148,31 +154,53 @@ class _Page:
         which: dict[str, Any] = {"kinds": args.kinds, "prompt": prompt, "read": read}
         written = args.out is not None and args.out.suffix != ".safetensors"
         values = book.to_dict(**which) if args.json or written else {}
+        if args.attention and values:
+            values["steered"] = book.steered.to_dict(**which)
         if args.json:
-            return _Page(values, None)
-        view = book.view(args.top, **which)
-        return _Page(values, replace(view, about=view.about[-1:]))  # without the line on other prompts: they follow
+            return _Page(values, ())
+        views = [one.view(args.top, **which) for one in ((book, book.steered) if args.attention else (book,))]
+        # without the line on other prompts: they follow
+        return _Page(values, tuple(replace(view, about=view.about[-1:]) for view in views))
 
     def show(self, head: str) -> None:
         """Print it; ``head`` goes before a view."""
-        if self.view is None:
+        if not self.views:
             emit(json.dumps(self.values, allow_nan=False))
             return
         if head:
             emit(head.removesuffix("\n"))
-        print_view(self.view)
+        for number, view in enumerate(self.views):
+            if number:
+                emit("")
+            print_view(view)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain values."""
         return self.values
 
     def to_csv(self, path: Path) -> None:
-        """Write a table with a row per component: its kind, the layer where it starts, its label and its score."""
+        """Write a table with a row per component: its kind, the layer where it starts, its label and its score.
+
+        With a second book, `steered` is a column more.
+        """
         from ..results.tables import write_csv
 
-        of_kind = ((kind, self.values[kind]) for kind in KINDS if kind in self.values)
-        parts = ((kind, one) for kind, found in of_kind for one in found.get("layers", [found]))
-        rows = (
-            (kind, one["layer"], *row) for kind, one in parts for row in zip(one["labels"], one["scores"], strict=True)
-        )
-        write_csv(path, ["kind", "layer", "label", "score"], rows)
+        books = [self.values, *([self.values["steered"]] if "steered" in self.values else [])]
+        columns = [list(_rows_of(book)) for book in books]
+        names = ["kind", "layer", "label", "score", "steered"][: 3 + len(books)]
+        if len(books) == 1:
+            write_csv(path, names, columns[0])
+            return
+        steered = {row[:3]: row[3] for row in columns[1]}  # `bias` may be there in one book only
+        carried = {row[:3]: row[3] for row in columns[0]}
+        keys = dict.fromkeys([*carried, *steered])
+        write_csv(path, names, ((*key, carried.get(key, 0.0), steered.get(key, 0.0)) for key in keys))
+
+
+def _rows_of(book: dict[str, Any]) -> Iterator[tuple[str, int, str, float]]:
+    """Yield the kind, layer, label and score of every component of a book."""
+    for kind in KINDS:
+        found = book.get(kind)
+        for one in [] if found is None else found.get("layers", [found]):
+            for label, score in zip(one["labels"], one["scores"], strict=True):
+                yield kind, one["layer"], label, score

@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attribute, evaluate, flags, generate, ledger, plan, types
+from . import attention, attribute, evaluate, flags, generate, ledger, plan, types
 from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
@@ -96,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("depass-fast", description=_DESCRIPTION, epilog=_EXAMPLES, **shape)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="{demo,attribute,ledger,generate,plan,evaluate,doctor}"
+        title="commands",
+        dest="command",
+        required=True,
+        metavar="{demo,attribute,ledger,attention,generate,plan,evaluate,doctor}",
     )
 
     demo = commands.add_parser(
@@ -122,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.add_arguments(book)
     book.set_defaults(run=ledger.run, check=ledger.check)
+
+    looks = commands.add_parser(
+        "attention", help="why heads look where they look, and what a logit owes to that", **shape
+    )
+    attention.add_arguments(looks)
+    looks.set_defaults(run=attention.run, check=attention.check)
 
     texts = commands.add_parser(
         "generate", help="continue a prompt, with the tokens that each new one drew on", **shape

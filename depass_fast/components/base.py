@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..inputs.hook_names import LAYER_INPUT, Site, parse_hook_name
-from ..inputs.prompts import as_index
 from ..runtime.brief import brief_repr
+from ..runtime.numbers import as_index
 from ..state.state import Factors
 from ..trace.record import Trace
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..runtime.log import warn_user
+from ..runtime.numbers import as_index
 from .doubts import doubt_padding, doubt_second_start
 from .encodings import is_encoding
-from .prompts import as_index, encode_all
+from .prompts import encode_all
 from .text import check_text
 
 _ANCHORS = ("\n", ".", "a")  # texts in front of which a text has no prefix space of its own

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..adapters import Adapter
+from ..runtime.numbers import as_index
 from ..runtime.progress import ProgressBar, progress_bar
-from .prompts import as_index
 
 NEW_TOKENS = 20  # where no length is given
 _UNSET = (None, GenerationConfig().max_length)  # a GenerationConfig's `max_length` that nobody chose

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal
 
-from .prompts import as_index
+from ..runtime.numbers import as_index
 
 Site = Literal["resid_pre", "resid_mid", "resid_post"]
 SITES = ("resid_pre", "resid_mid", "resid_post")

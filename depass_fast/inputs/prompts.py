@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..runtime.numbers import as_index
 from .chat import chat_ids
 from .doubts import doubt_end, doubt_padding, doubt_start
 from .encodings import is_encoded_batch, is_encoding, unpadded
@@ -51,16 +51,6 @@ def encode_all(
     if is_encoding(prompt):
         return batch, _encoded(prompt, adapter, tokenizer)
     return batch, [encode(p, adapter, tokenizer, template_kwargs) for p in (_texts(prompt) if batch else [prompt])]
-
-
-def as_index(value: Any, argument: str, expected: str = "an integer") -> int:
-    """An integer of any kind (Python's, NumPy's, a 0-dim tensor). Anything else is a TypeError, bool included."""
-    try:
-        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
-            raise TypeError
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{argument}: expected {expected}, got {value!r}.") from None
 
 
 def as_position(position: int, length: int) -> int:

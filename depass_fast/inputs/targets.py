@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..runtime.brief import brief
-from .prompts import as_index
+from ..runtime.numbers import as_index
 from .token_texts import single_token
 
 

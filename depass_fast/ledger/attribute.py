@@ -80,7 +80,7 @@ def read_off(
         for kind, meets in zip(kinds, ahead, strict=True)
         for prompt in prompts
     ]
-    by_layer = _results(request, kinds, prompts, shares, reads)
+    by_layer = _results(request, kinds, prompts, shares, reads, pages.off if pages.changes else 0.0)
     if not request.components.is_layered:
         return by_layer[0]
     return [
@@ -96,8 +96,11 @@ def _results(
     prompts: Sequence[int],
     shares: Sequence[Shares],
     every: Sequence[Reads],
+    start: float,
 ) -> list[list[list[Attribution]]]:
     """Return a result per layer, prompt and read; ``shares`` are those of every layer, prompt by prompt.
+
+    ``start`` is an error that was there before, see :func:`warn_if_logits_miss`.
 
     Everything is copied to the host at once.
     """
@@ -136,7 +139,7 @@ def _results(
     ]
     flat = [result for of_prompt in found for result in of_prompt]
     computed = request.run.compute_dtype or wide_dtype(request)
-    warn_if_logits_miss(request, list(zip(flat, sizes, strict=True)), computed)
+    warn_if_logits_miss(request, list(zip(flat, sizes, strict=True)), computed, start)
     return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
 
 

@@ -16,7 +16,6 @@ from ..components.custom import Array, Custom, SomeBases, Subspaces
 from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
-from ..inputs.prompts import as_index
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
 from ..results.attribution import Attribution
@@ -25,6 +24,7 @@ from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import readable
+from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from ..trace.light import light
 from .attribute import read_off, way_back

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from ..allocation import RULES
 from ..components.base import SeveralLayers
-from ..inputs.prompts import as_index
 from ..linear_rules import LINEAR_RULES
 from ..options import LinearRuleName, Options
+from ..runtime.numbers import as_index
 
 DEFAULT_RULE: LinearRuleName = "shapley"
 _NOTHING_TO_REFINE = (

@@ -48,6 +48,7 @@ def save(
         "lengths": [len(ids) for ids in request.prompts],
         "batch": request.batch,
         "one_position": one_position,
+        "off": 0.0 if looking is None else looking.off,
         "reads": request.reads,
         "directions": [
             {f.name: getattr(one, f.name) for f in fields(one) if not isinstance(getattr(one, f.name), Tensor)}
@@ -85,7 +86,7 @@ def restore(
     with damage_told(path, FORMAT):
         made = _reads(request, tensors, content, adapter.unembedding_device)
         second = {key.removeprefix(_SECOND): one for key, one in tensors.items() if key.startswith(_SECOND)}
-        looking = _pages(request, second) if second else None
+        looking = replace(_pages(request, second), off=content.get("off", 0.0)) if second else None
         return request, made, _pages(request, tensors), one_position, looking
 
 

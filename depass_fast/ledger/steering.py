@@ -25,7 +25,7 @@ from .batches import Packing
 
 @dataclass(frozen=True)
 class Taken:
-    """What κ takes up at one layer: ``gradients`` (R, T, D), and of every prompt (R, P) the rest.
+    """The credit that κ takes up at one layer: ``gradients`` (R, T, D), and of every prompt (R, P) the rest.
 
     ``worth`` is that of constants and places, ``change`` the sum of all credit, ``size`` that of its heads' amounts.
     """
@@ -48,6 +48,7 @@ class Steers:
     turns: list[dict[int, Turns]]
     keeps: bool = False
     kept: dict[int, list[Steering]] = field(default_factory=dict)
+    off: float = 0.0  # how far queries and keys are from those recorded, relatively: the model's own rounding
 
     @staticmethod
     def of(
@@ -90,6 +91,7 @@ class Steers:
             rows = slice(first, first + len(queries))
             first = rows.stop
             sides = freeze_sides(self.adapter, index, record, span, self.turns[p][index], dtype)
+            self.off = max(self.off, sides.off)
             values = values_of(weights, record, record.resid[span].to(dtype), span)
             found.append(steer(weights, record, sides, span, queries.to(back.device), of_heads[:, rows], values))
         return found

@@ -56,6 +56,7 @@ class Pages:
     totals, constants: of every site passed, (R, P): Σ_n ⟨λ[n], x[n]⟩, and what all constants behind it are worth.
     changes, sizes: in the book of attention, of every site passed, (R, P): the credit of all looking behind it, and the
     sum of its heads' amounts.
+    off: in the book of attention, how far queries and keys are from those recorded, relatively.
     neurons, heads: of a layer, the scores (R, P, I) for each of its MLPs, and (R, P, H).
     of_attention, of_mlp: what the constants in a layer's own outputs are worth, (R, P).
     """
@@ -69,6 +70,7 @@ class Pages:
     heads: dict[int, Tensor] = field(default_factory=dict)
     of_attention: dict[int, Tensor] = field(default_factory=dict)
     of_mlp: dict[int, Tensor] = field(default_factory=dict)
+    off: float = 0.0
 
     def brought_home(self) -> Pages:
         """Return the same with all but the gradients in host memory, in one copy."""
@@ -78,13 +80,13 @@ class Pages:
         home = iter(to_host([one for part in parts for one in part]))
         moved = [{key: next(home) for key in held} for held in each]
         neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
-        return Pages(self.gradients, neurons=neurons, **dict(zip(names, moved, strict=True)))
+        return Pages(self.gradients, neurons=neurons, off=self.off, **dict(zip(names, moved, strict=True)))
 
     def rows(self, some: slice) -> Pages:
         """Return the same for some of the rows. What only the book of attention has is left as it is."""
         parts = {name: {key: one[some] for key, one in getattr(self, name).items()} for name in _BY_ROW}
         neurons = {layer: [one[some] for one in of_layer] for layer, of_layer in self.neurons.items()}
-        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes)
+        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes, off=self.off)
 
 
 _BY_ROW = ("gradients", "totals", "constants", "heads", "of_attention", "of_mlp")
@@ -114,6 +116,7 @@ def walk_back(
         way.pass_layer(index, adapter.layer(index), adapter.is_parallel)
         if progress is not None:
             progress.finish()
+    way.pages.off = 0.0 if steers is None else steers.off
     return way.pages.brought_home()
 
 

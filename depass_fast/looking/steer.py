@@ -1,4 +1,4 @@
-"""What a layer's attention owes to where it looks: the gradients of that by queries and keys, and by what they read."""
+"""The credit of a layer's looking: its gradients by queries and keys, and by what they read."""
 
 from __future__ import annotations
 

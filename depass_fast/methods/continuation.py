@@ -16,7 +16,7 @@ from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
 from ..inputs.generation import generate
 from ..inputs.loading import check_ready
-from ..inputs.prompts import POSITIONS, Prompt, as_index, encode, is_batch, is_list_of_positions
+from ..inputs.prompts import POSITIONS, Prompt, encode, is_batch, is_list_of_positions
 from ..inputs.targets import LogProb, parse_target
 from ..options import Adjoint, Options
 from ..readout.collect import read_hidden, read_places
@@ -24,6 +24,7 @@ from ..readout.targets import resolve_targets
 from ..request import Request, fit, make_request, wide_dtype, with_trace
 from ..results.continuation import REDUCTIONS, Continuation
 from ..results.generation import Generation
+from ..runtime.numbers import as_index
 from ..trace.record import Trace
 from .attribution import attributions
 

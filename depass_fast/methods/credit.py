@@ -1,4 +1,4 @@
-"""What a target owes to where heads look, component by component and head by head."""
+"""Credit of attention: what a target owes to where heads look, component by component and head by head."""
 
 from __future__ import annotations
 
@@ -51,11 +51,10 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
     steers = Steers.of(adapter, trace, request.prompts, layers, keeps=True)
     way_back(back, reads, Wanted(frozenset(), frozenset(), frozenset(), Entry(first, "resid_pre")), steers)
 
-    state, found, errors, off = start(request), {}, [], 0.0
+    state, found, errors = start(request), {}, []
     for layer in range(entry.layer, request.end):
         if layer in steers.kept:
             for prompt, steering in enumerate(steers.kept.pop(layer)):
-                off = max(off, steering.sides.off)
                 with full_precision():
                     found[prompt, layer] = _of_layer(state, prompt, steering)
         if layer < layers[-1]:
@@ -68,7 +67,7 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
     for place, (prompt, position) in enumerate(reads.readout.places):
         parts = [found[prompt, layer] for layer in layers]
         results.append(_result(request, rule, reads, place, prompt, position, layers, parts, layer_errors[:, prompt]))
-    _warn(request, results, off)
+    _warn(request, results, steers.off)
     return results
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..components.base import ComponentKind
 from ..inputs.hook_names import layer_input
-from ..inputs.prompts import as_index, as_position
+from ..inputs.prompts import as_position
 from ..looking.explain import Explained, explain, query_parts
 from ..looking.rows import PromptRows
 from ..looking.sides import Sides, freeze_sides
@@ -21,11 +22,12 @@ from ..looking.turned import turns_of
 from ..propagation.loop import propagate
 from ..readout.collect import how_computed
 from ..readout.completeness import rounding_of
-from ..request import Request, fit, start, traced, wide_dtype
+from ..request import Request, check_kind, fit, start, traced, wide_dtype
 from ..results.completeness import excess, warn_incomplete
 from ..results.explanation import AttentionExplanation
 from ..results.verification import warn_if_off
 from ..runtime.memory import available, readable
+from ..runtime.numbers import as_index
 from ..runtime.precision import full_precision
 
 KEPT = 1 << 28  # bytes of states that a result keeps for its pairs
@@ -37,6 +39,18 @@ def attention_layer(layer: Any, adapter: Adapter) -> int:
     if not -adapter.n_layers <= number < adapter.n_layers:
         raise ValueError(f"layer: {layer} is out of range; this model has {adapter.n_layers} layers.")
     return number % adapter.n_layers
+
+
+def check_start(components: ComponentKind, adapter: Adapter, layer: int) -> None:
+    """Raise ValueError if the attention of ``layer`` reads nothing of the components, or they are of several layers."""
+    check_kind(components)
+    entry = components.single().entry(adapter)
+    first = entry.layer + (entry.site == "resid_mid")
+    if first > layer:
+        raise ValueError(
+            f"layer: the attention of layer {layer} reads nothing of these components, which start behind it"
+            + ("." if first >= adapter.n_layers else f"; choose one of {first} to {adapter.n_layers - 1}.")
+        )
 
 
 def heads_of(head: Any, adapter: Adapter, layer: int) -> list[int]:
@@ -68,7 +82,6 @@ def explanations(request: Request, layer: int, heads: list[int], one_head: bool,
             cannot be made again; components of several layers.
         MemoryError: the shares do not fit.
     """
-    request.components.single()
     queries = [as_index_of_query(query, len(ids)) for ids in request.prompts]
     for ids, at in zip(request.prompts, queries, strict=True):
         _keys(key, len(ids), at, None, layer)

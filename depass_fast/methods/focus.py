@@ -19,13 +19,13 @@ from ..backends.statistics import Statistics
 from ..components.model import Tokens
 from ..components.products import BoundProducts
 from ..components.start import initial_state
-from ..inputs.prompts import as_index
 from ..labels import BIAS, REST
 from ..propagation.loop import propagate
 from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced, with_trace
 from ..runtime.brief import brief, brief_repr
 from ..runtime.memory import readable
+from ..runtime.numbers import as_index
 from ..runtime.progress import progress_bar
 from ..runtime.terminal import encodable
 from ..runtime.transfer import to_device

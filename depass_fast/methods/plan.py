@@ -14,7 +14,7 @@ from ..chosen_method import choose_method
 from ..components.base import ComponentKind
 from ..components.model import Tokens
 from ..inputs.continuation import encode_continued
-from ..inputs.prompts import Prompt, as_index, as_positions, encode_all
+from ..inputs.prompts import Prompt, as_positions, encode_all
 from ..ledger.given import check_rule, rule_of
 from ..options import Adjoint, Options
 from ..planning.gemm_rate import gemm_rate
@@ -22,6 +22,7 @@ from ..planning.plan import Plan
 from ..planning.planner import check_length, known_counts, make_plan
 from ..planning.shapes import RunShape
 from ..request import check_end, check_kind
+from ..runtime.numbers import as_index
 from ..trace.first import first_positions
 from ..trace.record import Trace
 from .continuation import refuse_beside

@@ -38,11 +38,16 @@ def warn_if_results_miss(request: Request, results: Sequence[tuple[Attribution, 
     warn_incomplete(text)
 
 
-def warn_if_logits_miss(request: Request, results: Sequence[tuple[Attribution, Tensor]], computed: torch.dtype) -> None:
-    """Do as :func:`warn_if_results_miss` for results that no states were carried for; products ran in ``computed``."""
+def warn_if_logits_miss(
+    request: Request, results: Sequence[tuple[Attribution, Tensor]], computed: torch.dtype, start: float = 0.0
+) -> None:
+    """Do as :func:`warn_if_results_miss` for results that no states were carried for; products ran in ``computed``.
+
+    ``start`` is the relative error of what was frozen, which is no fault of theirs.
+    """
     rounding, found = rounding_of(request.adapter, request.run, computed), []
     for result, sizes in results:
-        if not rounding.explains(off := off_the_logit(result, sizes), 0.0):
+        if not rounding.explains(off := off_the_logit(result, sizes), start):
             found.append((off, result))
     if not found:
         return

@@ -12,10 +12,9 @@ from ..runtime.terminal import encodable
 from .render import format_scores, heat, pad, plain_table, printable, rows_of_pairs, text_width
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions
 
-    from .credit import AttentionCredit
-    from .explanation import AttentionExplanation
+    from .attention_interface import Credit, Explanation
 
 _KEYS, _COMPONENTS, _HEADS, _TOP = 8, 5, 8, 10
 _LABEL = 16  # columns of a component's label
@@ -34,7 +33,7 @@ class _Grid:
     heats: list[list[float | None]]
 
 
-def plain(why: AttentionExplanation, keys: int = _KEYS, components: int = _COMPONENTS) -> str:
+def plain(why: Explanation, keys: int = _KEYS, components: int = _COMPONENTS) -> str:
     """Return a table of the most probable keys and the leading components, for one head or the sharpest of several."""
     lines = [*_warned(why.warnings), _headline(why)]
     for number in _shown(why):
@@ -52,9 +51,9 @@ def plain(why: AttentionExplanation, keys: int = _KEYS, components: int = _COMPO
 
 @dataclass(frozen=True)
 class View:
-    """An explanation as rich prints it."""
+    """An explanation as rich prints it: red where a component raises a key's logit, blue where it lowers it."""
 
-    why: AttentionExplanation
+    why: Explanation
     keys: int = _KEYS
     components: int = _COMPONENTS
 
@@ -85,12 +84,7 @@ class View:
         yield Text(encodable(_about(why), encoding), style="dim")
 
 
-def rich_view(why: AttentionExplanation) -> RenderResult:
-    """Return the same in colour: red where a component raises a key's logit, blue where it lowers it."""
-    return View(why)  # pyright: ignore[reportReturnType]
-
-
-def plain_credit(credit: AttentionCredit, top: int = _TOP) -> str:
+def plain_credit(credit: Credit, top: int = _TOP) -> str:
     """Return the heads whose looking changes every target most, and the components that this is owed to."""
     lines = _warned(credit.warnings)
     for t, name in enumerate(credit.target_names):
@@ -113,12 +107,12 @@ def plain_credit(credit: AttentionCredit, top: int = _TOP) -> str:
     return encodable("\n".join([*lines, about]))
 
 
-def _headline(why: AttentionExplanation) -> str:
+def _headline(why: Explanation) -> str:
     heads = f"head {why.heads[0]}" if len(why.heads) == 1 else f"{len(why.heads)} heads"
     return f"layer {why.layer}, {heads}: why {why.tokens[why.query]!r} at position {why.query} looks where it looks"
 
 
-def _about(why: AttentionExplanation) -> str:
+def _about(why: Explanation) -> str:
     return (
         f"{why.components} at layer {why.start}, half of each side | {why.allocation} | {why.backend} on {why.device}, "
         f"{why.dtype} | completeness error {why.completeness_error:.1e} | {why.seconds:.2f} s"
@@ -129,14 +123,14 @@ def _warned(warnings: Sequence[str] | None) -> list[str]:
     return [f"WARNING: {text}." for text in warnings or []]
 
 
-def _shown(why: AttentionExplanation) -> list[int]:
+def _shown(why: Explanation) -> list[int]:
     """Return which of the heads are shown: the sharpest, in their order."""
     if len(why.heads) <= _HEADS:
         return list(range(len(why.heads)))
     return sorted(why.entropy.argsort()[:_HEADS].tolist())
 
 
-def _grid(why: AttentionExplanation, number: int, n_keys: int, n_components: int) -> _Grid:
+def _grid(why: Explanation, number: int, n_keys: int, n_components: int) -> _Grid:
     p, logits, shares = (_of(why, x, number) for x in (why.probabilities, why.scores, why.shares))
     order = p.argsort(descending=True, stable=True)[:n_keys].tolist()
     strongest = shares[order].abs().amax(0)
@@ -158,7 +152,7 @@ def _grid(why: AttentionExplanation, number: int, n_keys: int, n_components: int
     return _Grid(f"head {why.heads[number]}", names, rows, heats)
 
 
-def _of(why: AttentionExplanation, x: Tensor, number: int) -> Tensor:
+def _of(why: Explanation, x: Tensor, number: int) -> Tensor:
     return x if why.one_head else x[number]
 
 

@@ -1,4 +1,4 @@
-"""What a target owes to where heads look: a share for every component, head by head."""
+"""The credit of looking: what a target owes to where heads look, for every component and head by head."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..inputs.prompts import as_index
+from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
+from .attention_view import plain_credit
 from .files import known_fields, read_result, register_format, write_result
 from .provenance import Provenance
 from .ranking import leading
@@ -25,7 +26,7 @@ TENSORS = ("scores", "changes", "target_logits")
 
 @dataclass(eq=False)
 class AttentionCredit:
-    """How much of a target's logit comes from attending *there* instead of evenly, split over components.
+    """The part of a target's logit that comes from attending *there* instead of evenly, split over components.
 
     Shapes are those of a single target; with a list of targets, ``scores``, ``changes`` and ``target_logits`` have them
     as their first axis (T, ...).
@@ -102,8 +103,6 @@ class AttentionCredit:
         return x[target] if self.target_logits.ndim else x
 
     def __str__(self) -> str:
-        from .attention_view import plain_credit
-
         return plain_credit(self)
 
     def __repr__(self) -> str:

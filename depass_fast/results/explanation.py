@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs.prompts import as_index
+from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
+from .attention_view import View, plain
 from .files import known_fields, read_result, register_format, write_result
 from .provenance import Provenance
 from .ranking import leading
@@ -191,14 +192,10 @@ class AttentionExplanation:
     # -- what it looks like, tables and files -----------------------------------------------------------------------
 
     def __str__(self) -> str:
-        from .attention_view import plain
-
         return plain(self)
 
     def __rich__(self) -> Any:
-        from .attention_view import rich_view
-
-        return rich_view(self)
+        return View(self)
 
     def __repr__(self) -> str:
         heads = f"heads {self.heads}" if len(self.heads) > 1 else f"head {self.heads[0]}"

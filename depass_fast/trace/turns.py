@@ -1,4 +1,4 @@
-"""What the model does to queries and keys between their projections and attention: the rotary embedding, measured.
+"""The way of queries and keys between their projections and attention: the rotary embedding, measured.
 
 Families embed positions in many ways: all dimensions or some, halves or neighbours, stretched, scaled, none at all in
 some layers. All of them are linear, the same for every head, and mix at most two dimensions. So the model's own code is

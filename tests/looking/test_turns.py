@@ -1,0 +1,97 @@
+"""The measured maps between projections and attention: what they are, and that the model is handed back."""
+
+import sys
+
+import pytest
+import torch
+
+from depass_fast import DePass, Tokens
+from depass_fast.looking.sides import freeze_sides
+from depass_fast.trace.consistency import computation
+from depass_fast.trace.turns import measure_turns
+from tests.support.family_models import VARIANTS, available, build_variant
+from tests.support.models import build, random_ids
+
+IDS = torch.tensor(random_ids(9))
+GIVEN = [name for name in VARIANTS if available(name)]
+
+
+def by_hand(module, x):
+    """Llama's rotary embedding of ``x`` (1, H, N, d)."""
+    cos, sin = module.model.rotary_emb(x, torch.arange(x.shape[2])[None])
+    half = x.shape[-1] // 2
+    return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+
+def test_it_is_the_rotary_embedding():
+    dp = build("llama-gqa")
+    found = measure_turns(dp.adapter, IDS, [1])[1]
+    x = torch.randn(len(IDS), 4, 8)
+    wanted = by_hand(dp.model, x.transpose(0, 1)[None])[0].transpose(0, 1)
+    for turn in found:
+        assert torch.allclose(turn.apply(x, slice(None)), wanted, atol=1e-6)
+
+
+def test_without_positions_it_is_the_identity():
+    dp = DePass(build_variant("gpt2"))
+    x = torch.randn(len(IDS), 4, 8)
+    for turn in measure_turns(dp.adapter, IDS, [0])[0]:
+        assert torch.equal(turn.apply(x, slice(None)), x)
+
+
+@pytest.mark.skipif(not available("smollm3"), reason="needs SmolLM 3")
+def test_layers_may_differ():
+    found = measure_turns(DePass(build_variant("smollm3")).adapter, IDS, range(3))  # the second has no embedding
+    x = torch.randn(len(IDS), 4, 8)
+    assert torch.equal(found[1].q.apply(x, slice(None)), x)
+    assert not torch.allclose(found[0].q.apply(x, slice(None)), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GIVEN)
+@torch.no_grad()
+def test_queries_and_keys_are_the_models(name, dtype):
+    dp = DePass(build_variant(name).to(dtype))
+    turns, trace = measure_turns(dp.adapter, IDS, range(dp.adapter.n_layers)), dp.trace(IDS)
+    for index, layer in enumerate(trace.layers):
+        sides = freeze_sides(dp.adapter, index, layer.attention, trace.span(0), turns[index], torch.float32)
+        assert sides.off <= (1e-6 if dtype == torch.float32 else 0.02)
+        for side, own in ((sides.of_q, sides.q), (sides.of_k, sides.k)):
+            rows, y = torch.randn(len(IDS), dp.adapter.hidden_size), torch.randn_like(own)
+            there, back = (side.read(rows, slice(None)) * y).sum(), side.back(y)
+            assert torch.allclose(there, (rows * back).sum(), rtol=1e-3, atol=1e-3)
+            assert (side.back(y, slice(0, side.heads)).sum(0) - back).norm() <= 1e-5 * back.norm()
+
+
+@pytest.mark.parametrize("name", ["llama: GQA", "gptj", "deepseek_v2", "phi: QK norms"])
+def test_the_model_is_handed_back(name):
+    dp = DePass(build_variant(name))
+    before, implementation = computation(dp.model), dp.adapter.config._attn_implementation
+    logits = dp.model(IDS[None]).logits
+    measure_turns(dp.adapter, IDS, [0, 2])
+    assert computation(dp.model) == before and dp.adapter.config._attn_implementation == implementation
+    assert torch.equal(dp.model(IDS[None]).logits, logits)
+
+
+def test_it_is_handed_back_after_an_error(monkeypatch):
+    dp = DePass(build_variant("llama: GQA"))
+    before, implementation = computation(dp.model), dp.adapter.config._attn_implementation
+    monkeypatch.setattr("depass_fast.trace.turns._Question._turn", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure_turns(dp.adapter, IDS, [0])
+    assert computation(dp.model) == before and dp.adapter.config._attn_implementation == implementation
+
+
+def test_a_map_that_mixes_more_is_refused(monkeypatch):
+    dp = DePass(build_variant("llama: GQA"))
+    home = sys.modules[type(dp.model.model.layers[0].self_attn).__module__]
+    monkeypatch.setattr(home, "apply_rotary_pos_emb", lambda q, k, *_: (q.cumsum(-1), k))
+    with pytest.raises(ValueError, match="mixes more than two dimensions"):
+        measure_turns(dp.adapter, IDS, [0])
+
+
+def test_queries_of_another_kind_are_refused():
+    dp = DePass(build_variant("llama: GQA"))
+    dp.model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, args, output: output * 1.5)
+    with pytest.raises(ValueError, match="the queries of layer 1 are not what the family 'llama' declares"):
+        dp.explain_attention(IDS, Tokens(), 1)
