@@ -55,6 +55,8 @@ ENTRIES = (
           train="texts with the number of their language", takes_layers=True),
     Entry("freezing", "the effect of leaving a component out, split into what frozen attention explains and the rest",
           ("freezing", "FreezingStudy")),
+    Entry("attention", "attention's own book against what heads do when a token is taken out of their input",
+          ("attention", "AttentionStudy")),
     Entry("grouping", "scores of neurons in groups against all at once, with time and peak memory",
           ("grouping", "GroupingStudy"), takes_layers=True),
     Entry("adjoint", "the adjoint sweep against exact scores of every start layer, and its estimate",

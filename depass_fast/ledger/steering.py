@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Attention
 from ..looking.sides import freeze_sides
-from ..looking.steer import Steering, steer, values_of
+from ..looking.steer import Outlook, steer, values_of
 from ..looking.turned import turns_of
 from ..runtime.products import product
 from ..trace.record import AttentionTrace, Trace
@@ -40,14 +40,14 @@ class Taken:
 class Steers:
     """The queries and keys of all layers on a way back, as the prompts' ``turns`` give them.
 
-    With ``keeps`` the credit of every layer and prompt is kept, head by head, and κ takes up nothing.
+    With ``keeps`` κ takes up nothing, and what the heads of every layer and prompt are worth is kept.
     """
 
     adapter: Adapter
     trace: Trace
     turns: list[dict[int, Turns]]
     keeps: bool = False
-    kept: dict[int, list[Steering]] = field(default_factory=dict)
+    kept: dict[int, list[Outlook]] = field(default_factory=dict)
     off: float = 0.0  # how far queries and keys are from those recorded, relatively: the model's own rounding
 
     @staticmethod
@@ -65,10 +65,11 @@ class Steers:
         self, index: int, weights: Attention, record: AttentionTrace, packing: Packing, partial: bool, back: Tensor
     ) -> Taken | None:
         """Return the credit of layer ``index``, given gradients (R, A, D) of what its attention adds."""
-        found = self._steering(index, weights, record, packing, partial, back)
+        outlooks = self._outlooks(index, weights, record, packing, partial, back)
         if self.keeps:
-            self.kept[index] = found
+            self.kept[index] = outlooks
             return None
+        found = [steer(one) for one in outlooks]
         gradients = back.new_zeros(len(back), packing.n_positions, back.shape[2])
         for p, one in enumerate(found):
             gradients[:, self.trace.span(p)] = one.together()
@@ -76,10 +77,10 @@ class Steers:
         change = torch.stack([one.change.sum(1) for one in found], 1)
         return Taken(gradients, worth, change, torch.stack([one.change.abs().sum(1) for one in found], 1))
 
-    def _steering(
+    def _outlooks(
         self, index: int, weights: Attention, record: AttentionTrace, packing: Packing, partial: bool, back: Tensor
-    ) -> list[Steering]:
-        """Return the credit of every prompt."""
+    ) -> list[Outlook]:
+        """Return what the heads are worth in every prompt."""
         dtype, at = back.dtype, packing.at(partial, back.device)
         out_scale = record.out_scale if at is None or record.out_scale is None else record.out_scale[at]
         of_heads = product(weights.written_transposed(back, out_scale), weights.w_o.to(dtype))
@@ -93,5 +94,6 @@ class Steers:
             sides = freeze_sides(self.adapter, index, record, span, self.turns[p][index], dtype)
             self.off = max(self.off, sides.off)
             values = values_of(weights, record, record.resid[span].to(dtype), span)
-            found.append(steer(weights, record, sides, span, queries.to(back.device), of_heads[:, rows], values))
+            at_queries = queries.to(back.device), of_heads[:, rows]
+            found.append(Outlook(record, sides, span, *at_queries, values))
         return found

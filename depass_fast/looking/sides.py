@@ -148,6 +148,11 @@ def freeze_sides(
     return Sides(made[0], made[1], *recorded, off)
 
 
+def frozen_at(side: Side, x: Tensor) -> Side:
+    """Return the side as it is where the residual stream is ``x`` (N, D)."""
+    return _frozen(side.branch, side.projected, side.heads, side.turn, side.norm_is_last, side.branch.value_limit, x)
+
+
 def _frozen(
     branch: Attention, projected: Projected, heads: int, turn: Turn, last: bool, limit: float | None, x: Tensor
 ) -> Side:

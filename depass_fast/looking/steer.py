@@ -49,19 +49,26 @@ class Steering:
         return of_q + sides.of_k.back(by_group, kv).transpose(1, 2).flatten(1, 2)
 
 
-def steer(
-    weights: Attention,
-    trace: AttentionTrace,
-    sides: Sides,
-    span: slice,
-    queries: Tensor,
-    of_heads: Tensor,
-    values: Tensor,
-) -> Steering:
-    """Return the credit, given gradients ``of_heads`` (R, Q, H, d) of the heads' outputs at local ``queries`` (Q,).
+@dataclass(frozen=True)
+class Outlook:
+    """One layer's attention in the prompt at ``span``, and what its heads' outputs are worth to a target.
 
-    ``values`` (N, Hkv, d) are the model's, with constants.
+    ``of_heads`` (R, Q, H, d) are gradients of the heads' outputs at local ``queries`` (Q,), ``values`` (N, Hkv, d) the
+    model's, with constants.
     """
+
+    trace: AttentionTrace
+    sides: Sides
+    span: slice
+    queries: Tensor
+    of_heads: Tensor
+    values: Tensor
+
+
+def steer(given: Outlook) -> Steering:
+    """Return the credit of looking."""
+    trace, sides, span = given.trace, given.sides, given.span
+    queries, of_heads, values = given.queries, given.of_heads, given.values
     rows, (n, heads, width), groups = len(of_heads), sides.q.shape, sides.groups
     of_q, of_k = (of_heads.new_zeros(rows, n, heads, width) for _ in range(2))
     constant, position, change = (of_heads.new_zeros(rows, heads) for _ in range(3))

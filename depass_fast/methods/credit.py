@@ -15,7 +15,7 @@ from ..ledger.reads import Reads
 from ..ledger.steering import Steers
 from ..ledger.walk import Wanted
 from ..looking.rows import PromptRows
-from ..looking.steer import Steering
+from ..looking.steer import Steering, steer
 from ..options import LinearRuleName, Options
 from ..propagation.loop import propagate
 from ..readout.collect import how_computed
@@ -54,9 +54,9 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
     state, found, errors = start(request), {}, []
     for layer in range(entry.layer, request.end):
         if layer in steers.kept:
-            for prompt, steering in enumerate(steers.kept.pop(layer)):
+            for prompt, outlook in enumerate(steers.kept.pop(layer)):
                 with full_precision():
-                    found[prompt, layer] = _of_layer(state, prompt, steering)
+                    found[prompt, layer] = _of_layer(state, prompt, steer(outlook))
         if layer < layers[-1]:
             state, passed = propagate(adapter, trace, state, layer + 1, request.run)
             errors += passed
@@ -151,14 +151,15 @@ def _numbered(names: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _check_memory(request: Request, n_layers: int) -> None:
-    """Raise MemoryError if the gradients of queries and keys of all layers do not fit."""
+    """Raise MemoryError if queries, keys, values and gradients of all layers do not fit."""
     adapter, free = request.adapter, available(request.adapter.device)
     weights = adapter.attention(0)
-    width = 2 * weights.n_heads * weights.key_dim * max(gradients_of(request), default=1)
+    width = weights.n_heads * (weights.head_dim * max(gradients_of(request), default=1) + weights.key_dim)
+    width += weights.n_kv_heads * (weights.head_dim + weights.key_dim)
     need = n_layers * width * sum(request.carried) * 4
     if free is not None and need > free:
         raise MemoryError(
-            f"attention_credit: the gradients of queries and keys of {n_layers} layers need {readable(need)}, and "
+            f"attention_credit: queries, keys, values and gradients of {n_layers} layers need {readable(need)}, and "
             f"{readable(free)} are available. Take components of a later layer, a shorter prompt or fewer targets; "
             "ledger(attention=True) holds less."
         )

@@ -164,5 +164,5 @@ def test_bad_questions(ask, error, message):
 def test_too_much_is_refused(monkeypatch):
     dp = build("llama-gqa")
     monkeypatch.setattr("depass_fast.methods.credit.available", lambda device: 1000)
-    with pytest.raises(MemoryError, match="attention_credit: the gradients of queries and keys of 3 layers need"):
+    with pytest.raises(MemoryError, match="attention_credit: queries, keys, values and gradients of 3 layers need"):
         dp.attention_credit(IDS, Tokens(), 3)
