@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from .questions import CONTRAST, READS, Question
 from .relooked import BOTH, KEY, QUERY, TAKEN_OUT, looking, probabilities_of, whole, without
 
 KEY_LOG_P, LOGIT = "log P of the leading key", "logit difference"
+REACT, HELD = "norms react", "norms held"
+NORMS = (REACT, HELD)
 BOOK, FIRST, GRADIENT, CARRIED, NORM = "this book", "AttnLRP's split", "gradient × input", "carried share", "norm"
 
 
@@ -34,17 +37,20 @@ class HeadCase:
         self.p = probabilities_of(self.sides, self.record, head)
         self.key = int(self.p[-1].argmax())
 
-    def actual(self, engine: DePass, question: Question, trace: Trace, layer: int) -> dict[tuple[str, str], Tensor]:
-        """Return how the measures fall (M,) when each token is taken out of one side or both."""
-        found: dict[tuple[str, str], Tensor] = {}
-        for side in TAKEN_OUT:
-            left = [without(self.sides, self.x, part, side) for part in self.parts]
+    def actual(
+        self, engine: DePass, question: Question, trace: Trace, layer: int
+    ) -> dict[tuple[str, str, str], Tensor]:
+        """Return how the measures fall (M,) when each token is taken out of a side or both, and norms react or not."""
+        found: dict[tuple[str, str, str], Tensor] = {}
+        for side, norms in itertools.product(TAKEN_OUT, NORMS):
+            left = [without(self.sides, self.x, part, side, norms == REACT) for part in self.parts]
             p = torch.stack([self.p, *(probabilities_of(one, self.record, self.head) for one in left)])
             log_p = p[:, -1, self.key].log()
             with looking(engine, trace, layer, self.head, p):
                 values = question.values(logits_after(engine, question.ids.expand(len(p), -1)))
             values = values[:, READS.index(CONTRAST)]
-            found[KEY_LOG_P, side], found[LOGIT, side] = ((one[0] - one[1:]).cpu() for one in (log_p, values))
+            for measure, one in ((KEY_LOG_P, log_p), (LOGIT, values)):
+                found[measure, norms, side] = (one[0] - one[1:]).cpu()
         return found
 
     def predictions(self, half: Outlook, gradient: Tensor, carried: Tensor) -> dict[tuple[str, str, str], Tensor]:

@@ -68,15 +68,16 @@ def probabilities_of(sides: Sides, record: AttentionTrace, head: int) -> Tensor:
     return found.values.softmax(-1)[0, :, :n]
 
 
-def without(sides: Sides, x: Tensor, part: Tensor, taken_out: str) -> Sides:
+def without(sides: Sides, x: Tensor, part: Tensor, taken_out: str, norms_react: bool = True) -> Sides:
     """Return queries and keys as the model makes them of its input ``x`` (N, D) less ``part`` (N, D).
 
-    ``taken_out`` says whether the queries, the keys or both miss it. Nothing is frozen: norms are of what is left.
+    ``taken_out`` says whether the queries, the keys or both miss it. Norms are of what is left where they ``react``,
+    else they are held at what they were.
     """
-    left, made = x - part, {}
-    for name, side in (("q", sides.of_q), ("k", sides.of_k)):
+    made = {}
+    for name, side, own in (("q", sides.of_q, sides.q), ("k", sides.of_k, sides.k)):
         if taken_out in (BOTH, QUERY if name == "q" else KEY):
-            made[name] = whole(side, left)
+            made[name] = whole(side, x - part) if norms_react else own - side.read(part, slice(None))
     return replace(sides, **made)
 
 

@@ -20,7 +20,7 @@ from ...looking.steer import Outlook, steer
 from ...request import make_request, with_targets, with_trace
 from .. import qk_circuits
 from ..frozen import check_freezable
-from ..head_case import BOOK, CARRIED, FIRST, GRADIENT, KEY_LOG_P, LOGIT, NORM, HeadCase
+from ..head_case import BOOK, CARRIED, FIRST, GRADIENT, KEY_LOG_P, LOGIT, NORM, NORMS, HeadCase
 from ..interventions import HEADS, graded_logits, readers
 from ..methods.gradients import inputs_and_gradients
 from ..questions import CONTRAST, READS, Question
@@ -39,9 +39,10 @@ class AttentionStudy(QuestionStudy):
 
     Of every prompt the three heads are looked at whose looking changes the logit difference of the answer and the most
     probable other token most. Each token's part of the head's input, carried there under the shapley rule, is taken out
-    of what its queries read, of what its keys read, or of both, at all positions. The head then looks elsewhere: norms
-    and rotary embedding are the model's own. Measured are the fall of the log-probability of the key that the last
-    position looks at most, and the fall of the logit difference, in a forward pass in which this head looks so.
+    of what its queries read, of what its keys read, or of both, at all positions. The head then looks elsewhere; norms
+    in front of it react to what is left, as in the model, or are held. Measured are the fall of the log-probability of
+    the key that the last position looks at most, and the fall of the logit difference, in a forward pass in which this
+    head looks so.
 
     ``this book``: the shares of that side, for the logit by the path from even attention. ``AttnLRP's split``: gradient
     × logit through the softmax, split over both sides with norms frozen, under the half rule. ``gradient × input``:
@@ -73,8 +74,11 @@ class AttentionStudy(QuestionStudy):
                 {
                     "head": f"L{layer}H{head}",
                     **{
-                        f"{measure}, {side}, {method}, {name}": rounded(correlate(found, actual[measure, side]), 4)
+                        f"{measure}, {norms}, {side}, {method}, {name}": rounded(
+                            correlate(found, actual[measure, norms, side]), 4
+                        )
                         for (measure, side, method), found in predicted.items()
+                        for norms in NORMS
                         for name, correlate in (("Spearman", spearman), ("Pearson", pearson))
                     },
                 }
@@ -125,7 +129,10 @@ class AttentionStudy(QuestionStudy):
 
     @staticmethod
     def tables(result: Row) -> list[Table]:
-        return [_known(result["circuits"]), *(_agreement(result["summary"], measure) for measure in MEASURES)]
+        return [
+            _known(result["circuits"]),
+            *(_agreement(result["summary"], measure, norms) for measure in MEASURES for norms in NORMS),
+        ]
 
 
 def _average(values: Sequence[float | None]) -> float:
@@ -144,13 +151,13 @@ def _known(circuits: Row) -> Table:
     return Table("Heads whose reason is known", header, rows, note=note)
 
 
-def _agreement(summary: Row, measure: str) -> Table:
+def _agreement(summary: Row, measure: str, norms: str) -> Table:
     header = ["method", *(f"{side}, {name}" for side in TAKEN_OUT for name in ("Spearman", "Pearson"))]
     rows = [
         [
             method,
             *(
-                figure(summary[f"{measure}, {side}, {method}, {name}"])
+                figure(summary[f"{measure}, {norms}, {side}, {method}, {name}"])
                 for side in TAKEN_OUT
                 for name in ("Spearman", "Pearson")
             ),
@@ -158,4 +165,4 @@ def _agreement(summary: Row, measure: str) -> Table:
         for method in METHODS[measure]
     ]
     note = "Correlations over the tokens of a prompt with what happens when one is taken out of that side of the head."
-    return Table(f"The fall of the {measure}", header, rows, note=note)
+    return Table(f"The fall of the {measure}, {norms}", header, rows, note=note)
