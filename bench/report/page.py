@@ -24,6 +24,7 @@ SECTIONS = {
     "grouping": tables.grouping,
     "layers": tables.layers,
     "ledger": rules.speed,
+    "looking": tables.looking,
     "meta": memory.counted,
     "plan": memory.planned,
     "products": tables.products,

@@ -18,6 +18,8 @@ LAYERS = (
 PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
 the other. Both were verified to give the same scores before they were timed, in turns."""
 
+LOOKING = """`python -m bench.speed.looking`: the price of explaining attention, beside what it is explained of. The
+memory is that of the call beside the state that it is given."""
 PRODUCTS = """`python -m bench.speed.products`: float32 on a CPU, as torch multiplies and as the engine does, which
 takes oneDNN where MKL does not use the CPU's AVX-512. Both take turns. The error is that of the engine's product in
 units of torch's."""
@@ -81,6 +83,20 @@ def products(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Products on a CPU", result["environment"]), PRODUCTS, table(header, lines)])
+
+
+def looking(result: dict) -> str:
+    header = ["workload", "model", "tokens", "time", "beside", "time", "ratio", "memory", "turns"]
+    lines = [
+        [
+            *(row["workload"], row["model"], str(row["tokens"]), duration(row["seconds"])),
+            *(row["beside"], duration(row["beside_s"]), f"{row['ratio']:.2f}×"),
+            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            str(row["runs"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Attention's own book", result["environment"]), LOOKING, table(header, lines)])
 
 
 def scripts(result: dict) -> str:
