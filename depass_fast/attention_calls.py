@@ -58,7 +58,7 @@ class AttentionCalls(ABC):
                 to the layer.
 
         Returns:
-            An :class:`AttentionExplanation`; a list of them for several prompts, or for the trace of several.
+            An :class:`depass_fast.AttentionExplanation`; a list of them for several prompts, or the trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work: a layer, head, query or key that is out of range, a key
@@ -103,7 +103,7 @@ class AttentionCalls(ABC):
                 to the layers, by default ``rule``.
 
         Returns:
-            An :class:`AttentionCredit`; a list of them for several prompts, or for the trace of several.
+            An :class:`depass_fast.AttentionCredit`; a list of them for several prompts, or for the trace of several.
 
         Raises:
             ValueError, TypeError: bad input, before any work; components that reach no attention; a family whose

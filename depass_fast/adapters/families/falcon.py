@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..family import Family, Observed, Part, of_each_head
+from ..family import Family, Observed, Part
 
 MODEL_TYPES = ("falcon",)
 
@@ -14,7 +14,7 @@ def declare(config: Any) -> Family:
     new = config.new_decoder_architecture
     parallel = new or config.parallel_attn
     two_norms = new and config.num_ln_in_parallel_attn in (None, 2)
-    norm = "ln_attn" if two_norms else "input_layernorm"
+    norm, fused = "ln_attn" if two_norms else "input_layernorm", "self_attention.query_key_value"
     return Family(
         layers="transformer.h",
         embedding="transformer.word_embeddings",
@@ -23,12 +23,8 @@ def declare(config: Any) -> Family:
         parallel=parallel,
         attention="self_attention",
         attention_norm=norm,
-        v_proj="self_attention.query_key_value",
-        v_part=_values(config),
-        q_proj="self_attention.query_key_value",
-        q_part=_queries(config),
-        k_proj="self_attention.query_key_value",
-        k_part=_keys(config),
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), fused),
+        **dict(zip(("q_part", "k_part", "v_part"), _parts(config), strict=True)),
         o_proj="self_attention.dense",
         observed=Observed(("query_key_value",), _read),
         alibi=config.alibi,
@@ -39,34 +35,12 @@ def declare(config: Any) -> Family:
     )
 
 
-def _values(config: Any) -> Part:
-    """V's part of QKV: beside the queries that share it, beside its own, or behind all."""
-    heads, kv = config.num_attention_heads, config.num_kv_heads
-    if config.new_decoder_architecture:
-        return of_each_head(kv, heads // kv + 2, heads // kv + 1)
-    if not config.multi_query:
-        return of_each_head(heads, 3, 2)
-    return lambda weight: weight.unflatten(0, (heads + 2, -1))[-1]
-
-
-def _queries(config: Any) -> Part:
-    """Q's part of it."""
-    heads, kv = config.num_attention_heads, config.num_kv_heads
-    if config.new_decoder_architecture:
-        return lambda weight: weight.unflatten(0, (kv, heads // kv + 2, -1))[:, :-2].flatten(0, 2)
-    if not config.multi_query:
-        return of_each_head(heads, 3, 0)
-    return lambda weight: weight.unflatten(0, (heads + 2, -1))[:-2].flatten(0, 1)
-
-
-def _keys(config: Any) -> Part:
-    """K's part of it."""
-    heads, kv = config.num_attention_heads, config.num_kv_heads
-    if config.new_decoder_architecture:
-        return of_each_head(kv, heads // kv + 2, heads // kv)
-    if not config.multi_query:
-        return of_each_head(heads, 3, 1)
-    return lambda weight: weight.unflatten(0, (heads + 2, -1))[-2]
+def _parts(config: Any) -> list[Part]:
+    """Return the parts of Q, K and V: keys and values are beside the queries that share them, or behind all."""
+    heads, kv, new = config.num_attention_heads, config.num_kv_heads, config.new_decoder_architecture
+    groups = kv if new else 1 if config.multi_query else heads
+    q, k, v = slice(-2), slice(-2, -1), slice(-1, None)
+    return [lambda x, at=at: x.unflatten(0, (groups, heads // groups + 2, -1))[:, at].flatten(0, 2) for at in (q, k, v)]
 
 
 def _read(attention: Any, outputs: list[Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ METHODS = {KEY_LOG_P: (BOOK, GRADIENT, NORM), LOGIT: (BOOK, FIRST, GRADIENT, CAR
 
 
 class AttentionStudy(QuestionStudy):
-    """What attention's book predicts, against what a head really does when a token is taken out of its input.
+    """The predictions of attention's book, against what a head really does when a token is taken out of its input.
 
     Of every prompt the three heads are looked at whose looking changes the logit difference of the answer and the most
     probable other token most. Each token's part of the head's input, carried there under the shapley rule, is taken out
