@@ -17,8 +17,8 @@ import torch
 from depass_fast import DePass, LogProb, Tokens
 from depass_fast.evaluate.peak import give_back, measurable, measured
 from depass_fast.looking.explain import explain
+from depass_fast.looking.freeze import freeze_sides
 from depass_fast.looking.rows import PromptRows
-from depass_fast.looking.sides import freeze_sides
 from depass_fast.looking.turned import turns_of
 from depass_fast.propagation.layer import through_attention
 from depass_fast.state.state import ComponentState

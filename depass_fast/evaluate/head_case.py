@@ -13,10 +13,11 @@ from ..engine import DePass
 from ..looking.logits import Logits, logits_of
 from ..looking.path import path_average
 from ..looking.steer import Outlook
+from ..looking.without import BOTH, KEY, QUERY, TAKEN_OUT, whole
 from ..trace.record import Trace
 from .interventions import logits_after
 from .questions import CONTRAST, READS, Question
-from .relooked import BOTH, KEY, QUERY, TAKEN_OUT, looking, probabilities_of, whole, without
+from .relooked import looking, probabilities_of, without
 
 KEY_LOG_P, LOGIT = "log P of the leading key", "logit difference"
 REACT, HELD = "norms react", "norms held"

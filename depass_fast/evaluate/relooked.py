@@ -14,14 +14,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..engine import DePass
 from ..looking.logits import logits_of
-from ..looking.sides import Side, Sides, frozen_at
+from ..looking.sides import Sides
+from ..looking.without import BOTH, KEY, QUERY, whole
 from ..trace.attention import causal_attention
 from ..trace.exclusive import change_config, exclusive
 from ..trace.record import AttentionTrace, Trace
 
 RELOOKED_NAME = "depass_fast_relooked"
-QUERY, KEY, BOTH = "query", "key", "both"
-TAKEN_OUT = (QUERY, KEY, BOTH)
 
 active = threading.local()  # `held`: where this thread's passes look
 
@@ -79,13 +78,6 @@ def without(sides: Sides, x: Tensor, part: Tensor, taken_out: str, norms_react: 
         if taken_out in (BOTH, QUERY if name == "q" else KEY):
             made[name] = whole(side, x - part) if norms_react else own - side.read(part, slice(None))
     return replace(sides, **made)
-
-
-def whole(side: Side, x: Tensor) -> Tensor:
-    """Return the queries, or keys, (N, H, d) that the model makes of its input ``x`` (N, D), with their derivative."""
-    own = frozen_at(side, x)
-    found = own.read(x, slice(None))
-    return found if own.constant is None else found + own.constant
 
 
 def _attention_function(

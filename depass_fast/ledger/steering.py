@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Attention
-from ..looking.sides import freeze_sides
+from ..looking.freeze import freeze_sides
 from ..looking.steer import Outlook, steer, values_of
 from ..looking.turned import turns_of
 from ..runtime.products import product

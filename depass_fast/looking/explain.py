@@ -59,7 +59,7 @@ def explain(
     if found.has_sink:
         assert rows.bias is not None
         for mean in (query_mean, key_mean):
-            mean[:, rows.bias] += p[:, -1] * values[:, -1]
+            mean[:, rows.bias] += p[:, -1] * values[:, -1].nan_to_num(neginf=0.0)
     logits = values[:, chosen]
     tiny = torch.finfo(logits.dtype).tiny
     products = sides.q[query, which, None] * sides.k[chosen][:, which // sides.groups].transpose(0, 1)  # (H, K, d)

@@ -27,8 +27,8 @@ class Logits:
 
     @property
     def sink(self) -> Tensor | None:
-        """The logit of the sink (H, Q), or None."""
-        return self.values[..., -1] if self.has_sink else None
+        """The logit of the sink (H, Q), zero where nothing ever goes there; None without one."""
+        return self.values[..., -1].nan_to_num(neginf=0.0) if self.has_sink else None
 
 
 def logits_of(
@@ -50,8 +50,7 @@ def logits_of(
         values = values + bias
     seen = causal_mask(queries, len(keys), trace.window)
     values = values.masked_fill(~seen, -torch.inf)
-    if trace.row_sum is None:
+    if sides.sink is None:
         return Logits(values, ratio, bias, False)
-    share = trace.row_sum[span][queries][:, heads].to(torch.float64).T
-    sink = values.logsumexp(-1).double() - torch.logit(share)
-    return Logits(torch.cat([values, sink.to(values)[..., None]], -1), ratio, bias, True)
+    sink = sides.sink[heads, None, None].to(values).expand(-1, len(queries), -1)
+    return Logits(torch.cat([values, sink], -1), ratio, bias, True)

@@ -7,15 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Attention, Latent, query_key
+from ..adapters import Attention, Latent
 from ..adapters.query_key import Projected
 from ..runtime.products import product
-from ..trace.consistency import READING
-from ..trace.record import AttentionTrace
-from ..trace.turns import Turn, Turns
-
-_ROUNDINGS = 4  # in half precision, of projection, norm and rotary embedding, in eps
-_EXACT = 1e-4
+from ..trace.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -118,6 +113,7 @@ class Sides:
     q: Tensor
     k: Tensor
     off: float  # how far what the maps give is from that, relatively: the model's own rounding
+    sink: Tensor | None = None  # (H,) in float64, logits of nothing; None where there are none
 
     @property
     def groups(self) -> int:
@@ -125,35 +121,12 @@ class Sides:
         return self.q.shape[1] // self.k.shape[1]
 
 
-def freeze_sides(
-    adapter: Adapter, index: int, trace: AttentionTrace, span: slice, turns: Turns, dtype: torch.dtype
-) -> Sides:
-    """Freeze the queries and keys of layer ``index`` in the prompt at ``span``, and compare them with those recorded.
-
-    Raises:
-        ValueError: they are not those of the model; the message names the family.
-    """
-    branch, weights = adapter.attention(index), query_key(adapter, index)
-    x = trace.resid[span].to(dtype)
-    recorded = trace.q[span].to(dtype), trace.k[span].to(dtype)
-    made, off = [], 0.0
-    for name, projected, heads, turn, own in (
-        ("queries", weights.q, branch.n_heads, turns.q, recorded[0]),
-        ("keys", weights.k, recorded[1].shape[1], turns.k, recorded[1]),
-    ):
-        turn = Turn(*(part[: len(x)] if part.dim() == 2 else part for part in turn))
-        side = _frozen(branch, projected, heads, turn, weights.norm_is_last, weights.limit, x)
-        off = max(off, _difference(adapter, index, name, projected, trace.q.dtype, side, x, own))
-        made.append(side)
-    return Sides(made[0], made[1], *recorded, off)
-
-
 def frozen_at(side: Side, x: Tensor) -> Side:
     """Return the side as it is where the residual stream is ``x`` (N, D)."""
-    return _frozen(side.branch, side.projected, side.heads, side.turn, side.norm_is_last, side.branch.value_limit, x)
+    return frozen(side.branch, side.projected, side.heads, side.turn, side.norm_is_last, side.branch.value_limit, x)
 
 
-def _frozen(
+def frozen(
     branch: Attention, projected: Projected, heads: int, turn: Turn, last: bool, limit: float | None, x: Tensor
 ) -> Side:
     """Freeze one side at the residual stream ``x`` (N, D): pass by pass, as each scale is that of what comes to it."""
@@ -204,22 +177,3 @@ def _fixed(branch: Attention, side: Side, dtype: torch.dtype) -> Tensor | None:
         assert shared is None  # a latent's projections have no biases
         parts.append(own.bias.to(dtype).view(1, side.heads, -1))
     return sum(parts[1:], parts[0]) if parts else None
-
-
-def _difference(
-    adapter: Adapter, index: int, name: str, projected: Projected, held: torch.dtype, side: Side, x: Tensor, own: Tensor
-) -> float:
-    """Return how far a side is from what was recorded, relatively. Raises ValueError where that is no rounding."""
-    found = side.read(x, slice(None))
-    found = found if side.constant is None else found + side.constant
-    parts = (projected.own.down, projected.own.up) if isinstance(projected.own, Latent) else (projected.own,)
-    plain = all(part.is_own for part in parts)
-    allowed = max(_EXACT, _ROUNDINGS * torch.finfo(held).eps) if plain else READING
-    sizes = own.flatten(1).norm(dim=1) + found.flatten(1).norm(dim=1)
-    off = float(((found - own).flatten(1).norm(dim=1) / sizes.clamp_min(torch.finfo(x.dtype).tiny)).max())
-    if not off <= allowed:
-        raise ValueError(
-            f"model: the {name} of layer {index} are not what the family {adapter.config.model_type!r} declares (a "
-            f"difference of {off:.1%}); attention in this model cannot be explained."
-        )
-    return off

@@ -16,9 +16,12 @@ from ..components.base import ComponentKind
 from ..inputs.hook_names import layer_input
 from ..inputs.prompts import as_position
 from ..looking.explain import Explained, explain, query_parts
+from ..looking.freeze import freeze_sides
+from ..looking.logits import logits_of
 from ..looking.rows import PromptRows
-from ..looking.sides import Sides, freeze_sides
+from ..looking.sides import Sides
 from ..looking.turned import turns_of
+from ..looking.without import looks_without
 from ..propagation.loop import propagate
 from ..readout.collect import how_computed
 from ..readout.completeness import rounding_of
@@ -29,6 +32,7 @@ from ..results.verification import warn_if_off
 from ..runtime.memory import available, readable
 from ..runtime.numbers import as_index
 from ..runtime.precision import full_precision
+from ..trace.record import AttentionTrace
 
 KEPT = 1 << 28  # bytes of states that a result keeps for its pairs
 
@@ -105,7 +109,7 @@ def explanations(request: Request, layer: int, heads: list[int], one_head: bool,
         with full_precision():
             found = explain(rows, of_p, record, trace.span(p), heads, queries[p], some)
         result = _result(request, p, layer, heads, one_head, queries[p], some, rows, found, layer_errors[:, p].tolist())
-        result._parts = _kept_parts(rows, of_p, record.scale, record, trace.span(p), queries[p], some)
+        result._parts, result._looks = _kept(rows, of_p, record, trace.span(p), queries[p], some)
         begun = max(result.layer_errors[0], of_p.off)
         rounding = rounding_of(adapter, request.run)
         if not rounding.explains(result.completeness_error, begun):
@@ -132,7 +136,7 @@ def _named(name: str, given: Any, length: int) -> int:
 
 def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> list[int]:
     """Return the keys that are asked for: all that the query sees, one, or two."""
-    first = 0 if window is None else max(0, query + 1 - window)
+    first = _first(window, query)
     if key is None:
         return list(range(first, query + 1))
     several = isinstance(key, Sequence | Tensor) and not isinstance(key, str) and getattr(key, "ndim", 1) > 0
@@ -153,6 +157,11 @@ def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> 
     return found
 
 
+def _first(window: int | None, query: int) -> int:
+    """Return the first key that a query sees."""
+    return 0 if window is None else max(0, query + 1 - window)
+
+
 def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
     """Raise MemoryError if the shares of both sides do not fit."""
     need, free = 3 * heads * keys * components * sides.q.element_size(), available(sides.q.device)
@@ -164,24 +173,41 @@ def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
         )
 
 
-def _kept_parts(
-    rows: PromptRows, sides: Sides, scale: float, record: Any, span: slice, query: int, keys: list[int]
-) -> Any:
-    """Return what gives the parts of a query and of a key; None where the states of the keys are too large to keep."""
+def _kept(
+    rows: PromptRows, sides: Sides, record: AttentionTrace, span: slice, query: int, keys: list[int]
+) -> tuple[Any, Any]:
+    """Return what answers `pairs`, and what answers `without`; None where the states of the keys are not kept."""
     counts = rows.state.layout.counts[rows.state.layout.segments(rows.prompt)]
     width = rows.state.rows.shape[1] * rows.state.rows.element_size()
     if sum(int(counts[at]) for at in {query, *keys}) * width > KEPT:
-        return None
+        return None, None
     kept = rows.only([*sorted({query, *keys})])
-    return partial(_parts, kept, sides, record, span, query)
+    given: dict[str, Any] = {"rows": kept, "sides": sides, "record": record, "span": span, "query": query}
+    is_whole = len(keys) == query + 1 - _first(record.window, query)
+    return partial(_parts, **given), partial(_looks, **given) if is_whole else None
 
 
+def _looks(
+    head: int,
+    side: str,
+    norms_react: bool,
+    *,
+    rows: PromptRows,
+    sides: Sides,
+    record: AttentionTrace,
+    span: slice,
+    query: int,
+) -> Tensor:
+    """Return where a head looks without each component, in host memory."""
+    with torch.no_grad(), full_precision():
+        return looks_without(rows, sides, record, span, head, query, side, norms_react).cpu()
+
+
+@torch.no_grad()
 def _parts(
-    rows: PromptRows, sides: Sides, record: Any, span: slice, query: int, head: int, key: int
+    head: int, key: int, *, rows: PromptRows, sides: Sides, record: AttentionTrace, span: slice, query: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parts (M, d) of a head's query, its logits' factor in them, and of a key; and what is added (M,)."""
-    from ..looking.logits import logits_of
-
     at = torch.tensor([query], device=sides.q.device)
     found = logits_of(sides, record, span, slice(head, head + 1), at, query + 1)
     of_query = query_parts(rows, sides.of_q, query, sides.q)[:, head] * found.ratio[0, 0, key]

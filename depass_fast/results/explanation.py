@@ -25,6 +25,7 @@ FORMAT = "depass_fast.attention.v1"
 TENSORS = ("scores", "probabilities", "query_side", "key_side", "query_mean", "key_mean", "entropy")
 SIDES = ("both", "query", "key")
 Which = Literal["both", "query", "key"]
+Norms = Literal["react", "held"]
 
 
 class Pair(NamedTuple):
@@ -90,6 +91,7 @@ class AttentionExplanation:
     provenance: Provenance | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
+    _looks: Callable[[int, str, bool], Tensor] | None = field(default=None, repr=False)
 
     # -- shares ---------------------------------------------------------------------------------------------------
 
@@ -166,6 +168,29 @@ class AttentionExplanation:
         scores, queries, keys = _leading_pairs(of_query, of_key, place, k)
         found = zip(queries, keys, scores, strict=True)
         return [Pair(self.labels[q], self.labels[m], score) for q, m, score in found]
+
+    def without(self, side: Which = "both", norms: Norms = "react", head: int | None = None) -> Tensor:
+        """Return where the head would look without each component: probabilities (M, N) of the positions 0 to query.
+
+        The component is taken out of what the query reads, of what the keys read, or of both; its constants stay. This
+        is the head itself, computed again: shares are parts of a sum, and say something else. With ``norms`` "held",
+        those in front of queries and keys are as they were.
+
+        Raises:
+            ValueError: ``side`` or ``norms`` is another word; the components of the keys were not kept, see
+                :meth:`pairs`, or not all keys were asked for.
+        """
+        if side not in SIDES:
+            raise ValueError(f"side: {side!r} is not one of {', '.join(map(repr, SIDES))}.")
+        if norms not in ("react", "held"):
+            raise ValueError(f"norms: {norms!r} is neither 'react' nor 'held'.")
+        number = self.heads[self._head(head)]
+        if self._looks is None:
+            raise ValueError(
+                "without: what the keys hold was not kept; ask explain_attention for all keys (key=None), of a shorter "
+                "prompt or of fewer components."
+            )
+        return self._looks(number, side, norms == "react")
 
     def _head(self, head: int | None) -> int:
         """Return where a head is among those that were asked for."""
@@ -268,12 +293,12 @@ class AttentionExplanation:
 
     def _plain(self) -> dict[str, Any]:
         names = [one.name for one in fields(self)]
-        left_out = {*TENSORS, "sink", "unknown", "_parts", "provenance"}
+        left_out = {*TENSORS, "sink", "unknown", "_parts", "_looks", "provenance"}
         values = {name: getattr(self, name) for name in names if name not in left_out}
         return values | {"provenance": None if self.provenance is None else asdict(self.provenance)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_parts": None}
+        return vars(self) | {"_parts": None, "_looks": None}
 
 
 _PAIRS = 1 << 22  # made at a time

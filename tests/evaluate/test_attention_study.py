@@ -13,12 +13,13 @@ from depass_fast.demo import load_demo
 from depass_fast.evaluate import qk_circuits
 from depass_fast.evaluate.head_case import BOOK, HELD, KEY_LOG_P, LOGIT, REACT
 from depass_fast.evaluate.interventions import next_logits
-from depass_fast.evaluate.relooked import BOTH, KEY, QUERY, looking, probabilities_of, without
+from depass_fast.evaluate.relooked import looking, probabilities_of, without
 from depass_fast.evaluate.run import run
 from depass_fast.evaluate.studies.attention import AttentionStudy
 from depass_fast.evaluate.study import Settings
-from depass_fast.looking.sides import freeze_sides
+from depass_fast.looking.freeze import freeze_sides
 from depass_fast.looking.turned import turns_of
+from depass_fast.looking.without import BOTH, KEY, QUERY
 from tests.support.family_models import available, build_variant
 from tests.support.models import build, random_ids
 
@@ -117,6 +118,28 @@ def test_the_book_is_what_queries_lose_with_norms_held():
         p = probabilities_of(left, trace.layers[1].attention, 2)[-1]
         expected = (why.scores - why.query_side[:, m]).softmax(-1)
         torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama: GQA", "gemma3_text", "mistral: window", "gpt_oss", "gemma2: tight caps"])
+@pytest.mark.parametrize("norms", ["react", "held"])
+def test_without_is_what_the_study_measures(name, norms):
+    if not available(name):
+        pytest.skip(f"this transformers has no {name}")
+    engine = DePass(build_variant(name))
+    trace, head = engine.trace(IDS), 2
+    parts = engine.decompose(trace, Tokens(), end=1, allocation="shapley").dense()[:, : len(IDS)].transpose(0, 1)
+    why = engine.explain_attention(trace, Tokens(), 1, [head], allocation="shapley")
+    record, sides = (
+        trace.layers[1].attention,
+        sides_of(engine, trace, 1),
+    )
+    for side in (QUERY, KEY, BOTH):
+        found = why.without(side, norms, head)
+        for m in range(len(IDS)):
+            left = without(sides, record.resid, parts[m], side, norms == "react")
+            p = probabilities_of(left, record, head)[-1]
+            torch.testing.assert_close(found[m], p, rtol=1e-3, atol=1e-5)
 
 
 def test_a_row_and_its_summary(demo):

@@ -167,6 +167,8 @@ def test_files_and_tables(tmp_path):
         assert read.provenance == why.provenance and str(read) == str(why)
         with pytest.raises(ValueError, match=r"pairs: .*was not kept; ask explain_attention\(\.\.\., key="):
             read.pairs(3, head=2)
+        with pytest.raises(ValueError, match="without: what the keys hold was not kept; ask explain_attention for all"):
+            read.without(head=2)
         frame = why.to_dataframe()
         assert len(frame) == len(why.heads) * len(why.keys) * len(why.labels)
         why.to_csv(tmp_path / "why.csv")
@@ -243,8 +245,11 @@ def test_a_key_that_a_window_hides():
         (lambda why: why.difference(head=1), "difference: give two keys"),
         (lambda why: why.difference(4, head=1), "difference: give both keys"),
         (lambda why: why.pairs(4, 0, 1), "k: 0 is out of range"),
+        (lambda why: why.without(head=1), "without: what the keys hold was not kept; ask explain_attention for all"),
+        (lambda why: why.without("left", head=1), "side: 'left' is not one of"),
+        (lambda why: why.without(norms="gone", head=1), "norms: 'gone' is neither"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_bad_questions(ask, message):
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from depass_fast import DePass, Tokens
-from depass_fast.looking.sides import freeze_sides
+from depass_fast.looking.freeze import freeze_sides
 from depass_fast.trace.consistency import computation
 from depass_fast.trace.turns import measure_turns
 from tests.support.family_models import VARIANTS, available, build_variant

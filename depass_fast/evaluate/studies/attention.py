@@ -17,6 +17,7 @@ from ...ledger.reads import Reads
 from ...ledger.steering import Steers
 from ...ledger.walk import Wanted
 from ...looking.steer import Outlook, steer
+from ...looking.without import TAKEN_OUT
 from ...request import make_request, with_targets, with_trace
 from .. import qk_circuits
 from ..frozen import check_freezable
@@ -24,7 +25,6 @@ from ..head_case import BOOK, CARRIED, FIRST, GRADIENT, KEY_LOG_P, LOGIT, NORM, 
 from ..interventions import HEADS, graded_logits, readers
 from ..methods.gradients import inputs_and_gradients
 from ..questions import CONTRAST, READS, Question
-from ..relooked import TAKEN_OUT
 from ..statistics import mean, pearson, rounded
 from ..study import Item, QuestionStudy, Row, Settings
 from ..tables import Table, figure
