@@ -13,8 +13,9 @@ from .adapters import Adapter
 from .components.base import ComponentKind
 from .inputs.prompts import Prompt
 from .ledger.given import rule_of
+from .linear_rules import LINEAR_RULES
 from .methods.credit import credits_of
-from .methods.explain import attention_layer, check_start, explanations, heads_of
+from .methods.explain import attention_layer, check_start, explanations, heads_of, refuse_several
 from .options import LinearRuleName, Options, OptionValues
 from .request import Request, with_targets
 from .trace.record import Trace
@@ -62,15 +63,15 @@ class AttentionCalls(ABC):
 
         Raises:
             ValueError, TypeError: bad input, before any work: a layer, head, query or key that is out of range, a key
-                behind the query or hidden by a window, components that start behind the layer or at several.
-            ValueError: queries and keys cannot be made again from the residual stream; the message names the family.
+                behind the query, components that start behind the layer or at several.
+            ValueError: after the forward pass, a key that a window hides; queries and keys that cannot be made again
+                from the residual stream (the message names the family).
             MemoryError: it cannot fit.
         """
         number = attention_layer(layer, self.adapter)
-        heads = heads_of(head, self.adapter, number)
+        heads, one_head = heads_of(head, self.adapter, number)
         check_start(components, self.adapter, number)
         request = self._request(prompt, components, number, options)
-        one_head = head is not None and not isinstance(head, Sequence)
         found = explanations(request, number, heads, one_head, query, key)
         return found if request.batch else found[0]
 
@@ -111,6 +112,12 @@ class AttentionCalls(ABC):
             MemoryError: it cannot fit.
         """
         settings = self.options.updated(options)
+        if rule is not None and rule not in LINEAR_RULES:
+            raise ValueError(
+                f"rule: {rule!r} is not one of the linear rules {', '.join(map(repr, LINEAR_RULES))}, one of which the "
+                "way from heads to the target needs. Components may come by any rule: allocation=."
+            )
+        refuse_several(components)
         chosen = rule_of(rule, settings)
         request = self._request(prompt, components, None, {"allocation": chosen, **options})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)

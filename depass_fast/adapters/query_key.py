@@ -61,14 +61,12 @@ class Projected:
 class QueryKey:
     """The way from the residual stream to queries and keys, in front of the rotary embedding.
 
-    ``norm_is_last``: the norms of the heads are behind the rotary embedding. In front of it, queries and keys are
-    clamped to ± ``limit``.
+    ``norm_is_last``: the norms of the heads are behind the rotary embedding.
     """
 
     q: Projected
     k: Projected
     norm_is_last: bool
-    limit: float | None
 
 
 def query_key(adapter: Adapter, index: int) -> QueryKey:
@@ -91,8 +89,17 @@ def query_key(adapter: Adapter, index: int) -> QueryKey:
         Projected(q, None, _head_norm(adapter, q_norm, heads, attention.key_dim)),
         Projected(k, shared, _head_norm(adapter, k_norm, kv, attention.key_dim)),
         family.qk_norm_last,
-        family.v_clip,
     )
+
+
+def sinks(adapter: Adapter, index: int) -> Tensor | None:
+    """The logits of nothing (H,) that queries of layer ``index`` have beside those of the keys, or None."""
+    found = getattr(adapter.module(index, "attention"), "sinks", None) if adapter.has_sinks else None
+    if adapter.has_sinks and not isinstance(found, Tensor):
+        raise ValueError(
+            f"model: layer {index} keeps no sinks where its family does; its attention cannot be explained."
+        )
+    return found
 
 
 def projections(adapter: Adapter, index: int) -> dict[str, tuple[nn.Module, Part | None]]:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from . import flags, prompts, targets, types
-from .model import components_of, config_of, device_of, engine_of, silence_transformers
+from .model import check_layer, components_of, config_of, device_of, engine_of, silence_transformers
 from .output import Output, emit, on_stderr, print_view, saying_once
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_arguments(what, several=False)
     what.add_argument("--layer", type=types.layer, metavar="L", help="the layer of the attention, -1 is the last")
     what.add_argument("--head", type=types.positions, metavar="H", help="a head, or several: 3,6. Default: all")
-    what.add_argument("--query", type=int, default=-1, metavar="Q", help="the position that looks. Default: -1")
+    what.add_argument("--query", type=int, metavar="Q", help="the position that looks. Default: -1")
     what.add_argument(
         "--key", type=types.positions, metavar="K", help="a position, or two: why 3 and not 8 is 3,8. Default: all"
     )
@@ -52,9 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rule",
         default=None,
         choices=flags.LINEAR_RULES,
-        help="credit: the linear rule of the way from heads to the target. Default: shapley",
+        help="credit: the linear rule of the way from heads to the target. Default: --allocation if it is linear, else "
+        "shapley",
     )
     flags.add_rule(how)
+    how.set_defaults(allocation=None)
     flags.add_backend(how)
     flags.add_machine(how)
 
@@ -80,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
     prompts.template_kwargs_of(args)
     targets.check(args, prompts.items_of(args))
     if args.credit:
-        beside = [name for name in ("layer", "head", "key", "pairs") if getattr(args, name) is not None]
+        beside = [name for name in ("layer", "head", "query", "key", "pairs") if getattr(args, name) is not None]
         if beside:
             raise ValueError(f"--{beside[0]}: --credit is of all heads; leave one of the two out.")
         if isinstance(args.position, list):
@@ -102,31 +104,32 @@ def run(args: argparse.Namespace) -> None:
     with on_stderr():
         silence_transformers()
         components = _components(args)
+        rule: dict[str, Any] = {} if args.allocation is None else {"allocation": args.allocation}
+        args.allocation = args.allocation or "softmax"
         engine = engine_of(args, device_of(args.device))
         output = Output(args.out, numbered=False)
         (item,) = prompts.items_of(args)
         with saying_once():
             if args.credit:
                 what = targets.arguments(args, [item])
-                found = engine.attention_credit(item.prompt, components, rule=args.rule, **_options(args), **what)
+                found = engine.attention_credit(item.prompt, components, rule=args.rule, **rule, **what)
             else:
                 key = tuple(args.key) if isinstance(args.key, list) else args.key
-                place: dict[str, Any] = {"query": args.query, "key": key}
+                place: dict[str, Any] = {"query": -1 if args.query is None else args.query, "key": key}
                 found = engine.explain_attention(item.prompt, components, args.layer, args.head, **place)
     output.add(found, lambda: _show(args, found))
     output.close()
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the rule under which components come to the layers, if it was asked for: the credit has its own."""
-    return {} if args.allocation == "softmax" else {"allocation": args.allocation}
-
-
 def _components(args: argparse.Namespace) -> Any:
+    """Return the components; they and the layer are checked before any weight is read."""
+    config = config_of(args.model)
+    if isinstance(args.layer, int):
+        check_layer(args.layer, getattr(config.get_text_config(), "num_hidden_layers", None))
     try:
         if args.start == "all":
             raise ValueError("--layer: components start at one layer; `depass-fast ledger --attention` has all.")
-        return components_of(config_of(args.model), args.components, args.start)
+        return components_of(config, args.components, args.start)
     except ValueError as error:
         raise ValueError(str(error).replace("--layer:", "--start:", 1)) from None
 
@@ -136,7 +139,8 @@ def _show(args: argparse.Namespace, found: AttentionExplanation | AttentionCredi
     from ..results.attention_view import View, plain, plain_credit
 
     if args.json:
-        emit(json.dumps(found.to_dict(), allow_nan=False))
+        pairs = {} if args.pairs is None else {"pairs": _leading(found, args.pairs)}
+        emit(json.dumps(found.to_dict() | pairs, allow_nan=False))
     elif args.credit:
         emit(plain_credit(found, args.top or 10))  # pyright: ignore[reportArgumentType]
     else:
@@ -152,11 +156,18 @@ def _pairs(why: AttentionExplanation, k: int) -> str:
     from ..results.render import plain_table, rows_of_pairs
 
     lines = []
-    for head in why.heads:
-        number = why.heads.index(head)
+    for of_head in _leading(why, k):
+        found = [(f"{query} · {key}", score) for query, key, score in of_head["pairs"]]
+        lines += ["", f"head {of_head['head']}, key {of_head['key']}: leading pairs, query · key"]
+        lines += plain_table(rows_of_pairs(found))
+    return "\n".join(lines)
+
+
+def _leading(why: Any, k: int) -> list[dict[str, Any]]:
+    """Return the leading pairs of every head's most probable key."""
+    found = []
+    for number, head in enumerate(why.heads):
         p = why.probabilities if why.one_head else why.probabilities[number]
         key = why.keys[int(p.argmax())]
-        found = why.pairs(key, k, head)
-        lines += ["", f"head {head}, key {key}: leading pairs, query · key"]
-        lines += plain_table(rows_of_pairs([(f"{pair.query} · {pair.key}", pair.score) for pair in found]))
-    return "\n".join(lines)
+        found.append({"head": head, "key": key, "pairs": [list(pair) for pair in why.pairs(key, k, head)]})
+    return found

@@ -85,7 +85,7 @@ def components_of(config: Any, name: str, layer: int | str | None) -> ComponentK
             raise ValueError(f"--layer: tokens enter at one layer; choose one of {layers}.")
         return make(layers="all")
     kind = make(0 if layer is None else layer)
-    _check_layer(kind.layer, n_layers)
+    check_layer(kind.layer, n_layers)
     return kind
 
 
@@ -110,11 +110,12 @@ def features_of(config: Any, path: Path, layer: int | str | None, site: Any, dev
             "--layer: the dictionary does not say where it belongs; give a hook's name such as "
             "blocks.5.hook_resid_post, or a number and --site."
         ) from error
-    _check_layer(kind.layer, getattr(config.get_text_config(), "num_hidden_layers", None))
+    check_layer(kind.layer, getattr(config.get_text_config(), "num_hidden_layers", None))
     return kind, how
 
 
-def _check_layer(layer: Any, n_layers: int | None) -> None:
+def check_layer(layer: Any, n_layers: int | None) -> None:
+    """Raise ValueError for a layer that a model of so many does not have."""
     if n_layers is not None and not -n_layers <= layer < n_layers:
         raise ValueError(f"--layer: {layer} is out of range; this model has layers 0 to {n_layers - 1}.")
 

@@ -72,10 +72,17 @@ class Ledger:
     """
 
     def __init__(
-        self, request: Request, reads: Reads, pages: Pages, one_position: bool, looking: Pages | None = None
+        self,
+        request: Request,
+        reads: Reads,
+        pages: Pages,
+        one_position: bool,
+        looking: Pages | None = None,
+        seconds: float | None = None,
     ) -> None:
         self._request, self._reads, self._pages, self._one_position = request, reads, pages, one_position
-        self._looking, self._seconds = looking, time.perf_counter() - request.began
+        self._looking = looking
+        self._seconds = time.perf_counter() - request.began if seconds is None else seconds
 
     @staticmethod
     def of(request: Request, one_position: bool, attention: bool = False) -> Ledger:
@@ -109,7 +116,7 @@ class Ledger:
             raise ValueError("steered: this ledger has no book of attention; make it with ledger(..., attention=True).")
         if self._looking is self._pages:
             return self
-        return Ledger(self._request, self._reads, self._looking, self._one_position, self._looking)
+        return Ledger(self._request, self._reads, self._looking, self._one_position, self._looking, self._seconds)
 
     @property
     def _is_steered(self) -> bool:
@@ -308,7 +315,7 @@ class Ledger:
         return [f"{', '.join(several)}; view(prompt=, read=, target=) shows others"] if several else []
 
     def _about(self) -> str:
-        adapter, name = self._request.adapter, "steered by attention" if self._is_steered else "ledger"
+        adapter, name = self._request.adapter, "credit of attention" if self._is_steered else "ledger"
         return (
             f"{name} | {self.rule} | {adapter.device}, {dtype_name(adapter.dtype)} | "
             f"completeness error {self.completeness_error:.1e} | {self._seconds:.2f} s"
@@ -339,14 +346,14 @@ class Ledger:
         """
         if self._is_steered:
             return worst_miss(self._pages)
-        readout, worst = self._reads.readout, 0.0
+        readout, each = self._reads.readout, []
         for site, total in self._pages.totals.items():
             found = total + self._pages.constants[site] + self._reads.constants
             for (prompt, _), rows, logits, sizes in zip(
                 readout.places, self._reads.rows, readout.logits, readout.sizes, strict=True
             ):
-                worst = max(worst, float(((found[rows, prompt] - logits).abs() / sizes).max()))
-        return worst
+                each.append(((found[rows, prompt] - logits).abs() / sizes).max())
+        return float(torch.stack(each).max())  # NaN, where there is any
 
     def _check_weights(self) -> None:
         """Raise ValueError if the model's weights have changed since the ledger was made."""

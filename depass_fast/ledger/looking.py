@@ -29,9 +29,9 @@ def reads_of_looking(reads: Reads, pages: Pages, site: Entry) -> Reads:
 
 def worst_miss(pages: Pages) -> float:
     """Return the largest |Σ_m score - credit| over all sites, relative to the heads' amounts."""
-    worst = 0.0
+    each = []
     for site, change in pages.changes.items():
         missed = (pages.totals[site] + pages.constants[site] - change).abs()
         size = pages.sizes[site].clamp_min(torch.finfo(change.dtype).tiny)
-        worst = max(worst, float(torch.where(missed == 0, 0.0, missed / size).max()))
-    return worst
+        each.append(torch.where(missed == 0, 0.0, missed / size).max())
+    return float(torch.stack(each).max())  # NaN, where there is any

@@ -59,7 +59,7 @@ def explain(
     if found.has_sink:
         assert rows.bias is not None
         for mean in (query_mean, key_mean):
-            mean[:, rows.bias] += p[:, -1] * values[:, -1].nan_to_num(neginf=0.0)
+            mean[:, rows.bias] += p[:, -1] * values[:, -1]
     logits = values[:, chosen]
     tiny = torch.finfo(logits.dtype).tiny
     products = sides.q[query, which, None] * sides.k[chosen][:, which // sides.groups].transpose(0, 1)  # (H, K, d)
@@ -78,7 +78,7 @@ def explain(
     )
 
 
-def query_parts(rows: PromptRows, side: Side, position: int, like: Tensor) -> Tensor:
+def parts_at(rows: PromptRows, side: Side, position: int, like: Tensor) -> Tensor:
     """Return what every component adds to the queries, or the keys, of all heads at a position: (M, H, d)."""
     given, index = rows.at(position, like)
     at = torch.full((len(given),), position, device=like.device)
@@ -102,7 +102,7 @@ def _query_side(
     keys: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the shares of the query's components in the logits of ``keys``, (H, K, M), and their average (H, M)."""
-    parts = query_parts(rows, sides.of_q, query, sides.q)[:, heads]  # (M, H, d)
+    parts = parts_at(rows, sides.of_q, query, sides.q)[:, heads]  # (M, H, d)
     k = sides.k[: query + 1, heads // sides.groups] * ratio.T[..., None]  # (N, H, d)
     shares = torch.einsum("mhd,khd->hkm", parts, k[keys])
     mean = torch.einsum("mhd,hd->hm", parts, torch.einsum("hk,khd->hd", p, k))
@@ -136,7 +136,8 @@ def _key_side(
     for begin in range(first, query + 1, step):
         here = range(begin, min(begin + step, query + 1))
         side = sides.of_k.at(slice(here.start, here.stop))
-        gradients = _by_head(side, q, ratio[:, here.start : here.stop], heads // sides.groups)
+        y = q * ratio[:, here.start : here.stop].T[..., None]  # (n, H, d)
+        gradients = side.back_by_head(y, heads // sides.groups)
         dots = rows.dots(gradients, here)
         if side.constant is not None:
             assert rows.bias is not None
@@ -149,14 +150,3 @@ def _key_side(
         for key in place.keys() & set(here):
             shares[:, place[key]] = dots[:, key - begin]
     return shares, mean
-
-
-def _by_head(side: Side, q: Tensor, ratio: Tensor, kv: Tensor) -> Tensor:
-    """Return the gradients (H, n, D) of the logits of n keys by what they read, given queries (H, d), ratio (H, n).
-
-    Heads that share a key go one after the other; those of different keys together.
-    """
-    turn = (kv[:, None] == kv).tril(-1).sum(1)  # (H,) the number of earlier heads with the same key
-    y = q.new_zeros(int(turn.max()) + 1, ratio.shape[1], side.heads, q.shape[1])
-    y[turn, :, kv] = q[:, None] * ratio[..., None]
-    return side.back(y, slice(0, side.heads))[turn, kv]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Latent, query_key
-from ..adapters.query_key import Projected
+from ..adapters.query_key import Projected, sinks
 from ..trace.consistency import READING
 from ..trace.record import AttentionTrace
 from ..trace.turns import Turn, Turns
-from .logits import logits_of
 from .sides import Side, Sides, frozen
 
 _ROUNDINGS = 4  # in half precision, of projection, norm and rotary embedding, in eps
 _EXACT = 1e-4
-_TOLD = 64  # queries that tell a sink's logit
 
 
 def freeze_sides(
@@ -37,10 +33,11 @@ def freeze_sides(
         ("keys", weights.k, recorded[1].shape[1], turns.k, recorded[1]),
     ):
         turn = Turn(*(part[: len(x)] if part.dim() == 2 else part for part in turn))
-        side = frozen(branch, projected, heads, turn, weights.norm_is_last, weights.limit, x)
+        side = frozen(branch, projected, heads, turn, weights.norm_is_last, x)
         off = max(off, _difference(adapter, index, name, projected, trace.q.dtype, side, x, own))
         made.append(side)
-    return _with_sink(Sides(made[0], made[1], *recorded, off), trace, span)
+    sink = sinks(adapter, index)
+    return Sides(made[0], made[1], *recorded, off, None if sink is None else sink.to(dtype))
 
 
 def _difference(
@@ -60,15 +57,3 @@ def _difference(
             f"difference of {off:.1%}); attention in this model cannot be explained."
         )
     return off
-
-
-def _with_sink(sides: Sides, trace: AttentionTrace, span: slice) -> Sides:
-    """Return the same with the logits of the heads' sinks: the recorded sums of P's rows at some queries tell them."""
-    if trace.row_sum is None:
-        return sides
-    some = torch.arange(min(_TOLD, len(sides.q)), device=sides.q.device)
-    values = logits_of(sides, trace, span, slice(None), some, len(some)).values.double()
-    share = trace.row_sum[span][some].double().T  # (H, Q) of the keys that are seen; of the sink the rest
-    best = (share - 0.5).abs().argmin(1, keepdim=True)
-    sink = (values.logsumexp(-1) - torch.logit(share)).gather(1, best)[:, 0]
-    return replace(sides, sink=sink)

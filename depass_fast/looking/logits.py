@@ -27,8 +27,8 @@ class Logits:
 
     @property
     def sink(self) -> Tensor | None:
-        """The logit of the sink (H, Q), zero where nothing ever goes there; None without one."""
-        return self.values[..., -1].nan_to_num(neginf=0.0) if self.has_sink else None
+        """The logit of the sink (H, Q), or None without one."""
+        return self.values[..., -1] if self.has_sink else None
 
 
 def logits_of(
@@ -52,5 +52,5 @@ def logits_of(
     values = values.masked_fill(~seen, -torch.inf)
     if sides.sink is None:
         return Logits(values, ratio, bias, False)
-    sink = sides.sink[heads, None, None].to(values).expand(-1, len(queries), -1)
+    sink = sides.sink[heads, None, None].expand(-1, len(queries), -1)
     return Logits(torch.cat([values, sink], -1), ratio, bias, True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _NODES = (12, 24, 48, 96, 192, 384)
+_TINY = 1e-30
+_ROUNDINGS = 8  # of a sum of what keys are worth, in eps
 _CLOSE = {torch.float32: 2e-6, torch.float64: 1e-11}  # of what the closing leaves, relative to the parts
 
 
@@ -26,20 +28,23 @@ def path_average(logits: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
         the average (R, ..., K), which sums to zero over the keys; the change (R, ...).
     """
     seen = torch.isfinite(logits)
-    finite = logits.masked_fill(~seen, 0.0)
     even = seen.to(logits.dtype) / seen.sum(-1, keepdim=True)
+    finite = logits.masked_fill(~seen, 0.0)
+    # what keys have in common changes nothing, and would only round
+    centred = torch.where(seen, finite - (finite * even).sum(-1, keepdim=True), 0.0)
+    rounding = _ROUNDINGS * torch.finfo(logits.dtype).eps * (even * worth.abs()).sum(-1)
+    worth = worth - (even * worth).sum(-1, keepdim=True)
     change = ((logits.softmax(-1) - even) * worth).sum(-1)
-    average = torch.zeros_like(worth)
     for count in _NODES:
         average = _average(logits, worth, count)
-        parts = average * finite
+        parts = average * centred
         missed = change - parts.sum(-1)
-        sizes = parts.abs().sum(-1) + change.abs()
-        if bool((missed.abs() <= _CLOSE[logits.dtype] * sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).all()):
+        allowed = _CLOSE[logits.dtype] * (parts.abs().sum(-1) + change.abs()) + rounding
+        if bool((missed.abs() <= allowed).all()):
             break
-    centred = torch.where(seen, finite - (finite * even).sum(-1, keepdim=True), 0.0)
-    length = (centred * finite).sum(-1)
-    closing = torch.where(length > 0, missed / length.clamp_min(torch.finfo(length.dtype).tiny), 0.0)
+    length = centred.square().sum(-1)
+    # what is only rounding stays: where logits nearly agree, closing would blow it up
+    closing = torch.where((missed.abs() > rounding) & (length > 0), missed / length.clamp_min(_TINY), 0.0)
     return average + closing[..., None] * centred, change
 
 
@@ -47,7 +52,8 @@ def _average(logits: Tensor, worth: Tensor, count: int) -> Tensor:
     out = torch.zeros_like(worth)
     for tau, weight in _nodes(count):
         p = (logits * tau).softmax(-1)
-        out += weight * p * (worth - (p * worth).sum(-1, keepdim=True))
+        parts = p * worth
+        out.add_(parts, alpha=weight).addcmul_(p, parts.sum(-1, keepdim=True), value=-weight)
     return out
 
 

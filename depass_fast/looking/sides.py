@@ -37,7 +37,7 @@ class Side:
         """Return what ``rows`` (R, D) at positions ``at`` (R,) of the prompt add to queries or keys: (R, H, d)."""
         return self._behind(self._project(rows, at), at)
 
-    def back(self, y: Tensor, heads: slice | None = None) -> Tensor:
+    def back(self, y: Tensor, heads: Tensor | slice | None = None) -> Tensor:
         """Apply the transpose: gradients (..., N, H, d) of queries or keys at all positions -> (..., N, D).
 
         With ``heads``, some of them, those of each head by itself: (..., h, N, D).
@@ -59,6 +59,17 @@ class Side:
             x = x + product(of_shared, shared.weight.to(z.dtype))
         norm = self.branch.norm
         return x if norm is None else norm.transposed(x, self.scale.to(x.dtype))
+
+    def back_by_head(self, y: Tensor, which: Tensor) -> Tensor:
+        """Take gradients (..., N, h, d) of keys back, each of h readers for itself: (..., h, N, D).
+
+        ``which`` (h,) are the heads here whose keys they read. Those that share one go one after the other.
+        """
+        used, place = which.unique(return_inverse=True)
+        turn = (which[:, None] == which).tril(-1).sum(1)  # (h,) the number of earlier readers of the same
+        z = y.new_zeros(*y.shape[:-3], int(turn.max()) + 1, y.shape[-3], self.heads, y.shape[-1])
+        z.movedim((-4, -2), (0, 1))[turn, which] = y.movedim(-2, 0)
+        return self.back(z, used).movedim((-4, -3), (0, 1))[turn, place].movedim(0, -3)
 
     def at(self, positions: Tensor | slice) -> Side:
         """Return the same at some of the positions."""
@@ -113,7 +124,7 @@ class Sides:
     q: Tensor
     k: Tensor
     off: float  # how far what the maps give is from that, relatively: the model's own rounding
-    sink: Tensor | None = None  # (H,) in float64, logits of nothing; None where there are none
+    sink: Tensor | None = None  # (H,) logits of nothing; None where there are none
 
     @property
     def groups(self) -> int:
@@ -123,12 +134,10 @@ class Sides:
 
 def frozen_at(side: Side, x: Tensor) -> Side:
     """Return the side as it is where the residual stream is ``x`` (N, D)."""
-    return frozen(side.branch, side.projected, side.heads, side.turn, side.norm_is_last, side.branch.value_limit, x)
+    return frozen(side.branch, side.projected, side.heads, side.turn, side.norm_is_last, x)
 
 
-def frozen(
-    branch: Attention, projected: Projected, heads: int, turn: Turn, last: bool, limit: float | None, x: Tensor
-) -> Side:
+def frozen(branch: Attention, projected: Projected, heads: int, turn: Turn, last: bool, x: Tensor) -> Side:
     """Freeze one side at the residual stream ``x`` (N, D): pass by pass, as each scale is that of what comes to it."""
     side = Side(branch, projected, heads, last, turn, branch.scale(x), _latent_scale(branch, projected, x))
     every = slice(None)
@@ -143,7 +152,7 @@ def frozen(
         side = replace(side, **fields)
         z, own = side._normed(z, every), None if own is None else side._normed(own, every)
         z, own = (z, own) if beta is None else (z + beta, beta.expand_as(z) if own is None else own + beta)
-    if limit is not None:
+    if (limit := branch.value_limit) is not None:
         ratio = torch.where(z.abs() > limit, limit / z.abs(), 1.0)
         fields["ratio"] = None if bool((ratio == 1).all()) else ratio
         if fields["ratio"] is not None:

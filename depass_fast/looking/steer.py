@@ -41,12 +41,11 @@ class Steering:
         of_k = self.of_k if groups == 1 else self.of_k.unflatten(-2, (-1, groups)).sum(-2)
         return sides.of_q.back(self.of_q) + sides.of_k.back(of_k)
 
-    def apart(self, kv: slice) -> Tensor:
-        """Return λ (R, h, N, D) of each of the heads that read the keys ``kv``."""
-        sides, groups = self.sides, self.sides.groups
-        of_q = sides.of_q.back(self.of_q, slice(kv.start * groups, kv.stop * groups))
-        by_group = self.of_k.unflatten(-2, (-1, groups)).movedim(-2, 1)  # (R, G, N, Hkv, d)
-        return of_q + sides.of_k.back(by_group, kv).transpose(1, 2).flatten(1, 2)
+    def apart(self, heads: slice) -> Tensor:
+        """Return λ (R, h, N, D) of each of some ``heads``."""
+        sides = self.sides
+        which = torch.arange(self.of_q.shape[2], device=self.of_q.device)[heads] // sides.groups
+        return sides.of_q.back(self.of_q, heads) + sides.of_k.back_by_head(self.of_k[:, :, heads], which)
 
 
 @dataclass(frozen=True)

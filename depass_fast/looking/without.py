@@ -53,7 +53,7 @@ def looks_without(
     values = values.masked_fill(~seen, -torch.inf)
     if sides.sink is None:
         return values.softmax(-1)
-    sink = sides.sink[head].to(values).expand(m, 1)
+    sink = sides.sink[head].expand(m, 1)
     return torch.cat([values, sink], -1).softmax(-1)[:, :-1]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,14 @@ from ..options import LinearRuleName, Options
 from ..propagation.loop import propagate
 from ..readout.collect import how_computed
 from ..readout.completeness import rounding_of
-from ..request import Request, fit, gradients_of, start, traced
+from ..request import Request, fit, gradients_of, start, traced, wide_dtype
 from ..results.completeness import excess, warn_incomplete
 from ..results.credit import AttentionCredit, credit_error
 from ..results.verification import warn_if_off
 from ..runtime.memory import available, readable
 from ..runtime.precision import full_precision
+from ..state.state import ComponentState
+from .explain import first_attention
 
 _HELD = 1 << 24  # numbers of gradients that are held at once
 
@@ -38,8 +39,8 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
             again.
         MemoryError: it cannot fit.
     """
-    entry = request.components.single().entry(request.adapter)
-    first = entry.layer + (entry.site == "resid_mid")
+    entry = request.components.entry(request.adapter)
+    first = first_attention(entry)
     if first >= request.end:
         raise ValueError("components: they start behind the last attention, so that no head looks at them.")
     request = traced(fit(request))
@@ -63,15 +64,17 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
     verified = request.run.verified()
     warn_if_off(verified, request.run.backend.name)
     layer_errors = torch.stack([one.cpu() for one in errors]) if errors else torch.zeros(1, trace.n_prompts)
-    results = []
+    results: list[AttentionCredit] = []
     for place, (prompt, position) in enumerate(reads.readout.places):
         parts = [found[prompt, layer] for layer in layers]
         results.append(_result(request, rule, reads, place, prompt, position, layers, parts, layer_errors[:, prompt]))
+    for result in results:
+        result.verification = verified
     _warn(request, results, steers.off)
     return results
 
 
-def _of_layer(state: Any, prompt: int, steering: Steering) -> tuple[tuple[str, ...], PromptRows, Tensor, Tensor]:
+def _of_layer(state: ComponentState, prompt: int, steering: Steering) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Return the labels, the scores (R, H, M) of one layer in a prompt and the changes (R, H), in host memory."""
     sides = steering.sides
     has_constants = bool((steering.constant != 0).any()) or any(
@@ -80,18 +83,16 @@ def _of_layer(state: Any, prompt: int, steering: Steering) -> tuple[tuple[str, .
     rows = PromptRows.of(state, prompt, has_constants, bool((steering.position != 0).any()))
     r, n, heads, _ = steering.of_q.shape
     scores = steering.of_q.new_zeros(r, heads, len(rows.labels))
-    kv = sides.k.shape[1]
-    step = max(1, _HELD // (r * n * sides.groups * state.rows.shape[1]))
-    for begin in range(0, kv, step):
-        some = slice(begin, min(kv, begin + step))
+    step = max(1, _HELD // (r * n * state.rows.shape[1]))
+    for begin in range(0, heads, step):
+        some = slice(begin, min(heads, begin + step))
         gradients = steering.apart(some)  # (R, h, N, D)
-        dots = rows.summed_dots(gradients.flatten(0, 1), range(n))
-        scores[:, some.start * sides.groups : some.stop * sides.groups] = dots.view(r, -1, len(rows.labels))
+        scores[:, some] = rows.summed_dots(gradients.flatten(0, 1), range(n)).view(r, -1, len(rows.labels))
     if rows.bias is not None:
         scores[..., rows.bias] += steering.constant
     if rows.position is not None:
         scores[..., rows.position] += steering.position
-    return rows.labels, rows, scores.cpu(), steering.change.cpu()
+    return rows.labels, scores.cpu(), steering.change.cpu()
 
 
 def _result(
@@ -102,16 +103,16 @@ def _result(
     prompt: int,
     position: int,
     layers: list[int],
-    parts: list[tuple[tuple[str, ...], PromptRows, Tensor, Tensor]],
+    parts: list[tuple[tuple[str, ...], Tensor, Tensor]],
     layer_errors: Tensor,
 ) -> AttentionCredit:
     directions, some = reads.readout.directions[place], reads.rows[place]
     labels = list(dict.fromkeys(label for names, *_ in parts for label in _numbered(names)))
     scores = torch.zeros(
-        some.stop - some.start, len(layers), parts[0][2].shape[1], len(labels), dtype=parts[0][2].dtype
+        some.stop - some.start, len(layers), parts[0][1].shape[1], len(labels), dtype=parts[0][1].dtype
     )
     where = {label: i for i, label in enumerate(labels)}
-    for i, (names, _, of_layer, _) in enumerate(parts):
+    for i, (names, of_layer, _) in enumerate(parts):
         scores[:, i, :, [where[label] for label in _numbered(names)]] = of_layer[some]
     changes = torch.stack([of_layer[some] for *_, of_layer in parts], 1)
     how = how_computed(request, prompt)
@@ -156,7 +157,7 @@ def _check_memory(request: Request, n_layers: int) -> None:
     weights = adapter.attention(0)
     width = weights.n_heads * (weights.head_dim * max(gradients_of(request), default=1) + weights.key_dim)
     width += weights.n_kv_heads * (weights.head_dim + weights.key_dim)
-    need = n_layers * width * sum(request.carried) * 4
+    need = n_layers * width * sum(request.carried) * wide_dtype(request).itemsize
     if free is not None and need > free:
         raise MemoryError(
             f"attention_credit: queries, keys, values and gradients of {n_layers} layers need {readable(need)}, and "

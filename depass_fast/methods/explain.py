@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
-from ..components.base import ComponentKind
-from ..inputs.hook_names import layer_input
-from ..inputs.prompts import as_position
-from ..looking.explain import Explained, explain, query_parts
+from ..components.base import ComponentKind, Entry
+from ..inputs.hook_names import parse_hook_name
+from ..inputs.prompts import as_position, is_list_of_positions
+from ..looking.explain import Explained, explain, parts_at
 from ..looking.freeze import freeze_sides
 from ..looking.logits import logits_of
 from ..looking.rows import PromptRows
@@ -34,31 +33,48 @@ from ..runtime.numbers import as_index
 from ..runtime.precision import full_precision
 from ..trace.record import AttentionTrace
 
+_HOOKS = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_attn_scores")
 KEPT = 1 << 28  # bytes of states that a result keeps for its pairs
 
 
 def attention_layer(layer: Any, adapter: Adapter) -> int:
     """Return the number of a layer whose attention is asked for. Raises ValueError if it is out of range."""
-    number = layer_input(layer, "layer")
+    if layer == "all":
+        raise ValueError("layer: one layer at a time; attention_credit is of all of them.")
+    number = parse_hook_name(layer, "layer", _HOOKS)[0] if isinstance(layer, str) else as_index(layer, "layer")
     if not -adapter.n_layers <= number < adapter.n_layers:
         raise ValueError(f"layer: {layer} is out of range; this model has {adapter.n_layers} layers.")
     return number % adapter.n_layers
 
 
+def first_attention(entry: Entry) -> int:
+    """Return the first layer whose attention reads components that enter at ``entry``."""
+    return entry.layer + (entry.site == "resid_mid")
+
+
 def check_start(components: ComponentKind, adapter: Adapter, layer: int) -> None:
     """Raise ValueError if the attention of ``layer`` reads nothing of the components, or they are of several layers."""
-    check_kind(components)
-    entry = components.single().entry(adapter)
-    first = entry.layer + (entry.site == "resid_mid")
+    refuse_several(components)
+    first = first_attention(components.entry(adapter))
     if first > layer:
+        later = "" if first >= adapter.n_layers else f" a layer from {first} on, or"
         raise ValueError(
-            f"layer: the attention of layer {layer} reads nothing of these components, which start behind it"
-            + ("." if first >= adapter.n_layers else f"; choose one of {first} to {adapter.n_layers - 1}.")
+            f"layer: the attention of layer {layer} reads none of these components, which enter after it; choose"
+            f"{later} components that enter earlier."
         )
 
 
-def heads_of(head: Any, adapter: Adapter, layer: int) -> list[int]:
-    """Return the numbers of the heads that are asked for; None: all.
+def refuse_several(components: Any) -> None:
+    """Raise TypeError unless ``components`` is a kind, and ValueError if it is of several layers."""
+    check_kind(components)
+    if components.is_layered:
+        raise ValueError(
+            "layers: one layer's components at a time; ledger(..., attention=True).steered has the credit of all."
+        )
+
+
+def heads_of(head: Any, adapter: Adapter, layer: int) -> tuple[list[int], bool]:
+    """Return the numbers of the heads that are asked for, and whether that is one by itself; None: all.
 
     Raises:
         ValueError: out of range, given twice, or none at all.
@@ -66,8 +82,8 @@ def heads_of(head: Any, adapter: Adapter, layer: int) -> list[int]:
     """
     count = adapter.attention(layer).n_heads
     if head is None:
-        return list(range(count))
-    several = isinstance(head, Sequence | Tensor) and not isinstance(head, str) and getattr(head, "ndim", 1) > 0
+        return list(range(count)), False
+    several = is_list_of_positions(head)
     found = [as_index(one, "head", "an integer or a list of them") for one in (head if several else [head])]
     for one in found:
         if not -count <= one < count:
@@ -75,10 +91,12 @@ def heads_of(head: Any, adapter: Adapter, layer: int) -> list[int]:
     found = [one % count for one in found]
     if not found or len({*found}) < len(found):
         raise ValueError("head: the list is empty." if not found else "head: a head is there twice.")
-    return found
+    return found, not several
 
 
-def explanations(request: Request, layer: int, heads: list[int], one_head: bool, query: int, key: Any) -> list[Any]:
+def explanations(
+    request: Request, layer: int, heads: list[int], one_head: bool, query: int, key: Any
+) -> list[AttentionExplanation]:
     """Return an :class:`AttentionExplanation` for every prompt. ``request`` ends at the input of ``layer``.
 
     Raises:
@@ -109,6 +127,8 @@ def explanations(request: Request, layer: int, heads: list[int], one_head: bool,
         with full_precision():
             found = explain(rows, of_p, record, trace.span(p), heads, queries[p], some)
         result = _result(request, p, layer, heads, one_head, queries[p], some, rows, found, layer_errors[:, p].tolist())
+        result.asked = "all" if key is None else "one" if len(some) == 1 else "pair"
+        result.verification = verified
         result._parts, result._looks = _kept(rows, of_p, record, trace.span(p), queries[p], some)
         begun = max(result.layer_errors[0], of_p.off)
         rounding = rounding_of(adapter, request.run)
@@ -139,10 +159,12 @@ def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> 
     first = _first(window, query)
     if key is None:
         return list(range(first, query + 1))
-    several = isinstance(key, Sequence | Tensor) and not isinstance(key, str) and getattr(key, "ndim", 1) > 0
+    several = is_list_of_positions(key)
     given = list(key) if several else [key]
     if several and len(given) != 2:
-        raise ValueError(f"key: expected a position, or two (why one and not the other), got {len(given)}.")
+        raise ValueError(
+            f"key: expected a position, two of them (why one and not the other) or None; got {len(given)}."
+        )
     found = [_named("key", one, length) for one in given]
     for one, at in zip(given, found, strict=True):
         if at > query:
@@ -176,13 +198,18 @@ def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
 def _kept(
     rows: PromptRows, sides: Sides, record: AttentionTrace, span: slice, query: int, keys: list[int]
 ) -> tuple[Any, Any]:
-    """Return what answers `pairs`, and what answers `without`; None where the states of the keys are not kept."""
+    """Return what answers `pairs`, and what answers `without`; None where too much would be kept on the device."""
     counts = rows.state.layout.counts[rows.state.layout.segments(rows.prompt)]
     width = rows.state.rows.shape[1] * rows.state.rows.element_size()
-    if sum(int(counts[at]) for at in {query, *keys}) * width > KEPT:
+    held = sides.q.nbytes + 2 * sides.k.nbytes + sum(int(counts[at]) for at in {query, *keys}) * width
+    if held * (int(rows.state.layout.prompt[-1]) + 1) > KEPT:
         return None, None
     kept = rows.only([*sorted({query, *keys})])
-    given: dict[str, Any] = {"rows": kept, "sides": sides, "record": record, "span": span, "query": query}
+    nothing = record.q.new_empty(0)
+    bias = None if record.key_bias is None else record.key_bias[span]
+    own = replace(record, resid=record.resid[span], q=nothing, k=nothing, key_bias=bias)  # of this prompt alone
+    given: dict[str, Any] = {"rows": kept, "sides": sides, "record": own, "query": query}
+    given["span"] = slice(0, span.stop - span.start)
     is_whole = len(keys) == query + 1 - _first(record.window, query)
     return partial(_parts, **given), partial(_looks, **given) if is_whole else None
 
@@ -210,8 +237,8 @@ def _parts(
     """Return the parts (M, d) of a head's query, its logits' factor in them, and of a key; and what is added (M,)."""
     at = torch.tensor([query], device=sides.q.device)
     found = logits_of(sides, record, span, slice(head, head + 1), at, query + 1)
-    of_query = query_parts(rows, sides.of_q, query, sides.q)[:, head] * found.ratio[0, 0, key]
-    of_key = query_parts(rows, sides.of_k, key, sides.k)[:, head // sides.groups]
+    of_query = parts_at(rows, sides.of_q, query, sides.q)[:, head] * found.ratio[0, 0, key]
+    of_key = parts_at(rows, sides.of_k, key, sides.k)[:, head // sides.groups]
     place = of_query.new_zeros(len(of_query))
     if found.bias is not None and rows.position is not None:
         place[rows.position] = found.bias[0, 0, key]
@@ -230,7 +257,7 @@ def _result(
     found: Explained,
     layer_errors: list[float],
 ) -> AttentionExplanation:
-    """Return one prompt's result; everything is in host memory."""
+    """Return one prompt's result; its tensors are in host memory."""
     how = how_computed(request, prompt)
     names = ("query_side", "key_side", "query_mean", "key_mean", "entropy", "probabilities", "sink")
     tensors = {name: getattr(found, name) for name in names} | {"scores": found.logits}

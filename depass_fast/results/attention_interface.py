@@ -34,6 +34,7 @@ class Explanation(_Made, Protocol):
     keys: list[int]
     start: int
     one_head: bool
+    asked: str
 
     @property
     def shares(self) -> Tensor: ...
@@ -44,6 +45,7 @@ class Credit(_Made, Protocol):
 
     target_logits: Tensor
     target_names: list[str]
+    target_kinds: list[str]
     layers: list[int]
     layer: int
     position: int

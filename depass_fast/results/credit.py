@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
-from .attention_view import plain_credit
+from .attention_view import CreditView, plain_credit
 from .files import known_fields, read_result, register_format, write_result
+from .parts import parts_of, plain_values
 from .provenance import Provenance
 from .ranking import leading
 from .tables import data_frame, write_csv
+from .verification import Verification
 
 if TYPE_CHECKING:
     import pandas
@@ -69,6 +71,7 @@ class AttentionCredit:
     seconds: float
     site: str | None = None
     exclude_special: list[int] | None = None
+    verification: Verification | None = None
     warnings: list[str] | None = None
     provenance: Provenance | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -79,16 +82,32 @@ class AttentionCredit:
 
     def of_head(self, layer: int, head: int, target: int = 0) -> Tensor:
         """Return the credit of every component for one head's looking: (M,). Raises ValueError if there is none."""
-        if as_index(layer, "layer") not in self.layers:
+        number = as_index(layer, "layer")
+        number += self.layers[-1] + 1 if number < 0 else 0
+        if number not in self.layers:
             raise ValueError(f"layer: {layer} is not among {self.layers}, which these components reach.")
         scores = self._of(self.scores, target)
-        if not 0 <= as_index(head, "head") < scores.shape[1]:
+        if not -scores.shape[1] <= as_index(head, "head") < scores.shape[1]:
             raise ValueError(f"head: {head} is out of range; a layer has {scores.shape[1]} heads.")
-        return scores[self.layers.index(layer), head]
+        return scores[self.layers.index(number), head]
 
-    def top(self, k: int = 10, target: int = 0, by: str = "magnitude") -> list[tuple[str, float]]:
-        """Return the ``k`` leading components over all heads as (label, credit); ``by`` as of ``Attribution.top``."""
-        return leading(self.labels, self.total(target), k, by)
+    def top(
+        self,
+        k: int = 10,
+        target: int = 0,
+        by: str = "magnitude",
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+    ) -> list[tuple[str, float]]:
+        """Return the ``k`` leading components as (label, credit), over all heads or of the one at ``layer``.
+
+        ``by`` is "magnitude", "positive" or "negative". Raises ValueError for a layer without a head, or the other way.
+        """
+        if (layer is None) != (head is None):
+            raise ValueError("top: give layer and head together, or none of the two for all heads.")
+        scores = self.total(target) if layer is None or head is None else self.of_head(layer, head, target)
+        return leading(self.labels, scores, k, by)
 
     def top_heads(self, k: int = 10, target: int = 0, by: str = "magnitude") -> list[tuple[str, float]]:
         """Return the ``k`` heads whose looking changes the target most, as (label, change); `L9H6`: layer 9, head 6."""
@@ -104,6 +123,9 @@ class AttentionCredit:
 
     def __str__(self) -> str:
         return plain_credit(self)
+
+    def __rich__(self) -> CreditView:
+        return CreditView(self)
 
     def __repr__(self) -> str:
         leading_ones = ", ".join(f"{label} {score:+.4g}" for label, score in self.top(3))
@@ -150,14 +172,11 @@ class AttentionCredit:
     def restore(tensors: dict[str, Tensor], content: dict[str, Any]) -> AttentionCredit:
         """Return the result that a file holds."""
         known, unknown = known_fields(AttentionCredit, content)
-        provenance = known.pop("provenance", None)
-        made = None if provenance is None else Provenance(**known_fields(Provenance, provenance)[0])
-        return AttentionCredit(**tensors, **known, provenance=made, unknown=unknown)
+        parts = parts_of(known)
+        return AttentionCredit(**tensors, **known, **parts, unknown=unknown)
 
     def _plain(self) -> dict[str, Any]:
-        names = [one.name for one in fields(self) if one.name not in (*TENSORS, "unknown", "provenance")]
-        provenance = None if self.provenance is None else asdict(self.provenance)
-        return {name: getattr(self, name) for name in names} | {"provenance": provenance}
+        return plain_values(self, [one.name for one in fields(self) if one.name not in (*TENSORS, "unknown")])
 
 
 def credit_error(scores: Tensor, changes: Tensor) -> float:

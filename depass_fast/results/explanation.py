@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,9 +14,11 @@ from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from .attention_view import View, plain
 from .files import known_fields, read_result, register_format, write_result
+from .parts import parts_of, plain_values
 from .provenance import Provenance
 from .ranking import leading
 from .tables import data_frame, write_csv
+from .verification import Verification
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +54,9 @@ class AttentionExplanation:
     keys included) and `position` (ALiBi) where they exist. The components are at the input of ``layer``, where
     attention reads them; ``start`` is the layer where they started.
 
+    ``asked`` says which keys were asked for: "all" that the query sees, "one", or "pair" (why the first and not the
+    second).
+
     ``completeness_error`` is the largest of |Σ_m share - logit|, relative to Σ_m |share| and to the norm of the
     products that the logit sums up, over heads, keys and sides; and of ``layer_errors``, those of the states as in
     :class:`depass_fast.Attribution`.
@@ -84,9 +89,11 @@ class AttentionExplanation:
     compute_dtype: str
     seconds: float
     one_head: bool = True
+    asked: str = "all"
     sink: Tensor | None = None
     site: str | None = None
     exclude_special: list[int] | None = None
+    verification: Verification | None = None
     warnings: list[str] | None = None
     provenance: Provenance | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -100,13 +107,18 @@ class AttentionExplanation:
         """The shares of both sides, half of each: (K, M). They sum to the logit."""
         return (self.query_side + self.key_side) / 2
 
+    @property
+    def mean_shares(self) -> Tensor:
+        """The averages of :attr:`shares` under P over all keys that are seen: (M,)."""
+        return (self.query_mean + self.key_mean) / 2
+
     def log_probability(self, key: int, head: int | None = None) -> Tensor:
         """Return the shares (M,) of a key's log-probability against all keys: they sum to log P_k + the entropy of P.
 
         A share is that of the logit, less its average under P over all keys that are seen.
         """
         at = self._key(key)
-        own, mean = self.shares, (self.query_mean + self.key_mean) / 2
+        own, mean = self.shares, self.mean_shares
         if not self.one_head:
             number = self._head(head)
             return own[number, at] - mean[number]
@@ -283,9 +295,8 @@ class AttentionExplanation:
     def restore(tensors: dict[str, Tensor], content: dict[str, Any]) -> AttentionExplanation:
         """Return the result that a file holds."""
         known, unknown = known_fields(AttentionExplanation, content)
-        provenance = known.pop("provenance", None)
-        made = None if provenance is None else Provenance(**known_fields(Provenance, provenance)[0])
-        return AttentionExplanation(**tensors, **known, provenance=made, unknown=unknown)
+        parts = parts_of(known)
+        return AttentionExplanation(**tensors, **known, **parts, unknown=unknown)
 
     def _tensors(self) -> dict[str, Tensor]:
         sink = {} if self.sink is None else {"sink": self.sink.contiguous()}
@@ -293,9 +304,8 @@ class AttentionExplanation:
 
     def _plain(self) -> dict[str, Any]:
         names = [one.name for one in fields(self)]
-        left_out = {*TENSORS, "sink", "unknown", "_parts", "_looks", "provenance"}
-        values = {name: getattr(self, name) for name in names if name not in left_out}
-        return values | {"provenance": None if self.provenance is None else asdict(self.provenance)}
+        left_out = {*TENSORS, "sink", "unknown", "_parts", "_looks"}
+        return plain_values(self, [name for name in names if name not in left_out])
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_parts": None, "_looks": None}

@@ -54,7 +54,7 @@ def test_credit(capsys, tmp_path):
     out = tmp_path / "credit.csv"
     target = ["--target", " camera", "--contrast", " map"]
     text = run(capsys, *DEMO, "--credit", *target, "--rule", "half", "--top", "2", "--out", str(out))
-    assert "is owed to where heads look" in text and "| half |" in text
+    assert "by looking where they look" in text and "| half |" in text
     assert out.read_text().splitlines()[0] == "target,layer,head,label,credit"
     whole = tmp_path / "credit.safetensors"
     found = json.loads(run(capsys, *DEMO, "--credit", *target, "--json", "--out", str(whole)))
@@ -76,17 +76,18 @@ def test_the_second_book_of_a_ledger(capsys, tmp_path):
     [
         ([], "--layer: say whose attention is to be explained"),
         (["--layer", "all"], "--layer: one layer at a time"),
-        (["--layer", "9"], "--layer: 9 is out of range; this model has 6 layers"),
+        (["--layer", "9"], "--layer: 9 is out of range; this model has layers 0 to 5"),
         (["--layer", "1", "--head", "8"], "--head: 8 is out of range; layer 1 has 8 heads"),
         (["--layer", "1", "--key", "99"], "--key: 99 is out of range"),
         (["--layer", "1", "--query", "2", "--key", "4"], "--key: 4 is behind the query at position 2"),
         (["--layer", "1", "--key", "1,2,3"], "--key: one position, or two"),
         (["--layer", "1", "--components", "heads"], "--start: heads belong to a layer"),
-        (["--layer", "1", "--components", "heads", "--start", "3"], "--layer: the attention of layer 1 reads nothing"),
+        (["--layer", "1", "--components", "heads", "--start", "3"], "--layer: the attention of layer 1 reads none"),
         (["--layer", "1", "--components", "heads", "--start", "all"], "--start: components start at one layer"),
         (["--layer", "1", "--target", " map"], "--target: it belongs to --credit"),
         (["--layer", "1", "--rule", "half"], "--rule: it belongs to --credit"),
         (["--credit", "--head", "1"], "--head: --credit is of all heads"),
+        (["--credit", "--query", "1"], "--query: --credit is of all heads"),
         (["--credit", "--position", "1,2"], "--position: the credit is of one position"),
         (["--credit", "--components", "heads", "--start", "5"], "--components: they start behind the last attention"),
     ],

@@ -93,7 +93,7 @@ def test_files_and_what_it_looks_like(tmp_path):
     credit.save(tmp_path / "credit.safetensors")
     read = AttentionCredit.load(tmp_path / "credit.safetensors")
     assert torch.equal(read.scores, credit.scores) and read.layers == credit.layers and str(read) == str(credit)
-    assert "is owed to where heads look" in str(credit) and "leading:" in repr(credit)
+    assert "by looking where they look" in str(credit) and "leading:" in repr(credit)
     assert len(credit.to_dataframe()) == credit.scores.numel()
     credit.to_csv(tmp_path / "credit.csv")
     assert credit.to_dict()["rule"] == "shapley"
@@ -107,7 +107,8 @@ def test_the_second_book_of_a_ledger(tmp_path):
         for one, other in zip(ledger.scores(kind), plain.scores(kind), strict=True):
             assert torch.allclose(one.scores, other.scores, atol=1e-5)
     steered = ledger.steered
-    assert steered.steered is steered and "steered by attention" in str(steered)
+    assert steered.steered is steered and "credit of attention" in str(steered)
+    assert str(steered) == str(ledger.steered)  # also how long it took
     assert steered.tokens()[0].target_kinds == ["attention", "attention"]
     assert "credit of attention" in str(steered.tokens()[0])
     assert steered.top(3) and ledger.nbytes > plain.nbytes
@@ -133,10 +134,10 @@ def test_even_attention_owes_nothing():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"rule": "softmax"}, ValueError, "rule: 'softmax' is not linear"),
+        ({"rule": "softmax"}, ValueError, "rule: 'softmax' is not one of the linear rules"),
         ({"position": [1, 2]}, ValueError, "position: attention_credit reads one position"),
         ({"target": 99}, ValueError, "target"),
-        ({"components": Neurons(layers="all")}, ValueError, "layers: only attribute"),
+        ({"components": Neurons(layers="all")}, ValueError, "layers: one layer's components at a time"),
     ],
     ids=str,
 )

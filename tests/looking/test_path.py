@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from depass_fast.looking import path
 from depass_fast.looking.path import path_average
 
 
@@ -40,10 +41,28 @@ def test_it_is_complete(spread, dtype, allowed):
     logits, worth = given(spread, dtype)
     average, change = path_average(logits, worth)
     finite = logits.masked_fill(~torch.isfinite(logits), 0.0)
-    size = (average * finite).abs().sum(-1) + change.abs() + 1e-30
+    size = (average * finite).abs().sum(-1) + change.abs() + torch.finfo(dtype).eps / allowed * 8  # what keys are worth
     assert (((average * finite).sum(-1) - change).abs() <= allowed * size).all()
     assert (average.sum(-1).abs() <= allowed * (average.abs().sum(-1) + 1e-30)).all()
     assert (average[:, ~torch.isfinite(logits)] == 0).all()
+
+
+@pytest.mark.parametrize("middle, spread", [(1.0, 1e-7), (5.0, 1e-4), (30.0, 1e-6), (0.0, 1e-3)])
+def test_where_logits_nearly_agree_rounding_is_not_blown_up(middle, spread):
+    generator = torch.Generator().manual_seed(0)
+    logits = (middle + spread * torch.randn(500, 1, 7, generator=generator)).float()
+    worth = torch.randn(1, 500, 1, 7, generator=generator) * 3
+    found, _ = path_average(logits, worth)
+    wanted, _ = path_average(logits.double(), worth.double())
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_keys_that_are_worth_the_same_take_few_nodes(monkeypatch):
+    counts = []
+    average = path._average
+    monkeypatch.setattr(path, "_average", lambda *given: counts.append(given[2]) or average(*given))
+    path_average(torch.randn(4, 3, 7), torch.full((1, 4, 3, 7), 2.7))
+    assert counts == [12]
 
 
 def test_a_constant_in_all_logits_changes_nothing():

@@ -27,7 +27,7 @@ from ..methods.gradients import inputs_and_gradients
 from ..questions import CONTRAST, READS, Question
 from ..statistics import mean, pearson, rounded
 from ..study import Item, QuestionStudy, Row, Settings
-from ..tables import Table, figure
+from ..tables import Panel, Table, figure
 
 N_HEADS = 3  # of a prompt: those whose looking changes the read most
 MEASURES = (KEY_LOG_P, LOGIT)
@@ -133,6 +133,18 @@ class AttentionStudy(QuestionStudy):
             _known(result["circuits"]),
             *(_agreement(result["summary"], measure, norms) for measure in MEASURES for norms in NORMS),
         ]
+
+
+def _panel(summary: Row, norms: str) -> Panel:
+    """Return the agreement of every method with the fall of the leading key's log-probability, side by side."""
+    lines, bands = {}, {}
+    for method in METHODS[KEY_LOG_P]:
+        each = [summary[f"{KEY_LOG_P}, {norms}, {side}, {method}, Spearman"] for side in TAKEN_OUT]
+        x = list(range(len(each)))
+        middle, low, high = ([math.nan if one[k] is None else one[k] for one in each] for k in ("mean", "low", "high"))
+        lines[method], bands[method] = (x, middle), (x, low, high)
+    sides = ", ".join(f"{i}: {side}" for i, side in enumerate(TAKEN_OUT))
+    return Panel(f"The fall of the {KEY_LOG_P}, {norms}", f"taken out ({sides})", "Spearman", lines, bands)
 
 
 def _average(values: Sequence[float | None]) -> float:
