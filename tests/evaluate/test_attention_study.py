@@ -15,7 +15,7 @@ from depass_fast.evaluate.head_case import BOOK, HELD, KEY_LOG_P, LOGIT, REACT
 from depass_fast.evaluate.interventions import next_logits
 from depass_fast.evaluate.relooked import looking, probabilities_of, without
 from depass_fast.evaluate.run import run
-from depass_fast.evaluate.studies.attention import AttentionStudy
+from depass_fast.evaluate.studies.attention import FIGURES, AttentionStudy
 from depass_fast.evaluate.study import Settings
 from depass_fast.looking.freeze import freeze_sides
 from depass_fast.looking.turned import turns_of
@@ -148,7 +148,8 @@ def test_a_row_and_its_summary(demo):
     rows = [study.measure(item) for item in items]
     assert all(len(row["heads"]) == 3 and row["heads"][0]["head"].startswith("L") for row in rows)
     name = f"{KEY_LOG_P}, {HELD}, {QUERY}, {BOOK}, Spearman"
-    assert all(-1 <= head[name] <= 1 for row in rows for head in row["heads"])
+    at = FIGURES.index(name)
+    assert all(-1 <= head["figures"][at] <= 1 for row in rows for head in row["heads"])
     summary = study.summary(rows)
     assert summary[name]["n"] == 2 and {LOGIT in key for key in summary} == {True, False}
     assert f"{LOGIT}, {REACT}, {BOTH}, {BOOK}, Pearson" in summary

@@ -31,7 +31,16 @@ from ..tables import Panel, Table, figure
 
 N_HEADS = 3  # of a prompt: those whose looking changes the read most
 MEASURES = (KEY_LOG_P, LOGIT)
+CORRELATIONS = {"Spearman": spearman, "Pearson": pearson}
 METHODS = {KEY_LOG_P: (BOOK, GRADIENT, NORM), LOGIT: (BOOK, FIRST, GRADIENT, CARRIED, NORM)}
+FIGURES = tuple(
+    f"{measure}, {norms}, {side}, {method}, {name}"
+    for measure in MEASURES
+    for norms in NORMS
+    for side in TAKEN_OUT
+    for method in METHODS[measure]
+    for name in CORRELATIONS
+)
 
 
 class AttentionStudy(QuestionStudy):
@@ -70,18 +79,14 @@ class AttentionStudy(QuestionStudy):
             case = HeadCase(trace.layers[layer].attention.resid.to(parts), parts, outlooks["shapley"][layer], head)
             predicted = case.predictions(outlooks["half"][layer], gradients[layer][:, head], carried[: len(parts)])
             actual = case.actual(self.engine, question, trace, layer)
+            figures = {
+                f"{measure}, {norms}, {side}, {method}, {name}": correlate(found, actual[measure, norms, side])
+                for (measure, side, method), found in predicted.items()
+                for norms in NORMS
+                for name, correlate in CORRELATIONS.items()
+            }
             row["heads"].append(
-                {
-                    "head": f"L{layer}H{head}",
-                    **{
-                        f"{measure}, {norms}, {side}, {method}, {name}": rounded(
-                            correlate(found, actual[measure, norms, side]), 4
-                        )
-                        for (measure, side, method), found in predicted.items()
-                        for norms in NORMS
-                        for name, correlate in (("Spearman", spearman), ("Pearson", pearson))
-                    },
-                }
+                {"head": f"L{layer}H{head}", "figures": [rounded(figures[name], 4) for name in FIGURES]}
             )
         return row
 
@@ -115,8 +120,10 @@ class AttentionStudy(QuestionStudy):
         return [one.float().unflatten(-1, (count, -1)) for one, count in zip(found, heads, strict=True)]
 
     def summary(self, rows: Sequence[Row]) -> Row:
-        names = [name for name in rows[0]["heads"][0] if name != "head"]
-        return {name: self._mean([_average([head[name] for head in row["heads"]]) for row in rows]) for name in names}
+        return {
+            name: self._mean([_average([head["figures"][i] for head in row["heads"]]) for row in rows])
+            for i, name in enumerate(FIGURES)
+        }
 
     def _mean(self, values: Sequence[float]) -> Row:
         found = mean(values, self.settings.seed)
@@ -125,14 +132,17 @@ class AttentionStudy(QuestionStudy):
     def facts(self) -> Row:
         with torch.no_grad():
             found = qk_circuits.shares(*qk_circuits.build())
-        return {"circuits": {name: {key: rounded(x, 5) for key, x in row.items()} for name, row in found.items()}}
+        circuits = {name: {key: rounded(x, 5) for key, x in row.items()} for name, row in found.items()}
+        return {"figures": FIGURES, "circuits": circuits}
 
     @staticmethod
     def tables(result: Row) -> list[Table]:
-        return [
-            _known(result["circuits"]),
-            *(_agreement(result["summary"], measure, norms) for measure in MEASURES for norms in NORMS),
-        ]
+        each = [_agreement(result["summary"], measure, norms) for measure in MEASURES for norms in NORMS]
+        return [_known(result["circuits"]), *each]
+
+    @staticmethod
+    def panels(result: Row) -> list[Panel]:
+        return [_panel(result["summary"], norms) for norms in NORMS]
 
 
 def _panel(summary: Row, norms: str) -> Panel:
