@@ -60,6 +60,7 @@ def build() -> tuple[DePass, Tensor]:
         num_key_value_heads=2,
         head_dim=HEAD,
         vocab_size=NAMES * LENGTH,
+        rope_theta=1e30,  # transformers 4
         rope_parameters={"rope_type": "default", "rope_theta": 1e30},
         rms_norm_eps=1e-12,
         tie_word_embeddings=False,

@@ -69,6 +69,7 @@ def build() -> tuple[DePass, Question]:
         num_key_value_heads=2,
         head_dim=WIDTH,
         vocab_size=7,
+        rope_theta=1e30,  # transformers 4
         rope_parameters={"rope_type": "default", "rope_theta": 1e30},
         rms_norm_eps=1e-12,
         tie_word_embeddings=False,

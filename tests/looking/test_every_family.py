@@ -7,16 +7,15 @@ import torch
 
 from depass_fast import AttentionCredit, AttentionExplanation, DePass, Heads, Modules, Neurons, Tokens
 from tests.support.family_models import VARIANTS, available, build_variant
-from tests.support.models import random_ids
+from tests.support.models import random_ids, runs
 
-NO_DOUBLE = ("xglm",)  # transformers itself does not run them in float64
 # their code computes the rotary embedding, or norms of queries and keys, in float32 whatever the model's dtype
 NARROW = ("cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe")
 PROMPTS = [random_ids(9), random_ids(5, seed=2)]
 
 
-def tolerance(model_type: str) -> float:
-    return 1e-5 if model_type in NO_DOUBLE else 1e-6 if model_type in NARROW else 1e-12
+def tolerance(model_type: str, dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 1e-6 if model_type in NARROW else 1e-12
 
 
 def check(why: AttentionExplanation, allowed: float) -> None:
@@ -53,8 +52,9 @@ def same_totals(credit: AttentionCredit, steered: object, allowed: float) -> Non
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
 def test_every_variant(name):
     model_type, number = VARIANTS[name][0], list(VARIANTS).index(name)
-    dtype, allowed = torch.float32 if model_type in NO_DOUBLE else torch.float64, tolerance(model_type)
-    dp = DePass(build_variant(name).to(dtype))
+    model = build_variant(name)
+    model = model if runs(model.double()) else model.float()
+    dp, allowed = DePass(model), tolerance(model_type, model.dtype)
     trace = dp.trace(PROMPTS)
     kind = (Heads(0), Neurons(0), Tokens(1), Modules(0))[number % 4]
     for components, layer in ((Tokens(), 0), (kind, dp.adapter.n_layers - 1)):
