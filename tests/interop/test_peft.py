@@ -54,6 +54,8 @@ def check(model, oracle):
         assert torch.allclose(result.scores, expected.scores, atol=1e-4 * scale), kind
         assert result.completeness_error < 2e-5
     check_activations(dp.adapter, dp.trace(IDS))
+    why, other = (one.explain_attention(IDS, Tokens(), 1) for one in (dp, plain))
+    assert why.completeness_error < 2e-5 and torch.allclose(why.key_side, other.key_side, atol=1e-3)
     with torch.no_grad():
         own = model(torch.tensor([IDS])).logits[0, -1, 5]
     result = dp.attribute(IDS, Tokens(), 5)
