@@ -5,19 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from .adapters import Adapter
 from .components.base import ComponentKind
-from .inputs.prompts import Prompt
+from .inputs.prompts import OnePrompt, Prompt, SeveralPrompts
 from .ledger.given import rule_of
 from .linear_rules import LINEAR_RULES
 from .methods.credit import credits_of
 from .methods.explain import attention_layer, check_start, explanations, heads_of, refuse_several
-from .options import LinearRuleName, Options, OptionValues
+from .options import CreditValues, LinearRuleName, LookValues, Options, OptionValues
 from .request import Request, with_targets
+from .results.credit import AttentionCredit
+from .results.explanation import AttentionExplanation
 from .trace.record import Trace
 
 if TYPE_CHECKING:
@@ -29,6 +31,36 @@ class AttentionCalls(ABC):
 
     adapter: Adapter
     options: Options
+
+    @overload
+    def explain_attention(
+        self,
+        prompt: OnePrompt,
+        components: ComponentKind,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+        **more: Unpack[LookValues],
+    ) -> AttentionExplanation: ...
+
+    @overload
+    def explain_attention(
+        self,
+        prompt: SeveralPrompts,
+        components: ComponentKind,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+        **more: Unpack[LookValues],
+    ) -> list[AttentionExplanation]: ...
+
+    @overload
+    def explain_attention(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+        **more: Unpack[LookValues],
+    ) -> Any: ...
 
     @torch.no_grad()
     def explain_attention(
@@ -74,6 +106,25 @@ class AttentionCalls(ABC):
         request = self._request(prompt, components, number, options)
         found = explanations(request, number, heads, one_head, query, key)
         return found if request.batch else found[0]
+
+    @overload
+    def attention_credit(
+        self, prompt: OnePrompt, components: ComponentKind, target: Any = None, **more: Unpack[CreditValues]
+    ) -> AttentionCredit: ...
+
+    @overload
+    def attention_credit(
+        self, prompt: SeveralPrompts, components: ComponentKind, target: Any = None, **more: Unpack[CreditValues]
+    ) -> list[AttentionCredit]: ...
+
+    @overload
+    def attention_credit(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        components: ComponentKind,
+        target: Any = None,
+        **more: Unpack[CreditValues],
+    ) -> Any: ...
 
     @torch.no_grad()
     def attention_credit(

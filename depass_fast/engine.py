@@ -19,7 +19,7 @@ from .components.custom import Custom
 from .components.model import Tokens
 from .inputs.generation import generation_arguments
 from .inputs.loading import as_tokenizer, check_weights, load_model
-from .inputs.prompts import Prompt, encode_all, is_list_of_positions
+from .inputs.prompts import OnePrompt, Prompt, SeveralPrompts, encode_all, is_list_of_positions
 from .ledger.book import Ledger
 from .ledger.given import check_options, refuse_arguments, rule_of
 from .methods import continuation as continuations
@@ -40,11 +40,8 @@ from .trace.record import Trace
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# What type checkers tell apart: prompts that are one or several whatever they hold, and kinds of a single layer.
-OnePrompt: TypeAlias = str | Sequence[int] | list[dict[str, str]]
-SeveralPrompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
 Given: TypeAlias = str | Sequence[int]
-OneLayer: TypeAlias = Tokens | Custom
+OneLayer: TypeAlias = Tokens | Custom  # kinds of a single layer, as type checkers tell them apart
 
 
 class DePass(StateCalls, AttentionCalls):

@@ -183,6 +183,22 @@ class CallValues(OptionValues, total=False):
     method: MethodName | Adjoint | None
 
 
+class LookValues(OptionValues, total=False):
+    """The keyword arguments of an explanation of attention."""
+
+    query: int
+    key: int | tuple[int, int] | None
+
+
+class CreditValues(OptionValues, total=False):
+    """The keyword arguments of a credit of attention."""
+
+    rule: LinearRuleName | None
+    contrast: int | str | None
+    targets: Sequence[Any] | None
+    position: int
+
+
 @dataclass(frozen=True)
 class Adjoint:
     """The adjoint sweep as a ``method``: first-order scores, of which the largest are refined (docs/adjoint.md).

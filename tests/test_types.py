@@ -15,6 +15,8 @@ from typing_extensions import assert_type
 
 from depass_fast import (
     Adjoint,
+    AttentionCredit,
+    AttentionExplanation,
     Attribution,
     ComponentKind,
     ComponentState,
@@ -55,6 +57,14 @@ def test_one_layer_of_one_prompt_gives_an_attribution(demo: DePass):
         assert_type(demo.attribute(IDS, Custom(1, [np.zeros((3, width))])), Attribution),
     ]
     assert all(type(result) is Attribution for result in results)
+
+
+def test_attention_is_explained_prompt_by_prompt(demo: DePass):
+    one = assert_type(demo.explain_attention(TEXT, Tokens(), 1, 2, key=(0, 2)), AttentionExplanation)
+    several = assert_type(demo.explain_attention([TEXT], Tokens(), layer=1), list[AttentionExplanation])
+    credit = assert_type(demo.attention_credit(IDS, Heads(1), 3, rule="half"), AttentionCredit)
+    credits = assert_type(demo.attention_credit([IDS, IDS], Heads(1)), list[AttentionCredit])
+    assert one.asked == "pair" and len(several) == 1 and len(credits) == 2 and credit.rule == "half"
 
 
 def test_several_layers_of_one_prompt_give_a_layered_attribution(demo: DePass):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ CIRCUITS = {
 
 def build() -> tuple[DePass, Tensor]:
     """Return the model and its prompt: ids (N,)."""
+    of_transformers_4: dict[str, Any] = {"rope_theta": 1e30}
     config = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=2,
@@ -60,8 +62,8 @@ def build() -> tuple[DePass, Tensor]:
         num_key_value_heads=2,
         head_dim=HEAD,
         vocab_size=NAMES * LENGTH,
-        rope_theta=1e30,  # transformers 4
         rope_parameters={"rope_type": "default", "rope_theta": 1e30},
+        **of_transformers_4,
         rms_norm_eps=1e-12,
         tie_word_embeddings=False,
         bos_token_id=None,

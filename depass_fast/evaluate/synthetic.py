@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,6 +61,7 @@ HEADS = {
 
 def build() -> tuple[DePass, Question]:
     """Return the model and its question: the tokens of :data:`TOKENS` in their order."""
+    of_transformers_4: dict[str, Any] = {"rope_theta": 1e30}
     config = LlamaConfig(
         hidden_size=WIDTH,
         intermediate_size=2,
@@ -69,8 +70,8 @@ def build() -> tuple[DePass, Question]:
         num_key_value_heads=2,
         head_dim=WIDTH,
         vocab_size=7,
-        rope_theta=1e30,  # transformers 4
         rope_parameters={"rope_type": "default", "rope_theta": 1e30},
+        **of_transformers_4,
         rms_norm_eps=1e-12,
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from .encodings import is_encoded_batch, is_encoding, unpadded
 from .text import check_text
 
 Prompt = str | np.ndarray | Sequence[int] | Tensor | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+# what type checkers tell apart: prompts that are one or several whatever they hold
+OnePrompt: TypeAlias = str | Sequence[int] | list[dict[str, str]]
+SeveralPrompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
 POSITIONS = "an integer, or a list of integers"  # what a position may be
 
 
