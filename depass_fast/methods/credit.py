@@ -52,7 +52,7 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
     steers = Steers.of(adapter, trace, request.prompts, layers, keeps=True)
     way_back(back, reads, Wanted(frozenset(), frozenset(), frozenset(), Entry(first, "resid_pre")), steers)
 
-    state, found, errors = start(request), {}, []
+    state, found, errors, checks = start(request), {}, [], []
     for layer in range(entry.layer, request.end):
         if layer in steers.kept:
             for prompt, outlook in enumerate(steers.kept.pop(layer)):
@@ -61,15 +61,18 @@ def credits_of(request: Request, rule: LinearRuleName, linear: Options) -> list[
         if layer < layers[-1]:
             state, passed = propagate(adapter, trace, state, layer + 1, request.run)
             errors += passed
-    verified = request.run.verified()
-    warn_if_off(verified, request.run.backend.name)
+            checks.append(request.run.verified())
+    verified = max(
+        (one for one in checks if one is not None), key=lambda one: (not one.passed, one.error), default=None
+    )
+    said = warn_if_off(verified, request.run.backend.name)
     layer_errors = torch.stack([one.cpu() for one in errors]) if errors else torch.zeros(1, trace.n_prompts)
     results: list[AttentionCredit] = []
     for place, (prompt, position) in enumerate(reads.readout.places):
         parts = [found[prompt, layer] for layer in layers]
         results.append(_result(request, rule, reads, place, prompt, position, layers, parts, layer_errors[:, prompt]))
     for result in results:
-        result.verification = verified
+        result.verification, result.warnings = verified, said
     _warn(request, results, steers.off)
     return results
 
@@ -173,6 +176,6 @@ def _warn(request: Request, results: list[AttentionCredit], off: float) -> None:
     for result in results:
         if not rounding.explains(result.completeness_error, max(result.layer_errors[0], off)):
             texts.append(excess(result.completeness_error, rounding, "the credit of attention", own))
-            result.warnings = [texts[-1]]
+            result.warnings = [*(result.warnings or []), texts[-1]]
     if texts:
         warn_incomplete(texts[0])

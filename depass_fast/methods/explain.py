@@ -117,7 +117,7 @@ def explanations(
     ]
     state, errors = propagate(adapter, trace, start(request), layer, request.run)
     verified = request.run.verified()
-    warn_if_off(verified, request.run.backend.name)
+    said = warn_if_off(verified, request.run.backend.name)
     layer_errors = torch.stack([one.cpu() for one in errors])
     results, texts = [], []
     for p, (of_p, some) in enumerate(zip(sides, keys, strict=True)):
@@ -128,14 +128,14 @@ def explanations(
             found = explain(rows, of_p, record, trace.span(p), heads, queries[p], some)
         result = _result(request, p, layer, heads, one_head, queries[p], some, rows, found, layer_errors[:, p].tolist())
         result.asked = "all" if key is None else "one" if len(some) == 1 else "pair"
-        result.verification = verified
+        result.verification, result.warnings = verified, said
         result._parts, result._looks = _kept(rows, of_p, record, trace.span(p), queries[p], some)
         begun = max(result.layer_errors[0], of_p.off)
         rounding = rounding_of(adapter, request.run)
         if not rounding.explains(result.completeness_error, begun):
             missed = "the attention logits"
             texts.append(excess(result.completeness_error, rounding, missed, callable(request.run.allocation.rule)))
-            result.warnings = [texts[-1]]
+            result.warnings = [*(said or []), texts[-1]]
         results.append(result)
     if texts:
         warn_incomplete(texts[0])

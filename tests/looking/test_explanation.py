@@ -134,6 +134,18 @@ def test_positions_behind_the_query_do_not_matter():
     assert cut.labels == whole.labels and torch.allclose(cut.key_side, whole.key_side, atol=1e-5)
 
 
+def test_it_may_be_verified(tmp_path):
+    dp = build("llama-gqa")
+    for made in (
+        dp.explain_attention(IDS, Heads(0), 2, verify=True),
+        dp.attention_credit(IDS, Heads(0), 3, allocation="softmax", verify=True),
+    ):
+        assert made.verification.passed and made.verification.compared > 0 and made.warnings is None
+        made.save(tmp_path / "made.safetensors")
+        assert type(made).load(tmp_path / "made.safetensors").verification == made.verification
+    assert dp.explain_attention(IDS, Heads(0), 2).verification is None
+
+
 @pytest.mark.parametrize("options", [{"backend": "reference"}, {"stream": True}, {"allocation": "shapley"}], ids=str)
 def test_ways_to_carry_the_components(options):
     dp = build("llama-gqa")
