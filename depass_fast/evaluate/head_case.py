@@ -17,7 +17,7 @@ from ..looking.without import BOTH, KEY, QUERY, TAKEN_OUT, whole
 from ..trace.record import Trace
 from .interventions import logits_after
 from .questions import CONTRAST, READS, Question
-from .relooked import looking, probabilities_of, without
+from .relooked import looking, probabilities_of, sides_without
 
 KEY_LOG_P, LOGIT = "log P of the leading key", "logit difference"
 REACT, HELD = "norms react", "norms held"
@@ -44,7 +44,7 @@ class HeadCase:
         """Return how the measures fall (M,) when each token is taken out of a side or both, and norms react or not."""
         found: dict[tuple[str, str, str], Tensor] = {}
         for side, norms in itertools.product(TAKEN_OUT, NORMS):
-            left = [without(self.sides, self.x, part, side, norms == REACT) for part in self.parts]
+            left = [sides_without(self.sides, self.x, part, side, norms == REACT) for part in self.parts]
             p = torch.stack([self.p, *(probabilities_of(one, self.record, self.head) for one in left)])
             log_p = p[:, -1, self.key].log()
             with looking(engine, trace, layer, self.head, p):

@@ -67,7 +67,7 @@ def probabilities_of(sides: Sides, record: AttentionTrace, head: int) -> Tensor:
     return found.values.softmax(-1)[0, :, :n]
 
 
-def without(sides: Sides, x: Tensor, part: Tensor, taken_out: str, norms_react: bool = True) -> Sides:
+def sides_without(sides: Sides, x: Tensor, part: Tensor, taken_out: str, norms_react: bool = True) -> Sides:
     """Return queries and keys as the model makes them of its input ``x`` (N, D) less ``part`` (N, D).
 
     ``taken_out`` says whether the queries, the keys or both miss it. Norms are of what is left where they ``react``,

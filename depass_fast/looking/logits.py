@@ -40,17 +40,26 @@ def logits_of(
     k = keys[:, which]  # (K, h, d)
     raw = torch.einsum("qhd,khd->hqk", q, k) * trace.scale
     ratio = torch.full_like(raw, trace.scale)
-    values = raw
     if trace.softcap is not None:
-        values = trace.softcap * torch.tanh(raw / trace.softcap)
-        ratio = ratio * torch.where(raw == 0, 1.0, values / torch.where(raw == 0, 1.0, raw))
+        ratio = ratio * torch.where(raw == 0, 1.0, capped(raw, trace) / torch.where(raw == 0, 1.0, raw))
     bias = None
     if trace.key_bias is not None:
         bias = trace.key_bias[span][: len(keys), heads].to(raw).T[:, None]
-        values = values + bias
-    seen = causal_mask(queries, len(keys), trace.window)
-    values = values.masked_fill(~seen, -torch.inf)
-    if sides.sink is None:
-        return Logits(values, ratio, bias, False)
-    sink = sides.sink[heads, None, None].expand(-1, len(queries), -1)
-    return Logits(torch.cat([values, sink], -1), ratio, bias, True)
+    sink = None if sides.sink is None else sides.sink[heads, None, None]
+    return Logits(finished(raw, trace, queries, bias, sink), ratio, bias, sink is not None)
+
+
+def capped(raw: Tensor, trace: AttentionTrace) -> Tensor:
+    """Return scaled products, capped where the model caps them."""
+    return raw if trace.softcap is None else trace.softcap * torch.tanh(raw / trace.softcap)
+
+
+def finished(raw: Tensor, trace: AttentionTrace, queries: Tensor, bias: Tensor | None, sink: Tensor | None) -> Tensor:
+    """Return the logits (..., Q, K) that scaled products ``raw`` become, with those of a ``sink`` (..., 1, 1) behind.
+
+    ``bias`` is added to keys; keys that the ``queries`` (Q,) do not see have -inf.
+    """
+    values = capped(raw, trace)
+    values = values if bias is None else values + bias
+    values = values.masked_fill(~causal_mask(queries, raw.shape[-1], trace.window), -torch.inf)
+    return values if sink is None else torch.cat([values, sink.expand(*values.shape[:-1], 1)], -1)

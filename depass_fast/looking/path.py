@@ -34,9 +34,9 @@ def path_average(logits: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
     centred = torch.where(seen, finite - (finite * even).sum(-1, keepdim=True), 0.0)
     rounding = _ROUNDINGS * torch.finfo(logits.dtype).eps * (even * worth.abs()).sum(-1)
     worth = worth - (even * worth).sum(-1, keepdim=True)
-    change = ((logits.softmax(-1) - even) * worth).sum(-1)
+    change = ((centred.masked_fill(~seen, -torch.inf).softmax(-1) - even) * worth).sum(-1)
     for count in _NODES:
-        average = _average(logits, worth, count)
+        average = _average(centred.masked_fill(~seen, -torch.inf), worth, count)
         parts = average * centred
         missed = change - parts.sum(-1)
         allowed = _CLOSE[logits.dtype] * (parts.abs().sum(-1) + change.abs()) + rounding

@@ -66,10 +66,13 @@ class Side:
         ``which`` (h,) are the heads here whose keys they read. Those that share one go one after the other.
         """
         used, place = which.unique(return_inverse=True)
-        turn = (which[:, None] == which).tril(-1).sum(1)  # (h,) the number of earlier readers of the same
-        z = y.new_zeros(*y.shape[:-3], int(turn.max()) + 1, y.shape[-3], self.heads, y.shape[-1])
-        z.movedim((-4, -2), (0, 1))[turn, which] = y.movedim(-2, 0)
-        return self.back(z, used).movedim((-4, -3), (0, 1))[turn, place].movedim(0, -3)
+        order = (which[:, None] == which).tril(-1).sum(1)  # (h,) the number of earlier readers of the same
+        z = y.new_zeros(*y.shape[:-3], int(order.max()) + 1, y.shape[-3], self.heads, y.shape[-1])
+        for reader, (at, head) in enumerate(zip(order.tolist(), which.tolist(), strict=True)):
+            z[..., at, :, head, :] = y[..., reader, :]
+        found = self.back(z, used)  # (..., rounds, used, N, D)
+        each = zip(order.tolist(), place.tolist(), strict=True)
+        return torch.stack([found[..., at, head, :, :] for at, head in each], -3)
 
     def at(self, positions: Tensor | slice) -> Side:
         """Return the same at some of the positions."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..trace.attention import causal_mask
 from ..trace.record import AttentionTrace
+from .logits import finished
 from .rows import PromptRows
 from .sides import Side, Sides, frozen_at
 
@@ -26,44 +28,43 @@ def looks_without(
     sides: Sides,
     trace: AttentionTrace,
     span: slice,
-    head: int,
+    heads: Sequence[int],
     query: int,
     side: str,
     norms_react: bool,
 ) -> Tensor:
-    """Return where a head looks from local position ``query`` without each of M components: (M, N), N = query + 1.
+    """Return where heads look from local position ``query`` without each of M components: (H, M, N), N = query + 1.
 
     ``side`` says whether they are taken out of what the query reads, of what the keys read, or of both. Norms in front
-    of queries and keys are of what is left where they react, else they are held. Constants stay.
+    of queries and keys are of what is left where they react; else they are held, and clamps with them. Constants stay.
     """
-    x, kv, n, m = trace.resid[span], head // sides.groups, query + 1, len(rows.labels)
-    q = sides.q[query, head].expand(m, -1)  # (M, d)
+    device, n, m = sides.q.device, query + 1, len(rows.labels)
+    which = torch.tensor(list(heads), device=device)
+    x, kv = trace.resid[span], which // sides.groups
+    q = sides.q[query, which].expand(m, -1, -1)  # (M, H, d)
     if side in (QUERY, BOTH):
-        q = _left(rows, sides.of_q, sides.q, x, query, norms_react)[:, head]
-    raw = q.new_zeros(m, n)
+        q = _left(rows, sides.of_q, sides.q, x, query, norms_react)[:, which]
+    raw = q.new_zeros(len(which), m, 1, n)
     for key in range(0 if trace.window is None else max(0, n - trace.window), n):
         k = sides.k[key, kv]
         if side in (KEY, BOTH):
             k = _left(rows, sides.of_k, sides.k, x, key, norms_react)[:, kv]
-        raw[:, key] = (q * k).sum(-1) * trace.scale
-    values = raw if trace.softcap is None else trace.softcap * torch.tanh(raw / trace.softcap)
-    if trace.key_bias is not None:
-        values = values + trace.key_bias[span][:n, head].to(values)
-    seen = causal_mask(torch.tensor([query], device=values.device), n, trace.window)
-    values = values.masked_fill(~seen, -torch.inf)
-    if sides.sink is None:
-        return values.softmax(-1)
-    sink = sides.sink[head].expand(m, 1)
-    return torch.cat([values, sink], -1).softmax(-1)[:, :-1]
+        raw[:, :, 0, key] = (q * k).sum(-1).T * trace.scale
+    bias = None if trace.key_bias is None else trace.key_bias[span][:n, which].to(raw).T[:, None, None]
+    sink = None if sides.sink is None else sides.sink[which, None, None, None]
+    values = finished(raw, trace, torch.tensor([query], device=device), bias, sink)
+    return values.softmax(-1)[:, :, 0, :n]
 
 
 def _left(rows: PromptRows, side: Side, own: Tensor, x: Tensor, position: int, norms_react: bool) -> Tensor:
     """Return the queries, or keys, of a position without each of the components: (M, H, d)."""
     given, index = rows.at(position, own)
-    at = torch.full((len(given),), position, device=own.device)
     out = own[position].expand(len(rows.labels), -1, -1).clone()
-    if norms_react:
-        out[index] = whole(side.at(at), x[position].to(own) - given)
+    if norms_react:  # added to what was recorded, so that nothing changes where nothing is taken out
+        here = x[position].to(own)[None]
+        at = torch.full((len(given) + 1,), position, device=own.device)
+        made = whole(side.at(at), torch.cat([here, here - given]))
+        out[index] += made[1:] - made[:1]
     else:
-        out[index] -= side.read(given, at)
+        out[index] -= side.read(given, torch.full((len(given),), position, device=own.device))
     return out

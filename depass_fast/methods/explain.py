@@ -129,7 +129,7 @@ def explanations(
         result = _result(request, p, layer, heads, one_head, queries[p], some, rows, found, layer_errors[:, p].tolist())
         result.asked = "all" if key is None else "one" if len(some) == 1 else "pair"
         result.verification, result.warnings = verified, said
-        result._parts, result._looks = _kept(rows, of_p, record, trace.span(p), queries[p], some)
+        result._parts, result._looks = _kept(rows, of_p, record, trace.span(p), heads, queries[p], some)
         begun = max(result.layer_errors[0], of_p.off)
         rounding = rounding_of(adapter, request.run)
         if not rounding.explains(result.completeness_error, begun):
@@ -196,7 +196,13 @@ def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
 
 
 def _kept(
-    rows: PromptRows, sides: Sides, record: AttentionTrace, span: slice, query: int, keys: list[int]
+    rows: PromptRows,
+    sides: Sides,
+    record: AttentionTrace,
+    span: slice,
+    heads: list[int],
+    query: int,
+    keys: list[int],
 ) -> tuple[Any, Any]:
     """Return what answers `pairs`, and what answers `without`; None where too much would be kept on the device."""
     counts = rows.state.layout.counts[rows.state.layout.segments(rows.prompt)]
@@ -211,23 +217,24 @@ def _kept(
     given: dict[str, Any] = {"rows": kept, "sides": sides, "record": own, "query": query}
     given["span"] = slice(0, span.stop - span.start)
     is_whole = len(keys) == query + 1 - _first(record.window, query)
-    return partial(_parts, **given), partial(_looks, **given) if is_whole else None
+    looks = partial(_looks, heads=heads, **given) if is_whole else None
+    return partial(_parts, **given), looks
 
 
 def _looks(
-    head: int,
     side: str,
     norms_react: bool,
     *,
+    heads: list[int],
     rows: PromptRows,
     sides: Sides,
     record: AttentionTrace,
     span: slice,
     query: int,
 ) -> Tensor:
-    """Return where a head looks without each component, in host memory."""
+    """Return where heads look without each component, (H, M, N) in host memory."""
     with torch.no_grad(), full_precision():
-        return looks_without(rows, sides, record, span, head, query, side, norms_react).cpu()
+        return looks_without(rows, sides, record, span, heads, query, side, norms_react).cpu()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -98,7 +99,8 @@ class AttentionExplanation:
     provenance: Provenance | None = None
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
     _parts: Callable[[int, int], tuple[Tensor, Tensor, Tensor]] | None = field(default=None, repr=False)
-    _looks: Callable[[int, str, bool], Tensor] | None = field(default=None, repr=False)
+    _looks: Callable[[str, bool], Tensor] | None = field(default=None, repr=False)
+    _without: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     # -- shares ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +188,7 @@ class AttentionExplanation:
 
         The component is taken out of what the query reads, of what the keys read, or of both; its constants stay. This
         is the head itself, computed again: shares are parts of a sum, and say something else. With ``norms`` "held",
-        those in front of queries and keys are as they were.
+        norms in front of queries and keys, and clamps of these, are as they were.
 
         Raises:
             ValueError: ``side`` or ``norms`` is another word; the components of the keys were not kept, see
@@ -196,13 +198,16 @@ class AttentionExplanation:
             raise ValueError(f"side: {side!r} is not one of {', '.join(map(repr, SIDES))}.")
         if norms not in ("react", "held"):
             raise ValueError(f"norms: {norms!r} is neither 'react' nor 'held'.")
-        number = self.heads[self._head(head)]
+        number = self._head(head)
         if self._looks is None:
             raise ValueError(
                 "without: what the keys hold was not kept; ask explain_attention for all keys (key=None), of a shorter "
                 "prompt or of fewer components."
             )
-        return self._looks(number, side, norms == "react")
+        asked = side, norms == "react"
+        if asked not in self._without:  # all heads at once: their queries and keys are made together
+            self._without[asked] = self._looks(*asked)
+        return self._without[asked][number]
 
     def _head(self, head: int | None) -> int:
         """Return where a head is among those that were asked for."""
@@ -304,11 +309,24 @@ class AttentionExplanation:
 
     def _plain(self) -> dict[str, Any]:
         names = [one.name for one in fields(self)]
-        left_out = {*TENSORS, "sink", "unknown", "_parts", "_looks"}
+        left_out = {*TENSORS, "sink", "unknown", "_parts", "_looks", "_without"}
         return plain_values(self, [name for name in names if name not in left_out])
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_parts": None, "_looks": None}
+
+    def __copy__(self) -> AttentionExplanation:
+        """Return a copy, which answers `pairs` and `without`, too: only files and pickles hold no states."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionExplanation:
+        """Return a deep copy; the states, which nobody changes, are shared."""
+        made = self.__copy__()
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        made._parts, made._looks = self._parts, self._looks
+        return made
 
 
 _PAIRS = 1 << 22  # made at a time

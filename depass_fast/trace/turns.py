@@ -22,7 +22,7 @@ from ..adapters.stored import stored_shape
 from .exclusive import change_config, exclusive
 from .recorder import ATTENTION_NAME, Recorder, active
 
-_ALIKE = 1e-5  # of vectors between 0.5 and 1.5: rounding in float32
+_ALIKE = 64  # eps, of vectors between 0.5 and 1.5: rounding
 _SIZE = 2.0**-8  # of the unit vectors, so that a clamp of queries and keys does not see them
 
 
@@ -249,7 +249,7 @@ def _is_alike(turn: Turn, vector: Tensor, found: Tensor) -> bool:
     if turn.a.shape != found.shape:
         return False
     made = turn.apply(vector.to(found).expand(len(found), 1, -1), slice(None))[:, 0]
-    return bool((made - found).abs().max() <= _ALIKE)
+    return bool((made - found).abs().max() <= _ALIKE * torch.finfo(found.dtype).eps)
 
 
 def _places(module: nn.Module, part: Any) -> tuple[Tensor, int]:

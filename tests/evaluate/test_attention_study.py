@@ -13,7 +13,7 @@ from depass_fast.demo import load_demo
 from depass_fast.evaluate import qk_circuits
 from depass_fast.evaluate.head_case import BOOK, HELD, KEY_LOG_P, LOGIT, REACT
 from depass_fast.evaluate.interventions import next_logits
-from depass_fast.evaluate.relooked import looking, probabilities_of, without
+from depass_fast.evaluate.relooked import looking, probabilities_of, sides_without
 from depass_fast.evaluate.run import run
 from depass_fast.evaluate.studies.attention import FIGURES, AttentionStudy
 from depass_fast.evaluate.study import Settings
@@ -83,15 +83,15 @@ def test_what_is_left_of_queries_and_keys_is_the_models(name):
     x, sides = trace.layers[0].attention.resid, sides_of(engine, trace, 0)
     part = torch.zeros_like(x)
     part[3] = x[3] - 2 * x[5]
-    left = without(sides, x, part, BOTH)
-    other = without(sides, x, torch.zeros_like(x), BOTH)
+    left = sides_without(sides, x, part, BOTH)
+    other = sides_without(sides, x, torch.zeros_like(x), BOTH)
     torch.testing.assert_close(other.q, sides.q, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other.k, sides.k, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(left.q[3], sides.q[3]) and torch.allclose(left.q[4], sides.q[4], atol=1e-5)
-    assert torch.equal(without(sides, x, part, KEY).q, sides.q) and torch.equal(
-        without(sides, x, part, QUERY).k, sides.k
+    assert torch.equal(sides_without(sides, x, part, KEY).q, sides.q) and torch.equal(
+        sides_without(sides, x, part, QUERY).k, sides.k
     )
-    held = without(sides, x, x, BOTH, norms_react=False)  # nothing but constants is left
+    held = sides_without(sides, x, x, BOTH, norms_react=False)  # nothing but constants is left
     constant = torch.zeros_like(sides.q) if sides.of_q.constant is None else sides.of_q.constant
     torch.testing.assert_close(held.q, constant.expand_as(held.q), rtol=1e-4, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_the_book_is_what_queries_lose_with_norms_held():
     sides = sides_of(engine, trace, 1)
     x = trace.layers[1].attention.resid
     for m in (0, 4, 7):
-        left = without(sides, x, parts[m], QUERY, norms_react=False)
+        left = sides_without(sides, x, parts[m], QUERY, norms_react=False)
         p = probabilities_of(left, trace.layers[1].attention, 2)[-1]
         expected = (why.scores - why.query_side[:, m]).softmax(-1)
         torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-5)
@@ -137,7 +137,7 @@ def test_without_is_what_the_study_measures(name, norms):
     for side in (QUERY, KEY, BOTH):
         found = why.without(side, norms, head)
         for m in range(len(IDS)):
-            left = without(sides, record.resid, parts[m], side, norms == "react")
+            left = sides_without(sides, record.resid, parts[m], side, norms == "react")
             p = probabilities_of(left, record, head)[-1]
             torch.testing.assert_close(found[m], p, rtol=1e-3, atol=1e-5)
 

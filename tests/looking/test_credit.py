@@ -1,13 +1,16 @@
 """Credit of attention against sums by hand, and the second book of a ledger."""
 
+import math
+
 import pytest
 import torch
 
 from depass_fast import AttentionCredit, DePass, Heads, LogProb, Neurons, Tokens
+from depass_fast.ledger.looking import worst_miss
 from depass_fast.looking.path import path_average
 from tests.looking.test_every_family import same_totals
 from tests.support.components import kinds
-from tests.support.family_models import build_variant
+from tests.support.family_models import available, build_variant
 from tests.support.models import build, random_ids
 
 IDS = random_ids(7)
@@ -120,6 +123,32 @@ def test_the_second_book_of_a_ledger(tmp_path):
         steered.save(tmp_path / "second.safetensors")
     with pytest.raises(ValueError, match=r"steered: this ledger has no book of attention"):
         _ = plain.steered
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mpt", "qwen3"])
+def test_pieces_change_nothing(name, monkeypatch):
+    if not available(name):
+        pytest.skip("not in this version of transformers")
+    dp = DePass(build_variant(name))
+    whole = dp.attention_credit(IDS, Heads(0), 3)
+    monkeypatch.setattr("depass_fast.looking.steer._CPU_TILE", 3 * len(IDS))  # three logits' rows of one head
+    monkeypatch.setattr("depass_fast.methods.credit._HELD", 1)
+    pieces = dp.attention_credit(IDS, Heads(0), 3)
+    for name in ("scores", "changes"):
+        assert torch.allclose(getattr(pieces, name), getattr(whole, name), atol=1e-5)
+
+
+def test_a_ledgers_second_error_is_the_worst_of_its_sites():
+    dp = build("llama-gqa")
+    pages = dp.ledger(IDS, 3, attention=True).steered._pages
+    assert worst_miss(pages) <= 1e-5
+    site = next(iter(pages.changes))
+    kept = pages.totals[site]
+    pages.totals[site] = kept + pages.sizes[site].clamp_min(1.0)
+    assert worst_miss(pages) > 0.5
+    pages.totals[site] = kept * float("nan")
+    assert math.isnan(worst_miss(pages))
+    pages.totals[site] = kept
 
 
 def test_even_attention_owes_nothing():

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from depass_fast import AttentionExplanation, Continuation, Custom, DePass, Heads, Neurons, Pair, Tokens
+from depass_fast import (
+    AttentionExplanation,
+    CompletenessWarning,
+    Continuation,
+    Custom,
+    DePass,
+    Heads,
+    Neurons,
+    Pair,
+    Tokens,
+)
+from depass_fast.looking.rows import PromptRows
 from tests.looking.test_turns import by_hand
 from tests.support.components import kinds
 from tests.support.family_models import available, build_variant
@@ -300,6 +311,28 @@ def test_bad_questions(ask, message):
         ask(build("llama-gqa").explain_attention(IDS, Tokens(), 1, key=4))
 
 
+def test_an_error_shows(monkeypatch):
+    """Components that are not those of the residual stream miss the logits, and the result says by how much."""
+    dp = build("llama-gqa")
+    at = PromptRows.at
+    monkeypatch.setattr(PromptRows, "at", lambda self, *given: (1.1 * at(self, *given)[0], at(self, *given)[1]))
+    with pytest.warns(CompletenessWarning, match="the components miss the attention logits"):
+        why = dp.explain_attention(IDS, Heads(0), 2)
+    assert why.completeness_error > 1e-3 > max(why.layer_errors)
+
+
+def test_pieces_change_nothing(monkeypatch):
+    dp = build("llama-gqa")
+    whole = dp.explain_attention(IDS, Tokens(), 2)
+    monkeypatch.setattr("depass_fast.looking.explain._HELD", 4 * 32 * 2)
+    monkeypatch.setattr("depass_fast.results.explanation._PAIRS", 20)
+    pieces = dp.explain_attention(IDS, Tokens(), 2)
+    assert torch.allclose(pieces.key_side, whole.key_side, atol=1e-6)
+    assert torch.allclose(pieces.key_mean, whole.key_mean, atol=1e-6)
+    for one, other in zip(pieces.pairs(4, 5, 1), whole.pairs(4, 5, 1), strict=True):
+        assert one[:2] == other[:2] and math.isclose(one.score, other.score, abs_tol=1e-6)
+
+
 def test_too_much_is_refused(monkeypatch):
     dp = build("llama-gqa")
     monkeypatch.setattr("depass_fast.methods.explain.available", lambda device: 1000)
@@ -313,6 +346,8 @@ def test_pairs_of_many_keys_need_their_own_call(monkeypatch):
     with pytest.raises(ValueError, match="was not kept"):
         dp.explain_attention(IDS, Tokens(), 1, 0).pairs(3)
     assert len(dp.explain_attention(IDS, Tokens(), 1, 0, key=3).pairs(3)) == 10
+    with pytest.raises(ValueError, match="was not kept"):  # of two prompts together it would be twice as much
+        dp.explain_attention([IDS, IDS], Tokens(), 1, 0, key=3)[0].pairs(3)
 
 
 def test_a_trained_model():

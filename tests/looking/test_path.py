@@ -65,6 +65,17 @@ def test_keys_that_are_worth_the_same_take_few_nodes(monkeypatch):
     assert counts == [12]
 
 
+@pytest.mark.parametrize("offset, spread", [(0.0, 3.0), (0.0, 30.0), (0.0, 100.0), (1000.0, 0.1), (300.0, 5.0)])
+def test_float32_is_near_to_float64(offset, spread):
+    """More nodes are needed if logits differ much, and a common offset must not round."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (offset + spread * torch.randn(3, 50, 9, generator=generator)).float()
+    worth = torch.randn(1, 3, 50, 9, generator=generator)
+    found, change = path_average(logits, worth)
+    wanted, wanted_change = path_average(logits.double(), worth.double())
+    assert (found - wanted).abs().max() < 1e-6 and (change - wanted_change).abs().max() < 1e-5
+
+
 def test_a_constant_in_all_logits_changes_nothing():
     logits, worth = given(2.0)
     one, _ = path_average(logits, worth)

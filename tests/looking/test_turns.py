@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from depass_fast import DePass, Tokens
+from depass_fast.looking import turned
 from depass_fast.looking.freeze import freeze_sides
 from depass_fast.trace.consistency import computation
-from depass_fast.trace.turns import measure_turns
+from depass_fast.trace.turns import _is_alike, measure_turns
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import build, random_ids, runs
 
@@ -45,6 +46,30 @@ def test_layers_may_differ():
     x = torch.randn(len(IDS), 4, 8)
     assert torch.equal(found[1].q.apply(x, slice(None)), x)
     assert not torch.allclose(found[0].q.apply(x, slice(None)), x)
+
+
+def test_layers_are_told_apart_by_little():
+    first, other = (measure_turns(DePass(build_variant("llama: GQA")).adapter, IDS, [0])[0] for _ in range(2))
+    vector = torch.rand(1, 8) + 0.5
+    made = first.q.apply(vector.expand(len(IDS), 1, -1), slice(None))[:, 0]
+    assert _is_alike(other.q, vector, made)
+    made[4, 3] += 1e-4
+    assert not _is_alike(other.q, vector, made)
+    assert not _is_alike(other.q, vector, made[:-1])
+
+
+def test_a_model_is_asked_once(monkeypatch):
+    dp, asked = DePass(build_variant("llama: GQA")), []
+    monkeypatch.setattr(turned, "measure_turns", lambda *given: asked.append(given[2]) or measure_turns(*given))
+    first = dp.explain_attention(IDS, Tokens(), 1)
+    dp.explain_attention(IDS[:4], Tokens(), 1)
+    dp.attention_credit(IDS, Tokens(), 3)
+    assert asked == [[1], [0, 2]]  # of a layer that is known nothing is asked
+    dp.explain_attention(random_ids(12), Tokens(), 1)
+    assert asked == [[1], [0, 2], [1]]  # but of a longer prompt
+    dp.model.model.rotary_emb.inv_freq.mul_(0.5)
+    again = dp.explain_attention(IDS, Tokens(), 1)
+    assert asked[3:] == [[1]] and not torch.allclose(first.scores, again.scores, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
