@@ -1,8 +1,9 @@
 """The price of attention's own book: ``python -m bench.speed.looking [--out FILE.json] [--tiny]``.
 
-Explaining all heads of a layer of Llama-2-7B's widths, tokens, beside carrying the same components through that layer's
-attention alone; with the memory that it takes beside the state. Then a ledger with its second book beside one without,
-and the credit of tokens, head by head, beside their exact attribution. Candidates take turns.
+Explaining all heads of a layer of Llama-2-7B's widths, tokens: the step alone beside carrying the same components
+through that layer's attention, with the memory that it takes beside the state; and the whole call on a trace beside the
+decomposition that it starts from. Then a ledger with its second book beside one without, and the credit of tokens, head
+by head, beside their exact attribution. Candidates take turns, after a first call of each.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LookingTime:
         return asdict(self)
 
 
-def one_layer(shape: Shape, tokens: int, runs: int) -> LookingTime:
+def one_layer(shape: Shape, tokens: int, runs: int) -> list[LookingTime]:
     """Explain all heads of the second layer of two, whose MLPs are narrow: they are not looked at."""
     dp = DePass(build_model(replace(shape, layers=2, intermediate=64, vocabulary=1024)), progress=False)
     ids = random_prompt(replace(shape, vocabulary=1024), tokens)
@@ -73,9 +74,18 @@ def one_layer(shape: Shape, tokens: int, runs: int) -> LookingTime:
     explained()  # buffers of the libraries are there before the peak is taken
     give_back()
     peak = measured(explained) if measurable() else None
-    return _row(
-        f"all {shape.heads} heads of a layer", shape, tokens, explained, "its attention, carried", carried, runs, peak
-    )
+    step, call = f"{shape.heads} heads of a layer", f"explain_attention, {shape.heads} heads"
+
+    def called() -> object:
+        return dp.explain_attention(trace, Tokens(), 1, allocation="shapley")
+
+    def decomposed() -> object:
+        return dp.decompose(trace, Tokens(), end=1, allocation="shapley")
+
+    return [
+        _row(step, shape, tokens, explained, "its attention, carried", carried, runs, peak),
+        _row(call, shape, tokens, called, "decompose to the layer", decomposed, runs),
+    ]
 
 
 def books(shape: Shape, tokens: int, runs: int) -> LookingTime:
@@ -125,12 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     runs = options.runs or (1 if options.tiny else 3)
     wide, small = (SHAPES[name] for name in (("llama-tiny",) * 2 if options.tiny else ("llama-2-7b", "smollm2-135m")))
     with torch.no_grad():
-        rows = [one_layer(wide, 16 if options.tiny else 512, runs)]
+        rows = one_layer(wide, 16 if options.tiny else 512, runs)
         rows += [make(small, 16 if options.tiny else 64, runs) for make in (books, credit)]
     for row in rows:
         peak = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**20:.0f} MiB"
         print(
-            f"{row.model:14} {row.workload:28} {row.seconds:8.3f} s; {row.beside}: {row.beside_s:.3f} s, "
+            f"{row.model:14} {row.workload:30} {row.seconds:8.3f} s; {row.beside}: {row.beside_s:.3f} s, "
             f"{row.ratio:.2f}×{peak}"
         )
     if options.out:
