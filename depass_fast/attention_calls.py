@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from .adapters import Adapter
+from .calls import Calls
 from .components.base import ComponentKind
 from .inputs.prompts import OnePrompt, Prompt, SeveralPrompts
 from .ledger.given import rule_of
 from .linear_rules import LINEAR_RULES
 from .methods.credit import credits_of
 from .methods.explain import attention_layer, check_start, explanations, heads_of, refuse_several
-from .options import CreditValues, LinearRuleName, LookValues, Options, OptionValues
-from .request import Request, with_targets
+from .options import CreditValues, LinearRuleName, LookValues, OptionValues
+from .request import with_targets
 from .results.credit import AttentionCredit
 from .results.explanation import AttentionExplanation
 from .trace.record import Trace
@@ -26,11 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class AttentionCalls(ABC):
+class AttentionCalls(Calls):
     """Why heads look where they look, and what that is worth."""
-
-    adapter: Adapter
-    options: Options
 
     @overload
     def explain_attention(
@@ -176,13 +172,3 @@ class AttentionCalls(ABC):
             raise ValueError("position: attention_credit reads one position; call it for each.")
         found = credits_of(request, chosen, replace(request.settings, allocation=chosen))
         return found if request.batch else found[0]
-
-    @abstractmethod
-    def _request(
-        self,
-        prompt: Prompt | Sequence[Prompt] | Trace,
-        components: ComponentKind,
-        end: int | str | None,
-        options: OptionValues,
-    ) -> Request:
-        """Return the request of a call, checked."""

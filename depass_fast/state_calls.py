@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from .adapters import Adapter
+from .calls import Calls
 from .components.base import ComponentKind
 from .inputs.prompts import Prompt
 from .methods.focus import Focus, Partition, focus, partition
 from .methods.states import carry, check_trace, decompose, start_of
-from .options import Options, OptionValues
-from .request import Request
+from .options import OptionValues
 from .state.state import ComponentState
 from .trace.record import Trace
 
@@ -22,11 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class StateCalls(ABC):
+class StateCalls(Calls):
     """Decompositions as states, at a layer or at all layers, for those who carry on from there."""
-
-    adapter: Adapter
-    options: Options
 
     @torch.no_grad()
     def decompose(
@@ -96,13 +91,3 @@ class StateCalls(ABC):
             ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.
         """
         return carry(self.adapter, trace, state, end, self.options.updated(options).build(self.adapter))
-
-    @abstractmethod
-    def _request(
-        self,
-        prompt: Prompt | Sequence[Prompt] | Trace,
-        components: ComponentKind,
-        end: int | str | None,
-        options: OptionValues,
-    ) -> Request:
-        """Return the request of a call, checked."""

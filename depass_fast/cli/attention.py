@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs", type=types.positive, metavar="K", help="print the K leading pairs of the leading key, too"
     )
     flags.add_json(out)
-    out.add_argument(
-        "--out",
-        type=types.output_file(".safetensors", ".csv", ".jsonl"),
-        metavar="FILE",
-        help="write every share to FILE.safetensors or FILE.csv, or all that --json prints to FILE.jsonl",
-    )
+    flags.add_out(out)
     flags.add_quiet(out)
     flags.add_debug(out)
     parser.set_defaults(continuation=None)  # which other commands have a flag for

@@ -96,6 +96,15 @@ def add_json(group: argparse._ActionsContainer, each: str = "one JSON object") -
     group.add_argument("--json", action="store_true", help=f"print {each}, and nothing else")
 
 
+def add_out(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--out",
+        type=types.output_file(".safetensors", ".csv", ".jsonl"),
+        metavar="FILE",
+        help="write every share to FILE.safetensors or FILE.csv, or all that --json prints to FILE.jsonl",
+    )
+
+
 def add_quiet(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--quiet", action="store_true", help="show no progress bar. Without a terminal there never is one"

@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_machine(how)
     out = parser.add_argument_group("output")
     flags.add_json(out)
-    out.add_argument(
-        "--out",
-        type=types.output_file(".safetensors", ".csv", ".jsonl"),
-        metavar="FILE",
-        help="write every share to FILE.safetensors or FILE.csv, or all that --json prints to FILE.jsonl",
-    )
+    flags.add_out(out)
     flags.add_quiet(out)
     flags.add_debug(out)
 

@@ -1,7 +1,7 @@
 """Models built by hand whose heads look where they look for a known reason, and what attention's book says of them.
 
 A token of theirs says what and where it is: its embedding is a sum of three parts, a constant, its name and its
-position. Norms change nothing, as in :mod:`depass_fast.evaluate.synthetic`, and MLPs write nothing. In layer 0 one head
+position. Norms change nothing (:mod:`depass_fast.evaluate.blank`), and MLPs write nothing. In layer 0 one head
 looks at the token before, by the positions, and copies its name to another place; one looks at all tokens of the same
 name. In layer 1 one head looks at the tokens behind those of its own name: an induction head, whose key is what the
 first head has copied.
@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..components.base import ComponentKind
 from ..components.custom import Custom
 from ..components.model import Heads
 from ..engine import DePass
+from .blank import SIZE, blank_model
 
 NAMES, LENGTH = 4, 9
 SEQUENCE = (1, 0, 2, 3, 1, 0, 2, 3, 0)  # names; the last one was seen at 1 and 5, and followed by 2 at 2 and 6
-CONSTANT, SIZE, SHARP = 0, 1e4, 12.0  # SHARP: a logit of the key that is meant
+CONSTANT, SHARP = 0, 12.0  # SHARP: a logit of the key that is meant
 NAME, PLACE = 1, 1 + NAMES
 BEFORE = PLACE + LENGTH
 ANSWER = BEFORE + NAMES
@@ -53,26 +52,8 @@ CIRCUITS = {
 
 def build() -> tuple[DePass, Tensor]:
     """Return the model and its prompt: ids (N,)."""
-    of_transformers_4: dict[str, Any] = {"rope_theta": 1e30}
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=HEAD,
-        vocab_size=NAMES * LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e30},
-        **of_transformers_4,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = blank_model(WIDTH, HEAD, NAMES * LENGTH)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(SIZE / math.sqrt(WIDTH) if "norm" in name else 0.0)  # a normed state is the state
         for name in range(NAMES):
             for place in range(LENGTH):
                 row = model.model.embed_tokens.weight[name * LENGTH + place]

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..engine import DePass
+from .blank import SIZE, blank_model
 from .questions import Question
 
 CONSTANT, STEER, STEERED, KEY, PAYLOAD, ANSWER = range(6)  # coordinates of the residual stream
-WIDTH, SIZE = 8, 1e4  # of the residual stream; of its constant
+WIDTH = 8  # of the residual stream
 UNTURNED = 3  # a coordinate of a head that the rotary embedding leaves as it is
 TARGET, FOIL = 5, 6  # tokens whose logits are plus and minus half the answer
 
@@ -61,26 +61,8 @@ HEADS = {
 
 def build() -> tuple[DePass, Question]:
     """Return the model and its question: the tokens of :data:`TOKENS` in their order."""
-    of_transformers_4: dict[str, Any] = {"rope_theta": 1e30}
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=WIDTH,
-        vocab_size=7,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e30},
-        **of_transformers_4,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = blank_model(WIDTH, WIDTH, len(TOKENS) + 2)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(SIZE / math.sqrt(WIDTH) if "norm" in name else 0.0)  # a normed state is the state
         for number, token in enumerate(TOKENS.values()):
             row = model.model.embed_tokens.weight[number]
             row[[CONSTANT, STEER, KEY, PAYLOAD]] = torch.tensor([SIZE, *token])
