@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..demo import demo_prompts
 from ..engine import DePass
+from ..inputs.records import read_records
 from ..inputs.targets import Contrast, LogProb
+from ..inputs.text import spaced
 from .interventions import next_logits
-from .records import read_records
 
 ANSWERS = ("answer", "attribute", "target_token")  # the field's names in the published files
 LOGIT, LOG_PROB, CONTRAST = "logit", "log-prob", "contrast"
-OPENING, QUOTES = "([{-/—“‘«", "\"'"
 READS = (LOGIT, LOG_PROB, CONTRAST)
 
 
@@ -61,20 +61,13 @@ def read_texts(path: Path | None, task: str = "ioi", count: int = 200) -> list[T
     """Read the prompts of a file, or ``count`` held-out prompts of the demo model for ``task`` "ioi" or "facts".
 
     Raises:
-        OSError, ValueError: as :func:`depass_fast.evaluate.records.read_records`.
+        OSError, ValueError: as :func:`depass_fast.inputs.records.read_records`.
     """
     if path is None:
         found = demo_prompts("ioi", count=count) if task == "ioi" else demo_prompts("facts", count=count)
         return [Text(one.text, one.answer) for one in found]
     records = read_records(path, {"prompt": str}, [ANSWERS])
     return [Text(one["prompt"], next(one[name] for name in ANSWERS if name in one)) for one in records]
-
-
-def spaced(prompt: str, answer: str) -> str:
-    """Return the answer as it follows the prompt: with a space, but behind white space and what opens or joins."""
-    before, last = prompt[-2:-1], prompt[-1:]
-    opens = last in OPENING or (last in QUOTES and (not before or before.isspace()))
-    return answer if answer.startswith(" ") or not last or last.isspace() or opens else f" {answer}"
 
 
 def answered(engine: DePass, texts: Sequence[Text], first: int = 0) -> Iterator[Question | None]:

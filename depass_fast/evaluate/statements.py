@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..demo import demo_prompts
 from ..demo.text import world
+from ..inputs.records import read_records
 from .probes import Classifier, fit_classifier
-from .records import read_records
 
 FOLDS = 5
 PENALTY = 0.1  # of the squared weights, of hidden states scaled to a standard deviation of one
@@ -86,7 +86,7 @@ def read_statements(path: Path | None, most: int | None = None) -> Statements:
     ``most`` is how many are taken at most, the first.
 
     Raises:
-        OSError, ValueError: as :func:`depass_fast.evaluate.records.read_records`; a label that is neither 0 nor 1;
+        OSError, ValueError: as :func:`depass_fast.inputs.records.read_records`; a label that is neither 0 nor 1;
             statements of one label only; too few for :data:`FOLDS` parts.
     """
     if path is None:

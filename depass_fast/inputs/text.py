@@ -1,6 +1,8 @@
-"""The check of a text before a tokenizer reads it."""
+"""Texts: their check before a tokenizer reads them, and the space between a prompt and what follows it."""
 
 from __future__ import annotations
+
+OPENING, QUOTES = "([{-/—“‘«", "\"'"
 
 
 def check_text(text: str, argument: str) -> None:
@@ -12,3 +14,10 @@ def check_text(text: str, argument: str) -> None:
             f"{argument}: character {error.start} is {text[error.start]!r}, a lone surrogate, which is no text; "
             "replace it, or mend how the text was decoded."
         ) from None
+
+
+def spaced(prompt: str, answer: str) -> str:
+    """Return the answer as it follows the prompt: with a space, but behind white space and what opens or joins."""
+    before, last = prompt[-2:-1], prompt[-1:]
+    opens = last in OPENING or (last in QUOTES and (not before or before.isspace()))
+    return answer if answer.startswith(" ") or not last or last.isspace() or opens else f" {answer}"

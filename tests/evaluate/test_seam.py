@@ -13,8 +13,8 @@ from depass_fast.demo import load_demo
 from depass_fast.evaluate import interventions, statistics
 from depass_fast.evaluate.methods.gradients import gradient_times_activation
 from depass_fast.evaluate.questions import Text, answered, first_token, read_texts, spaced
-from depass_fast.evaluate.records import read_records
 from depass_fast.evaluate.tables import Table, figure
+from depass_fast.inputs.records import read_records
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 
@@ -41,7 +41,7 @@ FAULTS = {
     '[{"prompt": "a", "answer": "b"}\n{}]': "line 2: no JSON .expected a comma",
     '[{"prompt": "a", "answer": "b"}]\n]': "line 2: no JSON .something follows",
     '[{"prompt": "a", "answer": "b"}': "line 1: no JSON",
-    '{"prompt": "a",\n "answer" "b"}': "line 2: no JSON",
+    '{"prompt": "a",\n "answer" "b"}': "line 2, column 11: no JSON",
     "": "it holds no objects",
     "[]": "it holds no objects",
 }

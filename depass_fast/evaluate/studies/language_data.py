@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...demo import FactPrompt, demo_prompts
+from ...inputs.records import read_records
 from ..questions import Text
-from ..records import read_records
 
 LANGUAGES = ("English", "French", "German", "Italian", "Portuguese", "Spanish")  # in the order of their labels
 ENGLISH = LANGUAGES[0]
@@ -32,7 +32,7 @@ def read_cases(path: Path | None, languages: Sequence[str], seed: int) -> list[C
     """Read the cases of a file, "original" being English, or the demo model's facts of held-out entities.
 
     Raises:
-        OSError, ValueError: as :func:`depass_fast.evaluate.records.read_records`.
+        OSError, ValueError: as :func:`depass_fast.inputs.records.read_records`.
     """
     if path is None:
         return _demo_cases(seed)
@@ -65,7 +65,7 @@ def read_training(path: Path | None, seed: int) -> dict[str, list[str]]:
     """Read the texts of every language, in an order drawn by ``seed``; the demo model's own facts without a file.
 
     Raises:
-        OSError, ValueError: as :func:`depass_fast.evaluate.records.read_records`; a label that is none of 0 to 5; fewer
+        OSError, ValueError: as :func:`depass_fast.inputs.records.read_records`; a label that is none of 0 to 5; fewer
             than two languages.
     """
     found: dict[str, list[str]] = defaultdict(list)

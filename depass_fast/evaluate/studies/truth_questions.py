@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...demo import demo_prompts
 from ...engine import DePass
+from ...inputs.records import read_records
 from ..questions import following_tokens
-from ..records import read_records
 
 NONE, RIGHT, WRONG = "none", "right", "misleading"
 INFORMATION = {NONE: "prompt_init", RIGHT: "prompt_correct", WRONG: "prompt_wrong"}  # the fields of the published file
@@ -60,7 +60,7 @@ def read_questions(path: Path | None, count: int = 200) -> list[dict[str, Asked]
     its answers are their texts. A fact of the demo model comes after a false statement of it.
 
     Raises:
-        OSError, ValueError: as :func:`depass_fast.evaluate.records.read_records`; a right option that is none of "A"
+        OSError, ValueError: as :func:`depass_fast.inputs.records.read_records`; a right option that is none of "A"
             and "B"; a prompt that does not contain the misleading information.
     """
     if path is None:

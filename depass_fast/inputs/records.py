@@ -56,7 +56,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, after = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
+            raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: no JSON ({error.msg}).") from None
         yield text.count("\n", 0, at) + 1, value
         at = _skip(text, after, _BLANK)
         if is_list and text[at : at + 1] == ",":
