@@ -50,8 +50,7 @@ def initial_state(
     x = trace.resid_at(layer, site).to(adapter.layer_device(kind.resolve(adapter)))
     kinds = list(bound or (kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)))
     tokens = tokens or [[""] * trace.length(prompt) for prompt in range(trace.n_prompts)]
-    names = [k.names(adapter, texts) for k, texts in zip(kinds, tokens, strict=True)]
-    constants = [k.constant(adapter, trace, prompt, dtype) for prompt, k in enumerate(kinds)]
+    names, constants = _names(kinds, adapter, tokens), _constants(kinds, adapter, trace, dtype)
     bias = (BIAS,) if has_bias or any(constant is not None for constant in constants) else ()
     factors = _factors(kinds, adapter, trace)
     if isinstance(kind, Tokens):
@@ -82,6 +81,24 @@ def initial_state(
             has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), max(given), kind.complete_at_once)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)
     return _without_rest(state, trace) if kind.may_be_complete and not _has_rest(state) else state
+
+
+def _names(kinds: Sequence[ComponentKind], adapter: Adapter, tokens: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The names of every prompt's components: made once where they are the same for all, as all but tokens' are."""
+    first, same = kinds[0], all(kind is kinds[0] for kind in kinds)
+    if same and not isinstance(first, Tokens):
+        return [first.names(adapter, tokens[0])] * len(kinds)
+    return [kind.names(adapter, texts) for kind, texts in zip(kinds, tokens, strict=True)]
+
+
+def _constants(
+    kinds: Sequence[ComponentKind], adapter: Adapter, trace: Trace, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """The constant in every prompt's outputs. One that has no positions comes from the weights, alike for all."""
+    first = kinds[0].constant(adapter, trace, 0, dtype)
+    if all(kind is kinds[0] for kind in kinds) and (first is None or first.ndim == 1):
+        return [first] * len(kinds)
+    return [first, *(kind.constant(adapter, trace, prompt, dtype) for prompt, kind in enumerate(kinds[1:], 1))]
 
 
 def _has_rest(state: ComponentState) -> bool:

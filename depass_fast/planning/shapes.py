@@ -14,7 +14,7 @@ from ..backends.active import may_vanish
 from ..backends.workload import LayerSize
 from ..components.base import ComponentKind
 from ..components.features import Features
-from ..components.model import Modules, Neurons
+from ..components.model import Heads, Modules, Neurons
 from ..components.start import meets_bias
 from ..options import Adjoint, Options
 from ..trace.size import bytes_per_position
@@ -106,6 +106,8 @@ def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tupl
         return size.reached(length), all(share == 1 for _, share in size.mlps)
     if isinstance(kind, Features):
         return kind.sae.W_dec.shape[0], False
+    if isinstance(kind, Heads):
+        return layer_sizes(adapter)[kind.resolve(adapter)].heads, True
     return len(kind.names(adapter, [""] * length)), True
 
 
