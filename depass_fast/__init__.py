@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
     from .inputs.loading import WeightsWarning
+    from .inputs.prompt_set import PromptSet
     from .inputs.targets import Contrast, LogProb
     from .ledger.book import Ledger
     from .methods.focus import Focus, Partition
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from .results.provenance import Provenance
     from .results.verification import Verification, VerificationWarning
     from .state.state import ComponentState
+    from .sweep.failed import FailedPrompt
+    from .sweep.opened import Sweep
     from .trace.record import Trace
     from .trace.size import trace_nbytes
 
@@ -50,6 +53,7 @@ __all__ = [
     "Custom",
     "DePass",
     "Estimate",
+    "FailedPrompt",
     "Features",
     "Focus",
     "Generation",
@@ -64,8 +68,10 @@ __all__ = [
     "Pair",
     "Partition",
     "Plan",
+    "PromptSet",
     "Provenance",
     "Subspaces",
+    "Sweep",
     "TokenBoundaryWarning",
     "Tokens",
     "Trace",
@@ -86,6 +92,7 @@ _HOMES = {
     "inputs.continuation": ("TokenBoundaryWarning",),
     "inputs.doubts": ("InputWarning",),
     "inputs.loading": ("WeightsWarning",),
+    "inputs.prompt_set": ("PromptSet",),
     "ledger.book": ("Ledger",),
     "inputs.targets": ("Contrast", "LogProb"),
     "methods.focus": ("Focus", "Partition"),
@@ -102,6 +109,8 @@ _HOMES = {
     "results.provenance": ("Provenance",),
     "results.verification": ("Verification", "VerificationWarning"),
     "state.state": ("ComponentState",),
+    "sweep.failed": ("FailedPrompt",),
+    "sweep.opened": ("Sweep",),
     "trace.record": ("Trace",),
     "trace.size": ("trace_nbytes",),
 }

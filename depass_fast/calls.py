@@ -1,9 +1,10 @@
-"""The engine, its options and a request: shared by the groups of calls of :class:`depass_fast.DePass`."""
+"""The engine and what it holds, and a request: shared by the groups of calls of :class:`depass_fast.DePass`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from .adapters import Adapter
 from .components.base import ComponentKind
@@ -17,6 +18,7 @@ class Calls(ABC):
     """A group of calls of an engine."""
 
     adapter: Adapter
+    tokenizer: Any
     options: Options
 
     @abstractmethod

@@ -35,6 +35,7 @@ from .results.generation import Generation
 from .results.layered import LayeredAttribution
 from .runtime.dtypes import dtype_name
 from .state_calls import StateCalls
+from .sweep_calls import SweepCalls
 from .trace.record import Trace
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Custom  # kinds of a single layer, as type checkers tell them apart
 
 
-class DePass(StateCalls, AttentionCalls):
+class DePass(StateCalls, AttentionCalls, SweepCalls):
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:

@@ -40,18 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model(what)
     prompts.add_arguments(what, several=True)
     flags.add_components(what, "0 for tokens; none for others", (*flags.KINDS, "features"))
-    what.add_argument(
-        "--dictionary",
-        type=types.dictionary,
-        metavar="FILE",
-        help="features: an SAE, FILE.safetensors or FILE.npz with W_enc (D, F), W_dec (F, D), b_enc, b_dec and "
-        "threshold, or SAE Lens' folder; a cfg.json beside it says how it encodes, else it is ReLU(x W_enc + b_enc)",
-    )
-    what.add_argument(
-        "--site",
-        choices=("resid_pre", "resid_mid", "resid_post"),
-        help="features: where in --layer. Default: as the cfg.json or the hook's name in --layer says",
-    )
+    flags.add_dictionary(what)
     targets.add_arguments(what)
     following = what.add_mutually_exclusive_group()
     following.add_argument(
@@ -112,11 +101,7 @@ def _show(args: argparse.Namespace, result: Result, head: str) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, before anything is imported."""
-    if args.components == "features" and args.dictionary is None:
-        raise ValueError("--dictionary: features need a file with the weights of a dictionary.")
-    for flag in ("dictionary", "site"):
-        if args.components != "features" and getattr(args, flag) is not None:
-            raise ValueError(f"--{flag}: it belongs to --components features, not to {args.components}.")
+    flags.check_dictionary(args)
     prompts.template_kwargs_of(args)
     _check_targets(args)
     flags.check_method(args)

@@ -15,7 +15,7 @@ KINDS = ("tokens", "heads", "modules", "neurons")
 # as in the rooms that know them, which take torch a second to import; a test compares them
 _RULES = ("softmax", "linear", "relu", "max", "taylor", "half", "shapley")
 LINEAR_RULES = ("shapley", "half", "taylor")
-_BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -34,6 +34,31 @@ def add_components(group: argparse._ActionsContainer, layer: str, kinds: Sequenc
         metavar="L",
         help=f"counted from 0, -1 is the last; a hook's name; or all. Default: {layer}",
     )
+
+
+def add_dictionary(group: argparse._ActionsContainer) -> None:
+    """--dictionary and --site, of features."""
+    group.add_argument(
+        "--dictionary",
+        type=types.dictionary,
+        metavar="FILE",
+        help="features: an SAE, FILE.safetensors or FILE.npz with W_enc (D, F), W_dec (F, D), b_enc, b_dec and "
+        "threshold, or SAE Lens' folder; a cfg.json beside it says how it encodes, else it is ReLU(x W_enc + b_enc)",
+    )
+    group.add_argument(
+        "--site",
+        choices=("resid_pre", "resid_mid", "resid_post"),
+        help="features: where in --layer. Default: as the cfg.json or the hook's name in --layer says",
+    )
+
+
+def check_dictionary(args: argparse.Namespace) -> None:
+    """Raise ValueError where features have no dictionary, or others have one."""
+    if args.components == "features" and args.dictionary is None:
+        raise ValueError("--dictionary: features need a file with the weights of a dictionary.")
+    for flag in ("dictionary", "site"):
+        if args.components != "features" and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: it belongs to --components features, not to {args.components}.")
 
 
 def add_method(group: argparse._ActionsContainer) -> None:
@@ -71,7 +96,7 @@ def add_backend(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--backend",
         default="auto",
-        choices=_BACKENDS,
+        choices=BACKENDS,
         metavar="B",
         help="auto, or one that `depass-fast doctor` lists. Default: what DEPASS_FAST_BACKEND says, else auto",
     )

@@ -67,7 +67,7 @@ def device_of(name: str | None, *, elsewhere: bool = False) -> str:
     return name
 
 
-def components_of(config: Any, name: str, layer: int | str | None) -> ComponentKind:
+def components_of(config: Any, name: str, layer: int | str | list[int] | None) -> ComponentKind:
     """The components that --components and --layer name. The layer is checked before any weight is read.
 
     Raises:
@@ -80,16 +80,20 @@ def components_of(config: Any, name: str, layer: int | str | None) -> ComponentK
     if layer is None and name != "tokens":
         raise ValueError(f"--layer: {name} belong to a layer; choose one of {layers}.")
     make = getattr(components, name.capitalize())
-    if layer == "all":
+    if layer == "all" or isinstance(layer, list):
         if name == "tokens":
             raise ValueError(f"--layer: tokens enter at one layer; choose one of {layers}.")
-        return make(layers="all")
+        for one in layer if isinstance(layer, list) else ():
+            check_layer(one, n_layers)
+        return make(layers=layer)
     kind = make(0 if layer is None else layer)
     check_layer(kind.layer, n_layers)
     return kind
 
 
-def features_of(config: Any, path: Path, layer: int | str | None, site: Any, device: str) -> tuple[ComponentKind, str]:
+def features_of(
+    config: Any, path: Path, layer: int | str | list[int] | None, site: Any, device: str
+) -> tuple[ComponentKind, str]:
     """The features that --dictionary, --layer and --site name, and how the dictionary encodes.
 
     Raises:
@@ -98,7 +102,7 @@ def features_of(config: Any, path: Path, layer: int | str | None, site: Any, dev
     from ..components.features import Features
     from .dictionary import load_dictionary
 
-    if layer == "all":
+    if layer == "all" or isinstance(layer, list):
         raise ValueError("--layer: a dictionary belongs to one layer.")
     found, how = load_dictionary(path, device)
     try:

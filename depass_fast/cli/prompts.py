@@ -63,16 +63,22 @@ def add_arguments(group: argparse._ActionsContainer, *, several: bool) -> None:
         metavar="IDS",
         help='token ids as they are, such as "1 5 9"; nothing is added',
     )
-    group.add_argument(
-        "--chat-template-kwargs",
-        type=_template_kwargs,
-        metavar="JSON",
-        help='what else the chat template reads, an object such as {"enable_thinking": false}',
-    )
+    add_template_kwargs(group)
     if several:
         group.add_argument(
             "--batch-size", type=types.positive, default=8, metavar="B", help="prompts computed together. Default: 8"
         )
+
+
+def add_template_kwargs(group: argparse._ActionsContainer, dest: str = "chat_template_kwargs") -> None:
+    """--chat-template-kwargs, stored as ``dest``."""
+    group.add_argument(
+        "--chat-template-kwargs",
+        dest=dest,
+        type=_template_kwargs,
+        metavar="JSON",
+        help='what else the chat template reads, an object such as {"enable_thinking": false}',
+    )
 
 
 class _Single(argparse.Action):

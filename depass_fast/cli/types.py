@@ -97,6 +97,13 @@ def layer(given: str) -> int | str:
     return int(given) if re.fullmatch(r"-?\d+", given) else given
 
 
+def layers(given: str) -> int | str | list[int]:
+    """A layer as of :func:`layer`, or several, which a comma makes a list."""
+    if re.fullmatch(r"-?\d+(,-?\d+)*,?", given) and "," in given:
+        return [int(item) for item in given.split(",") if item]
+    return layer(given)
+
+
 def positive(given: str) -> int:
     """A positive integer."""
     if not given.isdecimal() or int(given) == 0:

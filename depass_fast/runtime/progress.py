@@ -52,7 +52,8 @@ class ProgressBar:
             self._drawn.start()
             self._drawn.add_task(self.label, total=self.total)
         if self._drawn is not None:
-            self._drawn.update(self._drawn.task_ids[0], completed=self.done + part, refresh=True)
+            task = self._drawn.task_ids[0]
+            self._drawn.update(task, description=self.label, completed=self.done + part, refresh=True)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -76,7 +76,7 @@ def test_an_attribution_imports_no_compiler():
 
 def test_the_words_of_flags_are_those_of_the_library():
     assert RuleName.__args__ == flags._RULES
-    assert ("auto", *BACKENDS) == flags._BACKENDS
+    assert ("auto", *BACKENDS) == flags.BACKENDS
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Attributions of many prompts: batches by planned cost, shards that survive, many processes."""

@@ -1,0 +1,102 @@
+"""A sweep's question: the components and the options of all prompts, and each prompt prepared for it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..chosen_method import choose_method
+from ..components.base import ComponentKind
+from ..inputs.doubts import doubt
+from ..inputs.prompt_set import Item
+from ..inputs.prompts import as_positions, encode, is_list_of_positions
+from ..inputs.targets import LogProb, TargetSpec, parse_target
+from ..inputs.text import spaced
+from ..inputs.token_texts import token_with_text
+from ..options import Adjoint, Options
+from ..request import check_kind
+from .failed import OF_A_PROMPT, FailedPrompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The question of a sweep. ``target_kind`` "log-prob" reads the log-probabilities of the targets."""
+
+    adapter: Adapter
+    tokenizer: Any | None
+    settings: Options
+    components: ComponentKind
+    method: str | Adjoint | None = None
+    target_kind: str = "logit"
+
+    def check(self) -> None:
+        """Check what holds for all prompts, before any work.
+
+        Raises:
+            ValueError, TypeError: as :meth:`depass_fast.DePass.attribute`.
+        """
+        self.settings.build(self.adapter)
+        check_kind(self.components)
+        if self.target_kind not in ("logit", "log-prob"):
+            raise ValueError(f"target_kind: {self.target_kind!r} is not one of 'logit', 'log-prob'.")
+        for kind in self.components.each(self.adapter):
+            kind.resolve(self.adapter)
+        choose_method(self.method, self.components, self.adapter, self.settings, [1], [1])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt as ids (N,), its target looked up, and the positions that are read. ``doubts`` are warnings about it."""
+
+    item: Item
+    ids: Tensor
+    spec: TargetSpec
+    reads: tuple[int, ...]
+    is_list: bool
+    doubts: tuple[str, ...]
+
+
+def prepare(asked: Asked, item: Item) -> Prepared | FailedPrompt:
+    """Encode a prompt and look up its target; a failure where the prompt is at fault."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            settings = asked.settings
+            ids = encode(item.prompt, asked.adapter, asked.tokenizer, settings.chat_template_kwargs)
+            spec = parse_target(_target(asked, item), asked.adapter, asked.tokenizer, item.contrast)
+            reads = tuple(as_positions(item.position, len(ids)))
+            asked.components.check(asked.adapter, [len(ids)])
+            _doubt_space(asked, item)
+        except OF_A_PROMPT as error:
+            return FailedPrompt.of(item.id, error)
+    for warning in said:  # again, to the filters that the user has
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    doubts = tuple(str(warning.message) for warning in said)
+    return Prepared(item, ids, spec, reads, is_list_of_positions(item.position), doubts)
+
+
+def _target(asked: Asked, item: Item) -> Any:
+    if asked.target_kind == "logit":
+        return item.target
+    return [LogProb(one) for one in item.target] if isinstance(item.target, list) else LogProb(item.target)
+
+
+def _doubt_space(asked: Asked, item: Item) -> None:
+    """Warn where a target has no space and the token with one, which would follow the prompt, is another."""
+    targets = item.target if isinstance(item.target, list) else [item.target]
+    if not isinstance(item.prompt, str) or asked.tokenizer is None:
+        return
+    for target in targets:
+        if not isinstance(target, str) or spaced(item.prompt, target) == target:
+            continue
+        follows = token_with_text(spaced(item.prompt, target), asked.tokenizer)
+        if follows is not None and follows != parse_target(target, asked.adapter, asked.tokenizer).items[0].token:
+            doubt(
+                "target: a target that follows a word has no space in front and is read as it is given; with a space "
+                "it would be another token. PromptSet.read(..., target_space=True), --target-space, adds it."
+            )
+            return
