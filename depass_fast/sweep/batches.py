@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 
 import torch
 
@@ -116,16 +117,23 @@ def windows(
 def batches(window: Sequence[Prepared], costs: Costs, limits: Limits) -> list[list[Prepared]]:
     """Cut the prompts of a window into batches of similar cost; prompts that are alike go together."""
     ordered = sorted(window, key=lambda prompt: costs.of(prompt).flop)
-    total = sum(costs.of(prompt).flop for prompt in ordered)
-    count = max(1, math.ceil(total / limits.flop), math.ceil(len(ordered) / limits.prompts))
+    flop = [costs.of(prompt).flop for prompt in ordered]
+    each = sum(flop) / max(1, math.ceil(sum(flop) / limits.flop), math.ceil(len(ordered) / limits.prompts))
+    middle = [before + own / 2 for before, own in zip(accumulate(flop, initial=0.0), flop, strict=False)]
+    groups = groupby(zip(ordered, middle, strict=True), key=lambda one: int(one[1] / each))
+    return [batch for _, group in groups for batch in _within([one for one, _ in group], costs, limits)]
+
+
+def _within(batch: Sequence[Prepared], costs: Costs, limits: Limits) -> list[list[Prepared]]:
+    """Cut a batch into as few as have room, of nearly the same number of prompts."""
+    most = -(-len(batch) // -(-len(batch) // limits.prompts))
     found: list[list[Prepared]] = []
-    flop = nbytes = 0.0
-    for prompt in ordered:
-        cost = costs.of(prompt)
-        full = not found or len(found[-1]) >= limits.prompts or nbytes + cost.nbytes > limits.nbytes
-        if full or flop + cost.flop / 2 > total / count:
+    nbytes = 0.0
+    for prompt in batch:
+        own = costs.of(prompt).nbytes
+        if not found or len(found[-1]) >= most or nbytes + own > limits.nbytes:
             found.append([])
-            flop = nbytes = 0.0
+            nbytes = 0.0
         found[-1].append(prompt)
-        flop, nbytes = flop + cost.flop, nbytes + cost.nbytes
+        nbytes += own
     return found

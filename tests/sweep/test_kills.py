@@ -1,0 +1,123 @@
+"""Nothing is lost: processes that are killed at any moment, a disk that is full, a scheduler that ends the job."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from depass_fast import Sweep, Tokens
+from tests.support.sweeps import random_prompts, rows_of, write_prompts
+
+pytest.importorskip("pyarrow")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def python(*arguments: object, **more) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=ROOT, **more)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+def test_fifty_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path):
+    done = python("-m", "tests.sweep.killer", tmp_path, 50)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, there = re.fullmatch(r"(\d+) kills in \d+ runs, with (.+) shards there.*", done.stdout.strip()).groups()
+    assert int(kills) >= 50 and len(there.split(",")) >= 5, done.stdout
+
+
+FULL = """
+import sys
+from pathlib import Path
+from depass_fast import DePass, Heads
+from depass_fast.demo import load_demo
+from depass_fast.sweep import folder
+from tests.support.sweeps import random_prompts
+folder.LEAST_FREE = 1
+engine = DePass(*load_demo(), progress=False)
+try:
+    engine.sweep_to(sys.argv[1], random_prompts(60), Heads(layers="all"), shard_prompts=10, batch_size=10)
+except OSError as error:
+    sys.exit(f"errno {error.errno}")
+"""
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path):
+    """On a file system of 40 KiB of memory, where this machine lets a user mount one."""
+    small, code = tmp_path / "small", tmp_path / "full.py"
+    small.mkdir()
+    code.write_text(FULL)
+    own = ["unshare", "-Urm", "sh", "-c"]
+    try:
+        can = subprocess.run([*own, f"mount -t tmpfs -o size=40k tmpfs {small}"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        can = False
+    if not can:
+        pytest.skip("no file system can be mounted here")
+    run = f"{sys.executable} {code} {small}/run"
+    script = f"mount -t tmpfs -o size=40k tmpfs {small}; {run}; echo $?; cp -r {small}/run {tmp_path}/before; "
+    script += f"mount -o remount,size=4m {small}; {run}; echo $?; cp -r {small}/run {tmp_path}/after"
+    done = subprocess.run([*own, script], capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=ROOT)
+    assert done.stdout.split() == ["1", "0"], done.stderr[-3000:]
+    assert f"errno {errno.ENOSPC}" in done.stderr
+    before, after = Sweep.open(tmp_path / "before"), Sweep.open(tmp_path / "after")
+    assert 0 < before.n_done < 60 == after.n_done
+    assert not list((tmp_path / "before").rglob("*.part")), "half a file frees its place"
+    assert rows_of(before.folder).items() <= rows_of(after.folder).items()
+
+
+def test_a_shard_that_cannot_be_written_is_told_and_the_others_stay(demo, tmp_path, monkeypatch):
+    from pyarrow import parquet
+
+    write, count = parquet.write_table, []
+
+    def full(table, path, **options):
+        write(table, path, **options)
+        count.append(path)
+        if len(count) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        demo.sweep_to(tmp_path / "run", random_prompts(20), Tokens(), shard_prompts=5, batch_size=5)
+    assert not list((tmp_path / "run").rglob("*.part")) and Sweep.open(tmp_path / "run").n_done in (10, 15)
+    assert demo.sweep_to(tmp_path / "run", random_prompts(20), Tokens()).is_complete
+    rows_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_asked_to_stop_writes_what_it_has(tmp_path, sent):
+    data = write_prompts(tmp_path / "x.jsonl", 3000)
+    command = [
+        sys.executable,
+        "-m",
+        "depass_fast",
+        "sweep",
+        "--model",
+        "demo",
+        "--data",
+        data,
+        "--components",
+        "tokens",
+    ]
+    command += ["--out", tmp_path / "run", "--batch-size", "2", "--shard-prompts", "10000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT) as process:
+        try:
+            while not (tmp_path / "run" / ".worker-0-of-1.lock").exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            time.sleep(2.5)
+            process.send_signal(sent)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+        assert "shard 1: " in process.stderr.read()
+    assert 0 < Sweep.open(tmp_path / "run").n_done < 3000
