@@ -30,6 +30,7 @@ class ShardBackend(StreamBackend):
     ) -> None:
         super().__init__(device, compute_dtype, memory_budget)
         self.ranks, self.streams, self.name = ranks, streams, shard_name(ranks.size, streams)
+        self.streamable = not streams
 
     def _complete(self, statistics: Statistics) -> None:
         assert self.ranks is not None
