@@ -7,11 +7,14 @@ and then every component's share depends on itself alone. Attention, linear rule
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..runtime.ranks import Ranks
+from ..state.state import ComponentState
 from .merge import merge
 from .statistics import Statistics
 from .stream import StreamBackend
+from .torch.blocks import Block
 
 
 class ShardBackend(StreamBackend):
@@ -31,6 +34,17 @@ class ShardBackend(StreamBackend):
         super().__init__(device, compute_dtype, memory_budget)
         self.ranks, self.streams, self.name = ranks, streams, shard_name(ranks.size, streams)
         self.streamable = not streams
+
+    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+        if self.streams:
+            return super()._take(state, block, device)
+        return state.rows[block.rows].clone() if isinstance(block.rows, slice) else state.rows[block.rows]
+
+    def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
+        if self.streams:
+            super()._put(state, block, changed)
+        else:
+            state.rows[block.rows] = changed
 
     def _complete(self, statistics: Statistics) -> None:
         assert self.ranks is not None

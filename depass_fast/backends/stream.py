@@ -291,10 +291,9 @@ class StreamBackend(TorchBackend):
         runs = _runs(state, block)
         _copy_all(runs, changed.split([len(run) for run in runs]), non_blocking=state.rows.is_pinned())
 
-    @staticmethod
-    def _arrived(device: torch.device) -> None:
+    def _arrived(self, device: torch.device) -> None:
         """Wait for what is on its way to host memory."""
-        if device.type == "cuda":
+        if self.streams and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
 

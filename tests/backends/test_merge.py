@@ -104,9 +104,7 @@ def of_parts(rule: str, temperature: float, rest: int | None, case: str, size: i
 
 @pytest.mark.parametrize("size", [1, 2, 3, 9])  # of nine ranks two have nothing
 @pytest.mark.parametrize("rest", [None, 0])
-@pytest.mark.parametrize(
-    "case", ["usual", "nobody", "ties", "level", "negative", "no number", "infinite", "one alive"]
-)
+@pytest.mark.parametrize("case", ["usual", "nobody", "ties", "level", "negative", "no number", "infinite", "one alive"])
 @pytest.mark.parametrize("rule", RULES)
 def test_shares_are_those_of_all_together(rule, case, rest, size):
     _, alive, excluded = gates(case)

@@ -99,7 +99,7 @@ def numbers(result) -> list[tuple]:
 
 
 def asked_for_differently(rank: int) -> dict[str, str]:
-    """What is said where ranks differ in what they ask for, or one has no room."""
+    """The errors where ranks differ in what they ask for, or one has no room."""
     dp, group, said = build("llama-gqa"), dist.group.WORLD, {}
     states = torch.randn(9, 3, 32, generator=torch.Generator().manual_seed(rank))
     differing = {
@@ -173,7 +173,7 @@ def world(request, asked, tmp_path_factory):
 
 
 def faults(name: str, size: int, results: list[tuple], expected: list[tuple]) -> list[str]:
-    """What is wrong with the results of a rank."""
+    """Every fault of the results of a rank."""
     limit, backend = 1e-12 if name == "float64" else 1e-5, f"torch, sharded over {size}"
     if name in ("adjoint", "way back", "ledger"):  # every rank by itself
         backend = "torch"
