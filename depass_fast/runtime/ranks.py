@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import ref
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class Ranks:
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self._group, self.device = group, device
+        self._group, self.device = ref(group), device  # a gloo group that outlives its destruction aborts at the exit
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     @staticmethod
@@ -102,8 +103,9 @@ class Ranks:
             )
 
     def _reduced(self, part: Tensor, operation: Any) -> Tensor:
-        part_here = part.to(self.device).contiguous()
-        dist.all_reduce(part_here, operation, group=self._group)
+        group, part_here = self._group(), part.to(self.device).contiguous()
+        assert group is not None, "the process group was destroyed"  # None would be all processes
+        dist.all_reduce(part_here, operation, group=group)
         return part_here.to(part.device)
 
 
