@@ -96,6 +96,7 @@ class AttentionCalls(Calls):
                 from the residual stream (the message names the family).
             MemoryError: it cannot fit.
         """
+        self._of_all(options, "explain_attention")
         number = attention_layer(layer, self.adapter)
         heads, one_head = heads_of(head, self.adapter, number)
         check_start(components, self.adapter, number)
@@ -158,7 +159,7 @@ class AttentionCalls(Calls):
                 queries and keys cannot be made again.
             MemoryError: it cannot fit.
         """
-        settings = self.options.updated(options)
+        settings = self._of_all(options, "attention_credit")
         if rule is not None and rule not in LINEAR_RULES:
             raise ValueError(
                 f"rule: {rule!r} is not one of the linear rules {', '.join(map(repr, LINEAR_RULES))}, one of which the "

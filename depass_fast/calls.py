@@ -30,3 +30,13 @@ class Calls(ABC):
         options: OptionValues,
     ) -> Request:
         """Return the request of a call, checked."""
+
+    def _of_all(self, options: OptionValues, call: str) -> Options:
+        """Return the options of a call whose result holds states. ValueError where no rank holds all of them."""
+        settings = self.options.updated(options)
+        if settings.shard is not None:
+            raise ValueError(
+                f"shard: {call} needs the states of all components, of which every rank holds its own part; give "
+                f"{call}(..., shard=None), with which each process carries all. attribute() is for shards."
+            )
+        return settings

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .adapters import Adapter
+from .agreement import agreed
 from .allocation import Allocation
 from .components.base import ComponentKind
 from .components.features import Features
@@ -20,13 +21,13 @@ ADJOINT_KINDS = ("neurons", "features", "custom")
 
 
 def with_method(request: Request, method: str | Adjoint | None, n_targets: int = 1) -> Request:
-    """Return the request with the method that it is computed by, see :func:`choose_method`.
+    """Return the request with the method that it is computed by, see :func:`choose_method`, once all ranks agree.
 
     ``n_targets`` is the number of targets of every read where the request does not hold them yet.
     """
     gradients = [n_targets * count for count in gradients_of(request)]
     given = (request.components, request.adapter, request.settings, request.carried, gradients)
-    return replace(request, method=choose_method(method, *given))
+    return agreed(replace(request, method=choose_method(method, *given)))
 
 
 def choose_method(

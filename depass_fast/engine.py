@@ -357,7 +357,8 @@ class DePass(StateCalls, AttentionCalls, SweepCalls):
         refuse_arguments(options)
         settings = self.options.updated(options)
         check_options(settings)
-        request = self._request(prompt, Tokens(), None, {**options, "allocation": rule_of(rule, settings)})
+        given: OptionValues = {**options, "allocation": rule_of(rule, settings), "shard": None}  # it carries no states
+        request = self._request(prompt, Tokens(), None, given)
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         return Ledger.of(with_method(request, "adjoint"), not is_list_of_positions(position), attention)
 
@@ -368,7 +369,7 @@ class DePass(StateCalls, AttentionCalls, SweepCalls):
         Raises:
             ValueError: the file holds no ledger, or one of a model with other weights; the message says what differs.
         """
-        return Ledger.read(path, self.adapter, self.tokenizer, self.options)
+        return Ledger.read(path, self.adapter, self.tokenizer, replace(self.options, shard=None))
 
     def _request(
         self,

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
 
 from .adapters import Adapter
 from .allocation import Allocation, Rule
-from .backends import Backend, Choice, StreamBackend, make_backend, resolve
+from .backends import Backend, Choice, ShardBackend, StreamBackend, TorchBackend, choose_backend, make_backend, resolve
 from .inputs.chat import check_template_kwargs
 from .propagation.run import Run
 from .propagation.verify import Verifier
 from .runtime.brief import brief_repr
 from .runtime.dtypes import parse_dtype, refuse_autocast, widest
 from .runtime.numbers import as_index
+from .runtime.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 RuleName: TypeAlias = Literal["softmax", "linear", "relu", "max", "taylor", "half", "shapley"]
 LinearRuleName: TypeAlias = Literal["taylor", "half", "shapley"]
@@ -44,6 +49,9 @@ class Options:
         where memory runs out all the same; results do not change.
     stream: True keeps the component state in host memory, from where it passes through the device in blocks, twice per
         MLP; same numbers, half as much arithmetic again. "auto" (default): where the device has no room for the state.
+    shard: the ranks of a one-dimensional `torch.distributed` mesh, or of a process group, each of which carries its
+        part of the components on its own device (docs/scale.md). Every rank makes the same calls and has the same
+        results. For attributions by the torch backend and a rule by name. None (default): one process has all.
     progress: True shows a bar after two seconds, on a terminal only.
     verify: True recomputes a sample of positions with the reference operations at every step, in float64, and reports
         how far the backend is off in the result's ``verification`` (:class:`depass_fast.Verification`), in the states
@@ -61,6 +69,7 @@ class Options:
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
     stream: bool | Literal["auto"] = "auto"
+    shard: DeviceMesh | ProcessGroup | None = None
     progress: bool = True
     verify: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -88,7 +97,8 @@ class Options:
         if allocation.needs_activations:
             adapter.check_linear_rule(str(allocation.rule))
         state, compute = self.dtypes(adapter.dtype, adapter.device)
-        choice = resolve(self.backend, adapter.device, widest(state, compute, adapter.dtype))
+        choose = resolve if self.shard is None else choose_backend  # what is not taken is not logged
+        choice = choose(self.backend, adapter.device, widest(state, compute, adapter.dtype))
         backend = make_backend(
             choice.name, compute, self.memory_budget, self.takes_float16(adapter.dtype, adapter.device)
         )
@@ -99,6 +109,9 @@ class Options:
         if self.stream is True:
             self._check_streaming(backend, choice)
             backend = StreamBackend(adapter.device, compute, self.memory_budget)
+        if self.shard is not None:
+            ranks = self._checked_ranks(adapter, choice)
+            backend = ShardBackend(ranks, adapter.device, compute, self.memory_budget, self.stream is True)
         return Run(
             allocation=allocation,
             backend=backend,
@@ -131,6 +144,24 @@ class Options:
                 "take stream=False, or one of the rules by name."
             )
 
+    def _checked_ranks(self, adapter: Adapter, choice: Choice) -> Ranks:
+        """Return the ranks of ``shard``. Refuse what goes with it no more than with streaming, or not at all."""
+        ranks, rule = Ranks.of(self.shard, adapter.device), self.allocation
+        if choice.name != TorchBackend.name and not choice.automatic:
+            raise ValueError(f"shard: the {choice.name} backend carries all components; take backend='torch'.")
+        if callable(rule):
+            raise ValueError(
+                f"shard: {Allocation(rule).name} sees all components at once, which no rank holds; take shard=None, or "
+                "one of the rules by name."
+            )
+        if self.verify:
+            raise ValueError("shard: verify=True recomputes with all components, which no rank holds; leave one out.")
+        if is_spread(adapter):
+            raise ValueError(
+                "shard: the model's layers lie on several devices; every rank holds the whole model on one of its own."
+            )
+        return ranks
+
     def dtypes(self, model: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """Return the dtypes of the state and of the products, for a model of a dtype on a device."""
         state = parse_dtype(self.state_dtype, "state_dtype")
@@ -158,6 +189,11 @@ class Options:
         return positions
 
 
+def is_spread(adapter: Adapter) -> bool:
+    """True if the layers of a model lie on several devices."""
+    return len({adapter.layer_device(index) for index in range(adapter.n_layers)}) > 1
+
+
 class OptionValues(TypedDict, total=False):
     """The fields of :class:`Options` as keyword arguments, so that an editor knows them."""
 
@@ -169,6 +205,7 @@ class OptionValues(TypedDict, total=False):
     state_dtype: torch.dtype | str | None
     memory_budget: int | None
     stream: bool | Literal["auto"]
+    shard: DeviceMesh | ProcessGroup | None
     progress: bool
     verify: bool
     chat_template_kwargs: Mapping[str, Any] | None

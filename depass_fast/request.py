@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapters import Adapter
 from .components.base import ComponentKind
+from .components.dealt import dealt_state
 from .components.start import initial_state, meets_bias
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
@@ -196,7 +197,7 @@ def check_end(components: ComponentKind, adapter: Adapter, end: int | str | None
 
 
 def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool = False, books: int = 1) -> Request:
-    """Return the request with the workspace that the device has room for.
+    """Return the request with the workspace that the device has room for, on every rank of several.
 
     ``counts`` are the named components of every prompt, where they are known; by default those that are ``bound``.
     ``is_ledger``: all components of all kinds are asked for, whatever the request says, in so many ``books``.
@@ -220,8 +221,11 @@ def fit(request: Request, counts: Sequence[int] | None = None, is_ledger: bool =
         reads=[[position + 1 for position in reads] for reads in request.reads] or None,
         gradients=books * max(gradients_of(request), default=1),
         is_ledger=is_ledger,
+        ranks=None if (ranks := request.run.ranks) is None else ranks.size,
     )
-    return replace(request, run=fitted(request.run, shape))
+    if ranks is None:
+        return replace(request, run=fitted(request.run, shape))
+    return replace(request, run=ranks.together(lambda: fitted(request.run, shape)))
 
 
 def gradients_of(request: Request) -> list[int]:
@@ -265,18 +269,19 @@ def traced(request: Request) -> Request:
 
 @full_precision()
 def start(request: Request) -> ComponentState:
-    """Return the components of a traced request where they start."""
-    return initial_state(
-        request.components,
-        request.adapter,
-        request.require_trace(),
-        has_bias=request.has_bias,
-        dtype=request.run.state_dtype,
-        tokens=carried_tokens(request),
-        excluded=[{at for at in one if at < n} for one, n in zip(request.excluded, request.carried, strict=True)],
-        in_host_memory=request.run.host,
-        bound=request.bound,
-    )
+    """Return the components of a traced request where they start: all, or those that are dealt to this rank."""
+    kind, adapter, trace, ranks = request.components, request.adapter, request.require_trace(), request.run.ranks
+    more = {
+        "has_bias": request.has_bias,
+        "dtype": request.run.state_dtype,
+        "tokens": carried_tokens(request),
+        "excluded": [{at for at in one if at < n} for one, n in zip(request.excluded, request.carried, strict=True)],
+        "in_host_memory": request.run.host,
+    }
+    if ranks is None:
+        return initial_state(kind, adapter, trace, bound=request.bound, **more)
+    bound = request.bound or [kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)]
+    return dealt_state(kind, adapter, trace, ranks, bound=bound, **more)
 
 
 def carried_tokens(request: Request) -> list[list[str]]:

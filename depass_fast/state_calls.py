@@ -37,6 +37,7 @@ class StateCalls(Calls):
         ``dense(p)`` of the result is (N, M, D) for prompt p, ``completeness_error`` is the error that was measured on
         the way, a float. Arguments and errors as in :meth:`depass_fast.DePass.attribute`.
         """
+        self._of_all(options, "decompose")
         return decompose(self._request(prompt, components, end, options))
 
     @torch.no_grad()
@@ -55,6 +56,7 @@ class StateCalls(Calls):
         The states are those before the final norm. They follow from a ``partition``; without one, one run over all
         components comes first. Arguments and errors as in :meth:`depass_fast.DePass.attribute`; one prompt.
         """
+        self._of_all(options, "focus")
         return focus(self._request(prompt, components, end, options), which, partition)
 
     @torch.no_grad()
@@ -67,6 +69,7 @@ class StateCalls(Calls):
         **options: Unpack[OptionValues],
     ) -> Partition:
         """Carry all components once and keep log Z of every layer, for :meth:`focus`. Arguments and errors as there."""
+        self._of_all(options, "partition")
         return partition(self._request(prompt, components, end, options))
 
     @torch.no_grad()
@@ -77,6 +80,7 @@ class StateCalls(Calls):
         :meth:`depass_fast.DePass.attribute`.
         """
         check_trace(trace)
+        self._of_all(options, "start")
         return start_of(self._request(trace, components, None, options))
 
     @torch.no_grad()
@@ -90,4 +94,4 @@ class StateCalls(Calls):
         Raises:
             ValueError: ``end`` does not lie before it, the trace is another model's or of other prompts.
         """
-        return carry(self.adapter, trace, state, end, self.options.updated(options).build(self.adapter))
+        return carry(self.adapter, trace, state, end, self._of_all(options, "carry").build(self.adapter))

@@ -231,7 +231,7 @@ def standing_in() -> Iterator[None]:
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency.Checked, "knows", lambda *about: True),
             (attention, "causal_attention", attend),
-            (initial, "_settle_rounding", lambda *parts: False),
+            (initial, "settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),
             (norms, "why_not_triton", lambda device, dtype: None),

@@ -14,6 +14,7 @@ from .selection import (
     make_backend,
     resolve,
 )
+from .shard import ShardBackend
 from .stream import StreamBackend
 from .torch.backend import TorchBackend
 
@@ -23,6 +24,7 @@ __all__ = [
     "Backend",
     "Choice",
     "ReferenceBackend",
+    "ShardBackend",
     "StreamBackend",
     "TorchBackend",
     "backend_status",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Attention, Layer, Mlp, Norm
 from ..allocation import Allocation
+from ..runtime.ranks import Ranks
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
@@ -27,16 +28,20 @@ class Backend(ABC):
 
     name: stands in results, warnings and plans.
     jagged: carries rows of any layout, those of a joint state and of chosen components included.
+    joins: carries the states of several layers as one.
     streams: the state stays in host memory and passes through the device in blocks.
     streamable: a user who chose it may ask for ``stream=True``.
     compute_dtype: dtype of the products; None: that of the state.
+    ranks: the processes that share the components of every prompt; None: this one carries all of them.
     """
 
     name: str
     jagged: bool = True
+    joins: bool = True
     streams: bool = False
     streamable: bool = False
     compute_dtype: torch.dtype | None = None
+    ranks: Ranks | None = None
 
     # -- the operations -----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ The cost model is :mod:`.stream_cost`: whoever changes a buffer here changes it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Layer, Mlp
+from ..adapters import Adapter, Attention, Layer, Mlp
 from ..allocation import Allocation
 from ..labels import BIAS, REST
 from ..runtime.products import product
 from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
-from ..trace.record import AttentionTrace, LayerTrace, MlpTrace
+from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 from .statistics import GateBlock, Statistics
 from .torch.backend import TorchBackend, add_to_bias, scatter
 from .torch.blocks import Block
@@ -51,11 +51,12 @@ class StreamBackend(TorchBackend):
     """Carries a state in host memory; ``device`` is the one that computes.
 
     ``keep`` holds on to every layer's statistics, in ``kept``. ``known`` are such statistics, of a run with all
-    components; then ``members`` are for every prompt those components that the state holds, (b,).
+    components, of which the state may then hold a part.
     """
 
     name = "torch, streamed"
     streams = True
+    joins = False
     streamable = False
     takes_factors = False
 
@@ -66,13 +67,15 @@ class StreamBackend(TorchBackend):
         memory_budget: int | None = None,
         keep: bool = False,
         known: dict[tuple[int, int], Statistics] | None = None,
-        members: Sequence[np.ndarray] | None = None,
     ) -> None:
         super().__init__(compute_dtype, memory_budget)
-        self.device, self.keep, self.known, self.members = device, keep, known, members
+        self.device, self.keep, self.known = device, keep, known
         self.kept: dict[tuple[int, int], Statistics] = {}
         self._next: tuple[Mlp, MlpTrace, Allocation, bool] | None = None
         self._gathered: _Gathering | None = None
+
+    def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
+        pass  # neurons that write nothing are not left out
 
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
         alone = len(trace.mlps) == 1 and trace.mlps[0].positions is None
@@ -126,7 +129,7 @@ class StreamBackend(TorchBackend):
             if self.known is not None:
                 return _Gathering(key, step, self.known[key].on(device))
             like = step.act.to(torch.promote_types(step.act.dtype, torch.float32))
-            rest = state.layout.index(REST) is not None
+            rest = state.layout.components[0].all.index(REST) is not None
             fresh = Statistics.fresh(str(allocation.rule), allocation.temperature, rest, like)
             return _Gathering(key, step, fresh)
 
@@ -159,6 +162,9 @@ class StreamBackend(TorchBackend):
 
     # -- second pass ------------------------------------------------------------------------------------------------
 
+    def _complete(self, statistics: Statistics) -> None:
+        """Make the statistics of what was gathered here those of all components. Here they are that already."""
+
     def allocate_mlp(
         self,
         state: ComponentState,
@@ -175,6 +181,7 @@ class StreamBackend(TorchBackend):
             gathered = self._gathering(state, weights, trace, allocation, device)
             if self.known is None:
                 self._gather(source or state, gathered, device)
+        self._complete(gathered.statistics)
         if self.keep:
             self.kept[gathered.key] = gathered.statistics.on(state.device)
 
@@ -256,13 +263,12 @@ class StreamBackend(TorchBackend):
         constant = None if bias is None or step.gate_constant is None else step.gate_constant[part]
         if constant is not None:
             g[:, bias] += constant
-        members = np.arange(len(components)) if self.members is None else self.members[block.prompt]
         away = components.births[chosen] != layout.local[at, None]
         return GateBlock(
             values=g,
             alive=alive,
             excluded=to_device(components.excluded[chosen] & away, x.device),
-            members=to_device(members[chosen], x.device),
+            members=to_device(components.members[chosen], x.device),
             rest=rest,
             bias=bias,
             constant=constant,
@@ -285,10 +291,9 @@ class StreamBackend(TorchBackend):
         runs = _runs(state, block)
         _copy_all(runs, changed.split([len(run) for run in runs]), non_blocking=state.rows.is_pinned())
 
-    @staticmethod
-    def _arrived(device: torch.device) -> None:
+    def _arrived(self, device: torch.device) -> None:
         """Wait for what is on its way to host memory."""
-        if device.type == "cuda":
+        if self.streams and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
 

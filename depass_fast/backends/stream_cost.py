@@ -20,6 +20,21 @@ def needs(work: Workload) -> Need:
     return Need(work.flop + again, workspace(work), beside, host)
 
 
+def sharded(work: Workload, streams: bool) -> Need:
+    """Return what a rank needs for its part of a state, which lies on the device unless it ``streams``.
+
+    The statistics are held once more while they become those of all ranks, and so are sums of states. A state of which
+    the rank keeps a part is there before anything else is.
+    """
+    need, on_device = needs(work), not streams or work.on_cpu
+    merging = 0 if work.linear_rule else 2 * work.positions * work.neurons * max(work.item, 4)
+    beside = need.beside + merging + 2 * work.positions * work.width * 4
+    start = work.made + work.state_bytes
+    if on_device:
+        return Need(need.flop, need.workspace, max(beside + need.host, start - need.workspace))
+    return Need(need.flop, need.workspace, beside, max(need.host, start))
+
+
 def workspace(work: Workload) -> int:
     """Bytes of a block's rows, four times over, and of its gates in parts."""
     if not work.passed:

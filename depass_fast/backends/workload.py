@@ -76,6 +76,7 @@ class Workload:
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
+    ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part.
     """
 
     lengths: tuple[int, ...]
@@ -92,6 +93,7 @@ class Workload:
     on_cpu: bool
     passed: tuple[LayerSize, ...]
     linear_rule: str | None = None
+    made: int = 0
 
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:

@@ -12,6 +12,7 @@ from ..allocation import Allocation
 from ..labels import BIAS, REST
 from ..linear_rules import adds_constant
 from ..runtime.memory import empty_on_host
+from ..runtime.ranks import Ranks
 from ..runtime.transfer import to_device
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState, Factors
@@ -35,6 +36,7 @@ def initial_state(
     excluded: Sequence[set[int]] | None = None,
     in_host_memory: bool = False,
     bound: Sequence[ComponentKind] | None = None,
+    ranks: Ranks | None = None,
 ) -> ComponentState:
     """The component state at the start of ``kind``; its sum is the residual stream there.
 
@@ -45,27 +47,21 @@ def initial_state(
         excluded: the positions of every prompt's special tokens, for `Tokens` only; None: there are none.
         in_host_memory: the rows lie in host memory, pinned for a GPU if they can be.
         bound: the kind for every prompt, if it was bound already.
+        ranks: those that make the same state and agree on it having a `rest`.
     """
     layer, site = kind.entry(adapter)
-    x = trace.resid_at(layer, site).to(adapter.layer_device(kind.resolve(adapter)))
+    x = entering(kind, adapter, trace)
     kinds = list(bound or (kind.bound(adapter, trace, prompt) for prompt in range(trace.n_prompts)))
-    tokens = tokens or [[""] * trace.length(prompt) for prompt in range(trace.n_prompts)]
-    names, constants = _names(kinds, adapter, tokens), _constants(kinds, adapter, trace, dtype)
-    bias = (BIAS,) if has_bias or any(constant is not None for constant in constants) else ()
-    factors = _factors(kinds, adapter, trace)
+    constants = _constants(kinds, adapter, trace, dtype)
+    components = components_of(kinds, adapter, trace, has_bias or _has_any(constants), tokens, excluded)
+    layout, factors = Layout.of(components, trace.offsets), _factors(kinds, adapter, trace)
     if isinstance(kind, Tokens):
-        excluded = excluded or [set()] * trace.n_prompts
-        components = tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
-        layout = Layout.of(components, trace.offsets)
         return ComponentState(_token_rows(layout, x, dtype, in_host_memory), layout, layer, site, factors)
 
-    components = tuple(Components.everywhere(n, (REST, *bias)) for n in names)
-    layout = Layout.of(components, trace.offsets)
-    rows = _empty_rows(layout, x, dtype, in_host_memory)
+    bias = components[0].extras[1:]
+    rows = empty_rows(layout, x, dtype, in_host_memory)
     near, x = x.device, x.to(rows.device)
-    sources = kind.user_tensors() if kind.complete_at_once else (x, *kind.user_tensors())  # states may be of other runs
-    given = [torch.finfo(tensor.dtype).eps for tensor in sources]
-    has_settled = False
+    given, has_settled = rounding_given(kind, x), False
     for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
         named, here = block[:, 1 + len(bias) :], x[trace.span(prompt)]
@@ -78,9 +74,12 @@ def initial_state(
         total = block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
         torch.sub(here, total, out=block[:, 0])
         if kind.may_be_complete:
-            has_settled |= _settle_rounding(block[:, 0], named, here.to(dtype), max(given), kind.complete_at_once)
+            has_settled |= settle_rounding(block[:, 0], named, here.to(dtype), given, kind.complete_at_once)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)
-    return _without_rest(state, trace) if kind.may_be_complete and not _has_rest(state) else state
+    if not kind.may_be_complete or _has_rest(state, ranks):
+        return state
+    layout = Layout.of(without_rest(components), trace.offsets)
+    return ComponentState(without_first(rows, state.layout), layout, layer, site)
 
 
 def _names(kinds: Sequence[ComponentKind], adapter: Adapter, tokens: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -101,15 +100,47 @@ def _constants(
     return [first, *(kind.constant(adapter, trace, prompt, dtype) for prompt, kind in enumerate(kinds[1:], 1))]
 
 
-def _has_rest(state: ComponentState) -> bool:
-    return bool(state.rows[to_device(state.layout.extra_rows(REST), state.device)].any())
+def entering(kind: ComponentKind, adapter: Adapter, trace: Trace) -> Tensor:
+    """The residual stream (T, D) where a kind starts, on the device of the layer that it starts in."""
+    return trace.resid_at(*kind.entry(adapter)).to(adapter.layer_device(kind.resolve(adapter)))
 
 
-def _without_rest(state: ComponentState, trace: Trace) -> ComponentState:
-    """The same state without `rest`, which is the first row of every segment."""
-    components = tuple(Components.everywhere(c.names, c.extras[1:]) for c in state.layout.components)
-    layout = Layout.of(components, trace.offsets)
-    return ComponentState(_without_first(state.rows, state.layout), layout, state.layer, state.site)
+def components_of(
+    kinds: Sequence[ComponentKind],
+    adapter: Adapter,
+    trace: Trace,
+    has_bias: bool,
+    tokens: Sequence[Sequence[str]] | None = None,
+    excluded: Sequence[set[int]] | None = None,
+) -> tuple[Components, ...]:
+    """The components of every prompt, of which ``kinds`` are the bound kinds; arguments as of :func:`initial_state`."""
+    tokens = tokens or [[""] * trace.length(prompt) for prompt in range(trace.n_prompts)]
+    names = _names(kinds, adapter, tokens)
+    bias = (BIAS,) if has_bias else ()
+    if isinstance(kinds[0], Tokens):
+        excluded = excluded or [set()] * trace.n_prompts
+        return tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
+    return tuple(Components.everywhere(n, (REST, *bias)) for n in names)
+
+
+def without_rest(components: Sequence[Components]) -> tuple[Components, ...]:
+    """The same components without `rest`, the first of the extras."""
+    return tuple(Components.everywhere(c.names, c.extras[1:]) for c in components)
+
+
+def rounding_given(kind: ComponentKind, x: Tensor) -> float:
+    """The coarsest eps of what the components of a kind were made of: the user's tensors, and the states ``x``."""
+    sources = kind.user_tensors() if kind.complete_at_once else (x, *kind.user_tensors())  # states may be of other runs
+    return max((torch.finfo(tensor.dtype).eps for tensor in sources), default=0.0)
+
+
+def _has_any(constants: Sequence[Tensor | None]) -> bool:
+    return any(constant is not None for constant in constants)
+
+
+def _has_rest(state: ComponentState, ranks: Ranks | None) -> bool:
+    found = bool(state.rows[to_device(state.layout.extra_rows(REST), state.device)].any())
+    return found if ranks is None else ranks.any(found)
 
 
 def _factors(kinds: Sequence[ComponentKind], adapter: Adapter, trace: Trace) -> tuple[Factors, ...] | None:
@@ -123,7 +154,7 @@ def _factors(kinds: Sequence[ComponentKind], adapter: Adapter, trace: Trace) -> 
     return tuple(found)
 
 
-def _empty_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: bool) -> Tensor:
+def empty_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: bool) -> Tensor:
     """Memory for the rows of a state, on the device of ``x`` or on the host."""
     shape = layout.n_rows, x.shape[1]
     if not in_host_memory:
@@ -133,7 +164,7 @@ def _empty_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: b
 
 def _token_rows(layout: Layout, x: Tensor, dtype: torch.dtype, in_host_memory: bool) -> Tensor:
     """Rows of zeros but for the last of every position, its token's: the residual stream ``x`` (T, D)."""
-    rows = _empty_rows(layout, x, dtype, in_host_memory).zero_()
+    rows = empty_rows(layout, x, dtype, in_host_memory).zero_()
     rows[to_device(layout.starts[1:] - 1, rows.device)] = x.to(rows)
     return rows
 
@@ -196,7 +227,7 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
     return -1
 
 
-def _without_first(rows: Tensor, layout: Layout) -> Tensor:
+def without_first(rows: Tensor, layout: Layout) -> Tensor:
     """The rows without the first of every segment. They move up in place, as a second state would be the peak."""
     kept = 0
     for start, count in zip(layout.starts[:-1].tolist(), layout.counts.tolist(), strict=True):
@@ -205,7 +236,9 @@ def _without_first(rows: Tensor, layout: Layout) -> Tensor:
     return rows[:kept]
 
 
-def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, given: float, at_once: bool) -> bool:
+def settle_rounding(
+    rest: Tensor, named: Tensor, x: Tensor, given: float, at_once: bool, ranks: Ranks | None = None
+) -> bool:
     """Move ``rest`` (N, D), where it is only rounding, into ``named`` (N, M, D): the sum stays exact.
 
     Every component gets of it in proportion to its norm, so that equal ones stay equal and zeros stay zero. Returns
@@ -216,16 +249,23 @@ def _settle_rounding(rest: Tensor, named: Tensor, x: Tensor, given: float, at_on
     sum. Half precision differs by eps. What was ``given`` with a coarser eps explains as much as that; with ``at_once``
     half as much, as each number is rounded once, and only where it explains the rest of every position: a rest that is
     larger somewhere shows that there is one.
+
+    ``named`` may be a part of the components. The others are then those of the other ``ranks``, which have the same
+    ``rest``, and all agree.
     """
     size, norms, norm = rest.norm(dim=-1), named.norm(dim=-1), x.norm(dim=-1)
-    relative = size / torch.maximum(norms.amax(1), norm).clamp_min(torch.finfo(norm.dtype).tiny)
+    total, most = norms.sum(1, keepdim=True), norms.amax(1) if norms.shape[1] else torch.zeros_like(norm)
+    if ranks is not None:
+        total, most = ranks.sum(total), ranks.max(most)
+    relative = size / torch.maximum(most, norm).clamp_min(torch.finfo(norm.dtype).tiny)
     rounding = relative <= _explained(torch.finfo(rest.dtype).eps)
     rounding |= (relative <= _explained(given) / 2).all() if at_once else relative <= _explained(given)
     rounding &= size <= 0.01 * norm
+    if ranks is not None:
+        rounding = ranks.min(rounding.int()).bool()
     if not rounding.any():
         return False
-    total = norms.sum(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
-    shares = torch.where(rounding[:, None], norms / total, 0.0)
+    shares = torch.where(rounding[:, None], norms / total.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
     named.addcmul_(rest[:, None], shares[..., None])
     rest[rounding] = 0.0
     return True

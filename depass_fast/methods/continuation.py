@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..adapters import Adapter
+from ..agreement import agreed
 from ..chosen_method import with_method
 from ..components.base import ComponentKind
 from ..components.model import Tokens
@@ -93,7 +94,7 @@ def attribute_generation(
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
     request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
-    ((steps, log_z),) = _decomposed(_read_in_front(request, [length]), generated=True)
+    ((steps, log_z),) = _decomposed(agreed(_read_in_front(request, [length])), generated=True)
     return Generation.of(steps, length, tokenizer, log_z)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..backends import StreamBackend
 from ..backends.statistics import Statistics
+from ..components.chosen import block_of, constant_of, empty_part, fill_part, fill_products, fill_tokens
 from ..components.model import Tokens
 from ..components.products import BoundProducts
-from ..components.start import initial_state
-from ..labels import BIAS, REST
+from ..components.start import entering, initial_state
+from ..labels import REST
 from ..propagation.loop import propagate
 from ..readout.completeness import warn_if_states_miss
 from ..request import Request, fit, start, traced, with_trace
@@ -29,7 +30,7 @@ from ..runtime.numbers import as_index
 from ..runtime.progress import progress_bar
 from ..runtime.terminal import encodable
 from ..runtime.transfer import to_device
-from ..state.layout import Components, Layout
+from ..state.layout import Components
 from ..state.state import ComponentState
 
 
@@ -117,9 +118,9 @@ def focus(request: Request, which: Sequence[int | str] | int | str, known: Parti
     n_extras, n_names = len(known.components.extras), len(known.components.names)
     rows = np.array([i - n_names if i >= n_names else i + n_extras for i in chosen])
     members = np.unique(rows)
-    state = _chosen_state(request, known.components, members)
+    state = _chosen_state(request, known.components.only(members))
     order = to_device(np.searchsorted(members, rows), state.device)
-    run = replace(request.run, backend=_streaming(request, known=known.statistics, members=[members]))
+    run = replace(request.run, backend=_streaming(request, known=known.statistics))
     states, layers, site = [state.block(0)[:, order]], [state.layer], state.site
     with progress_bar("layers", request.end - state.layer, run.progress) as bar:  # in place of one for every layer
         for layer in range(state.layer, request.end):
@@ -175,12 +176,11 @@ def _streaming(
     *,
     keep: bool = False,
     known: dict[tuple[int, int], Statistics] | None = None,
-    members: Sequence[np.ndarray] | None = None,
 ) -> StreamBackend:
     """Return a streaming backend with the dtype and the workspace of the request's own."""
     run, device = request.run, request.adapter.device
     compute, workspace = run.backend.compute_dtype, run.workspace(device)
-    return StreamBackend(device, compute, workspace, keep=keep, known=known, members=members)
+    return StreamBackend(device, compute, workspace, keep=keep, known=known)
 
 
 def _made_of(request: Request) -> tuple:
@@ -217,50 +217,31 @@ def _indices(which: Sequence[int | str] | int | str, labels: list[str]) -> list[
     return found
 
 
-def _chosen_state(request: Request, whole: Components, members: np.ndarray) -> ComponentState:
-    """Return some of the components where they start; tokens, neurons and features without making the others."""
+def _chosen_state(request: Request, chosen: Components) -> ComponentState:
+    """Return some of the components where they start; tokens and neurons without making the others."""
     kind, adapter, trace, dtype = request.components, request.adapter, request.require_trace(), request.run.state_dtype
-    extras = tuple(whole.extras[i] for i in members if i < len(whole.extras))
-    named = members[members >= len(whole.extras)] - len(whole.extras)
-    names = tuple(whole.names[i] for i in named)
-    layout = Layout.of((Components(extras, names, whole.births[members], whole.excluded[members]),), trace.offsets)
-    entry = kind.entry(adapter)
-    x = trace.resid_at(entry.layer, entry.site).to(adapter.layer_device(request.layer))
-    state = ComponentState(x.new_zeros(layout.n_rows, x.shape[1], dtype=dtype), layout, entry.layer, entry.site)
+    state, x = empty_part(kind, adapter, trace, [chosen], dtype), entering(kind, adapter, trace)
     bound = kind.bound(adapter, trace, 0) if request.bound is None else request.bound[0]
     if isinstance(kind, Tokens):
-        _fill_tokens(state, x, named)
+        fill_tokens(state, x, trace)
     elif isinstance(bound, BoundProducts) and not kind.may_be_complete:
-        _fill_products(state, x, named, bound)
+        fill_products(state, 0, bound)
+        if REST in chosen.extras:
+            block_of(state, 0)[:, chosen.extras.index(REST)] = _rest_of(bound, x, dtype)
     else:
-        every = initial_state(
-            kind, adapter, trace, has_bias=request.has_bias, dtype=dtype, excluded=request.excluded, bound=(bound,)
-        ).block(0)
-        state.set_block(0, every[:, to_device(members, every.device)])
+        more = {"has_bias": request.has_bias, "dtype": dtype, "excluded": request.excluded, "bound": (bound,)}
+        fill_part(state, initial_state(kind, adapter, trace, **more))
     return state
 
 
-def _fill_tokens(state: ComponentState, x: Tensor, named: np.ndarray) -> None:
-    """Write the hidden states ``x`` (N, D) of the tokens ``named`` (k,) to where they are born."""
-    layout, extras = state.layout, len(state.layout.components[0].extras)
-    rows = layout.starts[named] + extras + np.arange(len(named))
-    state.rows[to_device(rows, x.device)] = x[to_device(named, x.device)].to(state.rows)
-
-
-def _fill_products(state: ComponentState, x: Tensor, named: np.ndarray, bound: BoundProducts) -> None:
-    """Write the components ``named`` (k,) of those that are ``bound``, and the extras that are among the chosen."""
-    extras, dtype = state.layout.components[0].extras, state.rows.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    coefficients = bound.products.coefficients
-    assert coefficients is not None, "neurons and features have numbers at every position"
-    numbers, vectors = coefficients.to(wide), bound.products.vectors.to(wide)
-    block = state.rows.view(len(x), len(extras) + len(named), -1)
-    at = to_device(named, x.device)
-    block[:, len(extras) :] = (numbers[:, at, None] * vectors[at]).to(dtype)
-    constant = torch.zeros_like(x[0], dtype=wide) if bound.bias is None else bound.bias.to(wide)
-    if BIAS in extras:
-        block[:, extras.index(BIAS)] = constant.to(dtype)
-    if REST in extras:
-        for n, of_all in enumerate(numbers):  # summed up as where all are made, so that it is rounded alike
-            total = (of_all[:, None] * vectors).to(dtype).sum(0, dtype=wide)
-            block[n, extras.index(REST)] = x[n].to(wide) - (constant if constant.ndim == 1 else constant[n]) - total
+def _rest_of(bound: BoundProducts, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what the components that are ``bound`` leave of ``x`` (N, D), none of them held longer than a position."""
+    wide, (numbers, vectors) = (
+        torch.promote_types(dtype, torch.float32),
+        (bound.products.coefficients, bound.products.vectors),
+    )
+    assert numbers is not None, "neurons have numbers at every position"
+    vectors, rest = vectors.to(wide), x.to(wide) - constant_of(bound, wide)
+    for n, of_all in enumerate(numbers.to(wide)):  # summed up as where all are made, so that it is rounded alike
+        rest[n] -= (of_all[:, None] * vectors).to(dtype).sum(0, dtype=wide)
+    return rest.to(dtype)

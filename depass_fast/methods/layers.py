@@ -8,6 +8,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from ..agreement import check_found
 from ..components.base import ComponentKind
 from ..components.start import each_meets_bias
 from ..labels import BIAS
@@ -32,6 +33,7 @@ def layers(request: Request, directions: Sequence[Directions] | None = None) -> 
     has_bias = any(own_bias)  # states that are carried together have the same extras
     parts = [replace(at_layer(request, kind), has_bias=has_bias) for kind in kinds]
     readout = Readout.of(request, directions)
+    check_found(request, target=readout.names)
     collected, first = [], 0
     for state, errors in _carried(parts, surveys):
         collected.append(readout.collect(parts[first : first + len(errors)], state, errors))
@@ -72,7 +74,9 @@ def _carried(
     reads = first.read_positions
     if not can_propagate_jointly(trace, run):
         for part in parts:
-            state, errors = propagate(adapter, trace, start(part), end, run, reads)
+            state = start(part)
+            check_found(part, components=[one.all.labels for one in state.layout.components])
+            state, errors = propagate(adapter, trace, state, end, run, reads)
             yield state, [errors]
         return
     starts = (_pending(part, one.counts) for part, one in zip(parts, surveys, strict=True))

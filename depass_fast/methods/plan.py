@@ -43,7 +43,7 @@ def plan_of(
     n_targets: int = 1,
 ) -> Plan:
     """Return the plan of a call; arguments as of :meth:`depass_fast.DePass.plan`."""
-    settings.build(adapter)  # before any work
+    ranks = settings.build(adapter).ranks  # checked before any work
     n_targets = as_index(n_targets, "n_targets")
     if n_targets < 1:
         raise ValueError(f"n_targets: {n_targets} is out of range; it is at least 1.")
@@ -95,6 +95,7 @@ def plan_of(
         reads=reads,
         gradients=n_targets * max(map(len, reads)),
         is_ledger=is_ledger,
+        ranks=None if ranks is None else ranks.size,
     )
     return make_plan(shape, gemm_flops=rate, rate_source=source)
 

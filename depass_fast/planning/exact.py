@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from ..backends import reference_cost, stream_cost
 from ..backends.reference import ReferenceBackend
@@ -24,7 +25,7 @@ def estimates(
     """Return what every backend of ``rates`` needs for ``groups`` of states.
 
     The states of a group are carried together if the backend can do that, else one after the other. ``rates`` are FLOP
-    per second, None where the rate is not known.
+    per second, None where the rate is not known. A name of none of the backends here is that of a rank's part.
     """
     return tuple(_estimate(name, groups, forward, rate) for name, rate in rates.items())
 
@@ -37,7 +38,8 @@ def _estimate(
         needs = [_together(name, group) for group in groups]
         flop = sum(work.flop for group in groups for work in group)
     else:
-        needs = [SINGLY[name](work) for group in groups for work in group]
+        cost = SINGLY.get(name) or partial(stream_cost.sharded, streams=name.startswith(StreamBackend.name))
+        needs = [cost(work) for group in groups for work in group]
         flop = sum(need.flop for need in needs)
     most = max(needs, key=lambda need: need.workspace + need.beside)
     return BackendEstimate(

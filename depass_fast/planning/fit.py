@@ -8,10 +8,11 @@ from itertools import islice
 
 import torch
 
-from ..adapters import Adapter
-from ..backends import ReferenceBackend, StreamBackend, choose_backend, make_backend
+from ..backends import Backend, ReferenceBackend, ShardBackend, StreamBackend, choose_backend, make_backend
+from ..backends.shard import shard_name
 from ..backends.torch.division import default_budget
 from ..components.custom import Custom
+from ..options import is_spread
 from ..propagation.run import Run
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import available, readable
@@ -25,6 +26,7 @@ from .shapes import RunShape, fewest_components, layer_sizes, named_components
 _SMALL = 256 << 20  # bytes that there always are, or else running out of them is dealt with
 STREAMED = StreamBackend.name
 _LEAST_WORKSPACE = 1 << 20  # bytes of workspace below which nothing sensible can be done
+_DOUBLED = 7  # times that the ranks are doubled in search of a number that fits
 
 
 def fitted(run: Run, shape: RunShape) -> Run:
@@ -52,7 +54,7 @@ def fitted(run: Run, shape: RunShape) -> Run:
 def _trace_fits(shape: RunShape) -> bool:
     """True unless the trace alone is known to be too large."""
     free = available(shape.adapter.device)
-    return free is None or _is_spread(shape.adapter) or make_plan(shape).trace_bytes <= free
+    return free is None or is_spread(shape.adapter) or make_plan(shape).trace_bytes <= free
 
 
 def _fitted_state(run: Run, shape: RunShape) -> Run:
@@ -61,21 +63,28 @@ def _fitted_state(run: Run, shape: RunShape) -> Run:
     free = plan.available_bytes
     if free is None or plan.upper_bound:
         return run
+    streamed = STREAMED if shape.ranks is None else shard_name(shape.ranks, True)
     if short := _shortage(plan, name):
         may_replace = _may_replace(run, shape)
         streams = may_replace and options.stream == "auto" and _can_stream(shape)
-        if not streams or _shortage(plan, STREAMED):
+        if not streams or _shortage(plan, streamed):
             raise MemoryError(_refusal(plan, shape, name, short, may_replace))
-        name = STREAMED
+        name = streamed
     workspace, budget = plan.of(name).workspace_bytes, options.memory_budget
     left = free - (plan.of(name).peak_bytes - workspace)  # less than that: not the forward pass is the peak
     if run.workspace(device) is not None and budget is None and workspace > left:
         budget = max(_LEAST_WORKSPACE, default_budget(device) * left // (2 * workspace))
     elif name == run.backend.name:
         return run
+    return replace(run, backend=_made(run, name, device, budget))
+
+
+def _made(run: Run, name: str, device: torch.device, budget: int | None) -> Backend:
+    """Return the backend ``name`` with a workspace, for a run that has it or another one."""
     compute = run.compute_dtype
-    backend = StreamBackend(device, compute, budget) if name == STREAMED else make_backend(name, compute, budget)
-    return replace(run, backend=backend)
+    if run.ranks is not None:
+        return ShardBackend(run.ranks, device, compute, budget, name == shard_name(run.ranks.size, True))
+    return StreamBackend(device, compute, budget) if name == STREAMED else make_backend(name, compute, budget)
 
 
 def _shortage(plan: Plan, name: str) -> str | None:
@@ -87,11 +96,6 @@ def _shortage(plan: Plan, name: str) -> str | None:
     if held and host is not None and held > host:
         return f"needs {readable(held)} in host memory and {readable(host)} are available"
     return None
-
-
-def _is_spread(adapter: Adapter) -> bool:
-    """True if layers lie on several devices: no plan says what a sweep holds on one, and states stream to one only."""
-    return len({adapter.layer_device(index) for index in range(adapter.n_layers)}) > 1
 
 
 def _fitted_sweep(run: Run, shape: RunShape) -> Run:
@@ -106,7 +110,7 @@ def _fitted_sweep(run: Run, shape: RunShape) -> Run:
         return run
     outlook = sweep_outlook(shape)
     usual = outlook.default_workspace(free)
-    if outlook.peak(usual, None) > free and _is_spread(shape.adapter):
+    if outlook.peak(usual, None) > free and is_spread(shape.adapter):
         return run
     for loud in (None, 0):
         workspace = outlook.fitting_workspace(free, loud)
@@ -121,7 +125,7 @@ def _fitted_way_back(run: Run, shape: RunShape) -> Run:
     if free is None:
         return run
     outlook = ledger_outlook(shape)
-    if outlook.peak(outlook.default_workspace) <= free or _is_spread(shape.adapter):
+    if outlook.peak(outlook.default_workspace) <= free or is_spread(shape.adapter):
         return run
     workspace = outlook.fitting_workspace(free)
     if workspace is None:
@@ -138,7 +142,7 @@ def _may_replace(run: Run, shape: RunShape) -> bool:
 def _can_stream(shape: RunShape) -> bool:
     """True if there is a device beside the host's memory, and nothing that needs all components at once on it."""
     has_device = shape.adapter.device.type != "cpu"
-    return has_device and not callable(shape.options.allocation) and not _is_spread(shape.adapter)
+    return has_device and not callable(shape.options.allocation) and not is_spread(shape.adapter)
 
 
 def _is_small(shape: RunShape) -> bool:
@@ -182,7 +186,9 @@ def _refusal(plan: Plan, shape: RunShape, name: str, short: str, may_replace: bo
 def _ways(shape: RunShape, name: str, may_replace: bool, fits: Fits) -> Iterator[str]:
     """Changes of an exact run with the backend ``name`` that make it fit, each found to do so by a plan."""
     options, adapter = shape.options, shape.adapter
-    if name not in (*JOINTLY, STREAMED) and (need := fits(shape, "torch")):
+    if shape.ranks is not None:
+        yield from _ways_of_ranks(shape, shape.ranks, name, fits)
+    elif name not in (*JOINTLY, STREAMED) and (need := fits(shape, "torch")):
         yield f"backend='torch' ({readable(need)})"
     was_tried = may_replace and options.stream == "auto"
     if name in JOINTLY and _can_stream(shape) and not was_tried and (need := fits(shape, STREAMED)):
@@ -194,6 +200,18 @@ def _ways(shape: RunShape, name: str, may_replace: bool, fits: Fits) -> Iterator
             yield f"state_dtype='{dtype_name(dtype)}' ({readable(need)})"
             break
     yield from _smaller_prompts(shape, name, fits)
+
+
+def _ways_of_ranks(shape: RunShape, ranks: int, name: str, fits: Fits) -> Iterator[str]:
+    """Changes of a sharded run that make it fit: more ranks, of which each needs less, or host memory."""
+    streams = name == shard_name(ranks, True)
+    for more in (ranks << k for k in range(1, _DOUBLED)):
+        if need := fits(replace(shape, ranks=more), shard_name(more, streams)):
+            yield f"{more} ranks ({readable(need)} on each)"
+            break
+    is_allowed = shape.options.stream is False and _can_stream(shape)  # else it was tried
+    if not streams and is_allowed and (need := fits(shape, shard_name(ranks, True))):
+        yield f"stream=True ({readable(need)})"
 
 
 def _refusal_of_sweep(shape: RunShape, outlook: SweepOutlook, free: int) -> str:

@@ -38,6 +38,9 @@ class Plan:
     dictionary, neurons of experts), or it depends on the memory which states are held together. ``seconds`` rest on
     ``gemm_flops``, FLOP per second of a GEMM, and on the share of it that a backend reaches; None without a rate.
 
+    With ``ranks``, among which the components are dealt, everything but ``n_components`` is the first rank's, which has
+    most: rows, state, FLOP and estimates.
+
     If ``method`` is "adjoint", the rows and the state are those that are carried explicitly, at most; ``flop`` counts
     all products without loud components; one estimate is without loud components, one with as many as are ever carried.
     Under a linear rule the rows are gradients, the state is the gradients and scores that are kept, and there is one
@@ -66,17 +69,20 @@ class Plan:
     gemm_flops: float | None
     rate_source: str
     upper_bound: bool
+    ranks: int | None = None
 
     __repr__ = brief_repr
 
     def of(self, backend: str = "torch") -> BackendEstimate:
-        """Return the estimate for a backend; of the adjoint, alike with all, the larger one.
+        """Return the estimate for a backend; of the adjoint, alike with all, the larger one; of ranks theirs.
 
         Raises:
             KeyError: this plan has no such backend.
         """
         if self.method == "adjoint" and backend in BACKENDS:
             return self.estimates[-1]
+        if self.ranks is not None and backend in BACKENDS:
+            return self.estimates[0]
         for estimate in self.estimates:
             if estimate.backend == backend:
                 return estimate
@@ -104,6 +110,8 @@ class Plan:
             ("trace", readable(self.trace_bytes)),
             ("state", readable(self.state_bytes)),
         ]
+        if self.ranks is not None:
+            rows.append(("ranks", f"{self.ranks}, of which this is the first: no other has more"))
         for e in self.estimates:
             host = f", {readable(e.host_bytes)} in host memory" if e.host_bytes else ""
             time = "" if e.seconds is None else f", about {_time(e.seconds)}"

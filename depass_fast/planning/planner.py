@@ -15,9 +15,11 @@ import torch
 from ..adapters import Adapter
 from ..allocation import Allocation
 from ..backends import backend_status
+from ..backends.shard import shard_name
 from ..backends.torch.division import default_budget
 from ..backends.workload import Workload
 from ..components.base import ComponentKind
+from ..components.features import Features
 from ..components.model import Neurons, Tokens
 from ..linear_rules import looks_at_up
 from ..propagation.joint import JOINT_BYTES
@@ -83,9 +85,10 @@ def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
     kinds = list(kind.each(adapter))
     found = [_workload(replace(shape, kind=one), device) for one in kinds]
     workloads, known = [work for work, _ in found], all(is_known for _, is_known in found)
+    whole = [_workload(replace(shape, kind=one, ranks=None), device)[0] for one in kinds]
     state, compute = shape.options.dtypes(adapter.dtype, device)
     forward = ForwardPass.of(adapter, lengths, shape.traced)
-    rates = _rates(device, widest(state, compute, adapter.dtype), gemm.flops)
+    rates = _rates(device, widest(state, compute, adapter.dtype), gemm.flops, shape.ranks)
     return Plan(
         method="exact",
         components=kind.kind,
@@ -93,7 +96,7 @@ def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
         start_layers=len(workloads),
         layers_passed=sum(len(work.passed) for work in workloads),
         lengths=tuple(lengths),
-        n_components=max(max(work.counts) for work in workloads),
+        n_components=max(max(work.counts) for work in whole),
         rows=sum(work.rows for work in workloads),
         hidden_size=adapter.hidden_size,
         device=str(device),
@@ -109,6 +112,7 @@ def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
         gemm_flops=gemm.flops,
         rate_source=gemm.source,
         upper_bound=kind.is_layered or not known,
+        ranks=shape.ranks,
     )
 
 
@@ -146,7 +150,10 @@ def _groups(workloads: Sequence[Workload]) -> list[list[Workload]]:
 
 
 def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
-    """The state of a kind at one layer and its way; True if that is known before the prompts are traced."""
+    """The state of a kind at one layer and its way; True if that is known before the prompts are traced.
+
+    Of several ranks it is the first one's, which has the extras.
+    """
     adapter, lengths, kind, options = shape.adapter, shape.carried_lengths, shape.kind, shape.options
     end, counts = shape.end, shape.counts
     state, compute = options.dtypes(adapter.dtype, device)
@@ -156,8 +163,10 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     named, exact = zip(*(named_components(kind, adapter, n) for n in lengths), strict=True)
     if counts is not None:
         named, exact = counts, (True,)
-    staggered, counts = isinstance(kind, Tokens), [n + extras for n in named]
-    rows = [n * (n + 1) // 2 + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
+    staggered, ranks = isinstance(kind, Tokens), shape.ranks or 1
+    counts = [-(-n // ranks) + extras for n in named]
+    rows = [sum(range(n, 0, -ranks)) + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
+    every = 0 if ranks == 1 or isinstance(kind, Tokens | Neurons | Features) else sum(named) * max(lengths)
     first_end = kind.entry(adapter).first_end
     passed = [
         replace(
@@ -181,6 +190,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         on_cpu=device.type == "cpu",
         passed=tuple(passed[entering:last]),
         linear_rule=allocation.linear_rule,
+        made=every * adapter.hidden_size * state.itemsize,
     )
     return work, all(exact)
 
@@ -273,8 +283,15 @@ def _ledger(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
     )
 
 
-def _rates(device: torch.device, dtype: torch.dtype, gemm_flops: float | None) -> dict[str, float | None]:
-    """FLOP per second of every backend that can run on a device in ``dtype``; all can on another machine's device."""
+def _rates(
+    device: torch.device, dtype: torch.dtype, gemm_flops: float | None, ranks: int | None
+) -> dict[str, float | None]:
+    """FLOP per second of every backend that can run on a device in ``dtype``; all can on another machine's device.
+
+    Where components are dealt to ``ranks``, that is the backend of a part.
+    """
+    if ranks is not None:
+        return {name: _rate("torch", device, gemm_flops) for name in (shard_name(ranks), shard_name(ranks, True))}
     elsewhere = device.type == "cuda" and not torch.cuda.is_available()
     status = {} if elsewhere else backend_status(device, dtype)
     usable = [name for name in (*JOINTLY, *SINGLY) if status.get(name) is None]

@@ -31,7 +31,8 @@ class RunShape:
     how many positions of every prompt are carried, up to the last one that is read; None: all. ``reads``: how many
     positions lie before every one that is read, itself included, per prompt, each of which takes an adjoint sweep of
     its own; None: the last one carried. ``gradients``: how many a way back carries, one for every target of every read
-    of a prompt. ``is_ledger``: those of all sites are kept, and ``kind`` says nothing.
+    of a prompt. ``is_ledger``: those of all sites are kept, and ``kind`` says nothing. ``ranks``: among so many the
+    components are dealt; None: one process has all.
     """
 
     adapter: Adapter
@@ -46,6 +47,7 @@ class RunShape:
     reads: Sequence[Sequence[int]] | None = None
     gradients: int = 1
     is_ledger: bool = False
+    ranks: int | None = None
 
     @property
     def is_linear(self) -> bool:

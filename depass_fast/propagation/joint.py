@@ -28,9 +28,9 @@ JOINT_BYTES = 1 << 30  # upper limit of the states that are carried together
 
 
 def can_propagate_jointly(trace: Trace, run: Run) -> bool:
-    """True if states can be carried together: a backend for jagged rows on the device, and no values are clamped."""
+    """True if states can be carried together: by this backend, with jagged rows, and no values are clamped."""
     clamped = any(layer.attention.value_ratio is not None for layer in trace.layers)
-    return run.backend.jagged and not run.backend.streams and not clamped
+    return run.backend.jagged and run.backend.joins and not clamped
 
 
 @dataclass(frozen=True)

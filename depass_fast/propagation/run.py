@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..allocation import Allocation
 from ..backends import Backend
 from ..results.verification import Verification
+from ..runtime.ranks import Ranks
 from ..trace.record import Trace
 from .verify import Verifier
 
@@ -48,6 +50,18 @@ class Run:
     def host(self) -> bool:
         """True if the state stays in host memory."""
         return self.backend.streams
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that share the components of every prompt; None: this one carries all of them."""
+        return self.backend.ranks
+
+    def summed(self, part: Tensor) -> Tensor:
+        """Return the sum over all components, from a sum over those that this process carries."""
+        if self.ranks is None:
+            return part
+        wide = torch.promote_types(part.dtype, torch.float32)
+        return self.ranks.sum(part.to(wide)).to(part)
 
     def workspace(self, device: torch.device) -> int | None:
         """Return the bytes of workspace that the backend keeps to by now; None: it keeps to none."""

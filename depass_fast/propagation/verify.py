@@ -87,6 +87,7 @@ class _Watched(Backend):
         self.backend, self.verifier = backend, verifier
         self.name, self.jagged, self.streams = backend.name, backend.jagged, backend.streams
         self.streamable, self.compute_dtype = backend.streamable, backend.compute_dtype
+        self.joins, self.ranks = backend.joins, backend.ranks
 
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
         self.backend.begin(adapter, trace, first, end)

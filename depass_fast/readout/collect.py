@@ -31,6 +31,7 @@ from .assemble import assemble
 from .completeness import warn_if_results_miss
 from .own import Places
 from .targets import Directions, bias_scores, read_scores, resolve_targets, scores_of
+from .whole import scores_of_all
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Readout:
             dtype=dtype,
         )
 
+    @property
+    def names(self) -> list[tuple[str, ...]]:
+        """The names of what is read at every place; of a model's own next token, which one it is."""
+        return [one.names for one in self.directions]
+
     def only(self, chosen: Sequence[int]) -> Readout:
         """Return the readout of some of the places."""
         names = ("places", "directions", "logits", "bias_scores", "sizes")
@@ -110,7 +116,10 @@ class Readout:
                 here = state.at(state.layout.at(offsets, [np.array([position]) for _, position in one.places]))
             here.rows = here.rows.to(self.resid.device, self.dtype)
             scores = read_scores(here, run.operations, self.norm, self.resid, one.directions)
-            found.append(Round(one, here.layout, scores))
+            layout = here.layout
+            if run.ranks is not None:
+                layout, scores = scores_of_all(scores, layout, one.directions, run.ranks)
+            found.append(Round(one, layout, scores))
         return Collected(found, requests, errors, run.verified())
 
 

@@ -6,6 +6,8 @@ host in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,16 +18,20 @@ from .state import ComponentState
 
 
 class Completeness:
-    """Collects ‖Σ_m X[n, m] - x[n]‖ of states, and ‖x[n]‖, until :meth:`errors` divides and compares them."""
+    """Collects ‖Σ_m X[n, m] - x[n]‖ of states, and ‖x[n]‖, until :meth:`errors` divides and compares them.
 
-    def __init__(self) -> None:
+    ``summed`` makes of the sum of a state's components that of all, where states hold a part of them.
+    """
+
+    def __init__(self, summed: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._summed = summed
         self._layouts: list[Layout] = []
         self._missed: list[Tensor] = []  # (S,) of each state
         self._sizes: list[Tensor] = []  # (T,) of the hidden states beside it
 
     def measure(self, state: ComponentState, resid: Tensor) -> None:
         """Measure a state beside the residual stream ``resid`` (T, D) at its place."""
-        missed, sizes = state.missed(resid)
+        missed, sizes = state.missed(resid, self._summed)
         self._layouts.append(state.layout)
         self._missed.append(missed)
         self._sizes.append(sizes)

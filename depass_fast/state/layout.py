@@ -27,12 +27,17 @@ class Components:
 
     ``births`` (M,) is the first position at which each is alive, non-decreasing. ``excluded`` (M,) marks special
     tokens, which take part in the allocation at the position of their birth only.
+
+    A state may hold a part of a prompt's components (:meth:`only`). ``whole`` are then all of them, and ``places`` (M,)
+    those of the part among them, in order.
     """
 
     extras: tuple[str, ...]
     names: tuple[str, ...]
     births: np.ndarray
     excluded: np.ndarray
+    whole: Components | None = None
+    places: np.ndarray | None = None
 
     @staticmethod
     def everywhere(names: tuple[str, ...], extras: tuple[str, ...]) -> Components:
@@ -52,6 +57,28 @@ class Components:
 
     def __len__(self) -> int:
         return len(self.births)
+
+    def only(self, places: np.ndarray) -> Components:
+        """Some of the components, at ``places`` (m,) in order, which know those that they are a part of."""
+        n_extras = len(self.extras)
+        extras = tuple(self.extras[i] for i in places if i < n_extras)
+        names = tuple(self.names[i - n_extras] for i in places if i >= n_extras)
+        return Components(extras, names, self.births[places], self.excluded[places], self, places)
+
+    @property
+    def all(self) -> Components:
+        """All components of the prompt, of which these are a part or the whole."""
+        return self if self.whole is None else self.whole
+
+    @property
+    def members(self) -> np.ndarray:
+        """The places (M,) of these components among all of the prompt."""
+        return np.arange(len(self)) if self.places is None else self.places
+
+    @property
+    def named(self) -> np.ndarray:
+        """The places of the named components of these among all named ones of the prompt."""
+        return self.members[len(self.extras) :] - len(self.all.extras)
 
     @property
     def labels(self) -> list[str]:
@@ -149,6 +176,13 @@ class Layout:
         """The layout of some of the segments (S',), in that order."""
         prompt, local, packed = self.prompt[segments], self.local[segments], self.packed[segments]
         return Layout(self.components, prompt, local, packed, *_counted(self.counts[segments]))
+
+    @property
+    def all(self) -> Layout:
+        """The layout of all components of the prompts at the same positions, where this one may hold a part of them."""
+        whole = tuple(components.all for components in self.components)
+        alive = [whole[prompt].alive(local) for prompt, local in zip(self.prompt, self.local, strict=True)]
+        return Layout(whole, self.prompt, self.local, self.packed, *_counted(np.array(alive, np.int64)))
 
     def rows_of(self, segments: np.ndarray) -> np.ndarray:
         """The rows of some of the segments (S',), one segment after the other."""

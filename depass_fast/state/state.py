@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -170,18 +170,22 @@ class ComponentState:
         """The sum over the components at every segment: (S, D)."""
         counts = self.layout.counts
         if (counts == counts[0]).all():
-            return self.rows.view(len(counts), int(counts[0]), -1).sum(1)
+            return self.rows.view(len(counts), int(counts[0]), self.rows.shape[1]).sum(1)
         return segment_sums(self.rows, self.layout.tensor("starts", self.device)[:-1])
 
-    def missed(self, resid: Tensor) -> tuple[Tensor, Tensor]:
-        """‖Σ_m X[n, m] - x[n]‖ at every segment (S,), and ‖x[n]‖ at every position (T,) of ``resid`` (T, D)."""
+    def missed(self, resid: Tensor, summed: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """‖Σ_m X[n, m] - x[n]‖ at every segment (S,), and ‖x[n]‖ at every position (T,) of ``resid`` (T, D).
+
+        ``summed`` makes of the sum of these components that of all, where the state holds a part of them.
+        """
         layout, rows = self.layout, self.rows
+        total = self.total() if summed is None else summed(self.total())
         x = resid.to(rows.device)
         if torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
             x = x.to(rows)  # a narrower state cannot be nearer to it than that
         everywhere = np.array_equal(layout.packed, np.arange(len(resid)))
         here = x if everywhere else x[layout.tensor("packed", rows.device)]
-        missed, sizes = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (self.total() - here, x))
+        missed, sizes = (torch.linalg.vector_norm(y, dim=1, dtype=rows.dtype) for y in (total - here, x))
         return missed, sizes
 
 

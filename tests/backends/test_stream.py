@@ -141,7 +141,7 @@ def test_a_run_streams_where_the_device_has_no_room(monkeypatch):
         chosen()
     monkeypatch.setattr(fitting, "available", lambda device: room if device.type == "cuda" else 1 << 40)
     assert chosen().host
-    monkeypatch.setattr(fitting, "_is_spread", lambda adapter: True)  # states stream to one device only
+    monkeypatch.setattr(fitting, "is_spread", lambda adapter: True)  # states stream to one device only
     with pytest.raises(MemoryError, match="tokens: needs"):
         chosen()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from depass_fast import Custom, DePass, Subspaces
-from depass_fast.components.start import _settle_rounding
+from depass_fast.components.start import settle_rounding
 from tests.support.models import build, random_ids
 
 IDS = random_ids(7)
@@ -75,7 +75,7 @@ def test_a_complement_below_a_hundredth_is_one_where_another_position_has_a_larg
 
 def test_nothing_to_spread_over():
     rest, named, x = torch.zeros(2, 4), torch.zeros(2, 3, 4), torch.zeros(2, 4)
-    assert _settle_rounding(rest, named, x, 1e-7, False)
+    assert settle_rounding(rest, named, x, 1e-7, False)
     assert not named.any() and not rest.any()
 
 

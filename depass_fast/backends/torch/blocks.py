@@ -72,7 +72,9 @@ def make_blocks(
                 break  # nor any later one
             size = max(1, slots // (n - birth))
             if staggered:  # components born together share the positions that none of them reaches
-                size = min(size, max(64, n // 4))
+                most = max(64, n // 4)
+                of_ranks = int(np.searchsorted(components.births, components.births[first] + most)) - first
+                size = min(size, most, of_ranks)  # those of a rank of several are born at a distance
             last = min(first + size, m)
             places = starts[birth:, None] + np.arange(first, last)
             alive = np.arange(first, last) < counts[birth:, None]

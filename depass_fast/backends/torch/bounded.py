@@ -36,8 +36,7 @@ class BoundedBackend(Backend):
         self._tables: WeakKeyDictionary[Layout, dict[object, Any]] = WeakKeyDictionary()
 
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
-        if not self.streams:
-            active.look(adapter, trace, first, end)
+        active.look(adapter, trace, first, end)
 
     def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
         return self._budget.prepare(device, make)

@@ -101,13 +101,13 @@ def _cut(layout: Layout, queries: Layout, slots: int, begin: tuple[int, int]) ->
         if fits and (len(group) + 1) * max(longest, n) * max(widest, m) <= slots:
             group, longest, widest = range(group.start, prompt + 1), max(longest, n), max(widest, m)
             continue
-        if group:
+        if widest:
             yield _Cut(group, 0, widest)
         group, longest, widest = range(prompt, prompt + 1), n, m
         if not fits:
             yield from _cut_components(layout, queries, slots, prompt, first)
             group, longest, widest = range(prompt + 1, prompt + 1), 0, 0
-    if group:
+    if widest:  # a rank may have no components of these prompts
         yield _Cut(group, 0, widest)
 
 
