@@ -159,7 +159,11 @@ def form_of(prompt: Any) -> str:
 
 def _canonical(item: Item) -> str:
     """Return what an item says, as a text that is the same for equal items."""
-    return json.dumps([item.id, *(_plain(getattr(item, name)) for name in ("prompt", *_FIELDS[:3]))], sort_keys=True)
+    said = [item.id, item.prompt, item.target, item.contrast, item.position]
+    try:
+        return json.dumps(said, sort_keys=True)
+    except TypeError:  # arrays, and targets that are objects
+        return json.dumps(_plain(said), sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,10 @@ class Asked:
         Raises:
             ValueError, TypeError: as :meth:`depass_fast.DePass.attribute`.
         """
+        if self.settings.shard is not None:
+            raise ValueError(
+                "shard: a sweep deals prompts to processes, and a shard the components of one prompt; give shard=None."
+            )
         self.settings.build(self.adapter)
         check_kind(self.components)
         if self.target_kind not in ("logit", "log-prob"):

@@ -21,8 +21,8 @@ from ..runtime.memory import available
 from .asked import Asked, Prepared
 from .failed import FailedPrompt
 
-# a batch is as large as pays: a call takes the host 20 ms, whatever its size, and a GPU is full with 10 TFLOP
-BATCH_FLOP = {"cpu": 2e10, "cuda": 5e13}
+# a batch is as large as pays: a call takes the host some 50 ms, whatever its size (`python -m bench.sweep`)
+BATCH_FLOP = {"cpu": 4e10, "cuda": 5e13}
 BATCH_PROMPTS = {"cpu": 64, "cuda": 256}
 WINDOW_BATCHES = 4
 WINDOW_NUMBERS = 1 << 22  # scores that are held at a time

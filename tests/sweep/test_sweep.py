@@ -163,6 +163,8 @@ def test_what_all_prompts_share_is_checked_at_once(demo):
         demo.sweep(["a"], Tokens(), target_kind="x")
     with pytest.raises(ValueError, match="batch_size: expected a positive integer, got 0"):
         demo.sweep(["a"], Tokens(), batch_size=0)
+    with pytest.raises(ValueError, match="shard: a sweep deals prompts to processes"):
+        demo.sweep(["a"], Tokens(), shard=object())
     with pytest.raises(TypeError, match="unknown option 'tempreature'"):
         demo.sweep(["a"], Tokens(), tempreature=1.0)
 
