@@ -34,6 +34,8 @@ setup(
     ],
     extras_require={
         "pandas": ["pandas>=2"],  # Attribution.to_dataframe
+        "sweep": ["pyarrow>=14", "pandas>=2"],  # sweeps into folders; `datasets` beside it for data sets
+        "ray": ["ray[data]>=2.40", "pyarrow>=14", "pandas>=2"],  # sweeps over a cluster
         "device-map": ["accelerate>=1"],  # models spread over several devices
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],  # models from GGUF files; transformers loads none without the two
         # what tests/interop runs against; inseq cannot share an environment with TransformerLens (typeguard)
@@ -44,7 +46,14 @@ setup(
         "peft": ["peft>=0.15"],
         "quantised": ["bitsandbytes>=0.46", "torchao>=0.12", "optimum-quanto>=0.2.7", "peft>=0.15"],
         "inseq": ["inseq>=0.7,<0.8"],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=5", "hypothesis>=6.100", "pandas>=2"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "pandas>=2",
+            "pyarrow>=14",
+        ],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "evaluate": ["matplotlib>=3.8", "captum>=0.9"],  # its plots; what its baselines are compared with in tests
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],

@@ -32,6 +32,7 @@ SECTIONS = {
     "rules": rules.section,
     "scripts": tables.scripts,
     "suite": tables.suite,
+    "sweep": tables.sweep,
     "trained": trained.section,
 }
 

@@ -15,8 +15,12 @@ LAYERS = (
     "do the same arithmetic, but for the forward passes of a loop over prompts: where a loop reaches a share of the "
     "machine's GEMM rate, one over that share is the most that a sweep can gain on it."
 )
+
 PROMPTS = """Lists of prompts of 8 to 40 random tokens, given as a list (one jagged batch, no padding) and one after
 the other. Both were verified to give the same scores before they were timed, in turns."""
+
+SWEEP = """The demo model on random prompts of 5 to 40 tokens. A ratio is the median over the turns of the first way's
+time over this one's, in the same turn; of memory it is what is held at the end over what was held early."""
 
 LOOKING = """`python -m bench.speed.looking`: the price of explaining attention, beside what it is explained of. The
 memory is that of the call beside the state that it is given."""
@@ -65,6 +69,25 @@ def prompts(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Prompts per second", result["environment"]), PROMPTS, table(header, lines)])
+
+
+def sweep(result: dict) -> str:
+    header = ["part", "workload", "way", "prompts", "prompts/s", "memory", "ratio", "goal", "turns"]
+    lines = [
+        [
+            row["part"],
+            row["workload"],
+            row["provider"],
+            f"{row['prompts']:,}",
+            "" if row["prompts_per_s"] is None else f"{row['prompts_per_s']:.1f}",
+            "" if row["rss"] is None else f"{row['rss'] / 2**20:.0f} MiB",
+            "" if row["ratio"] is None else f"{row['ratio']:.3f}×",
+            "" if row["ratio"] is None else row["goal"],
+            str(row["runs"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Sweeps", result["environment"]), SWEEP, table(header, lines)])
 
 
 def products(result: dict) -> str:

@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts: dict[str, Callable[[str], Iterator[SweepRate]]] = {
         "loop": lambda name: against_a_loop(name, prompts, runs),
         "files": lambda name: into_files(name, prompts, runs),
-        "processes": lambda name: over_processes(name, count, runs),
+        "processes": lambda name: over_processes(name, count if options.tiny else 3 * count, runs),
         "memory": lambda name: memory(name, 40 if options.tiny else long),
     }
     for part in options.part or PARTS:

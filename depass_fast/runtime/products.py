@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _WIDENED = 512  # columns of a product's operands that are widened at a time
 _SMALLEST = 1 << 20  # multiplications; MKL's call is cheaper than oneDNN's
 _MADE = 1 << 18  # numbers of a product by oneDNN that are made before they are written where they belong
+_STEP = 64  # rows; fewer are MKL's, as fast
 _ROWS = 256  # so many at least, however wide: every piece reads the whole weight
 _COPIED = 1 << 20  # numbers of a weight that are copied at a time: oneDNN takes whole matrices alone
 _WORTH_A_COPY = 256  # rows
@@ -89,9 +90,21 @@ def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]
     for left in range(0, b.shape[1], width):
         columns = slice(left, left + width)
         weight = b.T if _is_whole(b) else b.T[columns].contiguous()
-        for top in range(0, len(a), height):
-            rows = slice(top, top + height)
-            yield (rows, columns), _by_one_dnn(a[rows], weight)
+        for rows in _heights(len(a), height):
+            part = a[rows]
+            yield (rows, columns), part @ weight.T if len(part) < _STEP else _by_one_dnn(part, weight)
+
+
+def _heights(n: int, height: int) -> Iterator[slice]:
+    """Cut ``n`` rows into pieces of ``height``, one of a multiple of ``_STEP``, and what is left, which MKL takes.
+
+    oneDNN compiles a kernel for every shape, which takes as long as four products, and keeps a thousand of them: with
+    any number of rows there would be a kernel, 0.2 MB, for each.
+    """
+    whole = n // height * height
+    step = whole + (n - whole) // _STEP * _STEP
+    yield from (slice(top, top + height) for top in range(0, whole, height))
+    yield from (slice(first, last) for first, last in ((whole, step), (step, n)) if last > first)
 
 
 def _by_one_dnn(a: Tensor, weight: Tensor) -> Tensor:

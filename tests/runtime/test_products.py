@@ -28,6 +28,7 @@ def calls(monkeypatch) -> list[int]:
     monkeypatch.setattr(products, "_COPIED", 50 * K)
     monkeypatch.setattr(products, "_MADE", 70 * 50)
     monkeypatch.setattr(products, "_ROWS", 70)
+    monkeypatch.setattr(products, "_STEP", 1)
     monkeypatch.setattr(products, "_by_one_dnn", counted)
     return found
 
@@ -153,3 +154,11 @@ def test_an_attribution_by_either_library(monkeypatch):
         found.append(engine.attribute(trace, Neurons(layers="all"), allocation="shapley").scores)
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 255, 256, 300, 511, 512, 700, 5000])
+def test_rows_are_cut_into_pieces_of_few_sizes(n):
+    pieces = list(products._heights(n, 256))
+    assert [row for piece in pieces for row in range(n)[piece]] == list(range(n))
+    assert all((piece.stop - piece.start) % 64 == 0 for piece in pieces[:-1]), "what is left is the last"
+    assert len({piece.stop - piece.start for piece in pieces}) <= 3

@@ -32,8 +32,9 @@ class BoundedBackend(Backend):
     def __init__(self, compute_dtype: torch.dtype | None = None, memory_budget: int | None = None) -> None:
         self.compute_dtype = compute_dtype
         self._workspace = Workspace()
-        self._budget = Budget(memory_budget, default_budget, self._release)
         self._tables: WeakKeyDictionary[Layout, dict[object, Any]] = WeakKeyDictionary()
+        # not a method: in a circle with the budget, buffers would live until Python looks for circles
+        self._budget = Budget(memory_budget, default_budget, partial(_release, self._workspace, self._tables))
 
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:
         active.look(adapter, trace, first, end)
@@ -52,13 +53,6 @@ class BoundedBackend(Backend):
 
     def _bytes(self, state: ComponentState) -> int:
         return self._budget.bytes(self._computes_on(state))
-
-    def _release(self) -> None:
-        """Let go of everything that is not needed to carry on."""
-        self._workspace.clear()
-        self._tables.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _table(self, layout: Layout, key: object, make: Callable[[], Made]) -> Made:
         """Return what ``make`` makes of a layout, made once and kept as long as the layout and the workspace."""
@@ -141,3 +135,11 @@ class BoundedBackend(Backend):
         width, division = state.rows.shape[1], self._division(state, ways_in=ways_in)
         size = division.neurons(width, n, max(1, chunk.rows.stop - chunk.rows.start))
         return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _release(workspace: Workspace, tables: WeakKeyDictionary[Layout, dict[object, Any]]) -> None:
+    """Let go of everything that is not needed to carry on."""
+    workspace.clear()
+    tables.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
