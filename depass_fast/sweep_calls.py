@@ -95,7 +95,7 @@ class SweepCalls(Calls):
                 all.
             dense: write all scores as safetensors, too (:meth:`depass_fast.Sweep.dense`).
             shard_prompts, shard_seconds: a file is finished when it holds so many prompts or so many seconds of work,
-                which is the most that a killed process loses.
+                which is what a killed process loses, with the batch that it is at.
             strict: stop at the first prompt that cannot be attributed.
             report: gets a line for every finished file.
             others: as of :meth:`sweep`.

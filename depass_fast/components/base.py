@@ -120,6 +120,13 @@ class ComponentKind:
         """Write the initial states of one prompt into all of ``out`` (N, M, D), without the extras."""
         raise NotImplementedError
 
+    def filler(self, adapter: Adapter, trace: Trace, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
+        """Return :meth:`fill` for the prompts of a trace, as a function of ``out``, of ``dtype``, and the prompt.
+
+        A kind that makes something for all prompts together makes it here, once.
+        """
+        return lambda out, prompt: self.fill(out, adapter, trace, prompt)
+
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors | None:
         """The initial states as products of numbers and vectors; None if the kind does not consist of such."""
         return None

@@ -6,7 +6,7 @@ their sum becomes `rest` (:mod:`depass_fast.components.start`), so that the sum 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
@@ -67,11 +67,20 @@ class Heads(LayerKind[R]):
         return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
-        outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
-        outputs.attend(outputs.values(), out)
-        entering = outputs.entering(out, "attention")
-        if entering is not out:
-            out.copy_(entering)
+        self.filler(adapter, trace, out.dtype)(out, prompt)
+
+    def filler(self, adapter: Adapter, trace: Trace, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
+        whole = LayerOutputs(adapter, trace, self.resolve(adapter), None, dtype)
+        values = whole.values()
+
+        def fill(out: Tensor, prompt: int) -> None:
+            outputs = whole.at(trace.span(prompt))
+            outputs.attend(values[outputs.span], out)
+            entering = outputs.entering(out, "attention")
+            if entering is not out:
+                out.copy_(entering)
+
+        return fill
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")

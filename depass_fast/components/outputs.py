@@ -6,6 +6,7 @@ scales of these norms are frozen, so that heads and neurons pass them one by one
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -27,12 +28,22 @@ def _numerals(count: int) -> tuple[str, ...]:
 
 
 class LayerOutputs:
-    """The outputs of layer ``layer`` on one prompt, computed in ``dtype``. A ``module`` is "attention" or "mlp"."""
+    """The outputs of layer ``layer`` on one prompt, computed in ``dtype``. A ``module`` is "attention" or "mlp".
 
-    def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int, dtype: torch.dtype) -> None:
+    ``prompt`` None stands for all prompts, one after the other, of which :meth:`at` are the outputs on one.
+    """
+
+    def __init__(self, adapter: Adapter, trace: Trace, layer: int, prompt: int | None, dtype: torch.dtype) -> None:
         self._adapter, self._layer, self.dtype = adapter, layer, dtype
         self.record: LayerTrace = trace.layers[layer]
-        self.span, self.after = trace.span(prompt), trace.resid(layer + 1)
+        self.span = slice(0, int(trace.offsets[-1])) if prompt is None else trace.span(prompt)
+        self.after = trace.resid(layer + 1)
+
+    def at(self, span: slice) -> LayerOutputs:
+        """The outputs on the prompt at ``span``, with the weights that were looked up for all."""
+        other = copy.copy(self)
+        other.span = span
+        return other
 
     @cached_property
     def attention(self) -> Attention:

@@ -61,14 +61,16 @@ def initial_state(
     bias = components[0].extras[1:]
     rows = empty_rows(layout, x, dtype, in_host_memory)
     near, x = x.device, x.to(rows.device)
-    given, has_settled = rounding_given(kind, x), False
+    given, has_settled, fill = rounding_given(kind, x), False, None
     for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
         named, here = block[:, 1 + len(bias) :], x[trace.span(prompt)]
         if in_host_memory:
             _fill_from_device(named, one, adapter, trace, prompt, near)
         else:
-            one.fill(named, adapter, trace, prompt)
+            if fill is None or one is not kinds[prompt - 1]:
+                fill = one.filler(adapter, trace, dtype)
+            fill(named, prompt)
         if bias:
             block[:, 1] = 0.0 if constant is None else constant
         total = block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
