@@ -37,28 +37,29 @@ class SweepCalls(Calls):
         strict: bool = False,
         **options: Unpack[OptionValues],
     ) -> Iterator[Any]:
-        """Yield the result of every prompt, in their order, as :meth:`attribute` returns it for one.
+        """Yield the result of every prompt, in their order, as :meth:`depass_fast.DePass.attribute` returns it for one.
 
         Prompts are computed in jagged batches of similar cost, some ahead of what is yielded. A batch changes no result
         beyond rounding.
 
         Args:
-            prompts: an iterable of prompts, of mappings with the fields of :meth:`depass_fast.PromptSet.read`, or a
-                PromptSet.
-            targets, contrasts, positions: one for each prompt, as of :meth:`attribute`.
+            prompts: an iterable of prompts, of mappings with the fields of :meth:`depass_fast.PromptSet.read`, a
+                DataFrame with these columns, or a PromptSet. An iterator is gone through as results are asked for.
+            targets, contrasts, positions: one for each prompt, as of :meth:`depass_fast.DePass.attribute`.
             target_kind: "log-prob" reads the log-probability of the targets.
             batch_size: the most prompts that are computed together. Default: as many as pay, and as memory allows.
             strict: raise the error of a prompt that cannot be attributed. By default a false
                 :class:`depass_fast.FailedPrompt` with the reason takes the place of its result.
-            components, method, options: as of :meth:`attribute`.
+            components, method, options: as of :meth:`depass_fast.DePass.attribute`.
 
         Raises:
-            ValueError, TypeError: bad input that all prompts share, when the first result is asked for.
+            ValueError, TypeError: bad input that all prompts share, at once. With ``strict`` a prompt's error, when its
+                result is asked for.
         """
         asked = Asked(self.adapter, self.tokenizer, self.options.updated(options), components, method, target_kind)
         asked.check()
         limit = Writing(most=batch_size)
-        given = PromptSet.of(prompts, targets=targets, contrasts=contrasts, positions=positions)
+        given = PromptSet.once(prompts, targets=targets, contrasts=contrasts, positions=positions)
         found = outcomes(asked, given, most=limit.most, strict=strict, ordered=True)
         return (outcome.value for batch in found for outcome in batch)
 
@@ -80,6 +81,7 @@ class SweepCalls(Calls):
         shard_prompts: int = 1024,
         shard_seconds: float = 30.0,
         strict: bool = False,
+        retry_failed: bool = False,
         report: Callable[[str], None] | None = None,
         **options: Unpack[OptionValues],
     ) -> Sweep:
@@ -97,8 +99,9 @@ class SweepCalls(Calls):
             shard_prompts, shard_seconds: a file is finished when it holds so many prompts or so many seconds of work,
                 which is what a killed process loses, with the batch that it is at.
             strict: stop at the first prompt that cannot be attributed.
+            retry_failed: try prompts again that failed in an earlier start; by default these are done.
             report: gets a line for every finished file.
-            others: as of :meth:`sweep`.
+            others: as of :meth:`depass_fast.DePass.sweep`.
 
         Raises:
             ValueError, TypeError: bad input, before any work: an id that is there twice, prompts of several forms, a
@@ -109,7 +112,7 @@ class SweepCalls(Calls):
         settings = self.options.updated(options)
         asked = Asked(self.adapter, self.tokenizer, settings, components, method, target_kind)
         given = PromptSet.of(prompts, targets=targets, contrasts=contrasts, positions=positions, ids=ids)
-        writing = Writing(top, dense, shard_prompts, shard_seconds, batch_size, strict)
+        writing = Writing(top, dense, shard_prompts, shard_seconds, batch_size, strict, retry_failed)
         path = Path(folder).expanduser()
         run(asked, given, path, writing, Share.of_environment(), report or (lambda line: None))
         return Sweep.open(path)

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
         shown = sweep.leading(frame, args.top)
         if not sweep.is_complete:
             note(f"{sweep.n_done:,} of {sweep.n_prompts:,} prompts are done; the same sweep again does the rest.")
+        if failed := sweep.n_failed:
+            note(f"{failed:,} of {sweep.n_prompts:,} prompts failed, most often: {sweep.commonest_reason()}")
         if sweep.manifest["output"]["top"] is not None:
             note(
                 f"the sweep kept {sweep.manifest['output']['top']} components of a result: a mean is of the n results "

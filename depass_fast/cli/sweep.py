@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 FAILED = 3  # the exit status where prompts failed
 _DESCRIPTION = """\
 Attribute every prompt of a file into a folder of Parquet files. What is finished stays, whatever happens: the same
-command again does the rest. A prompt that fails is a row of errors.parquet, and the exit status is 3.
+command again does the rest. A prompt that fails is a row of errors.parquet, and the exit status is 3,
+but for processes of torchrun or srun, which would end each other.
 """
 _EXAMPLES = """\
 examples:
@@ -109,6 +110,7 @@ def _add_output(group: argparse._ActionsContainer) -> None:
         "--shard-seconds", type=types.rate, default=30.0, metavar="S", help="a file's seconds of work. Default: 30"
     )
     group.add_argument("--strict", action="store_true", help="stop at the first prompt that fails")
+    group.add_argument("--retry-failed", action="store_true", help="try prompts again that failed in an earlier start")
     flags.add_json(group, "a JSON object at the end")
     flags.add_quiet(group)
     flags.add_debug(group)
@@ -118,6 +120,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, before anything is imported."""
     flags.check_dictionary(args)
     flags.check_method(args)
+    if args.target_kind == "log-prob" and args.contrast_field is not None:
+        raise ValueError(
+            "--target-kind: the difference of two log-probabilities is that of the logits; leave it or "
+            "--contrast-field out."
+        )
     if args.engine == "local":
         for name in ("workers", "cores_per_worker"):
             if getattr(args, name) is not None:
@@ -139,15 +146,24 @@ def run(args: argparse.Namespace) -> int:
         "done": done.n_done,
         "failed": done.n_failed,
         "complete": done.is_complete,
+        "reason": done.commonest_reason(),
     }
     emit(json.dumps(about) if args.json else _told(about))
-    return FAILED if about["failed"] else 0
+    # torchrun and srun end all processes of a job in which one has another status
+    return FAILED if about["failed"] and not _is_one_of_several() else 0
+
+
+def _is_one_of_several() -> bool:
+    from ..sweep.dealing import Share
+
+    return Share.of_environment().world > 1
 
 
 def _told(about: dict[str, Any]) -> str:
     lines = [f"{about['folder']}: {about['done']:,} of {about['prompts']:,} prompts done"]
     if about["failed"]:
         lines.append(f"{about['failed']:,} of them failed; the reasons are in {about['folder']}/errors.parquet")
+        lines.append(f"most often: {about['reason']}")
     if not about["complete"]:
         lines.append("the others are dealt to other processes, or were left by one that stopped")
     return "\n".join([*lines, f"depass-fast collect {about['folder']}"])
@@ -172,6 +188,7 @@ def _writing(args: argparse.Namespace, shard_prompts: int) -> Writing:
         shard_seconds=args.shard_seconds,
         most=args.batch_size,
         strict=args.strict,
+        retry_failed=args.retry_failed,
     )
 
 
@@ -256,7 +273,7 @@ def _device(args: argparse.Namespace, share: Share) -> str:
         if share.local_rank >= count:
             raise ValueError(f"--device: {share.local_world} processes on a machine with {count} GPUs; start {count}.")
         return device_of(f"cuda:{share.local_rank}")
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if kind == "cpu" and share.local_world > cores:
         raise ValueError(f"--device: {share.local_world} processes on a machine with {cores} cores; start {cores}.")
     torch.set_num_threads(max(1, cores // share.local_world))

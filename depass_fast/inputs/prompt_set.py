@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .encodings import is_encoding
 from .tables import Row, Table, open_table
-from .text import spaced
+from .text import check_text, spaced
 
 PROMPT_FIELDS = ("prompt", "messages", "input_ids")  # looked for in this order where none is named
 _FIELDS = ("target", "contrast", "position", "id")
@@ -110,7 +110,7 @@ class PromptSet:
             ValueError: a list of another length.
         """
         each = {"target": targets, "contrast": contrasts, "position": positions, "id": ids}
-        given = {name: values for name, values in each.items() if values is not None}
+        given: dict[str, Any] = {name: values for name, values in each.items() if values is not None}
         if isinstance(prompts, PromptSet):
             if given:
                 raise ValueError(f"{next(iter(given))}s: the prompts of {prompts!r} have their own; leave one out.")
@@ -120,11 +120,21 @@ class PromptSet:
                 f"prompts: expected a list of prompts, or PromptSet.read(file), got {type(prompts).__name__}; one "
                 "prompt is given to attribute()."
             )
-        held = prompts if isinstance(prompts, Sequence) else list(prompts)
+        listed: Any = prompts
+        held = listed.to_dict("records") if hasattr(prompts, "columns") else list(listed)  # of a DataFrame its rows
         for name, values in given.items():
-            if len(values) != len(held):
-                raise ValueError(f"{name}s: expected one per prompt ({len(held)}), got {len(values)}.")
+            given[name] = _listed(f"{name}s", values)
+            if len(given[name]) != len(held):
+                raise ValueError(f"{name}s: expected one per prompt ({len(held)}), got {len(given[name])}.")
         return cls("prompts", lambda: _items_in(held, given))
+
+    @classmethod
+    def once(cls, prompts: Iterable[Any] | PromptSet, **each: Sequence[Any] | None) -> PromptSet:
+        """Return prompts as :meth:`of`. Those of an iterator are taken as they are needed, and gone through once."""
+        if not isinstance(prompts, Iterator):
+            return cls.of(prompts, **each)
+        given = {name: _listed(name, values) for name, values in each.items() if values is not None}
+        return cls("prompts", lambda: _items_in(prompts, {name[:-1]: values for name, values in given.items()}))
 
     def checked(self) -> Checked:
         """Go through all prompts once.
@@ -135,6 +145,7 @@ class PromptSet:
         """
         digest, places, form = hashlib.sha256(), {}, None
         for item in self:
+            check_text(item.id, f"{item.place}: id")
             if item.id in places:
                 raise ValueError(f"{item.place}: the id {item.id!r} is there twice; {places[item.id]} has it, too.")
             places[item.id] = item.place
@@ -181,7 +192,14 @@ def _plain(value: Any) -> Any:
 # -- Python objects -------------------------------------------------------------------------------------------------
 
 
-def _items_in(prompts: Sequence[Any], given: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return the values for the prompts in their order, which a table's index does not change."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list with one per prompt, got {type(values).__name__}.")
+    return list(values)
+
+
+def _items_in(prompts: Iterable[Any], given: Mapping[str, Sequence[Any]]) -> Iterator[Item]:
     for number, prompt in enumerate(prompts):
         place = f"prompt {number}"
         if isinstance(prompt, Item):
@@ -190,9 +208,14 @@ def _items_in(prompts: Sequence[Any], given: Mapping[str, Sequence[Any]]) -> Ite
             item = _item(Row(place, prompt), number, {}, False)
         else:
             item = Item(str(number), prompt, place=place)
+        for name, values in given.items():
+            if number >= len(values):
+                raise ValueError(f"{name}s: expected one per prompt, and there are only {len(values)}.")
         own = {name: values[number] for name, values in given.items()}
         if "id" in own:
             own["id"] = str(own["id"])
+        if own.get("position", 0) is None:
+            own["position"] = -1
         yield replace(item, **own)
 
 
@@ -225,6 +248,8 @@ def _item(row: Row, number: int, named: Mapping[str, str | None], is_text: bool)
         "position": _position(place, own["position"]),
     }
     identity = own["id"] if own["id"] is not None else number
+    if isinstance(identity, float) and identity.is_integer():
+        identity = int(identity)  # a column of numbers with gaps
     if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
         raise ValueError(f"{place}: the id is {identity!r}; expected a text or a number.")
     return Item(str(identity), prompt, place=place, **read)
@@ -251,6 +276,8 @@ def _prompt(place: str, name: str, value: Any, is_text: bool) -> Any:
     if is_text and name in ("input_ids", "messages"):
         is_plain = name == "input_ids" and not value.lstrip().startswith("[")
         value = _ids_in(value) if is_plain else _json(place, name, value)
+    elif is_text and value.lstrip().startswith("["):
+        value = _prompt_in(value)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, str):
@@ -262,6 +289,17 @@ def _prompt(place: str, name: str, value: Any, is_text: bool) -> Any:
             f"{place}: the field {name!r} is no prompt; expected a text, a list of ids, or a list of chat messages."
         )
     return value
+
+
+def _prompt_in(value: str) -> Any:
+    """Return the ids or messages that a cell holds as JSON; any other cell is a text."""
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    listed = found if isinstance(found, list) else []
+    is_prompt = all(_is_id(one) or (isinstance(one, dict) and "role" in one) for one in listed)
+    return listed if listed and is_prompt else value
 
 
 def _ids_in(value: str) -> Any:

@@ -168,5 +168,5 @@ def _of_datasets(name: str, split: str | None) -> Table:
         found = found[wanted]
     elif split is not None:
         raise ValueError(f"split: {split!r} is given, and {name} has only one.")
-    held: Any = found
+    held: Any = found.with_format(None)  # plain Python values, whatever it was saved with
     return Table(name, lambda: (Row(f"{name}, row {number}", values) for number, values in enumerate(held, 1)))

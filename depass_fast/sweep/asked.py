@@ -64,8 +64,11 @@ class Prepared:
     doubts: tuple[str, ...]
 
 
-def prepare(asked: Asked, item: Item) -> Prepared | FailedPrompt:
-    """Encode a prompt and look up its target; a failure where the prompt is at fault."""
+def prepare(asked: Asked, item: Item, told: set[str] | None = None) -> Prepared | FailedPrompt:
+    """Encode a prompt and look up its target; a failure where the prompt is at fault.
+
+    Warnings about it are issued, but for those ``told`` before, to which they are added.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -76,16 +79,31 @@ def prepare(asked: Asked, item: Item) -> Prepared | FailedPrompt:
             asked.components.check(asked.adapter, [len(ids)])
             _doubt_space(asked, item)
         except OF_A_PROMPT as error:
-            return FailedPrompt.of(item.id, error)
+            return FailedPrompt.of(item.id, error, _ADVICE if _lacks_space(item) else "")
+    told = set() if told is None else told
     for warning in said:  # again, to the filters that the user has
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if str(warning.message) not in told:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            told.add(str(warning.message))
     doubts = tuple(str(warning.message) for warning in said)
     return Prepared(item, ids, spec, reads, is_list_of_positions(item.position), doubts)
+
+
+_ADVICE = " PromptSet.read(..., target_space=True), --target-space, puts a space before targets that follow a word."
+
+
+def _lacks_space(item: Item) -> bool:
+    """True if a target follows a word without a space."""
+    targets = item.target if isinstance(item.target, list) else [item.target]
+    texts = [one for one in (*targets, item.contrast) if isinstance(one, str)]
+    return isinstance(item.prompt, str) and any(spaced(item.prompt, one) != one for one in texts)
 
 
 def _target(asked: Asked, item: Item) -> Any:
     if asked.target_kind == "logit":
         return item.target
+    if item.contrast is not None:
+        raise ValueError("contrast: it is subtracted from a logit, and target_kind is 'log-prob'; leave one out.")
     return [LogProb(one) for one in item.target] if isinstance(item.target, list) else LogProb(item.target)
 
 
@@ -101,6 +119,6 @@ def _doubt_space(asked: Asked, item: Item) -> None:
         if follows is not None and follows != parse_target(target, asked.adapter, asked.tokenizer).items[0].token:
             doubt(
                 "target: a target that follows a word has no space in front and is read as it is given; with a space "
-                "it would be another token. PromptSet.read(..., target_space=True), --target-space, adds it."
+                f"it would be another token.{_ADVICE}"
             )
             return

@@ -37,6 +37,7 @@ class Dense:
     _entries: list[dict[str, Any]] = field(default_factory=list)
     _labels: list[list[str]] = field(default_factory=list)
     _known: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _text: int = 0  # bytes of labels: they lie in the file's head, which may have 100 MB
 
     def add(self, outcome: Outcome) -> None:
         """Take in the results of a prompt."""
@@ -46,6 +47,7 @@ class Dense:
                 if key not in self._known:
                     self._known[key] = len(self._labels)
                     self._labels.append(list(one.labels))
+                    self._text += sum(len(json.dumps(label)) + 2 for label in one.labels)
                 self._scores.append(one.scores.contiguous())
                 about = {"prompt": outcome.id, "position": one.position, "layer": one.layer}
                 shape, targets = list(one.scores.shape), list(one.target_names)
@@ -53,8 +55,8 @@ class Dense:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the scores take."""
-        return sum(one.numel() * one.element_size() for one in self._scores)
+        """The bytes that the scores and their labels take."""
+        return sum(one.numel() * one.element_size() for one in self._scores) + self._text
 
     def write(self, path: Path) -> None:
         """Write the file. Nothing is pickled."""

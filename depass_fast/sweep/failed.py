@@ -22,9 +22,9 @@ class FailedPrompt:
     error: str
 
     @classmethod
-    def of(cls, id: str, error: Exception) -> FailedPrompt:
-        """Return the failure that an error is."""
-        return cls(id, " ".join(str(error).split()) or type(error).__name__, type(error).__name__)
+    def of(cls, id: str, error: Exception, advice: str = "") -> FailedPrompt:
+        """Return the failure that an error is, with ``advice`` behind its message."""
+        return cls(id, (" ".join(str(error).split()) or type(error).__name__) + advice, type(error).__name__)
 
     def __bool__(self) -> bool:
         return False

@@ -7,7 +7,7 @@ Layout::
     scores.dense/SHARD.safetensors   all scores of the same prompts, where they were asked for (dense.py)
     errors.parquet/SHARD.parquet     a row per prompt that failed: prompt, error, reason
 
-A file is written under a hidden name that ends in .part, and renamed when all of it is on the disk. A prompt is done
+A file is written as .parts/NAME.part, and renamed when all of it is on the disk. A prompt is done
 when a shard names it: a process that is killed leaves what it finished, and no half of anything. The name of a shard is
 the hash of its prompts, so that the same work done twice replaces itself.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.extras import needed
+from ..runtime.log import warn_user
 from ..runtime.memory import readable
 from .dense import Dense
 from .outcomes import Outcome
@@ -31,7 +32,7 @@ from .rows import Rows, failures_table
 if TYPE_CHECKING:
     import pyarrow
 
-SCORES, ERRORS, DENSE = "scores.parquet", "errors.parquet", "scores.dense"
+SCORES, ERRORS, DENSE, PARTS = "scores.parquet", "errors.parquet", "scores.dense", ".parts"
 LEAST_FREE = 64 << 20  # bytes that there must be for a shard when a run begins
 
 
@@ -65,9 +66,21 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pyarrow.Tabl
 
 
 def prompts_of(folder: Path, *kinds: str) -> set[str]:
-    """Return the prompts that the shards of some kinds name: finished in :data:`SCORES`, failed in :data:`ERRORS`."""
-    tables = (read_shard(path, ["prompt"]) for kind in kinds for path in shards(folder, kind))
-    return {name for table in tables for name in table.column("prompt").unique().to_pylist()}
+    """Return the prompts that the shards of some kinds name: finished in :data:`SCORES`, failed in :data:`ERRORS`.
+
+    Raises:
+        ValueError: a prompt is in two shards; the message names both.
+    """
+    found: dict[str, Path] = {}
+    for path in (path for kind in kinds for path in shards(folder, kind)):
+        for name in read_shard(path, ["prompt"]).column("prompt").unique().to_pylist():
+            if name in found:
+                raise ValueError(
+                    f"{path}: the prompt {name!r} is in {found[name].name}, too: two processes had the same share. "
+                    "Remove one of the two files, and what only that one holds is done again."
+                )
+            found[name] = path
+    return set(found)
 
 
 def check_room(folder: Path) -> None:
@@ -87,10 +100,21 @@ def check_room(folder: Path) -> None:
 
 def remove_unfinished(folder: Path, lock: str, world: int) -> None:
     """Remove the half files of processes that were killed: all but those of the others of this ``world``."""
-    for kind in (SCORES, ERRORS, DENSE):
-        for path in (folder / kind).glob(".*.part"):
-            if path.name.startswith(f".{lock}-") or f"-of-{world}-" not in path.name:
-                path.unlink(missing_ok=True)
+    for path in (folder / PARTS).glob("*.part"):
+        if path.name.startswith(f"{lock}-") or f"-of-{world}-" not in path.name:
+            path.unlink(missing_ok=True)
+
+
+def forget_failures(folder: Path, world: int) -> None:
+    """Remove the rows of failed prompts, so that they are tried again.
+
+    Raises:
+        ValueError: there are several processes, of which one would remove the others' new rows.
+    """
+    if world > 1:
+        raise ValueError("retry_failed: one process tries failed prompts again, and there are several.")
+    for path in shards(folder, ERRORS):
+        path.unlink(missing_ok=True)
 
 
 def write_shard(folder: Path, lock: str, outcomes: Sequence[Outcome], rows: Rows, dense: Dense | None) -> Path | None:
@@ -108,15 +132,18 @@ def write_shard(folder: Path, lock: str, outcomes: Sequence[Outcome], rows: Rows
 
     finished = [outcome for outcome in outcomes if outcome.failure is None]
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
-    path = None
+    path, name = None, _name(outcomes)
     if finished:
-        name = _name(finished)
         if dense is not None:
             _put(folder / DENSE / f"{name}.safetensors", lock, dense.write)
         path = folder / SCORES / f"{name}.parquet"
         _put(path, lock, write(rows.table()))
+    errors = folder / ERRORS / f"{name}.parquet"
     if failed:
-        _put(folder / ERRORS / f"{_name(failed)}.parquet", lock, write(failures_table(failed)))
+        _put(errors, lock, write(failures_table(failed)))
+    # the same prompts may have ended otherwise before
+    for other in ([] if failed else [errors]) + ([] if finished else [folder / SCORES / errors.name]):
+        other.unlink(missing_ok=True)
     return path
 
 
@@ -130,7 +157,8 @@ def _name(outcomes: Sequence[Outcome]) -> str:
 def _put(path: Path, lock: str, write: Callable[[Path], None]) -> None:
     """Write a file under another name and rename it when it is on the disk."""
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{lock}-{path.name}.part")
+    part = path.parents[1] / PARTS / f"{lock}-{path.parent.name}-{path.name}.part"
+    part.parent.mkdir(exist_ok=True)
     try:
         write(part)
         _sync(part)
@@ -164,6 +192,7 @@ def at_work(folder: Path, rank: int, world: int) -> Iterator[str]:
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
+        _doubt_locks(folder)
         yield f"worker-{rank}-of-{world}"
         return
     name = f"worker-{rank}-of-{world}"
@@ -195,5 +224,13 @@ def _locked(path: Path, fcntl: Any) -> int | None:
         os.close(handle)
         return None
     except OSError:  # a file system without locks
-        pass
+        _doubt_locks(path.parent)
     return handle
+
+
+def _doubt_locks(folder: Path) -> None:
+    warn_user(
+        f"out: the file system of {folder} has no locks, so that a second process with the same share is not noticed; "
+        "start none before this one has ended.",
+        RuntimeWarning,
+    )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,21 +24,32 @@ from ..options import Adjoint
 from ..runtime.dtypes import dtype_name
 from ..trace.fingerprint import Fingerprint
 from .asked import Asked
+from .folder import ERRORS, SCORES, shards
 
 NAME, FORMAT = "manifest.json", "depass_fast.sweep.v1"
 _NOT_COMPARED = ("created", "model.model", "model.revision", "data.name")  # the digests say what it is
+
+_MEANS = {
+    "data.sha256": "the prompts, their order or their fields are others",
+    "model.weights": "the weights are others",
+    "model.tokenizer": "the tokenizer or its chat template is another",
+    "components.tensors": "the vectors or the dictionary are others",
+}
 
 
 def manifest_of(asked: Asked, data: Checked, name: str, top: int | None, dense: bool) -> dict[str, Any]:
     """Return the manifest of a sweep over ``data``, JSON values; every weight of the model is read for its digest."""
     adapter, source = asked.adapter, provenance_of(asked.adapter)
     versions = {name: getattr(source, name) for name in ("depass_fast", "torch", "transformers")}
-    model = {name: value for name, value in asdict(source).items() if name not in versions}
+    model: dict[str, Any] = {name: value for name, value in asdict(source).items() if name not in versions}
+    fingerprint = Fingerprint.of(adapter.model)
+    model |= {"dtype": dtype_name(adapter.dtype), "weights": fingerprint.digest}
+    model |= {"config": _hash(fingerprint.config), "tokenizer": _of_tokenizer(asked.tokenizer)}
     return {
         "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": versions,
-        "model": model | {"dtype": dtype_name(adapter.dtype), "weights": Fingerprint.of(adapter.model).digest},
+        "model": model,
         "data": {"name": name, "prompts": data.count, "sha256": data.sha256},
         "components": _described(asked.components, asked),
         "target_kind": asked.target_kind,
@@ -49,10 +61,37 @@ def manifest_of(asked: Asked, data: Checked, name: str, top: int | None, dense: 
 
 def _described(kind: ComponentKind, asked: Asked) -> dict[str, Any]:
     each = kind.each(asked.adapter)
-    tensors = [tensor for one in each for tensor in one.user_tensors()]
     layers = [one.resolve(asked.adapter) for one in each]
     found = {"kind": kind.kind, "layers": layers if kind.is_layered else layers[0], "site": each[0].site}
-    return found | ({"tensors": _digest(tensors)} if tensors else {})
+    if tensors := [tensor for one in each for tensor in _tensors(one)]:
+        found["tensors"] = _digest(tensors)
+    labels = [getattr(one, "labels", None) for one in each]
+    if any(one is not None for one in labels):
+        found["labels"] = _hash(labels)
+    return found
+
+
+def _tensors(kind: ComponentKind) -> list[Tensor]:
+    """Return the tensors that components are made of: the user's, and all of a dictionary's."""
+    sae = getattr(kind, "sae", None)
+    if sae is None:
+        return list(kind.user_tensors())
+    held = sae.state_dict() if isinstance(sae, torch.nn.Module) else vars(sae) if hasattr(sae, "__dict__") else {}
+    own = [held[name] for name in sorted(held) if isinstance(held[name], Tensor)]
+    return own or list(kind.user_tensors())
+
+
+def _of_tokenizer(tokenizer: Any | None) -> str | None:
+    """Return a hash of what a tokenizer does: its vocabulary and rules, and its chat template."""
+    if tokenizer is None:
+        return None
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if hasattr(backend, "to_str") else getattr(tokenizer, "name_or_path", "")
+    return _hash([type(tokenizer).__name__, rules, str(getattr(tokenizer, "chat_template", None))])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _digest(tensors: list[Tensor]) -> str:
@@ -86,9 +125,14 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
         OSError: it cannot be written.
     """
     path = folder / NAME
-    part = folder / f".{NAME}.{os.getpid()}.part"
+    if not path.exists() and (shards(folder, SCORES) or shards(folder, ERRORS)):
+        raise ValueError(f"out: {folder} holds files of a run, and no {NAME} that says of which; give another folder.")
+    part = folder / f".{NAME}.{uuid.uuid4().hex}.part"
     try:
-        part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(part, path)  # there whole, or not at all, and by one process only
             return
@@ -109,9 +153,10 @@ def check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
     before, after = _flat(read(folder)), _flat(manifest)
     for name in dict.fromkeys([*after, *before]):
         if name not in _NOT_COMPARED and before.get(name) != after.get(name):
+            said = _MEANS.get(name)
             raise ValueError(
                 f"out: {folder} holds another run, whose {name} is {before.get(name)!r}; here it is "
-                f"{after.get(name)!r}. Give another folder, or the same options."
+                f"{after.get(name)!r}{'' if said is None else f': {said}'}. Give another folder, or the same options."
             )
 
 

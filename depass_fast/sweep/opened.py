@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..runtime.extras import needed
 from . import manifest as manifests
 from .dense import DenseScores, read_dense
 from .folder import DENSE, ERRORS, SCORES, prompts_of, read_shard, shards
-from .rows import EXTRAS
+from .rows import EXTRAS, empty_table
 
 if TYPE_CHECKING:
     import pandas
@@ -76,7 +77,7 @@ class Sweep:
         import pyarrow
 
         tables = list(self._tables())
-        return pyarrow.concat_tables(tables).unify_dictionaries() if tables else pyarrow.table({})
+        return pyarrow.concat_tables(tables).unify_dictionaries() if tables else empty_table()
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return all rows as a DataFrame. Its ``attrs`` are the manifest. Needs pandas."""
@@ -94,6 +95,13 @@ class Sweep:
         names = ["prompt", "error", "reason"]
         return pandas.concat(tables, ignore_index=True) if tables else pandas.DataFrame(columns=names)
 
+    def commonest_reason(self) -> str | None:
+        """Return the reason that most of the failed prompts have; None where none failed."""
+        reasons = Counter(
+            name for path in shards(self.folder, ERRORS) for name in read_shard(path)["reason"].to_pylist()
+        )
+        return reasons.most_common(1)[0][0] if reasons else None
+
     def dense(self) -> Iterator[DenseScores]:
         """Yield all scores of every result, where the run wrote them (``dense=True``); a shard at a time is read.
 
@@ -107,24 +115,30 @@ class Sweep:
     def mean(self, top: int = TOP) -> pandas.DataFrame:
         """Return a row per target, layer and component over all prompts. Needs pandas.
 
-        Its columns: `n`, how many results have a row for it; `mean` and `standard_error` of its scores over these (the
-        latter NaN for one); `mean_magnitude`; `top`, in how many it is among the ``top`` largest by magnitude. Where a
-        run kept only the leading components, `n` says how many of its prompts a mean is of.
+        Its columns: `results`, how many there are of the target; `n`, how many of these have a row for the component;
+        `mean` and `standard_error` of its scores over the n (the latter NaN for one); `mean_magnitude`; `top`, in how
+        many it is among the ``top`` largest by magnitude. Where a run kept only the leading components, and for tokens,
+        n is smaller than the number of results.
         """
         needed("pandas", "mean", "pandas")
         import pandas
 
         found: pandas.DataFrame | None = None
+        results: Counter[int] = Counter()
         for table in self._tables():
-            part = _sums(table.to_pandas(), top)
+            frame = table.to_pandas()
+            results.update(_results(frame))
+            part = _sums(frame, top)
             found = part if found is None else found.add(part, fill_value=0)
         if found is None:
-            names = ["n", "mean", "standard_error", "mean_magnitude", "top"]
+            names = ["results", "n", "mean", "standard_error", "mean_magnitude", "top"]
             return pandas.DataFrame(columns=[*_KEYS, *names])
-        return _means(found)
+        means = _means(found)
+        means.insert(len(_KEYS), "results", means["target_number"].map(results))
+        return means
 
     def top(self, k: int = 20, target: int = 0) -> list[tuple[str, float]]:
-        """Return the ``k`` components of largest mean, by magnitude, as (label, mean); `rest` and the like are none."""
+        """Return the ``k`` leading components as (label, mean), see :meth:`leading`."""
         frame = self.mean()
         of_target: Any = frame[frame["target_number"] == target]
         shown = self.leading(of_target, k)
@@ -132,10 +146,13 @@ class Sweep:
 
     @staticmethod
     def leading(frame: pandas.DataFrame, k: int = 20) -> pandas.DataFrame:
-        """Return the rows of :meth:`mean` with the ``k`` largest means, by magnitude; `rest` and the like are none."""
+        """Return the ``k`` rows of :meth:`mean` with the largest sums over all results; `rest` and the like are none.
+
+        A component that few results list does not lead by the few.
+        """
         named: Any = frame[~frame["component"].isin(EXTRAS)]
-        means: Any = named["mean"]
-        return named.loc[means.abs().sort_values(ascending=False, kind="stable").index[:k]]
+        sums: Any = named["mean"] * named["n"]
+        return named.loc[sums.abs().sort_values(ascending=False, kind="stable").index[:k]]
 
     def _tables(self) -> Iterator[pyarrow.Table]:
         return (read_shard(path) for path in shards(self.folder, SCORES))
@@ -149,6 +166,12 @@ def _sums(frame: pandas.DataFrame, top: int) -> pandas.DataFrame:
     rank = sizes.groupby(result, observed=True).rank(method="first", ascending=False)
     values = {"n": 1, "sum": score, "squares": score**2, "magnitude": score.abs(), "top": (rank <= top).astype(int)}
     return frame[list(_KEYS)].assign(**values).groupby(list(_KEYS), observed=True, sort=True).sum()
+
+
+def _results(frame: pandas.DataFrame) -> dict[int, int]:
+    """Return how many results there are of every target in the list of a prompt's targets."""
+    each: Any = frame[["prompt", "target_number", "position"]].drop_duplicates()
+    return each["target_number"].value_counts().to_dict()
 
 
 def _means(sums: pandas.DataFrame) -> pandas.DataFrame:

@@ -46,7 +46,8 @@ def outcomes(
         ordered: yield those of a window together, in the order of the prompts.
     """
     costs, limits = Costs(asked), Limits.of(asked.adapter.device, most)
-    for window in windows((_prepared(asked, item, strict) for item in items), costs, limits):
+    told: set[str] = set()
+    for window in windows((_prepared(asked, item, strict, told) for item in items), costs, limits):
         found = {id(one): Outcome(one.id, [], one) for one in window if isinstance(one, FailedPrompt)}
         if found and not ordered:
             yield list(found.values())
@@ -61,8 +62,8 @@ def outcomes(
             yield [found[id(prompt)] for prompt in window]
 
 
-def _prepared(asked: Asked, item: Item, strict: bool) -> Prepared | FailedPrompt:
-    found = prepare(asked, item)
+def _prepared(asked: Asked, item: Item, strict: bool, told: set[str]) -> Prepared | FailedPrompt:
+    found = prepare(asked, item, told)
     if strict and isinstance(found, FailedPrompt):
         raise _told(found)
     return found

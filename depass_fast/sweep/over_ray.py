@@ -19,7 +19,7 @@ from ..inputs.prompt_set import Checked, Item, PromptSet
 from ..runtime.extras import needed
 from .asked import Asked
 from .dense import Dense
-from .folder import ERRORS, SCORES, at_work, check_room, prompts_of, remove_unfinished, write_shard
+from .folder import ERRORS, SCORES, at_work, check_room, forget_failures, prompts_of, remove_unfinished, write_shard
 from .manifest import claim, manifest_of
 from .outcomes import Outcome, outcomes
 from .rows import Rows
@@ -69,12 +69,13 @@ def run_over_ray(
     workers, each = _resources(ray.cluster_resources(), pool)
     with at_work(folder, 0, 1) as lock:
         remove_unfinished(folder, lock, 1)
+        if writing.retry_failed:
+            forget_failures(folder, 1)
         finished, failed = prompts_of(folder, SCORES), prompts_of(folder, ERRORS)
         counts = Counts(checked.count, len(finished), len(failed))
         missing = (item for item in prompts if item.id not in finished and item.id not in failed)
-        units = [{"unit": pickle.dumps(unit)} for unit in _units(missing, writing.shard_prompts)]
-        if not units:
-            return counts
+        # where nothing is left, a unit of none: a worker sees whether it is the same run
+        units = [{"unit": pickle.dumps(unit)} for unit in _units(missing, writing.shard_prompts)] or [{"unit": _NONE}]
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         given = {
@@ -126,9 +127,14 @@ def _follow(rows: Iterator[dict[str, Any]], counts: Counts, report: Callable[[st
     for row in rows:
         if row["error"]:
             raise pickle.loads(row["error"])  # of our own worker
+        if not row["finished"] + row["failed"]:
+            continue
         counts.add(int(row["finished"]), int(row["failed"]))
         counts.shards += 1
         report(f"shard {counts.shards}: {int(row['finished'] + row['failed']):,} prompts; {counts}")
+
+
+_NONE = pickle.dumps([])
 
 
 class _Worker:
@@ -183,7 +189,8 @@ class _Worker:
                     rows.add(outcome)
                     if dense is not None:
                         dense.add(outcome)
-        write_shard(self.folder, f"ray-{os.getpid()}", held, rows, dense)
+        if held:
+            write_shard(self.folder, f"ray-{os.getpid()}", held, rows, dense)
         return held
 
 

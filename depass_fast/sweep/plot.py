@@ -24,7 +24,7 @@ def table_of(shown: pandas.DataFrame, manifest: dict[str, Any], leading: int) ->
     for one in shown.to_dict("records"):
         name = f"target {one['target_number']}: {one['label']}" if several else str(one["label"])
         error = "" if one["n"] < 2 else f"{one['standard_error']:.3f}"
-        rows.append([name, f"{one['mean']:+.3f}", error, f"{one['n']:,}", f"{one['top'] / one['n']:.0%}"])
+        rows.append([name, f"{one['mean']:+.3f}", error, f"{one['n']:,}", f"{one['top'] / one['results']:.0%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return encodable(head + "\n".join(lines))

@@ -159,6 +159,14 @@ def _encoded(parts: Sequence[tuple[Sequence[str], int]], kind: str) -> tuple[Any
     return encode(np.concatenate(at), names), encode(np.concatenate(kinds), of_kind)
 
 
+def empty_table() -> pyarrow.Table:
+    """Return a table of the same columns without rows."""
+    import pyarrow
+
+    kinds = {"layer": pyarrow.int32(), "component": pyarrow.string(), "label": pyarrow.string()}
+    return pyarrow.table({name: pyarrow.array([], kinds.get(name) or _type_of(name)) for name in COLUMNS})
+
+
 def failures_table(outcomes: Sequence[Outcome]) -> pyarrow.Table:
     """Return the failed prompts as a table: `prompt`, `error`, `reason`."""
     import pyarrow

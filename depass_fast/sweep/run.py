@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ..inputs.prompt_set import PromptSet
 from ..runtime.progress import ProgressBar, progress_bar
+from ..runtime.signals import undisturbed
 from .asked import Asked
 from .dealing import Share
 from .dense import Dense
-from .folder import ERRORS, SCORES, at_work, check_room, prompts_of, remove_unfinished, write_shard
+from .folder import ERRORS, SCORES, at_work, check_room, forget_failures, prompts_of, remove_unfinished, write_shard
 from .manifest import claim, manifest_of
 from .outcomes import Outcome, outcomes
 from .rows import Rows
@@ -26,7 +27,7 @@ class Writing:
     top: keep so many components of every result, and the sum of the others; None: all. dense: write all scores as
     safetensors, too. shard_prompts, shard_seconds: a shard ends when it holds so many prompts or so much time has
     passed, whichever comes first. most: prompts computed together; None: as many as pay. strict: stop at the first
-    prompt that fails.
+    prompt that fails. retry_failed: try those that failed in an earlier start again.
 
     Raises:
         ValueError: a number is out of range.
@@ -38,6 +39,7 @@ class Writing:
     shard_seconds: float = 30.0
     most: int | None = None
     strict: bool = False
+    retry_failed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("top", "shard_prompts", "most"):
@@ -116,6 +118,8 @@ def run(
     claim(folder, manifest_of(asked, checked, prompts.name, writing.top, writing.dense))
     with at_work(folder, share.rank, share.world) as lock:
         remove_unfinished(folder, lock, share.world)
+        if writing.retry_failed:
+            forget_failures(folder, share.world)
         return _run(asked, prompts, folder, writing, share, lock, report)
 
 
@@ -131,6 +135,8 @@ def _run(
     finished, failed = prompts_of(folder, SCORES), prompts_of(folder, ERRORS)
     own = [item.id for item in prompts if share.owns(item.id)]
     counts = Counts(len(own), sum(id in finished for id in own), sum(id in failed for id in own))
+    if writing.strict and counts.failed:
+        raise ValueError(f"strict: {counts.failed} prompts failed in an earlier start; retry_failed tries them again.")
     before = finished | failed
     missing = (item for item in prompts if share.owns(item.id) and item.id not in before)
     shown = asked.settings.progress
@@ -171,11 +177,12 @@ class Shard:
     def add(self, found: list[Outcome]) -> None:
         """Take in the outcomes of a batch; write the shard if it is full, or has been open for long enough."""
         for outcome in found:
-            self.outcomes.append(outcome._replace(results=[]))
-            if outcome.failure is None:
-                self.rows.add(outcome)
-                if self.dense is not None:
-                    self.dense.add(outcome)
+            with undisturbed():  # a prompt is there whole, or not at all
+                self.outcomes.append(outcome._replace(results=[]))
+                if outcome.failure is None:
+                    self.rows.add(outcome)
+                    if self.dense is not None:
+                        self.dense.add(outcome)
             if self._is_full():
                 self.write()
         if self.outcomes and time.monotonic() - self.began >= self.writing.shard_seconds:
@@ -187,9 +194,10 @@ class Shard:
 
     def write(self) -> None:
         """Write what there is, and begin anew."""
-        held, rows, dense = self.outcomes, self.rows, self.dense
-        self._empty()  # what cannot be written is not tried twice
-        write_shard(self.folder, self.lock, held, rows, dense)
+        with undisturbed():
+            held, rows, dense = self.outcomes, self.rows, self.dense
+            self._empty()  # what cannot be written is not tried twice
+            write_shard(self.folder, self.lock, held, rows, dense)
         self.counts.shards += 1
         self.report(f"shard {self.counts.shards}: {len(held):,} prompts; {self.counts}")
 

@@ -20,7 +20,15 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench/README.md"])
-RUN = ("README.md", "docs/api.md", "docs/attention.md", "docs/memory.md", "docs/interop.md", "docs/demo.md")
+RUN = (
+    "README.md",
+    "docs/api.md",
+    "docs/attention.md",
+    "docs/memory.md",
+    "docs/scale.md",
+    "docs/interop.md",
+    "docs/demo.md",
+)
 
 _BLOCK = re.compile(
     r"(?P<skip><!-- example: not run[^>]*-->\n)?^```python\n(?P<code>.*?)^```$(?:\n+```text\n(?P<output>.*?)^```$)?",

@@ -84,6 +84,8 @@ def test_a_second_start_does_the_rest(data, tmp_path):
     assert Sweep.open(folder).is_complete and 0 < left < 120
     assert sum(int(re.search(r": (\d+) prompts;", line)[1]) for line in lines) == left
     assert not run_over_ray(load, data, folder, Heads(layers="all"), Writing(), Pool(2)).shards
+    with pytest.raises(ValueError, match="another run, whose components.kind is 'heads'"):
+        run_over_ray(load, data, folder, Tokens(), Writing(), Pool(2))
 
 
 def test_errors_of_workers_are_raised_here(data, tmp_path):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from depass_fast import Adjoint, Custom, Heads, Neurons, PromptSet, Sweep, Tokens
+from depass_fast import Adjoint, Custom, FailedPrompt, Heads, Neurons, PromptSet, Sweep, Tokens
 from depass_fast.sweep import folder as rooms
-from depass_fast.sweep.dealing import Share
-from depass_fast.sweep.folder import DENSE, ERRORS, SCORES, at_work, shards
-from depass_fast.sweep.rows import COLUMNS
+from depass_fast.sweep.folder import DENSE, ERRORS, SCORES, prompts_of, shards
+from depass_fast.sweep.outcomes import Outcome
+from depass_fast.sweep.rows import COLUMNS, Rows
 from tests.support.sweeps import failed_of, random_prompts, rows_of, write_prompts
 
 pandas = pytest.importorskip("pandas")
@@ -232,7 +230,7 @@ def test_a_damaged_shard_is_named(demo, tmp_path):
 
 def test_half_files_of_killed_processes_are_removed(demo, tmp_path):
     run = demo.sweep_to(tmp_path / "run", random_prompts(3), Tokens())
-    left = [run.folder / SCORES / f".worker-{rank}-of-{world}-x.parquet.part" for rank, world in ((0, 1), (1, 2))]
+    left = [run.folder / ".parts" / f"worker-{rank}-of-{world}-x.parquet.part" for rank, world in ((0, 1), (1, 2))]
     for path in left:
         path.write_bytes(b"half")
     assert len(run.to_pandas()) and run.n_done == 3
@@ -240,72 +238,92 @@ def test_half_files_of_killed_processes_are_removed(demo, tmp_path):
     assert not any(path.exists() for path in left)
 
 
-def test_every_prompt_has_one_owner_and_shares_are_even():
-    ids = [str(i) for i in range(4000)]
-    for world in (1, 2, 3, 8):
-        owners = [[Share(rank, world).owns(id) for rank in range(world)] for id in ids]
-        assert all(sum(one) == 1 for one in owners)
-        sizes = np.array(owners).sum(0)
-        assert sizes.min() > 0.85 * sizes.max()
+def test_shards_without_a_manifest_are_refused(demo, tmp_path):
+    run = demo.sweep_to(tmp_path / "run", random_prompts(3), Tokens())
+    (run.folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds files of a run, and no manifest.json"):
+        demo.sweep_to(tmp_path / "run", random_prompts(3), Heads(1))
 
 
-def test_the_share_of_a_process_comes_from_its_environment():
-    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert Share.of_environment(torchrun) == Share(3, 8, 1, 2)
-    srun = {
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NUM_TASKS": "8",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
-    }
-    assert Share.of_environment(srun) == Share(3, 8, 1, 2)
-    assert Share.of_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Share(), "a script without srun is alone"
-    assert Share.of_environment({}) == Share()
-    for wrong in ({**torchrun, "RANK": "8"}, {"WORLD_SIZE": "8"}, {**torchrun, "RANK": "x"}):
-        with pytest.raises(ValueError, match="RANK"):
-            Share.of_environment(wrong)
+def test_a_prompt_in_two_shards_is_told(demo, tmp_path):
+    run = demo.sweep_to(tmp_path / "run", random_prompts(3), Tokens())
+    (path,) = shards(run.folder, SCORES)
+    path.with_name("copy.parquet").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="two processes had the same share"):
+        demo.sweep_to(tmp_path / "run", random_prompts(3), Tokens())
 
 
-def test_the_processes_of_one_run_share_its_prompts(demo, tmp_path, monkeypatch):
-    data = PromptSet.read(write_prompts(tmp_path / "x.jsonl", 30, bad=(4,)))
-    whole = rows_of(demo.sweep_to(tmp_path / "whole", data, Tokens()).folder)
-    for rank in range(3):
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        monkeypatch.setenv("RANK", str(rank))
-        run = demo.sweep_to(tmp_path / "run", data, Tokens())
-        assert run.is_complete == (rank == 2)
-    rows = rows_of(tmp_path / "run")
-    assert rows.keys() == whole.keys() and all(abs(rows[key] - whole[key]) < 1e-3 for key in rows)
-    assert failed_of(tmp_path / "run") == ["p4"]
+def test_failed_prompts_are_tried_again_where_it_is_asked_for(demo, tmp_path, monkeypatch):
+    from depass_fast.sweep import outcomes
+
+    compute = outcomes._results
+    monkeypatch.setattr(outcomes, "_results", lambda asked, batch: (_ for _ in ()).throw(MemoryError("full")))
+    run = demo.sweep_to(tmp_path / "run", random_prompts(5), Tokens())
+    assert run.n_failed == 5 and run.commonest_reason() == "full"
+    assert run.to_pandas().columns.tolist() == list(COLUMNS) and run.mean().empty and run.top(3) == []
+    monkeypatch.setattr(outcomes, "_results", compute)
+    with pytest.raises(ValueError, match="strict: 5 prompts failed in an earlier start"):
+        demo.sweep_to(tmp_path / "run", random_prompts(5), Tokens(), strict=True)
+    assert demo.sweep_to(tmp_path / "run", random_prompts(5), Tokens()).n_failed == 5
+    assert demo.sweep_to(tmp_path / "run", random_prompts(5), Tokens(), retry_failed=True).n_failed == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="retry_failed: one process"):
+        demo.sweep_to(tmp_path / "run", random_prompts(5), Tokens(), retry_failed=True)
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from depass_fast.sweep.folder import at_work
-with at_work(Path(sys.argv[1]), 0, 2):
-    print("held", flush=True)
-    time.sleep(120)
-"""
+def test_the_same_prompts_that_end_otherwise_replace_themselves(demo, tmp_path):
+    """A unit of Ray's that is done twice: at first one of its prompts failed."""
+    results = demo.attribute([5, 6, 7], Heads(1))
+    fine, failed = Outcome("a", [results]), Outcome("b", [], FailedPrompt("b", "full", "MemoryError"))
+    for last in (failed, Outcome("b", [results])):
+        table = Rows()
+        for one in (fine, last):
+            if one.failure is None:
+                table.add(one)
+        rooms.write_shard(tmp_path, "x", [fine, last], table, None)
+    assert prompts_of(tmp_path, SCORES) == {"a", "b"} and not shards(tmp_path, ERRORS)
 
 
-def test_two_processes_with_one_share_are_refused(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            with (
-                pytest.raises(ValueError, match=r"another process \(rank 0 of 2\) is at work"),
-                at_work(tmp_path, 0, 2),
-            ):
-                pass
-            with pytest.raises(ValueError, match="another number than 1"), at_work(tmp_path, 0, 1):
-                pass
-            with at_work(tmp_path, 1, 2) as name:
-                assert name == "worker-1-of-2"
-        finally:
-            process.kill()
-    with at_work(tmp_path, 0, 1):
-        pass
+def test_a_component_that_few_results_list_does_not_lead(demo, tmp_path):
+    whole = demo.sweep_to(tmp_path / "all", random_prompts(30), Heads(layers="all"))
+    few = demo.sweep_to(tmp_path / "few", random_prompts(30), Heads(layers="all"), top=2)
+    assert [label for label, _ in few.top(2)] == [label for label, _ in whole.top(2)]
+    assert (few.mean()["results"] == 30).all() and few.mean()["n"].min() < 30
+
+
+def test_another_encoder_or_tokenizer_is_another_run(demo, tmp_path):
+    import torch
+
+    from depass_fast import DePass, Features, Subspaces
+    from depass_fast.demo import load_demo
+
+    class Dictionary:
+        def __init__(self, scale):
+            drawn = torch.Generator().manual_seed(0)
+            self.W_enc, self.W_dec = (
+                scale * torch.randn(128, 16, generator=drawn),
+                torch.randn(16, 128, generator=drawn),
+            )
+
+        def encode(self, x):
+            return torch.relu(x @ self.W_enc)
+
+        def decode(self, features):
+            return features @ self.W_dec
+
+    demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(1.0)))
+    with pytest.raises(ValueError, match="the vectors or the dictionary are others"):
+        demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(2.0)))
+    bases = [torch.eye(128)[:, :1], torch.eye(128)[:, 1:2]]
+    demo.sweep_to(tmp_path / "bases", [[5, 6]], Subspaces(1, bases=bases, labels=["a", "b"]))
+    with pytest.raises(ValueError, match="components.labels"):
+        demo.sweep_to(tmp_path / "bases", [[5, 6]], Subspaces(1, bases=bases, labels=["b", "a"]))
+    model, tokenizer = load_demo()
+    DePass(model, tokenizer, progress=False).sweep_to(tmp_path / "text", ["Nyria"], Tokens())
+    tokenizer.add_tokens(["Nyria"])
+    with pytest.raises(ValueError, match="the tokenizer or its chat template is another"):
+        DePass(model, tokenizer, progress=False).sweep_to(tmp_path / "text", ["Nyria"], Tokens())
 
 
 def test_other_libraries_read_the_folder(demo, tmp_path):

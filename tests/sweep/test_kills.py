@@ -121,3 +121,30 @@ def test_a_command_that_is_asked_to_stop_writes_what_it_has(tmp_path, sent):
             process.kill()
         assert "shard 1: " in process.stderr.read()
     assert 0 < Sweep.open(tmp_path / "run").n_done < 3000
+
+
+def test_a_signal_in_the_midst_of_a_prompt_leaves_it_whole(demo, tmp_path, monkeypatch):
+    """Ctrl-C between the rows of a prompt's two positions, and again while the shard is written."""
+    from depass_fast.sweep import rows, run
+
+    add, write, count = rows.Rows._add, run.write_shard, []
+
+    def interrupted(self, outcome, result):
+        count.append(result.position)
+        if len(count) == 6:
+            signal.raise_signal(signal.SIGINT)
+        add(self, outcome, result)
+
+    def slow(*given):
+        signal.raise_signal(signal.SIGINT)
+        return write(*given)
+
+    monkeypatch.setattr(rows.Rows, "_add", interrupted)
+    monkeypatch.setattr(run, "write_shard", slow)
+    prompts = random_prompts(8)
+    with pytest.raises(KeyboardInterrupt):
+        demo.sweep_to(tmp_path / "run", prompts, Tokens(), positions=[[2, 4]] * 8, batch_size=8)
+    frame = Sweep.open(tmp_path / "run").to_pandas()
+    assert frame["prompt"].nunique() == 3, "what was added before the signal"
+    assert (frame.groupby("prompt", observed=True)["position"].nunique() == 2).all()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

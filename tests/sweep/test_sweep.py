@@ -200,3 +200,46 @@ def test_chats_and_mappings_are_prompts_too(demo):
     mapped = list(demo.sweep([{"prompt": "Nyria Morstam speaks", "target": " Italian"}, {"prompt": ids}], Tokens()))
     same(mapped[0], demo.attribute("Nyria Morstam speaks", Tokens(), " Italian"))
     same(mapped[1], demo.attribute(ids, Tokens()))
+
+
+def test_an_iterator_is_taken_as_results_are_asked_for(demo):
+    taken = []
+
+    def prompts():
+        while True:
+            taken.append([5] * (5 + len(taken) % 7))
+            yield taken[-1]
+
+    found = demo.sweep(prompts(), Tokens())
+    same(next(found), demo.attribute(taken[0], Tokens()))
+    assert len(taken) < 2000
+    found.close()
+    with pytest.raises(ValueError, match="targets: expected one per prompt, and there are only 1"):
+        list(demo.sweep(iter([[5, 6], [7, 8]]), Tokens(), targets=[5]))
+
+
+def test_tables_of_pandas_are_read_by_place_and_not_by_label(demo):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"prompt": [[5, 6], [7, 8, 9], [10, 11]], "target": [5, 6, 7]}).iloc[[2, 0, 1]]
+    for found in (
+        demo.sweep(table["prompt"], Tokens(), targets=table["target"]),
+        demo.sweep(table, Tokens()),
+    ):
+        assert [(one.input_ids, one.target_ids) for one in found] == [([10, 11], [7]), ([5, 6], [5]), ([7, 8, 9], [6])]
+    with pytest.raises(TypeError, match="targets: expected a list with one per prompt, got str"):
+        demo.sweep([[5], [6]], Tokens(), targets="ab")
+
+
+def test_a_warning_is_said_once(demo):
+    with pytest.warns(InputWarning) as said:
+        list(demo.sweep(["Nyria Morstam speaks"] * 5, Tokens(), targets=["s"] * 5))
+    assert len(said) == 1
+
+
+def test_a_target_without_its_space_that_is_no_token_gets_the_advice(demo):
+    (found,) = demo.sweep(["Nyria Morstam speaks"], Tokens(), targets=["Italian"])
+    assert not found and "--target-space" in found.reason
+    (found,) = demo.sweep([[5, 6]], Tokens(), targets=[5], contrasts=[6], target_kind="log-prob")
+    assert "target_kind is 'log-prob'" in found.reason
+    (result,) = demo.sweep([[5, 6]], Tokens(), positions=[None])
+    assert result.position == 1
