@@ -312,9 +312,9 @@ def test_another_encoder_or_tokenizer_is_another_run(demo, tmp_path):
         def decode(self, features):
             return features @ self.W_dec
 
-    demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(1.0)))
+    demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(1.0), site="resid_pre"))
     with pytest.raises(ValueError, match="the vectors or the dictionary are others"):
-        demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(2.0)))
+        demo.sweep_to(tmp_path / "sae", [[5, 6, 7]], Features(2, sae=Dictionary(2.0), site="resid_pre"))
     bases = [torch.eye(128)[:, :1], torch.eye(128)[:, 1:2]]
     demo.sweep_to(tmp_path / "bases", [[5, 6]], Subspaces(1, bases=bases, labels=["a", "b"]))
     with pytest.raises(ValueError, match="components.labels"):
