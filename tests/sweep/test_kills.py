@@ -93,12 +93,18 @@ def test_a_shard_that_cannot_be_written_is_told_and_the_others_stay(demo, tmp_pa
     rows_of(tmp_path / "run")
 
 
+def _heed_signals() -> None:
+    """Undo that a shell lets its jobs in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_is_asked_to_stop_writes_what_it_has(tmp_path, sent):
     data = write_prompts(tmp_path / "x.jsonl", 3000)
     command = [sys.executable, "-m", "depass_fast", "sweep", "--model", "demo", "--components", "tokens"]
     command += ["--data", data, "--out", tmp_path / "run", "--batch-size", "2", "--shard-prompts", "10"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT) as process:
+    started = {"stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "cwd": ROOT}
+    with subprocess.Popen(command, preexec_fn=_heed_signals, **started) as process:
         try:
             while not list((tmp_path / "run" / "scores.parquet").glob("*.parquet")):
                 assert process.poll() is None, process.stderr.read()
@@ -130,10 +136,13 @@ def test_a_signal_in_the_midst_of_a_prompt_leaves_it_whole(demo, tmp_path, monke
 
     monkeypatch.setattr(rows.Rows, "_add", interrupted)
     monkeypatch.setattr(run, "write_shard", slow)
-    prompts = random_prompts(8)
-    with pytest.raises(KeyboardInterrupt):
-        demo.sweep_to(tmp_path / "run", prompts, Tokens(), positions=[[2, 4]] * 8, batch_size=8)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.sweep_to(tmp_path / "run", random_prompts(8), Tokens(), positions=[[2, 4]] * 8, batch_size=8)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     frame = Sweep.open(tmp_path / "run").to_pandas()
     assert frame["prompt"].nunique() == 3, "what was added before the signal"
     assert (frame.groupby("prompt", observed=True)["position"].nunique() == 2).all()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
