@@ -23,7 +23,7 @@ from .folder import ERRORS, SCORES, at_work, check_room, forget_failures, prompt
 from .manifest import claim, manifest_of
 from .outcomes import Outcome, outcomes
 from .rows import Rows
-from .run import Counts, Writing
+from .run import Counts, Writing, take_in
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,7 @@ class _Worker:
         rows, dense, held = Rows(self.writing.top), Dense() if self.writing.dense else None, []
         for found in outcomes(self.asked, unit, most=self.writing.most, strict=self.writing.strict):
             for outcome in found:
-                held.append(outcome._replace(results=[]))
-                if outcome.failure is None:
-                    rows.add(outcome)
-                    if dense is not None:
-                        dense.add(outcome)
+                take_in(outcome, held, rows, dense)
         if held:
             write_shard(self.folder, f"ray-{os.getpid()}", held, rows, dense)
         return held

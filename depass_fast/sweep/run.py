@@ -156,6 +156,15 @@ def _draw(bar: ProgressBar | None, counts: Counts) -> None:
         bar.draw(0.0)
 
 
+def take_in(outcome: Outcome, held: list[Outcome], rows: Rows, dense: Dense | None) -> None:
+    """Add the outcome of a prompt to what a shard is made of; its results are not held any longer."""
+    held.append(outcome._replace(results=[]))
+    if outcome.failure is None:
+        rows.add(outcome)
+        if dense is not None:
+            dense.add(outcome)
+
+
 @dataclass
 class Shard:
     """The shard that is being filled."""
@@ -178,11 +187,7 @@ class Shard:
         """Take in the outcomes of a batch; write the shard if it is full, or has been open for long enough."""
         for outcome in found:
             with undisturbed():  # a prompt is there whole, or not at all
-                self.outcomes.append(outcome._replace(results=[]))
-                if outcome.failure is None:
-                    self.rows.add(outcome)
-                    if self.dense is not None:
-                        self.dense.add(outcome)
+                take_in(outcome, self.outcomes, self.rows, self.dense)
             if self._is_full():
                 self.write()
         if self.outcomes and time.monotonic() - self.began >= self.writing.shard_seconds:
