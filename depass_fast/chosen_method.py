@@ -55,8 +55,14 @@ def choose_method(
     if allocation.linear_rule is not None:
         found = _linear(method, allocation, settings)
         return None if method is None and not _is_cheaper(kind, adapter, lengths, gradients) else found
-    if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax"):
+    if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax" and adapter.is_uniform):
         return None
+    if not adapter.is_uniform:
+        raise ValueError(
+            "method: 'adjoint' under 'softmax' is for models whose layers are all softmax attention and MLP; this one has "
+            "recurrences, gated heads, or layers without one of the two. Take method='exact', or a linear rule "
+            f"({', '.join(map(repr, LINEAR_RULES))}), which is exact for all components at once."
+        )
     _refuse_states(settings)
     if kind.kind not in ADJOINT_KINDS:
         raise ValueError(

@@ -19,9 +19,10 @@ from .activation import Activation
 from .adapter import Adapter
 from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
-from .family import Experts, Family, Observed
+from .family import Experts, Family, HeadScale, Mixer, Observed
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
+from .recurrence import Recurrence
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
 
@@ -33,13 +34,16 @@ __all__ = [
     "ExpertAssignment",
     "Experts",
     "Family",
+    "HeadScale",
     "Latent",
     "Layer",
     "Linear",
+    "Mixer",
     "Mlp",
     "Norm",
     "Observed",
     "QueryKey",
+    "Recurrence",
     "RoutedExpert",
     "adapt",
     "query_key",

@@ -117,10 +117,13 @@ class Adapter:
     @property
     def observed(self) -> Observed | None:
         """The way to observe attention that this version of transformers does not let be replaced; None if it does."""
-        attention = type(self.module(0, "attention"))
+        first = next((i for i in range(self.n_layers) if self.has_attention(i) and self.kind(i).mixer is None), None)
+        if first is None:
+            return None
+        attention = type(self.module(first, "attention"))
         homes = [sys.modules[base.__module__] for base in attention.__mro__]
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
-        return None if pluggable else self.family.observed
+        return None if pluggable else self.kind(first).observed
 
     # -- its forward pass ---------------------------------------------------------------------------------------
 
@@ -141,7 +144,7 @@ class Adapter:
         on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
         otherwise beside other prompts.
         """
-        narrow_router = self.family.experts is not None and self.dtype == torch.float64
+        narrow_router = self.experts_per_position > 0 and self.dtype == torch.float64
         of_the_longest = any(
             "longrope" in str(kind) or "dynamic" in str(kind)
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
@@ -245,7 +248,31 @@ class Adapter:
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
-        return self._part(self.block(index), part)
+        path = getattr(self.kind(index), part)
+        return None if path is None else below(self.block(index), path)  # get_submodule would check every step
+
+    def kind(self, index: int) -> Family:
+        """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
+        kinds = self.family.kinds
+        return self.family if kinds is None else kinds[index]
+
+    def has_attention(self, index: int) -> bool:
+        """True if layer ``index`` mixes positions: it has attention or a recurrence."""
+        return self.kind(index).attention is not None
+
+    def has_mlp(self, index: int) -> bool:
+        """True if layer ``index`` has an MLP or experts."""
+        return self.kind(index).mlp is not None
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
+        kinds = [self.kind(index) for index in range(self.n_layers)]
+        return all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
+
+    def has_mixers(self) -> bool:
+        """True if any layer mixes positions by a recurrence."""
+        return any(self.kind(index).mixer is not None for index in range(self.n_layers))
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
@@ -253,19 +280,15 @@ class Adapter:
         assert block is not None
         return block
 
-    def _part(self, block: nn.Module, part: str) -> Any:
-        path = getattr(self.family, part)
-        return None if path is None else below(block, path)  # much cheaper than get_submodule, which checks every step
-
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""
-        return stored_device(self.module(index, "v_proj"))
+        return stored_device(self.module(index, "v_proj" if self.has_attention(index) else "gate_proj"))
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
         for index in range(self.n_layers):
             for part in [*_BRANCH_NORMS, "v_norm"]:
-                module = self.module(index, part)
+                module = self.module(index, part) if self.has_part(index, part) else None
                 if module is not None:
                     yield module, self.made_norm(module)
         if self.final_norm_module is not None:
@@ -278,19 +301,21 @@ class Adapter:
         """
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
         parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
-        parts += _BRANCH_NORMS
+        parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
         modules += [module for part in parts if (module := self.module(index, part)) is not None]
-        up = below_or_none(self.block(index), self.family.up_proj) if linear_rule else None
-        modules += [] if up is None or self.is_mixture(index) else [up]
+        plain = linear_rule and self.has_mlp(index) and not self.is_mixture(index)
+        up = below_or_none(self.block(index), self.kind(index).up_proj) if plain else None
+        modules += [] if up is None else [up]
         if self.is_mixture(index):
-            modules += experts.expert_modules(self.block(index), self._experts)
+            modules += experts.expert_modules(self.block(index), self._experts(index))
         return modules
 
     def check_linear_rule(self, rule: str) -> None:
         """Raise ValueError unless the up projection and the activation of every MLP are there, which ``rule`` needs."""
         for index in range(self.n_layers):  # experts always have both
-            problem = None if self.is_mixture(index) else unusable_part(self.block(index), self.family)
+            skipped = self.is_mixture(index) or not self.has_mlp(index)
+            problem = None if skipped else unusable_part(self.block(index), self.kind(index))
             if problem is not None:
                 place = f"{name_of(self.family.layers)}.{index}.{name_of(problem[0])}"
                 raise ValueError(
@@ -300,7 +325,7 @@ class Adapter:
 
     def path(self, index: int, part: str) -> str:
         """The name below the model of what the family calls ``part`` in layer ``index``."""
-        path: Path | None = getattr(self.family, part)
+        path: Path | None = getattr(self.kind(index), part)
         assert path is not None
         return f"{name_of(self.family.layers)}.{index}.{name_of(path)}"
 
@@ -315,76 +340,97 @@ class Adapter:
     @property
     def experts_per_position(self) -> int:
         """The number of experts that a router sends a position to; 0 in a model without mixtures."""
-        return 0 if self.family.experts is None else self.family.experts.top_k
+        every = [self.family, *(self.family.kinds or ())]
+        return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
 
     def is_mixture(self, index: int) -> bool:
         """True if the MLP of layer ``index`` is a mixture of experts."""
-        return self.family.experts is not None and experts.has_router(self.block(index), self.family.experts)
+        declared = self.kind(index).experts
+        return declared is not None and experts.has_router(self.block(index), declared)
 
     def watch_router(self, index: int, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
         """Have ``note`` called with the weights and indices (T, K) that the router of layer ``index`` decides on.
 
         Returns the function that undoes it.
         """
-        return experts.watch_router(self.block(index), self._experts, note)
+        return experts.watch_router(self.block(index), self._experts(index), note)
 
     def route(self, index: int, x: Tensor, weights: Tensor, assignment: ExpertAssignment) -> list[RoutedExpert]:
         """Recompute the experts of layer ``index`` on the normed states ``x`` (T, D) that were sent to them."""
-        return experts.route(self.block(index), self._experts, x, weights, assignment)
+        return experts.route(self.block(index), self._experts(index), x, weights, assignment)
 
-    @property
-    def _experts(self) -> Experts:
-        if self.family.experts is None:
+    def _experts(self, index: int) -> Experts:
+        declared = self.kind(index).experts
+        if declared is None:
             raise ValueError("model: it has no mixture of experts.")
-        return self.family.experts
+        return declared
 
     # -- weights of a layer -------------------------------------------------------------------------------------
 
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
-        return Layer(self.attention(index), self.mlps(index), self.family.parallel)
+        mixing = self.attention(index) if self.has_attention(index) else None
+        return Layer(mixing, self.mlps(index), self.kind(index).parallel)
 
     def attention(self, index: int) -> Attention:
-        """The weights of layer ``index``'s attention alone."""
-        block = self.block(index)
-        head_dim = self.family.value_dim or self._head_dim(block)
+        """The weights of layer ``index``'s attention, or of its recurrence, alone."""
+        kind = self.kind(index)
+        head_dim = kind.value_dim or self._head_dim(index)
         return Attention(
-            **self._branch(block, "attention"),
-            v=self._values(block),
-            o=replace(self._linear(block, "o_proj"), outer_bias=self._part(block, "o_bias")),
+            **self._branch(index, "attention"),
+            v=self._values(index),
+            o=replace(self._linear(index, "o_proj"), outer_bias=self.module(index, "o_bias")),
             head_dim=head_dim,
-            key_dim=self.family.key_dim or head_dim,
-            value_limit=self.family.v_clip,
+            key_dim=kind.key_dim or head_dim,
+            value_limit=kind.v_clip,
+            conv=self._conv(index),
+            is_recurrent=kind.mixer is not None,
+            scales_heads=kind.mixer is not None or kind.head_scale is not None,
         )
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         """The weights of layer ``index``'s MLP, or of its experts, alone."""
-        block = self.block(index)
-        branch = self._branch(block, "mlp")
+        if not self.has_mlp(index):
+            return ()
+        block, branch = self.block(index), self._branch(index, "mlp")
         if self.is_mixture(index):
-            return experts.expert_mlps(block, self._experts, branch)
-        return (dense_mlp(block, self.family, branch),)
+            return experts.expert_mlps(block, self._experts(index), branch)
+        return (dense_mlp(block, self.kind(index), branch),)
 
-    def _values(self, block: nn.Module) -> Linear | Latent:
-        down = replace(self._linear(block, "v_proj"), part=self.family.v_part)
-        if self.family.v_norm is None:
+    def has_part(self, index: int, part: str) -> bool:
+        """True unless layer ``index`` lacks the branch that ``part`` belongs to."""
+        of_mlp = part.startswith("mlp") or part in ("gate_proj", "up_proj", "down_proj")
+        return self.has_mlp(index) if of_mlp else self.has_attention(index)
+
+    def _conv(self, index: int) -> Linear | None:
+        """The convolution of values along the positions: ``weight`` (Hkv·d, taps), the last tap at the position itself."""
+        mixer = self.kind(index).mixer
+        if mixer is None or mixer.conv is None:
+            return None
+        module = below_or_none(self.block(index), mixer.conv)
+        return None if module is None else Linear(module, mixer.conv_part)
+
+    def _values(self, index: int) -> Linear | Latent:
+        kind = self.kind(index)
+        down = replace(self._linear(index, "v_proj"), part=kind.v_part)
+        if kind.v_norm is None:
             return down
-        up = replace(self._linear(block, "v_up"), part=self.family.v_up_part)
+        up = replace(self._linear(index, "v_up"), part=kind.v_up_part)
         if down.has_bias or up.has_bias:
             raise ValueError("model: its values go through a latent with a bias, which no component can carry.")
-        return Latent(down, self.made_norm(self._part(block, "v_norm")), up)
+        return Latent(down, self.made_norm(self.module(index, "v_norm")), up)
 
-    def _head_dim(self, block: nn.Module) -> int:
-        module = self._part(block, "attention")
+    def _head_dim(self, index: int) -> int:
+        module = self.module(index, "attention")
         named = getattr(module, "head_dim", None) or getattr(self.config, "head_dim", None)
         return int(named or self.config.hidden_size // self.config.num_attention_heads)
 
-    def _branch(self, block: nn.Module, kind: str) -> dict[str, Any]:
-        norm, output, stream = (self._norm(self._part(block, f"{kind}{where}")) for where in _NORMS)
-        return {"norm": norm, "output": output, "stream": stream, "factor": self.family.factor}
+    def _branch(self, index: int, kind: str) -> dict[str, Any]:
+        norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
+        return {"norm": norm, "output": output, "stream": stream, "factor": self.kind(index).factor}
 
-    def _linear(self, block: nn.Module, part: str) -> Linear:
-        return Linear(self._part(block, part))
+    def _linear(self, index: int, part: str) -> Linear:
+        return Linear(self.module(index, part))
 
     def _norm(self, module: nn.Module | None) -> Norm | None:
         return None if module is None else self.made_norm(module)

@@ -31,7 +31,8 @@ class _Biasless(Adapter):
     def attention(self, index: int) -> Attention:
         weights = _biasless_norms(super().attention(index))
         v = weights.v if isinstance(weights.v, Latent) else _biasless_linear(weights.v)  # a latent has none
-        return replace(weights, v=v, o=_biasless_linear(weights.o))
+        conv = None if weights.conv is None else _biasless_linear(weights.conv)
+        return replace(weights, v=v, o=_biasless_linear(weights.o), conv=conv)
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         return tuple(_biasless_mlp(_biasless_norms(mlp)) for mlp in super().mlps(index))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation
+from .recurrence import Recurrence
 
 Part = Callable[[Tensor], Tensor]
 Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
@@ -69,6 +70,37 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """A recurrence in the place of a softmax: linear in its values, with everything else frozen (DESIGN.md section 10).
+
+    ``projections`` are paths below the mixer's module. ``read(module, outputs, convolve)`` gets that module, the
+    outputs (T, C) of the projections in that order, and a function that convolves (T, C') within every prompt, given
+    a module of convolution and a part of its channels. It returns a :class:`Recurrence`.
+
+    ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
+    channels. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
+    """
+
+    projections: tuple[str, ...]
+    read: Callable[[Any, list[Tensor], Callable[..., Tensor]], Recurrence]
+    conv: Path | None = None
+    conv_part: Part | None = None
+    value_ratio: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class HeadScale:
+    """A factor of what heads give, by position and channel, in front of the output projection: a gate or a norm.
+
+    ``read(module, outputs, heads)`` gets the attention's module, the outputs (T, C) of its ``projections`` and what the
+    heads give (T, H·d). It returns the factors (T, H·d).
+    """
+
+    projections: tuple[str, ...]
+    read: Callable[[Any, list[Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Family:
     """The places of a model's parts: paths below the model, or below a layer. Defaults are Llama's.
 
@@ -90,7 +122,11 @@ class Family:
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
 
-    attention: Path = "self_attn"
+    kinds: tuple[Family, ...] | None = None  # the declaration of every layer, where these are of several kinds
+
+    attention: Path | None = "self_attn"  # None: the layer does not mix positions
+    mixer: Mixer | None = None  # the attention is a recurrence
+    head_scale: HeadScale | None = None  # between the heads and `o_proj`
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
@@ -111,8 +147,12 @@ class Family:
     # keys by way of the latent of values: K's part of `v_up`, and that of `v_proj` which all heads share behind it
     k_up_part: Part | None = None
     k_shared_part: Part | None = None
-    q_norm: Path = ("self_attn.q_norm", "self_attn.q_layernorm", "self_attn.query_layernorm")  # in models that have one
-    k_norm: Path = ("self_attn.k_norm", "self_attn.k_layernorm", "self_attn.key_layernorm")
+    q_norm: Path | None = (
+        "self_attn.q_norm",
+        "self_attn.q_layernorm",
+        "self_attn.query_layernorm",
+    )  # in models that have one
+    k_norm: Path | None = ("self_attn.k_norm", "self_attn.k_layernorm", "self_attn.key_layernorm")
     qk_norm_last: bool = False  # these norms are behind the rotary embedding
     o_proj: Path = "self_attn.o_proj"
     o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
@@ -124,7 +164,7 @@ class Family:
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
-    mlp: Path = "mlp"
+    mlp: Path | None = "mlp"  # None: the layer has none
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
     mlp_stream_norm: Path | None = None

@@ -23,6 +23,8 @@ def missing_path(adapter: Adapter) -> str | None:
             return name_of(path)
     for index in range(adapter.n_layers):
         for part in [*_OF_A_LAYER, *_NORMS, *([] if adapter.is_mixture(index) else _OF_AN_MLP)]:
+            if not adapter.has_part(index, part):
+                continue
             try:
                 adapter.module(index, part)
             except AttributeError:

@@ -71,7 +71,11 @@ class QueryKey:
 
 def query_key(adapter: Adapter, index: int) -> QueryKey:
     """The weights of layer ``index``. Raises ValueError if the model keeps them elsewhere than its family."""
-    block, family = adapter.block(index), adapter.family
+    block, family = adapter.block(index), adapter.kind(index)
+    if not adapter.has_attention(index) or family.mixer is not None:
+        raise ValueError(
+            f"model: layer {index} has no softmax attention, so that nothing there looks anywhere; take another layer."
+        )
     attention = adapter.attention(index)
     heads, kv = attention.n_heads, attention.n_kv_heads
     q: Linear | Latent = _linear(adapter, index, family.q_proj, family.q_part)
@@ -116,7 +120,9 @@ def projections(adapter: Adapter, index: int) -> dict[str, tuple[nn.Module, Part
 
 def head_norms(adapter: Adapter, index: int) -> list[nn.Module]:
     """The modules that are norms of queries and keys."""
-    paths = adapter.family.q_norm, adapter.family.k_norm
+    if not adapter.has_attention(index):
+        return []
+    paths = adapter.kind(index).q_norm, adapter.kind(index).k_norm
     found = [below_or_none(adapter.block(index), path) for path in paths]
     return [norm for norm in found if norm is not None]
 

@@ -246,7 +246,9 @@ class Branch:
 class Attention(Branch):
     """The OV path of one layer: ``v`` maps D to Hkv·d, ``o`` maps H·d to D. ``head_dim`` is d, that of values.
 
-    ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``.
+    ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``. ``conv`` convolves
+    them along the positions, with taps (Hkv·d, K). A recurrence may stand in the place of the softmax
+    (``is_recurrent``). With ``scales_heads``, what the heads give is scaled by channel before ``o`` reads it.
     """
 
     v: Linear | Latent
@@ -254,6 +256,9 @@ class Attention(Branch):
     head_dim: int
     key_dim: int
     value_limit: float | None = None
+    conv: Linear | None = None
+    is_recurrent: bool = False
+    scales_heads: bool = False
 
     @property
     def w_v(self) -> Tensor:
@@ -273,7 +278,8 @@ class Attention(Branch):
 
     @property
     def has_bias(self) -> bool:
-        return self.has_norm_bias or self.v.has_bias or self.o.has_bias
+        of_conv = self.conv is not None and self.conv.has_bias
+        return self.has_norm_bias or self.v.has_bias or self.o.has_bias or of_conv
 
     @property
     def v_input(self) -> Linear:
@@ -366,16 +372,16 @@ class Layer:
     """All weights of one layer that propagate components.
 
     ``mlps`` is one MLP, or the experts of a mixture; they read the same and their outputs are summed. In a ``parallel``
-    layer the MLP reads what the attention reads.
+    layer the MLP reads what the attention reads. A layer may have no attention (None) or no MLP (none of ``mlps``).
     """
 
-    attention: Attention
+    attention: Attention | None
     mlps: tuple[Mlp, ...]
     parallel: bool = False
 
     @property
     def device(self) -> torch.device:
-        return self.attention.v.device
+        return self.mlps[0].gate.device if self.attention is None else self.attention.v.device
 
     @property
     def mlp(self) -> Mlp:
@@ -386,7 +392,8 @@ class Layer:
     def is_own(self) -> bool:
         """True if all weights are the model's own tensors, none computed when it is read."""
         mlps = (linear for mlp in self.mlps for linear in (mlp.gate, mlp.up, mlp.down) if linear is not None)
-        return all(linear.is_own for linear in (self.attention.v, self.attention.o, *mlps))
+        mixing = () if self.attention is None else (self.attention.v, self.attention.o)
+        return all(linear.is_own for linear in (*mixing, *mlps))
 
     @property
     def has_mlp_bias(self) -> bool:

@@ -38,6 +38,12 @@ class ReferenceBackend(Backend):
             read = torch.from_numpy(out.layout.local[out.layout.segments(prompt)]).to(state.device)
             x = state.block(prompt)  # (N, M, D)
             values = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
+            if trace.recurrence is not None:
+                mixed = _recurrence(weights, trace, values, where, bias, value_constant)[read]
+                y = mixed @ weights.w_o.to(dtype).T
+                y = _written(weights, y, weights.o.bias, trace.out_scale, where[read], bias)
+                out.set_block(prompt, x[read] + y)
+                continue
             if bias is not None and value_constant is not None:
                 values[:, bias] += value_constant
             if trace.latent_scale is not None:
@@ -48,6 +54,8 @@ class ReferenceBackend(Backend):
             values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=2)  # (N, M, H, d)
             p = attention_probabilities(trace, where, read, dtype)  # (H, Q, N)
             mixed = torch.einsum("hqk,kmhd->qmhd", p, values).flatten(2)
+            if trace.out_ratio is not None:
+                mixed = mixed * trace.out_ratio[where[read]].to(dtype)[:, None]
             y = mixed @ weights.w_o.to(dtype).T  # (Q, M, D)
             out.set_block(prompt, x[read] + _written(weights, y, weights.o.bias, trace.out_scale, where[read], bias))
         return out
@@ -80,6 +88,51 @@ class ReferenceBackend(Backend):
             where = torch.from_numpy(state.layout.packed[state.layout.row_segments()]).to(rows.device)
             rows = _frozen_norm(norm, rows, resid[where])
         return rows @ directions.to(rows.dtype).T
+
+
+def _recurrence(
+    weights: Attention,
+    trace: AttentionTrace,
+    values: Tensor,
+    where: Tensor,
+    bias: int | None,
+    constant: Tensor | None,
+) -> Tensor:
+    """Return what the heads of a recurrence give for values (N, M, H·d), position by position (DESIGN.md section 10)."""
+    frozen, dtype, conv = trace.recurrence, values.dtype, weights.conv
+    assert frozen is not None
+    if bias is not None and constant is not None:
+        values[:, bias] += constant
+    if frozen.in_ratio is not None:
+        values = values * frozen.in_ratio[where].to(dtype)[:, None]
+    if conv is not None:
+        taps, raw = conv.weight[:, 0].to(dtype), values
+        values = torch.zeros_like(raw)
+        for back in range(min(taps.shape[1], len(raw))):
+            values[back:] += raw[: len(raw) - back] * taps[:, -1 - back]
+        if bias is not None and conv.bias is not None:
+            values[:, bias] += conv.bias.to(dtype)
+    if trace.value_ratio is not None:
+        values = values * trace.value_ratio[where].to(dtype)[:, None]
+    values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
+    q, k, decay = (_of_heads(x[where].to(dtype), weights.n_heads) for x in (trace.q, trace.k, frozen.decay))
+    write = values.new_ones(len(values), weights.n_heads) if frozen.write is None else frozen.write[where].to(dtype)
+    state, out = values.new_zeros(*values.shape[1:3], k.shape[2], values.shape[3]), torch.empty_like(values)
+    for t, x in enumerate(values):  # x (M, H, d), state (M, H, n, d)
+        state = state * decay[t].exp()[..., None]
+        if frozen.corrects:
+            x = x - torch.einsum("mhnd,hn->mhd", state, k[t])
+        state = state + torch.einsum("hn,mhd->mhnd", k[t], x * write[t][:, None])
+        out[t] = torch.einsum("mhnd,hn->mhd", state, q[t])
+    if frozen.skip is not None:
+        out = out + values * frozen.skip.to(dtype)[:, None]
+    out = out.flatten(2)
+    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+
+
+def _of_heads(x: Tensor, heads: int) -> Tensor:
+    """Return (N, Hx, n) of groups of heads as that of every head."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _frozen_norm(norm: Norm | None, x: Tensor, resid: Tensor) -> Tensor:

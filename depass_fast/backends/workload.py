@@ -65,7 +65,7 @@ class LayerSize:
     @property
     def neurons(self) -> int:
         """Neurons of the widest MLP."""
-        return max(neurons for neurons, _ in self.mlps)
+        return max((neurons for neurons, _ in self.mlps), default=0)
 
 
 @dataclass(frozen=True)

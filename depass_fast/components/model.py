@@ -64,6 +64,8 @@ class Heads(LayerKind[R]):
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
+        if not adapter.has_attention(layer):
+            raise ValueError(f"components: layer {layer} has no heads: it does not mix positions.")
         return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
@@ -134,22 +136,31 @@ class Modules(LayerKind[R]):
         super().check(adapter, lengths)
         if self.which not in ("both", "attention", "mlp"):
             raise ValueError(f"which: {self.which!r} is not one of 'both', 'attention', 'mlp'.")
+        layer = self.resolve(adapter)
+        if self.which != "both" and self.which not in self._there(adapter):
+            raise ValueError(f"which: layer {layer} has no {'attention' if self.which == 'attention' else 'MLP'}.")
+
+    def _there(self, adapter: Adapter) -> tuple[str, ...]:
+        """Return those of the chosen modules that the layer has."""
+        layer = self.resolve(adapter)
+        has = {"attention": adapter.has_attention(layer), "mlp": adapter.has_mlp(layer)}
+        return tuple(module for module in self._chosen if has[module])
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
-        both = {"attention": f"L{layer}.attn", "mlp": f"L{layer}.mlp"}
-        return tuple(both.values()) if self.which == "both" else (both[self.which],)
+        short = {"attention": "attn", "mlp": "mlp"}
+        return tuple(f"L{layer}.{short[module]}" for module in self._there(adapter))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, out.dtype)
-        for m, module in enumerate(self._chosen):
+        for m, module in enumerate(self._there(adapter)):
             whole = outputs.whole(module)
             out[:, m] = outputs.through_stream(whole, "mlp") if self._goes_on(module) else whole
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         outputs = LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype)
         constants = []
-        for module in self._chosen:
+        for module in self._there(adapter):
             constant = outputs.constant(module)
             if constant is not None:
                 constants.append(outputs.through_stream(constant, "mlp") if self._goes_on(module) else constant)
@@ -184,6 +195,8 @@ class Neurons(LayerKind[R]):
 
     def count(self, adapter: Adapter) -> int:
         """The number of neurons of the layer, experts included."""
+        if not adapter.has_mlp(self.resolve(adapter)):
+            raise ValueError(f"components: layer {self.resolve(adapter)} has no neurons: it has no MLP.")
         return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
 
     def counts(self, adapter: Adapter, trace: Trace) -> list[int]:

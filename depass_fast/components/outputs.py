@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Attention, Branch, Mlp
+from ..adapters import Adapter, Attention, Branch, Mlp, Norm
 from ..state.state import Factors
 from ..trace.attention import span_probabilities
+from ..trace.mixing import FrozenMixing
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 22  # probabilities or outputs held at once, in elements
@@ -65,16 +66,26 @@ class LayerOutputs:
 
     def attend(self, values: Tensor, out: Tensor) -> None:
         """Write every head's output for values (N, Hkv, d) to ``out`` (N, H, D): P, then W_O."""
-        weights, n = self.attention, len(values)
+        weights, n, record = self.attention, len(values), self.record.attention
+        assert record is not None  # it mixes positions
         w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim)).permute(1, 2, 0)  # (H, d, D)
+        if record.recurrence is not None:
+            mixing = FrozenMixing(weights, record, self.span, self.dtype)
+            mixed = mixing.forward(values.flatten(1)[:, None]).view(n, weights.n_heads, -1).transpose(0, 1)
+            torch.bmm(mixed, w_o, out=out.transpose(0, 1))
+            return
         values = values.transpose(0, 1)  # (Hkv, N, d)
         # a few queries at a time: N² probabilities are held nowhere, and all outputs would be a second state
         size = max(1, _TILE // (weights.n_heads * max(n, out.shape[-1])))
         for first in range(0, n, size):
             queries = slice(first, min(first + size, n))
-            p = span_probabilities(self.record.attention, self.span, queries, self.dtype)  # (H, Q, N)
+            p = span_probabilities(record, self.span, queries, self.dtype)  # (H, Q, N)
             mixed = p.unflatten(0, (len(values), -1)).flatten(1, 2) @ values  # (Hkv, G·Q, d)
-            torch.bmm(mixed.view(weights.n_heads, -1, weights.head_dim), w_o, out=out[queries].transpose(0, 1))
+            mixed = mixed.view(weights.n_heads, -1, weights.head_dim)
+            if record.out_ratio is not None:
+                ratio = record.out_ratio[self.span][queries].to(mixed)
+                mixed = mixed * ratio.unflatten(1, (weights.n_heads, -1)).transpose(0, 1)
+            torch.bmm(mixed, w_o, out=out[queries].transpose(0, 1))
 
     def entering(self, y: Tensor, module: str) -> Tensor:
         """Raw outputs (N, M, D) of a module as they enter the stream."""
@@ -94,7 +105,7 @@ class LayerOutputs:
 
     def constant(self, module: str) -> Tensor | None:
         """The constant part of what a module adds, as it is in the stream behind it: (D,), or (N, D), or None."""
-        stream, constant = self._of(module)[0].stream, self._linear_constant(module)
+        stream, constant = self._stream(module), self._linear_constant(module)
         if stream is None or stream.bias is None:
             return constant
         beta = stream.bias.to(self.dtype)
@@ -102,7 +113,7 @@ class LayerOutputs:
 
     def through_stream(self, y: Tensor, module: str) -> Tensor:
         """A part of the stream, (N, ..., D) or (D,), after the norm of the stream behind a module, without its β."""
-        stream = self._of(module)[0].stream
+        stream = self._stream(module)
         if stream is None:
             return y
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
@@ -157,7 +168,8 @@ class LayerOutputs:
 
     def _attention_constant(self) -> Tensor | None:
         weights, record = self.attention, self.record.attention
-        value = None if record.value_ratio is None else weights.value_constant(self.dtype)
+        clamped = record.value_ratio is not None and record.recurrence is None
+        value = None if not clamped else weights.value_constant(self.dtype)
         if value is None:
             return record.constant(weights, self.span, self.dtype)
         # it is clamped with the rest of the value, and so differs from position to position
@@ -169,9 +181,14 @@ class LayerOutputs:
 
     def _clamped(self, values: Tensor) -> Tensor:
         """A part of the values (N, Hkv·d), scaled as the clamping scaled the whole: (N, Hkv, d)."""
-        weights, ratio = self.attention, self.record.attention.value_ratio
-        values = values if ratio is None else values * ratio[self.span].to(self.dtype)
+        weights, record = self.attention, self.record.attention
+        ratio = record.value_ratio
+        values = values if ratio is None or record.recurrence is not None else values * ratio[self.span].to(self.dtype)
         return values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+
+    def _stream(self, module: str) -> Norm | None:
+        """The norm of the stream behind a module; None where there is none, or no such module."""
+        return None if module == "mlp" and not self.mlps else self._of(module)[0].stream
 
     def _of(self, module: str) -> tuple[Branch, AttentionTrace | MlpTrace]:
         if module == "attention":

@@ -224,7 +224,7 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
         weights = adapter.layer(index)
         if weights.has_mlp_bias or (rule is not None and any(adds_constant(rule, mlp) for mlp in weights.mlps)):
             return 2 * index + 1
-        if weights.attention.has_bias:
+        if weights.attention is not None and weights.attention.has_bias:
             return 2 * index
     return -1
 

@@ -16,6 +16,7 @@ from ..adapters import Attention
 from ..runtime.products import product
 from ..trace.record import AttentionTrace
 from .batches import Batch, Packing
+from .mixing import through_recurrence
 from .norms import FrozenNorm
 
 _CPU_TILE, _GPU_TILE = 1 << 22, 1 << 26  # probabilities that are held at once
@@ -69,9 +70,15 @@ class WayThroughAttention:
         y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
         norm = FrozenNorm.of(weights.norm, x, dtype)
         values = self._values(norm.read(x), dtype) if with_heads else None
-        of_values, heads = self._through_probabilities(y, values)
-        of_values = self._scaled(of_values)
-        constant = self._constant(gradients, of_values, out_scale)
+        if trace.recurrence is not None:
+            of_values, heads = through_recurrence(weights, trace, self.packing, self.partial, y, values)
+            constant = self._mixed_constant(gradients, y, out_scale)
+        else:
+            if trace.out_ratio is not None:
+                y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
+            of_values, heads = self._through_probabilities(y, values)
+            of_values = self._scaled(of_values)
+            constant = self._constant(gradients, of_values, out_scale)
         if trace.latent_scale is not None:
             of_values = of_values * trace.latent_scale[:, None]
         back = product(of_values.to(self.compute), weights.w_v.to(self.compute)).to(dtype)
@@ -148,7 +155,20 @@ class WayThroughAttention:
     def _scaled(self, values: Tensor) -> Tensor:
         """Return values, or gradients of them, (..., T, Hkv·d), as the clamping of values scaled them."""
         ratio = self.trace.value_ratio
-        return values if ratio is None else values * ratio.to(values.device)
+        return values if ratio is None or self.trace.recurrence is not None else values * ratio.to(values.device)
+
+    def _mixed_constant(self, gradients: Tensor, y: Tensor, out_scale: Tensor | None) -> Tensor | None:
+        """Return the score (R, P) of a recurrence's constants, given the gradients ``y`` (R, A, H·d) of its heads."""
+        weights, heads, dtype = self.weights, self.trace.constant_heads, gradients.dtype
+        at = self.packing.at(self.partial, y.device)
+        written, parts = weights.written_constant(weights.o.bias, out_scale, dtype), []
+        if heads is not None and weights.has_bias:
+            parts.append(
+                self.packing.sum((y.to(dtype) * (heads if at is None else heads[at]).to(dtype)).sum(-1), self.partial)
+            )
+        if written is not None:
+            parts.append(self.packing.sum((gradients * written).sum(-1), self.partial))
+        return sum(parts[1:], parts[0]) if parts else None
 
     def _constant(self, gradients: Tensor, of_values: Tensor, out_scale: Tensor | None) -> Tensor | None:
         """Return the score (R, P) of attention's constants, given the gradients (R, T, Hkv·d) of its values."""

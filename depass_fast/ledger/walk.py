@@ -153,18 +153,20 @@ class _WayBack:
         self._back, self._after = self._back.to(layer.device), self._after.to(layer.device)
         if self._steers is not None and not self._steers.keeps:
             self._changed, self._amount = self._changed.to(layer.device), self._amount.to(layer.device)
-        beta = self._through_stream(layer.mlp, record.mlp_sum)
+        beta = self._through_stream(layer.mlp, record.mlp_sum) if layer.mlps else None
         if parallel:
             read = self._everywhere(self._through_mlp(index, layer, record, beta), self._partial)
             self._through_attention(index, layer, record, None)
             self._back += read
         else:
-            self._back = self._back + self._through_mlp(index, layer, record, beta)
+            if layer.mlps:
+                self._back = self._back + self._through_mlp(index, layer, record, beta)
             self._visit(Entry(index, "resid_mid"), record.resid_mid)
             if self._wanted.last == Entry(index, "resid_mid"):
                 return
-            beta = self._through_stream(layer.attention, record.attention_sum)
-            self._through_attention(index, layer, record, beta)
+            if layer.attention is not None:
+                beta = self._through_stream(layer.attention, record.attention_sum)
+                self._through_attention(index, layer, record, beta)
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
 
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
@@ -179,6 +181,7 @@ class _WayBack:
 
     def _through_attention(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> None:
         """Take the gradients back through attention, to all positions; note what it and its constants are worth."""
+        assert layer.attention is not None and record.attention is not None  # see pass_layer
         way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
         x = self._states(record.attention.resid, everywhere=True)
         found = way.back(self._back, x, index in self._wanted.heads)
@@ -197,6 +200,7 @@ class _WayBack:
         """Return what the book of attention takes up here; None without such a book."""
         if self._steers is None:
             return None
+        assert layer.attention is not None and record.attention is not None  # see pass_layer
         given = (layer.attention, record.attention, self._packing, self._partial, self._back[: self._rows])
         return self._steers.through(index, *given)
 

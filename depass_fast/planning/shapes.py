@@ -87,16 +87,18 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     attention, mlps = layer.attention, layer.mlps
     routed = sum(mlp.is_routed for mlp in mlps)
     shares = [adapter.experts_per_position / routed if mlp.is_routed else 1.0 for mlp in mlps]
-    up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
-    beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
+    beside = False
+    if mlps:
+        up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
+        beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
     return LayerSize(
-        v=attention.n_kv_heads * attention.head_dim,
-        o=attention.n_heads * attention.head_dim,
-        heads=attention.n_heads,
+        v=0 if attention is None else attention.n_kv_heads * attention.head_dim,
+        o=0 if attention is None else attention.n_heads * attention.head_dim,
+        heads=0 if attention is None else attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel or len(mlps) > 1,
-        has_up=beside or routed > 0 or layer.mlp.gate.is_fused,
-        output_norms=layer.mlp.output is not None or layer.mlp.factor != 1.0,
+        has_up=beside or routed > 0 or any(mlp.gate.is_fused for mlp in mlps),
+        output_norms=any(mlp.output is not None or mlp.factor != 1.0 for mlp in mlps),
         may_vanish=may_vanish(adapter),
     )
 
@@ -115,11 +117,12 @@ def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tupl
 
 def has_bias(kind: ComponentKind, adapter: Adapter, end: int | None, allocation: Allocation) -> int:
     layer = adapter.layer(kind.resolve(adapter))
-    own = {"heads": layer.attention.has_bias, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
+    of_attention = layer.attention is not None and layer.attention.has_bias
+    own = {"heads": of_attention, "neurons": layer.has_mlp_bias}.get(kind.kind, False)
     if isinstance(kind, Features):
         own = getattr(kind.sae, "b_dec", None) is not None
     if isinstance(kind, Modules):
-        own = (kind.which != "mlp" and layer.attention.has_bias) or (kind.which != "attention" and layer.has_mlp_bias)
+        own = (kind.which != "mlp" and of_attention) or (kind.which != "attention" and layer.has_mlp_bias)
     return int(own or meets_bias(kind, adapter, end, allocation))
 
 

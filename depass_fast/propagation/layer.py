@@ -32,7 +32,7 @@ def through_attention(
     The second result is the state that the MLP reads; None if it reads the first one. ``state`` is used up. A state
     that starts after the attention only loses the positions that are not asked for.
     """
-    if state.site == "resid_mid":
+    if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
     source = None
     if layer.parallel:
@@ -59,7 +59,8 @@ def through_mlp(
         if len(segments):
             read = None if source is None else source.take(segments)
             state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
-    normalise(state, layer.mlp.stream, record.mlp_sum)
+    if layer.mlps:
+        normalise(state, layer.mlp.stream, record.mlp_sum)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
 

@@ -40,7 +40,11 @@ def check_finite(adapter: Adapter, trace: Trace) -> None:
 
 def _recorded(layer: LayerTrace) -> list[Tensor]:
     """The tensors that a layer recorded, without the residual stream."""
-    return [layer.attention.q, layer.attention.k, *(x for m in layer.mlps for x in (m.gate, m.act))]
+    mixing = layer.attention
+    looked_at = [] if mixing is None else [mixing.q, mixing.k]
+    if mixing is not None and mixing.recurrence is not None:
+        looked_at.append(mixing.recurrence.decay)
+    return [*looked_at, *(x for m in layer.mlps for x in (m.gate, m.act))]
 
 
 def _has_finite_sums(*tensors: Tensor) -> bool:

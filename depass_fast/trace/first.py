@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..runtime.transfer import to_device
-from .record import LayerTrace, MlpTrace, Trace
+from .record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 _Cut = Callable[[Tensor], Tensor]
 
@@ -55,16 +55,18 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
     return replace(
         layer,
         **_cut_fields(layer, cut, "resid_pre", "resid_mid", "attention_sum", "mlp_sum"),
-        attention=replace(
-            layer.attention,
-            **_cut_fields(
-                layer.attention,
-                cut,
-                *("resid", "q", "k", "key_bias", "row_sum", "latent_scale", "value_ratio", "out_scale"),
-            ),
-        ),
+        attention=None if layer.attention is None else _attention(layer.attention, cut),
         mlps=tuple(mlp for mlp in mlps if mlp is not None),
     )
+
+
+def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
+    scales = ("latent_scale", "value_ratio", "out_scale", "out_ratio", "constant_heads")
+    recurrence = attention.recurrence
+    if recurrence is not None:
+        recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
+    kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "row_sum", *scales)
+    return replace(attention, recurrence=recurrence, **kept)
 
 
 def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Latent, Norm
+from ..adapters import Adapter, Attention, HeadScale, Latent, Mixer, Norm
 from .consistency import WATCHED
+from .mixing import convolve
 from .recorder import Recorder, is_recording
 
 
@@ -58,23 +59,32 @@ class LayerHooks:
     def __init__(self, adapter: Adapter, index: int, recorder: Recorder, undo: ExitStack) -> None:
         self.adapter, self.index, self.recorder, self.undo = adapter, index, recorder, undo
         self.record = recorder.layers[index]
-        self.attention, self.mlp = adapter.attention(index), adapter.mlps(index)[0]
+        self.attention = adapter.attention(index) if adapter.has_attention(index) else None
+        self.mlp = adapter.mlps(index)[0] if adapter.has_mlp(index) else None
+        self.mixer, self.head_scale = adapter.kind(index).mixer, adapter.kind(index).head_scale
 
     def put(self) -> None:
         """Hook up everything that a trace holds of the layer."""
         self._hook_stream()
         if self.recorder.is_checking:
             self._hook_watched()
-        self._hook_values()
-        if self.adapter.is_mixture(self.index):
+        if self.attention is not None:
+            self._hook_values(self.attention)
+        if self.mlp is None:
+            pass
+        elif self.adapter.is_mixture(self.index):
             self._before("mlp", "experts_input")
             self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
         else:
             gate = self.mlp.gate
             self._after("gate_proj", "gate", (lambda x: gate.select(x).contiguous()) if gate.is_fused else None)
             self._before("down_proj", "act")
-        if self.adapter.observed is not None:
+        if self.mixer is not None:
+            self._observe_mixer(self.mixer)
+        elif self.attention is not None and self.adapter.observed is not None:
             self._observe_attention()
+        if self.head_scale is not None:
+            self._observe_head_scale(self.head_scale)
 
     def _before(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(self._module(part)))
@@ -92,12 +102,19 @@ class LayerHooks:
 
     def _hook_stream(self) -> None:
         """Record the residual stream, and the norms that lie between a branch and the stream."""
-        self._before("attention_norm" if self._has("attention_norm") else "attention", "resid_pre")
-        if self.adapter.is_parallel:
+        if self.attention is None:
+            self._before("mlp_norm" if self._has("mlp_norm") else "mlp", "resid_pre")
+        else:
+            self._before("attention_norm" if self._has("attention_norm") else "attention", "resid_pre")
+        if self.attention is None or self.mlp is None:
+            pass
+        elif self.adapter.is_parallel:
             self._after("o_proj", "attention_output")
         else:
             self._before("mlp_norm" if self._has("mlp_norm") else "mlp", "resid_mid")
         for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
+            if branch is None:
+                continue
             if branch.output is not None:
                 self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
             if branch.stream is not None:
@@ -107,17 +124,72 @@ class LayerHooks:
         """Record what the consistency check compares, at the watched positions."""
         mixture = self.adapter.is_mixture(self.index)
         for part, (before, after) in WATCHED.items():
-            if mixture and part in ("gate_proj", "down_proj"):
+            absent = self.attention is None if part in ("v_proj", "o_proj") else self.mlp is None or mixture
+            if absent:
                 continue
             self._before(part, before, lambda x: x[self.recorder.watched])
             self._after(part, after, lambda x: x[self.recorder.watched])
 
-    def _hook_values(self) -> None:
+    def _hook_values(self, attention: Attention) -> None:
         """Record the latent that values come from, and the clamping of values."""
-        if isinstance(self.attention.v, Latent):
-            self._before("v_norm", "latent_scale", self.attention.v.norm.scale)
-        if self.attention.value_limit is not None:
-            self._after("v_proj", "value_ratio", self.attention.clamped_ratio)
+        if isinstance(attention.v, Latent):
+            self._before("v_norm", "latent_scale", attention.v.norm.scale)
+        if attention.value_limit is not None:
+            self._after("v_proj", "value_ratio", attention.clamped_ratio)
+
+    def _seen(self, names: tuple[str, ...]) -> Callable[[], list[Tensor]]:
+        """Watch projections of the attention; return a function that gives their last outputs (T, C)."""
+        module, seen = self._module("attention"), {}
+        for name in names:
+            self.undo.callback(RecordingHook(self.recorder, seen, name, as_is=True).after(module.get_submodule(name)))
+        return lambda: [seen[name].flatten(0, -2) for name in names]
+
+    def _in_place_of_heads(self, compute: Callable[[Tensor], Tensor]) -> None:
+        """Give ``o_proj`` what ``compute`` makes of its input (T, H·d)."""
+
+        def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            if not is_recording(self.recorder):
+                return None
+            return (compute(args[0].flatten(0, -2)).view(args[0].shape).to(args[0].dtype),)
+
+        self.undo.callback(self._module("o_proj").register_forward_pre_hook(replaced).remove)
+
+    def _observe_mixer(self, mixer: Mixer) -> None:
+        """Record a recurrence by the outputs of its projections, and replace what its heads give by ours."""
+        module, names, recorder = self._module("attention"), mixer.projections, self.recorder
+        seen, values, attention = self._seen(names), self._seen_values(), self.attention
+        assert attention is not None
+
+        def by_prompt(x: Tensor, conv: nn.Module, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+            weight, bias = (None if y is None else y if part is None else part(y) for y in (conv.weight, conv.bias))
+            return convolve(x, weight[:, 0].to(x), None if bias is None else bias.to(x), recorder.lengths)
+
+        def heads(given: Tensor) -> Tensor:
+            record = recorder.layers[self.index]
+            out = recorder.mix(
+                self.index, mixer, mixer.read(module, seen(), by_prompt), attention.v_input.select(values())
+            )
+            record["heads_given"] = out
+            return out
+
+        self._in_place_of_heads(heads)
+
+    def _seen_values(self) -> Callable[[], Tensor]:
+        """Watch the projection to the values; return a function that gives its last output (T, C)."""
+        seen: dict[str, Any] = {}
+        hook = RecordingHook(self.recorder, seen, "values", as_is=True)
+        self.undo.callback(hook.after(self._module("v_proj")))
+        return lambda: seen["values"].flatten(0, -2)
+
+    def _observe_head_scale(self, scale: HeadScale) -> None:
+        """Record the factors of what heads give, and apply them by ourselves."""
+        module, recorder, seen = self._module("attention"), self.recorder, self._seen(scale.projections)
+
+        def scaled(given: Tensor) -> Tensor:
+            heads = recorder.layers[self.index].pop("heads_given")
+            return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads))
+
+        self._in_place_of_heads(scaled)
 
     def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
         """Record a router's weights and indices (T, K)."""

@@ -22,7 +22,7 @@ def light(trace: Trace) -> Trace:
 
 def _layer(layer: LayerTrace) -> LayerTrace:
     attention = layer.attention
-    if attention.value_ratio is None:
+    if attention is not None and attention.value_ratio is None:
         attention = replace(attention, q=_empty(attention.q), k=_empty(attention.k))
     return replace(layer, attention=attention, mlps=tuple(map(_mlp, layer.mlps)))
 

@@ -26,6 +26,19 @@ from .weights import WeightSample, are_the_same, sample_weights
 
 
 @dataclass
+class RecurrenceTrace:
+    """The frozen numbers of a recurrence, beside its queries and keys (:class:`depass_fast.adapters.Recurrence`)."""
+
+    decay: Tensor  # (T, H, 1) or (T, H, n) in float32 or wider
+    write: Tensor | None = None  # (T, H)
+    in_ratio: Tensor | None = None  # (T, H·d)
+    skip: Tensor | None = None  # (H,)
+    corrects: bool = False
+
+    __repr__ = brief_repr
+
+
+@dataclass
 class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
@@ -42,13 +55,21 @@ class AttentionTrace:
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
-    value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped
+    value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped, or act(c) / c
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
+    out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
+    recurrence: RecurrenceTrace | None = None  # in the place of the softmax: q and k are its own
+    constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
 
     __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         self._constants: dict[torch.dtype, Tensor | None] = {}  # the same at all positions; by dtype
+
+    @property
+    def is_plain(self) -> bool:
+        """True if values and what heads give are not scaled by channel, and no recurrence mixes them."""
+        return self.value_ratio is None and self.out_ratio is None and self.recurrence is None
 
     def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
         """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,)."""
@@ -62,6 +83,10 @@ class AttentionTrace:
         """
         if not weights.has_bias:  # also those of the same model that leave its biases out
             return None
+        if self.constant_heads is not None:
+            raw = self.constant_heads[at].to(dtype) @ weights.w_o.to(dtype).T
+            raw = raw if weights.o.bias is None else raw + weights.o.bias.to(dtype)
+            return weights.written_constant(raw, None if self.out_scale is None else self.out_scale[at], dtype)
         if self.out_scale is None and self.row_sum is None:
             if dtype not in self._constants:
                 self._constants[dtype] = weights.constant(dtype)
@@ -142,13 +167,14 @@ class MlpTrace:
 class LayerTrace:
     """The record of one layer, in the model's dtype and on the layer's device.
 
-    ``mlps`` holds the MLP, or the experts that any position was sent to. Where a norm sits on the residual stream
+    ``attention`` is None and ``mlps`` is empty in a layer without. ``mlps`` holds the MLP, or the experts that any
+    position was sent to. Where a norm sits on the residual stream
     itself, ``attention_sum`` and ``mlp_sum`` (T, D) are its inputs; else they are None.
     """
 
     resid_pre: Tensor  # (T, D) entering the layer
     resid_mid: Tensor  # (T, D) after its attention; in a parallel layer, with the output of attention alone
-    attention: AttentionTrace
+    attention: AttentionTrace | None
     mlps: tuple[MlpTrace, ...]
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
@@ -165,6 +191,8 @@ class LayerTrace:
 
         It is not yet through a norm of the residual stream.
         """
+        if not self.mlps:
+            return None
         each = [part.constant(mlps[part.part], span, dtype) for part in self.mlps]
         each = [constant for constant in each if constant is not None]
         raw, scale = (sum(each[1:], each[0]) if each else None), self.mlp.out_scale
@@ -172,8 +200,12 @@ class LayerTrace:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every recorded tensor, some of them more than once."""
-        for held in (self, self.attention, *self.mlps):
-            yield from (value for value in vars(held).values() if isinstance(value, Tensor))
+        recurrence = None if self.attention is None else self.attention.recurrence
+        for held in (self, self.attention, recurrence, *self.mlps):
+            if held is None:
+                continue
+            named = vars(held).items()  # a skip is of the model, not of a position
+            yield from (value for name, value in named if isinstance(value, Tensor) and name != "skip")
 
 
 class TraceSource:

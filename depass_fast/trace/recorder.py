@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import Adapter, ExpertAssignment, sort_choices
+from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
 from . import attention
-from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
+from .mixing import constant_heads, convolve, frozen, run
+from .record import AttentionTrace, LayerTrace, MlpTrace, RecurrenceTrace, Trace, TraceSource
 
 ATTENTION_NAME = "depass_fast_recorder"
 
@@ -28,7 +29,9 @@ class Recorder:
 
     def __init__(self, adapter: Adapter, is_checking: bool) -> None:
         self.adapter, self.is_checking = adapter, is_checking
-        self.places = {id(adapter.module(index, "attention")): index for index in range(adapter.n_layers)}
+        layers = [index for index in range(adapter.n_layers) if adapter.has_attention(index)]
+        self.places = {id(adapter.module(index, "attention")): index for index in layers}
+        self._one_prompt = adapter.has_mixers()  # beside others, a recurrence of the model's own would go on
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
         self.watched: list[int] = []  # the positions of these that are checked
@@ -39,7 +42,7 @@ class Recorder:
 
     def enter(self, lengths: list[int]) -> None:
         """Note that prompts of these lengths go through the model next."""
-        total = sum(lengths)
+        total = lengths[0] if self._one_prompt else sum(lengths)
         self.seen += sum(self.lengths)
         self.lengths, self.watched = lengths, sorted({0, total // 2, total - 1})
         self.positions += [self.seen + position for position in self.watched]
@@ -87,9 +90,49 @@ class Recorder:
             self.keep(record, "row_sum", torch.cat(sums))
         record["mask"] = mask
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
+        record["heads_given"] = out[0].flatten(1)
         if self.is_checking:
             self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
             self.keep(record, "attended", out[0, self.watched].flatten(1))
+        return out
+
+    def scale_heads(self, index: int, heads: Tensor, ratio: Tensor) -> Tensor:
+        """Record the factors of what heads give, both (T, H·d), and return their product."""
+        record = self.layers[index]
+        self.keep(record, "out_ratio", ratio)
+        scaled = heads * ratio.to(heads)
+        if self.is_checking:
+            before = record["attended"][: -len(self.watched)]
+            record["attended"] = torch.cat([before, scaled[self.watched]])
+        return scaled
+
+    def mix(self, index: int, mixer: Mixer, recurrence: Recurrence, raw: Tensor) -> Tensor:
+        """Record a recurrence, and apply it to raw values (T, H·d) with their constants: (T, H·d)."""
+        record, weights = self.layers[index], self.adapter.attention(index)
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        values, ratio = raw.to(wide), None
+        if recurrence.in_ratio is not None:
+            values = values * recurrence.in_ratio
+        if weights.conv is not None:
+            bias = weights.conv.bias
+            values = convolve(
+                values, weights.conv.weight[:, 0].to(wide), None if bias is None else bias.to(wide), self.lengths
+            )
+        if mixer.value_ratio is not None:
+            ratio = mixer.value_ratio(values)
+            self.keep(record, "value_ratio", ratio)
+        named = {"q": recurrence.q, "k": recurrence.k, "decay": recurrence.decay}
+        named |= {"write": recurrence.write, "in_ratio": recurrence.in_ratio}
+        for name, x in named.items():
+            if x is not None:
+                self.keep(record, name, x)
+        record["recurrence"] = recurrence
+        record["mask"] = {"scale": 1.0}
+        own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, 1.0, recurrence=frozen(recurrence))
+        out = run(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
+        if self.is_checking:
+            self.keep(record, "values", raw[self.watched])
+            self.keep(record, "attended", out[self.watched])
         return out
 
     @torch.no_grad()
@@ -97,6 +140,7 @@ class Recorder:
         """The trace of all forward passes. ``offsets`` (P + 1,) is the first packed position of every prompt."""
         mixtures = [index for index, record in enumerate(self.layers) if "chosen" in record]
         assignments = sort_choices([self.layers[index]["chosen"] for index in mixtures])
+        self.offsets = offsets
         by_layer = dict(zip(mixtures, assignments, strict=True))
         layers = [self._layer(index, record, by_layer.get(index)) for index, record in enumerate(self.layers)]
         if self.adapter.final_norm_module is None:
@@ -107,22 +151,17 @@ class Recorder:
         parallel = self.adapter.is_parallel
         self._require_all(index, record)
         pre = record["resid_pre"]
-        if parallel:
+        if not self.adapter.has_mlp(index):
+            last = index + 1 == len(self.layers)
+            after = self.final["resid_final"] if last else self.layers[index + 1]["resid_pre"]
+            return LayerTrace(pre, after, self._attention(index, record), (), record.get("attention_sum"))
+        if not self.adapter.has_attention(index):
+            mid = pre
+        elif parallel:
             mid = pre + record["attention_output"] * self.adapter.attention(index).factor
         else:
             mid = record["resid_mid"]
-        ratio = record.get("value_ratio")
-        attention_trace = AttentionTrace(
-            resid=pre,
-            q=record["q"],
-            k=record["k"],
-            key_bias=record.get("key_bias"),
-            row_sum=record.get("row_sum"),
-            latent_scale=record.get("latent_scale"),
-            value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
-            out_scale=record.get("attention_out_scale"),
-            **record["mask"],
-        )
+        attention_trace = self._attention(index, record)
         common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
         if assignment is None:
             mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
@@ -131,11 +170,38 @@ class Recorder:
             mlps = tuple(MlpTrace.of_expert(expert, **common) for expert in routed)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
+    def _attention(self, index: int, record: dict[str, Any]) -> AttentionTrace | None:
+        """Return the trace of a layer's attention or recurrence; None without."""
+        if not self.adapter.has_attention(index):
+            return None
+        ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
+        if recurrence is not None:
+            recurrence = RecurrenceTrace(
+                record["decay"], record.get("write"), record.get("in_ratio"), recurrence.skip, recurrence.corrects
+            )
+        made = AttentionTrace(
+            resid=record["resid_pre"],
+            q=record["q"],
+            k=record["k"],
+            key_bias=record.get("key_bias"),
+            row_sum=record.get("row_sum"),
+            latent_scale=record.get("latent_scale"),
+            value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
+            out_scale=record.get("attention_out_scale"),
+            out_ratio=record.get("out_ratio"),
+            recurrence=recurrence,
+            **record["mask"],
+        )
+        made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
+        return made
+
     def _require_all(self, index: int, record: dict[str, Any]) -> None:
         """Raise RuntimeError if the forward pass did not go through everything that is recorded of a layer."""
-        wanted = {"resid_pre", "mask"}
-        wanted |= {"attention_output"} if self.adapter.is_parallel else {"resid_mid"}
-        wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else {"gate", "act"}
+        mixes, has_mlp, wanted = self.adapter.has_attention(index), self.adapter.has_mlp(index), {"resid_pre"}
+        wanted |= {"mask"} if mixes else set()
+        if has_mlp:
+            wanted |= {"attention_output"} if self.adapter.is_parallel else {"resid_mid"} if mixes else set()
+            wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else {"gate", "act"}
         if missing := wanted - record.keys():
             names = sorted("attention" if name == "mask" else name for name in missing)
             raise RuntimeError(

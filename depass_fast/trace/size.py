@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..adapters import Adapter, Latent, Mlp, adapt
+from ..adapters import Adapter, Attention, Latent, Mlp, adapt
 
 _INDEX = 8  # bytes of an id or a position
 
@@ -78,15 +78,43 @@ def without_weights(config: Any) -> Adapter:
 def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     """The bytes per position of one layer: the fields of LayerTrace, AttentionTrace and MlpTrace."""
     layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-    attention = layer.attention
-    streams = 2 + sum(branch.stream is not None for branch in (attention, layer.mlp))
-    scales = sum(branch.output is not None for branch in (attention, layer.mlp))
+    attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
+    copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
+    streams = 1 + copied + sum(branch.stream is not None for branch in branches)
+    scales = sum(branch.output is not None for branch in branches)
     size = streams * adapter.hidden_size * item + scales * wide
+    size += _mlps(layer.mlps, adapter.experts_per_position, item)
+    if attention is None:
+        return size
+    if attention.scales_heads:
+        size += attention.o.shape[1] * (wide if attention.is_recurrent else item)
+    if attention.is_recurrent:
+        return size + _recurrence(adapter, index, attention, item, wide)
     size += (attention.n_heads + attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
     size += attention.n_heads * wide * (adapter.has_alibi + adapter.has_sinks)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
-    return size + _mlps(layer.mlps, adapter.experts_per_position, item)
+    has_constant = attention.scales_heads and (attention.v.has_bias or _has_beta(attention))
+    return size + (attention.o.shape[1] * wide if has_constant else 0)
+
+
+def _has_beta(attention: Attention) -> bool:
+    return attention.norm is not None and attention.norm.bias is not None
+
+
+def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
+    """The bytes per position of a recurrence: its numbers, and the ratios of its values."""
+    mixer, module = adapter.kind(index).mixer, adapter.module(index, "attention")
+    assert mixer is not None
+    projections: list[Any] = [module.get_submodule(name) for name in mixer.projections]
+    outputs = [one.weight.new_zeros(1, len(one.weight)) for one in projections]
+    with torch.no_grad():
+        given = mixer.read(module, outputs, lambda x, conv, part=None: x)
+    recorded = (given.q, given.k, given.decay, given.write, given.in_ratio)
+    numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
+    numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
+    biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
+    return (numbers + (attention.o.shape[1] if biased else 0)) * wide
 
 
 def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:

@@ -26,6 +26,7 @@ class FrozenAttention:
         self.key_bias = None if trace.key_bias is None else trace.key_bias[keys]  # (N, H)
         self.row_sum = None if trace.row_sum is None else trace.row_sum[keys]  # (N, H)
         self.out_scale = None if trace.out_scale is None else trace.out_scale[keys]  # (N,)
+        self.out_ratio = None if trace.out_ratio is None else trace.out_ratio[keys]  # (N, H·d)
         self.trace, self.dtype = trace, dtype
         self.kv, self.groups = k.shape[1], q.shape[1] // k.shape[1]
         n = len(q)
@@ -94,6 +95,8 @@ class FrozenAttention:
             torch.bmm(p, keys[heads, : p.shape[2]], out=y)
             y = y.view(len(p), self.groups, -1, b, columns.shape[2])  # (h, G, Q, B, d)
             mixed[first - start : last - start, :, heads] = y.permute(2, 3, 0, 1, 4)
+        if self.out_ratio is not None:
+            mixed *= self.out_ratio[start:, None].to(mixed).view(n, 1, self.kv, self.groups, -1)
         mixed = mixed.view(n * b, -1)
         if block.slots is None:
             return mixed

@@ -24,6 +24,7 @@ from ...runtime.products import accumulate, product, write_product
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
+from ...trace.mixing import FrozenMixing
 from ...trace.record import AttentionTrace, MlpTrace
 from ..active import transposed
 from .attention import FrozenAttention
@@ -58,10 +59,10 @@ class TorchBackend(BoundedBackend):
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
             alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
-            if n_reads > alone or trace.value_ratio is not None:
+            if n_reads > alone or trace.value_ratio is not None or trace.recurrence is not None:
                 return self._aggregate(state, weights, trace, None).at(queries)
             return self._aggregate_at(state, weights, trace, queries)
-        if state.factors is not None and trace.value_ratio is None and self.takes_factors:
+        if state.factors is not None and trace.is_plain and self.takes_factors:
             state = self._aggregate_factors(state, weights, trace)
             return self._aggregate_everywhere(state, weights, trace, extras_only=True)
         return self._aggregate_everywhere(state, weights, trace)
@@ -71,7 +72,7 @@ class TorchBackend(BoundedBackend):
         if state.layout.index(BIAS) is None:
             return None
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
-        if trace.value_ratio is None:
+        if trace.value_ratio is None or trace.recurrence is not None:
             return trace.constant(weights, packed, dtype)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
@@ -95,6 +96,8 @@ class TorchBackend(BoundedBackend):
         """Return a function that adds the attention of a block to its rows (r, D), in place and last of all."""
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
+        if trace.recurrence is not None:
+            return self._mixing(state, weights, trace, (scale, w_v, w_o))
         frozen = self._frozen(state, trace, scale)
 
         def attend(x: Tensor, block: Block) -> None:
@@ -103,6 +106,37 @@ class TorchBackend(BoundedBackend):
             if trace.value_ratio is not None:
                 self._clamp(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
+
+        return attend
+
+    def _mixing(
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        prepared: tuple[Tensor, Tensor, Tensor],
+    ) -> Callable[[Tensor, Block], None]:
+        """Return the function of :meth:`_attending` for a recurrence."""
+        dtype, (scale, w_v, w_o), kept = self._dtype(state), prepared, {}
+
+        def mixing(prompt: int) -> tuple[slice, FrozenMixing]:
+            if prompt not in kept:
+                kept.clear()
+                packed = state.layout.packed[state.layout.segments(prompt)]
+                span = slice(int(packed[0]), int(packed[-1]) + 1)
+                kept[prompt] = span, FrozenMixing(weights, trace, span, dtype)
+            return kept[prompt]
+
+        def attend(x: Tensor, block: Block) -> None:
+            span, mixed = mixing(block.prompt)
+            values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
+            write_product(values, x.to(dtype), w_v.T)
+            dense = scatter(values, block) * scale[span][block.start :, None, None].to(dtype)
+            y = mixed.forward(dense, block.start)
+            if trace.out_scale is not None:
+                y = y * trace.out_scale[span][block.start :, None, None].to(dtype)
+            y = y.flatten(0, 1)
+            accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
 
         return attend
 
@@ -229,7 +263,11 @@ class TorchBackend(BoundedBackend):
                     kept[one.asked] = query_probabilities(trace, one.asked, scale, dtype)
                 z = mix_queries(kept[one.asked][..., block.start :], x if one.members is None else x[one.members])
                 y = torch.bmm(z.view(weights.n_kv_heads, -1, width), w_v.transpose(1, 2))  # (Hkv, G·S·B, d)
-                y = y.view(weights.n_heads, -1, weights.head_dim).transpose(0, 1).flatten(1) @ w_o.T  # (S·B, D)
+                y = y.view(weights.n_heads, -1, weights.head_dim).transpose(0, 1).flatten(1)  # (S·B, H·d)
+                if trace.out_ratio is not None:
+                    ratio = trace.out_ratio[one.asked.at].to(y)  # (S, H·d)
+                    y = (y.view(len(ratio), -1, ratio.shape[1]) * ratio[:, None]).flatten(0, 1)
+                y = y @ w_o.T  # (S·B, D)
                 y = (y if one.made is None else y[one.made]).to(state.device)
                 out.rows[one.target] = state.rows[one.residual] + y
 

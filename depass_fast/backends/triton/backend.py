@@ -101,6 +101,9 @@ class TritonBackend(TorchBackend):
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
+        if trace.recurrence is not None or trace.out_ratio is not None:
+            say_once("backend: triton leaves recurrences and gated heads to torch: it has no kernel for them")
+            return super()._aggregate_everywhere(state, weights, trace, extras_only)
         longest = int(np.bincount(state.layout.prompt).max())
         half = self._scaled_attention(state, weights, trace, longest)
         dtype = self._plain(state) if half is None else torch.float16

@@ -1,0 +1,24 @@
+"""A recurrence in the place of a softmax: the frozen numbers of it, whatever the family calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """``S[t] = e^decay[t] S[t-1] + k[t] u[t]ᵀ``, ``o[t] = S[t]ᵀ q[t] + skip · x[t]`` for every head (DESIGN.md section 10).
+
+    ``u[t] = write[t] · x[t]`` for values x. With ``corrects``, the delta rule: ``u[t] = write[t] · (x[t] - (e^decay[t]
+    S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups.
+    """
+
+    q: Tensor  # (T, Hq, n)
+    k: Tensor  # (T, Hk, n)
+    decay: Tensor  # (T, H, 1) or (T, H, n): the logarithm of what is left of the state, at most zero
+    write: Tensor | None = None  # (T, H); None: one
+    corrects: bool = False
+    skip: Tensor | None = None  # (H,)
+    in_ratio: Tensor | None = None  # (T, H·d) a gate of the values in front of their convolution

@@ -1,0 +1,59 @@
+"""Recurrences that several families share: how their frozen numbers come from the outputs of their projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from .recurrence import Recurrence
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gated_delta(mixer: Any, qk: Tensor, beta: Tensor, a: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
+    """The gated delta rule of Qwen3-Next: queries and keys (T, 2·Hk·n) in front of their convolution, logits of β, and a.
+
+    S = e^g S, then S += k ⊗ β (v - Sᵀ k); q and k are unit vectors, q divided by √n; β and a are (T, H).
+    """
+    channels = qk.shape[1]
+    q, k = silu(convolve(wide(qk), mixer.conv1d, lambda w: w[:channels])).chunk(2, -1)
+    q, k = (_unit(x.unflatten(-1, (-1, mixer.head_k_dim))) for x in (q, k))
+    decay = -wide(mixer.A_log).exp() * softplus(wide(a) + wide(mixer.dt_bias))
+    return Recurrence(q * mixer.head_k_dim**-0.5, k, decay[..., None], write=wide(beta).sigmoid(), corrects=True)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def gated_head_norm(norm: Any, z: Tensor, heads: Tensor) -> Tensor:
+    """The factors (T, H·d) of an RMSNorm of every head, its weight (d,), and of a gate silu(z) behind it."""
+    y = wide(heads).unflatten(-1, (-1, len(norm.weight)))
+    scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon) * wide(norm.weight)
+    return scale.flatten(1) * silu(wide(z))
+
+
+def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
+    """Mamba-2's recurrence, of the projection [z; x; B; C; dt]: h = e^(dt·A) h + dt · B xᵀ, y = hᵀ C + D x."""
+    inner, states, heads = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size, mixer.num_heads
+    bc = projected[:, 2 * inner : 2 * (inner + states)]
+    bc = silu(convolve(wide(bc), mixer.conv1d, lambda w: w[inner:]))
+    k, q = (x.unflatten(-1, (mixer.n_groups, -1)) for x in bc.chunk(2, -1))
+    dt = softplus(wide(projected[:, -heads:]) + wide(mixer.dt_bias)).clamp(*mixer.time_step_limit)
+    decay = -dt * wide(mixer.A_log).exp()
+    return Recurrence(q, k, decay[..., None], write=dt, skip=wide(mixer.D))
+
+
+def gated_group_norm(norm: Any, gate: Tensor, heads: Tensor, group: int) -> Tensor:
+    """The factors (T, H·d) of a gate silu(z) and of an RMSNorm behind it, by groups of so many channels."""
+    gate = silu(wide(gate))
+    y = (wide(heads) * gate).unflatten(-1, (-1, group))
+    scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon).expand_as(y).flatten(1)
+    return gate * scale * wide(norm.weight)

@@ -1,0 +1,36 @@
+"""The way back through a recurrence: the transpose of what stands between values and output projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import Attention
+from ..trace.mixing import FrozenMixing
+from ..trace.record import AttentionTrace
+from .batches import Packing
+
+
+def through_recurrence(
+    weights: Attention, trace: AttentionTrace, packing: Packing, partial: bool, y: Tensor, values: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Take gradients ``y`` (R, A, H·d) of what heads give back to their values (R, T, H·d), prompt by prompt.
+
+    The second are the heads' scores (R, P, H), given the values (T, H, d) without their constants.
+    """
+    wide, at = torch.promote_types(y.dtype, torch.float32), packing.at(partial, y.device)
+    y = y.to(wide)
+    if at is not None:
+        y = y.new_zeros(len(y), packing.n_positions, y.shape[2]).index_copy_(1, at, y)
+    read, heads = torch.empty_like(y), None
+    if values is not None:
+        heads = y.new_empty(len(y), packing.n_prompts, weights.n_heads)
+    for prompt in range(packing.n_prompts):
+        span = slice(int(packing.offsets[prompt]), int(packing.offsets[prompt + 1]))
+        mixing = FrozenMixing(weights, trace, span, wide)
+        of_values, of_shaped = mixing.back(y[:, span].transpose(0, 1))  # (N, R, H·d)
+        read[:, span] = of_values.transpose(0, 1)
+        if values is not None and heads is not None:
+            shaped = mixing.shaped(values[span].flatten(1)[:, None].to(wide))
+            heads[:, prompt] = (of_shaped * shaped).unflatten(-1, (weights.n_heads, -1)).sum((0, 3))
+    return read, heads

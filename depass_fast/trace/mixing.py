@@ -1,0 +1,195 @@
+"""A frozen recurrence and all that stands between the projection of values and the output projection.
+
+Values go through a gate, a convolution along the positions and an activation, all frozen, then through the recurrence,
+then through the factors of the heads' outputs: linear in the values, and causal (DESIGN.md section 10). For short prompts
+the recurrence is one signed matrix per head, made anew in every layer. For long ones it runs over the values.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..adapters import Attention, Recurrence
+from .record import AttentionTrace, RecurrenceTrace
+from .scan import scan
+
+LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
+_MATRIX = 1 << 26  # elements of such matrices that are held at once
+
+
+class FrozenMixing:
+    """The recurrence of one layer on one prompt, at the packed positions ``span``.
+
+    It computes in ``dtype``. The values that are given have passed their projection and the norm in front of it, its
+    scale included; constants have not been added.
+    """
+
+    def __init__(self, weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype) -> None:
+        assert trace.recurrence is not None
+        self._weights, self._trace, self._span, self._dtype = weights, trace, span, dtype
+        self._frozen: RecurrenceTrace = trace.recurrence
+        self.heads, self.positions = weights.n_heads, span.stop - span.start
+        self._wide = torch.promote_types(dtype, torch.float32)
+
+    def forward(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return what heads give for values (N - start, B, H·d) of positions from ``start`` on: the same shape."""
+        return self.forward_shaped(self.shaped(values, start), start)
+
+    def forward_shaped(self, x: Tensor, start: int = 0) -> Tensor:
+        """Return the same for shaped values."""
+        y = self._by_head(self.mixed(self._to_heads(x), start), len(x))
+        return self._scaled_out(y, start)
+
+    def back(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients (N, B, H·d) of values and of shaped values, given those of what the heads give."""
+        y = self._to_heads(self._scaled_out(gradients, 0))
+        of_shaped = self._by_head(self.mixed(y, 0, transposed=True), self.positions)
+        out = self._times(of_shaped, self._trace.value_ratio, 0)
+        return self._times(self._convolved(out, transposed=True), self._frozen.in_ratio, 0), of_shaped
+
+    def shaped(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return values (N - start, B, H·d) behind gate, convolution and activation."""
+        x = self._convolved(self._times(values, self._frozen.in_ratio, start))
+        return self._times(x, self._trace.value_ratio, start)
+
+    def mixed(self, x: Tensor, start: int, transposed: bool = False) -> Tensor:
+        """Apply the recurrence, or its transpose, to shaped values (H, N - start, F)."""
+        if self.positions <= LONGEST_MATRIX:
+            out = torch.empty_like(x)
+            for heads, matrix in self._matrices():
+                part = matrix[:, start:, start:]
+                torch.bmm(part.transpose(1, 2) if transposed else part, x[heads], out=out[heads])
+            return out
+        tensors = self._tensors(slice(0, self.heads), start)
+        if not transposed:
+            y = scan(*tensors, self._frozen.corrects, x.to(self._wide)).to(x)
+        else:
+            with torch.enable_grad():
+                leaf = torch.zeros_like(x, dtype=self._wide, requires_grad=True)
+                y = torch.autograd.grad(scan(*tensors, self._frozen.corrects, leaf), leaf, x.to(self._wide))[0].to(x)
+        skip = self._frozen.skip
+        return y if skip is None else y + x * skip.to(x)[:, None, None]
+
+    def matrix(self, heads: slice) -> Tensor:
+        """Return the mixing matrices of some heads, signed and lower triangular: (h, N, N)."""
+        one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
+        tensors = self._tensors(heads, 0)
+        out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1))
+        skip = self._frozen.skip
+        out = out if skip is None else out + one * skip[heads].to(out)[:, None, None]
+        return out.to(self._dtype)
+
+    def _matrices(self) -> list[tuple[slice, Tensor]]:
+        """Return the matrices of all heads, kept where they are few."""
+        size = max(1, _MATRIX // self.positions**2)
+        if size >= self.heads:
+            return [(slice(0, self.heads), self._all)]
+        parts = (slice(first, min(first + size, self.heads)) for first in range(0, self.heads, size))
+        return [(part, self.matrix(part)) for part in parts]
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return self.matrix(slice(0, self.heads))
+
+    def _tensors(self, heads: slice, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q, k, decay and write of some heads at positions from ``start`` on, as :func:`scan` takes them."""
+        at = slice(self._span.start + start, self._span.stop)
+
+        def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, N, ...)
+            group = self.heads // x.shape[1]
+            head = torch.arange(heads.start, heads.stop, device=x.device) // group
+            return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
+
+        write = self._frozen.write
+        return of(self._trace.q), of(self._trace.k), of(self._frozen.decay), None if write is None else of(write)
+
+    def _convolved(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """Convolve (N', B, C) along the positions, with nothing before the first; or apply the transpose."""
+        conv = self._weights.conv
+        if conv is None:
+            return x
+        taps = conv.weight[:, 0].to(x)  # (C, K), the last at the position itself
+        out = x * taps[:, -1]
+        for back in range(1, min(taps.shape[1], len(x))):
+            tap = taps[:, -1 - back]
+            if transposed:
+                out[:-back] += x[back:] * tap
+            else:
+                out[back:] += x[:-back] * tap
+        return out
+
+    def _scaled_out(self, y: Tensor, start: int) -> Tensor:
+        return self._times(y, self._trace.out_ratio, start)
+
+    def _times(self, x: Tensor, ratio: Tensor | None, start: int) -> Tensor:
+        if ratio is None:
+            return x
+        return x * ratio[self._span.start + start : self._span.stop, None].to(x)
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """(N, B, H·d) -> (H, N, B·d)."""
+        n, b, _ = x.shape
+        return x.view(n, b, self.heads, -1).permute(2, 0, 1, 3).reshape(self.heads, n, -1)
+
+    def _by_head(self, x: Tensor, n: int) -> Tensor:
+        """(H, N, B·d) -> (N, B, H·d)."""
+        d = self._weights.head_dim
+        return x.view(self.heads, n, -1, d).permute(1, 2, 0, 3).flatten(2)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: list[int]) -> Tensor:
+    """Convolve (T, C) along the positions of each of the packed prompts of ``lengths``: taps (C, K), bias (C,)."""
+    taps = weight.shape[1] - 1
+    parts = []
+    for part in x.split(lengths):
+        padded = torch.nn.functional.pad(part.T, (taps, 0))
+        parts.append(torch.nn.functional.conv1d(padded[None], weight[:, None], bias, groups=len(weight))[0].T)
+    return torch.cat(parts)
+
+
+def run(weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], shaped: bool = False) -> Tensor:
+    """Return what the heads give for values (T, H·d) of packed prompts: (T, H·d).
+
+    Those that are ``shaped`` have passed convolution and activation already.
+    """
+    parts, first = [], 0
+    for length in lengths:
+        mixing = FrozenMixing(weights, trace, slice(first, first + length), values.dtype)
+        part = values[first : first + length, None]
+        parts.append((mixing.forward_shaped(part) if shaped else mixing.forward(part))[:, 0])
+        first += length
+    return torch.cat(parts)
+
+
+def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
+    """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
+    conv, wide = weights.conv, torch.promote_types(trace.q.dtype, torch.float32)
+    value, bias = weights.value_constant(wide), None if conv is None else conv.bias
+    if trace.recurrence is None:
+        if value is None or trace.out_ratio is None:
+            return None
+        heads = value.view(weights.n_kv_heads, 1, -1).expand(-1, weights.n_heads // weights.n_kv_heads, -1).flatten()
+        heads = heads.view(weights.n_heads, -1)
+        sums = None if trace.row_sum is None else trace.row_sum.to(wide)[..., None]
+        return (heads if sums is None else sums * heads).flatten(-2) * trace.out_ratio.to(wide)
+    if value is None and bias is None:
+        return None
+    width = weights.v.shape[0]
+    given = torch.zeros(sum(lengths), width, dtype=wide, device=trace.q.device)
+    given = given if value is None else given + value
+    if trace.recurrence.in_ratio is not None:
+        given = given * trace.recurrence.in_ratio.to(wide)
+    if conv is not None:
+        given = convolve(given, conv.weight[:, 0].to(wide), None if bias is None else bias.to(wide), lengths)
+    given = given if trace.value_ratio is None else given * trace.value_ratio.to(wide)
+    return run(weights, trace, given, lengths, shaped=True)
+
+
+def frozen(recurrence: Recurrence) -> RecurrenceTrace:
+    """Return what a trace keeps of a recurrence beside its queries and keys."""
+    return RecurrenceTrace(
+        recurrence.decay, recurrence.write, recurrence.in_ratio, recurrence.skip, recurrence.corrects
+    )
