@@ -59,8 +59,8 @@ def choose_method(
         return None
     if not adapter.is_uniform:
         raise ValueError(
-            "method: 'adjoint' under 'softmax' is for models whose layers are all softmax attention and MLP; this one has "
-            "recurrences, gated heads, or layers without one of the two. Take method='exact', or a linear rule "
+            "method: 'adjoint' under 'softmax' is for models whose layers are all softmax attention and MLP; this one "
+            "has recurrences, gated heads, or layers without one of the two. Take method='exact', or a linear rule "
             f"({', '.join(map(repr, LINEAR_RULES))}), which is exact for all components at once."
         )
     _refuse_states(settings)

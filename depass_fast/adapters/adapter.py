@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from . import experts
 from .dense import dense_mlp, unusable_part
+from .ends import ModelEnds
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Family, Observed, Path
 from .paths import below, below_or_none, name_of
-from .stored import Stacked, stored_bias, stored_device, stored_shape, stored_weight
+from .stored import Stacked, stored_device
 from .tuned import inside
 from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
 
@@ -28,11 +29,8 @@ AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(ModelEnds):
     """A model and where its family keeps its parts. Nothing outside this package reads the declaration itself."""
-
-    model: nn.Module
-    family: Family
 
     # -- the model ----------------------------------------------------------------------------------------------
 
@@ -55,22 +53,10 @@ class Adapter:
         return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
-    def embedding(self) -> nn.Embedding:
-        return self._below_model(self.family.embedding)
-
-    @property
-    def final_norm_module(self) -> nn.Module | None:
-        return None if self.family.final_norm is None else self._below_model(self.family.final_norm)
-
-    @property
     def context_length(self) -> int | None:
         """The most positions that the model can have; None where nothing limits them (BLOOM's ALiBi)."""
         names = ("max_position_embeddings", "max_seq_len")
         return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -166,78 +152,6 @@ class Adapter:
         forwards = [vars(base).get("forward") for base in type(self.decoder).__mro__]
         return any(f is not None and argument in inspect.signature(f).parameters for f in forwards)
 
-    # -- its end ------------------------------------------------------------------------------------------------
-
-    @property
-    def unembedding(self) -> nn.Module:
-        return self._below_model(self.family.unembedding)
-
-    @property
-    def unembedding_bias(self) -> Tensor | None:
-        return stored_bias(self.unembedding)
-
-    @property
-    def unembedding_device(self) -> torch.device:
-        return stored_device(self.unembedding)
-
-    @property
-    def vocabulary_size(self) -> int:
-        return stored_shape(self.unembedding)[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the residual stream."""
-        return stored_shape(self._project_out or self.unembedding)[1]
-
-    def final_norm(self) -> Norm | None:
-        return self._norm(self.final_norm_module)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's own logits of normed final hidden states: (..., D) -> (..., vocabulary)."""
-        weight = getattr(self.unembedding, "weight", None)
-        # a weight that is not floating is quantised
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
-        hidden = hidden.to(self.unembedding_device, dtype)
-        raw = self.unembedding(self.projected_out(hidden)) * self.family.logit_scale
-        cap = self.family.logit_cap
-        return raw if cap is None else cap * torch.tanh(raw / cap)
-
-    def projected_out(self, hidden: Tensor) -> Tensor:
-        """Return what the decoder gives to the unembedding for normed final hidden states (..., D)."""
-        return hidden if self._project_out is None else self._project_out(hidden)
-
-    def token_directions(self, tokens: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Directions (K, D) and constants (K,) whose products and sums with hidden states are the logits of ``tokens``.
-
-        All lie on the unembedding's device, where ``tokens`` (K,) are. A cap on the logits is frozen at its ratio
-        capped / raw at each token's normed hidden state ``hidden`` (K, D).
-        """
-        vectors, constants = self.uncapped_directions(tokens, dtype)
-        if self.family.logit_cap is None:
-            return vectors, constants
-        ratio = self.cap_ratio((vectors * hidden.to(vectors)).sum(1) + constants)
-        return vectors * ratio[:, None], constants * ratio
-
-    def uncapped_directions(self, tokens: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """:meth:`token_directions` in front of a cap on the logits."""
-        vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
-        if self._project_out is not None:
-            vectors = vectors @ stored_weight(self._project_out).to(dtype)
-        constants = vectors.new_zeros(len(vectors)) if bias is None else bias[tokens].to(dtype)
-        scale = self.family.logit_scale
-        return (vectors, constants) if scale == 1.0 else (vectors * scale, constants * scale)
-
-    def cap_ratio(self, raw: Tensor) -> Tensor:
-        """The ratio capped / raw of logits in front of the family's cap; ones where it has none."""
-        if self.family.logit_cap is None:
-            return torch.ones_like(raw)
-        raw = raw / self.family.logit_cap
-        return torch.where(raw == 0, 1.0, torch.tanh(raw) / torch.where(raw == 0, 1.0, raw))
-
-    @property
-    def _project_out(self) -> nn.Module | None:
-        return self._below_model(self.family.project_out) if self.family.project_out else None
-
     # -- modules of a layer -------------------------------------------------------------------------------------
 
     @overload
@@ -248,7 +162,7 @@ class Adapter:
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
-        path = getattr(self.kind(index), part)
+        path = getattr(self.kind(index), part) if self.has_part(index, part) else None
         return None if path is None else below(self.block(index), path)  # get_submodule would check every step
 
     def kind(self, index: int) -> Family:
@@ -403,7 +317,7 @@ class Adapter:
         return self.has_mlp(index) if of_mlp else self.has_attention(index)
 
     def _conv(self, index: int) -> Linear | None:
-        """The convolution of values along the positions: ``weight`` (Hkv·d, taps), the last tap at the position itself."""
+        """The convolution of values along the positions, as ``weight`` (Hkv·d, 1, taps); None without one."""
         mixer = self.kind(index).mixer
         if mixer is None or mixer.conv is None:
             return None
@@ -431,16 +345,3 @@ class Adapter:
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self.module(index, part))
-
-    def _norm(self, module: nn.Module | None) -> Norm | None:
-        return None if module is None else self.made_norm(module)
-
-    def made_norm(self, module: nn.Module) -> Norm:
-        weight = getattr(module, "weight", None)
-        if weight is not None and self.family.norm_offset:
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset
-        eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-5)
-        return Norm(weight, float(eps), stored_bias(module), centred=self.family.norm == "layer")
-
-    def _below_model(self, path: Path) -> Any:
-        return below(self.model, path)

@@ -147,11 +147,8 @@ class Family:
     # keys by way of the latent of values: K's part of `v_up`, and that of `v_proj` which all heads share behind it
     k_up_part: Part | None = None
     k_shared_part: Part | None = None
-    q_norm: Path | None = (
-        "self_attn.q_norm",
-        "self_attn.q_layernorm",
-        "self_attn.query_layernorm",
-    )  # in models that have one
+    # in models that have them
+    q_norm: Path | None = ("self_attn.q_norm", "self_attn.q_layernorm", "self_attn.query_layernorm")
     k_norm: Path | None = ("self_attn.k_norm", "self_attn.k_layernorm", "self_attn.key_layernorm")
     qk_norm_last: bool = False  # these norms are behind the rotary embedding
     o_proj: Path = "self_attn.o_proj"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Recurrence:
-    """``S[t] = e^decay[t] S[t-1] + k[t] u[t]ᵀ``, ``o[t] = S[t]ᵀ q[t] + skip · x[t]`` for every head (DESIGN.md section 10).
+    """For every head, ``S[t] = e^decay[t] S[t-1] + k[t] u[t]ᵀ`` and ``o[t] = S[t]ᵀ q[t] + skip · x[t]``.
 
     ``u[t] = write[t] · x[t]`` for values x. With ``corrects``, the delta rule: ``u[t] = write[t] · (x[t] - (e^decay[t]
-    S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups.
+    S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10).
     """
 
     q: Tensor  # (T, Hq, n)

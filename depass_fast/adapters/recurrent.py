@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from .family import Family, HeadScale, Mixer
 from .recurrence import Recurrence
+
+OLDEST = (5, 20)  # transformers, whose recurrent layers are called as they are here
+
+
+def knows_recurrences() -> bool:
+    """True if the recurrent layers of the installed transformers can be traced."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= OLDEST
 
 
 def wide(x: Tensor) -> Tensor:
@@ -18,9 +28,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 def gated_delta(mixer: Any, qk: Tensor, beta: Tensor, a: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
-    """The gated delta rule of Qwen3-Next: queries and keys (T, 2·Hk·n) in front of their convolution, logits of β, and a.
+    """The gated delta rule of Qwen3-Next: queries and keys (T, 2·Hk·n) before their convolution.
 
-    S = e^g S, then S += k ⊗ β (v - Sᵀ k); q and k are unit vectors, q divided by √n; β and a are (T, H).
+    S = e^g S, then S += k ⊗ β (v - Sᵀ k); q and k are unit vectors, q divided by √n; β, as logits, and a are (T, H).
     """
     channels = qk.shape[1]
     q, k = silu(convolve(wide(qk), mixer.conv1d, lambda w: w[:channels])).chunk(2, -1)
@@ -57,3 +67,38 @@ def gated_group_norm(norm: Any, gate: Tensor, heads: Tensor, group: int) -> Tens
     y = (wide(heads) * gate).unflatten(-1, (-1, group))
     scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon).expand_as(y).flatten(1)
     return gate * scale * wide(norm.weight)
+
+
+def query_gate(heads: int, width: int) -> dict[str, Any]:
+    """The fields of a family whose query projection also gives a gate of what the head gives: [q1; z1; q2; z2; ...]."""
+
+    def gate(attention: Any, outputs: list[Tensor], y: Tensor) -> Tensor:
+        return torch.sigmoid(outputs[0].unflatten(-1, (heads, 2, width))[..., 1, :].flatten(-2))
+
+    part = {"q_part": lambda weight: weight.unflatten(0, (heads, 2, width))[:, 0].flatten(0, 1)}
+    return {**part, "head_scale": HeadScale(("q_proj",), gate)}
+
+
+def with_mixer(family: Family, home: str, head_dim: int, mixer: Mixer, scale: HeadScale, **parts: Any) -> Family:
+    """The declaration of a layer of that family with a recurrence at ``home`` in the place of its attention."""
+    if not knows_recurrences():
+        raise ValueError(
+            f"model: its recurrent layers need transformers {'.'.join(map(str, OLDEST))} or newer, not "
+            f"{transformers.__version__}."
+        )
+    dims = {"value_dim": head_dim, "key_dim": head_dim, "q_norm": None, "k_norm": None, "q_part": None}
+    return replace(family, attention=home, mixer=mixer, head_scale=scale, o_proj=f"{home}.out_proj", **dims, **parts)
+
+
+def with_state_space(family: Family, home: str, inner: int, head_dim: int) -> Family:
+    """The declaration of a layer of that family with Mamba-2's mixer of ``inner`` channels for attention."""
+
+    def read(mixer: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]) -> Recurrence:
+        return state_space(mixer, outputs[0], convolve)
+
+    def scale(mixer: Any, outputs: list[Tensor], y: Tensor) -> Tensor:
+        return gated_group_norm(mixer.norm, outputs[0][:, :inner], y, getattr(mixer.norm, "group_size", inner))
+
+    mixer = Mixer(("in_proj",), read, f"{home}.conv1d", lambda weight: weight[:inner], torch.sigmoid)
+    parts = {"v_proj": f"{home}.in_proj", "v_part": lambda weight: weight[inner : 2 * inner]}
+    return with_mixer(family, home, head_dim, mixer, HeadScale(("in_proj",), scale), **parts)

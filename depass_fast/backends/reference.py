@@ -98,7 +98,7 @@ def _recurrence(
     bias: int | None,
     constant: Tensor | None,
 ) -> Tensor:
-    """Return what the heads of a recurrence give for values (N, M, H·d), position by position (DESIGN.md section 10)."""
+    """Return what the heads of a recurrence give for values (N, M, H·d), position by position."""
     frozen, dtype, conv = trace.recurrence, values.dtype, weights.conv
     assert frozen is not None
     if bias is not None and constant is not None:

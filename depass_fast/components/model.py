@@ -62,10 +62,13 @@ class Heads(LayerKind[R]):
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
+        if not adapter.has_attention(self.resolve(adapter)):
+            raise ValueError(f"components: layer {self.resolve(adapter)} has no heads: it does not mix positions.")
+
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         layer = self.resolve(adapter)
-        if not adapter.has_attention(layer):
-            raise ValueError(f"components: layer {layer} has no heads: it does not mix positions.")
         return tuple(f"L{layer}H{h}" for h in range(adapter.attention(layer).n_heads))
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
@@ -193,10 +196,13 @@ class Neurons(LayerKind[R]):
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def count(self, adapter: Adapter) -> int:
-        """The number of neurons of the layer, experts included."""
+    def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
+        super().check(adapter, lengths)
         if not adapter.has_mlp(self.resolve(adapter)):
             raise ValueError(f"components: layer {self.resolve(adapter)} has no neurons: it has no MLP.")
+
+    def count(self, adapter: Adapter) -> int:
+        """The number of neurons of the layer, experts included."""
         return sum(mlp.w_down.shape[1] for mlp in adapter.mlps(self.resolve(adapter)))
 
     def counts(self, adapter: Adapter, trace: Trace) -> list[int]:

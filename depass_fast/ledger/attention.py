@@ -163,9 +163,8 @@ class WayThroughAttention:
         at = self.packing.at(self.partial, y.device)
         written, parts = weights.written_constant(weights.o.bias, out_scale, dtype), []
         if heads is not None and weights.has_bias:
-            parts.append(
-                self.packing.sum((y.to(dtype) * (heads if at is None else heads[at]).to(dtype)).sum(-1), self.partial)
-            )
+            given = (heads if at is None else heads[at]).to(dtype)
+            parts.append(self.packing.sum((y.to(dtype) * given).sum(-1), self.partial))
         if written is not None:
             parts.append(self.packing.sum((gradients * written).sum(-1), self.partial))
         return sum(parts[1:], parts[0]) if parts else None

@@ -1,8 +1,8 @@
 """A frozen recurrence and all that stands between the projection of values and the output projection.
 
 Values go through a gate, a convolution along the positions and an activation, all frozen, then through the recurrence,
-then through the factors of the heads' outputs: linear in the values, and causal (DESIGN.md section 10). For short prompts
-the recurrence is one signed matrix per head, made anew in every layer. For long ones it runs over the values.
+then through the factors of the heads' outputs: linear in the values, and causal (DESIGN.md section 10). For short
+prompts the recurrence is one signed matrix per head, made anew in every layer. For long ones it runs over the values.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: list[int])
     return torch.cat(parts)
 
 
-def run(weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], shaped: bool = False) -> Tensor:
+def apply(
+    weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], shaped: bool = False
+) -> Tensor:
     """Return what the heads give for values (T, H·d) of packed prompts: (T, H·d).
 
     Those that are ``shaped`` have passed convolution and activation already.
@@ -185,7 +187,7 @@ def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]
     if conv is not None:
         given = convolve(given, conv.weight[:, 0].to(wide), None if bias is None else bias.to(wide), lengths)
     given = given if trace.value_ratio is None else given * trace.value_ratio.to(wide)
-    return run(weights, trace, given, lengths, shaped=True)
+    return apply(weights, trace, given, lengths, shaped=True)
 
 
 def frozen(recurrence: Recurrence) -> RecurrenceTrace:

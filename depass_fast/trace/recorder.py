@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
 from . import attention
-from .mixing import constant_heads, convolve, frozen, run
+from .mixing import apply, constant_heads, convolve, frozen
 from .record import AttentionTrace, LayerTrace, MlpTrace, RecurrenceTrace, Trace, TraceSource
 
 ATTENTION_NAME = "depass_fast_recorder"
@@ -129,7 +129,7 @@ class Recorder:
         record["recurrence"] = recurrence
         record["mask"] = {"scale": 1.0}
         own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, 1.0, recurrence=frozen(recurrence))
-        out = run(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
+        out = apply(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
         if self.is_checking:
             self.keep(record, "values", raw[self.watched])
             self.keep(record, "attended", out[self.watched])

@@ -6,6 +6,7 @@ docs/families.md is made of such files (``python -m bench.studies.families``).
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import is_dataclass
 
@@ -20,6 +21,7 @@ from depass_fast.trace.recorder import Recorder
 from tests.support.components import kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
+from tests.support.recurrent_models import RECURRENT
 
 LENGTHS = (9, 1, 6)
 PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]
@@ -83,6 +85,14 @@ def targets(dp: DePass, trace) -> list:
     return [None, order[0], (order[-2], order[1])]
 
 
+def is_there(dp: DePass, kind) -> bool:
+    """True unless the kind is of heads or neurons of a layer that has none."""
+    layer = kind.resolve(dp.adapter)
+    heads, neurons = dp.adapter.has_attention(layer), dp.adapter.has_mlp(layer)
+    lacks = {"attention": not heads, "mlp": not neurons}.get(getattr(kind, "which", ""), False)
+    return not lacks and {"heads": heads, "neurons": neurons}.get(kind.kind, True)
+
+
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max())
@@ -112,13 +122,21 @@ def test_captured_logits_are_the_models_own(name, implementation, seed, family_r
         captured = dp.adapter.logits(trace.normed_final[trace.span(p)])
         error = largest_difference(captured, model(ids[None]).logits[0])
         family_results(name, "logits", error)
-        assert error <= 1e-5
+        assert error <= (1e-5 if name not in RECURRENT else max(1e-5, 2 * rounding(model, ids)))
+
+
+def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The rounding of a model's own logits: a recurrence sums up what a softmax would average."""
+    wide = copy.deepcopy(model).double()
+    wide.config._experts_implementation = "eager"
+    return largest_difference(model(ids[None]).logits[0].double(), wide(ids[None]).logits[0])
 
 
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
 def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results):
     dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
     wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.hidden_size)
+    every = {label: kind for label, kind in every.items() if is_there(dp, kind)}
     shares = torch.rand(LENGTHS[0], 4, 1, generator=torch.Generator().manual_seed(seed)).to(dtype) / 3
     every["custom@1"] = Custom(1, shares * trace.resid(1)[:, None])  # of the size of what there is to be split
     for label, kind in every.items():
@@ -205,12 +223,16 @@ def test_any_position_any_layer_and_in_steps(name):
     dp, trace = built(name), traced(name)
     direction = torch.randn(dp.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
     for kind in (Tokens(), Neurons(0)):
+        if not is_there(dp, kind):
+            continue
         state = dp.start(trace, kind)
         for end in (2, None):
             state = dp.carry(trace, state, end)
             full = dp.decompose(trace, kind, end=end)
             whole, labels = full.dense(), full.labels
-            assert largest_difference(state.dense(), whole) <= 1e-5
+            early = [state.labels.index(label) for label in labels]  # a bias of later layers is not met yet
+            assert largest_difference(state.dense()[:, early], whole) <= 1e-5
+            assert not state.dense()[:, [i for i in range(len(state.labels)) if i not in early]].any()
             for position in (0, 4):
                 result = dp.attribute(trace, kind, direction, position=position, end=end)
                 wanted = dict(zip(labels, (whole[position] @ direction).tolist(), strict=True))
@@ -258,6 +280,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 
         sparse = adapter.is_mixture(layer)
         for kind, last in (("attention", "o_proj"), ("mlp", "mlp" if sparse else "down_proj")):
+            if adapter.module(layer, last) is None:
+                continue
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             if adapter.module(layer, f"{kind}_stream_norm") is not None:
                 note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
@@ -268,11 +292,12 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
         for handle in handles:
             handle.remove()
         for part, kind in {"attention": Heads(layer), "mlp": Neurons(layer)}.items():
+            if not is_there(dp, kind):
+                continue
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
-            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * adapter.attention(
-                layer
-            ).factor
+            factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
+            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
             if f"{part} stream" in seen:  # the norm of the sum, without what was in the stream before
                 norm = adapter.module(layer, f"{part}_stream_norm")
                 total, normed = seen[f"{part} stream"]
@@ -285,7 +310,9 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 def test_labels_and_where_there_is_a_bias(name):
     dp, trace = built(name), traced(name)
     adapter = dp.adapter
-    heads = adapter.config.num_attention_heads
+    heads = adapter.config.num_attention_heads if adapter.kind(1).mixer is None else adapter.attention(1).n_heads
+    if not (adapter.has_attention(1) and adapter.has_mlp(0)):
+        return
     assert dp.start(trace, Heads(1)).labels[:heads] == [f"L1H{h}" for h in range(heads)]
     labels = dp.start(trace, Neurons(0)).labels
     if adapter.is_mixture(0):
@@ -300,7 +327,7 @@ def test_labels_and_where_there_is_a_bias(name):
         assert labels[5] == "L0N5"
     biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias") and "vision" not in path}
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
-    only_looked_at += ("router", "correction_bias")  # and a router's in the experts' weights
+    only_looked_at += ("router", "correction_bias", "dt_bias")  # and a router's in the experts' weights, a decay's
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}
     last = f".{adapter.n_layers - 1}."
     in_layers = {path for path in constants if any(f".{layer}." in path for layer in range(adapter.n_layers))}

@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.core.models import randomised
+from depass_fast.adapters.recurrent import knows_recurrences
+
+from .recurrent_models import RECURRENT
 
 _SHAPE = {
     "hidden_size": 32,
@@ -324,13 +327,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_heads": 4,
         },
     ),
+    **RECURRENT,
 }
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
 
 def available(name: str) -> bool:
     """True if the installed transformers knows this variant's family."""
-    return VARIANTS[name][0] in CONFIG_MAPPING
+    known = VARIANTS[name][0] in CONFIG_MAPPING
+    return known and (name not in RECURRENT or knows_recurrences())
 
 
 def build_variant(

@@ -24,13 +24,13 @@ from ...runtime.products import accumulate, product, write_product
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
-from ...trace.mixing import FrozenMixing
 from ...trace.record import AttentionTrace, MlpTrace
 from ..active import transposed
 from .attention import FrozenAttention
-from .blocks import Block, Chunk
+from .blocks import Block, Chunk, scatter
 from .bounded import BoundedBackend
 from .linear import LinearStep, linear_chunk
+from .mixing import mixing
 from .mlp import MlpStep, general_chunk, softmax_chunk
 from .queries import Asked, QueryBlock, make_query_blocks, mix_queries, query_probabilities
 
@@ -97,7 +97,7 @@ class TorchBackend(BoundedBackend):
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.recurrence is not None:
-            return self._mixing(state, weights, trace, (scale, w_v, w_o))
+            return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
 
         def attend(x: Tensor, block: Block) -> None:
@@ -106,37 +106,6 @@ class TorchBackend(BoundedBackend):
             if trace.value_ratio is not None:
                 self._clamp(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
-
-        return attend
-
-    def _mixing(
-        self,
-        state: ComponentState,
-        weights: Attention,
-        trace: AttentionTrace,
-        prepared: tuple[Tensor, Tensor, Tensor],
-    ) -> Callable[[Tensor, Block], None]:
-        """Return the function of :meth:`_attending` for a recurrence."""
-        dtype, (scale, w_v, w_o), kept = self._dtype(state), prepared, {}
-
-        def mixing(prompt: int) -> tuple[slice, FrozenMixing]:
-            if prompt not in kept:
-                kept.clear()
-                packed = state.layout.packed[state.layout.segments(prompt)]
-                span = slice(int(packed[0]), int(packed[-1]) + 1)
-                kept[prompt] = span, FrozenMixing(weights, trace, span, dtype)
-            return kept[prompt]
-
-        def attend(x: Tensor, block: Block) -> None:
-            span, mixed = mixing(block.prompt)
-            values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
-            write_product(values, x.to(dtype), w_v.T)
-            dense = scatter(values, block) * scale[span][block.start :, None, None].to(dtype)
-            y = mixed.forward(dense, block.start)
-            if trace.out_scale is not None:
-                y = y * trace.out_scale[span][block.start :, None, None].to(dtype)
-            y = y.flatten(0, 1)
-            accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
 
         return attend
 
@@ -393,14 +362,6 @@ class TorchBackend(BoundedBackend):
         packed = state.layout.tensor("packed", state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
         return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
-
-
-def scatter(rows: Tensor, block: Block) -> Tensor:
-    """Put a block's rows (r, C) in their places: (N', B, C), zero where not alive."""
-    if block.slots is None:
-        return rows.view(-1, block.n_components, rows.shape[1])
-    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
-    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
 
 
 def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:

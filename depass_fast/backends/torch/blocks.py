@@ -143,3 +143,11 @@ def away_from_home(layout: Layout) -> np.ndarray:
             m = component[r]
             away[r] = components.excluded[m] & (components.births[m] != layout.local[segment_of_row[r]])
     return away
+
+
+def scatter(rows: Tensor, block: Block) -> Tensor:
+    """Put a block's rows (r, C) in their places: (N', B, C), zero where not alive."""
+    if block.slots is None:
+        return rows.view(-1, block.n_components, rows.shape[1])
+    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
+    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)

@@ -51,7 +51,7 @@ class Division:
 
     def query_slots(self, width: int, o: int, heads: int, positions: int) -> int:
         """Places in a block of which few queries are read: every head holds a sum of the states it looks at."""
-        place = width * (self.state_item + 2 * self.item) + heads * (width + 2 * o // heads) * self.item // positions
+        place = width * (self.state_item + 2 * self.item) + (heads * width + 2 * o) * self.item // positions
         return max(1, self.budget // (2 * place))
 
     def products(self, width: int, heads: int, positions: int, later: bool) -> int:

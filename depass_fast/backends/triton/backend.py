@@ -101,16 +101,13 @@ class TritonBackend(TorchBackend):
     def _aggregate_everywhere(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
     ) -> ComponentState:
-        if trace.recurrence is not None or trace.out_ratio is not None:
-            say_once("backend: triton leaves recurrences and gated heads to torch: it has no kernel for them")
-            return super()._aggregate_everywhere(state, weights, trace, extras_only)
         longest = int(np.bincount(state.layout.prompt).max())
         half = self._scaled_attention(state, weights, trace, longest)
         dtype = self._plain(state) if half is None else torch.float16
         widest = wider(dtype, trace.q.dtype)
         head_bytes = trace.q.shape[-1] * widest.itemsize
-        if trace.value_ratio is not None or head_bytes > _WIDEST_HEAD:
-            why = f"heads of {head_bytes} bytes" if head_bytes > _WIDEST_HEAD else "values that the model clamps"
+        why = _without_kernel(trace, head_bytes)
+        if why is not None:
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
             return super()._aggregate_everywhere(state, weights, trace, extras_only)
         device, layout = state.device, state.layout
@@ -379,6 +376,17 @@ def _current(device: torch.device) -> Iterator[None]:
     """Make ``device`` the current one: Triton launches there."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
+
+
+def _without_kernel(trace: AttentionTrace, head_bytes: int) -> str | None:
+    """Return the part of a layer's attention that no kernel is for; None if there is none."""
+    if trace.recurrence is not None:
+        return "recurrences"
+    if trace.out_ratio is not None:
+        return "heads with a gate or a norm behind them"
+    if head_bytes > _WIDEST_HEAD:
+        return f"heads of {head_bytes} bytes"
+    return None if trace.value_ratio is None else "values that the model clamps"
 
 
 def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tensor:
