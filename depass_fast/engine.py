@@ -37,6 +37,7 @@ from .runtime.dtypes import dtype_name
 from .state_calls import StateCalls
 from .sweep_calls import SweepCalls
 from .trace.record import Trace
+from .trace.turns import check_looking
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -355,6 +356,8 @@ class DePass(StateCalls, AttentionCalls, SweepCalls):
         raises ValueError for a family whose queries and keys cannot be made again.
         """
         refuse_arguments(options)
+        if attention:
+            check_looking(self.adapter)
         settings = self.options.updated(options)
         check_options(settings)
         given: OptionValues = {**options, "allocation": rule_of(rule, settings), "shard": None}  # it carries no states

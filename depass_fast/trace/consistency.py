@@ -155,7 +155,9 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass) -
     """
     found, first = Consistency(), trace.span(trace.n_prompts - 1).start
     span, device = slice(first, first + len(own.end)), own.end.device
-    tolerance = 0.1 if own.end.element_size() < 4 else 1e-3
+    tolerance = 1e-3
+    if own.end.element_size() < 4:  # a recurrence adds up what a softmax averages, and with it the model's own rounding
+        tolerance = 0.25 if any(x.attention and x.attention.recurrence for x in trace.layers) else 0.1
     pairs = [({name: records[index][name][span] for name in its}, its) for index, its in own.mixtures.items()]
     ends = trace.normed_final[span]
     read = [_differences(got["experts_input"], its["experts_input"]).to(device) for got, its in pairs]

@@ -71,7 +71,6 @@ def test_a_prompt_longer_than_the_context_is_refused():
         ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
         ("diffllama", {}, "family 'diffllama' is not supported"),
         ("xglm", {"add_cross_attention": True}, "cross-attention"),
-        ("granitemoehybrid", {"layer_types": ["mamba", "attention", "attention"], "mamba_n_heads": 4}, "Mamba layers"),
     ],
 )
 def test_what_is_refused(model_type, changes, message):

@@ -18,7 +18,7 @@ import transformers
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.trace.recorder import Recorder
-from tests.support.components import kinds
+from tests.support.components import is_there, kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
 from tests.support.recurrent_models import RECURRENT
@@ -85,14 +85,6 @@ def targets(dp: DePass, trace) -> list:
     return [None, order[0], (order[-2], order[1])]
 
 
-def is_there(dp: DePass, kind) -> bool:
-    """True unless the kind is of heads or neurons of a layer that has none."""
-    layer = kind.resolve(dp.adapter)
-    heads, neurons = dp.adapter.has_attention(layer), dp.adapter.has_mlp(layer)
-    lacks = {"attention": not heads, "mlp": not neurons}.get(getattr(kind, "which", ""), False)
-    return not lacks and {"heads": heads, "neurons": neurons}.get(kind.kind, True)
-
-
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference, relative to the largest value."""
     return float((a - b).abs().max() / b.abs().max())
@@ -127,9 +119,9 @@ def test_captured_logits_are_the_models_own(name, implementation, seed, family_r
 
 def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """The rounding of a model's own logits: a recurrence sums up what a softmax would average."""
-    wide = copy.deepcopy(model).double()
-    wide.config._experts_implementation = "eager"
-    return largest_difference(model(ids[None]).logits[0].double(), wide(ids[None]).logits[0])
+    wide = DePass(copy.deepcopy(model).double())
+    exact = wide.adapter.logits(wide.trace(ids).normed_final)
+    return largest_difference(model(ids[None]).logits[0].double(), exact)
 
 
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
@@ -177,7 +169,7 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
     dp, trace = built(name, dtype), traced(name, dtype)
-    for kind in (Tokens(), Heads(0), Neurons(1)):
+    for kind in (kind for kind in (Tokens(), Heads(0), Neurons(1)) if is_there(dp, kind)):
         result = dp.attribute(trace, kind)
         assert result.scores.dtype == torch.float32
         limit = SLIGHT * torch.finfo(dtype).eps
@@ -188,7 +180,7 @@ def test_a_batch_equals_the_prompts_one_by_one(name):
     """Compared in float64: packing changes the rounding, and a softmax at T = 0.1 can enlarge it a hundredfold."""
     dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
     for backend in backends(torch.float64):
-        for kind in (Tokens(), Heads(1), Neurons(0)):
+        for kind in (kind for kind in (Tokens(), Heads(1), Neurons(0)) if is_there(dp, kind)):
             for ids, batched in list(zip(PROMPTS, dp.attribute(together, kind, 5, backend=backend), strict=True))[1:]:
                 alone = dp.attribute(ids, kind, 5, backend=backend)
                 assert batched.labels == alone.labels
@@ -262,6 +254,13 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 
+def behind_stream(norm, total, normed, added):
+    """What a branch adds, behind the norm of the sum: without what was in the stream before."""
+    before = total - added
+    std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
+
+
 @torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
     """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
@@ -279,9 +278,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             handles.append(module.register_forward_hook(hook))
 
         sparse = adapter.is_mixture(layer)
-        for kind, last in (("attention", "o_proj"), ("mlp", "mlp" if sparse else "down_proj")):
-            if adapter.module(layer, last) is None:
-                continue
+        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
+        for kind, last in ((kind, last) for kind, last in ends.items() if adapter.module(layer, last) is not None):
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             if adapter.module(layer, f"{kind}_stream_norm") is not None:
                 note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
@@ -291,19 +289,14 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
         dp.model(ids[None])
         for handle in handles:
             handle.remove()
-        for part, kind in {"attention": Heads(layer), "mlp": Neurons(layer)}.items():
-            if not is_there(dp, kind):
-                continue
+        both = {"attention": Heads(layer), "mlp": Neurons(layer)}
+        for part, kind in ((part, kind) for part, kind in both.items() if is_there(dp, kind)):
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
             factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
             added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
-            if f"{part} stream" in seen:  # the norm of the sum, without what was in the stream before
-                norm = adapter.module(layer, f"{part}_stream_norm")
-                total, normed = seen[f"{part} stream"]
-                before = total - added
-                std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-                added = normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
+            if f"{part} stream" in seen:
+                added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
             assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
 
 

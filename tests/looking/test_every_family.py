@@ -8,6 +8,7 @@ import torch
 from depass_fast import AttentionCredit, AttentionExplanation, DePass, Heads, Modules, Neurons, Tokens
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids, runs
+from tests.support.recurrent_models import RECURRENT
 
 # their code computes the rotary embedding, or norms of queries and keys, in float32 whatever the model's dtype
 NARROW = ("cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe")
@@ -53,6 +54,12 @@ def same_totals(credit: AttentionCredit, steered: object, allowed: float) -> Non
 def test_every_variant(name):
     model_type, number = VARIANTS[name][0], list(VARIANTS).index(name)
     model = build_variant(name)
+    if name in RECURRENT:
+        with pytest.raises(ValueError, match="attention's own book"):
+            DePass(model).explain_attention(PROMPTS[0], Tokens(), 0)
+        with pytest.raises(ValueError, match="attention's own book"):
+            DePass(model).ledger(PROMPTS[0], 5, attention=True)
+        return
     model = model if runs(model.double()) else model.float()
     dp, allowed = DePass(model), tolerance(model_type, model.dtype)
     trace = dp.trace(PROMPTS)

@@ -53,3 +53,11 @@ class Dictionary:
     def decode(self, activations):
         norm, self.norm = self.norm, None
         return (activations @ self.W_dec + self.b_dec) * norm
+
+
+def is_there(dp: DePass, kind) -> bool:
+    """True unless the kind is of heads or neurons of a layer that has none."""
+    layer = kind.resolve(dp.adapter)
+    heads, neurons = dp.adapter.has_attention(layer), dp.adapter.has_mlp(layer)
+    lacks = {"attention": not heads, "mlp": not neurons}.get(getattr(kind, "which", ""), False)
+    return not lacks and {"heads": heads, "neurons": neurons}.get(kind.kind, True)

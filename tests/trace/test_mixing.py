@@ -1,0 +1,158 @@
+"""Recurrences: the chunks against the definition, the two ways to apply them, what is refused on models with them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
+from depass_fast.adapters.recurrent import knows_recurrences
+from depass_fast.compat import decomposed_state_manager
+from depass_fast.trace import mixing
+from depass_fast.trace.mixing import FrozenMixing, convolve
+from depass_fast.trace.scan import scan
+from tests.support.family_models import build_variant
+from tests.support.models import random_ids
+
+pytestmark = pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
+
+
+def step_by_step(q, k, decay, write, corrects, x):
+    """The recurrence by its definition, one position after the other."""
+    state, out = x.new_zeros(len(x), k.shape[2], x.shape[2]), torch.empty_like(x)
+    for t in range(x.shape[1]):
+        state = state * decay[:, t].exp()[..., None]
+        u = x[:, t] - (torch.einsum("hnf,hn->hf", state, k[:, t]) if corrects else 0.0)
+        u = u if write is None else u * write[:, t, None]
+        state = state + k[:, t, :, None] * u[:, None]
+        out[:, t] = torch.einsum("hnf,hn->hf", state, q[:, t])
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 150])
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+def test_chunks_are_the_recurrence(length, channels, corrects, writes):
+    g = torch.Generator().manual_seed(length)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q, k = random(3, length, 5), torch.nn.functional.normalize(random(3, length, 5), dim=-1)
+    decay = -random(3, length, channels).exp()
+    write = random(3, length).sigmoid() if writes else None
+    x = random(3, length, 7)
+    wanted = step_by_step(q, k, decay, write, corrects, x)
+    got = scan(q, k, decay, write, corrects, x)
+    assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+
+def test_strong_decays_neither_overflow_nor_underflow():
+    q = k = torch.ones(1, 200, 2)
+    decay = torch.full((1, 200, 1), -50.0)
+    out = scan(q, k, decay, None, False, torch.ones(1, 200, 3))
+    assert torch.allclose(out, torch.full_like(out, 2.0))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2: biases", "granitemoehybrid: state spaces"])
+@torch.no_grad()
+def test_a_matrix_running_over_values_and_the_transpose_agree(name, monkeypatch):
+    dp = DePass(build_variant(name).double())
+    trace, weights = dp.trace(torch.tensor(random_ids(40))), dp.adapter.attention(0)
+    record = trace.layers[0].attention
+
+    def both(values, y):
+        mixed = FrozenMixing(weights, record, slice(0, 40), torch.float64)
+        return mixed.forward(values), mixed.back(y)[0]
+
+    values, y = torch.randn(2, 40, 3, weights.v.shape[0], dtype=torch.float64)
+    out, back = both(values, y)
+    monkeypatch.setattr(mixing, "LONGEST_MATRIX", 0)
+    again, back_again = both(values, y)
+    assert torch.allclose(out, again, atol=1e-10) and torch.allclose(back, back_again, atol=1e-10)
+    assert torch.isclose((out * y).sum(), (values * back).sum())
+    later = FrozenMixing(weights, record, slice(0, 40), torch.float64).forward(values[7:], 7)
+    values[:7] = 0
+    assert torch.allclose(later, both(values, y)[0][7:], atol=1e-10)
+
+
+def test_a_long_prompt_is_complete_without_matrices(monkeypatch):
+    monkeypatch.setattr(mixing, "LONGEST_MATRIX", 0)
+    dp = DePass(build_variant("qwen3_5_text").double())
+    ids = torch.tensor(random_ids(30))
+    result = dp.attribute(ids, Tokens(), 5, backend="torch")
+    assert result.completeness_error <= 1e-12
+    assert torch.allclose(result.scores, dp.attribute(ids, Tokens(), 5, backend="reference").scores, atol=1e-9)
+    ledger = dp.ledger(ids, 5, rule="shapley")
+    wanted = dp.attribute(ids, Heads(0), 5, allocation="shapley", method="exact")
+    assert torch.allclose(ledger.heads(0).scores, wanted.scores, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_mixing_matrix_is_what_the_heads_apply():
+    dp = DePass(build_variant("mamba2").double())
+    trace, weights = dp.trace(torch.tensor(random_ids(12))), dp.adapter.attention(0)
+    mixed = FrozenMixing(weights, trace.layers[0].attention, slice(0, 12), torch.float64)
+    matrix = mixed.matrix(slice(0, weights.n_heads))
+    assert matrix.shape == (weights.n_heads, 12, 12) and not matrix.triu(1).any()
+    values = torch.randn(12, 1, weights.v.shape[0], dtype=torch.float64)
+    heads = mixed.shaped(values)[:, 0].unflatten(-1, (weights.n_heads, -1))
+    wanted = torch.einsum("hqk,khd->qhd", matrix, heads).flatten(1) * trace.layers[0].attention.out_ratio
+    assert torch.allclose(mixed.forward(values)[:, 0], wanted)
+
+
+def test_a_convolution_stays_within_its_prompt():
+    x, weight = torch.randn(9, 4), torch.randn(4, 3)
+    apart = [convolve(part, weight, None, [len(part)]) for part in x.split([5, 1, 3])]
+    assert torch.allclose(convolve(x, weight, None, [5, 1, 3]), torch.cat(apart), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (Heads(1), "layer 1 has no heads: it does not mix positions."),
+        (Neurons(0), "layer 0 has no neurons: it has no MLP."),
+        (Modules(0, which="mlp"), "which: layer 0 has no MLP."),
+        (Modules(1, which="attention"), "which: layer 1 has no attention."),
+    ],
+)
+def test_parts_that_a_layer_lacks_are_refused_before_any_work(kind, problem):
+    dp = DePass(build_variant("nemotron_h"))
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        dp.attribute(random_ids(5), kind)
+
+
+def test_methods_without_a_meaning_are_refused():
+    dp = DePass(build_variant("qwen3_5_text"))
+    ids = random_ids(5)
+    with pytest.raises(ValueError, match="is for models whose layers are all softmax attention and MLP"):
+        dp.attribute(ids, Neurons(layers="all"), method="adjoint")
+    assert dp.attribute(ids, Neurons(layers="all"), method="adjoint", allocation="shapley").scores.isfinite().all()
+    with pytest.raises(ValueError, match="the published interface knows"):
+        decomposed_state_manager(dp.model, None)
+
+
+def test_both_modules_of_a_layer_with_one_are_that_one():
+    dp = DePass(build_variant("nemotron_h"))
+    assert dp.attribute(random_ids(5), Modules(1)).labels[0] == "L1.mlp"
+    assert dp.attribute(random_ids(5), Modules(0)).labels[0] == "L0.attn"
+
+
+def test_a_state_may_start_in_the_middle_and_verify_watches_it():
+    dp = DePass(build_variant("bamba"))
+    ids = random_ids(8)
+    trace = dp.trace(ids)
+    shares = torch.rand(8, 3, 1) / 2
+    result = dp.attribute(trace, Custom(1, shares * trace.resid(1)[:, None]), 5, verify=True)
+    assert result.completeness_error <= 1e-5
+
+
+def test_a_saved_trace_of_a_recurrence_is_read_again(tmp_path):
+    dp = DePass(build_variant("qwen3_next"))
+    trace = dp.trace(random_ids(7))
+    torch.save(trace, tmp_path / "trace.pt")
+    again = torch.load(tmp_path / "trace.pt", weights_only=False)
+    assert torch.equal(dp.attribute(again, Tokens(), 5).scores, dp.attribute(trace, Tokens(), 5).scores)
