@@ -17,6 +17,7 @@ from .record import AttentionTrace, RecurrenceTrace
 from .scan import scan
 
 LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
+_NOTHING = 1e-30  # of a matrix whose entries are about one
 _MATRIX = 1 << 26  # elements of such matrices that are held at once
 
 
@@ -80,7 +81,8 @@ class FrozenMixing:
         out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1))
         skip = self._frozen.skip
         out = out if skip is None else out + one * skip[heads].to(out)[:, None, None]
-        return out.to(self._dtype)
+        # what has decayed to nothing would go through every later product as denormal numbers, at a quarter of the speed
+        return out.masked_fill_(out.abs() < _NOTHING, 0.0).to(self._dtype)
 
     def _matrices(self) -> list[tuple[slice, Tensor]]:
         """Return the matrices of all heads, kept where they are few."""
