@@ -10,6 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.core.models import randomised
 
+from . import recurrent_models
+
 _SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -325,6 +327,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+VARIANTS |= recurrent_models.VARIANTS
 _NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
 
 
