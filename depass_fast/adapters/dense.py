@@ -15,7 +15,7 @@ from .weights import Linear, Mlp
 
 def dense_mlp(block: nn.Module, family: Family, branch: dict[str, Any]) -> Mlp:
     """The MLP of a layer; ``up`` and ``activation`` are None where they are not found."""
-    up, act_fn = (below_or_none(block, path) for path in (family.up_proj, family.act_fn))
+    up, act_fn = below_or_none(block, family.up_proj), below_or_none(block, family.act_fn) or family.curve
     return Mlp(
         **branch,
         gate=Linear(below(block, family.gate_proj), family.gate_part),
@@ -32,5 +32,5 @@ def unusable_part(block: nn.Module, family: Family) -> tuple[Path, str] | None:
         problem = "the model keeps nothing there." if up is None else unreadable(up)
         if problem is not None:
             return family.up_proj, problem
-    lacking = below_or_none(block, family.act_fn) is None
+    lacking = family.act_fn is not None and below_or_none(block, family.act_fn) is None
     return (family.act_fn, "the model keeps nothing there.") if lacking else None

@@ -170,7 +170,9 @@ class Family:
     up_proj: Path | None = "mlp.up_proj"  # None: the MLP is ungated
     up_part: Part | None = None
     down_proj: Path = "mlp.down_proj"
-    act_fn: Path = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")  # a module or a plain function
+    # a module or a plain function; None: the model's code alone names it, and it is ``curve``
+    act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
+    curve: Part | None = None
     experts: Experts | None = None  # in the layers whose MLP has a router
 
 

@@ -21,4 +21,5 @@ class Recurrence:
     write: Tensor | None = None  # (T, H); None: one
     corrects: bool = False
     skip: Tensor | None = None  # (H,)
+    rates: Tensor | None = None  # (H, n) factors of the decay by channel of the state; None: one
     in_ratio: Tensor | None = None  # (T, H·d) a gate of the values in front of their convolution

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from .family import Family, HeadScale, Mixer
 from .recurrence import Recurrence
+from .stored import stored_weight
 
 OLDEST = (5, 20)  # transformers, whose recurrent layers are called as they are here
 
@@ -32,22 +33,29 @@ def gated_delta(mixer: Any, qk: Tensor, beta: Tensor, a: Tensor, convolve: Calla
 
     S = e^g S, then S += k ⊗ β (v - Sᵀ k); q and k are unit vectors, q divided by √n; β, as logits, and a are (T, H).
     """
+    decay = -wide(mixer.A_log).exp() * softplus(wide(a) + wide(mixer.dt_bias))
+    return delta_rule(mixer, qk, beta, decay[..., None], mixer.head_k_dim, convolve)
+
+
+def delta_rule(
+    mixer: Any, qk: Tensor, beta: Tensor, decay: Tensor, width: int, convolve: Callable[..., Tensor]
+) -> Recurrence:
+    """The same with its decay given, (T, H, 1) or (T, H, n), and the ``width`` n of a head's keys."""
     channels = qk.shape[1]
     q, k = silu(convolve(wide(qk), mixer.conv1d, lambda w: w[:channels])).chunk(2, -1)
-    q, k = (_unit(x.unflatten(-1, (-1, mixer.head_k_dim))) for x in (q, k))
-    decay = -wide(mixer.A_log).exp() * softplus(wide(a) + wide(mixer.dt_bias))
-    return Recurrence(q * mixer.head_k_dim**-0.5, k, decay[..., None], write=wide(beta).sigmoid(), corrects=True)
+    q, k = (_unit(x.unflatten(-1, (-1, width))) for x in (q, k))
+    return Recurrence(q * width**-0.5, k, decay, write=wide(beta).sigmoid(), corrects=True)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
-def gated_head_norm(norm: Any, z: Tensor, heads: Tensor) -> Tensor:
-    """The factors (T, H·d) of an RMSNorm of every head, its weight (d,), and of a gate silu(z) behind it."""
+def gated_head_norm(norm: Any, z: Tensor, heads: Tensor, gate: Callable[[Tensor], Tensor] = silu) -> Tensor:
+    """The factors (T, H·d) of an RMSNorm of every head, its weight (d,), and of a gate, such as silu(z), behind it."""
     y = wide(heads).unflatten(-1, (-1, len(norm.weight)))
     scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon) * wide(norm.weight)
-    return scale.flatten(1) * silu(wide(z))
+    return scale.flatten(1) * gate(wide(z))
 
 
 def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
@@ -59,6 +67,31 @@ def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) 
     dt = softplus(wide(projected[:, -heads:]) + wide(mixer.dt_bias)).clamp(*mixer.time_step_limit)
     decay = -dt * wide(mixer.A_log).exp()
     return Recurrence(q, k, decay[..., None], write=dt, skip=wide(mixer.D))
+
+
+def selective_scan(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
+    """Mamba-1's recurrence, of x in front of its convolution. Every channel is a head, with a decay for every state.
+
+    h = e^(dt·A) h + dt · B x, y = h·C + D x; dt, B and C are projections of x behind the convolution, maybe with norms.
+    """
+    mixed = silu(convolve(wide(x), mixer.conv1d))
+    states = mixer.ssm_state_size
+    projected = mixed @ stored_weight(mixer.x_proj).to(mixed).T
+    parts = projected.split([projected.shape[1] - 2 * states, states, states], -1)
+    dt, k, q = (
+        _normed(getattr(mixer, f"{name}_layernorm", None), y) for name, y in zip(("dt", "b", "c"), parts, strict=True)
+    )
+    dt = softplus(dt @ stored_weight(mixer.dt_proj).to(dt).T + wide(mixer.dt_proj.bias))
+    rates, decay = wide(mixer.A_log).exp(), -dt[..., None]
+    return Recurrence(q[:, None], k[:, None], decay, write=dt, skip=wide(mixer.D), rates=rates)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    eps = next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name))
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * norm.weight.to(x) if isinstance(norm.weight, nn.Parameter) else x  # Falcon-Mamba's is not used
 
 
 def gated_group_norm(norm: Any, gate: Tensor, heads: Tensor, group: int) -> Tensor:

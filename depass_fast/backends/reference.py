@@ -116,6 +116,7 @@ def _recurrence(
         values = values * trace.value_ratio[where].to(dtype)[:, None]
     values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
     q, k, decay = (_of_heads(x[where].to(dtype), weights.n_heads) for x in (trace.q, trace.k, frozen.decay))
+    decay = decay if frozen.rates is None else decay * frozen.rates.to(dtype)
     write = values.new_ones(len(values), weights.n_heads) if frozen.write is None else frozen.write[where].to(dtype)
     state, out = values.new_zeros(*values.shape[1:3], k.shape[2], values.shape[3]), torch.empty_like(values)
     for t, x in enumerate(values):  # x (M, H, d), state (M, H, n, d)

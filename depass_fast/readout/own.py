@@ -165,7 +165,7 @@ def rounding(adapter: Adapter, hidden: torch.dtype, own: torch.dtype, sums: Sequ
     Its products are rounded once at the end, and on the way as far as its dtype lets them be. ``hidden`` and ``own``
     are the dtypes of hidden states and logits, ``sums`` are a row of :func:`sums_of_products`.
     """
-    eps = max(torch.finfo(own).eps, torch.finfo(hidden).eps, _FLOAT32)
+    eps = max(*(torch.finfo(dtype).eps for dtype in (own, hidden, adapter.dtype)), _FLOAT32)  # Mamba widens the former
     if kind_of(adapter.unembedding) is not None:
         eps = max(eps, _QUANTISED)
     total, norm, size = sums

@@ -67,7 +67,8 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) ->
     if is_checking:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
         compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
-        consistency.check_end(trace, recorder.layers, untouched_pass(adapter, compared.to(adapter.device)))
+        own = untouched_pass(adapter, compared.to(adapter.device))
+        consistency.check_end(trace, recorder.layers, own, adapter.dtype)
     return trace
 
 

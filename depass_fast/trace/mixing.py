@@ -81,7 +81,7 @@ class FrozenMixing:
         out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1))
         skip = self._frozen.skip
         out = out if skip is None else out + one * skip[heads].to(out)[:, None, None]
-        # what has decayed to nothing would go through every later product as denormal numbers, at a quarter of the speed
+        # what has decayed to nothing would make every later product slow, as denormal numbers do
         return out.masked_fill_(out.abs() < _NOTHING, 0.0).to(self._dtype)
 
     def _matrices(self) -> list[tuple[slice, Tensor]]:
@@ -105,8 +105,9 @@ class FrozenMixing:
             head = torch.arange(heads.start, heads.stop, device=x.device) // group
             return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
 
-        write = self._frozen.write
-        return of(self._trace.q), of(self._trace.k), of(self._frozen.decay), None if write is None else of(write)
+        write, decay, rates = self._frozen.write, of(self._frozen.decay), self._frozen.rates
+        decay = decay if rates is None else decay * rates[heads, None].to(decay)
+        return of(self._trace.q), of(self._trace.k), decay, None if write is None else of(write)
 
     def _convolved(self, x: Tensor, transposed: bool = False) -> Tensor:
         """Convolve (N', B, C) along the positions, with nothing before the first; or apply the transpose."""
@@ -195,5 +196,5 @@ def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]
 def frozen(recurrence: Recurrence) -> RecurrenceTrace:
     """Return what a trace keeps of a recurrence beside its queries and keys."""
     return RecurrenceTrace(
-        recurrence.decay, recurrence.write, recurrence.in_ratio, recurrence.skip, recurrence.corrects
+        recurrence.decay, recurrence.write, recurrence.in_ratio, recurrence.skip, recurrence.corrects, recurrence.rates
     )

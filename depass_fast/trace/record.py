@@ -34,6 +34,7 @@ class RecurrenceTrace:
     in_ratio: Tensor | None = None  # (T, H·d)
     skip: Tensor | None = None  # (H,)
     corrects: bool = False
+    rates: Tensor | None = None  # (H, n) factors of the decay, as `skip` the same at every position
 
     __repr__ = brief_repr
 
@@ -204,8 +205,9 @@ class LayerTrace:
         for held in (self, self.attention, recurrence, *self.mlps):
             if held is None:
                 continue
-            named = vars(held).items()  # a skip is of the model, not of a position
-            yield from (value for name, value in named if isinstance(value, Tensor) and name != "skip")
+            named = vars(held).items()  # skips and rates are of the model, not of a position
+            own = ("skip", "rates")
+            yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
 
 
 class TraceSource:

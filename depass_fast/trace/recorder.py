@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
 from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
-from .record import AttentionTrace, LayerTrace, MlpTrace, RecurrenceTrace, Trace, TraceSource
+from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
 
 ATTENTION_NAME = "depass_fast_recorder"
 
@@ -176,9 +177,8 @@ class Recorder:
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
         if recurrence is not None:
-            recurrence = RecurrenceTrace(
-                record["decay"], record.get("write"), record.get("in_ratio"), recurrence.skip, recurrence.corrects
-            )
+            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
+            recurrence = frozen(replace(recurrence, **kept))
         made = AttentionTrace(
             resid=record["resid_pre"],
             q=record["q"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .hybrid_models import ALONE, HYBRIDS
+
 _GQA = {"num_key_value_heads": 2}
 _MHA = {"num_key_value_heads": 4}
 _DELTA = {
@@ -70,4 +72,6 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron_h",
         {**_MHA, **_NEMOTRON, "attention_bias": True, "mlp_bias": True, "use_bias": True},
     ),
+    **HYBRIDS,
+    **ALONE,
 }

@@ -1,0 +1,85 @@
+"""Variants of families with recurrences, gated heads and short convolutions (see family_models.py).
+
+Layer 1 has the attention, if any has: tests look at its heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GQA = {"num_key_value_heads": 2}
+_MHA = {"num_key_value_heads": 4}
+_MIDDLE = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_SHORT = {"layer_types": ["conv", "full_attention", "conv"]}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DELTA = {
+    "pad_token_id": 0,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+}
+_JAMBA = {
+    "mamba_d_state": 5,
+    "mamba_dt_rank": 3,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "num_experts": 4,
+}
+_KIMI = {
+    "pad_token_id": 0,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "linear_head_dim": 6,
+    "linear_num_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 6,
+    "moe_intermediate_size": 16,
+}
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "afmoe": (
+        "afmoe",
+        {
+            **_GQA,
+            **_EXPERTS,
+            "head_dim": 16,
+            "num_shared_experts": 2,
+            "num_dense_layers": 1,
+            "route_scale": 1.3,
+            "mup_enabled": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "afmoe: biases, dense": (
+        "afmoe",
+        {**_MHA, **_EXPERTS, "head_dim": 8, "num_dense_layers": 3, "attention_bias": True},
+    ),
+    "olmo_hybrid": ("olmo_hybrid", {**_GQA, **_DELTA, **_MIDDLE}),
+    "olmo_hybrid: positive eigenvalues, biases": (
+        "olmo_hybrid",
+        {**_MHA, **_DELTA, **_MIDDLE, "linear_allow_neg_eigval": False, "attention_bias": True},
+    ),
+    "lfm2": ("lfm2", {**_GQA, **_SHORT, "block_multiple_of": 8}),
+    "lfm2: biases": ("lfm2", {**_MHA, **_SHORT, "block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    "lfm2_moe": ("lfm2_moe", {**_GQA, **_SHORT, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.4}),
+    "jamba": ("jamba", {**_GQA, **_JAMBA, "expert_layer_period": 2, "expert_layer_offset": 1}),
+    "jamba: biases, dense": (
+        "jamba",
+        {**_MHA, **_JAMBA, "num_experts": 1, "mamba_proj_bias": True},
+    ),
+    "kimi_linear": ("kimi_linear", {**_MHA, **_KIMI, **_MIDDLE}),
+    "kimi_linear: latent of queries": ("kimi_linear", {**_MHA, **_KIMI, **_MIDDLE, "q_lora_rank": 12}),
+}
+
+# no attention and no MLP in any layer: tests that take heads and neurons of fixed layers cannot take these
+_MAMBA = {"state_size": 5, "expand": 2, "time_step_rank": 3, "residual_in_fp32": False}
+ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", _MAMBA),
+    "mamba: biases": ("mamba", {**_MAMBA, "use_bias": True, "tie_word_embeddings": False}),
+    "mamba: no biases": ("mamba", {**_MAMBA, "use_conv_bias": False}),
+    "falcon_mamba": ("falcon_mamba", _MAMBA),
+}
