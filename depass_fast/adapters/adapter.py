@@ -254,8 +254,8 @@ class Adapter:
         return block
 
     def _part(self, block: nn.Module, part: str) -> Any:
-        path = getattr(self.family, part)
-        return None if path is None else below(block, path)  # much cheaper than get_submodule, which checks every step
+        path, find = getattr(self.family, part), below_or_none if part in self.family.partial else below
+        return None if path is None else find(block, path)  # much cheaper than get_submodule, which checks every step
 
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""

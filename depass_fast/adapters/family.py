@@ -135,6 +135,7 @@ class Family:
     down_proj: Path = "mlp.down_proj"
     act_fn: Path = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")  # a module or a plain function
     experts: Experts | None = None  # in the layers whose MLP has a router
+    partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
 
 def third(index: int) -> Part:
