@@ -29,7 +29,8 @@ class Experts:
 
     The experts of a layer are two tensors below ``experts``, named by ``stacks``: (E, 2I, D) and (E, D, I), or
     ``transposed``. The rows of the first are all gates and then all ups, or ``interleaved``. Biases have the same names
-    with `_bias`. Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its
+    with `_bias`. With ``flat``, the number of experts, the tensors are three, each (E·I, D): gates, ups, and downs
+    transposed. Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its
     projections.
     """
 
@@ -38,7 +39,8 @@ class Experts:
     normalised: bool = False  # the top k of a softmax over logits are made to sum to one
     router: Path = "mlp.gate"
     experts: Path = "mlp.experts"
-    stacks: tuple[Path, Path] = ("gate_up_proj", "down_proj")
+    stacks: tuple[Path, ...] = ("gate_up_proj", "down_proj")
+    flat: int | None = None
     transposed: bool = False
     interleaved: bool = False
     gate: str = "gate_proj"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -25,7 +26,7 @@ from tests.support.family_shapes import (
     SIGMOID,
     VISION,
 )
-from tests.support.late_variants import LATE_VARIANTS
+from tests.support.late_variants import LATE_VARIANTS, OF_TRANSFORMERS_5
 
 # name -> (model_type, what differs from the shape above)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -277,12 +278,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **LATE_VARIANTS,
 }
-_NAMES = {"mpt": {"max_position_embeddings": "max_seq_len"}, "gpt_neo": {"num_hidden_layers": "num_layers"}}
+_NAMES = {
+    "mpt": {"max_position_embeddings": "max_seq_len"},
+    "dbrx": {"hidden_size": "d_model"},
+    "gpt_neo": {"num_hidden_layers": "num_layers"},
+}
 
 
 def available(name: str) -> bool:
-    """True if the installed transformers knows this variant's family."""
-    return VARIANTS[name][0] in CONFIG_MAPPING
+    """True if the installed transformers knows this variant's family by the code that is supported."""
+    model_type, major = VARIANTS[name][0], int(transformers.__version__.split(".")[0])
+    return model_type in CONFIG_MAPPING and (major >= 5 or model_type not in OF_TRANSFORMERS_5)
 
 
 def build_variant(
@@ -299,7 +305,9 @@ def build_variant(
 
 def _regrouped(changes: dict[str, Any]) -> dict[str, Any]:
     changes = {key: _regrouped(value) if isinstance(value, dict) else value for key, value in changes.items()}
-    for key in {"num_key_value_heads", "num_kv_heads"} & changes.keys() if "kv_lora_rank" not in changes else ():
+    for key in (
+        {"num_key_value_heads", "num_kv_heads", "kv_n_heads"} & changes.keys() if "kv_lora_rank" not in changes else ()
+    ):
         changes[key] = 2 if changes[key] == SHAPE["num_attention_heads"] else SHAPE["num_attention_heads"]
     return changes
 

@@ -22,6 +22,10 @@ _SPEECH = {
     "audio_encoder_config": {"model_type": "mimi", "hidden_size": 16, "num_filters": 4, "num_hidden_layers": 1},
     "depth_decoder_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16},
 }
+_DBRX = {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4}
+
+# transformers 4 knows these families, and has other code for them
+OF_TRANSFORMERS_5 = ("aria_text", "dbrx", "emu3", "moshi")
 
 LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe_swa": (
@@ -117,5 +121,19 @@ LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi4_multimodal": ("phi4_multimodal", {**GQA, **_SENSES, "pad_token_id": 0, "partial_rotary_factor": 0.5}),
     "phi4_multimodal: window": ("phi4_multimodal", {**MHA, **_SENSES, "pad_token_id": 0, "sliding_window": 3}),
+    "dbrx": (
+        "dbrx",
+        {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.7, "rope_theta": 1e4},
+            "ffn_config": {**_DBRX, "moe_top_k": 2},
+        },
+    ),
+    "dbrx: MHA, top-1, weights as they are": (
+        "dbrx",
+        {
+            "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.7, "rope_theta": 1e4},
+            "ffn_config": {**_DBRX, "moe_top_k": 1, "moe_normalize_expert_weights": None},
+        },
+    ),
     "moshi": ("moshi", {**GQA, **_SPEECH, "ffn_dim": 48, "head_dim": 8}),
 }
