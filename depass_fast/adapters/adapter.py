@@ -120,7 +120,7 @@ class Adapter:
         attention = type(self.module(0, "attention"))
         homes = [sys.modules[base.__module__] for base in attention.__mro__]
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
-        return None if pluggable else self.family.observed
+        return None if pluggable and not self.family.always_observed else self.family.observed
 
     # -- its forward pass ---------------------------------------------------------------------------------------
 

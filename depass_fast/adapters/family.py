@@ -119,6 +119,7 @@ class Family:
     o_proj: Path = "self_attn.o_proj"
     o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
+    always_observed: bool = False  # also if other attention in the same file does (an image encoder's)
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
     # the window of all layers, or of each, where no attention call announces it

@@ -135,5 +135,6 @@ LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "ffn_config": {**_DBRX, "moe_top_k": 1, "moe_normalize_expert_weights": None},
         },
     ),
+    "git": ("git", {"vision_config": VISION}),
     "moshi": ("moshi", {**GQA, **_SPEECH, "ffn_dim": 48, "head_dim": 8}),
 }
