@@ -1,7 +1,10 @@
-"""The table of model families in docs/families.md, from the tests' measurements: ``python -m bench.studies.families``.
+"""The tables of model families in docs/families.md, from the tests' measurements: ``python -m bench.studies.families``.
 
 ``pytest tests/adapters/test_families.py --family-results=FILE.json`` writes one of its source files. They are in
 ``bench/results/families``, one for every version of transformers that the table names.
+
+The second table has a line for every causal language model of the installed transformers. The reasons in it are those
+of ``depass_fast/adapters/unsupported.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +12,11 @@ from __future__ import annotations
 import json
 import re
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from depass_fast.adapters import family_file
+from depass_fast.adapters.unsupported import REASONS
 from tests.support.family_models import VARIANTS
 
 from ..core.markdown import table
@@ -17,6 +25,7 @@ from ..core.results import ROOT
 PAGE = ROOT / "docs" / "families.md"
 RESULTS = ROOT / "bench" / "results" / "families"
 BEGIN, END = "<!-- table: families (python -m bench.studies.families) -->", "<!-- end of table -->"
+BEGIN_TYPES = "<!-- table: all types (python -m bench.studies.families) -->"
 
 # the usual names of the models of a `model_type`; the rows of the table have this order
 KNOWN = {
@@ -101,6 +110,20 @@ KNOWN = {
     "gpt_neox_japanese": "GPT-NeoX Japanese",
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4 Micro, 1B, 350M",
+    "granitemoe_swa": "Granite MoE with windows",
+    "cohere_compass_text": "Cohere Compass, North Micro Vision (its text model)",
+    "aria_text": "Aria (its text model)",
+    "axk1": "A.X K1",
+    "mimo_v2_flash": "MiMo V2 Flash",
+    "flint": "Flint",
+    "emu3": "Emu 3",
+    "fuyu": "Fuyu",
+    "got_ocr2": "GOT-OCR 2",
+    "moss_transcribe_diarize": "MOSS Transcribe Diarize",
+    "phi4_multimodal": "Phi-4 multimodal",
+    "dbrx": "DBRX",
+    "git": "GIT",
+    "moshi": "Moshi, Helium (its text model)",
 }
 
 
@@ -143,16 +166,46 @@ def committed() -> list[dict]:
     return sorted(results, key=lambda result: [int(part) for part in result["transformers"].split(".")])
 
 
+def file_of(model_type: str) -> str | None:
+    """The file that supports a type of transformers' list; some types have another family's config (GPT-SW3)."""
+    return family_file(model_type) or family_file(CONFIG_MAPPING[model_type].model_type)
+
+
+def unexplained() -> list[str]:
+    """The types of the installed transformers that have neither support nor a reason."""
+    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if file_of(name) is None and name not in REASONS]
+
+
+def types_table() -> str:
+    """The table of all causal language models of the installed transformers, in Markdown."""
+    rows = []
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        file = file_of(name)
+        runs = "-" if file is None else f"[`{file}`](../depass_fast/adapters/families/{file}.py)"
+        rows.append([f"`{name}`", runs, REASONS[name] if file is None else "-"])
+    running = sum(row[1] != "-" for row in rows)
+    return f"{running} of {len(rows)} types run.\n\n{table(['`model_type`', 'runs, by the family', 'why not'], rows)}"
+
+
 def with_table(page: str, results: list[dict]) -> str:
-    """Return the page with the table between its marks."""
-    pattern = re.compile(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", re.DOTALL)
+    """Return the page with the table of families between its marks."""
+    return _between(BEGIN, families_table(results), page)
+
+
+def with_types(page: str) -> str:
+    """Return the page with the table of all types between its marks."""
+    return _between(BEGIN_TYPES, types_table(), page)
+
+
+def _between(begin: str, text: str, page: str) -> str:
+    pattern = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(END)})", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"docs/families.md has no {BEGIN} ... {END}.")
-    return pattern.sub(lambda _: f"\n{families_table(results)}\n\n", page)
+        raise ValueError(f"docs/families.md has no {begin} ... {END}.")
+    return pattern.sub(lambda _: f"\n{text}\n\n", page)
 
 
 def main() -> None:
-    PAGE.write_text(with_table(PAGE.read_text(), committed()))
+    PAGE.write_text(with_types(with_table(PAGE.read_text(), committed())))
 
 
 if __name__ == "__main__":

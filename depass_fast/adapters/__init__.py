@@ -23,6 +23,7 @@ from .family import Experts, Family, HeadScale, Mixer, Observed
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
 from .recurrence import Recurrence
+from .unsupported import REASONS
 from .unwrap import unwrap
 from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
 
@@ -46,6 +47,7 @@ __all__ = [
     "Recurrence",
     "RoutedExpert",
     "adapt",
+    "family_file",
     "query_key",
     "query_key_norms",
     "sort_choices",
@@ -65,6 +67,11 @@ def supported_families() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
+def family_file(model_type: str) -> str | None:
+    """The name of the file that declares the family of a ``model_type``, or None if it is not supported."""
+    return _FAMILIES[model_type].__name__.rpartition(".")[2] if model_type in _FAMILIES else None
+
+
 def adapt(model: nn.Module) -> Adapter:
     """The adapter of a loaded causal language model.
 
@@ -81,9 +88,9 @@ def adapt(model: nn.Module) -> Adapter:
         raise TypeError(f"model: expected a loaded Hugging Face causal language model, got {type(model).__name__}.")
     family = family_of(config)
     if family is None:
-        raise ValueError(
-            f"model: family {model_type!r} is not supported. Supported families: {', '.join(supported_families())}."
-        )
+        reason = f" ({REASONS[model_type]})" if model_type in REASONS else ""
+        known = ", ".join(supported_families())
+        raise ValueError(f"model: family {model_type!r} is not supported{reason}. Supported families: {known}.")
     if cast(Any, model).get_output_embeddings() is None:
         raise TypeError(f"model: {type(model).__name__} has no unembedding; load it with AutoModelForCausalLM instead.")
     declared = copy.copy(config)

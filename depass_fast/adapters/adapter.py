@@ -109,7 +109,8 @@ class Adapter(ModelEnds):
         attention = type(self.module(first, "attention"))
         homes = [sys.modules[base.__module__] for base in attention.__mro__]
         pluggable = any(hasattr(home, "ALL_ATTENTION_FUNCTIONS") for home in homes)
-        return None if pluggable else self.kind(first).observed
+        kind = self.kind(first)
+        return None if pluggable and not kind.always_observed else kind.observed
 
     # -- its forward pass ---------------------------------------------------------------------------------------
 
@@ -162,8 +163,10 @@ class Adapter(ModelEnds):
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
-        path = getattr(self.kind(index), part) if self.has_part(index, part) else None
-        return None if path is None else below(self.block(index), path)  # get_submodule would check every step
+        kind = self.kind(index)
+        path, find = getattr(kind, part), below_or_none if part in kind.partial else below
+        there = path is not None and self.has_part(index, part)
+        return find(self.block(index), path) if there else None  # get_submodule would check every step
 
     def kind(self, index: int) -> Family:
         """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""

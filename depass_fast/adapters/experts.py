@@ -177,6 +177,9 @@ def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
             f"model: its experts are held by {type(held).__name__}, and not as tensors; merge the adapter into them "
             "first, or dequantise them (MXFP4: Mxfp4Config(dequantize=True))."
         )
+    if experts.flat is not None:
+        yield from _of_flat_stacks(held, experts, experts.flat)
+        return
     (gate_up, gate_up_bias), (down, down_bias) = (_stack(held, path) for path in experts.stacks)
     halves = (_even, _odd) if experts.interleaved else (first_half, second_half)
     activation = _activation(held, experts)
@@ -185,6 +188,16 @@ def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
         gate, up = (Linear(both, half) for half in halves)
         wide = Linear(Stacked(down, index, down_bias, experts.transposed))
         yield _Projections(f"E{index}", gate, up, wide, activation)
+
+
+def _of_flat_stacks(held: nn.Module, experts: Experts, count: int) -> Iterator[_Projections]:
+    stacks, activation = [below(held, path) for path in experts.stacks], _activation(held, experts)
+    for index in range(count):
+        gate, up, down = (
+            Linear(Stacked(stack, index, None, transposed, count))
+            for stack, transposed in zip(stacks, (False, False, True), strict=True)
+        )
+        yield _Projections(f"E{index}", gate, up, down, activation)
 
 
 def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,8 @@ class Experts:
 
     The experts of a layer are two tensors below ``experts``, named by ``stacks``: (E, 2I, D) and (E, D, I), or
     ``transposed``. The rows of the first are all gates and then all ups, or ``interleaved``. Biases have the same names
-    with `_bias`. Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its
+    with `_bias`. With ``flat``, the number of experts, the tensors are three, each (E·I, D): gates, ups, and downs
+    transposed. Where an expert is a module, as a shared one always is, ``gate``, ``up`` and ``down`` are its
     projections.
     """
 
@@ -39,7 +40,8 @@ class Experts:
     normalised: bool = False  # the top k of a softmax over logits are made to sum to one
     router: Path = "mlp.gate"
     experts: Path = "mlp.experts"
-    stacks: tuple[Path, Path] = ("gate_up_proj", "down_proj")
+    stacks: tuple[Path, ...] = ("gate_up_proj", "down_proj")
+    flat: int | None = None
     transposed: bool = False
     interleaved: bool = False
     gate: str = "gate_proj"
@@ -154,6 +156,7 @@ class Family:
     o_proj: Path = "self_attn.o_proj"
     o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
+    always_observed: bool = False  # also if other attention in the same file does (an image encoder's)
     eager_scale: Callable[[nn.Module], float] | None = None  # of the logits, where only eager attention knows of it
     alibi: bool = False  # `observed` gives a `key_bias`
     # the window of all layers, or of each, where no attention call announces it
@@ -174,6 +177,7 @@ class Family:
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
     experts: Experts | None = None  # in the layers whose MLP has a router
+    partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
 
 def third(index: int) -> Part:

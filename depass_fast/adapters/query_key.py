@@ -98,12 +98,14 @@ def query_key(adapter: Adapter, index: int) -> QueryKey:
 
 def sinks(adapter: Adapter, index: int) -> Tensor | None:
     """The logits of nothing (H,) that queries of layer ``index`` have beside those of the keys, or None."""
-    found = getattr(adapter.module(index, "attention"), "sinks", None) if adapter.has_sinks else None
-    if adapter.has_sinks and not isinstance(found, Tensor):
+    if not adapter.has_sinks:
+        return None
+    attention = adapter.module(index, "attention")
+    if not hasattr(attention, "sinks"):
         raise ValueError(
             f"model: layer {index} keeps no sinks where its family does; its attention cannot be explained."
         )
-    return found
+    return attention.sinks  # type: ignore[return-value]  # None in a layer without
 
 
 def projections(adapter: Adapter, index: int) -> dict[str, tuple[nn.Module, Part | None]]:

@@ -18,17 +18,20 @@ from .tuned import at_work, is_tuned, tuned_bias, tuned_weight, why_unreadable
 class Stacked:
     """One expert's matrix within a tensor of all experts, (E, out, in), as if it were a linear module.
 
-    ``biases`` are (E, out), or None. With ``transposed`` the tensor is (E, in, out).
+    ``biases`` are (E, out), or None. With ``transposed`` the tensor is (E, in, out). With ``count``, the number of
+    experts, their matrices lie one below another in it: (E·out, in).
     """
 
     stack: Tensor
     index: int
     biases: Tensor | None = None
     transposed: bool = False
+    count: int | None = None
 
     @property
     def weight(self) -> Tensor:
-        weight = self.stack[self.index]
+        stack = self.stack if self.count is None else self.stack.unflatten(0, (self.count, -1))
+        weight = stack[self.index]
         return weight.T if self.transposed else weight
 
     @property

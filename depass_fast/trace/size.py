@@ -65,7 +65,7 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
 
 def without_weights(config: Any) -> Adapter:
     """The adapter of a model on the meta device, with shapes alone. Raises ValueError as :func:`trace_nbytes`."""
-    home = next((base for base in type(config).__mro__ if base in MODEL_FOR_CAUSAL_LM_MAPPING), None)
+    home = _home(type(config))
     if home is None:
         raise ValueError(f"config: {type(config).__name__} is not the config of a causal language model.")
     config = copy.deepcopy(config)
@@ -73,6 +73,17 @@ def without_weights(config: Any) -> Adapter:
     with torch.device("meta"):
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[home]
         return adapt(model_class(config))
+
+
+def _home(config: type) -> type | None:
+    """The class of config by which transformers finds the causal language model of a class of config, or None.
+
+    It is the class itself, an ancestor (of a fork), or one that it is a part of (Emu 3's text model).
+    """
+    home = next((base for base in config.__mro__ if base in MODEL_FOR_CAUSAL_LM_MAPPING), None)
+    if home is not None:
+        return home
+    return next((one for one in MODEL_FOR_CAUSAL_LM_MAPPING if config in one.sub_configs.values()), None)
 
 
 def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
@@ -92,7 +103,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
         return size + _recurrence(adapter, index, attention, item, wide)
     size += (attention.n_heads + attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
-    size += attention.n_heads * wide * (adapter.has_alibi + adapter.has_sinks)
+    sinks = adapter.has_sinks and getattr(adapter.module(index, "attention"), "sinks", True) is not None
+    size += attention.n_heads * wide * (adapter.has_alibi + sinks)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
     has_constant = attention.scales_heads and (attention.v.has_bias or _has_beta(attention))
     return size + (attention.o.shape[1] * wide if has_constant else 0)

@@ -1,6 +1,7 @@
 """Multi-head latent attention: keys and values of all heads come from one latent, behind a norm of its own.
 
-DeepSeek and GLM-4.7-Flash have mixtures beside it, Youtu and MiniCPM 3 Llama's MLP.
+DeepSeek and GLM-4.7-Flash have mixtures beside it, Youtu and MiniCPM 3 Llama's MLP. A.X K1 has a norm on the outputs of
+its mixtures, and none on those of its dense layers.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..family import Experts, Family
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3")
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3", "axk1")
 
 
 def declare(config: Any) -> Family:
@@ -22,6 +23,9 @@ def declare(config: Any) -> Family:
         beside["logit_scale"] = 1.0 / config.logits_scaling
     elif config.model_type != "youtu":  # a router is not in the first layers
         beside = {"experts": Experts(top_k=config.num_experts_per_tok, shared="mlp.shared_experts")}
+
+    if config.model_type == "axk1":
+        beside |= {"mlp_output_norm": "mlp.post_mlp_layernorm", "partial": ("mlp_output_norm",)}
 
     def values(weight: Tensor) -> Tensor:
         return weight.unflatten(0, (heads, -1))[:, -wide:].flatten(0, 1)  # of [k1; v1; k2; v2; ...]

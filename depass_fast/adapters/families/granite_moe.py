@@ -1,4 +1,7 @@
-"""Granite 3 MoE: Granite's layout with a mixture of experts in every layer, and perhaps a shared one beside it."""
+"""Granite 3 MoE: Granite's layout with a mixture of experts in every layer, and perhaps a shared one beside it.
+
+With windows (SWA), attention also has sinks.
+"""
 
 from typing import Any
 
@@ -6,15 +9,17 @@ from torch import Tensor
 
 from ..family import Experts, Family, Observed, read_rotary
 
-MODEL_TYPES = ("granitemoe", "granitemoeshared")
+MODEL_TYPES = ("granitemoe", "granitemoeshared", "granitemoe_swa")
 
 
 def declare(config: Any) -> Family:
-    top_k = config.num_experts_per_tok
+    top_k, swa = config.num_experts_per_tok, config.model_type == "granitemoe_swa"
     return Family(
         factor=config.residual_multiplier,
         logit_scale=1.0 / config.logits_scaling,
         observed=Observed(("q_proj", "k_proj", "v_proj"), _read),
+        sinks=swa,
+        layer_windows=swa,
         mlp="block_sparse_moe",
         experts=Experts(
             top_k=top_k,

@@ -1,10 +1,13 @@
-"""Phi-3 and Phi-4: Llama's layout with fused QKV and fused gate and up projections."""
+"""Phi-3 and Phi-4: Llama's layout with fused QKV and fused gate and up projections.
+
+A Phi-4 that also sees and hears is decomposed on text.
+"""
 
 from typing import Any
 
 from ..family import Family, first_half, second_half
 
-MODEL_TYPES = ("phi3",)
+MODEL_TYPES = ("phi3", "phi4_multimodal")
 
 
 def declare(config: Any) -> Family:

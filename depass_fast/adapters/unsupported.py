@@ -1,0 +1,89 @@
+"""The reasons why causal language models of transformers are not supported, by the `model_type` of their configs.
+
+A family that has a file is supported, whatever stands here. `docs/families.md` lists all types with these reasons, and
+the message that refuses a model has them, too.
+"""
+
+from __future__ import annotations
+
+_ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
+_DECODER = "encoder-decoder: its decoder reads an encoder"
+_GATED = "gates on the attention's output, in front of its output projection"
+_STATE = "state-space layers"
+_DELTA = "linear attention layers, a recurrence (gated delta rule)"
+_CONVOLUTION = "layers with a gated short convolution in place of attention"
+_SPARSE = "sparse attention, whose keys an indexer selects"
+_STREAMS = "several residual streams that are mixed (hyper-connections)"
+
+REASONS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+            *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"),
+            *("xlm-roberta-xl", "xmod"),
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        (
+            *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"),
+            *("plbart", "prophetnet", "trocr", "whisper", "musicgen", "musicgen_melody"),
+        ),
+        _DECODER,
+    ),
+    **dict.fromkeys(("afmoe", "beam", "laguna"), _GATED),
+    **dict.fromkeys(("axk2", "dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), f"{_STATE} alone"),
+    **dict.fromkeys(("bamba", "falcon_h1", "jamba", "nemotron_h", "zamba", "zamba2"), f"{_STATE} beside attention"),
+    **dict.fromkeys(("kimi_linear", "olmo_hybrid"), _DELTA),
+    **dict.fromkeys(
+        (
+            *(
+                "qwen3_next",
+                "qwen3_5",
+                "qwen3_5_moe",
+                "qwen3_5_moe_text",
+                "qwen3_5_text",
+                "qwen4_exp",
+                "qwen4_exp_text",
+            ),
+            "bailing_hybrid",
+        ),
+        f"{_DELTA}, and {_GATED}",
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLUTION),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"), _SPARSE),
+    "deepseek_v4": _STREAMS,
+    "hy_v4": f"{_STREAMS}, and {_SPARSE}",
+    **dict.fromkeys(
+        ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
+    ),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "several residual streams that are mixed (AltUp)"),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        "norms of values, and layers that take the keys and values of others",
+    ),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
+    ),
+    **dict.fromkeys(
+        ("llama4", "llama4_text"), "the router's weights multiply what an expert reads; attention in chunks"
+    ),
+    "bitnet": "a norm between the attention's output and its output projection, and one inside the MLP",
+    "blt": "a model of bytes whose layers attend from patches to bytes and back",
+    "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
+    "diffllama": "differential attention: a difference of two softmaxes, with a norm behind it",
+    "doge": "learned factors of the residual stream, and a mask that depends on values",
+    "hrm_text": "a stack of layers that runs several times",
+    "jetmoe": "a mixture of attention heads: a router decides on their projections",
+    "longcat_flash": "two attentions and two MLPs in a layer, and a mixture across them",
+    "minimax": "linear attention layers, a recurrence (lightning attention)",
+    "mllama": "cross-attention layers, which are skipped without an image",
+    "modernbert-decoder": "its head has an activation and a norm behind the last layer",
+    "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",
+    "reformer": "attention by hashing, in reversible layers with two residual streams",
+    "rwkv": "layers with a recurrence in place of attention",
+    "xlnet": "attention over permutations with two streams: it looks ahead",
+    "xlstm": "layers with a recurrence (mLSTM) in place of attention",
+    "zaya": "learned factors of the residual stream, and convolutions in attention",
+}
