@@ -165,8 +165,9 @@ class Adapter(ModelEnds):
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
         kind = self.kind(index)
         path, find = getattr(kind, part), below_or_none if part in kind.partial else below
-        there = path is not None and self.has_part(index, part)
-        return find(self.block(index), path) if there else None  # get_submodule would check every step
+        if path is None or not self.has_part(index, part):
+            return None
+        return find(self.block(index), path)  # get_submodule would check every step
 
     def kind(self, index: int) -> Family:
         """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
@@ -286,7 +287,7 @@ class Adapter(ModelEnds):
 
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
-        mixing = self.attention(index) if self.has_attention(index) else None
+        mixing: Any = self.attention(index) if self.has_attention(index) else None
         return Layer(mixing, self.mlps(index), self.kind(index).parallel)
 
     def attention(self, index: int) -> Attention:
@@ -335,7 +336,7 @@ class Adapter(ModelEnds):
         up = replace(self._linear(index, "v_up"), part=kind.v_up_part)
         if down.has_bias or up.has_bias:
             raise ValueError("model: its values go through a latent with a bias, which no component can carry.")
-        return Latent(down, self.made_norm(self.module(index, "v_norm")), up)
+        return Latent(down, self.made_norm(self._there(index, "v_norm")), up)
 
     def _head_dim(self, index: int) -> int:
         module = self.module(index, "attention")
@@ -347,4 +348,9 @@ class Adapter(ModelEnds):
         return {"norm": norm, "output": output, "stream": stream, "factor": self.kind(index).factor}
 
     def _linear(self, index: int, part: str) -> Linear:
-        return Linear(self.module(index, part))
+        return Linear(self._there(index, part))
+
+    def _there(self, index: int, part: str) -> nn.Module:
+        module = self.module(index, part)
+        assert module is not None  # the family declares it for this layer
+        return module

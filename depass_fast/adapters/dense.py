@@ -32,5 +32,6 @@ def unusable_part(block: nn.Module, family: Family) -> tuple[Path, str] | None:
         problem = "the model keeps nothing there." if up is None else unreadable(up)
         if problem is not None:
             return family.up_proj, problem
-    lacking = family.act_fn is not None and below_or_none(block, family.act_fn) is None
-    return (family.act_fn, "the model keeps nothing there.") if lacking else None
+    if family.act_fn is None or below_or_none(block, family.act_fn) is not None:
+        return None
+    return family.act_fn, "the model keeps nothing there."

@@ -375,7 +375,7 @@ class Layer:
     layer the MLP reads what the attention reads. A layer may have no attention (None) or no MLP (none of ``mlps``).
     """
 
-    attention: Attention | None
+    attention: Attention  # None where there is none: most callers ask layers that have it
     mlps: tuple[Mlp, ...]
     parallel: bool = False
 

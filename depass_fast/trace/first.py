@@ -55,7 +55,7 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
     return replace(
         layer,
         **_cut_fields(layer, cut, "resid_pre", "resid_mid", "attention_sum", "mlp_sum"),
-        attention=None if layer.attention is None else _attention(layer.attention, cut),
+        attention=layer.attention and _attention(layer.attention, cut),
         mlps=tuple(mlp for mlp in mlps if mlp is not None),
     )
 

@@ -160,8 +160,10 @@ class LayerHooks:
         seen, values, attention = self._seen(names), self._seen_values(), self.attention
         assert attention is not None
 
-        def by_prompt(x: Tensor, conv: nn.Module, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-            weight, bias = (None if y is None else y if part is None else part(y) for y in (conv.weight, conv.bias))
+        def by_prompt(x: Tensor, conv: nn.Conv1d, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+            weight, bias = conv.weight, conv.bias
+            if part is not None:
+                weight, bias = part(weight), None if bias is None else part(bias)
             return convolve(x, weight[:, 0].to(x), None if bias is None else bias.to(x), recorder.lengths)
 
         def heads(given: Tensor) -> Tensor:

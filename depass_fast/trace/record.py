@@ -175,7 +175,7 @@ class LayerTrace:
 
     resid_pre: Tensor  # (T, D) entering the layer
     resid_mid: Tensor  # (T, D) after its attention; in a parallel layer, with the output of attention alone
-    attention: AttentionTrace | None
+    attention: AttentionTrace  # None where there is none: most callers ask layers that have it
     mlps: tuple[MlpTrace, ...]
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None

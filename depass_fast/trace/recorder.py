@@ -171,8 +171,8 @@ class Recorder:
             mlps = tuple(MlpTrace.of_expert(expert, **common) for expert in routed)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
-    def _attention(self, index: int, record: dict[str, Any]) -> AttentionTrace | None:
-        """Return the trace of a layer's attention or recurrence; None without."""
+    def _attention(self, index: int, record: dict[str, Any]) -> Any:
+        """Return the AttentionTrace of a layer's attention or recurrence; None without."""
         if not self.adapter.has_attention(index):
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")

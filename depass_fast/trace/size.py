@@ -83,7 +83,8 @@ def _home(config: type) -> type | None:
     home = next((base for base in config.__mro__ if base in MODEL_FOR_CAUSAL_LM_MAPPING), None)
     if home is not None:
         return home
-    return next((one for one in MODEL_FOR_CAUSAL_LM_MAPPING if config in one.sub_configs.values()), None)
+    parts: dict[Any, Any] = {one: one.sub_configs for one in MODEL_FOR_CAUSAL_LM_MAPPING}
+    return next((one for one, its in parts.items() if config in its.values()), None)
 
 
 def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:

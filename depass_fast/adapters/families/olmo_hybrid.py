@@ -45,4 +45,6 @@ def declare(config: Any) -> Family:
 def _read(mixer: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]) -> Recurrence:
     q, k, beta, a = outputs
     made = gated_delta(mixer, torch.cat([q, k], -1), beta, a, convolve)
-    return replace(made, write=made.write * 2) if mixer.allow_neg_eigval else made
+    if made.write is None or not mixer.allow_neg_eigval:
+        return made
+    return replace(made, write=made.write * 2)
