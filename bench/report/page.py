@@ -25,6 +25,7 @@ SECTIONS = {
     "layers": tables.layers,
     "ledger": rules.speed,
     "looking": tables.looking,
+    "hybrid": tables.hybrid,
     "meta": memory.counted,
     "plan": memory.planned,
     "products": tables.products,

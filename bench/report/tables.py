@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.markdown import duration, heading, table
+from ..core.markdown import duration, heading, mebibytes, table
 
 GROUPING = """A layer's neurons of the demo model, decomposed in groups as the published algorithm does where memory
 is short (`bench/studies/grouping.py`), against all of them at once, which is exact. Medians over {n_prompts} held-out
@@ -21,6 +21,9 @@ the other. Both were verified to give the same scores before they were timed, in
 
 SWEEP = """The demo model on random prompts of 5 to 40 tokens. A ratio is the median over the turns of the first way's
 time over this one's, in the same turn; of memory it is what is held at the end over what was held early."""
+
+HYBRID = """`python -m bench.speed.hybrid`: tokens through three layers of gated delta rule and one of gated attention,
+beside a Llama of the same widths. Rates count the rows' products; the goal is 0.8 of Llama's."""
 
 LOOKING = """`python -m bench.speed.looking`: the price of explaining attention, beside what it is explained of. The
 memory is that of the call beside the state that it is given."""
@@ -106,6 +109,25 @@ def products(result: dict) -> str:
         for row in result["rows"]
     ]
     return "\n\n".join([heading("Products on a CPU", result["environment"]), PRODUCTS, table(header, lines)])
+
+
+def hybrid(result: dict) -> str:
+    header = ["model", "tokens", "hybrid s", "Llama s", "GFLOP/s", "Llama GFLOP/s", "share", "peak MiB", "planned MiB"]
+    rows = [
+        [
+            row["model"],
+            str(row["tokens"]),
+            f"{row['seconds']:.3f}",
+            f"{row['llama_s']:.3f}",
+            f"{row['rate'] / 1e9:.0f}",
+            f"{row['llama_rate'] / 1e9:.0f}",
+            f"{row['share']:.2f}",
+            mebibytes(row["peak_bytes"]),
+            mebibytes(row["planned_bytes"]),
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([heading("Recurrences beside attention", result["environment"]), HYBRID, table(header, rows, 1)])
 
 
 def looking(result: dict) -> str:

@@ -42,7 +42,7 @@ class FrozenMixing:
     def forward_shaped(self, x: Tensor, start: int = 0) -> Tensor:
         """Return the same for shaped values."""
         y = self._by_head(self.mixed(self._to_heads(x), start), len(x))
-        return self._scaled_out(y, start)
+        return self._times(y, self._trace.out_ratio, start, own=True)
 
     def back(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients (N, B, H·d) of values and of shaped values, given those of what the heads give."""
@@ -54,7 +54,7 @@ class FrozenMixing:
     def shaped(self, values: Tensor, start: int = 0) -> Tensor:
         """Return values (N - start, B, H·d) behind gate, convolution and activation."""
         x = self._convolved(self._times(values, self._frozen.in_ratio, start))
-        return self._times(x, self._trace.value_ratio, start)
+        return self._times(x, self._trace.value_ratio, start, own=x is not values)
 
     def mixed(self, x: Tensor, start: int, transposed: bool = False) -> Tensor:
         """Apply the recurrence, or its transpose, to shaped values (H, N - start, F)."""
@@ -117,20 +117,21 @@ class FrozenMixing:
         taps = conv.weight[:, 0].to(x)  # (C, K), the last at the position itself
         out = x * taps[:, -1]
         for back in range(1, min(taps.shape[1], len(x))):
-            tap = taps[:, -1 - back]
             if transposed:
-                out[:-back] += x[back:] * tap
+                out[:-back].addcmul_(x[back:], taps[:, -1 - back])
             else:
-                out[back:] += x[:-back] * tap
+                out[back:].addcmul_(x[:-back], taps[:, -1 - back])
         return out
 
     def _scaled_out(self, y: Tensor, start: int) -> Tensor:
         return self._times(y, self._trace.out_ratio, start)
 
-    def _times(self, x: Tensor, ratio: Tensor | None, start: int) -> Tensor:
+    def _times(self, x: Tensor, ratio: Tensor | None, start: int, own: bool = False) -> Tensor:
+        """Return x (N', B, C) times a ratio (T, C), in its own memory if that is nobody else's."""
         if ratio is None:
             return x
-        return x * ratio[self._span.start + start : self._span.stop, None].to(x)
+        here = ratio[self._span.start + start : self._span.stop, None].to(x)
+        return x.mul_(here) if own else x * here
 
     def _to_heads(self, x: Tensor) -> Tensor:
         """(N, B, H·d) -> (H, N, B·d)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_GONE = -40.0  # the logarithm below which a decay is zero: its products would be denormal numbers, which are slow
 _CHUNK = 64  # positions at a time where a head's state decays as one
 _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself: their products are (C, C, n)
 
@@ -27,7 +28,7 @@ def scan(q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bo
     parts = []
     for at in (slice(first, first + size) for first in range(0, x.shape[1], size)):
         qc, kc, xc, total = q[:, at], k[:, at], x[:, at], decay[:, at].cumsum(1)
-        decayed = total.exp()
+        decayed = _exp(total)
         if corrects:
             xc = xc - (kc * decayed) @ state
         if write is not None:
@@ -39,7 +40,7 @@ def scan(q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bo
             xc = torch.linalg.solve_triangular(one + among, xc, upper=False, unitriangular=True)
         parts.append(_between(qc, kc, total, 0) @ xc + (qc * decayed) @ state)
         last = total[:, -1:]
-        state = last.exp().transpose(1, 2) * state + (kc * (last - total).exp()).transpose(1, 2) @ xc
+        state = _exp(last).transpose(1, 2) * state + (kc * _exp(last - total)).transpose(1, 2) @ xc
     return torch.cat(parts, 1)
 
 
@@ -47,7 +48,12 @@ def _between(q: Tensor, k: Tensor, total: Tensor, diagonal: int) -> Tensor:
     """Return what queries meet of keys that came before, as far as these have not decayed: (H, C, C)."""
     c = q.shape[1]
     seen = torch.ones(c, c, dtype=torch.bool, device=q.device).tril(diagonal)
-    apart = (total[:, :, None] - total[:, None]).masked_fill(~seen[..., None], -torch.inf).exp()  # (H, C, C, 1 | n)
+    apart = (total[:, :, None] - total[:, None]).masked_fill(~seen[..., None], -torch.inf)  # (H, C, C, 1 | n)
+    apart = _exp(apart)
     if apart.shape[3] == 1:
         return (q @ k.transpose(1, 2)) * apart[..., 0]
     return torch.einsum("hin,hjn,hijn->hij", q, k, apart)
+
+
+def _exp(logarithm: Tensor) -> Tensor:
+    return logarithm.masked_fill(logarithm < _GONE, -torch.inf).exp()

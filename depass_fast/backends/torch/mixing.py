@@ -44,10 +44,10 @@ def mixing(
         span, mixed = of(block.prompt)
         values = workspace.take("values", (len(x), len(w_v)), x, dtype)
         write_product(values, x.to(dtype), w_v.T)
-        dense = scatter(values, block) * scale[span][block.start :, None, None].to(dtype)
+        dense = scatter(values, block).mul_(scale[span][block.start :, None, None].to(dtype))
         y = mixed.forward(dense, block.start)
         if trace.out_scale is not None:
-            y = y * trace.out_scale[span][block.start :, None, None].to(dtype)
+            y = y.mul_(trace.out_scale[span][block.start :, None, None].to(dtype))
         y = y.flatten(0, 1)
         accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
 
