@@ -111,6 +111,8 @@ KNOWN = {
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4",
     "qwen3_next": "Qwen3-Next",
+    "qwen3_5": "Qwen 3.5, 3.6",
+    "qwen3_5_moe": "Qwen 3.5, 3.6 MoE",
     "qwen3_5_text": "Qwen 3.5, 3.6 (text)",
     "qwen3_5_moe_text": "Qwen 3.5, 3.6 MoE (text)",
     "afmoe": "AFM (Arcee Trinity)",

@@ -172,6 +172,8 @@ def apply(
 
 def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
     """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
+    if trace.recurrence is None and trace.out_ratio is None:
+        return None
     conv, wide = weights.conv, torch.promote_types(trace.q.dtype, torch.float32)
     value, bias = weights.value_constant(wide), None if conv is None else conv.bias
     if trace.recurrence is None:

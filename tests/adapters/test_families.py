@@ -256,7 +256,7 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
 
 
 def behind_stream(norm, total, normed, added):
-    """What a branch adds, behind the norm of the sum: without what was in the stream before."""
+    """Return what a branch adds, behind the norm of the sum: without what was in the stream before."""
     before = total - added
     std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
