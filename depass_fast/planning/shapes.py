@@ -91,6 +91,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     if mlps:
         up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
         beside = hasattr(adapter.module(index, "mlp"), "up_proj") and adapter.path(index, "gate_proj") != up
+        beside = beside or (not routed and layer.mlp.up is not None)  # under another name (LFM2)
     return LayerSize(
         v=0 if attention is None else attention.n_kv_heads * attention.head_dim,
         o=0 if attention is None else attention.n_heads * attention.head_dim,
