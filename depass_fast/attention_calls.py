@@ -20,7 +20,6 @@ from .request import with_targets
 from .results.credit import AttentionCredit
 from .results.explanation import AttentionExplanation
 from .trace.record import Trace
-from .trace.turns import check_looking
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,7 +97,7 @@ class AttentionCalls(Calls):
             MemoryError: it cannot fit.
         """
         self._of_all(options, "explain_attention")
-        check_looking(self.adapter)
+        self.adapter.check_uniform("model: attention's own book")
         number = attention_layer(layer, self.adapter)
         heads, one_head = heads_of(head, self.adapter, number)
         check_start(components, self.adapter, number)
@@ -162,7 +161,7 @@ class AttentionCalls(Calls):
             MemoryError: it cannot fit.
         """
         settings = self._of_all(options, "attention_credit")
-        check_looking(self.adapter)
+        self.adapter.check_uniform("model: attention's own book")
         if rule is not None and rule not in LINEAR_RULES:
             raise ValueError(
                 f"rule: {rule!r} is not one of the linear rules {', '.join(map(repr, LINEAR_RULES))}, one of which the "

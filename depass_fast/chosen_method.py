@@ -57,12 +57,8 @@ def choose_method(
         return None if method is None and not _is_cheaper(kind, adapter, lengths, gradients) else found
     if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax" and adapter.is_uniform):
         return None
-    if not adapter.is_uniform:
-        raise ValueError(
-            "method: 'adjoint' under 'softmax' is for models whose layers are all softmax attention and MLP; this one "
-            "has recurrences, gated heads, or layers without one of the two. Take method='exact', or a linear rule "
-            f"({', '.join(map(repr, LINEAR_RULES))}), which is exact for all components at once."
-        )
+    linear = f" Take method='exact', or a linear rule ({', '.join(map(repr, LINEAR_RULES))}), exact for all at once."
+    adapter.check_uniform("method: 'adjoint' under 'softmax'", linear)
     _refuse_states(settings)
     if kind.kind not in ADJOINT_KINDS:
         raise ValueError(

@@ -37,7 +37,6 @@ from .runtime.dtypes import dtype_name
 from .state_calls import StateCalls
 from .sweep_calls import SweepCalls
 from .trace.record import Trace
-from .trace.turns import check_looking
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -357,7 +356,7 @@ class DePass(StateCalls, AttentionCalls, SweepCalls):
         """
         refuse_arguments(options)
         if attention:
-            check_looking(self.adapter)
+            self.adapter.check_uniform("model: attention's own book")
         settings = self.options.updated(options)
         check_options(settings)
         given: OptionValues = {**options, "allocation": rule_of(rule, settings), "shard": None}  # it carries no states

@@ -188,6 +188,14 @@ class Adapter(ModelEnds):
         kinds = [self.kind(index) for index in range(self.n_layers)]
         return all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
 
+    def check_uniform(self, what: str, advice: str = "") -> None:
+        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
+        if not self.is_uniform:
+            raise ValueError(
+                f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
+                f"heads, or layers without one of the two.{advice}"
+            )
+
     def has_mixers(self) -> bool:
         """True if any layer mixes positions by a recurrence."""
         return any(self.kind(index).mixer is not None for index in range(self.n_layers))

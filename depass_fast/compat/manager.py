@@ -79,11 +79,7 @@ class decomposed_state_manager(PublishedSteps):
         inner, tokenizer = unwrap(model, tokenizer)
         self._inner_tokenizer = as_tokenizer(tokenizer)
         adapter = adapt(inner)
-        if not adapter.is_uniform:
-            raise ValueError(
-                "model: the published interface knows layers of softmax attention and MLP alone; this model has "
-                "recurrences, gated heads, or layers without one of the two. Take depass_fast.DePass."
-            )
+        adapter.check_uniform("model: the published interface", " Take depass_fast.DePass.")
         self._settings = Options(temperature=mlp_softmax_temp).updated(options)
         self._settings.build(adapter)
         check_weights(adapter)

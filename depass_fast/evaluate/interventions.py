@@ -136,6 +136,8 @@ def check_maskable(engine: DePass, kind: str) -> None:
     """Raise ValueError where components of this ``kind`` cannot be masked in this model."""
     if kind == NEURONS and any(engine.adapter.is_mixture(index) for index in range(engine.adapter.n_layers)):
         raise ValueError("model: it is a mixture of experts, whose neurons cannot be masked; take heads or tokens.")
+    if any(engine.adapter.module(index, PARTS[kind]) is None for index in range(engine.adapter.n_layers)):
+        raise ValueError(f"model: some of its layers have no {kind}, which cannot be masked there; take tokens.")
 
 
 def recorded(engine: DePass, ids: Tensor, kind: str) -> list[Tensor]:
@@ -158,7 +160,7 @@ def readers(engine: DePass, kind: str) -> list[nn.Module]:
     found = []
     for index in range(engine.adapter.n_layers):
         module = engine.adapter.module(index, PARTS[kind])
-        assert module is not None  # an MLP's is missing in mixtures alone, which are refused
+        assert module is not None  # see check_maskable
         found.append(module)
     return found
 

@@ -89,8 +89,15 @@ def causal_mask(queries: Tensor, n_keys: int, window: int | None) -> Tensor:
     return mask if window is None else mask & (keys > queries[:, None] - window)
 
 
+def check_softmax(trace: AttentionTrace) -> None:
+    """Raise ValueError where a recurrence stands in the place of the softmax: it has no probabilities."""
+    if trace.recurrence is not None:
+        raise ValueError("trace: a recurrence has no attention probabilities; see FrozenMixing.matrix for what it has.")
+
+
 def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
     """P of one prompt: packed positions ``keys`` (N,), local positions ``queries`` (Q,) -> (H, Q, N)."""
+    check_softmax(trace)
     k = trace.k[keys].to(dtype)
     q = trace.q[keys[queries]].to(dtype)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -109,6 +116,7 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     The same as :func:`attention_probabilities`, in few operations: no product is larger than it has to be, and none of
     its operands is copied for its own sake.
     """
+    check_softmax(trace)
     k, q = trace.k[span].to(dtype), trace.q[span][queries].to(dtype)
     n, kv, groups = len(k), k.shape[1], q.shape[1] // k.shape[1]
     k, q = k.permute(1, 2, 0), q.unflatten(1, (kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, d, N), (Hkv, G·Q, d)

@@ -57,15 +57,6 @@ class Turns(NamedTuple):
 
 
 @torch.no_grad()
-def check_looking(adapter: Adapter) -> None:
-    """Raise ValueError where queries and keys are not followed by a softmax and the heads alone, in any layer."""
-    if not adapter.is_uniform:
-        raise ValueError(
-            "model: attention's own book is for models whose layers are all softmax attention and MLP; this one has "
-            "recurrences, gated heads, or layers without one of the two."
-        )
-
-
 def measure_turns(adapter: Adapter, ids: Tensor, layers: Collection[int]) -> dict[int, Turns]:
     """Run the model over ``ids`` (N,), up to the last of ``layers``, and return the maps of these layers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .family_shapes import SHAPE
 from .hybrid_models import ALONE, HYBRIDS
 
 _GQA = {"num_key_value_heads": 2}
@@ -49,15 +50,6 @@ _NEMOTRON = {
     "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
 }
 _VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-_TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
 # num_heads · head_dim = expand · hidden_size
 _MAMBA2 = {"state_size": 6, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2, "residual_in_fp32": False}
 
@@ -82,8 +74,8 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "nemotron_h",
         {**_MHA, **_NEMOTRON, "attention_bias": True, "mlp_bias": True, "use_bias": True},
     ),
-    "qwen3_5": ("qwen3_5", {"text_config": {**_TEXT, **_GQA, **_DELTA}, "vision_config": _VISION}),
-    "qwen3_5_moe": ("qwen3_5_moe", {"text_config": {**_TEXT, **_MHA, **_DELTA, **_EXPERTS}, "vision_config": _VISION}),
+    "qwen3_5": ("qwen3_5", {"text_config": {**SHAPE, **_GQA, **_DELTA}, "vision_config": _VISION}),
+    "qwen3_5_moe": ("qwen3_5_moe", {"text_config": {**SHAPE, **_MHA, **_DELTA, **_EXPERTS}, "vision_config": _VISION}),
     **HYBRIDS,
     **ALONE,
 }

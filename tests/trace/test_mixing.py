@@ -10,7 +10,11 @@ import torch
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.adapters.recurrent import knows_recurrences
 from depass_fast.compat import decomposed_state_manager
+from depass_fast.evaluate.frozen import frozen_attention
+from depass_fast.evaluate.methods.base import NotPossibleError
+from depass_fast.evaluate.methods.relevance import copied
 from depass_fast.trace import mixing
+from depass_fast.trace.attention import attention_probabilities
 from depass_fast.trace.mixing import FrozenMixing, convolve
 from depass_fast.trace.scan import scan
 from tests.support.family_models import build_variant
@@ -131,8 +135,19 @@ def test_methods_without_a_meaning_are_refused():
     with pytest.raises(ValueError, match="is for models whose layers are all softmax attention and MLP"):
         dp.attribute(ids, Neurons(layers="all"), method="adjoint")
     assert dp.attribute(ids, Neurons(layers="all"), method="adjoint", allocation="shapley").scores.isfinite().all()
-    with pytest.raises(ValueError, match="the published interface knows"):
+    with pytest.raises(ValueError, match="the published interface is for models"):
         decomposed_state_manager(dp.model, None)
+
+
+def test_what_reads_probabilities_refuses_a_recurrence():
+    dp = DePass(build_variant("qwen3_5_text"))
+    trace = dp.trace(random_ids(5))
+    with pytest.raises(ValueError, match="a recurrence has no attention probabilities"):
+        attention_probabilities(trace.layers[0].attention, torch.arange(5), torch.arange(5), torch.float32)
+    with pytest.raises(ValueError, match="held attention is for models"), frozen_attention(dp, trace):
+        pass
+    with pytest.raises(NotPossibleError, match="recurrences"), copied(dp, trace, "half", 0.5):
+        pass
 
 
 def test_both_modules_of_a_layer_with_one_are_that_one():

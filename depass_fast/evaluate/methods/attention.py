@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from ...trace.attention import attention_probabilities
-from .base import LAST_ATTENTION, NO_READ, ROLLOUT, TOKENS, Found, Subject, plain
+from .base import LAST_ATTENTION, NO_READ, ROLLOUT, TOKENS, Found, NotPossibleError, Subject, plain
 
 
 def attention_weights(subject: Subject) -> Found:
-    """Return attention rollout, and the last layer's attention from the last position, the mean over its heads."""
+    """Return attention rollout, and the last layer's attention from the last position, the mean over its heads.
+
+    Raises:
+        NotPossibleError: a layer has no softmax attention.
+    """
+    if any(one.attention is None or one.attention.recurrence is not None for one in subject.trace.layers):
+        raise NotPossibleError("layers of the model have no attention probabilities.")
     every = torch.arange(len(subject.question.ids))
     layers = [one.attention for one in subject.trace.layers]
     means = [
