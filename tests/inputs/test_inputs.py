@@ -31,7 +31,7 @@ def test_unknown_family_names_the_supported_ones():
     config = AutoConfig.for_model("diffllama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(
         ValueError,
-        match="'diffllama' is not supported .differential attention: .*. Supported families: apertus, .*llama, .*qwen2",
+        match="'diffllama' is not supported .differential attention: .*. Supported families: afmoe, .*llama, .*qwen2",
     ):
         DePass(AutoModelForCausalLM.from_config(config))
 

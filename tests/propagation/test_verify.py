@@ -42,6 +42,13 @@ def no_failure_unnoticed():
         yield
 
 
+def close(one: torch.Tensor, other: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    """Hold two runs to the rounding of the products: those of a watched run may have other rows, and BLAS then sums
+    in another order."""
+    scale = one.abs().max() if scale is None else scale
+    torch.testing.assert_close(one, other, rtol=0, atol=16 * torch.finfo(one.dtype).eps * float(scale))
+
+
 def unchanged_and_verified(dp, prompt, kind, limit=1e-5, **options) -> Verification:
     """The verification of an attribution, whose numbers are those of one that is not verified."""
     plain, watched = (
@@ -49,7 +56,8 @@ def unchanged_and_verified(dp, prompt, kind, limit=1e-5, **options) -> Verificat
     )
     for one, other in zip(*((r if isinstance(r, list) else [r]) for r in (plain, watched)), strict=True):
         for a, b in zip(getattr(one, "by_layer", [one]), getattr(other, "by_layer", [other]), strict=True):
-            assert torch.equal(a.scores, b.scores) and torch.equal(a.layer_errors, b.layer_errors)
+            close(a.scores, b.scores)
+            close(a.layer_errors, b.layer_errors, scale=a.scores.abs().max())
             assert a.verification is None and b.warnings is None and a.backend == b.backend
     found = (watched[0] if isinstance(watched, list) else watched).verification
     assert found.passed and found.error < limit and found.compared and found.where
