@@ -18,6 +18,8 @@ from .scan import scan
 
 LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
 _NOTHING = 1e-30  # of a matrix whose entries are about one
+_NEAR = 1 << 17  # elements that stay in a core's cache through several passes
+_ALL = slice(None)
 _MATRIX = 1 << 26  # elements of such matrices that are held at once
 
 
@@ -35,30 +37,85 @@ class FrozenMixing:
         self.heads, self.positions = weights.n_heads, span.stop - span.start
         self._wide = torch.promote_types(dtype, torch.float32)
 
-    def forward(self, values: Tensor, start: int = 0) -> Tensor:
-        """Return what heads give for values (N - start, B, H·d) of positions from ``start`` on: the same shape."""
-        return self.forward_shaped(self.shaped(values, start), start)
+    def forward(self, values: Tensor, start: int = 0, scale: Tensor | None = None) -> Tensor:
+        """Return what heads give for values (N - start, B, H·d) of positions from ``start`` on: the same shape.
+
+        Values are multiplied by ``scale`` (N - start,) first, if one is given.
+        """
+        n, b, width = values.shape
+        x = values.new_empty(self.heads, n, b, width // self.heads)
+        per = x.shape[3] * (self.heads if x.is_cuda else max(1, _NEAR // max(1, x[0].numel())))
+        for first in range(0, width, per):  # all steps of a few heads, while they are in the cache
+            channels = slice(first, min(first + per, width))
+            into = x[channels.start // x.shape[3] : channels.stop // x.shape[3]].permute(1, 2, 0, 3)
+            self._shape(values[..., channels], start, scale, channels, into)
+        return self._given(self.mixed(x.flatten(2), start), start)
+
+    def forward_single(self, values: Tensor, at: Tensor, start: int, scale: Tensor) -> Tensor:
+        """Return what heads give at positions from ``start`` on for values (B, H·d) that stand at one position each.
+
+        These positions are ``at`` (B,); values are multiplied by ``scale`` (N,) there. The prompt is a short one. A
+        convolution carries a value to the next few positions, and no other column of the matrix is read.
+        """
+        conv, frozen, last = self._weights.conv, self._frozen, self.positions
+        x, here = values * scale[at, None].to(values), self._span.start + at
+        x = x if frozen.in_ratio is None else x * frozen.in_ratio[here].to(x)
+        taps = x.new_ones(1, 1) if conv is None else conv.weight[:, 0].to(x).flip(1).T  # (K, C)
+        reached = at[:, None] + torch.arange(len(taps), device=at.device)  # (B, K)
+        x, shown = x[:, None] * taps * (reached < last)[..., None], reached.clamp_max(last - 1)
+        ratio = self._trace.value_ratio
+        x = x if ratio is None else x * ratio[self._span.start + shown].to(x)
+        x = x.unflatten(2, (self.heads, -1)).permute(2, 0, 1, 3)  # (H, B, K, d)
+        y = x.new_empty(self.heads, last - start, *x.shape[1:2], x.shape[3])
+        for heads, matrix in self._matrices():
+            columns = matrix[:, start:].index_select(2, shown.flatten()).unflatten(2, shown.shape).transpose(1, 2)
+            y[heads] = (columns @ x[heads]).transpose(1, 2)
+        return self._given(y.flatten(2), start)
+
+    @property
+    def is_short(self) -> bool:
+        """True if the recurrence is a matrix per head."""
+        return self.positions <= LONGEST_MATRIX
 
     def forward_shaped(self, x: Tensor, start: int = 0) -> Tensor:
         """Return the same for shaped values."""
-        y = self._by_head(self.mixed(self._to_heads(x), start), len(x))
-        return self._times(y, self._trace.out_ratio, start, own=True)
+        return self._given(self.mixed(self._to_heads(x), start), start)
 
     def back(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients (N, B, H·d) of values and of shaped values, given those of what the heads give."""
         y = self._to_heads(self._scaled_out(gradients, 0))
         of_shaped = self._by_head(self.mixed(y, 0, transposed=True), self.positions)
         out = self._times(of_shaped, self._trace.value_ratio, 0)
-        return self._times(self._convolved(out, transposed=True), self._frozen.in_ratio, 0), of_shaped
+        return self._times(self._convolved(out, _ALL, transposed=True), self._frozen.in_ratio, 0), of_shaped
 
     def shaped(self, values: Tensor, start: int = 0) -> Tensor:
         """Return values (N - start, B, H·d) behind gate, convolution and activation."""
-        x = self._convolved(self._times(values, self._frozen.in_ratio, start))
-        return self._times(x, self._trace.value_ratio, start, own=x is not values)
+        out = torch.empty_like(values)
+        return self._shape(values, start, None, slice(0, values.shape[2]), out[:, :, None]).squeeze(2)
+
+    def _shape(self, x: Tensor, start: int, scale: Tensor | None, channels: slice, out: Tensor) -> Tensor:
+        """Write values (N', B, c) of some channels, times ``scale``, into ``out`` (N', B, h, c / h), shaped."""
+        if scale is not None:
+            x = x * scale[:, None, None].to(x)
+        x = self._convolved(self._times(x, self._frozen.in_ratio, start, channels), channels)
+        x, ratio = x.unflatten(2, out.shape[2:]), self._trace.value_ratio
+        if ratio is None:
+            return out.copy_(x)
+        here = ratio[self._span.start + start : self._span.stop, None, channels].to(x)
+        return torch.mul(x, here.unflatten(2, out.shape[2:]), out=out)
+
+    def _given(self, y: Tensor, start: int) -> Tensor:
+        """Return what heads give (N', B, H·d) for mixed values (H, N', B·d)."""
+        ratio, n, d = self._trace.out_ratio, y.shape[1], self._weights.head_dim
+        if ratio is None:
+            return self._by_head(y, n)
+        y = y.view(self.heads, n, -1, d).permute(1, 2, 0, 3)
+        out, here = y.new_empty(y.shape), ratio[self._span.start + start : self._span.stop, None].to(y)
+        return torch.mul(y, here.unflatten(2, (self.heads, d)), out=out).flatten(2)
 
     def mixed(self, x: Tensor, start: int, transposed: bool = False) -> Tensor:
         """Apply the recurrence, or its transpose, to shaped values (H, N - start, F)."""
-        if self.positions <= LONGEST_MATRIX:
+        if self.is_short:
             out = torch.empty_like(x)
             for heads, matrix in self._matrices():
                 part = matrix[:, start:, start:]
@@ -109,12 +166,12 @@ class FrozenMixing:
         decay = decay if rates is None else decay * rates[heads, None].to(decay)
         return of(self._trace.q), of(self._trace.k), decay, None if write is None else of(write)
 
-    def _convolved(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """Convolve (N', B, C) along the positions, with nothing before the first; or apply the transpose."""
+    def _convolved(self, x: Tensor, channels: slice, transposed: bool = False) -> Tensor:
+        """Convolve (N', B, c) along the positions, with nothing before the first; or apply the transpose."""
         conv = self._weights.conv
         if conv is None:
             return x
-        taps = conv.weight[:, 0].to(x)  # (C, K), the last at the position itself
+        taps = conv.weight[channels, 0].to(x)  # (c, K), the last at the position itself
         out = x * taps[:, -1]
         for back in range(1, min(taps.shape[1], len(x))):
             if transposed:
@@ -126,12 +183,9 @@ class FrozenMixing:
     def _scaled_out(self, y: Tensor, start: int) -> Tensor:
         return self._times(y, self._trace.out_ratio, start)
 
-    def _times(self, x: Tensor, ratio: Tensor | None, start: int, own: bool = False) -> Tensor:
-        """Return x (N', B, C) times a ratio (T, C), in its own memory if that is nobody else's."""
-        if ratio is None:
-            return x
-        here = ratio[self._span.start + start : self._span.stop, None].to(x)
-        return x.mul_(here) if own else x * here
+    def _times(self, x: Tensor, ratio: Tensor | None, start: int, channels: slice = _ALL) -> Tensor:
+        """Return x (N', B, c) times a ratio (T, C) of some channels."""
+        return x if ratio is None else x * ratio[self._span.start + start : self._span.stop, None, channels].to(x)
 
     def _to_heads(self, x: Tensor) -> Tensor:
         """(N, B, H·d) -> (H, N, B·d)."""

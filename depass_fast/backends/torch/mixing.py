@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...adapters import Attention
 from ...runtime.products import accumulate, write_product
-from ...state.state import ComponentState
+from ...state.state import ComponentState, Factors
 from ...trace.mixing import FrozenMixing
 from ...trace.record import AttentionTrace
 from .blocks import Block, scatter
@@ -40,15 +40,48 @@ def mixing(
             kept[prompt] = span, FrozenMixing(weights, trace, span, dtype)
         return kept[prompt]
 
-    def attend(x: Tensor, block: Block) -> None:
+    def heads(x: Tensor, block: Block) -> Tensor:
+        """What heads give to a block: (N', B, H·d)."""
         span, mixed = of(block.prompt)
-        values = workspace.take("values", (len(x), len(w_v)), x, dtype)
-        write_product(values, x.to(dtype), w_v.T)
-        dense = scatter(values, block).mul_(scale[span][block.start :, None, None].to(dtype))
-        y = mixed.forward(dense, block.start)
+        if state.factors is None:
+            values = workspace.take("values", (len(x), len(w_v)), x, dtype)
+            write_product(values, x.to(dtype), w_v.T)
+            return mixed.forward(scatter(values, block), block.start, scale[span][block.start :])
+        factors, extras = state.factors[block.prompt], len(state.layout.components[block.prompt].extras)
+        first = block.first - extras
+        if factors.coefficients is None and first >= 0 and mixed.is_short:  # each at its own position
+            named = slice(first, first + block.n_components)
+            values = factors.vectors[named].to(x.device, dtype) @ w_v.T
+            return mixed.forward_single(
+                values, torch.arange(named.start, named.stop, device=x.device), block.start, scale[span]
+            )
+        values = _started(x, block, factors, extras, w_v)
+        return mixed.forward(values, block.start, scale[span][block.start :])
+
+    def attend(x: Tensor, block: Block) -> None:
+        y = heads(x, block)
         if trace.out_scale is not None:
-            y = y.mul_(trace.out_scale[span][block.start :, None, None].to(dtype))
+            y = y.mul_(trace.out_scale[of(block.prompt)[0]][block.start :, None, None].to(dtype))
         y = y.flatten(0, 1)
         accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
 
     return attend
+
+
+def _started(x: Tensor, block: Block, factors: Factors, extras: int, w_v: Tensor) -> Tensor:
+    """Values (N', B, C) of components that have just started as products: W_V sees their vectors and rows of extras."""
+    n, b = block.n_positions, block.n_components
+    n_extras = min(b, max(0, extras - block.first))
+    part = slice(block.first + n_extras - extras, block.first + b - extras)
+    out = w_v.new_zeros(n, b, len(w_v))
+    named = factors.vectors[part].to(w_v) @ w_v.T
+    if factors.coefficients is None:  # each at its own position
+        token = torch.arange(part.start, part.stop, device=x.device)
+        out[token - block.start, torch.arange(n_extras, b, device=x.device)] = named
+    else:
+        torch.mul(factors.coefficients[block.start :, part, None].to(w_v), named, out=out[:, n_extras:])
+    if n_extras:
+        places = torch.arange(n * b, device=x.device) if block.slots is None else block.slots
+        at = (places % b < n_extras).nonzero().flatten()
+        out.view(n * b, -1)[places[at]] = x[at].to(w_v) @ w_v.T
+    return out
