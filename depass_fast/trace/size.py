@@ -57,10 +57,12 @@ def _bytes_per_position(key: _Key, dtype: torch.dtype) -> int:
 
 def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
     """The bytes of a trace per position, for a model of ``dtype``."""
-    width, item = adapter.hidden_size, dtype.itemsize
+    width, end = adapter.hidden_size, dtype.itemsize
+    if getattr(adapter.config, "residual_in_fp32", False):  # Mamba's layers read the stream in the weights' dtype
+        end = torch.promote_types(dtype, torch.float32).itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))
-    return _INDEX + stream * width * item + layers
+    return _INDEX + stream * width * end + layers
 
 
 def without_weights(config: Any) -> Adapter:

@@ -26,6 +26,14 @@ def test_it_is_what_the_trace_holds(name):
         assert trace_nbytes(model.config, LENGTHS, dtype) == trace.nbytes
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_a_stream_that_is_wider_than_the_weights(name):
+    if not available(name):
+        pytest.skip("this transformers does not know the family")
+    model = build_model(name, residual_in_fp32=True).bfloat16()
+    assert trace_nbytes(model.config, LENGTHS, torch.bfloat16) == DePass(model).trace([[1] * n for n in LENGTHS]).nbytes
+
+
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 700}])
 def test_long_prompts(changes):
     """8,192 tokens; with a window, blocks of queries see what they would see in one piece."""
