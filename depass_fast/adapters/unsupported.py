@@ -45,7 +45,7 @@ REASONS: dict[str, str] = {
         f"{_DELTA}, and {_GATED}",
     ),
     **dict.fromkeys(("lfm3",), _CONVOLUTION),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"), _SPARSE),
+    "minimax_m3_vl_text": _SPARSE,
     "deepseek_v4": _STREAMS,
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",
     **dict.fromkeys(

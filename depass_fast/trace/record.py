@@ -43,8 +43,9 @@ class RecurrenceTrace:
 class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
-    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
-    has sinks (logits of nothing), P's rows sum to less than one: P is the softmax without the sinks, times ``row_sum``.
+    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. In sparse
+    attention queries see their ``chosen_keys`` alone. Where attention has sinks (logits of nothing), P's rows sum to
+    less than one: P is the softmax without the sinks, times ``row_sum``.
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
@@ -54,6 +55,7 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
+    chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped, or act(c) / c
