@@ -65,6 +65,6 @@ def test_a_key_that_was_not_selected_has_no_explanation(engine):
 def test_what_does_not_know_sparse_attention_refuses_it(engine):
     with pytest.raises(ValueError, match="the published interface does not know sparse attention"):
         decomposed_state_manager(engine.model, None)
-    with pytest.raises(ValueError, match="held attention does not know sparse attention"):
-        with frozen_attention(engine, engine.trace(PROMPT)):
-            pass
+    held = pytest.raises(ValueError, match="held attention does not know sparse attention")
+    with held, frozen_attention(engine, engine.trace(PROMPT)):
+        pass
