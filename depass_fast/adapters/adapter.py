@@ -216,6 +216,11 @@ class Adapter(ModelEnds):
         """True if any layer mixes positions by a recurrence."""
         return any(self.kind(index).mixer is not None for index in range(self.n_layers))
 
+    def activates_values(self, index: int) -> bool:
+        """True if the values of layer ``index`` pass an activation."""
+        mixer = self.kind(index).mixer
+        return mixer is not None and mixer.value_ratio is not None
+
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
         block = self.blocks._modules[str(index)]

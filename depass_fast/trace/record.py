@@ -62,6 +62,9 @@ class AttentionTrace:
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
     recurrence: RecurrenceTrace | None = None  # in the place of the softmax: q and k are its own
+    # of one run, and not recorded: the allocation that shares out the activation of a recurrence's values, which is
+    # otherwise frozen at `value_ratio`
+    value_rule: Any = None
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
 
     __repr__ = brief_repr
@@ -86,6 +89,10 @@ class AttentionTrace:
         """
         if not weights.has_bias:  # also those of the same model that leave its biases out
             return None
+        if self.value_rule is not None:  # constants of values drive the activation, among the components
+            return weights.written_constant(
+                weights.o.bias, None if self.out_scale is None else self.out_scale[at], dtype
+            )
         if self.constant_heads is not None:
             raw = self.constant_heads[at].to(dtype) @ weights.w_o.to(dtype).T
             raw = raw if weights.o.bias is None else raw + weights.o.bias.to(dtype)

@@ -34,7 +34,8 @@ from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..active import Groups, MlpTensors, transposed
-from ..torch.backend import TorchBackend, add_to_bias
+from ..torch.adding import add_to_bias
+from ..torch.backend import TorchBackend
 from ..torch.linear import LinearStep
 from ..torch.workspace import viewed
 from .arena import Arena
