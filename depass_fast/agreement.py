@@ -57,6 +57,7 @@ def _marks(request: Request) -> dict[str, Any]:
         "end": request.end,
         "method": request.method,
         "allocation": (run.allocation.rule, run.allocation.temperature),
+        "value_activation": run.shares_values,
         "exclude_special": [sorted(positions) for positions in request.excluded],
         "state_dtype": run.state_dtype,
         "compute_dtype": run.compute_dtype,

@@ -43,6 +43,8 @@ class Options:
     compute_dtype: dtype of the products. Default: the model's on a GPU, where the triton backend takes float16 with a
         scale per row for bfloat16, which is nearer and as fast; the state's on a CPU, but float32 at least.
         Half precision rounds the gates: near a tie that changes whom `max` gives everything to.
+    value_activation: the activation (SiLU) behind the values of recurrent layers. "frozen" keeps it at its ratio
+        silu(c) / c; "shared" shares it out by the allocation, as a neuron's is. Under a linear rule both are the same.
     state_dtype: dtype of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
         Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,
@@ -66,6 +68,7 @@ class Options:
     exclude_special: bool | Sequence[int] = True
     backend: BackendName = "auto"
     compute_dtype: torch.dtype | str | None = None
+    value_activation: Literal["frozen", "shared"] = "frozen"
     state_dtype: torch.dtype | str | None = None
     memory_budget: int | None = None
     stream: bool | Literal["auto"] = "auto"
@@ -106,6 +109,8 @@ class Options:
             raise ValueError(
                 f"compute_dtype: the {backend.name} backend computes in the state's dtype; set state_dtype."
             )
+        if self.value_activation == "shared":
+            self._check_sharing(adapter, backend)
         if self.stream is True:
             self._check_streaming(backend, choice)
             backend = StreamBackend(adapter.device, compute, self.memory_budget)
@@ -119,6 +124,7 @@ class Options:
             memory_budget=self.memory_budget,
             progress=bool(self.progress),
             verifier=Verifier() if self.verify else None,
+            shares_values=self.value_activation == "shared",
         )
 
     def _check_values(self) -> None:
@@ -130,9 +136,24 @@ class Options:
             raise TypeError(f"temperature: expected a positive number, got {self.temperature!r}.")
         if not isinstance(self.stream, bool) and self.stream != "auto":
             raise ValueError(f"stream: expected True, False or 'auto', got {self.stream!r}.")
+        if self.value_activation not in ("frozen", "shared"):
+            raise ValueError(f"value_activation: expected 'frozen' or 'shared', got {self.value_activation!r}.")
         if not isinstance(self.verify, bool):
             raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
         check_template_kwargs(self.chat_template_kwargs)
+
+    def _check_sharing(self, adapter: Adapter, backend: Backend) -> None:
+        """Refuse ``value_activation="shared"`` for a model without such activations, or a rule that is no statistic."""
+        if not any(map(adapter.activates_values, range(adapter.n_layers))):
+            raise ValueError(
+                "value_activation: no layer of this model has an activation behind its values (recurrences do); leave "
+                "it out."
+            )
+        if callable(self.allocation) and backend.name != "reference":
+            raise ValueError(
+                f"value_activation: {Allocation(self.allocation).name} sees all components at once, and values come in "
+                "blocks; take backend='reference', or one of the rules by name."
+            )
 
     def _check_streaming(self, backend: Backend, choice: Choice) -> None:
         """Refuse ``stream=True`` for a backend by name that does not stream, and for a user's own rule."""
@@ -202,6 +223,7 @@ class OptionValues(TypedDict, total=False):
     exclude_special: bool | Sequence[int]
     backend: BackendName
     compute_dtype: torch.dtype | str | None
+    value_activation: Literal["frozen", "shared"]
     state_dtype: torch.dtype | str | None
     memory_budget: int | None
     stream: bool | Literal["auto"]

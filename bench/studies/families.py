@@ -88,6 +88,8 @@ KNOWN = {
     "mellum": "Mellum 2",
     "deepseek_v2": "DeepSeek V2, V2-Lite",
     "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
+    "deepseek_v32": "DeepSeek V3.2",
+    "glm_moe_dsa": "GLM-5",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "youtu": "Youtu",
     "minicpm3": "MiniCPM 3",

@@ -80,6 +80,21 @@ class Adapter(ModelEnds):
         """True if every query has, beside the keys' logits, a logit of nothing (gpt-oss)."""
         return self.family.sinks
 
+    @property
+    def selects(self) -> int | None:
+        """The most keys that a query sees, where an indexer selects them (sparse attention); None where none does."""
+        return next((kind.selects for kind in self.family.kinds or (self.family,) if kind.selects is not None), None)
+
+    def has_indexer(self, index: int) -> bool:
+        """True if layer ``index`` selects keys by itself; of several layers the first may do so for the others."""
+        kind = self.kind(index)
+        return kind.selects is not None and below_or_none(self.block(index), kind.indexer) is not None
+
+    def check_selects_nothing(self, what: str) -> None:
+        """Raise ValueError for sparse attention, which ``what`` does not know."""
+        if self.selects is not None:
+            raise ValueError(f"{what} does not know sparse attention, where an indexer selects the keys of a query.")
+
     def window(self, index: int, announced: int | None, implementation: str | None) -> int | None:
         """The sliding window of layer ``index`` in the model's own mask, given what its attention call announces.
 
@@ -127,16 +142,17 @@ class Adapter(ModelEnds):
     def one_by_one(self) -> bool:
         """True if every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, where positions cannot be passed, and where the rotary embedding depends
-        on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
-        otherwise beside other prompts.
+        That is so where attention is observed, where positions cannot be passed, where an indexer selects keys, and
+        where the rotary embedding depends on the longest of all positions. It is also so in float64 with a router: many
+        compute in float32, and round otherwise beside other prompts.
         """
         narrow_router = self.experts_per_position > 0 and self.dtype == torch.float64
         of_the_longest = any(
             "longrope" in str(kind) or "dynamic" in str(kind)
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
-        return self.observed is not None or not self.takes_positions or of_the_longest or narrow_router
+        alone = self.observed is not None or not self.takes_positions or self.selects is not None
+        return alone or of_the_longest or narrow_router
 
     @property
     def takes_cache(self) -> bool:
@@ -199,6 +215,11 @@ class Adapter(ModelEnds):
     def has_mixers(self) -> bool:
         """True if any layer mixes positions by a recurrence."""
         return any(self.kind(index).mixer is not None for index in range(self.n_layers))
+
+    def activates_values(self, index: int) -> bool:
+        """True if the values of layer ``index`` pass an activation."""
+        mixer = self.kind(index).mixer
+        return mixer is not None and mixer.value_ratio is not None
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""

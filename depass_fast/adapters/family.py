@@ -162,6 +162,9 @@ class Family:
     # the window of all layers, or of each, where no attention call announces it
     window: int | tuple[int | None, ...] | None = None
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
+    # the most keys that a query sees, where an indexer selects them and the attention call announces them (`indices=`)
+    selects: int | None = None
+    indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
     mlp: Path | None = "mlp"  # None: the layer has none

@@ -32,7 +32,7 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     **dict.fromkeys(("beam", "laguna"), _GATED),
-    **dict.fromkeys(("axk2", "dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
     **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), f"{_STATE} beside attention"),
     **dict.fromkeys(
         (
@@ -45,8 +45,9 @@ REASONS: dict[str, str] = {
         f"{_DELTA}, and {_GATED}",
     ),
     **dict.fromkeys(("lfm3",), _CONVOLUTION),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"), _SPARSE),
-    "deepseek_v4": _STREAMS,
+    "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
+    "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
+    "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",
     **dict.fromkeys(
         ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"

@@ -5,6 +5,9 @@ Its cost model is :mod:`.reference_cost`: whoever changes what is held here chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,10 @@ from ..adapters import Attention, Branch, Mlp, Norm
 from ..allocation import Allocation, Gates
 from ..labels import BIAS, REST
 from ..linear_rules import linear_shares
-from ..state.layout import Layout
+from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from ..trace.attention import attention_probabilities
+from ..trace.mixing import constant_values, values_before_activation, within_taps
 from ..trace.record import AttentionTrace, MlpTrace
 from .base import Backend
 
@@ -39,7 +43,9 @@ class ReferenceBackend(Backend):
             x = state.block(prompt)  # (N, M, D)
             values = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
             if trace.recurrence is not None:
-                mixed = _recurrence(weights, trace, values, where, bias, value_constant)[read]
+                alive = (x != 0).any(-1)
+                share = partial(_activation_shared, weights, trace, layout, prompt, alive)
+                mixed = _recurrence(weights, trace, values, where, bias, value_constant, share)[read]
                 y = mixed @ weights.w_o.to(dtype).T
                 y = _written(weights, y, weights.o.bias, trace.out_scale, where[read], bias)
                 out.set_block(prompt, x[read] + y)
@@ -97,8 +103,12 @@ def _recurrence(
     where: Tensor,
     bias: int | None,
     constant: Tensor | None,
+    share: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return what the heads of a recurrence give for values (N, M, H·d), position by position."""
+    """Return what the heads of a recurrence give for values (N, M, H·d), position by position.
+
+    ``share`` gives the shares (N, M, H·d) of the values' activation, where that is not frozen at its ratio.
+    """
     frozen, dtype, conv = trace.recurrence, values.dtype, weights.conv
     assert frozen is not None
     if bias is not None and constant is not None:
@@ -106,13 +116,12 @@ def _recurrence(
     if frozen.in_ratio is not None:
         values = values * frozen.in_ratio[where].to(dtype)[:, None]
     if conv is not None:
-        taps, raw = conv.weight[:, 0].to(dtype), values
-        values = torch.zeros_like(raw)
-        for back in range(min(taps.shape[1], len(raw))):
-            values[back:] += raw[: len(raw) - back] * taps[:, -1 - back]
+        values = _convolved(values, conv.weight[:, 0].to(dtype))
         if bias is not None and conv.bias is not None:
             values[:, bias] += conv.bias.to(dtype)
-    if trace.value_ratio is not None:
+    if trace.value_rule is not None:
+        values = share(values)
+    elif trace.value_ratio is not None:
         values = values * trace.value_ratio[where].to(dtype)[:, None]
     values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
     q, k, decay = (_of_heads(x[where].to(dtype), weights.n_heads) for x in (trace.q, trace.k, frozen.decay))
@@ -129,6 +138,42 @@ def _recurrence(
         out = out + values * frozen.skip.to(dtype)[:, None]
     out = out.flatten(2)
     return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+
+
+def _convolved(values: Tensor, taps: Tensor) -> Tensor:
+    """Return values (N, M, C) convolved along the positions, with nothing before the first: taps (C, K)."""
+    out = torch.zeros_like(values)
+    for back in range(min(taps.shape[1], len(values))):
+        out[back:] += values[: len(values) - back] * taps[:, -1 - back]
+    return out
+
+
+def _activation_shared(
+    weights: Attention, trace: AttentionTrace, layout: Layout, prompt: int, alive: Tensor, c: Tensor
+) -> Tensor:
+    """Return the shares (N, M, C) of the activation of values in front of it, ``c`` (N, M, C), under a rule.
+
+    A component takes part where it is ``alive`` (N, M) at a position that the convolution reads.
+    """
+    segments, components, bias = layout.segments(prompt), layout.components[prompt], layout.index(BIAS)
+    span = slice(int(layout.packed[segments][0]), int(layout.packed[segments][-1]) + 1)
+    total, constant = values_before_activation(weights, trace, span), None
+    if bias is not None:
+        constant = constant_values(weights, trace, [len(c)], span)
+    positions = torch.from_numpy(layout.local[segments]).to(c.device)
+    gates = Gates(
+        values=c,
+        total=total.to(c.dtype),
+        alive=within_taps(alive, weights),
+        excluded=_excluded(components, positions),
+        positions=positions,
+        rest=layout.index(REST),
+        bias=bias,
+        constant=None if constant is None else (constant != 0).any(0).to(c.dtype),
+    )
+    assert trace.value_ratio is not None
+    act = total * trace.value_ratio[span].to(total)
+    return trace.value_rule.weights(gates) * act.to(c.dtype)[:, None]
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:
@@ -155,19 +200,24 @@ def _allocated(allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: La
     """Return the shares (N, M, I) of components ``x`` (N, M, D) that compete for a neuron's activation."""
     segments, components, bias = layout.segments(prompt), layout.components[prompt], layout.index(BIAS)
     where, local = (torch.from_numpy(at[segments]).to(x.device) for at in (layout.packed, layout.local))
-    births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
     constant, recorded = weights.gate_constant(x.dtype), trace.rows(where)
     gates = Gates(
         values=_projected(weights.w_gate, constant, weights.norm, x, trace.resid[where], bias),
         total=trace.gate[recorded].to(x.dtype),
         alive=(x != 0).any(-1),
-        excluded=excluded & (births != local[:, None]),
+        excluded=_excluded(components, local),
         positions=local,
         rest=layout.index(REST),
         bias=bias,
         constant=None if bias is None else constant,
     )
     return allocation.weights(gates) * trace.act[recorded].to(x.dtype)[:, None]
+
+
+def _excluded(components: Components, positions: Tensor) -> Tensor:
+    """Return which components are special tokens away from their own position: (N, M)."""
+    births, excluded = (torch.from_numpy(a).to(positions.device) for a in (components.births, components.excluded))
+    return excluded & (births != positions[:, None])
 
 
 def _linearly(rule: str, weights: Mlp, trace: MlpTrace, where: Tensor, x: Tensor, bias: int | None) -> Tensor:

@@ -8,6 +8,8 @@ a component's share depends on itself alone, whatever the blocks. The numbers ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,6 +70,19 @@ class Statistics:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.alive, *self.tables.values()))
+
+    @contextmanager
+    def undone_on_failure(self, at: slice) -> Iterator[None]:
+        """Put the numbers of some positions back as they were if memory runs out in the midst of a block."""
+        tables = {name: table[at].clone() for name, table in self.tables.items()}
+        alive = self.alive[at].clone()
+        try:
+            yield
+        except Exception:
+            self.alive[at].copy_(alive)
+            for name, table in tables.items():
+                self.tables[name][at].copy_(table)
+            raise
 
     def meet(self, block: GateBlock, at: slice, part: slice) -> None:
         """Take in a block of components, at some of the positions and neurons. Blocks come in the components' order."""

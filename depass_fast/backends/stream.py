@@ -13,8 +13,8 @@ The cost model is :mod:`.stream_cost`: whoever changes a buffer here changes it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,12 @@ from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 from .statistics import GateBlock, Statistics
-from .torch.backend import TorchBackend, add_to_bias
+from .torch.adding import add_to_bias
+from .torch.backend import TorchBackend
 from .torch.blocks import Block, scatter
 from .torch.linear import linear_block
 from .torch.mlp import MlpStep
+from .torch.sharing import VALUES, SharedValues
 
 _copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] (many copies in one call: no public name)
 
@@ -97,7 +99,7 @@ class StreamBackend(TorchBackend):
 
         def step(block: Block) -> None:
             x = self._take(state, block, device)
-            with self._undone(ahead, state.layout, block):
+            with nullcontext() if ahead is None else ahead.statistics.undone_on_failure(_at(state.layout, block)):
                 if ahead is not None and reads_input:
                     self._meet(x, state.layout, block, ahead)
                 attend(x, block)
@@ -106,7 +108,7 @@ class StreamBackend(TorchBackend):
                     self._meet(x, state.layout, block, ahead)
                 self._put(state, block, x)
 
-        self._budget.each(device, lambda undone: self._blocks(state, weights, undone=undone), step)
+        self._budget.each(device, lambda undone: self._blocks(state, weights, undone=undone, trace=trace), step)
         self._arrived(device)
         self._gathered = ahead
         return ComponentState(state.rows, state.layout, state.layer)
@@ -117,6 +119,16 @@ class StreamBackend(TorchBackend):
         state = super()._aggregate_everywhere(state, weights, trace, extras_only)
         self._arrived(weights.w_v.device)  # some of its positions are chosen next, in host memory
         return state
+
+    def _meet_values(self, shared: SharedValues, state: ComponentState) -> None:
+        key = (state.layer, VALUES)
+        if self.known is not None:
+            shared.statistics = self.known[key].on(shared.act.device)
+            return
+        super()._meet_values(shared, state)
+        self._complete(shared.statistics)
+        if self.keep:
+            self.kept[key] = shared.statistics.on(state.device)
 
     def _gathering(
         self, state: ComponentState, weights: Mlp, trace: MlpTrace, allocation: Allocation, device: torch.device
@@ -134,23 +146,6 @@ class StreamBackend(TorchBackend):
             return _Gathering(key, step, fresh)
 
         return self._budget.prepare(device, make)
-
-    @contextmanager
-    def _undone(self, gathering: _Gathering | None, layout: Layout, block: Block) -> Iterator[None]:
-        """Put statistics back as they were if memory runs out in the midst of a block."""
-        if gathering is None:
-            yield
-            return
-        at, statistics = _at(layout, block), gathering.statistics
-        tables = {name: table[at].clone() for name, table in statistics.tables.items()}
-        alive = statistics.alive[at].clone()
-        try:
-            yield
-        except Exception:
-            statistics.alive[at].copy_(alive)
-            for name, table in tables.items():
-                statistics.tables[name][at].copy_(table)
-            raise
 
     def _meet(self, rows: Tensor, layout: Layout, block: Block, gathering: _Gathering) -> None:
         """Take in a block, whose states are ``rows`` (r, D)."""
@@ -219,7 +214,7 @@ class StreamBackend(TorchBackend):
         """Take a pass for the statistics alone."""
 
         def meet(block: Block) -> None:
-            with self._undone(gathering, source.layout, block):
+            with gathering.statistics.undone_on_failure(_at(source.layout, block)):
                 self._meet(self._take(source, block, device), source.layout, block, gathering)
 
         self._budget.each(device, self._cut(source.layout, gathering.step.w_gate, device), meet)

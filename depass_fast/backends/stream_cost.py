@@ -15,7 +15,7 @@ def needs(work: Workload) -> Need:
     held = work.held()
     host = 0 if work.on_cpu else held
     met = coefficients(work) if work.linear_rule else statistics(work)
-    beside = met + held - host + work.activations() + torch_cost.folded_weights(work)
+    beside = met + held - host + work.activations() + torch_cost.folded_weights(work) + work.shared_values()
     again = 0 if work.linear_rule else gates_again(work)
     return Need(work.flop + again, workspace(work), beside, host)
 

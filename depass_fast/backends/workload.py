@@ -32,11 +32,12 @@ class LayerSize:
     skip_attention: bool = False
     may_vanish: bool = False  # activations may be exactly zero
     reads_up: bool = False  # the rule looks at the up projection
+    shared_values: int = 0  # channels of values whose activation is shared out
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
         attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
-        return attention + (1 + self.ways_in) * self.gates(width, rows)
+        return attention + 2 * width * self.shared_values * rows + (1 + self.ways_in) * self.gates(width, rows)
 
     def gates(self, width: int, rows: int) -> float:
         """FLOP of the gates alone."""
@@ -129,6 +130,10 @@ class Workload:
         keys = sum(r * (n + 1) / 2 for r, n in zip(self.row_counts, self.lengths, strict=True))
         frozen = sum(size.gates(self.width, self.positions) for size in self.passed if size.reads_up)  # U
         return sum(size.flop(self.width, self.rows, keys) for size in self.passed) + frozen
+
+    def shared_values(self) -> int:
+        """Bytes of the activations of values that are shared out, of their constants, and of who drives them."""
+        return 5 * self.positions * max((size.shared_values for size in self.passed), default=0) * max(self.item, 4)
 
     def gathered(self) -> int:
         """Bytes of W_down transposed and of both weights gathered, where activations may vanish; of all neurons.

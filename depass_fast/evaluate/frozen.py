@@ -69,6 +69,7 @@ def frozen_attention(engine: DePass, trace: Trace) -> Iterator[None]:
 def check_freezable(engine: DePass) -> None:
     """Raise ValueError where the attention of this model cannot be replaced."""
     engine.adapter.check_uniform("model: held attention")
+    engine.adapter.check_selects_nothing("model: held attention")
     if engine.adapter.observed is not None:
         kind = type(engine.adapter.module(0, "attention")).__name__
         raise ValueError(

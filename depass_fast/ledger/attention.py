@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters import Attention
 from ..runtime.products import product
 from ..trace.record import AttentionTrace
+from ..trace.selection import selected
 from .batches import Batch, Packing
 from .mixing import through_recurrence
 from .norms import FrozenNorm
@@ -138,6 +139,9 @@ class WayThroughAttention:
         if trace.key_bias is not None:
             bias = batch.take(trace.key_bias)[tile.prompts, tile.keys, tile.heads]
             logits = logits + bias.to(wide).permute(0, 2, 1)[:, :, None]
+        if trace.chosen_keys is not None:
+            chosen = batch.at_queries(trace.chosen_keys)[tile.prompts, tile.queries]
+            logits = logits.masked_fill(~selected(chosen, tile.keys.stop)[:, None, :, tile.keys], -torch.inf)
         p = logits.softmax(-1)
         if trace.row_sum is not None:
             row_sum = batch.at_queries(trace.row_sum)[tile.prompts, tile.queries, tile.heads]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..trace.attention import causal_mask
+from ..trace.attention import seen_keys
 from ..trace.record import AttentionTrace
 from .sides import Sides
 
@@ -46,7 +46,7 @@ def logits_of(
     if trace.key_bias is not None:
         bias = trace.key_bias[span][: len(keys), heads].to(raw).T[:, None]
     sink = None if sides.sink is None else sides.sink[heads, None, None]
-    return Logits(finished(raw, trace, queries, bias, sink), ratio, bias, sink is not None)
+    return Logits(finished(raw, trace, span, queries, bias, sink), ratio, bias, sink is not None)
 
 
 def capped(raw: Tensor, trace: AttentionTrace) -> Tensor:
@@ -54,12 +54,14 @@ def capped(raw: Tensor, trace: AttentionTrace) -> Tensor:
     return raw if trace.softcap is None else trace.softcap * torch.tanh(raw / trace.softcap)
 
 
-def finished(raw: Tensor, trace: AttentionTrace, queries: Tensor, bias: Tensor | None, sink: Tensor | None) -> Tensor:
+def finished(
+    raw: Tensor, trace: AttentionTrace, span: slice, queries: Tensor, bias: Tensor | None, sink: Tensor | None
+) -> Tensor:
     """Return the logits (..., Q, K) that scaled products ``raw`` become, with those of a ``sink`` (..., 1, 1) behind.
 
     ``bias`` is added to keys; keys that the ``queries`` (Q,) do not see have -inf.
     """
     values = capped(raw, trace)
     values = values if bias is None else values + bias
-    values = values.masked_fill(~causal_mask(queries, raw.shape[-1], trace.window), -torch.inf)
+    values = values.masked_fill(~seen_keys(trace, span, queries, raw.shape[-1]), -torch.inf)
     return values if sink is None else torch.cat([values, sink.expand(*values.shape[:-1], 1)], -1)

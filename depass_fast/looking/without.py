@@ -52,7 +52,7 @@ def looks_without(
         raw[:, :, 0, key] = (q * k).sum(-1).T * trace.scale
     bias = None if trace.key_bias is None else trace.key_bias[span][:n, which].to(raw).T[:, None, None]
     sink = None if sides.sink is None else sides.sink[which, None, None, None]
-    values = finished(raw, trace, torch.tensor([query], device=device), bias, sink)
+    values = finished(raw, trace, span, torch.tensor([query], device=device), bias, sink)
     return values.softmax(-1)[:, :, 0, :n]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from ..results.verification import warn_if_off
 from ..runtime.memory import available, readable
 from ..runtime.numbers import as_index
 from ..runtime.precision import full_precision
+from ..trace.attention import seen_keys
 from ..trace.record import AttentionTrace
 
 _HOOKS = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_attn_scores")
@@ -106,10 +108,13 @@ def explanations(
     """
     queries = [as_index_of_query(query, len(ids)) for ids in request.prompts]
     for ids, at in zip(request.prompts, queries, strict=True):
-        _keys(key, len(ids), at, None, layer)
+        _keys(key, len(ids), at, range(at + 1), layer)
     request = traced(fit(replace(request, reads=tuple((at,) for at in queries))))
     adapter, trace, record = request.adapter, request.require_trace(), request.require_trace().layers[layer].attention
-    keys = [_keys(key, len(ids), at, record.window, layer) for ids, at in zip(request.prompts, queries, strict=True)]
+    keys = [
+        _keys(key, len(ids), at, _seen(record, trace.span(p), at), layer)
+        for p, (ids, at) in enumerate(zip(request.prompts, queries, strict=True))
+    ]
     turns = turns_of(adapter, request.prompts, [layer])
     sides = [
         freeze_sides(adapter, layer, record, trace.span(p), turns[p][layer], wide_dtype(request))
@@ -154,11 +159,10 @@ def _named(name: str, given: Any, length: int) -> int:
         raise type(error)(str(error).replace("position:", f"{name}:", 1)) from None
 
 
-def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> list[int]:
+def _keys(key: Any, length: int, query: int, seen: Sequence[int], layer: int) -> list[int]:
     """Return the keys that are asked for: all that the query sees, one, or two."""
-    first = _first(window, query)
     if key is None:
-        return list(range(first, query + 1))
+        return list(seen)
     several = is_list_of_positions(key)
     given = list(key) if several else [key]
     if several and len(given) != 2:
@@ -169,19 +173,21 @@ def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> 
     for one, at in zip(given, found, strict=True):
         if at > query:
             raise ValueError(f"key: {one} is behind the query at position {query}, which cannot see it.")
-        if at < first:
-            raise ValueError(
-                f"key: {one} is hidden by the window of layer {layer}; the query at position {query} sees {first} to "
-                f"{query}."
-            )
+        if at not in seen:
+            if list(seen) == list(range(seen[0], query + 1)):
+                hidden, what = "hidden by the window", f"{seen[0]} to {query}"
+            else:
+                hidden, what = "not selected by the indexer", ", ".join(map(str, seen))
+            raise ValueError(f"key: {one} is {hidden} of layer {layer}; the query at position {query} sees {what}.")
     if len(found) == 2 and found[0] == found[1]:
         raise ValueError(f"key: {given[0]!r} and {given[1]!r} are the same position.")
     return found
 
 
-def _first(window: int | None, query: int) -> int:
-    """Return the first key that a query sees."""
-    return 0 if window is None else max(0, query + 1 - window)
+def _seen(record: AttentionTrace, span: slice, query: int) -> list[int]:
+    """Return the keys that a query of the prompt at ``span`` sees."""
+    seen = seen_keys(record, span, torch.tensor([query], device=record.resid.device), query + 1)
+    return seen[0].nonzero()[:, 0].tolist()
 
 
 def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
@@ -214,9 +220,10 @@ def _kept(
     nothing = record.q.new_empty(0)
     bias = None if record.key_bias is None else record.key_bias[span]
     own = replace(record, resid=record.resid[span], q=nothing, k=nothing, key_bias=bias)  # of this prompt alone
+    own = own if record.chosen_keys is None else replace(own, chosen_keys=record.chosen_keys[span])
     given: dict[str, Any] = {"rows": kept, "sides": sides, "record": own, "query": query}
     given["span"] = slice(0, span.stop - span.start)
-    is_whole = len(keys) == query + 1 - _first(record.window, query)
+    is_whole = len(keys) == len(_seen(record, span, query))
     looks = partial(_looks, heads=heads, **given) if is_whole else None
     return partial(_parts, **given), looks
 

@@ -188,7 +188,8 @@ def _made_of(request: Request) -> tuple:
     kind, rule, source = request.components, request.run.allocation, request.require_trace().source
     ids, excluded = tuple(request.prompts[0].tolist()), tuple(sorted(request.excluded[0]))
     what = (kind.kind, request.layer, kind.site, kind.identity(), request.has_bias)
-    return (*what, ids, excluded, rule.rule, rule.temperature, source)
+    name = rule.rule if request.run.value_rule is None else f"{rule.rule}, activations of values shared"
+    return (*what, ids, excluded, name, rule.temperature, source)
 
 
 def _is_of(known: Partition, request: Request) -> bool:

@@ -168,9 +168,13 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     rows = [sum(range(n, 0, -ranks)) + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
     every = 0 if ranks == 1 or isinstance(kind, Tokens | Neurons | Features) else sum(named) * max(lengths)
     first_end = kind.entry(adapter).first_end
+    shares = options.value_activation == "shared" and allocation.linear_rule is None
     passed = [
         replace(
-            size, skip_attention=entering <= i < first_end, reads_up=size.has_up and looks_at_up(allocation.linear_rule)
+            size,
+            skip_attention=entering <= i < first_end,
+            reads_up=size.has_up and looks_at_up(allocation.linear_rule),
+            shared_values=size.v if shares and adapter.activates_values(i) else 0,
         )
         for i, size in enumerate(layer_sizes(adapter))
     ]

@@ -17,7 +17,7 @@ from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons
 from ..components.start import meets_bias
 from ..options import Adjoint, Options
-from ..trace.size import bytes_per_position
+from ..trace.size import bytes_per_position, selection_bytes
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
 
@@ -153,7 +153,7 @@ class ForwardPass:
     def of(adapter: Adapter, lengths: Sequence[int], traced: bool) -> ForwardPass:
         positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
         layers = layer_sizes(adapter)
-        trace = positions * bytes_per_position(adapter, adapter.dtype)
+        trace = positions * (bytes_per_position(adapter, adapter.dtype) + selection_bytes(adapter, max(lengths)))
         if traced:
             return ForwardPass(trace, 0, 0, 0.0)
         mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)

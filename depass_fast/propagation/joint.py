@@ -31,7 +31,7 @@ def can_propagate_jointly(trace: Trace, run: Run) -> bool:
     """True if states can be carried together: by this backend, with jagged rows, and no values are clamped."""
     each = (layer.attention for layer in trace.layers if layer.attention is not None)
     clamped = any(one.value_ratio is not None and one.recurrence is None for one in each)
-    return run.backend.jagged and run.backend.joins and not clamped
+    return run.backend.jagged and run.backend.joins and not clamped and run.value_rule is None
 
 
 @dataclass(frozen=True)

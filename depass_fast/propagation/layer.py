@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,7 +41,10 @@ def through_attention(
         source = _copy(state) if queries is None else state.at(queries)
     if queries is None:
         run.operations.expect(layer, record, run.allocation)
-    state = run.operations.aggregate_ov(state, layer.attention, record.attention, queries)
+    attention = record.attention
+    if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
+        attention = replace(attention, value_rule=run.value_rule)
+    state = run.operations.aggregate_ov(state, layer.attention, attention, queries)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source
 

@@ -34,6 +34,11 @@ def reference_attention(
     held = len(segments) * (4 * state.rows.shape[1] + heads)  # numbers per component
     dtype = _dtype(weights.w_v.device, held)
     size = max(1, REFERENCE_BYTES // (held * dtype.itemsize))
+    if trace.value_rule is not None:  # components meet in the values' activation: all are needed, at once
+        every = np.arange(len(state.layout.components[prompt]))
+        part = _excerpt(state, segments, every, weights.w_v.device, dtype)
+        here = Layout.of(part.layout.components, part.layout.packed[:1], [np.array([position])])
+        return ReferenceBackend().aggregate_ov(part, weights, trace, here).rows[to_device(chosen, state.device)]
     parts = []
     for first in range(0, len(chosen), size):
         part = _excerpt(state, segments, chosen[first : first + size], weights.w_v.device, dtype)

@@ -26,11 +26,20 @@ class Run:
     memory_budget: int | None
     progress: bool = True
     verifier: Verifier | None = None
+    shares_values: bool = False  # the activations of a recurrence's values, by the allocation; False: they are frozen
 
     @property
     def operations(self) -> Backend:
         """The backend for the steps of a layer and the readout, watched if ``verify`` was given."""
         return self.backend if self.verifier is None else self.verifier.around(self.backend)
+
+    @property
+    def value_rule(self) -> Allocation | None:
+        """The allocation of the activations behind a recurrence's values; None: they are frozen at their ratios.
+
+        That is the same under a linear rule: such an activation is zero at zero, and has no up projection beside it.
+        """
+        return self.allocation if self.shares_values and self.allocation.linear_rule is None else None
 
     def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
         """Begin to verify states of ``trace``, read at ``reads`` of every prompt; without ``verify`` do nothing."""

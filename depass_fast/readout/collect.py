@@ -197,6 +197,7 @@ def how_computed(request: Request, prompt: int) -> dict[str, Any]:
         "allocation": run.allocation.name,
         "temperature": run.allocation.temperature,
         "exclude_special": sorted(request.excluded[prompt]) if kept_out else [],
+        "value_activation": None if run.value_rule is None else "shared",
         "backend": run.backend.name,
         "device": str(adapter.device),
         "dtype": dtype_name(adapter.dtype),

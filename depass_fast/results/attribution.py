@@ -85,6 +85,7 @@ class Attribution:
     memory_budget: int | None = None  # bytes of workspace that were used in the end; None: not bounded
     verification: Verification | None = None
     exclude_special: list[int] | None = None
+    value_activation: str | None = None  # "shared" where the allocation shared out the activations of values
     state_dtype: str | None = None
     compute_dtype: str | None = None  # of the products
     site: str | None = None
@@ -169,6 +170,7 @@ class Attribution:
                 "sweep",
                 "allocation",
                 "temperature",
+                "value_activation",
                 "reduced",
             ),
             *("exclude_special", "backend", "device", "dtype", "state_dtype", "compute_dtype", "completeness_error"),
@@ -207,6 +209,7 @@ class Attribution:
             "memory_budget": self.memory_budget,
             "verification": None if self.verification is None else asdict(self.verification),
             **{name: getattr(self, name) for name in ("exclude_special", "state_dtype", "compute_dtype", "site")},
+            "value_activation": self.value_activation,
             "end": self.end,
             "sweep": self.sweep,
             "reduced": self.reduced,

@@ -114,6 +114,11 @@ class _Shared:
         return self.by_layer[0].method
 
     @property
+    def value_activation(self) -> str | None:
+        """ "shared" where the allocation shared out the activations of values (recurrent layers), else None."""
+        return self.by_layer[0].value_activation
+
+    @property
     def exclude_special(self) -> list[int] | None:
         """The positions that were kept out of the allocation."""
         return self.by_layer[0].exclude_special

@@ -123,6 +123,7 @@ def about(result: Result) -> str:
     about = result.estimate or ("exact under a linear rule" if result.is_exact and result.method != "exact" else "")
     how = result.method + (f" ({about})" if about else "")
     verified = "" if result.verification is None else f"verified: {result.verification} | "
+    rule += ", activations of values shared" if result.value_activation == "shared" else ""
     end = "" if result.end is None else f" read entering layer {result.end}"
     return (
         f"{result.components} at {result.layer_text()}{end} | {how} | {rule}{_excluded(result)} | "

@@ -110,6 +110,7 @@ def _options(asked: Asked) -> dict[str, Any]:
     return {
         "allocation": Allocation(options.allocation).name,
         "temperature": options.temperature,
+        "value_activation": options.value_activation,
         "exclude_special": special if isinstance(special, bool) else list(special),
         "state_dtype": dtype_name(state),
         "compute_dtype": dtype_name(compute),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .record import AttentionTrace
+from .selection import selected
 
 TILE = 1 << 24  # most logits held at once, in elements
 
@@ -24,18 +25,20 @@ def causal_attention(
     softcap: float | None,
     key_bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    chosen_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
 
     ``key_bias`` (N, H) is added to the logits of keys. ``sinks`` (H,) are logits of nothing; with them the sums of P's
-    rows are returned as well, (P, H, N) in float32 or wider, else None.
+    rows are returned as well, (P, H, N) in float32 or wider, else None. ``chosen_keys`` (P, N, K) are those that
+    queries may see.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if softcap is None and key_bias is None and sinks is None:
+    if softcap is None and key_bias is None and sinks is None and chosen_keys is None:
         return _fused(q, k, v, scale, window), None
-    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks)
+    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -61,6 +64,7 @@ def _tiled(
     softcap: float | None,
     key_bias: Tensor | None,
     sinks: Tensor | None,
+    chosen_keys: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention whose logits are changed before the softmax, some queries at a time, and the sums of P's rows."""
     n = q.shape[2]
@@ -73,6 +77,7 @@ def _tiled(
         if key_bias is not None:
             logits = logits + key_bias.T[:, None]
         seen = causal_mask(queries, n, window)
+        seen = seen if chosen_keys is None else (seen & selected(chosen_keys[:, queries], n))[:, None]
         logits.masked_fill_(~seen, -torch.inf)
         p = logits.softmax(-1)
         if sinks is not None and row_sum is not None:
@@ -87,6 +92,12 @@ def causal_mask(queries: Tensor, n_keys: int, window: int | None) -> Tensor:
     keys = torch.arange(n_keys, device=queries.device)
     mask = keys <= queries[:, None]
     return mask if window is None else mask & (keys > queries[:, None] - window)
+
+
+def seen_keys(trace: AttentionTrace, span: slice, queries: Tensor, n_keys: int) -> Tensor:
+    """True where local positions ``queries`` (Q,) of the prompt at ``span`` see one of its first keys: (Q, n_keys)."""
+    seen = causal_mask(queries, n_keys, trace.window)
+    return seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[span][queries], n_keys)
 
 
 def check_softmax(trace: AttentionTrace) -> None:
@@ -106,7 +117,9 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    p = logits.masked_fill(~causal_mask(queries, len(keys), trace.window), -torch.inf).softmax(-1)
+    seen = causal_mask(queries, len(keys), trace.window)
+    seen = seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[keys[queries]], len(keys))
+    p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
 
 
@@ -128,6 +141,8 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     logits = logits.view(kv * groups, -1, n)  # (H, Q, N)
     if trace.key_bias is not None:
         logits += trace.key_bias[span].to(dtype).T[:, None]
+    if trace.chosen_keys is not None:
+        logits.masked_fill_(~selected(trace.chosen_keys[span][queries], n), -torch.inf)
     p = logits.softmax(-1)
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
 

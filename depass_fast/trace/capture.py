@@ -25,7 +25,7 @@ from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision
 from .record import Trace
-from .recorder import ATTENTION_NAME, Recorder, active
+from .recorder import Recorder, active, attention_name
 from .untouched import untouched_pass
 
 _COMPARED = 256  # positions of a prompt that also go through the untouched model: later ones depend on these
@@ -89,7 +89,7 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
         if end is not None:
             undo.callback(RecordingHook(recorder, recorder.final, "normed_final").after(end))
         if adapter.observed is None:
-            change_config(adapter, "_attn_implementation", ATTENTION_NAME, undo)
+            change_config(adapter, "_attn_implementation", attention_name(adapter), undo)
         undo.callback(setattr, active, "recorder", getattr(active, "recorder", None))
         active.recorder = recorder
         yield

@@ -22,6 +22,7 @@ from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
 from .record import LayerTrace, Trace
+from .selection import selected
 from .untouched import UntouchedPass
 
 # part of a layer -> the names under which its input and its output are recorded at the watched positions
@@ -145,10 +146,10 @@ def _check_reading(found: Consistency, name: str, linear: Linear, inputs: Tensor
 def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, dtype: torch.dtype) -> None:
     """Compare the last prompt's states with those of the untouched model.
 
-    They are compared at the end where all routers decided the same. Near a tie a router may decide otherwise, which
-    moves its position by half of its size. Such a position is compared by the input of that mixture, and so is every
-    later position, which may look at it. Most of these move by little: the median position is also held to the
-    tolerance, as far as its own routers agree.
+    They are compared at the end where all routers, and indexers of sparse attention, decided the same. Near a tie one
+    may decide otherwise, which moves its position by half of its size. Such a position is compared by what entered that
+    decision, and so is every later position, which may look at it. Most of these move by little: the median position is
+    also held to the tolerance, as far as its own decisions agree.
 
     Raises:
         RuntimeError: they differ.
@@ -159,14 +160,15 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
     if dtype.itemsize < 4:  # of the weights: Mamba's residual stream may be wider
         # a recurrence adds up what a softmax averages, and with it the model's own rounding
         tolerance = 0.25 if any(x.attention and x.attention.recurrence for x in trace.layers) else 0.1
-    pairs = [({name: records[index][name][span] for name in its}, its) for index, its in own.mixtures.items()]
-    ends = trace.normed_final[span]
-    read = [_differences(got["experts_input"], its["experts_input"]).to(device) for got, its in pairs]
-    differences = torch.stack([*read, _differences(ends, own.end.to(ends)).to(device)])  # (mixtures + 1, N)
-    agree = torch.zeros(len(pairs), len(own.end), dtype=torch.bool, device=device)
-    for row, (got, its) in zip(agree, pairs, strict=True):
-        row.copy_(_same_decision(got, its, tolerance))
-    alone = agree.cumprod(0).sum(0)  # (N,) mixtures before a position's first disagreement
+    ends, read = trace.normed_final[span], []
+    agree = torch.zeros(len(own.decisions), len(own.end), dtype=torch.bool, device=device)
+    for row, (index, its) in zip(agree, own.decisions, strict=True):
+        got = {name: records[index][name][span] for name in its}
+        entry = "resid_pre" if "chosen_keys" in its else "experts_input"
+        read.append(_differences(got[entry], its[entry]).to(device))
+        row.copy_(_same_selection(got, its) if "chosen_keys" in its else _same_decision(got, its, tolerance))
+    differences = torch.stack([*read, _differences(ends, own.end.to(ends)).to(device)])  # (decisions + 1, N)
+    alone = agree.cumprod(0).sum(0)  # (N,) decisions before a position's first disagreement
     for reached, worst in ((alone.cummin(0).values, torch.max), (alone, torch.median)):
         found.note(
             "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
@@ -182,6 +184,12 @@ def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: fl
     same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
     weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
     return same & (_differences(weights, own_weights) <= tolerance)
+
+
+def _same_selection(got: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
+    """True where two passes selected the same keys, of those that a query may see: (N,)."""
+    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])).tril() for its in (got, own)]
+    return (seen[0] == seen[1].to(seen[0].device)).all(1)
 
 
 def _check_attention(

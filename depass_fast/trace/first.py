@@ -65,7 +65,7 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
-    kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "row_sum", *scales)
+    kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "chosen_keys", "row_sum", *scales)
     return replace(attention, recurrence=recurrence, **kept)
 
 

@@ -113,6 +113,10 @@ class FrozenMixing:
         out, here = y.new_empty(y.shape), ratio[self._span.start + start : self._span.stop, None].to(y)
         return torch.mul(y, here.unflatten(2, (self.heads, d)), out=out).flatten(2)
 
+    def convolved(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return values (N - start, B, H·d) behind gate and convolution: in front of the activation."""
+        return self._convolved(self._times(values, self._frozen.in_ratio, start), _ALL)
+
     def mixed(self, x: Tensor, start: int, transposed: bool = False) -> Tensor:
         """Apply the recurrence, or its transpose, to shaped values (H, N - start, F)."""
         if self.is_short:
@@ -228,26 +232,68 @@ def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]
     """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
     if trace.recurrence is None and trace.out_ratio is None:
         return None
-    conv, wide = weights.conv, torch.promote_types(trace.q.dtype, torch.float32)
-    value, bias = weights.value_constant(wide), None if conv is None else conv.bias
+    wide = torch.promote_types(trace.q.dtype, torch.float32)
     if trace.recurrence is None:
+        value = weights.value_constant(wide)
         if value is None or trace.out_ratio is None:
             return None
         heads = value.view(weights.n_kv_heads, 1, -1).expand(-1, weights.n_heads // weights.n_kv_heads, -1).flatten()
         heads = heads.view(weights.n_heads, -1)
         sums = None if trace.row_sum is None else trace.row_sum.to(wide)[..., None]
         return (heads if sums is None else sums * heads).flatten(-2) * trace.out_ratio.to(wide)
-    if value is None and bias is None:
+    given = constant_values(weights, trace, lengths)
+    if given is None:
         return None
-    width = weights.v.shape[0]
-    given = torch.zeros(sum(lengths), width, dtype=wide, device=trace.q.device)
-    given = given if value is None else given + value
-    if trace.recurrence.in_ratio is not None:
-        given = given * trace.recurrence.in_ratio.to(wide)
-    if conv is not None:
-        given = convolve(given, conv.weight[:, 0].to(wide), None if bias is None else bias.to(wide), lengths)
     given = given if trace.value_ratio is None else given * trace.value_ratio.to(wide)
     return apply(weights, trace, given, lengths, shaped=True)
+
+
+def constant_values(
+    weights: Attention, trace: AttentionTrace, lengths: list[int], span: slice = slice(None)
+) -> Tensor | None:
+    """Return the constant part of a recurrence's values behind their convolution (T, H·d); None without one.
+
+    ``lengths`` are those of the prompts at packed positions ``span``.
+    """
+    wide = torch.promote_types(trace.q.dtype, torch.float32)
+    value, bias = weights.value_constant(wide), None if weights.conv is None else weights.conv.bias
+    if value is None and bias is None:
+        return None
+    given = torch.zeros(sum(lengths), weights.v.shape[0], dtype=wide, device=trace.q.device)
+    return _behind_convolution(weights, trace, given if value is None else given + value, lengths, bias, span)
+
+
+def values_before_activation(weights: Attention, trace: AttentionTrace, span: slice) -> Tensor:
+    """Return the values of one prompt's residual stream in front of their activation, constants included: (N, H·d)."""
+    wide = torch.promote_types(trace.q.dtype, torch.float32)
+    x, constant = trace.resid[span].to(wide), weights.value_constant(wide)
+    x = x if weights.norm is None else weights.norm.apply(x, weights.scale(x))
+    values = x @ weights.w_v.to(wide).T
+    values = values if constant is None else values + constant
+    bias = None if weights.conv is None else weights.conv.bias
+    return _behind_convolution(weights, trace, values, [len(values)], bias, span)
+
+
+def within_taps(alive: Tensor, weights: Attention) -> Tensor:
+    """Return which components (N', B) are alive at one of the positions that the convolution reads."""
+    taps = 1 if weights.conv is None else weights.conv.weight.shape[-1]
+    out = alive.clone()
+    for back in range(1, min(taps, len(alive))):
+        out[back:] |= alive[:-back]
+    return out
+
+
+def _behind_convolution(
+    weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], bias: Tensor | None, span: slice
+) -> Tensor:
+    """Return values (T, H·d) behind their gate and convolution."""
+    assert trace.recurrence is not None
+    if trace.recurrence.in_ratio is not None:
+        values = values * trace.recurrence.in_ratio[span].to(values)
+    if weights.conv is None:
+        return values
+    bias = None if bias is None else bias.to(values)
+    return convolve(values, weights.conv.weight[:, 0].to(values), bias, lengths)
 
 
 def frozen(recurrence: Recurrence) -> RecurrenceTrace:

@@ -43,8 +43,9 @@ class RecurrenceTrace:
 class AttentionTrace:
     """Frozen attention of one layer: q (T, H, d) and k (T, Hkv, d) after rotary embedding, and the mask's kind.
 
-    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. Where attention
-    has sinks (logits of nothing), P's rows sum to less than one: P is the softmax without the sinks, times ``row_sum``.
+    The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. In sparse
+    attention queries see their ``chosen_keys`` alone. Where attention has sinks (logits of nothing), P's rows sum to
+    less than one: P is the softmax without the sinks, times ``row_sum``.
     """
 
     resid: Tensor  # (T, D) the residual stream that it reads
@@ -54,12 +55,16 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
+    chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped, or act(c) / c
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
     recurrence: RecurrenceTrace | None = None  # in the place of the softmax: q and k are its own
+    # of one run, and not recorded: the allocation that shares out the activation of a recurrence's values, which is
+    # otherwise frozen at `value_ratio`
+    value_rule: Any = None
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
 
     __repr__ = brief_repr
@@ -84,6 +89,10 @@ class AttentionTrace:
         """
         if not weights.has_bias:  # also those of the same model that leave its biases out
             return None
+        if self.value_rule is not None:  # constants of values drive the activation, among the components
+            return weights.written_constant(
+                weights.o.bias, None if self.out_scale is None else self.out_scale[at], dtype
+            )
         if self.constant_heads is not None:
             raw = self.constant_heads[at].to(dtype) @ weights.w_o.to(dtype).T
             raw = raw if weights.o.bias is None else raw + weights.o.bias.to(dtype)

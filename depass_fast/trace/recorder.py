@@ -16,8 +16,10 @@ from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choice
 from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
 from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
+from .selection import padded_to, register_with_mask
 
 ATTENTION_NAME = "depass_fast_recorder"
+SELECTING_NAME = "depass_fast_recorder_with_mask"  # for models whose indexers read a mask
 
 active = threading.local()  # `recorder`: the recorder of this thread's forward pass
 
@@ -40,6 +42,7 @@ class Recorder:
         self.positions: list[int] = []  # all positions that are checked, among those of all prompts
         self.layers: list[dict[str, Any]] = [{} for _ in range(adapter.n_layers)]
         self.final: dict[str, Any] = {}
+        self._selecting = -1  # the last layer whose indexer selected keys
 
     def enter(self, lengths: list[int]) -> None:
         """Note that prompts of these lengths go through the model next."""
@@ -63,24 +66,31 @@ class Recorder:
         v: Tensor,
         key_bias: Any = None,
         sinks: Tensor | None = None,
+        indices: Tensor | None = None,
         **mask: Any,
     ) -> Tensor:
         """Record Q and K, and attend within each prompt. q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d).
 
         ``key_bias`` maps a prompt's length N to what is added to its keys' logits, (N, H). ``sinks`` (H,) are logits of
-        nothing that every query also has. ``mask`` holds ``scale``, ``window`` and ``softcap``.
+        nothing that every query also has. ``indices`` (1, T, K) are the keys that an indexer selected for every
+        query, of one prompt alone. ``mask`` holds ``scale``, ``window`` and ``softcap``.
         """
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
-        in_memory = mask["softcap"] is not None or key_bias is not None or sinks is not None  # the logits, not fused
+        changed = (mask["softcap"], key_bias, sinks, indices)
+        in_memory = any(x is not None for x in changed)  # the logits, not fused
+        if indices is not None:
+            self._keep_selection(index, indices)
         for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             # torch may hold all logits, too
             at_once = 1 if in_memory else max(1, attention.TILE // (q.shape[1] * length**2))
             packed = [x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v)]
             prompts = [x.transpose(0, 1) for x in packed]
-            for output, row_sum in _attend_in_parts(prompts, at_once, key_bias=bias, sinks=sinks, **mask):
+            for output, row_sum in _attend_in_parts(
+                prompts, at_once, key_bias=bias, sinks=sinks, chosen_keys=indices, **mask
+            ):
                 outputs.append(output)
                 sums.append(row_sum)
             biases += [bias] * count
@@ -96,6 +106,15 @@ class Recorder:
             self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
             self.keep(record, "attended", out[0, self.watched].flatten(1))
         return out
+
+    def _keep_selection(self, index: int, indices: Tensor) -> None:
+        """Record the keys that layer ``index`` sees, or the layer that selected them, if that was another."""
+        if self.adapter.selects is None or not self.adapter.one_by_one:
+            raise RuntimeError(f"layer {index}: an indexer selects its keys, which its family does not declare.")
+        if self.adapter.has_indexer(index):
+            self._selecting = index
+            self.keep(self.layers[index], "chosen_keys", padded_to(self.adapter.selects, indices))
+        self.layers[index]["selected_by"] = self._selecting
 
     def scale_heads(self, index: int, heads: Tensor, ratio: Tensor) -> Tensor:
         """Record the factors of what heads give, both (T, H·d), and return their product."""
@@ -179,11 +198,13 @@ class Recorder:
         if recurrence is not None:
             kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
             recurrence = frozen(replace(recurrence, **kept))
+        chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         made = AttentionTrace(
             resid=record["resid_pre"],
             q=record["q"],
             k=record["k"],
             key_bias=record.get("key_bias"),
+            chosen_keys=None if chosen is None or np.diff(self.offsets).max() <= chosen.shape[1] else chosen,
             row_sum=record.get("row_sum"),
             latent_scale=record.get("latent_scale"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
@@ -209,6 +230,11 @@ class Recorder:
                 "not call these modules, or not through transformers' attention interface; supported: "
                 "transformers 4.51 to 5.x, models as transformers defines them."
             )
+
+
+def attention_name(adapter: Adapter) -> str:
+    """The name of our attention function for this model."""
+    return ATTENTION_NAME if adapter.selects is None else SELECTING_NAME
 
 
 def is_recording(recorder: Recorder) -> bool:
@@ -240,6 +266,7 @@ def _attention_function(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls by name: it leaves everything to this thread's recorder."""
@@ -252,7 +279,9 @@ def _attention_function(
     index = recorder.places[id(module)] if known else module.layer_idx
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
-    return recorder.attend(index, query, key, value, sinks=s_aux, scale=scaling, window=window, softcap=softcap), None
+    mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
+    return recorder.attend(index, query, key, value, sinks=s_aux, indices=indices, **mask), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention_function)
+register_with_mask(SELECTING_NAME, _attention_function)

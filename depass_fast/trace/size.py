@@ -34,7 +34,8 @@ def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int
     Raises:
         ValueError: the family is not supported.
     """
-    return sum(lengths) * _bytes_per_position(_Key(config), dtype)
+    adapter, each = _measured(_Key(config), dtype)
+    return sum(lengths) * (each + selection_bytes(adapter, max(lengths)))
 
 
 class _Key:
@@ -51,18 +52,26 @@ class _Key:
 
 
 @functools.lru_cache(maxsize=16)
-def _bytes_per_position(key: _Key, dtype: torch.dtype) -> int:
-    return bytes_per_position(without_weights(key.config), dtype)
+def _measured(key: _Key, dtype: torch.dtype) -> tuple[Adapter, int]:
+    adapter = without_weights(key.config)
+    return adapter, bytes_per_position(adapter, dtype)
 
 
 def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
-    """The bytes of a trace per position, for a model of ``dtype``."""
+    """The bytes of a trace per position, for a model of ``dtype``, beside those of selected keys."""
     width, end = adapter.hidden_size, dtype.itemsize
     if getattr(adapter.config, "residual_in_fp32", False):  # Mamba's layers read the stream in the weights' dtype
         end = torch.promote_types(dtype, torch.float32).itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))
     return _INDEX + stream * width * end + layers
+
+
+def selection_bytes(adapter: Adapter, longest: int) -> int:
+    """The bytes per position of the keys that indexers select, for prompts of up to ``longest`` tokens."""
+    if adapter.selects is None or longest <= adapter.selects:  # every key is selected
+        return 0
+    return sum(map(adapter.has_indexer, range(adapter.n_layers))) * adapter.selects * torch.int32.itemsize
 
 
 def without_weights(config: Any) -> Adapter:

@@ -20,7 +20,7 @@ from ..adapters import Adapter
 from ..adapters.query_key import head_norms, projections
 from ..adapters.stored import stored_shape
 from .exclusive import change_config, exclusive
-from .recorder import ATTENTION_NAME, Recorder, active
+from .recorder import Recorder, active, attention_name
 
 _ALIKE = 64  # eps, of vectors between 0.5 and 1.5: rounding
 _SIZE = 2.0**-8  # of the unit vectors, so that a clamp of queries and keys does not see them
@@ -66,7 +66,7 @@ def measure_turns(adapter: Adapter, ids: Tensor, layers: Collection[int]) -> dic
     watcher = _Watcher(adapter, ids.to(adapter.device), set(layers))
     with exclusive(adapter) as undo:
         if adapter.observed is None:
-            change_config(adapter, "_attn_implementation", ATTENTION_NAME, undo)
+            change_config(adapter, "_attn_implementation", attention_name(adapter), undo)
         undo.callback(setattr, active, "recorder", getattr(active, "recorder", None))
         active.recorder = watcher
         watcher.enter([len(ids)])

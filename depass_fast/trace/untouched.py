@@ -16,14 +16,15 @@ from .exclusive import exclusive
 
 @dataclass
 class UntouchedPass:
-    """The end of a forward pass over N positions, and the decisions of its mixtures of experts.
+    """The end of a forward pass over N positions, and the decisions of its mixtures of experts and indexers of keys.
 
-    ``end`` (N, D) is the output of the last norm. ``mixtures`` holds, for every layer with experts, their input, the
-    router's weights and its choices, under the names that a :class:`depass_fast.trace.recorder.Recorder` gives them.
+    ``end`` (N, D) is the output of the last norm. ``decisions`` holds, in their order, the layer of every decision and
+    what belongs to it, under the names that a :class:`depass_fast.trace.recorder.Recorder` gives them: the experts'
+    input, the router's weights and its choices, or the residual stream and the keys that were selected.
     """
 
     end: Tensor
-    mixtures: dict[int, dict[str, Tensor]]
+    decisions: list[tuple[int, dict[str, Tensor]]]
 
 
 @torch.no_grad()
@@ -32,13 +33,15 @@ def untouched_pass(adapter: Adapter, ids: Tensor) -> UntouchedPass:
     watcher = _Watcher()
     with exclusive(adapter) as undo:
         for index in range(adapter.n_layers):
+            if adapter.has_indexer(index):
+                watcher.watch_indexer(adapter, index, undo)
             if adapter.is_mixture(index):
                 watcher.watch_experts(adapter, index, undo)
         end = adapter.final_norm_module or adapter.blocks[-1]
         undo.callback(end.register_forward_hook(watcher.note_end).remove)
         adapter.run(ids[None])
     assert watcher.end is not None
-    return UntouchedPass(watcher.end, watcher.mixtures)
+    return UntouchedPass(watcher.end, watcher.decisions)
 
 
 @dataclass
@@ -46,7 +49,7 @@ class _Watcher:
     """Keeps what its hooks see in the thread that made it; other threads may use the model meanwhile."""
 
     end: Tensor | None = None
-    mixtures: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    decisions: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
     thread: int = field(default_factory=threading.get_ident)
 
     def note_end(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -59,11 +62,27 @@ class _Watcher:
         def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if threading.get_ident() == self.thread:
                 x = args[0] if args else kwargs["hidden_states"]
-                self.mixtures[index] = {"experts_input": x.detach().flatten(0, -2)}
+                self.decisions.append((index, {"experts_input": x.detach().flatten(0, -2)}))
 
         def decided(weights: Tensor, chosen: Tensor) -> None:
             if threading.get_ident() == self.thread:
-                self.mixtures[index] |= {"router_weights": weights.detach(), "chosen": chosen}
+                self.decisions[-1][1].update(router_weights=weights.detach(), chosen=chosen)
 
         undo.callback(adapter.module(index, "mlp").register_forward_pre_hook(read, with_kwargs=True).remove)
         undo.callback(adapter.watch_router(index, decided))
+
+    def watch_indexer(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
+        """Hook up the indexer that selects the keys of one layer."""
+
+        def read(module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
+
+        def selects(module: nn.Module, args: tuple, indices: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions[-1][1]["chosen_keys"] = indices[0]
+
+        norm, indexer = adapter.module(index, "attention_norm"), adapter.module(index, "indexer")
+        assert norm is not None and indexer is not None
+        undo.callback(norm.register_forward_pre_hook(read).remove)
+        undo.callback(indexer.register_forward_hook(selects).remove)

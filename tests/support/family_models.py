@@ -29,6 +29,7 @@ from tests.support.family_shapes import (
 )
 from tests.support.late_variants import LATE_VARIANTS, OF_TRANSFORMERS_5
 from tests.support.recurrent_models import RECURRENT
+from tests.support.sparse_models import SPARSE
 
 # name -> (model_type, what differs from the shape above)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -279,6 +280,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     **LATE_VARIANTS,
+    **SPARSE,
     **RECURRENT,
 }
 _NAMES = {

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...trace.attention import causal_mask
+from ...trace.attention import seen_keys
 from ...trace.record import AttentionTrace
 from .blocks import Block
 from .workspace import Workspace
@@ -27,7 +27,7 @@ class FrozenAttention:
         self.row_sum = None if trace.row_sum is None else trace.row_sum[keys]  # (N, H)
         self.out_scale = None if trace.out_scale is None else trace.out_scale[keys]  # (N,)
         self.out_ratio = None if trace.out_ratio is None else trace.out_ratio[keys]  # (N, H·d)
-        self.trace, self.dtype = trace, dtype
+        self.trace, self.span, self.dtype = trace, keys, dtype
         self.kv, self.groups = k.shape[1], q.shape[1] // k.shape[1]
         n = len(q)
         heads = max(1, min(self.kv, tile // (self.groups * n * n)))
@@ -66,7 +66,8 @@ class FrozenAttention:
         logits = logits.unflatten(1, (self.groups, -1))
         if self.key_bias is not None:
             logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
-        seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
+        here = torch.arange(queries.start, queries.stop, device=q.device)
+        seen = seen_keys(self.trace, self.span, here, n_keys)
         p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
         if self.row_sum is not None:
             p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace
 from ..active import transposed
+from .adding import add_everywhere, add_later, add_to_bias
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, scatter
 from .bounded import BoundedBackend
@@ -33,6 +35,7 @@ from .linear import LinearStep, linear_chunk
 from .mixing import mixing
 from .mlp import MlpStep, general_chunk, softmax_chunk
 from .queries import Asked, QueryBlock, make_query_blocks, mix_queries, query_probabilities
+from .sharing import SharedValues
 
 
 class TorchBackend(BoundedBackend):
@@ -87,7 +90,7 @@ class TorchBackend(BoundedBackend):
             attend(x, block)
             self._put(state, block, x)
 
-        self._budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone), step)
+        self._budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone, trace), step)
         return state
 
     def _attending(
@@ -96,6 +99,8 @@ class TorchBackend(BoundedBackend):
         """Return a function that adds the attention of a block to its rows (r, D), in place and last of all."""
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
+        if trace.value_rule is not None:
+            return self._sharing_values(state, weights, trace, (scale, w_v, w_o), dtype).attend
         if trace.recurrence is not None:
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
@@ -108,6 +113,20 @@ class TorchBackend(BoundedBackend):
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
 
         return attend
+
+    def _sharing_values(self, state: ComponentState, *given: Any) -> SharedValues:
+        """Return what shares out the activations of values, all of whose components have been met."""
+        shared = self._budget.prepare(given[0].w_v.device, lambda: SharedValues.of(state, *given))
+        self._meet_values(shared, state)
+        return shared
+
+    def _meet_values(self, shared: SharedValues, state: ComponentState) -> None:
+        weights, device = shared.weights, shared.act.device
+
+        def meet(block: Block) -> None:
+            shared.meet(self._take(state, block, device), block)
+
+        self._budget.each(device, lambda undone: self._blocks(state, weights, False, undone, shared.trace), meet)
 
     def _attention_weights(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, dtype: torch.dtype
@@ -149,10 +168,10 @@ class TorchBackend(BoundedBackend):
             values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (B, Hkv, 1, d) -> (H, B, d)
             writes = torch.bmm(values, w_o)
             if numbers is None:
-                _add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
+                add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
             else:
                 numbers = numbers[:, part].to(state.device, dtype)
-                _add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
+                add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
 
         self._budget.each(state.device, cut, step)
         return state
@@ -362,34 +381,3 @@ class TorchBackend(BoundedBackend):
         packed = state.layout.tensor("packed", state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
         return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
-
-
-def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
-    """Add ``constant`` (D,) or (S, D) to the rows of `bias`, if both are there."""
-    bias, counts = state.layout.index(BIAS), state.layout.counts
-    if bias is None or constant is None or not len(counts):
-        return
-    if (counts == counts[0]).all():
-        state.rows.view(len(counts), -1, state.rows.shape[1])[:, bias].add_(constant.to(state.device))
-        return
-    rows = state.layout.tensor("starts", state.device)[:-1] + bias
-    state.rows.index_add_(0, rows, constant.to(state.rows).expand(len(rows), -1))
-
-
-def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
-    """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
-    rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
-    block = rows.view(new.shape[1], -1, rows.shape[1])
-    block[:, extras + part.start : extras + part.stop].add_(new.transpose(0, 1))
-
-
-def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
-    """Add ``new`` (B, N - part.start, D) to the tokens ``part``, each from its own position on."""
-    layout, extras = state.layout, len(state.layout.components[prompt].extras)
-    starts = layout.starts[layout.segments(prompt)]
-    token = np.arange(part.start, part.stop)[:, None]
-    alive = token <= np.arange(part.start, len(starts))
-    rows = (starts[part.start :] + extras + token)[alive]
-    slots = to_device(np.flatnonzero(alive), state.device)
-    new = new.flatten(0, 1).index_select(0, slots).to(state.rows.dtype)
-    state.rows.index_add_(0, to_device(rows, state.device), new)

@@ -13,13 +13,14 @@ from ...adapters import Adapter, Attention, Mlp
 from ...runtime.budget import Budget
 from ...state.layout import Layout
 from ...state.state import ComponentState
-from ...trace.record import MlpTrace, Trace
+from ...trace.record import AttentionTrace, MlpTrace, Trace
 from .. import active
 from ..active import Groups
 from ..base import Backend, Made
 from .blocks import Block, Chunk, make_blocks, make_chunks
 from .division import Division, default_budget
 from .linear import Recorded
+from .sharing import PARTS
 from .workspace import Workspace
 
 
@@ -73,10 +74,17 @@ class BoundedBackend(Backend):
         return self._division(state).slots(state.rows.shape[1], v, o)
 
     def _blocks(
-        self, state: ComponentState, weights: Attention, extras_only: bool = False, undone: Block | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        extras_only: bool = False,
+        undone: Block | None = None,
+        trace: AttentionTrace | None = None,
     ) -> list[Block]:
         """Blocks of components for attention, all of them or those from an undone one on."""
         slots = self._slots(state, weights)
+        if trace is not None and trace.value_rule is not None:
+            slots = max(1, slots // PARTS)
         return self._cut_blocks(state.layout, slots, weights.w_v.device, extras_only, undone)
 
     def _cut_blocks(

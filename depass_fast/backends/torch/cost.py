@@ -13,7 +13,7 @@ from .division import TARGET_NEURONS, Division
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
-    beside = work.coefficients(division(work).positions) + folded_weights(work) + work.gathered()
+    beside = work.coefficients(division(work).positions) + folded_weights(work) + work.gathered() + work.shared_values()
     return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...runtime.transfer import all_to_device, to_device
 from ...state.layout import Layout
 from ...trace.record import AttentionTrace
+from ...trace.selection import selected
 from .blocks import Block
 
 
@@ -215,6 +216,8 @@ def query_probabilities(trace: AttentionTrace, asked: Asked, scale: Tensor, dtyp
         logits += asked.read(trace.key_bias).to(wide).transpose(1, 2)
     if asked.seen is not None:
         logits.masked_fill_(~asked.seen[:, None], -torch.inf)
+    if trace.chosen_keys is not None:
+        logits.masked_fill_(~selected(trace.chosen_keys[asked.at], logits.shape[-1])[:, None], -torch.inf)
     p = logits.softmax(-1).mul_(asked.read(scale)[:, None])
     if trace.row_sum is not None:
         p *= trace.row_sum[asked.at].to(wide)[..., None]

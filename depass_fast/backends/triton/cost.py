@@ -16,7 +16,7 @@ from .arena import Arena
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the triton backend needs; ``joining``: one more state joins the one that is carried."""
     arena = Arena(work.budget, work.item, work.state_item)
-    beside = work.coefficients(arena.positions) + cast_weights(work) + work.gathered()
+    beside = work.coefficients(arena.positions) + cast_weights(work) + work.gathered() + work.shared_values()
     return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 

@@ -55,6 +55,8 @@ def copied(engine: DePass, trace: Trace, rule: str, credit: float) -> Iterator[N
         raise NotPossibleError("the model's attention does not go through transformers' interface.")
     if not adapter.is_uniform:
         raise NotPossibleError("the model has recurrences, gated heads, or layers without attention or MLP.")
+    if adapter.selects is not None:
+        raise NotPossibleError("an indexer selects the keys of the model's attention.")
     if any(adapter.is_mixture(index) for index in range(adapter.n_layers)):
         raise NotPossibleError("the model is a mixture of experts, whose activations cannot be replaced.")
     with one_at_a_time, exclusive(adapter) as undo:
