@@ -65,5 +65,5 @@ class _Watcher:
             if threading.get_ident() == self.thread:
                 self.mixtures[index] |= {"router_weights": weights.detach(), "chosen": chosen}
 
-        undo.callback(adapter.module(index, "mlp").register_forward_pre_hook(read, with_kwargs=True).remove)
+        undo.callback(adapter.experts_module(index).register_forward_pre_hook(read, with_kwargs=True).remove)
         undo.callback(adapter.watch_router(index, decided))

@@ -23,8 +23,8 @@ def mixing(
     prepared: tuple[Tensor, Tensor, Tensor],
     dtype: torch.dtype,
     workspace: Workspace,
-) -> Callable[[Tensor, Block], None]:
-    """Return a function that adds what a recurrence gives a block to its rows (r, D), in place.
+) -> Callable[[Tensor, Block, Tensor], None]:
+    """Return a function that adds what a recurrence gives a block to its rows (r, D), in place; see ``_attending``.
 
     ``prepared`` are s of all positions (T,), W_V with the norm folded in, and W_O. What was made of the last prompt is
     kept for its next block.
@@ -40,10 +40,10 @@ def mixing(
             kept[prompt] = span, FrozenMixing(weights, trace, span, dtype)
         return kept[prompt]
 
-    def attend(x: Tensor, block: Block) -> None:
+    def attend(x: Tensor, block: Block, read: Tensor) -> None:
         span, mixed = of(block.prompt)
         values = workspace.take("values", (len(x), len(w_v)), x, dtype)
-        write_product(values, x.to(dtype), w_v.T)
+        write_product(values, read.to(dtype), w_v.T)
         dense = scatter(values, block).mul_(scale[span][block.start :, None, None].to(dtype))
         y = mixed.forward(dense, block.start)
         if trace.out_scale is not None:

@@ -84,10 +84,15 @@ class TritonBackend(TorchBackend):
     # -- attention ----------------------------------------------------------------------------------------------
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         with _current(state.device):
-            return super().aggregate_ov(state, weights, trace, queries)
+            return super().aggregate_ov(state, weights, trace, queries, source)
 
     def _scaled_attention(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, longest: int
@@ -99,7 +104,12 @@ class TritonBackend(TorchBackend):
         return half if takes and isinstance(half, AttentionRange) else None
 
     def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        extras_only: bool = False,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         longest = int(np.bincount(state.layout.prompt).max())
         half = self._scaled_attention(state, weights, trace, longest)
@@ -109,7 +119,7 @@ class TritonBackend(TorchBackend):
         why = _without_kernel(trace, head_bytes)
         if why is not None:
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
-            return super()._aggregate_everywhere(state, weights, trace, extras_only)
+            return super()._aggregate_everywhere(state, weights, trace, extras_only, source)
         device, layout = state.device, state.layout
         frozen = probabilities.Frozen(
             trace.q.contiguous(),
@@ -382,6 +392,8 @@ def _without_kernel(trace: AttentionTrace, head_bytes: int) -> str | None:
     """Return the part of a layer's attention that no kernel is for; None if there is none."""
     if trace.recurrence is not None or trace.out_ratio is not None:
         return "recurrences, and heads with a gate or a norm behind them"
+    if trace.head_scales is not None or trace.source is not None:
+        return "norms of values, and values of an earlier layer"
     if head_bytes > _WIDEST_HEAD:
         return f"heads of {head_bytes} bytes"
     return None if trace.value_ratio is None else "values that the model clamps"
