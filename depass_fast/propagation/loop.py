@@ -41,7 +41,7 @@ def propagate(
     run.backend.begin(adapter, trace, first, end)
     if reads is not None:
         queries = state.layout.at(trace.offsets, [np.array(r) for r in reads])
-    found, kept_values = Completeness(run.summed), KeptValues(adapter, first, end)
+    found, kept_values = Completeness(run.summed), KeptValues(adapter, state.earlier)
     found.measure(state, trace.resid_at(first, state.site))
     with progress_bar("layers", end - first, run.progress) as bar:
         for index in range(first, end):
@@ -55,7 +55,7 @@ def propagate(
                 bar.finish()
     if queries is not None and first == end:
         state = state.at(queries)
-    state.factors = None
+    state.factors, state.earlier = None, kept_values.needed(end)
     return state, found.errors()
 
 

@@ -250,8 +250,11 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)
-            assert (part.router_weight is None) == (mlp.name == "")
+            assert (part.router_weight is None) == (mlp.name == "" or mlp.follows) and mlp.follows == (
+                part.factor is not None
+            )
             act = act if part.router_weight is None else act * part.router_weight[:, None]
+            act = act if part.factor is None else act * part.factor
             assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 
@@ -280,13 +283,16 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 
         sparse = adapter.is_mixture(layer)
         ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
-        for kind, last in ((kind, last) for kind, last in ends.items() if adapter.module(layer, last) is not None):
-            note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
-            if adapter.module(layer, f"{kind}_stream_norm") is not None:
-                note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+        for branch, last in ((part, last) for part, last in ends.items() if adapter.module(layer, last) is not None):
+            note(adapter.module(layer, f"{branch}_output_norm") or adapter.module(layer, last), branch)
+            if adapter.module(layer, f"{branch}_stream_norm") is not None:
+                note(adapter.module(layer, f"{branch}_stream_norm"), f"{branch} stream")
         beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
         for expert in beside:
             note(expert, "shared")
+        kind, block = adapter.kind(layer), adapter.block(layer)
+        if kind.input_gate is not None:
+            note(block.get_submodule(kind.input_gate.output_norm), "embed")
         dp.model(ids[None])
         for handle in handles:
             handle.remove()
@@ -296,6 +302,10 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
             factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
             added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
+            if part == "mlp" and "embed" in seen:
+                added = added + seen["embed"][1]
+            if part == "mlp" and adapter.kind(layer).layer_factor is not None:
+                added = added * block.get_buffer(adapter.kind(layer).layer_factor)
             if f"{part} stream" in seen:
                 added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
             assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
@@ -312,7 +322,9 @@ def test_labels_and_where_there_is_a_bias(name):
     if adapter.is_mixture(0):
         mlp = trace.layers[0].mlps
         names = [f"E{part.part}" for part in mlp if part.positions is not None]
-        names += ["shared"] * any(part.positions is None for part in mlp)
+        whole = [dp.adapter.mlps(0)[part.part].name for part in mlp if part.positions is None]
+        assert whole in ([], ["shared"], ["shared", "embed"])
+        names += whole
         assert list(dict.fromkeys(label.split("N")[0] for label in labels)) == [
             *(f"L0{expert}" for expert in names),
             *(label for label in labels if label in ("rest", "bias")),
