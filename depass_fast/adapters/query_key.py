@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .family import Part, Path
-from .paths import below_or_none
 from .maps import Latent, Linear, Norm
+from .paths import below_or_none
 
 
 @dataclass(frozen=True)

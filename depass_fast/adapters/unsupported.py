@@ -53,10 +53,6 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "several residual streams that are mixed (AltUp)"),
     **dict.fromkeys(
-        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-        "norms of values, and layers that take the keys and values of others",
-    ),
-    **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
     ),
     **dict.fromkeys(

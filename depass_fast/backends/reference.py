@@ -43,7 +43,9 @@ class ReferenceBackend(Backend):
             read = torch.from_numpy(out.layout.local[out.layout.segments(prompt)]).to(state.device)
             x = state.block(prompt)  # (N, M, D)
             of_values = x if source is None else source.block(prompt)
-            values = _frozen_norm(weights.norm, of_values, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
+            values = (
+                _frozen_norm(weights.norm, of_values, trace.resid[where]) @ weights.w_v.to(dtype).T
+            )  # (N, M, Hkv·d)
             if trace.recurrence is not None:
                 mixed = _recurrence(weights, trace, values, where, bias, value_constant)[read]
                 y = mixed @ weights.w_o.to(dtype).T

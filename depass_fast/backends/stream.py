@@ -30,7 +30,8 @@ from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 from .statistics import GateBlock, Statistics
-from .torch.backend import TorchBackend, add_to_bias
+from .torch.adding import add_to_bias
+from .torch.backend import TorchBackend
 from .torch.blocks import Block, scatter
 from .torch.linear import linear_block
 from .torch.mlp import MlpStep

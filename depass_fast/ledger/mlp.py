@@ -40,7 +40,8 @@ class MlpBack:
 class WayThroughMlp:
     """One layer's MLPs under a linear ``rule``; with ``partial``, gradients arrive at the read positions alone.
 
-    ``parts`` are those of ``LayerTrace.mlps`` that read and write through the same norms, and side by side. Products run in ``compute``, the rest in the dtype of the gradients. ``budget`` bounds what is held, in bytes.
+    ``parts`` are those of ``LayerTrace.mlps`` that read and write through the same norms, side by side. Products run in
+    ``compute``, the rest in the dtype of the gradients. ``budget`` bounds what is held, in bytes.
     """
 
     mlps: tuple[Mlp, ...]
@@ -131,9 +132,7 @@ class WayThroughMlp:
         neurons = sum(scores[1:], scores[0]) if scores else self._nothing(read.like, len(w_gate))
         return neurons, sum(found[1:], found[0]) if found else None
 
-    def _scores(
-        self, scored: Tensor, trace: MlpTrace, places: Places, w_down: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def _scores(self, scored: Tensor, trace: MlpTrace, places: Places, w_down: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the scores of neurons (R, P, I), given gradients (R, A, D) of what they write."""
         y = product(scored[:, places.at], w_down).to(dtype)
         return self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed)

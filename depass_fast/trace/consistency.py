@@ -318,9 +318,7 @@ def _check_write(
         )
 
 
-def _experts(
-    layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[MlpTrace, ...] | None = None
-) -> Tensor:
+def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[MlpTrace, ...] | None = None) -> Tensor:
     """The sum of the experts' outputs, or of some ``parts`` of them, at positions (S,): (S, D)."""
     wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)

@@ -89,7 +89,7 @@ class LayerHooks:
         """Record the latent that values come from, and the clamping of values."""
         if isinstance(attention.v, Latent):
             self._before("v_norm", "latent_scale", attention.v.norm.scale)
-        if attention.value_norm is not None:
+        if attention.value_norm is not None and attention.source is None:
             self._after("v_proj", "head_scales", attention.value_scales)
         if attention.value_limit is not None:
             self._after("v_proj", "value_ratio", attention.clamped_ratio)

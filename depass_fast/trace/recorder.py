@@ -176,14 +176,15 @@ class Recorder:
             kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
             recurrence = frozen(replace(recurrence, **kept))
         source = self.adapter.kind(index).source
+        given = record if source is None else self.layers[source]  # what values and keys came from
         made = AttentionTrace(
-            resid=record["resid_pre"] if source is None else self.layers[source]["resid_pre"],
+            resid=given["resid_pre"],
             q=record["q"],
-            k=record["k"],
+            k=given["k"],
             key_bias=record.get("key_bias"),
             row_sum=record.get("row_sum"),
             latent_scale=record.get("latent_scale"),
-            head_scales=record.get("head_scales"),
+            head_scales=given.get("head_scales"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             out_ratio=record.get("out_ratio"),

@@ -102,12 +102,13 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
         size += attention.o.shape[1] * (wide if attention.is_recurrent else item)
     if attention.is_recurrent:
         return size + _recurrence(adapter, index, attention, item, wide)
-    size += (attention.n_heads + attention.n_kv_heads) * attention.key_dim * item
+    own = attention.source is None  # else the keys, and the scales of values, are another layer's
+    size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
     sinks = adapter.has_sinks and getattr(adapter.module(index, "attention"), "sinks", True) is not None
     size += attention.n_heads * wide * (adapter.has_alibi + sinks)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
-    size += 0 if attention.value_norm is None else attention.n_kv_heads * wide
+    size += 0 if attention.value_norm is None else own * attention.n_kv_heads * wide
     behind = attention.scales_heads or attention.value_norm is not None
     has_constant = behind and (attention.v.has_bias or _has_beta(attention))
     return size + (attention.o.shape[1] * wide if has_constant else 0)

@@ -265,6 +265,20 @@ def behind_stream(norm, total, normed, added):
     return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
 
 
+def beside(adapter, layer):
+    """Return the modules, by name, whose outputs the stream gains beside those of attention and MLP."""
+    block, gate = adapter.block(layer), adapter.kind(layer).input_gate
+    shared = getattr(block, "shared_mlp", None) if adapter.is_mixture(layer) else None
+    found = {"shared": shared, "embed": None if gate is None else block.get_submodule(gate.output_norm)}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def behind_layer(adapter, layer, seen, added):
+    """Return what MLPs add with a gate of the token's embedding among them, behind the layer's factor."""
+    added, factor = added + seen["embed"][1] if "embed" in seen else added, adapter.kind(layer).layer_factor
+    return added if factor is None else added * adapter.block(layer).get_buffer(factor)
+
+
 @torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
     """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
@@ -287,12 +301,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             note(adapter.module(layer, f"{branch}_output_norm") or adapter.module(layer, last), branch)
             if adapter.module(layer, f"{branch}_stream_norm") is not None:
                 note(adapter.module(layer, f"{branch}_stream_norm"), f"{branch} stream")
-        beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
-        for expert in beside:
-            note(expert, "shared")
-        kind, block = adapter.kind(layer), adapter.block(layer)
-        if kind.input_gate is not None:
-            note(block.get_submodule(kind.input_gate.output_norm), "embed")
+        for name_there, part in beside(adapter, layer).items():
+            note(part, name_there)
         dp.model(ids[None])
         for handle in handles:
             handle.remove()
@@ -301,11 +311,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
             factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
-            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
-            if part == "mlp" and "embed" in seen:
-                added = added + seen["embed"][1]
-            if part == "mlp" and adapter.kind(layer).layer_factor is not None:
-                added = added * block.get_buffer(adapter.kind(layer).layer_factor)
+            added = (seen[part][1] + (seen["shared"][1] if "shared" in seen and part == "mlp" else 0.0)) * factor
+            added = behind_layer(adapter, layer, seen, added) if part == "mlp" else added
             if f"{part} stream" in seen:
                 added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
             assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)

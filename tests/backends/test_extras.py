@@ -6,7 +6,7 @@ import torch
 from depass_fast import Heads, Tokens
 from depass_fast.backends import StreamBackend
 from depass_fast.backends.torch.backend import TorchBackend
-from depass_fast.backends.triton import backend as triton_backend
+from depass_fast.backends.triton import kernelless
 from depass_fast.backends.triton.backend import TritonBackend
 from depass_fast.runtime.products import accumulate
 from depass_fast.state.state import ComponentState
@@ -28,7 +28,7 @@ KINDS = {"rest": ("llama-gqa", Heads(0)), "bias": ("llama-biases", Tokens(1)), "
 @torch.no_grad()
 def test_only_the_extras_change_where_only_they_are_asked_for(backend, extras, budget, monkeypatch):
     if "left" in backend:
-        monkeypatch.setattr(triton_backend, "_WIDEST_HEAD", 1)
+        monkeypatch.setattr(kernelless, "WIDEST_HEAD", 1)
     name, kind = KINDS[extras]
     dp = build(name)
     trace = dp.trace([random_ids(6), random_ids(4)])

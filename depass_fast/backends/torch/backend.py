@@ -26,6 +26,7 @@ from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace
 from ..active import transposed
+from .adding import add_everywhere, add_later, add_to_bias
 from .attention import FrozenAttention
 from .blocks import Block, Chunk, scatter
 from .bounded import BoundedBackend
@@ -168,10 +169,10 @@ class TorchBackend(BoundedBackend):
             values = values.expand(-1, -1, groups, -1).flatten(1, 2).transpose(0, 1)  # (B, Hkv, 1, d) -> (H, B, d)
             writes = torch.bmm(values, w_o)
             if numbers is None:
-                _add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
+                add_later(state, prompt, part, frozen(prompt).spread(writes, None, part.start))
             else:
                 numbers = numbers[:, part].to(state.device, dtype)
-                _add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
+                add_everywhere(state, prompt, part, frozen(prompt).spread(writes, numbers, 0))
 
         self._budget.each(state.device, cut, step)
         return state
@@ -386,34 +387,3 @@ class TorchBackend(BoundedBackend):
         packed = state.layout.tensor("packed", state.device)
         scale = norm.scale(resid[packed].to(state.rows.dtype))[segment]
         return state.rows @ norm.fold(directions, torch.empty_like(directions)).T * scale[:, None]
-
-
-def add_to_bias(state: ComponentState, constant: Tensor | None) -> None:
-    """Add ``constant`` (D,) or (S, D) to the rows of `bias`, if both are there."""
-    bias, counts = state.layout.index(BIAS), state.layout.counts
-    if bias is None or constant is None or not len(counts):
-        return
-    if (counts == counts[0]).all():
-        state.rows.view(len(counts), -1, state.rows.shape[1])[:, bias].add_(constant.to(state.device))
-        return
-    rows = state.layout.tensor("starts", state.device)[:-1] + bias
-    state.rows.index_add_(0, rows, constant.to(state.rows).expand(len(rows), -1))
-
-
-def _add_everywhere(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
-    """Add ``new`` (B, N, D) to the named components ``part``, which are alive at all positions of the prompt."""
-    rows, extras = state.rows[state.layout.rows(prompt)], len(state.layout.components[prompt].extras)
-    block = rows.view(new.shape[1], -1, rows.shape[1])
-    block[:, extras + part.start : extras + part.stop].add_(new.transpose(0, 1))
-
-
-def _add_later(state: ComponentState, prompt: int, part: slice, new: Tensor) -> None:
-    """Add ``new`` (B, N - part.start, D) to the tokens ``part``, each from its own position on."""
-    layout, extras = state.layout, len(state.layout.components[prompt].extras)
-    starts = layout.starts[layout.segments(prompt)]
-    token = np.arange(part.start, part.stop)[:, None]
-    alive = token <= np.arange(part.start, len(starts))
-    rows = (starts[part.start :] + extras + token)[alive]
-    slots = to_device(np.flatnonzero(alive), state.device)
-    new = new.flatten(0, 1).index_select(0, slots).to(state.rows.dtype)
-    state.rows.index_add_(0, to_device(rows, state.device), new)

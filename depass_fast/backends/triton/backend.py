@@ -34,15 +34,16 @@ from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace, Trace
 from ..active import Groups, MlpTensors, transposed
-from ..torch.backend import TorchBackend, add_to_bias
+from ..torch.adding import add_to_bias
+from ..torch.backend import TorchBackend
 from ..torch.linear import LinearStep
 from ..torch.workspace import viewed
 from .arena import Arena
 from .half import AttentionRange, MlpRange, Ranges, ranges
+from .kernelless import without_kernel
 from .linear import linear_row_chunk
 from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
 
-_WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit into registers
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
 
 
@@ -116,7 +117,7 @@ class TritonBackend(TorchBackend):
         dtype = self._plain(state) if half is None else torch.float16
         widest = wider(dtype, trace.q.dtype)
         head_bytes = trace.q.shape[-1] * widest.itemsize
-        why = _without_kernel(trace, head_bytes)
+        why = without_kernel(trace, head_bytes)
         if why is not None:
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
             return super()._aggregate_everywhere(state, weights, trace, extras_only, source)
@@ -386,17 +387,6 @@ def _current(device: torch.device) -> Iterator[None]:
     """Make ``device`` the current one: Triton launches there."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
-
-
-def _without_kernel(trace: AttentionTrace, head_bytes: int) -> str | None:
-    """Return the part of a layer's attention that no kernel is for; None if there is none."""
-    if trace.recurrence is not None or trace.out_ratio is not None:
-        return "recurrences, and heads with a gate or a norm behind them"
-    if trace.head_scales is not None or trace.source is not None:
-        return "norms of values, and values of an earlier layer"
-    if head_bytes > _WIDEST_HEAD:
-        return f"heads of {head_bytes} bytes"
-    return None if trace.value_ratio is None else "values that the model clamps"
 
 
 def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tensor:
