@@ -223,7 +223,7 @@ class TritonBackend(TorchBackend):
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
             recorded = packed if trace.positions is None else trace.rows(packed)
-            act = _rowwise(trace.act)
+            act = trace.act if trace.act.stride(-1) == 1 else trace.act.contiguous()  # a row's elements side by side
             if trace.out_scale is not None:
                 act = act[recorded] * trace.out_scale[packed, None]
                 recorded = torch.arange(len(packed), device=device)
@@ -394,8 +394,3 @@ def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tenso
     if norm is None:
         return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
-
-
-def _rowwise(x: Tensor) -> Tensor:
-    """Return x with the elements of every row side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""What no kernel is for, so that the triton backend leaves it to torch."""
+"""The parts of attention that no kernel is for, so that the triton backend leaves them to torch."""
 
 from __future__ import annotations
 
