@@ -251,7 +251,7 @@ def _check_mlp(
     mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that are read here
     tolerance = READING if computed else None
-    if own.follows or any(mlp.follows for mlp in weights.mlps) or (mixture and dense) or _is_factor(weights.mlp):
+    if _is_factor(weights.mlp) or any(mlp.output is not weights.mlp.output for mlp in weights.mlps):
         _check_all_written(found, name, layer, weights.mlps, at, mid, post, tolerance)
         return
     written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
