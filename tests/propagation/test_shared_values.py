@@ -146,6 +146,6 @@ def test_it_must_not_look_ahead():
 
 def test_gemma_3n_is_refused_with_the_reason():
     assert "AltUp" in REASONS["gemma3n_text"]
-    changes = {"activation_sparsity_pattern": 0.0, "num_kv_shared_layers": 0}
+    changes = {"activation_sparsity_pattern": [0.0] * 3, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 6}
     with pytest.raises(ValueError, match=r"family 'gemma3n_text' is not supported \(.*AltUp"):
         DePass(build_model("gemma3n_text", head_dim=8, vocab_size_per_layer_input=64, **changes))
