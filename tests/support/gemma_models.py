@@ -1,10 +1,10 @@
-"""Variants of Gemma 3n and 4 for :mod:`.family_models`: shared values, gates of the token's embedding, experts."""
+"""Variants of Gemma 4 for :mod:`.family_models`: shared values, gates of the token's embedding, experts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .family_shapes import SHAPE, VISION
+from .family_shapes import SHAPE
 
 _GQA = {"num_key_value_heads": 2}
 _MHA = {"num_key_value_heads": 4}
@@ -18,9 +18,9 @@ _FOUR = {
 _WIDTHS = {"head_dim": 8, "global_head_dim": 12, "vocab_size_per_layer_input": 64}
 _EMBEDDED = {**_WIDTHS, "hidden_size_per_layer_input": 6}
 _PLAIN = {**_WIDTHS, "hidden_size_per_layer_input": 0}
+_UNIFIED = {"head_dim": 8, "global_head_dim": 12}
 _EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 16}
 _KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
-_VISION = {**VISION, "head_dim": 8, "num_key_value_heads": 2}
 
 # name -> (model_type, what differs from the shape of the others)
 GEMMAS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,5 +43,13 @@ GEMMAS: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
-    "gemma4_unified_text": ("gemma4_unified_text", {**_GQA, **_KEYS, "head_dim": 8, "global_head_dim": 12, **_THREE}),
+    "gemma4_unified_text": ("gemma4_unified_text", {**_GQA, **_KEYS, **_UNIFIED, **_THREE}),
+    "gemma4_unified": (
+        "gemma4_unified",
+        {
+            "text_config": {**SHAPE, **_GQA, **_KEYS, **_UNIFIED, **_THREE, "final_logit_softcapping": 3.0},
+            "vision_config": None,
+            "audio_config": None,
+        },
+    ),
 }
