@@ -55,7 +55,7 @@ def propagate(
                 bar.finish()
     if queries is not None and first == end:
         state = state.at(queries)
-    state.factors, state.earlier = None, kept_values.needed(end)
+    state.factors, state.earlier = None, kept_values.needed(end) or None
     return state, found.errors()
 
 

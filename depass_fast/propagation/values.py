@@ -13,10 +13,10 @@ class KeptValues:
     A copy is let go behind the last layer that reads it.
     """
 
-    def __init__(self, adapter: Adapter, held: dict[int, ComponentState]) -> None:
+    def __init__(self, adapter: Adapter, held: dict[int, ComponentState] | None) -> None:
         sources = {index: adapter.kind(index).source for index in range(adapter.n_layers)}
         self._last = {source: index for index, source in sources.items() if source is not None}
-        self._held = dict(held)
+        self._held = dict(held or {})
 
     def meet(self, state: ComponentState, index: int) -> None:
         """Keep the state entering layer ``index`` if a later layer reads it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +39,7 @@ class ComponentState:
     ``verification`` is the result of ``verify=True`` in the call that made the state. ``completeness_error`` is the
     largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ that was measured on its way: a float in what `decompose` and `carry` return,
     None in what `start` returns. ``earlier`` are copies of the state where it entered layers, by their numbers, whose
-    values later ones take.
+    values later ones take; None for none.
     """
 
     rows: Tensor
@@ -49,7 +49,7 @@ class ComponentState:
     factors: tuple[Factors, ...] | None = None
     verification: Verification | None = None
     completeness_error: float | None = None
-    earlier: dict[int, ComponentState] = field(default_factory=dict)
+    earlier: dict[int, ComponentState] | None = None
 
     def __repr__(self) -> str:
         prompts, named = len(self.layout.components), brief(self.labels)

@@ -75,7 +75,7 @@ def test_states_take_along_what_later_layers_read(dp, trace, kind):
         state = dp.carry(trace, state, end)
         began = kind.entry(dp.adapter).order
         waiting = {s for layer, s in SOURCES.items() if began <= 2 * s and s < end <= layer}
-        assert set(state.earlier) == waiting
+        assert set(state.earlier or {}) == waiting
     whole, last = dp.decompose(trace, kind), dp.carry(trace, state, None)
     assert not last.earlier and not whole.earlier
     assert torch.allclose(last.dense(), whole.dense(), rtol=0, atol=1e-5 * float(whole.dense().abs().max()))
