@@ -280,7 +280,9 @@ def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: Tensor | float = 0
 
 
 def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
-    """Return the factor (P, 1) of an expert's output, 1.0 for an MLP that is no expert."""
+    """Return the factor (P, 1) of an expert's output, or (P, I) of activations; 1.0 where there is none."""
+    if trace.factor is not None:
+        return trace.factor[recorded].to(dtype)
     if trace.router_weight is not None:
         return trace.router_weight[recorded, None].to(dtype)
     if weights.name:

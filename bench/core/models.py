@@ -120,7 +120,8 @@ def family_model(model_type: str, **config: object) -> Model:
 @torch.no_grad()
 def randomised(model: Model) -> Model:
     """The model with random norm weights and biases, in place: transformers initialises them to ones and zeros."""
-    corrections = [named for named in model.named_buffers() if named[0].endswith("correction_bias")]  # of routers
+    # of routers, and of layers (Gemma 4)
+    corrections = [named for named in model.named_buffers() if named[0].endswith(("correction_bias", "layer_scalar"))]
     for name, parameter in [*model.named_parameters(), *corrections]:
         if name.endswith("bias"):  # those of all experts have two dimensions
             parameter.normal_(0.0, 0.3)

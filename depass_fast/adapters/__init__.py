@@ -19,23 +19,26 @@ from .activation import Activation
 from .adapter import Adapter
 from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
-from .family import Experts, Family, HeadScale, Mixer, Observed
+from .family import Beside, Experts, Family, HeadScale, InputGate, Mixer, Observed
+from .maps import Latent, Linear, Norm
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
 from .recurrence import Recurrence
 from .unsupported import REASONS
 from .unwrap import unwrap
-from .weights import Attention, Branch, Latent, Layer, Linear, Mlp, Norm
+from .weights import Attention, Branch, Layer, Mlp
 
 __all__ = [
     "Activation",
     "Adapter",
     "Attention",
+    "Beside",
     "Branch",
     "ExpertAssignment",
     "Experts",
     "Family",
     "HeadScale",
+    "InputGate",
     "Latent",
     "Layer",
     "Linear",
@@ -103,7 +106,8 @@ def adapt(model: nn.Module) -> Adapter:
         )
     for index in range(adapter.n_layers if adapter.family.v_norm is not None else 0):
         adapter.attention(index)  # raises ValueError for a latent that it cannot express
-    if not getattr(adapter.config, "is_causal", True) or getattr(adapter.config, "use_bidirectional_attention", False):
+    ahead = getattr(adapter.config, "use_bidirectional_attention", False)  # "vision": pictures alone do
+    if not getattr(adapter.config, "is_causal", True) or (ahead and ahead != "vision"):
         raise ValueError("model: its attention looks ahead, by its config; only causal models are decomposed.")
     return adapter
 

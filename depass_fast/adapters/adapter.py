@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from . import experts
-from .dense import dense_mlp, unusable_part
+from .dense import unusable_part
 from .ends import ModelEnds
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Family, Observed, Path
+from .layer_mlps import inner_norms, layer_mlps
+from .maps import Latent, Linear, Norm
 from .paths import below, below_or_none, name_of
 from .stored import Stacked, stored_device
 from .tuned import inside
-from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
+from .weights import Attention, Layer, Mlp
 
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
 _BRANCH_NORMS = [f"{branch}{kind}" for branch in ("attention", "mlp") for kind in _NORMS]
+_OF_SOURCE = ("v_proj", "v_norm", "v_up", "v_head_norm", "k_proj")  # parts that another layer may have in its place
 
 # the parts that every layer has, except that a mixture of experts has no projections of an MLP
 AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down_proj"]
@@ -179,6 +182,7 @@ class Adapter(ModelEnds):
 
     def module(self, index: int, part: str) -> nn.Module | None:
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
+        index = self._home(index, part)
         kind = self.kind(index)
         path, find = getattr(kind, part), below_or_none if part in kind.partial else below
         if path is None or not self.has_part(index, part):
@@ -189,6 +193,11 @@ class Adapter(ModelEnds):
         """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
         kinds = self.family.kinds
         return self.family if kinds is None else kinds[index]
+
+    def _home(self, index: int, part: str) -> int:
+        """The layer that has the ``part`` of layer ``index``: another one where its keys and values are shared."""
+        source = self.kind(index).source
+        return source if source is not None and part in _OF_SOURCE else index
 
     def has_attention(self, index: int) -> bool:
         """True if layer ``index`` mixes positions: it has attention or a recurrence."""
@@ -201,15 +210,16 @@ class Adapter(ModelEnds):
     @property
     def is_uniform(self) -> bool:
         """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
-        kinds = [self.kind(index) for index in range(self.n_layers)]
-        return all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
+        every = [self.family] if self.family.kinds is None else self.family.kinds
+        return all(kind.is_plain for kind in every)
 
     def check_uniform(self, what: str, advice: str = "") -> None:
         """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                f"heads, or layers without one of the two.{advice}"
+                "heads, values that are normed or shared between layers, or layers with less or more than the two."
+                f"{advice}"
             )
 
     def has_mixers(self) -> bool:
@@ -229,13 +239,13 @@ class Adapter(ModelEnds):
 
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""
-        return stored_device(self.module(index, "v_proj" if self.has_attention(index) else "gate_proj"))
+        return stored_device(self.module(index, "o_proj" if self.has_attention(index) else "gate_proj"))
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
         for index in range(self.n_layers):
-            for part in [*_BRANCH_NORMS, "v_norm"]:
-                module = self.module(index, part) if self.has_part(index, part) else None
+            modules = [self.module(index, p) for p in [*_BRANCH_NORMS, "v_norm"] if self.has_part(index, p)]
+            for module in [*modules, *inner_norms(self.block(index), self.kind(index), self.is_mixture(index))]:
                 if module is not None:
                     yield module, self.made_norm(module)
         if self.final_norm_module is not None:
@@ -272,6 +282,7 @@ class Adapter(ModelEnds):
 
     def path(self, index: int, part: str) -> str:
         """The name below the model of what the family calls ``part`` in layer ``index``."""
+        index = self._home(index, part)
         path: Path | None = getattr(self.kind(index), part)
         assert path is not None
         return f"{name_of(self.family.layers)}.{index}.{name_of(path)}"
@@ -294,6 +305,16 @@ class Adapter(ModelEnds):
         """True if the MLP of layer ``index`` is a mixture of experts."""
         declared = self.kind(index).experts
         return declared is not None and experts.has_router(self.block(index), declared)
+
+    def has_dense_mlp(self, index: int) -> bool:
+        """True if layer ``index`` has an MLP that is no mixture, beside one or alone."""
+        declared = self.kind(index).experts
+        return self.has_mlp(index) and (not self.is_mixture(index) or bool(declared and declared.beside))
+
+    def experts_module(self, index: int) -> nn.Module:
+        """The module of layer ``index`` that is given the normed states for its experts."""
+        declared = self._experts(index)
+        return self.module(index, "mlp") if declared.beside is None else below(self.block(index), declared.experts)
 
     def watch_router(self, index: int, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
         """Have ``note`` called with the weights and indices (T, K) that the router of layer ``index`` decides on.
@@ -321,10 +342,14 @@ class Adapter(ModelEnds):
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, alone."""
-        kind = self.kind(index)
+        kind, branch = self.kind(index), self._branch(index, "attention")
         head_dim = kind.value_dim or self._head_dim(index)
+        if kind.source is not None:
+            self._check_source(index, kind.source)
+            branch["norm"] = self._norm(self.module(kind.source, "attention_norm"))
+        head_norm = self.module(index, "v_head_norm")
         return Attention(
-            **self._branch(index, "attention"),
+            **branch,
             v=self._values(index),
             o=replace(self._linear(index, "o_proj"), outer_bias=self.module(index, "o_bias")),
             head_dim=head_dim,
@@ -333,16 +358,25 @@ class Adapter(ModelEnds):
             conv=self._conv(index),
             is_recurrent=kind.mixer is not None,
             scales_heads=kind.mixer is not None or kind.head_scale is not None,
+            value_norm=None if head_norm is None else self.made_norm(head_norm),
+            source=kind.source,
         )
+
+    def _check_source(self, index: int, source: int) -> None:
+        if self.layer_device(index) != self.layer_device(source):
+            raise ValueError(
+                f"model: layer {index} takes the keys and values of layer {source}, which lies on another device; put "
+                "both on one."
+            )
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         """The weights of layer ``index``'s MLP, or of its experts, alone."""
         if not self.has_mlp(index):
             return ()
-        block, branch = self.block(index), self._branch(index, "mlp")
-        if self.is_mixture(index):
-            return experts.expert_mlps(block, self._experts(index), branch)
-        return (dense_mlp(block, self.kind(index), branch),)
+        kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)
+        if kind.layer_factor is not None:
+            branch["stream"] = Norm(below(block, kind.layer_factor), 0.0, is_factor=True)
+        return layer_mlps(block, kind, branch, self.is_mixture(index))
 
     def has_part(self, index: int, part: str) -> bool:
         """True unless layer ``index`` lacks the branch that ``part`` belongs to."""

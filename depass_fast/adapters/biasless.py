@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from .adapter import Adapter
-from .weights import Attention, Branch, Latent, Linear, Mlp, Norm
+from .maps import Latent, Linear, Norm
+from .weights import Attention, Branch, Mlp
 
 AnyBranch = TypeVar("AnyBranch", bound=Branch)
 

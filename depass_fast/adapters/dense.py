@@ -8,9 +8,10 @@ from torch import nn
 
 from .activation import Activation
 from .family import Family, Path
+from .maps import Linear
 from .paths import below, below_or_none
 from .stored import unreadable
-from .weights import Linear, Mlp
+from .weights import Mlp
 
 
 def dense_mlp(block: nn.Module, family: Family, branch: dict[str, Any]) -> Mlp:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .family import Family, Path
+from .maps import Norm
 from .paths import below
 from .stored import stored_bias, stored_device, stored_shape, stored_weight
-from .weights import Norm
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..runtime.transfer import to_host
 from .activation import Activation
 from .family import Experts, Path, first_half, second_half
+from .maps import Linear
 from .paths import below, exists, name_of
 from .stored import Stacked
-from .weights import Linear, Mlp
+from .weights import Mlp
 
 
 @dataclass(frozen=True)

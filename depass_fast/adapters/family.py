@@ -54,6 +54,35 @@ class Experts:
     shared: Path | None = None  # an expert that every position goes through
     shared_gate: Path | None = None  # the logit of that expert's weight
     factor: float = 1.0  # of every expert's output, beside the router's weight
+    beside: Beside | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Norms of a mixture that stands beside the layer's own MLP (Gemma 4): paths below the layer.
+
+    Both read the same residual stream: the MLP through the layer's `mlp_norm`, the experts through ``norm``. Each has
+    an output norm of its own, and the layer's `mlp_output_norm` is on their sum.
+    """
+
+    norm: Path
+    output_norm: Path
+    mlp_output_norm: Path
+
+
+@dataclass(frozen=True)
+class InputGate:
+    """A gate behind the MLP: ``down(act_fn(gate(x)) ⊙ e)`` with a norm on it; paths below the layer.
+
+    x is the residual stream itself, and e an embedding of the layer's own of the token (Gemma 4). The layer is called
+    with e by the ``argument`` of that name, or as the second one. e is frozen, like a router's weight.
+    """
+
+    gate: Path = "per_layer_input_gate"
+    down: Path = "per_layer_projection"
+    output_norm: Path = "post_per_layer_input_norm"
+    act_fn: Path = "act_fn"
+    argument: str = "per_layer_input"
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,8 @@ class Family:
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
     v_up: Path | None = None  # the projection from there to the values
     v_up_part: Part | None = None
+    v_head_norm: Path | None = None  # a norm without weights of every head's values
+    source: int | None = None  # the layer whose keys and values this one takes
     value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys
     key_dim: int | None = None  # width of a head's queries and keys, in the same case
     q_proj: Path = "self_attn.q_proj"  # to the queries; where these come from a latent, the projection behind it
@@ -180,7 +211,15 @@ class Family:
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
     experts: Experts | None = None  # in the layers whose MLP has a router
+    input_gate: InputGate | None = None  # behind the MLP
+    layer_factor: Path | None = None  # of the residual stream at the layer's end
     partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
+        more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
+        return bool(self.attention and self.mlp) and all(one is None for one in more)
 
 
 def third(index: int) -> Part:

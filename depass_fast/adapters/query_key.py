@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .family import Part, Path
+from .maps import Latent, Linear, Norm
 from .paths import below_or_none
-from .weights import Latent, Linear, Norm
 
 
 @dataclass(frozen=True)

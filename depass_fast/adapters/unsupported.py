@@ -52,10 +52,9 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
     ),
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), "several residual streams that are mixed (AltUp)"),
     **dict.fromkeys(
-        ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-        "norms of values, and layers that take the keys and values of others",
+        ("gemma3n", "gemma3n_text"),
+        "four residual streams that every layer mixes (AltUp), beside a learned residual layer (LAuReL)",
     ),
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"

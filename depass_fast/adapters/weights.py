@@ -8,171 +8,16 @@ model; backends know nothing else of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .activation import Activation
-from .stored import Stacked, kind_of, stored_bias, stored_device, stored_shape, stored_weight
+from .maps import Latent, Linear, Norm
 
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation with its scale frozen: ``y = γ ⊙ (x - mean x) · s + β``, without the mean unless ``centred``.
-
-    ``s[n] = 1 / sqrt(mean(x[n]²) + eps)``, of the centred x for LayerNorm. ``weight`` γ and ``bias`` β are (D,) or
-    absent.
-    """
-
-    weight: Tensor | None
-    eps: float
-    bias: Tensor | None = None
-    centred: bool = False
-
-    def to(self, device: torch.device) -> Norm:
-        """The same norm on another device."""
-        parts = {name: getattr(self, name) for name in ("weight", "bias")}
-        return replace(self, **{name: part if part is None else part.to(device) for name, part in parts.items()})
-
-    def scale(self, x: Tensor) -> Tensor:
-        """The frozen factor s of hidden states ``x`` (..., D) -> (...), in float32 or wider."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        return torch.rsqrt(x.square().mean(-1) + self.eps)
-
-    def apply(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """The linear part, with ``scale`` (N,) frozen, or left out: (N, ..., D) -> (N, ..., D), in x's dtype."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        if scale is not None:
-            x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return x if self.weight is None else self._weighted(x)
-
-    def normed(self, x: Tensor) -> Tensor:
-        """The norm of ``x`` (..., D) without β, its scale that of ``x`` itself, in x's dtype; fused on a GPU."""
-        norm = nn.functional.layer_norm if self.centred else nn.functional.rms_norm
-        y = norm(x, x.shape[-1:], eps=self.eps)
-        return y if self.weight is None else self._weighted(y)
-
-    def transposed(self, y: Tensor, scale: Tensor | None) -> Tensor:
-        """Apply the transpose of :meth:`apply`, to gradients ``y`` (..., N, D) behind the norm."""
-        y = y if self.weight is None else self._weighted(y)
-        if scale is not None:
-            y = y * scale.to(y.dtype)[..., None]
-        return y - y.mean(-1, keepdim=True) if self.centred else y
-
-    def _weighted(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        narrower = torch.promote_types(x.dtype, self.weight.dtype) == x.dtype  # the product widens it by itself
-        return x * (self.weight if narrower else self.weight.to(x.dtype))
-
-    def fold(self, weight: Tensor, out: Tensor) -> Tensor:
-        """Turn a ``weight`` (C, D) on the normed x into one on x · s, in ``out``: γ and the mean go into it."""
-        if self.weight is not None and weight.dtype == out.dtype:
-            torch.mul(weight, self.weight.to(out.dtype), out=out)
-        else:
-            out.copy_(weight)
-            if self.weight is not None:
-                out.mul_(self.weight.to(out.dtype))
-        return out.sub_(out.mean(1, keepdim=True)) if self.centred else out
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A projection of the model, or a part of a fused one: ``weight`` (out, in), ``bias`` (out,) or None."""
-
-    module: nn.Module | Stacked
-    part: Callable[[Tensor], Tensor] | None = None  # selects this projection's outputs, which are the first axis
-    outer_bias: Tensor | None = None  # added after the module, which does not know of it
-    keeps_bias: bool = True  # False: the bias is left out, see depass_fast.adapters.biasless
-
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        """(out, in), without reading the weight."""
-        shape = stored_shape(self.module)
-        if self.part is None:
-            return shape
-        out, size = self.part(torch.empty(shape, device="meta")).shape
-        return out, size
-
-    @property
-    def device(self) -> torch.device:
-        return stored_device(self.module)
-
-    @cached_property
-    def weight(self) -> Tensor:
-        weight = stored_weight(self.module)
-        return weight if self.part is None else self.part(weight)
-
-    @cached_property
-    def bias(self) -> Tensor | None:
-        if not self.keeps_bias:
-            return None
-        bias = stored_bias(self.module)
-        bias = bias if bias is None or self.part is None else self.part(bias).contiguous()
-        return self.outer_bias if bias is None else bias if self.outer_bias is None else bias + self.outer_bias
-
-    @property
-    def has_bias(self) -> bool:
-        return self.keeps_bias and not (stored_bias(self.module) is None and self.outer_bias is None)
-
-    @property
-    def is_own(self) -> bool:
-        """True if the weight is the model's own tensor, so that holding it costs nothing."""
-        return kind_of(self.module) is None
-
-    @property
-    def is_fused(self) -> bool:
-        """True if the module computes other projections beside this one."""
-        return self.part is not None
-
-    def select(self, outputs: Tensor) -> Tensor:
-        """This projection's part of what the module outputs: (N, C) -> (N, out)."""
-        return outputs if self.part is None else self.part(outputs.T).T
-
-    def project(self, x: Tensor) -> Tensor:
-        """The projection of (N, in) to (N, out), in x's dtype. A weight that is computed may be wider."""
-        weight, bias = self.weight, self.bias
-        return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Values by way of a latent (multi-head latent attention): ``up`` (Hkv·d, r) of the norm of ``down`` (r, D).
-
-    ``weight`` is one matrix for all of it, with the norm's γ in it and without its scale. There are no constants.
-    """
-
-    down: Linear
-    norm: Norm
-    up: Linear
-
-    bias: ClassVar[None] = None
-    has_bias: ClassVar[bool] = False
-    is_own: ClassVar[bool] = False  # its weight is made when it is read
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.down.device
-
-    @cached_property
-    def weight(self) -> Tensor:
-        up, down = self.up.weight, self.down.weight
-        wide = torch.promote_types(up.dtype, torch.float32)
-        return (self.norm.apply(up.to(wide), None) @ down.to(wide)).to(up.dtype)
-
-    def of(self, down: Tensor) -> Tensor:
-        """The values (N, Hkv·d) that the model computes from the latent ``down`` (N, r), before its norm."""
-        wide = down.to(torch.promote_types(down.dtype, torch.float32))
-        return self.norm.apply(wide, self.norm.scale(wide)) @ self.up.weight.to(wide).T
+GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
 
 
 @dataclass(frozen=True)
@@ -249,6 +94,8 @@ class Attention(Branch):
     ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``. ``conv`` convolves
     them along the positions, with taps (Hkv·d, K). A recurrence may stand in the place of the softmax
     (``is_recurrent``). With ``scales_heads``, what the heads give is scaled by channel before ``o`` reads it.
+    ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
+    one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream entering it.
     """
 
     v: Linear | Latent
@@ -259,6 +106,8 @@ class Attention(Branch):
     conv: Linear | None = None
     is_recurrent: bool = False
     scales_heads: bool = False
+    value_norm: Norm | None = None
+    source: int | None = None
 
     @property
     def w_v(self) -> Tensor:
@@ -290,7 +139,17 @@ class Attention(Branch):
         """The values (N, Hkv·d) that the model computes from the outputs (N, C) of the module of ``v_input``."""
         values = self.v_input.select(outputs)
         values = self.v.of(values) if isinstance(self.v, Latent) else values
+        if self.value_norm is not None:
+            values = self.value_norm.normed(self._by_head(values)).flatten(-2)
         return values if self.value_limit is None else values.clamp(-self.value_limit, self.value_limit)
+
+    def value_scales(self, outputs: Tensor) -> Tensor:
+        """s of the norm of every head's values (N, Hkv), in float32 or wider; from the same outputs (N, C)."""
+        assert self.value_norm is not None
+        return self.value_norm.scale(self._by_head(self.v_input.select(outputs)))
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (self.n_kv_heads, self.head_dim))
 
     def clamped_ratio(self, outputs: Tensor) -> Tensor:
         """Clamped / raw values (N, Hkv·d), one where a value is within the limit; from the same outputs (N, C)."""
@@ -326,7 +185,8 @@ class Mlp(Branch):
 
     An ungated MLP has no ``up``: ``gate`` is its only way in. A fork may keep ``up`` and ``activation`` elsewhere than
     its family; they are None then, and only the rules that need them refuse it (``Adapter.check_linear_rule``).
-    ``name`` tells experts apart: `E0`, `E1`, ..., or `shared`; it is empty for the only MLP of a layer.
+    ``name`` tells experts apart: `E0`, `E1`, ..., or `shared`; it is empty for the only MLP of a layer. `embed` is the
+    gate of a token's own embedding (``follows``): it reads the residual stream that all others have been added to.
     """
 
     gate: Linear
@@ -338,7 +198,12 @@ class Mlp(Branch):
     @property
     def is_routed(self) -> bool:
         """True for an expert that gets only the positions that a router sends to it."""
-        return self.name not in ("", "shared")
+        return self.name not in ("", "shared", GATE)
+
+    @property
+    def follows(self) -> bool:
+        """True if it comes after the layer's other MLPs, as a gate of the token's own embedding does."""
+        return self.name == GATE
 
     @property
     def w_gate(self) -> Tensor:
@@ -371,8 +236,9 @@ class Mlp(Branch):
 class Layer:
     """All weights of one layer that propagate components.
 
-    ``mlps`` is one MLP, or the experts of a mixture; they read the same and their outputs are summed. In a ``parallel``
-    layer the MLP reads what the attention reads. A layer may have no attention (None) or no MLP (none of ``mlps``).
+    ``mlps`` is one MLP, or the experts of a mixture; they read the same and their outputs are summed, unless one
+    ``follows`` the others. In a ``parallel`` layer the MLP reads what the attention reads. A layer may have no
+    attention (None) or no MLP (none of ``mlps``).
     """
 
     attention: Attention  # None where there is none: most callers ask layers that have it
@@ -381,11 +247,11 @@ class Layer:
 
     @property
     def device(self) -> torch.device:
-        return self.mlps[0].gate.device if self.attention is None else self.attention.v.device
+        return self.mlps[0].gate.device if self.attention is None else self.attention.o.device
 
     @property
     def mlp(self) -> Mlp:
-        """The only MLP, or one of them: norms and factor are the same in all."""
+        """The only MLP, or the first of several. Experts of one mixture have the same norms and factor."""
         return self.mlps[0]
 
     @property

@@ -47,12 +47,18 @@ class Backend(ABC):
 
     @abstractmethod
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         """Apply the frozen attention to every component's values (DESIGN.md section 2, *Attention*).
 
         X[q, m] += Σ_h Σ_k P[h, q, k] · (s[k] · (γ ⊙ X[k, m]) W_V) W_O, and its constants to `bias`. With ``queries``
-        only those positions are computed and kept. ``state`` must carry all positions; it is used up.
+        only those positions are computed and kept. ``state`` must carry all positions; it is used up. ``source``, of
+        the same layout, is the state that values are read from where that is another one.
         """
 
     @abstractmethod

@@ -30,7 +30,12 @@ class ReferenceBackend(Backend):
     jagged = False
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         dtype, layout = state.rows.dtype, state.layout
         out = ComponentState(state.rows, layout, state.layer)
@@ -41,7 +46,10 @@ class ReferenceBackend(Backend):
             where = torch.from_numpy(layout.packed[layout.segments(prompt)]).to(state.device)
             read = torch.from_numpy(out.layout.local[out.layout.segments(prompt)]).to(state.device)
             x = state.block(prompt)  # (N, M, D)
-            values = _frozen_norm(weights.norm, x, trace.resid[where]) @ weights.w_v.to(dtype).T  # (N, M, Hkv·d)
+            of_values = x if source is None else source.block(prompt)
+            values = (
+                _frozen_norm(weights.norm, of_values, trace.resid[where]) @ weights.w_v.to(dtype).T
+            )  # (N, M, Hkv·d)
             if trace.recurrence is not None:
                 alive = (x != 0).any(-1)
                 share = partial(_activation_shared, weights, trace, layout, prompt, alive)
@@ -57,6 +65,8 @@ class ReferenceBackend(Backend):
             if trace.value_ratio is not None:
                 values = values * trace.value_ratio[where].to(dtype)[:, None]
             values = values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
+            if trace.head_scales is not None:
+                values = values * trace.head_scales[where].to(dtype)[:, None, :, None]
             values = values.repeat_interleave(weights.n_heads // weights.n_kv_heads, dim=2)  # (N, M, H, d)
             p = attention_probabilities(trace, where, read, dtype)  # (H, Q, N)
             mixed = torch.einsum("hqk,kmhd->qmhd", p, values).flatten(2)

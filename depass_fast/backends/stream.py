@@ -80,18 +80,24 @@ class StreamBackend(TorchBackend):
         pass  # neurons that write nothing are not left out
 
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
-        alone = len(trace.mlps) == 1 and trace.mlps[0].positions is None
+        first = [part for part in trace.mlps if not layer.mlps[part.part].follows]
+        alone = len(first) == 1 and first[0].positions is None
         if self.known is None and alone and layer.attention.stream is None and allocation.linear_rule is None:
             self._next = layer.mlps[trace.mlps[0].part], trace.mlps[0], allocation, layer.parallel
 
     # -- first pass -------------------------------------------------------------------------------------------------
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         coming, self._next, self._gathered = self._next, None, None
         if queries is not None:
-            return super().aggregate_ov(state, weights, trace, queries)
+            return super().aggregate_ov(state, weights, trace, queries, source)
         device, attend = weights.w_v.device, self._attending(state, weights, trace)
         constant = self._attention_constant(state, weights, trace)
         ahead = None if coming is None else self._gathering(state, *coming[:3], device)
@@ -102,7 +108,7 @@ class StreamBackend(TorchBackend):
             with nullcontext() if ahead is None else ahead.statistics.undone_on_failure(_at(state.layout, block)):
                 if ahead is not None and reads_input:
                     self._meet(x, state.layout, block, ahead)
-                attend(x, block)
+                attend(x, block, x if source is None else self._take(source, block, device))
                 _add_constant(x, state.layout, block, constant)
                 if ahead is not None and not reads_input:
                     self._meet(x, state.layout, block, ahead)
@@ -114,9 +120,14 @@ class StreamBackend(TorchBackend):
         return ComponentState(state.rows, state.layout, state.layer)
 
     def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        extras_only: bool = False,
+        source: ComponentState | None = None,
     ) -> ComponentState:
-        state = super()._aggregate_everywhere(state, weights, trace, extras_only)
+        state = super()._aggregate_everywhere(state, weights, trace, extras_only, source)
         self._arrived(weights.w_v.device)  # some of its positions are chosen next, in host memory
         return state
 
@@ -274,7 +285,7 @@ class StreamBackend(TorchBackend):
 
     # -- between host and device --------------------------------------------------------------------------------------
 
-    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+    def _take(self, state: ComponentState, block: Block, device: torch.device, name: str = "rows") -> Tensor:
         """A copy of a block's rows on the device, straight from where they lie, which may be pinned."""
         runs = _runs(state, block)
         rows = state.rows.new_empty(sum(map(len, runs)), state.rows.shape[1], device=device)

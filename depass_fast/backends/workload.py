@@ -33,6 +33,7 @@ class LayerSize:
     may_vanish: bool = False  # activations may be exactly zero
     reads_up: bool = False  # the rule looks at the up projection
     shared_values: int = 0  # channels of values whose activation is shared out
+    source: int | None = None  # the layer whose values it takes
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -77,7 +78,8 @@ class Workload:
     one after the other. ``state_item`` and ``item`` are bytes per number of the state and of the products; ``casts``
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
-    ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part.
+    ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part. ``kept``: so many
+    copies of the state wait for later layers to read values from them.
     """
 
     lengths: tuple[int, ...]
@@ -95,6 +97,7 @@ class Workload:
     passed: tuple[LayerSize, ...]
     linear_rule: str | None = None
     made: int = 0
+    kept: int = 0
 
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:
@@ -180,9 +183,12 @@ class Workload:
     # -- bytes that are held whatever the backend --------------------------------------------------------------
 
     def held(self) -> int:
-        """Bytes of the state, of the copy that several MLPs read and, twice, of rows sent to the busiest of them."""
+        """Bytes of the state and its copies: those that several MLPs and later layers read, and rows for experts.
+
+        Rows that are sent to the busiest expert are there twice.
+        """
         shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
-        copies = 1 + any(size.copied for size in self.passed) + 2 * max(shares, default=0.0)
+        copies = 1 + self.kept + any(size.copied for size in self.passed) + 2 * max(shares, default=0.0)
         return int(copies * self.state_bytes)
 
     def held_on_device(self, joining: bool) -> int:

@@ -62,6 +62,9 @@ class LayerOutputs:
         values = normed @ weights.w_v.to(self.dtype).T
         if record.latent_scale is not None:
             values = values * record.latent_scale[self.span, None].to(self.dtype)
+        if record.head_scales is not None:
+            values = values.unflatten(-1, (weights.n_kv_heads, -1)) * record.head_scales[self.span, :, None].to(values)
+            values = values.flatten(-2)
         return self._clamped(values)
 
     def attend(self, values: Tensor, out: Tensor) -> None:
@@ -98,9 +101,13 @@ class LayerOutputs:
         record = self.record
         before = record.resid_pre if module == "attention" else record.resid_mid
         after = record.resid_mid if module == "attention" else self.after
+        stream, constant = self._stream(module), self._linear_constant(module)
+        if stream is not None and stream.is_factor:
+            y = after[self.span].to(self.dtype) - stream.apply(before[self.span].to(self.dtype), None)
+            return y if constant is None else y - constant
         total = record.attention_sum if module == "attention" else record.mlp_sum  # before a norm of the stream
         y = (after if total is None else total)[self.span].to(self.dtype) - before[self.span].to(self.dtype)
-        y, constant = self.through_stream(y, module), self._linear_constant(module)
+        y = self.through_stream(y, module)
         return y if constant is None else y - constant
 
     def constant(self, module: str) -> Tensor | None:
@@ -114,8 +121,8 @@ class LayerOutputs:
     def through_stream(self, y: Tensor, module: str) -> Tensor:
         """A part of the stream, (N, ..., D) or (D,), after the norm of the stream behind a module, without its β."""
         stream = self._stream(module)
-        if stream is None:
-            return y
+        if stream is None or stream.is_factor:
+            return y if stream is None else stream.apply(y, None)
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
         assert resid is not None  # it is recorded wherever there is such a norm
         scale = stream.scale(resid[self.span].to(self.dtype))
@@ -154,6 +161,8 @@ class LayerOutputs:
         w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype)
         if part.out_scale is not None:
             numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
+        if mlp.stream is not None and mlp.stream.is_factor:
+            return mlp.stream.apply(w_down.T, None).T, numbers
         if mlp.stream is not None and self.record.mlp_sum is not None:
             numbers = numbers * mlp.stream.scale(self.record.mlp_sum[self.span].to(self.dtype))[:, None]
             w_down = mlp.stream.apply(w_down.T, None).T

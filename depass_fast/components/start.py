@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -207,7 +207,8 @@ def each_meets_bias(
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
     first = [kind.entry(adapter).order for kind in kinds]
     last = _last_constant(adapter, min(first) // 2, end, allocation.linear_rule)
-    return [one <= last for one in first]
+    shared = list(_shared_values(adapter, min(first) // 2, end))
+    return [one <= last or any(source < one <= reader for source, reader in shared) for one in first]
 
 
 def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | None) -> float:
@@ -227,6 +228,17 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
         if weights.attention is not None and weights.attention.has_bias:
             return 2 * index
     return -1
+
+
+def _shared_values(adapter: Adapter, first: int, end: int | None) -> Iterator[tuple[int, int]]:
+    """The attention of layers that later ones take values from, and of these, numbered as modules are.
+
+    For components that start between the two, what the later one writes is a constant.
+    """
+    for index in range(first, adapter.n_layers if end is None else end):
+        source = adapter.kind(index).source
+        if source is not None:
+            yield 2 * source, 2 * index
 
 
 def without_first(rows: Tensor, layout: Layout) -> Tensor:

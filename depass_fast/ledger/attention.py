@@ -157,8 +157,11 @@ class WayThroughAttention:
         return self._scaled(values).unflatten(-1, (weights.n_kv_heads, -1))
 
     def _scaled(self, values: Tensor) -> Tensor:
-        """Return values, or gradients of them, (..., T, Hkv·d), as the clamping of values scaled them."""
-        ratio = self.trace.value_ratio
+        """Return values, or gradients of them, (..., T, Hkv·d), as a clamp or a norm of heads' values scaled them."""
+        ratio, scales = self.trace.value_ratio, self.trace.head_scales
+        if scales is not None:
+            by_head = values.unflatten(-1, (self.weights.n_kv_heads, -1))
+            values = (by_head * scales[..., None].to(values)).flatten(-2)
         return values if ratio is None or self.trace.recurrence is not None else values * ratio.to(values.device)
 
     def _mixed_constant(self, gradients: Tensor, y: Tensor, out_scale: Tensor | None) -> Tensor | None:

@@ -23,9 +23,9 @@ _HELD = 12  # numbers per neuron, position and row that a chunk holds at once, a
 
 @dataclass(frozen=True)
 class MlpBack:
-    """The gradients (R, A, D) that the MLP passes to what it reads, and the scores of what it adds.
+    """The gradients (R, A, D) that the MLPs pass to what they read, and the scores of what they add.
 
-    ``neurons`` are (R, P, I) for each of ``LayerTrace.mlps``, None if they were not asked for. ``constant`` (R, P) is
+    ``neurons`` are (R, P, I) for each of the ``parts``, None if they were not asked for. ``constant`` (R, P) is
     the score of the constants in the output, ``driven`` that of the constants in front of the activation, which are
     part of what neurons write; each None where there is none.
     """
@@ -40,31 +40,41 @@ class MlpBack:
 class WayThroughMlp:
     """One layer's MLPs under a linear ``rule``; with ``partial``, gradients arrive at the read positions alone.
 
-    Products run in ``compute``, the rest in the dtype of the gradients. ``budget`` bounds what is held, in bytes.
+    ``parts`` are those of ``LayerTrace.mlps`` that read and write through the same norms, side by side. Products run in
+    ``compute``, the rest in the dtype of the gradients. ``budget`` bounds what is held, in bytes.
     """
 
     mlps: tuple[Mlp, ...]
     record: LayerTrace
+    parts: tuple[MlpTrace, ...]
     packing: Packing
     partial: bool
     rule: str
     compute: torch.dtype
     budget: int
 
-    def back(self, gradients: Tensor, x: Tensor, with_neurons: bool) -> MlpBack:
-        """Take gradients (R, A, D) of what the MLP adds back to what it reads, the residual stream ``x`` (A, D)."""
-        weights, trace, dtype = self.mlps[self.record.mlp.part], self.record.mlp, gradients.dtype
+    def back(self, gradients: Tensor, x: Tensor, with_neurons: bool, behind: Tensor | None = None) -> MlpBack:
+        """Take gradients (R, A, D) of what the MLP adds back to what it reads, the residual stream ``x`` (A, D).
+
+        Neurons are scored by the gradients ``behind`` (R, A, D) the layer's last MLP, where these are others.
+        """
+        trace, dtype = self.parts[0], gradients.dtype
+        weights = self.mlps[trace.part]
         at = self.packing.at(self.partial, gradients.device)
         norm = FrozenNorm.of(weights.norm, x, dtype)
         out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
         written = weights.written_transposed(gradients, out_scale).to(self.compute)
         normed = norm.read(x).to(self.compute) if self.rule != "taylor" else None
-        read, neurons, driven = _Sum(gradients), [], []
-        for part in self.record.mlps:
-            of_neurons, of_constants = self._part(part, written, normed, read, with_neurons)
+        read, neurons, driven, scored = _Sum(gradients), [], [], None
+        if behind is not None:
+            scored = weights.written_transposed(behind, out_scale).to(self.compute)
+        for part in self.parts:
+            of_neurons, of_constants = self._part(part, written, normed, read, with_neurons, scored)
             neurons.append(of_neurons)
             driven += [] if of_constants is None else [of_constants]
-        constant = self.record.mlp_constant(self.mlps, slice(0, self.packing.n_positions), dtype)
+        constant = None
+        if len(self.parts) == len(self.record.mlps):  # MLPs with several norms have no biases
+            constant = self.record.mlp_constant(self.mlps, slice(0, self.packing.n_positions), dtype)
         if constant is not None:
             constant = constant if constant.ndim == 1 or at is None else constant[at]
             constant = self.packing.sum((gradients * constant).sum(-1), self.partial)
@@ -72,12 +82,19 @@ class WayThroughMlp:
         return MlpBack(norm.back(read.total), neurons if with_neurons else None, constant, of_driven)
 
     def _part(
-        self, trace: MlpTrace, written: Tensor, normed: Tensor | None, read: _Sum, with_neurons: bool
+        self,
+        trace: MlpTrace,
+        written: Tensor,
+        normed: Tensor | None,
+        read: _Sum,
+        with_neurons: bool,
+        scored: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Take gradients ``written`` (R, A, D) back through one MLP, and add them to ``read``, in front of the norm.
 
-        ``normed`` (A, D) is what the MLP reads, None where the rule does not need it. Returns the scores of its neurons
-        (R, P, I), and that of what drives them by no component (R, P), or None.
+        ``normed`` (A, D) is what the MLP reads, None where the rule does not need it. Neurons are scored by ``scored``
+        (R, A, D), if given. Returns the scores of its neurons (R, P, I), and that of what drives them by no component
+        (R, P), or None.
         """
         weights, dtype = self.mlps[trace.part], read.like.dtype
         w_gate, w_down = weights.w_gate.to(self.compute), weights.w_down.to(self.compute)
@@ -91,7 +108,7 @@ class WayThroughMlp:
                 up = None if w_up is None or normed is None else product(normed[places.at], w_up.T)
                 y = product(written[:, places.at], w_down)
                 of_ups, of_neurons = self._by_kernel(y, up, trace, places, curve)
-                scores.append(of_neurons)
+                scores.append(of_neurons if scored is None else self._scores(scored, trace, places, w_down, dtype))
                 back = product(y, w_gate)
                 read.add(places, back if of_ups is None or w_up is None else _added(back, of_ups, w_up))
                 continue
@@ -101,7 +118,9 @@ class WayThroughMlp:
                 up = product(normed[places.at], w_up.T).to(dtype)
                 up = up if constants[1] is None else up + constants[1]
             shares = linear_shares(self.rule, weights, trace, places.recorded, dtype, up)
-            if with_neurons:
+            if with_neurons and scored is not None:
+                scores.append(self._scores(scored, trace, places, w_down, dtype))
+            elif with_neurons:
                 scores.append(self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed))
             driven = shares.of_bias(*constants)
             if driven is not None:
@@ -112,6 +131,11 @@ class WayThroughMlp:
             read.add(places, back)
         neurons = sum(scores[1:], scores[0]) if scores else self._nothing(read.like, len(w_gate))
         return neurons, sum(found[1:], found[0]) if found else None
+
+    def _scores(self, scored: Tensor, trace: MlpTrace, places: Places, w_down: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scores of neurons (R, P, I), given gradients (R, A, D) of what they write."""
+        y = product(scored[:, places.at], w_down).to(dtype)
+        return self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed)
 
     def _nothing(self, like: Tensor, n_neurons: int) -> Tensor:
         return like.new_zeros(len(like), self.packing.n_prompts, n_neurons)

@@ -17,10 +17,11 @@ from ..components.base import Entry
 from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
 from ..runtime.transfer import to_host
-from ..trace.record import LayerTrace, Trace
+from ..trace.record import LayerTrace, MlpTrace, Trace
 from .attention import WayThroughAttention
 from .batches import Packing
 from .mlp import WayThroughMlp
+from .shared import Owed
 from .steering import Steers, Taken
 
 
@@ -142,6 +143,7 @@ class _WayBack:
         self._trace, self._packing, self._wanted = trace, packing, wanted
         self._rule, self._compute, self._budget = rule, compute, budget
         self._back, self._partial = seeds, True
+        self._owed = Owed()
         self._read: tuple[tuple[int, bool], Tensor, Tensor] | None = None
         self._after = seeds.new_zeros(len(seeds), packing.n_prompts)
         self.pages = Pages()
@@ -167,17 +169,30 @@ class _WayBack:
             if layer.attention is not None:
                 beta = self._through_stream(layer.attention, record.attention_sum)
                 self._through_attention(index, layer, record, beta)
+            owed = self._owed.paid(index)
+            self._back = self._back if owed is None else self._back + owed
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
 
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
         """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
-        way = WayThroughMlp(layer.mlps, record, self._packing, self._partial, self._rule, self._compute, self._budget)
-        found = way.back(self._back, self._states(record.mlp.resid), index in self._wanted.neurons)
-        if found.neurons is not None:
-            self.pages.neurons[index] = found.neurons
-        self._add(self.pages.of_mlp, index, [found.constant, beta])
-        self._add(None, index, [found.driven])
-        return found.gradients
+        how = (self._packing, self._partial, self._rule, self._compute, self._budget)
+        gradients, neurons, stages = None, {}, _stages(layer, record)
+        for number, stage in enumerate(stages):
+            behind = self._back if number else None  # the first stage is the last that the model runs
+            arriving = self._back if gradients is None else self._back + gradients
+            for parts in stage:
+                way = WayThroughMlp(layer.mlps, record, parts, *how)
+                found = way.back(arriving, self._states(parts[0].resid), index in self._wanted.neurons, behind)
+                for part, of_part in zip(parts, found.neurons or (), strict=False):
+                    neurons[part.part] = of_part
+                self._add(self.pages.of_mlp, index, [found.constant])
+                self._add(None, index, [found.driven])
+                gradients = found.gradients if gradients is None else gradients + found.gradients
+        self._add(self.pages.of_mlp, index, [beta])
+        if neurons:
+            self.pages.neurons[index] = [neurons[part.part] for part in record.mlps]
+        assert gradients is not None  # the layer has an MLP
+        return gradients
 
     def _through_attention(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> None:
         """Take the gradients back through attention, to all positions; note what it and its constants are worth."""
@@ -189,6 +204,10 @@ class _WayBack:
         if found.heads is not None:
             self.pages.heads[index] = found.heads
         self._add(self.pages.of_attention, index, [found.constant, beta])
+        source = layer.attention.source
+        if source is not None:  # it reads what enters another layer, and nothing of this one
+            self._owed.owe(source, found.gradients)
+            return
         self._back = found.gradients + self._everywhere(self._back, self._partial)
         self._partial = False
         if taken is not None:
@@ -209,6 +228,9 @@ class _WayBack:
         norm = branch.stream
         if norm is None:
             return None
+        if norm.is_factor:
+            self._back = norm.transposed(self._back, None)
+            return None
         assert total is not None  # it is recorded wherever there is such a norm
         at = self._packing.at(self._partial, self._back.device)
         scale = norm.scale((total if at is None else total[at]).to(self._back.dtype))
@@ -228,7 +250,7 @@ class _WayBack:
     def _visit(self, site: Entry, x: Tensor) -> None:
         """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
         self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
-        self.pages.constants[site] = self._after
+        self.pages.constants[site] = self._after + self._owed.worth(self._packing, self._trace).to(self._after)
         if self._steers is not None and not self._steers.keeps:
             self.pages.changes[site], self.pages.sizes[site] = self._changed, self._amount
         if self._wanted.keeps(site):
@@ -249,3 +271,13 @@ class _WayBack:
         out = gradients.new_zeros(len(gradients), self._packing.n_positions, gradients.shape[2])
         out[:, self._packing.at(True, gradients.device)] = gradients
         return out
+
+
+def _stages(layer: Layer, record: LayerTrace) -> list[list[tuple[MlpTrace, ...]]]:
+    """Return the MLPs of a layer on the way back: those that follow the others, then the others, by their norms."""
+    after = tuple(part for part in record.mlps if layer.mlps[part.part].follows)
+    routed = tuple(part for part in record.mlps if layer.mlps[part.part].is_routed)
+    others = ((part, layer.mlps[part.part]) for part in record.mlps)
+    plain = tuple(part for part, mlp in others if not (mlp.follows or mlp.is_routed))
+    apart = bool(routed and plain) and layer.mlps[routed[0].part].norm is not layer.mlps[plain[0].part].norm
+    return [stage for stage in ([after], [routed, plain] if apart else [routed + plain]) if any(stage)]

@@ -90,7 +90,13 @@ class LedgerWorkload:
 
     def _queries(self, index: int) -> int:
         """Return the positions where gradients arrive at a layer."""
-        return self.reads if index == self.end - 1 else self.positions
+        behind = self.layers[index + 1 : self.end]  # values of an earlier layer pass no gradients on to other positions
+        return self.reads if all(size.source is not None for size in behind) else self.positions
+
+    def _owed(self, index: int) -> int:
+        """Return how many layers' inputs have gradients waiting for them when the way is at layer ``index``."""
+        sources = {size.source for size in self.layers[index : self.end] if size.source is not None}
+        return sum(source <= index for source in sources)
 
     def _reads_up(self, index: int) -> bool:
         return self.rule != "taylor" and self.layers[index].has_up
@@ -106,14 +112,14 @@ class LedgerWorkload:
         """Yield the blocks that are held at once, phase by phase."""
         visited, scores = [Entry(self.end, "resid_pre")], 0
         for index in reversed(self.passed):
-            held = self._held(visited) + scores
+            held = self._held(visited) + scores + self.gradient * self._owed(index + 1)
             yield [held, *self._mlp(index, workspace)]
             yield [held, *[self._arriving(index)] * 3]
             if self.layers[index].parallel:
                 held += self.gradient  # what the MLP reads waits for attention
             else:
                 visited.append(Entry(index, "resid_mid"))
-                held = self._held(visited) + scores
+                held = self._held(visited) + scores + self.gradient * self._owed(index)
             if self.last == Entry(index, "resid_mid"):
                 return
             for blocks in self._attention(index):

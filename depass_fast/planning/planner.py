@@ -167,16 +167,18 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
     counts = [-(-n // ranks) + extras for n in named]
     rows = [sum(range(n, 0, -ranks)) + n * extras if staggered else n * m for n, m in zip(lengths, counts, strict=True)]
     every = 0 if ranks == 1 or isinstance(kind, Tokens | Neurons | Features) else sum(named) * max(lengths)
-    first_end = kind.entry(adapter).first_end
+    first_end, sizes = kind.entry(adapter).first_end, layer_sizes(adapter)
+    taken = {size.source for size in sizes[entering:last] if size.source is not None and size.source >= first_end}
+    reads_up = looks_at_up(allocation.linear_rule)
     shares = options.value_activation == "shared" and allocation.linear_rule is None
     passed = [
         replace(
             size,
-            skip_attention=entering <= i < first_end,
-            reads_up=size.has_up and looks_at_up(allocation.linear_rule),
+            skip_attention=entering <= i < first_end or not (size.source is None or size.source in taken),
+            reads_up=size.has_up and reads_up,
             shared_values=size.v if shares and adapter.activates_values(i) else 0,
         )
-        for i, size in enumerate(layer_sizes(adapter))
+        for i, size in enumerate(sizes)
     ]
     by_default = options.takes_float16(adapter.dtype, device)
     work = Workload(
@@ -195,6 +197,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         passed=tuple(passed[entering:last]),
         linear_rule=allocation.linear_rule,
         made=every * adapter.hidden_size * state.itemsize,
+        kept=len(taken),
     )
     return work, all(exact)
 

@@ -97,10 +97,11 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         o=0 if attention is None else attention.n_heads * attention.head_dim,
         heads=0 if attention is None else attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
-        copied=layer.parallel or len(mlps) > 1,
+        copied=layer.parallel or sum(not mlp.follows for mlp in mlps) > 1,
         has_up=beside or routed > 0 or any(mlp.gate.is_fused for mlp in mlps),
         output_norms=any(mlp.output is not None or mlp.factor != 1.0 for mlp in mlps),
         may_vanish=may_vanish(adapter),
+        source=None if attention is None else attention.source,
     )
 
 

@@ -19,32 +19,51 @@ from .run import Run
 
 
 def through_layer(
-    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+    state: ComponentState,
+    layer: Layer,
+    record: LayerTrace,
+    run: Run,
+    queries: Layout | None = None,
+    values: ComponentState | None = None,
 ) -> ComponentState:
-    """Return the state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up."""
-    state, source = through_attention(state, layer, record, run, queries)
+    """Return the state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up.
+
+    ``values`` is the state that an earlier layer read, where this one takes its values; None where the components
+    started behind it.
+    """
+    state, source = through_attention(state, layer, record, run, queries, values)
     return through_mlp(state, source, layer, record, run)
 
 
 def through_attention(
-    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None = None
+    state: ComponentState,
+    layer: Layer,
+    record: LayerTrace,
+    run: Run,
+    queries: Layout | None = None,
+    values: ComponentState | None = None,
 ) -> tuple[ComponentState, ComponentState | None]:
     """Return the state after the attention of ``layer``, at all positions or at those of ``queries``.
 
     The second result is the state that the MLP reads; None if it reads the first one. ``state`` is used up. A state
-    that starts after the attention only loses the positions that are not asked for.
+    that starts after the attention only loses the positions that are not asked for. ``values`` as of
+    :func:`through_layer`: without them, the attention is a constant for a state that started behind its values.
     """
     if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
+    if layer.attention.source is not None and values is None:
+        state = state if queries is None else state.at(queries)
+        _add_written(state, record)
+        return state, None
     source = None
     if layer.parallel:
-        source = _copy(state) if queries is None else state.at(queries)
+        source = copy_state(state) if queries is None else state.at(queries)
     if queries is None:
         run.operations.expect(layer, record, run.allocation)
     attention = record.attention
     if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
         attention = replace(attention, value_rule=run.value_rule)
-    state = run.operations.aggregate_ov(state, layer.attention, attention, queries)
+    state = run.operations.aggregate_ov(state, layer.attention, attention, queries, values)
     normalise(state, layer.attention.stream, record.attention_sum)
     return state, source
 
@@ -53,10 +72,12 @@ def through_mlp(
     state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
 ) -> ComponentState:
     """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself."""
-    if source is None and len(record.mlps) > 1:  # experts must not read one another
-        source = _copy(state)
+    if source is None and sum(not layer.mlps[part.part].follows for part in record.mlps) > 1:
+        # experts must not read one another
+        source = copy_state(state)
     for part in record.mlps:
         mlp = layer.mlps[part.part]
+        source = None if mlp.follows else source
         if part.host_positions is None:
             state = run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
             continue
@@ -70,7 +91,18 @@ def through_mlp(
     return state
 
 
-def _copy(state: ComponentState) -> ComponentState:
+def _add_written(state: ComponentState, record: LayerTrace) -> None:
+    """Add all that the attention writes to `bias`, in place."""
+    state.factors = None
+    if state.layout.index(BIAS) is None:  # chosen components may lack it
+        return
+    written = record.resid_mid.to(state.rows) - record.resid_pre.to(state.rows)
+    packed = to_device(state.layout.packed, state.device)
+    state.rows[to_device(state.layout.extra_rows(BIAS), state.device)] += written[packed]
+
+
+def copy_state(state: ComponentState) -> ComponentState:
+    """Return a copy of a state, pinned in host memory where that is."""
     rows = state.rows
     pinned = rows.device.type == "cpu" and rows.is_pinned()
     copy = empty_on_host(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
@@ -80,6 +112,9 @@ def _copy(state: ComponentState) -> ComponentState:
 def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
     """Apply a norm of the residual stream itself to every component, in place, its scale frozen at ``resid`` (T, D)."""
     if norm is None:
+        return
+    if norm.is_factor and norm.weight is not None:
+        state.rows.mul_(norm.weight.to(state.rows))
         return
     assert resid is not None, "a norm of the residual stream was not recorded"
     layout, rows = state.layout, state.rows

@@ -26,7 +26,13 @@ REFERENCE_BYTES = 512 << 20  # memory that the reference works in, and that its 
 
 
 def reference_attention(
-    state: ComponentState, weights: Attention, trace: AttentionTrace, prompt: int, position: int, chosen: np.ndarray
+    state: ComponentState,
+    weights: Attention,
+    trace: AttentionTrace,
+    prompt: int,
+    position: int,
+    chosen: np.ndarray,
+    source: ComponentState | None = None,
 ) -> Tensor:
     """Return the components ``chosen`` (C,) at a position of a prompt after the attention: (C, D)."""
     segments = np.flatnonzero(state.layout.prompt == prompt)[: position + 1]  # later positions are not seen
@@ -41,9 +47,10 @@ def reference_attention(
         return ReferenceBackend().aggregate_ov(part, weights, trace, here).rows[to_device(chosen, state.device)]
     parts = []
     for first in range(0, len(chosen), size):
-        part = _excerpt(state, segments, chosen[first : first + size], weights.w_v.device, dtype)
+        excerpt = (segments, chosen[first : first + size], weights.w_v.device, dtype)
+        part, read = _excerpt(state, *excerpt), None if source is None else _excerpt(source, *excerpt)
         here = Layout.of(part.layout.components, part.layout.packed[:1], [np.array([position])])
-        parts.append(ReferenceBackend().aggregate_ov(part, weights, trace, here).rows)
+        parts.append(ReferenceBackend().aggregate_ov(part, weights, trace, here, read).rows)
     return torch.cat(parts)
 
 
@@ -67,7 +74,8 @@ def reference_mlp(
     for first in range(0, n_neurons, size):
         neurons = slice(first, first + size)
         some_weights = _some_neurons(weights, neurons, constants=first == 0)
-        some_trace = replace(trace, gate=trace.gate[:, neurons], act=trace.act[:, neurons])
+        factor = None if trace.factor is None else trace.factor[:, neurons]
+        some_trace = replace(trace, gate=trace.gate[:, neurons], act=trace.act[:, neurons], factor=factor)
         out = ReferenceBackend().allocate_mlp(out, some_weights, some_trace, allocation, read)
     narrow = dtype == torch.float32 or state.rows.dtype != torch.float64
     return out.rows.to(torch.float32 if narrow else torch.float64)  # held while the backend works

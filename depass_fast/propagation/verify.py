@@ -102,17 +102,22 @@ class _Watched(Backend):
         return self.backend.workspace_bytes(device)
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         target, samples = queries or state.layout, []
         for s in self.verifier.draw_segments(target, row_bytes=1):  # few components: their rows take no memory
             chosen = self.verifier.draw_components(target, s)
             prompt, position = int(target.prompt[s]), int(target.local[s])
-            expected = reference_attention(state, weights, trace, prompt, position, chosen)
+            expected = reference_attention(state, weights, trace, prompt, position, chosen, source)
             here = int(np.flatnonzero(state.layout.prompt == prompt)[position])
             before = copy_rows(state, state.layout.starts[here] + chosen)
             samples.append(_Sample(s, target.starts[s] + chosen, expected, before))
-        out = self.backend.aggregate_ov(state, weights, trace, queries)
+        out = self.backend.aggregate_ov(state, weights, trace, queries, source)
         found = self._compared(out.rows, target, samples, f"the attention of layer {state.layer}")
         self.verifier.steps = self.verifier.steps.meet(found)
         return out
@@ -133,6 +138,7 @@ class _Watched(Backend):
             samples.append(_Sample(s, rows, expected, copy_rows(state, rows)))
         out = self.backend.allocate_mlp(state, weights, trace, allocation, source)
         what = f"expert {weights.name}" if weights.name else "the MLP"
+        what = "the gate of the token's embedding" if weights.follows else what
         jumps = allocation.rule != "softmax" and allocation.linear_rule is None
         found = self._compared(out.rows, layout, samples, f"{what} of layer {state.layer}", jumps)
         self.verifier.steps = self.verifier.steps.meet(found)

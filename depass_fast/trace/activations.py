@@ -63,6 +63,8 @@ def _compare(found: Consistency, adapter: Adapter, index: int, weights: Mlp, par
     act = weights.activation(part.gate[rows], up)
     if part.router_weight is not None:
         act = act * part.router_weight[rows, None]
+    if part.factor is not None:
+        act = act * part.factor[rows]
     found.compare(
         f"layer {index}: {_what_differs(adapter, index, weights)}",
         part.act[rows],

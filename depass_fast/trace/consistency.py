@@ -21,7 +21,7 @@ from torch.nn.modules import module as module_hooks
 from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
-from .record import LayerTrace, Trace
+from .record import LayerTrace, MlpTrace, Trace
 from .selection import selected
 from .untouched import UntouchedPass
 
@@ -197,11 +197,12 @@ def _check_attention(
 ) -> None:
     weights = adapter.attention(index)
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
+    read = rows(layer.attention.resid, at)
     recurrent = weights.is_recurrent
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
-        normed(weights.norm, pre).to(pre),
+        normed(weights.norm, read).to(read),
     )
     computed = isinstance(weights.v, Latent) and not weights.v.up.is_own  # a weight that is computed rounds otherwise
     found.compare(
@@ -241,22 +242,62 @@ def _check_mlp(
     found: Consistency, adapter: Adapter, index: int, trace: Trace, record: dict[str, Any], at: Tensor
 ) -> None:
     layer, weights = trace.layers[index], adapter.layer(index)
-    mixture = adapter.is_mixture(index)
+    mixture, dense = adapter.is_mixture(index), adapter.has_dense_mlp(index)
     name, read = f"layer {index}: {adapter.path(index, 'mlp')}", rows(layer.mlp.resid, at)
-    found.compare(
-        f"{name} reads something else than the norm of the residual stream",
-        rows(record["experts_input"], at) if mixture else record["gate_input"],
-        normed(weights.mlp.norm, read).to(read),
-    )
-    if not mixture:
-        for part, linear in (("gate_proj", weights.mlp.gate), ("down_proj", weights.mlp.down)):
+    own = next((mlp for mlp in weights.mlps if not (mlp.is_routed or mlp.follows)), weights.mlp)
+    for is_there, mlp, given in ((mixture, weights.mlp, "experts_input"), (dense, own, "gate_input")):
+        if is_there:
+            found.compare(
+                f"{name} reads something else than the norm of the residual stream",
+                rows(record[given], at) if mlp.is_routed else record[given],
+                normed(mlp.norm, read).to(read),
+            )
+    if dense:
+        for part, linear in (("gate_proj", own.gate), ("down_proj", own.down)):
             inputs, outputs = (record[name] for name in WATCHED[part])
             _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
     mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
+    computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that are read here
+    tolerance = READING if computed else None
+    if _is_factor(weights.mlp) or any(mlp.output is not weights.mlp.output for mlp in weights.mlps):
+        _check_all_written(found, name, layer, weights.mlps, at, mid, post, tolerance)
+        return
+    written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
     after = post if layer.mlp_sum is None else rows(layer.mlp_sum, at)
-    computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that _experts reads
-    _check_write(found, name, weights.mlp, written, mid, after, post, READING if computed else None)
+    _check_write(found, name, weights.mlp, written, mid, after, post, tolerance)
+
+
+def _is_factor(mlp: Mlp) -> bool:
+    return mlp.stream is not None and mlp.stream.is_factor
+
+
+def _check_all_written(
+    found: Consistency,
+    name: str,
+    layer: LayerTrace,
+    mlps: tuple[Mlp, ...],
+    at: Tensor,
+    before: Tensor,
+    after: Tensor,
+    tolerance: float | None,
+) -> None:
+    """Check that a layer's MLPs, each through norms of its own, lead from ``before`` to ``after``, with its factor."""
+    wide, follows = torch.promote_types(before.dtype, torch.float32), [mlps[one.part].follows for one in layer.mlps]
+    total, stream = before.to(wide), mlps[0].stream
+    for part, is_last in zip(layer.mlps, follows, strict=True):
+        if is_last:
+            _compare_stream(found, name, rows(part.resid, at), total, before)
+        raw = _experts(layer, mlps, at, (part,)).to(wide)
+        total = total + mlps[part.part].written(raw, None if part.out_scale is None else rows(part.out_scale, at))
+    total = total if stream is None else stream.apply(total, None)
+    what = f"{name} and what stands beside it write something else than what the residual stream gains there"
+    found.compare(what, after, total.to(after), before, tolerance=tolerance)
+
+
+def _compare_stream(found: Consistency, name: str, got: Tensor, expected: Tensor, size: Tensor) -> None:
+    found.compare(
+        f"{name} is followed by a gate that reads something else than the residual stream", got, expected.to(got), size
+    )
 
 
 def _check_write(
@@ -285,11 +326,11 @@ def _check_write(
         )
 
 
-def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor) -> Tensor:
-    """The sum of the experts' outputs at positions (S,): (S, D)."""
+def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[MlpTrace, ...] | None = None) -> Tensor:
+    """The sum of the experts' outputs, or of some ``parts`` of them, at positions (S,): (S, D)."""
     wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
     total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
-    for part in layer.mlps:
+    for part in layer.mlps if parts is None else parts:
         weights, routed = mlps[part.part], part.host_positions
         here = np.arange(len(at)) if routed is None else np.flatnonzero(np.isin(at.numpy(), routed))
         if len(here):

@@ -61,7 +61,7 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
 
 
 def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
-    scales = ("latent_scale", "value_ratio", "out_scale", "out_ratio", "constant_heads")
+    scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "constant_heads")
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
@@ -73,7 +73,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     """Return what one MLP, or one expert, does at ``kept`` positions; None if none of them was sent to it."""
     common = _cut_fields(mlp, cut, "resid", "out_scale")
     if mlp.host_positions is None:
-        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight")
+        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight", "factor")
         return MlpTrace(**cuts, part=mlp.part, **common)
     rows = np.flatnonzero(np.isin(mlp.host_positions, kept))
     if not len(rows):

@@ -11,46 +11,9 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Attention, HeadScale, Latent, Mixer, Norm
 from .consistency import WATCHED
 from .mixing import convolve
+from .mlp_hooks import hook_mlps
 from .recorder import Recorder, is_recording
-
-
-class RecordingHook:
-    """A hook that records the input or the output of a module as (T, C), or the result of ``change`` on it.
-
-    With ``as_is`` it keeps the axis of the batch, and only the last forward pass.
-    """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        record: dict[str, Any],
-        name: str,
-        change: Callable[[Tensor], Tensor] | None = None,
-        as_is: bool = False,
-    ) -> None:
-        self.recorder, self.record, self.name, self.change, self.as_is = recorder, record, name, change, as_is
-
-    def before(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's input. Returns the function that removes the hook."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._keep(args[0] if args else kwargs["hidden_states"])
-
-        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
-
-    def after(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's output. Returns the function that removes the hook."""
-        return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
-
-    def _keep(self, x: Any) -> None:
-        if not is_recording(self.recorder):  # another thread's pass
-            return
-        if self.as_is:
-            self.record[self.name] = x
-        else:
-            x = x[0] if isinstance(x, tuple | list) else x
-            x = x.detach().flatten(0, -2)
-            self.recorder.keep(self.record, self.name, x if self.change is None else self.change(x))
+from .recording import RecordingHook
 
 
 class LayerHooks:
@@ -70,15 +33,8 @@ class LayerHooks:
             self._hook_watched()
         if self.attention is not None:
             self._hook_values(self.attention)
-        if self.mlp is None:
-            pass
-        elif self.adapter.is_mixture(self.index):
-            self._before("mlp", "experts_input")
-            self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
-        else:
-            gate = self.mlp.gate
-            self._after("gate_proj", "gate", (lambda x: gate.select(x).contiguous()) if gate.is_fused else None)
-            self._before("down_proj", "act")
+        if self.mlp is not None:
+            hook_mlps(self.adapter, self.index, self.recorder, self.undo)
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
         elif self.attention is not None and self.adapter.observed is not None:
@@ -117,15 +73,14 @@ class LayerHooks:
                 continue
             if branch.output is not None:
                 self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
-            if branch.stream is not None:
+            if branch.stream is not None and not branch.stream.is_factor:
                 self._before(f"{kind}_stream_norm", f"{kind}_sum")
 
     def _hook_watched(self) -> None:
         """Record what the consistency check compares, at the watched positions."""
-        mixture = self.adapter.is_mixture(self.index)
+        has_mlp = self.mlp is not None and self.adapter.has_dense_mlp(self.index)
         for part, (before, after) in WATCHED.items():
-            absent = self.attention is None if part in ("v_proj", "o_proj") else self.mlp is None or mixture
-            if absent:
+            if not (self.attention is not None if part in ("v_proj", "o_proj") else has_mlp):
                 continue
             self._before(part, before, lambda x: x[self.recorder.watched])
             self._after(part, after, lambda x: x[self.recorder.watched])
@@ -134,6 +89,8 @@ class LayerHooks:
         """Record the latent that values come from, and the clamping of values."""
         if isinstance(attention.v, Latent):
             self._before("v_norm", "latent_scale", attention.v.norm.scale)
+        if attention.value_norm is not None and attention.source is None:
+            self._after("v_proj", "head_scales", attention.value_scales)
         if attention.value_limit is not None:
             self._after("v_proj", "value_ratio", attention.clamped_ratio)
 
@@ -192,12 +149,6 @@ class LayerHooks:
             return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads))
 
         self._in_place_of_heads(scaled)
-
-    def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
-        """Record a router's weights and indices (T, K)."""
-        if is_recording(self.recorder):
-            self.recorder.keep(self.record, "router_weights", weights.detach())
-            self.recorder.keep(self.record, "chosen", chosen)
 
     def _observe_attention(self) -> None:
         """Take Q, K and V from the projections of attention that is not pluggable, and replace its output by ours."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Attention, Recurrence
+from .attention import span_probabilities
 from .record import AttentionTrace, RecurrenceTrace
 from .scan import scan
 
@@ -21,6 +22,7 @@ _NOTHING = 1e-30  # of a matrix whose entries are about one
 _NEAR = 1 << 17  # elements that stay in a core's cache through several passes
 _ALL = slice(None)
 _MATRIX = 1 << 26  # elements of such matrices that are held at once
+_QUERIES = 256  # whose probabilities are held at once
 
 
 class FrozenMixing:
@@ -230,6 +232,8 @@ def apply(
 
 def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
     """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
+    if trace.head_scales is not None:
+        return _normed_constants(weights, trace, lengths)
     if trace.recurrence is None and trace.out_ratio is None:
         return None
     wide = torch.promote_types(trace.q.dtype, torch.float32)
@@ -294,6 +298,25 @@ def _behind_convolution(
         return values
     bias = None if bias is None else bias.to(values)
     return convolve(values, weights.conv.weight[:, 0].to(values), bias, lengths)
+
+
+def _normed_constants(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
+    """Return what heads make of the constant part of values that pass a norm by head, (T, H·d); None without one."""
+    wide = torch.promote_types(trace.q.dtype, torch.float32)
+    value, first, parts = weights.value_constant(wide), 0, []
+    if value is None or trace.head_scales is None:
+        return None
+    value = value.view(weights.n_kv_heads, -1).repeat_interleave(weights.n_heads // weights.n_kv_heads, 0)  # (H, d)
+    for length in lengths:
+        span = slice(first, first + length)
+        scales = trace.head_scales[span].to(wide).repeat_interleave(len(value) // weights.n_kv_heads, 1)  # (N, H)
+        for begin in range(0, length, _QUERIES):
+            p = span_probabilities(trace, span, slice(begin, min(begin + _QUERIES, length)), wide)  # (H, Q, N)
+            worth = torch.einsum("hqn,nh->qh", p, scales)
+            parts.append((worth[..., None] * value).flatten(1))
+        first += length
+    heads = torch.cat(parts)
+    return heads if trace.out_ratio is None else heads * trace.out_ratio.to(wide)
 
 
 def frozen(recurrence: Recurrence) -> RecurrenceTrace:

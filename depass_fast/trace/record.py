@@ -48,7 +48,7 @@ class AttentionTrace:
     less than one: P is the softmax without the sinks, times ``row_sum``.
     """
 
-    resid: Tensor  # (T, D) the residual stream that it reads
+    resid: Tensor  # (T, D) the residual stream that values are read from, that of layer `source` if there is one
     q: Tensor
     k: Tensor
     scale: float
@@ -58,6 +58,7 @@ class AttentionTrace:
     chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
+    head_scales: Tensor | None = None  # (T, Hkv) s of a norm of every head's values, in float32 or wider
     value_ratio: Tensor | None = None  # (T, Hkv·d) clamped / raw values, where any was clamped, or act(c) / c
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
@@ -66,6 +67,7 @@ class AttentionTrace:
     # otherwise frozen at `value_ratio`
     value_rule: Any = None
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
+    source: int | None = None  # the layer whose keys and values it takes
 
     __repr__ = brief_repr
 
@@ -78,9 +80,13 @@ class AttentionTrace:
         return self.value_ratio is None and self.out_ratio is None and self.recurrence is None
 
     def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
-        """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,)."""
+        """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,).
+
+        With a norm of every head's values it is one for each KV head: (T, Hkv).
+        """
         scale = weights.scale(resid)
-        return scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
+        scale = scale if self.latent_scale is None else scale * self.latent_scale.to(scale)
+        return scale if self.head_scales is None else scale[:, None] * self.head_scales.to(scale)
 
     def constant(self, weights: Attention, at: slice | Tensor, dtype: torch.dtype) -> Tensor | None:
         """The constant that attention adds to packed positions ``at``, if no value is clamped: (D,), (N, D) or None.
@@ -119,6 +125,7 @@ class MlpTrace:
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
+    factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr

@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
 from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
-from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
+from .mlp_traces import mlp_traces
+from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import padded_to, register_with_mask
 
 ATTENTION_NAME = "depass_fast_recorder"
@@ -182,12 +183,7 @@ class Recorder:
         else:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
-        common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
-        if assignment is None:
-            mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
-        else:
-            routed = self.adapter.route(index, record["experts_input"], record["router_weights"], assignment)
-            mlps = tuple(MlpTrace.of_expert(expert, **common) for expert in routed)
+        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
     def _attention(self, index: int, record: dict[str, Any]) -> Any:
@@ -199,18 +195,22 @@ class Recorder:
             kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
             recurrence = frozen(replace(recurrence, **kept))
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
+        source = self.adapter.kind(index).source
+        given = record if source is None else self.layers[source]  # what values and keys came from
         made = AttentionTrace(
-            resid=record["resid_pre"],
+            resid=given["resid_pre"],
             q=record["q"],
-            k=record["k"],
+            k=given["k"],
             key_bias=record.get("key_bias"),
             chosen_keys=None if chosen is None or np.diff(self.offsets).max() <= chosen.shape[1] else chosen,
             row_sum=record.get("row_sum"),
             latent_scale=record.get("latent_scale"),
+            head_scales=given.get("head_scales"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             out_ratio=record.get("out_ratio"),
             recurrence=recurrence,
+            source=source,
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
@@ -222,7 +222,9 @@ class Recorder:
         wanted |= {"mask"} if mixes else set()
         if has_mlp:
             wanted |= {"attention_output"} if self.adapter.is_parallel else {"resid_mid"} if mixes else set()
-            wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else {"gate", "act"}
+            wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else set()
+            wanted |= {"gate", "act"} if self.adapter.has_dense_mlp(index) else set()
+            wanted |= set() if self.adapter.kind(index).input_gate is None else {"token_gate", "token_act"}
         if missing := wanted - record.keys():
             names = sorted("attention" if name == "mask" else name for name in missing)
             raise RuntimeError(

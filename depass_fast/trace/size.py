@@ -103,22 +103,25 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
-    streams = 1 + copied + sum(branch.stream is not None for branch in branches)
+    streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
     scales = sum(branch.output is not None for branch in branches)
     size = streams * adapter.hidden_size * item + scales * wide
-    size += _mlps(layer.mlps, adapter.experts_per_position, item)
+    size += _mlps(layer.mlps, adapter.experts_per_position, item) + _beside(layer.mlps, adapter.hidden_size, item, wide)
     if attention is None:
         return size
     if attention.scales_heads:
         size += attention.o.shape[1] * (wide if attention.is_recurrent else item)
     if attention.is_recurrent:
         return size + _recurrence(adapter, index, attention, item, wide)
-    size += (attention.n_heads + attention.n_kv_heads) * attention.key_dim * item
+    own = attention.source is None  # else the keys, and the scales of values, are another layer's
+    size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
     sinks = adapter.has_sinks and getattr(adapter.module(index, "attention"), "sinks", True) is not None
     size += attention.n_heads * wide * (adapter.has_alibi + sinks)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
-    has_constant = attention.scales_heads and (attention.v.has_bias or _has_beta(attention))
+    size += 0 if attention.value_norm is None else own * attention.n_kv_heads * wide
+    behind = attention.scales_heads or attention.value_norm is not None
+    has_constant = behind and (attention.v.has_bias or _has_beta(attention))
     return size + (attention.o.shape[1] * wide if has_constant else 0)
 
 
@@ -152,6 +155,16 @@ def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:
     return size
 
 
+def _beside(mlps: Sequence[Mlp], width: int, item: int, wide: int) -> int:
+    """The bytes of what a gate of the token's embedding reads and is multiplied by, and of norms of its own.
+
+    Where experts stand beside an MLP, each of the two has scales of its own; one of them is counted with the branch.
+    """
+    gates = [mlp for mlp in mlps if mlp.follows]
+    several = len({id(mlp.norm) for mlp in mlps if not mlp.follows}) > 1
+    return sum(width * item + mlp.gate.shape[0] * item + wide for mlp in gates) + several * wide
+
+
 def _router_weight(mlp: Mlp, item: int) -> int:
     """The bytes of a router's weight, which is recorded for an expert, the shared one too."""
-    return item if mlp.name else 0
+    return item if mlp.name and not mlp.follows else 0

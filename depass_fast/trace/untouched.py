@@ -68,7 +68,7 @@ class _Watcher:
             if threading.get_ident() == self.thread:
                 self.decisions[-1][1].update(router_weights=weights.detach(), chosen=chosen)
 
-        undo.callback(adapter.module(index, "mlp").register_forward_pre_hook(read, with_kwargs=True).remove)
+        undo.callback(adapter.experts_module(index).register_forward_pre_hook(read, with_kwargs=True).remove)
         undo.callback(adapter.watch_router(index, decided))
 
     def watch_indexer(self, adapter: Adapter, index: int, undo: ExitStack) -> None:

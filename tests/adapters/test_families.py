@@ -250,8 +250,11 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)
-            assert (part.router_weight is None) == (mlp.name == "")
+            assert (part.router_weight is None) == (mlp.name == "" or mlp.follows) and mlp.follows == (
+                part.factor is not None
+            )
             act = act if part.router_weight is None else act * part.router_weight[:, None]
+            act = act if part.factor is None else act * part.factor
             assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 
@@ -260,6 +263,20 @@ def behind_stream(norm, total, normed, added):
     before = total - added
     std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
     return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
+
+
+def beside(adapter, layer):
+    """Return the modules, by name, whose outputs the stream gains beside those of attention and MLP."""
+    block, gate = adapter.block(layer), adapter.kind(layer).input_gate
+    shared = getattr(block, "shared_mlp", None) if adapter.is_mixture(layer) else None
+    found = {"shared": shared, "embed": None if gate is None else block.get_submodule(gate.output_norm)}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def behind_layer(adapter, layer, seen, added):
+    """Return what MLPs add with a gate of the token's embedding among them, behind the layer's factor."""
+    added, factor = added + seen["embed"][1] if "embed" in seen else added, adapter.kind(layer).layer_factor
+    return added if factor is None else added * adapter.block(layer).get_buffer(factor)
 
 
 @torch.no_grad()
@@ -280,13 +297,12 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 
         sparse = adapter.is_mixture(layer)
         ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
-        for kind, last in ((kind, last) for kind, last in ends.items() if adapter.module(layer, last) is not None):
-            note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
-            if adapter.module(layer, f"{kind}_stream_norm") is not None:
-                note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
-        beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
-        for expert in beside:
-            note(expert, "shared")
+        for branch, last in ((part, last) for part, last in ends.items() if adapter.module(layer, last) is not None):
+            note(adapter.module(layer, f"{branch}_output_norm") or adapter.module(layer, last), branch)
+            if adapter.module(layer, f"{branch}_stream_norm") is not None:
+                note(adapter.module(layer, f"{branch}_stream_norm"), f"{branch} stream")
+        for name_there, part in beside(adapter, layer).items():
+            note(part, name_there)
         dp.model(ids[None])
         for handle in handles:
             handle.remove()
@@ -295,7 +311,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
             factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
-            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
+            added = (seen[part][1] + (seen["shared"][1] if "shared" in seen and part == "mlp" else 0.0)) * factor
+            added = behind_layer(adapter, layer, seen, added) if part == "mlp" else added
             if f"{part} stream" in seen:
                 added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
             assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
@@ -312,7 +329,9 @@ def test_labels_and_where_there_is_a_bias(name):
     if adapter.is_mixture(0):
         mlp = trace.layers[0].mlps
         names = [f"E{part.part}" for part in mlp if part.positions is not None]
-        names += ["shared"] * any(part.positions is None for part in mlp)
+        whole = [dp.adapter.mlps(0)[part.part].name for part in mlp if part.positions is None]
+        assert whole in ([], ["shared"], ["shared", "embed"])
+        names += whole
         assert list(dict.fromkeys(label.split("N")[0] for label in labels)) == [
             *(f"L0{expert}" for expert in names),
             *(label for label in labels if label in ("rest", "bias")),

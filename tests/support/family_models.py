@@ -27,6 +27,7 @@ from tests.support.family_shapes import (
     SIGMOID,
     VISION,
 )
+from tests.support.gemma_models import GEMMAS
 from tests.support.late_variants import LATE_VARIANTS, OF_TRANSFORMERS_5
 from tests.support.recurrent_models import RECURRENT
 from tests.support.sparse_models import SPARSE
@@ -282,6 +283,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **LATE_VARIANTS,
     **SPARSE,
     **RECURRENT,
+    **GEMMAS,
 }
 _NAMES = {
     "mpt": {"max_position_embeddings": "max_seq_len"},
@@ -294,7 +296,7 @@ def available(name: str) -> bool:
     """True if the installed transformers knows this variant's family by the code that is supported."""
     model_type, major = VARIANTS[name][0], int(transformers.__version__.split(".")[0])
     known = model_type in CONFIG_MAPPING and (major >= 5 or model_type not in OF_TRANSFORMERS_5)
-    return known and (name not in RECURRENT or knows_recurrences())
+    return known and (name not in {*RECURRENT, *GEMMAS} or knows_recurrences())
 
 
 def build_variant(

@@ -1,4 +1,4 @@
-"""Additions to the rows of a state: constants for `bias`, and components that are carried as products."""
+"""Additions to some rows of a state: constants for `bias`, and components that have just started."""
 
 from __future__ import annotations
 

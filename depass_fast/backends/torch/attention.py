@@ -17,7 +17,8 @@ from .workspace import Workspace
 class FrozenAttention:
     """One prompt's P with s[k] folded into its columns, in tiles of at most ``tile`` elements.
 
-    ``keys`` are the prompt's packed positions, ``scale`` (T,) is s of all. A scale of the output is in P's rows.
+    ``keys`` are the prompt's packed positions, ``scale`` (T,) is s of all, (T, Hkv) where it differs between KV heads.
+    A scale of the output is in P's rows.
     """
 
     def __init__(self, trace: AttentionTrace, keys: slice, scale: Tensor, tile: int, dtype: torch.dtype) -> None:
@@ -68,12 +69,17 @@ class FrozenAttention:
             logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
         here = torch.arange(queries.start, queries.stop, device=q.device)
         seen = seen_keys(self.trace, self.span, here, n_keys)
-        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
+        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self._columns(n_keys, heads))
         if self.row_sum is not None:
             p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]
         if self.out_scale is not None:
             p *= self.out_scale[queries, None].to(wide)
         return p.to(self.dtype)
+
+    def _columns(self, n_keys: int, heads: slice) -> Tensor:
+        """s of the first keys, (K,) or (h, 1, 1, K)."""
+        scale = self.scale[:n_keys]
+        return scale if scale.ndim == 1 else scale[:, heads].T[:, None, None]
 
     def _by_head(self, x: Tensor, heads: slice) -> Tensor:
         """The columns (N, H) of some KV heads as (N, h, G), in the dtype that P is made in."""

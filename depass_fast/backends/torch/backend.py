@@ -48,27 +48,38 @@ class TorchBackend(BoundedBackend):
     # -- attention ----------------------------------------------------------------------------------------------
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         wide = ComponentState(state.rows, state.layout.by_position, state.layer, factors=state.factors)
-        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position).rows
+        values = None if source is None else ComponentState(source.rows, source.layout.by_position, source.layer)
+        rows = self._aggregate(wide, weights, trace, None if queries is None else queries.by_position, values).rows
         out = ComponentState(rows, state.layout if queries is None else queries, state.layer)
         add_to_bias(out, self._attention_constant(out, weights, trace))
         return out
 
     def _aggregate(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None,
+        source: ComponentState | None,
     ) -> ComponentState:
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
             alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
             if n_reads > alone or trace.value_ratio is not None or trace.recurrence is not None:
-                return self._aggregate(state, weights, trace, None).at(queries)
-            return self._aggregate_at(state, weights, trace, queries)
-        if state.factors is not None and trace.is_plain and self.takes_factors:
+                return self._aggregate(state, weights, trace, None, source).at(queries)
+            return self._aggregate_at(state, weights, trace, queries, source)
+        if state.factors is not None and source is None and trace.is_plain and self.takes_factors:
             state = self._aggregate_factors(state, weights, trace)
             return self._aggregate_everywhere(state, weights, trace, extras_only=True)
-        return self._aggregate_everywhere(state, weights, trace)
+        return self._aggregate_everywhere(state, weights, trace, source=source)
 
     def _attention_constant(self, state: ComponentState, weights: Attention, trace: AttentionTrace) -> Tensor | None:
         """The constant that `bias` receives from the attention: (D,), or (S, D), or None."""
@@ -81,13 +92,18 @@ class TorchBackend(BoundedBackend):
         return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
 
     def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        extras_only: bool = False,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         device, attend = weights.w_v.device, self._attending(state, weights, trace)
 
         def step(block: Block) -> None:
             x = self._take(state, block, device)
-            attend(x, block)
+            attend(x, block, x if source is None else self._take(source, block, device, "source rows"))
             self._put(state, block, x)
 
         self._budget.each(device, lambda undone: self._blocks(state, weights, extras_only, undone, trace), step)
@@ -95,8 +111,11 @@ class TorchBackend(BoundedBackend):
 
     def _attending(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace
-    ) -> Callable[[Tensor, Block], None]:
-        """Return a function that adds the attention of a block to its rows (r, D), in place and last of all."""
+    ) -> Callable[[Tensor, Block, Tensor], None]:
+        """Return a function that adds the attention of a block to its rows (r, D), in place and last of all.
+
+        The rows that it takes last are those that values are read from, maybe the same.
+        """
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.value_rule is not None:
@@ -105,9 +124,9 @@ class TorchBackend(BoundedBackend):
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
 
-        def attend(x: Tensor, block: Block) -> None:
+        def attend(x: Tensor, block: Block, read: Tensor) -> None:
             values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
-            write_product(values, x.to(dtype), w_v.T)
+            write_product(values, read.to(dtype), w_v.T)
             if trace.value_ratio is not None:
                 self._clamp(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
@@ -131,7 +150,7 @@ class TorchBackend(BoundedBackend):
     def _attention_weights(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return s of all positions (T,), W_V with the norm folded in, and W_O, both in ``dtype``."""
+        """Return s of all positions (T,) or (T, Hkv), W_V with the norm folded in, and W_O, both in ``dtype``."""
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             scale = trace.value_scale(weights, trace.resid.to(state.rows.dtype))
@@ -197,12 +216,12 @@ class TorchBackend(BoundedBackend):
             values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
         values *= trace.value_ratio[packed].to(values.dtype)
 
-    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
-        """Return a block's rows: a view of neighbours, else a copy in the workspace."""
+    def _take(self, state: ComponentState, block: Block, device: torch.device, name: str = "rows") -> Tensor:
+        """Return a block's rows: a view of neighbours, else a copy in the workspace, under that ``name``."""
         rows, index = state.rows, block.rows
         if isinstance(index, slice):
             return rows[index]
-        return torch.index_select(rows, 0, index, out=self._workspace.take("rows", (len(index), rows.shape[1]), rows))
+        return torch.index_select(rows, 0, index, out=self._workspace.take(name, (len(index), rows.shape[1]), rows))
 
     def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
         """Write back what :meth:`_take` gave: nothing to do for a view."""
@@ -230,7 +249,12 @@ class TorchBackend(BoundedBackend):
         return self._dtype(state)
 
     def _aggregate_at(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout,
+        source: ComponentState | None,
     ) -> ComponentState:
         """Compute only a few queries: P first, on the states themselves, then V and O on what is left of them."""
         if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
@@ -243,7 +267,7 @@ class TorchBackend(BoundedBackend):
         kept: dict[Asked, Tensor] = {}  # P of the last queries, for the next components of the same prompt
 
         def step(block: QueryBlock) -> None:
-            x = scatter(self._take(state, block, device).to(dtype), block)
+            x = scatter(self._take(source or state, block, device).to(dtype), block)
             x = x.view(block.n_prompts, -1, block.n_components * width)  # (S, K, B·D)
             for one in block.rounds:
                 if one.asked not in kept:

@@ -25,7 +25,7 @@ def workspace(work: Workload) -> int:
 
 
 def _workspace_on_a_cpu(work: Workload) -> int:
-    attention = max(work.width + 2 * (size.o + size.v) for size in work.passed)
+    attention = max(work.width * (1 + (size.source is not None)) + 2 * (size.o + size.v) for size in work.passed)
     mlp = max(work.width + size.ways_in * min(size.neurons, TARGET_NEURONS) for size in work.passed)
     rows = min(work.rows, work.budget // (2 * min(attention, mlp) * work.item) + work.longest)
     tiles = 3 * min(work.budget // 4, 4 * work.longest**2 * max(size.o for size in work.passed) // 64)

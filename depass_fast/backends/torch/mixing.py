@@ -23,8 +23,8 @@ def mixing(
     prepared: tuple[Tensor, Tensor, Tensor],
     dtype: torch.dtype,
     workspace: Workspace,
-) -> Callable[[Tensor, Block], None]:
-    """Return a function that adds what a recurrence gives a block to its rows (r, D), in place.
+) -> Callable[[Tensor, Block, Tensor], None]:
+    """Return a function that adds what a recurrence gives a block to its rows (r, D), in place; see ``_attending``.
 
     ``prepared`` are s of all positions (T,), W_V with the norm folded in, and W_O. What was made of the last prompt is
     kept for its next block.
@@ -58,8 +58,8 @@ def mixing(
         values = _started(x, block, factors, extras, w_v)
         return mixed.forward(values, block.start, scale[span][block.start :])
 
-    def attend(x: Tensor, block: Block) -> None:
-        y = heads(x, block)
+    def attend(x: Tensor, block: Block, read: Tensor) -> None:
+        y = heads(read, block)
         if trace.out_scale is not None:
             y = y.mul_(trace.out_scale[of(block.prompt)[0]][block.start :, None, None].to(dtype))
         y = y.flatten(0, 1)

@@ -204,7 +204,7 @@ def _neighbours(rows: np.ndarray, device: torch.device) -> Tensor | slice:
 
 
 def query_probabilities(trace: AttentionTrace, asked: Asked, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return P · s of one query of each prompt, s being ``scale`` (T,): (S, H, K). It is made in ``scale``'s dtype."""
+    """Return P · s of one query of each prompt, s being ``scale`` (T,) or (T, Hkv): (S, H, K), in ``scale``'s dtype."""
     wide, n_kv = scale.dtype, trace.k.shape[1]
     q = trace.q[asked.at].to(wide).unflatten(1, (n_kv, -1))  # (S, Hkv, G, d)
     k = asked.read(trace.k).to(wide).permute(0, 2, 3, 1)  # (S, Hkv, d, K)
@@ -218,7 +218,11 @@ def query_probabilities(trace: AttentionTrace, asked: Asked, scale: Tensor, dtyp
         logits.masked_fill_(~asked.seen[:, None], -torch.inf)
     if trace.chosen_keys is not None:
         logits.masked_fill_(~selected(trace.chosen_keys[asked.at], logits.shape[-1])[:, None], -torch.inf)
-    p = logits.softmax(-1).mul_(asked.read(scale)[:, None])
+    p, columns = logits.softmax(-1), asked.read(scale)  # (S, K) or (S, K, Hkv)
+    if columns.ndim == 2:
+        p.mul_(columns[:, None])
+    else:
+        p.mul_(columns.transpose(1, 2).repeat_interleave(p.shape[1] // n_kv, 1))
     if trace.row_sum is not None:
         p *= trace.row_sum[asked.at].to(wide)[..., None]
     if trace.out_scale is not None:

@@ -80,10 +80,10 @@ class SharedValues:
             self.statistics.alive[at].add_(gates.alive.sum(1))
             self.statistics.meet(gates, at, slice(None))
 
-    def attend(self, x: Tensor, block: Block) -> None:
-        """Add what the heads give a block to its rows ``x`` (r, D), in place."""
+    def attend(self, x: Tensor, block: Block, read: Tensor) -> None:
+        """Add what the heads give a block to its rows ``x`` (r, D), in place; values are read from ``read`` (r, D)."""
         mixing, at, w_o = self._mixing(block), self.at(block), self.prepared[2]
-        gates = self._gates(x, block, mixing)
+        gates = self._gates(read, block, mixing)
         shares = self.statistics.shares(gates, at, slice(None)).mul_(self.act[at, None])
         y = mixing.forward_shaped(shares.to(self.dtype), block.start)
         if self.trace.out_scale is not None:

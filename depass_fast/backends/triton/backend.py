@@ -85,10 +85,15 @@ class TritonBackend(TorchBackend):
     # -- attention ----------------------------------------------------------------------------------------------
 
     def aggregate_ov(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, queries: Layout | None = None
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        queries: Layout | None = None,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         with _current(state.device):
-            return super().aggregate_ov(state, weights, trace, queries)
+            return super().aggregate_ov(state, weights, trace, queries, source)
 
     def _scaled_attention(
         self, state: ComponentState, weights: Attention, trace: AttentionTrace, longest: int
@@ -100,7 +105,12 @@ class TritonBackend(TorchBackend):
         return half if takes and isinstance(half, AttentionRange) else None
 
     def _aggregate_everywhere(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace, extras_only: bool = False
+        self,
+        state: ComponentState,
+        weights: Attention,
+        trace: AttentionTrace,
+        extras_only: bool = False,
+        source: ComponentState | None = None,
     ) -> ComponentState:
         longest = int(np.bincount(state.layout.prompt).max())
         half = self._scaled_attention(state, weights, trace, longest)
@@ -110,7 +120,7 @@ class TritonBackend(TorchBackend):
         why = without_kernel(trace, head_bytes)
         if why is not None:
             say_once(f"backend: triton leaves the attention to torch: it has no kernel for {why}")
-            return super()._aggregate_everywhere(state, weights, trace, extras_only)
+            return super()._aggregate_everywhere(state, weights, trace, extras_only, source)
         device, layout = state.device, state.layout
         frozen = probabilities.Frozen(
             trace.q.contiguous(),
@@ -213,7 +223,7 @@ class TritonBackend(TorchBackend):
         def prepare() -> tuple:
             packed = layout.tensor("packed", device)
             recorded = packed if trace.positions is None else trace.rows(packed)
-            act = _rowwise(trace.act)
+            act = trace.act if trace.act.stride(-1) == 1 else trace.act.contiguous()  # a row's elements side by side
             if trace.out_scale is not None:
                 act = act[recorded] * trace.out_scale[packed, None]
                 recorded = torch.arange(len(packed), device=device)
@@ -384,8 +394,3 @@ def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tenso
     if norm is None:
         return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
-
-
-def _rowwise(x: Tensor) -> Tensor:
-    """Return x with the elements of every row side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

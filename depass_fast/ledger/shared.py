@@ -1,0 +1,33 @@
+"""The way back where later layers take the values of an earlier one: gradients wait until it is reached."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..trace.record import Trace
+from .batches import Packing
+
+
+class Owed:
+    """Gradients (R, T, D) of what enters layers whose values later ones took, until the way back is there.
+
+    For components that start in between, all that these values bring is a constant.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def owe(self, source: int, gradients: Tensor) -> None:
+        """Add gradients of the residual stream entering layer ``source``."""
+        before = self._held.get(source)
+        self._held[source] = gradients if before is None else before + gradients.to(before)
+
+    def paid(self, index: int) -> Tensor | None:
+        """Return what is owed to the residual stream entering layer ``index``, and hold it no longer."""
+        return self._held.pop(index, None)
+
+    def worth(self, packing: Packing, trace: Trace) -> Tensor:
+        """Return the product of all that is still owed with the hidden states it belongs to: (R, P), or a zero."""
+        worth = [packing.dot(one, trace.resid(source).to(one), False) for source, one in self._held.items()]
+        return sum(one.to(worth[0]) for one in worth) if worth else torch.zeros(())  # type: ignore[return-value]

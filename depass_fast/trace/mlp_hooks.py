@@ -1,0 +1,69 @@
+"""The hooks on a layer's MLPs: on experts and their router, on the MLP itself, on a gate of the token's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import Adapter, InputGate
+from ..adapters.layer_mlps import beside_modules, plain_norm
+from ..adapters.paths import below
+from .recorder import Recorder, is_recording
+from .recording import RecordingHook
+
+
+def hook_mlps(adapter: Adapter, index: int, recorder: Recorder, undo: ExitStack) -> None:
+    """Record what a trace holds of the MLPs of a layer that has any. ``undo`` takes the hooks off."""
+    _MlpHooks(adapter, index, recorder, undo).put()
+
+
+class _MlpHooks:
+    def __init__(self, adapter: Adapter, index: int, recorder: Recorder, undo: ExitStack) -> None:
+        self.adapter, self.index, self.recorder, self.undo = adapter, index, recorder, undo
+        self.record, self.kind, self.block = recorder.layers[index], adapter.kind(index), adapter.block(index)
+
+    def put(self) -> None:
+        if self.adapter.is_mixture(self.index):
+            self._before(self.adapter.experts_module(self.index), "experts_input")
+            self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
+        if self.adapter.has_dense_mlp(self.index):
+            gate = next(mlp.gate for mlp in self.adapter.mlps(self.index) if not (mlp.is_routed or mlp.follows))
+            change = (lambda x: gate.select(x).contiguous()) if gate.is_fused else None
+            self._after(self.adapter.module(self.index, "gate_proj"), "gate", change)
+            self._before(self.adapter.module(self.index, "down_proj"), "act")
+        beside = None if self.kind.experts is None else self.kind.experts.beside
+        if beside is not None and self.adapter.is_mixture(self.index):
+            _, *outputs = beside_modules(self.block, beside)
+            for name, module in zip(("experts_scale", "dense_scale"), outputs, strict=True):
+                self._before(module, name, plain_norm(module).scale)
+        if self.kind.input_gate is not None:
+            self._hook_gate(self.kind.input_gate)
+
+    def _before(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(module))
+
+    def _after(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(module))
+
+    def _hook_gate(self, gate: InputGate) -> None:
+        module, norm = below(self.block, gate.gate), below(self.block, gate.output_norm)
+        self._before(module, "gate_resid")
+        self._after(module, "token_gate")
+        self._before(below(self.block, gate.down), "token_act")
+        self._before(norm, "token_scale", plain_norm(norm).scale)
+
+        def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_recording(self.recorder):
+                given = kwargs[gate.argument] if gate.argument in kwargs else args[1]
+                self.recorder.keep(self.record, "token_embedding", given.detach().flatten(0, -2).contiguous())
+
+        self.undo.callback(self.block.register_forward_pre_hook(called, with_kwargs=True).remove)
+
+    def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
+        """Record a router's weights and indices (T, K)."""
+        if is_recording(self.recorder):
+            self.recorder.keep(self.record, "router_weights", weights.detach())
+            self.recorder.keep(self.record, "chosen", chosen)

@@ -1,0 +1,49 @@
+"""The hook that records what a module is given, or what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .recorder import Recorder, is_recording
+
+
+class RecordingHook:
+    """A hook that records the input or the output of a module as (T, C), or the result of ``change`` on it.
+
+    With ``as_is`` it keeps the axis of the batch, and only the last forward pass.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        record: dict[str, Any],
+        name: str,
+        change: Callable[[Tensor], Tensor] | None = None,
+        as_is: bool = False,
+    ) -> None:
+        self.recorder, self.record, self.name, self.change, self.as_is = recorder, record, name, change, as_is
+
+    def before(self, module: nn.Module) -> Callable[[], None]:
+        """Record the module's input. Returns the function that removes the hook."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._keep(args[0] if args else kwargs["hidden_states"])
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+    def after(self, module: nn.Module) -> Callable[[], None]:
+        """Record the module's output. Returns the function that removes the hook."""
+        return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
+
+    def _keep(self, x: Any) -> None:
+        if not is_recording(self.recorder):  # another thread's pass
+            return
+        if self.as_is:
+            self.record[self.name] = x
+        else:
+            x = x[0] if isinstance(x, tuple | list) else x
+            x = x.detach().flatten(0, -2)
+            self.recorder.keep(self.record, self.name, x if self.change is None else self.change(x))
