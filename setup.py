@@ -56,6 +56,17 @@ setup(
         ],
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "evaluate": ["matplotlib>=3.8", "captum>=0.9"],  # its plots; what its baselines are compared with in tests
+        # the site (docs/site.md), and what its notebooks draw and write with
+        "docs": [
+            "sphinx>=8.1",
+            "furo>=2025.7",
+            "myst-nb>=1.3",
+            "sphinx-copybutton>=0.5.2",
+            "ipykernel>=6",
+            "matplotlib>=3.8",
+            "pandas>=2",
+            "pyarrow>=14",
+        ],
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["depass-fast = depass_fast.cli.main:main"]},

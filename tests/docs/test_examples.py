@@ -19,9 +19,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench/README.md"])
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench/README.md"]
+    if path.parent != ROOT / "docs/generated"
+)
 RUN = (
     "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
     "docs/api.md",
     "docs/attention.md",
     "docs/memory.md",
