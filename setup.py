@@ -53,7 +53,9 @@ setup(
             "hypothesis>=6.100",
             "pandas>=2",
             "pyarrow>=14",
+            "matplotlib>=3.8",
         ],
+        "plot": ["matplotlib>=3.8"],  # result.plot(), depass_fast.plots and --plot
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "evaluate": ["matplotlib>=3.8", "captum>=0.9"],  # its plots; what its baselines are compared with in tests
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],

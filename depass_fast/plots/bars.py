@@ -11,6 +11,7 @@ from .look import NEGATIVE, OTHERS, POSITIVE, paper, sign_colour
 from .words import LONGEST, fitting
 
 _ROW, _MARGIN = 0.15, 0.42  # inches of a bar, and of the axis below
+_SHORT, _ROOM = 12, 1.4  # characters of a label at a bar's end, and how much longer the axis is for it
 _BEYOND = 1.12  # the axis ends there, in sizes of the largest component
 
 
@@ -27,7 +28,7 @@ class Bar:
     error: float = 0.0
 
 
-def rows(bars: Sequence[Bar], axis: str, caption: Caption, ax: Any | None = None, width: str | float = "column") -> Any:
+def rows(bars: Sequence[Bar], axis: str, caption: Caption, ax: Any = None, width: str | float = "column") -> Any:
     """Draw bars one below the other, the first on top, with their numbers beside them; return the Axes.
 
     The axis is as long as the largest component needs. A grey bar that goes beyond is cut by its edge, with an arrow;
@@ -82,7 +83,7 @@ def columns(
     bars: Sequence[Bar],
     axis: str,
     caption: Caption,
-    ax: Any | None = None,
+    ax: Any = None,
     width: str | float | None = None,
     place: str = "position",
     named: int = 8,
@@ -115,17 +116,21 @@ def columns(
             ax.spines["bottom"].set_visible(False)
         else:
             ax.set_xlabel(place)
-            largest = sorted(range(len(bars)), key=lambda k: -abs(bars[k].value) * bars[k].ranked)[:named]
-            _named(ax, bars, labels, families, largest)
+            order = sorted(range(len(bars)), key=lambda k: (bars[k].ranked, -abs(bars[k].value)))
+            grey = sum(not bar.ranked for bar in bars)
+            labels, families = fitting([bar.label for bar in bars], _SHORT)
+            _named(ax, bars, labels, families, _apart(order[: named + grey], wide / len(bars)))
         write_caption(ax, caption, own)
     return ax
 
 
 def _named(ax: Any, bars: Sequence[Bar], labels: Sequence[str], families: list[str], which: Sequence[int]) -> None:
-    """Write labels at the ends of some bars, those of bars that are not components, too."""
-    for k in {*which, *(k for k, bar in enumerate(bars) if not bar.ranked)}:
+    """Write labels at the ends of some bars, and let the axis have room for them."""
+    low, high = ax.get_ylim()
+    ups = {bars[k].value >= 0 for k in which}
+    ax.set_ylim(low * _ROOM if False in ups else low, high * _ROOM if True in ups else high)
+    for k in which:
         up = bars[k].value >= 0
-        low, high = ax.get_ylim()
         ax.annotate(
             labels[k],
             (k, min(max(bars[k].value, low), high)),
@@ -140,13 +145,22 @@ def _named(ax: Any, bars: Sequence[Bar], labels: Sequence[str], families: list[s
         )
 
 
+def _apart(order: Sequence[int], wide: float) -> list[int]:
+    """Return the first of some bars whose upright labels do not cover each other; a bar takes ``wide`` points."""
+    kept: list[int] = []
+    for k in order:
+        if all(abs(k - other) * wide >= 8 for other in kept):
+            kept.append(k)
+    return kept
+
+
 def grouped(
     values: Sequence[Sequence[float]],
     names: Sequence[str],
     places: Sequence[int],
     axis: str,
     caption: Caption,
-    ax: Any | None = None,
+    ax: Any = None,
     width: str | float | None = None,
 ) -> Any:
     """Draw a group of bars at every layer of ``places``: ``values`` (groups, names); return the Axes."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .frame import Caption, axes_of, write_caption
+from .frame import Caption, axes_of, colour_bar, write_caption
 from .look import SERIES, STYLES, paper
 
 _EACH = 8  # curves that have a colour and a label of their own; more are coloured by their order
@@ -17,7 +17,7 @@ def cumulative(
     scores: Mapping[str, Sequence[float]],
     components: str,
     caption: Caption,
-    ax: Any | None = None,
+    ax: Any = None,
     width: str | float = "column",
     order: str = "layer",
 ) -> Any:
@@ -77,6 +77,6 @@ def _order_bar(ax: Any, names: Sequence[str], order: str) -> None:
     from matplotlib.cm import ScalarMappable  # pyright: ignore[reportMissingImports] (the extra `plot`)
     from matplotlib.colors import ListedColormap  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
-    bar = ax.figure.colorbar(ScalarMappable(cmap=ListedColormap(_in_order(len(names)))), ax=ax, aspect=18, pad=0.02)
+    bar = colour_bar(ax, ScalarMappable(cmap=ListedColormap(_in_order(len(names)))))
     bar.set_ticks([0.5 / len(names), 1 - 0.5 / len(names)], labels=[names[0], names[-1]])
     bar.set_label(order)

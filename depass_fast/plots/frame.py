@@ -13,6 +13,7 @@ from .words import fitting
 
 _SMALL = 6.5  # points of notes
 _LINE = 1.3  # line height
+_BAR = 110.0  # points of a colour bar, at most
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Caption:
     warnings: Sequence[str] = ()
 
 
-def axes_of(ax: Any | None, width: str | float, height: float) -> Any:
+def axes_of(ax: Any, width: str | float, height: float) -> Any:
     """Return the Axes given, or those of a new pyplot figure of that width and height (inches), laid out tightly.
 
     Raises:
@@ -40,7 +41,22 @@ def axes_of(ax: Any | None, width: str | float, height: float) -> Any:
         return pyplot.subplots(figsize=size, layout="constrained")[1]
     if not isinstance(ax, Axes):
         raise TypeError(f"ax: expected matplotlib Axes, got {type(ax).__name__}.")
+    _dress(ax)
     return ax
+
+
+def _dress(ax: Any) -> None:
+    """Give the user's Axes the sizes and lines that those of our own are made with."""
+    from matplotlib import rcParams  # pyright: ignore[reportMissingImports] (the extra `plot`)
+
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        ax.spines[side].set_linewidth(rcParams["axes.linewidth"])
+    width, length = rcParams["xtick.major.width"], rcParams["xtick.major.size"]
+    ax.tick_params(width=width, length=length, labelsize=rcParams["xtick.labelsize"])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_size(rcParams["axes.labelsize"])
 
 
 def points_of(ax: Any) -> tuple[float, float]:
@@ -51,11 +67,23 @@ def points_of(ax: Any) -> tuple[float, float]:
     return box.width * 72 / root.dpi, box.height * 72 / root.dpi
 
 
+def colour_bar(ax: Any, mapped: Any, **more: Any) -> Any:
+    """Return a colour bar beside Axes, not longer than a few centimetres."""
+    high = points_of(ax)[1]
+    length = min(high, _BAR)
+    bar = ax.figure.colorbar(
+        mapped, ax=ax, shrink=length / high, anchor=(0.0, 1.0), aspect=length / 7.0, pad=0.02, fraction=0.08, **more
+    )
+    bar.outline.set_linewidth(0.4)  # pyright: ignore[reportCallIssue]
+    bar.ax.tick_params(labelsize=_SMALL)
+    return bar
+
+
 def write_caption(ax: Any, caption: Caption, own: bool) -> None:
     """Write title, notes and warnings above finished Axes, from the left edge of their labels on, in wrapped lines.
 
-    They are the left, the centre and the right title of the Axes, whose widths move nothing in a layout. A figure of
-    our ``own`` grows by their height.
+    The uppermost of them is the left title of the Axes, whose width moves nothing in a layout. A figure of our ``own``
+    grows by their height.
     """
     from matplotlib import rcParams  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
@@ -66,26 +94,23 @@ def write_caption(ax: Any, caption: Caption, own: bool) -> None:
     end = root.bbox.x1 if own else max(inner.x1, outer.x1)
     room, height = (end - outer.x0) * 72 / root.dpi - 2, 4.0
     parts = (
-        ("right", "\n".join(caption.warnings), {"fontsize": _SMALL, "color": WARNING}),
-        ("center", "\n".join(caption.notes), {"fontsize": _SMALL, "alpha": 0.7}),
-        ("left", caption.title, {"fontsize": rcParams["axes.titlesize"]}),
+        ("\n".join(caption.warnings), {"fontsize": _SMALL, "color": WARNING}),
+        ("\n".join(caption.notes), {"fontsize": _SMALL, "alpha": 0.7}),
+        (caption.title, {"fontsize": rcParams["axes.titlesize"]}),
     )
-    for place, text, look in parts:  # from the Axes upwards
-        if text:
-            lines, families = _wrapped(text, room, look["fontsize"])
-            title = ax.set_title("\n".join(lines), loc=place, x=left, y=1.0, fontfamily=families, **look)
-            title.set(horizontalalignment="left", linespacing=_LINE)
-            title.set_transform(_above(ax, height))
-            height += look["fontsize"] * _LINE * len(lines) + 2.5
+    parts = [part for part in parts if part[0]]  # from the Axes upwards
+    for number, (text, look) in enumerate(parts, 1):
+        lines, families = _wrapped(text, room, look["fontsize"])
+        how: Any = {**look, "fontfamily": families, "linespacing": _LINE}
+        if number == len(parts):
+            ax.set_title("\n".join(lines), loc="left", x=left, pad=height, **how)
+        else:
+            at: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+            below = ax.annotate("\n".join(lines), (left, 1.0), xytext=(0, height), va="bottom", **at, **how)
+            below.set_in_layout(False)
+        height += look["fontsize"] * _LINE * len(lines) + 2.5
     if own:
         root.set_figheight(root.get_figheight() + height / 72)
-
-
-def _above(ax: Any, points: float) -> Any:
-    """Return the coordinates of Axes, moved up by ``points``."""
-    from matplotlib.transforms import ScaledTranslation  # pyright: ignore[reportMissingImports] (the extra `plot`)
-
-    return ax.transAxes + ScaledTranslation(0, points / 72, ax.figure.dpi_scale_trans)
 
 
 def side_label(text: str, points: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .frame import Caption, axes_of, points_of, side_label, write_caption
+from .frame import Caption, axes_of, colour_bar, points_of, side_label, write_caption
 from .look import centred, inches, paper, signed_colours
 from .words import LONGEST, fitting
 
@@ -38,7 +38,7 @@ def heat(
     table: Table,
     bar: str,
     caption: Caption,
-    ax: Any | None = None,
+    ax: Any = None,
     width: str | float | None = None,
     cmap: Any = None,
     limit: float | None = None,
@@ -69,13 +69,12 @@ def heat(
             cmap=signed_colours() if cmap is None else cmap,
             norm=centred(limit),
         )
-        colours = ax.figure.colorbar(image, ax=ax, extend=_extend(values, limit), aspect=18, pad=0.02, fraction=0.08)
-        colours.outline.set_linewidth(0.4)  # pyright: ignore[reportCallIssue]
+        colours = colour_bar(ax, image, extend=_extend(values, limit))
         for spine in ax.spines.values():
             spine.set_visible(False)
         ax.tick_params(length=0, pad=2)
         size = points_of(ax)
-        colours.set_label(side_label(bar, size[1]))
+        colours.set_label(side_label(bar, min(size[1], 120)))
         _labels(ax, table, places, size)
         _cells(ax, shown, limit, size)
         write_caption(ax, caption, own)
@@ -113,10 +112,11 @@ def _labels(ax: Any, table: Table, places: Sequence[int], size: tuple[float, flo
     texts, families = fitting(table.row_labels[::every], LONGEST)
     ax.set_yticks(range(0, len(table.row_labels), every), texts, fontfamily=families)
     count = len(places) - table.extras
-    every = _every(len(places) + 1, wide)
-    names, shown = [*table.column_labels], list(range(0, count, every))
+    every, names = _every(len(places) + 1, wide), [*table.column_labels]
     if every > 1:  # then columns are counted
         names[:count] = map(str, range(count))
+        every = _every(len(places) + 1, wide * 8 / (4.4 * len(f"{count} ")))
+    shown = list(range(0, count, every))
     while shown and table.extras and (count - shown[-1]) * wide / (places[-1] + 1) < 8:
         shown.pop()
     chosen = [*shown, *range(count, len(places))]

@@ -30,7 +30,7 @@ _ARMS = (
 )
 _ZERO = "#f8f8f8"
 
-_LOOK: dict[str, Any] = {
+_LOOK: Any = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.labelsize": 7.5,

@@ -31,7 +31,7 @@ class Placed(Protocol):
 
 def plot_positions(
     results: Sequence[Placed],
-    ax: Any | None = None,
+    ax: Any = None,
     *,
     target: int = 0,
     top: int = 40,
@@ -66,9 +66,7 @@ def plot_positions(
         [f"each row sums to its logit; completeness error {worst:.1e}; attention frozen"],
         list(dict.fromkeys(text for one in results for text in one.warnings or [])),
     )
-    return heat(
-        Table(values, rows, labels, "read after", first.components, extras), "share", caption, ax, width, cmap
-    )
+    return heat(Table(values, rows, labels, "read after", first.components, extras), "share", caption, ax, width, cmap)
 
 
 def _plain(result: Placed) -> list[str]:

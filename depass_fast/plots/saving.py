@@ -10,7 +10,7 @@ from .look import needs_matplotlib
 SUFFIXES = (".png", ".svg", ".pdf")
 _DPI = 300  # of a PNG file
 
-_AS_TEXT = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "depass_fast"}
+_AS_TEXT: Any = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "depass_fast"}
 _NO_DATE: dict[str, dict[str, None]] = {".svg": {"Date": None, "Creator": None}, ".pdf": {"CreationDate": None}}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..runtime.terminal import text_width
-from .frame import Caption, axes_of, points_of, write_caption
+from .frame import Caption, axes_of, colour_bar, points_of, write_caption
 from .look import centred, inches, paper, signed_colours
 from .words import fitting
 
@@ -22,7 +24,7 @@ def strip(
     scores: Sequence[float],
     bar: str,
     caption: Caption,
-    ax: Any | None = None,
+    ax: Any = None,
     width: str | float | None = None,
     cmap: Any = None,
 ) -> Any:
@@ -42,17 +44,15 @@ def strip(
         from matplotlib.cm import ScalarMappable  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
         mapped = ScalarMappable(norm, colours)
-        made = ax.figure.colorbar(mapped, ax=ax, aspect=max(4, min(18, 2.5 * rows)), pad=0.02, fraction=0.06)
+        made = colour_bar(ax, mapped)
         made.set_label(bar)
-        made.ax.tick_params(labelsize=6)
         made.set_ticks([-limit, 0, limit], labels=[f"−{limit:.3g}", "0", f"{limit:.3g}"])
-        made.outline.set_linewidth(0.4)  # pyright: ignore[reportCallIssue]
         write_caption(ax, caption, own)
         room, high = points_of(ax)
         size, lines = _fitted(texts, room, None if own else high)
         ax.set_xlim(0, room)
         ax.set_ylim(max(high, len(lines) * size * _ROW), 0)
-        _draw(ax, lines, texts, [mapped.to_rgba(score) for score in scores], scores, size, families)
+        _draw(ax, lines, texts, list(mapped.to_rgba(np.asarray(scores, dtype=np.float64))), scores, size, families)
     return ax
 
 

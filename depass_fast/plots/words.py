@@ -17,7 +17,7 @@ def fitting(texts: Sequence[str], longest: int | None = None) -> tuple[list[str]
     """Return texts as they can be drawn, and the font families to draw them with.
 
     A character that the user's fonts lack is drawn with another installed font. What none of them holds is escaped as
-    ``\\u65e5``, and so are invisible characters. Nothing is warned of. Texts of more than ``longest`` characters are cut.
+    ``\\u65e5``, and so are invisible characters. Nothing is warned of. Texts longer than ``longest`` are cut.
     """
     families = _families()
     lacking = _lacking("".join(dict.fromkeys("".join(texts))), tuple(families))
@@ -50,7 +50,9 @@ def _lacking(characters: str, families: tuple[str, ...]) -> frozenset[str]:
     )
 
     fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
-    return frozenset(c for c in characters if c.isprintable() and not any(font.get_char_index(ord(c)) for font in fonts))
+    return frozenset(
+        c for c in characters if c.isprintable() and not any(font.get_char_index(ord(c)) for font in fonts)
+    )
 
 
 @lru_cache(maxsize=64)

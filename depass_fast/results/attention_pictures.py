@@ -30,7 +30,9 @@ def draw_explanation(why: Any, kind: str | None, key: int | None, head: int | No
     if kind == "probabilities":
         sink = "" if why.sink is None else f", looking nowhere {float(part(why.sink)):.4f}"
         caption = _caption(why, f"{place}: where it looks", f"bars sum to {math.fsum(p):.4f}{sink}")
-        return columns([Bar(*one) for one in zip(keys, p, strict=True)], "probability", caption, look.ax, look.width)
+        return columns(
+            [Bar(*one) for one in zip(keys, p, strict=True)], "probability", look.said(caption), look.ax, look.width
+        )
     if kind == "leading":
         return _leading(why, place, key, number, look)
     shares = (part(why.shares) - part(why.mean_shares)).tolist()  # what all keys share cancels in the softmax
@@ -42,7 +44,7 @@ def draw_explanation(why: Any, kind: str | None, key: int | None, head: int | No
     names = [f"{name} {chance:.0%}" for name, chance in zip(keys, p, strict=True)]
     caption = _caption(why, f"{place}: why it looks there", "each row sums to its log P + the entropy of P")
     made = Table(values, names, labels, "key", why.components, extras)
-    return heat(made, "share of log P", caption, look.ax, look.width, look.cmap, look.limit)
+    return heat(made, "share of log P", look.said(caption), look.ax, look.width, look.cmap, look.limit)
 
 
 def _leading(why: Any, place: str, key: int | None, number: int, look: Look) -> Any:
@@ -59,7 +61,9 @@ def _leading(why: Any, place: str, key: int | None, number: int, look: Look) -> 
         title = f"{place}: {tokens[k]!r}@{k}, logit {value:.4f}, P {part(why.probabilities)[at]:.3f}"
     found = _rows(why.labels, shares, _extras(why.labels), look.top)
     note = f"bars sum to {math.fsum(bar.value for bar in found):.4f}, the head's own is {value:.4f}"
-    return rows(found, "share of the attention logit", _caption(why, title, note), look.ax, look.width or "column")
+    return rows(
+        found, "share of the attention logit", look.said(_caption(why, title, note)), look.ax, look.width or "column"
+    )
 
 
 def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
@@ -73,11 +77,17 @@ def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
         labels = [str(head) for head in range(changes.shape[1])]
         made = Table(changes.tolist(), [str(layer) for layer in credit.layers], labels, "layer", "head")
         caption = _caption(credit, title, f"cells sum to {total:.4f}", credit.rule)
-        return heat(made, "change by looking", caption, look.ax, look.width, look.cmap, look.limit)
+        return heat(made, "change by looking", look.said(caption), look.ax, look.width, look.cmap, look.limit)
     shares = credit.total(target)
     found = _rows(credit.labels, shares, _extras(credit.labels), look.top)
     note = f"bars sum to {math.fsum(bar.value for bar in found):.4f}, the heads' changes to {total:.4f}"
-    return rows(found, "credit of attention", _caption(credit, title, note, credit.rule), look.ax, look.width or "column")
+    return rows(
+        found,
+        "credit of attention",
+        look.said(_caption(credit, title, note, credit.rule)),
+        look.ax,
+        look.width or "column",
+    )
 
 
 def _rows(labels: list[str], shares: Any, extras: int, top: int) -> list[Bar]:
@@ -85,11 +95,11 @@ def _rows(labels: list[str], shares: Any, extras: int, top: int) -> list[Bar]:
     count = len(labels) - extras
     shown = leading(labels[:count], shares[:count], top, "magnitude")
     values = shares.tolist()
-    more = list(zip(labels[count:], values[count:], strict=True))
+    more: list[tuple[str, float]] = list(zip(labels[count:], values[count:], strict=True))
     if len(shown) < count:
         others = math.fsum(values[:count]) - math.fsum(value for _, value in shown)
         more = [(f"{count - len(shown)} others", others), *more]
-    return bars_of([*rows_of_pairs(shown), *(Row(*one, ranked=False) for one in more)])
+    return bars_of([*rows_of_pairs(shown), *(Row(label, value, ranked=False) for label, value in more)])
 
 
 def _extras(labels: list[str]) -> int:

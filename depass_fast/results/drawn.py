@@ -27,17 +27,18 @@ class DrawnLayer:
         width: Width = None,
         cmap: Any = None,
         limit: float | None = None,
+        caption: bool = True,
     ) -> Axes:
         """Draw the shares with matplotlib; return the Axes, which :func:`depass_fast.plots.save` writes.
 
         ``kind``: "tokens" are bars in the prompt's order (default for tokens), "strip" is the prompt as coloured text;
-        "leading" are the ``top`` components, the others in one bar, `rest` and `bias` (default for all else); "curve" is
-        the share of Σ|score| that the leading components hold; "targets" is a heat map of several targets. ``target``
-        chooses one of several.
+        "leading" are the ``top`` components, the others in one bar, `rest` and `bias` (default for all else); "curve"
+        is the share of Σ|score| that the leading components hold; "targets" is a heat map of several targets.
+        ``target`` chooses one of several.
 
         ``ax`` are Axes of your own; by default a new figure is made, ``width`` inches wide: "column" (3.3), "page"
         (6.8) or a number. ``cmap`` is a colour map for "strip" and "targets", ``limit`` the score at which colours
-        are full.
+        are full. Without ``caption`` title, sums and completeness are left to the text of the paper; warnings stay.
 
         Raises:
             ImportError: matplotlib is not installed; the extra `plot` brings it.
@@ -46,7 +47,7 @@ class DrawnLayer:
             TypeError: ``ax`` is no Axes.
         """
         needs_matplotlib()
-        return draw_layer(self, kind, target, Look(ax, top, width, cmap, limit))
+        return draw_layer(self, kind, target, Look(ax, top, width, cmap, limit, caption))
 
 
 class DrawnLayers:
@@ -62,6 +63,7 @@ class DrawnLayers:
         width: Width = None,
         cmap: Any = None,
         limit: float | None = None,
+        caption: bool = True,
     ) -> Axes:
         """Draw the shares of several layers with matplotlib; return the Axes.
 
@@ -71,7 +73,7 @@ class DrawnLayers:
         share of Σ|score| that its leading components hold. Other arguments and errors as of :meth:`DrawnLayer.plot`.
         """
         needs_matplotlib()
-        return draw_layers(self, kind, target, Look(ax, top, width, cmap, limit))
+        return draw_layers(self, kind, target, Look(ax, top, width, cmap, limit, caption))
 
 
 class DrawnContinuation:
@@ -87,6 +89,7 @@ class DrawnContinuation:
         width: Width = None,
         cmap: Any = None,
         limit: float | None = None,
+        caption: bool = True,
     ) -> Axes:
         """Draw what every token that follows drew on, with matplotlib; return the Axes.
 
@@ -95,7 +98,7 @@ class DrawnContinuation:
         for several layers). Other arguments and errors as of :meth:`DrawnLayer.plot`.
         """
         needs_matplotlib()
-        return draw_continuation(self, kind, read, Look(ax, top, width, cmap, limit))
+        return draw_continuation(self, kind, read, Look(ax, top, width, cmap, limit, caption))
 
 
 class DrawnExplanation:
@@ -112,6 +115,7 @@ class DrawnExplanation:
         width: Width = None,
         cmap: Any = None,
         limit: float | None = None,
+        caption: bool = True,
     ) -> Axes:
         """Draw why a head looks where it looks, with matplotlib; return the Axes.
 
@@ -121,7 +125,7 @@ class DrawnExplanation:
         looks. ``head`` chooses one of several. Other arguments and errors as of :meth:`DrawnLayer.plot`.
         """
         needs_matplotlib()
-        return draw_explanation(self, kind, key, head, Look(ax, top, width, cmap, limit))
+        return draw_explanation(self, kind, key, head, Look(ax, top, width, cmap, limit, caption))
 
 
 class DrawnCredit:
@@ -137,11 +141,12 @@ class DrawnCredit:
         width: Width = None,
         cmap: Any = None,
         limit: float | None = None,
+        caption: bool = True,
     ) -> Axes:
         """Draw what a target owes to where heads look, with matplotlib; return the Axes.
 
-        ``kind``: "heads" is a heat map of layers by heads (default), "leading" are the ``top`` components over all heads,
-        and the others. Other arguments and errors as of :meth:`DrawnLayer.plot`.
+        ``kind``: "heads" is a heat map of layers by heads (default), "leading" are the ``top`` components over all
+        heads, and the others. Other arguments and errors as of :meth:`DrawnLayer.plot`.
         """
         needs_matplotlib()
-        return draw_credit(self, kind, target, Look(ax, top, width, cmap, limit))
+        return draw_credit(self, kind, target, Look(ax, top, width, cmap, limit, caption))

@@ -20,19 +20,24 @@ from ..runtime.numbers import as_index
 from .interface import Result
 from .render import format_scores, headline, value_name
 
-FROZEN = "attention frozen"
 _OF_TOKENS = ("tokens", "strip")
 _GROUP = 3  # components of a layer that are drawn as a group of bars
 
 
 class Look(NamedTuple):
-    """The user's wishes: Axes, the number of leading components, the width, and the colours of a heat map or strip."""
+    """The user's wishes: Axes, the number of leading components, the width, the colours of a heat map or
+    strip, the score where they are full, and whether title and sums are written."""
 
-    ax: Any | None = None
+    ax: Any = None
     top: int = 20
     width: str | float | None = None
     cmap: Any = None
     limit: float | None = None
+    caption: bool = True
+
+    def said(self, caption: Caption) -> Caption:
+        """Return the words above the picture; without a caption these are the warnings alone."""
+        return caption if self.caption else Caption("", (), caption.warnings)
 
     def checked(self) -> Look:
         """Return this. Raises TypeError or ValueError for a ``top`` that is no positive number."""
@@ -61,11 +66,13 @@ def draw_layer(result: Any, kind: str | None, target: int, look: Look) -> Any:
         return _targets(result, look)
     if kind == "curve":
         caption = caption_of(result, target, [f"Σ |share| {math.fsum(map(abs, scores[:named])):.4g}"])
-        return cumulative({"": scores[:named]}, result.components, caption, look.ax, look.width or "column")
+        return cumulative({"": scores[:named]}, result.components, look.said(caption), look.ax, look.width or "column")
     if kind == "leading":
         found = bars_of(result.rows(target, look.top)[:-1])
         caption = caption_of(result, target, [_summed("bars", [bar.value for bar in found], value)])
-        return rows(found, f"share of the {value_name(result, target)}", caption, look.ax, look.width or "column")
+        return rows(
+            found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width or "column"
+        )
     return _in_order(result, kind, target, look, value)
 
 
@@ -77,12 +84,12 @@ def _in_order(result: Any, kind: str, target: int, look: Look, value: float) -> 
     if kind == "strip":
         beside = "".join(f"; {label} {score:+.4g} is not drawn" for label, score in extras)
         caption = caption_of(result, target, [_summed("tokens" if not beside else "shares", scores, value) + beside])
-        return strip(result.tokens, scores[:n], "share", caption, look.ax, look.width, look.cmap)
+        return strip(result.tokens, scores[:n], "share", look.said(caption), look.ax, look.width, look.cmap)
     read = min(n, result.position + 1)  # what comes later has no share
     bars = [Bar(*one) for one in zip(token_labels(result.tokens[:read]), scores[:read], strict=True)]
     bars += [Bar(label, score, ranked=False) for label, score in extras]
     caption = caption_of(result, target, [_summed("bars", scores, value)])
-    return columns(bars, f"share of the {split}", caption, look.ax, look.width)
+    return columns(bars, f"share of the {split}", look.said(caption), look.ax, look.width)
 
 
 def _targets(result: Any, look: Look) -> Any:
@@ -95,7 +102,7 @@ def _targets(result: Any, look: Look) -> Any:
     sums = ["each row sums to its target's value"]
     caption = caption_of(result, 0, sums, f"{len(table)} targets {_at(result)}")
     made = Table(values, result.target_names, labels, "target", result.components, extras)
-    return heat(made, "share", caption, look.ax, look.width, look.cmap, look.limit)
+    return heat(made, "share", look.said(caption), look.ax, look.width, look.cmap, look.limit)
 
 
 def draw_layers(result: Any, kind: str | None, target: int, look: Look) -> Any:
@@ -112,19 +119,25 @@ def draw_layers(result: Any, kind: str | None, target: int, look: Look) -> Any:
         count = len(result.labels)
         notes = [f"{len(found)} of {count:,} {result.components}, without the others", *several]
         caption = caption_of(result, target, notes)
-        return rows(found, f"share of the {value_name(result, target)}", caption, look.ax, look.width or "column")
+        return rows(
+            found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width or "column"
+        )
     if kind == "curve":
         each = {str(one.layer): one.scores_of(target)[: len(one.labels) - one.n_extras].tolist() for one in result}
         each = {f"layer {name}" if len(each) <= 8 else name: values for name, values in each.items()}
         return cumulative(
-            each, f"{result.components} of a layer", caption_of(result, target), look.ax, look.width or "column"
+            each,
+            f"{result.components} of a layer",
+            look.said(caption_of(result, target)),
+            look.ax,
+            look.width or "column",
         )
     if kind == "layers":
         values = [one.scores_of(target)[: len(one.labels) - one.n_extras].tolist() for one in result]
         names = [label.partition(".")[2] or label for label in result.by_layer[0].labels[: max(counts)]]
         caption = caption_of(result, target, ["without rest and bias", *several])
         split = f"share of the {value_name(result, target)}"
-        return grouped(values, names, result.layers, split, caption, look.ax, look.width)
+        return grouped(values, names, result.layers, split, look.said(caption), look.ax, look.width)
     return _layer_table(result, target, look)
 
 
@@ -144,7 +157,15 @@ def _layer_table(result: Any, target: int, look: Look) -> Any:
     axis = result.components[:-1] if numbered else result.components
     made = Table(values, [str(layer) for layer in result.layers], [*labels, *extras], "layer", axis, len(extras))
     caption = caption_of(result, target, [f"each row sums to {_value(result, target):.4f}"])
-    return heat(made, f"share of the {value_name(result, target)}", caption, look.ax, look.width, look.cmap, look.limit)
+    return heat(
+        made,
+        f"share of the {value_name(result, target)}",
+        look.said(caption),
+        look.ax,
+        look.width,
+        look.cmap,
+        look.limit,
+    )
 
 
 def draw_positions(layers: Sequence[Any], target: int, look: Look) -> Any:
@@ -167,7 +188,13 @@ def draw_positions(layers: Sequence[Any], target: int, look: Look) -> Any:
     caption = caption_of(worst, target, [f"state at the layer's input; {note}"], about="tokens at all layers")
     made = Table(values, numbers, labels, "layer", "position", len(extras))
     return heat(
-        made, f"share of the {value_name(first, target)}", caption, look.ax, look.width, look.cmap, look.limit
+        made,
+        f"share of the {value_name(first, target)}",
+        look.said(caption),
+        look.ax,
+        look.width,
+        look.cmap,
+        look.limit,
     )
 
 
@@ -197,7 +224,7 @@ def draw_continuation(result: Any, kind: str | None, read: str, look: Look) -> A
     )
     names = [token.strip() or repr(token)[1:-1] for token in result.tokens[result.prompt_length :]]
     made = Table(values, names, labels, f"{result.origin} token", shares.components, extras)
-    return heat(made, f"share of the {what}", caption, look.ax, look.width, look.cmap, look.limit)
+    return heat(made, f"share of the {what}", look.said(caption), look.ax, look.width, look.cmap, look.limit)
 
 
 def caption_of(
@@ -205,16 +232,14 @@ def caption_of(
 ) -> Caption:
     """Return the words above a result's picture: what is read, the sums, how it came about, and its warnings."""
     rule = f"{result.allocation}, T = {result.temperature:g}" if result.allocation == "softmax" else result.allocation
-    how = (
-        f"{about or f'{result.components} at {result.layer_text()}'} · {'exact' if result.is_exact else result.method} · "
-        f"{rule} · {FROZEN} · completeness error {result.completeness_error:.1e}"
-    )
-    approximate = "" if result.is_exact else f"APPROXIMATE scores, of first order ({result.estimate or 'no estimate'})"
-    warnings = [f"WARNING: {text}" for text in result.warnings or []]
+    what = about or f"{result.components} at {result.layer_text()}"
+    method = "exact" if result.is_exact else result.method
+    how = f"{what} · {method} · {rule} · attention frozen · completeness error {result.completeness_error:.1e}"
+    said = [] if result.is_exact else [f"APPROXIMATE scores, of first order ({result.estimate or 'no estimate'})"]
     return Caption(
         headline(result, target) if title is None else title,
-        [*("; ".join(part for part in sums if part) for _ in sums[:1]), how],
-        [*([approximate] if approximate else []), *warnings],
+        [*(["; ".join(sums)] if sums else []), how],
+        [*said, *(f"WARNING: {text}" for text in result.warnings or [])],
     )
 
 
