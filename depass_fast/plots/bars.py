@@ -12,6 +12,7 @@ from .words import LONGEST, fitting
 
 _ROW, _MARGIN = 0.15, 0.42  # inches of a bar, and of the axis below
 _SHORT, _ROOM = 12, 1.4  # characters of a label at a bar's end, and how much longer the axis is for it
+_MANY = 200  # bars that are drawn without a gap
 _BEYOND = 1.12  # the axis ends there, in sizes of the largest component
 
 
@@ -98,12 +99,7 @@ def columns(
         width = width or ("column" if len(bars) <= 24 else "page")
         ax = axes_of(ax, width, 1.9)
         labels, families = fitting([bar.label for bar in bars], LONGEST)
-        ax.bar(
-            range(len(bars)),
-            [bar.value for bar in bars],
-            width=0.78 if len(bars) <= 200 else 1.0,
-            color=[sign_colour(bar.value) if bar.ranked else OTHERS for bar in bars],
-        )
+        _upright(ax, bars)
         ax.axhline(0, color=_line_colour(), linewidth=0.6)
         _limits(ax, bars, "y")
         ax.set_xlim(-0.6, len(bars) - 0.4)
@@ -122,6 +118,19 @@ def columns(
             _named(ax, bars, labels, families, _apart(order[: named + grey], wide / len(bars)))
         write_caption(ax, caption, own)
     return ax
+
+
+def _upright(ax: Any, bars: Sequence[Bar]) -> None:
+    """Draw bars side by side; many of them as one collection, which takes a tenth of the time."""
+    values = [bar.value for bar in bars]
+    colours = [sign_colour(bar.value) if bar.ranked else OTHERS for bar in bars]
+    if len(bars) <= _MANY:
+        ax.bar(range(len(bars)), values, width=0.78, color=colours)
+        return
+    from matplotlib.collections import PolyCollection  # pyright: ignore[reportMissingImports] (the extra `plot`)
+
+    shapes = [[(k - 0.5, 0.0), (k - 0.5, v), (k + 0.5, v), (k + 0.5, 0.0)] for k, v in enumerate(values)]
+    ax.add_collection(PolyCollection(shapes, facecolors=colours, linewidths=0))
 
 
 def _named(ax: Any, bars: Sequence[Bar], labels: Sequence[str], families: list[str], which: Sequence[int]) -> None:
