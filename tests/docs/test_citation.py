@@ -1,4 +1,4 @@
-"""CITATION.cff names the version that the package has; CHANGELOG.md has a section for it; workflows run what is here."""
+"""CITATION.cff is of this version, which CHANGELOG.md has a section for; workflows run scripts that are here."""
 
 import os
 import re
