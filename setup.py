@@ -34,8 +34,8 @@ setup(
     ],
     extras_require={
         "pandas": ["pandas>=2"],  # Attribution.to_dataframe
-        "sweep": ["pyarrow>=14", "pandas>=2"],  # sweeps into folders; `datasets` beside it for data sets
-        "ray": ["ray[data]>=2.40", "pyarrow>=14", "pandas>=2"],  # sweeps over a cluster
+        "sweep": ["pyarrow>=14.0.1", "pandas>=2"],  # sweeps into folders; `datasets` beside it for data sets
+        "ray": ["ray[data]>=2.40", "pyarrow>=14.0.1", "pandas>=2"],  # sweeps over a cluster
         "device-map": ["accelerate>=1"],  # models spread over several devices
         "gguf": ["gguf>=0.10", "accelerate>=1.1"],  # models from GGUF files; transformers loads none without the two
         # what tests/interop runs against; inseq cannot share an environment with TransformerLens (typeguard)
@@ -52,8 +52,10 @@ setup(
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "pandas>=2",
-            "pyarrow>=14",
+            "pyarrow>=14.0.1",
+            "matplotlib>=3.8",
         ],
+        "plot": ["matplotlib>=3.8"],  # result.plot(), depass_fast.plots and --plot
         "bench": ["matplotlib>=3.8"],  # the plots of bench/
         "evaluate": ["matplotlib>=3.8", "captum>=0.9"],  # its plots; what its baselines are compared with in tests
         # the site (docs/site.md), and what its notebooks draw and write with

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import flags, prompts, targets, types
 from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
 from .output import Output, emit, note, on_stderr, saying_once, show
+from .pictures import Pictures, add_plot
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
@@ -26,6 +27,7 @@ examples:
       --method adjoint --refine 200 --sample 200
   depass-fast attribute --model ./llama --prompt "The capital of France is" --components tokens \\
       --continuation " Paris, of course" --reduce sum
+  depass-fast attribute --model ./llama --prompt "The capital of France is" --components tokens --plot why.pdf
   depass-fast attribute --model ./llama --prompts prompts.jsonl --components tokens --out shares.jsonl
   depass-fast attribute --model ./llama --chat '[{"role": "user", "content": "Hello"}]' --components tokens
   depass-fast attribute --model ./gemma --prompt - --components features --dictionary params.npz \\
@@ -70,15 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write every score to FILE.safetensors, FILE.csv, or FILE.jsonl with a line per result; for several "
         "prompts or positions FILE-0.csv, FILE-1.csv, ...",
     )
+    add_plot(out, "the result")
     flags.add_quiet(out)
     flags.add_debug(out)
 
 
 def run(args: argparse.Namespace) -> None:
     """Attribute, batch by batch; print the results and write --out as they come."""
+    numbered = prompts.is_several(args) or isinstance(args.position, list)
     with on_stderr():
+        pictures = Pictures(args.plot, numbered)
         engine, components, options = _prepared(args)
-        output = Output(args.out, prompts.is_several(args) or isinstance(args.position, list))
+        output = Output(args.out, numbered)
     items = prompts.items_of(args)
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
                 begins = prompts.is_several(args) and result is results[0]
                 head = f"prompt {number} of {len(items)}\n" if begins else ""
                 output.add(result, partial(_show, args, result, head if output.is_empty else f"\n{head}"))
+                pictures.add(result.plot)
     output.close()
 
 

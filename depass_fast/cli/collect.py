@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=types.output_file(".csv", ".parquet"), metavar="FILE", help="write a row for every component"
     )
-    parser.add_argument("--plot", type=types.output_file(".svg", ".png", ".pdf"), metavar="FILE", help="draw them")
+    parser.add_argument("--plot", type=types.picture, metavar="FILE", help="draw them")
     flags.add_json(parser, "a JSON object per component shown, each on a line")
     flags.add_debug(parser)
 
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
 
     with on_stderr():
         if args.plot is not None:
-            from ..runtime.extras import needed
+            from ..plots import needs_matplotlib
 
-            needed("matplotlib", "plot", "evaluate")
+            needs_matplotlib()
         sweep = Sweep.open(args.folder)
         frame = sweep.mean(args.leading)
         shown = sweep.leading(frame, args.top)
@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> None:
         _write(frame, args.out)
         note(f"wrote {args.out}")
     if args.plot is not None:
-        draw_means(shown, sweep.manifest, args.plot)
+        from ..plots import save
+
+        save(draw_means(shown, sweep), args.plot)
         note(f"wrote {args.plot}")
 
 

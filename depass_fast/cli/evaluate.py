@@ -68,7 +68,7 @@ def _add_study(parser: argparse.ArgumentParser, entry: Entry) -> None:
         metavar="FILE.json",
         help="write the result; FILE.json.part holds what is done, and the run goes on from there",
     )
-    out.add_argument("--plot", type=types.output_file(".svg"), metavar="FILE.svg", help="draw the result's curves")
+    out.add_argument("--plot", type=types.picture, metavar="FILE", help="draw the result's curves")
     flags.add_json(out)
     flags.add_quiet(out)
     flags.add_debug(out)
@@ -112,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    from ..evaluate.plot import check_matplotlib
     from ..evaluate.run import run as run_study
     from ..evaluate.study import Settings
+    from ..plots import needs_matplotlib
 
     if args.plot is not None:
-        check_matplotlib()
+        needs_matplotlib()
     layers = getattr(args, "layers", None)
     settings = Settings(
         data=getattr(args, "data", None),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import flags, prompts, targets, types
 from .model import device_of, engine_of, silence_transformers
 from .output import Output, Writer, emit, on_stderr, print_view
+from .pictures import Pictures, add_plot
 
 if TYPE_CHECKING:
     from ..ledger.book import Ledger
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the ledger to FILE.safetensors, which answers more questions in Python (load_ledger), one file per "
         "batch; or the scores of --kinds to FILE.csv or FILE.jsonl, as `depass-fast attribute` does",
     )
+    add_plot(out, "the kinds of --kinds")
     flags.add_quiet(out)
     flags.add_debug(out)
     # what the other commands have flags for
@@ -118,14 +120,16 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make a ledger per batch; print what leads in every prompt and position, and write --out as they come."""
+    numbered = prompts.is_several(args) or isinstance(args.position, list)
     with on_stderr():
+        pictures = Pictures(args.plot, numbered)
         silence_transformers()
         engine = engine_of(args, device_of(args.device))
         if prompts.is_several(args):
             prompts.check_all(args, engine)
     items, whole = prompts.items_of(args), args.out is not None and args.out.suffix == ".safetensors"
     books = Writer(args.out if whole else None, numbered=len(items) > args.batch_size)
-    output = Output(None if whole else args.out, prompts.is_several(args) or isinstance(args.position, list))
+    output = Output(None if whole else args.out, numbered)
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
         with on_stderr():
@@ -138,7 +142,15 @@ def run(args: argparse.Namespace) -> None:
             begins = prompts.is_several(args) and read == 0
             head = f"prompt {first + number + 1} of {len(items)}" if begins else ""
             output.add(page, partial(page.show, head if output.is_empty else f"\n{head}"))
+            pictures.add(partial(_drawn, book, args.kinds, number, read))
     output.close()
+
+
+def _drawn(book: Ledger, kinds: tuple[str, ...], prompt: int, read: int) -> Any:
+    """The picture of one prompt at one position."""
+    from ..ledger.drawn import draw_page
+
+    return draw_page(book, kinds, prompt, read)
 
 
 @dataclass(frozen=True)

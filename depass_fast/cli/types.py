@@ -155,6 +155,11 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return checked
 
 
+def picture(given: str) -> Path:
+    """A picture to be written."""
+    return output_file(".svg", ".png", ".pdf")(given)
+
+
 def data_file(given: str) -> Path:
     """A file of prompts or texts that exists."""
     path = Path(given).expanduser()

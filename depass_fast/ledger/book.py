@@ -28,6 +28,7 @@ from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from ..trace.light import light
 from .attribute import read_off, way_back
+from .drawn import DrawnLedger
 from .given import numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
 from .reads import Reads
@@ -58,7 +59,7 @@ class Entry(NamedTuple):
     score: float
 
 
-class Ledger:
+class Ledger(DrawnLedger):
     """Exact scores of all components under a linear rule, from one forward and one backward pass.
 
     It holds the gradient λ of the target at every layer and site, (R, T, D) for R targets and T positions, and the

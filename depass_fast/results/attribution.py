@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..labels import BIAS, REST
 from ..linear_rules import LINEAR_RULES
+from .drawn import DrawnLayer
 from .estimate import Estimate, estimate_dict
 from .files import known_fields, plain_part, read_result, register_format, restore_part, write_result
 from .interface import Result, Row
@@ -29,7 +30,7 @@ TENSORS = ("scores", "target_logits", "layer_errors")
 
 
 @dataclass(eq=False)
-class Attribution:
+class Attribution(DrawnLayer):
     """The share of every component in the target's logit.
 
     ``scores`` (M,), or (K, M) for a list of K targets, in the order of ``labels``: tokens, heads or neurons in their

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.brief import cut
 from ..runtime.terminal import encodable
 from .attribution import PARTS, Attribution, pack, unpack
+from .drawn import DrawnContinuation
 from .estimate import Estimate, worst_of
 from .files import plain_part, read_result, register_format, restore_part, write_result
 from .layered import LayeredAttribution
@@ -31,7 +32,7 @@ Steps = TypeVar("Steps", Attribution, LayeredAttribution)
 
 
 @dataclass(eq=False, repr=False)
-class Continuation(Generic[Steps]):
+class Continuation(DrawnContinuation, Generic[Steps]):
     """The shares of every component in T tokens that follow a prompt, of one decomposition of prompt and tokens.
 
     Every token has two rows of shares. Those in its logit sum to the logit. Those in its log-probability are shares in

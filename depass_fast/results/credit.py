@@ -12,6 +12,7 @@ from torch import Tensor
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from .attention_view import CreditView, plain_credit
+from .drawn import DrawnCredit
 from .files import known_fields, read_result, register_format, write_result
 from .parts import parts_of, plain_values
 from .provenance import Provenance
@@ -27,7 +28,7 @@ TENSORS = ("scores", "changes", "target_logits")
 
 
 @dataclass(eq=False)
-class AttentionCredit:
+class AttentionCredit(DrawnCredit):
     """The part of a target's logit that comes from attending *there* instead of evenly, split over components.
 
     Shapes are those of a single target; with a list of targets, ``scores``, ``changes`` and ``target_logits`` have them

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from .attention_view import View, plain
+from .drawn import DrawnExplanation
 from .files import known_fields, read_result, register_format, write_result
 from .parts import parts_of, plain_values
 from .provenance import Provenance
@@ -40,7 +41,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(eq=False)
-class AttentionExplanation:
+class AttentionExplanation(DrawnExplanation):
     """The logits of the heads of one layer at one query, as sums over components (DESIGN.md section 9).
 
     Shapes are those of a call with one ``head``; with several, every tensor has them as its first axis (H, ...).

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..labels import BIAS, REST
 from .attribution import PARTS, Attribution, pack, unpack
+from .drawn import DrawnLayers
 from .estimate import Estimate, estimate_dict
 from .files import plain_part, read_result, register_format, restore_part, write_result
 from .interface import Row
@@ -155,7 +156,7 @@ class _Shared:
 
 
 @dataclass(eq=False)
-class LayeredAttribution(_Shared):
+class LayeredAttribution(_Shared, DrawnLayers):
     """The shares of every component of several layers in the same targets' logits.
 
     A layer's shares, its `rest` and its `bias` sum to the logit; shares of different layers are not to be added.

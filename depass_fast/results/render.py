@@ -7,14 +7,13 @@ Where text goes may lack characters: ``encoding`` is its encoding, and what that
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..linear_rules import LINEAR_RULES
 from ..runtime.brief import brief, cut
-from ..runtime.terminal import NEGATIVE_BAR, POSITIVE_BAR, SHORTEST_BAR, encodable
+from ..runtime.terminal import NEGATIVE_BAR, POSITIVE_BAR, SHORTEST_BAR, encodable, text_width
 from .interface import Result, Row
 
 if TYPE_CHECKING:
@@ -249,14 +248,20 @@ def headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
     if result.reduced is not None:
         return _reduced_headline(result, result.reduced)
-    if result.target_kinds is not None:
-        what = _VALUES[result.target_kinds[target]]
-    elif result.target_ids[target] is None:
-        what = "projection"
-    else:
-        what = "logit" if result.contrast_ids[target] is None else "logit difference"
     at = f"position {result.position} (after {result.tokens[result.position]!r})"
+    what = value_name(result, target)
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
+
+
+def value_name(result: Result, target: int) -> str:
+    """Return what the shares in a target sum to, in words."""
+    if result.reduced is not None:
+        return "projection"
+    if result.target_kinds is not None:
+        return _VALUES[result.target_kinds[target]]
+    if result.target_ids[target] is None:
+        return "projection"
+    return "logit" if result.contrast_ids[target] is None else "logit difference"
 
 
 def _reduced_headline(result: Result, reduced: dict[str, Any]) -> str:
@@ -289,11 +294,6 @@ def heat(t: float) -> str:
 
 def _rgb(colour: Any) -> str:
     return "rgb({},{},{})".format(*colour)
-
-
-def text_width(text: str) -> int:
-    """Return the columns that a text takes on a terminal: wide East Asian characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def pad(text: str, width: int, right: bool = False) -> str:

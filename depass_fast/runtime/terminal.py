@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,11 @@ def _encodable_character(character: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return _IN_ASCII.get(character) or character.encode("ascii", "backslashreplace").decode("ascii")
     return character
+
+
+def text_width(text: str) -> int:
+    """Return the columns that a text takes on a terminal: wide East Asian characters take two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .rows import EXTRAS, empty_table
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+    from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
 TOP = 10  # components of a prompt that count as leading
 _KEYS = ("target_number", "layer", "component", "label")
@@ -143,6 +144,25 @@ class Sweep:
         of_target: Any = frame[frame["target_number"] == target]
         shown = self.leading(of_target, k)
         return list(shown[["label", "mean"]].itertuples(index=False, name=None))
+
+    def plot(self, ax: Axes | None = None, *, top: int = 20, target: int = 0, width: str | float = "column") -> Axes:
+        """Draw the ``top`` leading components' means as bars with standard errors; return the matplotlib Axes.
+
+        ``width`` is "column" (3.3 inches), "page" (6.8) or a number of inches, of the figure that is made where ``ax``
+        is None. An unfinished run says so in the picture. Needs pandas and matplotlib.
+
+        Raises:
+            ImportError: one of them is not installed.
+            ValueError: the target has no rows.
+        """
+        from .plot import draw_means
+
+        needed("matplotlib", "plot", "plot")
+        frame = self.mean()
+        of_target: Any = frame[frame["target_number"] == target]
+        if not len(of_target):
+            raise ValueError(f"plot: there is no row of target {target} yet.")
+        return draw_means(self.leading(of_target, top), self, ax, width)
 
     @staticmethod
     def leading(frame: pandas.DataFrame, k: int = 20) -> pandas.DataFrame:

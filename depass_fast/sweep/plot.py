@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..runtime.extras import needed
+from ..linear_rules import LINEAR_RULES
+from ..plots import needs_matplotlib
+from ..plots.bars import Bar, rows
+from ..plots.frame import Caption
+from ..results.render import format_scores
 from ..runtime.terminal import encodable
 
 if TYPE_CHECKING:
     import pandas
-
-_POSITIVE, _NEGATIVE = "#0072B2", "#D55E00"  # told apart by colour-blind eyes, too
+    from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
 
 def table_of(shown: pandas.DataFrame, manifest: dict[str, Any], leading: int) -> str:
@@ -39,27 +42,53 @@ def title(manifest: dict[str, Any]) -> str:
     return f"{kind} of {model} in the {target} of {of}, {options['allocation']}"
 
 
-def draw_means(shown: pandas.DataFrame, manifest: dict[str, Any], path: Path) -> None:
-    """Draw the leading components as bars with their standard errors, the largest on top.
+class Run(Protocol):
+    """The state of a sweep, as its picture tells it."""
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+    @property
+    def n_prompts(self) -> int: ...
+
+    @property
+    def n_done(self) -> int: ...
+
+    @property
+    def n_failed(self) -> int: ...
+
+    @property
+    def is_complete(self) -> bool: ...
+
+
+def draw_means(shown: pandas.DataFrame, sweep: Run, ax: Axes | None = None, width: str | float = "column") -> Axes:
+    """Draw rows of :meth:`depass_fast.Sweep.leading` as bars with standard errors, the first on top; return the Axes.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    needed("matplotlib", "plot", "evaluate")
-    import matplotlib  # pyright: ignore[reportMissingImports] (the extra `evaluate`)
-
-    look: Any = {"font.size": 9, "svg.hashsalt": "depass_fast", "svg.fonttype": "none", "axes.spines.right": False}
-    with matplotlib.rc_context(look | {"axes.spines.top": False}):
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] (the extra `evaluate`)
-
-        figure = Figure(figsize=(6, 0.9 + 0.22 * len(shown)), layout="constrained")
-        axis = figure.subplots()
-        means, errors = shown["mean"].to_numpy(), shown["standard_error"].fillna(0).to_numpy()
-        colours = [_POSITIVE if mean >= 0 else _NEGATIVE for mean in means]
-        axis.barh(range(len(shown)), means, xerr=errors, color=colours, ecolor="#444444", height=0.7)
-        axis.set_yticks(range(len(shown)), [str(label) for label in shown["label"]])
-        axis.invert_yaxis()
-        axis.axvline(0, color="#444444", linewidth=0.8)
-        axis.set_xlabel("mean score, with its standard error")
-        axis.set_title(title(manifest), fontsize=9, loc="left", wrap=True)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    needs_matplotlib()
+    manifest = sweep.manifest
+    rule, failed = manifest["options"]["allocation"], sweep.n_failed
+    several = shown["target_number"].nunique() > 1
+    bars = [
+        Bar(
+            f"{one['label']} ({one['target_number']})" if several else str(one["label"]),
+            one["mean"],
+            number,
+            True,
+            error,
+        )
+        for one, number, error in zip(
+            shown.to_dict("records"),
+            format_scores(shown["mean"].tolist()),
+            shown["standard_error"].fillna(0.0).tolist(),
+            strict=True,
+        )
+    ]
+    notes = [f"mean ± standard error over the prompts that list a component; {rule} · attention frozen"]
+    warnings = [] if sweep.is_complete else [f"UNFINISHED: {sweep.n_done:,} of {sweep.n_prompts:,} prompts are done"]
+    warnings += [f"{failed:,} prompts failed"] if failed else []
+    if rule not in LINEAR_RULES and manifest["method"] not in (None, "exact"):
+        warnings = ["APPROXIMATE scores, of first order", *warnings]
+    return rows(bars, "mean share", Caption(title(manifest), notes, warnings), ax, width)

@@ -50,6 +50,12 @@ def test_a_plot(flags, tmp_path, capsys):
     for name in ("a.svg", "b.png"):
         assert main(["collect", str(tmp_path / "run"), "--plot", str(tmp_path / name)]) == 0
     assert "L3H" in (tmp_path / "a.svg").read_text()
+    run = Sweep.open(tmp_path / "run")
+    ax = run.plot(top=5)
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([mean for _, mean in run.top(5)])
+    assert "heads of model in the logits of 10" in ax.get_title(loc="left").replace("\n", " ")
+    with pytest.raises(ValueError, match="plot: there is no row of target 3"):
+        run.plot(target=3)
 
 
 def test_failures_are_an_exit_status(flags, tmp_path, capsys):

@@ -1,5 +1,7 @@
-"""CITATION.cff names the version that the package has; CHANGELOG.md has a section for it."""
+"""CITATION.cff is of this version, which CHANGELOG.md has a section for; workflows run scripts that are here."""
 
+import os
+import re
 from pathlib import Path
 
 import yaml
@@ -23,3 +25,22 @@ def test_the_changelog_has_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{depass_fast.__version__}]" in changelog
     assert changelog.index("## [Unreleased]") < changelog.index(f"## [{depass_fast.__version__}]")
+
+
+def test_the_citation_has_the_names_and_kinds_that_its_schema_wants():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["type"] == "software" and all({"name"} <= set(one) for one in citation["authors"])
+    (paper,) = citation["references"]
+    assert [one["family-names"] for one in paper["authors"]] == ["Hong", "Jiang", "Tian", "Qi", "Sun", "Ding", "Zhou"]
+    assert all(set(one) == {"family-names", "given-names"} for one in paper["authors"])
+    assert paper["type"] == "conference-paper" and paper["year"] == 2025 and "name" in paper["conference"]
+
+
+def test_the_workflows_run_scripts_of_the_repository():
+    for name in ("ci", "release"):
+        workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        runs = [step["run"].split()[0] for step in steps if "run" in step]
+        assert runs == [".ci/run" if name == "ci" else ".ci/release"]
+        assert os.access(ROOT / runs[0], os.X_OK)
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+@[\w/.]+", step["uses"]) for step in steps if "uses" in step)

@@ -34,6 +34,7 @@ RUN = (
     "docs/scale.md",
     "docs/interop.md",
     "docs/demo.md",
+    "docs/plots.md",
 )
 
 _BLOCK = re.compile(
@@ -116,6 +117,9 @@ class Dictionary:
 
 @pytest.mark.parametrize("name", RUN)
 def test_examples_print_what_stands_under_them(name, monkeypatch, tmp_path):
+    if name == "docs/plots.md":
+        monkeypatch.setenv("MPLBACKEND", "agg")
+        pytest.importorskip("matplotlib", reason="pictures need the extra plot")
     monkeypatch.delenv("DEPASS_FAST_BACKEND", raising=False)
     # a reader without a GPU does not interpret kernels; the tests do, and kernels may be imported here first
     monkeypatch.setattr("depass_fast.backends.selection.why_not_triton", lambda *_: "it needs a GPU")

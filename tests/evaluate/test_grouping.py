@@ -12,7 +12,7 @@ import torch
 from depass_fast import DePass, Neurons
 from depass_fast.demo import load_demo
 from depass_fast.evaluate import peak
-from depass_fast.evaluate.plot import check_matplotlib, draw
+from depass_fast.evaluate.plot import draw
 from depass_fast.evaluate.run import run
 from depass_fast.evaluate.statistics import mean
 from depass_fast.evaluate.studies import grouping
@@ -74,7 +74,6 @@ def test_the_tables_and_the_picture(result, tmp_path):
     panels = grouping.GroupingStudy.panels(result)
     assert panels[0].lines["layer 4"][0] == [1, 4] or panels[0].lines["layer 4"][0] == [4]
     pytest.importorskip("matplotlib")
-    check_matplotlib()
     draw(panels, tmp_path / "groups.svg")
     assert "layer 4" in (tmp_path / "groups.svg").read_text()
 

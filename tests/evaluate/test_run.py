@@ -182,8 +182,8 @@ def test_a_study_without_curves_has_no_picture(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="plot: this study has no curves"):
         plot.draw([], tmp_path / "p.svg")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"depass-fast\[evaluate\]"):
-        plot.check_matplotlib()
+    with pytest.raises(ImportError, match=r"depass-fast\[plot\]"):
+        plot.draw([Panel("a", "b", "c")], tmp_path / "p.svg")
 
 
 REFUSED = {
