@@ -27,9 +27,11 @@ from ..runtime.memory import readable
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from ..trace.light import light
+from ..trace.record import Trace
 from .attribute import read_off, way_back
 from .given import numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
+from .places import LayerPlaces, Reading, places_of
 from .reads import Reads
 from .saved import restore, save
 from .steering import Steers
@@ -282,6 +284,12 @@ class Ledger:
         shared = {name: value for one in each.values() for name, value in one.items() if name not in own}
         parts = {kind: {name: one[name] for name in own[2:7] if name in one} for kind, one in each.items()}
         return {"rule": self.rule, **shared, "completeness_error": self.completeness_error, **parts}
+
+    def places(
+        self, trace: Trace, chosen: Sequence[Sequence[tuple[int, str]]]
+    ) -> tuple[list[LayerPlaces], list[Reading]]:
+        """Return the shares of a ledger of one prompt by position, see :func:`places_of`; ``trace`` is the whole one."""
+        return places_of(self._request, self._pages, trace, chosen)
 
     def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
         """Return the answer for each of the model's own kinds, for one prompt and read, which were checked."""

@@ -155,8 +155,10 @@ class _Way:
         way = WayThroughAttention(outputs.attention, record, self._packing, False, self._dtype)
         return states, shares, way.sources(before, record.resid.to(before))
 
-    def _neurons(self, layer: int, outputs: LayerOutputs) -> tuple[Sequence[str], Tensor]:
-        """Return the neurons' names, and their shares (R, N, I)."""
+    def _neurons(self, layer: int, outputs: LayerOutputs) -> tuple[Sequence[str], Tensor | None]:
+        """Return the neurons' names, and their shares (R, N, I); None where no position was sent to any expert."""
+        if not outputs.reached():
+            return (), None
         names, products = outputs.neurons(f"L{layer}")
         gradients, numbers = self._gradients_of_mlp(layer), products.coefficients
         assert numbers is not None

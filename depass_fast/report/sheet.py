@@ -5,6 +5,7 @@ A view is a dictionary with a ``kind``, which names the script that draws it (th
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,12 @@ class Sheet:
     made_with: str | None = None
     views: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def direction(self) -> str:
+        """The direction in which the prompt is written, "rtl" where most of its letters are."""
+        kinds = [unicodedata.bidirectional(c) for token in self.tokens for c in token]
+        return "rtl" if sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L") else "ltr"
+
     def plain(self) -> dict[str, Any]:
         """Return the sheet as JSON holds it."""
         return {
@@ -54,6 +61,7 @@ class Sheet:
             "exact": self.exact,
             "about": self.about,
             "tokens": list(self.tokens),
+            "direction": self.direction,
             "position": self.position,
             "warnings": list(self.warnings),
             "notes": list(self.notes),

@@ -15,6 +15,7 @@ from ..labels import BIAS, REST
 from .attribution import PARTS, Attribution, pack, unpack
 from .estimate import Estimate, estimate_dict
 from .files import plain_part, read_result, register_format, restore_part, write_result
+from .html import AsPage
 from .interface import Row
 from .provenance import Provenance
 from .ranking import leading, score_of, target_row
@@ -150,7 +151,7 @@ class _Shared:
 
 
 @dataclass(eq=False)
-class LayeredAttribution(_Shared):
+class LayeredAttribution(AsPage, _Shared):
     """The shares of every component of several layers in the same targets' logits.
 
     A layer's shares, its `rest` and its `bias` sum to the logit; shares of different layers are not to be added.

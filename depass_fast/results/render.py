@@ -248,14 +248,18 @@ def headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
     if result.reduced is not None:
         return _reduced_headline(result, result.reduced)
-    if result.target_kinds is not None:
-        what = _VALUES[result.target_kinds[target]]
-    elif result.target_ids[target] is None:
-        what = "projection"
-    else:
-        what = "logit" if result.contrast_ids[target] is None else "logit difference"
+    what = value_name(result, target)
     at = f"position {result.position} (after {result.tokens[result.position]!r})"
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
+
+
+def value_name(result: Result, target: int) -> str:
+    """Return the name of the value that shares sum to: "logit", say."""
+    if result.target_kinds is not None:
+        return _VALUES[result.target_kinds[target]]
+    if result.target_ids[target] is None:
+        return "projection"
+    return "logit" if result.contrast_ids[target] is None else "logit difference"
 
 
 def _reduced_headline(result: Result, reduced: dict[str, Any]) -> str:
