@@ -122,7 +122,7 @@ class LayerOutputs:
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
 
     def back_through_stream(self, y: Tensor, module: str, position: int | None = None) -> Tensor:
-        """Gradients (..., N, D) behind a norm of the stream, or (D,) at one ``position``, as they are in front of it."""
+        """Gradients (..., N, D) behind a norm of the stream, or (D,) at one ``position``, taken in front of it."""
         stream = self._stream(module)
         if stream is None:
             return y

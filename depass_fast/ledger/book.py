@@ -288,7 +288,7 @@ class Ledger:
     def places(
         self, trace: Trace, chosen: Sequence[Sequence[tuple[int, str]]]
     ) -> tuple[list[LayerPlaces], list[Reading]]:
-        """Return the shares of a ledger of one prompt by position, see :func:`places_of`; ``trace`` is the whole one."""
+        """Return the shares of a ledger of one prompt by position, see :func:`places_of`, for the whole ``trace``."""
         return places_of(self._request, self._pages, trace, chosen)
 
     def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:

@@ -132,7 +132,8 @@ class _Way:
                 self.reads.back_through(outputs, "attention")
             if adapter.is_parallel:
                 self._join(begun)
-            yield LayerPlaces(layer, *(None if x is None else x.cpu() for x in (heads, sources, neurons)), names)
+            heads, sources, neurons = (None if x is None else x.cpu() for x in (heads, sources, neurons))
+            yield LayerPlaces(layer, heads, sources, neurons, names)
         for reading, vector in zip(self.reads.readings, self.reads.vectors, strict=True):
             entered = self._trace.resid(0)[reading.position].to(vector)
             reading.writers.append(("token", float(entered @ vector)))

@@ -73,11 +73,18 @@ class _Pages:
         row = sum(self.n_targets(before) for before in range(read)) + target
         every = [one for result in results.values() for one in layers_of(result)]
         largest = max(float(one.scores_of(target).abs().max()) for one in every)
-        sheet = empty_sheet(results["tokens"], target, "", unit_of(max(largest, abs(_value(results["tokens"], target)))))
+        sheet = empty_sheet(
+            results["tokens"], target, "", unit_of(max(largest, abs(_value(results["tokens"], target))))
+        )
         sheet.error = max(float(result.completeness_error) for result in results.values())
+        tokens = results["tokens"]
+        sheet.about = (
+            f"one forward and one backward pass under the linear rule {tokens.allocation!r}: exact | "
+            f"{tokens.backend} on {tokens.device}, {tokens.dtype} | largest completeness error of all sums {sheet.error:.1e}"
+        )
         sheet.notes = [
             *sheet.notes,
-            f"An MLP's output is shared out by the rule {results['tokens'].allocation!r}; another rule is another split.",
+            f"An MLP's output is shared out by the rule {tokens.allocation!r}; another rule is another split.",
             "A share holds all that later layers make of a component: shares of different layers are not to be added.",
         ]
         group, positions = token_group(results["tokens"], target, sheet.unit)
@@ -102,7 +109,9 @@ class _Pages:
         parts = []
         for name, kind, title in (("attention", "heads", "Attention"), ("mlp", "neurons", "MLP")):
             rows = [
-                _map_row(results[kind][layer], target, cells, kept, unit) for layer, part, cells in every if part == name
+                _map_row(results[kind][layer], target, cells, kept, unit)
+                for layer, part, cells in every
+                if part == name
             ]
             parts += [{"name": name, "title": title, "rows": rows}] if rows else []
         return {"kind": "map", "id": "map", "positions": kept.tolist(), "left": len(sizes) - len(kept), "parts": parts}
@@ -118,7 +127,9 @@ class _Row:
     @staticmethod
     def of(places: LayerPlaces, row: int, count: int) -> _Row:
         tables = (places.heads, places.sources, places.neurons)
-        return _Row(places.layer, places.names, [None if x is None else x[row, :count].double().numpy() for x in tables])
+        return _Row(
+            places.layer, places.names, [None if x is None else x[row, :count].double().numpy() for x in tables]
+        )
 
     def parts(self) -> list[tuple[str, np.ndarray]]:
         """Return the tables of attention and MLP that there are."""
@@ -161,7 +172,7 @@ def _table(
     found: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
     for one, table in tables:
-        names = one.names if kind == "neurons" else [f"L{one.layer}H{h}" for h in range(table.shape[1])]
+        names: Sequence[str] = one.names if kind == "neurons" else [f"L{one.layer}H{h}" for h in range(table.shape[1])]
         for label, entries in _entries(names, table, most, unit).items():
             found[label] = entries
         listed = {label for group in groups for label, _ in group.rows}
@@ -189,14 +200,17 @@ def _entries(names: Sequence[str], table: np.ndarray, most: int, unit: float) ->
     for place, number in zip(chosen.tolist(), numbers.tolist(), strict=True):
         position, component = divmod(place, table.shape[1])
         if number:
-            found.setdefault(names[component], []).extend((position, number))
+            found.setdefault(names[int(component)], []).extend((position, number))
     return found
 
 
 def _reading(reading: Reading, sheet: Sheet) -> dict[str, Any]:
     """Return what wrote what a neuron reads, as a page holds it: the leading writers, the others, and `bias`."""
     scores = np.array([share for _, share in reading.writers])
-    labels = [f"{sheet.tokens[reading.position]!r}@{reading.position}" if name == "token" else name for name, _ in reading.writers]
+    labels = [
+        f"{sheet.tokens[reading.position]!r}@{reading.position}" if name == "token" else name
+        for name, _ in reading.writers
+    ]
     kept = np.sort(np.argsort(-np.abs(scores), kind="stable")[:WRITERS])
     share = round(reading.share / sheet.unit)
     gone = float(scores.sum() - scores[kept].sum())

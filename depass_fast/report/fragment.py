@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from .sheet import Sheet
 
+_QUOTED = re.compile(r"""(['"])((?:(?!\1).)*)\1""", re.DOTALL)
 _TOKENS, _ROWS = 128, 12  # that are shown
 _STRONGEST = 0.62  # opacity of the largest share's colour
 
@@ -46,15 +49,22 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
     shares = dict(views["tokens"]["group"]["rows"]) if "tokens" in views else {}
     largest = max(map(abs, shares.values()), default=0)
     tokens = [
-        {"text": visible(text), "share": _number(shares.get(n), largest, sheet.unit), "colour": _colour(shares.get(n), largest)}
+        {
+            "text": visible(text),
+            "share": _number(shares.get(n), largest, sheet.unit),
+            "colour": _colour(shares.get(n), largest),
+        }
         for n, text in enumerate(sheet.tokens[:_TOKENS])
     ]
     table = views.get("components")
     return {
         "sheet": sheet,
+        "headline": isolated(sheet.headline),
         "tokens": tokens,
         "cut": max(0, len(sheet.tokens) - _TOKENS),
-        "rows": [] if table is None or table["id"] == "tokens" and len(sheet.tokens) <= _TOKENS else _rows(table, sheet),
+        "rows": []
+        if table is None or (table["id"] == "tokens" and len(sheet.tokens) <= _TOKENS)
+        else _rows(table, sheet),
         "title": None if table is None else table["title"],
         "total": None if not shares else _number(views["tokens"]["group"]["total"], largest, sheet.unit),
     }
@@ -75,7 +85,7 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
         found += [("sum", group["total"])]
     return [
         {
-            "label": visible(label),
+            "label": isolated(visible(label)),
             "share": _number(number, largest, sheet.unit),
             "colour": _colour(number, largest) if place < len(shown) else "transparent",
         }
@@ -86,6 +96,13 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
 def visible(text: str) -> str:
     """Return a text with line breaks and other characters that nobody sees escaped."""
     return "".join(c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, repr(c)[1:-1]) for c in text) or "∅"
+
+
+def isolated(text: str) -> str:
+    """Return a text whose quoted parts do not change the order of what stands around them, whatever their script."""
+    if not any(unicodedata.bidirectional(c) in ("R", "AL") for c in text):
+        return text
+    return _QUOTED.sub("\\1\u2068\\2\u2069\\1", text)
 
 
 def _number(units: int | None, largest: int, unit: float) -> str:

@@ -1,7 +1,7 @@
 """The page: one HTML file with its data, its styles and its scripts in it. Nothing is fetched, by policy of the page.
 
-The pictures are Vega's (Vega-Lite, Vega-Embed), whose scripts the package `vl-convert-python` brings. Text goes into the
-page by Jinja2, which escapes it; the data is JSON, in which nothing can end its element or begin another.
+The pictures are Vega's (Vega-Lite, Vega-Embed), whose scripts the package `vl-convert-python` brings. Text goes into
+the page by Jinja2, which escapes it; the data is JSON, in which nothing can end its element or begin another.
 """
 
 from __future__ import annotations
@@ -82,18 +82,20 @@ def _policy(*scripts: str) -> str:
     return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
 
-@lru_cache(maxsize=1)
-def _library() -> str:
-    """Return the scripts of Vega-Embed, Vega-Lite and Vega, which define ``vegaEmbed``.
-
-    Raises:
-        ImportError: the package that brings them is not installed.
-    """
+def check_library() -> None:
+    """Raise ImportError where the package that brings the pictures' scripts is not installed."""
     if find_spec("vl_convert") is None:
         raise ImportError(
-            "to_html: the pictures of a page are drawn by Vega, which the package vl-convert-python brings, and that is "
-            "not installed; pip install 'depass-fast[report]'."
+            "to_html: the pictures of a page are drawn by Vega, which the package vl-convert-python brings. It is not "
+            "installed; pip install vl-convert-python, or pip install 'depass-fast[report]'."
         )
+    environment()
+
+
+@lru_cache(maxsize=1)
+def _library() -> str:
+    """Return the scripts of Vega-Embed, Vega-Lite and Vega, which define ``vegaEmbed``; made once in a process."""
+    check_library()
     import vl_convert
 
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").strip()
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("\r", "").strip()

@@ -108,8 +108,8 @@ def group_of(
     gone = math.fsum(named) - math.fsum(named[kept])
     parts = [*named[kept], *([gone] if left_out else []), *(one for one in extras if one is not None)]
     numbers = apportioned(np.array(parts), unit, total).tolist()
-    rows = list(zip((labels[i] for i in kept), numbers, strict=False))
+    rows = list(zip((labels[int(i)] for i in kept), numbers, strict=False))
     behind = iter(numbers[len(kept) :])
     others = (left_out, next(behind) if left_out else 0)
-    found = [None if one is None else next(behind) for one in extras]
-    return Group(rows, others, *found, total, layer)
+    of_rest, of_bias = (None if one is None else next(behind) for one in extras)
+    return Group(rows, others, of_rest, of_bias, total, layer)

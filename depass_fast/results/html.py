@@ -72,7 +72,10 @@ def _sheets(one: Any, number: int) -> list[Sheet]:
         return [sheet for name, result in one.page_parts() for sheet in sheets_of(result, name)]
     if isinstance(getattr(one, "sheets", None), list):  # a report
         return one.sheets
-    raise TypeError(f"write_html: number {number} is {type(one).__name__}, which is no result that has a page.")
+    raise TypeError(
+        f"write_html: number {number} is of type {type(one).__name__}, which has no page; give results of attribute() "
+        "and attribute_generation(), answers of a ledger, or reports."
+    )
 
 
 def sheets_of(
@@ -93,7 +96,9 @@ def _sheet(result: Result, target: int, name: str, most: int) -> Sheet:
         sheet.views.append(tokens_view(Group([], (0, 0), None, None, 0), []))
     grid = result.components == "heads" and len(by_layer) > 1 and len(result.labels) <= _ALL_HEADS
     groups = groups_of(by_layer, target, sheet.unit, _ALL_HEADS if grid else most)
-    sheet.views.append(components_view(result.components, f"{result.components} at {result.layer_text()}", groups))
+    sheet.views.append(
+        components_view(result.components, f"{result.components.capitalize()} at {result.layer_text()}", groups)
+    )
     return sheet
 
 
@@ -135,7 +140,7 @@ def _largest(by_layer: Sequence[Any], target: int) -> float:
     return max(*found, *(float(np.abs(_scores(one, target)).max()) for one in by_layer))
 
 
-def _extras(one: Any, scores: np.ndarray) -> dict[str, float | None]:
+def _extras(one: Any, scores: np.ndarray) -> dict[str, Any]:
     """Return `rest` and `bias` of an attribution as the arguments of a group."""
     found = dict(zip(one.labels[-2:], scores[-2:].tolist(), strict=True))
     return {"rest": found.get(REST), "bias": found.get(BIAS)}

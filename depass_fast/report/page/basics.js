@@ -15,13 +15,16 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-const bdi = (text) => h("bdi", {}, visible(text));
+// quoted texts that are written from right to left are isolated, so that what stands around them stays in order
+const RTL = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/;
+const isolated = (text) => (RTL.test(text) ? text.replace(/(['"])((?:(?!\1).)*)\1/gs, "$1\u2068$2\u2069$1") : text);
+const bdi = (text) => h("bdi", { dir: /['"]/.test(text) ? "ltr" : null }, visible(text));
 
 // line breaks and other characters that nobody sees are shown by signs
 function visible(text) {
   const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f\u2028\u2029\u200b]/g, (c) =>
     `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
-  return shown || "∅";
+  return isolated(shown) || "∅";
 }
 
 const quoted = (text) => `'${visible(text)}'`;

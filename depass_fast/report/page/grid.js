@@ -15,9 +15,6 @@ function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit
   const spec = (available) => {
     const stepX = Math.max(7, Math.min(34, Math.floor((available - 62) / Math.max(1, columns.length))));
     const stepY = Math.max(9, Math.min(26, Math.floor(440 / Math.max(1, rows.length))));
-    const mark = (sign, dash) => ({
-      transform: [{ filter: `${sign} >= 0 ? datum.i == ${sign} : false` }],
-    });
     return {
       width: columns.length * stepX, height: rows.length * stepY,
       params: [
@@ -31,15 +28,15 @@ function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit
         x: { field: "c", type: "ordinal", title: xTitle, scale: { paddingInner: 0.06, domain: columns.map((_, i) => i) },
           axis: { labelExpr: "xs[datum.value]", labelAngle: columns.length > 12 || stepX < 26 ? -90 : 0, labelLimit: 84,
             ticks: false, domain: false, orient: "bottom", labelOverlap: stepX < 11 } },
-        y: { field: "r", type: "ordinal", title: yTitle, sort: "descending",
-          scale: { paddingInner: 0.06, domain: rows.map((_, i) => i) },
+        y: { field: "r", type: "ordinal", title: yTitle,
+          scale: { paddingInner: 0.06, domain: rows.map((_, i) => i).reverse() },
           axis: { labelExpr: "ys[datum.value]", ticks: false, domain: false, labelOverlap: stepY < 12 } },
       },
       layer: [
         { mark: { type: "rect", cornerRadius: 1.5, cursor: "pointer" },
           encoding: {
             color: { field: "value", type: "quantitative", scale: diverging(most),
-              legend: { title: "share", orient: "top", direction: "horizontal", gradientLength: 150, gradientThickness: 8,
+              legend: { title: "share", orient: "top", direction: "horizontal", gradientLength: 210, gradientThickness: 8,
                 values: [-most, -most / 4, 0, most / 4, most], format: ".2~g", titleAnchor: "start" } },
             opacity: { condition: { test: "(chosenRow < 0 || datum.r == chosenRow) && (chosenColumn < 0 || datum.c == chosenColumn)",
               value: 1 }, value: 0.5 },

@@ -23,7 +23,7 @@ function themed(spec) {
 }
 
 const diverging = (largest) => ({
-  type: "pow", exponent: 0.5, domain: [-largest || -1, 0, largest || 1],
+  type: "pow", exponent: 0.5, interpolate: "rgb", domain: [-largest || -1, 0, largest || 1],
   range: [colour("negative"), colour("middle"), colour("positive")],
 });
 

@@ -22,7 +22,7 @@ const valueText = (sheet) => sheet.value.toFixed(Math.max(0, Math.round(-Math.lo
 function footOf(group, hidden = [0, 0]) {
   const count = group.others[0] + hidden[0], units = group.others[1] + hidden[1];
   return [
-    ...(count || units ? [{ label: count ? `${count.toLocaleString("en")} others` : "rounding", units }] : []),
+    ...(count || units ? [{ label: count ? `${count.toLocaleString("en")} others` : "rounding", units, isRounding: !count }] : []),
     ...["rest", "bias"].filter((name) => group[name] !== null).map((name) => ({ label: name, units: group[name] })),
   ];
 }
@@ -88,7 +88,8 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
     h("td", { class: "number", "data-units": units }, footFormat(units)), h("td"));
   table.append(h("thead", {}, h("tr", {}, ...Object.values(heads))), body);
   if (foot.length || total !== null) {
-    table.append(h("tfoot", {}, ...foot.map((one) => under(one.label, one.units, "under")),
+    const seen = foot.filter((one) => !one.isRounding || /[1-9]/.test(footFormat(one.units)));
+    table.append(h("tfoot", {}, ...seen.map((one) => under(one.label, one.units, "under")),
       ...(total === null ? [] : [under(totalName, total, "total")])));
   }
   headed();

@@ -40,7 +40,7 @@ views.components = (view, sheet, page) => {
       const where = `${quoted(sheet.tokens[position] ?? "")} at position ${position}`;
       const left = sum === null ? 0 : sum - sumOf(rows.map((row) => row.units));
       return { rows, total: sum, totalName: `${part?.title ?? "all"} of layer ${layer} here`, isCell: true,
-        foot: sum !== null && left !== 0 ? [{ label: "others", units: left }] : [],
+        foot: sum !== null && left !== 0 ? [{ label: "others", units: left, isRounding: true }] : [],
         note: sum === null ? `${layer === null ? "All layers" : `Layer ${layer}`}, ${where}. ${layer === null ? "Layers overlap: choose one to see its sum."
           : "The position is among the others of the map."}` : `Layer ${layer}, ${where}.`, filtered: where };
     }
@@ -57,6 +57,9 @@ views.components = (view, sheet, page) => {
   const note = h("p", { class: "note" }), sums = h("div", { class: "sums" });
   const find = h("input", { type: "search", placeholder: "Filter by name", "aria-label": `Filter ${kind} by name`, value: "",
     oninput: () => fill() });
+  const layers = !isLayered ? null : h("select", { "aria-label": `Layer of the ${kind}`, onchange: (event) => state.set({
+    layer: event.target.value, part: map && event.target.value ? PARTS[kind] : null }) },
+  h("option", { value: "" }, "All layers"), ...view.groups.map((group) => h("option", { value: group.layer }, `Layer ${group.layer}`)));
   const pick = (label) => state.set({ [own]: state.get(own) === label ? null : label });
   const fill = () => {
     const chosen = selection(), text = find.value.trim().toLowerCase();
@@ -65,7 +68,8 @@ views.components = (view, sheet, page) => {
     const foot = hidden.length && chosen.total !== null
       ? [{ label: `${hidden.length} filtered out`, units: sumOf(hidden.map((row) => row.units)) }, ...chosen.foot] : chosen.foot;
     note.textContent = chosen.note;
-    right.replaceChildren(find, shareTable({ id: kind, caption: `${view.title}. ${chosen.note}`, rows, foot, total: chosen.total,
+    if (layers) layers.value = filter().layer ?? "";
+    right.replaceChildren(h("div", { class: "filters" }, ...[layers, find].filter(Boolean)), shareTable({ id: kind, caption: `${view.title}. ${chosen.note}`, rows, foot, total: chosen.total,
       totalName: chosen.totalName ?? "sum", sheet, pick: canPick(kind, view) ? (row) => pick(row.label) : null,
       isPicked: (row) => row.label === state.get(own), lines: () => [`${view.title}: ${sheet.headline}`, ...(chosen.note ? [chosen.note] : [])] }));
     const listed = { label: `${chosen.rows.length} listed`, units: sumOf(chosen.rows.map((row) => row.units)), always: true };
@@ -97,7 +101,8 @@ views.components = (view, sheet, page) => {
         const found = /^L(\d+)H(\d+)$/.exec(state.get("head") ?? "");
         return found ? [Number(found[1]), Number(found[2])] : [filter().layer, null];
       },
-      pick: (layer, head) => layer === null ? state.set({ head: null }) : pick(`L${layer}H${head}`),
+      pick: (layer, head) => layer === null ? state.set({ head: null }) : view.places ? pick(`L${layer}H${head}`)
+        : state.set({ layer: state.number("layer") === layer ? null : layer }),
       xTitle: "head", yTitle: "layer", width: () => Math.max(220, left.clientWidth),
       lines: () => [`Heads${where}: ${sheet.headline}`, `the heads of every layer and the rest sum to ${valueText(sheet)}`, ...warningsOf(sheet)],
     });
@@ -110,7 +115,7 @@ views.components = (view, sheet, page) => {
   const byPosition = (list) => list.map(([n, units]) => ({ label: `${quoted(sheet.tokens[n] ?? "")}@${n}`, units }));
   const remainder = (rows, whole, what = "others") => {
     const gone = whole - sumOf(rows.map((row) => row.units));
-    return gone ? [{ label: what, units: gone }] : [];
+    return gone ? [{ label: what, units: gone, isRounding: true }] : [];
   };
   const explain = () => {
     const label = state.get(own), whole = total.get(label ?? "");
