@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .attention import WayThroughAttention
 from .batches import Packing
 from .norms import FrozenNorm
 from .walk import Pages
+
+Chosen: TypeAlias = Sequence[Sequence[tuple[int, str]]]  # neurons, by layer and name, for each row
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,7 @@ class _Reads:
 
 @full_precision()
 @torch.no_grad()
-def places_of(
-    request: Request, pages: Pages, trace: Trace, chosen: Sequence[Sequence[tuple[int, str]]]
-) -> tuple[list[LayerPlaces], list[Reading]]:
+def places_of(request: Request, pages: Pages, trace: Trace, chosen: Chosen) -> tuple[list[LayerPlaces], list[Reading]]:
     """Return every layer's shares by position of a request of one prompt, and the readings of the ``chosen`` neurons.
 
     ``trace`` is the one that the pages were made from, with its activations. ``chosen`` are (layer, name) for each row.
@@ -110,7 +111,7 @@ class _Way:
         self._adapter, self._trace, self._pages, self._rule, self._dtype = adapter, trace, pages, rule, dtype
         self._packing, self.reads = Packing(trace.offsets, [range(trace.length(0))]), _Reads()
 
-    def layers(self, end: int, chosen: Sequence[Sequence[tuple[int, str]]]) -> Iterator[LayerPlaces]:
+    def layers(self, end: int, chosen: Chosen) -> Iterator[LayerPlaces]:
         """Go through the layers below ``end``."""
         adapter = self._adapter
         for layer in reversed(range(end)):

@@ -18,7 +18,7 @@ from ..results.html import MOST_ROWS, empty_sheet, groups_of, layers_of, token_g
 from ..trace.record import Trace
 
 # numbers that a page holds, at most, so that it stays below three megabytes with two thousand tokens
-CELLS, ENTRIES = 120_000, 12_000
+CELLS, ENTRIES = 120_000, 8_000
 READINGS, WRITERS = 96, 12  # neurons whose reading is shown, and what of it
 _ALL_HEADS = 8192
 
@@ -35,7 +35,7 @@ def report_of(adapter: Adapter, ledger: Ledger, trace: Trace, features: Componen
 
     ``features`` are those of a dictionary, or None.
     """
-    pages = _Pages(adapter, ledger, trace, features)
+    pages = _Pages(adapter, ledger, trace, features)  # which share the room that there is
     sheets = [pages.sheet(read, target) for read in range(ledger.n_reads) for target in range(pages.n_targets(read))]
     return Report(sheets, str(ledger))
 
@@ -57,6 +57,7 @@ class _Pages:
             for read in range(ledger.n_reads)
             for target in range(self.n_targets(read))
         ]
+        self._part = max(1, len(chosen))
         self._places, self._readings = ledger.places(trace, chosen)
 
     def n_targets(self, read: int) -> int:
@@ -80,7 +81,8 @@ class _Pages:
         tokens = results["tokens"]
         sheet.about = (
             f"one forward and one backward pass under the linear rule {tokens.allocation!r}: exact | "
-            f"{tokens.backend} on {tokens.device}, {tokens.dtype} | largest completeness error of all sums {sheet.error:.1e}"
+            f"{tokens.backend} on {tokens.device}, {tokens.dtype} | completeness error of all sums "
+            f"{sheet.error:.1e}"
         )
         sheet.notes = [
             *sheet.notes,
@@ -93,7 +95,7 @@ class _Pages:
         for kind in ("heads", "neurons"):
             if kind in results:
                 readings = [one for one in self._readings if one.row == row]
-                sheet.views.append(_table(kind, results[kind], target, places, readings, sheet))
+                sheet.views.append(_table(kind, results[kind], target, places, readings, sheet, ENTRIES // self._part))
         if self._features[read] is not None:
             groups = groups_of(layers_of(self._features[read]), target, sheet.unit, MOST_ROWS)
             sheet.views.append(_titled("features", groups))
@@ -103,9 +105,9 @@ class _Pages:
 
     def _map(self, results: dict[str, Any], target: int, places: Sequence[_Row], unit: float) -> dict[str, Any]:
         """Return the view of layers by positions: a row for each layer's attention, and for its MLP."""
-        every = [(one.layer, name, table.sum(1)) for one in places for name, table in one.parts()]
+        every = [(one.layer, name, table.sum(1, dtype=np.float64)) for one in places for name, table in one.parts()]
         sizes = np.sum([np.abs(cells) for _, _, cells in every], 0)
-        kept = leading(sizes, max(64, CELLS // max(1, len(every))), 0.9999)
+        kept = leading(sizes, max(64, CELLS // self._part // max(1, len(every))), 0.9999)
         parts = []
         for name, kind, title in (("attention", "heads", "Attention"), ("mlp", "neurons", "MLP")):
             rows = [
@@ -127,9 +129,7 @@ class _Row:
     @staticmethod
     def of(places: LayerPlaces, row: int, count: int) -> _Row:
         tables = (places.heads, places.sources, places.neurons)
-        return _Row(
-            places.layer, places.names, [None if x is None else x[row, :count].double().numpy() for x in tables]
-        )
+        return _Row(places.layer, places.names, [None if x is None else x[row, :count].numpy() for x in tables])
 
     def parts(self) -> list[tuple[str, np.ndarray]]:
         """Return the tables of attention and MLP that there are."""
@@ -162,13 +162,13 @@ def _titled(name: str, groups: Sequence[Group], more: dict[str, Any] | None = No
 
 
 def _table(
-    kind: str, result: Any, target: int, places: Sequence[_Row], readings: Sequence[Reading], sheet: Sheet
+    kind: str, result: Any, target: int, places: Sequence[_Row], readings: Sequence[Reading], sheet: Sheet, room: int
 ) -> dict[str, Any]:
-    """Return the table of heads or of neurons, with the positions of each."""
+    """Return the table of heads or of neurons, with the positions of each, ``room`` entries at most."""
     unit = sheet.unit
     groups = groups_of(layers_of(result), target, unit, _ALL_HEADS if kind == "heads" else MOST_ROWS)
     tables = [(one, getattr(one, kind)) for one in places if getattr(one, kind) is not None]
-    most = max(1, ENTRIES // max(1, len(tables)))
+    most = max(1, room // max(1, len(tables)))
     found: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
     for one, table in tables:
@@ -178,7 +178,7 @@ def _table(
         listed = {label for group in groups for label, _ in group.rows}
         place = {label: i for i, label in enumerate(names)}
         extra = [label for label in found if label in place and label not in listed]
-        sums = in_units(table.sum(0)[[place[label] for label in extra]], unit) if extra else []
+        sums = in_units(table.sum(0, dtype=np.float64)[[place[label] for label in extra]], unit) if extra else []
         totals |= {label: int(units) for label, units in zip(extra, sums, strict=True)}
     more: dict[str, Any] = {"places": found, "totals": totals}
     if kind == "heads":

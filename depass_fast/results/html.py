@@ -24,7 +24,7 @@ _ALL_HEADS = 8192  # up to so many components of a grid, none is left out
 
 
 class AsPage:
-    """What results share: a page of their own, and a picture in notebooks."""
+    """A page of a result, and a picture in notebooks: shared by all that `attribute` returns."""
 
     def to_html(self, path: str | Path) -> None:
         """Write a page that shows the shares: one HTML file that works without a network (docs/report.md).
