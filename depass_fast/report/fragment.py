@@ -45,7 +45,7 @@ def environment() -> Any:
 
 def _shown(sheet: Sheet) -> dict[str, Any]:
     """Return what the template shows of a sheet."""
-    views = {view["kind"]: view for view in sheet.views}
+    views = {view["kind"]: view for view in reversed(sheet.views)}  # the first of each kind
     shares = dict(views["tokens"]["group"]["rows"]) if "tokens" in views else {}
     largest = max(map(abs, shares.values()), default=0)
     tokens = [

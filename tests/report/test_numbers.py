@@ -121,7 +121,7 @@ def test_a_neuron_reads_what_shapley_says(made):
         else:
             wrote = trace.resid(0)[position].double()
         part = (s * wrote) @ gate * u * (act(g) - mean) / g + (s * wrote) @ up * mean
-        share = float(part / (act(g) * u)) * reading["share"]
+        share = float((part / (act(g) * u)).detach()) * reading["share"]
         assert units == pytest.approx(share, abs=3 + 1e-4 * abs(reading["share"])), name
     assert any(name.startswith("'") or ".mlp" in name for name, _ in reading["writers"])
     for one in table["readings"].values():

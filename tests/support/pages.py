@@ -10,8 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from depass_fast import Attribution, DePass, Tokens
 from depass_fast.demo import load_demo
 
@@ -79,7 +77,3 @@ def sums_of(sheet: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
 
 def _behind(group: dict[str, Any]) -> int:
     return group["others"][1] + (group["rest"] or 0) + (group["bias"] or 0)
-
-
-def random_ids(count: int, vocabulary: int) -> list[int]:
-    return torch.randint(5, vocabulary, (count,), generator=torch.Generator().manual_seed(0)).tolist()
