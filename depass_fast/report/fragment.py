@@ -63,7 +63,7 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         "tokens": tokens,
         "cut": max(0, len(sheet.tokens) - _TOKENS),
         "rows": []
-        if table is None or (table["id"] == "tokens" and len(sheet.tokens) <= _TOKENS)
+        if table is None or (table["id"] == "all-tokens" and len(sheet.tokens) <= _TOKENS)
         else _rows(table, sheet),
         "title": None if table is None else table["title"],
         "total": None if not shares else _number(views["tokens"]["group"]["total"], largest, sheet.unit),

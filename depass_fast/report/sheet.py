@@ -82,11 +82,11 @@ def components_view(
 ) -> dict[str, Any]:
     """Return a table of components: a group for each layer, or a single one. ``more`` is what a script reads besides.
 
-    ``name`` is the kind of the components, and the view's id.
+    ``name`` is the kind of the components, and the view's id; that of tokens is another than the prompt's.
     """
     return {
         "kind": "components",
-        "id": name,
+        "id": "all-tokens" if name == "tokens" else name,
         "title": title,
         "groups": [group.plain() for group in groups],
         **(more or {}),

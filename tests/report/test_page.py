@@ -90,17 +90,8 @@ def test_commands_write_pages(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "tokens at layer 0" in printed.out and "report.html" in printed.err
     assert len(data_of(tmp_path / "report.html")["sheets"]) == 1
-    more = [
-        "--prompt",
-        "The cat",
-        "--components",
-        "tokens",
-        "--position",
-        "0,1",
-        "--html",
-        str(tmp_path / "shares.html"),
-    ]
-    assert main(["attribute", *given, *more]) == 0
+    more = ["--prompt", "The cat", "--components", "tokens", "--position", "0,1"]
+    assert main(["attribute", *given, *more, "--html", str(tmp_path / "shares.html")]) == 0
     assert len(data_of(tmp_path / "shares.html")["sheets"]) == 4
     assert main(["report", *given, "--out", str(tmp_path / "report.txt")]) == 2
 
