@@ -13,11 +13,14 @@ import pytest
 from depass_fast import DePass, write_html
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
-from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, TARGET, data_of, demo, view_of, with_tokens
+from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, TARGET, data_of, demo, needs_pages, view_of, with_tokens
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = [
+    needs_pages,
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium"),
+]
 WAIT = 30_000  # milliseconds; machines that are shared are slow
 
 

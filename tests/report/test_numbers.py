@@ -12,7 +12,7 @@ from depass_fast.report.units import apportioned, group_of, leading, unit_of
 from depass_fast.results.html import sheets_of
 from tests.support.family_models import build_model
 from tests.support.models import random_ids as few_ids
-from tests.support.pages import PROMPT, TARGET, data_of, demo, sums_of, view_of
+from tests.support.pages import PROMPT, TARGET, data_of, demo, needs_pages, sums_of, view_of
 from tests.support.trained import smollm2
 
 
@@ -129,6 +129,7 @@ def test_a_neuron_reads_what_shapley_says(made):
         assert abs(one["bias"]) <= 3  # the model has no constants
 
 
+@needs_pages
 @pytest.mark.parametrize("name", ["olmo2", "gpt2", "qwen2_moe"])
 def test_other_families(name):
     """Constants, experts and ungated MLPs; two targets at two positions have four sheets."""
@@ -141,6 +142,7 @@ def test_other_families(name):
     assert "bias" not in report.sheets[0].name and len(page(report.sheets)) < 1_500_000
 
 
+@needs_pages
 def test_a_trained_model(tmp_path):
     """SmolLM2 on indirect objects: all sums, from the file; the head that carries the name takes it from there."""
     report = DePass(*smollm2()).report("When Mary and John went to the store, John gave a drink to", " Mary")
@@ -153,6 +155,7 @@ def test_a_trained_model(tmp_path):
     assert (tmp_path / "why.html").stat().st_size < 3e6
 
 
+@needs_pages
 def test_simple_results_add_up():
     for kind in (Heads(layers="all"), Neurons(layers="all"), Neurons(2)):
         result = demo().attribute(PROMPT, kind, [TARGET, LogProb(TARGET)], allocation="shapley")

@@ -13,7 +13,9 @@ from depass_fast import Adjoint, Attribution, DePass, Heads, Neurons, Tokens, wr
 from depass_fast.cli.main import main
 from depass_fast.report import page
 from depass_fast.report.page import embedded
-from tests.support.pages import HOSTILE, PROMPT, TARGET, data_of, demo, with_tokens
+from tests.support.pages import HOSTILE, PROMPT, TARGET, data_of, demo, needs_pages, with_tokens
+
+pytestmark = needs_pages
 
 
 def test_data_ends_no_element():

@@ -7,13 +7,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from depass_fast import Attribution, DePass, Tokens
 from depass_fast.demo import load_demo
 
 PROMPT, TARGET = "When Diane met Grace at the park, Grace handed the camera to", " Diane"
+
+needs_pages = pytest.mark.skipif(find_spec("vl_convert") is None, reason="needs the extra report: vl-convert-python")
 
 HOSTILE = [
     "<script>alert(1)</script>",
