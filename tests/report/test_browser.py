@@ -142,6 +142,7 @@ def test_pictures_hold_their_warnings(visit, tmp_path):
     for card in ("tokens", "all-tokens"):
         svg = saved(opened, f'#view-{card} [data-export="svg"]').decode()
         assert svg.startswith("<svg") and "Warning: made &lt;up&gt;." in svg and "Attention is frozen" in svg, card
+        assert "Exact; completeness error " in svg and "sum -12.67" in svg
     png = saved(opened, '.card [data-export="png"]')
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) > 300
 
@@ -257,6 +258,17 @@ def test_two_thousand_tokens(visit, tmp_path):
     assert columns == 66  # the leading ones, that which was chosen, and the others
     opened.click('.token[data-position="1999"]')
     assert "position=1999" in opened.url
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit, report, scheme):
+    """Roles, names, landmarks and contrasts, by the checks of axe-core."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    fragment = "#position=2&layer=0&part=attention&head=L0H5&neuron=L4N145"
+    opened = visit(report, fragment, color_scheme=scheme, bypass_csp=True)
+    opened.wait_for_selector('[data-grid="heads-map"] svg')
+    found = axe.Axe().run(opened).response["violations"]
+    assert not found, [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
 
 
 def test_without_scripts_the_leading_rows_are_there(visit, report):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from depass_fast import Custom, DePass, Heads, LogProb, Neurons
+from depass_fast import Custom, DePass, Features, Heads, LogProb, Neurons
 from depass_fast.report.page import page
 from depass_fast.report.units import apportioned, group_of, leading, unit_of
 from depass_fast.results.html import sheets_of
+from tests.support.components import Dictionary
 from tests.support.family_models import build_model
 from tests.support.models import random_ids as few_ids
 from tests.support.pages import PROMPT, TARGET, data_of, demo, needs_pages, sums_of, view_of
@@ -153,6 +154,16 @@ def test_a_trained_model(tmp_path):
     sources = view_of(sheet, "heads")["sources"]["L23H0"]
     assert sheet["tokens"][sources[::2][int(np.argmax(sources[1::2]))]] == " Mary"
     assert (tmp_path / "why.html").stat().st_size < 3e6
+
+
+def test_features_are_shown_too():
+    features = Features(2, Dictionary(size=200, width=128), "resid_post")
+    sheet = demo().report(PROMPT, TARGET, features=features).sheets[0].plain()
+    assert_adds_up(sheet)
+    (group,) = view_of(sheet, "features")["groups"]
+    answer = demo().ledger(PROMPT, TARGET).scores(features)
+    assert group["rest"] * sheet["unit"] == pytest.approx(answer.score("rest"), abs=2e-5)
+    assert len(group["rows"]) + group["others"][0] == len(answer.labels) - answer.n_extras
 
 
 @needs_pages

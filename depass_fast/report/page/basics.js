@@ -50,7 +50,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 // the colour of a share: its strength grows with the root of its size, as the legends show it
 function shade(units, largest) {
   if (!units || !largest) return "transparent";
-  const strength = 0.66 * Math.sqrt(Math.min(1, Math.abs(units) / largest));
+  const strength = (isDark() ? 0.52 : 0.66) * Math.sqrt(Math.min(1, Math.abs(units) / largest));
   return `rgba(${colour(units > 0 ? "positive-rgb" : "negative-rgb")}, ${strength.toFixed(3)})`;
 }
 

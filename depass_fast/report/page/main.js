@@ -67,7 +67,7 @@ function head(sheet) {
 
 function always(sheet) {
   const group = sheet.views.find((view) => view.kind === "tokens" && view.group.rows.length)?.group ?? sheet.views.find((view) => view.groups)?.groups[0];
-  return h("div", { class: "always" }, h("div", { class: "facts" },
+  return h("div", { class: "always", role: "region", "aria-label": "The sum, and what is chosen" }, h("div", { class: "facts" },
     h("span", {}, h("span", { class: "muted" }, "shares sum to"), " ", h("strong", { id: "sum" }, exactly(group.total, sheet.unit))),
     h("span", {}, h("span", { class: "muted" }, sheet.what), " ", h("strong", { id: "value" }, valueText(sheet))),
     h("span", {}, h("span", { class: "muted" }, "completeness error"), " ", h("strong", { id: "error" }, sheet.error.toExponential(1))),

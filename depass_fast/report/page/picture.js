@@ -37,7 +37,8 @@ function exported(spec, lines) {
 }
 
 function warningsOf(sheet) {
-  return [...sheet.warnings.map((text) => `Warning: ${text}.`), ...sheet.notes];
+  const how = `${sheet.exact ? "Exact" : "Approximate"}; completeness error ${sheet.error.toExponential(1)}.`;
+  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes];
 }
 
 async function exportPicture(id, form) {
