@@ -23,6 +23,7 @@ setup(
         "depass_fast": ["py.typed"],
         "depass_fast.demo": ["model/*"],
         "depass_fast.kernels": ["README.md", "*.json"],
+        "depass_fast.report": ["page/*"],
     },
     install_requires=[
         "torch>=2.8",
@@ -34,6 +35,8 @@ setup(
     ],
     extras_require={
         "pandas": ["pandas>=2"],  # Attribution.to_dataframe
+        "report": ["vl-convert-python>=1.7", "jinja2>=3"],  # pages: Vega's scripts, and what escapes text in HTML
+        "browser": ["playwright>=1.45", "axe-playwright-python>=0.1.4"],  # what pages are tested with, beside Chromium
         "sweep": ["pyarrow>=14.0.1", "pandas>=2"],  # sweeps into folders; `datasets` beside it for data sets
         "ray": ["ray[data]>=2.40", "pyarrow>=14.0.1", "pandas>=2"],  # sweeps over a cluster
         "device-map": ["accelerate>=1"],  # models spread over several devices

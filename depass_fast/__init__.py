@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .methods.focus import Focus, Partition
     from .options import Adjoint, Options
     from .planning.plan import Plan
+    from .report.document import Report
     from .results.attribution import Attribution
     from .results.completeness import CompletenessWarning
     from .results.continuation import Continuation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .results.estimate import ApproximationWarning, Estimate
     from .results.explanation import AttentionExplanation, Pair
     from .results.generation import Generation
+    from .results.html import write_html
     from .results.layered import LayeredAttribution
     from .results.provenance import Provenance
     from .results.verification import Verification, VerificationWarning
@@ -70,6 +72,7 @@ __all__ = [
     "Plan",
     "PromptSet",
     "Provenance",
+    "Report",
     "Subspaces",
     "Sweep",
     "TokenBoundaryWarning",
@@ -80,6 +83,7 @@ __all__ = [
     "WeightsWarning",
     "__version__",
     "trace_nbytes",
+    "write_html",
 ]
 
 # Imported on first use: torch and transformers take seconds, which `depass-fast --help` need not wait for.
@@ -104,7 +108,9 @@ _HOMES = {
     "results.credit": ("AttentionCredit",),
     "results.estimate": ("ApproximationWarning", "Estimate"),
     "results.explanation": ("AttentionExplanation", "Pair"),
+    "report.document": ("Report",),
     "results.generation": ("Generation",),
+    "results.html": ("write_html",),
     "results.layered": ("LayeredAttribution",),
     "results.provenance": ("Provenance",),
     "results.verification": ("Verification", "VerificationWarning"),

@@ -28,6 +28,7 @@ from .methods.continuation import attribute_continuation, refuse_beside
 from .methods.plan import ledger_settings, plan_of
 from .options import Adjoint, CallValues, LinearRuleName, MethodName, Options, OptionValues
 from .planning.plan import Plan
+from .report_calls import ReportCalls
 from .request import Request, make_request, take_trace, with_targets
 from .results.attribution import Attribution
 from .results.continuation import Continuation
@@ -45,7 +46,7 @@ Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Custom  # kinds of a single layer, as type checkers tell them apart
 
 
-class DePass(StateCalls, AttentionCalls, SweepCalls):
+class DePass(StateCalls, AttentionCalls, ReportCalls, SweepCalls):
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:

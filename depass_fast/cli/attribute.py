@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import flags, prompts, targets, types
 from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
 from .output import Output, emit, note, on_stderr, saying_once, show
 from .pictures import Pictures, add_plot
+from .report import check_page, write_page
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
@@ -73,22 +75,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts or positions FILE-0.csv, FILE-1.csv, ...",
     )
     add_plot(out, "the result")
+    out.add_argument(
+        "--html",
+        type=types.output_file(".html"),
+        metavar="FILE",
+        help="write a page to be looked at, with a sheet for every prompt, position and target (docs/report.md)",
+    )
     flags.add_quiet(out)
     flags.add_debug(out)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attribute, batch by batch; print the results and write --out as they come."""
+    """Attribute, batch by batch; print the results and write --out as they come, and pictures and pages at the end."""
     numbered = prompts.is_several(args) or isinstance(args.position, list)
     with on_stderr():
         pictures = Pictures(args.plot, numbered)
         engine, components, options = _prepared(args)
         output = Output(args.out, numbered)
-    items = prompts.items_of(args)
+    items, shown = prompts.items_of(args), []
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
         with on_stderr():
             found = _attributions(engine, args, batch, components, options)
+        shown += found if args.html is not None else []
         for number, results in enumerate(found, first + 1):
             for result in results:
                 begins = prompts.is_several(args) and result is results[0]
@@ -96,6 +105,14 @@ def run(args: argparse.Namespace) -> None:
                 output.add(result, partial(_show, args, result, head if output.is_empty else f"\n{head}"))
                 pictures.add(result.plot)
     output.close()
+    if args.html is not None:
+        write_page(args.html, lambda: _page(shown, args.html))
+
+
+def _page(results: list[list[Result]], path: Path) -> None:
+    from ..results.html import write_html
+
+    write_html(results, path)
 
 
 def _show(args: argparse.Namespace, result: Result, head: str) -> None:
@@ -111,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
     prompts.template_kwargs_of(args)
     _check_targets(args)
     flags.check_method(args)
+    if args.html is not None:
+        check_page()
 
 
 def _check_targets(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attention, attribute, collect, evaluate, flags, generate, ledger, plan, sweep, types
+from . import attention, attribute, collect, evaluate, flags, generate, ledger, plan, report, sweep, types
 from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         title="commands",
         dest="command",
         required=True,
-        metavar="{demo,attribute,ledger,attention,generate,sweep,collect,plan,evaluate,doctor}",
+        metavar="{demo,attribute,ledger,report,attention,generate,sweep,collect,plan,evaluate,doctor}",
     )
 
     demo = commands.add_parser(
@@ -127,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.add_arguments(book)
     book.set_defaults(run=ledger.run, check=ledger.check)
+
+    seen = commands.add_parser("report", help="everything about one prompt, as a page to be looked at", **shape)
+    report.add_arguments(seen)
+    seen.set_defaults(run=report.run, check=report.check)
 
     looks = commands.add_parser(
         "attention", help="why heads look where they look, and what a logit owes to that", **shape

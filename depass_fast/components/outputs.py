@@ -128,6 +128,16 @@ class LayerOutputs:
         scale = stream.scale(resid[self.span].to(self.dtype))
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
 
+    def back_through_stream(self, y: Tensor, module: str, position: int | None = None) -> Tensor:
+        """Gradients (..., N, D) behind a norm of the stream, or (D,) at one ``position``, taken in front of it."""
+        stream = self._stream(module)
+        if stream is None:
+            return y
+        resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
+        assert resid is not None  # it is recorded wherever there is such a norm
+        rows = resid[self.span] if position is None else resid[self.span][position]
+        return stream.transposed(y, stream.scale(rows.to(self.dtype)))
+
     def neurons(self, prefix: str) -> tuple[tuple[str, ...], Factors]:
         """The names and products of all neurons of the MLP, or of the experts that any position was sent to."""
         numbers, vectors = [], []

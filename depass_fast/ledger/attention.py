@@ -17,7 +17,7 @@ from ..runtime.products import product
 from ..trace.record import AttentionTrace
 from ..trace.selection import selected
 from .batches import Batch, Packing
-from .mixing import through_recurrence
+from .mixing import sources_of_recurrence, through_recurrence
 from .norms import FrozenNorm
 
 _CPU_TILE, _GPU_TILE = 1 << 22, 1 << 26  # probabilities that are held at once
@@ -66,17 +66,13 @@ class WayThroughAttention:
     def back(self, gradients: Tensor, x: Tensor, with_heads: bool) -> AttentionBack:
         """Take gradients (R, A, D) of what attention adds back to what it reads, the residual stream ``x`` (T, D)."""
         weights, trace, dtype = self.weights, self.trace, gradients.dtype
-        at = self.packing.at(self.partial, gradients.device)
-        out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
-        y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
+        out_scale, y = self._of_heads(gradients)
         norm = FrozenNorm.of(weights.norm, x, dtype)
         values = self._values(norm.read(x), dtype) if with_heads else None
         if trace.recurrence is not None:
             of_values, heads = through_recurrence(weights, trace, self.packing, self.partial, y, values)
             constant = self._mixed_constant(gradients, y, out_scale)
         else:
-            if trace.out_ratio is not None:
-                y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
             of_values, heads = self._through_probabilities(y, values)
             of_values = self._scaled(of_values)
             constant = self._constant(gradients, of_values, out_scale)
@@ -84,6 +80,31 @@ class WayThroughAttention:
             of_values = of_values * trace.latent_scale[:, None]
         back = product(of_values.to(self.compute), weights.w_v.to(self.compute)).to(dtype)
         return AttentionBack(norm.back(back), heads, constant)
+
+    def sources(self, gradients: Tensor, x: Tensor) -> Tensor:
+        """Return the scores of the heads (R, T, H) by the position whose values they carry; arguments as of `back`."""
+        y, dtype = self._of_heads(gradients)[1], gradients.dtype
+        values = self._values(FrozenNorm.of(self.weights.norm, x, dtype).read(x), dtype)
+        if self.trace.recurrence is not None:
+            return sources_of_recurrence(self.weights, self.trace, self.packing, self.partial, y, values)
+        found = values.new_empty(len(y), self.packing.n_positions, self.weights.n_heads)
+        for batch in self.packing.batches(self.partial, y.device):
+            z = self._of_batch(batch, batch.gradients(y)).unflatten(1, (self.weights.n_kv_heads, -1))
+            given = batch.take(values).permute(0, 2, 1, 3)[:, :, None, :, None]  # (B, Hkv, 1, N, 1, d)
+            scores = (z.to(values) * given).sum(5)  # (B, Hkv, G, N, R)
+            batch.put(found, scores.permute(4, 0, 3, 1, 2).flatten(3))
+        return found
+
+    def _of_heads(self, gradients: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the scale (A,) of a norm on the output, and the gradients (R, A, H·d) of what P, or what stands in its
+        place, gives.
+        """
+        weights, trace, at = self.weights, self.trace, self.packing.at(self.partial, gradients.device)
+        out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
+        y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
+        if trace.recurrence is None and trace.out_ratio is not None:
+            y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
+        return out_scale, y
 
     def _through_probabilities(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take gradients (R, A, H·d) of the heads back to the values (R, T, Hkv·d).

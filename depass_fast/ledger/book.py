@@ -27,10 +27,12 @@ from ..runtime.memory import readable
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
 from ..trace.light import light
+from ..trace.record import Trace
 from .attribute import read_off, way_back
 from .drawn import DrawnLedger
 from .given import numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
+from .places import Chosen, LayerPlaces, Reading, places_of
 from .reads import Reads
 from .saved import restore, save
 from .steering import Steers
@@ -284,6 +286,10 @@ class Ledger(DrawnLedger):
         parts = {kind: {name: one[name] for name in own[2:7] if name in one} for kind, one in each.items()}
         return {"rule": self.rule, **shared, "completeness_error": self.completeness_error, **parts}
 
+    def places(self, trace: Trace, chosen: Chosen) -> tuple[list[LayerPlaces], list[Reading]]:
+        """Return the shares of one prompt by position, see :func:`places_of`; ``trace`` is the whole one."""
+        return places_of(self._request, self._pages, trace, chosen)
+
     def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
         """Return the answer for each of the model's own kinds, for one prompt and read, which were checked."""
         prompt %= len(self._request.prompts)
@@ -309,8 +315,7 @@ class Ledger(DrawnLedger):
 
     def _others(self, prompt: int, read: int, target: int) -> list[str]:
         """Return a line that says which of several prompts, reads and targets a view shows, if there are several."""
-        place = prompt * self.n_reads + read
-        counts = len(self._request.prompts), self.n_reads, len(self.target_names[place])
+        counts = len(self._request.prompts), self.n_reads, len(self.target_names[prompt * self.n_reads + read])
         chosen = zip(("prompt", "read", "target"), (prompt, read, target), counts, strict=True)
         several = [f"{name} {number} of {count}" for name, number, count in chosen if count > 1]
         return [f"{', '.join(several)}; view(prompt=, read=, target=) shows others"] if several else []

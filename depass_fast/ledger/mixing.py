@@ -18,19 +18,37 @@ def through_recurrence(
 
     The second are the heads' scores (R, P, H), given the values (T, H, d) without their constants.
     """
+    read, shares = _back(weights, trace, packing, partial, y, values)
+    return read, None if shares is None else packing.sum(shares, False)
+
+
+def sources_of_recurrence(
+    weights: Attention, trace: AttentionTrace, packing: Packing, partial: bool, y: Tensor, values: Tensor
+) -> Tensor:
+    """Return the heads' scores (R, T, H) by the position whose values they carry."""
+    shares = _back(weights, trace, packing, partial, y, values)[1]
+    assert shares is not None
+    return shares
+
+
+def _back(
+    weights: Attention, trace: AttentionTrace, packing: Packing, partial: bool, y: Tensor, values: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the values (R, T, H·d), and the heads' scores by position (R, T, H), given the values."""
     wide, at = torch.promote_types(y.dtype, torch.float32), packing.at(partial, y.device)
     y = y.to(wide)
     if at is not None:
         y = y.new_zeros(len(y), packing.n_positions, y.shape[2]).index_copy_(1, at, y)
-    read, heads = torch.empty_like(y), None
+    read, shares = torch.empty_like(y), None
     if values is not None:
-        heads = y.new_empty(len(y), packing.n_prompts, weights.n_heads)
+        shares = y.new_empty(len(y), packing.n_positions, weights.n_heads)
     for prompt in range(packing.n_prompts):
         span = slice(int(packing.offsets[prompt]), int(packing.offsets[prompt + 1]))
         mixing = FrozenMixing(weights, trace, span, wide)
         of_values, of_shaped = mixing.back(y[:, span].transpose(0, 1))  # (N, R, H·d)
         read[:, span] = of_values.transpose(0, 1)
-        if values is not None and heads is not None:
+        if values is not None and shares is not None:
             shaped = mixing.shaped(values[span].flatten(1)[:, None].to(wide))
-            heads[:, prompt] = (of_shaped * shaped).unflatten(-1, (weights.n_heads, -1)).sum((0, 3))
-    return read, heads
+            found = (of_shaped * shaped).unflatten(-1, (weights.n_heads, -1)).sum(3)  # (N, R, H)
+            shares[:, span] = found.transpose(0, 1)
+    return read, shares

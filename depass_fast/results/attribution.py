@@ -15,6 +15,7 @@ from ..linear_rules import LINEAR_RULES
 from .drawn import DrawnLayer
 from .estimate import Estimate, estimate_dict
 from .files import known_fields, plain_part, read_result, register_format, restore_part, write_result
+from .html import AsPage
 from .interface import Result, Row
 from .provenance import Provenance
 from .ranking import leading, score_of, target_row
@@ -30,7 +31,7 @@ TENSORS = ("scores", "target_logits", "layer_errors")
 
 
 @dataclass(eq=False)
-class Attribution(DrawnLayer):
+class Attribution(DrawnLayer, AsPage):
     """The share of every component in the target's logit.
 
     ``scores`` (M,), or (K, M) for a list of K targets, in the order of ``labels``: tokens, heads or neurons in their

@@ -17,6 +17,8 @@ from .attribution import PARTS, Attribution, pack, unpack
 from .drawn import DrawnContinuation
 from .estimate import Estimate, worst_of
 from .files import plain_part, read_result, register_format, restore_part, write_result
+from .html import AsPage
+from .interface import Result
 from .layered import LayeredAttribution
 from .provenance import Provenance
 from .render import TextAbove
@@ -32,7 +34,7 @@ Steps = TypeVar("Steps", Attribution, LayeredAttribution)
 
 
 @dataclass(eq=False, repr=False)
-class Continuation(DrawnContinuation, Generic[Steps]):
+class Continuation(DrawnContinuation, AsPage, Generic[Steps]):
     """The shares of every component in T tokens that follow a prompt, of one decomposition of prompt and tokens.
 
     Every token has two rows of shares. Those in its logit sum to the logit. Those in its log-probability are shares in
@@ -197,6 +199,11 @@ class Continuation(DrawnContinuation, Generic[Steps]):
             return _up_to_its_position(one)
 
         return _mapped(self.shares, chosen)
+
+    def page_parts(self) -> list[tuple[str, Result]]:
+        """Return the results that have sheets on a page: the sum of the log-probabilities, then every token's logit."""
+        steps = [(f"{step.position + 1}", step) for step in self.steps]
+        return [("all", self.sum), *steps]  # pyright: ignore[reportReturnType]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """Return a DataFrame with a row per token that follows and component before it. Needs pandas.

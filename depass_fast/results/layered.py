@@ -16,6 +16,7 @@ from .attribution import PARTS, Attribution, pack, unpack
 from .drawn import DrawnLayers
 from .estimate import Estimate, estimate_dict
 from .files import plain_part, read_result, register_format, restore_part, write_result
+from .html import AsPage
 from .interface import Row
 from .provenance import Provenance
 from .ranking import leading, score_of, target_row
@@ -156,7 +157,7 @@ class _Shared:
 
 
 @dataclass(eq=False)
-class LayeredAttribution(_Shared, DrawnLayers):
+class LayeredAttribution(_Shared, DrawnLayers, AsPage):
     """The shares of every component of several layers in the same targets' logits.
 
     A layer's shares, its `rest` and its `bias` sum to the logit; shares of different layers are not to be added.

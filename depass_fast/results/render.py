@@ -254,7 +254,7 @@ def headline(result: Result, target: int) -> str:
 
 
 def value_name(result: Result, target: int) -> str:
-    """Return what the shares in a target sum to, in words."""
+    """Return the name of the value that shares sum to: "logit", say."""
     if result.reduced is not None:
         return "projection"
     if result.target_kinds is not None:

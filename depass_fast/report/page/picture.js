@@ -1,0 +1,83 @@
+// Pictures by Vega-Lite. What is exported is the picture with its title, its sum and all warnings in it.
+
+const exporters = new Map(); // id -> () => {spec, lines}; for the buttons, and for tests
+
+function themed(spec) {
+  const ink = colour("ink"), muted = colour("muted"), line = colour("line");
+  return {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json",
+    background: null,
+    ...spec,
+    config: {
+      font: "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif",
+      view: { stroke: null },
+      axis: { labelColor: muted, titleColor: muted, domainColor: line, tickColor: line, gridColor: line, labelFontSize: 11,
+        titleFontSize: 11, titleFontWeight: "normal" },
+      legend: { labelColor: muted, titleColor: muted, labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal" },
+      title: { color: ink, subtitleColor: muted, fontSize: 15, subtitleFontSize: 12, anchor: "start", offset: 14,
+        subtitlePadding: 6, subtitleLineHeight: 17, lineHeight: 20 },
+      text: { color: ink },
+      ...spec.config,
+    },
+  };
+}
+
+const diverging = (largest) => ({
+  type: "pow", exponent: 0.5, interpolate: "rgb", domain: [-largest || -1, 0, largest || 1],
+  range: [colour("negative"), colour("middle"), colour("positive")],
+});
+
+const drawn = (element, spec, renderer = "svg") =>
+  vegaEmbed(element, themed(spec), { mode: "vega-lite", renderer, actions: false, ast: true, hover: false });
+
+// the spec of a picture as it is exported: `lines` are its title and what stands under it
+function exported(spec, lines) {
+  const [text, ...subtitle] = lines.map(visible);
+  return { ...spec, title: { text, subtitle }, background: colour("card"), padding: 20 };
+}
+
+function warningsOf(sheet) {
+  const how = `${sheet.exact ? "Exact" : "Approximate"}; completeness error ${sheet.error.toExponential(1)}.`;
+  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes];
+}
+
+async function exportPicture(id, form) {
+  const { spec, lines } = exporters.get(id)();
+  const holder = h("div", { style: { position: "absolute", left: "-99999px", top: "0" }, "aria-hidden": "true" });
+  document.body.append(holder);
+  try {
+    const { view } = await drawn(holder, exported(spec, lines));
+    const made = form === "svg" ? await view.toSVG() : await view.toImageURL("png", 2);
+    download(`${id}.${form}`, made, form === "svg" ? "image/svg+xml" : undefined);
+    view.finalize();
+  } finally {
+    holder.remove();
+  }
+}
+
+function exportButtons(id, make) {
+  exporters.set(id, make);
+  const button = (form) => h("button", { type: "button", class: "quiet", "data-export": form,
+    "aria-label": `Download the picture as ${form.toUpperCase()}`, onclick: () => exportPicture(id, form) }, form.toUpperCase());
+  return [button("svg"), button("png")];
+}
+
+// horizontal bars, for export: what a table on the page shows
+function barsSpec(rows, unit) {
+  const values = rows.map((row, i) => ({ i, label: visible(row.label), value: row.units * unit }));
+  const format = formatter(sizeOf(rows.map((row) => row.units)), unit);
+  return {
+    data: { values: values.map((one, i) => ({ ...one, text: format(rows[i].units) })) },
+    width: 420, height: { step: 20 },
+    encoding: { y: { field: "i", type: "ordinal", sort: null, title: null,
+      axis: { labelExpr: "names[datum.value]", ticks: false, domain: false, labelLimit: 220, labelPadding: 8 } } },
+    params: [{ name: "names", value: values.map((one) => one.label) }],
+    layer: [
+      { mark: { type: "bar", cornerRadius: 2, height: 13 },
+        encoding: { x: { field: "value", type: "quantitative", title: "share", axis: { tickCount: 5 } },
+          color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") } } },
+      { mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
+        encoding: { x: { value: 420 }, text: { field: "text" } } },
+    ],
+  };
+}

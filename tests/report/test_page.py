@@ -1,0 +1,105 @@
+"""The file of a report, without a browser: what is embedded is harmless, sizes are bounded, pictures never fail."""
+
+import html
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from depass_fast import Adjoint, Attribution, DePass, Heads, Neurons, Tokens, write_html
+from depass_fast.cli.main import main
+from depass_fast.report import page
+from depass_fast.report.page import embedded
+from tests.support.pages import HOSTILE, PROMPT, TARGET, data_of, demo, needs_pages, with_tokens
+
+pytestmark = needs_pages
+
+
+def test_data_ends_no_element():
+    found = embedded({"tokens": [*HOSTILE, "\ud800"]})
+    assert not set("<>&\u2028\u2029\ud800") & set(found)
+    assert json.loads(found)["tokens"] == [*HOSTILE, "\ud800"]
+
+
+def test_hostile_tokens_are_in_no_markup(tmp_path):
+    with_tokens(HOSTILE).to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "<script>alert" not in text and text.count("<script") == text.count("</script>") == 3
+    assert data_of(tmp_path / "page.html")["sheets"][0]["tokens"] == HOSTILE
+    assert "default-src 'none'" in html.unescape(text) and "unsafe-eval" not in text
+    assert "<script>" not in with_tokens(HOSTILE)._repr_html_()
+
+
+def test_every_result_has_a_page(tmp_path):
+    several = demo().attribute(PROMPT, Heads(layers="all"), [TARGET, " hat"], position=[-1, 5])
+    whole = demo().attribute("Nyria Morstam", Tokens(), continuation=" speaks Italian")
+    book = demo().ledger(PROMPT, TARGET)
+    write_html([several, whole, book.neurons(3), demo().report(PROMPT)], tmp_path / "page.html")
+    names = [sheet["name"] for sheet in data_of(tmp_path / "page.html")["sheets"]]
+    assert len(names) == 4 + 3 + 1 + 1 and len(set(names[:7])) == 7
+    with pytest.raises(TypeError, match="number 1 is of type Ledger"):
+        write_html([whole, book], tmp_path / "no.html")
+    with pytest.raises(ValueError, match="no result"):
+        write_html([], tmp_path / "no.html")
+    with pytest.raises(ValueError, match="a report is of one prompt"):
+        demo().report([PROMPT, PROMPT])
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_an_approximate_result_says_so(tmp_path):
+    result = demo().attribute(PROMPT, Neurons(layers="all"), method=Adjoint(refine=4, sample=8))
+    result.warnings = [*(result.warnings or []), "made up"]
+    result.to_html(tmp_path / "page.html")
+    (sheet,) = data_of(tmp_path / "page.html")["sheets"]
+    assert (
+        not sheet["exact"] and "made up" in sheet["warnings"] and any("Approximate" in one for one in sheet["warnings"])
+    )
+    assert "Approximate" in result._repr_html_() and "made up" in result._repr_html_()
+
+
+def test_a_picture_in_a_notebook_is_small_and_never_fails(monkeypatch):
+    result = demo().attribute(PROMPT, Tokens(), TARGET)
+    shown = result._repr_html_()
+    assert len(shown) < 6000 and "Diane" in shown and "<script" not in shown and re.search(r"\+18\.5", shown)
+    long = demo().attribute(list(range(5, 500)), Heads(layers="all"))._repr_html_()
+    assert len(long) < 60_000 and "367 more" in long
+    assert demo().report(PROMPT, TARGET)._repr_html_().count("<tr>") > 5
+    assert replace(result, scores=result.scores * torch.nan)._repr_html_() is None
+    assert Attribution._repr_html_(None) is None
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    page.environment.cache_clear()
+    assert result._repr_html_() is None
+    with pytest.raises(ImportError, match=r"depass-fast\[report\]"):
+        result.to_html("never.html")
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    page._library.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install vl-convert-python.*depass-fast\[report\]"):
+        with_tokens(["a"]).to_html(tmp_path / "page.html")
+    given = ["report", "--model", "demo", "--prompt", "x", "--out", str(tmp_path / "page.html")]
+    assert main(given) == 2 and "depass-fast[report]" in capsys.readouterr().err  # before the model is loaded
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_commands_write_pages(tmp_path, capsys):
+    given = ["--model", "demo", "--prompt", "Nyria Morstam speaks", "--target", " Italian", "--quiet"]
+    assert main(["report", *given, "--out", str(tmp_path / "report.html")]) == 0
+    printed = capsys.readouterr()
+    assert "tokens at layer 0" in printed.out and "report.html" in printed.err
+    assert len(data_of(tmp_path / "report.html")["sheets"]) == 1
+    more = ["--prompt", "The cat", "--components", "tokens", "--position", "0,1"]
+    assert main(["attribute", *given, *more, "--html", str(tmp_path / "shares.html")]) == 0
+    assert len(data_of(tmp_path / "shares.html")["sheets"]) == 4
+    assert main(["report", *given, "--out", str(tmp_path / "report.txt")]) == 2
+
+
+def test_the_repr_of_a_report():
+    report = demo().report(PROMPT, [TARGET, " Grace"])
+    assert repr(report).startswith("Report(2 sheets: ' Diane' at position 13")
+    assert str(report).splitlines()[0].startswith("' Diane' at position 13")
+    assert isinstance(demo(), DePass)
