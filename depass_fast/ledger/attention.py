@@ -64,25 +64,43 @@ class WayThroughAttention:
 
     def back(self, gradients: Tensor, x: Tensor, with_heads: bool) -> AttentionBack:
         """Take gradients (R, A, D) of what attention adds back to what it reads, the residual stream ``x`` (T, D)."""
-        weights, trace, dtype = self.weights, self.trace, gradients.dtype
-        at = self.packing.at(self.partial, gradients.device)
-        out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
-        y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
-        norm = FrozenNorm.of(weights.norm, x, dtype)
-        values = self._values(norm.read(x), dtype) if with_heads else None
-        if trace.recurrence is not None:
-            of_values, heads = through_recurrence(weights, trace, self.packing, self.partial, y, values)
-            constant = self._mixed_constant(gradients, y, out_scale)
+        y, norm = self.of_heads(gradients), FrozenNorm.of(self.weights.norm, x, gradients.dtype)
+        values = self.values(norm.read(x), gradients.dtype) if with_heads else None
+        of_values, heads = self.through_heads(y, values)
+        if self.trace.recurrence is not None:
+            constant = self._mixed_constant(gradients, y)
         else:
-            if trace.out_ratio is not None:
-                y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
-            of_values, heads = self._through_probabilities(y, values)
-            of_values = self._scaled(of_values)
-            constant = self._constant(gradients, of_values, out_scale)
-        if trace.latent_scale is not None:
-            of_values = of_values * trace.latent_scale[:, None]
-        back = product(of_values.to(self.compute), weights.w_v.to(self.compute)).to(dtype)
-        return AttentionBack(norm.back(back), heads, constant)
+            constant = self._constant(gradients, of_values)
+        return AttentionBack(norm.back(self.of_read(of_values, gradients.dtype)), heads, constant)
+
+    def of_heads(self, gradients: Tensor) -> Tensor:
+        """Take gradients (R, A, D) of what attention adds back to what its output projection reads: (R, A, H·d)."""
+        written = self.weights.written_transposed(gradients, self._out_scale(gradients))
+        return product(written.to(self.compute), self.weights.w_o.to(self.compute))
+
+    def through_heads(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Take gradients (R, A, H·d) of what the output projection reads back to the values (R, T, Hkv·d).
+
+        The second are the heads' scores (R, P, H), given the values (T, Hkv, d) without their constants.
+        """
+        trace, at = self.trace, self.packing.at(self.partial, y.device)
+        if trace.recurrence is not None:
+            return through_recurrence(self.weights, trace, self.packing, self.partial, y, values)
+        if trace.out_ratio is not None:
+            y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
+        of_values, heads = self._through_probabilities(y, values)
+        return self._scaled(of_values), heads
+
+    def of_read(self, of_values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Take gradients (R, T, Hkv·d) of values back to what the value projection reads, behind the norm: (R, T, D)."""
+        if self.trace.latent_scale is not None:
+            of_values = of_values * self.trace.latent_scale[:, None]
+        return product(of_values.to(self.compute), self.weights.w_v.to(self.compute)).to(dtype)
+
+    def _out_scale(self, like: Tensor) -> Tensor | None:
+        """The scale of the norm on attention's output where gradients arrive, on their device; None without one."""
+        scale, at = self.trace.out_scale, self.packing.at(self.partial, like.device)
+        return scale if at is None or scale is None else scale[at]
 
     def _through_probabilities(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take gradients (R, A, H·d) of the heads back to the values (R, T, Hkv·d).
@@ -144,7 +162,7 @@ class WayThroughAttention:
             p *= row_sum.to(wide).permute(0, 2, 1)[..., None]
         return p
 
-    def _values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values that every KV head makes of ``x`` (T, D), without their constant part: (T, Hkv, d)."""
         weights, trace = self.weights, self.trace
         values = product(x.to(self.compute), weights.w_v.to(self.compute).T).to(dtype)
@@ -157,11 +175,11 @@ class WayThroughAttention:
         ratio = self.trace.value_ratio
         return values if ratio is None or self.trace.recurrence is not None else values * ratio.to(values.device)
 
-    def _mixed_constant(self, gradients: Tensor, y: Tensor, out_scale: Tensor | None) -> Tensor | None:
+    def _mixed_constant(self, gradients: Tensor, y: Tensor) -> Tensor | None:
         """Return the score (R, P) of a recurrence's constants, given the gradients ``y`` (R, A, H·d) of its heads."""
         weights, heads, dtype = self.weights, self.trace.constant_heads, gradients.dtype
         at = self.packing.at(self.partial, y.device)
-        written, parts = weights.written_constant(weights.o.bias, out_scale, dtype), []
+        written, parts = weights.written_constant(weights.o.bias, self._out_scale(gradients), dtype), []
         if heads is not None and weights.has_bias:
             given = (heads if at is None else heads[at]).to(dtype)
             parts.append(self.packing.sum((y.to(dtype) * given).sum(-1), self.partial))
@@ -169,10 +187,11 @@ class WayThroughAttention:
             parts.append(self.packing.sum((gradients * written).sum(-1), self.partial))
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _constant(self, gradients: Tensor, of_values: Tensor, out_scale: Tensor | None) -> Tensor | None:
+    def _constant(self, gradients: Tensor, of_values: Tensor) -> Tensor | None:
         """Return the score (R, P) of attention's constants, given the gradients (R, T, Hkv·d) of its values."""
         weights, dtype = self.weights, gradients.dtype
-        value, written = weights.value_constant(dtype), weights.written_constant(weights.o.bias, out_scale, dtype)
+        value = weights.value_constant(dtype)
+        written = weights.written_constant(weights.o.bias, self._out_scale(gradients), dtype)
         parts = []
         if value is not None:
             parts.append(self.packing.sum(of_values.to(dtype) @ value, False))
