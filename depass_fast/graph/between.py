@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adapters import Branch, Layer
 from ..components.outputs import LayerOutputs
+from ..ledger.attention import WayThroughAttention
 from ..ledger.norms import FrozenNorm
 from ..ledger.reads import Reads
 from ..linear_rules import linear_shares, reads_up
@@ -56,14 +57,14 @@ class Ways:
         widths = [totals.adapter.attention(i).o.shape[1] for i in self._layers() if totals.adapter.has_attention(i)]
         row = len(x) * (4 * x.shape[1] + 4 * max(widths, default=0)) * totals.dtype.itemsize
         size = max(1, budget // row)
-        parts = [_Walk(self, range(first, min(first + size, count))).walked() for first in range(0, count, size)]
+        parts = [Walk(self, range(first, min(first + size, count))).walked() for first in range(0, count, size)]
         logit = self.reads.readout.logits[0].to(totals.dtype).view(-1)[:1]
         parts[0].activations[0] = logit.to(parts[0].activations)[0]
         parts[0].shares[0, -1] += self.reads.constants[0, 0].to(parts[0].shares)
         return Direct(torch.cat([part.shares for part in parts]), torch.cat([part.activations for part in parts]))
 
     def _layers(self) -> range:
-        return range(totals.adapter.n_layers) if (totals := self.totals) else range(0)
+        return range(self.totals.adapter.n_layers)
 
     def rows_at(self, order: float, rows: range) -> list[int]:
         """Return those of the ``rows`` whose nodes read at the place of this order."""
@@ -107,7 +108,7 @@ class Ways:
         return self._features[number]
 
 
-class _Walk:
+class Walk:
     """One way back for some of the rows, deepest first: gradients (R, T, D), of which the first ``active`` have begun."""
 
     def __init__(self, ways: Ways, rows: range) -> None:
@@ -116,7 +117,7 @@ class _Walk:
         n, width = totals.trace.resid_final.shape
         device = totals.trace.resid_final.device
         self.back = torch.zeros(len(rows), n, width, dtype=totals.dtype, device=device)
-        self.shares = torch.zeros(len(rows), n + len(ways.seats) + 2, dtype=totals.dtype, device="cpu")
+        self.shares = torch.zeros(len(rows), n + len(ways.seats) + 2, dtype=totals.dtype, device=device)
         self.activations = torch.zeros(len(rows), dtype=totals.dtype, device="cpu")
         self.active, self.tokens = 0, n
 
@@ -135,8 +136,8 @@ class _Walk:
         self._pass_dictionary((0, "resid_pre"))
         x = self.trace.layers[0].resid_pre if self.trace.layers else self.trace.resid_final
         self.back = self.back.to(x.device)
-        self.shares[:, : self.tokens] = torch.einsum("rtd,td->rt", self.back, x.to(self.back)).cpu()
-        return Direct(self.shares, self.activations)
+        self.shares[:, : self.tokens] = torch.einsum("rtd,td->rt", self.back, x.to(self.back)).to(self.shares)
+        return Direct(self.shares.cpu(), self.activations)
 
     def _pass_layer(self, index: int, layer: Layer) -> None:
         self.back = self.back.to(layer.device)
@@ -158,7 +159,7 @@ class _Walk:
 
     def _add(self, column: int, worth: Tensor) -> None:
         """Add shares (r,) of a source to the rows that have begun; -1 is `bias`, -2 `others`."""
-        self.shares[: self.active, column] += worth.cpu()
+        self.shares[: self.active, column] += worth.to(self.shares)
 
     def _dot(self, y: Tensor, x: Tensor) -> Tensor:
         """Return Σ_n ⟨y[r, n], x[n]⟩: (r,); x (T, C) or (C,)."""
@@ -215,7 +216,8 @@ class _Walk:
             seat, gradient = ways.seats[row - 1], gradients[place].to(self.back)
             self._begin(row, activations[place])
             self.back[row - self.rows.start, seat.position] = gradient
-            self.shares[row - self.rows.start, -1] += (activations[place].to(gradient) - gradient @ x[seat.position].to(gradient)).cpu()
+            constant = activations[place].to(gradient) - gradient @ x[seat.position].to(gradient)
+            self.shares[row - self.rows.start, -1] += constant.to(self.shares)
 
     def _states(self, site: Site) -> Tensor:
         layer, name = site
@@ -247,7 +249,7 @@ class _Walk:
             self.back[row - self.rows.start, seat.position] = norm.back(read[None, None])[0, 0]
             driven = shares.of_bias(weights.gate_constant(dtype), weights.up_constant(dtype) if up else None)
             if driven is not None:
-                self.shares[row - self.rows.start, -1] += driven[0, i].cpu()
+                self.shares[row - self.rows.start, -1] += driven[0, i].to(self.shares)
 
     def _through_attention(self, index: int, layer: Layer) -> None:
         """Take the gradients through a layer's attention, but for the heads that are nodes, and begin at these."""
@@ -272,9 +274,13 @@ class _Walk:
                 seeds[place, seat.position, own] = given[seat.position, seat.index]
                 self._begin(row, seat.share)
             y = torch.cat([y, seeds])
-        of_values, _ = way.through_heads(y.to(way.compute), None)
+        of_values = self._of_values(index, layer, way, y.to(way.compute))
         norm = FrozenNorm.of(weights.norm, record.resid, self.back.dtype)
         self.back[: self.active] += norm.back(way.of_read(of_values, self.back.dtype))
+
+    def _of_values(self, index: int, layer: Layer, way: WayThroughAttention, y: Tensor) -> Tensor:
+        """Return the gradients (r, T, Hkv·d) of the values, given those of what the output projection reads."""
+        return way.through_heads(y, None)[0]
 
     def _constants_of_attention(self, index: int, layer: Layer, y: Tensor) -> None:
         if not len(y):

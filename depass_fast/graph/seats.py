@@ -110,7 +110,12 @@ def _shares(totals: Totals, index: int, kinds: Sequence[str]) -> Iterator[tuple[
             weights = layer.mlps[part.part]
             y = written if part.positions is None else written[part.positions]
             shares = (y @ weights.w_down.to(totals.compute)).to(totals.dtype) * part.act.to(totals.dtype)
-            yield NEURON, number, read_by_mlp(index, layer.parallel), part_everywhere(shares, part.positions, len(written))
+            yield (
+                NEURON,
+                number,
+                read_by_mlp(index, layer.parallel),
+                part_everywhere(shares, part.positions, len(written)),
+            )
 
 
 def order_of(site: Site) -> float:
