@@ -57,8 +57,9 @@ class GraphCalls(Calls):
             rule: "shapley", "half" or "taylor"; None as for :meth:`depass_fast.DePass.ledger`.
             nodes: how many heads, neurons and features are kept, beside all tokens and the target.
             kinds: which of "heads" and "neurons" may be nodes. Heads that are none are part of the edges.
-            features: dictionaries of the residual stream, whose features may be nodes, too: :class:`depass_fast.Features`
-                of one layer or several, or a list of them. A gradient must go through their encoders.
+            features: dictionaries of the residual stream, whose features may be nodes, too:
+                :class:`depass_fast.Features` of one layer or several, or a list of them. A gradient must go through
+                their encoders.
             position: where the target is read, -N to N - 1.
             options: overrides of :class:`depass_fast.Options`.
 

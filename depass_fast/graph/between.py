@@ -29,11 +29,12 @@ class Direct:
     """The direct shares (R, S) of all sources in R nodes: the target, then those of the seats, in their order.
 
     The sources are T tokens, all seats, what is left of the neurons (`others`), and constants (`bias`).
-    ``activations`` (R,) is what each row sums to.
+    ``activations`` (R,) is what each row sums to, ``sizes`` (R,) the sum of the sizes of the products that these are.
     """
 
     shares: Tensor
     activations: Tensor
+    sizes: Tensor
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Ways:
         logit = self.reads.readout.logits[0].to(totals.dtype).view(-1)[:1]
         parts[0].activations[0] = logit.to(parts[0].activations)[0]
         parts[0].shares[0, -1] += self.reads.constants[0, 0].to(parts[0].shares)
-        return Direct(torch.cat([part.shares for part in parts]), torch.cat([part.activations for part in parts]))
+        parts[0].sizes[0] = self.reads.readout.sizes[0].view(-1)[0]
+        return Direct(*(torch.cat([getattr(part, name) for part in parts]) for name in Direct.__dataclass_fields__))
 
     def _layers(self) -> range:
         return range(self.totals.adapter.n_layers)
@@ -73,6 +75,10 @@ class Ways:
     def of(self, kind: str, layer: int) -> list[int]:
         """Return the numbers of the seats of one kind and layer."""
         return [i for i, seat in enumerate(self.seats) if seat.kind == kind and seat.layer == layer]
+
+    def features_of(self, number: int) -> list[int]:
+        """Return the numbers of the seats that are features of one dictionary."""
+        return [i for i, seat in enumerate(self.seats) if seat.kind == FEATURE and seat.part == number]
 
     def heads(self, index: int) -> Tensor:
         """Return what the output projection of a layer reads of every head: (T, H, d)."""
@@ -109,7 +115,7 @@ class Ways:
 
 
 class Walk:
-    """One way back for some of the rows, deepest first: gradients (R, T, D), of which the first ``active`` have begun."""
+    """One way back for some rows, the deepest first; of their gradients (R, T, D) the first ``active`` have begun."""
 
     def __init__(self, ways: Ways, rows: range) -> None:
         self.ways, self.rows, totals = ways, rows, ways.totals
@@ -119,6 +125,7 @@ class Walk:
         self.back = torch.zeros(len(rows), n, width, dtype=totals.dtype, device=device)
         self.shares = torch.zeros(len(rows), n + len(ways.seats) + 2, dtype=totals.dtype, device=device)
         self.activations = torch.zeros(len(rows), dtype=totals.dtype, device="cpu")
+        self.sizes = torch.zeros_like(self.activations)
         self.active, self.tokens = 0, n
 
     def walked(self) -> Direct:
@@ -137,7 +144,7 @@ class Walk:
         x = self.trace.layers[0].resid_pre if self.trace.layers else self.trace.resid_final
         self.back = self.back.to(x.device)
         self.shares[:, : self.tokens] = torch.einsum("rtd,td->rt", self.back, x.to(self.back)).to(self.shares)
-        return Direct(self.shares.cpu(), self.activations)
+        return Direct(self.shares.cpu(), self.activations, self.sizes)
 
     def _pass_layer(self, index: int, layer: Layer) -> None:
         self.back = self.back.to(layer.device)
@@ -181,12 +188,14 @@ class Walk:
             return
         y = layer.mlp.written_transposed(self.back[:a], record.mlp.out_scale)
         self._add(-2, self._dot(y, self.ways.pruned(index, layer)))
-        for number in self.ways.of(NEURON, index):
-            seat = self.ways.seats[number]
-            part = record.mlps[seat.part]
-            weight = layer.mlps[part.part].w_down[:, seat.index].to(y)
-            act = part.act[_row(part.positions, seat.position), seat.index].to(y)
-            self._add(self.tokens + number, y[:, seat.position] @ (weight * act))
+        for number, kept in self._by_part(self.ways.of(NEURON, index)).items():
+            part, seats = record.mlps[number], [self.ways.seats[i] for i in kept]
+            positions, which = _places(seats, y.device)
+            written = layer.mlps[part.part].w_down[:, which].T.to(y) * part.act[part.rows(positions), which][
+                :, None
+            ].to(y)
+            worth = torch.einsum("rkd,kd->rk", y[:, positions], written)
+            self.shares[:a, [self.tokens + i for i in kept]] += worth.to(self.shares)
         constant = record.mlp_constant(layer.mlps, slice(0, self.tokens), y.dtype)
         if constant is not None:
             self._add(-1, self._dot(self.back[:a], constant))
@@ -197,7 +206,7 @@ class Walk:
         if dictionary is None:
             return
         number = list(ways.dictionaries).index(site)
-        kept = [i for i, seat in enumerate(ways.seats) if seat.kind == FEATURE and seat.part == number]
+        kept = ways.features_of(number)
         if not kept:
             return
         activations, gradients = ways.read_by(number, dictionary, kept)
@@ -211,13 +220,14 @@ class Walk:
             ratio, gradient = worth / activations[place].to(worth), gradients[place].to(before)
             self.back[:a, n] -= ratio[:, None] * gradient
             self._add(-1, -ratio * (activations[place].to(worth) - gradient @ x[n].to(gradient)))
-        for row in ways.rows_at(order_of(site), self.rows):
-            place = kept.index(row - 1)
-            seat, gradient = ways.seats[row - 1], gradients[place].to(self.back)
-            self._begin(row, activations[place])
-            self.back[row - self.rows.start, seat.position] = gradient
-            constant = activations[place].to(gradient) - gradient @ x[seat.position].to(gradient)
-            self.shares[row - self.rows.start, -1] += constant.to(self.shares)
+        rows = ways.rows_at(order_of(site), self.rows)
+        if rows:
+            which = [kept.index(row - 1) for row in rows]
+            positions = [ways.seats[row - 1].position for row in rows]
+            read, given = gradients[which].to(self.back), activations[which].to(self.back)
+            begun, products = [row - self.rows.start for row in rows], read * x[positions].to(read)
+            self.back[begun, positions] = read
+            self._begin(begun, given, given - products.sum(1), products)
 
     def _states(self, site: Site) -> Tensor:
         layer, name = site
@@ -225,31 +235,45 @@ class Walk:
 
     # -- where a way begins, and attention --------------------------------------------------------------------------
 
-    def _begin(self, row: int, activation: Tensor | float) -> None:
-        local = row - self.rows.start
-        assert local == self.active, "rows begin in their order"
-        self.active, self.activations[local] = local + 1, float(activation)
+    def _begin(self, rows: list[int], activations: Tensor, constants: Tensor | None, products: Tensor) -> None:
+        """Begin rows, counted from the first one here: their activations (K,), constants (K,), and products (K, ...).
+
+        The activation is the sum of the products and of the constant.
+        """
+        self.active += len(rows)
+        self.activations[rows] = activations.to(self.activations)
+        self.sizes[rows] = products.flatten(1).abs().sum(1).to(self.sizes)
+        if constants is not None:
+            self.shares[rows, -1] += constants.to(self.shares)
+            self.sizes[rows] += constants.abs().to(self.sizes)
+
+    def _by_part(self, numbers: list[int]) -> dict[int, list[int]]:
+        """Return the seats of these numbers by the MLPs that they are of."""
+        found: dict[int, list[int]] = {}
+        for number in numbers:
+            found.setdefault(self.ways.seats[number].part, []).append(number)
+        return found
 
     def _begin_at_neurons(self, index: int, layer: Layer) -> None:
         """Begin where the neurons read that are nodes: with the rule's coefficients times their weights."""
         rows = self.ways.rows_at(read_by_mlp(index, layer.parallel), self.rows)
-        record, dtype = self.trace.layers[index], self.back.dtype
-        for row in rows:
-            seat = self.ways.seats[row - 1]
-            trace = record.mlps[seat.part]
-            weights, at = layer.mlps[trace.part], _row(trace.positions, seat.position)
-            recorded, i = torch.tensor([at], device=trace.gate.device), seat.index
-            shares = linear_shares(self.ways.rule, weights, trace, recorded, dtype)
-            read = shares.gate[0, i] * weights.w_gate[i].to(dtype)
-            up = reads_up(self.ways.rule, weights) and shares.up is not None
-            if up:
-                read = read + shares.up[0, i] * weights.w_up[i].to(dtype)
-            norm = FrozenNorm.of(weights.norm, trace.resid[seat.position : seat.position + 1], dtype)
-            self._begin(row, trace.act[at, i])
-            self.back[row - self.rows.start, seat.position] = norm.back(read[None, None])[0, 0]
+        record, dtype, rule = self.trace.layers[index], self.back.dtype, self.ways.rule
+        for number, kept in self._by_part([row - 1 for row in rows]).items():
+            trace, seats = record.mlps[number], [self.ways.seats[i] for i in kept]
+            weights, (positions, which) = layer.mlps[trace.part], _places(seats, trace.gate.device)
+            recorded, each = trace.rows(positions), torch.arange(len(kept), device=trace.gate.device)
+            shares = linear_shares(rule, weights, trace, recorded, dtype)
+            read = shares.gate[each, which][:, None] * weights.w_gate[which].to(dtype)
+            up = reads_up(rule, weights) and shares.up is not None
+            if up and shares.up is not None:
+                read = read + shares.up[each, which][:, None] * weights.w_up[which].to(dtype)
+            x = trace.resid[positions].to(dtype)
+            read = FrozenNorm.of(weights.norm, x, dtype).back(read[None])[0]
             driven = shares.of_bias(weights.gate_constant(dtype), weights.up_constant(dtype) if up else None)
-            if driven is not None:
-                self.shares[row - self.rows.start, -1] += driven[0, i].to(self.shares)
+            constants = torch.zeros_like(each, dtype=dtype) if driven is None else driven[each, which]
+            begun = [i + 1 - self.rows.start for i in kept]
+            self.back[begun, positions] = read
+            self._begin(begun, trace.act[recorded, which], constants, read * x)
 
     def _through_attention(self, index: int, layer: Layer) -> None:
         """Take the gradients through a layer's attention, but for the heads that are nodes, and begin at these."""
@@ -268,11 +292,14 @@ class Walk:
             y[:, seat.position, own] = 0
         if beginning:
             given, seeds = self.totals.of_heads(index, layer), y.new_zeros(len(beginning), *y.shape[1:])
-            for place, row in enumerate(beginning):
-                seat = ways.seats[row - 1]
-                own = slice(seat.index * d, (seat.index + 1) * d)
-                seeds[place, seat.position, own] = given[seat.position, seat.index]
-                self._begin(row, seat.share)
+            seats = [ways.seats[row - 1] for row in beginning]
+            positions, which = _places(seats, y.device)
+            read = given[positions, which]
+            each = torch.arange(len(seats), device=y.device)
+            seeds.unflatten(-1, (-1, d))[each, positions, which] = read
+            activations = torch.tensor([seat.share for seat in seats], dtype=torch.float64)
+            products = read * ways.heads(index)[positions, which]
+            self._begin([row - self.rows.start for row in beginning], activations, None, products)
             y = torch.cat([y, seeds])
         of_values = self._of_values(index, layer, way, y.to(way.compute))
         norm = FrozenNorm.of(weights.norm, record.resid, self.back.dtype)
@@ -295,6 +322,7 @@ class Walk:
             self._add(-1, self._dot(self.back[: self.active], written))
 
 
-def _row(positions: Tensor | None, position: int) -> int:
-    """Return the row of an MLP's record that holds a position, which was sent there."""
-    return position if positions is None else int((positions == position).nonzero()[0, 0])
+def _places(seats: Sequence[Seat], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions and the indices of seats, (K,) each."""
+    pairs = torch.tensor([(seat.position, seat.index) for seat in seats], device=device)
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()

@@ -64,9 +64,9 @@ def _graph(request: Request, ways: Ways, direct: Direct) -> Graph:
     )
     seats = tuple(_place(ways, seat) for seat in ways.seats)
     shares, activations = direct.shares.double(), direct.activations.double()
-    errors = (shares.sum(1) - activations).abs() / shares.abs().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    # the logit may be a small difference of large numbers
-    errors[0] = (shares[0].sum() - activations[0]).abs() / (shares[0].abs().sum() + float(readout.sizes[0][0]))
+    # an activation may be a small difference of large numbers
+    size = shares.abs().sum(1) + direct.sizes.double()
+    errors = (shares.sum(1) - activations).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
     token, contrast = directions.ids[0], directions.contrast_ids[0]
     graph = Graph(
         shares=shares.numpy(),

@@ -209,6 +209,27 @@ class Graph:
         found = leading_paths(self.shares, len(self.tokens), k)
         return [GraphPath((*(ids[column] for column in columns), "target"), strength) for strength, columns in found]
 
+    def divide(
+        self, source: str | Node, target: str | Node, by: Literal["head", "key"] = "head"
+    ) -> list[tuple[str, float]]:
+        """Return an edge as a sum of labelled shares.
+
+        By "head": "direct" is what comes through the residual stream alone; the rest is told apart by the first head
+        that it passes behind the source, in whatever layer, at whatever positions. Heads that are nodes have edges of
+        their own, and none here. By "key", for a head as the target: by the positions where this head reads.
+
+        Raises:
+            KeyError: no such node.
+            ValueError: an edge from `others` or `bias`; a target that nothing comes into; "key" for another target than
+                a head; another word; weights that have changed since.
+        """
+        from . import divide
+
+        ways = {"head": divide.by_head, "key": divide.by_key}
+        if by not in ways:
+            raise ValueError(f"by: {by!r} is not one of 'head', 'key'.")
+        return ways[by](self, self.node(source), self.node(target))
+
     def to_dataframe(self, table: Literal["nodes", "edges"] = "edges") -> pandas.DataFrame:
         """Return the nodes or the edges as a DataFrame. Needs pandas.
 
@@ -277,7 +298,7 @@ class Graph:
         value: float | None = None,
         hold: Sequence[Literal["attention", "norms"]] = (),
     ) -> Intervention:
-        """Run the model with one node's activation changed, and compare the effect on the target with what was predicted.
+        """Run the model with one node's activation changed, and compare the effect with the predicted one.
 
         ``predicted`` is (new / old activation - 1) · the node's share in the target: with norms, attention and the
         rule's coefficients as they were. ``actual`` is what the model itself does then.

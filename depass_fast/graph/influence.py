@@ -79,7 +79,7 @@ def pruned(
 
 
 def _without(shares: Matrix, n_tokens: int, keep: NDArray[np.bool_]) -> Matrix:
-    """Return the matrix of the rows to ``keep`` (R,), the first of which is the target; the others' shares are `others`."""
+    """Return the matrix of the rows to ``keep`` (R,), the target among them; what the others give is in `others`."""
     rows = shares[keep].copy()
     columns = np.concatenate([np.ones(n_tokens, bool), keep[1:], [True, True]])
     rows[:, OTHERS] += np.where(columns, 0.0, rows).sum(1)

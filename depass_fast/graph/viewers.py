@@ -138,6 +138,6 @@ def _slug(graph: Graph) -> str:
 def _description(graph: Graph) -> str:
     return (
         f"Direct shares under the rule {graph.rule!r}: every node's incoming links sum to its activation. A diamond is "
-        "what neurons that are no nodes give to one node; a triangle is an attention head, whose activation is its share "
-        f"in {graph.target_name}."
+        "what neurons that are no nodes give to one node; a triangle is an attention head, whose activation is its "
+        f"share in {graph.target_name}."
     )

@@ -92,7 +92,7 @@ class WayThroughAttention:
         return self._scaled(of_values), heads
 
     def of_read(self, of_values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Take gradients (R, T, Hkv·d) of values back to what the value projection reads, behind the norm: (R, T, D)."""
+        """Take gradients (R, T, Hkv·d) of values back to what their projection reads, behind the norm: (R, T, D)."""
         if self.trace.latent_scale is not None:
             of_values = of_values * self.trace.latent_scale[:, None]
         return product(of_values.to(self.compute), self.weights.w_v.to(self.compute)).to(dtype)
