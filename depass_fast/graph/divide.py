@@ -26,11 +26,9 @@ DIRECT = "direct"
 def by_head(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]:
     """Return the shares of an edge by the first head that it passes behind its source. Errors of ``Graph.divide``."""
     model, row = _model(graph), _row(graph, target)
-    seat = None if source.kind == "token" else model.seat(source.id)
-    position = source.position or 0
-    walk = _ByHead(model, row, seat, position)
-    shares = walk.walked().shares[0]
-    weight = float(shares[_column(graph, model, source)])
+    column = _column(graph, model, source)
+    walk = _ByHead(model, row, None if source.kind == "token" else model.seat(source.id), source.position or 0)
+    weight = float(walk.walked().shares[0, column])
     heads = [(f"L{layer}H{head}", share) for (layer, head), share in walk.found.items() if share]
     return [(DIRECT, weight - sum(share for _, share in heads)), *sorted(heads, key=lambda one: -abs(one[1]))]
 
@@ -42,7 +40,8 @@ def by_key(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]:
     if target.kind != HEAD:
         raise ValueError(f"by: 'key' is for edges into a head, and {target.id!r} is none.")
     model = _model(graph)
-    shares = _ByKey(model, _row(graph, target)).walked().shares[:, _column(graph, model, source)]
+    column = _column(graph, model, source)
+    shares = _ByKey(model, _row(graph, target)).walked().shares[:, column]
     labels = [place.label for place in graph.token_places]
     return [(label, float(share)) for label, share in zip(labels, shares, strict=True) if share]
 
