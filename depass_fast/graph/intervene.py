@@ -62,8 +62,10 @@ def intervened(graph: Graph, node: Node, scale: float | None, value: float | Non
         with _noting(norms) as scales:
             before = _target(graph, model)
         attention = held_attention(model.adapter, model.trace) if "attention" in hold else nullcontext()
-        with attention, _holding(norms, scales if "norms" in hold else {}), change():
-            after = _target(graph, model)
+        with attention, _holding(norms, scales if "norms" in hold else {}):
+            before = _target(graph, model) if hold else before  # what is held rounds otherwise
+            with change():
+                after = _target(graph, model)
     share = node.share or 0.0
     changed = None if node.activation is None else node.activation * factor
     held = tuple(one for one in _HELD if one in hold)

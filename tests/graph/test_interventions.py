@@ -7,6 +7,7 @@ import torch
 
 from depass_fast import Contrast, DePass, Features
 from depass_fast.trace.again import next_logits
+from depass_fast.trace.exclusive import exclusive
 from tests.support.components import Dictionary
 from tests.support.family_models import build_variant
 from tests.support.models import build, random_ids
@@ -26,8 +27,9 @@ def test_last_neurons_and_heads_do_what_is_predicted(name):
     model = build_variant(name).double()
     dp, ids = DePass(model), torch.tensor(IDS)[None]
     last, parallel = dp.adapter.n_layers - 1, dp.adapter.is_parallel
-    with torch.no_grad():
-        before, weights = next_logits(dp.adapter, ids), {k: v.clone() for k, v in model.state_dict().items()}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad(), exclusive(dp.adapter):
+        before = next_logits(dp.adapter, ids)
     graph = dp.graph(IDS, Contrast(7, 9), nodes=500)
     of_last = [node for node in graph.nodes if node.layer == last and node.position == 5 and node.activation]
     neurons = [node for node in of_last if node.kind == "neuron"][:2]
@@ -42,7 +44,7 @@ def test_last_neurons_and_heads_do_what_is_predicted(name):
         free = graph.intervene(node.id)
         assert free.predicted == pytest.approx(-node.share) and free.hold == ()
         assert free.actual != pytest.approx(free.predicted, rel=1e-7)  # the norm's scale has changed
-    with torch.no_grad():
+    with torch.no_grad(), exclusive(dp.adapter):
         assert torch.equal(next_logits(dp.adapter, ids), before)
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -72,9 +74,9 @@ def test_features_are_changed_where_they_are(site):
     if site == "resid_post":
         close(graph.intervene(node, scale=2.0, hold=["norms"]))
         return
-    small = graph.intervene(node, scale=1.0 + 1e-6)  # something happens, and in proportion
-    twice = graph.intervene(node, scale=1.0 + 2e-6)
-    assert small.actual and twice.actual == pytest.approx(2 * small.actual, rel=1e-3)
+    small = graph.intervene(node, scale=1.001, hold=["norms"])  # something happens, and in proportion
+    twice = graph.intervene(node, scale=1.002, hold=["norms"])
+    assert abs(small.actual) > 1e-8 and twice.actual == pytest.approx(2 * small.actual, rel=1e-2)
 
 
 def test_a_vector_is_read_again():
