@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NodeKind = Literal["heads", "neurons"]
 NODE_KINDS = ("heads", "neurons")
+MOST = 10_000  # nodes
 
 
 class GraphCalls(Calls):
@@ -55,7 +56,7 @@ class GraphCalls(Calls):
             prompt: one prompt, as for :meth:`depass_fast.DePass.attribute`.
             target, contrast: one target, as there. For circuits of neurons and heads read `LogProb`, or a contrast.
             rule: "shapley", "half" or "taylor"; None as for :meth:`depass_fast.DePass.ledger`.
-            nodes: how many heads, neurons and features are kept, beside all tokens and the target.
+            nodes: how many heads, neurons and features are kept, 1 to 10,000, beside all tokens and the target.
             kinds: which of "heads" and "neurons" may be nodes. Heads that are none are part of the edges.
             features: dictionaries of the residual stream, whose features may be nodes, too:
                 :class:`depass_fast.Features` of one layer or several, or a list of them. A gradient must go through
@@ -73,8 +74,8 @@ class GraphCalls(Calls):
         check_options(settings)
         if isinstance(kinds, str) or any(kind not in NODE_KINDS for kind in kinds):
             raise ValueError(f"kinds: expected a list of {', '.join(map(repr, NODE_KINDS))}, got {kinds!r}.")
-        if as_index(nodes, "nodes") < 1:
-            raise ValueError(f"nodes: {nodes} is out of range; it must be at least 1.")
+        if not 1 <= as_index(nodes, "nodes") <= MOST:
+            raise ValueError(f"nodes: {nodes} is out of range; it must be from 1 to {MOST}: every pair has a number.")
         dictionaries, position = kinds_of(features), as_index(position, "position")
         if not kinds and not dictionaries:
             raise ValueError("kinds: with none of them, features must be given.")

@@ -126,7 +126,7 @@ def test_an_edge_is_divided_by_heads_and_keys(name):
 
 
 def test_what_is_direct_passes_no_head():
-    """In the first layer's neurons nothing but the stream itself is direct: what the norm and the weights make of it."""
+    """Direct in the first layer's neurons is what norm and weights make of the stream itself."""
     dp = DePass(build_variant("llama: GQA").double())
     graph = dp.graph(IDS, 7, nodes=400, kinds=["neurons"])
     number = next(i for i, seat in enumerate(graph.model.ways.seats) if seat.layer == 0)

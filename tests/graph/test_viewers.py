@@ -55,7 +55,7 @@ def test_document_of_a_text(demo, target, tmp_path):
     for node in given:
         assert sums[node["node_id"]] == pytest.approx(node["activation"], rel=1e-4, abs=1e-5)
     kinds = [node["feature_type"] for node in document["nodes"]]
-    assert kinds.count("embedding") == 14 and kinds.count("lorsa") == sum("head" == n.kind for n in graph.nodes)
+    assert kinds.count("embedding") == 14 and kinds.count("lorsa") == sum(n.kind == "head" for n in graph.nodes)
     pruned = graph.prune(0.6, 0.9).to_json()
     drawn(pruned)
     assert pruned["metadata"]["pruning_settings"] == {"node_threshold": 0.6, "edge_threshold": 0.9}
@@ -67,7 +67,7 @@ def test_document_of_ids_without_a_tokenizer(name):
     document = graph.to_json()
     drawn(document)
     assert [node["clerp"] for node in document["nodes"] if node["feature_type"] == "bias"] == ["bias"]
-    assert document["metadata"]["slug"] and document["metadata"]["scan"] == "llama" or name != "llama-biases"
+    assert (document["metadata"]["slug"] and document["metadata"]["scan"] == "llama") or name != "llama-biases"
 
 
 def test_tokens_that_viewers_would_stumble_over(demo):

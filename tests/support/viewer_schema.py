@@ -1,9 +1,10 @@
 """What viewers of attribution graphs require of a file, field by field, as a JSON Schema in our own words.
 
-It was read off two sources, of which nothing is copied: Neuronpedia's `apps/webapp/app/api/graph/graph-schema.json` with
-the code that draws (`app/[modelId]/graph/utils.ts`, hijohnnylin/neuronpedia at ebb8426), and circuit-tracer's
-`frontend/graph_models.py` with `frontend/assets/attribution_graph/util-cg.js` (safety-research/circuit-tracer at
-d797c82). Where they differ the stricter one counts: circuit-tracer's `feature` is never null, and `layer` is a text.
+It was read off two sources, of which nothing is copied. hijohnnylin/neuronpedia at ebb8426: the published schema,
+`apps/webapp/app/api/graph/graph-schema.json`, and what draws, `apps/webapp/app/[modelId]/graph/utils.ts`.
+safety-research/circuit-tracer at d797c82: `circuit_tracer/frontend/graph_models.py` and
+`circuit_tracer/frontend/assets/attribution_graph/util-cg.js`. Where they differ the stricter one counts: in
+circuit-tracer `feature` is never null, and `layer` is a text.
 """
 
 from __future__ import annotations
