@@ -30,7 +30,7 @@ MOST = 10_000  # nodes
 
 
 class GraphCalls(Calls):
-    """What of a target comes by way of which nodes."""
+    """Graphs of the nodes by way of which a target comes about."""
 
     @torch.no_grad()
     def graph(

@@ -97,7 +97,7 @@ class LayerOutputs:
             yield queries, mixed
 
     def constant_heads(self) -> Tensor | None:
-        """What the output projection reads of every head that is made of constants alone: (N, H, d), or None."""
+        """The part of what the output projection reads that is made of constants alone: (N, H, d), or None."""
         weights, record, n = self.attention, self.record.attention, self.span.stop - self.span.start
         if not weights.has_bias:  # also those of the same model that leave its biases out
             return None

@@ -22,8 +22,9 @@ from ..results.completeness import excess, warn_incomplete
 from ..runtime.budget import Budget
 from .between import Direct, Ways
 from .dictionaries import dictionaries_of
-from .graph import TOKEN, Graph, Place
+from .graph import Graph
 from .model import GraphModel
+from .record import TOKEN, Place
 from .seats import FEATURE, HEAD, Seat, Totals, leading
 
 _CPU_WORKSPACE, _GPU_WORKSPACE = 1 << 28, 1 << 31

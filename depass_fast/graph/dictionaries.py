@@ -25,7 +25,7 @@ class Dictionary:
 
     def __init__(self, kind: Features, request: Request, dtype: torch.dtype) -> None:
         bound = kind.bound(request.adapter, request.require_trace(), 0)
-        self.layer, self.sae, self.names = bound.layer, kind.sae, bound.labels
+        self.layer, self.sae, self.names = bound.resolve(request.adapter), kind.sae, bound.labels
         self.features = [int(label.rpartition("F")[2]) for label in bound.labels]
         self.numbers, self.vectors = (x.to(dtype) for x in _factors(bound))
         self.site: Site = _place(self.layer, str(kind.site), request.adapter.n_layers)

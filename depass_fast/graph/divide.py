@@ -16,14 +16,14 @@ from .model import GraphModel
 from .seats import HEAD, NEURON, Seat
 
 if TYPE_CHECKING:
-    from .graph import Graph, Node
+    from .record import DirectShares, Node
 
 DIRECT = "direct"
 
 
 @torch.no_grad()
 @full_precision()
-def by_head(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]:
+def by_head(graph: DirectShares, source: Node, target: Node) -> list[tuple[str, float]]:
     """Return the shares of an edge by the first head that it passes behind its source. Errors of ``Graph.divide``."""
     model, row = _model(graph), _row(graph, target)
     column = _column(graph, model, source)
@@ -35,7 +35,7 @@ def by_head(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]
 
 @torch.no_grad()
 @full_precision()
-def by_key(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]:
+def by_key(graph: DirectShares, source: Node, target: Node) -> list[tuple[str, float]]:
     """Return the shares of an edge into a head by the positions where the head reads. Errors of ``Graph.divide``."""
     if target.kind != HEAD:
         raise ValueError(f"by: 'key' is for edges into a head, and {target.id!r} is none.")
@@ -46,21 +46,21 @@ def by_key(graph: Graph, source: Node, target: Node) -> list[tuple[str, float]]:
     return [(label, float(share)) for label, share in zip(labels, shares, strict=True) if share]
 
 
-def _model(graph: Graph) -> GraphModel:
+def _model(graph: DirectShares) -> GraphModel:
     if graph.model is None:
         raise ValueError("graph: it holds no model to divide edges by; make it by dp.graph(...).")
     graph.model.check()
     return graph.model
 
 
-def _row(graph: Graph, target: Node) -> int:
+def _row(graph: DirectShares, target: Node) -> int:
     """Return the row of a node's way back. ValueError for one that nothing comes into."""
     if target.activation is None:
         raise ValueError(f"target: no edge comes into {target.id!r}.")
     return 0 if target.kind == "target" else 1 + _model(graph).seats[target.id]
 
 
-def _column(graph: Graph, model: GraphModel, source: Node) -> int:
+def _column(graph: DirectShares, model: GraphModel, source: Node) -> int:
     if source.kind == "token":
         return source.position or 0
     if source.id not in model.seats:
@@ -75,11 +75,12 @@ class _ByHead(Walk):
         super().__init__(model.ways, range(row, row + 1))
         self.found: dict[tuple[int, int], float] = {}
         self._carried, self._position = _carried(model, seat, position), position
-        self._own = row and model.ways.seats[row - 1]
+        self._own = model.ways.seats[row - 1] if row else None
 
     def _of_values(self, index: int, layer: Layer, way: WayThroughAttention, y: Tensor) -> Tensor:
         x = self._carried.get(index)
-        is_own = bool(self._own) and self._own.kind == HEAD and self._own.layer == index  # it reads here by itself
+        own = self._own
+        is_own = own is not None and own.kind == HEAD and own.layer == index  # it reads here by itself
         if x is None or is_own:
             return super()._of_values(index, layer, way, y)
         stream = torch.zeros_like(way.trace.resid, dtype=y.dtype)

@@ -18,7 +18,7 @@ OTHERS, BIAS = -2, -1  # columns
 
 
 class Influence(NamedTuple):
-    """How much of the target's influence passes every node: rows (R,), columns (S,), and `others` of each row (R,)."""
+    """The fraction of the target's influence that passes a node: rows (R,), columns (S,), `others` of each row (R,)."""
 
     rows: Matrix
     columns: Matrix

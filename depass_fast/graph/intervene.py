@@ -17,7 +17,7 @@ from .model import GraphModel
 from .seats import FEATURE, HEAD, NEURON
 
 if TYPE_CHECKING:
-    from .graph import Graph, Node
+    from .record import DirectShares, Node
 
 _HELD = ("attention", "norms")
 
@@ -46,7 +46,9 @@ class Intervention(NamedTuple):
 
 
 @torch.no_grad()
-def intervened(graph: Graph, node: Node, scale: float | None, value: float | None, hold: Sequence[str]) -> Intervention:
+def intervened(
+    graph: DirectShares, node: Node, scale: float | None, value: float | None, hold: Sequence[str]
+) -> Intervention:
     """Run the model without and with a change of a node. Arguments and errors as of :meth:`Graph.intervene`."""
     model, factor = graph.model, _factor(node, scale, value)
     if isinstance(hold, str) or any(one not in _HELD for one in hold):
@@ -90,7 +92,7 @@ def _factor(node: Node, scale: float | None, value: float | None) -> float:
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
-def _target(graph: Graph, model: GraphModel) -> float:
+def _target(graph: DirectShares, model: GraphModel) -> float:
     """Return the target as the model has it."""
     ids, (token, contrast) = torch.tensor(graph.input_ids)[None], graph.target_ids
     if token is None:

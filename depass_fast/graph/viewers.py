@@ -13,7 +13,7 @@ from .influence import cumulative
 from .seats import HEAD
 
 if TYPE_CHECKING:
-    from .graph import Graph, Node, Place
+    from .record import DirectShares, Node, Place
 
 # what the viewers draw, in this order: a square, a dot, a triangle (a dot in circuit-tracer's), a diamond, a plus
 TYPES = {
@@ -29,7 +29,7 @@ _EXPERT, _DICTIONARY, _HEAD, _OTHERS, _BIAS = 1 << 15, 1 << 23, 1 << 24, 1 << 25
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 
 
-def document(graph: Graph, slug: str | None, scan: str | None) -> dict[str, Any]:
+def document(graph: DirectShares, slug: str | None, scan: str | None) -> dict[str, Any]:
     """Return a graph as plain values in the viewers' schema. Nodes and links are those of the graph."""
     named = list(_named(graph))
     ids = {node.id: given["node_id"] for node, given in named}
@@ -57,7 +57,7 @@ def document(graph: Graph, slug: str | None, scan: str | None) -> dict[str, Any]
     return {"metadata": metadata, "qParams": view, "nodes": [given for _, given in named], "links": links}
 
 
-def _named(graph: Graph) -> Iterator[tuple[Node, dict[str, Any]]]:
+def _named(graph: DirectShares) -> Iterator[tuple[Node, dict[str, Any]]]:
     """Yield every node beside what stands for it."""
     target, *nodes = graph.nodes
     places: list[Place] = [*graph.token_places, *graph.seats]
@@ -100,7 +100,7 @@ def _node(
     }
 
 
-def _target(graph: Graph) -> dict[str, Any]:
+def _target(graph: DirectShares) -> dict[str, Any]:
     token, contrast = graph.target_ids
     probability = graph.probability or 0.0
     text = graph.target_name if contrast is not None else graph.target_text or graph.target_name
@@ -125,17 +125,17 @@ def _paired(layer: int, index: int) -> int:
     return (layer + index) * (layer + index + 1) // 2 + index
 
 
-def _text(graph: Graph, position: int) -> str:
+def _text(graph: DirectShares, position: int) -> str:
     return repr(graph.tokens[position].translate(_SHOWN))
 
 
-def _slug(graph: Graph) -> str:
+def _slug(graph: DirectShares) -> str:
     """Return a name for files and addresses, of the last words of the prompt and of the target."""
     words = re.findall(r"[a-z0-9]+", f"{graph.prompt[-60:]} {graph.target_name}".lower())
     return "-".join(words[-10:]) or "graph"
 
 
-def _description(graph: Graph) -> str:
+def _description(graph: DirectShares) -> str:
     return (
         f"Direct shares under the rule {graph.rule!r}: every node's incoming links sum to its activation. A diamond is "
         "what neurons that are no nodes give to one node; a triangle is an attention head, whose activation is its "

@@ -20,7 +20,7 @@ NAMES = ["llama: GQA", "gemma2: tight caps", "gpt_neox: parallel", "olmo2: biase
 
 
 def inputs_with(dp, graph, added=None):
-    """What every MLP's gate and up read, with ``added`` = (layer, position, vector) in the stream before a layer.
+    """The inputs of every MLP's gate and up, with ``added`` = (layer, position, vector) in the stream before a layer.
 
     Nothing but values and residual streams react. Returns [(gate, up), ...] by layer, and the logits.
     """

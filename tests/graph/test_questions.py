@@ -1,4 +1,4 @@
-"""What a graph answers: tables, paths, influence and pruning; and what is refused before any work."""
+"""The answers of a graph: tables, paths, influence and pruning; and what is refused before any work."""
 
 from itertools import pairwise
 

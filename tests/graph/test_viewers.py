@@ -20,7 +20,7 @@ def demo():
 
 
 def drawn(document):
-    """What the viewers make of a document before they draw it, and where they would fail; returns the nodes by id."""
+    """Check all that the viewers make of a document before they draw it; return the nodes by id."""
     jsonschema.validate(document, SCHEMA)
     nodes, tokens = document["nodes"], document["metadata"]["prompt_tokens"]
     rows = [int(node["layer"]) for node in nodes if node["feature_type"] != "logit" and node["layer"] != "E"]

@@ -1,4 +1,4 @@
-"""What viewers of attribution graphs require of a file, field by field, as a JSON Schema in our own words.
+"""The fields that viewers of attribution graphs require of a file, as a JSON Schema in our own words.
 
 It was read off two sources, of which nothing is copied. hijohnnylin/neuronpedia at ebb8426: the published schema,
 `apps/webapp/app/api/graph/graph-schema.json`, and what draws, `apps/webapp/app/[modelId]/graph/utils.ts`.
