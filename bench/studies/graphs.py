@@ -3,7 +3,7 @@
 A graph of 200 nodes for each of some factual prompts and for a longer text: how long it takes, how large its file is,
 how much of the influence ends in what was pruned, and how far sums are off. Then the model is run with single nodes
 changed. What the graph predicts is compared with what happens, by Spearman's rank correlation over the nodes and by
-how often the signs agree. Nodes are those of every fifth rank by their share in the log-probability of the model's own
+how often the signs agree. Nodes are those of every eighth rank by their share in the log-probability of the model's own
 next token.
 """
 
@@ -27,11 +27,7 @@ FACTS = (
     "The capital of France is",
     "The largest planet in the solar system is",
     "Shakespeare wrote the famous tragedy Romeo and",
-    "In 1969, the first man walked on the",
     "When Mary and John went to the store, John gave a drink to",
-    "The opposite of hot is",
-    "Water is made of hydrogen and",
-    "The Eiffel Tower is in the city of",
 )
 LONG = (
     "The Eiffel Tower stands in Paris. The city of Paris is the capital of France, and the river Seine flows through "
@@ -40,10 +36,9 @@ LONG = (
 )
 WAYS: dict[str, tuple[float, tuple[Hold, ...]]] = {  # the factor of the activation, and what is held
     "taken out": (0.0, ()),
-    "a tenth less": (0.9, ()),
     "taken out, attention and norms held": (0.0, ("attention", "norms")),
 }
-NODES, EVERY = 200, 5
+NODES, EVERY = 200, 8
 
 
 @dataclass

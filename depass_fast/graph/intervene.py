@@ -59,18 +59,21 @@ def intervened(
         check_holdable(model.adapter)
     model.check()
     change = _change(model, node, factor - 1.0)
+    norms, held = _norms(model), tuple(one for one in _HELD if one in hold)
     with exclusive(model.adapter):
-        norms = _norms(model)
-        with _noting(norms) as scales:
-            before = _target(graph, model)
+        if () not in model.runs:
+            with _noting(norms) as scales:
+                model.runs[()] = _target(graph, model), scales
+        scales = model.runs[()][1]
         attention = held_attention(model.adapter, model.trace) if "attention" in hold else nullcontext()
         with attention, _holding(norms, scales if "norms" in hold else {}):
-            before = _target(graph, model) if hold else before  # what is held rounds otherwise
+            if held not in model.runs:  # what is held rounds otherwise
+                model.runs[held] = _target(graph, model), scales
             with change():
                 after = _target(graph, model)
+    before = model.runs[held][0]
     share = node.share or 0.0
     changed = None if node.activation is None else node.activation * factor
-    held = tuple(one for one in _HELD if one in hold)
     return Intervention(
         node.id, factor, node.activation, changed, (factor - 1.0) * share, after - before, before, after, held
     )

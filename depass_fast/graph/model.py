@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from .seats import FEATURE, HEAD, Seat
 
 @dataclass(frozen=True, eq=False)
 class GraphModel:
-    """A traced request, its ways back, and the seats by the ids of their nodes."""
+    """A traced request, its ways back, and the seats by the ids of their nodes.
+
+    ``runs`` keeps, by what was held, the target of the unchanged model and the scales of its norms.
+    """
 
     request: Request
     ways: Ways
     seats: Mapping[str, int]
+    runs: dict[tuple[str, ...], tuple[float, dict[int, Tensor]]] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Adapter:

@@ -24,6 +24,7 @@ RUN = (
     "README.md",
     "docs/api.md",
     "docs/attention.md",
+    "docs/graph.md",
     "docs/memory.md",
     "docs/scale.md",
     "docs/interop.md",
