@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..core.markdown import duration, heading, percent, table
 
-TEXT = """`python -m bench.studies.graphs`: graphs of 200 nodes for the log-probability of the model's own next token. "Pruned":
-the part of all influence that ends in neurons that are no nodes. The second table compares, over every eighth node by its
-share, the effect that the graph predicts for taking it out with the model's: Spearman's rank correlation, and in
-brackets how often the signs agree."""
+TEXT = """`python -m bench.studies.graphs`: graphs of 200 nodes for the log-probability of the model's own next token.
+"Pruned": the part of all influence that ends in neurons that are no nodes. The second table compares, over every eighth
+node by its share, the effect that the graph predicts for taking it out with the model's: Spearman's rank correlation,
+and in brackets how often the signs agree, and of how many nodes."""
 
 
 def section(result: dict) -> str:

@@ -13,8 +13,7 @@ from tests.support.family_models import build_variant
 from tests.support.models import build, random_ids
 
 IDS = random_ids(6, seed=3)
-# of each whether its logits are linear in the last layer's outputs once norms are held
-NAMES = ["llama: biases", "gpt2", "gpt_neox: parallel", "olmo2: biases", "mixtral", "gpt_oss", "deepseek_v3"]
+NAMES = ["gpt2", "gpt_neox: parallel", "olmo2: biases", "mixtral", "gpt_oss"]
 
 
 def close(one, tight=1e-5):
@@ -30,7 +29,7 @@ def test_last_neurons_and_heads_do_what_is_predicted(name):
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad(), exclusive(dp.adapter):
         before = next_logits(dp.adapter, ids)
-    graph = dp.graph(IDS, Contrast(7, 9), nodes=500)
+    graph = dp.graph(IDS, Contrast(7, 9), nodes=200)
     of_last = [node for node in graph.nodes if node.layer == last and node.position == 5 and node.activation]
     neurons = [node for node in of_last if node.kind == "neuron"][:2]
     heads = [node for node in of_last if node.kind == "head"][:2] if parallel else []
