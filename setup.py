@@ -54,6 +54,7 @@ setup(
             "pytest-xdist>=3.5",
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
+            "jsonschema>=4.18",
             "pandas>=2",
             "pyarrow>=14.0.1",
             "matplotlib>=3.8",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .components.features import Features
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
+    from .graph.graph import Graph
+    from .graph.intervene import Intervention
     from .inputs.continuation import TokenBoundaryWarning
     from .inputs.doubts import InputWarning
     from .inputs.loading import WeightsWarning
@@ -59,8 +61,10 @@ __all__ = [
     "Features",
     "Focus",
     "Generation",
+    "Graph",
     "Heads",
     "InputWarning",
+    "Intervention",
     "LayeredAttribution",
     "Ledger",
     "LogProb",
@@ -93,6 +97,8 @@ _HOMES = {
     "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
+    "graph.graph": ("Graph",),
+    "graph.intervene": ("Intervention",),
     "inputs.continuation": ("TokenBoundaryWarning",),
     "inputs.doubts": ("InputWarning",),
     "inputs.loading": ("WeightsWarning",),

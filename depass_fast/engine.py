@@ -17,6 +17,7 @@ from .chosen_method import with_method
 from .components.base import ComponentKind, LayerKind, R
 from .components.custom import Custom
 from .components.model import Tokens
+from .graph_calls import GraphCalls
 from .inputs.generation import generation_arguments
 from .inputs.loading import as_tokenizer, check_weights, load_model
 from .inputs.prompts import OnePrompt, Prompt, SeveralPrompts, encode_all, is_list_of_positions
@@ -46,7 +47,7 @@ Given: TypeAlias = str | Sequence[int]
 OneLayer: TypeAlias = Tokens | Custom  # kinds of a single layer, as type checkers tell them apart
 
 
-class DePass(StateCalls, AttentionCalls, ReportCalls, SweepCalls):
+class DePass(StateCalls, AttentionCalls, GraphCalls, ReportCalls, SweepCalls):
     """Decomposed forward passes through a loaded Hugging Face causal language model of a supported family.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ablation, adjoint, gpu, memory, rules, speeds, tables, trained
+from . import ablation, adjoint, gpu, graphs, memory, rules, speeds, tables, trained
 
 HEAD = """# Results
 
@@ -21,6 +21,7 @@ SECTIONS = {
     "ablation": ablation.section,
     "ablation-scale": ablation.scale_section,
     "gpu": gpu.section,
+    "graphs": graphs.section,
     "grouping": tables.grouping,
     "layers": tables.layers,
     "ledger": rules.speed,

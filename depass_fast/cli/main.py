@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 from ..runtime.terminal import escaping_output
-from . import attention, attribute, collect, evaluate, flags, generate, ledger, plan, report, sweep, types
+from . import attention, attribute, collect, evaluate, flags, generate, graph, ledger, plan, report, sweep, types
 from .errors import in_flags, is_users, one_line, with_flags
 from .model import silence_transformers
 from .output import drop_output, emit, note
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         title="commands",
         dest="command",
         required=True,
-        metavar="{demo,attribute,ledger,report,attention,generate,sweep,collect,plan,evaluate,doctor}",
+        metavar="{demo,attribute,ledger,report,attention,graph,generate,sweep,collect,plan,evaluate,doctor}",
     )
 
     demo = commands.add_parser(
@@ -137,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     attention.add_arguments(looks)
     looks.set_defaults(run=attention.run, check=attention.check)
+
+    nodes = commands.add_parser(
+        "graph", help="the nodes that lead to a logit, and the direct shares between them, for graph viewers", **shape
+    )
+    graph.add_arguments(nodes)
+    nodes.set_defaults(run=graph.run, check=graph.check)
 
     texts = commands.add_parser(
         "generate", help="continue a prompt, with the tokens that each new one drew on", **shape

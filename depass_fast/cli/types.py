@@ -129,6 +129,17 @@ def rate(given: str) -> float:
     return value
 
 
+def fraction(given: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is out of range; it must be from 0 to 1")
+    return value
+
+
 def byte_count(given: str) -> int:
     """A number of bytes, with or without one of the suffixes K, M and G."""
     match = re.fullmatch(r"(\d+)([KMG]?)", given)

@@ -7,6 +7,7 @@ scales of these norms are frozen, so that heads and neurons pass them one by one
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -69,17 +70,25 @@ class LayerOutputs:
 
     def attend(self, values: Tensor, out: Tensor) -> None:
         """Write every head's output for values (N, Hkv, d) to ``out`` (N, H, D): P, then W_O."""
+        weights = self.attention
+        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim)).permute(1, 2, 0)  # (H, d, D)
+        for queries, mixed in self.mixed(values, out.shape[-1]):
+            torch.bmm(mixed, w_o, out=out[queries].transpose(0, 1))
+
+    def mixed(self, values: Tensor, width: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Yield what the output projection reads of every head for values (N, Hkv, d): queries, and (H, Q, d) at these.
+
+        Neither their probabilities nor numbers of a ``width`` per head are more than a few MiB.
+        """
         weights, n, record = self.attention, len(values), self.record.attention
         assert record is not None  # it mixes positions
-        w_o = weights.w_o.to(self.dtype).unflatten(1, (weights.n_heads, weights.head_dim)).permute(1, 2, 0)  # (H, d, D)
         if record.recurrence is not None:
             mixing = FrozenMixing(weights, record, self.span, self.dtype)
-            mixed = mixing.forward(values.flatten(1)[:, None]).view(n, weights.n_heads, -1).transpose(0, 1)
-            torch.bmm(mixed, w_o, out=out.transpose(0, 1))
+            yield slice(0, n), mixing.forward(values.flatten(1)[:, None]).view(n, weights.n_heads, -1).transpose(0, 1)
             return
         values = values.transpose(0, 1)  # (Hkv, N, d)
         # a few queries at a time: N² probabilities are held nowhere, and all outputs would be a second state
-        size = max(1, _TILE // (weights.n_heads * max(n, out.shape[-1])))
+        size = max(1, _TILE // (weights.n_heads * max(n, width)))
         for first in range(0, n, size):
             queries = slice(first, min(first + size, n))
             p = span_probabilities(record, self.span, queries, self.dtype)  # (H, Q, N)
@@ -88,7 +97,23 @@ class LayerOutputs:
             if record.out_ratio is not None:
                 ratio = record.out_ratio[self.span][queries].to(mixed)
                 mixed = mixed * ratio.unflatten(1, (weights.n_heads, -1)).transpose(0, 1)
-            torch.bmm(mixed, w_o, out=out[queries].transpose(0, 1))
+            yield queries, mixed
+
+    def constant_heads(self) -> Tensor | None:
+        """The part of what the output projection reads that is made of constants alone: (N, H, d), or None."""
+        weights, record, n = self.attention, self.record.attention, self.span.stop - self.span.start
+        if not weights.has_bias:  # also those of the same model that leave its biases out
+            return None
+        if record.constant_heads is not None:
+            return record.constant_heads[self.span].to(self.dtype).unflatten(-1, (weights.n_heads, -1))
+        value = None if record.recurrence is not None else weights.value_constant(self.dtype)
+        if value is None:
+            return None
+        if record.value_ratio is not None:  # it is clamped with the rest of the value
+            return torch.cat([part.transpose(0, 1) for _, part in self.mixed(self._clamped(value.expand(n, -1)))])
+        groups = weights.n_heads // weights.n_kv_heads
+        heads = value.view(weights.n_kv_heads, -1).repeat_interleave(groups, 0).expand(n, -1, -1)
+        return heads if record.row_sum is None else heads * record.row_sum[self.span, :, None].to(heads)
 
     def entering(self, y: Tensor, module: str) -> Tensor:
         """Raw outputs (N, M, D) of a module as they enter the stream."""

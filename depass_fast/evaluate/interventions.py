@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import DePass
+from ..trace import again
 
 HEADS, NEURONS = "heads", "neurons"
 PARTS = {HEADS: "o_proj", NEURONS: "down_proj"}  # the module whose input they are
@@ -27,11 +27,7 @@ def next_logits(engine: DePass, ids: Tensor) -> Tensor:
 
 def graded_logits(engine: DePass, ids: Tensor) -> Tensor:
     """:func:`next_logits` as functions of what hooks put into the forward pass, wherever gradients are on."""
-    model: Any = engine.model
-    given: dict[str, Any] = {"use_cache": False} if engine.adapter.takes_cache else {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = 1
-    return model(ids.to(engine.adapter.device), **given).logits[:, -1].float()
+    return again.next_logits(engine.adapter, ids).float()
 
 
 def logits_after(engine: DePass, rows: Tensor) -> Tensor:

@@ -65,46 +65,59 @@ class WayThroughAttention:
 
     def back(self, gradients: Tensor, x: Tensor, with_heads: bool) -> AttentionBack:
         """Take gradients (R, A, D) of what attention adds back to what it reads, the residual stream ``x`` (T, D)."""
-        weights, trace, dtype = self.weights, self.trace, gradients.dtype
-        out_scale, y = self._of_heads(gradients)
-        norm = FrozenNorm.of(weights.norm, x, dtype)
-        values = self._values(norm.read(x), dtype) if with_heads else None
-        if trace.recurrence is not None:
-            of_values, heads = through_recurrence(weights, trace, self.packing, self.partial, y, values)
-            constant = self._mixed_constant(gradients, y, out_scale)
+        y, norm = self.of_heads(gradients), FrozenNorm.of(self.weights.norm, x, gradients.dtype)
+        values = self.values(norm.read(x), gradients.dtype) if with_heads else None
+        of_values, heads = self.through_heads(y, values)
+        if self.trace.recurrence is not None:
+            constant = self._mixed_constant(gradients, y)
         else:
-            of_values, heads = self._through_probabilities(y, values)
-            of_values = self._scaled(of_values)
-            constant = self._constant(gradients, of_values, out_scale)
-        if trace.latent_scale is not None:
-            of_values = of_values * trace.latent_scale[:, None]
-        back = product(of_values.to(self.compute), weights.w_v.to(self.compute)).to(dtype)
-        return AttentionBack(norm.back(back), heads, constant)
+            constant = self._constant(gradients, of_values)
+        return AttentionBack(norm.back(self.of_read(of_values, gradients.dtype)), heads, constant)
+
+    def of_heads(self, gradients: Tensor) -> Tensor:
+        """Take gradients (R, A, D) of what attention adds back to what its output projection reads: (R, A, H·d)."""
+        written = self.weights.written_transposed(gradients, self._out_scale(gradients))
+        return product(written.to(self.compute), self.weights.w_o.to(self.compute))
+
+    def through_heads(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Take gradients (R, A, H·d) of what the output projection reads back to the values (R, T, Hkv·d).
+
+        The second are the heads' scores (R, P, H), given the values (T, Hkv, d) without their constants.
+        """
+        if self.trace.recurrence is not None:
+            return through_recurrence(self.weights, self.trace, self.packing, self.partial, y, values)
+        of_values, heads = self._through_probabilities(self._gated(y), values)
+        return self._scaled(of_values), heads
+
+    def of_read(self, of_values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Take gradients (R, T, Hkv·d) of values back to what their projection reads, behind the norm: (R, T, D)."""
+        if self.trace.latent_scale is not None:
+            of_values = of_values * self.trace.latent_scale[:, None]
+        return product(of_values.to(self.compute), self.weights.w_v.to(self.compute)).to(dtype)
+
+    def _out_scale(self, like: Tensor) -> Tensor | None:
+        """The scale of the norm on attention's output where gradients arrive, on their device; None without one."""
+        scale, at = self.trace.out_scale, self.packing.at(self.partial, like.device)
+        return scale if at is None or scale is None else scale[at]
+
+    def _gated(self, y: Tensor) -> Tensor:
+        """Take gradients (R, A, H·d) of what the output projection reads back to what P gives."""
+        ratio, at = self.trace.out_ratio, self.packing.at(self.partial, y.device)
+        return y if ratio is None else y * (ratio if at is None else ratio[at]).to(y)
 
     def sources(self, gradients: Tensor, x: Tensor) -> Tensor:
         """Return the scores of the heads (R, T, H) by the position whose values they carry; arguments as of `back`."""
-        y, dtype = self._of_heads(gradients)[1], gradients.dtype
-        values = self._values(FrozenNorm.of(self.weights.norm, x, dtype).read(x), dtype)
+        y, dtype = self.of_heads(gradients), gradients.dtype
+        values = self.values(FrozenNorm.of(self.weights.norm, x, dtype).read(x), dtype)
         if self.trace.recurrence is not None:
             return sources_of_recurrence(self.weights, self.trace, self.packing, self.partial, y, values)
-        found = values.new_empty(len(y), self.packing.n_positions, self.weights.n_heads)
+        y, found = self._gated(y), values.new_empty(len(y), self.packing.n_positions, self.weights.n_heads)
         for batch in self.packing.batches(self.partial, y.device):
             z = self._of_batch(batch, batch.gradients(y)).unflatten(1, (self.weights.n_kv_heads, -1))
             given = batch.take(values).permute(0, 2, 1, 3)[:, :, None, :, None]  # (B, Hkv, 1, N, 1, d)
             scores = (z.to(values) * given).sum(5)  # (B, Hkv, G, N, R)
             batch.put(found, scores.permute(4, 0, 3, 1, 2).flatten(3))
         return found
-
-    def _of_heads(self, gradients: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the scale (A,) of a norm on the output, and the gradients (R, A, H·d) of what P, or what stands in its
-        place, gives.
-        """
-        weights, trace, at = self.weights, self.trace, self.packing.at(self.partial, gradients.device)
-        out_scale = trace.out_scale if at is None or trace.out_scale is None else trace.out_scale[at]
-        y = product(weights.written_transposed(gradients, out_scale).to(self.compute), weights.w_o.to(self.compute))
-        if trace.recurrence is None and trace.out_ratio is not None:
-            y = y * (trace.out_ratio if at is None else trace.out_ratio[at]).to(y)
-        return out_scale, y
 
     def _through_probabilities(self, y: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Take gradients (R, A, H·d) of the heads back to the values (R, T, Hkv·d).
@@ -169,7 +182,7 @@ class WayThroughAttention:
             p *= row_sum.to(wide).permute(0, 2, 1)[..., None]
         return p
 
-    def _values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values that every KV head makes of ``x`` (T, D), without their constant part: (T, Hkv, d)."""
         weights, trace = self.weights, self.trace
         values = product(x.to(self.compute), weights.w_v.to(self.compute).T).to(dtype)
@@ -185,11 +198,11 @@ class WayThroughAttention:
             values = (by_head * scales[..., None].to(values)).flatten(-2)
         return values if ratio is None or self.trace.recurrence is not None else values * ratio.to(values.device)
 
-    def _mixed_constant(self, gradients: Tensor, y: Tensor, out_scale: Tensor | None) -> Tensor | None:
+    def _mixed_constant(self, gradients: Tensor, y: Tensor) -> Tensor | None:
         """Return the score (R, P) of a recurrence's constants, given the gradients ``y`` (R, A, H·d) of its heads."""
         weights, heads, dtype = self.weights, self.trace.constant_heads, gradients.dtype
         at = self.packing.at(self.partial, y.device)
-        written, parts = weights.written_constant(weights.o.bias, out_scale, dtype), []
+        written, parts = weights.written_constant(weights.o.bias, self._out_scale(gradients), dtype), []
         if heads is not None and weights.has_bias:
             given = (heads if at is None else heads[at]).to(dtype)
             parts.append(self.packing.sum((y.to(dtype) * given).sum(-1), self.partial))
@@ -197,10 +210,11 @@ class WayThroughAttention:
             parts.append(self.packing.sum((gradients * written).sum(-1), self.partial))
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _constant(self, gradients: Tensor, of_values: Tensor, out_scale: Tensor | None) -> Tensor | None:
+    def _constant(self, gradients: Tensor, of_values: Tensor) -> Tensor | None:
         """Return the score (R, P) of attention's constants, given the gradients (R, T, Hkv·d) of its values."""
         weights, dtype = self.weights, gradients.dtype
-        value, written = weights.value_constant(dtype), weights.written_constant(weights.o.bias, out_scale, dtype)
+        value = weights.value_constant(dtype)
+        written = weights.written_constant(weights.o.bias, self._out_scale(gradients), dtype)
         parts = []
         if value is not None:
             parts.append(self.packing.sum(of_values.to(dtype) @ value, False))

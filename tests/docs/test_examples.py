@@ -30,6 +30,7 @@ RUN = (
     "docs/quickstart.md",
     "docs/api.md",
     "docs/attention.md",
+    "docs/graph.md",
     "docs/memory.md",
     "docs/scale.md",
     "docs/interop.md",
