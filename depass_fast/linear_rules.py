@@ -188,6 +188,7 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     at = recorded if trace.positions is None else trace.positions[recorded]
     x, constant = trace.resid[at].to(torch.promote_types(dtype, torch.float32)), weights.up_constant(dtype)
     x = (x if weights.norm is None else weights.norm.normed(x)).to(dtype)
+    x = x if trace.input_weight is None else x * trace.input_weight[recorded, None].to(x)
     up = x @ weights.w_up.to(dtype).T
     return up if constant is None else up + constant
 

@@ -110,6 +110,8 @@ KNOWN = {
     "gpt_neox_japanese": "GPT-NeoX Japanese",
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4",
+    "llama4": "Llama 4",
+    "llama4_text": "Llama 4 (text)",
     "qwen3_next": "Qwen3-Next",
     "qwen3_5": "Qwen 3.5, 3.6",
     "qwen3_5_moe": "Qwen 3.5, 3.6 MoE",

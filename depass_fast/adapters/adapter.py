@@ -80,6 +80,11 @@ class Adapter(ModelEnds):
         """True if every query has, beside the keys' logits, a logit of nothing (gpt-oss)."""
         return self.family.sinks
 
+    def chunks(self, index: int) -> bool:
+        """True if a query of layer ``index`` sees its own chunk of positions, of the window's size, and no other."""
+        window = self.family.window
+        return self.family.chunked and (window[index] if isinstance(window, tuple) else window) is not None
+
     def window(self, index: int, announced: int | None, implementation: str | None) -> int | None:
         """The sliding window of layer ``index`` in the model's own mask, given what its attention call announces.
 
@@ -127,8 +132,8 @@ class Adapter(ModelEnds):
     def one_by_one(self) -> bool:
         """True if every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, where positions cannot be passed, and where the rotary embedding depends
-        on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
+        That is so where attention is observed, where positions cannot be passed or a layer counts them by itself, and
+        where the rotary embedding depends on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
         otherwise beside other prompts.
         """
         narrow_router = self.experts_per_position > 0 and self.dtype == torch.float64
@@ -136,7 +141,8 @@ class Adapter(ModelEnds):
             "longrope" in str(kind) or "dynamic" in str(kind)
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
-        return self.observed is not None or not self.takes_positions or of_the_longest or narrow_router
+        counted = self.family.counts_positions or not self.takes_positions
+        return self.observed is not None or counted or of_the_longest or narrow_router
 
     @property
     def takes_cache(self) -> bool:
@@ -208,7 +214,9 @@ class Adapter(ModelEnds):
 
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""
-        return stored_device(self.module(index, "v_proj" if self.has_attention(index) else "gate_proj"))
+        if self.has_attention(index):
+            return stored_device(self.module(index, "v_proj"))
+        return stored_device(self.module(index, "mlp" if self.is_mixture(index) else "gate_proj"))
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
@@ -268,6 +276,12 @@ class Adapter(ModelEnds):
         """The number of experts that a router sends a position to; 0 in a model without mixtures."""
         every = [self.family, *(self.family.kinds or ())]
         return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """True if a router's weights multiply what its experts read (Llama 4)."""
+        every = [self.family, *(self.family.kinds or ())]
+        return any(kind.experts is not None and kind.experts.weighs_input for kind in every)
 
     def is_mixture(self, index: int) -> bool:
         """True if the MLP of layer ``index`` is a mixture of experts."""

@@ -26,7 +26,8 @@ class Experts:
 
     The weights and indices (T, K) of a position's experts are those that the model passes to its module of experts.
     Where the experts are a list of modules (older transformers), the router's output is taken. Where that is logits
-    alone, it is their softmax and the top k of it, or the result of ``decide(layer, output)``.
+    alone, it is their softmax and the top k of it, or the result of ``decide(layer, output)``. So it is with
+    ``weighs_input``.
 
     The experts of a layer are two tensors below ``experts``, named by ``stacks``: (E, 2I, D) and (E, D, I), or
     ``transposed``. The rows of the first are all gates and then all ups, or ``interleaved``. Biases have the same names
@@ -45,7 +46,7 @@ class Experts:
     transposed: bool = False
     interleaved: bool = False
     gate: str = "gate_proj"
-    up: str = "up_proj"
+    up: str | None = "up_proj"  # None: ungated, ``gate`` and the first of ``stacks`` are the only way in
     down: str = "down_proj"
     fused: bool = False  # ``gate`` is both projections, [gate; up]
     act_fn: Path = "act_fn"  # below an expert, or below ``experts``
@@ -54,6 +55,8 @@ class Experts:
     shared: Path | None = None  # an expert that every position goes through
     shared_gate: Path | None = None  # the logit of that expert's weight
     factor: float = 1.0  # of every expert's output, beside the router's weight
+    latent: tuple[Path, Path] | None = None  # projections (without biases) around all experts but the shared one
+    weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ class Family:
     alibi: bool = False  # `observed` gives a `key_bias`
     # the window of all layers, or of each, where no attention call announces it
     window: int | tuple[int | None, ...] | None = None
+    chunked: bool = False  # these windows are chunks: a query sees those before it in its own one
+    counts_positions: bool = False  # some layer counts positions by itself, whatever positions are passed
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 

@@ -158,7 +158,7 @@ def _allocated(allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: La
     births, excluded = (torch.from_numpy(a).to(x.device) for a in (components.births, components.excluded))
     constant, recorded = weights.gate_constant(x.dtype), trace.rows(where)
     gates = Gates(
-        values=_projected(weights.w_gate, constant, weights.norm, x, trace.resid[where], bias),
+        values=_projected(weights.w_gate, constant, weights.norm, _weighted(trace, x, where), trace.resid[where], bias),
         total=trace.gate[recorded].to(x.dtype),
         alive=(x != 0).any(-1),
         excluded=excluded & (births != local[:, None]),
@@ -170,10 +170,16 @@ def _allocated(allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: La
     return allocation.weights(gates) * trace.act[recorded].to(x.dtype)[:, None]
 
 
+def _weighted(trace: MlpTrace, x: Tensor, where: Tensor) -> Tensor:
+    """Return components (N, M, D) times the factor of what an expert reads."""
+    weight = trace.input_weight
+    return x if weight is None else x * weight[trace.rows(where)].to(x)[:, None, None]
+
+
 def _linearly(rule: str, weights: Mlp, trace: MlpTrace, where: Tensor, x: Tensor, bias: int | None) -> Tensor:
     """Return the shares (N, M, I) that a linear rule gives components ``x`` (N, M, D)."""
     c = linear_shares(rule, weights, trace, trace.rows(where), x.dtype)
-    read = (weights.norm, x, trace.resid[where], bias)
+    read = (weights.norm, _weighted(trace, x, where), trace.resid[where], bias)
     shares = _projected(weights.w_gate, weights.gate_constant(x.dtype), *read) * c.gate[:, None]
     if c.up is not None:
         shares += _projected(weights.w_up, weights.up_constant(x.dtype), *read) * c.up[:, None]

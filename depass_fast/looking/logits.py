@@ -61,5 +61,5 @@ def finished(raw: Tensor, trace: AttentionTrace, queries: Tensor, bias: Tensor |
     """
     values = capped(raw, trace)
     values = values if bias is None else values + bias
-    values = values.masked_fill(~causal_mask(queries, raw.shape[-1], trace.window), -torch.inf)
+    values = values.masked_fill(~causal_mask(queries, raw.shape[-1], trace.window, trace.chunked), -torch.inf)
     return values if sink is None else torch.cat([values, sink.expand(*values.shape[:-1], 1)], -1)

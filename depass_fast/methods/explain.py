@@ -106,10 +106,11 @@ def explanations(
     """
     queries = [as_index_of_query(query, len(ids)) for ids in request.prompts]
     for ids, at in zip(request.prompts, queries, strict=True):
-        _keys(key, len(ids), at, None, layer)
+        _keys(key, len(ids), at, 0, layer)
     request = traced(fit(replace(request, reads=tuple((at,) for at in queries))))
     adapter, trace, record = request.adapter, request.require_trace(), request.require_trace().layers[layer].attention
-    keys = [_keys(key, len(ids), at, record.window, layer) for ids, at in zip(request.prompts, queries, strict=True)]
+    seen = zip(request.prompts, queries, strict=True)
+    keys = [_keys(key, len(ids), at, record.first_seen(at), layer) for ids, at in seen]
     turns = turns_of(adapter, request.prompts, [layer])
     sides = [
         freeze_sides(adapter, layer, record, trace.span(p), turns[p][layer], wide_dtype(request))
@@ -154,9 +155,8 @@ def _named(name: str, given: Any, length: int) -> int:
         raise type(error)(str(error).replace("position:", f"{name}:", 1)) from None
 
 
-def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> list[int]:
-    """Return the keys that are asked for: all that the query sees, one, or two."""
-    first = _first(window, query)
+def _keys(key: Any, length: int, query: int, first: int, layer: int) -> list[int]:
+    """Return the keys that are asked for: all that the query sees, from ``first`` on, one, or two."""
     if key is None:
         return list(range(first, query + 1))
     several = is_list_of_positions(key)
@@ -177,11 +177,6 @@ def _keys(key: Any, length: int, query: int, window: int | None, layer: int) -> 
     if len(found) == 2 and found[0] == found[1]:
         raise ValueError(f"key: {given[0]!r} and {given[1]!r} are the same position.")
     return found
-
-
-def _first(window: int | None, query: int) -> int:
-    """Return the first key that a query sees."""
-    return 0 if window is None else max(0, query + 1 - window)
 
 
 def _check_memory(sides: Sides, heads: int, keys: int, components: int) -> None:
@@ -216,7 +211,7 @@ def _kept(
     own = replace(record, resid=record.resid[span], q=nothing, k=nothing, key_bias=bias)  # of this prompt alone
     given: dict[str, Any] = {"rows": kept, "sides": sides, "record": own, "query": query}
     given["span"] = slice(0, span.stop - span.start)
-    is_whole = len(keys) == query + 1 - _first(record.window, query)
+    is_whole = len(keys) == query + 1 - record.first_seen(query)
     looks = partial(_looks, heads=heads, **given) if is_whole else None
     return partial(_parts, **given), looks
 

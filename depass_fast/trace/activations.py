@@ -59,7 +59,9 @@ def _compare(found: Consistency, adapter: Adapter, index: int, weights: Mlp, par
     rows = to_device(at, part.act.device)
     positions = rows if part.positions is None else part.positions[rows]
     resid = part.resid[positions]
-    up = None if weights.up is None else weights.up.project(normed(weights.norm, resid).to(resid))
+    read = normed(weights.norm, resid).to(resid)
+    read = read if part.input_weight is None else read * part.input_weight[rows, None].to(read)
+    up = None if weights.up is None else weights.up.project(read)
     act = weights.activation(part.gate[rows], up)
     if part.router_weight is not None:
         act = act * part.router_weight[rows, None]

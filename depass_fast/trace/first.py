@@ -73,7 +73,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     """Return what one MLP, or one expert, does at ``kept`` positions; None if none of them was sent to it."""
     common = _cut_fields(mlp, cut, "resid", "out_scale")
     if mlp.host_positions is None:
-        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight")
+        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight", "input_weight")
         return MlpTrace(**cuts, part=mlp.part, **common)
     rows = np.flatnonzero(np.isin(mlp.host_positions, kept))
     if not len(rows):
@@ -86,6 +86,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
         part=mlp.part,
         positions=to_device(positions, mlp.gate.device),
         router_weight=None if mlp.router_weight is None else mlp.router_weight[at],
+        input_weight=None if mlp.input_weight is None else mlp.input_weight[at],
         copied_positions=positions,
         **common,
     )

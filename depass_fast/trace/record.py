@@ -52,6 +52,7 @@ class AttentionTrace:
     k: Tensor
     scale: float
     window: int | None = None  # a query sees the `window` last positions, itself included
+    chunked: bool = False  # of these, only those of its own chunk of `window` positions
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
@@ -66,6 +67,12 @@ class AttentionTrace:
 
     def __post_init__(self) -> None:
         self._constants: dict[torch.dtype, Tensor | None] = {}  # the same at all positions; by dtype
+
+    def first_seen(self, query: int) -> int:
+        """The first position of its prompt that a query at local position ``query`` sees."""
+        if self.window is None:
+            return 0
+        return query // self.window * self.window if self.chunked else max(0, query + 1 - self.window)
 
     @property
     def is_plain(self) -> bool:
@@ -110,6 +117,7 @@ class MlpTrace:
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
+    input_weight: Tensor | None = None  # (P,) the factor of what an expert reads, behind the norm
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr
@@ -126,6 +134,7 @@ class MlpTrace:
             part=expert.part,
             positions=expert.positions,
             router_weight=expert.router_weight,
+            input_weight=expert.input_weight,
             copied_positions=expert.host_positions,
             **common,
         )
@@ -149,6 +158,11 @@ class MlpTrace:
             return None if bias is None else bias.to(dtype)
         weight = self.dense(self.router_weight, at) if isinstance(at, slice) else self.router_weight[self.rows(at)]
         return weight[:, None].to(dtype) * bias.to(dtype)
+
+    def scaled(self, scale: Tensor, packed: Tensor) -> Tensor:
+        """The norm's ``scale`` (S,) at ``packed`` positions (S,), times the factor of what an expert reads."""
+        weight = self.input_weight
+        return scale if weight is None else scale * weight[self.rows(packed)].to(scale)
 
     def rows(self, packed: Tensor) -> Tensor:
         """The rows of ``gate`` and ``act`` that hold ``packed`` positions (S,), all of which were sent here."""

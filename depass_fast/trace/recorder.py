@@ -68,7 +68,8 @@ class Recorder:
         """Record Q and K, and attend within each prompt. q (1, H, T, d), k and v (1, Hkv, T, d) -> (1, T, H, d).
 
         ``key_bias`` maps a prompt's length N to what is added to its keys' logits, (N, H). ``sinks`` (H,) are logits of
-        nothing that every query also has. ``mask`` holds ``scale``, ``window`` and ``softcap``.
+        nothing that every query also has. ``mask`` holds ``scale``, ``window``, ``softcap`` and
+        ``chunked``.
         """
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         for name, x in (("q", q), ("k", k)):
@@ -252,7 +253,8 @@ def _attention_function(
     index = recorder.places[id(module)] if known else module.layer_idx
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
-    return recorder.attend(index, query, key, value, sinks=s_aux, scale=scaling, window=window, softcap=softcap), None
+    mask = {"scale": scaling, "window": window, "softcap": softcap, "chunked": recorder.adapter.chunks(index)}
+    return recorder.attend(index, query, key, value, sinks=s_aux, **mask), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention_function)

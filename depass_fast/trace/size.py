@@ -95,7 +95,7 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     streams = 1 + copied + sum(branch.stream is not None for branch in branches)
     scales = sum(branch.output is not None for branch in branches)
     size = streams * adapter.hidden_size * item + scales * wide
-    size += _mlps(layer.mlps, adapter.experts_per_position, item)
+    size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     if attention is None:
         return size
     if attention.scales_heads:
@@ -130,13 +130,15 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     return (numbers + (attention.o.shape[1] if biased else 0)) * wide
 
 
-def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:
+def _mlps(mlps: Sequence[Mlp], experts_per_position: int, weighs_input: bool, item: int) -> int:
     """The bytes per position of the MLP, or of the experts that a position goes to."""
     routed = [mlp for mlp in mlps if mlp.is_routed]
     everywhere = [mlp for mlp in mlps if not mlp.is_routed]
     size = sum(2 * mlp.gate.shape[0] * item + _router_weight(mlp, item) for mlp in everywhere)
     if routed:
-        each = _INDEX + 2 * routed[0].gate.shape[0] * item + _router_weight(routed[0], item)
+        each = (
+            _INDEX + 2 * routed[0].gate.shape[0] * item + _router_weight(routed[0], item) * (2 if weighs_input else 1)
+        )
         size += experts_per_position * each
     return size
 

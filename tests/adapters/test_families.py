@@ -246,7 +246,8 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             mlp, up = mlps[part.part], None
             if mlp.up is not None:
                 resid = part.resid if part.positions is None else part.resid[part.positions]
-                up = resid * mlp.scale(resid)[:, None] @ mlp.reading(mlp.w_up, dtype).T
+                weight = 1.0 if part.input_weight is None else part.input_weight[:, None]
+                up = resid * mlp.scale(resid)[:, None] * weight @ mlp.reading(mlp.w_up, dtype).T
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)

@@ -28,6 +28,7 @@ from tests.support.family_shapes import (
     VISION,
 )
 from tests.support.late_variants import LATE_VARIANTS, OF_TRANSFORMERS_5
+from tests.support.newer_variants import NEWER
 from tests.support.recurrent_models import RECURRENT
 
 # name -> (model_type, what differs from the shape above)
@@ -279,6 +280,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     **LATE_VARIANTS,
+    **NEWER,
     **RECURRENT,
 }
 _NAMES = {

@@ -66,7 +66,8 @@ class FrozenAttention:
         logits = logits.unflatten(1, (self.groups, -1))
         if self.key_bias is not None:
             logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
-        seen = causal_mask(torch.arange(queries.start, queries.stop, device=q.device), n_keys, self.trace.window)
+        at = torch.arange(queries.start, queries.stop, device=q.device)
+        seen = causal_mask(at, n_keys, self.trace.window, self.trace.chunked)
         p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self.scale[:n_keys])
         if self.row_sum is not None:
             p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]

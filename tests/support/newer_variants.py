@@ -1,0 +1,54 @@
+"""Variants of families whose layers are put together otherwise than Llama's (see family_models.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.family_shapes import GQA, MHA, SHAPE, VISION
+
+_LLAMA4 = {
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "attention_chunk_size": 4,
+    "no_rope_layers": [1, 0, 1],
+    "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+}
+_NEMOTRON = {
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 6,
+    "layers_block_type": ["linear_attention", "full_attention", "moe"],
+    "n_group": 1,
+    "topk_group": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+}
+
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4_text": (
+        "llama4_text",
+        {**GQA, **_LLAMA4, "num_experts_per_tok": 2, "moe_layers": [0, 2], "floor_scale": 2, "attn_scale": 0.5},
+    ),
+    "llama4_text: no QK norms, biases": (
+        "llama4_text",
+        {**MHA, **_LLAMA4, "use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": True},
+    ),
+    "llama4": ("llama4", {"text_config": {**SHAPE, **GQA, **_LLAMA4}, "vision_config": VISION}),
+}
+
+# those with recurrences, or with a norm or a gate behind their heads
+NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nemotron_h: experts": ("nemotron_h", {**GQA, **_NEMOTRON, "moe_latent_size": 12}),
+    "nemotron_h: experts without a latent, biases": (
+        "nemotron_h",
+        {**MHA, **_NEMOTRON, "attention_bias": True, "mlp_bias": True},
+    ),
+}
