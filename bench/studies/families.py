@@ -110,6 +110,7 @@ KNOWN = {
     "gpt_neox_japanese": "GPT-NeoX Japanese",
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4",
+    "falcon_h1": "Falcon-H1",
     "llama4": "Llama 4",
     "llama4_text": "Llama 4 (text)",
     "qwen3_next": "Qwen3-Next",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from . import experts
 from .dense import dense_mlp, unusable_part
-from .ends import ModelEnds
 from .experts import ExpertAssignment, RoutedExpert
-from .family import Experts, Family, Observed, Path
+from .family import Experts, Observed, Path
+from .kinds import LayerKinds
 from .paths import below, below_or_none, name_of
+from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
 from .tuned import inside
 from .weights import Attention, Latent, Layer, Linear, Mlp, Norm
@@ -29,7 +30,7 @@ AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down
 
 
 @dataclass(frozen=True)
-class Adapter(ModelEnds):
+class Adapter(LayerKinds):
     """A model and where its family keeps its parts. Nothing outside this package reads the declaration itself."""
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -38,14 +39,6 @@ class Adapter(ModelEnds):
     def config(self) -> Any:
         """The config that attention looks at: the text model's, where the model also sees."""
         return self.decoder.config
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self._below_model(self.family.layers)
 
     @property
     def decoder(self) -> nn.Module:
@@ -62,11 +55,6 @@ class Adapter(ModelEnds):
     def device(self) -> torch.device:
         """The device of the embedding; `device_map` may put later layers elsewhere."""
         return self.embedding.weight.device
-
-    @property
-    def is_parallel(self) -> bool:
-        """True if the MLP of a layer reads the same residual stream as its attention."""
-        return self.family.parallel
 
     # -- its attention ------------------------------------------------------------------------------------------
 
@@ -133,8 +121,8 @@ class Adapter(ModelEnds):
         """True if every prompt needs a forward pass of its own.
 
         That is so where attention is observed, where positions cannot be passed or a layer counts them by itself, and
-        where the rotary embedding depends on the longest of all positions. It is also so in float64 with a router: many compute in float32, and round
-        otherwise beside other prompts.
+        where the rotary embedding depends on the longest of all positions. It is also so in float64 with a router: many
+        compute in float32, and round otherwise beside other prompts.
         """
         narrow_router = self.experts_per_position > 0 and self.dtype == torch.float64
         of_the_longest = any(
@@ -175,36 +163,11 @@ class Adapter(ModelEnds):
             return None
         return find(self.block(index), path)  # get_submodule would check every step
 
-    def kind(self, index: int) -> Family:
-        """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
-        kinds = self.family.kinds
-        return self.family if kinds is None else kinds[index]
-
-    def has_attention(self, index: int) -> bool:
-        """True if layer ``index`` mixes positions: it has attention or a recurrence."""
-        return self.kind(index).attention is not None
-
-    def has_mlp(self, index: int) -> bool:
-        """True if layer ``index`` has an MLP or experts."""
-        return self.kind(index).mlp is not None
-
-    @property
-    def is_uniform(self) -> bool:
-        """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
-        kinds = [self.kind(index) for index in range(self.n_layers)]
-        return all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
-
-    def check_uniform(self, what: str, advice: str = "") -> None:
-        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
-        if not self.is_uniform:
-            raise ValueError(
-                f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                f"heads, or layers without one of the two.{advice}"
-            )
-
-    def has_mixers(self) -> bool:
-        """True if any layer mixes positions by a recurrence."""
-        return any(self.kind(index).mixer is not None for index in range(self.n_layers))
+    def beside(self, index: int) -> nn.Module:
+        """The module of the attention beside the recurrence of layer ``index``."""
+        beside = self.kind(index).beside
+        assert beside is not None and beside.attention is not None
+        return below(self.block(index), beside.attention)
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
@@ -271,18 +234,6 @@ class Adapter(ModelEnds):
 
     # -- a mixture of experts -----------------------------------------------------------------------------------
 
-    @property
-    def experts_per_position(self) -> int:
-        """The number of experts that a router sends a position to; 0 in a model without mixtures."""
-        every = [self.family, *(self.family.kinds or ())]
-        return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
-
-    @property
-    def weighs_inputs(self) -> bool:
-        """True if a router's weights multiply what its experts read (Llama 4)."""
-        every = [self.family, *(self.family.kinds or ())]
-        return any(kind.experts is not None and kind.experts.weighs_input for kind in every)
-
     def is_mixture(self, index: int) -> bool:
         """True if the MLP of layer ``index`` is a mixture of experts."""
         declared = self.kind(index).experts
@@ -313,7 +264,16 @@ class Adapter(ModelEnds):
         return Layer(mixing, self.mlps(index), self.kind(index).parallel)
 
     def attention(self, index: int) -> Attention:
-        """The weights of layer ``index``'s attention, or of its recurrence, alone."""
+        """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
+        both = self.sides(index)
+        return self._attention(index) if both is None else side_by_side(*both)
+
+    def sides(self, index: int) -> Sides | None:
+        """The weights of attention, and of the recurrence beside it, where layer ``index`` has both; else None."""
+        beside = self.kind(index).beside
+        return None if beside is None else (Adapter(self.model, beside)._attention(index), self._attention(index))
+
+    def _attention(self, index: int) -> Attention:
         kind = self.kind(index)
         head_dim = kind.value_dim or self._head_dim(index)
         return Attention(
@@ -326,6 +286,7 @@ class Adapter(ModelEnds):
             conv=self._conv(index),
             is_recurrent=kind.mixer is not None,
             scales_heads=kind.mixer is not None or kind.head_scale is not None,
+            reads=kind.reads,
         )
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
@@ -367,7 +328,9 @@ class Adapter(ModelEnds):
 
     def _branch(self, index: int, kind: str) -> dict[str, Any]:
         norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
-        return {"norm": norm, "output": output, "stream": stream, "factor": self.kind(index).factor}
+        factor, own = self.kind(index).factor, self.kind(index).mlp_factor
+        factor = factor if kind == "attention" or own is None else own
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

@@ -126,11 +126,14 @@ class Family:
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
+    mlp_factor: float | None = None  # that of the MLP, where it is another one
+    reads: float = 1.0  # the factor of what attention reads behind its norm, of one that is ``beside`` or has it
 
     kinds: tuple[Family, ...] | None = None  # the declaration of every layer, where these are of several kinds
 
     attention: Path | None = "self_attn"  # None: the layer does not mix positions
     mixer: Mixer | None = None  # the attention is a recurrence
+    beside: Family | None = None  # softmax attention beside a ``mixer``, on the same normed input: they are added
     head_scale: HeadScale | None = None  # between the heads and `o_proj`
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None

@@ -33,7 +33,7 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(("beam", "laguna"), _GATED),
     **dict.fromkeys(("axk2", "dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
-    **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), f"{_STATE} beside attention"),
+    **dict.fromkeys(("zamba", "zamba2"), f"{_STATE} beside attention"),
     **dict.fromkeys(
         (
             *(

@@ -98,7 +98,7 @@ def _recurrence(
     bias: int | None,
     constant: Tensor | None,
 ) -> Tensor:
-    """Return what the heads of a recurrence give for values (N, M, H·d), position by position."""
+    """Return what the heads of a recurrence, and of a softmax beside it, give for values (N, M, H·d)."""
     frozen, dtype, conv = trace.recurrence, values.dtype, weights.conv
     assert frozen is not None
     if bias is not None and constant is not None:
@@ -115,9 +115,22 @@ def _recurrence(
     if trace.value_ratio is not None:
         values = values * trace.value_ratio[where].to(dtype)[:, None]
     values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
-    q, k, decay = (_of_heads(x[where].to(dtype), weights.n_heads) for x in (trace.q, trace.k, frozen.decay))
+    beside = 0 if trace.beside is None else trace.beside.q.shape[1]  # the first heads have a softmax
+    parts = [_recurred(trace, values[:, :, beside:], where)]
+    if trace.beside is not None:
+        p = attention_probabilities(trace.beside, where, torch.arange(len(where), device=where.device), dtype)
+        parts.insert(0, torch.einsum("hqk,kmhd->qmhd", p, values[:, :, :beside]))
+    out = torch.cat(parts, 2).flatten(2)
+    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+
+
+def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:
+    """Return what a recurrence makes of shaped values (N, M, H, d), position by position."""
+    frozen, dtype, heads = trace.recurrence, values.dtype, values.shape[2]
+    assert frozen is not None
+    q, k, decay = (_of_heads(x[where].to(dtype), heads) for x in (trace.q, trace.k, frozen.decay))
     decay = decay if frozen.rates is None else decay * frozen.rates.to(dtype)
-    write = values.new_ones(len(values), weights.n_heads) if frozen.write is None else frozen.write[where].to(dtype)
+    write = values.new_ones(len(values), heads) if frozen.write is None else frozen.write[where].to(dtype)
     state, out = values.new_zeros(*values.shape[1:3], k.shape[2], values.shape[3]), torch.empty_like(values)
     for t, x in enumerate(values):  # x (M, H, d), state (M, H, n, d)
         state = state * decay[t].exp()[..., None]
@@ -125,10 +138,7 @@ def _recurrence(
             x = x - torch.einsum("mhnd,hn->mhd", state, k[t])
         state = state + torch.einsum("hn,mhd->mhnd", k[t], x * write[t][:, None])
         out[t] = torch.einsum("mhnd,hn->mhd", state, q[t])
-    if frozen.skip is not None:
-        out = out + values * frozen.skip.to(dtype)[:, None]
-    out = out.flatten(2)
-    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    return out if frozen.skip is None else out + values * frozen.skip.to(dtype)[:, None]
 
 
 def _of_heads(x: Tensor, heads: int) -> Tensor:

@@ -65,8 +65,11 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
+    beside = attention.beside
+    if beside is not None:
+        beside = replace(beside, **_cut_fields(beside, cut, "resid", "q", "k"))
     kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "row_sum", *scales)
-    return replace(attention, recurrence=recurrence, **kept)
+    return replace(attention, recurrence=recurrence, beside=beside, **kept)
 
 
 def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:

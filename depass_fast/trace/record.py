@@ -61,6 +61,7 @@ class AttentionTrace:
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
     recurrence: RecurrenceTrace | None = None  # in the place of the softmax: q and k are its own
+    beside: AttentionTrace | None = None  # of the first heads, which have a softmax beside a recurrence
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
 
     __repr__ = brief_repr
@@ -216,7 +217,8 @@ class LayerTrace:
     def tensors(self) -> Iterator[Tensor]:
         """Every recorded tensor, some of them more than once."""
         recurrence = None if self.attention is None else self.attention.recurrence
-        for held in (self, self.attention, recurrence, *self.mlps):
+        beside = None if self.attention is None else self.attention.beside
+        for held in (self, self.attention, recurrence, beside, *self.mlps):
             if held is None:
                 continue
             named = vars(held).items()  # skips and rates are of the model, not of a position

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
+from ..adapters.side_by_side import beside_each_other
 from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
 from .record import AttentionTrace, LayerTrace, MlpTrace, Trace, TraceSource
@@ -32,6 +33,8 @@ class Recorder:
         self.adapter, self.is_checking = adapter, is_checking
         layers = [index for index in range(adapter.n_layers) if adapter.has_attention(index)]
         self.places = {id(adapter.module(index, "attention")): index for index in layers}
+        besides = (index for index in layers if adapter.kind(index).beside is not None)
+        self.places |= {id(adapter.beside(index)): index for index in besides}
         self._one_prompt = adapter.has_mixers()  # beside others, a recurrence of the model's own would go on
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
@@ -72,6 +75,8 @@ class Recorder:
         ``chunked``.
         """
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
+        if self.adapter.kind(index).beside is not None:
+            record = record.setdefault("beside", {})
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
         in_memory = mask["softcap"] is not None or key_bias is not None or sinks is not None  # the logits, not fused
@@ -110,7 +115,8 @@ class Recorder:
 
     def mix(self, index: int, mixer: Mixer, recurrence: Recurrence, raw: Tensor) -> Tensor:
         """Record a recurrence, and apply it to raw values (T, H·d) with their constants: (T, H·d)."""
-        record, weights = self.layers[index], self.adapter.attention(index)
+        record, sides = self.layers[index], self.adapter.sides(index)
+        weights = self.adapter.attention(index) if sides is None else sides[1]
         wide = torch.promote_types(raw.dtype, torch.float32)
         values, ratio = raw.to(wide), None
         if recurrence.in_ratio is not None:
@@ -180,6 +186,14 @@ class Recorder:
         if recurrence is not None:
             kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
             recurrence = frozen(replace(recurrence, **kept))
+        out_ratio, beside, sides = record.get("out_ratio"), None, self.adapter.sides(index)
+        if sides is not None:
+            beside = AttentionTrace(
+                record["resid_pre"], record["beside"]["q"], record["beside"]["k"], **record["beside"]["mask"]
+            )
+            ratio, out_ratio = (
+                None if x is None else beside_each_other(sides, (None, x), 1.0) for x in (ratio, out_ratio)
+            )
         made = AttentionTrace(
             resid=record["resid_pre"],
             q=record["q"],
@@ -189,8 +203,9 @@ class Recorder:
             latent_scale=record.get("latent_scale"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
-            out_ratio=record.get("out_ratio"),
+            out_ratio=out_ratio,
             recurrence=recurrence,
+            beside=beside,
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())

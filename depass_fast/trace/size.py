@@ -127,7 +127,11 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
-    return (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    sides = adapter.sides(index)
+    if sides is None:
+        return size
+    return size + (sides[0].n_heads + sides[0].n_kv_heads) * sides[0].key_dim * item
 
 
 def _mlps(mlps: Sequence[Mlp], experts_per_position: int, weighs_input: bool, item: int) -> int:

@@ -18,6 +18,7 @@ import transformers
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.trace.recorder import Recorder
+from tests.support.added import added_by
 from tests.support.components import is_there, kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
@@ -256,50 +257,16 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 
-def behind_stream(norm, total, normed, added):
-    """Return what a branch adds, behind the norm of the sum: without what was in the stream before."""
-    before = total - added
-    std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
-
-
 @torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
     """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
-    dp = built(name)
-    adapter, ids = dp.adapter, PROMPTS[0]
-    trace = traced(name)
+    dp, trace = built(name), traced(name)
     for layer in (0, 1):
-        seen, handles = {}, []
-
-        def note(module, key, handles=handles, seen=seen):
-            def hook(module, args, output):
-                output = output[0] if isinstance(output, tuple) else output
-                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
-
-            handles.append(module.register_forward_hook(hook))
-
-        sparse = adapter.is_mixture(layer)
-        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
-        for kind, last in ((kind, last) for kind, last in ends.items() if adapter.module(layer, last) is not None):
-            note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
-            if adapter.module(layer, f"{kind}_stream_norm") is not None:
-                note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
-        beside = [part for name, part in adapter.block(layer).named_children() if sparse and name == "shared_mlp"]
-        for expert in beside:
-            note(expert, "shared")
-        dp.model(ids[None])
-        for handle in handles:
-            handle.remove()
-        both = {"attention": Heads(layer), "mlp": Neurons(layer)}
+        both, added = {"attention": Heads(layer), "mlp": Neurons(layer)}, added_by(dp, PROMPTS[0], layer)
         for part, kind in ((part, kind) for part, kind in both.items() if is_there(dp, kind)):
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
-            factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
-            added = (seen[part][1] + (seen["shared"][1] if beside and part == "mlp" else 0.0)) * factor
-            if f"{part} stream" in seen:
-                added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
-            assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
+            assert largest_difference(state.dense()[:, named].sum(1), added[part]) <= 2e-5, (part, layer)
 
 
 def test_labels_and_where_there_is_a_bias(name):

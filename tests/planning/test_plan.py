@@ -75,7 +75,9 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
     adapter = DePass(build_variant(name)).adapter
     for index, (block, size) in enumerate(zip(adapter.blocks, layer_sizes(adapter), strict=True)):
         mixing = adapter.module(index, "attention")
-        attention = set() if mixing is None else {id(weight) for weight in mixing.parameters()}
+        mixes = [] if mixing is None else [mixing]
+        mixes += [adapter.beside(index)] if adapter.kind(index).beside is not None else []
+        attention = {id(weight) for one in mixes for weight in one.parameters()}
         weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in attention]
         if adapter.is_mixture(index):
             assert size.has_up

@@ -31,6 +31,23 @@ _NEMOTRON = {
     "moe_shared_expert_intermediate_size": 24,
     "routed_scaling_factor": 1.5,
 }
+_FALCON = {
+    "head_dim": 8,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.3,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.7,
+    "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
+    "mlp_multipliers": [1.5, 0.6],
+    "key_multiplier": 1.4,
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+}
 
 NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
@@ -50,5 +67,22 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h: experts without a latent, biases": (
         "nemotron_h",
         {**MHA, **_NEMOTRON, "attention_bias": True, "mlp_bias": True},
+    ),
+    "falcon_h1": ("falcon_h1", {**GQA, **_FALCON}),
+    "falcon_h1: norms, biases": (
+        "falcon_h1",
+        {
+            **MHA,
+            **_FALCON,
+            "head_dim": 12,
+            "mamba_rms_norm": True,
+            "projectors_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "falcon_h1: norms in front of gates": (
+        "falcon_h1",
+        {**GQA, **_FALCON, "head_dim": 6, "mamba_rms_norm": True, "mamba_norm_before_gate": True},
     ),
 }

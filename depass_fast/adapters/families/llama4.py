@@ -45,7 +45,7 @@ def declare(config: Any) -> Family:
 
 
 def _top_k(returned: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Of scores of all experts, which are zero where an expert was not chosen, and of logits."""
+    """Choose by the logits; the scores of experts that are not chosen are zero."""
     scores, logits = returned
     chosen = logits.topk(k, dim=-1).indices
     return scores.gather(1, chosen), chosen
