@@ -111,6 +111,7 @@ KNOWN = {
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4",
     "falcon_h1": "Falcon-H1",
+    "minimax": "MiniMax Text 01, M1",
     "llama4": "Llama 4",
     "llama4_text": "Llama 4 (text)",
     "qwen3_next": "Qwen3-Next",

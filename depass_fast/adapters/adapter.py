@@ -161,6 +161,8 @@ class Adapter(LayerKinds):
         path, find = getattr(kind, part), below_or_none if part in kind.partial else below
         if path is None or not self.has_part(index, part):
             return None
+        if isinstance(path, str) and path.startswith("next."):  # a norm that stands in front of the next layer
+            return find(self.block(index + 1), path.removeprefix("next."))
         return find(self.block(index), path)  # get_submodule would check every step
 
     def beside(self, index: int) -> nn.Module:
@@ -330,7 +332,8 @@ class Adapter(LayerKinds):
         norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
         factor, own = self.kind(index).factor, self.kind(index).mlp_factor
         factor = factor if kind == "attention" or own is None else own
-        return {"norm": norm, "output": output, "stream": stream, "factor": factor}
+        keeps = getattr(self.kind(index), f"{kind}_keeps")
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

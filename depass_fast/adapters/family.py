@@ -126,6 +126,9 @@ class Family:
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
+    # of the stream that attention, or the MLP, adds to, and then of what it adds, too: a residual connection with factors
+    attention_keeps: float = 1.0
+    mlp_keeps: float = 1.0
     mlp_factor: float | None = None  # that of the MLP, where it is another one
     reads: float = 1.0  # the factor of what attention reads behind its norm, of one that is ``beside`` or has it
 

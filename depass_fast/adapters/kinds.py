@@ -45,14 +45,15 @@ class LayerKinds(ModelEnds):
     def is_uniform(self) -> bool:
         """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
         kinds = [self.kind(index) for index in range(self.n_layers)]
-        return all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
+        plain = (k.attention_keeps == k.mlp_keeps == 1.0 for k in kinds)
+        return all(plain) and all(k.attention and k.mlp and k.mixer is None and k.head_scale is None for k in kinds)
 
     def check_uniform(self, what: str, advice: str = "") -> None:
         """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                f"heads, or layers without one of the two.{advice}"
+                f"heads, factors of the residual stream, or layers without one of the two.{advice}"
             )
 
     def has_mixers(self) -> bool:

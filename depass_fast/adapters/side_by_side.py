@@ -29,6 +29,7 @@ def side_by_side(softmax: Attention, recurrent: Attention) -> Attention:
         output=None,
         stream=None,
         factor=1.0,
+        keeps=recurrent.keeps,
         v=Joined(module, sides=sides, what="v"),
         o=Joined(recurrent.o.module, sides=sides, what="o"),
         head_dim=width,

@@ -67,7 +67,6 @@ REASONS: dict[str, str] = {
     "hrm_text": "a stack of layers that runs several times",
     "jetmoe": "a mixture of attention heads: a router decides on their projections",
     "longcat_flash": "two attentions and two MLPs in a layer, and a mixture across them",
-    "minimax": "linear attention layers, a recurrence (lightning attention)",
     "mllama": "cross-attention layers, which are skipped without an image",
     "modernbert-decoder": "its head has an activation and a norm behind the last layer",
     "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",

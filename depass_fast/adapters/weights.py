@@ -23,13 +23,15 @@ class Branch:
     """The common part of attention and MLP: the norm that they read through, and how they write.
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
-    of the residual stream itself, after the branch has been added (OPT-350m).
+    of the residual stream itself, after the branch has been added (OPT-350m). In front of it the sum is multiplied by
+    ``keeps`` (MiniMax).
     """
 
     norm: Norm | None
     output: Norm | None
     stream: Norm | None
     factor: float
+    keeps: float
 
     def scale(self, resid: Tensor) -> Tensor:
         """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""

@@ -40,7 +40,7 @@ def through_attention(
     if queries is None:
         run.operations.expect(layer, record, run.allocation)
     state = run.operations.aggregate_ov(state, layer.attention, record.attention, queries)
-    normalise(state, layer.attention.stream, record.attention_sum)
+    normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
     return state, source
 
 
@@ -60,7 +60,7 @@ def through_mlp(
             read = None if source is None else source.take(segments)
             state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
     if layer.mlps:
-        normalise(state, layer.mlp.stream, record.mlp_sum)
+        normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
 
@@ -72,8 +72,13 @@ def _copy(state: ComponentState) -> ComponentState:
     return ComponentState(copy.copy_(rows), state.layout, state.layer, state.site)
 
 
-def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
-    """Apply a norm of the residual stream itself to every component, in place, its scale frozen at ``resid`` (T, D)."""
+def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, keeps: float = 1.0) -> None:
+    """Multiply every component by ``keeps`` and apply a norm of the residual stream itself, in place.
+
+    The norm's scale is frozen at ``resid`` (T, D), the sum of all components.
+    """
+    if keeps != 1.0:
+        state.rows.mul_(keeps)
     if norm is None:
         return
     assert resid is not None, "a norm of the residual stream was not recorded"

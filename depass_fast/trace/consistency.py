@@ -305,7 +305,7 @@ def _check_write(
     written, wide = normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
-        after.to(wide) - before.to(wide),
+        after.to(wide) / branch.keeps - before.to(wide),
         written.to(before),
         before,
         after,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from depass_fast import DePass
+from depass_fast.adapters import Branch
 
 
 def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
@@ -17,6 +18,9 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     with ExitStack() as undo:
 
         def note(module: Any, key: str) -> None:
+            if module is None:
+                return
+
             def hook(module: Any, args: tuple, output: Any) -> None:
                 output = output[0] if isinstance(output, tuple) else output
                 seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
@@ -27,13 +31,9 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         ends = {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
-            if adapter.module(layer, f"{kind}_stream_norm") is not None:
-                note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
-        for name, expert in adapter.block(layer).named_children():
-            if sparse and name == "shared_mlp":
-                note(expert, "shared")
-        if sides is not None:
-            note(sides[0].o.module, "beside")
+            note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+        note(getattr(adapter.block(layer), "shared_mlp", None) if sparse else None, "shared")
+        note(None if sides is None else sides[0].o.module, "beside")
         dp.model(ids[None])
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
@@ -41,14 +41,17 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         added[kind] = total * branch.factor
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
             added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
-        if f"{kind} stream" in seen:
-            norm = adapter.module(layer, f"{kind}_stream_norm")
-            added[kind] = _behind_stream(norm, *seen[f"{kind} stream"], added[kind])
+        added[kind] = _behind_stream(branch, seen.get(f"{kind} stream"), added[kind] * branch.keeps)
     return added
 
 
-def _behind_stream(norm: Any, total: Tensor, normed: Tensor, added: Tensor) -> Tensor:
-    """Return what a branch adds, behind the norm of the sum: without what was in the stream before."""
-    before = total - added
+def _behind_stream(branch: Branch, stream: tuple[Tensor, Tensor] | None, added: Tensor) -> Tensor:
+    """Return what a branch adds, behind a norm of the sum, given the norm's input and output."""
+    if stream is None or branch.stream is None:
+        return added
+    total, normed = stream
+    if not branch.stream.centred:
+        return added * (normed / total)
+    before, norm = total - added, branch.stream  # without what was in the stream before
     std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
+    return normed - (before - before.mean(-1, keepdim=True)) / std * (1.0 if norm.weight is None else norm.weight)

@@ -48,6 +48,20 @@ _FALCON = {
     "lm_head_multiplier": 0.5,
     "embedding_multiplier": 2.0,
 }
+_MINIMAX = {
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+    "block_size": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_attn_alpha_factor": 3.0,
+    "linear_attn_beta_factor": 1.2,
+    "full_attn_alpha_factor": 2.0,
+    "full_attn_beta_factor": 0.8,
+    "mlp_alpha_factor": 2.5,
+    "mlp_beta_factor": 1.1,
+}
 
 NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
@@ -84,5 +98,10 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1: norms in front of gates": (
         "falcon_h1",
         {**GQA, **_FALCON, "head_dim": 6, "mamba_rms_norm": True, "mamba_norm_before_gate": True},
+    ),
+    "minimax": ("minimax", {**GQA, **_MINIMAX}),
+    "minimax: MHA, no linear attention last": (
+        "minimax",
+        {**MHA, **_MINIMAX, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
     ),
 }
