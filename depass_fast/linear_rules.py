@@ -150,7 +150,7 @@ def _shares(
     gate, act = (x[recorded].to(wide) for x in (trace.gate, trace.act))
     if rule == "taylor":
         return LinearShares(_ratio(act, gate, 0.0).to(dtype))
-    activation, weight = weights.activation, _router_weight(weights, trace, recorded, wide)
+    activation, weight = weights.activation, _factors_behind(weights, trace, recorded, wide)
     assert activation is not None, "it was checked when the rule was"
     limited = activation.limited_gate(gate)
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
@@ -280,10 +280,11 @@ def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: Tensor | float = 0
     return torch.where(is_near, limit, a / b)
 
 
-def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
-    """Return the factor (P, 1) of an expert's output, 1.0 for an MLP that is no expert."""
-    if trace.router_weight is not None:
-        return trace.router_weight[recorded, None].to(dtype)
+def _factors_behind(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
+    """Return the factors (P, 1) or (P, I) behind an activation, 1.0 where there are none."""
+    factors = trace.behind(weights, recorded, dtype)
+    if factors is not None:
+        return factors
     if weights.name:
         raise ValueError(
             "trace: it was saved by an earlier version, without the router's weights; trace the prompt again."

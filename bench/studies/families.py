@@ -110,6 +110,7 @@ KNOWN = {
     "gpt_neox_japanese": "GPT-NeoX Japanese",
     "granite_swa": "Granite with windows",
     "granitemoehybrid": "Granite 4",
+    "bitnet": "BitNet b1.58 (master weights)",
     "falcon_h1": "Falcon-H1",
     "minimax": "MiniMax Text 01, M1",
     "llama4": "Llama 4",

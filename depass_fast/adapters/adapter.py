@@ -186,7 +186,7 @@ class Adapter(LayerKinds):
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
         for index in range(self.n_layers):
-            for part in [*_BRANCH_NORMS, "v_norm"]:
+            for part in [*_BRANCH_NORMS, "v_norm", "mlp_inner_norm"]:
                 module = self.module(index, part) if self.has_part(index, part) else None
                 if module is not None:
                     yield module, self.made_norm(module)
@@ -199,7 +199,7 @@ class Adapter(LayerKinds):
         Only a ``linear_rule`` reads an MLP's up projection.
         """
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
+        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj", "mlp_inner_norm"]
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
         modules += [module for part in parts if (module := self.module(index, part)) is not None]
@@ -298,7 +298,10 @@ class Adapter(LayerKinds):
         block, branch = self.block(index), self._branch(index, "mlp")
         if self.is_mixture(index):
             return experts.expert_mlps(block, self._experts(index), branch)
-        return (dense_mlp(block, self.kind(index), branch),)
+        inner = self._norm(self.module(index, "mlp_inner_norm"))
+        if inner is not None and (inner.bias is not None or inner.centred):
+            raise ValueError("model: the norm inside its MLP has a bias or a mean, which no neuron can carry.")
+        return (replace(dense_mlp(block, self.kind(index), branch), inner=inner),)
 
     def has_part(self, index: int, part: str) -> bool:
         """True unless layer ``index`` lacks the branch that ``part`` belongs to."""

@@ -126,7 +126,7 @@ class Family:
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
-    # of the stream that attention, or the MLP, adds to, and then of what it adds, too: a residual connection with factors
+    # factors of the sum of the stream and what attention, or the MLP, adds to it
     attention_keeps: float = 1.0
     mlp_keeps: float = 1.0
     mlp_factor: float | None = None  # that of the MLP, where it is another one
@@ -179,6 +179,7 @@ class Family:
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
     mlp_stream_norm: Path | None = None
+    mlp_inner_norm: Path | None = None  # a norm (without β) between the activation and the down projection
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
     up_proj: Path | None = "mlp.up_proj"  # None: the MLP is ungated

@@ -59,7 +59,6 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
     ),
-    "bitnet": "a norm between the attention's output and its output projection, and one inside the MLP",
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
     "diffllama": "differential attention: a difference of two softmaxes, with a norm behind it",

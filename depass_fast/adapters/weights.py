@@ -181,6 +181,7 @@ class Mlp(Branch):
     name: str = ""
     up: Linear | None = None
     activation: Activation | None = None
+    inner: Norm | None = None  # a norm between the activation and ``down``
 
     @property
     def is_routed(self) -> bool:

@@ -85,7 +85,9 @@ class WayThroughMlp:
         constants = weights.gate_constant(dtype), None if w_up is None else weights.up_constant(dtype)
         scores, found = [], []
         dtypes = dtype, self.compute, trace.act.dtype
-        curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
+        curve = None
+        if weights.inner is None:  # the kernels know no factor by neuron
+            curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
         for places in self._places(trace, len(written) * len(w_gate) * dtype.itemsize * _HELD, written.device):
             if curve is not None:
                 up = None if w_up is None or normed is None else product(self._read(normed, trace, places), w_up.T)

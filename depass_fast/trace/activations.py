@@ -63,8 +63,8 @@ def _compare(found: Consistency, adapter: Adapter, index: int, weights: Mlp, par
     read = read if part.input_weight is None else read * part.input_weight[rows, None].to(read)
     up = None if weights.up is None else weights.up.project(read)
     act = weights.activation(part.gate[rows], up)
-    if part.router_weight is not None:
-        act = act * part.router_weight[rows, None]
+    factors = part.behind(weights, rows, act.dtype)
+    act = act if factors is None else act * factors
     found.compare(
         f"layer {index}: {_what_differs(adapter, index, weights)}",
         part.act[rows],

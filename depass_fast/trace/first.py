@@ -76,7 +76,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     """Return what one MLP, or one expert, does at ``kept`` positions; None if none of them was sent to it."""
     common = _cut_fields(mlp, cut, "resid", "out_scale")
     if mlp.host_positions is None:
-        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight", "input_weight")
+        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight", "input_weight", "inner_scale")
         return MlpTrace(**cuts, part=mlp.part, **common)
     rows = np.flatnonzero(np.isin(mlp.host_positions, kept))
     if not len(rows):

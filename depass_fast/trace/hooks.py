@@ -79,6 +79,8 @@ class LayerHooks:
             gate = self.mlp.gate
             self._after("gate_proj", "gate", (lambda x: gate.select(x).contiguous()) if gate.is_fused else None)
             self._before("down_proj", "act")
+            if self.mlp.inner is not None:
+                self._before("mlp_inner_norm", "inner_scale", self.mlp.inner.scale)
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
         elif self.attention is not None and self.adapter.observed is not None:

@@ -118,6 +118,7 @@ class MlpTrace:
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
+    inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection
     input_weight: Tensor | None = None  # (P,) the factor of what an expert reads, behind the norm
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
@@ -164,6 +165,20 @@ class MlpTrace:
         """The norm's ``scale`` (S,) at ``packed`` positions (S,), times the factor of what an expert reads."""
         weight = self.input_weight
         return scale if weight is None else scale * weight[self.rows(packed)].to(scale)
+
+    def behind(self, weights: Mlp, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
+        """The frozen factors behind the activation at some ``rows``, (S, 1) or (S, I); None where there are none.
+
+        They are an expert's router weight, and a norm in front of the down projection. ``act`` holds them.
+        """
+        if self.inner_scale is not None and weights.inner is not None:
+            scale = self.inner_scale[rows, None].to(dtype)
+            return (
+                scale.expand(-1, self.act.shape[1])
+                if weights.inner.weight is None
+                else scale * weights.inner.weight.to(dtype)
+            )
+        return None if self.router_weight is None else self.router_weight[rows, None].to(dtype)
 
     def rows(self, packed: Tensor) -> Tensor:
         """The rows of ``gate`` and ``act`` that hold ``packed`` positions (S,), all of which were sent here."""

@@ -172,7 +172,8 @@ class Recorder:
         attention_trace = self._attention(index, record)
         common = {"resid": pre if parallel else mid, "out_scale": record.get("mlp_out_scale")}
         if assignment is None:
-            mlps = (MlpTrace(gate=record["gate"], act=record["act"], **common),)
+            inner = record.get("inner_scale")
+            mlps = (MlpTrace(gate=record["gate"], act=record["act"], inner_scale=inner, **common),)
         else:
             routed = self.adapter.route(index, record["experts_input"], record["router_weights"], assignment)
             mlps = tuple(MlpTrace.of_expert(expert, **common) for expert in routed)

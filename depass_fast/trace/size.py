@@ -93,7 +93,7 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
     streams = 1 + copied + sum(branch.stream is not None for branch in branches)
-    scales = sum(branch.output is not None for branch in branches)
+    scales = sum(branch.output is not None for branch in branches) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     if attention is None:

@@ -253,7 +253,8 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)
             assert (part.router_weight is None) == (mlp.name == "")
-            act = act if part.router_weight is None else act * part.router_weight[:, None]
+            factors = part.behind(mlp, slice(None), act.dtype)
+            act = act if factors is None else act * factors
             assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
 
 

@@ -13,7 +13,7 @@ from tests.support.newer_variants import NEWER, NEWER_MIXERS
 
 IDS = random_ids(7)
 
-pytestmark = pytest.mark.parametrize("name", [name for name in (*NEWER, *NEWER_MIXERS) if available(name)])
+every_name = pytest.mark.parametrize("name", [name for name in (*NEWER, *NEWER_MIXERS) if available(name)])
 
 
 @functools.lru_cache(maxsize=1)
@@ -21,6 +21,7 @@ def built(name):
     return DePass(build_variant(name).double(), progress=False)
 
 
+@every_name
 def test_streamed_and_verified(name):
     """All backends that carry a state agree, and a sample is recomputed by the reference."""
     dp = built(name)
@@ -31,6 +32,7 @@ def test_streamed_and_verified(name):
         assert torch.allclose(streamed.scores, plain.scores, rtol=0, atol=1e-9 * float(plain.scores.abs().max()))
 
 
+@every_name
 def test_the_softmax_adjoint_approximates_or_is_refused_by_name(name):
     dp = built(name)
     neurons = Neurons(next(index for index in range(dp.adapter.n_layers) if dp.adapter.has_mlp(index)))
@@ -40,3 +42,14 @@ def test_the_softmax_adjoint_approximates_or_is_refused_by_name(name):
         return
     with pytest.raises(ValueError, match="'adjoint' under 'softmax' is"):
         dp.attribute(IDS, neurons, 5, method="adjoint")
+
+
+@pytest.mark.skipif(not available("bitnet"), reason="not in this version of transformers")
+def test_a_bitnet_that_rounds_in_every_forward_pass_is_refused():
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    model = build_variant("bitnet")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = AutoBitLinear(48, 32, bias=False)
+    with pytest.raises(ValueError, match="rounds its weight to three values"):
+        DePass(model).attribute(IDS, Tokens(), 5)

@@ -104,4 +104,6 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         "minimax",
         {**MHA, **_MINIMAX, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
     ),
+    "bitnet": ("bitnet", {**GQA, "pad_token_id": 0}),
+    "bitnet: MHA, biases": ("bitnet", {**MHA, "attention_bias": True, "hidden_act": "silu", "pad_token_id": 0}),
 }
