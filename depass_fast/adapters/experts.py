@@ -134,10 +134,11 @@ def route(
             if here.start == here.stop:
                 continue
             positions, on_host = assignment.positions[here], assignment.host_positions[here]
-            inputs, weight = x[positions], weights[here] * experts.factor
+            factor = experts.factor * experts.routed_factor
+            inputs, weight = x[positions], weights[here] * factor
         of_input = None
         if experts.weighs_input and positions is not None:
-            of_input, weight = weights[here].to(x.dtype), torch.full_like(weight, experts.factor)
+            of_input, weight = weights[here].to(x.dtype), torch.full_like(weight, factor)
             inputs = inputs * of_input
         gate, up = part.gate.project(inputs), None if part.up is None else part.up.project(inputs)
         act, of_input = (part.activation(gate, up) * weight).to(x.dtype), None if of_input is None else of_input[:, 0]

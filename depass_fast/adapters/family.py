@@ -55,6 +55,7 @@ class Experts:
     shared: Path | None = None  # an expert that every position goes through
     shared_gate: Path | None = None  # the logit of that expert's weight
     factor: float = 1.0  # of every expert's output, beside the router's weight
+    routed_factor: float = 1.0  # the same, of all experts but the shared one
     latent: tuple[Path, Path] | None = None  # projections (without biases) around all experts but the shared one
     weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
 

@@ -31,7 +31,6 @@ REASONS: dict[str, str] = {
         ),
         _DECODER,
     ),
-    **dict.fromkeys(("beam", "laguna"), _GATED),
     **dict.fromkeys(("axk2", "dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
     **dict.fromkeys(("zamba", "zamba2"), f"{_STATE} beside attention"),
     **dict.fromkeys(
@@ -40,7 +39,6 @@ REASONS: dict[str, str] = {
                 "qwen4_exp",
                 "qwen4_exp_text",
             ),
-            "bailing_hybrid",
         ),
         f"{_DELTA}, and {_GATED}",
     ),

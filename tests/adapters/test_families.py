@@ -28,6 +28,7 @@ LENGTHS = (9, 1, 6)
 PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
+NARROW_INSIDE = ("beam",)  # families that compute activations in float32, whatever the model computes in
 SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's own, of every sum in three layers
 
 _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory
@@ -51,6 +52,11 @@ def backends(dtype, name="", label="", seed=0):
     able = [backend for backend, reason in backend_status(torch.device("cpu"), dtype).items() if reason is None]
     kernels = name in _FIRST.values() and seed == 0 and label == "tokens@0" and NEW
     return [backend for backend in able if backend != "triton" or kernels]
+
+
+def exact(name, dtype):
+    """The largest error that is allowed, relative to what there is."""
+    return max(EXACT[dtype], 1e-6 if VARIANTS[name][0] in NARROW_INSIDE else 0.0)
 
 
 def once(make):
@@ -149,8 +155,8 @@ def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family
             apart = largest_difference(result.scores, oracle.scores)
             family_results(name, f"completeness {str(dtype)[6:]}", error)
             family_results(name, f"agreement {str(dtype)[6:]}", apart)
-            assert error <= EXACT[dtype], (label, backend)
-            assert apart <= EXACT[dtype], (label, backend)
+            assert error <= exact(name, dtype), (label, backend)
+            assert apart <= exact(name, dtype), (label, backend)
             assert result.labels == oracle.labels
         family_results(name, "kinds", kind.kind)
 
@@ -163,8 +169,8 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     oracle = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="reference")
     result = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="torch")
     for one in (oracle, result):
-        assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= EXACT[dtype]
-    assert largest_difference(result.scores, oracle.scores) <= EXACT[dtype] and result.labels == oracle.labels
+        assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= exact(name, dtype)
+    assert largest_difference(result.scores, oracle.scores) <= exact(name, dtype) and result.labels == oracle.labels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -255,7 +261,7 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             assert (part.router_weight is None) == (mlp.name == "")
             factors = part.behind(mlp, slice(None), act.dtype)
             act = act if factors is None else act * factors
-            assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
+            assert largest_difference(act, part.act) <= exact(name, dtype), (index, mlp.name)
 
 
 @torch.no_grad()
@@ -291,7 +297,7 @@ def test_labels_and_where_there_is_a_bias(name):
     biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias")}
     biases = {path for path in biases if not any(part in path for part in ("vision", "audio", "multi_modal"))}
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
-    only_looked_at += ("router", "correction_bias", "expert_bias")  # and a router's in the experts' weights
+    only_looked_at += ("router", "correction_bias", "expert_bias", "gate_bias")  # a router's and a gate's in what is frozen
     only_looked_at += ("dt_bias", "dt_proj")  # a recurrence's in its decay
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}
     last = f".{adapter.n_layers - 1}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.family_shapes import GQA, MHA, SHAPE, VISION
+from tests.support.family_shapes import EXPERTS, GQA, LOCAL, MHA, SHAPE, VISION
 
 _LLAMA4 = {
     "head_dim": 8,
@@ -62,6 +62,25 @@ _MINIMAX = {
     "mlp_alpha_factor": 2.5,
     "mlp_beta_factor": 1.1,
 }
+_ENDS = ["sparse", "dense", "sparse"]
+_BAILING = {
+    "pad_token_id": 0,
+    "kv_lora_rank": 10,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "linear_head_dim": 6,
+    "linear_num_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 6,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": _ENDS,
+}
 
 NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
@@ -106,4 +125,27 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bitnet": ("bitnet", {**GQA, "pad_token_id": 0}),
     "bitnet: MHA, biases": ("bitnet", {**MHA, "attention_bias": True, "hidden_act": "silu", "pad_token_id": 0}),
+    "laguna": (
+        "laguna",
+        {
+            **GQA,
+            **LOCAL,
+            **EXPERTS,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 24,
+            "num_attention_heads_per_layer": [8, 4, 4],
+            "moe_routed_scaling_factor": 1.5,
+            "moe_router_logit_softcapping": 2.0,
+        },
+    ),
+    "laguna: channels, biases": (
+        "laguna",
+        {**MHA, "head_dim": 8, "gating": "per-element", "mlp_layer_types": ["dense"] * 3, "attention_bias": True},
+    ),
+    "beam": (
+        "beam",
+        {**GQA, **LOCAL, **EXPERTS, "head_dim": 8, "n_group": 2, "topk_group": 1, "mlp_layer_types": _ENDS},
+    ),
+    "bailing_hybrid": ("bailing_hybrid", {**MHA, **_BAILING}),
+    "bailing_hybrid: unbounded": ("bailing_hybrid", {**MHA, **_BAILING, "kda_safe_gate": False}),
 }
