@@ -32,7 +32,9 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     **dict.fromkeys(("axk2", "dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
-    **dict.fromkeys(("zamba", "zamba2"), f"{_STATE} beside attention"),
+    **dict.fromkeys(
+        ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
+    ),
     **dict.fromkeys(
         (
             *(
@@ -62,10 +64,10 @@ REASONS: dict[str, str] = {
     "diffllama": "differential attention: a difference of two softmaxes, with a norm behind it",
     "doge": "learned factors of the residual stream, and a mask that depends on values",
     "hrm_text": "a stack of layers that runs several times",
-    "jetmoe": "a mixture of attention heads: a router decides on their projections",
-    "longcat_flash": "two attentions and two MLPs in a layer, and a mixture across them",
+    "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
+    "longcat_flash": "two attentions and two MLPs in a layer, and a mixture that reads before the second and adds behind it",
     "mllama": "cross-attention layers, which are skipped without an image",
-    "modernbert-decoder": "its head has an activation and a norm behind the last layer",
+    "modernbert-decoder": "a projection with an activation and a norm stands between the last layer and the unembedding",
     "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",

@@ -297,7 +297,7 @@ def test_labels_and_where_there_is_a_bias(name):
     biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias")}
     biases = {path for path in biases if not any(part in path for part in ("vision", "audio", "multi_modal"))}
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
-    only_looked_at += ("router", "correction_bias", "expert_bias", "gate_bias")  # a router's and a gate's in what is frozen
+    only_looked_at += ("router", "correction_bias", "expert_bias", "gate_bias")  # frozen
     only_looked_at += ("dt_bias", "dt_proj")  # a recurrence's in its decay
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}
     last = f".{adapter.n_layers - 1}."
