@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.linear_rules import frozen_up, linear_shares
 from tests.support.components import is_there
 from tests.support.family_models import available, build_variant
 from tests.support.models import random_ids
@@ -42,6 +43,19 @@ def test_the_softmax_adjoint_approximates_or_is_refused_by_name(name):
         return
     with pytest.raises(ValueError, match="'adjoint' under 'softmax' is"):
         dp.attribute(IDS, neurons, 5, method="adjoint")
+
+
+@pytest.mark.parametrize("name", [name for name in ("bitnet", "llama4_text") if available(name)])
+def test_half_of_an_activation_is_the_up_projections(name):
+    """Under `half`, with the factors that stand in front of an expert, or behind the activation."""
+    dp = built(name)
+    trace = dp.trace(IDS)
+    for index, layer in enumerate(trace.layers):
+        for part in layer.mlps:
+            mlp = dp.adapter.mlps(index)[part.part]
+            shares = linear_shares("half", mlp, part, slice(None), torch.float64)
+            up = frozen_up(mlp, part, torch.arange(len(part.act)), torch.float64)
+            assert torch.allclose(shares.up * up, part.act / 2, rtol=0, atol=1e-7 * float(part.act.abs().max()))
 
 
 @pytest.mark.skipif(not available("bitnet"), reason="not in this version of transformers")
