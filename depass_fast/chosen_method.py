@@ -55,10 +55,16 @@ def choose_method(
     if allocation.linear_rule is not None:
         found = _linear(method, allocation, settings)
         return None if method is None and not _is_cheaper(kind, adapter, lengths, gradients) else found
-    if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax" and adapter.is_uniform):
+    fits = adapter.is_uniform and not adapter.weighs_inputs
+    if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax" and fits):
         return None
     linear = f" Take method='exact', or a linear rule ({', '.join(map(repr, LINEAR_RULES))}), exact for all at once."
     adapter.check_uniform("method: 'adjoint' under 'softmax'", linear)
+    if adapter.weighs_inputs:
+        raise ValueError(
+            "method: 'adjoint' under 'softmax' is not for models whose router weighs what experts read, and not what "
+            f"they write.{linear}"
+        )
     _refuse_states(settings)
     if kind.kind not in ADJOINT_KINDS:
         raise ValueError(

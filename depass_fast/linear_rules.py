@@ -150,7 +150,7 @@ def _shares(
     gate, act = (x[recorded].to(wide) for x in (trace.gate, trace.act))
     if rule == "taylor":
         return LinearShares(_ratio(act, gate, 0.0).to(dtype))
-    activation, weight = weights.activation, _router_weight(weights, trace, recorded, wide)
+    activation, weight = weights.activation, _factors_behind(weights, trace, recorded, wide)
     assert activation is not None, "it was checked when the rule was"
     limited = activation.limited_gate(gate)
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
@@ -188,6 +188,7 @@ def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: to
     at = recorded if trace.positions is None else trace.positions[recorded]
     x, constant = trace.resid[at].to(torch.promote_types(dtype, torch.float32)), weights.up_constant(dtype)
     x = (x if weights.norm is None else weights.norm.normed(x)).to(dtype)
+    x = x if trace.input_weight is None else x * trace.input_weight[recorded, None].to(x)
     up = x @ weights.w_up.to(dtype).T
     return up if constant is None else up + constant
 
@@ -279,12 +280,11 @@ def _ratio(a: Tensor, b: Tensor, limit: Tensor | float, near: Tensor | float = 0
     return torch.where(is_near, limit, a / b)
 
 
-def _router_weight(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
-    """Return the factor (P, 1) of an expert's output, or (P, I) of activations; 1.0 where there is none."""
-    if trace.factor is not None:
-        return trace.factor[recorded].to(dtype)
-    if trace.router_weight is not None:
-        return trace.router_weight[recorded, None].to(dtype)
+def _factors_behind(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor | float:
+    """Return the factors (P, 1) or (P, I) behind an activation, 1.0 where there are none."""
+    factors = trace.behind(weights, recorded, dtype)
+    if factors is not None:
+        return factors
     if weights.name:
         raise ValueError(
             "trace: it was saved by an earlier version, without the router's weights; trace the prompt again."

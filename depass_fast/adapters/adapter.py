@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from . import experts
 from .dense import unusable_part
-from .ends import ModelEnds
 from .experts import ExpertAssignment, RoutedExpert
-from .family import Experts, Family, Observed, Path
+from .family import Experts, Observed, Path
+from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Latent, Linear, Norm
 from .paths import below, below_or_none, name_of
+from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
 from .tuned import inside
 from .weights import Attention, Layer, Mlp
@@ -32,7 +33,7 @@ AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down
 
 
 @dataclass(frozen=True)
-class Adapter(ModelEnds):
+class Adapter(LayerKinds):
     """A model and where its family keeps its parts. Nothing outside this package reads the declaration itself."""
 
     # -- the model ----------------------------------------------------------------------------------------------
@@ -41,14 +42,6 @@ class Adapter(ModelEnds):
     def config(self) -> Any:
         """The config that attention looks at: the text model's, where the model also sees."""
         return self.decoder.config
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self._below_model(self.family.layers)
 
     @property
     def decoder(self) -> nn.Module:
@@ -66,11 +59,6 @@ class Adapter(ModelEnds):
         """The device of the embedding; `device_map` may put later layers elsewhere."""
         return self.embedding.weight.device
 
-    @property
-    def is_parallel(self) -> bool:
-        """True if the MLP of a layer reads the same residual stream as its attention."""
-        return self.family.parallel
-
     # -- its attention ------------------------------------------------------------------------------------------
 
     @property
@@ -83,20 +71,15 @@ class Adapter(ModelEnds):
         """True if every query has, beside the keys' logits, a logit of nothing (gpt-oss)."""
         return self.family.sinks
 
-    @property
-    def selects(self) -> int | None:
-        """The most keys that a query sees, where an indexer selects them (sparse attention); None where none does."""
-        return next((kind.selects for kind in self.family.kinds or (self.family,) if kind.selects is not None), None)
-
     def has_indexer(self, index: int) -> bool:
         """True if layer ``index`` selects keys by itself; of several layers the first may do so for the others."""
         kind = self.kind(index)
         return kind.selects is not None and below_or_none(self.block(index), kind.indexer) is not None
 
-    def check_selects_nothing(self, what: str) -> None:
-        """Raise ValueError for sparse attention, which ``what`` does not know."""
-        if self.selects is not None:
-            raise ValueError(f"{what} does not know sparse attention, where an indexer selects the keys of a query.")
+    def chunks(self, index: int) -> bool:
+        """True if a query of layer ``index`` sees its own chunk of positions, of the window's size, and no other."""
+        window = self.family.window
+        return self.family.chunked and (window[index] if isinstance(window, tuple) else window) is not None
 
     def window(self, index: int, announced: int | None, implementation: str | None) -> int | None:
         """The sliding window of layer ``index`` in the model's own mask, given what its attention call announces.
@@ -145,7 +128,8 @@ class Adapter(ModelEnds):
     def one_by_one(self) -> bool:
         """True if every prompt needs a forward pass of its own.
 
-        That is so where attention is observed, where positions cannot be passed, where an indexer selects keys, and
+        That is so where attention is observed, where positions cannot be passed or a layer counts them by itself,
+        where an indexer selects keys, and
         where the rotary embedding depends on the longest of all positions. It is also so in float64 with a router: many
         compute in float32, and round otherwise beside other prompts.
         """
@@ -154,7 +138,8 @@ class Adapter(ModelEnds):
             "longrope" in str(kind) or "dynamic" in str(kind)
             for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
         )
-        alone = self.observed is not None or not self.takes_positions or self.selects is not None
+        counted = self.family.counts_positions or not self.takes_positions
+        alone = self.observed is not None or counted or self.selects is not None
         return alone or of_the_longest or narrow_router
 
     @property
@@ -187,49 +172,20 @@ class Adapter(ModelEnds):
         path, find = getattr(kind, part), below_or_none if part in kind.partial else below
         if path is None or not self.has_part(index, part):
             return None
+        if isinstance(path, str) and path.startswith("next."):  # a norm that stands in front of the next layer
+            return find(self.block(index + 1), path.removeprefix("next."))
         return find(self.block(index), path)  # get_submodule would check every step
-
-    def kind(self, index: int) -> Family:
-        """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
-        kinds = self.family.kinds
-        return self.family if kinds is None else kinds[index]
 
     def _home(self, index: int, part: str) -> int:
         """The layer that has the ``part`` of layer ``index``: another one where its keys and values are shared."""
         source = self.kind(index).source
         return source if source is not None and part in _OF_SOURCE else index
 
-    def has_attention(self, index: int) -> bool:
-        """True if layer ``index`` mixes positions: it has attention or a recurrence."""
-        return self.kind(index).attention is not None
-
-    def has_mlp(self, index: int) -> bool:
-        """True if layer ``index`` has an MLP or experts."""
-        return self.kind(index).mlp is not None
-
-    @property
-    def is_uniform(self) -> bool:
-        """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
-        every = [self.family] if self.family.kinds is None else self.family.kinds
-        return all(kind.is_plain for kind in every)
-
-    def check_uniform(self, what: str, advice: str = "") -> None:
-        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
-        if not self.is_uniform:
-            raise ValueError(
-                f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, or layers with less or more than the two."
-                f"{advice}"
-            )
-
-    def has_mixers(self) -> bool:
-        """True if any layer mixes positions by a recurrence."""
-        return any(self.kind(index).mixer is not None for index in range(self.n_layers))
-
-    def activates_values(self, index: int) -> bool:
-        """True if the values of layer ``index`` pass an activation."""
-        mixer = self.kind(index).mixer
-        return mixer is not None and mixer.value_ratio is not None
+    def beside(self, index: int) -> nn.Module:
+        """The module of the attention beside the recurrence of layer ``index``."""
+        beside = self.kind(index).beside
+        assert beside is not None and beside.attention is not None
+        return below(self.block(index), beside.attention)
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
@@ -239,7 +195,9 @@ class Adapter(ModelEnds):
 
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""
-        return stored_device(self.module(index, "o_proj" if self.has_attention(index) else "gate_proj"))
+        if self.has_attention(index):
+            return stored_device(self.module(index, "o_proj"))
+        return stored_device(self.module(index, "mlp" if self.is_mixture(index) else "gate_proj"))
 
     def norms(self) -> Iterator[tuple[nn.Module, Norm]]:
         """Every norm that components pass, with its module: on the residual stream, on an output, in a latent."""
@@ -257,7 +215,7 @@ class Adapter(ModelEnds):
         Only a ``linear_rule`` reads an MLP's up projection.
         """
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj"]
+        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj", "mlp_inner_norm"]
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
         modules += [module for part in parts if (module := self.module(index, part)) is not None]
@@ -294,12 +252,6 @@ class Adapter(ModelEnds):
         return next(name for name, found in self.model.named_modules() if found is module)
 
     # -- a mixture of experts -----------------------------------------------------------------------------------
-
-    @property
-    def experts_per_position(self) -> int:
-        """The number of experts that a router sends a position to; 0 in a model without mixtures."""
-        every = [self.family, *(self.family.kinds or ())]
-        return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
 
     def is_mixture(self, index: int) -> bool:
         """True if the MLP of layer ``index`` is a mixture of experts."""
@@ -341,7 +293,16 @@ class Adapter(ModelEnds):
         return Layer(mixing, self.mlps(index), self.kind(index).parallel)
 
     def attention(self, index: int) -> Attention:
-        """The weights of layer ``index``'s attention, or of its recurrence, alone."""
+        """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
+        both = self.sides(index)
+        return self._attention(index) if both is None else side_by_side(*both)
+
+    def sides(self, index: int) -> Sides | None:
+        """The weights of attention, and of the recurrence beside it, where layer ``index`` has both; else None."""
+        beside = self.kind(index).beside
+        return None if beside is None else (Adapter(self.model, beside)._attention(index), self._attention(index))
+
+    def _attention(self, index: int) -> Attention:
         kind, branch = self.kind(index), self._branch(index, "attention")
         head_dim = kind.value_dim or self._head_dim(index)
         if kind.source is not None:
@@ -360,6 +321,7 @@ class Adapter(ModelEnds):
             scales_heads=kind.mixer is not None or kind.head_scale is not None,
             value_norm=None if head_norm is None else self.made_norm(head_norm),
             source=kind.source,
+            reads=kind.reads,
         )
 
     def _check_source(self, index: int, source: int) -> None:
@@ -376,7 +338,8 @@ class Adapter(ModelEnds):
         kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)
         if kind.layer_factor is not None:
             branch["stream"] = Norm(below(block, kind.layer_factor), 0.0, is_factor=True)
-        return layer_mlps(block, kind, branch, self.is_mixture(index))
+        inner = self._norm(self.module(index, "mlp_inner_norm"))
+        return layer_mlps(block, kind, branch, self.is_mixture(index), inner)
 
     def has_part(self, index: int, part: str) -> bool:
         """True unless layer ``index`` lacks the branch that ``part`` belongs to."""
@@ -408,7 +371,10 @@ class Adapter(ModelEnds):
 
     def _branch(self, index: int, kind: str) -> dict[str, Any]:
         norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
-        return {"norm": norm, "output": output, "stream": stream, "factor": self.kind(index).factor}
+        factor, own = self.kind(index).factor, self.kind(index).mlp_factor
+        factor = factor if kind == "attention" or own is None else own
+        keeps = getattr(self.kind(index), f"{kind}_keeps")
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

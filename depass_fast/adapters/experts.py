@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..runtime.transfer import to_host
 from .activation import Activation
+from .chained import Chained
 from .family import Experts, Path, first_half, second_half
 from .maps import Linear
 from .paths import below, exists, name_of
@@ -23,7 +24,8 @@ from .weights import Mlp
 class RoutedExpert:
     """The work of one expert, the layer's MLP number ``part``: gates and activations (P, I) at ``positions`` (P,).
 
-    ``positions`` is None for all. ``router_weight`` (P,) is the factor of its output. The activations hold it.
+    ``positions`` is None for all. ``router_weight`` (P,) is the factor of its output, which the
+    activations hold; ``input_weight`` (P,) that of what it reads, if there is one.
     """
 
     part: int
@@ -32,6 +34,7 @@ class RoutedExpert:
     gate: Tensor
     act: Tensor
     router_weight: Tensor
+    input_weight: Tensor | None = None
 
 
 def has_router(block: nn.Module, experts: Experts) -> bool:
@@ -50,16 +53,23 @@ def expert_mlps(block: nn.Module, experts: Experts, branch: dict[str, Any]) -> t
 
 def expert_modules(block: nn.Module, experts: Experts) -> list[nn.Module | Stacked]:
     """The modules, or stacked tensors, that hold the weights of all experts."""
-    return [linear.module for part in _projections(block, experts) for linear in (part.gate, part.up, part.down)]
+    modules: list[nn.Module | Stacked] = (
+        [] if experts.latent is None else [below(block, path) for path in experts.latent]
+    )
+    for part in _projections(block, experts):
+        modules += [linear.module for linear in (part.gate, part.up, part.down) if linear is not None]
+    return modules
 
 
 def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
     """Have ``note`` called with weights and indices (T, K) of the chosen experts. Returns the function to undo it."""
     held, router = below(block, experts.experts), below(block, experts.router)
-    if not isinstance(held, nn.ModuleList) and router not in held.children():  # else it is the whole mixture
+    whole = isinstance(held, nn.ModuleList) or router in held.children()  # is `held`: nothing is handed to it
+    if not whole and not experts.weighs_input:
 
-        def handed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def handed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             note(*_choice((*args, *kwargs.values()), experts.dense))
+            return _as_wide(args, kwargs)
 
         return held.register_forward_pre_hook(handed, with_kwargs=True).remove
 
@@ -125,10 +135,15 @@ def route(
             if here.start == here.stop:
                 continue
             positions, on_host = assignment.positions[here], assignment.host_positions[here]
-            inputs, weight = x[positions], weights[here] * experts.factor
-        gate, up = part.gate.project(inputs), part.up.project(inputs)
-        act = (part.activation(gate, up) * weight).to(x.dtype)
-        done.append(RoutedExpert(index, positions, on_host, gate, act, weight.flatten().to(x.dtype)))
+            factor = experts.factor * experts.routed_factor
+            inputs, weight = x[positions], weights[here] * factor
+        of_input = None
+        if experts.weighs_input and positions is not None:
+            of_input, weight = weights[here].to(x.dtype), torch.full_like(weight, factor)
+            inputs = inputs * of_input
+        gate, up = part.gate.project(inputs), None if part.up is None else part.up.project(inputs)
+        act, of_input = (part.activation(gate, up) * weight).to(x.dtype), None if of_input is None else of_input[:, 0]
+        done.append(RoutedExpert(index, positions, on_host, gate, act, weight.flatten().to(x.dtype), of_input))
     return done
 
 
@@ -143,11 +158,23 @@ def _choice(values: tuple, dense: bool = False) -> tuple[Tensor, Tensor]:
     return (weights.gather(1, chosen) if dense or weights.shape != chosen.shape else weights), chosen
 
 
+def _as_wide(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments of experts with float64 in the place of float32, where they have both; None: as they are.
+
+    Some sum up in the dtype of their weights (Nemotron-H), so that a float64 model would round in float32.
+    """
+    both = {x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()}
+    if both != {torch.float32, torch.float64}:
+        return None
+    wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    return tuple(map(wide, args)), {name: wide(x) for name, x in kwargs.items()}
+
+
 @dataclass(frozen=True)
 class _Projections:
     name: str
     gate: Linear
-    up: Linear
+    up: Linear | None
     down: Linear
     activation: Activation
 
@@ -157,7 +184,7 @@ def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
     if isinstance(held, nn.ModuleList):
         yield from (_of_module(f"E{index}", module, experts) for index, module in enumerate(held))
     else:
-        yield from _of_stacks(held, experts)
+        yield from (_through_latent(part, block, experts) for part in _of_stacks(held, experts))
     if experts.shared is not None and exists(block, experts.shared):
         shared = _of_module("shared", below(block, experts.shared), experts)
         if shared.down.shape[1] > 0:  # DeepSeek without shared experts has an empty one
@@ -168,7 +195,8 @@ def _of_module(name: str, module: nn.Module, experts: Experts) -> _Projections:
     if experts.fused:
         gate, up = (Linear(below(module, experts.gate), half) for half in (first_half, second_half))
     else:
-        gate, up = (Linear(below(module, path)) for path in (experts.gate, experts.up))
+        gate = Linear(below(module, experts.gate))
+        up = None if experts.up is None else Linear(below(module, experts.up))
     return _Projections(name, gate, up, Linear(below(module, experts.down)), _activation(module, experts))
 
 
@@ -186,7 +214,7 @@ def _of_stacks(held: nn.Module, experts: Experts) -> Iterator[_Projections]:
     activation = _activation(held, experts)
     for index in range(len(down)):
         both = Stacked(gate_up, index, gate_up_bias, experts.transposed)
-        gate, up = (Linear(both, half) for half in halves)
+        gate, up = (Linear(both, half) for half in halves) if experts.up is not None else (Linear(both), None)
         wide = Linear(Stacked(down, index, down_bias, experts.transposed))
         yield _Projections(f"E{index}", gate, up, wide, activation)
 
@@ -199,6 +227,16 @@ def _of_flat_stacks(held: nn.Module, experts: Experts, count: int) -> Iterator[_
             for stack, transposed in zip(stacks, (False, False, True), strict=True)
         )
         yield _Projections(f"E{index}", gate, up, down, activation)
+
+
+def _through_latent(part: _Projections, block: nn.Module, experts: Experts) -> _Projections:
+    """An expert with the projections to and from the latent that it works in, if there is one."""
+    if experts.latent is None:
+        return part
+    inner, outer = (Linear(below(block, path)) for path in experts.latent)
+    up = None if part.up is None else Chained(part.up.module, part.up.part, inner=inner)
+    gate, down = Chained(part.gate.module, part.gate.part, inner=inner), Chained(part.down.module, outer=outer)
+    return replace(part, gate=gate, up=up, down=down)
 
 
 def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:

@@ -26,7 +26,8 @@ class Experts:
 
     The weights and indices (T, K) of a position's experts are those that the model passes to its module of experts.
     Where the experts are a list of modules (older transformers), the router's output is taken. Where that is logits
-    alone, it is their softmax and the top k of it, or the result of ``decide(layer, output)``.
+    alone, it is their softmax and the top k of it, or the result of ``decide(layer, output)``. So it is with
+    ``weighs_input``.
 
     The experts of a layer are two tensors below ``experts``, named by ``stacks``: (E, 2I, D) and (E, D, I), or
     ``transposed``. The rows of the first are all gates and then all ups, or ``interleaved``. Biases have the same names
@@ -45,7 +46,7 @@ class Experts:
     transposed: bool = False
     interleaved: bool = False
     gate: str = "gate_proj"
-    up: str = "up_proj"
+    up: str | None = "up_proj"  # None: ungated, ``gate`` and the first of ``stacks`` are the only way in
     down: str = "down_proj"
     fused: bool = False  # ``gate`` is both projections, [gate; up]
     act_fn: Path = "act_fn"  # below an expert, or below ``experts``
@@ -54,6 +55,9 @@ class Experts:
     shared: Path | None = None  # an expert that every position goes through
     shared_gate: Path | None = None  # the logit of that expert's weight
     factor: float = 1.0  # of every expert's output, beside the router's weight
+    routed_factor: float = 1.0  # the same, of all experts but the shared one
+    latent: tuple[Path, Path] | None = None  # projections (without biases) around all experts but the shared one
+    weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
     beside: Beside | None = None
 
 
@@ -152,11 +156,17 @@ class Family:
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
+    # factors of the sum of the stream and what attention, or the MLP, adds to it
+    attention_keeps: float = 1.0
+    mlp_keeps: float = 1.0
+    mlp_factor: float | None = None  # that of the MLP, where it is another one
+    reads: float = 1.0  # the factor of what attention reads behind its norm, of one that is ``beside`` or has it
 
     kinds: tuple[Family, ...] | None = None  # the declaration of every layer, where these are of several kinds
 
     attention: Path | None = "self_attn"  # None: the layer does not mix positions
     mixer: Mixer | None = None  # the attention is a recurrence
+    beside: Family | None = None  # softmax attention beside a ``mixer``, on the same normed input: they are added
     head_scale: HeadScale | None = None  # between the heads and `o_proj`
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None
@@ -192,6 +202,8 @@ class Family:
     alibi: bool = False  # `observed` gives a `key_bias`
     # the window of all layers, or of each, where no attention call announces it
     window: int | tuple[int | None, ...] | None = None
+    chunked: bool = False  # these windows are chunks: a query sees those before it in its own one
+    counts_positions: bool = False  # some layer counts positions by itself, whatever positions are passed
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     # the most keys that a query sees, where an indexer selects them and the attention call announces them (`indices=`)
     selects: int | None = None
@@ -202,6 +214,7 @@ class Family:
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
     mlp_stream_norm: Path | None = None
+    mlp_inner_norm: Path | None = None  # a norm (without β) between the activation and the down projection
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
     up_proj: Path | None = "mlp.up_proj"  # None: the MLP is ungated
@@ -219,7 +232,8 @@ class Family:
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
-        return bool(self.attention and self.mlp) and all(one is None for one in more)
+        keeps = self.attention_keeps == self.mlp_keeps == 1.0
+        return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 
 
 def third(index: int) -> Part:

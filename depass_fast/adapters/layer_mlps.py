@@ -16,11 +16,18 @@ from .paths import below
 from .weights import GATE, Mlp
 
 
-def layer_mlps(block: nn.Module, kind: Family, branch: dict[str, Any], is_mixture: bool) -> tuple[Mlp, ...]:
-    """All MLPs of a layer. ``branch`` holds the norms and the factor that the family declares of its MLP."""
+def layer_mlps(
+    block: nn.Module, kind: Family, branch: dict[str, Any], is_mixture: bool, inner: Norm | None = None
+) -> tuple[Mlp, ...]:
+    """All MLPs of a layer. ``branch`` holds the norms and the factors that the family declares of its MLP.
+
+    ``inner`` is a norm in front of the down projection. Raises ValueError if no neuron can carry it.
+    """
+    if inner is not None and (inner.bias is not None or inner.centred):
+        raise ValueError("model: the norm inside its MLP has a bias or a mean, which no neuron can carry.")
     mixture = kind.experts if is_mixture else None
     if mixture is None:
-        found: tuple[Mlp, ...] = (dense_mlp(block, kind, branch),)
+        found: tuple[Mlp, ...] = (replace(dense_mlp(block, kind, branch), inner=inner),)
     elif mixture.beside is None:
         found = experts.expert_mlps(block, mixture, branch)
     else:
@@ -39,10 +46,12 @@ def beside_modules(block: nn.Module, beside: Beside) -> tuple[nn.Module, nn.Modu
 
 
 def inner_norms(block: nn.Module, kind: Family, is_mixture: bool) -> list[nn.Module]:
-    """The norms of heads' values, of a mixture beside an MLP, and behind a gate of the token's embedding."""
+    """The norms of heads' values, in an MLP, of a mixture beside one, and behind a gate of the token's embedding."""
     found = []
     if kind.v_head_norm is not None and kind.source is None:
         found.append(below(block, kind.v_head_norm))
+    if kind.mlp_inner_norm is not None and not is_mixture:
+        found.append(below(block, kind.mlp_inner_norm))
     if kind.input_gate is not None:
         found.append(below(block, kind.input_gate.output_norm))
     if is_mixture and kind.experts is not None and kind.experts.beside is not None:
@@ -67,6 +76,7 @@ def _gate(block: nn.Module, gate: InputGate, stream: Norm | None) -> Mlp:
         output=plain_norm(below(block, gate.output_norm)),
         stream=stream,
         factor=1.0,
+        keeps=1.0,
         gate=Linear(below(block, gate.gate)),
         down=Linear(below(block, gate.down)),
         name=GATE,

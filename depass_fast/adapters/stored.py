@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from .quantised import dequantised, is_quantised
 from .tuned import at_work, is_tuned, tuned_bias, tuned_weight, why_unreadable
 
+_ROUNDING = ("BitLinear", "AutoBitLinear")  # BitNet's, of transformers' integration
+
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
@@ -81,6 +83,11 @@ def unreadable(module: Any) -> str | None:
         return why_unreadable(module) or unreadable(module.base_layer)
     if is_quantised(module):
         return None
+    if type(module).__name__ in _ROUNDING:
+        return (
+            f"{type(module).__name__} rounds its weight to three values and its input to 8 bits in every forward pass, "
+            "which no frozen number undoes; load the master weights (-bf16) without quantization_config."
+        )
     weight = getattr(module, "weight", None)
     if isinstance(module, Stacked):
         weight = module.stack  # of all experts: no need to look at each

@@ -31,16 +31,16 @@ REASONS: dict[str, str] = {
         ),
         _DECODER,
     ),
-    **dict.fromkeys(("beam", "laguna"), _GATED),
     **dict.fromkeys(("dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
-    **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), f"{_STATE} beside attention"),
+    **dict.fromkeys(
+        ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
+    ),
     **dict.fromkeys(
         (
             *(
                 "qwen4_exp",
                 "qwen4_exp_text",
             ),
-            "bailing_hybrid",
         ),
         f"{_DELTA}, and {_GATED}",
     ),
@@ -59,20 +59,15 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
     ),
-    **dict.fromkeys(
-        ("llama4", "llama4_text"), "the router's weights multiply what an expert reads; attention in chunks"
-    ),
-    "bitnet": "a norm between the attention's output and its output projection, and one inside the MLP",
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
     "diffllama": "differential attention: a difference of two softmaxes, with a norm behind it",
     "doge": "learned factors of the residual stream, and a mask that depends on values",
     "hrm_text": "a stack of layers that runs several times",
-    "jetmoe": "a mixture of attention heads: a router decides on their projections",
-    "longcat_flash": "two attentions and two MLPs in a layer, and a mixture across them",
-    "minimax": "linear attention layers, a recurrence (lightning attention)",
+    "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
+    "longcat_flash": "two attentions and MLPs in a layer, and a mixture that reads before the second and adds after it",
     "mllama": "cross-attention layers, which are skipped without an image",
-    "modernbert-decoder": "its head has an activation and a norm behind the last layer",
+    "modernbert-decoder": "a projection with an activation and a norm stands between last layer and unembedding",
     "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",

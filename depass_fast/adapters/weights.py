@@ -25,13 +25,15 @@ class Branch:
     """The common part of attention and MLP: the norm that they read through, and how they write.
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
-    of the residual stream itself, after the branch has been added (OPT-350m).
+    of the residual stream itself, after the branch has been added (OPT-350m). In front of it the sum is multiplied by
+    ``keeps`` (MiniMax).
     """
 
     norm: Norm | None
     output: Norm | None
     stream: Norm | None
     factor: float
+    keeps: float
 
     def scale(self, resid: Tensor) -> Tensor:
         """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
@@ -96,6 +98,7 @@ class Attention(Branch):
     (``is_recurrent``). With ``scales_heads``, what the heads give is scaled by channel before ``o`` reads it.
     ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
     one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream entering it.
+    ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
     """
 
     v: Linear | Latent
@@ -108,6 +111,7 @@ class Attention(Branch):
     scales_heads: bool = False
     value_norm: Norm | None = None
     source: int | None = None
+    reads: float = 1.0
 
     @property
     def w_v(self) -> Tensor:
@@ -194,6 +198,7 @@ class Mlp(Branch):
     name: str = ""
     up: Linear | None = None
     activation: Activation | None = None
+    inner: Norm | None = None  # a norm between the activation and ``down``
 
     @property
     def is_routed(self) -> bool:

@@ -115,7 +115,7 @@ def _recurrence(
     constant: Tensor | None,
     share: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return what the heads of a recurrence give for values (N, M, H·d), position by position.
+    """Return what the heads of a recurrence, and of a softmax beside it, give for values (N, M, H·d).
 
     ``share`` gives the shares (N, M, H·d) of the values' activation, where that is not frozen at its ratio.
     """
@@ -134,9 +134,22 @@ def _recurrence(
     elif trace.value_ratio is not None:
         values = values * trace.value_ratio[where].to(dtype)[:, None]
     values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
-    q, k, decay = (_of_heads(x[where].to(dtype), weights.n_heads) for x in (trace.q, trace.k, frozen.decay))
+    beside = 0 if trace.beside is None else trace.beside.q.shape[1]  # the first heads have a softmax
+    parts = [_recurred(trace, values[:, :, beside:], where)]
+    if trace.beside is not None:
+        p = attention_probabilities(trace.beside, where, torch.arange(len(where), device=where.device), dtype)
+        parts.insert(0, torch.einsum("hqk,kmhd->qmhd", p, values[:, :, :beside]))
+    out = torch.cat(parts, 2).flatten(2)
+    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+
+
+def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:
+    """Return what a recurrence makes of shaped values (N, M, H, d), position by position."""
+    frozen, dtype, heads = trace.recurrence, values.dtype, values.shape[2]
+    assert frozen is not None
+    q, k, decay = (_of_heads(x[where].to(dtype), heads) for x in (trace.q, trace.k, frozen.decay))
     decay = decay if frozen.rates is None else decay * frozen.rates.to(dtype)
-    write = values.new_ones(len(values), weights.n_heads) if frozen.write is None else frozen.write[where].to(dtype)
+    write = values.new_ones(len(values), heads) if frozen.write is None else frozen.write[where].to(dtype)
     state, out = values.new_zeros(*values.shape[1:3], k.shape[2], values.shape[3]), torch.empty_like(values)
     for t, x in enumerate(values):  # x (M, H, d), state (M, H, n, d)
         state = state * decay[t].exp()[..., None]
@@ -144,10 +157,7 @@ def _recurrence(
             x = x - torch.einsum("mhnd,hn->mhd", state, k[t])
         state = state + torch.einsum("hn,mhd->mhnd", k[t], x * write[t][:, None])
         out[t] = torch.einsum("mhnd,hn->mhd", state, q[t])
-    if frozen.skip is not None:
-        out = out + values * frozen.skip.to(dtype)[:, None]
-    out = out.flatten(2)
-    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    return out if frozen.skip is None else out + values * frozen.skip.to(dtype)[:, None]
 
 
 def _convolved(values: Tensor, taps: Tensor) -> Tensor:
@@ -212,7 +222,7 @@ def _allocated(allocation: Allocation, weights: Mlp, trace: MlpTrace, layout: La
     where, local = (torch.from_numpy(at[segments]).to(x.device) for at in (layout.packed, layout.local))
     constant, recorded = weights.gate_constant(x.dtype), trace.rows(where)
     gates = Gates(
-        values=_projected(weights.w_gate, constant, weights.norm, x, trace.resid[where], bias),
+        values=_projected(weights.w_gate, constant, weights.norm, _weighted(trace, x, where), trace.resid[where], bias),
         total=trace.gate[recorded].to(x.dtype),
         alive=(x != 0).any(-1),
         excluded=_excluded(components, local),
@@ -230,10 +240,16 @@ def _excluded(components: Components, positions: Tensor) -> Tensor:
     return excluded & (births != positions[:, None])
 
 
+def _weighted(trace: MlpTrace, x: Tensor, where: Tensor) -> Tensor:
+    """Return components (N, M, D) times the factor of what an expert reads."""
+    weight = trace.input_weight
+    return x if weight is None else x * weight[trace.rows(where)].to(x)[:, None, None]
+
+
 def _linearly(rule: str, weights: Mlp, trace: MlpTrace, where: Tensor, x: Tensor, bias: int | None) -> Tensor:
     """Return the shares (N, M, I) that a linear rule gives components ``x`` (N, M, D)."""
     c = linear_shares(rule, weights, trace, trace.rows(where), x.dtype)
-    read = (weights.norm, x, trace.resid[where], bias)
+    read = (weights.norm, _weighted(trace, x, where), trace.resid[where], bias)
     shares = _projected(weights.w_gate, weights.gate_constant(x.dtype), *read) * c.gate[:, None]
     if c.up is not None:
         shares += _projected(weights.w_up, weights.up_constant(x.dtype), *read) * c.up[:, None]

@@ -82,7 +82,8 @@ class StreamBackend(TorchBackend):
     def expect(self, layer: Layer, trace: LayerTrace, allocation: Allocation) -> None:
         first = [part for part in trace.mlps if not layer.mlps[part.part].follows]
         alone = len(first) == 1 and first[0].positions is None
-        if self.known is None and alone and layer.attention.stream is None and allocation.linear_rule is None:
+        same = layer.attention.stream is None and layer.attention.keeps == 1.0  # for the MLP, as attention left it
+        if self.known is None and alone and same and allocation.linear_rule is None:
             self._next = layer.mlps[trace.mlps[0].part], trace.mlps[0], allocation, layer.parallel
 
     # -- first pass -------------------------------------------------------------------------------------------------

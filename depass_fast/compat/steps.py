@@ -21,6 +21,7 @@ from ..propagation.run import Run
 from ..runtime.precision import full_precision
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
+from ..trace.attention import causal_mask
 from ..trace.record import AttentionTrace, LayerTrace, Trace
 from . import utils
 from .kept import KeptTrace
@@ -246,8 +247,7 @@ def _mask(attention: AttentionTrace) -> Tensor | None:
     if bias is None and (window is None or window >= count):
         return None
     places = torch.arange(count, device=attention.q.device)
-    back = places[:, None] - places
-    seen = (back >= 0) & (back < (count if window is None else window))
+    seen = causal_mask(places, count, window, attention.chunked)
     if bias is None:
         return seen[None, None]
     return bias.T[None, :, None].masked_fill(~seen, -torch.inf)

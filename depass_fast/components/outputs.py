@@ -131,7 +131,8 @@ class LayerOutputs:
             y = after[self.span].to(self.dtype) - stream.apply(before[self.span].to(self.dtype), None)
             return y if constant is None else y - constant
         total = record.attention_sum if module == "attention" else record.mlp_sum  # before a norm of the stream
-        y = (after if total is None else total)[self.span].to(self.dtype) - before[self.span].to(self.dtype)
+        keeps = self._of(module)[0].keeps
+        y = (after if total is None else total)[self.span].to(self.dtype) / keeps - before[self.span].to(self.dtype)
         y = self.through_stream(y, module)
         return y if constant is None else y - constant
 
@@ -144,8 +145,11 @@ class LayerOutputs:
         return beta if constant is None else constant + beta
 
     def through_stream(self, y: Tensor, module: str) -> Tensor:
-        """A part of the stream, (N, ..., D) or (D,), after the norm of the stream behind a module, without its β."""
+        """A part of the stream, (N, ..., D) or (D,), after factor and norm of the stream behind a module, without β."""
         stream = self._stream(module)
+        if module != "mlp" or self.mlps:
+            keeps = self._of(module)[0].keeps
+            y = y if keeps == 1.0 else y * keeps
         if stream is None or stream.is_factor:
             return y if stream is None else stream.apply(y, None)
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
@@ -169,7 +173,7 @@ class LayerOutputs:
         for part in (self.record.mlps[index] for index in self.reached()):
             mlp, act = self.mlps[part.part], part.dense(part.act, self.span)
             stored, numbers_of_part = mlp.w_down, act
-            if mlp.output is not None or mlp.factor != 1.0 or mlp.stream is not None:
+            if mlp.output is not None or mlp.factor != 1.0 or mlp.keeps != 1.0 or mlp.stream is not None:
                 stored, numbers_of_part = self._written_factors(mlp, part, act)
             numbers.append(numbers_of_part)
             vectors.append(stored.T)
@@ -193,7 +197,7 @@ class LayerOutputs:
 
     def _written_factors(self, mlp: Mlp, part: MlpTrace, act: Tensor) -> tuple[Tensor, Tensor]:
         """W_down and activations (N, I) with the norms and factors between a neuron and the stream in them."""
-        w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype)
+        w_down, numbers = mlp.writing(mlp.w_down, self.dtype), act.to(self.dtype) * mlp.keeps
         if part.out_scale is not None:
             numbers = numbers * part.out_scale[self.span, None].to(self.dtype)
         if mlp.stream is not None and mlp.stream.is_factor:

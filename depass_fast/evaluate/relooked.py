@@ -37,7 +37,7 @@ class _Held:
         known = id(module) in self.places  # a pruned model's layers keep their old numbers
         index = self.places[id(module)] if known else module.layer_idx
         one = self.layers[index]
-        out, _ = causal_attention(q, k, v, one.scale, one.window, one.softcap, sinks=sinks)
+        out, _ = causal_attention(q, k, v, one.scale, one.window, one.softcap, sinks=sinks, chunked=one.chunked)
         if index == self.layer:
             values = v[:, self.head // (q.shape[1] // v.shape[1])]  # (B, N, d)
             out[:, self.head] = (self.probabilities.to(values.dtype) @ values).to(out.dtype)

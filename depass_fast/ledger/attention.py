@@ -163,7 +163,8 @@ class WayThroughAttention:
         q = q[tile.prompts, tile.queries, tile.heads].to(wide)
         q = q.unflatten(2, (-1, tile.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (b, hkv, G·Q', d)
         k = k[tile.prompts, tile.keys, tile.kv].to(wide).permute(0, 2, 3, 1)  # (b, hkv, d, K)
-        mask = batch.mask(tile.prompts, tile.queries, tile.keys, trace.window, wide)[:, None, None]  # (b, 1, 1, Q', K)
+        kind = trace.window, trace.chunked
+        mask = batch.mask(tile.prompts, tile.queries, tile.keys, *kind, wide)[:, None, None]  # (b, 1, 1, Q', K)
         mask = mask.expand(-1, k.shape[1], tile.groups, -1, -1).expand(len(k), -1, -1, -1, -1).flatten(2, 3)
         if trace.softcap is None:
             logits = torch.baddbmm(mask.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1), alpha=trace.scale)

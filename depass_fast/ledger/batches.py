@@ -46,7 +46,15 @@ class Batch:
         b, n = self.keys.shape
         return x[self.first : self.first + b * n].view(b, n, *x.shape[1:]) if self.filled is None else x[self.keys]
 
-    def mask(self, prompts: slice, queries: slice, keys: slice, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(
+        self,
+        prompts: slice,
+        queries: slice,
+        keys: slice,
+        window: int | None,
+        chunked: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Return -inf where a query does not see a key, else zero: (b, Q', K), b = 1 where all prompts are alike.
 
         All layers share it.
@@ -54,13 +62,15 @@ class Batch:
         alike = self.causal and self.padded is None
         which = (0 if alike else prompts.start, 1 if alike else prompts.stop)
         at = (queries.start, queries.stop, keys.start, keys.stop)
-        if alike:  # only the distance of queries and keys counts
+        if alike and not chunked:  # only the distance of queries and keys counts
             at = (queries.start - keys.start, queries.stop - queries.start, keys.stop - keys.start)
-        key = (*which, *at, window, dtype)
+        key = (*which, *at, window, chunked, dtype)
         if key not in self._masks:
             local = self.local[slice(*which), queries, None]
             places = torch.arange(keys.start, keys.stop, device=local.device)
-            hidden = places > local if window is None else (places > local) | (places <= local - window)
+            hidden = places > local
+            if window is not None:
+                hidden |= places < (local // window * window if chunked else local - window + 1)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=local.device).masked_fill_(hidden, -torch.inf)
             if mask.numel() > _KEPT:
                 return mask

@@ -102,20 +102,23 @@ class WayThroughMlp:
         constants = weights.gate_constant(dtype), None if w_up is None else weights.up_constant(dtype)
         scores, found = [], []
         dtypes = dtype, self.compute, trace.act.dtype
-        curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
+        curve = None
+        if weights.inner is None:  # the kernels know no factor by neuron
+            curve = kernel_curve(self.rule, weights, constants, written.device, *dtypes)
         for places in self._places(trace, len(written) * len(w_gate) * dtype.itemsize * _HELD, written.device):
             if curve is not None:
-                up = None if w_up is None or normed is None else product(normed[places.at], w_up.T)
+                up = None if w_up is None or normed is None else product(self._read(normed, trace, places), w_up.T)
                 y = product(written[:, places.at], w_down)
                 of_ups, of_neurons = self._by_kernel(y, up, trace, places, curve)
                 scores.append(of_neurons if scored is None else self._scores(scored, trace, places, w_down, dtype))
                 back = product(y, w_gate)
-                read.add(places, back if of_ups is None or w_up is None else _added(back, of_ups, w_up))
+                back = back if of_ups is None or w_up is None else _added(back, of_ups, w_up)
+                read.add(places, _weighted(back, trace, places))
                 continue
             y = product(written[:, places.at], w_down).to(dtype)  # (R, a, I)
             up = None
             if w_up is not None and normed is not None:
-                up = product(normed[places.at], w_up.T).to(dtype)
+                up = product(self._read(normed, trace, places), w_up.T).to(dtype)
                 up = up if constants[1] is None else up + constants[1]
             shares = linear_shares(self.rule, weights, trace, places.recorded, dtype, up)
             if with_neurons and scored is not None:
@@ -128,7 +131,7 @@ class WayThroughMlp:
             back = product((y * shares.gate).to(self.compute), w_gate)
             if shares.up is not None and w_up is not None:
                 back = _added(back, (y * shares.up).to(self.compute), w_up)
-            read.add(places, back)
+            read.add(places, _weighted(back, trace, places))
         neurons = sum(scores[1:], scores[0]) if scores else self._nothing(read.like, len(w_gate))
         return neurons, sum(found[1:], found[0]) if found else None
 
@@ -136,6 +139,10 @@ class WayThroughMlp:
         """Return the scores of neurons (R, P, I), given gradients (R, A, D) of what they write."""
         y = product(scored[:, places.at], w_down).to(dtype)
         return self.packing.sum_at(y * trace.act[places.recorded].to(dtype), places.packed)
+
+    def _read(self, normed: Tensor, trace: MlpTrace, places: Places) -> Tensor:
+        """Return what an MLP reads at some places, of what it reads everywhere (A, D): (a, D)."""
+        return _weighted(normed[places.at], trace, places)
 
     def _nothing(self, like: Tensor, n_neurons: int) -> Tensor:
         return like.new_zeros(len(like), self.packing.n_prompts, n_neurons)
@@ -210,6 +217,12 @@ class _Sum:
             self._total[:, places.at] += back
         else:
             self._total.index_add_(1, places.at, back.to(self._total))
+
+
+def _weighted(x: Tensor, trace: MlpTrace, places: Places) -> Tensor:
+    """Return x (..., a, D) times the factor of what an expert reads."""
+    weight = trace.input_weight
+    return x if weight is None else x * weight[places.recorded, None].to(x)
 
 
 def _added(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

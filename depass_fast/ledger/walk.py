@@ -227,6 +227,7 @@ class _WayBack:
         """Take the gradients back through a norm of the stream behind a branch; return what its β is worth (R, P)."""
         norm = branch.stream
         if norm is None:
+            self._back = self._back if branch.keeps == 1.0 else self._back * branch.keeps
             return None
         if norm.is_factor:
             self._back = norm.transposed(self._back, None)
@@ -236,6 +237,7 @@ class _WayBack:
         scale = norm.scale((total if at is None else total[at]).to(self._back.dtype))
         beta = None if norm.bias is None else self._packing.sum(self._back @ norm.bias.to(self._back), self._partial)
         self._back = norm.transposed(self._back, scale)
+        self._back = self._back if branch.keeps == 1.0 else self._back * branch.keeps
         return beta
 
     def _add(self, own: dict[int, Tensor] | None, index: int, worth: Iterable[Tensor | None]) -> None:

@@ -47,7 +47,7 @@ def explain(
 ) -> Explained:
     """Share out the logits of ``heads`` at local position ``query`` over the ``keys`` that it sees."""
     device, n = sides.q.device, query + 1
-    first = 0 if trace.window is None else max(0, n - trace.window)
+    first = trace.first_seen(query)
     found = logits_of(sides, trace, span, slice(None), torch.tensor([query], device=device), n)
     which = torch.tensor(heads, device=device)
     values, ratio = found.values[which, 0], found.ratio[which, 0]  # (H, K'), (H, N)

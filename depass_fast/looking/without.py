@@ -45,7 +45,7 @@ def looks_without(
     if side in (QUERY, BOTH):
         q = _left(rows, sides.of_q, sides.q, x, query, norms_react)[:, which]
     raw = q.new_zeros(len(which), m, 1, n)
-    for key in range(0 if trace.window is None else max(0, n - trace.window), n):
+    for key in range(trace.first_seen(query), n):
         k = sides.k[key, kv]
         if side in (KEY, BOTH):
             k = _left(rows, sides.of_k, sides.k, x, key, norms_react)[:, kv]

@@ -64,7 +64,7 @@ def through_attention(
     if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
         attention = replace(attention, value_rule=run.value_rule)
     state = run.operations.aggregate_ov(state, layer.attention, attention, queries, values)
-    normalise(state, layer.attention.stream, record.attention_sum)
+    normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
     return state, source
 
 
@@ -86,7 +86,7 @@ def through_mlp(
             read = None if source is None else source.take(segments)
             state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
     if layer.mlps:
-        normalise(state, layer.mlp.stream, record.mlp_sum)
+        normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
 
@@ -109,8 +109,13 @@ def copy_state(state: ComponentState) -> ComponentState:
     return ComponentState(copy.copy_(rows), state.layout, state.layer, state.site)
 
 
-def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None) -> None:
-    """Apply a norm of the residual stream itself to every component, in place, its scale frozen at ``resid`` (T, D)."""
+def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, keeps: float = 1.0) -> None:
+    """Multiply every component by ``keeps`` and apply a norm of the residual stream itself, in place.
+
+    The norm's scale is frozen at ``resid`` (T, D), the sum of all components.
+    """
+    if keeps != 1.0:
+        state.rows.mul_(keeps)
     if norm is None:
         return
     if norm.is_factor and norm.weight is not None:

@@ -59,12 +59,12 @@ def _compare(found: Consistency, adapter: Adapter, index: int, weights: Mlp, par
     rows = to_device(at, part.act.device)
     positions = rows if part.positions is None else part.positions[rows]
     resid = part.resid[positions]
-    up = None if weights.up is None else weights.up.project(normed(weights.norm, resid).to(resid))
+    read = normed(weights.norm, resid).to(resid)
+    read = read if part.input_weight is None else read * part.input_weight[rows, None].to(read)
+    up = None if weights.up is None else weights.up.project(read)
     act = weights.activation(part.gate[rows], up)
-    if part.router_weight is not None:
-        act = act * part.router_weight[rows, None]
-    if part.factor is not None:
-        act = act * part.factor[rows]
+    factors = part.behind(weights, rows, act.dtype)
+    act = act if factors is None else act * factors
     found.compare(
         f"layer {index}: {_what_differs(adapter, index, weights)}",
         part.act[rows],

@@ -26,22 +26,23 @@ def causal_attention(
     key_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     chosen_keys: Tensor | None = None,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
 
     ``key_bias`` (N, H) is added to the logits of keys. ``sinks`` (H,) are logits of nothing; with them the sums of P's
     rows are returned as well, (P, H, N) in float32 or wider, else None. ``chosen_keys`` (P, N, K) are those that
-    queries may see.
+    queries may see. ``window`` and ``chunked`` are those of the trace.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None and key_bias is None and sinks is None and chosen_keys is None:
-        return _fused(q, k, v, scale, window), None
-    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys)
+        return _fused(q, k, v, scale, window, chunked), None
+    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys, chunked)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, chunked: bool) -> Tensor:
     """Attention by torch's fused kernels, a window's worth of queries at a time: no mask of N x N."""
     n = q.shape[2]
     if window is None or window >= n:
@@ -49,7 +50,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) ->
     parts, size = [], max(window, 256)
     for begin in range(0, n, size):
         first, end = max(0, begin - window + 1), min(begin + size, n)
-        mask = causal_mask(torch.arange(begin, end, device=q.device), end, window)[:, first:]
+        mask = causal_mask(torch.arange(begin, end, device=q.device), end, window, chunked)[:, first:]
         part = (q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end])
         parts.append(nn.functional.scaled_dot_product_attention(*part, attn_mask=mask, scale=scale))
     return torch.cat(parts, dim=2)
@@ -65,6 +66,7 @@ def _tiled(
     key_bias: Tensor | None,
     sinks: Tensor | None,
     chosen_keys: Tensor | None,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention whose logits are changed before the softmax, some queries at a time, and the sums of P's rows."""
     n = q.shape[2]
@@ -76,7 +78,7 @@ def _tiled(
             logits = softcap * torch.tanh(logits / softcap)
         if key_bias is not None:
             logits = logits + key_bias.T[:, None]
-        seen = causal_mask(queries, n, window)
+        seen = causal_mask(queries, n, window, chunked)
         seen = seen if chosen_keys is None else (seen & selected(chosen_keys[:, queries], n))[:, None]
         logits.masked_fill_(~seen, -torch.inf)
         p = logits.softmax(-1)
@@ -87,16 +89,22 @@ def _tiled(
     return out, row_sum
 
 
-def causal_mask(queries: Tensor, n_keys: int, window: int | None) -> Tensor:
-    """True where a query position sees one of the first ``n_keys`` positions: (Q,) -> (Q, n_keys)."""
+def causal_mask(queries: Tensor, n_keys: int, window: int | None, chunked: bool = False) -> Tensor:
+    """True where a query position sees one of the first ``n_keys`` positions: (Q,) -> (Q, n_keys).
+
+    It sees the last ``window`` positions, or with ``chunked`` those in its own chunk of so many.
+    """
     keys = torch.arange(n_keys, device=queries.device)
     mask = keys <= queries[:, None]
-    return mask if window is None else mask & (keys > queries[:, None] - window)
+    if window is None:
+        return mask
+    first = queries // window * window if chunked else queries - window + 1
+    return mask & (keys >= first[:, None])
 
 
 def seen_keys(trace: AttentionTrace, span: slice, queries: Tensor, n_keys: int) -> Tensor:
     """True where local positions ``queries`` (Q,) of the prompt at ``span`` see one of its first keys: (Q, n_keys)."""
-    seen = causal_mask(queries, n_keys, trace.window)
+    seen = causal_mask(queries, n_keys, trace.window, trace.chunked)
     return seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[span][queries], n_keys)
 
 
@@ -117,7 +125,7 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    seen = causal_mask(queries, len(keys), trace.window)
+    seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
     seen = seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[keys[queries]], len(keys))
     p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
@@ -133,7 +141,8 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     k, q = trace.k[span].to(dtype), trace.q[span][queries].to(dtype)
     n, kv, groups = len(k), k.shape[1], q.shape[1] // k.shape[1]
     k, q = k.permute(1, 2, 0), q.unflatten(1, (kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (Hkv, d, N), (Hkv, G·Q, d)
-    mask = _mask(queries.start, queries.stop, n, groups, trace.window, dtype, q.device)  # (G·Q, N)
+    kind = trace.window, trace.chunked
+    mask = _mask(queries.start, queries.stop, n, groups, *kind, dtype, q.device)  # (G·Q, N)
     if trace.softcap is None:
         logits = torch.baddbmm(mask, q, k, alpha=trace.scale)
     else:
@@ -149,8 +158,15 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
 
 @lru_cache(maxsize=8)
 def _mask(
-    first: int, stop: int, n_keys: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device
+    first: int,
+    stop: int,
+    n_keys: int,
+    groups: int,
+    window: int | None,
+    chunked: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """-inf where a query from ``first`` on does not see a key, else zero: (G·Q, n_keys). All layers share it."""
-    seen = causal_mask(torch.arange(first, stop, device=device), n_keys, window).repeat(groups, 1)
+    seen = causal_mask(torch.arange(first, stop, device=device), n_keys, window, chunked).repeat(groups, 1)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
+from ..adapters.side_by_side import beside_each_other
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
 from .record import LayerTrace, MlpTrace, Trace
@@ -195,7 +196,10 @@ def _same_selection(got: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
 def _check_attention(
     found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
 ) -> None:
-    weights = adapter.attention(index)
+    weights, sides = adapter.attention(index), adapter.sides(index)
+    if sides is not None:
+        _check_sides(found, adapter, index, layer, record, at)
+        return
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
     read = rows(layer.attention.resid, at)
     recurrent = weights.is_recurrent
@@ -229,6 +233,42 @@ def _check_attention(
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else rows(layer.attention_sum, at)
     _check_write(found, name, weights, written, pre, after, mid)
+
+
+def _check_sides(
+    found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
+) -> None:
+    """Compare attention and the recurrence beside it: values of both, and what both write together."""
+    weights, sides = adapter.attention(index), adapter.sides(index)
+    assert sides is not None
+    name, pre, mid = (
+        f"layer {index}: {adapter.path(index, 'attention')}",
+        rows(layer.resid_pre, at),
+        rows(layer.resid_mid, at),
+    )
+    values, heads = (beside_each_other(sides, (record["beside"][key], record[key])) for key in ("values", "attended"))
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    computed = (
+        (
+            "reads something else than the norm of the residual stream",
+            values,
+            normed(weights.norm, pre),
+            weights.v,
+            pre,
+        ),
+        (
+            "writes something else than what the residual stream gains there",
+            mid.to(wide) - pre.to(wide),
+            heads,
+            weights.o,
+            mid,
+        ),
+    )
+    for what, got, read, linear, size in computed:
+        bias = None if linear.bias is None else linear.bias.to(wide)
+        ours = nn.functional.linear(read.to(wide), linear.weight.to(wide), bias)
+        sizes = (size,) if linear is weights.o else ()
+        found.compare(f"{name}, or the attention beside it, {what}", got.to(ours), ours, *sizes, tolerance=READING)
 
 
 def _mixture_tolerance(adapter: Adapter, weights: Attention, dtype: torch.dtype) -> float | None:
@@ -314,7 +354,7 @@ def _check_write(
     written, wide = normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
-        after.to(wide) - before.to(wide),
+        after.to(wide) / branch.keeps - before.to(wide),
         written.to(before),
         before,
         after,

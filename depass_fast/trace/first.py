@@ -65,15 +65,19 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
+    beside = attention.beside
+    if beside is not None:
+        beside = replace(beside, **_cut_fields(beside, cut, "resid", "q", "k"))
     kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "chosen_keys", "row_sum", *scales)
-    return replace(attention, recurrence=recurrence, **kept)
+    return replace(attention, recurrence=recurrence, beside=beside, **kept)
 
 
 def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     """Return what one MLP, or one expert, does at ``kept`` positions; None if none of them was sent to it."""
     common = _cut_fields(mlp, cut, "resid", "out_scale")
     if mlp.host_positions is None:
-        cuts = _cut_fields(mlp, cut, "gate", "act", "router_weight", "factor")
+        names = ("gate", "act", "router_weight", "input_weight", "inner_scale", "factor")
+        cuts = _cut_fields(mlp, cut, *names)
         return MlpTrace(**cuts, part=mlp.part, **common)
     rows = np.flatnonzero(np.isin(mlp.host_positions, kept))
     if not len(rows):
@@ -86,6 +90,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
         part=mlp.part,
         positions=to_device(positions, mlp.gate.device),
         router_weight=None if mlp.router_weight is None else mlp.router_weight[at],
+        input_weight=None if mlp.input_weight is None else mlp.input_weight[at],
         copied_positions=positions,
         **common,
     )

@@ -114,7 +114,8 @@ class LayerHooks:
     def _observe_mixer(self, mixer: Mixer) -> None:
         """Record a recurrence by the outputs of its projections, and replace what its heads give by ours."""
         module, names, recorder = self._module("attention"), mixer.projections, self.recorder
-        seen, values, attention = self._seen(names), self._seen_values(), self.attention
+        sides = self.adapter.sides(self.index)
+        seen, values, attention = self._seen(names), self._seen_values(), self.attention if sides is None else sides[1]
         assert attention is not None
 
         def by_prompt(x: Tensor, conv: nn.Conv1d, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:

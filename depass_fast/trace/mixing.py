@@ -37,6 +37,7 @@ class FrozenMixing:
         self._weights, self._trace, self._span, self._dtype = weights, trace, span, dtype
         self._frozen: RecurrenceTrace = trace.recurrence
         self.heads, self.positions = weights.n_heads, span.stop - span.start
+        self._softmax = 0 if trace.beside is None else trace.beside.q.shape[1]  # the first heads
         self._wide = torch.promote_types(dtype, torch.float32)
 
     def forward(self, values: Tensor, start: int = 0, scale: Tensor | None = None) -> Tensor:
@@ -73,6 +74,11 @@ class FrozenMixing:
             columns = matrix[:, start:].index_select(2, shown.flatten()).unflatten(2, shown.shape).transpose(1, 2)
             y[heads] = (columns @ x[heads]).transpose(1, 2)
         return self._given(y.flatten(2), start)
+
+    @property
+    def takes_single(self) -> bool:
+        """True if :meth:`forward_single` can be called: the recurrence is a matrix, with no softmax beside it."""
+        return self.is_short and not self._softmax
 
     @property
     def is_short(self) -> bool:
@@ -120,14 +126,37 @@ class FrozenMixing:
         return self._convolved(self._times(values, self._frozen.in_ratio, start), _ALL)
 
     def mixed(self, x: Tensor, start: int, transposed: bool = False) -> Tensor:
-        """Apply the recurrence, or its transpose, to shaped values (H, N - start, F)."""
+        """Apply the recurrence, or its transpose, to shaped values (H, N - start, F); and the softmax beside it."""
+        if self._softmax:
+            looked = self._looked(x[: self._softmax], start, transposed)
+            return torch.cat([looked, self._recurred(x[self._softmax :], start, transposed)])
+        return self._recurred(x, start, transposed)
+
+    def _looked(self, x: Tensor, start: int, transposed: bool) -> Tensor:
+        """Apply the probabilities of the first heads, some queries at a time, or their transpose."""
+        trace, n, out = self._trace.beside, self.positions, torch.zeros_like(x)
+        assert trace is not None
+        size = max(1, _MATRIX // (self._softmax * n))
+        for first in range(start, n, size):
+            queries = slice(first, min(first + size, n))
+            p, at = (
+                span_probabilities(trace, self._span, queries, self._wide).to(x),
+                slice(first - start, queries.stop - start),
+            )
+            if transposed:
+                out += p[..., start:].transpose(1, 2) @ x[:, at]
+            else:
+                out[:, at] = p[..., start:] @ x
+        return out
+
+    def _recurred(self, x: Tensor, start: int, transposed: bool) -> Tensor:
         if self.is_short:
             out = torch.empty_like(x)
             for heads, matrix in self._matrices():
                 part = matrix[:, start:, start:]
                 torch.bmm(part.transpose(1, 2) if transposed else part, x[heads], out=out[heads])
             return out
-        tensors = self._tensors(slice(0, self.heads), start)
+        tensors = self._tensors(slice(0, self._recurrent), start)
         if not transposed:
             y = scan(*tensors, self._frozen.corrects, x.to(self._wide)).to(x)
         else:
@@ -138,7 +167,7 @@ class FrozenMixing:
         return y if skip is None else y + x * skip.to(x)[:, None, None]
 
     def matrix(self, heads: slice) -> Tensor:
-        """Return the mixing matrices of some heads, signed and lower triangular: (h, N, N)."""
+        """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
         tensors = self._tensors(heads, 0)
         out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1))
@@ -150,21 +179,26 @@ class FrozenMixing:
     def _matrices(self) -> list[tuple[slice, Tensor]]:
         """Return the matrices of all heads, kept where they are few."""
         size = max(1, _MATRIX // self.positions**2)
-        if size >= self.heads:
-            return [(slice(0, self.heads), self._all)]
-        parts = (slice(first, min(first + size, self.heads)) for first in range(0, self.heads, size))
+        count = self._recurrent
+        if size >= count:
+            return [(slice(0, count), self._all)]
+        parts = (slice(first, min(first + size, count)) for first in range(0, count, size))
         return [(part, self.matrix(part)) for part in parts]
 
     @cached_property
     def _all(self) -> Tensor:
-        return self.matrix(slice(0, self.heads))
+        return self.matrix(slice(0, self._recurrent))
+
+    @property
+    def _recurrent(self) -> int:
+        return self.heads - self._softmax
 
     def _tensors(self, heads: slice, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return q, k, decay and write of some heads at positions from ``start`` on, as :func:`scan` takes them."""
         at = slice(self._span.start + start, self._span.stop)
 
         def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, N, ...)
-            group = self.heads // x.shape[1]
+            group = self._recurrent // x.shape[1]
             head = torch.arange(heads.start, heads.stop, device=x.device) // group
             return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
 

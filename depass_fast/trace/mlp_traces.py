@@ -44,7 +44,7 @@ def _dense(record: dict[str, Any], resid: Tensor, mlps: tuple[Mlp, ...], outer: 
     part = next(number for number, mlp in enumerate(mlps) if not (mlp.is_routed or mlp.follows))
     gate, act = record["gate"], record["act"]
     if "dense_scale" not in record:
-        return MlpTrace(resid, gate, act, out_scale=outer)
+        return MlpTrace(resid, gate, act, out_scale=outer, inner_scale=record.get("inner_scale"))
     assert outer is not None  # the norm on the sum
     weight = act.new_ones(len(act))
     return MlpTrace(resid, gate, act, part, out_scale=outer * record["dense_scale"], router_weight=weight)

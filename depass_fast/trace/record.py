@@ -53,6 +53,7 @@ class AttentionTrace:
     k: Tensor
     scale: float
     window: int | None = None  # a query sees the `window` last positions, itself included
+    chunked: bool = False  # of these, only those of its own chunk of `window` positions
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
@@ -66,6 +67,7 @@ class AttentionTrace:
     # of one run, and not recorded: the allocation that shares out the activation of a recurrence's values, which is
     # otherwise frozen at `value_ratio`
     value_rule: Any = None
+    beside: AttentionTrace | None = None  # of the first heads, which have a softmax beside a recurrence
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
     source: int | None = None  # the layer whose keys and values it takes
 
@@ -73,6 +75,12 @@ class AttentionTrace:
 
     def __post_init__(self) -> None:
         self._constants: dict[torch.dtype, Tensor | None] = {}  # the same at all positions; by dtype
+
+    def first_seen(self, query: int) -> int:
+        """The first position of its prompt that a query at local position ``query`` sees."""
+        if self.window is None:
+            return 0
+        return query // self.window * self.window if self.chunked else max(0, query + 1 - self.window)
 
     @property
     def is_plain(self) -> bool:
@@ -126,6 +134,8 @@ class MlpTrace:
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
     factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
+    inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection
+    input_weight: Tensor | None = None  # (P,) the factor of what an expert reads, behind the norm
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr
@@ -142,6 +152,7 @@ class MlpTrace:
             part=expert.part,
             positions=expert.positions,
             router_weight=expert.router_weight,
+            input_weight=expert.input_weight,
             copied_positions=expert.host_positions,
             **common,
         )
@@ -165,6 +176,28 @@ class MlpTrace:
             return None if bias is None else bias.to(dtype)
         weight = self.dense(self.router_weight, at) if isinstance(at, slice) else self.router_weight[self.rows(at)]
         return weight[:, None].to(dtype) * bias.to(dtype)
+
+    def scaled(self, scale: Tensor, packed: Tensor) -> Tensor:
+        """The norm's ``scale`` (S,) at ``packed`` positions (S,), times the factor of what an expert reads."""
+        weight = self.input_weight
+        return scale if weight is None else scale * weight[self.rows(packed)].to(scale)
+
+    def behind(self, weights: Mlp, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
+        """The frozen factors behind the activation at some ``rows``, (S, 1) or (S, I); None where there are none.
+
+        They are an expert's router weight, a norm in front of the down projection, or the token's embedding behind a
+        gate of it. ``act`` holds them.
+        """
+        if self.factor is not None:
+            return self.factor[rows].to(dtype)
+        if self.inner_scale is not None and weights.inner is not None:
+            scale = self.inner_scale[rows, None].to(dtype)
+            return (
+                scale.expand(-1, self.act.shape[1])
+                if weights.inner.weight is None
+                else scale * weights.inner.weight.to(dtype)
+            )
+        return None if self.router_weight is None else self.router_weight[rows, None].to(dtype)
 
     def rows(self, packed: Tensor) -> Tensor:
         """The rows of ``gate`` and ``act`` that hold ``packed`` positions (S,), all of which were sent here."""
@@ -218,7 +251,8 @@ class LayerTrace:
     def tensors(self) -> Iterator[Tensor]:
         """Every recorded tensor, some of them more than once."""
         recurrence = None if self.attention is None else self.attention.recurrence
-        for held in (self, self.attention, recurrence, *self.mlps):
+        beside = None if self.attention is None else self.attention.beside
+        for held in (self, self.attention, recurrence, beside, *self.mlps):
             if held is None:
                 continue
             named = vars(held).items()  # skips and rates are of the model, not of a position

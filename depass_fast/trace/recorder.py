@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
+from ..adapters.side_by_side import beside_each_other
 from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
@@ -35,6 +36,8 @@ class Recorder:
         self.adapter, self.is_checking = adapter, is_checking
         layers = [index for index in range(adapter.n_layers) if adapter.has_attention(index)]
         self.places = {id(adapter.module(index, "attention")): index for index in layers}
+        besides = (index for index in layers if adapter.kind(index).beside is not None)
+        self.places |= {id(adapter.beside(index)): index for index in besides}
         self._one_prompt = adapter.has_mixers()  # beside others, a recurrence of the model's own would go on
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
@@ -74,9 +77,11 @@ class Recorder:
 
         ``key_bias`` maps a prompt's length N to what is added to its keys' logits, (N, H). ``sinks`` (H,) are logits of
         nothing that every query also has. ``indices`` (1, T, K) are the keys that an indexer selected for every
-        query, of one prompt alone. ``mask`` holds ``scale``, ``window`` and ``softcap``.
+        query, of one prompt alone. ``mask`` holds ``scale``, ``window``, ``softcap`` and ``chunked``.
         """
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
+        if self.adapter.kind(index).beside is not None:
+            record = record.setdefault("beside", {})
         for name, x in (("q", q), ("k", k)):
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
         changed = (mask["softcap"], key_bias, sinks, indices)
@@ -129,7 +134,8 @@ class Recorder:
 
     def mix(self, index: int, mixer: Mixer, recurrence: Recurrence, raw: Tensor) -> Tensor:
         """Record a recurrence, and apply it to raw values (T, H·d) with their constants: (T, H·d)."""
-        record, weights = self.layers[index], self.adapter.attention(index)
+        record, sides = self.layers[index], self.adapter.sides(index)
+        weights = self.adapter.attention(index) if sides is None else sides[1]
         wide = torch.promote_types(raw.dtype, torch.float32)
         values, ratio = raw.to(wide), None
         if recurrence.in_ratio is not None:
@@ -197,6 +203,14 @@ class Recorder:
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         source = self.adapter.kind(index).source
         given = record if source is None else self.layers[source]  # what values and keys came from
+        out_ratio, beside, sides = record.get("out_ratio"), None, self.adapter.sides(index)
+        if sides is not None:
+            beside = AttentionTrace(
+                record["resid_pre"], record["beside"]["q"], record["beside"]["k"], **record["beside"]["mask"]
+            )
+            ratio, out_ratio = (
+                None if x is None else beside_each_other(sides, (None, x), 1.0) for x in (ratio, out_ratio)
+            )
         made = AttentionTrace(
             resid=given["resid_pre"],
             q=record["q"],
@@ -208,9 +222,10 @@ class Recorder:
             head_scales=given.get("head_scales"),
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
-            out_ratio=record.get("out_ratio"),
+            out_ratio=out_ratio,
             recurrence=recurrence,
             source=source,
+            beside=beside,
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
@@ -282,6 +297,7 @@ def _attention_function(
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
+    mask["chunked"] = recorder.adapter.chunks(index)
     return recorder.attend(index, query, key, value, sinks=s_aux, indices=indices, **mask), None
 
 

@@ -104,9 +104,10 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
     streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
-    scales = sum(branch.output is not None for branch in branches)
+    scales = sum(branch.output is not None for branch in branches) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
-    size += _mlps(layer.mlps, adapter.experts_per_position, item) + _beside(layer.mlps, adapter.hidden_size, item, wide)
+    size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
+    size += _beside(layer.mlps, adapter.hidden_size, item, wide)
     if attention is None:
         return size
     if attention.scales_heads:
@@ -141,16 +142,22 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
-    return (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    sides = adapter.sides(index)
+    if sides is None:
+        return size
+    return size + (sides[0].n_heads + sides[0].n_kv_heads) * sides[0].key_dim * item
 
 
-def _mlps(mlps: Sequence[Mlp], experts_per_position: int, item: int) -> int:
+def _mlps(mlps: Sequence[Mlp], experts_per_position: int, weighs_input: bool, item: int) -> int:
     """The bytes per position of the MLP, or of the experts that a position goes to."""
     routed = [mlp for mlp in mlps if mlp.is_routed]
     everywhere = [mlp for mlp in mlps if not mlp.is_routed]
     size = sum(2 * mlp.gate.shape[0] * item + _router_weight(mlp, item) for mlp in everywhere)
     if routed:
-        each = _INDEX + 2 * routed[0].gate.shape[0] * item + _router_weight(routed[0], item)
+        each = (
+            _INDEX + 2 * routed[0].gate.shape[0] * item + _router_weight(routed[0], item) * (2 if weighs_input else 1)
+        )
         size += experts_per_position * each
     return size
 

@@ -17,7 +17,7 @@ def test_what_a_branch_writes_is_linear_in_it(centred):
     """A norm of the output is folded into the weight in front of it: the mean goes before γ."""
     draw = torch.randn(4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     norm = Norm(draw[0, 0], 1e-5, draw[0, 1], centred)
-    branch, weight, x, scale = Branch(None, norm, None, 0.7), draw[1], draw[2], draw[3, 0].abs()
+    branch, weight, x, scale = Branch(None, norm, None, 0.7, 1.0), draw[1], draw[2], draw[3, 0].abs()
     folded = x @ branch.writing(weight, torch.float64).T * scale[:, None]
     assert torch.allclose(folded, branch.written(x @ weight.T, scale))
     y = x @ weight.T

@@ -18,6 +18,7 @@ import transformers
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.trace.recorder import Recorder
+from tests.support.added import added_by
 from tests.support.components import is_there, kinds
 from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
@@ -27,6 +28,7 @@ LENGTHS = (9, 1, 6)
 PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
+NARROW_INSIDE = ("beam",)  # families that compute activations in float32, whatever the model computes in
 SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's own, of every sum in three layers
 
 _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory
@@ -50,6 +52,11 @@ def backends(dtype, name="", label="", seed=0):
     able = [backend for backend, reason in backend_status(torch.device("cpu"), dtype).items() if reason is None]
     kernels = name in _FIRST.values() and seed == 0 and label == "tokens@0" and NEW
     return [backend for backend in able if backend != "triton" or kernels]
+
+
+def exact(name, dtype):
+    """The largest error that is allowed, relative to what there is."""
+    return max(EXACT[dtype], 1e-6 if VARIANTS[name][0] in NARROW_INSIDE else 0.0)
 
 
 def once(make):
@@ -148,8 +155,8 @@ def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family
             apart = largest_difference(result.scores, oracle.scores)
             family_results(name, f"completeness {str(dtype)[6:]}", error)
             family_results(name, f"agreement {str(dtype)[6:]}", apart)
-            assert error <= EXACT[dtype], (label, backend)
-            assert apart <= EXACT[dtype], (label, backend)
+            assert error <= exact(name, dtype), (label, backend)
+            assert apart <= exact(name, dtype), (label, backend)
             assert result.labels == oracle.labels
         family_results(name, "kinds", kind.kind)
 
@@ -162,8 +169,8 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     oracle = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="reference")
     result = dp.attribute(trace, Tokens(), targets(dp, trace), allocation=rule, method="exact", backend="torch")
     for one in (oracle, result):
-        assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= EXACT[dtype]
-    assert largest_difference(result.scores, oracle.scores) <= EXACT[dtype] and result.labels == oracle.labels
+        assert float(one.layer_errors.max().clamp_min(one.completeness_error)) <= exact(name, dtype)
+    assert largest_difference(result.scores, oracle.scores) <= exact(name, dtype) and result.labels == oracle.labels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -246,76 +253,28 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             mlp, up = mlps[part.part], None
             if mlp.up is not None:
                 resid = part.resid if part.positions is None else part.resid[part.positions]
-                up = resid * mlp.scale(resid)[:, None] @ mlp.reading(mlp.w_up, dtype).T
+                weight = 1.0 if part.input_weight is None else part.input_weight[:, None]
+                up = resid * mlp.scale(resid)[:, None] * weight @ mlp.reading(mlp.w_up, dtype).T
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)
-            assert (part.router_weight is None) == (mlp.name == "" or mlp.follows) and mlp.follows == (
-                part.factor is not None
-            )
-            act = act if part.router_weight is None else act * part.router_weight[:, None]
-            act = act if part.factor is None else act * part.factor
-            assert largest_difference(act, part.act) <= EXACT[dtype], (index, mlp.name)
-
-
-def behind_stream(norm, total, normed, added):
-    """Return what a branch adds, behind the norm of the sum: without what was in the stream before."""
-    before = total - added
-    std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-    return normed - (before - before.mean(-1, keepdim=True)) / std * norm.weight
-
-
-def beside(adapter, layer):
-    """Return the modules, by name, whose outputs the stream gains beside those of attention and MLP."""
-    block, gate = adapter.block(layer), adapter.kind(layer).input_gate
-    shared = getattr(block, "shared_mlp", None) if adapter.is_mixture(layer) else None
-    found = {"shared": shared, "embed": None if gate is None else block.get_submodule(gate.output_norm)}
-    return {name: part for name, part in found.items() if part is not None}
-
-
-def behind_layer(adapter, layer, seen, added):
-    """Return what MLPs add with a gate of the token's embedding among them, behind the layer's factor."""
-    added, factor = added + seen["embed"][1] if "embed" in seen else added, adapter.kind(layer).layer_factor
-    return added if factor is None else added * adapter.block(layer).get_buffer(factor)
+            assert (part.router_weight is None) == (mlp.name == "" or mlp.follows)
+            assert mlp.follows == (part.factor is not None)
+            factors = part.behind(mlp, slice(None), act.dtype)
+            act = act if factors is None else act * factors
+            assert largest_difference(act, part.act) <= exact(name, dtype), (index, mlp.name)
 
 
 @torch.no_grad()
 def test_heads_and_neurons_are_what_the_model_adds(name):
     """Heads and neurons with their constants sum to what an ordinary forward pass adds to the residual stream."""
-    dp = built(name)
-    adapter, ids = dp.adapter, PROMPTS[0]
-    trace = traced(name)
+    dp, trace = built(name), traced(name)
     for layer in (0, 1):
-        seen, handles = {}, []
-
-        def note(module, key, handles=handles, seen=seen):
-            def hook(module, args, output):
-                output = output[0] if isinstance(output, tuple) else output
-                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
-
-            handles.append(module.register_forward_hook(hook))
-
-        sparse = adapter.is_mixture(layer)
-        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
-        for branch, last in ((part, last) for part, last in ends.items() if adapter.module(layer, last) is not None):
-            note(adapter.module(layer, f"{branch}_output_norm") or adapter.module(layer, last), branch)
-            if adapter.module(layer, f"{branch}_stream_norm") is not None:
-                note(adapter.module(layer, f"{branch}_stream_norm"), f"{branch} stream")
-        for name_there, part in beside(adapter, layer).items():
-            note(part, name_there)
-        dp.model(ids[None])
-        for handle in handles:
-            handle.remove()
-        both = {"attention": Heads(layer), "mlp": Neurons(layer)}
+        both, added = {"attention": Heads(layer), "mlp": Neurons(layer)}, added_by(dp, PROMPTS[0], layer)
         for part, kind in ((part, kind) for part, kind in both.items() if is_there(dp, kind)):
             state = dp.start(trace, kind)
             named = [i for i, label in enumerate(state.labels) if label != "rest"]
-            factor = adapter.attention(layer).factor if part == "attention" else adapter.mlps(layer)[0].factor
-            added = (seen[part][1] + (seen["shared"][1] if "shared" in seen and part == "mlp" else 0.0)) * factor
-            added = behind_layer(adapter, layer, seen, added) if part == "mlp" else added
-            if f"{part} stream" in seen:
-                added = behind_stream(adapter.module(layer, f"{part}_stream_norm"), *seen[f"{part} stream"], added)
-            assert largest_difference(state.dense()[:, named].sum(1), added) <= 2e-5, (part, layer)
+            assert largest_difference(state.dense()[:, named].sum(1), added[part]) <= 2e-5, (part, layer)
 
 
 def test_labels_and_where_there_is_a_bias(name):
@@ -341,7 +300,7 @@ def test_labels_and_where_there_is_a_bias(name):
     biases = {path for path, _ in dp.model.named_parameters() if path.endswith("bias")}
     biases = {path for path in biases if not any(part in path for part in ("vision", "audio", "multi_modal"))}
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
-    only_looked_at += ("router", "correction_bias", "expert_bias")  # and a router's in the experts' weights
+    only_looked_at += ("router", "correction_bias", "expert_bias", "gate_bias")  # frozen
     only_looked_at += ("indexer",)  # and of what selects keys
     only_looked_at += ("dt_bias", "dt_proj")  # a recurrence's in its decay
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}

@@ -75,13 +75,11 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
     adapter = DePass(build_variant(name)).adapter
     for index, (block, size) in enumerate(zip(adapter.blocks, layer_sizes(adapter), strict=True)):
         mixing = adapter.module(index, "attention")
-        attention = set() if mixing is None else {id(weight) for weight in mixing.parameters()}
-        others = {
-            name for name, _ in block.named_parameters() if name.startswith("per_layer")
-        }  # of an embedding's gate
-        weights = [
-            w for name, w in block.named_parameters() if w.ndim > 1 and id(w) not in attention and name not in others
-        ]
+        mixes = [] if mixing is None else [mixing]
+        mixes += [adapter.beside(index)] if adapter.kind(index).beside is not None else []
+        others = {id(weight) for one in mixes for weight in one.parameters()}
+        others |= {id(w) for name, w in block.named_parameters() if name.startswith("per_layer")}  # an embedding's gate
+        weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in others]
         if adapter.is_mixture(index):
             assert size.has_up
         else:

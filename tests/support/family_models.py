@@ -29,6 +29,7 @@ from tests.support.family_shapes import (
 )
 from tests.support.gemma_models import GEMMAS
 from tests.support.late_variants import LATE_VARIANTS, OF_TRANSFORMERS_5
+from tests.support.newer_variants import NEWER
 from tests.support.recurrent_models import RECURRENT
 from tests.support.sparse_models import SPARSE
 
@@ -282,6 +283,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     **LATE_VARIANTS,
     **SPARSE,
+    **NEWER,
     **RECURRENT,
     **GEMMAS,
 }

@@ -25,7 +25,7 @@ _SPEECH = {
 _DBRX = {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4}
 
 # transformers 4 knows these families, and has other code for them
-OF_TRANSFORMERS_5 = ("aria_text", "dbrx", "emu3", "moshi")
+OF_TRANSFORMERS_5 = ("aria_text", "dbrx", "emu3", "llama4", "llama4_text", "moshi")
 
 LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe_swa": (

@@ -6,6 +6,7 @@ from typing import Any
 
 from .family_shapes import SHAPE
 from .hybrid_models import ALONE, HYBRIDS
+from .newer_variants import NEWER_MIXERS
 
 _GQA = {"num_key_value_heads": 2}
 _MHA = {"num_key_value_heads": 4}
@@ -76,6 +77,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5": ("qwen3_5", {"text_config": {**SHAPE, **_GQA, **_DELTA}, "vision_config": _VISION}),
     "qwen3_5_moe": ("qwen3_5_moe", {"text_config": {**SHAPE, **_MHA, **_DELTA, **_EXPERTS}, "vision_config": _VISION}),
+    **NEWER_MIXERS,
     **HYBRIDS,
     **ALONE,
 }

@@ -290,7 +290,7 @@ class TorchBackend(BoundedBackend):
             slots, begin = min(slots, self._slots(state, weights)), (0, 0)
             if undone is not None:
                 begin = undone.prompt, undone.first
-            return make_query_blocks(layout, queries, slots, trace.window, (device, state.device), begin)
+            return make_query_blocks(layout, queries, slots, trace, (device, state.device), begin)
 
         self._budget.each(device, cut, step)
         return out
@@ -353,11 +353,12 @@ class TorchBackend(BoundedBackend):
         """Prepare the MLP of a layer for the state's segments, under a linear rule."""
         dtype, packed = self._dtype(state), state.layout.tensor("packed", device)
         recorded, w_up, up = self._recorded(state.layout, trace, device), None, None
-        scale = weights.scale(trace.resid[packed].to(state.rows.dtype))
+        scale = trace.scaled(weights.scale(trace.resid[packed].to(state.rows.dtype)), packed)
         if reads_up(rule, weights):
             w_up = self._reading("w_up", weights.w_up, weights, dtype)
-            resid = trace.resid[recorded.positions(trace)].to(state.rows.dtype)
-            read = (resid * weights.scale(resid)[:, None].to(resid)).to(dtype)
+            at = recorded.positions(trace)
+            resid = trace.resid[at].to(state.rows.dtype)
+            read = (resid * trace.scaled(weights.scale(resid), at)[:, None].to(resid)).to(dtype)
             up, constant = product(read, w_up.T), weights.up_constant(dtype)
             up = up if constant is None else up + constant
         w_down = weights.writing(weights.w_down, dtype)
@@ -386,7 +387,7 @@ class TorchBackend(BoundedBackend):
         if trace.out_scale is not None:
             act = act * trace.out_scale[packed, None].to(dtype)
         return MlpStep(
-            scale=weights.scale(trace.resid[packed].to(state.rows.dtype)),
+            scale=trace.scaled(weights.scale(trace.resid[packed].to(state.rows.dtype)), packed),
             w_gate=self._reading("w_gate", weights.w_gate, weights, dtype),
             w_down=weights.writing(weights.w_down, dtype),
             gate_constant=weights.gate_constant(dtype) if layout.index(BIAS) is not None else None,

@@ -49,7 +49,7 @@ def mixing(
             return mixed.forward(scatter(values, block), block.start, scale[span][block.start :])
         factors, extras = state.factors[block.prompt], len(state.layout.components[block.prompt].extras)
         first = block.first - extras
-        if factors.coefficients is None and first >= 0 and mixed.is_short:  # each at its own position
+        if factors.coefficients is None and first >= 0 and mixed.takes_single:  # each at its own position
             named = slice(first, first + block.n_components)
             values = factors.vectors[named].to(x.device, dtype) @ w_v.T
             return mixed.forward_single(

@@ -68,7 +68,7 @@ def make_query_blocks(
     layout: Layout,
     queries: Layout,
     slots: int,
-    window: int | None,
+    trace: AttentionTrace,
     devices: tuple[torch.device, torch.device],
     begin: tuple[int, int] = (0, 0),
 ) -> list[QueryBlock]:
@@ -77,7 +77,7 @@ def make_query_blocks(
     ``devices`` are the one that computes and the one of the state. ``begin`` is the prompt and the component to begin
     with.
     """
-    maker = _Maker(layout, queries, window, devices)
+    maker = _Maker(layout, queries, trace, devices)
     return [maker.make(cut) for cut in _cut(layout, queries, slots, begin)]
 
 
@@ -132,9 +132,9 @@ class _Maker:
     """Makes the blocks of a state and their tables; a prompt whose components are cut asks with the same ones."""
 
     def __init__(
-        self, layout: Layout, queries: Layout, window: int | None, devices: tuple[torch.device, torch.device]
+        self, layout: Layout, queries: Layout, trace: AttentionTrace, devices: tuple[torch.device, torch.device]
     ) -> None:
-        self.layout, self.queries, self.window, self.devices = layout, queries, window, devices
+        self.layout, self.queries, self.trace, self.devices = layout, queries, trace, devices
         self._asked: dict[bytes, Asked] = {}
 
     def make(self, cut: _Cut) -> QueryBlock:
@@ -184,8 +184,7 @@ class _Maker:
             local = self.queries.local[segments, None]
             k = np.arange(int(local.max()) + 1)
             seen = k <= local
-            if self.window is not None:
-                seen &= k > local - self.window
+            seen &= k >= np.vectorize(self.trace.first_seen)(local)
             keys = self.layout.packed[begins[:, None] + np.minimum(k, local)]  # padding is seen by nobody
             tables = [self.queries.packed[segments], keys, seen.astype(np.uint8)]
             at, keys_there, seen_there = all_to_device(tables, self.devices[0])

@@ -230,7 +230,7 @@ class TritonBackend(TorchBackend):
             constant = weights.gate_constant(torch.float32) if bias is not None else None
             w_gate = weights.w_gate.to(dtype).contiguous()  # which a part of an interleaved tensor is not
             w_down = weights.writing(weights.w_down, dtype)
-            scale = _scales(weights.norm, trace.resid, packed)
+            scale = trace.scaled(_scales(weights.norm, trace.resid, packed), packed)
             if groups is not None:
                 w_down = transposed(w_down)
             return scale, w_gate, w_down, act, recorded, constant
@@ -278,7 +278,7 @@ class TritonBackend(TorchBackend):
 
         def prepare() -> LinearStep:
             packed = state.layout.tensor("packed", device)
-            scale, w_up, up = _scales(weights.norm, trace.resid, packed), None, None
+            scale, w_up, up = trace.scaled(_scales(weights.norm, trace.resid, packed), packed), None, None
             recorded = self._recorded(state.layout, trace, device)
             if ways_in == 2:
                 w_up = weights.w_up.to(dtype).contiguous()

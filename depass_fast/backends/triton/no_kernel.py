@@ -15,6 +15,8 @@ def without_kernel(trace: AttentionTrace, head_bytes: int) -> str | None:
         return "keys that an indexer selects"
     if trace.head_scales is not None or trace.source is not None:
         return "norms of values, and values of an earlier layer"
+    if trace.chunked:
+        return "chunks of positions"
     if head_bytes > _WIDEST_HEAD:
         return f"heads of {head_bytes} bytes"
     return None if trace.value_ratio is None else "values that the model clamps"

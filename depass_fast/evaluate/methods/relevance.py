@@ -125,7 +125,9 @@ def _attention(engine: DePass, trace: Trace, credit: float) -> Callable[..., tup
         query, key = (frozen(x, credit / 2 * x) for x in (query, key))
         value = frozen(value, (1 - credit) * value)
         sinks = kwargs.get("s_aux")
-        out, _ = causal_attention(query, key, value, one.scale, one.window, one.softcap, sinks=sinks)
+        out, _ = causal_attention(
+            query, key, value, one.scale, one.window, one.softcap, sinks=sinks, chunked=one.chunked
+        )
         return out.transpose(1, 2).contiguous(), None
 
     return attend

@@ -1,0 +1,88 @@
+"""The kinds of a model's layers, by its family's declaration: what they have, and what needs them to be plain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .ends import ModelEnds
+from .family import Family
+
+
+@dataclass(frozen=True)
+class LayerKinds(ModelEnds):
+    """A model and the declaration of each of its layers."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The modules of the layers."""
+        return self._below_model(self.family.layers)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def is_parallel(self) -> bool:
+        """True if the MLP of a layer reads the same residual stream as its attention."""
+        return self.family.parallel
+
+    def kind(self, index: int) -> Family:
+        """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
+        kinds = self.family.kinds
+        return self.family if kinds is None else kinds[index]
+
+    def has_attention(self, index: int) -> bool:
+        """True if layer ``index`` mixes positions: it has attention or a recurrence."""
+        return self.kind(index).attention is not None
+
+    def has_mlp(self, index: int) -> bool:
+        """True if layer ``index`` has an MLP or experts."""
+        return self.kind(index).mlp is not None
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
+        every = [self.family] if self.family.kinds is None else self.family.kinds
+        return all(kind.is_plain for kind in every)
+
+    def check_uniform(self, what: str, advice: str = "") -> None:
+        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
+        if not self.is_uniform:
+            raise ValueError(
+                f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
+                "heads, values that are normed or shared between layers, factors of the residual stream, or layers "
+                f"with less or more than the two.{advice}"
+            )
+
+    def has_mixers(self) -> bool:
+        """True if any layer mixes positions by a recurrence."""
+        return any(self.kind(index).mixer is not None for index in range(self.n_layers))
+
+    @property
+    def experts_per_position(self) -> int:
+        """The number of experts that a router sends a position to; 0 in a model without mixtures."""
+        every = [self.family, *(self.family.kinds or ())]
+        return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """True if a router's weights multiply what its experts read (Llama 4)."""
+        every = [self.family, *(self.family.kinds or ())]
+        return any(kind.experts is not None and kind.experts.weighs_input for kind in every)
+
+    def activates_values(self, index: int) -> bool:
+        """True if the values of layer ``index`` pass an activation."""
+        mixer = self.kind(index).mixer
+        return mixer is not None and mixer.value_ratio is not None
+
+    @property
+    def selects(self) -> int | None:
+        """The most keys that a query sees, where an indexer selects them (sparse attention); None where none does."""
+        return next((kind.selects for kind in self.family.kinds or (self.family,) if kind.selects is not None), None)
+
+    def check_selects_nothing(self, what: str) -> None:
+        """Raise ValueError for sparse attention, which ``what`` does not know."""
+        if self.selects is not None:
+            raise ValueError(f"{what} does not know sparse attention, where an indexer selects the keys of a query.")

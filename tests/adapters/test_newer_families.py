@@ -1,0 +1,69 @@
+"""Families of newer_variants.py: what test_families.py does not ask, streaming, verification and the adjoint sweep."""
+
+import functools
+
+import pytest
+import torch
+
+from depass_fast import DePass, Heads, Neurons, Tokens
+from depass_fast.linear_rules import frozen_up, linear_shares
+from tests.support.components import is_there
+from tests.support.family_models import available, build_variant
+from tests.support.models import random_ids
+from tests.support.newer_variants import NEWER, NEWER_MIXERS
+
+IDS = random_ids(7)
+
+every_name = pytest.mark.parametrize("name", [name for name in (*NEWER, *NEWER_MIXERS) if available(name)])
+
+
+@functools.lru_cache(maxsize=1)
+def built(name):
+    return DePass(build_variant(name).double(), progress=False)
+
+
+@every_name
+def test_streamed_and_verified(name):
+    """All backends that carry a state agree, and a sample is recomputed by the reference."""
+    dp = built(name)
+    for kind in (kind for kind in (Tokens(), Heads(1), Neurons(0)) if is_there(dp, kind)):
+        plain = dp.attribute(IDS, kind, 5, verify=True)
+        streamed = dp.attribute(IDS, kind, 5, stream=True)
+        assert plain.verification.passed and streamed.labels == plain.labels
+        assert torch.allclose(streamed.scores, plain.scores, rtol=0, atol=1e-9 * float(plain.scores.abs().max()))
+
+
+@every_name
+def test_the_softmax_adjoint_approximates_or_is_refused_by_name(name):
+    dp = built(name)
+    neurons = Neurons(next(index for index in range(dp.adapter.n_layers) if dp.adapter.has_mlp(index)))
+    if dp.adapter.is_uniform and not dp.adapter.weighs_inputs:
+        swept, exact = (dp.attribute(IDS, neurons, 5, method=how) for how in ("adjoint", "exact"))
+        assert float(swept.scores.sum()) == pytest.approx(float(exact.scores.sum()), rel=1e-2)
+        return
+    with pytest.raises(ValueError, match="'adjoint' under 'softmax' is"):
+        dp.attribute(IDS, neurons, 5, method="adjoint")
+
+
+@pytest.mark.parametrize("name", [name for name in ("bitnet", "llama4_text") if available(name)])
+def test_half_of_an_activation_is_the_up_projections(name):
+    """Under `half`, with the factors that stand in front of an expert, or behind the activation."""
+    dp = built(name)
+    trace = dp.trace(IDS)
+    for index, layer in enumerate(trace.layers):
+        for part in layer.mlps:
+            mlp = dp.adapter.mlps(index)[part.part]
+            shares = linear_shares("half", mlp, part, slice(None), torch.float64)
+            up = frozen_up(mlp, part, torch.arange(len(part.act)), torch.float64)
+            assert torch.allclose(shares.up * up, part.act / 2, rtol=0, atol=1e-7 * float(part.act.abs().max()))
+
+
+@pytest.mark.skipif(not available("bitnet"), reason="not in this version of transformers")
+def test_a_bitnet_that_rounds_in_every_forward_pass_is_refused():
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    model = build_variant("bitnet")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = AutoBitLinear(48, 32, bias=False)
+    with pytest.raises(ValueError, match="rounds its weight to three values"):
+        DePass(model).attribute(IDS, Tokens(), 5)

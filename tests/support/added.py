@@ -1,0 +1,67 @@
+"""The outputs that an ordinary forward pass adds to the residual stream, by hooks on the model's own modules."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from depass_fast import DePass
+from depass_fast.adapters import Adapter, Branch
+
+
+def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
+    """Return what "attention" and "mlp" of a layer add (N, D), as far as it has them, behind norms of the stream."""
+    adapter, seen = dp.adapter, {}
+    sparse, sides, added = adapter.is_mixture(layer), adapter.sides(layer), {}
+    with ExitStack() as undo:
+
+        def note(module: Any, key: str) -> None:
+            if module is None:
+                return
+
+            def hook(module: Any, args: tuple, output: Any) -> None:
+                output = output[0] if isinstance(output, tuple) else output
+                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
+
+            undo.callback(module.register_forward_hook(hook).remove)
+
+        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
+        ends = {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
+        for kind, last in ends.items():
+            note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
+            note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+        note(getattr(adapter.block(layer), "shared_mlp", None) if sparse else None, "shared")
+        note(None if sides is None else sides[0].o.module, "beside")
+        gate = adapter.kind(layer).input_gate
+        note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")
+        dp.model(ids[None])
+    for kind in ends:
+        branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
+        total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
+        added[kind] = total * branch.factor
+        if kind == "attention" and sides is not None:  # two outputs, each with its factor
+            added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
+        if kind == "mlp":
+            added[kind] = _behind_layer(adapter, layer, seen, added[kind])
+        added[kind] = _behind_stream(branch, seen.get(f"{kind} stream"), added[kind] * branch.keeps)
+    return added
+
+
+def _behind_stream(branch: Branch, stream: tuple[Tensor, Tensor] | None, added: Tensor) -> Tensor:
+    """Return what a branch adds, behind a norm of the sum, given the norm's input and output."""
+    if stream is None or branch.stream is None or branch.stream.is_factor:
+        return added
+    total, normed = stream
+    if not branch.stream.centred:
+        return added * (normed / total)
+    before, norm = total - added, branch.stream  # without what was in the stream before
+    std = (total.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    return normed - (before - before.mean(-1, keepdim=True)) / std * (1.0 if norm.weight is None else norm.weight)
+
+
+def _behind_layer(adapter: Adapter, layer: int, seen: dict, added: Tensor) -> Tensor:
+    """Return what MLPs add with a gate of the token's embedding among them, behind the layer's factor."""
+    added, factor = added + seen["embed"][1] if "embed" in seen else added, adapter.kind(layer).layer_factor
+    return added if factor is None else added * adapter.block(layer).get_buffer(factor)
