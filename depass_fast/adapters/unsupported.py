@@ -32,7 +32,7 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     **dict.fromkeys(("beam", "laguna"), _GATED),
-    **dict.fromkeys(("dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
+    "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
     **dict.fromkeys(("falcon_h1", "zamba", "zamba2"), f"{_STATE} beside attention"),
     **dict.fromkeys(
         (
