@@ -94,6 +94,7 @@ KNOWN = {
     "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
     "deepseek_v32": "DeepSeek V3.2",
     "glm_moe_dsa": "GLM-5",
+    "dots3_note_text": "dots 3",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "youtu": "Youtu",
     "minicpm3": "MiniCPM 3",

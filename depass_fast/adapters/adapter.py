@@ -362,7 +362,11 @@ class Adapter(LayerKinds):
         up = replace(self._linear(index, "v_up"), part=kind.v_up_part)
         if down.has_bias or up.has_bias:
             raise ValueError("model: its values go through a latent with a bias, which no component can carry.")
-        return Latent(down, self.made_norm(self._there(index, "v_norm")), up)
+        norm, factor = self.made_norm(self._there(index, "v_norm")), kind.v_norm_factor
+        if factor != 1.0:
+            assert norm.weight is not None
+            norm = replace(norm, weight=norm.weight * factor)
+        return Latent(down, norm, up)
 
     def _head_dim(self, index: int) -> int:
         module = self.module(index, "attention")

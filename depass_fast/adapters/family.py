@@ -175,6 +175,7 @@ class Family:
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values, and queries and keys in front of the rotary embedding, are clamped to ± this
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
+    v_norm_factor: float = 1.0  # of that norm's output
     v_up: Path | None = None  # the projection from there to the values
     v_up_part: Part | None = None
     v_head_norm: Path | None = None  # a norm without weights of every head's values

@@ -31,7 +31,7 @@ REASONS: dict[str, str] = {
         ),
         _DECODER,
     ),
-    **dict.fromkeys(("dots3_note", "dots3_note_text"), f"{_SPARSE}, and {_GATED}"),
+    "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
     **dict.fromkeys(
         ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
     ),

@@ -280,7 +280,8 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 def test_labels_and_where_there_is_a_bias(name):
     dp, trace = built(name), traced(name)
     adapter = dp.adapter
-    heads = adapter.config.num_attention_heads if adapter.kind(1).mixer is None else adapter.attention(1).n_heads
+    own_widths = adapter.kind(1).mixer is not None or adapter.family.kinds is not None
+    heads = adapter.attention(1).n_heads if own_widths else adapter.config.num_attention_heads
     if not (adapter.has_attention(1) and adapter.has_mlp(0)):
         return
     assert dp.start(trace, Heads(1)).labels[:heads] == [f"L1H{h}" for h in range(heads)]

@@ -39,6 +39,35 @@ _KIMI = {
     "moe_intermediate_size": 16,
 }
 
+_DOTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "head_dim": 10,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "moe_intermediate_size": 16,
+    "shared_experts_intermediate_size": 24,
+    "pad_token_id": 0,
+    "index_topk": 3,
+    "index_n_heads": 2,
+    "index_head_dim": 6,
+    "layer_types": ["sliding_attention", "indexed_attention", "full_attention"],
+    "sliding_window": 3,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 12,
+    "swa_kv_lora_rank": 6,
+    "swa_head_dim": 8,
+    "swa_qk_nope_head_dim": 4,
+    "swa_v_head_dim": 6,
+}
+
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
         "afmoe",
@@ -70,6 +99,11 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "jamba: biases, dense": (
         "jamba",
         {**_MHA, **_JAMBA, "num_experts": 1, "mamba_proj_bias": True},
+    ),
+    "dots3_note_text": ("dots3_note_text", _DOTS),
+    "dots3_note_text: all selected": (
+        "dots3_note_text",
+        {**_DOTS, "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"]},
     ),
     "kimi_linear": ("kimi_linear", {**_MHA, **_KIMI, **_MIDDLE}),
     "kimi_linear: latent of queries": ("kimi_linear", {**_MHA, **_KIMI, **_MIDDLE, "q_lora_rank": 12}),
