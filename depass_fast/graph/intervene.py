@@ -49,7 +49,7 @@ class Intervention(NamedTuple):
 def intervened(
     graph: DirectShares, node: Node, scale: float | None, value: float | None, hold: Sequence[str]
 ) -> Intervention:
-    """Run the model without and with a change of a node. Arguments and errors as of :meth:`Graph.intervene`."""
+    """Run the model without and with a change of a node. Arguments and errors as of ``Graph.intervene``."""
     model, factor = graph.model, _factor(node, scale, value)
     if isinstance(hold, str) or any(one not in _HELD for one in hold):
         raise ValueError(f"hold: expected a list of {', '.join(map(repr, _HELD))}, got {hold!r}.")

@@ -160,8 +160,7 @@ class Ledger(DrawnLedger):
         given, adapter = replace(self._request, began=time.perf_counter()), self._request.adapter
         self._check_weights()
         components.check(adapter, [len(ids) for ids in given.prompts])
-        kinds = components.each(adapter)
-        for kind in kinds:
+        for kind in (kinds := components.each(adapter)):
             check_end(kind, adapter, given.end_given)
         request = replace(given, components=components, layer=components.resolve(adapter))
         reads = [self._reads] * len(kinds)

@@ -94,7 +94,7 @@ class DrawnContinuation:
         """Draw what every token that follows drew on, with matplotlib; return the Axes.
 
         ``kind``: "heat" is a heat map with a row per token, of its logit or log-probability (``read``), over tokens in
-        their order or the 2 · ``top`` leading components; "sum" is the picture of :attr:`Continuation.sum` (default
+        their order or the 2 · ``top`` leading components; "sum" is the picture of the sum over all tokens (default
         for several layers). Other arguments and errors as of :meth:`DrawnLayer.plot`.
         """
         needs_matplotlib()

@@ -35,8 +35,9 @@ class _MlpHooks:
             self._after(self.adapter.module(self.index, "gate_proj"), "gate", change)
             self._before(self.adapter.module(self.index, "down_proj"), "act")
             inner = next((mlp.inner for mlp in self.adapter.mlps(self.index) if mlp.inner is not None), None)
-            if inner is not None:
-                self._before(self.adapter.module(self.index, "mlp_inner_norm"), "inner_scale", inner.scale)
+            module = self.adapter.module(self.index, "mlp_inner_norm")
+            if inner is not None and module is not None:
+                self._before(module, "inner_scale", inner.scale)
         beside = None if self.kind.experts is None else self.kind.experts.beside
         if beside is not None and self.adapter.is_mixture(self.index):
             _, *outputs = beside_modules(self.block, beside)

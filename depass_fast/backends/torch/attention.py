@@ -8,6 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...adapters import Attention
+from ...labels import BIAS
+from ...runtime.transfer import to_device
+from ...state.layout import Layout
 from ...trace.attention import seen_keys
 from ...trace.record import AttentionTrace
 from .blocks import Block
@@ -126,3 +130,21 @@ class FrozenAttention:
             alive, at = seen.shape[2], slice(first - start, last - start)
             out[:alive, at].baddbmm_(seen.permute(2, 1, 0), writes[heads, :, :alive].flatten(0, 1).transpose(0, 1))
         return out
+
+
+def clamp_values(
+    values: Tensor, layout: Layout, block: Block, weights: Attention, trace: AttentionTrace, scale: Tensor
+) -> None:
+    """Clamp values (r, Hkv·d) of a block as the family clamps their sum: each element by the frozen ratio.
+
+    The constant part of a value goes to `bias` before that. ``values`` lack s, which is in P's columns.
+    """
+    assert trace.value_ratio is not None
+    rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
+    segment = to_device(layout.row_segments(), values.device)[rows]
+    packed = layout.tensor("packed", values.device)[segment]
+    constant, bias = weights.value_constant(values.dtype), layout.index(BIAS)
+    if constant is not None and bias is not None:
+        first = layout.tensor("starts", values.device)[segment]
+        values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
+    values *= trace.value_ratio[packed].to(values.dtype)

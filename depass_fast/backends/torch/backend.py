@@ -28,7 +28,7 @@ from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace
 from ..active import transposed
 from .adding import add_everywhere, add_later, add_to_bias
-from .attention import FrozenAttention
+from .attention import FrozenAttention, clamp_values
 from .blocks import Block, Chunk, scatter
 from .bounded import BoundedBackend
 from .linear import LinearStep, linear_chunk
@@ -128,7 +128,7 @@ class TorchBackend(BoundedBackend):
             values = self._workspace.take("values", (len(x), len(w_v)), x, dtype)
             write_product(values, read.to(dtype), w_v.T)
             if trace.value_ratio is not None:
-                self._clamp(values, state.layout, block, weights, trace, scale)
+                clamp_values(values, state.layout, block, weights, trace, scale)
             accumulate(x, frozen(block.prompt).mix(values, block, self._workspace), w_o.T)
 
         return attend
@@ -198,23 +198,6 @@ class TorchBackend(BoundedBackend):
     def _reading(self, name: str, weight: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
         """``weight`` (out, D) with the norm's γ in its columns, in the workspace."""
         return branch.reading(weight, dtype, self._workspace.take(name, weight.shape, weight, dtype))
-
-    def _clamp(
-        self, values: Tensor, layout: Layout, block: Block, weights: Attention, trace: AttentionTrace, scale: Tensor
-    ) -> None:
-        """Clamp values (r, Hkv·d) of a block as the family clamps their sum: each element by the frozen ratio.
-
-        The constant part of a value goes to `bias` before that. ``values`` lack s, which is in P's columns.
-        """
-        assert trace.value_ratio is not None
-        rows = torch.arange(layout.n_rows, device=values.device)[block.rows]
-        segment = to_device(layout.row_segments(), values.device)[rows]
-        packed = layout.tensor("packed", values.device)[segment]
-        constant, bias = weights.value_constant(values.dtype), layout.index(BIAS)
-        if constant is not None and bias is not None:
-            first = layout.tensor("starts", values.device)[segment]
-            values += torch.where((rows - first == bias)[:, None], constant / scale[packed, None].to(constant), 0.0)
-        values *= trace.value_ratio[packed].to(values.dtype)
 
     def _take(self, state: ComponentState, block: Block, device: torch.device, name: str = "rows") -> Tensor:
         """Return a block's rows: a view of neighbours, else a copy in the workspace, under that ``name``."""

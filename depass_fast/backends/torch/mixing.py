@@ -41,7 +41,7 @@ def mixing(
         return kept[prompt]
 
     def heads(x: Tensor, block: Block) -> Tensor:
-        """What heads give to a block: (N', B, H·d)."""
+        """Return what the heads give to a block: (N', B, H·d)."""
         span, mixed = of(block.prompt)
         if state.factors is None:
             values = workspace.take("values", (len(x), len(w_v)), x, dtype)

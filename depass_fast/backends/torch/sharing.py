@@ -1,7 +1,8 @@
 """The activation behind a recurrence's values, shared out over the components by the allocation rule.
 
-Components meet in it as in an MLP: their statistics are gathered in a pass of its own (:mod:`..statistics`), and then
-every component's values depend on itself alone. A channel of the values is what a neuron is there.
+Components meet in it as in an MLP: their statistics are gathered in a pass of its own
+(:mod:`depass_fast.backends.statistics`), and then every component's values depend on itself alone. A channel of the
+values is what a neuron is there.
 """
 
 from __future__ import annotations
