@@ -111,7 +111,7 @@ def test_the_mixtures_of_deepseek(model_type, changes):
     undo = watch_router(block, experts, lambda *choice: seen.append(choice))
     own = block.mlp(x[None])
     undo()
-    branch = {"norm": None, "output": None, "stream": None, "factor": 1.0}
+    branch = {"norm": None, "output": None, "stream": None, "factor": 1.0, "keeps": 1.0}
     mlps, total = expert_mlps(block, experts, branch), torch.zeros(11, 32)
     for part in route(block, experts, x, seen[0][0], *sort_choices([seen[0][1]])):
         total[slice(None) if part.positions is None else part.positions] += part.act @ mlps[part.part].w_down.T

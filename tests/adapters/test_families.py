@@ -280,7 +280,7 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 def test_labels_and_where_there_is_a_bias(name):
     dp, trace = built(name), traced(name)
     adapter = dp.adapter
-    own_widths = adapter.kind(1).mixer is not None or adapter.family.kinds is not None
+    own_widths = adapter.has_attention(1) and (adapter.kind(1).mixer is not None or adapter.family.kinds is not None)
     heads = adapter.attention(1).n_heads if own_widths else adapter.config.num_attention_heads
     if not (adapter.has_attention(1) and adapter.has_mlp(0)):
         return
