@@ -66,10 +66,11 @@ class GraphCalls(Calls):
 
         Raises:
             ValueError, TypeError: bad input, before any work: several prompts, positions or targets, unknown kinds, two
-                dictionaries at one place, a rule that is not linear.
+                dictionaries at one place, a rule that is not linear, a model that graphs do not know.
             MemoryError: it cannot fit.
         """
         refuse_arguments(options)
+        self.adapter.check_one_norm("model: a graph")
         settings = self.options.updated(options)
         check_options(settings)
         if isinstance(kinds, str) or any(kind not in NODE_KINDS for kind in kinds):

@@ -56,9 +56,11 @@ class ReportCalls(Calls):
             options: overrides of :class:`depass_fast.Options`.
 
         Raises:
-            ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts.
+            ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts; a model that reports do
+                not know.
             MemoryError: it cannot fit.
         """
+        self.adapter.check_one_norm("model: a report")
         trace = prompt if isinstance(prompt, Trace) else self.trace(prompt, **options)
         if trace.batch or trace.n_prompts != 1:
             raise ValueError("prompt: a report is of one prompt; call report for each.")

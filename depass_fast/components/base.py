@@ -185,7 +185,9 @@ class LayerKind(ComponentKind, Generic[R]):
             raise ValueError(f"layers: {self.layers!r} is neither 'all' nor a list of layers.")
         if not isinstance(self.layers, str) and not isinstance(self.layers, Sequence):
             raise TypeError(f"layers: expected 'all' or a list of layers, got {self.layers!r}.")
-        named = list(range(adapter.n_layers) if isinstance(self.layers, str) else self.layers)
+        named = self.those_with_it(adapter) if isinstance(self.layers, str) else list(self.layers)
+        if not named and isinstance(self.layers, str):
+            raise ValueError(f"layers: no layer of this model has what {type(self).__name__} are made of.")
         if not named:
             raise ValueError("layers: empty; give 'all' or at least one layer.")
         made = self.at_layers(named, adapter)
@@ -195,6 +197,10 @@ class LayerKind(ComponentKind, Generic[R]):
             raise ValueError(f"layers: {self.layers!r} name different outputs ({found}); ask for each by itself.")
         by_number = {(number := one.resolve(adapter)): replace(one, layer=number) for one in made}
         return [by_number[number] for number in sorted(by_number)]
+
+    def those_with_it(self, adapter: Adapter) -> list[int]:
+        """The layers that "all" stands for: those that have what is decomposed."""
+        return list(range(adapter.n_layers))
 
     def at_layers(self, named: Sequence[int | str], adapter: Adapter) -> list[LayerKind]:
         """This kind at each of the ``named`` layers. A hook's name may say more than the layer."""

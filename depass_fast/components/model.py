@@ -62,6 +62,9 @@ class Heads(LayerKind[R]):
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
+    def those_with_it(self, adapter: Adapter) -> list[int]:
+        return [layer for layer in range(adapter.n_layers) if adapter.has_attention(layer)]
+
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)
         if not adapter.has_attention(self.resolve(adapter)):
@@ -195,6 +198,9 @@ class Neurons(LayerKind[R]):
         def __init__(self: Neurons[LayeredAttribution], layer: int | str = 0, *, layers: SeveralLayers) -> None: ...
 
         def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def those_with_it(self, adapter: Adapter) -> list[int]:
+        return [layer for layer in range(adapter.n_layers) if adapter.has_mlp(layer)]
 
     def check(self, adapter: Adapter, lengths: Sequence[int]) -> None:
         super().check(adapter, lengths)

@@ -158,8 +158,11 @@ class LayerOutputs:
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
 
     def back_through_stream(self, y: Tensor, module: str, position: int | None = None) -> Tensor:
-        """Gradients (..., N, D) behind a norm of the stream, or (D,) at one ``position``, taken in front of it."""
+        """Gradients (..., N, D) behind factor and norm of the stream, or (D,) at one ``position``, taken in front."""
         stream = self._stream(module)
+        if module != "mlp" or self.mlps:
+            keeps = self._of(module)[0].keeps
+            y = y if keeps == 1.0 else y * keeps
         if stream is None:
             return y
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum

@@ -174,12 +174,14 @@ class Walk:
 
     def _through_stream(self, branch: Branch, total: Tensor | None) -> None:
         norm, a = branch.stream, self.active
+        if norm is None and branch.keeps != 1.0:
+            self.back[:a] *= branch.keeps
         if norm is None or not a:
             return
         assert total is not None  # it is recorded wherever there is such a norm
         if norm.bias is not None:
             self._add(-1, self._dot(self.back[:a], norm.bias))
-        self.back[:a] = norm.transposed(self.back[:a], norm.scale(total.to(self.back.dtype)))
+        self.back[:a] = norm.transposed(self.back[:a], norm.scale(total.to(self.back.dtype))) * branch.keeps
 
     def _end_at_neurons(self, index: int, layer: Layer) -> None:
         """Give all neurons of a layer their shares: those that are nodes one by one, the rest together."""
@@ -267,6 +269,8 @@ class Walk:
             up = reads_up(rule, weights) and shares.up is not None
             if up and shares.up is not None:
                 read = read + shares.up[each, which][:, None] * weights.w_up[which].to(dtype)
+            if trace.input_weight is not None:
+                read = read * trace.input_weight[recorded, None].to(read)
             x = trace.resid[positions].to(dtype)
             read = FrozenNorm.of(weights.norm, x, dtype).back(read[None])[0]
             driven = shares.of_bias(weights.gate_constant(dtype), weights.up_constant(dtype) if up else None)

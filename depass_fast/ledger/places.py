@@ -197,16 +197,16 @@ class _Way:
         norm = FrozenNorm.of(weights.norm, x, gradient.dtype)
         scale = None if part.out_scale is None else part.out_scale[at]
         written = weights.written_transposed(gradient[None], scale)[0] @ weights.w_down[:, neuron].to(gradient)
-        up = None
+        up, recorded = None, part.rows(torch.tensor([position], device=part.act.device))
+        weight = 1.0 if part.input_weight is None else part.input_weight[recorded, None].to(gradient)
         if reads_up(self._rule, weights):
-            up, constant = norm.read(x) @ weights.w_up.to(gradient).T, weights.up_constant(gradient.dtype)
+            up, constant = (norm.read(x) * weight) @ weights.w_up.to(gradient).T, weights.up_constant(gradient.dtype)
             up = up if constant is None else up + constant
-        recorded = part.rows(torch.tensor([position], device=part.act.device))
         shares = linear_shares(self._rule, weights, part, recorded, gradient.dtype, up)
         read = shares.gate[0, neuron] * weights.w_gate[neuron].to(gradient)
         if shares.up is not None:
             read = read + shares.up[0, neuron] * weights.w_up[neuron].to(gradient)
-        return norm.back((read * written)[None, None])[0, 0]
+        return norm.back((read * written * weight).view(1, 1, -1))[0, 0]
 
 
 def _part_of(outputs: LayerOutputs, place: int) -> tuple[MlpTrace, int]:

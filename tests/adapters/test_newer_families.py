@@ -67,3 +67,15 @@ def test_a_bitnet_that_rounds_in_every_forward_pass_is_refused():
         layer.mlp.down_proj = AutoBitLinear(48, 32, bias=False)
     with pytest.raises(ValueError, match="rounds its weight to three values"):
         DePass(model).attribute(IDS, Tokens(), 5)
+
+
+@pytest.mark.skipif(not available("nemotron_h"), reason="this transformers does not know the family")
+def test_all_layers_are_those_that_have_what_is_asked_for():
+    """Nemotron-H's layers mix positions or have an MLP, never both."""
+    dp = built("nemotron_h")
+    assert dp.attribute(IDS, Neurons(layers="all"), 5).layers == [1, 3]
+    assert dp.attribute(IDS, Heads(layers="all"), 5).layers == [0, 2]
+    book = dp.ledger(IDS, 5, position=-2)
+    assert {entry.label[:2] for entry in book.top(9, kinds=["neurons"])} <= {"L1", "L3"} and dp.report(IDS, 5).sheets
+    with pytest.raises(ValueError, match="layer 0 has no neurons"):
+        dp.attribute(IDS, Neurons(0), 5)

@@ -26,7 +26,19 @@ NAMES = [
     "qwen3_next",
     "jamba",
     "kimi_linear",
+    "llama4_text",
+    "minimax",
 ]
+
+
+def test_layers_with_several_norms_are_refused():
+    if not available("gemma4_text: MHA, biases"):
+        pytest.skip("not in this version of transformers")
+    dp = DePass(build_variant("gemma4_text: MHA, biases"))
+    with pytest.raises(ValueError, match="model: a graph does not know layers whose values are normed"):
+        dp.graph([1, 2, 3], 5)
+    with pytest.raises(ValueError, match="model: a report does not know layers whose values are normed"):
+        dp.report([1, 2, 3], 5)
 
 
 def recomposed(graph: Graph) -> np.ndarray:
