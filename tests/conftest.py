@@ -44,7 +44,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """All tests of a variant together: they share its models and traces."""
-    first = [i for i, item in enumerate(items) if item.path.name == "test_families.py"]
+    first = [i for i, item in enumerate(items) if item.path.parts[-2:] == ("adapters", "test_families.py")]
     chosen = sorted((items[i] for i in first), key=lambda item: list(VARIANTS).index(item.callspec.params["name"]))
     for i, item in zip(first, chosen, strict=True):
         items[i] = item
