@@ -13,6 +13,7 @@ from torch.nn import functional
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens, linear_rules
 from depass_fast.adapters.activation import Activation
 from depass_fast.linear_rules import LINEAR_RULES, linear_shares, mean_to_zero
+from depass_fast.trace.record import MlpTrace
 from tests.support.components import kinds
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.forks import fork
@@ -33,9 +34,9 @@ def shares_of(rule, activation, gate, up=None, weight=None):
     """The coefficients at gates (P, I) and ups of an MLP that is nothing but its activation; with a router's weight."""
     act = activation(gate, up) if weight is None else activation(gate, up) * weight
     router = None if weight is None else torch.full((len(gate),), weight, dtype=gate.dtype)
-    trace = SimpleNamespace(gate=gate, act=act, positions=None, router_weight=router)
+    trace = MlpTrace(resid=gate, gate=gate, act=act, router_weight=router)
     weights = SimpleNamespace(
-        activation=activation, up=None if up is None else object(), name="" if weight is None else "E0"
+        activation=activation, up=None if up is None else object(), name="" if weight is None else "E0", inner=None
     )
     return act, linear_shares(rule, weights, trace, slice(None), gate.dtype, up)
 
@@ -209,8 +210,8 @@ def test_a_routers_weight_is_in_the_coefficients():
 
 
 def test_a_trace_of_an_earlier_version_is_refused_for_experts():
-    trace = SimpleNamespace(gate=torch.ones(1, 1), act=torch.ones(1, 1), positions=None, router_weight=None)
-    weights = SimpleNamespace(activation=Activation(functional.silu), up=None, name="E0")
+    trace = MlpTrace(resid=torch.ones(1, 1), gate=torch.ones(1, 1), act=torch.ones(1, 1))
+    weights = SimpleNamespace(activation=Activation(functional.silu), up=None, name="E0", inner=None)
     with pytest.raises(ValueError, match="trace: it was saved by an earlier version, without the router's weights"):
         linear_shares("half", weights, trace, slice(None), torch.float32)
 
