@@ -25,13 +25,10 @@ _HELD = ("attention", "norms")
 class Intervention(NamedTuple):
     """A node's activation changed, and what became of the target.
 
-    node: its id. scale: the factor of its activation.
-    before, after: the activation, None for a token's.
-    predicted: the change of the target by the graph: (scale - 1) · the node's share.
-    actual: the change in the model: ``target_after`` - ``target_before``.
-    target_before, target_after: the target as the model has it: a logit, a difference of two, a log-probability, or a
-        product with a vector.
-    hold: what was held in the model's run.
+    ``node`` is its id, ``scale`` the factor of its activation; ``before`` and ``after`` are the activation, None for a
+    token's. ``predicted`` is the change of the target by the graph: (scale - 1) · the node's share. ``actual`` is the
+    change in the model: ``target_after`` - ``target_before``, the target as the model has it: a logit, a difference of
+    two, a log-probability, or a product with a vector. ``hold`` is what was held in the model's run.
     """
 
     node: str
