@@ -22,6 +22,8 @@ def small_gpu(monkeypatch, lengths, kind):
         kind=adapter.kind,
         path=adapter.path,
         config=adapter.config,
+        weighs_inputs=adapter.weighs_inputs,
+        selects=adapter.selects,
         layer=adapter.layer,
         is_mixture=adapter.is_mixture,
         module=adapter.module,
