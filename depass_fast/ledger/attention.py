@@ -97,13 +97,19 @@ class WayThroughAttention:
 
     def _out_scale(self, like: Tensor) -> Tensor | None:
         """The scale of the norm on attention's output where gradients arrive, on their device; None without one."""
-        scale, at = self.trace.out_scale, self.packing.at(self.partial, like.device)
-        return scale if at is None or scale is None else scale[at]
+        scale = self.trace.out_scale
+        if scale is None:
+            return None
+        at = self.packing.at(self.partial, like.device)
+        return scale if at is None else scale[at]
 
     def _gated(self, y: Tensor) -> Tensor:
         """Take gradients (R, A, H·d) of what the output projection reads back to what P gives."""
-        ratio, at = self.trace.out_ratio, self.packing.at(self.partial, y.device)
-        return y if ratio is None else y * (ratio if at is None else ratio[at]).to(y)
+        ratio = self.trace.out_ratio
+        if ratio is None:
+            return y
+        at = self.packing.at(self.partial, y.device)
+        return y * (ratio if at is None else ratio[at]).to(y)
 
     def sources(self, gradients: Tensor, x: Tensor) -> Tensor:
         """Return the scores of the heads (R, T, H) by the position whose values they carry; arguments as of `back`."""
