@@ -105,6 +105,13 @@ def add_backend(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_linear_rule(group: argparse._ActionsContainer, *more: str, **settings: Any) -> None:
+    """--rule, one that is linear in the components; ``more`` are other names of the flag."""
+    settings = settings or {"choices": LINEAR_RULES}
+    text = "how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley"
+    group.add_argument("--rule", *more, dest="rule", default="shapley", help=text, **settings)
+
+
 def add_machine(group: argparse._ActionsContainer) -> None:
     """--dtype, --device and --memory-budget."""
     group.add_argument("--dtype", choices=DTYPES, help="dtype of the model. Default: as stored")

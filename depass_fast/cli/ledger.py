@@ -51,15 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     how = parser.add_argument_group("how it is computed")
-    how.add_argument(
-        "--rule",
-        "--allocation",
-        dest="rule",
-        default="shapley",
-        type=_rule,
-        metavar="{" + ",".join(flags.LINEAR_RULES) + "}",
-        help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",
-    )
+    flags.add_linear_rule(how, "--allocation", type=_rule, metavar="{" + ",".join(flags.LINEAR_RULES) + "}")
     how.add_argument(
         "--attention",
         action="store_true",

@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     targets.add_arguments(what)
 
     how = parser.add_argument_group("how it is computed")
-    how.add_argument(
-        "--rule",
-        default="shapley",
-        choices=flags.LINEAR_RULES,
-        help="how an MLP's activation is shared; docs/rules.md says which rule is for what. Default: shapley",
-    )
+    flags.add_linear_rule(how)
     flags.add_machine(how)
 
     out = parser.add_argument_group("output")
