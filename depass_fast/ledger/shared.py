@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..trace.record import Trace
@@ -27,7 +26,8 @@ class Owed:
         """Return what is owed to the residual stream entering layer ``index``, and hold it no longer."""
         return self._held.pop(index, None)
 
-    def worth(self, packing: Packing, trace: Trace) -> Tensor:
-        """Return the product of all that is still owed with the hidden states it belongs to: (R, P), or a zero."""
-        worth = [packing.dot(one, trace.resid(source).to(one), False) for source, one in self._held.items()]
-        return sum(one.to(worth[0]) for one in worth) if worth else torch.zeros(())  # type: ignore[return-value]
+    def add_worth(self, to: Tensor, packing: Packing, trace: Trace) -> Tensor:
+        """Return ``to`` (R, P) plus the product of all that is still owed with the hidden states it belongs to."""
+        for source, one in self._held.items():
+            to = to + packing.dot(one, trace.resid(source).to(one), False).to(to)
+        return to

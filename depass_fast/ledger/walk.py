@@ -252,7 +252,7 @@ class _WayBack:
     def _visit(self, site: Entry, x: Tensor) -> None:
         """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
         self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
-        self.pages.constants[site] = self._after + self._owed.worth(self._packing, self._trace).to(self._after)
+        self.pages.constants[site] = self._owed.add_worth(self._after, self._packing, self._trace)
         if self._steers is not None and not self._steers.keeps:
             self.pages.changes[site], self.pages.sizes[site] = self._changed, self._amount
         if self._wanted.keeps(site):
