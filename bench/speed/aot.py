@@ -1,4 +1,4 @@
-"""Compiles every kernel ahead of time, without a GPU: ``python -m bench.speed.aot [--json] [--targets sm_90 ...]``.
+"""Compiles every kernel ahead of time, without a GPU: ``python -m bench.speed.aot [--json] [--quick] [--targets ...]``.
 
 The wrappers of `depass_fast.kernels` and of the fused products are called with tensors that have shapes and no
 contents, for the models and decompositions of :func:`launches`. No launch is run; each is compiled for the targets,
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +47,7 @@ TARGETS = {
     "gfx950": (GPUTarget("hip", "gfx950", 64), 160),
 }  # and KiB of shared memory that a program may take
 SIBLINGS = ("sm_103", "gfx950")  # of sm_100 and gfx942: compiled for fewer models
+FEW, ONE = ("llama-2-7b", "qwen2-7b", "gemma-2-9b"), ("llama-2-7b",)
 META = torch.device("meta")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
          torch.uint8: "u8"}  # fmt: skip
@@ -110,8 +112,11 @@ def recorded(found: Launches, case: str) -> Iterator[None]:
         yield
 
 
-def launches(few: bool = False) -> Launches:
-    """Every kernel in every configuration that is shipped, for one target's shared memory; ``few``: of fewer models."""
+def launches(chosen: tuple[str, ...] = ()) -> Launches:
+    """Every kernel in every configuration that is shipped, for one target's shared memory.
+
+    ``chosen`` are some of the models; of ``ONE`` alone, rules and activations are one, too.
+    """
     found: Launches = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = TYPES[dtype]
@@ -122,10 +127,9 @@ def launches(few: bool = False) -> Launches:
             models |= {"deepseek-v2-lite": (2048, 10944, 16, 16, 192), "llama-3.1-8b": (4096, 14336, 32, 8, 128)}
             models |= {"mistral-7b": (4096, 14336, 32, 8, 128), "gemma-2-27b": (4608, 36864, 32, 16, 128)}
             models |= {"gemma-3-4b": (2560, 10240, 8, 4, 256)}
-        chosen = ("llama-2-7b", "qwen2-7b", "gemma-2-9b") if few else tuple(models)
-        for model, shape in ((name, models[name]) for name in chosen if name in models):
+        for model, shape in ((name, models[name]) for name in chosen or models if name in models):
             _attention(found, f"{model} {short}", dtype, shape)
-            every = dtype == torch.bfloat16 and model == "llama-2-7b"
+            every = dtype == torch.bfloat16 and model == "llama-2-7b" and chosen != ONE
             if model in ("llama-2-7b", "qwen2-7b"):
                 _mlp(found, f"{model} {short}", dtype, shape, allocation.RULES if every else ("softmax",))
                 _sweep(found, f"{model} {short}", dtype, shape)
@@ -246,15 +250,15 @@ def _way_back(
                 way_back.neurons_back(y, act, act, act, recorded_at, pieces, rule, curve, _empty(positions))
 
 
-def compile_for(target: str) -> list[Compilation]:
-    """Compile all launches for a target."""
+def compile_for(target: str, quick: bool = False) -> list[Compilation]:
+    """Compile all launches for a target; ``quick``: of one model, unless it is Hopper."""
     gpu, kib = TARGETS[target]
     hip = "6" if gpu.backend == "hip" else None
     with (
         mock.patch.object(launch, "shared_memory", lambda device: kib << 10),
         mock.patch.object(torch.version, "hip", hip),
     ):
-        found = launches(few=target in SIBLINGS)
+        found = launches(ONE if quick and target != "sm_90" else FEW if target in SIBLINGS else ())
     return [_compiled(made, function, case, target) for made, (function, case) in found.items()]
 
 
@@ -300,10 +304,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command("bench.speed.aot", __doc__)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=tuple(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="of one model for every target but sm_90")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     with ProcessPoolExecutor(options.jobs) as pool:
-        found = [row for part in pool.map(compile_for, options.targets) for row in part]
+        found = [row for part in pool.map(partial(compile_for, quick=options.quick), options.targets) for row in part]
     if options.json:
         print(json.dumps([asdict(row) for row in found], indent=1))
         return

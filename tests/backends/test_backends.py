@@ -146,8 +146,10 @@ def test_half_precision_products_are_complete_and_near(name, dtype, rule):
         for backend, budget in (("torch", 20_000), ("torch", None), ("triton", None)):
             if backend == "triton" and label not in ("tokens@0", "heads@0", "neurons@0"):
                 continue  # interpreted
-            if backend == "triton" and name != "qwen2" and rule != "softmax":
-                continue  # a rule knows nothing of the attention, of which these differ
+            if backend == "triton" and rule != "softmax" and (name, dtype) != ("qwen2", "bfloat16"):
+                continue  # a rule knows nothing of the attention, of which these differ, nor of the type
+            if backend == "triton" and dtype == "float16" and label != "tokens@0":
+                continue  # and the interpreter takes twice as long in it
             options = {"allocation": rule, "compute_dtype": dtype, "memory_budget": budget, "backend": backend}
             # nothing normalises the shares of a linear rule, so the rounding of gates and ups is in their sum
             limit = 3e-2 if rule in LINEAR_RULES else 1e-2

@@ -19,8 +19,10 @@ from tests.support.states import close, corner_states
 from tests.support.steps import carried
 
 
-@pytest.mark.parametrize("rule", NAMES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "rule"),  # a rule knows nothing of the attention: all of them where there are biases, else one
+    [(name, rule) for name in FAMILIES for rule in NAMES if name == "llama-biases" or rule == "softmax"],
+)
 def test_streaming_agrees_with_the_reference(name, rule):
     dp, ids = build(name), random_ids(9, seed=5)
     trace = dp.trace(ids)

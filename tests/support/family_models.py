@@ -292,6 +292,7 @@ _NAMES = {
     "dbrx": {"hidden_size": "d_model"},
     "gpt_neo": {"num_hidden_layers": "num_layers"},
 }
+FIRST = frozenset({family: name for name, (family, _) in reversed(VARIANTS.items())}.values())  # of each family
 
 
 def available(name: str) -> bool:

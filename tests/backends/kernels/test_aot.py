@@ -21,7 +21,7 @@ def compiling(*arguments):
 
 @pytest.fixture(scope="module")
 def rows():
-    return compiling("-m", "bench.speed.aot", "--json")
+    return compiling("-m", "bench.speed.aot", "--json", "--quick")
 
 
 def test_every_kernel_compiles_for_every_target(rows):
