@@ -34,6 +34,7 @@ class LayerSize:
     reads_up: bool = False  # the rule looks at the up projection
     shared_values: int = 0  # channels of values whose activation is shared out
     source: int | None = None  # the layer whose values it takes
+    kernelless: bool = False  # the triton backend leaves its attention to the torch backend
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""

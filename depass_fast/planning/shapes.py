@@ -102,7 +102,15 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         output_norms=any(mlp.output is not None or mlp.factor != 1.0 for mlp in mlps),
         may_vanish=may_vanish(adapter),
         source=None if attention is None else attention.source,
+        kernelless=attention is not None and _has_no_kernel(adapter, index),
     )
+
+
+def _has_no_kernel(adapter: Adapter, index: int) -> bool:
+    """True if Triton has no kernel for the attention of layer ``index``, whatever the prompt (see its `no_kernel`)."""
+    attention, sparse = adapter.layer(index).attention, adapter.selects is not None
+    of_values = attention.value_norm is not None or attention.source is not None
+    return attention.is_recurrent or attention.scales_heads or of_values or sparse or adapter.chunks(index)
 
 
 def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:
