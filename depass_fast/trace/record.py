@@ -136,6 +136,7 @@ class MlpTrace:
     factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
     inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection
     input_weight: Tensor | None = None  # (P,) the factor of what an expert reads, behind the norm
+    source: int | None = None  # the layer whose MLP's input it reads, where that is an earlier one
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr
@@ -145,7 +146,7 @@ class MlpTrace:
 
     @staticmethod
     def of_expert(expert: RoutedExpert, **common: Any) -> MlpTrace:
-        """The trace of one expert; ``common`` holds ``resid`` and ``out_scale``."""
+        """The trace of one expert; ``common`` holds ``resid``, ``out_scale`` and ``source``."""
         return MlpTrace(
             gate=expert.gate,
             act=expert.act,

@@ -189,7 +189,8 @@ class Recorder:
         else:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
-        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid)
+        ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
+        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
     def _attention(self, index: int, record: dict[str, Any]) -> Any:

@@ -28,7 +28,8 @@ def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int
         dtype: the dtype of the model's weights, in which most is recorded.
 
     The number is exact, unless the family clamps its values (OLMo, MPT with ``clip_qkv``). Then it is an upper bound,
-    reached as soon as one value in every layer is clamped. A mixture of experts records the same number of rows per
+    reached as soon as one value in every layer is clamped. It is one, too, where choices of a router may stand for an
+    expert that gives back what it reads (LongCat). Any other mixture of experts records the same number of rows per
     position and layer, whichever experts they go to.
 
     Raises:

@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.core.models import randomised
 from depass_fast.adapters.recurrent import knows_recurrences
+from tests.support.ahead_models import AHEAD
 from tests.support.family_shapes import (
     BIASES,
     EXPERTS,
@@ -286,6 +287,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **NEWER,
     **RECURRENT,
     **GEMMAS,
+    **AHEAD,
 }
 _NAMES = {
     "mpt": {"max_position_embeddings": "max_seq_len"},
@@ -298,7 +300,7 @@ def available(name: str) -> bool:
     """True if the installed transformers knows this variant's family by the code that is supported."""
     model_type, major = VARIANTS[name][0], int(transformers.__version__.split(".")[0])
     known = model_type in CONFIG_MAPPING and (major >= 5 or model_type not in OF_TRANSFORMERS_5)
-    return known and (name not in {*RECURRENT, *GEMMAS} or knows_recurrences())
+    return known and (name not in {*RECURRENT, *GEMMAS, *AHEAD} or knows_recurrences())
 
 
 def build_variant(
