@@ -211,6 +211,7 @@ class Family:
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     # the most keys that a query sees, where an indexer selects them and the attention call announces them (`indices=`)
     selects: int | None = None
+    key_block: int | None = None  # it selects blocks of so many keys for every KV head, and announces `block_indices=`
     indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
@@ -227,6 +228,7 @@ class Family:
     # a module or a plain function; None: the model's code alone names it, and it is ``curve``
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
+    activation: Activation | None = None  # of an MLP whose neurons are not act_fn(g) · up
     experts: Experts | None = None  # in the layers whose MLP has a router
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
@@ -242,6 +244,7 @@ class Family:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
+        keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 
 

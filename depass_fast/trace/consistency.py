@@ -189,7 +189,8 @@ def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: fl
 
 def _same_selection(got: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
     """True where two passes selected the same keys, of those that a query may see: (N,)."""
-    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])).tril() for its in (got, own)]
+    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])) for its in (got, own)]
+    seen = [one.tril() if one.ndim == 2 else one.flatten(1) for one in seen]  # of blocks, all are those it may see
     return (seen[0] == seen[1].to(seen[0].device)).all(1)
 
 

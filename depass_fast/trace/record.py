@@ -57,6 +57,7 @@ class AttentionTrace:
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
+    key_block: int | None = None  # they are blocks of so many positions, (T, Hkv, K), for every KV head
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     head_scales: Tensor | None = None  # (T, Hkv) s of a norm of every head's values, in float32 or wider

@@ -72,7 +72,11 @@ def selection_bytes(adapter: Adapter, longest: int) -> int:
     """The bytes per position of the keys that indexers select, for prompts of up to ``longest`` tokens."""
     if adapter.selects is None or longest <= adapter.selects:  # every key is selected
         return 0
-    return sum(map(adapter.has_indexer, range(adapter.n_layers))) * adapter.selects * torch.int32.itemsize
+    numbers = 0
+    for index in filter(adapter.has_indexer, range(adapter.n_layers)):
+        block = adapter.kind(index).key_block
+        numbers += adapter.selects if block is None else adapter.selects // block * adapter.attention(index).n_kv_heads
+    return numbers * torch.int32.itemsize
 
 
 def without_weights(config: Any) -> Adapter:

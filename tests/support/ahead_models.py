@@ -1,4 +1,4 @@
-"""Variants of families whose layers read what an earlier place of the residual stream holds."""
+"""Variants of families whose experts read ahead of their layer, or whose indexers select blocks for groups of heads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,26 @@ AHEAD: dict[str, tuple[str, dict[str, Any]]] = {
             "zero_expert_num": 3,
             "moe_topk": 5,  # more than the four experts: some that give back what they read are always chosen
             "routed_scaling_factor": 1.5,
+        },
+    ),
+    "minimax_m3_vl_text": (
+        "minimax_m3_vl_text",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rotary_dim": 4,
+            "intermediate_size": 16,
+            "dense_intermediate_size": 40,
+            "shared_intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 0.7,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sparse"],
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_block_size": 2,
+            "index_topk_blocks": 2,
         },
     ),
 }

@@ -318,7 +318,9 @@ def build_variant(
 def _regrouped(changes: dict[str, Any]) -> dict[str, Any]:
     changes = {key: _regrouped(value) if isinstance(value, dict) else value for key, value in changes.items()}
     for key in (
-        {"num_key_value_heads", "num_kv_heads", "kv_n_heads"} & changes.keys() if "kv_lora_rank" not in changes else ()
+        {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "index_n_heads"} & changes.keys()
+        if "kv_lora_rank" not in changes
+        else ()
     ):
         changes[key] = 2 if changes[key] == SHAPE["num_attention_heads"] else SHAPE["num_attention_heads"]
     return changes
