@@ -189,7 +189,7 @@ class Adapter(LayerKinds):
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
-        block = self.blocks._modules[str(index)]
+        block = self.blocks._modules[str(index // self.family.sublayers)]
         assert block is not None
         return block
 
@@ -215,11 +215,11 @@ class Adapter(LayerKinds):
         Only a ``linear_rule`` reads an MLP's up projection.
         """
         parts = ["v_proj", "v_up", "v_norm", "o_proj"]
-        parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj", "mlp_inner_norm"]
+        parts += ["gate_proj", "down_proj", "mlp_inner_norm"] if self.has_dense_mlp(index) else []
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
         modules += [module for part in parts if (module := self.module(index, part)) is not None]
-        plain = linear_rule and self.has_mlp(index) and not self.is_mixture(index)
+        plain = linear_rule and self.has_dense_mlp(index)
         up = below_or_none(self.block(index), self.kind(index).up_proj) if plain else None
         modules += [] if up is None else [up]
         if self.is_mixture(index):
@@ -243,7 +243,7 @@ class Adapter(LayerKinds):
         index = self._home(index, part)
         path: Path | None = getattr(self.kind(index), part)
         assert path is not None
-        return f"{name_of(self.family.layers)}.{index}.{name_of(path)}"
+        return f"{name_of(self.family.layers)}.{index // self.family.sublayers}.{name_of(path)}"
 
     def name_of(self, module: nn.Module | Stacked) -> str:
         """The name of a module below the model, or that of a tensor of experts."""
@@ -261,12 +261,14 @@ class Adapter(LayerKinds):
     def has_dense_mlp(self, index: int) -> bool:
         """True if layer ``index`` has an MLP that is no mixture, beside one or alone."""
         declared = self.kind(index).experts
-        return self.has_mlp(index) and (not self.is_mixture(index) or bool(declared and declared.beside))
+        beside = declared is not None and (declared.beside is not None or declared.ahead)
+        return self.has_mlp(index) and (beside or not self.is_mixture(index))
 
     def experts_module(self, index: int) -> nn.Module:
         """The module of layer ``index`` that is given the normed states for its experts."""
         declared = self._experts(index)
-        return self.module(index, "mlp") if declared.beside is None else below(self.block(index), declared.experts)
+        alone = declared.beside is None and not declared.ahead
+        return self.module(index, "mlp") if alone else below(self.block(index), declared.experts)
 
     def watch_router(self, index: int, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
         """Have ``note`` called with the weights and indices (T, K) that the router of layer ``index`` decides on.
@@ -339,7 +341,10 @@ class Adapter(LayerKinds):
         if kind.layer_factor is not None:
             branch["stream"] = Norm(below(block, kind.layer_factor), 0.0, is_factor=True)
         inner = self._norm(self.module(index, "mlp_inner_norm"))
-        return layer_mlps(block, kind, branch, self.is_mixture(index), inner)
+        ahead = self._norm(self.module(index - 1, "mlp_norm")) if kind.has_experts_ahead else None
+        return layer_mlps(
+            block, kind, branch, self.is_mixture(index), inner, None if ahead is None else (index - 1, ahead)
+        )
 
     def has_part(self, index: int, part: str) -> bool:
         """True unless layer ``index`` lacks the branch that ``part`` belongs to."""

@@ -16,8 +16,9 @@ from .chained import Chained
 from .family import Experts, Path, first_half, second_half
 from .maps import Linear
 from .paths import below, exists, name_of
+from .same import UNCHANGED, Same
 from .stored import Stacked
-from .weights import Mlp
+from .weights import SAME, Mlp
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def expert_modules(block: nn.Module, experts: Experts) -> list[nn.Module | Stack
         [] if experts.latent is None else [below(block, path) for path in experts.latent]
     )
     for part in _projections(block, experts):
-        modules += [linear.module for linear in (part.gate, part.up, part.down) if linear is not None]
+        if part.name != SAME:
+            modules += [linear.module for linear in (part.gate, part.up, part.down) if linear is not None]
     return modules
 
 
@@ -130,6 +132,10 @@ def route(
             positions, on_host, inputs, weight = None, None, x, x.new_full((len(x), 1), experts.factor)
             if experts.shared_gate is not None:
                 weight = weight * torch.sigmoid(below(block, experts.shared_gate)(x))
+        elif part.name == SAME:
+            positions, on_host, inputs = None, None, x
+            wide = weights.to(torch.promote_types(weights.dtype, x.dtype))
+            weight = _weight_behind(index, wide, assignment, len(x)) * (experts.factor * experts.routed_factor)
         else:
             here = assignment.of_expert(index)
             if here.start == here.stop:
@@ -145,6 +151,13 @@ def route(
         act, of_input = (part.activation(gate, up) * weight).to(x.dtype), None if of_input is None else of_input[:, 0]
         done.append(RoutedExpert(index, positions, on_host, gate, act, weight.flatten().to(x.dtype), of_input))
     return done
+
+
+def _weight_behind(expert: int, weights: Tensor, assignment: ExpertAssignment, n_positions: int) -> Tensor:
+    """The sum of every position's weights (T, 1) of experts from a number on; ``weights`` are in their order."""
+    first = int(np.searchsorted(assignment.host_experts, expert))
+    total = weights.new_zeros(n_positions, 1)
+    return total.index_add_(0, assignment.positions[first:], weights[first:])
 
 
 def _choice(values: tuple, dense: bool = False) -> tuple[Tensor, Tensor]:
@@ -185,6 +198,9 @@ def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
         yield from (_of_module(f"E{index}", module, experts) for index, module in enumerate(held))
     else:
         yield from (_through_latent(part, block, experts) for part in _of_stacks(held, experts))
+        if experts.gives_back:
+            down = Same(Stacked(*_stack(held, experts.stacks[1])[:1], 0, None, experts.transposed))
+            yield _Projections(SAME, down, None, down, UNCHANGED)
     if experts.shared is not None and exists(block, experts.shared):
         shared = _of_module("shared", below(block, experts.shared), experts)
         if shared.down.shape[1] > 0:  # DeepSeek without shared experts has an empty one

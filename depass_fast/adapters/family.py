@@ -59,6 +59,8 @@ class Experts:
     latent: tuple[Path, Path] | None = None  # projections (without biases) around all experts but the shared one
     weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
     beside: Beside | None = None
+    ahead: bool = False  # they read what the MLP of the layer before reads, through its norm (LongCat)
+    gives_back: int = 0  # so many indices behind those of the experts stand for one that gives back what it reads
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Family:
 
     decoder: Path | None = None  # the model without its unembedding; None: what transformers calls the base model
     layers: Path = "model.layers"
+    sublayers: int = 1  # layers, as declared here, in every module of ``layers``
     embedding: Path = "model.embed_tokens"
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
@@ -208,6 +211,7 @@ class Family:
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     # the most keys that a query sees, where an indexer selects them and the attention call announces them (`indices=`)
     selects: int | None = None
+    key_block: int | None = None  # it selects blocks of so many keys for every KV head, and announces `block_indices=`
     indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
@@ -224,16 +228,23 @@ class Family:
     # a module or a plain function; None: the model's code alone names it, and it is ``curve``
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
+    activation: Activation | None = None  # of an MLP whose neurons are not act_fn(g) · up
     experts: Experts | None = None  # in the layers whose MLP has a router
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
     partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
     @property
+    def has_experts_ahead(self) -> bool:
+        """True if its experts read what the layer before reads."""
+        return self.experts is not None and self.experts.ahead
+
+    @property
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
-        keeps = self.attention_keeps == self.mlp_keeps == 1.0
+        keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
+        keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 
 

@@ -21,7 +21,7 @@ class LayerKinds(ModelEnds):
 
     @property
     def n_layers(self) -> int:
-        return len(self.blocks)
+        return len(self.blocks) * self.family.sublayers
 
     @property
     def is_parallel(self) -> bool:
@@ -52,8 +52,8 @@ class LayerKinds(ModelEnds):
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, factors of the residual stream, or layers "
-                f"with less or more than the two.{advice}"
+                "heads, values that are normed or shared between layers, factors of the residual stream, experts that "
+                f"read ahead, or layers with less or more than the two.{advice}"
             )
 
     def check_one_norm(self, what: str) -> None:
@@ -61,10 +61,12 @@ class LayerKinds(ModelEnds):
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
             more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor)
-            if any(one is not None for one in more) or (kind.experts is not None and kind.experts.beside is not None):
+            beside = kind.experts is not None and kind.experts.beside is not None
+            if beside or kind.has_experts_ahead or any(one is not None for one in more):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding or experts beside an MLP (Gemma 4). dp.ledger and dp.attribute do."
+                    "gate of the token's embedding or experts beside an MLP (Gemma 4), or ahead of it (LongCat). "
+                    "dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:
@@ -76,6 +78,12 @@ class LayerKinds(ModelEnds):
         """The number of experts that a router sends a position to; 0 in a model without mixtures."""
         every = [self.family, *(self.family.kinds or ())]
         return next((kind.experts.top_k for kind in every if kind.experts is not None), 0)
+
+    @property
+    def giving_back(self) -> int:
+        """The number of a router's choices that stand for an expert which gives back what it reads (LongCat)."""
+        every = [self.family, *(self.family.kinds or ())]
+        return next((kind.experts.gives_back for kind in every if kind.experts is not None), 0)
 
     @property
     def weighs_inputs(self) -> bool:

@@ -17,17 +17,27 @@ from .weights import GATE, Mlp
 
 
 def layer_mlps(
-    block: nn.Module, kind: Family, branch: dict[str, Any], is_mixture: bool, inner: Norm | None = None
+    block: nn.Module,
+    kind: Family,
+    branch: dict[str, Any],
+    is_mixture: bool,
+    inner: Norm | None = None,
+    ahead: tuple[int, Norm] | None = None,
 ) -> tuple[Mlp, ...]:
     """All MLPs of a layer. ``branch`` holds the norms and the factors that the family declares of its MLP.
 
-    ``inner`` is a norm in front of the down projection. Raises ValueError if no neuron can carry it.
+    ``inner`` is a norm in front of the down projection. ``ahead`` is the layer whose MLP's input experts read, with its
+    norm, where that is another one. Raises ValueError if no neuron can carry it.
     """
     if inner is not None and (inner.bias is not None or inner.centred):
         raise ValueError("model: the norm inside its MLP has a bias or a mean, which no neuron can carry.")
     mixture = kind.experts if is_mixture else None
     if mixture is None:
         found: tuple[Mlp, ...] = (replace(dense_mlp(block, kind, branch), inner=inner),)
+    elif ahead is not None:
+        routed = experts.expert_mlps(block, mixture, {**branch, "norm": ahead[1]})
+        routed = tuple(replace(one, source=ahead[0]) for one in routed)
+        found = (*routed, replace(dense_mlp(block, kind, branch), name="shared"))
     elif mixture.beside is None:
         found = experts.expert_mlps(block, mixture, branch)
     else:

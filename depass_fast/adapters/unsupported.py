@@ -46,7 +46,6 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(("lfm3",), _CONVOLUTION),
     "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
-    "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
     "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",
     **dict.fromkeys(
@@ -65,7 +64,6 @@ REASONS: dict[str, str] = {
     "doge": "learned factors of the residual stream, and a mask that depends on values",
     "hrm_text": "a stack of layers that runs several times",
     "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
-    "longcat_flash": "two attentions and MLPs in a layer, and a mixture from in front of the second to the end",
     "mllama": "cross-attention layers, which are skipped without an image",
     "modernbert-decoder": "a projection, an activation and a norm stand between the last layer and the unembedding",
     "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",

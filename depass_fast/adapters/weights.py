@@ -18,6 +18,7 @@ from .activation import Activation
 from .maps import Latent, Linear, Norm
 
 GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
+SAME = "same"  # the name of experts that give back what they read, all of them together
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ class Mlp(Branch):
     its family; they are None then, and only the rules that need them refuse it (``Adapter.check_linear_rule``).
     ``name`` tells experts apart: `E0`, `E1`, ..., or `shared`; it is empty for the only MLP of a layer. `embed` is the
     gate of a token's own embedding (``follows``): it reads the residual stream that all others have been added to.
+    `same` gives back what it reads (``is_linear``): all of its maps are the identity, and components do not meet there.
+    ``source`` is the layer whose MLP's input it reads, through that one's norm, where it is an earlier one.
     """
 
     gate: Linear
@@ -199,11 +202,22 @@ class Mlp(Branch):
     up: Linear | None = None
     activation: Activation | None = None
     inner: Norm | None = None  # a norm between the activation and ``down``
+    source: int | None = None
 
     @property
     def is_routed(self) -> bool:
         """True for an expert that gets only the positions that a router sends to it."""
-        return self.name not in ("", "shared", GATE)
+        return self.name not in ("", "shared", GATE, SAME)
+
+    @property
+    def is_linear(self) -> bool:
+        """True if it gives back what it reads, times a router's weight."""
+        return self.name == SAME
+
+    @property
+    def is_dense(self) -> bool:
+        """True if it is the layer's MLP itself: no expert that a router chooses, and no gate behind it."""
+        return self.name in ("", "shared")
 
     @property
     def follows(self) -> bool:

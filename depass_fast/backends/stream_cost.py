@@ -36,7 +36,7 @@ def sharded(work: Workload, streams: bool) -> Need:
 
 
 def workspace(work: Workload) -> int:
-    """Bytes of a block's rows, four times over, and of its gates in parts."""
+    """Bytes of a block's rows, four times over or five, and of its gates in parts."""
     if not work.passed:
         return 0
     columns = 1 + max(size.ways_in for size in work.passed)
@@ -44,7 +44,8 @@ def workspace(work: Workload) -> int:
     slots = min(max(slots, work.longest), work.longest * max(work.counts))
     arrays = 3 if work.linear_rule else 6
     gates = min(arrays * work.budget // 8, arrays * slots * work.neurons * 4)
-    return max(torch_cost.workspace(work), 4 * slots * work.width * work.state_item + gates)
+    rows = 4 + any(size.source is not None for size in work.passed)  # values may be read from another state's
+    return max(torch_cost.workspace(work), rows * slots * work.width * work.state_item + gates)
 
 
 def statistics(work: Workload) -> int:

@@ -34,6 +34,8 @@ class LayerSize:
     reads_up: bool = False  # the rule looks at the up projection
     shared_values: int = 0  # channels of values whose activation is shared out
     source: int | None = None  # the layer whose values it takes
+    ahead: bool = False  # experts read a copy of the state from the layer before
+    kernelless: bool = False  # the triton backend leaves its attention to the torch backend
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -79,7 +81,7 @@ class Workload:
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
     ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part. ``kept``: so many
-    copies of the state wait for later layers to read values from them.
+    copies of the state wait for later layers to read them.
     """
 
     lengths: tuple[int, ...]

@@ -207,7 +207,7 @@ def each_meets_bias(
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
     first = [kind.entry(adapter).order for kind in kinds]
     last = _last_constant(adapter, min(first) // 2, end, allocation.linear_rule)
-    shared = list(_shared_values(adapter, min(first) // 2, end))
+    shared = list(_read_ahead(adapter, min(first) // 2, end))
     return [one <= last or any(source < one <= reader for source, reader in shared) for one in first]
 
 
@@ -230,8 +230,10 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
     return -1
 
 
-def _shared_values(adapter: Adapter, first: int, end: int | None) -> Iterator[tuple[int, int]]:
+def _read_ahead(adapter: Adapter, first: int, end: int | None) -> Iterator[tuple[int, int]]:
     """The attention of layers that later ones take values from, and of these, numbered as modules are.
+
+    So it is with experts that read what the MLP of the layer before reads.
 
     For components that start between the two, what the later one writes is a constant.
     """
@@ -239,6 +241,8 @@ def _shared_values(adapter: Adapter, first: int, end: int | None) -> Iterator[tu
         source = adapter.kind(index).source
         if source is not None:
             yield 2 * source, 2 * index
+        if adapter.kind(index).has_experts_ahead:
+            yield 2 * index - 1, 2 * index + 1
 
 
 def without_first(rows: Tensor, layout: Layout) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters import Attention
 from ..runtime.products import product
 from ..trace.record import AttentionTrace
-from ..trace.selection import selected
+from ..trace.selection import seen_by_heads
 from .batches import Batch, Packing
 from .mixing import sources_of_recurrence, through_recurrence
 from .norms import FrozenNorm
@@ -182,7 +182,9 @@ class WayThroughAttention:
             logits = logits + bias.to(wide).permute(0, 2, 1)[:, :, None]
         if trace.chosen_keys is not None:
             chosen = batch.at_queries(trace.chosen_keys)[tile.prompts, tile.queries]
-            logits = logits.masked_fill(~selected(chosen, tile.keys.stop)[:, None, :, tile.keys], -torch.inf)
+            seen = seen_by_heads(chosen, tile.keys.stop, trace.key_block, trace.q.shape[1])[..., tile.keys]
+            seen = seen if seen.shape[1] == 1 else seen[:, tile.heads]
+            logits = logits.masked_fill(~seen, -torch.inf)
         p = logits.softmax(-1)
         if trace.row_sum is not None:
             row_sum = batch.at_queries(trace.row_sum)[tile.prompts, tile.queries, tile.heads]

@@ -163,15 +163,21 @@ class _WayBack:
         else:
             if layer.mlps:
                 self._back = self._back + self._through_mlp(index, layer, record, beta)
+            self._pay(Entry(index, "resid_mid"))
             self._visit(Entry(index, "resid_mid"), record.resid_mid)
             if self._wanted.last == Entry(index, "resid_mid"):
                 return
             if layer.attention is not None:
                 beta = self._through_stream(layer.attention, record.attention_sum)
                 self._through_attention(index, layer, record, beta)
-            owed = self._owed.paid(index)
-            self._back = self._back if owed is None else self._back + owed
+            self._pay(Entry(index, "resid_pre"))
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _pay(self, place: Entry) -> None:
+        """Add the gradients that wait for a place, where there are any."""
+        owed = self._owed.paid(place)
+        if owed is not None:
+            self._back, self._partial = self._everywhere(self._back, self._partial) + owed.to(self._back), False
 
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
         """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
@@ -187,6 +193,10 @@ class _WayBack:
                     neurons[part.part] = of_part
                 self._add(self.pages.of_mlp, index, [found.constant])
                 self._add(None, index, [found.driven])
+                source = layer.mlps[parts[0].part].source
+                if source is not None:
+                    self._owed.owe(Entry(source, "resid_mid"), self._everywhere(found.gradients, self._partial))
+                    continue
                 gradients = found.gradients if gradients is None else gradients + found.gradients
         self._add(self.pages.of_mlp, index, [beta])
         if neurons:
@@ -206,7 +216,7 @@ class _WayBack:
         self._add(self.pages.of_attention, index, [found.constant, beta])
         source = layer.attention.source
         if source is not None:  # it reads what enters another layer, and nothing of this one
-            self._owed.owe(source, found.gradients)
+            self._owed.owe(Entry(source, "resid_pre"), found.gradients)
             return
         self._back = found.gradients + self._everywhere(self._back, self._partial)
         self._partial = False
@@ -278,8 +288,8 @@ class _WayBack:
 def _stages(layer: Layer, record: LayerTrace) -> list[list[tuple[MlpTrace, ...]]]:
     """Return the MLPs of a layer on the way back: those that follow the others, then the others, by their norms."""
     after = tuple(part for part in record.mlps if layer.mlps[part.part].follows)
-    routed = tuple(part for part in record.mlps if layer.mlps[part.part].is_routed)
-    others = ((part, layer.mlps[part.part]) for part in record.mlps)
-    plain = tuple(part for part, mlp in others if not (mlp.follows or mlp.is_routed))
+    each = [(part, layer.mlps[part.part]) for part in record.mlps]
+    routed = tuple(part for part, mlp in each if mlp.is_routed or mlp.is_linear)
+    plain = tuple(part for part, mlp in each if mlp.is_dense)
     apart = bool(routed and plain) and layer.mlps[routed[0].part].norm is not layer.mlps[plain[0].part].norm
     return [stage for stage in ([after], [routed, plain] if apart else [routed + plain]) if any(stage)]

@@ -94,9 +94,10 @@ class LedgerWorkload:
         return self.reads if all(size.source is not None for size in behind) else self.positions
 
     def _owed(self, index: int) -> int:
-        """Return how many layers' inputs have gradients waiting for them when the way is at layer ``index``."""
+        """Return how many earlier places have gradients waiting for them when the way is at layer ``index``."""
         sources = {size.source for size in self.layers[index : self.end] if size.source is not None}
-        return sum(source <= index for source in sources)
+        ahead = index < self.end and self.layers[index].ahead
+        return sum(source <= index for source in sources) + ahead
 
     def _reads_up(self, index: int) -> bool:
         return self.rule != "taylor" and self.layers[index].has_up

@@ -197,7 +197,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         passed=tuple(passed[entering:last]),
         linear_rule=allocation.linear_rule,
         made=every * adapter.hidden_size * state.itemsize,
-        kept=len(taken),
+        kept=len(taken) + any(size.ahead for size in sizes[first_end:last]),
     )
     return work, all(exact)
 

@@ -86,7 +86,8 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
     layer = adapter.layer(index)
     attention, mlps = layer.attention, layer.mlps
     routed = sum(mlp.is_routed for mlp in mlps)
-    shares = [adapter.experts_per_position / routed if mlp.is_routed else 1.0 for mlp in mlps]
+    each = adapter.experts_per_position / max(1, routed + adapter.giving_back)
+    shares = [each if mlp.is_routed else 1.0 for mlp in mlps]
     beside = False
     if mlps:
         up = f"{adapter.path(index, 'mlp')}.up_proj"  # what some ungated families call the only way in
@@ -97,12 +98,21 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         o=0 if attention is None else attention.n_heads * attention.head_dim,
         heads=0 if attention is None else attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
-        copied=layer.parallel or sum(not mlp.follows for mlp in mlps) > 1,
+        copied=layer.parallel or sum(not mlp.follows and mlp.source is None for mlp in mlps) > 1,
         has_up=beside or routed > 0 or any(mlp.gate.is_fused for mlp in mlps),
         output_norms=any(mlp.output is not None or mlp.factor != 1.0 for mlp in mlps),
         may_vanish=may_vanish(adapter),
         source=None if attention is None else attention.source,
+        ahead=any(mlp.source is not None for mlp in mlps),
+        kernelless=attention is not None and _has_no_kernel(adapter, index),
     )
+
+
+def _has_no_kernel(adapter: Adapter, index: int) -> bool:
+    """True if Triton has no kernel for the attention of layer ``index``, whatever the prompt (see its `no_kernel`)."""
+    attention, sparse = adapter.layer(index).attention, adapter.selects is not None
+    of_values = attention.value_norm is not None or attention.source is not None
+    return attention.is_recurrent or attention.scales_heads or of_values or sparse or adapter.chunks(index)
 
 
 def named_components(kind: ComponentKind, adapter: Adapter, length: int) -> tuple[int, bool]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..adapters import Layer, Norm
+from ..adapters import Layer, Mlp, Norm
+from ..components.base import Entry
 from ..labels import BIAS
-from ..runtime.memory import empty_on_host
 from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
-from ..trace.record import LayerTrace
+from ..trace.record import LayerTrace, MlpTrace
+from .copies import copy_state
+from .earlier import EarlierStates
 from .run import Run
+
+_PART = 1 << 22  # numbers of a state that are given back at a time
 
 
 def through_layer(
@@ -24,15 +27,20 @@ def through_layer(
     record: LayerTrace,
     run: Run,
     queries: Layout | None = None,
-    values: ComponentState | None = None,
+    earlier: EarlierStates | None = None,
 ) -> ComponentState:
     """Return the state after ``layer``, at all positions or at those of ``queries``; ``state`` is used up.
 
-    ``values`` is the state that an earlier layer read, where this one takes its values; None where the components
-    started behind it.
+    ``earlier`` keeps the states that later layers read once more, and has those that this one reads.
     """
+    index, values = state.layer, None
+    if earlier is not None:
+        earlier.meet(state, Entry(index, "resid_pre"))
+        values = earlier.values(layer)
     state, source = through_attention(state, layer, record, run, queries, values)
-    return through_mlp(state, source, layer, record, run)
+    if earlier is not None:
+        earlier.meet(state, Entry(index, "resid_mid"))
+    return through_mlp(state, source, layer, record, run, earlier)
 
 
 def through_attention(
@@ -46,8 +54,9 @@ def through_attention(
     """Return the state after the attention of ``layer``, at all positions or at those of ``queries``.
 
     The second result is the state that the MLP reads; None if it reads the first one. ``state`` is used up. A state
-    that starts after the attention only loses the positions that are not asked for. ``values`` as of
-    :func:`through_layer`: without them, the attention is a constant for a state that started behind its values.
+    that starts after the attention only loses the positions that are not asked for. ``values`` is the state that an
+    earlier layer read, where this one takes its values; None where the components started behind it: then the attention
+    is a constant for them.
     """
     if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
@@ -69,26 +78,80 @@ def through_attention(
 
 
 def through_mlp(
-    state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
+    state: ComponentState,
+    source: ComponentState | None,
+    layer: Layer,
+    record: LayerTrace,
+    run: Run,
+    earlier: EarlierStates | None = None,
 ) -> ComponentState:
-    """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself."""
-    if source is None and sum(not layer.mlps[part.part].follows for part in record.mlps) > 1:
+    """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself.
+
+    Experts that read ahead of their layer read one of the ``earlier`` states. For components that started behind it,
+    what they write is a constant.
+    """
+    here = [part for part in record.mlps if part.source is None]
+    if source is None and sum(not layer.mlps[part.part].follows for part in here) > 1:
         # experts must not read one another
         source = copy_state(state)
-    for part in record.mlps:
+    for part in here:
         mlp = layer.mlps[part.part]
         source = None if mlp.follows else source
-        if part.host_positions is None:
-            state = run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
+        state = _through_part(state, source, mlp, part, run)
+    for part in record.mlps:
+        if part.source is None:
             continue
-        segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
-        if len(segments):
-            read = None if source is None else source.take(segments)
-            state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
+        ahead = None if earlier is None else earlier.ahead(part.source)
+        if ahead is None:
+            _add_outputs(state, layer.mlps[part.part], part)
+            continue
+        if len(ahead.layout.counts) != len(state.layout.counts):
+            ahead = ahead.at(state.layout)
+        state = _through_part(state, ahead, layer.mlps[part.part], part, run)
     if layer.mlps:
         normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
+
+
+def _through_part(
+    state: ComponentState, source: ComponentState | None, mlp: Mlp, part: MlpTrace, run: Run
+) -> ComponentState:
+    """Return the state after one MLP, or one expert at the positions that were sent to it."""
+    if mlp.is_linear:
+        _give_back(state, state if source is None else source, mlp, part)
+        return state
+    if part.host_positions is None:
+        return run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
+    segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
+    if len(segments):
+        read = None if source is None else source.take(segments)
+        state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
+    return state
+
+
+def _give_back(state: ComponentState, source: ComponentState, mlp: Mlp, part: MlpTrace) -> None:
+    """Add the components of ``source`` behind the norm, times the router's weight, in place: nothing meets there."""
+    assert part.router_weight is not None
+    numbers = (mlp.scale(part.resid) * part.router_weight * mlp.factor).to(state.rows)  # (T,)
+    packed = to_device(state.layout.packed[state.layout.row_segments()], state.device)
+    state.factors, size = None, max(1, _PART // state.rows.shape[1])
+    for rows, read, at in zip(*(x.split(size) for x in (state.rows, source.rows, packed)), strict=True):
+        given = read * numbers[at, None]
+        rows.add_(given if mlp.norm is None or mlp.norm.weight is None else given.mul_(mlp.norm.weight.to(given)))
+
+
+def _add_outputs(state: ComponentState, mlp: Mlp, part: MlpTrace) -> None:
+    """Add all that one MLP, or one expert, writes to `bias`, in place."""
+    state.factors = None
+    if state.layout.index(BIAS) is None:  # chosen components may lack it
+        return
+    at = slice(None) if part.positions is None else part.positions
+    out_scale, dtype = None if part.out_scale is None else part.out_scale[at], state.rows.dtype
+    written = mlp.written(part.act.to(dtype) @ mlp.w_down.to(dtype).T, out_scale)
+    whole = part.dense(written, slice(0, len(part.resid))).to(state.rows)
+    packed = to_device(state.layout.packed, state.device)
+    state.rows[to_device(state.layout.extra_rows(BIAS), state.device)] += whole[packed]
 
 
 def _add_written(state: ComponentState, record: LayerTrace) -> None:
@@ -99,14 +162,6 @@ def _add_written(state: ComponentState, record: LayerTrace) -> None:
     written = record.resid_mid.to(state.rows) - record.resid_pre.to(state.rows)
     packed = to_device(state.layout.packed, state.device)
     state.rows[to_device(state.layout.extra_rows(BIAS), state.device)] += written[packed]
-
-
-def copy_state(state: ComponentState) -> ComponentState:
-    """Return a copy of a state, pinned in host memory where that is."""
-    rows = state.rows
-    pinned = rows.device.type == "cpu" and rows.is_pinned()
-    copy = empty_on_host(rows.shape, rows.dtype, pinned) if pinned else torch.empty_like(rows)
-    return ComponentState(copy.copy_(rows), state.layout, state.layer, state.site)
 
 
 def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, keeps: float = 1.0) -> None:

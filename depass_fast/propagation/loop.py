@@ -14,9 +14,9 @@ from ..runtime.progress import progress_bar
 from ..state.completeness import Completeness
 from ..state.state import ComponentState
 from ..trace.record import Trace
+from .earlier import EarlierStates
 from .layer import normalise, through_layer
 from .run import Run
-from .values import KeptValues
 
 
 @torch.no_grad()
@@ -41,21 +41,20 @@ def propagate(
     run.backend.begin(adapter, trace, first, end)
     if reads is not None:
         queries = state.layout.at(trace.offsets, [np.array(r) for r in reads])
-    found, kept_values = Completeness(run.summed), KeptValues(adapter, state.earlier)
+    found, earlier = Completeness(run.summed), EarlierStates(adapter, state.earlier)
     found.measure(state, trace.resid_at(first, state.site))
     with progress_bar("layers", end - first, run.progress) as bar:
         for index in range(first, end):
             layer = adapter.layer(index)
             state.rows = state.rows if run.host else state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
-            kept_values.meet(state, index)
-            state = through_layer(state.moved(), layer, trace.layers[index], run, kept, kept_values.of(layer))
+            state = through_layer(state.moved(), layer, trace.layers[index], run, kept, earlier)
             found.measure(state, trace.resid(index + 1))
             if bar is not None:
                 bar.finish()
     if queries is not None and first == end:
         state = state.at(queries)
-    state.factors, state.earlier = None, kept_values.needed(end) or None
+    state.factors, state.earlier = None, earlier.needed(end) or None
     return state, found.errors()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ class ComponentState:
     ``factors``, one per prompt, are the named components as products, as long as they are where they started.
     ``verification`` is the result of ``verify=True`` in the call that made the state. ``completeness_error`` is the
     largest ‖Σ_m X[n, m] - x[n]‖ / ‖x[n]‖ that was measured on its way: a float in what `decompose` and `carry` return,
-    None in what `start` returns. ``earlier`` are copies of the state where it entered layers, by their numbers, whose
-    values later ones take; None for none.
+    None in what `start` returns. ``earlier`` are copies of the state at places, (layer, site), that later layers read
+    once more: for values, or for experts ahead of their layer; None for none.
     """
 
     rows: Tensor
@@ -49,7 +49,7 @@ class ComponentState:
     factors: tuple[Factors, ...] | None = None
     verification: Verification | None = None
     completeness_error: float | None = None
-    earlier: dict[int, ComponentState] | None = None
+    earlier: dict[Any, ComponentState] | None = None
 
     def __repr__(self) -> str:
         prompts, named = len(self.layout.components), brief(self.labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .record import AttentionTrace
-from .selection import selected
+from .selection import seen_by_heads, selected
 
 TILE = 1 << 24  # most logits held at once, in elements
 
@@ -27,19 +27,20 @@ def causal_attention(
     sinks: Tensor | None = None,
     chosen_keys: Tensor | None = None,
     chunked: bool = False,
+    key_block: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
 
     ``key_bias`` (N, H) is added to the logits of keys. ``sinks`` (H,) are logits of nothing; with them the sums of P's
     rows are returned as well, (P, H, N) in float32 or wider, else None. ``chosen_keys`` (P, N, K) are those that
-    queries may see. ``window`` and ``chunked`` are those of the trace.
+    queries may see. ``window``, ``chunked`` and ``key_block`` are those of the trace.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None and key_bias is None and sinks is None and chosen_keys is None:
         return _fused(q, k, v, scale, window, chunked), None
-    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys, chunked)
+    return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys, chunked, key_block)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, chunked: bool) -> Tensor:
@@ -67,6 +68,7 @@ def _tiled(
     sinks: Tensor | None,
     chosen_keys: Tensor | None,
     chunked: bool,
+    key_block: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention whose logits are changed before the softmax, some queries at a time, and the sums of P's rows."""
     n = q.shape[2]
@@ -79,7 +81,8 @@ def _tiled(
         if key_bias is not None:
             logits = logits + key_bias.T[:, None]
         seen = causal_mask(queries, n, window, chunked)
-        seen = seen if chosen_keys is None else (seen & selected(chosen_keys[:, queries], n))[:, None]
+        if chosen_keys is not None:
+            seen = seen & seen_by_heads(chosen_keys[:, queries], n, key_block, q.shape[1])
         logits.masked_fill_(~seen, -torch.inf)
         p = logits.softmax(-1)
         if sinks is not None and row_sum is not None:
@@ -103,9 +106,17 @@ def causal_mask(queries: Tensor, n_keys: int, window: int | None, chunked: bool 
 
 
 def seen_keys(trace: AttentionTrace, span: slice, queries: Tensor, n_keys: int) -> Tensor:
-    """True where local positions ``queries`` (Q,) of the prompt at ``span`` see one of its first keys: (Q, n_keys)."""
+    """True where local positions ``queries`` (Q,) of the prompt at ``span`` see one of its first keys: (Q, n_keys).
+
+    Where keys are selected for every KV head it is (Hkv, 1, Q, n_keys).
+    """
     seen = causal_mask(queries, n_keys, trace.window, trace.chunked)
-    return seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[span][queries], n_keys)
+    if trace.chosen_keys is None:
+        return seen
+    chosen = trace.chosen_keys[span][queries]
+    if trace.key_block is None:
+        return seen & selected(chosen, n_keys)
+    return seen & seen_by_heads(chosen, n_keys, trace.key_block, trace.k.shape[1])[:, None]
 
 
 def check_softmax(trace: AttentionTrace) -> None:
@@ -126,7 +137,8 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
     seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
-    seen = seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[keys[queries]], len(keys))
+    if trace.chosen_keys is not None:
+        seen = seen & seen_by_heads(trace.chosen_keys[keys[queries]], len(keys), trace.key_block, len(logits))
     p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
 
@@ -151,7 +163,9 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     if trace.key_bias is not None:
         logits += trace.key_bias[span].to(dtype).T[:, None]
     if trace.chosen_keys is not None:
-        logits.masked_fill_(~selected(trace.chosen_keys[span][queries], n), -torch.inf)
+        logits.masked_fill_(
+            ~seen_by_heads(trace.chosen_keys[span][queries], n, trace.key_block, len(logits)), -torch.inf
+        )
     p = logits.softmax(-1)
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
 

@@ -189,7 +189,8 @@ def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: fl
 
 def _same_selection(got: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
     """True where two passes selected the same keys, of those that a query may see: (N,)."""
-    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])).tril() for its in (got, own)]
+    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])) for its in (got, own)]
+    seen = [one.tril() if one.ndim == 2 else one.flatten(1) for one in seen]  # of blocks, all are those it may see
     return (seen[0] == seen[1].to(seen[0].device)).all(1)
 
 
@@ -284,8 +285,10 @@ def _check_mlp(
     layer, weights = trace.layers[index], adapter.layer(index)
     mixture, dense = adapter.is_mixture(index), adapter.has_dense_mlp(index)
     name, read = f"layer {index}: {adapter.path(index, 'mlp')}", rows(layer.mlp.resid, at)
-    own = next((mlp for mlp in weights.mlps if not (mlp.is_routed or mlp.follows)), weights.mlp)
-    for is_there, mlp, given in ((mixture, weights.mlp, "experts_input"), (dense, own, "gate_input")):
+    number, own = next(((i, mlp) for i, mlp in enumerate(weights.mlps) if mlp.is_dense), (0, weights.mlp))
+    resid = next((part.resid for part in layer.mlps if part.part == number), layer.mlp.resid)
+    of_mixture, of_mlp = (weights.mlp, "experts_input", read), (own, "gate_input", rows(resid, at))
+    for is_there, (mlp, given, read) in ((mixture, of_mixture), (dense, of_mlp)):
         if is_there:
             found.compare(
                 f"{name} reads something else than the norm of the residual stream",

@@ -26,9 +26,9 @@ def check_finite(adapter: Adapter, trace: Trace) -> None:
     for index, layer in enumerate(recorded):
         if _is_finite(*layer, trace.resid(index + 1)):
             continue
-        for name, parameter in adapter.blocks[index].named_parameters():
+        for name, parameter in adapter.block(index).named_parameters():
             if not _is_finite(parameter):
-                name = f"{adapter.name_of(adapter.blocks)}.{index}.{name.removesuffix('.weight')}"
+                name = f"{adapter.name_of(adapter.block(index))}.{name.removesuffix('.weight')}"
                 raise FloatingPointError(f"layer {index}: the weights of {name} hold NaN or inf.")
         raise FloatingPointError(
             f"layer {index}: its activations hold NaN or inf on this prompt in {adapter.dtype}. "

@@ -78,7 +78,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     if mlp.host_positions is None:
         names = ("gate", "act", "router_weight", "input_weight", "inner_scale", "factor")
         cuts = _cut_fields(mlp, cut, *names)
-        return MlpTrace(**cuts, part=mlp.part, **common)
+        return MlpTrace(**cuts, part=mlp.part, source=mlp.source, **common)
     rows = np.flatnonzero(np.isin(mlp.host_positions, kept))
     if not len(rows):
         return None
@@ -88,6 +88,7 @@ def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
         gate=mlp.gate[at],
         act=mlp.act[at],
         part=mlp.part,
+        source=mlp.source,
         positions=to_device(positions, mlp.gate.device),
         router_weight=None if mlp.router_weight is None else mlp.router_weight[at],
         input_weight=None if mlp.input_weight is None else mlp.input_weight[at],

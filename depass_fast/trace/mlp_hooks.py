@@ -30,7 +30,7 @@ class _MlpHooks:
             self._before(self.adapter.experts_module(self.index), "experts_input")
             self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
         if self.adapter.has_dense_mlp(self.index):
-            gate = next(mlp.gate for mlp in self.adapter.mlps(self.index) if not (mlp.is_routed or mlp.follows))
+            gate = next(mlp.gate for mlp in self.adapter.mlps(self.index) if mlp.is_dense)
             change = (lambda x: gate.select(x).contiguous()) if gate.is_fused else None
             self._after(self.adapter.module(self.index, "gate_proj"), "gate", change)
             self._before(self.adapter.module(self.index, "down_proj"), "act")

@@ -11,18 +11,28 @@ from .record import MlpTrace
 
 
 def mlp_traces(
-    adapter: Adapter, index: int, record: dict[str, Any], assignment: ExpertAssignment | None, resid: Tensor
+    adapter: Adapter,
+    index: int,
+    record: dict[str, Any],
+    assignment: ExpertAssignment | None,
+    resid: Tensor,
+    ahead: Tensor | None = None,
 ) -> tuple[MlpTrace, ...]:
     """Make the traces of the MLPs of layer ``index``, in the order of :meth:`Adapter.mlps`, of what was recorded.
 
-    ``resid`` (T, D) is what they read; a gate of the token's embedding reads what they leave.
+    ``resid`` (T, D) is what they read, ``ahead`` what experts read where that is something else; a gate of the token's
+    embedding reads what they leave.
     """
     found: list[MlpTrace] = []
     outer, mlps = record.get("mlp_out_scale"), adapter.mlps(index)
     if assignment is not None:
         routed = adapter.route(index, record["experts_input"], record["router_weights"], assignment)
         scale = outer if "experts_scale" not in record else outer * record["experts_scale"]
-        found += [MlpTrace.of_expert(expert, resid=resid, out_scale=scale) for expert in routed]
+        read = resid if ahead is None else ahead
+        found += [
+            MlpTrace.of_expert(expert, resid=read, out_scale=scale, source=mlps[expert.part].source)
+            for expert in routed
+        ]
     if adapter.has_dense_mlp(index):
         found.append(_dense(record, resid, mlps, outer))
     if "token_gate" in record:
@@ -41,10 +51,12 @@ def mlp_traces(
 
 def _dense(record: dict[str, Any], resid: Tensor, mlps: tuple[Mlp, ...], outer: Tensor | None) -> MlpTrace:
     """The trace of the MLP itself, which may stand beside experts and then has a weight of one."""
-    part = next(number for number, mlp in enumerate(mlps) if not (mlp.is_routed or mlp.follows))
+    part = next(number for number, mlp in enumerate(mlps) if mlp.is_dense)
     gate, act = record["gate"], record["act"]
+    weight = act.new_ones(len(act)) if mlps[part].name else None
     if "dense_scale" not in record:
-        return MlpTrace(resid, gate, act, out_scale=outer, inner_scale=record.get("inner_scale"))
+        return MlpTrace(
+            resid, gate, act, part, out_scale=outer, inner_scale=record.get("inner_scale"), router_weight=weight
+        )
     assert outer is not None  # the norm on the sum
-    weight = act.new_ones(len(act))
     return MlpTrace(resid, gate, act, part, out_scale=outer * record["dense_scale"], router_weight=weight)

@@ -57,6 +57,7 @@ class AttentionTrace:
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
+    key_block: int | None = None  # they are blocks of so many positions, (T, Hkv, K), for every KV head
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
     head_scales: Tensor | None = None  # (T, Hkv) s of a norm of every head's values, in float32 or wider
@@ -136,6 +137,7 @@ class MlpTrace:
     factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
     inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection
     input_weight: Tensor | None = None  # (P,) the factor of what an expert reads, behind the norm
+    source: int | None = None  # the layer whose MLP's input it reads, where that is an earlier one
     copied_positions: InitVar[np.ndarray | None] = None  # `positions` in host memory, if they are there already
 
     __repr__ = brief_repr
@@ -145,7 +147,7 @@ class MlpTrace:
 
     @staticmethod
     def of_expert(expert: RoutedExpert, **common: Any) -> MlpTrace:
-        """The trace of one expert; ``common`` holds ``resid`` and ``out_scale``."""
+        """The trace of one expert; ``common`` holds ``resid``, ``out_scale`` and ``source``."""
         return MlpTrace(
             gate=expert.gate,
             act=expert.act,

@@ -18,7 +18,7 @@ from . import attention
 from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
-from .selection import padded_to, register_with_mask
+from .selection import by_query, padded_to, register_with_mask
 
 ATTENTION_NAME = "depass_fast_recorder"
 SELECTING_NAME = "depass_fast_recorder_with_mask"  # for models whose indexers read a mask
@@ -77,7 +77,8 @@ class Recorder:
 
         ``key_bias`` maps a prompt's length N to what is added to its keys' logits, (N, H). ``sinks`` (H,) are logits of
         nothing that every query also has. ``indices`` (1, T, K) are the keys that an indexer selected for every
-        query, of one prompt alone. ``mask`` holds ``scale``, ``window``, ``softcap`` and ``chunked``.
+        query, of one prompt alone. ``mask`` holds ``scale``, ``window``, ``softcap`` and ``chunked``, and ``key_block``
+        where indices (1, Hkv, T, K) are blocks of keys.
         """
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         if self.adapter.kind(index).beside is not None:
@@ -86,6 +87,7 @@ class Recorder:
             self.keep(record, name, x[0].transpose(0, 1).contiguous())
         changed = (mask["softcap"], key_bias, sinks, indices)
         in_memory = any(x is not None for x in changed)  # the logits, not fused
+        chosen = None if indices is None else by_query(indices)[None]
         if indices is not None:
             self._keep_selection(index, indices)
         for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
@@ -95,7 +97,7 @@ class Recorder:
             packed = [x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v)]
             prompts = [x.transpose(0, 1) for x in packed]
             for output, row_sum in _attend_in_parts(
-                prompts, at_once, key_bias=bias, sinks=sinks, chosen_keys=indices, **mask
+                prompts, at_once, key_bias=bias, sinks=sinks, chosen_keys=chosen, **mask
             ):
                 outputs.append(output)
                 sums.append(row_sum)
@@ -119,7 +121,8 @@ class Recorder:
             raise RuntimeError(f"layer {index}: an indexer selects its keys, which its family does not declare.")
         if self.adapter.has_indexer(index):
             self._selecting = index
-            self.keep(self.layers[index], "chosen_keys", padded_to(self.adapter.selects, indices))
+            width = self.adapter.selects // (self.adapter.kind(index).key_block or 1)
+            self.keep(self.layers[index], "chosen_keys", padded_to(width, by_query(indices)))
         self.layers[index]["selected_by"] = self._selecting
 
     def scale_heads(self, index: int, heads: Tensor, ratio: Tensor) -> Tensor:
@@ -189,7 +192,8 @@ class Recorder:
         else:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
-        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid)
+        ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
+        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
     def _attention(self, index: int, record: dict[str, Any]) -> Any:
@@ -284,6 +288,7 @@ def _attention_function(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls by name: it leaves everything to this thread's recorder."""
@@ -298,6 +303,8 @@ def _attention_function(
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
     mask["chunked"] = recorder.adapter.chunks(index)
+    if block_indices is not None:
+        indices, mask["key_block"] = block_indices, recorder.adapter.kind(index).key_block
     return recorder.attend(index, query, key, value, sinks=s_aux, indices=indices, **mask), None
 
 

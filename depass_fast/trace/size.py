@@ -28,7 +28,8 @@ def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int
         dtype: the dtype of the model's weights, in which most is recorded.
 
     The number is exact, unless the family clamps its values (OLMo, MPT with ``clip_qkv``). Then it is an upper bound,
-    reached as soon as one value in every layer is clamped. A mixture of experts records the same number of rows per
+    reached as soon as one value in every layer is clamped. It is one, too, where choices of a router may stand for an
+    expert that gives back what it reads (LongCat). Any other mixture of experts records the same number of rows per
     position and layer, whichever experts they go to.
 
     Raises:
@@ -71,7 +72,11 @@ def selection_bytes(adapter: Adapter, longest: int) -> int:
     """The bytes per position of the keys that indexers select, for prompts of up to ``longest`` tokens."""
     if adapter.selects is None or longest <= adapter.selects:  # every key is selected
         return 0
-    return sum(map(adapter.has_indexer, range(adapter.n_layers))) * adapter.selects * torch.int32.itemsize
+    numbers = 0
+    for index in filter(adapter.has_indexer, range(adapter.n_layers)):
+        block = adapter.kind(index).key_block
+        numbers += adapter.selects if block is None else adapter.selects // block * adapter.attention(index).n_kv_heads
+    return numbers * torch.int32.itemsize
 
 
 def without_weights(config: Any) -> Adapter:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter
 from .exclusive import exclusive
+from .selection import by_query
 
 
 @dataclass
@@ -80,7 +81,7 @@ class _Watcher:
 
         def selects(module: nn.Module, args: tuple, indices: Tensor) -> None:
             if threading.get_ident() == self.thread:
-                self.decisions[-1][1]["chosen_keys"] = indices[0]
+                self.decisions[-1][1]["chosen_keys"] = by_query(indices)
 
         norm, indexer = adapter.module(index, "attention_norm"), adapter.module(index, "indexer")
         assert norm is not None and indexer is not None

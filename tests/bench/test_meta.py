@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.memory import meta
 from bench.memory.meta import Counted, CountedRun, cases, run
+from depass_fast.adapters.recurrent import knows_recurrences
 
 # the rest are variations of these; python -m bench.memory.meta runs them all
 QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
@@ -67,3 +70,29 @@ def test_what_a_layer_of_the_adjoint_sweep_launches(model, most):
         run(CountedRun(model, "all neurons", (20,), "torch", layers=n, refine=10))["operations"] for n in (4, 8)
     )
     assert (more - few) / 4 <= most
+
+
+@pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("components", "length"), [("tokens", 300), ("neurons", 20)])
+def test_attention_without_a_kernel_has_buffers_beside_the_arena(components, length, backend):
+    """Gemma 4: norms of values, and values of an earlier layer, which a copy of the state is kept for."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 128, "global_head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "num_kv_shared_layers": 2}
+    per_layer = {"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 512}
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=512,
+        num_hidden_layers=4,
+        layer_types=kinds,
+        pad_token_id=0,
+        **shape,
+        **heads,
+        **per_layer,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval().bfloat16()
+    with mock.patch.object(meta, "build_model", lambda *about, **how: model):
+        row = run(CountedRun("llama-2-7b", components, (length,), backend))
+    assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=meta.GOAL)

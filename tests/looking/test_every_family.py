@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from depass_fast import AttentionCredit, AttentionExplanation, DePass, Heads, Modules, Neurons, Tokens
+from tests.support.ahead_models import AHEAD
 from tests.support.family_models import FIRST, VARIANTS, available, build_variant
 from tests.support.gemma_models import GEMMAS
 from tests.support.models import random_ids, runs
@@ -55,7 +56,7 @@ def same_totals(credit: AttentionCredit, steered: object, allowed: float) -> Non
 def test_every_variant(name):
     model_type, number = VARIANTS[name][0], list(VARIANTS).index(name)
     model = build_variant(name)
-    if name in {*RECURRENT, *GEMMAS}:
+    if name in {*RECURRENT, *GEMMAS, *AHEAD}:
         with pytest.raises(ValueError, match="attention's own book"):
             DePass(model).explain_attention(PROMPTS[0], Tokens(), 0)
         with pytest.raises(ValueError, match="attention's own book"):

@@ -10,13 +10,14 @@ from depass_fast.looking import turned
 from depass_fast.looking.freeze import freeze_sides
 from depass_fast.trace.consistency import computation
 from depass_fast.trace.turns import _is_alike, measure_turns
+from tests.support.ahead_models import AHEAD
 from tests.support.family_models import FIRST, VARIANTS, available, build_variant
 from tests.support.gemma_models import GEMMAS
 from tests.support.models import build, random_ids, runs
 from tests.support.recurrent_models import RECURRENT
 
 IDS = torch.tensor(random_ids(9))
-GIVEN = [name for name in VARIANTS if available(name) and name not in {*RECURRENT, *GEMMAS}]
+GIVEN = [name for name in VARIANTS if available(name) and name not in {*RECURRENT, *GEMMAS, *AHEAD}]
 
 
 def by_hand(module, x):

@@ -32,7 +32,8 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
-        note(getattr(adapter.block(layer), "shared_mlp", None) if sparse else None, "shared")
+        beside = "mlp" if adapter.kind(layer).has_experts_ahead else "shared_mlp"
+        note(getattr(adapter.block(layer), beside, None) if sparse else None, "shared")
         note(None if sides is None else sides[0].o.module, "beside")
         gate = adapter.kind(layer).input_gate
         note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")

@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.core.models import randomised
 from depass_fast.adapters.recurrent import knows_recurrences
+from tests.support.ahead_models import AHEAD
 from tests.support.family_shapes import (
     BIASES,
     EXPERTS,
@@ -286,6 +287,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **NEWER,
     **RECURRENT,
     **GEMMAS,
+    **AHEAD,
 }
 _NAMES = {
     "mpt": {"max_position_embeddings": "max_seq_len"},
@@ -299,7 +301,7 @@ def available(name: str) -> bool:
     """True if the installed transformers knows this variant's family by the code that is supported."""
     model_type, major = VARIANTS[name][0], int(transformers.__version__.split(".")[0])
     known = model_type in CONFIG_MAPPING and (major >= 5 or model_type not in OF_TRANSFORMERS_5)
-    return known and (name not in {*RECURRENT, *GEMMAS} or knows_recurrences())
+    return known and (name not in {*RECURRENT, *GEMMAS, *AHEAD} or knows_recurrences())
 
 
 def build_variant(
@@ -317,7 +319,9 @@ def build_variant(
 def _regrouped(changes: dict[str, Any]) -> dict[str, Any]:
     changes = {key: _regrouped(value) if isinstance(value, dict) else value for key, value in changes.items()}
     for key in (
-        {"num_key_value_heads", "num_kv_heads", "kv_n_heads"} & changes.keys() if "kv_lora_rank" not in changes else ()
+        {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "index_n_heads"} & changes.keys()
+        if "kv_lora_rank" not in changes
+        else ()
     ):
         changes[key] = 2 if changes[key] == SHAPE["num_attention_heads"] else SHAPE["num_attention_heads"]
     return changes

@@ -23,7 +23,11 @@ def test_it_is_what_the_trace_holds(name):
             with pytest.raises(RuntimeError):  # the model itself does not run either
                 model(torch.tensor([random_ids(9)]))
             pytest.skip(f"transformers itself: {error}")
-        assert trace_nbytes(model.config, LENGTHS, dtype) == trace.nbytes
+        size = trace_nbytes(model.config, LENGTHS, dtype)
+        if name == "longcat_flash":  # it depends on how many choices are experts that give back what they read
+            assert trace.nbytes < size < 1.5 * trace.nbytes
+        else:
+            assert size == trace.nbytes
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])

@@ -73,6 +73,7 @@ class FrozenAttention:
             logits += self._by_head(self.key_bias[:n_keys], heads).permute(1, 2, 0)[:, :, None]
         here = torch.arange(queries.start, queries.stop, device=q.device)
         seen = seen_keys(self.trace, self.span, here, n_keys)
+        seen = seen if seen.ndim == 2 else seen[heads]
         p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self._columns(n_keys, heads))
         if self.row_sum is not None:
             p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]

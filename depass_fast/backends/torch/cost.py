@@ -34,12 +34,10 @@ def _workspace_on_a_cpu(work: Workload) -> int:
 
 def _workspace_on_a_gpu(work: Workload) -> int:
     """Buffers are kept up to the last layer; of attention and MLP, one goes into the other's where it can."""
-    cut, item, most = division(work), work.item, 0
+    item, most = work.item, 0
     for size in set(work.passed):
-        slots, alone = _block(work, cut.slots(work.width, size.v, size.o))
-        kept = slots * (size.v + size.o) * item + (0 if alone else slots * work.width * work.state_item)
+        slots, kept, passing = _attention(work, size)
         shared = slots * max(size.v, size.o) * item
-        passing = max(slots * work.width * item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
         cut = division(work, size)
         for neurons, share in set(size.mlps):
             n_rows, longest = work.sent_rows(share), max(work.counts)
@@ -52,6 +50,24 @@ def _workspace_on_a_gpu(work: Workload) -> int:
             most = max(most, kept + max(shared, n_rows * part * item) + gates + passing)
         most = max(most, queries(work, size))
     return most
+
+
+def attention_alone(work: Workload) -> int:
+    """Bytes of the attention that the triton backend leaves to this one, on a GPU: its blocks, tiles of P, and W_V."""
+    left = {size for size in work.passed if size.kernelless and not size.skip_attention}
+    return max((sum(_attention(work, size)[1:]) + size.v * work.width * work.item for size in left), default=0)
+
+
+def _attention(work: Workload, size: LayerSize) -> tuple[int, int, int]:
+    """The places in a block of attention, the bytes that are kept for it, and those in passing or of tiles of P.
+
+    Where values are those of an earlier layer, the rows of two states are held; the last layer mostly has few queries.
+    """
+    reads = size.source is not None and not size.skip_attention and size is not work.passed[-1]
+    slots, alone = _block(work, division(work).slots(work.width, size.v, size.o))
+    rows = 0 if alone else slots * work.width * work.state_item * (1 + reads)
+    passing = max(slots * work.width * work.item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
+    return slots, slots * (size.v + size.o) * work.item + rows, passing
 
 
 def queries(work: Workload, size: LayerSize) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...runtime.transfer import all_to_device, to_device
 from ...state.layout import Layout
 from ...trace.record import AttentionTrace
-from ...trace.selection import selected
+from ...trace.selection import seen_by_heads
 from .blocks import Block
 
 
@@ -216,7 +216,9 @@ def query_probabilities(trace: AttentionTrace, asked: Asked, scale: Tensor, dtyp
     if asked.seen is not None:
         logits.masked_fill_(~asked.seen[:, None], -torch.inf)
     if trace.chosen_keys is not None:
-        logits.masked_fill_(~selected(trace.chosen_keys[asked.at], logits.shape[-1])[:, None], -torch.inf)
+        chosen = trace.chosen_keys[asked.at][:, None]  # of one query of each prompt
+        seen = seen_by_heads(chosen, logits.shape[-1], trace.key_block, logits.shape[1])
+        logits.masked_fill_(~seen[:, :, 0], -torch.inf)
     p, columns = logits.softmax(-1), asked.read(scale)  # (S, K) or (S, K, Hkv)
     if columns.ndim == 2:
         p.mul_(columns[:, None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..torch.cost import queries
+from ..torch.cost import attention_alone, queries
 from ..workload import Need, Workload
 from .arena import Arena
 
@@ -21,7 +21,10 @@ def needs(work: Workload, joining: bool = False) -> Need:
 
 
 def workspace(work: Workload) -> int:
-    """Bytes of the arena and of the probabilities beside it, or of what the last layer's few queries take instead."""
+    """Bytes of the arena and of the probabilities beside it, or of what the last layer's few queries take instead.
+
+    Attention that there is no kernel for has buffers of its own.
+    """
     if not work.passed:
         return 0
     last = work.passed[-1]
@@ -29,7 +32,7 @@ def workspace(work: Workload) -> int:
     if work.float16:  # the products for few queries are then in the state's dtype
         few, weights = replace(work, item=work.state_item), last.v + last.o
     instead = queries(few, last) + weights * work.width * few.item - cast_weights(work)
-    return max(arena_bytes(work) + probability_bytes(work), instead)
+    return max(arena_bytes(work) + probability_bytes(work) + attention_alone(work), instead)
 
 
 def arena_bytes(work: Workload) -> int:
@@ -48,7 +51,8 @@ def arena_bytes(work: Workload) -> int:
 def probability_bytes(work: Workload) -> int:
     """Bytes of a layer's probabilities where they are stored."""
     arena = Arena(work.budget, work.item, work.state_item)
-    each = [(work.positions, size.heads, work.longest) for size in work.passed if not size.skip_attention]
+    passed = [size for size in work.passed if not (size.skip_attention or size.kernelless)]
+    each = [(work.positions, size.heads, work.longest) for size in passed]
     return max((arena.probabilities(*one) for one in each if arena.stores(*one)), default=0)
 
 

@@ -1,0 +1,45 @@
+"""An expert that gives back what it reads, as an MLP whose maps are all the identity (LongCat's zero experts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .activation import Activation
+from .weights import Linear
+
+
+@dataclass(frozen=True)
+class Same(Linear):
+    """The identity of the width that ``module`` writes, on its device and in its dtype."""
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        width = self.module.weight.shape[0]
+        return width, width
+
+    @cached_property
+    def weight(self) -> Tensor:
+        like = self.module.weight
+        return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+    @property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False  # it is made when it is read
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+
+UNCHANGED = Activation(nn.Identity())
