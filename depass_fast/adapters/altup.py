@@ -33,6 +33,10 @@ class AltUp(Streams):
     def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.count + 1
 
+    def numbers(self) -> tuple[int, int]:
+        n = self.count
+        return 2 * n * n + 8 * n + 2, 2
+
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         norm = plain_norm(below(block, "laurel.post_laurel_norm"))
         return [

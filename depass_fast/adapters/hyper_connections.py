@@ -38,6 +38,13 @@ class HyperConnections(Streams):
     def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.count
 
+    def numbers(self) -> tuple[int, int]:
+        n = self.count
+        return 2 * (n + n * n * self.mixes), 2 * n
+
+    def end_numbers(self) -> tuple[int, int]:
+        return 0, self.count
+
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         return [
             (module := below(block, self.attention), self._watch(module, "attention", "streams_pre")),

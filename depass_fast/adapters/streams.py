@@ -186,6 +186,14 @@ class Streams(ABC):
     middle: int
 
     @abstractmethod
+    def numbers(self) -> tuple[int, int]:
+        """The numbers per position of a layer's frozen maps: in the model's dtype, and in float32 or wider."""
+
+    def end_numbers(self) -> tuple[int, int]:
+        """Those of the end of the streams, in the same dtypes."""
+        return self.count, 0
+
+    @abstractmethod
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         """The modules of a layer that a trace looks at, and what it keeps of a call of each."""
 
