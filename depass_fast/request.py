@@ -167,7 +167,8 @@ def with_targets(
     if targets is not None and (target is not None or len(targets) != count):
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
-    specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
+    width = None if request.end_given is None else request.adapter.stream_width
+    specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast, width) for one in wanted)
     if request.end_given is not None and any(item.vector is None for spec in specs for item in spec.items):
         raise ValueError(
             "target: at the input of a layer (end=...) only vectors in R^D can be read out; logits and "

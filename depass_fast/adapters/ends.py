@@ -12,6 +12,8 @@ from .family import Family, Path
 from .maps import Norm
 from .paths import below
 from .stored import stored_bias, stored_device, stored_shape, stored_weight
+from .streams import StreamEnd
+from .tuned import inside
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class ModelEnds:
 
     model: nn.Module
     family: Family
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its unembedding."""
+        return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -53,6 +60,22 @@ class ModelEnds:
     def hidden_size(self) -> int:
         """D, the width of the residual stream."""
         return stored_shape(self._project_out or self.unembedding)[1]
+
+    @property
+    def stream_width(self) -> int:
+        """The width of the residual stream where layers begin: n·D, where n streams lie side by side."""
+        return self.hidden_size * (1 if self.family.streams is None else self.family.streams.count)
+
+    def width_at(self, site: str) -> int:
+        """The width of the residual stream at a site of a layer: `resid_pre`, `resid_mid` or `resid_post`."""
+        streams = self.family.streams
+        count = 1 if streams is None else streams.middle if site == "resid_mid" else streams.count
+        return self.hidden_size * count
+
+    def stream_end(self, read: Tensor | None) -> StreamEnd | None:
+        """The way of several streams to what the final norm reads, given their weights ``read`` (T, n), if any."""
+        streams = self.family.streams
+        return None if streams is None or read is None else StreamEnd(read, streams.maps(self.decoder))
 
     def final_norm(self) -> Norm | None:
         return self._norm(self.final_norm_module)

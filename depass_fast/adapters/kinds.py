@@ -52,21 +52,22 @@ class LayerKinds(ModelEnds):
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, factors of the residual stream, experts that "
-                f"read ahead, or layers with less or more than the two.{advice}"
+                "heads, values that are normed or shared between layers, factors of the residual stream or several "
+                "streams, experts that read ahead, or layers "
+                f"with less or more than the two.{advice}"
             )
 
     def check_one_norm(self, what: str) -> None:
         """Raise ValueError for layers that read or write through more than one norm, which ``what`` does not know."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
-            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor)
+            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.streams)
             beside = kind.experts is not None and kind.experts.beside is not None
             if beside or kind.has_experts_ahead or any(one is not None for one in more):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding or experts beside an MLP (Gemma 4), or ahead of it (LongCat). "
-                    "dp.ledger and dp.attribute do."
+                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat) or "
+                    "several residual streams (Gemma 3n). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

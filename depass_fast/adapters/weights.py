@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .activation import Activation
 from .maps import Latent, Linear, Norm
+from .streams import SideMap
 
 GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
 SAME = "same"  # the name of experts that give back what they read, all of them together
@@ -263,6 +264,7 @@ class Layer:
     attention: Attention  # None where there is none: most callers ask layers that have it
     mlps: tuple[Mlp, ...]
     parallel: bool = False
+    side: SideMap | None = None  # a linear map beside attention, whose norms are frozen (LAuReL)
 
     @property
     def device(self) -> torch.device:

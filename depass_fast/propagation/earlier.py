@@ -5,7 +5,9 @@ from __future__ import annotations
 from ..adapters import Adapter, Layer
 from ..components.base import Entry
 from ..state.state import ComponentState
+from ..trace.record import LayerTrace
 from .copies import copy_state
+from .streams import read_rows
 
 
 class EarlierStates:
@@ -25,11 +27,12 @@ class EarlierStates:
                 self._last[Entry(index - 1, "resid_mid")] = index
         self._held = dict(held or {})
 
-    def meet(self, state: ComponentState, place: Entry) -> None:
-        """Keep the state at a ``place`` that it has come to, if a later layer reads it."""
+    def meet(self, state: ComponentState, place: Entry, record: LayerTrace) -> None:
+        """Keep the state at a ``place`` that it has come to, or what its branch reads, if a later layer reads it."""
         self._held = self.needed(place.layer)
         if place in self._last and (state.site == "resid_pre" or place.site == "resid_mid"):
-            self._held[place] = copy_state(state)
+            streams = record.streams
+            self._held[place] = copy_state(state) if streams is None else read_rows(state, streams.attention)
 
     def needed(self, index: int) -> dict[Entry, ComponentState]:
         """Return the copies that layers from ``index`` on read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
 from ..adapters import Layer, Mlp, Norm
@@ -14,11 +13,11 @@ from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace, MlpTrace
+from . import streams
 from .copies import copy_state
 from .earlier import EarlierStates
+from .mlps import share_out
 from .run import Run
-
-_PART = 1 << 22  # numbers of a state that are given back at a time
 
 
 def through_layer(
@@ -35,11 +34,11 @@ def through_layer(
     """
     index, values = state.layer, None
     if earlier is not None:
-        earlier.meet(state, Entry(index, "resid_pre"))
+        earlier.meet(state, Entry(index, "resid_pre"), record)
         values = earlier.values(layer)
     state, source = through_attention(state, layer, record, run, queries, values)
     if earlier is not None:
-        earlier.meet(state, Entry(index, "resid_mid"))
+        earlier.meet(state, Entry(index, "resid_mid"), record)
     return through_mlp(state, source, layer, record, run, earlier)
 
 
@@ -60,6 +59,8 @@ def through_attention(
     """
     if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
+    if record.streams is not None:
+        return streams.through_attention(state, layer, record, record.streams.attention, run, queries, values), None
     if layer.attention.source is not None and values is None:
         state = state if queries is None else state.at(queries)
         _add_written(state, record)
@@ -90,6 +91,10 @@ def through_mlp(
     Experts that read ahead of their layer read one of the ``earlier`` states. For components that started behind it,
     what they write is a constant.
     """
+    if record.streams is not None:
+        state = streams.through_mlps(state, layer, record, record.streams, run)
+        state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
+        return state
     here = [part for part in record.mlps if part.source is None]
     if source is None and sum(not layer.mlps[part.part].follows for part in here) > 1:
         # experts must not read one another
@@ -97,7 +102,7 @@ def through_mlp(
     for part in here:
         mlp = layer.mlps[part.part]
         source = None if mlp.follows else source
-        state = _through_part(state, source, mlp, part, run)
+        state = share_out(state, source, mlp, part, run)
     for part in record.mlps:
         if part.source is None:
             continue
@@ -107,38 +112,11 @@ def through_mlp(
             continue
         if len(ahead.layout.counts) != len(state.layout.counts):
             ahead = ahead.at(state.layout)
-        state = _through_part(state, ahead, layer.mlps[part.part], part, run)
+        state = share_out(state, ahead, layer.mlps[part.part], part, run)
     if layer.mlps:
         normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
     return state
-
-
-def _through_part(
-    state: ComponentState, source: ComponentState | None, mlp: Mlp, part: MlpTrace, run: Run
-) -> ComponentState:
-    """Return the state after one MLP, or one expert at the positions that were sent to it."""
-    if mlp.is_linear:
-        _give_back(state, state if source is None else source, mlp, part)
-        return state
-    if part.host_positions is None:
-        return run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
-    segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
-    if len(segments):
-        read = None if source is None else source.take(segments)
-        state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
-    return state
-
-
-def _give_back(state: ComponentState, source: ComponentState, mlp: Mlp, part: MlpTrace) -> None:
-    """Add the components of ``source`` behind the norm, times the router's weight, in place: nothing meets there."""
-    assert part.router_weight is not None
-    numbers = (mlp.scale(part.resid) * part.router_weight * mlp.factor).to(state.rows)  # (T,)
-    packed = to_device(state.layout.packed[state.layout.row_segments()], state.device)
-    state.factors, size = None, max(1, _PART // state.rows.shape[1])
-    for rows, read, at in zip(*(x.split(size) for x in (state.rows, source.rows, packed)), strict=True):
-        given = read * numbers[at, None]
-        rows.add_(given if mlp.norm is None or mlp.norm.weight is None else given.mul_(mlp.norm.weight.to(given)))
 
 
 def _add_outputs(state: ComponentState, mlp: Mlp, part: MlpTrace) -> None:

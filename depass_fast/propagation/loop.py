@@ -17,6 +17,7 @@ from ..trace.record import Trace
 from .earlier import EarlierStates
 from .layer import normalise, through_layer
 from .run import Run
+from .streams import collapsed
 
 
 @torch.no_grad()
@@ -60,6 +61,9 @@ def propagate(
 
 @torch.no_grad()
 def through_final_norm(adapter: Adapter, trace: Trace, state: ComponentState) -> ComponentState:
-    """Return the state after the frozen final norm; in place."""
-    normalise(state, adapter.final_norm(), trace.resid_final)
+    """Return the state after the frozen final norm; in place, unless there are several streams."""
+    end = adapter.stream_end(trace.end_read)
+    if end is not None:
+        state = collapsed(state, end)
+    normalise(state, adapter.final_norm(), trace.before_norm)
     return ComponentState(state.rows, state.layout, state.layer)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Attention, RoutedExpert
+from ..adapters import Attention, LayerStreams, RoutedExpert
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
 from ..runtime.brief import brief, brief_repr
@@ -219,9 +219,8 @@ class MlpTrace:
 class LayerTrace:
     """The record of one layer, in the model's dtype and on the layer's device.
 
-    ``attention`` is None and ``mlps`` is empty in a layer without. ``mlps`` holds the MLP, or the experts that any
-    position was sent to. Where a norm sits on the residual stream
-    itself, ``attention_sum`` and ``mlp_sum`` (T, D) are its inputs; else they are None.
+    ``attention`` is None and ``mlps`` empty in a layer without. ``mlps`` holds the MLP, or the experts that any
+    position was sent to. ``attention_sum`` and ``mlp_sum`` (T, D) are inputs of norms of the residual stream itself.
     """
 
     resid_pre: Tensor  # (T, D) entering the layer
@@ -230,6 +229,7 @@ class LayerTrace:
     mlps: tuple[MlpTrace, ...]
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
+    streams: LayerStreams | None = None  # of several residual streams, which lie side by side in `resid_pre`
 
     __repr__ = brief_repr
 
@@ -260,6 +260,7 @@ class LayerTrace:
             named = vars(held).items()  # skips and rates are of the model, not of a position
             own = ("skip", "rates")
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
+        yield from () if self.streams is None else self.streams.tensors()
 
 
 class TraceSource:
@@ -361,6 +362,8 @@ class Trace:
     normed_final: Tensor
     source: TraceSource
     batch: bool = False  # made of a list of prompts, even if of only one
+    collapsed: Tensor | None = None  # (T, D) of several streams, what the final norm reads
+    end_read: Tensor | None = None  # (T, n) the weights of the streams in it
 
     def __repr__(self) -> str:
         lengths, x = brief([self.length(prompt) for prompt in range(self.n_prompts)]), self.resid_final
@@ -382,6 +385,11 @@ class Trace:
         """The residual stream entering ``layer``, (T, D); with ``layer`` = L, that after the last layer."""
         return self.resid_final if layer == len(self.layers) else self.layers[layer].resid_pre
 
+    @property
+    def before_norm(self) -> Tensor:
+        """The input of the final norm, (T, D): the last residual stream, or several brought together."""
+        return self.resid_final if self.collapsed is None else self.collapsed
+
     def resid_at(self, layer: int, site: str) -> Tensor:
         """The residual stream at a site of ``layer``: `resid_pre`, `resid_mid` or `resid_post`. (T, D)."""
         return self.layers[layer].resid_mid if site == "resid_mid" else self.resid(layer + (site == "resid_post"))
@@ -389,5 +397,6 @@ class Trace:
     @property
     def nbytes(self) -> int:
         """The memory that the trace holds, in bytes. It grows with the number of positions, not with its square."""
-        held = [self.input_ids, self.resid_final, self.normed_final, *(t for x in self.layers for t in x.tensors())]
+        held = [x for x in vars(self).values() if isinstance(x, Tensor)]
+        held += [t for x in self.layers for t in x.tensors()]
         return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in held}.values())
