@@ -71,6 +71,10 @@ class LayerKinds(ModelEnds):
         """True if any layer mixes positions by a recurrence."""
         return any(self.kind(index).mixer is not None for index in range(self.n_layers))
 
+    def has_keyed(self) -> bool:
+        """True if the values of any layer are its keys."""
+        return any(self.kind(index).keyed is not None for index in range(self.n_layers))
+
     @property
     def experts_per_position(self) -> int:
         """The number of experts that a router sends a position to; 0 in a model without mixtures."""

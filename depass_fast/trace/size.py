@@ -69,9 +69,12 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
 
 def selection_bytes(adapter: Adapter, longest: int) -> int:
     """The bytes per position of the keys that indexers select, for prompts of up to ``longest`` tokens."""
-    if adapter.selects is None or longest <= adapter.selects:  # every key is selected
+    if adapter.selects is None:
         return 0
-    return sum(map(adapter.has_indexer, range(adapter.n_layers))) * adapter.selects * torch.int32.itemsize
+    every = (index for index in range(adapter.n_layers) if adapter.has_indexer(index))
+    rates = [1 if keyed is None else keyed.rate or 1 for keyed in (adapter.kind(index).keyed for index in every)]
+    selected = sum(longest // rate > adapter.selects for rate in rates)  # else every key is
+    return selected * adapter.selects * torch.int32.itemsize
 
 
 def without_weights(config: Any) -> Adapter:
@@ -114,6 +117,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
         size += attention.o.shape[1] * (wide if attention.is_recurrent else item)
     if attention.is_recurrent:
         return size + _recurrence(adapter, index, attention, item, wide)
+    if attention.is_keyed:
+        return size + _keyed(adapter, index, attention, item, wide)
     own = attention.source is None  # else the keys, and the scales of values, are another layer's
     size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
@@ -147,6 +152,14 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     if sides is None:
         return size
     return size + (sides[0].n_heads + sides[0].n_kv_heads) * sides[0].key_dim * item
+
+
+def _keyed(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
+    """The bytes per position of keys that are values: queries, keys, those of entries, angles, ratios of values."""
+    keyed = adapter.kind(index).keyed
+    assert keyed is not None
+    each = attention.n_heads + 1 + (keyed.rate is not None)
+    return (each * attention.key_dim + keyed.turned) * item + attention.v.shape[0] * wide
 
 
 def _mlps(mlps: Sequence[Mlp], experts_per_position: int, weighs_input: bool, item: int) -> int:
