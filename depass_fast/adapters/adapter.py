@@ -15,7 +15,7 @@ from . import experts
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
-from .keyed import WithEntries, Grouped
+from .keyed import Grouped, WithEntries
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Latent, Linear, Norm

@@ -96,8 +96,8 @@ class Attention(Branch):
 
     ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``. ``conv`` convolves
     them along the positions, with taps (Hkv·d, K). A recurrence may stand in the place of the softmax
-    (``is_recurrent``), or values are keys (``is_keyed``). With ``scales_heads``, what the heads give is scaled by channel before ``o`` reads it.
-    ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
+    (``is_recurrent``), or values are keys (``is_keyed``). With ``scales_heads``, what the heads give is scaled by
+    channel before ``o`` reads it. ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
     one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream entering it.
     ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
     """

@@ -68,10 +68,7 @@ class WayThroughAttention:
         y, norm = self.of_heads(gradients), FrozenNorm.of(self.weights.norm, x, gradients.dtype)
         values = self.values(norm.read(x), gradients.dtype) if with_heads else None
         of_values, heads = self.through_heads(y, values)
-        if self.trace.is_mixed:
-            constant = self._mixed_constant(gradients, y)
-        else:
-            constant = self._constant(gradients, of_values)
+        constant = self._mixed_constant(gradients, y) if self.trace.is_mixed else self._constant(gradients, of_values)
         return AttentionBack(norm.back(self.of_read(of_values, gradients.dtype)), heads, constant)
 
     def of_heads(self, gradients: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def sources_of_recurrence(
 def _back(
     weights: Attention, trace: AttentionTrace, packing: Packing, partial: bool, y: Tensor, values: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the values (R, T, Hkv·d), and the heads' scores by position (R, T, H), given the values."""
+    """Return the gradients of values (R, T, Hkv·d), and the heads' scores by position (R, T, H), given the values."""
     wide, at = torch.promote_types(y.dtype, torch.float32), packing.at(partial, y.device)
     y = y.to(wide)
     if at is not None:

@@ -133,9 +133,7 @@ class LayerHooks:
         def heads(given: Tensor) -> Tensor:
             raw = values() if entries is None else torch.cat([values(), entries()], 1)
             angles = keyed.embedding(module, called["kwargs"])
-            return recorder.turn_keys(
-                self.index, keyed, raw, keyed.read(module, seen()), angles, called.get("chosen")
-            )
+            return recorder.turn_keys(self.index, keyed, raw, keyed.read(module, seen()), angles, called.get("chosen"))
 
         self.undo.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
         self._in_place_of_heads(heads)

@@ -138,7 +138,7 @@ class Recorder:
         that an indexer selected.
         """
         record, weights, n = self.layers[index], self.adapter.attention(index), len(raw)
-        for name, x in (("cos", angles[0][0]), ("sin", angles[1][0]), ("value_ratio", ratio)):
+        for name, x in (("cos", angles[0][0].clone()), ("sin", angles[1][0].clone()), ("value_ratio", ratio)):
             self.keep(record, name, x)
         if chosen is not None:
             assert self.adapter.selects is not None

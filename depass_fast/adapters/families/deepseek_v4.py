@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from ..activation import Activation
 from ..family import Experts, Family, Keyed

@@ -1,0 +1,43 @@
+"""Hunyuan 4: DeepSeek's latent attention with selected keys, sinks and gated heads, beside experts with clamps."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ..activation import Activation
+from ..family import Family, HeadScale
+from . import deepseek
+
+MODEL_TYPES = ("hy_v4",)
+
+
+def declare(config: Any) -> Family:
+    if config.hc_mult != 1:
+        raise ValueError("model: its layers mix several residual streams (hyper-connections), which are not supported.")
+    latent = deepseek.declare(config)
+    assert latent.experts is not None
+    return replace(
+        latent,
+        selects=config.index_topk,
+        sinks=True,
+        head_scale=HeadScale(("gate_proj",), _gate),
+        experts=replace(latent.experts, activation=_activation),
+    )
+
+
+def _gate(attention: Any, outputs: list[Tensor], heads: Tensor) -> Tensor:
+    return torch.sigmoid(outputs[0])
+
+
+def _activation(held: Any) -> Activation:
+    """That of the experts, which are clamped, or of the shared one."""
+    return _clamped(held.swiglu_limit) if hasattr(held, "swiglu_limit") else Activation(held.act_fn)
+
+
+@lru_cache(maxsize=8)  # the same for all experts and layers
+def _clamped(limit: float) -> Activation:
+    return Activation(silu, gate_limit=limit, up_limit=limit)
