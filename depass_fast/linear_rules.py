@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .adapters import Mlp
+    from .adapters import Activation, Mlp
     from .trace.record import MlpTrace
 
 LINEAR_RULES = ("taylor", "half", "shapley")
@@ -152,6 +152,11 @@ def _shares(
         return LinearShares(_ratio(act, gate, 0.0).to(dtype))
     activation, weight = weights.activation, _factors_behind(weights, trace, recorded, wide)
     assert activation is not None, "it was checked when the rule was"
+    if activation.sparsity:
+        assert weights.up is not None  # no ungated MLP is known to have a threshold
+        raw = frozen_up(weights, trace, recorded, wide) if up is None else up.to(wide)
+        found = _cut_off(rule, activation, gate, act, raw, weight)
+        return LinearShares(*(None if x is None else x.to(dtype) for x in found))  # pyright: ignore[reportArgumentType]
     limited = activation.limited_gate(gate)
     gate_ratio = 1.0 if activation.gate_limit is None else _ratio(limited, gate, 1.0)
     at_zero, slope = _at_zero(activation.curve)
@@ -178,6 +183,26 @@ def _shares(
         found = LinearShares(of_gate * gate_ratio, of_up * up_ratio, constant)
     parts = (None if x is None else x.to(dtype) for x in (found.gate, found.up, found.constant))
     return LinearShares(*parts)  # pyright: ignore[reportArgumentType] (the gate's is there)
+
+
+def _cut_off(
+    rule: str, activation: Activation, gate: Tensor, act: Tensor, up: Tensor, weight: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the coefficients (P, I) of gate and up, and the constant, where gates are cut off at a frozen threshold c.
+
+    B = ∫₀¹ act(max(tG - c, 0)) dt is (F(max(G - c, 0)) - F(max(-c, 0))) / G with F the integral of the activation.
+    """
+    limited, below = activation.limited_gate(gate), torch.relu(-activation.threshold(gate))
+    at_zero = activation.curve(below)  # (P, 1): zero where c > 0
+    if rule == "shapley":
+        whole, less = (x * mean_to_zero(activation.curve, x) for x in (limited, below))
+        of_up, constant, near = _ratio(whole - less, gate, at_zero) * weight, None, 0.0
+        driven = act - of_up * up
+    else:
+        of_up, constant = 0.5 * activation.curve(limited) * weight, 0.5 * weight * at_zero * up
+        driven, near = act - of_up * up - constant, torch.finfo(act.dtype).eps ** 0.5 * at_zero.abs()
+    of_gate = _ratio(driven, gate, 0.0, near)
+    return of_gate, of_up, None if constant is None else constant + (driven - of_gate * gate)
 
 
 def frozen_up(weights: Mlp, trace: MlpTrace, recorded: Tensor | slice, dtype: torch.dtype) -> Tensor:
@@ -208,6 +233,8 @@ def adds_constant(rule: str, weights: Mlp) -> bool:
     activation = weights.activation
     if rule == "taylor" or activation is None:
         return False
+    if activation.sparsity:  # a threshold below zero lets pass what no gate has
+        return rule == "half"
     if weights.up is None or rule == "half":
         return not _is_zero(_at_zero(activation.curve)[0]) or (weights.up is not None and activation.up_offset != 0)
     return activation.up_offset != 0

@@ -173,6 +173,11 @@ def with_targets(
             "target: at the input of a layer (end=...) only vectors in R^D can be read out; logits and "
             "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
         )
+    if request.end_given is not None and request.adapter.family.streams is not None:
+        raise ValueError(
+            "end: this model has several residual streams, of which a layer's input holds all; a target in R^D is read "
+            "behind the final norm only. Leave end out, or take dp.decompose(..., end=...)."
+        )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     return replace(request, reads=reads, targets=specs)
 

@@ -22,6 +22,7 @@ from .maps import Latent, Linear, Norm
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
+from .streams import SideMap
 from .tuned import inside
 from .weights import Attention, Layer, Mlp
 
@@ -48,6 +49,11 @@ class Adapter(LayerKinds):
     def decoder(self) -> nn.Module:
         """The model without its unembedding."""
         return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
+
+    @property
+    def stream_maps(self) -> tuple[Tensor | None, ...]:
+        """The maps of several streams to the final norm, see :class:`StreamEnd`; empty where there is one stream."""
+        return () if self.family.streams is None else self.family.streams.maps(self.decoder)
 
     @property
     def context_length(self) -> int | None:
@@ -291,7 +297,18 @@ class Adapter(LayerKinds):
     def layer(self, index: int) -> Layer:
         """The weights of layer ``index``: the model's own tensors wherever they are plain, in (out, in) layout."""
         mixing: Any = self.attention(index) if self.has_attention(index) else None
-        return Layer(mixing, self.mlps(index), self.kind(index).parallel)
+        return Layer(mixing, self.mlps(index), self.kind(index).parallel, self.side(index))
+
+    def side(self, index: int) -> SideMap | None:
+        """The linear map beside layer ``index``'s attention, in models of several streams that have one."""
+        norm = (
+            None
+            if self.family.streams is None
+            else self._norm(below_or_none(self.block(index), self.family.attention_norm))
+        )
+        return (
+            None if self.family.streams is None or norm is None else self.family.streams.side(self.block(index), norm)
+        )
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""

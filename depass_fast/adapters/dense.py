@@ -22,7 +22,7 @@ def dense_mlp(block: nn.Module, family: Family, branch: dict[str, Any]) -> Mlp:
         gate=Linear(below(block, family.gate_proj), family.gate_part),
         up=None if up is None else Linear(up, family.up_part),
         down=Linear(below(block, family.down_proj)),
-        activation=None if act_fn is None else Activation(act_fn),
+        activation=None if act_fn is None else Activation(act_fn, sparsity=family.sparsity),
     )
 
 

@@ -54,6 +54,17 @@ class ModelEnds:
         """D, the width of the residual stream."""
         return stored_shape(self._project_out or self.unembedding)[1]
 
+    @property
+    def stream_width(self) -> int:
+        """The width of the residual stream where layers begin: n·D, where n streams lie side by side."""
+        return self.hidden_size * (1 if self.family.streams is None else self.family.streams.count)
+
+    def width_at(self, site: str) -> int:
+        """The width of the residual stream at a site of a layer: `resid_pre`, `resid_mid` or `resid_post`."""
+        streams = self.family.streams
+        count = 1 if streams is None else streams.middle if site == "resid_mid" else streams.count
+        return self.hidden_size * count
+
     def final_norm(self) -> Norm | None:
         return self._norm(self.final_norm_module)
 

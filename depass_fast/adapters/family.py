@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .activation import Activation
 from .recurrence import Recurrence
+from .streams import Streams
 
 Part = Callable[[Tensor], Tensor]
 Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
@@ -79,7 +80,7 @@ class InputGate:
     """A gate behind the MLP: ``down(act_fn(gate(x)) ⊙ e)`` with a norm on it; paths below the layer.
 
     x is the residual stream itself, and e an embedding of the layer's own of the token (Gemma 4). The layer is called
-    with e by the ``argument`` of that name, or as the second one. e is frozen, like a router's weight.
+    with e by the ``argument`` of that name, or at the ``place`` of that number. e is frozen, like a router's weight.
     """
 
     gate: Path = "per_layer_input_gate"
@@ -87,6 +88,8 @@ class InputGate:
     output_norm: Path = "post_per_layer_input_norm"
     act_fn: Path = "act_fn"
     argument: str = "per_layer_input"
+    place: int = 1
+    scale: Path | None = None  # factors (D,) of what the gate reads
 
 
 @dataclass(frozen=True)
@@ -249,16 +252,18 @@ class Family:
     # a module or a plain function; None: the model's code alone names it, and it is ``curve``
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
+    sparsity: float = 0.0  # the part of a normal distribution below which gates are cut off (Gemma 3n)
     experts: Experts | None = None  # in the layers whose MLP has a router
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
+    streams: Streams | None = None  # several residual streams side by side, which every branch mixes
     partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
     @property
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
-        more = (*more, self.layer_factor)
+        more = (*more, self.layer_factor, self.streams)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 

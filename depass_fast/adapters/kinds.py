@@ -52,7 +52,8 @@ class LayerKinds(ModelEnds):
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, factors of the residual stream, or layers "
+                "heads, values that are normed or shared between layers, factors of the residual stream or several "
+                "streams, or layers "
                 f"with less or more than the two.{advice}"
             )
 
@@ -60,11 +61,12 @@ class LayerKinds(ModelEnds):
         """Raise ValueError for layers that read or write through more than one norm, which ``what`` does not know."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
-            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor)
+            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.streams)
             if any(one is not None for one in more) or (kind.experts is not None and kind.experts.beside is not None):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding or experts beside an MLP (Gemma 4). dp.ledger and dp.attribute do."
+                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or several residual streams (Gemma "
+                    "3n). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

@@ -54,6 +54,8 @@ def inner_norms(block: nn.Module, kind: Family, is_mixture: bool) -> list[nn.Mod
         found.append(below(block, kind.mlp_inner_norm))
     if kind.input_gate is not None:
         found.append(below(block, kind.input_gate.output_norm))
+    if kind.streams is not None:
+        found += kind.streams.norms(block)
     if is_mixture and kind.experts is not None and kind.experts.beside is not None:
         found += beside_modules(block, kind.experts.beside)
     return found
@@ -71,8 +73,9 @@ def _in_front_of(first: Norm, second: Norm) -> Norm:
 
 
 def _gate(block: nn.Module, gate: InputGate, stream: Norm | None) -> Mlp:
+    scale = None if gate.scale is None else Norm(below(block, gate.scale), 0.0, is_factor=True)
     return Mlp(
-        norm=None,
+        norm=scale,
         output=plain_norm(below(block, gate.output_norm)),
         stream=stream,
         factor=1.0,

@@ -53,10 +53,6 @@ REASONS: dict[str, str] = {
         ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
     ),
     **dict.fromkeys(
-        ("gemma3n", "gemma3n_text"),
-        "four residual streams that every layer mixes (AltUp), beside a learned residual layer (LAuReL)",
-    ),
-    **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
     ),
     "blt": "a model of bytes whose layers attend from patches to bytes and back",

@@ -17,6 +17,7 @@ from torch import Tensor
 from .activation import Activation
 from .keyed import WithEntries
 from .maps import Latent, Linear, Norm
+from .streams import SideMap
 
 GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
 
@@ -97,9 +98,9 @@ class Attention(Branch):
     ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``. ``conv`` convolves
     them along the positions, with taps (Hkv·d, K). A recurrence may stand in the place of the softmax
     (``is_recurrent``), or values are keys (``is_keyed``). With ``scales_heads``, what the heads give is scaled by
-    channel before ``o`` reads it. ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
-    one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream entering it.
-    ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
+    channel before ``o`` reads it. ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer
+    whose values, and keys, this one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream
+    entering it. ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
     """
 
     v: Linear | Latent | WithEntries
@@ -251,6 +252,7 @@ class Layer:
     attention: Attention  # None where there is none: most callers ask layers that have it
     mlps: tuple[Mlp, ...]
     parallel: bool = False
+    side: SideMap | None = None  # a linear map beside attention, whose norms are frozen (LAuReL)
 
     @property
     def device(self) -> torch.device:

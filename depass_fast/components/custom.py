@@ -115,7 +115,7 @@ class Subspaces(LayerKind[R]):
         super().check(adapter, lengths)
         for one in self.each(adapter):
             assert isinstance(one, Subspaces)
-            one.bases.check(adapter.hidden_size)
+            one.bases.check(adapter.stream_width)
             _check_labels(one.labels, len(one.bases))
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
@@ -160,14 +160,15 @@ class Custom(ComponentKind):
         check_site(self.site, adapter)
         if len(lengths) != 1:
             raise ValueError(f"Custom: its states belong to one prompt, got {len(lengths)} prompts.")
-        states, expected = self.states, f"({lengths[0]}, M, {adapter.hidden_size})"
+        width = adapter.width_at(str(self.site))
+        states, expected = self.states, f"({lengths[0]}, M, {width})"
         if not isinstance(states, Tensor) or not states.is_floating_point():
             given = f"dtype {states.dtype}" if isinstance(states, Tensor) else type(states).__name__
             raise TypeError(
                 f"states: expected a floating-point tensor of shape {expected}, such an array, or a list of M arrays "
-                f"({lengths[0]}, {adapter.hidden_size}), got {given}."
+                f"({lengths[0]}, {width}), got {given}."
             )
-        if states.ndim != 3 or states.shape[::2] != (lengths[0], adapter.hidden_size) or states.shape[1] == 0:
+        if states.ndim != 3 or states.shape[::2] != (lengths[0], width) or states.shape[1] == 0:
             raise ValueError(f"states: expected shape {expected} with M ≥ 1, got {tuple(states.shape)}.")
         if not states.isfinite().all():
             raise ValueError("states: holds NaN or inf.")

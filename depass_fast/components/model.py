@@ -20,7 +20,7 @@ from ..state.state import Factors
 from ..trace.record import Trace
 from .base import ComponentKind, LayerKind, R, SeveralLayers
 from .outputs import LayerOutputs
-from .products import BoundProducts
+from .products import BoundProducts, BoundSpread
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -79,12 +79,13 @@ class Heads(LayerKind[R]):
 
     def filler(self, adapter: Adapter, trace: Trace, dtype: torch.dtype) -> Callable[[Tensor, int], None]:
         whole = LayerOutputs(adapter, trace, self.resolve(adapter), None, dtype)
-        values = whole.values()
+        values, several = whole.values(), whole.record.streams
 
         def fill(out: Tensor, prompt: int) -> None:
             outputs = whole.at(trace.span(prompt))
-            outputs.attend(values[outputs.span], out)
-            entering = outputs.entering(out, "attention")
+            raw = out if several is None else out.new_empty(*out.shape[:2], adapter.hidden_size)
+            outputs.attend(values[outputs.span], raw)
+            entering = outputs.entering(raw, "attention")
             if entering is not out:
                 out.copy_(entering)
 
@@ -225,10 +226,13 @@ class Neurons(LayerKind[R]):
         """Return the constant that :meth:`bound` brings to `bias`, without making the neurons."""
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
 
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts | BoundSpread:
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
         outputs = LayerOutputs(adapter, trace, layer, prompt, dtype)
+        if trace.layers[layer].streams is not None:
+            labels, parts = outputs.neuron_names(f"L{layer}"), outputs.parts()
+            return BoundSpread(layer=layer, labels=labels, parts=parts, bias=outputs.constant("mlp"), site="resid_post")
         labels, products = outputs.neurons(f"L{layer}")
         return BoundProducts(
             layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site="resid_post"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Attention, Branch, Mlp, Norm
+from ..adapters.streams import StreamStep
 from ..state.state import Factors
 from ..trace.attention import span_probabilities
 from ..trace.keyed import frozen_mixing
@@ -119,11 +120,14 @@ class LayerOutputs:
         """Raw outputs (N, M, D) of a module as they enter the stream."""
         branch, record = self._of(module)
         scale = None if record.out_scale is None else record.out_scale[self.span]
-        return self.through_stream(branch.written(y, scale), module)
+        y = branch.written(y, scale)
+        return self.through_stream(y, module) if self.record.streams is None else self._step(module).writes(y)
 
     def whole(self, module: str) -> Tensor:
         """The whole output that a module adds to the stream, without its constant part: (N, D)."""
         record = self.record
+        if record.streams is not None:
+            return self._whole_of_streams(module)
         before = record.resid_pre if module == "attention" else record.resid_mid
         after = record.resid_mid if module == "attention" else self.after
         stream, constant = self._stream(module), self._linear_constant(module)
@@ -139,6 +143,8 @@ class LayerOutputs:
     def constant(self, module: str) -> Tensor | None:
         """The constant part of what a module adds, as it is in the stream behind it: (D,), or (N, D), or None."""
         stream, constant = self._stream(module), self._linear_constant(module)
+        if self.record.streams is not None:
+            return None if constant is None else self._spread(constant, module)
         if stream is None or stream.bias is None:
             return constant
         beta = stream.bias.to(self.dtype)
@@ -146,6 +152,8 @@ class LayerOutputs:
 
     def through_stream(self, y: Tensor, module: str) -> Tensor:
         """A part of the stream, (N, ..., D) or (D,), after factor and norm of the stream behind a module, without β."""
+        if self.record.streams is not None:
+            return self._step(module).mixed(y[:, None])[:, 0]
         stream = self._stream(module)
         if module != "mlp" or self.mlps:
             keeps = self._of(module)[0].keeps
@@ -156,6 +164,42 @@ class LayerOutputs:
         assert resid is not None  # it is recorded wherever there is such a norm
         scale = stream.scale(resid[self.span].to(self.dtype))
         return stream.apply(y.expand(len(scale), -1) if y.ndim == 1 else y, scale)
+
+    def _step(self, module: str) -> StreamStep:
+        """The frozen maps of a module to and from several streams, at the prompt's positions."""
+        streams = self.record.streams
+        assert streams is not None
+        return (streams.attention if module == "attention" else streams.mlp).at(self.span)
+
+    def _spread(self, y: Tensor, module: str) -> Tensor:
+        """What a module writes to one stream of D, (D,) or (N, D), as it writes it to several: (N, n·D)."""
+        step = self._step(module)
+        return step.writes(y.expand(len(step.write), -1) if y.ndim == 1 else y)
+
+    def _whole_of_streams(self, module: str) -> Tensor:
+        """:meth:`whole` where there are several streams: what these gain behind their mix."""
+        record, step, constant = self.record, self._step(module), self.constant(module)
+        before = (record.resid_pre if module == "attention" else record.resid_mid)[self.span].to(self.dtype)
+        after = (record.resid_mid if module == "attention" else self.after)[self.span].to(self.dtype)
+        y, side = after - step.passes(before), self._adapter.side(self._layer) if module == "attention" else None
+        if side is not None and step.side is not None:
+            y = y - step.writes(side.of(step.reads(before), step.side.to(before)))
+        return y if constant is None else y - constant
+
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of every MLP of several streams that :meth:`reached` has: activations (N, I), vectors (I, D), weights (N, n).
+
+        A neuron's output is the product of all three.
+        """
+        streams, found = self.record.streams, []
+        assert streams is not None
+        for part in (self.record.mlps[index] for index in self.reached()):
+            mlp = self.mlps[part.part]
+            step = streams.gate if mlp.follows else streams.mlp
+            assert step is not None
+            w_down, numbers = self._written_factors(mlp, part, part.dense(part.act, self.span))
+            found.append((numbers, w_down.T, step.write[self.span].to(self.dtype)))
+        return found
 
     def back_through_stream(self, y: Tensor, module: str, position: int | None = None) -> Tensor:
         """Gradients (..., N, D) behind factor and norm of the stream, or (D,) at one ``position``, taken in front."""
@@ -215,7 +259,8 @@ class LayerOutputs:
             constant = self._attention_constant()
         else:
             constant = self.record.mlp_constant(self.mlps, self.span, self.dtype)
-        return None if constant is None else self.through_stream(constant, module)
+        through = self.record.streams is None and constant is not None
+        return self.through_stream(constant, module) if through and constant is not None else constant
 
     def _attention_constant(self) -> Tensor | None:
         weights, record = self.attention, self.record.attention

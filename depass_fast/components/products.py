@@ -40,3 +40,31 @@ class BoundProducts(ComponentKind):
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class BoundSpread(ComponentKind):
+    """The neurons of one prompt where there are several streams: each writes a multiple of its vector to every one.
+
+    ``parts`` are activations (N, I), vectors (I, D) and the weights (N, n) of the streams, of each of the layer's MLPs.
+    ``bias`` (N, n·D), or None is the constant that the same outputs bring to the `bias` component.
+    """
+
+    labels: tuple[str, ...]
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]]
+    bias: Tensor | None
+    site: Site
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return self.labels
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        first = 0
+        for part in self.parts:
+            numbers, vectors, weights = (x.to(out) for x in part)
+            here = out[:, first : first + len(vectors)].unflatten(-1, (weights.shape[1], -1))
+            torch.mul((numbers[:, :, None] * weights[:, None])[..., None], vectors[:, None], out=here)
+            first += len(vectors)
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)

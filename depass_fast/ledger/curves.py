@@ -29,7 +29,7 @@ def kernel_curve(
     activation = weights.activation
     if rule == "taylor" or activation is None or not has_kernels(device, *dtypes):
         return None
-    if weights.follows:  # its activations have factors of their own
+    if weights.follows or activation.sparsity:  # its activations have factors, or thresholds, of their own
         return None
     changed = activation.gate_limit, activation.up_limit, activation.up_offset or None, *constants
     if any(one is not None for one in changed):

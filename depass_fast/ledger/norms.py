@@ -47,7 +47,7 @@ class FrozenNorm:
 
 def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
     """Return s of hidden states (A, D) -> (A,), on a GPU by one kernel."""
-    if not has_kernels(resid.device, dtype, resid.dtype):
+    if norm.is_factor or not has_kernels(resid.device, dtype, resid.dtype):
         return norm.scale(resid.to(dtype)).to(dtype)
     from ..kernels.rows import row_scales  # needs Triton
 

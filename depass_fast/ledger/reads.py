@@ -47,6 +47,8 @@ class Reads:
         row, slot, at = all_to_device([every, np.repeat(slots, widths), np.repeat(packed, widths)], vectors.device)
         if readout.norm is not None:
             vectors = readout.norm.transposed(vectors, readout.norm.scale(readout.resid[at].to(vectors.dtype)))
+        if readout.end is not None:
+            vectors = readout.end.back(vectors, at)
         seeds = vectors.new_zeros(int(every.max()) + 1, len(packing.host_at), vectors.shape[1])
         seeds[row, slot] = vectors
         return Reads.made(readout, packing, seeds)

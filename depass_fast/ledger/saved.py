@@ -141,8 +141,9 @@ def _reads(request: Request, tensors: dict[str, Tensor], content: dict[str, Any]
         places=request.places,
         directions=tuple(directions),
         norm=None if norm is None else norm.to(device),
-        resid=trace.resid(request.end).to(device),
+        resid=(trace.before_norm if request.end_given is None else trace.resid(request.end)).to(device),
         dtype=wide_dtype(request),
+        end=trace.end(adapter.stream_maps),
         **of_places,
     )
     return Reads.made(readout, Packing(trace.offsets, request.read_positions), tensors["seeds"].to(device))

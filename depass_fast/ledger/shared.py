@@ -17,8 +17,11 @@ class Owed:
     def __init__(self) -> None:
         self._held: dict[int, Tensor] = {}
 
-    def owe(self, source: int, gradients: Tensor) -> None:
-        """Add gradients of the residual stream entering layer ``source``."""
+    def owe(self, source: int, gradients: Tensor, trace: Trace) -> None:
+        """Add gradients (R, T, D) of what the attention of layer ``source`` reads."""
+        streams = trace.layers[source].streams
+        if streams is not None:  # these are of what the layer reads of its streams
+            gradients = streams.attention.reads_back(gradients)
         before = self._held.get(source)
         self._held[source] = gradients if before is None else before + gradients.to(before)
 

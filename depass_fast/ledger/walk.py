@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Branch, Layer
+from ..adapters.streams import LayerStreams
 from ..components.base import Entry
 from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
@@ -155,6 +156,9 @@ class _WayBack:
         self._back, self._after = self._back.to(layer.device), self._after.to(layer.device)
         if self._steers is not None and not self._steers.keeps:
             self._changed, self._amount = self._changed.to(layer.device), self._amount.to(layer.device)
+        if record.streams is not None:
+            self._through_streams(index, layer, record, record.streams)
+            return
         beta = self._through_stream(layer.mlp, record.mlp_sum) if layer.mlps else None
         if parallel:
             read = self._everywhere(self._through_mlp(index, layer, record, beta), self._partial)
@@ -169,51 +173,115 @@ class _WayBack:
             if layer.attention is not None:
                 beta = self._through_stream(layer.attention, record.attention_sum)
                 self._through_attention(index, layer, record, beta)
-            owed = self._owed.paid(index)
-            self._back = self._back if owed is None else self._back + owed
+            self._pay(index)
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _through_streams(self, index: int, layer: Layer, record: LayerTrace, maps: LayerStreams) -> None:
+        """Take the gradients back through a layer of several streams, by the transposes of its frozen maps."""
+        at = self._packing.at(self._partial, self._back.device)
+        attention, mlp, end, neurons = maps.attention.at(at), maps.mlp.at(at), self._back, {}
+        *after, first = _stages(layer, record)
+        behind = None
+        for stage in after:  # the gate of the token's embedding
+            assert maps.gate is not None  # the record has one where its layer has
+            gate = maps.gate.at(at)
+            of_read = self._stage(index, layer, record, stage, gate.writes_back(end), None, neurons)
+            self._back = gate.passes_back(end) + gate.reads_back(of_read)
+            behind = mlp.writes_back(gate.passes_back(end))
+        of_read = self._stage(index, layer, record, first, mlp.writes_back(self._back), behind, neurons)
+        self._back = mlp.passes_back(self._back) + mlp.reads_back(of_read)
+        self._keep_neurons(index, record, neurons)
+        self._visit(Entry(index, "resid_mid"), record.resid_mid)
+        if self._wanted.last == Entry(index, "resid_mid"):
+            return
+        end, written = self._back, attention.writes_back(self._back)
+        passed, self._back = attention.passes_back(end), written
+        if layer.side is not None and attention.side is not None:
+            passed = passed + attention.reads_back(layer.side.back(written, attention.side.to(written)))
+        found = self._attention_back(index, layer, record, None)
+        source = layer.attention.source
+        self._back = self._everywhere(passed, self._partial) if source is None else passed
+        if source is None:
+            self._back = self._back + maps.attention.reads_back(found)
+            self._partial = False
+        else:
+            self._owed.owe(source, found, self._trace)
+        self._pay(index)
+        self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _pay(self, index: int) -> None:
+        """Add what is owed to the residual stream entering a layer."""
+        owed = self._owed.paid(index)
+        if owed is not None:
+            self._back, self._partial = self._everywhere(self._back, self._partial) + owed, False
 
     def _through_mlp(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
         """Return the gradients (R, A, D) of what the MLP reads, and note what it and its constants are worth."""
-        how = (self._packing, self._partial, self._rule, self._compute, self._budget)
-        gradients, neurons, stages = None, {}, _stages(layer, record)
-        for number, stage in enumerate(stages):
+        gradients, neurons = None, {}
+        for number, stage in enumerate(_stages(layer, record)):
             behind = self._back if number else None  # the first stage is the last that the model runs
             arriving = self._back if gradients is None else self._back + gradients
-            for parts in stage:
-                way = WayThroughMlp(layer.mlps, record, parts, *how)
-                found = way.back(arriving, self._states(parts[0].resid), index in self._wanted.neurons, behind)
-                for part, of_part in zip(parts, found.neurons or (), strict=False):
-                    neurons[part.part] = of_part
-                self._add(self.pages.of_mlp, index, [found.constant])
-                self._add(None, index, [found.driven])
-                gradients = found.gradients if gradients is None else gradients + found.gradients
+            found = self._stage(index, layer, record, stage, arriving, behind, neurons)
+            gradients = found if gradients is None else gradients + found
         self._add(self.pages.of_mlp, index, [beta])
-        if neurons:
-            self.pages.neurons[index] = [neurons[part.part] for part in record.mlps]
+        self._keep_neurons(index, record, neurons)
         assert gradients is not None  # the layer has an MLP
         return gradients
 
+    def _stage(
+        self,
+        index: int,
+        layer: Layer,
+        record: LayerTrace,
+        stage: list[tuple[MlpTrace, ...]],
+        arriving: Tensor,
+        behind: Tensor | None,
+        neurons: dict[int, Tensor],
+    ) -> Tensor:
+        """Return the gradients of what the MLPs of a stage read, given those ``arriving``; note their ``neurons``."""
+        how = (self._packing, self._partial, self._rule, self._compute, self._budget)
+        gradients: Tensor | None = None
+        for parts in stage:
+            way = WayThroughMlp(layer.mlps, record, parts, *how)
+            found = way.back(arriving, self._states(parts[0].resid, arriving), index in self._wanted.neurons, behind)
+            for part, of_part in zip(parts, found.neurons or (), strict=False):
+                neurons[part.part] = of_part
+            self._add(self.pages.of_mlp, index, [found.constant])
+            self._add(None, index, [found.driven])
+            gradients = found.gradients if gradients is None else gradients + found.gradients
+        assert gradients is not None  # no stage is empty
+        return gradients
+
+    def _keep_neurons(self, index: int, record: LayerTrace, neurons: dict[int, Tensor]) -> None:
+        """Note the scores of a layer's neurons, if they were asked for."""
+        if neurons:
+            self.pages.neurons[index] = [neurons[part.part] for part in record.mlps]
+
     def _through_attention(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> None:
         """Take the gradients back through attention, to all positions; note what it and its constants are worth."""
-        assert layer.attention is not None and record.attention is not None  # see pass_layer
-        way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
-        x = self._states(record.attention.resid, everywhere=True)
-        found = way.back(self._back, x, index in self._wanted.heads)
         taken = self._looking(index, layer, record)
-        if found.heads is not None:
-            self.pages.heads[index] = found.heads
-        self._add(self.pages.of_attention, index, [found.constant, beta])
+        gradients = self._attention_back(index, layer, record, beta)
         source = layer.attention.source
         if source is not None:  # it reads what enters another layer, and nothing of this one
-            self._owed.owe(source, found.gradients)
+            self._owed.owe(source, gradients, self._trace)
             return
-        self._back = found.gradients + self._everywhere(self._back, self._partial)
+        self._back = gradients + self._everywhere(self._back, self._partial)
         self._partial = False
         if taken is not None:
             self._back[self._rows :] += taken.gradients
             self._add(None, index, [torch.cat([torch.zeros_like(taken.worth), taken.worth])])
             self._changed, self._amount = self._changed + taken.change, self._amount + taken.size
+
+    def _attention_back(self, index: int, layer: Layer, record: LayerTrace, beta: Tensor | None) -> Tensor:
+        """Return the gradients (R, T, D) of what attention reads; note what it and its constants are worth."""
+        assert layer.attention is not None and record.attention is not None  # see pass_layer
+        way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
+        x = self._states(record.attention.resid, self._back, everywhere=True)
+        found = way.back(self._back, x, index in self._wanted.heads)
+        if found.heads is not None:
+            self.pages.heads[index] = found.heads
+        self._add(self.pages.of_attention, index, [found.constant, beta])
+        return found.gradients
 
     def _looking(self, index: int, layer: Layer, record: LayerTrace) -> Taken | None:
         """Return what the book of attention takes up here; None without such a book."""
@@ -251,19 +319,19 @@ class _WayBack:
 
     def _visit(self, site: Entry, x: Tensor) -> None:
         """Note the total and the constants of a site, whose states are ``x`` (T, D), and its gradients if wanted."""
-        self.pages.totals[site] = self._packing.dot(self._back, self._states(x), self._partial)
+        self.pages.totals[site] = self._packing.dot(self._back, self._states(x, self._back), self._partial)
         self.pages.constants[site] = self._owed.add_worth(self._after, self._packing, self._trace)
         if self._steers is not None and not self._steers.keeps:
             self.pages.changes[site], self.pages.sizes[site] = self._changed, self._amount
         if self._wanted.keeps(site):
             self.pages.gradients[site] = self._everywhere(self._back, self._partial)
 
-    def _states(self, x: Tensor, everywhere: bool = False) -> Tensor:
-        """Return hidden states (T, D) as the gradients are, at their positions or everywhere; the last are kept."""
+    def _states(self, x: Tensor, like: Tensor, everywhere: bool = False) -> Tensor:
+        """Return hidden states (T, D) as gradients are ``like``, at their positions or everywhere; the last are kept."""
         at = None if everywhere else self._packing.at(self._partial, x.device)
         key = id(x), at is None
         if self._read is None or self._read[0] != key:
-            self._read = key, x, (x if at is None else x[at]).to(self._back)
+            self._read = key, x, (x if at is None else x[at]).to(like)
         return self._read[2]
 
     def _everywhere(self, gradients: Tensor, partial: bool) -> Tensor:

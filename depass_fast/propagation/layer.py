@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,8 @@ from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace
+from . import streams
+from .mlps import share_out
 from .run import Run
 
 
@@ -51,6 +52,8 @@ def through_attention(
     """
     if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
+    if record.streams is not None:
+        return streams.through_attention(state, layer, record, record.streams.attention, run, queries, values), None
     if layer.attention.source is not None and values is None:
         state = state if queries is None else state.at(queries)
         _add_written(state, record)
@@ -72,19 +75,17 @@ def through_mlp(
     state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
 ) -> ComponentState:
     """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself."""
+    if record.streams is not None:
+        state = streams.through_mlps(state, layer, record, record.streams, run)
+        state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
+        return state
     if source is None and sum(not layer.mlps[part.part].follows for part in record.mlps) > 1:
         # experts must not read one another
         source = copy_state(state)
     for part in record.mlps:
         mlp = layer.mlps[part.part]
         source = None if mlp.follows else source
-        if part.host_positions is None:
-            state = run.operations.allocate_mlp(state, mlp, part, run.allocation, source)
-            continue
-        segments = np.flatnonzero(np.isin(state.layout.packed, part.host_positions))
-        if len(segments):
-            read = None if source is None else source.take(segments)
-            state.put(run.operations.allocate_mlp(state.take(segments), mlp, part, run.allocation, read), segments)
+        state = share_out(state, source, mlp, part, run)
     if layer.mlps:
         normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None

@@ -16,6 +16,7 @@ from ..state.state import ComponentState
 from ..trace.record import Trace
 from .layer import normalise, through_layer
 from .run import Run
+from .streams import collapsed
 from .values import KeptValues
 
 
@@ -48,7 +49,7 @@ def propagate(
             layer = adapter.layer(index)
             state.rows = state.rows if run.host else state.rows.to(layer.device)
             kept = queries if index == end - 1 else None
-            kept_values.meet(state, index)
+            kept_values.meet(state, index, trace.layers[index])
             state = through_layer(state.moved(), layer, trace.layers[index], run, kept, kept_values.of(layer))
             found.measure(state, trace.resid(index + 1))
             if bar is not None:
@@ -61,6 +62,9 @@ def propagate(
 
 @torch.no_grad()
 def through_final_norm(adapter: Adapter, trace: Trace, state: ComponentState) -> ComponentState:
-    """Return the state after the frozen final norm; in place."""
-    normalise(state, adapter.final_norm(), trace.resid_final)
+    """Return the state after the frozen final norm; in place, unless there are several streams."""
+    end = trace.end(adapter.stream_maps)
+    if end is not None:
+        state = collapsed(state, end)
+    normalise(state, adapter.final_norm(), trace.before_norm)
     return ComponentState(state.rows, state.layout, state.layer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..adapters import Adapter, Layer
 from ..state.state import ComponentState
+from ..trace.record import LayerTrace
 from .layer import copy_state
+from .streams import read_rows
 
 
 class KeptValues:
@@ -18,11 +20,12 @@ class KeptValues:
         self._last = {source: index for index, source in sources.items() if source is not None}
         self._held = dict(held or {})
 
-    def meet(self, state: ComponentState, index: int) -> None:
-        """Keep the state entering layer ``index`` if a later layer reads it."""
+    def meet(self, state: ComponentState, index: int, record: LayerTrace) -> None:
+        """Keep the state entering layer ``index`` if a later layer reads it; of several streams what is read of them."""
         self._held = self.needed(index)
         if index in self._last and state.site == "resid_pre":
-            self._held[index] = copy_state(state)
+            streams = record.streams
+            self._held[index] = copy_state(state) if streams is None else read_rows(state, streams.attention)
 
     def needed(self, index: int) -> dict[int, ComponentState]:
         """Return the copies that layers from ``index`` on read."""

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Norm
+from ..adapters.streams import StreamEnd
 from ..components.model import Tokens
+from ..propagation.streams import collapsed
 from ..request import Request, wide_dtype
 from ..results.attribution import Attribution
 from ..results.verification import Verification, warn_if_off
@@ -51,6 +53,7 @@ class Readout:
     norm: Norm | None
     resid: Tensor
     dtype: torch.dtype
+    end: StreamEnd | None = None  # of several streams: the way to what the norm reads
 
     @staticmethod
     @full_precision()
@@ -63,7 +66,9 @@ class Readout:
         adapter, final_norm, places = request.adapter, request.end_given is None, request.places
         device, norm = adapter.unembedding_device, adapter.final_norm() if final_norm else None
         dtype = wide_dtype(request)
-        resid = request.require_trace().resid(request.end).to(device)
+        trace = request.require_trace()
+        resid = (trace.before_norm if final_norm else trace.resid(request.end)).to(device)
+        end = trace.end(adapter.stream_maps) if final_norm else None
         hidden = read_hidden(request)
         directions = read_directions(request) if directions is None else directions
         norm = None if norm is None else norm.to(device)
@@ -78,6 +83,7 @@ class Readout:
             norm=norm,
             resid=resid,
             dtype=dtype,
+            end=None if end is None else end.to(device),
         )
 
     @property
@@ -115,6 +121,7 @@ class Readout:
             if len(rounds) > 1:
                 here = state.at(state.layout.at(offsets, [np.array([position]) for _, position in one.places]))
             here.rows = here.rows.to(self.resid.device, self.dtype)
+            here = here if self.end is None else collapsed(here, self.end)
             scores = read_scores(here, run.operations, self.norm, self.resid, one.directions)
             layout = here.layout
             if run.ranks is not None:

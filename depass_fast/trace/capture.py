@@ -23,9 +23,10 @@ from ..runtime.progress import progress_bar_of_calls
 from . import consistency
 from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
-from .hooks import LayerHooks, RecordingHook, full_precision
+from .hooks import LayerHooks, RecordingHook, full_precision, watch_streams
 from .record import Trace
 from .recorder import Recorder, active, attention_name
+from .stream_check import check_streams
 from .untouched import untouched_pass
 
 _COMPARED = 256  # positions of a prompt that also go through the untouched model: later ones depend on these
@@ -66,6 +67,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) ->
     check_finite(adapter, trace)
     if is_checking:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
+        check_streams(adapter, trace, recorder.layers, recorder.positions)
         compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
         own = untouched_pass(adapter, compared.to(adapter.device))
         consistency.check_end(trace, recorder.layers, own, adapter.dtype)
@@ -78,6 +80,7 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
     with exclusive(adapter) as undo:
         for index in range(adapter.n_layers):
             LayerHooks(adapter, index, recorder, undo).put()
+        watch_streams(adapter, recorder, undo)
         end = adapter.final_norm_module
         if end is None:
             undo.callback(RecordingHook(recorder, recorder.final, "resid_final").after(adapter.blocks[-1]))

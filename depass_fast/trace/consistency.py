@@ -130,7 +130,7 @@ def check(adapter: Adapter, trace: Trace, records: list[dict[str, Any]], positio
         if adapter.has_mlp(index):
             _check_mlp(found, adapter, index, trace, record, at)
     norm = adapter.final_norm()
-    resid, final = (rows(x, at) for x in (trace.resid_final, trace.normed_final))
+    resid, final = (rows(x, at) for x in (trace.before_norm, trace.normed_final))
     found.compare("the final norm gives something else than its formula", final, normed(norm, resid).to(final))
     found.verdict()
 
@@ -227,8 +227,8 @@ def _check_attention(
     ):
         outputs = record[WATCHED[part][1]]
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    if adapter.is_parallel:
-        return  # attention's output is part of all that the stream gains: see the MLP
+    if adapter.is_parallel or layer.streams is not None:
+        return  # attention's output is part of all that the stream gains: see the MLP, or stream_check.py
     mid, written = rows(layer.resid_mid, at), record["attention_written"]
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else rows(layer.attention_sum, at)
@@ -296,13 +296,15 @@ def _check_mlp(
         for part, linear in (("gate_proj", own.gate), ("down_proj", own.down)):
             inputs, outputs = (record[name] for name in WATCHED[part])
             _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
+    if layer.streams is not None:
+        return
     mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that are read here
     tolerance = READING if computed else None
     if _is_factor(weights.mlp) or any(mlp.output is not weights.mlp.output for mlp in weights.mlps):
         _check_all_written(found, name, layer, weights.mlps, at, mid, post, tolerance)
         return
-    written = _experts(layer, weights.mlps, at) if mixture else record["mlp_written"]
+    written = experts_written(layer, weights.mlps, at) if mixture else record["mlp_written"]
     after = post if layer.mlp_sum is None else rows(layer.mlp_sum, at)
     _check_write(found, name, weights.mlp, written, mid, after, post, tolerance)
 
@@ -327,7 +329,7 @@ def _check_all_written(
     for part, is_last in zip(layer.mlps, follows, strict=True):
         if is_last:
             _compare_stream(found, name, rows(part.resid, at), total, before)
-        raw = _experts(layer, mlps, at, (part,)).to(wide)
+        raw = experts_written(layer, mlps, at, (part,)).to(wide)
         total = total + mlps[part.part].written(raw, None if part.out_scale is None else rows(part.out_scale, at))
     total = total if stream is None else stream.apply(total, None)
     what = f"{name} and what stands beside it write something else than what the residual stream gains there"
@@ -366,10 +368,13 @@ def _check_write(
         )
 
 
-def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[MlpTrace, ...] | None = None) -> Tensor:
+def experts_written(
+    layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[MlpTrace, ...] | None = None
+) -> Tensor:
     """The sum of the experts' outputs, or of some ``parts`` of them, at positions (S,): (S, D)."""
-    wide = torch.promote_types(layer.resid_mid.dtype, torch.float32)
-    total = torch.zeros(len(at), layer.resid_mid.shape[1], dtype=wide, device=layer.resid_mid.device)
+    read = layer.mlp.resid
+    wide = torch.promote_types(read.dtype, torch.float32)
+    total = torch.zeros(len(at), read.shape[1], dtype=wide, device=read.device)
     for part in layer.mlps if parts is None else parts:
         weights, routed = mlps[part.part], part.host_positions
         here = np.arange(len(at)) if routed is None else np.flatnonzero(np.isin(at.numpy(), routed))
@@ -378,7 +383,7 @@ def _experts(layer: LayerTrace, mlps: tuple[Mlp, ...], at: Tensor, parts: tuple[
             total[here] += part.act[part.rows(positions)].to(wide) @ weights.w_down.T.to(wide)
             constant = part.constant(weights, positions, wide)
             total[here] += 0.0 if constant is None else constant
-    return total.to(layer.resid_mid)
+    return total.to(read)
 
 
 def normed(norm: Norm | None, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def first_positions(trace: Trace, counts: Sequence[int]) -> Trace:
         layers=[_layer(layer, cut, kept) for layer in trace.layers],
         resid_final=cut(trace.resid_final),
         normed_final=cut(trace.normed_final),
+        **_cut_fields(trace, cut, "collapsed", "end_read"),
     )
 
 
@@ -57,6 +58,7 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
         **_cut_fields(layer, cut, "resid_pre", "resid_mid", "attention_sum", "mlp_sum"),
         attention=layer.attention and _attention(layer.attention, cut),
         mlps=tuple(mlp for mlp in mlps if mlp is not None),
+        streams=None if layer.streams is None else layer.streams.cut(cut),
     )
 
 

@@ -14,7 +14,7 @@ from .consistency import WATCHED
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
 from .recorder import Recorder, is_recording
-from .recording import RecordingHook
+from .recording import RecordingHook, keeps
 
 
 class LayerHooks:
@@ -201,6 +201,18 @@ class LayerHooks:
         for name in observed.projections:
             self.undo.callback(RecordingHook(recorder, seen, name, as_is=True).after(module.get_submodule(name)))
         self.undo.callback(self._module("o_proj").register_forward_pre_hook(replaced).remove)
+
+
+def watch_streams(adapter: Adapter, recorder: Recorder, undo: ExitStack) -> None:
+    """Hook up what a model of several streams freezes; ``undo`` takes the hooks off. Without such nothing is done."""
+    streams = adapter.family.streams
+    if streams is None:
+        return
+    for index in range(adapter.n_layers):
+        for module, watch in streams.watches(adapter.block(index)):
+            undo.callback(keeps(recorder, recorder.layers[index], module, watch))
+    module, watch = streams.end(adapter.decoder, adapter.blocks[-1])
+    undo.callback(keeps(recorder, recorder.final, module, watch))
 
 
 def full_precision(norm: Norm) -> Callable[..., Tensor]:

@@ -54,14 +54,15 @@ class _MlpHooks:
 
     def _hook_gate(self, gate: InputGate) -> None:
         module, norm = below(self.block, gate.gate), below(self.block, gate.output_norm)
-        self._before(module, "gate_resid")
+        if self.kind.streams is None:
+            self._before(module, "gate_resid")
         self._after(module, "token_gate")
         self._before(below(self.block, gate.down), "token_act")
         self._before(norm, "token_scale", plain_norm(norm).scale)
 
         def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if is_recording(self.recorder):
-                given = kwargs[gate.argument] if gate.argument in kwargs else args[1]
+                given = kwargs[gate.argument] if gate.argument in kwargs else args[gate.place]
                 self.recorder.keep(self.record, "token_embedding", given.detach().flatten(0, -2).contiguous())
 
         self.undo.callback(self.block.register_forward_pre_hook(called, with_kwargs=True).remove)

@@ -7,7 +7,7 @@ from Q, K and the kind of mask.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Attention, RoutedExpert
+from ..adapters.streams import LayerStreams, StreamEnd
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
 from ..runtime.brief import brief, brief_repr
@@ -221,6 +222,7 @@ class LayerTrace:
     mlps: tuple[MlpTrace, ...]
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
+    streams: LayerStreams | None = None  # of several residual streams, which lie side by side in `resid_pre`
 
     __repr__ = brief_repr
 
@@ -252,6 +254,8 @@ class LayerTrace:
             named = vars(held).items()
             own = ("skip", "rates", "sinks")  # of the model, not of a position
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
+        for step in () if self.streams is None else self.streams.each():
+            yield from step.tensors()
 
 
 class TraceSource:
@@ -353,6 +357,8 @@ class Trace:
     normed_final: Tensor
     source: TraceSource
     batch: bool = False  # made of a list of prompts, even if of only one
+    collapsed: Tensor | None = None  # (T, D) of several streams, what the final norm reads
+    end_read: Tensor | None = None  # (T, n) the weights of the streams in it
 
     def __repr__(self) -> str:
         lengths, x = brief([self.length(prompt) for prompt in range(self.n_prompts)]), self.resid_final
@@ -374,6 +380,15 @@ class Trace:
         """The residual stream entering ``layer``, (T, D); with ``layer`` = L, that after the last layer."""
         return self.resid_final if layer == len(self.layers) else self.layers[layer].resid_pre
 
+    @property
+    def before_norm(self) -> Tensor:
+        """What the final norm reads, (T, D): the last residual stream, or what several are brought together to."""
+        return self.resid_final if self.collapsed is None else self.collapsed
+
+    def end(self, maps: Sequence[Tensor | None]) -> StreamEnd | None:
+        """The way of several streams to the final norm, given the model's ``maps``; None where there is one stream."""
+        return None if self.end_read is None else StreamEnd(self.end_read, tuple(maps))
+
     def resid_at(self, layer: int, site: str) -> Tensor:
         """The residual stream at a site of ``layer``: `resid_pre`, `resid_mid` or `resid_post`. (T, D)."""
         return self.layers[layer].resid_mid if site == "resid_mid" else self.resid(layer + (site == "resid_post"))
@@ -382,4 +397,5 @@ class Trace:
     def nbytes(self) -> int:
         """The memory that the trace holds, in bytes. It grows with the number of positions, not with its square."""
         held = [self.input_ids, self.resid_final, self.normed_final, *(t for x in self.layers for t in x.tensors())]
+        held += [x for x in (self.collapsed, self.end_read) if x is not None]
         return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in held}.values())

@@ -21,6 +21,7 @@ from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import padded_to, register_with_mask
+from .streams import layer_of_streams
 
 ATTENTION_NAME = "depass_fast_recorder"
 SELECTING_NAME = "depass_fast_recorder_with_mask"  # for models whose indexers read a mask
@@ -221,6 +222,9 @@ class Recorder:
         layers = [self._layer(index, record, by_layer.get(index)) for index, record in enumerate(self.layers)]
         if self.adapter.final_norm_module is None:
             self.final["normed_final"] = self.final["resid_final"]
+        if self.adapter.family.streams is not None:
+            self.final["collapsed"] = self.final.pop("resid_final")
+            self.final["resid_final"] = self.final.pop("streams_final")
         return Trace(input_ids, offsets, layers, **self.final, source=TraceSource.of(self.adapter.model))
 
     def _layer(self, index: int, record: dict[str, Any], assignment: ExpertAssignment | None) -> LayerTrace:
@@ -228,9 +232,7 @@ class Recorder:
         self._require_all(index, record)
         pre = record["resid_pre"]
         if not self.adapter.has_mlp(index):
-            last = index + 1 == len(self.layers)
-            after = self.final["resid_final"] if last else self.layers[index + 1]["resid_pre"]
-            return LayerTrace(pre, after, self._attention(index, record), (), record.get("attention_sum"))
+            return LayerTrace(pre, self._after(index), self._attention(index, record), (), record.get("attention_sum"))
         if not self.adapter.has_attention(index):
             mid = pre
         elif parallel:
@@ -238,8 +240,20 @@ class Recorder:
         else:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
+        if self.adapter.family.streams is not None:
+            return layer_of_streams(self.adapter, index, record, attention_trace, assignment, self._after(index))
         mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
+
+    def _after(self, index: int) -> Tensor:
+        """The residual stream (T, D) behind a layer, or the streams (T, n·D)."""
+        last, several = index + 1 == len(self.layers), self.adapter.family.streams is not None
+        record, names = (
+            (self.final, ("resid_final", "streams_final"))
+            if last
+            else (self.layers[index + 1], ("resid_pre", "streams_pre"))
+        )
+        return record[names[several]]
 
     def _attention(self, index: int, record: dict[str, Any]) -> Any:
         """Return the AttentionTrace of a layer's attention or recurrence; None without."""
@@ -291,6 +305,7 @@ class Recorder:
         """Raise RuntimeError if the forward pass did not go through everything that is recorded of a layer."""
         mixes, has_mlp, wanted = self.adapter.has_attention(index), self.adapter.has_mlp(index), {"resid_pre"}
         wanted |= {"mask"} if mixes else set()
+        wanted |= set() if self.adapter.family.streams is None else {"streams_pre"}
         if has_mlp:
             wanted |= {"attention_output"} if self.adapter.is_parallel else {"resid_mid"} if mixes else set()
             wanted |= {"experts_input", "router_weights"} if self.adapter.is_mixture(index) else set()

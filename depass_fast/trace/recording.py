@@ -7,7 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.streams import Watch
 from .recorder import Recorder, is_recording
+
+
+def keeps(recorder: Recorder, record: dict[str, Any], module: nn.Module, watch: Watch) -> Callable[[], None]:
+    """Have a ``record`` keep what ``watch`` sees in a module's calls. Returns the function that removes the hook."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if is_recording(recorder):
+            for name, x in watch(args, kwargs, output).items():
+                recorder.keep(record, name, x)
+
+    return module.register_forward_hook(hook, with_kwargs=True).remove
 
 
 class RecordingHook:

@@ -1,4 +1,4 @@
-"""DeepSeek V4: keys that are values, compressed ones beside them, and experts that hashes of tokens choose."""
+"""DeepSeek V4: hyper-connections, keys that are values, compressed ones beside them, experts by hashes of tokens."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..activation import Activation
 from ..family import Experts, Family, Keyed
+from ..hyper_connections import HyperConnections, normed_first
 from ..keyed import entry_ratios, key_ratios
 
 MODEL_TYPES = ("deepseek_v4",)
@@ -16,8 +17,6 @@ _SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 
 
 def declare(config: Any) -> Family:
-    if config.hc_mult != 1:
-        raise ValueError("model: its layers mix several residual streams (hyper-connections), which are not supported.")
     near = Family(
         sinks=True,
         layer_windows=True,
@@ -26,6 +25,9 @@ def declare(config: Any) -> Family:
         o_proj="self_attn.o_b_proj",
         o_groups=config.o_groups,
         keyed=Keyed(("kv_proj",), _read, _embedding, config.qk_rope_head_dim),
+        streams=HyperConnections(
+            config.hc_mult, normed_first(("fn", "base", "scale")), normed_first(("hc_fn", "hc_base", "hc_scale"))
+        ),
         counts_positions=True,  # windows that are compressed begin with the prompt
         experts=Experts(
             config.num_experts_per_tok,

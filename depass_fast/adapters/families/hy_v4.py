@@ -1,4 +1,7 @@
-"""Hunyuan 4: DeepSeek's latent attention with selected keys, sinks and gated heads, beside experts with clamps."""
+"""Hunyuan 4: hyper-connections, DeepSeek's latent attention with selected keys, sinks and gates, experts with clamps.
+
+It adds to its streams in float32, whatever it computes in: in float64 a result is complete to that rounding.
+"""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -10,18 +13,23 @@ from torch.nn.functional import silu
 
 from ..activation import Activation
 from ..family import Family, HeadScale
+from ..hyper_connections import HyperConnections, normed_last
 from . import deepseek
 
 MODEL_TYPES = ("hy_v4",)
 
 
 def declare(config: Any) -> Family:
-    if config.hc_mult != 1:
-        raise ValueError("model: its layers mix several residual streams (hyper-connections), which are not supported.")
     latent = deepseek.declare(config)
     assert latent.experts is not None
     return replace(
         latent,
+        streams=HyperConnections(
+            config.hc_mult,
+            normed_last(("fn", "base", "scale")),
+            normed_last(("hc_fn", "hc_base", "hc_scale")),
+            mixes=False,
+        ),
         selects=config.index_topk,
         sinks=True,
         head_scale=HeadScale(("gate_proj",), _gate),

@@ -1,0 +1,217 @@
+"""Residual streams that are several wide: what a branch reads of them, how they are mixed, what it writes to them.
+
+With everything else frozen these are linear maps by position (DESIGN.md section 10, *Several streams*). n streams of width
+D lie side by side, as one residual stream of width n·D.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .maps import Linear, Norm
+
+# called with a module's arguments, named arguments and output, it returns tensors (T, ...) by their names in a record
+Watch: TypeAlias = Callable[[tuple, dict[str, Any], Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """The frozen maps of one branch at T positions: n streams in front of it, m behind it.
+
+    The branch reads x = Σ_i ``read``[t, i] X[t, i]. Behind it, X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t],
+    where y is what the branch gives. ``mix`` None leaves the streams as they are. ``side`` (T, 2) are the scales of the
+    two norms of a linear map beside the branch, see :class:`SideMap`, whose output is added to y.
+    """
+
+    read: Tensor  # (T, n)
+    mix: Tensor | None  # (T, m, n)
+    write: Tensor  # (T, m)
+    side: Tensor | None = None
+
+    def at(self, rows: Tensor | slice | None) -> StreamStep:
+        """The same at some positions (N,), in the order given; None: at all."""
+        if rows is None:
+            return self
+        mix, side = (None if x is None else x[rows] for x in (self.mix, self.side))
+        return StreamStep(self.read[rows], mix, self.write[rows], side)
+
+    def to(self, like: Tensor) -> StreamStep:
+        """The same in the dtype and on the device of ``like``."""
+        mix, side = (None if x is None else x.to(like) for x in (self.mix, self.side))
+        return StreamStep(self.read.to(like), mix, self.write.to(like), side)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [x for x in (self.read, self.mix, self.write, self.side) if x is not None]
+
+    # -- forwards, at the positions of x ------------------------------------------------------------------------
+
+    def reads(self, x: Tensor) -> Tensor:
+        """What the branch reads of streams (N, n·D): (N, D)."""
+        return torch.bmm(self.read[:, None].to(x), _apart(x, self.read.shape[1])).flatten(1)
+
+    def passes(self, x: Tensor) -> Tensor:
+        """What is left of streams (N, n·D) behind the branch, without what it gives: (N, m·D)."""
+        return x if self.mix is None else torch.bmm(self.mix.to(x), _apart(x, self.mix.shape[2])).flatten(1)
+
+    def writes(self, y: Tensor) -> Tensor:
+        """What a branch's output (N, ..., D) adds to the streams: (N, ..., m·D)."""
+        weight = self.write.to(y).view(len(y), *[1] * (y.ndim - 2), -1, 1)
+        return (weight * y[..., None, :]).flatten(-2)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """A part of the streams (N, M, n·D) behind the branch, without what that gives: (N, M, m·D)."""
+        if self.mix is None:
+            return x
+        return torch.einsum("nji,nmid->nmjd", self.mix.to(x), _apart(x, self.mix.shape[2])).flatten(-2)
+
+    # -- and backwards ------------------------------------------------------------------------------------------
+
+    def reads_back(self, y: Tensor) -> Tensor:
+        """Take gradients (..., N, D) of what the branch reads back to the streams: (..., N, n·D)."""
+        return (self.read.to(y)[..., None] * y[..., None, :]).flatten(-2)
+
+    def passes_back(self, y: Tensor) -> Tensor:
+        """Take gradients (..., N, m·D) of the streams behind the branch back to those in front of it: (..., N, n·D)."""
+        if self.mix is None:
+            return y
+        return torch.einsum("nji,...njd->...nid", self.mix.to(y), _apart(y, self.mix.shape[1])).flatten(-2)
+
+    def writes_back(self, y: Tensor) -> Tensor:
+        """Take gradients (..., N, m·D) of the streams back to what the branch gives: (..., N, D)."""
+        return torch.einsum("nj,...njd->...nd", self.write.to(y), _apart(y, self.write.shape[1]))
+
+
+def _apart(x: Tensor, count: int) -> Tensor:
+    """Streams (..., n·D) as (..., n, D)."""
+    return x.unflatten(-1, (count, -1))
+
+
+@dataclass(frozen=True)
+class LayerStreams:
+    """The frozen maps of a layer's branches; ``gate`` is that of the MLP that follows the others, None without one."""
+
+    attention: StreamStep
+    mlp: StreamStep
+    gate: StreamStep | None = None
+
+    def each(self) -> list[StreamStep]:
+        """All that the layer has, in their order."""
+        return [self.attention, self.mlp, *([] if self.gate is None else [self.gate])]
+
+    def cut(self, cut: Callable[[Tensor], Tensor]) -> LayerStreams:
+        """The same with every tensor (T, ...) cut."""
+        made = []
+        for step in self.each():
+            mix, side = (None if x is None else cut(x) for x in (step.mix, step.side))
+            made.append(StreamStep(cut(step.read), mix, cut(step.write), side))
+        return LayerStreams(*made)
+
+
+@dataclass(frozen=True)
+class SideMap:
+    """A linear map beside attention: z + the ``output`` norm of ``right`` (``left`` z), z = ``norm`` of what is read."""
+
+    norm: Norm
+    left: Linear
+    right: Linear
+    output: Norm
+
+    def scales(self, x: Tensor, out_scale: Tensor) -> Tensor:
+        """Both norms' scales (T, 2), given what is read (T, D) and that of the second one, (T,)."""
+        return torch.stack([self.norm.scale(x).to(out_scale), out_scale], 1)
+
+    def of(self, x: Tensor, scales: Tensor) -> Tensor:
+        """Apply it to (N, D), its scales (N, 2) frozen."""
+        z = self.norm.apply(x, scales[:, 0])
+        y = z @ self.left.weight.to(z).T @ self.right.weight.to(z).T
+        return z + self.output.apply(y, scales[:, 1])
+
+    def back(self, y: Tensor, scales: Tensor) -> Tensor:
+        """Apply the transpose to gradients (..., N, D)."""
+        z = self.output.transposed(y, scales[:, 1]) @ self.right.weight.to(y) @ self.left.weight.to(y)
+        return self.norm.transposed(y + z, scales[:, 0])
+
+
+@dataclass(frozen=True)
+class StreamEnd:
+    """The way from n streams to what the final norm reads: Σ_i ``read``[t, i] · ``maps``[i] X[t, i].
+
+    ``read`` is (T, n). A map is (D, D), or None for none.
+    """
+
+    read: Tensor
+    maps: tuple[Tensor | None, ...]
+
+    def of(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """Streams (N, n·D) at positions ``at`` (N,), by default all, as what the final norm reads: (N, D)."""
+        read = (self.read if at is None else self.read[at.to(self.read.device)]).to(x)
+        parts = zip(read.unbind(1), _apart(x, len(self.maps)).unbind(-2), self.maps, strict=True)
+        total: Tensor | None = None
+        for factor, one, weight in parts:
+            one = (one if weight is None else one @ weight.to(one).T) * factor[:, None]
+            total = one if total is None else total + one
+        assert total is not None
+        return total
+
+    def back(self, y: Tensor, at: Tensor) -> Tensor:
+        """Take gradients (N, D) of what the final norm reads at positions ``at`` (N,) back: (N, n·D)."""
+        read = self.read[at.to(self.read.device)].to(y)
+        parts = zip(read.unbind(1), self.maps, strict=True)
+        return torch.cat([(y if w is None else y @ w.to(y)) * factor[:, None] for factor, w in parts], 1)
+
+    def to(self, device: torch.device) -> StreamEnd:
+        """The same on a device."""
+        return replace(self, read=self.read.to(device))
+
+
+class Streams(ABC):
+    """A family's way of mixing ``count`` streams, of which there may be ``middle`` between attention and MLP.
+
+    What is frozen is watched in the forward pass: a record holds, by their names, what :meth:`watches` see. In it
+    `streams_pre` (T, n·D) are the streams that enter the layer.
+    """
+
+    count: int
+    middle: int
+
+    @abstractmethod
+    def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
+        """The modules of a layer that a trace looks at, and what it keeps of a call of each."""
+
+    @abstractmethod
+    def layer(self, block: nn.Module, record: dict[str, Any], side: SideMap | None) -> tuple[LayerStreams, Tensor]:
+        """A layer's frozen maps, of what was recorded, and the streams between attention and MLP: (T, m·D)."""
+
+    @abstractmethod
+    def end(self, decoder: nn.Module, last: nn.Module) -> tuple[nn.Module, Watch]:
+        """The module where the streams end, and what is kept of its call: `streams_final` (T, n·D), `end_read` (T, n).
+
+        ``decoder`` is the model without its unembedding, ``last`` its last layer.
+        """
+
+    def maps(self, decoder: nn.Module) -> tuple[Tensor | None, ...]:
+        """The maps of :class:`StreamEnd`."""
+        return (None,) * self.count
+
+    def norms(self, block: nn.Module) -> list[nn.Module]:
+        """The norms of a layer that components pass beside its branches."""
+        return []
+
+    def side(self, block: nn.Module, norm: Norm) -> SideMap | None:
+        """The map beside a layer's attention, which reads through ``norm``; None without one."""
+        return None
+
+
+def side_by_side_streams(x: Tensor, axis: int) -> Tensor:
+    """Streams of one packed sequence, with the streams at ``axis``, 0 or -2 of (..., T, ..., D), as (T, n·D)."""
+    if axis == 0:
+        n, width = x.shape[0], x.shape[-1]
+        return x.detach().reshape(n, -1, width).transpose(0, 1).flatten(1)
+    return x.detach().flatten(-2).flatten(0, -2)
