@@ -15,7 +15,7 @@ from . import experts
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
-from .keyed import Grouped, WithEntries
+from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Latent, Linear, Norm
@@ -326,11 +326,11 @@ class Adapter(LayerKinds):
         if kind.source is not None:
             self._check_source(index, kind.source)
             branch["norm"] = self._norm(self.module(kind.source, "attention_norm"))
-        head_norm = self.module(index, "v_head_norm")
+        head_norm, front, bias = (self.module(index, part) for part in ("v_head_norm", "o_front", "o_bias"))
         return Attention(
             **branch,
             v=self._values(index),
-            o=self._output(index),
+            o=replace(grouped(self._linear(index, "o_proj"), front, kind.o_groups), outer_bias=bias),
             head_dim=head_dim,
             key_dim=kind.key_dim or head_dim,
             value_limit=kind.v_clip,
@@ -372,12 +372,6 @@ class Adapter(LayerKinds):
             return None
         module = below_or_none(self.block(index), mixer.conv)
         return None if module is None else Linear(module, mixer.conv_part)
-
-    def _output(self, index: int) -> Linear:
-        plain, front, groups = self._linear(index, "o_proj"), self.module(index, "o_front"), self.kind(index).o_groups
-        if front is not None:
-            return Grouped(plain.module, front=Linear(front), groups=groups)
-        return replace(plain, outer_bias=self.module(index, "o_bias"))
 
     def _values(self, index: int) -> Linear | Latent | WithEntries:
         kind = self.kind(index)

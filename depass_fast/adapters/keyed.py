@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .maps import Linear
 
@@ -72,6 +72,11 @@ class Grouped(Linear):
         assert self.front is not None
         first = self.front.weight.unflatten(0, (self.groups, -1))
         return torch.einsum("sgc,grc->sgr", heads.to(first).unflatten(1, (self.groups, -1)), first).flatten(1)
+
+
+def grouped(behind: Linear, front: nn.Module | None, groups: int) -> Linear:
+    """An output projection, and what is in front of it, as one; ``front`` None: nothing is."""
+    return behind if front is None else Grouped(behind.module, front=Linear(front), groups=groups)
 
 
 def key_ratios(keys: Tensor, norm: Any) -> Tensor:

@@ -134,7 +134,7 @@ def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
 def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results):
     dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
-    wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.hidden_size)
+    wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.stream_width)
     every = {label: kind for label, kind in every.items() if is_there(dp, kind)}
     shares = torch.rand(LENGTHS[0], 4, 1, generator=torch.Generator().manual_seed(seed)).to(dtype) / 3
     every["custom@1"] = Custom(1, shares * trace.resid(1)[:, None])  # of the size of what there is to be split

@@ -26,7 +26,7 @@ def declare(config: Any) -> Family:
         o_groups=config.o_groups,
         keyed=Keyed(("kv_proj",), _read, _embedding, config.qk_rope_head_dim),
         streams=HyperConnections(
-            config.hc_mult, normed_first(("fn", "base", "scale")), normed_first(("hc_fn", "hc_base", "hc_scale"))
+            config.hc_mult, normed_first("fn", "base", "scale"), normed_first("hc_fn", "hc_base", "hc_scale")
         ),
         counts_positions=True,  # windows that are compressed begin with the prompt
         experts=Experts(

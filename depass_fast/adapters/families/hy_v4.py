@@ -26,8 +26,8 @@ def declare(config: Any) -> Family:
         latent,
         streams=HyperConnections(
             config.hc_mult,
-            normed_last(("fn", "base", "scale")),
-            normed_last(("hc_fn", "hc_base", "hc_scale")),
+            normed_last("fn", "base", "scale"),
+            normed_last("hc_fn", "hc_base", "hc_scale"),
             mixes=False,
         ),
         selects=config.index_topk,
