@@ -68,7 +68,7 @@ class Grouped(Linear):
         return False
 
     def entering(self, heads: Tensor) -> Tensor:
-        """What the module itself reads (S, G·r), given what the heads give (S, H·d)."""
+        """The input of the module itself (S, G·r), given what the heads give (S, H·d)."""
         assert self.front is not None
         first = self.front.weight.unflatten(0, (self.groups, -1))
         return torch.einsum("sgc,grc->sgr", heads.to(first).unflatten(1, (self.groups, -1)), first).flatten(1)

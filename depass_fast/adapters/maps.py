@@ -133,7 +133,7 @@ class Linear:
         return outputs if self.part is None else self.part(outputs.T).T
 
     def entering(self, x: Tensor) -> Tensor:
-        """What the module itself reads, given what this projection does: the same, unless another one is in front."""
+        """The input of the module itself, given that of this projection: the same, unless another one is in front."""
         return x
 
     def project(self, x: Tensor) -> Tensor:

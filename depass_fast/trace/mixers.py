@@ -1,4 +1,4 @@
-"""What a trace keeps of layers that mix positions by more than probabilities alone."""
+"""The frozen numbers of layers that mix positions by more than probabilities alone."""
 
 from __future__ import annotations
 

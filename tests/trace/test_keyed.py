@@ -39,7 +39,7 @@ def frozen(engine, trace, layer) -> FrozenKeyed:
 
 
 def raw_values(engine, trace, layer) -> torch.Tensor:
-    """What the projections to keys and to entries give, (N, C)."""
+    """The outputs of the projections to keys and to entries, (N, C)."""
     weights, record = engine.adapter.attention(layer), trace.layers[layer].attention
     return weights.norm.apply(record.resid, weights.scale(record.resid)) @ weights.w_v.T
 
