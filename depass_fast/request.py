@@ -167,16 +167,12 @@ def with_targets(
     if targets is not None and (target is not None or len(targets) != count):
         raise ValueError(f"targets: expected one per prompt ({count}), and no target beside it.")
     wanted = [target] * count if targets is None else targets
-    specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast) for one in wanted)
+    width = None if request.end_given is None else request.adapter.stream_width
+    specs = tuple(parse_target(one, request.adapter, request.tokenizer, contrast, width) for one in wanted)
     if request.end_given is not None and any(item.vector is None for spec in specs for item in spec.items):
         raise ValueError(
             "target: at the input of a layer (end=...) only vectors in R^D can be read out; logits and "
             "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
-        )
-    if request.end_given is not None and request.adapter.family.streams is not None:
-        raise ValueError(
-            "end: this model has several residual streams, of which a layer's input holds all; a target in R^D is read "
-            "behind the final norm only. Leave end out, or take dp.decompose(..., end=...)."
         )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     return replace(request, reads=reads, targets=specs)

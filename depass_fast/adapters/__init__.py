@@ -24,6 +24,7 @@ from .maps import Latent, Linear, Norm
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
 from .recurrence import Recurrence
+from .streams import LayerStreams, Streams, StreamStep
 from .unsupported import REASONS
 from .unwrap import unwrap
 from .weights import Attention, Branch, Layer, Mlp
@@ -42,6 +43,7 @@ __all__ = [
     "Keyed",
     "Latent",
     "Layer",
+    "LayerStreams",
     "Linear",
     "Mixer",
     "Mlp",
@@ -50,6 +52,8 @@ __all__ = [
     "QueryKey",
     "Recurrence",
     "RoutedExpert",
+    "StreamStep",
+    "Streams",
     "adapt",
     "family_file",
     "query_key",

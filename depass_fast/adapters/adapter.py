@@ -23,7 +23,6 @@ from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
 from .streams import SideMap
-from .tuned import inside
 from .weights import Attention, Layer, Mlp
 
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
@@ -44,16 +43,6 @@ class Adapter(LayerKinds):
     def config(self) -> Any:
         """The config that attention looks at: the text model's, where the model also sees."""
         return self.decoder.config
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The model without its unembedding."""
-        return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
-
-    @property
-    def stream_maps(self) -> tuple[Tensor | None, ...]:
-        """The maps of several streams to the final norm, see :class:`StreamEnd`; empty where there is one stream."""
-        return () if self.family.streams is None else self.family.streams.maps(self.decoder)
 
     @property
     def context_length(self) -> int | None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from .layer_mlps import plain_norm
 from .maps import Linear, Norm
 from .paths import below
-from .streams import SideMap, LayerStreams, Streams, StreamStep, Watch, side_by_side_streams
+from .streams import LayerStreams, SideMap, Streams, StreamStep, Watch, side_by_side_streams
 
 _TINY = 1e-5  # the least mean square of a stream, as the model has it
 
 
 @dataclass(frozen=True)
 class AltUp(Streams):
-    """``count`` streams X. A layer predicts P = (1 + C) X, works on a = P[0], and corrects every stream by what a gained.
+    """``count`` streams X. A layer predicts P = (1 + C) X, works on a = P[0], and corrects all by what a gained.
 
     With b = (a + attention(a) + LAuReL(a)) / √2 and c = b + MLP(b), X'[j] = P[j] + k[j] (c - a), and a gate's output is
     added to all streams but the first. C and k come from routers and are frozen. Between attention and MLP there are
@@ -32,6 +32,10 @@ class AltUp(Streams):
     @property
     def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.count + 1
+
+    def numbers(self) -> tuple[int, int]:
+        n = self.count
+        return 2 * n * n + 8 * n + 2, 2
 
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         norm = plain_norm(below(block, "laurel.post_laurel_norm"))

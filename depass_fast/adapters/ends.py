@@ -12,6 +12,8 @@ from .family import Family, Path
 from .maps import Norm
 from .paths import below
 from .stored import stored_bias, stored_device, stored_shape, stored_weight
+from .streams import StreamEnd
+from .tuned import inside
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class ModelEnds:
 
     model: nn.Module
     family: Family
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its unembedding."""
+        return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -64,6 +71,11 @@ class ModelEnds:
         streams = self.family.streams
         count = 1 if streams is None else streams.middle if site == "resid_mid" else streams.count
         return self.hidden_size * count
+
+    def stream_end(self, read: Tensor | None) -> StreamEnd | None:
+        """The way of several streams to what the final norm reads, given their weights ``read`` (T, n), if any."""
+        streams = self.family.streams
+        return None if streams is None or read is None else StreamEnd(read, streams.maps(self.decoder))
 
     def final_norm(self) -> Norm | None:
         return self._norm(self.final_norm_module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .family import Path
 from .paths import below
-from .streams import SideMap, LayerStreams, Streams, StreamStep, Watch, side_by_side_streams
+from .streams import LayerStreams, SideMap, Streams, StreamStep, Watch, side_by_side_streams
 
 # the weights (1, T, n) of the sum that a module of hyper-connections reads, given it and the streams (1, T, n, D)
 Pre = Callable[[Any, Tensor], Tensor]
@@ -19,7 +19,7 @@ Pre = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HyperConnections(Streams):
-    """``count`` streams; at ``attention`` and ``mlp``, paths below the layer, and ``head``, below the decoder, they are mixed.
+    """``count`` streams, mixed by modules: ``attention`` and ``mlp`` below a layer, ``head`` below the decoder.
 
     The modules are called with the streams (1, T, n, D). Those of a layer return what `post` writes (1, T, n) first;
     with ``mixes`` they return `comb` (1, T, n, n) second, of which the transpose mixes the streams, and without it the
@@ -37,6 +37,13 @@ class HyperConnections(Streams):
     @property
     def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.count
+
+    def numbers(self) -> tuple[int, int]:
+        n = self.count
+        return 2 * (n + n * n * self.mixes), 2 * n
+
+    def end_numbers(self) -> tuple[int, int]:
+        return 0, self.count
 
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         return [

@@ -1,7 +1,7 @@
 """Residual streams that are several wide: what a branch reads of them, how they are mixed, what it writes to them.
 
-With everything else frozen these are linear maps by position (DESIGN.md section 10, *Several streams*). n streams of width
-D lie side by side, as one residual stream of width n·D.
+With everything else frozen these are linear maps by position (DESIGN.md section 10, *Several streams*). n streams of
+width D lie side by side, as one residual stream of width n·D.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Watch: TypeAlias = Callable[[tuple, dict[str, Any], Any], dict[str, Tensor]]
 class StreamStep:
     """The frozen maps of one branch at T positions: n streams in front of it, m behind it.
 
-    The branch reads x = Σ_i ``read``[t, i] X[t, i]. Behind it, X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t],
-    where y is what the branch gives. ``mix`` None leaves the streams as they are. ``side`` (T, 2) are the scales of the
-    two norms of a linear map beside the branch, see :class:`SideMap`, whose output is added to y.
+    The branch reads x = Σ_i ``read``[t, i] X[t, i] and gives y. Behind it the streams are
+    X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t]. ``mix`` None leaves the streams as they
+    are. ``side`` (T, 2) are the scales of the two norms of a :class:`SideMap`, whose output is added to y.
     """
 
     read: Tensor  # (T, n)
@@ -53,15 +53,15 @@ class StreamStep:
     # -- forwards, at the positions of x ------------------------------------------------------------------------
 
     def reads(self, x: Tensor) -> Tensor:
-        """What the branch reads of streams (N, n·D): (N, D)."""
+        """Return what the branch reads of streams (N, n·D): (N, D)."""
         return torch.bmm(self.read[:, None].to(x), _apart(x, self.read.shape[1])).flatten(1)
 
     def passes(self, x: Tensor) -> Tensor:
-        """What is left of streams (N, n·D) behind the branch, without what it gives: (N, m·D)."""
+        """Return what is left of streams (N, n·D) behind the branch, without what it gives: (N, m·D)."""
         return x if self.mix is None else torch.bmm(self.mix.to(x), _apart(x, self.mix.shape[2])).flatten(1)
 
     def writes(self, y: Tensor) -> Tensor:
-        """What a branch's output (N, ..., D) adds to the streams: (N, ..., m·D)."""
+        """Return what a branch's output (N, ..., D) adds to the streams: (N, ..., m·D)."""
         weight = self.write.to(y).view(len(y), *[1] * (y.ndim - 2), -1, 1)
         return (weight * y[..., None, :]).flatten(-2)
 
@@ -105,6 +105,10 @@ class LayerStreams:
         """All that the layer has, in their order."""
         return [self.attention, self.mlp, *([] if self.gate is None else [self.gate])]
 
+    def tensors(self) -> list[Tensor]:
+        """All that they hold."""
+        return [x for step in self.each() for x in step.tensors()]
+
     def cut(self, cut: Callable[[Tensor], Tensor]) -> LayerStreams:
         """The same with every tensor (T, ...) cut."""
         made = []
@@ -116,7 +120,7 @@ class LayerStreams:
 
 @dataclass(frozen=True)
 class SideMap:
-    """A linear map beside attention: z + the ``output`` norm of ``right`` (``left`` z), z = ``norm`` of what is read."""
+    """A linear map beside attention: z + the ``output`` norm of ``right`` (``left`` z), z = ``norm`` of its input."""
 
     norm: Norm
     left: Linear
@@ -180,6 +184,14 @@ class Streams(ABC):
 
     count: int
     middle: int
+
+    @abstractmethod
+    def numbers(self) -> tuple[int, int]:
+        """The numbers per position of a layer's frozen maps: in the model's dtype, and in float32 or wider."""
+
+    def end_numbers(self) -> tuple[int, int]:
+        """Those of the end of the streams, in the same dtypes."""
+        return self.count, 0
 
     @abstractmethod
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:

@@ -155,10 +155,9 @@ class Features(LayerKind[R]):
         if hasattr(getattr(self.sae, "cfg", None), "d_out"):
             raise ValueError("sae: a transcoder writes elsewhere than it reads; its features are not what it reads.")
         shape = tuple(self.sae.W_dec.shape)
-        if len(shape) != 2 or shape[1] != adapter.hidden_size:
-            raise ValueError(
-                f"sae: its W_dec must have shape (F, {adapter.hidden_size}), got {shape}, at layer {self.layer}."
-            )
+        width = adapter.width_at(str(self.site))
+        if len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"sae: its W_dec must have shape (F, {width}), got {shape}, at layer {self.layer}.")
 
     def count(self, adapter: Adapter) -> int:
         """The number of features of the dictionary, active or not."""

@@ -172,7 +172,7 @@ class LayerOutputs:
         return (streams.attention if module == "attention" else streams.mlp).at(self.span)
 
     def _spread(self, y: Tensor, module: str) -> Tensor:
-        """What a module writes to one stream of D, (D,) or (N, D), as it writes it to several: (N, n·D)."""
+        """Return what a module writes to one stream of D, (D,) or (N, D), as it writes it to several: (N, n·D)."""
         step = self._step(module)
         return step.writes(y.expand(len(step.write), -1) if y.ndim == 1 else y)
 
@@ -187,7 +187,7 @@ class LayerOutputs:
         return y if constant is None else y - constant
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of every MLP of several streams that :meth:`reached` has: activations (N, I), vectors (I, D), weights (N, n).
+        """Return activations (N, I), vectors (I, D) and weights (N, n) of several streams, for every MLP reached.
 
         A neuron's output is the product of all three.
         """

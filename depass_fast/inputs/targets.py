@@ -79,10 +79,12 @@ class TargetSpec:
     several: bool
 
 
-def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast: Any = None) -> TargetSpec:
+def parse_target(
+    target: Any, adapter: Adapter, tokenizer: Any | None, contrast: Any = None, width: int | None = None
+) -> TargetSpec:
     """Check a target: None, an id, a string, a LogProb, a Contrast or a pair, a vector (D,), or a list of any of these.
 
-    ``contrast``, an id or a string, is subtracted from every target.
+    ``contrast``, an id or a string, is subtracted from every target. ``width`` is that of vectors, by default D.
 
     Raises:
         ValueError: a string of several tokens, an id outside the vocabulary, a vector of the wrong size or with NaN; a
@@ -95,7 +97,7 @@ def parse_target(target: Any, adapter: Adapter, tokenizer: Any | None, contrast:
     items = list(target) if several else [target]
     if not items:
         raise ValueError("target: empty list; give at least one target, or None for the model's own next token.")
-    parsed = [_parse_one(item, adapter, tokenizer) for item in items]
+    parsed = [_parse_one(item, adapter, tokenizer, width or adapter.hidden_size) for item in items]
     if contrast is not None:
         parsed = _with_contrast(parsed, contrast, adapter, tokenizer)
     return TargetSpec(tuple(parsed), several)
@@ -126,7 +128,7 @@ def _tensor(value: Any) -> Any:
     return value.tolist() if value.dtype.kind in "OSTU" else torch.from_numpy(value)
 
 
-def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> TargetItem:
+def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None, width: int) -> TargetItem:
     if item is None:
         return TargetItem()
     if isinstance(item, LogProb):
@@ -136,8 +138,8 @@ def _parse_one(item: Any, adapter: Adapter, tokenizer: Any | None) -> TargetItem
         return _contrast(item, adapter, tokenizer)
     item = _tensor(item)
     if isinstance(item, Tensor) and item.is_floating_point():
-        if tuple(item.shape) != (adapter.hidden_size,):
-            raise ValueError(f"target: a direction must have shape ({adapter.hidden_size},), got {tuple(item.shape)}.")
+        if tuple(item.shape) != (width,):
+            raise ValueError(f"target: a direction must have shape ({width},), got {tuple(item.shape)}.")
         if not item.isfinite().all():
             raise ValueError("target: the direction holds NaN or inf.")
         return TargetItem(vector=item.detach())

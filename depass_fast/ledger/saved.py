@@ -143,7 +143,7 @@ def _reads(request: Request, tensors: dict[str, Tensor], content: dict[str, Any]
         norm=None if norm is None else norm.to(device),
         resid=(trace.before_norm if request.end_given is None else trace.resid(request.end)).to(device),
         dtype=wide_dtype(request),
-        end=trace.end(adapter.stream_maps),
+        end=adapter.stream_end(trace.end_read),
         **of_places,
     )
     return Reads.made(readout, Packing(trace.offsets, request.read_positions), tensors["seeds"].to(device))

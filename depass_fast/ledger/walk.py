@@ -327,7 +327,7 @@ class _WayBack:
             self.pages.gradients[site] = self._everywhere(self._back, self._partial)
 
     def _states(self, x: Tensor, like: Tensor, everywhere: bool = False) -> Tensor:
-        """Return hidden states (T, D) as gradients are ``like``, at their positions or everywhere; the last are kept."""
+        """Return hidden states (T, D) ``like`` gradients, at their positions or everywhere; the last are kept."""
         at = None if everywhere else self._packing.at(self._partial, x.device)
         key = id(x), at is None
         if self._read is None or self._read[0] != key:

@@ -28,7 +28,7 @@ JOINT_BYTES = 1 << 30  # upper limit of the states that are carried together
 
 
 def can_propagate_jointly(trace: Trace, run: Run) -> bool:
-    """True if states can be carried together: by this backend, with jagged rows, no values being clamped or shared, and one stream."""
+    """True if states can be carried together: jagged rows, one stream, and no values that are clamped or shared."""
     each = [layer.attention for layer in trace.layers if layer.attention is not None]
     clamped = any(one.value_ratio is not None and not one.is_mixed for one in each)
     taken = any(one.source is not None for one in each) or any(layer.streams is not None for layer in trace.layers)

@@ -63,7 +63,7 @@ def propagate(
 @torch.no_grad()
 def through_final_norm(adapter: Adapter, trace: Trace, state: ComponentState) -> ComponentState:
     """Return the state after the frozen final norm; in place, unless there are several streams."""
-    end = trace.end(adapter.stream_maps)
+    end = adapter.stream_end(trace.end_read)
     if end is not None:
         state = collapsed(state, end)
     normalise(state, adapter.final_norm(), trace.before_norm)

@@ -1,7 +1,7 @@
 """One layer of several residual streams: in front of a branch they become rows of D, behind it they are mixed.
 
-The backend's operations know rows of D alone. They add to rows of zeros, and what these hold then is written to the streams
-(DESIGN.md section 10).
+The backend's operations know rows of D alone. They add to rows of zeros, and what these hold then is written to the
+streams (DESIGN.md section 10).
 """
 
 from __future__ import annotations

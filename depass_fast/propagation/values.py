@@ -21,7 +21,7 @@ class KeptValues:
         self._held = dict(held or {})
 
     def meet(self, state: ComponentState, index: int, record: LayerTrace) -> None:
-        """Keep the state entering layer ``index`` if a later layer reads it; of several streams what is read of them."""
+        """Keep the state entering layer ``index`` if a later layer reads it; of several streams what it reads."""
         self._held = self.needed(index)
         if index in self._last and state.site == "resid_pre":
             streams = record.streams

@@ -68,7 +68,7 @@ class Readout:
         dtype = wide_dtype(request)
         trace = request.require_trace()
         resid = (trace.before_norm if final_norm else trace.resid(request.end)).to(device)
-        end = trace.end(adapter.stream_maps) if final_norm else None
+        end = adapter.stream_end(trace.end_read) if final_norm else None
         hidden = read_hidden(request)
         directions = read_directions(request) if directions is None else directions
         norm = None if norm is None else norm.to(device)

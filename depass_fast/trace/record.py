@@ -7,7 +7,7 @@ from Q, K and the kind of mask.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Attention, RoutedExpert
-from ..adapters.streams import LayerStreams, StreamEnd
+from ..adapters import Attention, LayerStreams, RoutedExpert
 from ..adapters.tuned import reparametrised, tuning
 from ..adapters.weights import Mlp
 from ..runtime.brief import brief, brief_repr
@@ -211,9 +210,8 @@ class MlpTrace:
 class LayerTrace:
     """The record of one layer, in the model's dtype and on the layer's device.
 
-    ``attention`` is None and ``mlps`` is empty in a layer without. ``mlps`` holds the MLP, or the experts that any
-    position was sent to. Where a norm sits on the residual stream
-    itself, ``attention_sum`` and ``mlp_sum`` (T, D) are its inputs; else they are None.
+    ``attention`` is None and ``mlps`` empty in a layer without. ``mlps`` holds the MLP, or the experts that any
+    position was sent to. Where a norm sits on the residual stream itself, ``attention_sum`` and ``mlp_sum`` are its inputs.
     """
 
     resid_pre: Tensor  # (T, D) entering the layer
@@ -254,8 +252,7 @@ class LayerTrace:
             named = vars(held).items()
             own = ("skip", "rates", "sinks")  # of the model, not of a position
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
-        for step in () if self.streams is None else self.streams.each():
-            yield from step.tensors()
+        yield from () if self.streams is None else self.streams.tensors()
 
 
 class TraceSource:
@@ -382,12 +379,8 @@ class Trace:
 
     @property
     def before_norm(self) -> Tensor:
-        """What the final norm reads, (T, D): the last residual stream, or what several are brought together to."""
+        """The input of the final norm, (T, D): the last residual stream, or several brought together."""
         return self.resid_final if self.collapsed is None else self.collapsed
-
-    def end(self, maps: Sequence[Tensor | None]) -> StreamEnd | None:
-        """The way of several streams to the final norm, given the model's ``maps``; None where there is one stream."""
-        return None if self.end_read is None else StreamEnd(self.end_read, tuple(maps))
 
     def resid_at(self, layer: int, site: str) -> Tensor:
         """The residual stream at a site of ``layer``: `resid_pre`, `resid_mid` or `resid_post`. (T, D)."""
@@ -396,6 +389,6 @@ class Trace:
     @property
     def nbytes(self) -> int:
         """The memory that the trace holds, in bytes. It grows with the number of positions, not with its square."""
-        held = [self.input_ids, self.resid_final, self.normed_final, *(t for x in self.layers for t in x.tensors())]
-        held += [x for x in (self.collapsed, self.end_read) if x is not None]
+        held = [x for x in vars(self).values() if isinstance(x, Tensor)]
+        held += [t for x in self.layers for t in x.tensors()]
         return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in held}.values())

@@ -64,6 +64,10 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
         end = torch.promote_types(dtype, torch.float32).itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
     layers = sum(_layer(adapter, index, dtype) for index in range(adapter.n_layers))
+    if adapter.family.streams is not None:  # all of them, and their weights in what the final norm reads
+        stream += adapter.family.streams.count
+        narrow, wide = adapter.family.streams.end_numbers()
+        layers += narrow * end + wide * torch.promote_types(dtype, torch.float32).itemsize
     return _INDEX + stream * width * end + layers
 
 
@@ -111,6 +115,7 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     size = streams * adapter.hidden_size * item + scales * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)
+    size += _streams(adapter, attention, item, wide)
     if attention is None:
         return size
     if attention.scales_heads:
@@ -129,6 +134,16 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     behind = attention.scales_heads or attention.value_norm is not None
     has_constant = behind and (attention.v.has_bias or _has_beta(attention))
     return size + (attention.o.shape[1] * wide if has_constant else 0)
+
+
+def _streams(adapter: Adapter, attention: Attention, item: int, wide: int) -> int:
+    """The bytes of several residual streams beside what branches read of them, and of their frozen maps."""
+    streams = adapter.family.streams
+    if streams is None:
+        return 0
+    shared = attention.source is not None  # what its values read is another layer's
+    narrow, of_scales = streams.numbers()
+    return (streams.count + streams.middle - shared) * adapter.hidden_size * item + narrow * item + of_scales * wide
 
 
 def _has_beta(attention: Attention) -> bool:

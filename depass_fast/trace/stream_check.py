@@ -1,4 +1,4 @@
-"""The consistency check of several residual streams: what branches read of them, write to them, and leave at the end."""
+"""The consistency check of several residual streams: branches read of them, and write to them, as is frozen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_streams(adapter: Adapter, trace: Trace, records: Sequence[dict[str, An
     for index, record in enumerate(records):
         _check_attention(found, adapter, index, trace.layers[index], record, at)
         _check_mlps(found, adapter, index, trace, record, at)
-    end = trace.end(adapter.stream_maps)
+    end = adapter.stream_end(trace.end_read)
     assert end is not None  # it was recorded with the streams
     ours = end.of(trace.resid_final)
     found.compare(
@@ -76,7 +76,7 @@ def _at(step: StreamStep, at: Tensor) -> StreamStep:
 
 
 def _written(branch: Branch, raw: Tensor) -> Tensor:
-    """What a branch gives to the streams, of its raw output (S, D)."""
+    """Return what a branch gives to the streams, of its raw output (S, D)."""
     return (normed(branch.output, raw) * branch.factor).to(raw)
 
 

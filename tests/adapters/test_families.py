@@ -134,7 +134,7 @@ def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
 def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results):
     dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
-    wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.stream_width)
+    wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.stream_width, dp.adapter.width_at("resid_mid"))
     every = {label: kind for label, kind in every.items() if is_there(dp, kind)}
     shares = torch.rand(LENGTHS[0], 4, 1, generator=torch.Generator().manual_seed(seed)).to(dtype) / 3
     every["custom@1"] = Custom(1, shares * trace.resid(1)[:, None])  # of the size of what there is to be split
@@ -220,7 +220,7 @@ def tensors(part) -> list[torch.Tensor]:
 def test_any_position_any_layer_and_in_steps(name):
     """The pruned readout equals the full state, also at the input of a layer, also when carried layer by layer."""
     dp, trace = built(name), traced(name)
-    direction = torch.randn(dp.adapter.hidden_size, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(dp.adapter.stream_width, generator=torch.Generator().manual_seed(0))
     for kind in (Tokens(), Neurons(0)):
         if not is_there(dp, kind):
             continue
@@ -233,6 +233,7 @@ def test_any_position_any_layer_and_in_steps(name):
             assert all(label in labels or label == "bias" for label in state.labels)
             assert not carried[:, [i for i, label in enumerate(state.labels) if label not in labels]].any()
             assert largest_difference(carried[:, [state.labels.index(label) for label in labels]], whole) <= 1e-5
+            direction = wide if end is not None else wide[: dp.adapter.hidden_size]
             for position in (0, 4):
                 result = dp.attribute(trace, kind, direction, position=position, end=end)
                 wanted = dict(zip(labels, (whole[position] @ direction).tolist(), strict=True))

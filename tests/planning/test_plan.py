@@ -78,7 +78,8 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
         mixes = [] if mixing is None else [mixing]
         mixes += [adapter.beside(index)] if adapter.kind(index).beside is not None else []
         others = {id(weight) for one in mixes for weight in one.parameters()}
-        others |= {id(w) for name, w in block.named_parameters() if name.startswith("per_layer")}  # an embedding's gate
+        apart = ("per_layer", "altup", "laurel", "attn_hc", "ffn_hc")  # an embedding's gate, and what mixes streams
+        others |= {id(w) for name, w in block.named_parameters() if name.startswith(apart)}
         weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in others]
         if adapter.is_mixture(index):
             assert size.has_up

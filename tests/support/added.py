@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from depass_fast import DePass
 from depass_fast.adapters import Adapter, Branch
+from depass_fast.adapters.paths import below_or_none
 
 
 def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
@@ -36,17 +38,34 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         note(None if sides is None else sides[0].o.module, "beside")
         gate = adapter.kind(layer).input_gate
         note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")
+        for name in ("altup.correction_coefs", "attn_hc", "ffn_hc") if adapter.family.streams is not None else ():
+            note(below_or_none(adapter.block(layer), name), name)
         dp.model(ids[None])
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         added[kind] = total * branch.factor
+        if adapter.family.streams is not None:
+            added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
+            continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
             added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
         if kind == "mlp":
             added[kind] = _behind_layer(adapter, layer, seen, added[kind])
         added[kind] = _behind_stream(branch, seen.get(f"{kind} stream"), added[kind] * branch.keeps)
     return added
+
+
+def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:
+    """Return what a branch adds to all streams side by side, given what it adds to one."""
+    hyper = {"attention": "attn_hc", "mlp": "ffn_hc"}[kind]
+    if hyper in seen:
+        return (seen[hyper][1].view(len(added), -1, 1) * added[:, None]).flatten(1)
+    if kind == "attention":  # P as it is, then what the layer works on
+        return torch.cat([added.new_zeros(len(added), width), added / 2**0.5], 1)
+    streams = (1 + seen["altup.correction_coefs"][1])[:, :, None] * added[:, None]
+    streams[:, 1:] += seen["embed"][1][:, None]
+    return streams.flatten(1)
 
 
 def _behind_stream(branch: Branch, stream: tuple[Tensor, Tensor] | None, added: Tensor) -> Tensor:

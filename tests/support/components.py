@@ -7,8 +7,10 @@ import torch
 from depass_fast import Custom, DePass, Features, Heads, Modules, Neurons, Subspaces, Tokens
 
 
-def kinds(length: int, d: int = 32) -> dict:
-    """Every kind of component by a label, for a prompt of ``length`` tokens and a model of width ``d``."""
+def kinds(length: int, d: int = 32, mid: int | None = None) -> dict:
+    """Every kind of component by a label, for a prompt of ``length`` tokens and a model of width ``d``.
+
+    ``mid`` is the width between attention and MLP, where that is another one."""
     generator = torch.Generator().manual_seed(1)
     return {
         "tokens@0": Tokens(),
@@ -23,7 +25,7 @@ def kinds(length: int, d: int = 32) -> dict:
         "subspaces@1": Subspaces(1, [torch.eye(d)[:, :3], torch.eye(d)[:, 5:9]]),
         "features@1": Features(1, Dictionary(size=12, width=d), "resid_post"),
         "custom@1": Custom(1, torch.randn(length, 4, d, generator=generator)),
-        "custom-mid@0": Custom(0, torch.randn(length, 2, d, generator=generator), site="resid_mid"),
+        "custom-mid@0": Custom(0, torch.randn(length, 2, mid or d, generator=generator), site="resid_mid"),
     }
 
 

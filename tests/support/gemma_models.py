@@ -1,4 +1,4 @@
-"""Variants of Gemma 4 for :mod:`.family_models`: shared values, gates of the token's embedding, experts."""
+"""Variants of Gemma 3n and 4 for :mod:`.family_models`: shared values, gates of the token's embedding, streams."""
 
 from __future__ import annotations
 
@@ -22,8 +22,31 @@ _UNIFIED = {"head_dim": 8, "global_head_dim": 12}
 _EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 16}
 _KEYS = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 
+_STREAMS = {
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 5,
+    "activation_sparsity_pattern": [0.7, 0.0, 0.0],
+    "num_kv_shared_layers": 0,
+}
+
 # name -> (model_type, what differs from the shape of the others)
 GEMMAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n_text": (
+        "gemma3n_text",
+        {
+            **_GQA,
+            **_STREAMS,
+            **_FOUR,
+            "activation_sparsity_pattern": [0.7, 0.6, 0.0, 0.0, 0.0],
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3n_text: MHA, biases, three streams": (
+        "gemma3n_text",
+        {**_MHA, **_STREAMS, **_THREE, "attention_bias": True, "altup_num_inputs": 3, "altup_correct_scale": False},
+    ),
     "gemma4_text: shared values, embeddings": (
         "gemma4_text",
         {**_GQA, **_EMBEDDED, **_FOUR, "use_double_wide_mlp": True, "final_logit_softcapping": 3.0},

@@ -1,7 +1,7 @@
 """Gemma 3n: four residual streams (AltUp), a linear map beside attention (LAuReL), gates of the token's embedding.
 
-Values are normed, and the last layers take keys and values of earlier ones, as in Gemma 4. Gates of the first layers are
-cut off at a threshold. A model that also sees or hears is decomposed in its language model, on text.
+Values are normed, and the last layers take keys and values of earlier ones, as in Gemma 4. Gates of the first layers
+are cut off at a threshold. A model that also sees or hears is decomposed in its language model, on text.
 """
 
 from dataclasses import replace

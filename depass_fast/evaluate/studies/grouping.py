@@ -55,6 +55,8 @@ class GroupedNeurons(Neurons):
 
     def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts:
         products, here = super().bound(adapter, trace, prompt), self.groups[prompt]
+        if not isinstance(products, BoundProducts):
+            raise ValueError("model: grouped neurons are for models of one residual stream; this one has several.")
         factors = products.products
         assert factors.coefficients is not None  # neurons are numbers times vectors
         at = here.to(factors.vectors.device)
