@@ -79,7 +79,7 @@ class Workload:
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
     ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part. ``kept``: so many
-    copies of the state wait for later layers to read values from them.
+    copies of the state wait for later layers to read values from them. A row is ``streams`` times the ``width``.
     """
 
     lengths: tuple[int, ...]
@@ -98,6 +98,7 @@ class Workload:
     linear_rule: str | None = None
     made: int = 0
     kept: int = 0
+    streams: int = 1
 
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:
@@ -125,7 +126,7 @@ class Workload:
 
     @property
     def state_bytes(self) -> int:
-        return self.rows * self.width * self.state_item
+        return self.rows * self.width * self.streams * self.state_item
 
     @property
     def flop(self) -> float:
@@ -188,7 +189,13 @@ class Workload:
         Rows that are sent to the busiest expert are there twice.
         """
         shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
-        copies = 1 + self.kept + any(size.copied for size in self.passed) + 2 * max(shares, default=0.0)
+        sent = 2 * max(shares, default=0.0)
+        if (
+            self.streams > 1
+        ):  # two of them while they are mixed; of one stream, what a branch reads, gives, and the middle
+            narrow = self.state_bytes // self.streams
+            return 2 * self.state_bytes + int((3 + self.kept + sent) * narrow)
+        copies = 1 + self.kept + any(size.copied for size in self.passed) + sent
         return int(copies * self.state_bytes)
 
     def held_on_device(self, joining: bool) -> int:

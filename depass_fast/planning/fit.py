@@ -153,7 +153,7 @@ def _is_small(shape: RunShape) -> bool:
     counts["neurons"] = max(sum(neurons for neurons, _ in size.mlps) for size in sizes)
     if kind not in counts:
         return False
-    width = adapter.hidden_size * (counts[kind] + 4 * len(sizes) * shape.gradients)
+    width = adapter.stream_width * (counts[kind] + 4 * len(sizes) * shape.gradients)
     width += shape.gradients * sum(size.neurons for size in sizes)
     most, free = 16 * sum(lengths) * width, available(adapter.device)
     return most <= _SMALL and (free is None or most <= free // 8)

@@ -63,6 +63,7 @@ class LedgerWorkload:
     on_cpu: bool
     after: int
     names: int
+    streams: int = 1  # residual streams, whose gradients lie side by side
 
     @property
     def positions(self) -> int:
@@ -71,7 +72,7 @@ class LedgerWorkload:
     @property
     def gradient(self) -> int:
         """Bytes of the gradients of one site."""
-        return self.rows * self.positions * self.width * self.item
+        return self.rows * self.positions * self.streams * self.width * self.item
 
     @property
     def passed(self) -> range:
@@ -134,10 +135,10 @@ class LedgerWorkload:
 
     @property
     def _resid(self) -> int:
-        return self.positions * self.width * self.item * self.widens
+        return self.positions * self.streams * self.width * self.item * self.widens
 
     def _arriving(self, index: int) -> int:
-        return self.rows * self._queries(index) * self.width * self.item
+        return self.rows * self._queries(index) * self.streams * self.width * self.item
 
     def _weight(self, width: int) -> int:
         return width * self.width * self.compute * self.casts
@@ -296,6 +297,7 @@ def ledger_outlook(shape: RunShape, device: torch.device | None = None) -> Ledge
         on_cpu=device.type == "cpu",
         after=0 if shape.is_ledger else _after(shape, kinds, counts, state),
         names=0 if shape.is_ledger else sum(counts) * len(lengths),
+        streams=adapter.stream_width // adapter.hidden_size,
     )
     return LedgerOutlook(
         work=work,
@@ -344,7 +346,7 @@ def _asked(kinds: list[ComponentKind], adapter: Adapter) -> dict:
 def _after(shape: RunShape, kinds: list[ComponentKind], counts: list[int], state: torch.dtype) -> int:
     """Return the bytes that the answers take: products of gradients, a start at a time, and scores four times."""
     adapter, longest, item = shape.adapter, max(shape.carried_lengths), state.itemsize
-    products = 2 * shape.gradients * longest * adapter.hidden_size * item
+    products = 2 * shape.gradients * longest * adapter.stream_width * item
     starts = [
         sum(start_bytes(kind, adapter, longest, count, item, state != adapter.dtype))
         for kind, count in zip(kinds, counts, strict=True)

@@ -211,7 +211,7 @@ class LayerTrace:
     """The record of one layer, in the model's dtype and on the layer's device.
 
     ``attention`` is None and ``mlps`` empty in a layer without. ``mlps`` holds the MLP, or the experts that any
-    position was sent to. Where a norm sits on the residual stream itself, ``attention_sum`` and ``mlp_sum`` are its inputs.
+    position was sent to. ``attention_sum`` and ``mlp_sum`` (T, D) are inputs of norms of the residual stream itself.
     """
 
     resid_pre: Tensor  # (T, D) entering the layer
