@@ -7,14 +7,13 @@ import torch
 
 from depass_fast import DePass, Heads, Neurons, Subspaces, Tokens
 from depass_fast.adapters.recurrent import knows_recurrences
-from depass_fast.adapters.unsupported import REASONS
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.linear_rules import linear_shares
 from depass_fast.planning.planner import JOINT_BYTES
 from depass_fast.propagation.joint import can_propagate_jointly
 from depass_fast.propagation.layer import through_attention
 from depass_fast.trace.record import MlpTrace
-from tests.support.family_models import build_model, build_variant
+from tests.support.family_models import build_variant
 from tests.support.models import random_ids
 
 pytestmark = pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
@@ -142,10 +141,3 @@ def test_it_must_not_look_ahead():
     model.config.use_bidirectional_attention = "all"
     with pytest.raises(ValueError, match="looks ahead"):
         DePass(model)
-
-
-def test_gemma_3n_is_refused_with_the_reason():
-    assert "AltUp" in REASONS["gemma3n_text"]
-    changes = {"activation_sparsity_pattern": [0.0] * 3, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 6}
-    with pytest.raises(ValueError, match=r"family 'gemma3n_text' is not supported \(.*AltUp"):
-        DePass(build_model("gemma3n_text", head_dim=8, vocab_size_per_layer_input=64, **changes))
