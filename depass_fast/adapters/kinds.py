@@ -52,9 +52,8 @@ class LayerKinds(ModelEnds):
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, factors of the residual stream or several "
-                "streams, or layers "
-                f"with less or more than the two.{advice}"
+                "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
+                f"stream or several streams, or layers with less or more than the two.{advice}"
             )
 
     def check_one_norm(self, what: str) -> None:
@@ -66,7 +65,7 @@ class LayerKinds(ModelEnds):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
                     "gate of the token's embedding, experts beside an MLP (Gemma 4) or several residual streams (Gemma "
-                    "3n). dp.ledger and dp.attribute do."
+                    "3n, DeepSeek V4). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

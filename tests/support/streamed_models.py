@@ -48,6 +48,8 @@ STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
             "index_n_heads": 2,
             "index_head_dim": 6,
             "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
             "indexer_types": ["full", "shared", "full"],
             "mlp_layer_types": ["dense", "sparse", "sparse"],
             "swiglu_limit": 0.7,
