@@ -49,6 +49,8 @@ KNOWN = {
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 1B",
     "gemma3": "Gemma 3 4B and up",
+    "gemma3n": "Gemma 3n (E2B, E4B)",
+    "gemma3n_text": "Gemma 3n (text)",
     "gemma4": "Gemma 4 (E2B, E4B, 26B, 31B)",
     "gemma4_text": "Gemma 4 (text)",
     "gemma4_unified": "Gemma 4 Unified",

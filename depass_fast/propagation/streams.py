@@ -87,7 +87,8 @@ def collapsed(state: ComponentState, end: StreamEnd) -> ComponentState:
 
 def _positions(state: ComponentState) -> Tensor:
     """Return the packed position (R,) of every row."""
-    return to_device(state.layout.packed[state.layout.row_segments()], state.device)
+    layout, device = state.layout, state.device  # the tables stay there with the layout
+    return layout.tensor("packed", device).index_select(0, layout.tensor("segment_of", device))
 
 
 def _zeros(like: ComponentState, state: ComponentState) -> ComponentState:

@@ -16,6 +16,8 @@ MODEL_TYPES = ("gemma3n", "gemma3n_text")
 def declare(config: Any) -> Family:
     home = "model" if config.model_type.endswith("_text") else "model.language_model"
     config = config.get_text_config()
+    if not hasattr(config, "kv_sharing_modes"):
+        raise ValueError("model: Gemma 3n is decomposed as transformers 5.23 has it; this version is older.")
     if config.altup_active_idx != 0:
         raise ValueError("model: its layers work on another stream than the first (altup_active_idx); not supported.")
     own = Family(
