@@ -127,6 +127,10 @@ def randomised(model: Model) -> Model:
             parameter.normal_(0.0, 0.3)
         elif parameter.ndim == 1:
             parameter.normal_(1.0, 0.3)
+    for module in model.modules():  # routers by hashes of tokens (DeepSeek V4)
+        if hasattr(module, "tid2eid"):
+            table = module.tid2eid
+            table.copy_(torch.rand(len(table), module.num_experts).topk(table.shape[1]).indices)
     return model
 
 

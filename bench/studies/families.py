@@ -96,6 +96,8 @@ KNOWN = {
     "deepseek_v3": "DeepSeek V3, R1, Kimi K2, Moonlight",
     "deepseek_v32": "DeepSeek V3.2",
     "glm_moe_dsa": "GLM-5",
+    "deepseek_v4": "DeepSeek V4",
+    "hy_v4": "Hunyuan 4",
     "dots3_note_text": "dots 3",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "youtu": "Youtu",

@@ -19,7 +19,7 @@ from .activation import Activation
 from .adapter import Adapter
 from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
-from .family import Beside, Experts, Family, HeadScale, InputGate, Mixer, Observed
+from .family import Beside, Experts, Family, HeadScale, InputGate, Keyed, Mixer, Observed
 from .maps import Latent, Linear, Norm
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
@@ -40,6 +40,7 @@ __all__ = [
     "Family",
     "HeadScale",
     "InputGate",
+    "Keyed",
     "Latent",
     "Layer",
     "LayerStreams",

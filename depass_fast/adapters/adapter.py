@@ -15,6 +15,7 @@ from . import experts
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
+from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Latent, Linear, Norm
@@ -209,7 +210,7 @@ class Adapter(LayerKinds):
 
         Only a ``linear_rule`` reads an MLP's up projection.
         """
-        parts = ["v_proj", "v_up", "v_norm", "o_proj"]
+        parts = ["v_proj", "v_entries", "v_up", "v_norm", "o_front", "o_proj"]
         parts += ["gate_proj", "down_proj", "mlp_inner_norm"] if self.has_dense_mlp(index) else []
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
@@ -316,16 +317,17 @@ class Adapter(LayerKinds):
         if kind.source is not None:
             self._check_source(index, kind.source)
             branch["norm"] = self._norm(self.module(kind.source, "attention_norm"))
-        head_norm = self.module(index, "v_head_norm")
+        head_norm, front, bias = (self.module(index, part) for part in ("v_head_norm", "o_front", "o_bias"))
         return Attention(
             **branch,
             v=self._values(index),
-            o=replace(self._linear(index, "o_proj"), outer_bias=self.module(index, "o_bias")),
+            o=replace(grouped(self._linear(index, "o_proj"), front, kind.o_groups), outer_bias=bias),
             head_dim=head_dim,
             key_dim=kind.key_dim or head_dim,
             value_limit=kind.v_clip,
             conv=self._conv(index),
             is_recurrent=kind.mixer is not None,
+            is_keyed=kind.keyed is not None,
             scales_heads=kind.mixer is not None or kind.head_scale is not None,
             value_norm=None if head_norm is None else self.made_norm(head_norm),
             source=kind.source,
@@ -365,9 +367,11 @@ class Adapter(LayerKinds):
         module = below_or_none(self.block(index), mixer.conv)
         return None if module is None else Linear(module, mixer.conv_part)
 
-    def _values(self, index: int) -> Linear | Latent:
+    def _values(self, index: int) -> Linear | Latent | WithEntries:
         kind = self.kind(index)
         down = replace(self._linear(index, "v_proj"), part=kind.v_part)
+        if kind.v_entries is not None:
+            return WithEntries(down, self._linear(index, "v_entries"))
         if kind.v_norm is None:
             return down
         up = replace(self._linear(index, "v_up"), part=kind.v_up_part)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from .adapter import Adapter
-from .maps import Latent, Linear, Norm
+from .maps import Linear, Norm
 from .weights import Attention, Branch, Mlp
 
 AnyBranch = TypeVar("AnyBranch", bound=Branch)
@@ -31,7 +31,7 @@ class _Biasless(Adapter):
 
     def attention(self, index: int) -> Attention:
         weights = _biasless_norms(super().attention(index))
-        v = weights.v if isinstance(weights.v, Latent) else _biasless_linear(weights.v)  # a latent has none
+        v = _biasless_linear(weights.v) if isinstance(weights.v, Linear) else weights.v  # a latent has none
         conv = None if weights.conv is None else _biasless_linear(weights.conv)
         return replace(weights, v=v, o=_biasless_linear(weights.o), conv=conv)
 

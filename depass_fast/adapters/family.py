@@ -129,6 +129,27 @@ class Mixer:
 
 
 @dataclass(frozen=True)
+class Keyed:
+    """Values that are keys: turned by the rotary embedding, which is undone behind attention (DESIGN.md section 10).
+
+    The embedding turns pairs of neighbours among the last ``turned`` channels of a head, by cos and sin (1, T,
+    ``turned`` / 2), which ``embedding(module, kwargs)`` gives of the attention's module and what it is called with.
+    ``projections`` are paths below that module; the first gives the keys. ``read(module, outputs)`` gets the module and
+    their outputs (T, C) on one prompt. It returns the factors (T, C) of values, in float32 or wider.
+
+    With a ``rate`` every window of so many positions is one more key, an entry, made of what `v_entries` gives; those
+    of ``overlaps`` also reach into the window before (:func:`.keyed.entry_ratios`).
+    """
+
+    projections: tuple[str, ...]
+    read: Callable[[Any, list[Tensor]], Tensor]
+    embedding: Callable[[Any, dict[str, Any]], tuple[Tensor, Tensor]]
+    turned: int
+    rate: int | None = None
+    overlaps: bool = False
+
+
+@dataclass(frozen=True)
 class HeadScale:
     """A factor of what heads give, by position and channel, in front of the output projection: a gate or a norm.
 
@@ -174,6 +195,7 @@ class Family:
     mixer: Mixer | None = None  # the attention is a recurrence
     beside: Family | None = None  # softmax attention beside a ``mixer``, on the same normed input: they are added
     head_scale: HeadScale | None = None  # between the heads and `o_proj`
+    keyed: Keyed | None = None  # values are keys
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
@@ -185,6 +207,7 @@ class Family:
     v_up: Path | None = None  # the projection from there to the values
     v_up_part: Part | None = None
     v_head_norm: Path | None = None  # a norm without weights of every head's values
+    v_entries: Path | None = None  # the projection to what entries are made of, beside `v_proj`
     source: int | None = None  # the layer whose keys and values this one takes
     value_dim: int | None = None  # width of a head's values, where it is not that of its queries and keys
     key_dim: int | None = None  # width of a head's queries and keys, in the same case
@@ -202,6 +225,8 @@ class Family:
     k_norm: Path | None = ("self_attn.k_norm", "self_attn.k_layernorm", "self_attn.key_layernorm")
     qk_norm_last: bool = False  # these norms are behind the rotary embedding
     o_proj: Path = "self_attn.o_proj"
+    o_front: Path | None = None  # a projection of heads in groups, in front of `o_proj`
+    o_groups: int = 1
     o_bias: Path | None = None  # a bias that is added outside of `o_proj`; None in layers without
     observed: Observed | None = None  # where attention does not go through transformers' interface
     always_observed: bool = False  # also if other attention in the same file does (an image encoder's)
@@ -247,8 +272,8 @@ class Family:
     @property
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
-        more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
-        more = (*more, self.streams)
+        more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
+        more = (*more, self.layer_factor, self.streams)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

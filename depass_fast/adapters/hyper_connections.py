@@ -79,29 +79,33 @@ class HyperConnections(Streams):
         return module, watch
 
 
-def normed_first(names: tuple[str, str, str]) -> Pre:
-    """DeepSeek V4's weights: those of a linear map of the normed streams; ``names`` are its weight, bias and factor."""
-    return lambda module, x: _sigmoid(
-        module, names, nn.functional.linear(module.input_norm(x.flatten(2).float()), _w(module, names))
-    )
-
-
-def normed_last(names: tuple[str, str, str]) -> Pre:
-    """Hunyuan 4's: the norm's scale multiplies what the linear map gives. ``names`` as of :func:`normed_first`."""
+def normed_first(weight: str, base: str, scale: str) -> Pre:
+    """DeepSeek V4's weights: those of a linear map of the normed streams. Arguments are names of the module's tensors."""
 
     def pre(module: Any, x: Tensor) -> Tensor:
-        flat = x.flatten(2).float()
-        return _sigmoid(module, names, nn.functional.linear(flat, _w(module, names)) * module.input_norm(flat))
+        mixes = nn.functional.linear(module.input_norm(x.flatten(2).float()), getattr(module, weight).float())
+        return _sigmoid(module, mixes, base, scale)
 
     return pre
 
 
-def _w(module: Any, names: tuple[str, str, str]) -> Tensor:
-    return getattr(module, names[0]).float()
+def normed_last(weight: str, base: str, scale: str) -> Pre:
+    """Hunyuan 4's: the norm's scale multiplies what the linear map gives. Arguments as of :func:`normed_first`."""
+
+    def pre(module: Any, x: Tensor) -> Tensor:
+        flat = x.flatten(2).float()
+        mixes = nn.functional.linear(flat, getattr(module, weight).float()) * module.input_norm(flat)
+        return _sigmoid(module, mixes, base, scale)
+
+    return pre
 
 
-def _sigmoid(module: Any, names: tuple[str, str, str], mixes: Tensor) -> Tensor:
-    """The weights of a sum of n streams, from the first n of ``mixes`` (1, T, C)."""
-    n, (base, scale) = module.hc_mult, (getattr(module, name).float() for name in names[1:])
-    eps = next(getattr(module, name) for name in ("hc_eps", "eps") if hasattr(module, name))
-    return torch.sigmoid(mixes[..., :n] * scale[0] + base[:n]) + eps
+def _sigmoid(module: Any, mixes: Tensor, base: str, scale: str) -> Tensor:
+    """The weights of a sum of n streams, from the first n of ``mixes`` (1, T, C).
+
+    The module at the end (its epsilon is `eps`) computes in float32. Those of a layer add a bias of the model's dtype.
+    """
+    n, held = module.hc_mult, [getattr(module, name) for name in (base, scale)]
+    if not hasattr(module, "hc_eps"):
+        return torch.sigmoid(mixes[..., :n] * held[1].float()[0] + held[0].float()[:n]) + module.eps
+    return torch.sigmoid(mixes[..., :n] * held[1][0] + held[0][:n]) + module.hc_eps

@@ -52,8 +52,8 @@ class LayerKinds(ModelEnds):
         if not self.is_uniform:
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers, factors of the residual stream or several "
-                "streams, experts that read ahead, or layers "
+                "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
+                "stream or several streams, experts that read ahead, or layers "
                 f"with less or more than the two.{advice}"
             )
 
@@ -67,12 +67,16 @@ class LayerKinds(ModelEnds):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
                     "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat) or "
-                    "several residual streams (Gemma 3n). dp.ledger and dp.attribute do."
+                    "several residual streams (Gemma 3n, DeepSeek V4). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:
         """True if any layer mixes positions by a recurrence."""
         return any(self.kind(index).mixer is not None for index in range(self.n_layers))
+
+    def has_keyed(self) -> bool:
+        """True if the values of any layer are its keys."""
+        return any(self.kind(index).keyed is not None for index in range(self.n_layers))
 
     @property
     def experts_per_position(self) -> int:

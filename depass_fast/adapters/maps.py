@@ -132,6 +132,10 @@ class Linear:
         """This projection's part of what the module outputs: (N, C) -> (N, out)."""
         return outputs if self.part is None else self.part(outputs.T).T
 
+    def entering(self, x: Tensor) -> Tensor:
+        """The input of the module itself, given that of this projection: the same, unless another one is in front."""
+        return x
+
     def project(self, x: Tensor) -> Tensor:
         """The projection of (N, in) to (N, out), in x's dtype. A weight that is computed may be wider."""
         weight, bias = self.weight, self.bias

@@ -72,10 +72,8 @@ class QueryKey:
 def query_key(adapter: Adapter, index: int) -> QueryKey:
     """The weights of layer ``index``. Raises ValueError if the model keeps them elsewhere than its family."""
     block, family = adapter.block(index), adapter.kind(index)
-    if not adapter.has_attention(index) or family.mixer is not None:
-        raise ValueError(
-            f"model: layer {index} has no softmax attention, so that nothing there looks anywhere; take another layer."
-        )
+    if not adapter.has_attention(index) or family.mixer is not None or family.keyed is not None:
+        raise ValueError(f"model: layer {index} has no softmax attention over positions alone; take another layer.")
     attention = adapter.attention(index)
     heads, kv = attention.n_heads, attention.n_kv_heads
     q: Linear | Latent = _linear(adapter, index, family.q_proj, family.q_part)

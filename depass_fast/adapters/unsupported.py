@@ -12,8 +12,6 @@ _GATED = "gates on the attention's output, in front of its output projection"
 _STATE = "state-space layers"
 _DELTA = "linear attention layers, a recurrence (gated delta rule)"
 _CONVOLUTION = "layers with a gated short convolution in place of attention"
-_SPARSE = "sparse attention, whose keys an indexer selects"
-_STREAMS = "several residual streams that are mixed (hyper-connections)"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(
@@ -46,8 +44,6 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(("lfm3",), _CONVOLUTION),
     "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
-    "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
-    "hy_v4": f"{_STREAMS}, and {_SPARSE}",
     **dict.fromkeys(
         ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
     ),

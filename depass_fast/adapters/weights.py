@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
+from .keyed import WithEntries
 from .maps import Latent, Linear, Norm
 from .streams import SideMap
 
@@ -97,19 +98,20 @@ class Attention(Branch):
 
     ``key_dim`` is the width of a head's queries and keys. Values are clamped to ± ``value_limit``. ``conv`` convolves
     them along the positions, with taps (Hkv·d, K). A recurrence may stand in the place of the softmax
-    (``is_recurrent``). With ``scales_heads``, what the heads give is scaled by channel before ``o`` reads it.
-    ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer whose values, and keys, this
-    one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream entering it.
-    ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
+    (``is_recurrent``), or values are keys (``is_keyed``). With ``scales_heads``, what the heads give is scaled by
+    channel before ``o`` reads it. ``value_norm`` is a norm, without γ, of every head's values. ``source`` is the layer
+    whose values, and keys, this one takes: its ``norm`` and ``v`` are that layer's, and read the residual stream
+    entering it. ``reads`` multiplies what ``v`` reads, of one of two sides (:mod:`.side_by_side`).
     """
 
-    v: Linear | Latent
+    v: Linear | Latent | WithEntries
     o: Linear
     head_dim: int
     key_dim: int
     value_limit: float | None = None
     conv: Linear | None = None
     is_recurrent: bool = False
+    is_keyed: bool = False
     scales_heads: bool = False
     value_norm: Norm | None = None
     source: int | None = None
@@ -138,8 +140,8 @@ class Attention(Branch):
 
     @property
     def v_input(self) -> Linear:
-        """The projection that reads the residual stream: V, or the one down to the latent."""
-        return self.v.down if isinstance(self.v, Latent) else self.v
+        """The projection that reads the residual stream: V, the one down to the latent, or the first of several."""
+        return self.v if isinstance(self.v, Linear) else self.v.down
 
     def values_of(self, outputs: Tensor) -> Tensor:
         """The values (N, Hkv·d) that the model computes from the outputs (N, C) of the module of ``v_input``."""

@@ -21,6 +21,7 @@ from ..trace.attention import attention_probabilities
 from ..trace.mixing import constant_values, values_before_activation, within_taps
 from ..trace.record import AttentionTrace, MlpTrace
 from .base import Backend
+from .reference_keyed import keyed_heads
 
 
 class ReferenceBackend(Backend):
@@ -50,6 +51,10 @@ class ReferenceBackend(Backend):
             values = (
                 _frozen_norm(weights.norm, of_values, trace.resid[where]) @ weights.w_v.to(dtype).T
             )  # (N, M, Hkv·d)
+            if trace.keyed is not None:
+                y = keyed_heads(weights, trace, values, where, read) @ weights.w_o.to(dtype).T
+                out.set_block(prompt, x[read] + _written(weights, y, None, trace.out_scale, where[read], bias))
+                continue
             if trace.recurrence is not None:
                 alive = (x != 0).any(-1)
                 share = partial(_activation_shared, weights, trace, layout, prompt, alive)

@@ -18,7 +18,7 @@ from ..adapters import Adapter, Attention, Branch, Mlp, Norm
 from ..adapters.streams import StreamStep
 from ..state.state import Factors
 from ..trace.attention import span_probabilities
-from ..trace.mixing import FrozenMixing
+from ..trace.keyed import frozen_mixing
 from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 
 _TILE = 1 << 22  # probabilities or outputs held at once, in elements
@@ -83,8 +83,8 @@ class LayerOutputs:
         """
         weights, n, record = self.attention, len(values), self.record.attention
         assert record is not None  # it mixes positions
-        if record.recurrence is not None:
-            mixing = FrozenMixing(weights, record, self.span, self.dtype)
+        if record.is_mixed:
+            mixing = frozen_mixing(weights, record, self.span, self.dtype)
             yield slice(0, n), mixing.forward(values.flatten(1)[:, None]).view(n, weights.n_heads, -1).transpose(0, 1)
             return
         values = values.transpose(0, 1)  # (Hkv, N, d)
@@ -107,7 +107,7 @@ class LayerOutputs:
             return None
         if record.constant_heads is not None:
             return record.constant_heads[self.span].to(self.dtype).unflatten(-1, (weights.n_heads, -1))
-        value = None if record.recurrence is not None else weights.value_constant(self.dtype)
+        value = None if record.is_mixed else weights.value_constant(self.dtype)
         if value is None:
             return None
         if record.value_ratio is not None:  # it is clamped with the rest of the value
@@ -264,7 +264,7 @@ class LayerOutputs:
 
     def _attention_constant(self) -> Tensor | None:
         weights, record = self.attention, self.record.attention
-        clamped = record.value_ratio is not None and record.recurrence is None
+        clamped = record.value_ratio is not None and not record.is_mixed
         value = None if not clamped else weights.value_constant(self.dtype)
         if value is None:
             return record.constant(weights, self.span, self.dtype)
@@ -279,7 +279,7 @@ class LayerOutputs:
         """A part of the values (N, Hkv·d), scaled as the clamping scaled the whole: (N, Hkv, d)."""
         weights, record = self.attention, self.record.attention
         ratio = record.value_ratio
-        values = values if ratio is None or record.recurrence is not None else values * ratio[self.span].to(self.dtype)
+        values = values if ratio is None or record.is_mixed else values * ratio[self.span].to(self.dtype)
         return values.unflatten(-1, (weights.n_kv_heads, weights.head_dim))
 
     def _stream(self, module: str) -> Norm | None:

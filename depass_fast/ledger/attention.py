@@ -68,10 +68,7 @@ class WayThroughAttention:
         y, norm = self.of_heads(gradients), FrozenNorm.of(self.weights.norm, x, gradients.dtype)
         values = self.values(norm.read(x), gradients.dtype) if with_heads else None
         of_values, heads = self.through_heads(y, values)
-        if self.trace.recurrence is not None:
-            constant = self._mixed_constant(gradients, y)
-        else:
-            constant = self._constant(gradients, of_values)
+        constant = self._mixed_constant(gradients, y) if self.trace.is_mixed else self._constant(gradients, of_values)
         return AttentionBack(norm.back(self.of_read(of_values, gradients.dtype)), heads, constant)
 
     def of_heads(self, gradients: Tensor) -> Tensor:
@@ -84,7 +81,7 @@ class WayThroughAttention:
 
         The second are the heads' scores (R, P, H), given the values (T, Hkv, d) without their constants.
         """
-        if self.trace.recurrence is not None:
+        if self.trace.is_mixed:
             return through_recurrence(self.weights, self.trace, self.packing, self.partial, y, values)
         of_values, heads = self._through_probabilities(self._gated(y), values)
         return self._scaled(of_values), heads
@@ -115,7 +112,7 @@ class WayThroughAttention:
         """Return the scores of the heads (R, T, H) by the position whose values they carry; arguments as of `back`."""
         y, dtype = self.of_heads(gradients), gradients.dtype
         values = self.values(FrozenNorm.of(self.weights.norm, x, dtype).read(x), dtype)
-        if self.trace.recurrence is not None:
+        if self.trace.is_mixed:
             return sources_of_recurrence(self.weights, self.trace, self.packing, self.partial, y, values)
         y, found = self._gated(y), values.new_empty(len(y), self.packing.n_positions, self.weights.n_heads)
         for batch in self.packing.batches(self.partial, y.device):
@@ -205,7 +202,7 @@ class WayThroughAttention:
         if scales is not None:
             by_head = values.unflatten(-1, (self.weights.n_kv_heads, -1))
             values = (by_head * scales[..., None].to(values)).flatten(-2)
-        return values if ratio is None or self.trace.recurrence is not None else values * ratio.to(values.device)
+        return values if ratio is None or self.trace.is_mixed else values * ratio.to(values.device)
 
     def _mixed_constant(self, gradients: Tensor, y: Tensor) -> Tensor | None:
         """Return the score (R, P) of a recurrence's constants, given the gradients ``y`` (R, A, H·d) of its heads."""

@@ -30,7 +30,7 @@ JOINT_BYTES = 1 << 30  # upper limit of the states that are carried together
 def can_propagate_jointly(trace: Trace, run: Run) -> bool:
     """True if states can be carried together: jagged rows, one stream, no values clamped, and nothing read twice."""
     each = [layer.attention for layer in trace.layers if layer.attention is not None]
-    clamped = any(one.value_ratio is not None and one.recurrence is None for one in each)
+    clamped = any(one.value_ratio is not None and not one.is_mixed for one in each)
     taken = any(one.source is not None for layer in trace.layers for one in (layer.attention, *layer.mlps) if one)
     taken = taken or any(layer.streams is not None for layer in trace.layers)
     return run.backend.jagged and run.backend.joins and not (clamped or taken) and run.value_rule is None

@@ -120,7 +120,9 @@ def seen_keys(trace: AttentionTrace, span: slice, queries: Tensor, n_keys: int) 
 
 
 def check_softmax(trace: AttentionTrace) -> None:
-    """Raise ValueError where a recurrence stands in the place of the softmax: it has no probabilities."""
+    """Raise ValueError where more than probabilities of positions mixes them."""
+    if trace.keyed is not None:
+        raise ValueError("trace: values that are keys are turned, too; see FrozenKeyed for all that attention does.")
     if trace.recurrence is not None:
         raise ValueError("trace: a recurrence has no attention probabilities; see FrozenMixing.matrix for what it has.")
 

@@ -203,7 +203,7 @@ def _check_attention(
         return
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
     read = rows(layer.attention.resid, at)
-    recurrent = weights.is_recurrent
+    raw = weights.is_recurrent or weights.is_keyed  # what stands behind the projection is applied by ourselves
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
@@ -213,13 +213,13 @@ def _check_attention(
     found.compare(
         f"{name} changes the values between their projection and the heads",
         record["values"],
-        weights.v_input.select(record["values_output"]) if recurrent else weights.values_of(record["values_output"]),
+        weights.v_input.select(record["values_output"]) if raw else weights.values_of(record["values_output"]),
         tolerance=READING if computed else None,
     )
     found.compare(
         f"{name} gives its output projection something else than the heads' mixture of values",
         record["heads"],
-        record["attended"].view(record["heads"].shape).to(record["heads"]),
+        weights.o.entering(record["attended"]).view(record["heads"].shape).to(record["heads"]),
         tolerance=_mixture_tolerance(adapter, weights, record["heads"].dtype),
     )
     for part, linear, inputs in (
@@ -274,7 +274,7 @@ def _check_sides(
 
 def _mixture_tolerance(adapter: Adapter, weights: Attention, dtype: torch.dtype) -> float | None:
     """The tolerance of attention's output: wide where the model's own code computes it, perhaps in half."""
-    if adapter.observed is None and not weights.is_recurrent and not weights.scales_heads:
+    if adapter.observed is None and not (weights.is_recurrent or weights.is_keyed or weights.scales_heads):
         return None
     return 0.25 if dtype.itemsize < 4 else 1e-3
 

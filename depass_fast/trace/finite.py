@@ -44,6 +44,8 @@ def _recorded(layer: LayerTrace) -> list[Tensor]:
     looked_at = [] if mixing is None else [mixing.q, mixing.k]
     if mixing is not None and mixing.recurrence is not None:
         looked_at.append(mixing.recurrence.decay)
+    if mixing is not None and mixing.keyed is not None and mixing.value_ratio is not None:
+        looked_at.append(mixing.value_ratio)
     return [*looked_at, *(x for m in layer.mlps for x in (m.gate, m.act))]
 
 

@@ -67,11 +67,14 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
+    keyed = attention.keyed
+    if keyed is not None:
+        keyed = replace(keyed, **_cut_fields(keyed, cut, "cos", "sin", "entries"))
     beside = attention.beside
     if beside is not None:
         beside = replace(beside, **_cut_fields(beside, cut, "resid", "q", "k"))
     kept = _cut_fields(attention, cut, "resid", "q", "k", "key_bias", "chosen_keys", "row_sum", *scales)
-    return replace(attention, recurrence=recurrence, beside=beside, **kept)
+    return replace(attention, recurrence=recurrence, keyed=keyed, beside=beside, **kept)
 
 
 def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:

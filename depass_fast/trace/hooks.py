@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Attention, HeadScale, Latent, Mixer, Norm
+from ..adapters import Adapter, Attention, HeadScale, Keyed, Latent, Mixer, Norm
 from .consistency import WATCHED
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
@@ -25,6 +26,7 @@ class LayerHooks:
         self.attention = adapter.attention(index) if adapter.has_attention(index) else None
         self.mlp = adapter.mlps(index)[0] if adapter.has_mlp(index) else None
         self.mixer, self.head_scale = adapter.kind(index).mixer, adapter.kind(index).head_scale
+        self.keyed = adapter.kind(index).keyed
 
     def put(self) -> None:
         """Hook up everything that a trace holds of the layer."""
@@ -37,6 +39,8 @@ class LayerHooks:
             hook_mlps(self.adapter, self.index, self.recorder, self.undo)
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
+        elif self.keyed is not None:
+            self._observe_keyed(self.keyed)
         elif self.attention is not None and self.adapter.observed is not None:
             self._observe_attention()
         if self.head_scale is not None:
@@ -102,14 +106,37 @@ class LayerHooks:
         return lambda: [seen[name].flatten(0, -2) for name in names]
 
     def _in_place_of_heads(self, compute: Callable[[Tensor], Tensor]) -> None:
-        """Give ``o_proj`` what ``compute`` makes of its input (T, H·d)."""
+        """Give ``o_proj``, or what is in front of it, what ``compute`` makes of its input (T, H·d)."""
+        part = "o_front" if self._has("o_front") else "o_proj"
 
         def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
             if not is_recording(self.recorder):
                 return None
             return (compute(args[0].flatten(0, -2)).view(args[0].shape).to(args[0].dtype),)
 
-        self.undo.callback(self._module("o_proj").register_forward_pre_hook(replaced).remove)
+        self.undo.callback(self._module(part).register_forward_pre_hook(replaced).remove)
+
+    def _observe_keyed(self, keyed: Keyed) -> None:
+        """Record keys that are values by the outputs of their projections, and replace what heads give by ours."""
+        module, recorder, called = self._module("attention"), self.recorder, {}
+        seen, values, entries = self._seen(keyed.projections), self._seen_values(), None
+        if keyed.rate is not None:
+            entries = self._seen_values("v_entries")
+        if self.adapter.has_indexer(self.index):
+            hook = RecordingHook(recorder, called, "chosen", as_is=True)
+            self.undo.callback(hook.after(self._module("indexer")))
+
+        def call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_recording(recorder):
+                called["kwargs"] = kwargs
+
+        def heads(given: Tensor) -> Tensor:
+            raw = values() if entries is None else torch.cat([values(), entries()], 1)
+            angles = keyed.embedding(module, called["kwargs"])
+            return recorder.turn_keys(self.index, keyed, raw, keyed.read(module, seen()), angles, called.get("chosen"))
+
+        self.undo.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+        self._in_place_of_heads(heads)
 
     def _observe_mixer(self, mixer: Mixer) -> None:
         """Record a recurrence by the outputs of its projections, and replace what its heads give by ours."""
@@ -134,11 +161,11 @@ class LayerHooks:
 
         self._in_place_of_heads(heads)
 
-    def _seen_values(self) -> Callable[[], Tensor]:
-        """Watch the projection to the values; return a function that gives its last output (T, C)."""
+    def _seen_values(self, part: str = "v_proj") -> Callable[[], Tensor]:
+        """Watch a projection to values; return a function that gives its last output (T, C)."""
         seen: dict[str, Any] = {}
         hook = RecordingHook(self.recorder, seen, "values", as_is=True)
-        self.undo.callback(hook.after(self._module("v_proj")))
+        self.undo.callback(hook.after(self._module(part)))
         return lambda: seen["values"].flatten(0, -2)
 
     def _observe_head_scale(self, scale: HeadScale) -> None:

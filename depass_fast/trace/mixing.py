@@ -89,12 +89,17 @@ class FrozenMixing:
         """Return the same for shaped values."""
         return self._given(self.mixed(self._to_heads(x), start), start)
 
-    def back(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients (N, B, H·d) of values and of shaped values, given those of what the heads give."""
+    def back(self, gradients: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients (N, B, H·d) of values, given those of what the heads give.
+
+        The second are the scores (N, B, H) of what heads take from every position, given its ``values`` (N, H·d).
+        """
         y = self._to_heads(self._scaled_out(gradients, 0))
         of_shaped = self._by_head(self.mixed(y, 0, transposed=True), self.positions)
-        out = self._times(of_shaped, self._trace.value_ratio, 0)
-        return self._times(self._convolved(out, _ALL, transposed=True), self._frozen.in_ratio, 0), of_shaped
+        out, found = self._times(of_shaped, self._trace.value_ratio, 0), None
+        if values is not None:
+            found = (of_shaped * self.shaped(values[:, None])).unflatten(-1, (self.heads, -1)).sum(3)
+        return self._times(self._convolved(out, _ALL, transposed=True), self._frozen.in_ratio, 0), found
 
     def shaped(self, values: Tensor, start: int = 0) -> Tensor:
         """Return values (N - start, B, H·d) behind gate, convolution and activation."""

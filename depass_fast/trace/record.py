@@ -22,21 +22,8 @@ from ..runtime.brief import brief, brief_repr
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import readable
 from .fingerprint import Fingerprint
+from .mixers import KeyedTrace, RecurrenceTrace
 from .weights import WeightSample, are_the_same, sample_weights
-
-
-@dataclass
-class RecurrenceTrace:
-    """The frozen numbers of a recurrence, beside its queries and keys (:class:`depass_fast.adapters.Recurrence`)."""
-
-    decay: Tensor  # (T, H, 1) or (T, H, n) in float32 or wider
-    write: Tensor | None = None  # (T, H)
-    in_ratio: Tensor | None = None  # (T, H·d)
-    skip: Tensor | None = None  # (H,)
-    corrects: bool = False
-    rates: Tensor | None = None  # (H, n) factors of the decay, as `skip` the same at every position
-
-    __repr__ = brief_repr
 
 
 @dataclass
@@ -56,7 +43,7 @@ class AttentionTrace:
     chunked: bool = False  # of these, only those of its own chunk of `window` positions
     softcap: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
-    chosen_keys: Tensor | None = None  # (T, K) int32, positions in the prompt that are selected; -1: none
+    chosen_keys: Tensor | None = None  # (T, K) int32, positions, or entries, of the prompt that are selected; -1: none
     key_block: int | None = None  # they are blocks of so many positions, (T, Hkv, K), for every KV head
     row_sum: Tensor | None = None  # (T, H) sums of P's rows in float32 or wider; None: all one
     latent_scale: Tensor | None = None  # (T,) s of the norm behind the latent, if values come from one
@@ -65,6 +52,7 @@ class AttentionTrace:
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
     out_ratio: Tensor | None = None  # (T, H·d) frozen factors of what the heads give: gates, norms
     recurrence: RecurrenceTrace | None = None  # in the place of the softmax: q and k are its own
+    keyed: KeyedTrace | None = None  # values are keys: they are turned, and some stand for several positions
     # of one run, and not recorded: the allocation that shares out the activation of a recurrence's values, which is
     # otherwise frozen at `value_ratio`
     value_rule: Any = None
@@ -84,9 +72,14 @@ class AttentionTrace:
         return query // self.window * self.window if self.chunked else max(0, query + 1 - self.window)
 
     @property
+    def is_mixed(self) -> bool:
+        """True if more than probabilities mixes positions: a recurrence, or what turns keys that are values."""
+        return self.recurrence is not None or self.keyed is not None
+
+    @property
     def is_plain(self) -> bool:
-        """True if values and what heads give are not scaled by channel, and no recurrence mixes them."""
-        return self.value_ratio is None and self.out_ratio is None and self.recurrence is None
+        """True if values and what heads give are not scaled by channel, and probabilities alone mix them."""
+        return self.value_ratio is None and self.out_ratio is None and not self.is_mixed
 
     def value_scale(self, weights: Attention, resid: Tensor) -> Tensor:
         """The frozen scale of every value, given the residual stream ``resid`` that is read: (T, D) -> (T,).
@@ -254,11 +247,12 @@ class LayerTrace:
         """Every recorded tensor, some of them more than once."""
         recurrence = None if self.attention is None else self.attention.recurrence
         beside = None if self.attention is None else self.attention.beside
-        for held in (self, self.attention, recurrence, beside, *self.mlps):
+        keyed = None if self.attention is None else self.attention.keyed
+        for held in (self, self.attention, recurrence, beside, keyed, *self.mlps):
             if held is None:
                 continue
-            named = vars(held).items()  # skips and rates are of the model, not of a position
-            own = ("skip", "rates")
+            named = vars(held).items()
+            own = ("skip", "rates", "sinks")  # of the model, not of a position
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
         yield from () if self.streams is None else self.streams.tensors()
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import Adapter, ExpertAssignment, Mixer, Recurrence, sort_choices
+from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
+from .keyed import FrozenKeyed
+from .mixers import KeyedTrace
 from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
@@ -81,6 +83,8 @@ class Recorder:
         query, of one prompt alone. ``mask`` holds ``scale``, ``window``, ``softcap`` and ``chunked``, and ``key_block``
         where indices (1, Hkv, T, K) are blocks of keys.
         """
+        if self.adapter.kind(index).keyed is not None:
+            return self._keep_keys(index, q, k, sinks, mask)
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         if self.adapter.kind(index).beside is not None:
             record = record.setdefault("beside", {})
@@ -115,6 +119,51 @@ class Recorder:
             self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
             self.keep(record, "attended", out[0, self.watched].flatten(1))
         return out
+
+    def _keep_keys(self, index: int, q: Tensor, k: Tensor, sinks: Tensor | None, mask: dict[str, Any]) -> Tensor:
+        """Record queries, and keys of positions and of entries behind them. What is attended to comes later: zeros."""
+        record, n, keyed = self.layers[index], q.shape[2], self.adapter.kind(index).keyed
+        for name, x in (("q", q), ("k", k[:, :, :n])):
+            self.keep(record, name, x[0].transpose(0, 1).contiguous())
+        record["mask"], record["sinks"] = mask, None if sinks is None else sinks.detach()
+        if keyed is not None and keyed.rate is not None:
+            entries = torch.zeros_like(k[0, 0, :n])
+            entries[keyed.rate - 1 :: keyed.rate] = k[0, 0, n:]
+            self.keep(record, "entries", entries)
+        return torch.zeros_like(q).transpose(1, 2)
+
+    def turn_keys(
+        self, index: int, keyed: Keyed, raw: Tensor, ratio: Tensor, angles: tuple[Tensor, Tensor], chosen: Tensor | None
+    ) -> Tensor:
+        """Record what turns keys that are values, and apply it to raw values (T, C) of one prompt: (T, H·d).
+
+        ``ratio`` (T, C) are their factors, ``angles`` cos and sin (1, T, r / 2). ``chosen`` (1, T, K) are the entries
+        that an indexer selected.
+        """
+        record, weights, n = self.layers[index], self.adapter.attention(index), len(raw)
+        for name, x in (("cos", angles[0][0].clone()), ("sin", angles[1][0].clone()), ("value_ratio", ratio)):
+            self.keep(record, name, x)
+        if chosen is not None:
+            assert self.adapter.selects is not None
+            self.keep(record, "chosen_keys", padded_to(self.adapter.selects, chosen))
+        record["keyed"] = keyed
+        last = {name: record[name][-n:] for name in ("q", "k", "value_ratio", "chosen_keys") if name in record}
+        own = AttentionTrace(record["resid_pre"][-n:], **last, **record["mask"], keyed=self._keyed(record, n))
+        values = raw.to(ratio)[:, None]
+        out = FrozenKeyed(weights, own, slice(0, n), ratio.dtype).forward(values)[:, 0]
+        if self.is_checking:
+            self.keep(record, "values", raw[self.watched, : weights.head_dim])
+            self.keep(record, "attended", out[self.watched])
+        return out
+
+    @staticmethod
+    def _keyed(record: dict[str, Any], last: int = 0) -> KeyedTrace | None:
+        """Return what turns keys that are values, at all positions or at the last ones; None without."""
+        keyed: Keyed | None = record.get("keyed")
+        if keyed is None:
+            return None
+        held = {name: record[name][-last:] for name in ("cos", "sin", "entries") if name in record}
+        return KeyedTrace(**held, sinks=record["sinks"], rate=keyed.rate, overlaps=keyed.overlaps)
 
     def _keep_selection(self, index: int, indices: Tensor) -> None:
         """Record the keys that layer ``index`` sees, or the layer that selected them, if that was another."""
@@ -234,7 +283,7 @@ class Recorder:
             q=record["q"],
             k=given["k"],
             key_bias=record.get("key_bias"),
-            chosen_keys=None if chosen is None or np.diff(self.offsets).max() <= chosen.shape[1] else chosen,
+            chosen_keys=None if chosen is None or self._most_keys(record) <= chosen.shape[1] else chosen,
             row_sum=record.get("row_sum"),
             latent_scale=record.get("latent_scale"),
             head_scales=given.get("head_scales"),
@@ -242,12 +291,19 @@ class Recorder:
             out_scale=record.get("attention_out_scale"),
             out_ratio=out_ratio,
             recurrence=recurrence,
+            keyed=self._keyed(record),
             source=source,
             beside=beside,
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
         return made
+
+    def _most_keys(self, record: dict[str, Any]) -> int:
+        """Return the keys, or entries, that an indexer may select from in the longest prompt."""
+        keyed: Keyed | None = record.get("keyed")
+        longest = int(np.diff(self.offsets).max())
+        return longest if keyed is None or keyed.rate is None else longest // keyed.rate
 
     def _require_all(self, index: int, record: dict[str, Any]) -> None:
         """Raise RuntimeError if the forward pass did not go through everything that is recorded of a layer."""
@@ -270,7 +326,8 @@ class Recorder:
 
 def attention_name(adapter: Adapter) -> str:
     """The name of our attention function for this model."""
-    return ATTENTION_NAME if adapter.selects is None else SELECTING_NAME
+    reads_mask = adapter.selects is not None and not adapter.has_keyed()
+    return SELECTING_NAME if reads_mask else ATTENTION_NAME
 
 
 def is_recording(recorder: Recorder) -> bool:

@@ -74,11 +74,13 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
 
 def selection_bytes(adapter: Adapter, longest: int) -> int:
     """The bytes per position of the keys that indexers select, for prompts of up to ``longest`` tokens."""
-    if adapter.selects is None or longest <= adapter.selects:  # every key is selected
+    if adapter.selects is None:
         return 0
     numbers = 0
     for index in filter(adapter.has_indexer, range(adapter.n_layers)):
-        block = adapter.kind(index).key_block
+        keyed, block = adapter.kind(index).keyed, adapter.kind(index).key_block
+        if longest // ((None if keyed is None else keyed.rate) or 1) <= adapter.selects:  # every key is selected
+            continue
         numbers += adapter.selects if block is None else adapter.selects // block * adapter.attention(index).n_kv_heads
     return numbers * torch.int32.itemsize
 
@@ -124,6 +126,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
         size += attention.o.shape[1] * (wide if attention.is_recurrent else item)
     if attention.is_recurrent:
         return size + _recurrence(adapter, index, attention, item, wide)
+    if attention.is_keyed:
+        return size + _keyed(adapter, index, attention, item, wide)
     own = attention.source is None  # else the keys, and the scales of values, are another layer's
     size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
@@ -167,6 +171,14 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     if sides is None:
         return size
     return size + (sides[0].n_heads + sides[0].n_kv_heads) * sides[0].key_dim * item
+
+
+def _keyed(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
+    """The bytes per position of keys that are values: queries, keys, those of entries, angles, ratios of values."""
+    keyed = adapter.kind(index).keyed
+    assert keyed is not None
+    each = attention.n_heads + 1 + (keyed.rate is not None)
+    return (each * attention.key_dim + keyed.turned) * item + attention.v.shape[0] * wide
 
 
 def _mlps(mlps: Sequence[Mlp], experts_per_position: int, weighs_input: bool, item: int) -> int:

@@ -1,4 +1,4 @@
-"""Variants of models with recurrences, gated heads, or layers without attention or MLP, for :mod:`.family_models`."""
+"""Variants of models whose layers are not softmax attention and an MLP alone, for :mod:`.family_models`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from .family_shapes import SHAPE
 from .hybrid_models import ALONE, HYBRIDS
 from .newer_variants import NEWER_MIXERS
+from .streamed_models import STREAMED
 
 _GQA = {"num_key_value_heads": 2}
 _MHA = {"num_key_value_heads": 4}
@@ -80,4 +81,5 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     **NEWER_MIXERS,
     **HYBRIDS,
     **ALONE,
+    **STREAMED,
 }

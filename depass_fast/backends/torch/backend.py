@@ -73,7 +73,7 @@ class TorchBackend(BoundedBackend):
         if queries is not None:
             n_prompts, n_reads, n_positions = len(queries.components), len(queries.counts), len(state.layout.counts)
             alone = max(n_prompts, n_positions // weights.n_heads)  # by itself a query costs as much as H of all
-            if n_reads > alone or trace.value_ratio is not None or trace.recurrence is not None:
+            if n_reads > alone or trace.value_ratio is not None or trace.is_mixed:
                 return self._aggregate(state, weights, trace, None, source).at(queries)
             return self._aggregate_at(state, weights, trace, queries, source)
         if state.factors is not None and source is None and trace.is_plain and self.takes_factors:
@@ -86,7 +86,7 @@ class TorchBackend(BoundedBackend):
         if state.layout.index(BIAS) is None:
             return None
         dtype, packed = state.rows.dtype, state.layout.tensor("packed", weights.w_v.device)
-        if trace.value_ratio is None or trace.recurrence is not None:
+        if trace.value_ratio is None or trace.is_mixed:
             return trace.constant(weights, packed, dtype)
         out_scale = None if trace.out_scale is None else trace.out_scale[packed]
         return weights.written_constant(weights.o.bias, out_scale, dtype)  # V's has been with the values
@@ -120,7 +120,7 @@ class TorchBackend(BoundedBackend):
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.value_rule is not None:
             return self._sharing_values(state, weights, trace, (scale, w_v, w_o), dtype).attend
-        if trace.recurrence is not None:
+        if trace.is_mixed:
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
 

@@ -1,4 +1,4 @@
-"""A frozen recurrence in the place of a softmax, for the torch backend: applied to blocks of components."""
+"""Frozen recurrences, and keys that are values, for the torch backend: applied to blocks of components."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from ...adapters import Attention
 from ...runtime.products import accumulate, write_product
 from ...state.state import ComponentState, Factors
+from ...trace.keyed import FrozenKeyed, frozen_mixing
 from ...trace.mixing import FrozenMixing
 from ...trace.record import AttentionTrace
 from .blocks import Block, scatter
@@ -24,20 +25,20 @@ def mixing(
     dtype: torch.dtype,
     workspace: Workspace,
 ) -> Callable[[Tensor, Block, Tensor], None]:
-    """Return a function that adds what a recurrence gives a block to its rows (r, D), in place; see ``_attending``.
+    """Return a function that adds what such a layer gives a block to its rows (r, D), in place; see ``_attending``.
 
     ``prepared`` are s of all positions (T,), W_V with the norm folded in, and W_O. What was made of the last prompt is
     kept for its next block.
     """
     scale, w_v, w_o = prepared
-    kept: dict[int, tuple[slice, FrozenMixing]] = {}
+    kept: dict[int, tuple[slice, FrozenMixing | FrozenKeyed]] = {}
 
-    def of(prompt: int) -> tuple[slice, FrozenMixing]:
+    def of(prompt: int) -> tuple[slice, FrozenMixing | FrozenKeyed]:
         if prompt not in kept:
             kept.clear()
             packed = state.layout.packed[state.layout.segments(prompt)]
             span = slice(int(packed[0]), int(packed[-1]) + 1)
-            kept[prompt] = span, FrozenMixing(weights, trace, span, dtype)
+            kept[prompt] = span, frozen_mixing(weights, trace, span, dtype)
         return kept[prompt]
 
     def heads(x: Tensor, block: Block) -> Tensor:
@@ -49,7 +50,7 @@ def mixing(
             return mixed.forward(scatter(values, block), block.start, scale[span][block.start :])
         factors, extras = state.factors[block.prompt], len(state.layout.components[block.prompt].extras)
         first = block.first - extras
-        if factors.coefficients is None and first >= 0 and mixed.takes_single:  # each at its own position
+        if factors.coefficients is None and first >= 0 and isinstance(mixed, FrozenMixing) and mixed.takes_single:
             named = slice(first, first + block.n_components)
             values = factors.vectors[named].to(x.device, dtype) @ w_v.T
             return mixed.forward_single(

@@ -9,6 +9,8 @@ _WIDEST_HEAD = 512  # bytes, beyond which a tile of keys and values does not fit
 
 def without_kernel(trace: AttentionTrace, head_bytes: int) -> str | None:
     """Return the part of a layer's attention that no kernel is for; None if there is none."""
+    if trace.keyed is not None:
+        return "keys that are values"
     if trace.recurrence is not None or trace.out_ratio is not None:
         return "recurrences, and heads with a gate or a norm behind them"
     if trace.chosen_keys is not None:

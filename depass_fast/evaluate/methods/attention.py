@@ -15,7 +15,7 @@ def attention_weights(subject: Subject) -> Found:
     Raises:
         NotPossibleError: a layer has no softmax attention.
     """
-    if any(one.attention is None or one.attention.recurrence is not None for one in subject.trace.layers):
+    if any(one.attention is None or one.attention.is_mixed for one in subject.trace.layers):
         raise NotPossibleError("layers of the model have no attention probabilities.")
     every = torch.arange(len(subject.question.ids))
     layers = [one.attention for one in subject.trace.layers]

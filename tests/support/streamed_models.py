@@ -1,0 +1,58 @@
+"""Variants of families with hyper-connections, for :mod:`.family_models`: DeepSeek V4 has an attention of each kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.family_shapes import GROUPED, LATENT
+
+_STREAMS = {"hc_mult": 2, "hc_sinkhorn_iters": 3}
+
+STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v4": (
+        "deepseek_v4",
+        {
+            **_STREAMS,
+            "head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "q_lora_rank": 12,
+            "o_groups": 2,
+            "o_lora_rank": 6,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "intermediate_size": 16,
+            "swiglu_limit": 0.7,
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+            "sliding_window": 3,
+            "index_topk": 1,
+            "index_n_heads": 2,
+            "index_head_dim": 6,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.2,
+            },
+        },
+    ),
+    "hy_v4": (
+        "hy_v4",
+        {
+            **LATENT,
+            **GROUPED,
+            **_STREAMS,
+            "index_topk": 3,
+            "index_n_heads": 2,
+            "index_head_dim": 6,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "indexer_types": ["full", "shared", "full"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "swiglu_limit": 0.7,
+        },
+    ),
+}
