@@ -134,6 +134,7 @@ KNOWN = {
     "olmo_hybrid": "OLMo Hybrid",
     "lfm2": "LFM2",
     "lfm2_moe": "LFM2 MoE",
+    "lfm3": "LFM3",
     "mamba": "Mamba",
     "falcon_mamba": "Falcon Mamba",
     "mamba2": "Mamba-2",

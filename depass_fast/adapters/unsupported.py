@@ -11,7 +11,6 @@ _DECODER = "encoder-decoder: its decoder reads an encoder"
 _GATED = "gates on the attention's output, in front of its output projection"
 _STATE = "state-space layers"
 _DELTA = "linear attention layers, a recurrence (gated delta rule)"
-_CONVOLUTION = "layers with a gated short convolution in place of attention"
 _SPARSE = "sparse attention, whose keys an indexer selects"
 _STREAMS = "several residual streams that are mixed (hyper-connections)"
 
@@ -44,7 +43,6 @@ REASONS: dict[str, str] = {
         ),
         f"{_DELTA}, and {_GATED}",
     ),
-    **dict.fromkeys(("lfm3",), _CONVOLUTION),
     "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
     "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
     "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
@@ -68,7 +66,6 @@ REASONS: dict[str, str] = {
     "longcat_flash": "two attentions and MLPs in a layer, and a mixture from in front of the second to the end",
     "mllama": "cross-attention layers, which are skipped without an image",
     "modernbert-decoder": "a projection, an activation and a norm stand between the last layer and the unembedding",
-    "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
