@@ -139,6 +139,7 @@ KNOWN = {
     "falcon_mamba": "Falcon Mamba",
     "mamba2": "Mamba-2",
     "jamba": "Jamba",
+    "recurrent_gemma": "RecurrentGemma, Griffin",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",
@@ -156,6 +157,7 @@ KNOWN = {
     "dbrx": "DBRX",
     "git": "GIT",
     "moshi": "Moshi, Helium (its text model)",
+    "modernbert-decoder": "ModernBERT decoder, Ettin",
 }
 
 

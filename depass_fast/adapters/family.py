@@ -149,6 +149,7 @@ class Family:
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
     project_out: Path | None = None  # between the final norm and the unembedding
+    head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0
     logit_cap: float | None = None  # c · tanh(logit / c)
 

@@ -65,7 +65,6 @@ REASONS: dict[str, str] = {
     "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "longcat_flash": "two attentions and MLPs in a layer, and a mixture from in front of the second to the end",
     "mllama": "cross-attention layers, which are skipped without an image",
-    "modernbert-decoder": "a projection, an activation and a norm stand between the last layer and the unembedding",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",

@@ -155,7 +155,8 @@ def check_weights(adapter: Adapter) -> None:
     """
     modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
     tried = set()
-    for module in [*modules, *(m for m in [adapter.final_norm_module] if m is not None), adapter.unembedding]:
+    ends = [adapter.final_norm_module, None if adapter.head is None else adapter.head.dense, adapter.unembedding]
+    for module in [*modules, *(module for module in ends if module is not None)]:
         problem = unreadable(module)
         kind = kind_of(module)
         if problem is None and kind is not None and kind not in tried:
