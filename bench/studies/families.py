@@ -140,6 +140,7 @@ KNOWN = {
     "mamba2": "Mamba-2",
     "jamba": "Jamba",
     "recurrent_gemma": "RecurrentGemma, Griffin",
+    "diffllama": "DiffLlama",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

@@ -110,17 +110,19 @@ class Mixer:
 
     ``projections`` are paths below the mixer's module. ``read(module, outputs, convolve)`` gets that module, the
     outputs (T, C) of the projections in that order, and a function that convolves (T, C') within every prompt, given
-    a module of convolution and a part of its channels. It returns a :class:`Recurrence`.
+    a module of convolution and a part of its channels. It returns a :class:`Recurrence`. Where that is a softmax
+    (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
     channels. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
-    read: Callable[[Any, list[Tensor], Callable[..., Tensor]], Recurrence]
+    read: Callable[..., Recurrence]
     conv: Path | None = None
     conv_part: Part | None = None
     value_ratio: Callable[[Tensor], Tensor] | None = None
+    attends: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def seen_keys(trace: AttentionTrace, span: slice, queries: Tensor, n_keys: int) 
 
 def check_softmax(trace: AttentionTrace) -> None:
     """Raise ValueError where a recurrence stands in the place of the softmax: it has no probabilities."""
-    if trace.recurrence is not None:
+    if trace.recurrence is not None and trace.recurrence.decay is not None:
         raise ValueError("trace: a recurrence has no attention probabilities; see FrozenMixing.matrix for what it has.")
 
 
@@ -127,7 +127,7 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
     seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
     seen = seen if trace.chosen_keys is None else seen & selected(trace.chosen_keys[keys[queries]], len(keys))
-    p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    p = _difference(trace, logits.masked_fill(~seen, -torch.inf).softmax(-1))
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
 
 
@@ -152,8 +152,16 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
         logits += trace.key_bias[span].to(dtype).T[:, None]
     if trace.chosen_keys is not None:
         logits.masked_fill_(~selected(trace.chosen_keys[span][queries], n), -torch.inf)
-    p = logits.softmax(-1)
+    p = _difference(trace, logits.softmax(-1))
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
+
+
+def _difference(trace: AttentionTrace, p: Tensor) -> Tensor:
+    """Return the probabilities (H, Q, N) of differential attention, given those of both halves, (2H, Q, N)."""
+    if trace.minus is None:
+        return p
+    first, second = p.chunk(2)
+    return torch.sub(first, second, alpha=trace.minus)
 
 
 @lru_cache(maxsize=8)

@@ -126,12 +126,19 @@ class LayerHooks:
 
         def heads(given: Tensor) -> Tensor:
             record = recorder.layers[self.index]
-            out = recorder.mix(
-                self.index, mixer, mixer.read(module, seen(), by_prompt), attention.v_input.select(values())
-            )
+            recurrence = mixer.read(module, seen(), by_prompt, *named)
+            out = recorder.mix(self.index, mixer, recurrence, attention.v_input.select(values()))
             record["heads_given"] = out
             return out
 
+        named: list[dict[str, Any]] = []
+
+        def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_recording(recorder):
+                named[:] = [kwargs]
+
+        if mixer.attends:
+            self.undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
         self._in_place_of_heads(heads)
 
     def _seen_values(self) -> Callable[[], Tensor]:

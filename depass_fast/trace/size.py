@@ -136,8 +136,10 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     assert mixer is not None
     projections: list[Any] = [module.get_submodule(name) for name in mixer.projections]
     outputs = [one.weight.new_zeros(1, len(one.weight)) for one in projections]
+    turn = (outputs[0].new_zeros(1, 1, attention.key_dim),) * 2
+    named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
-        given = mixer.read(module, outputs, lambda x, conv, part=None: x)
+        given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
     recorded = (given.q, given.k, given.decay, given.write, given.in_ratio)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0

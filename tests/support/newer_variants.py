@@ -142,6 +142,7 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         "laguna",
         {**MHA, "head_dim": 8, "gating": "per-element", "mlp_layer_types": ["dense"] * 3, "attention_bias": True},
     ),
+    "diffllama": ("diffllama", {**GQA, "attention_bias": True, "lambda_std_dev": 0.5, "pad_token_id": 0}),
     "beam": (
         "beam",
         {**GQA, **LOCAL, **EXPERTS, "head_dim": 8, "n_group": 2, "topk_group": 1, "mlp_layer_types": _ENDS},
