@@ -25,8 +25,8 @@ class Recurrence:
     """For every head, ``S[t] = e^decay[t] S[t-1] + k[t] u[t]ᵀ`` and ``o[t] = S[t]ᵀ q[t] + skip · x[t]``.
 
     ``u[t] = write[t] · x[t]`` for values x. With ``corrects``, the delta rule: ``u[t] = write[t] · (x[t] - (e^decay[t]
-    S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10). With ``softmax`` there is none
-    of this, and the decay is None: ``o = P x``.
+    S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10). With ``softmax`` there is
+    none of this, and the decay is None: ``o = P x``.
     """
 
     q: Tensor  # (T, Hq, n)

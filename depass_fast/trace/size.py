@@ -140,11 +140,12 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.q, given.k, given.decay, given.write, given.in_ratio)
+    recorded = (given.decay, given.write, given.in_ratio)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
+    looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
-    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide + looked_at * (item if mixer.attends else wide)
     sides = adapter.sides(index)
     if sides is None:
         return size

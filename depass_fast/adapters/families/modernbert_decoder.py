@@ -9,6 +9,7 @@ MODEL_TYPES = ("modernbert-decoder",)
 
 
 def declare(config: Any) -> Family:
+    projections: dict[str, Any] = {f"{name}_proj": f"attn.{name}_proj" for name in "qkv"}
     family = Family(
         embedding="model.embeddings.tok_embeddings",
         final_norm="model.final_norm",
@@ -17,7 +18,6 @@ def declare(config: Any) -> Family:
         norm="layer",
         attention="attn",
         attention_norm="attn_norm",
-        **{f"{name}_proj": f"attn.{name}_proj" for name in "qkv"},
         o_proj="attn.Wo",
         mlp_norm="mlp_norm",
         gate_proj="mlp.Wi",
@@ -25,6 +25,7 @@ def declare(config: Any) -> Family:
         up_proj="mlp.Wi",
         up_part=second_half,
         down_proj="mlp.Wo",
+        **projections,
     )
     first = replace(family, attention_norm=None)
     return replace(family, kinds=(first, *[family] * (config.num_hidden_layers - 1)))

@@ -21,17 +21,18 @@ MODEL_TYPES = ("recurrent_gemma",)
 
 def declare(config: Any) -> Family:
     home, mlp = "temporal_block", "mlp_block"
+    paths: dict[str, Any] = {f"{name}_proj": f"{home}.{name}_proj" for name in "qkvo"}
+    paths |= {f"{name}_proj": f"{mlp}.{name}_proj" for name in ("gate", "up", "down")}
     full = Family(
         final_norm="model.final_norm",
         logit_cap=config.logits_soft_cap,
         norm_offset=1.0,
         attention=home,
         attention_norm="temporal_pre_norm",
-        **{f"{name}_proj": f"{home}.{name}_proj" for name in "qkvo"},
         mlp=mlp,
         mlp_norm="channel_pre_norm",
-        **{f"{name}_proj": f"{mlp}.{name}_proj" for name in ("gate", "up", "down")},
         act_fn=f"{mlp}.act_fn",
+        **paths,
     )
     gate = HeadScale(("linear_y",), lambda block, outputs, heads: block.act_fn(wide(outputs[0])))
     linear = with_mixer(full, home, 1, Mixer(("linear_x",), _read, f"{home}.conv_1d"), gate, v_proj=f"{home}.linear_x")
@@ -55,4 +56,4 @@ def _read(block: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]) ->
     is_first = convolve(x.new_ones(len(x), 1), before) == 0
     write = gate("input") * torch.where(is_first, 1.0, torch.sqrt(1 - torch.exp(2 * decay)))
     one = x.new_ones(len(x), 1, 1)
-    return Recurrence(one, one, decay[..., None], write=write)
+    return Recurrence(one, one.clone(), decay[..., None], write=write)
