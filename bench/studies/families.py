@@ -148,6 +148,7 @@ KNOWN = {
     "cohere_compass_text": "Cohere Compass, North Micro Vision (its text model)",
     "aria_text": "Aria (its text model)",
     "axk1": "A.X K1",
+    "axk2": "A.X K2",
     "mimo_v2_flash": "MiMo V2 Flash",
     "flint": "Flint",
     "emu3": "Emu 3",

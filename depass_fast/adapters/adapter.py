@@ -218,7 +218,7 @@ class Adapter(LayerKinds):
         parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj", "mlp_inner_norm"]
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
-        modules += [module for part in parts if (module := self.module(index, part)) is not None]
+        modules += [self.inside_gate(module) for part in parts if (module := self.module(index, part)) is not None]
         plain = linear_rule and self.has_mlp(index) and not self.is_mixture(index)
         up = below_or_none(self.block(index), self.kind(index).up_proj) if plain else None
         modules += [] if up is None else [up]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +136,16 @@ class ModelEnds:
         return None if module is None else self.made_norm(module)
 
     def made_norm(self, module: nn.Module) -> Norm:
+        read, inner = self.family.norm_gate, self.inside_gate(module)
+        if read is None or inner is module:
+            return self._plain_norm(module)
+        return replace(self._plain_norm(inner), gate=partial(read, module))
+
+    def inside_gate(self, module: nn.Module) -> nn.Module:
+        """The norm itself, of a module that has a gate behind it; else the module."""
+        return module if self.family.norm_gate is None else getattr(module, "norm", module)
+
+    def _plain_norm(self, module: nn.Module) -> Norm:
         weight = getattr(module, "weight", None)
         if weight is not None and self.family.norm_offset:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset

@@ -157,6 +157,8 @@ class Family:
 
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
+    # of a module that has the norm itself as `norm`, the factors (..., D) of the norm's output (..., D) behind it
+    norm_gate: Callable[[Any, Tensor], Tensor] | None = None
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
     # factors of the sum of the stream and what attention, or the MLP, adds to it
@@ -236,6 +238,7 @@ class Family:
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
+        more += (self.norm_gate,)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 

@@ -43,7 +43,6 @@ REASONS: dict[str, str] = {
         ),
         f"{_DELTA}, and {_GATED}",
     ),
-    "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
     "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
     "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",

@@ -78,6 +78,11 @@ class Branch:
         return y if beta is None else y + beta
 
     @property
+    def has_gated_norm(self) -> bool:
+        """True if a gate by channel follows the norm that it reads through."""
+        return self.norm is not None and self.norm.gate is not None
+
+    @property
     def has_norm_bias(self) -> bool:
         return any(norm is not None and norm.bias is not None for norm in (self.norm, self.output, self.stream))
 

@@ -15,6 +15,7 @@ from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace
+from .gated import behind_gate
 from .run import Run
 
 
@@ -58,12 +59,14 @@ def through_attention(
     source = None
     if layer.parallel:
         source = copy_state(state) if queries is None else state.at(queries)
-    if queries is None:
+    if queries is None and not (layer.mlps and layer.mlp.has_gated_norm):  # a streamed MLP reads another state then
         run.operations.expect(layer, record, run.allocation)
-    attention = record.attention
+    attention, weights = record.attention, layer.attention
     if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
         attention = replace(attention, value_rule=run.value_rule)
-    state = run.operations.aggregate_ov(state, layer.attention, attention, queries, values)
+    if weights.has_gated_norm:
+        values, weights, attention = behind_gate(state if values is None else values, weights, attention)
+    state = run.operations.aggregate_ov(state, weights, attention, queries, values)
     normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
     return state, source
 
@@ -72,11 +75,17 @@ def through_mlp(
     state: ComponentState, source: ComponentState | None, layer: Layer, record: LayerTrace, run: Run
 ) -> ComponentState:
     """Return the state after the MLP or the experts of ``layer``. They read ``source``; None: the state itself."""
-    if source is None and sum(not layer.mlps[part.part].follows for part in record.mlps) > 1:
+    gated, parts = bool(layer.mlps) and layer.mlp.has_gated_norm, record.mlps
+    if source is None and not gated and sum(not layer.mlps[part.part].follows for part in parts) > 1:
         # experts must not read one another
         source = copy_state(state)
-    for part in record.mlps:
-        mlp = layer.mlps[part.part]
+    mlps = list(layer.mlps)
+    if gated and parts:  # all of a mixture read through one norm
+        source, one, part = behind_gate(state if source is None else source, layer.mlp, parts[0])
+        mlps = [replace(mlp, norm=one.norm) for mlp in mlps]
+        parts = [replace(each, resid=part.resid, copied_positions=each.host_positions) for each in parts]
+    for part in parts:
+        mlp = mlps[part.part]
         source = None if mlp.follows else source
         if part.host_positions is None:
             state = run.operations.allocate_mlp(state, mlp, part, run.allocation, source)

@@ -254,7 +254,7 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             if mlp.up is not None:
                 resid = part.resid if part.positions is None else part.resid[part.positions]
                 weight = 1.0 if part.input_weight is None else part.input_weight[:, None]
-                up = resid * mlp.scale(resid)[:, None] * weight @ mlp.reading(mlp.w_up, dtype).T
+                up = resid * mlp.scale(resid).view(len(resid), -1) * weight @ mlp.reading(mlp.w_up, dtype).T
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)

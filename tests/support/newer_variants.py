@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.family_shapes import EXPERTS, GQA, LOCAL, MHA, SHAPE, VISION
+from tests.support.family_shapes import EXPERTS, GQA, GROUPED, LATENT, LOCAL, MHA, SHAPE, VISION
 
 _LLAMA4 = {
     "head_dim": 8,
@@ -141,6 +141,19 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "laguna: channels, biases": (
         "laguna",
         {**MHA, "head_dim": 8, "gating": "per-element", "mlp_layer_types": ["dense"] * 3, "attention_bias": True},
+    ),
+    "axk2": (
+        "axk2",
+        {
+            **LATENT,
+            **GROUPED,
+            "index_topk": 3,
+            "index_n_heads": 2,
+            "index_head_dim": 6,
+            "gated_norm_rank": 5,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+        },
     ),
     "diffllama": ("diffllama", {**GQA, "attention_bias": True, "lambda_std_dev": 0.5, "pad_token_id": 0}),
     "beam": (

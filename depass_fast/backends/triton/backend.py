@@ -391,6 +391,6 @@ def _current(device: torch.device) -> Iterator[None]:
 
 def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tensor:
     """s of the residual stream (T, D), or of its positions ``at`` (S,): float32; ones without a norm."""
-    if norm is None:
+    if norm is None or norm.is_factor:
         return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
