@@ -141,6 +141,7 @@ KNOWN = {
     "jamba": "Jamba",
     "recurrent_gemma": "RecurrentGemma, Griffin",
     "diffllama": "DiffLlama",
+    "doge": "Doge",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

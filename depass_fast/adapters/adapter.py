@@ -17,7 +17,7 @@ from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
-from .maps import Latent, Linear, Norm
+from .maps import Latent, Linear, Norm, mixing_norms
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
@@ -346,6 +346,12 @@ class Adapter(LayerKinds):
         of_mlp = part.startswith("mlp") or part in ("gate_proj", "up_proj", "down_proj")
         return self.has_mlp(index) if of_mlp else self.has_attention(index)
 
+    def cuts_stream(self) -> bool:
+        """True if a factor by channel of the residual stream is zero anywhere."""
+        kinds = [(index, self.kind(index)) for index in range(self.n_layers)]
+        mixes = [(index, mix) for index, kind in kinds for mix in (kind.attention_mix, kind.mlp_mix) if mix is not None]
+        return not all(bool(mix(self.block(index))[0].all()) for index, mix in mixes)
+
     def _conv(self, index: int) -> Linear | None:
         """The convolution of values along the positions, as ``weight`` (Hkv·d, 1, taps); None without one."""
         mixer = self.kind(index).mixer
@@ -377,7 +383,9 @@ class Adapter(LayerKinds):
         norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
         factor, own = self.kind(index).factor, self.kind(index).mlp_factor
         factor = factor if kind == "attention" or own is None else own
-        keeps = getattr(self.kind(index), f"{kind}_keeps")
+        keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
+        if mix is not None:
+            output, stream = mixing_norms(*mix(self.block(index)))
         return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
 
     def _linear(self, index: int, part: str) -> Linear:

@@ -17,6 +17,7 @@ from .activation import Activation
 from .recurrence import Recurrence
 
 Part = Callable[[Tensor], Tensor]
+Mix = Callable[[Any], tuple[Tensor, Tensor, Tensor | None]]
 Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
 
 
@@ -232,13 +233,16 @@ class Family:
     experts: Experts | None = None  # in the layers whose MLP has a router
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
+    # given the layer, factors (D,) of the stream and of what a branch adds to it, and a constant (D,) that is added
+    attention_mix: Mix | None = None
+    mlp_mix: Mix | None = None
     partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
     @property
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.head_scale, self.v_head_norm, self.source, self.input_gate, self.layer_factor)
-        more += (self.norm_gate,)
+        more += (self.norm_gate, self.attention_mix, self.mlp_mix)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
 

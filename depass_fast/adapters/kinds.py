@@ -60,11 +60,12 @@ class LayerKinds(ModelEnds):
         """Raise ValueError for layers that read or write through more than one norm, which ``what`` does not know."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
-            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor)
+            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.attention_mix, kind.mlp_mix)
             if any(one is not None for one in more) or (kind.experts is not None and kind.experts.beside is not None):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding or experts beside an MLP (Gemma 4). dp.ledger and dp.attribute do."
+                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or factors of the stream by channel "
+                    "(Doge). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

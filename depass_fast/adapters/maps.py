@@ -88,6 +88,16 @@ class Norm:
         return out.sub_(out.mean(1, keepdim=True)) if self.centred else out
 
 
+def mixing_norms(keeps: Tensor, factor: Tensor, constant: Tensor | None) -> tuple[Norm, Norm]:
+    """Factors of what a branch adds and of the stream behind it, for ``keeps`` ⊙ x + ``factor`` ⊙ y + ``constant``.
+
+    All are (D,), and ``keeps`` is nowhere zero. x is the residual stream, y what the branch gives.
+    """
+    wide = torch.promote_types(keeps.dtype, torch.float32)
+    keeps, factor = keeps.to(wide), factor.to(wide)
+    return Norm(factor / keeps, 0.0, is_factor=True), Norm(keeps, 0.0, constant, is_factor=True)
+
+
 @dataclass(frozen=True)
 class Linear:
     """A projection of the model, or a part of a fused one: ``weight`` (out, in), ``bias`` (out,) or None."""

@@ -58,7 +58,6 @@ REASONS: dict[str, str] = {
     ),
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
-    "doge": "learned factors of the residual stream, and a mask that depends on values",
     "hrm_text": "a stack of layers that runs several times",
     "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "longcat_flash": "two attentions and MLPs in a layer, and a mixture from in front of the second to the end",

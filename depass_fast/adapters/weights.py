@@ -73,8 +73,11 @@ class Branch:
         beta = None if self.output.bias is None else self.output.bias.to(dtype) * self.factor
         if y is None:
             return beta
-        assert out_scale is not None  # it is recorded wherever there is an output norm
-        y = self.written(y.to(dtype).expand(len(out_scale), -1), out_scale)
+        y = y.to(dtype)
+        if not self.output.is_factor:
+            assert out_scale is not None  # it is recorded wherever there is an output norm
+            y = y.expand(len(out_scale), -1)
+        y = self.written(y, out_scale)
         return y if beta is None else y + beta
 
     @property

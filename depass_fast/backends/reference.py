@@ -268,8 +268,7 @@ def _written(
     if bias is not None and constant is not None:
         y[:, bias] += constant.to(y.dtype)
     if weights.output is not None:
-        assert out_scale is not None
-        y = weights.output.apply(y, out_scale[where])
+        y = weights.output.apply(y, None if out_scale is None else out_scale[where])
         if bias is not None and weights.output.bias is not None:
             y[:, bias] += weights.output.bias.to(y.dtype)
     return y * weights.factor

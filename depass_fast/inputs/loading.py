@@ -153,6 +153,8 @@ def check_weights(adapter: Adapter) -> None:
     Raises:
         ValueError: a weight cannot be read; the message names the module.
     """
+    if adapter.cuts_stream():
+        raise ValueError("model: a factor of its residual stream is zero in some channel, which cannot be divided out.")
     modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
     tried = set()
     ends = [adapter.final_norm_module, None if adapter.head is None else adapter.head.dense, adapter.unembedding]

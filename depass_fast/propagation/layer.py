@@ -129,6 +129,7 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
         return
     if norm.is_factor and norm.weight is not None:
         state.rows.mul_(norm.weight.to(state.rows))
+        _add_beta(state, norm)
         return
     assert resid is not None, "a norm of the residual stream was not recorded"
     layout, rows = state.layout, state.rows
@@ -138,5 +139,11 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
     rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
     if norm.weight is not None:
         rows.mul_(norm.weight.to(rows))
+    _add_beta(state, norm)
+
+
+def _add_beta(state: ComponentState, norm: Norm) -> None:
+    """Add a norm's β to `bias`, in place."""
+    layout, rows = state.layout, state.rows
     if norm.bias is not None and layout.index(BIAS) is not None:  # chosen components may lack `bias`
         rows[to_device(layout.extra_rows(BIAS), rows.device)] += norm.bias.to(rows)

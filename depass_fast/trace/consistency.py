@@ -329,7 +329,7 @@ def _check_all_written(
             _compare_stream(found, name, rows(part.resid, at), total, before)
         raw = _experts(layer, mlps, at, (part,)).to(wide)
         total = total + mlps[part.part].written(raw, None if part.out_scale is None else rows(part.out_scale, at))
-    total = total if stream is None else stream.apply(total, None)
+    total = normed(stream, total)
     what = f"{name} and what stands beside it write something else than what the residual stream gains there"
     found.compare(what, after, total.to(after), before, tolerance=tolerance)
 
@@ -352,6 +352,10 @@ def _check_write(
 ) -> None:
     """Check that outputs ``raw`` (S, D) lead from ``before`` to ``after``, and from there, if normed, to ``stream``."""
     written, wide = normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
+    if branch.stream is not None and branch.stream.is_factor:
+        total = normed(branch.stream, before.to(wide) + written.to(wide)).to(after)
+        found.compare(f"{name} writes something else than what the residual stream gains there", after, total, before)
+        return
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
         after.to(wide) / branch.keeps - before.to(wide),

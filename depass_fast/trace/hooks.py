@@ -71,7 +71,7 @@ class LayerHooks:
         for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
             if branch is None:
                 continue
-            if branch.output is not None:
+            if branch.output is not None and not branch.output.is_factor:
                 self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
             if branch.stream is not None and not branch.stream.is_factor:
                 self._before(f"{kind}_stream_norm", f"{kind}_sum")

@@ -104,7 +104,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
     streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
-    scales = sum(branch.output is not None for branch in branches) + sum(mlp.inner is not None for mlp in layer.mlps)
+    outputs = [branch.output for branch in branches if branch.output is not None and not branch.output.is_factor]
+    scales = len(outputs) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)

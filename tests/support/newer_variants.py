@@ -155,6 +155,7 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
             "bos_token_id": 1,
         },
     ),
+    "doge": ("doge", {**GQA, "attention_bias": True, "mlp_bias": True, "sliding_window": 3, "pad_token_id": 0}),
     "diffllama": ("diffllama", {**GQA, "attention_bias": True, "lambda_std_dev": 0.5, "pad_token_id": 0}),
     "beam": (
         "beam",
