@@ -64,8 +64,8 @@ class LayerKinds(ModelEnds):
             if any(one is not None for one in more) or (kind.experts is not None and kind.experts.beside is not None):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or factors of the stream by channel "
-                    "(Doge). dp.ledger and dp.attribute do."
+                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or factors of the stream by "
+                    "channel (Doge). dp.ledger and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

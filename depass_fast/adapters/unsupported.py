@@ -8,9 +8,7 @@ from __future__ import annotations
 
 _ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
 _DECODER = "encoder-decoder: its decoder reads an encoder"
-_GATED = "gates on the attention's output, in front of its output projection"
 _STATE = "state-space layers"
-_DELTA = "linear attention layers, a recurrence (gated delta rule)"
 _SPARSE = "sparse attention, whose keys an indexer selects"
 _STREAMS = "several residual streams that are mixed (hyper-connections)"
 
@@ -35,20 +33,14 @@ REASONS: dict[str, str] = {
         ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
     ),
     **dict.fromkeys(
-        (
-            *(
-                "qwen4_exp",
-                "qwen4_exp_text",
-            ),
-        ),
-        f"{_DELTA}, and {_GATED}",
+        ("qwen4_exp", "qwen4_exp_text"),
+        f"{_STREAMS}, {_SPARSE} in blocks, and embeddings of several tokens that enter the streams",
     ),
     "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
     "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",
-    **dict.fromkeys(
-        ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
-    ),
+    "inkling_text": "short convolutions behind attention and behind MLPs, whose outputs so enter at later positions, too",
+    "inkling2_text": "branches that read a mixture of the streams of earlier blocks, with short convolutions behind them",
     **dict.fromkeys(
         ("gemma3n", "gemma3n_text"),
         "four residual streams that every layer mixes (AltUp), beside a learned residual layer (LAuReL)",
