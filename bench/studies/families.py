@@ -142,6 +142,7 @@ KNOWN = {
     "recurrent_gemma": "RecurrentGemma, Griffin",
     "diffllama": "DiffLlama",
     "doge": "Doge",
+    "zaya": "ZAYA 1",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

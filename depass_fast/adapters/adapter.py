@@ -17,7 +17,7 @@ from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
-from .maps import Latent, Linear, Norm, mixing_norms
+from .maps import Joined, Latent, Linear, Norm, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
@@ -214,7 +214,7 @@ class Adapter(LayerKinds):
 
         Only a ``linear_rule`` reads an MLP's up projection.
         """
-        parts = ["v_proj", "v_up", "v_norm", "o_proj"]
+        parts = ["v_proj", "v_second", "v_up", "v_norm", "o_proj"]
         parts += [] if self.is_mixture(index) else ["gate_proj", "down_proj", "mlp_inner_norm"]
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
@@ -318,7 +318,7 @@ class Adapter(LayerKinds):
             value_limit=kind.v_clip,
             conv=self._conv(index),
             is_recurrent=kind.mixer is not None,
-            scales_heads=kind.mixer is not None or kind.head_scale is not None,
+            scales_heads=kind.head_scale is not None or (kind.mixer is not None and not kind.mixer.attends),
             value_norm=None if head_norm is None else self.made_norm(head_norm),
             source=kind.source,
             reads=kind.reads,
@@ -346,15 +346,13 @@ class Adapter(LayerKinds):
         of_mlp = part.startswith("mlp") or part in ("gate_proj", "up_proj", "down_proj")
         return self.has_mlp(index) if of_mlp else self.has_attention(index)
 
-    def cuts_stream(self) -> bool:
-        """True if a factor by channel of the residual stream is zero anywhere."""
-        kinds = [(index, self.kind(index)) for index in range(self.n_layers)]
-        mixes = [(index, mix) for index, kind in kinds for mix in (kind.attention_mix, kind.mlp_mix) if mix is not None]
-        return not all(bool(mix(self.block(index))[0].all()) for index, mix in mixes)
-
     def _conv(self, index: int) -> Linear | None:
         """The convolution of values along the positions, as ``weight`` (Hkv·d, 1, taps); None without one."""
         mixer = self.kind(index).mixer
+        if mixer is not None and mixer.taps is not None:
+            place = self._there(index, "v_proj")
+            taps = mixer.taps[:, None].to(stored_device(place), self.dtype)
+            return Taps(place, mixer.conv_part, taps=taps)
         if mixer is None or mixer.conv is None:
             return None
         module = below_or_none(self.block(index), mixer.conv)
@@ -362,6 +360,9 @@ class Adapter(LayerKinds):
 
     def _values(self, index: int) -> Linear | Latent:
         kind = self.kind(index)
+        second = self.module(index, "v_second")
+        if second is not None:
+            return Joined(self._there(index, "v_proj"), kind.v_part, second=second)
         down = replace(self._linear(index, "v_proj"), part=kind.v_part)
         if kind.v_norm is None:
             return down

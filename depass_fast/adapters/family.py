@@ -115,13 +115,14 @@ class Mixer:
     (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
-    channels. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
+    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
     read: Callable[..., Recurrence]
     conv: Path | None = None
     conv_part: Part | None = None
+    taps: Tensor | None = None
     value_ratio: Callable[[Tensor], Tensor] | None = None
     attends: bool = False
 
@@ -178,6 +179,7 @@ class Family:
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
     v_proj: Path = "self_attn.v_proj"
+    v_second: Path | None = None  # another projection, whose outputs are behind those of `v_proj`; before a ``mixer``
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values, and queries and keys in front of the rotary embedding, are clamped to ± this
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent

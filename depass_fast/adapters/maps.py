@@ -158,6 +158,71 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Joined(Linear):
+    """Two projections of the same input, the outputs of ``second`` behind the others: ``part`` takes both together.
+
+    The module is that of the first. No output of the model's holds both.
+    """
+
+    second: nn.Module | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [one for one in (self.module, self.second) if isinstance(one, nn.Module)]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        out, size = sum(stored_shape(one)[0] for one in self.modules), stored_shape(self.module)[1]
+        both = torch.empty(out, size, device="meta")
+        return both.shape if self.part is None else self.part(both).shape  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        both = torch.cat([stored_weight(one) for one in self.modules])
+        return both if self.part is None else self.part(both)
+
+    @cached_property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Taps(Linear):
+    """A convolution whose taps (C, 1, K) no module holds; ``module`` is any that lies where it is."""
+
+    taps: Tensor | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        assert self.taps is not None
+        return self.taps if self.part is None else self.part(self.taps)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return len(self.weight), 1
+
+    @cached_property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class Latent:
     """Values by way of a latent (multi-head latent attention): ``up`` (Hkv·d, r) of the norm of ``down`` (r, D).
 

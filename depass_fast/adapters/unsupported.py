@@ -39,8 +39,8 @@ REASONS: dict[str, str] = {
     "minimax_m3_vl_text": "sparse attention, whose keys an indexer selects in blocks, for every group of heads",
     "deepseek_v4": f"{_STREAMS}, keys that are values, and compressed ones",
     "hy_v4": f"{_STREAMS}, and {_SPARSE}",
-    "inkling_text": "short convolutions behind attention and behind MLPs, whose outputs so enter at later positions, too",
-    "inkling2_text": "branches that read a mixture of the streams of earlier blocks, with short convolutions behind them",
+    "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
+    "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",
     **dict.fromkeys(
         ("gemma3n", "gemma3n_text"),
         "four residual streams that every layer mixes (AltUp), beside a learned residual layer (LAuReL)",
@@ -58,5 +58,4 @@ REASONS: dict[str, str] = {
     "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
     "xlstm": "layers with a recurrence (mLSTM) in place of attention",
-    "zaya": "learned factors of the residual stream, and convolutions in attention",
 }

@@ -153,7 +153,7 @@ def check_weights(adapter: Adapter) -> None:
     Raises:
         ValueError: a weight cannot be read; the message names the module.
     """
-    if adapter.cuts_stream():
+    if _cuts_stream(adapter):
         raise ValueError("model: a factor of its residual stream is zero in some channel, which cannot be divided out.")
     modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
     tried = set()
@@ -166,6 +166,13 @@ def check_weights(adapter: Adapter) -> None:
             problem = _misread(module, adapter.dtype)
         if problem is not None:
             raise ValueError(f"{adapter.name_of(module)}: {problem}")
+
+
+def _cuts_stream(adapter: Adapter) -> bool:
+    """True if a factor by channel of the residual stream is zero anywhere."""
+    kinds = [(adapter.block(index), adapter.kind(index)) for index in range(adapter.n_layers)]
+    mixes = ((block, mix) for block, kind in kinds for mix in (kind.attention_mix, kind.mlp_mix) if mix is not None)
+    return not all(bool(mix(block)[0].all()) for block, mix in mixes)
 
 
 def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
+from ..adapters.maps import Joined
 from ..adapters.side_by_side import beside_each_other
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
@@ -202,19 +203,18 @@ def _check_attention(
         return
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
     read = rows(layer.attention.resid, at)
-    recurrent = weights.is_recurrent
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
         normed(weights.norm, read).to(read),
     )
     computed = isinstance(weights.v, Latent) and not weights.v.up.is_own  # a weight that is computed rounds otherwise
-    found.compare(
-        f"{name} changes the values between their projection and the heads",
-        record["values"],
-        weights.v_input.select(record["values_output"]) if recurrent else weights.values_of(record["values_output"]),
-        tolerance=READING if computed else None,
-    )
+    joined = isinstance(weights.v, Joined)  # no module gives all values, which are compared behind the heads
+    if not joined:
+        got = record["values_output"]
+        expected = weights.v_input.select(got) if weights.is_recurrent else weights.values_of(got)
+        between = f"{name} changes the values between their projection and the heads"
+        found.compare(between, record["values"], expected, tolerance=READING if computed else None)
     found.compare(
         f"{name} gives its output projection something else than the heads' mixture of values",
         record["heads"],
@@ -226,6 +226,8 @@ def _check_attention(
         ("o_proj", weights.o, record["attended"].to(record["heads"])),
     ):
         outputs = record[WATCHED[part][1]]
+        if part == "v_proj" and joined:
+            continue
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
     if adapter.is_parallel:
         return  # attention's output is part of all that the stream gains: see the MLP

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Attention, HeadScale, Latent, Mixer, Norm
+from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
@@ -115,8 +116,9 @@ class LayerHooks:
         """Record a recurrence by the outputs of its projections, and replace what its heads give by ours."""
         module, names, recorder = self._module("attention"), mixer.projections, self.recorder
         sides = self.adapter.sides(self.index)
-        seen, values, attention = self._seen(names), self._seen_values(), self.attention if sides is None else sides[1]
+        attention = self.attention if sides is None else sides[1]
         assert attention is not None
+        seen, values = self._seen(names), self._seen_values(attention.v_input)
 
         def by_prompt(x: Tensor, conv: nn.Conv1d, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
             weight, bias = conv.weight, conv.bias
@@ -127,7 +129,7 @@ class LayerHooks:
         def heads(given: Tensor) -> Tensor:
             record = recorder.layers[self.index]
             recurrence = mixer.read(module, seen(), by_prompt, *named)
-            out = recorder.mix(self.index, mixer, recurrence, attention.v_input.select(values()))
+            out = recorder.mix(self.index, mixer, recurrence, values())
             record["heads_given"] = out
             return out
 
@@ -141,12 +143,15 @@ class LayerHooks:
             self.undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
         self._in_place_of_heads(heads)
 
-    def _seen_values(self) -> Callable[[], Tensor]:
-        """Watch the projection to the values; return a function that gives its last output (T, C)."""
+    def _seen_values(self, projection: Linear) -> Callable[[], Tensor]:
+        """Watch the projection to the values; return a function that gives the last values (T, C)."""
         seen: dict[str, Any] = {}
-        hook = RecordingHook(self.recorder, seen, "values", as_is=True)
-        self.undo.callback(hook.after(self._module("v_proj")))
-        return lambda: seen["values"].flatten(0, -2)
+        hook, module = RecordingHook(self.recorder, seen, "values", as_is=True), self._module("v_proj")
+        if isinstance(projection, Joined):  # another module computes the others
+            self.undo.callback(hook.before(module))
+            return lambda: projection.project(seen["values"].flatten(0, -2))
+        self.undo.callback(hook.after(module))
+        return lambda: projection.select(seen["values"].flatten(0, -2))
 
     def _observe_head_scale(self, scale: HeadScale) -> None:
         """Record the factors of what heads give, and apply them by ourselves."""

@@ -35,6 +35,7 @@ _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with 
 _AFTER_THE_NEURONS = (
     *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
     "down_proj_bias",
+    *(f"post_mlp_residual_scale.{name}_bias" for name in ("hidden_states", "residual")),
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)

@@ -41,6 +41,10 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         added[kind] = total * branch.factor
+        mix = getattr(adapter.kind(layer), f"{kind}_mix")
+        if mix is not None:
+            _, factor, constant = mix(adapter.block(layer))
+            added[kind] = added[kind] * factor + (0.0 if constant is None else constant)
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
             added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
         if kind == "mlp":

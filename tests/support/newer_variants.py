@@ -156,6 +156,21 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "doge": ("doge", {**GQA, "attention_bias": True, "mlp_bias": True, "sliding_window": 3, "pad_token_id": 0}),
+    "zaya": (
+        "zaya",
+        {
+            **GQA,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "router_hidden_size": 12,
+            "lm_head_bias": True,
+            "sliding_window": 3,
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+            "intermediate_size": None,
+            "pad_token_id": 0,
+        },
+    ),
     "diffllama": ("diffllama", {**GQA, "attention_bias": True, "lambda_std_dev": 0.5, "pad_token_id": 0}),
     "beam": (
         "beam",
