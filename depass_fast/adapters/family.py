@@ -115,16 +115,17 @@ class Mixer:
     (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
-    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
+    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the
+    activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
     read: Callable[..., Recurrence]
     conv: Path | None = None
     conv_part: Part | None = None
-    taps: Tensor | None = None
     value_ratio: Callable[[Tensor], Tensor] | None = None
     attends: bool = False
+    taps: Tensor | None = None
 
 
 @dataclass(frozen=True)
