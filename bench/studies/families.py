@@ -138,10 +138,15 @@ KNOWN = {
     "olmo_hybrid": "OLMo Hybrid",
     "lfm2": "LFM2",
     "lfm2_moe": "LFM2 MoE",
+    "lfm3": "LFM3",
     "mamba": "Mamba",
     "falcon_mamba": "Falcon Mamba",
     "mamba2": "Mamba-2",
     "jamba": "Jamba",
+    "recurrent_gemma": "RecurrentGemma, Griffin",
+    "diffllama": "DiffLlama",
+    "doge": "Doge",
+    "zaya": "ZAYA 1",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",
@@ -149,6 +154,7 @@ KNOWN = {
     "cohere_compass_text": "Cohere Compass, North Micro Vision (its text model)",
     "aria_text": "Aria (its text model)",
     "axk1": "A.X K1",
+    "axk2": "A.X K2",
     "mimo_v2_flash": "MiMo V2 Flash",
     "flint": "Flint",
     "emu3": "Emu 3",
@@ -159,6 +165,7 @@ KNOWN = {
     "dbrx": "DBRX",
     "git": "GIT",
     "moshi": "Moshi, Helium (its text model)",
+    "modernbert-decoder": "ModernBERT decoder, Ettin",
 }
 
 

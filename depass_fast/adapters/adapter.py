@@ -18,7 +18,7 @@ from .family import Experts, Observed, Path
 from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
-from .maps import Latent, Linear, Norm
+from .maps import Joined, Latent, Linear, Norm, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
@@ -210,11 +210,11 @@ class Adapter(LayerKinds):
 
         Only a ``linear_rule`` reads an MLP's up projection.
         """
-        parts = ["v_proj", "v_entries", "v_up", "v_norm", "o_front", "o_proj"]
+        parts = ["v_proj", "v_second", "v_entries", "v_up", "v_norm", "o_front", "o_proj"]
         parts += ["gate_proj", "down_proj", "mlp_inner_norm"] if self.has_dense_mlp(index) else []
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
-        modules += [module for part in parts if (module := self.module(index, part)) is not None]
+        modules += [self.inside_gate(module) for part in parts if (module := self.module(index, part)) is not None]
         plain = linear_rule and self.has_dense_mlp(index)
         up = below_or_none(self.block(index), self.kind(index).up_proj) if plain else None
         modules += [] if up is None else [up]
@@ -328,7 +328,7 @@ class Adapter(LayerKinds):
             conv=self._conv(index),
             is_recurrent=kind.mixer is not None,
             is_keyed=kind.keyed is not None,
-            scales_heads=kind.mixer is not None or kind.head_scale is not None,
+            scales_heads=kind.head_scale is not None or (kind.mixer is not None and not kind.mixer.attends),
             value_norm=None if head_norm is None else self.made_norm(head_norm),
             source=kind.source,
             reads=kind.reads,
@@ -362,6 +362,10 @@ class Adapter(LayerKinds):
     def _conv(self, index: int) -> Linear | None:
         """The convolution of values along the positions, as ``weight`` (Hkv·d, 1, taps); None without one."""
         mixer = self.kind(index).mixer
+        if mixer is not None and mixer.taps is not None:
+            place = self._there(index, "v_proj")
+            taps = mixer.taps[:, None].to(stored_device(place), self.dtype)
+            return Taps(place, mixer.conv_part, taps=taps)
         if mixer is None or mixer.conv is None:
             return None
         module = below_or_none(self.block(index), mixer.conv)
@@ -369,6 +373,9 @@ class Adapter(LayerKinds):
 
     def _values(self, index: int) -> Linear | Latent | WithEntries:
         kind = self.kind(index)
+        second = self.module(index, "v_second")
+        if second is not None:
+            return Joined(self._there(index, "v_proj"), kind.v_part, second=second)
         down = replace(self._linear(index, "v_proj"), part=kind.v_part)
         if kind.v_entries is not None:
             return WithEntries(down, self._linear(index, "v_entries"))
@@ -392,7 +399,9 @@ class Adapter(LayerKinds):
         norm, output, stream = (self._norm(self.module(index, f"{kind}{where}")) for where in _NORMS)
         factor, own = self.kind(index).factor, self.kind(index).mlp_factor
         factor = factor if kind == "attention" or own is None else own
-        keeps = getattr(self.kind(index), f"{kind}_keeps")
+        keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
+        if mix is not None:
+            output, stream = mixing_norms(*mix(self.block(index)))
         return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
 
     def _linear(self, index: int, part: str) -> Linear:

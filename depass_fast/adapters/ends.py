@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .family import Family, Path
+from .head import Head
 from .maps import Norm
 from .paths import below
 from .stored import stored_bias, stored_device, stored_shape, stored_weight
@@ -86,7 +88,7 @@ class ModelEnds:
         # a weight that is not floating is quantised
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
         hidden = hidden.to(self.unembedding_device, dtype)
-        raw = self.unembedding(self.projected_out(hidden)) * self.family.logit_scale
+        raw = self.unembedding(self.entering_unembedding(self.projected_out(hidden))) * self.family.logit_scale
         cap = self.family.logit_cap
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
@@ -94,12 +96,39 @@ class ModelEnds:
         """Return what the decoder gives to the unembedding for normed final hidden states (..., D)."""
         return hidden if self._project_out is None else self._project_out(hidden)
 
+    @property
+    def head(self) -> Head | None:
+        """The head in front of the unembedding; None where it reads the final norm itself."""
+        home = self.family.head
+        if home is None:
+            return None
+        module = self._below_model(home)
+        return Head(module.dense, module.act, self.made_norm(module.norm))
+
+    def entering_unembedding(self, hidden: Tensor) -> Tensor:
+        """Return what the unembedding reads where the head, if there is one, is given ``hidden`` (..., D)."""
+        return hidden if self.head is None else self.head(hidden)
+
+    @property
+    def has_end_constants(self) -> bool:
+        """True if anything behind the final norm adds a constant to a logit."""
+        return self.unembedding_bias is not None or (self.head is not None and self.head.has_bias)
+
     def token_directions(self, tokens: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Directions (K, D) and constants (K,) whose products and sums with hidden states are the logits of ``tokens``.
 
         All lie on the unembedding's device, where ``tokens`` (K,) are. A cap on the logits is frozen at its ratio
-        capped / raw at each token's normed hidden state ``hidden`` (K, D).
+        capped / raw at each token's normed hidden state ``hidden`` (K, D), and so is a head.
         """
+        read = self.entering_unembedding(hidden.to(dtype))
+        return self.pulled_back(*self.capped_directions(tokens, read, dtype), hidden)
+
+    def pulled_back(self, vectors: Tensor, constants: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The same directions (K, D) and constants (K,) in front of the head at ``hidden`` (K, D), if there is one."""
+        return (vectors, constants) if self.head is None else self.head.pulled_back(vectors, constants, hidden)
+
+    def capped_directions(self, tokens: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`token_directions` behind a head: ``hidden`` (K, D) is what the unembedding reads."""
         vectors, constants = self.uncapped_directions(tokens, dtype)
         if self.family.logit_cap is None:
             return vectors, constants
@@ -107,7 +136,7 @@ class ModelEnds:
         return vectors * ratio[:, None], constants * ratio
 
     def uncapped_directions(self, tokens: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """:meth:`token_directions` in front of a cap on the logits."""
+        """:meth:`token_directions` behind a head and in front of a cap on the logits."""
         vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
         if self._project_out is not None:
             vectors = vectors @ stored_weight(self._project_out).to(dtype)
@@ -130,6 +159,16 @@ class ModelEnds:
         return None if module is None else self.made_norm(module)
 
     def made_norm(self, module: nn.Module) -> Norm:
+        read, inner = self.family.norm_gate, self.inside_gate(module)
+        if read is None or inner is module:
+            return self._plain_norm(module)
+        return replace(self._plain_norm(inner), gate=partial(read, module))
+
+    def inside_gate(self, module: nn.Module) -> nn.Module:
+        """The norm itself, of a module that has a gate behind it; else the module."""
+        return module if self.family.norm_gate is None else getattr(module, "norm", module)
+
+    def _plain_norm(self, module: nn.Module) -> Norm:
         weight = getattr(module, "weight", None)
         if weight is not None and self.family.norm_offset:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.family.norm_offset

@@ -18,6 +18,7 @@ from .recurrence import Recurrence
 from .streams import Streams
 
 Part = Callable[[Tensor], Tensor]
+Mix = Callable[[Any], tuple[Tensor, Tensor, Tensor | None]]
 Path = str | tuple[str, ...]  # names that changed from version to version: the first that exists
 
 
@@ -115,17 +116,21 @@ class Mixer:
 
     ``projections`` are paths below the mixer's module. ``read(module, outputs, convolve)`` gets that module, the
     outputs (T, C) of the projections in that order, and a function that convolves (T, C') within every prompt, given
-    a module of convolution and a part of its channels. It returns a :class:`Recurrence`.
+    a module of convolution and a part of its channels. It returns a :class:`Recurrence`. Where that is a softmax
+    (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
-    channels. ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
+    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the
+    activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
-    read: Callable[[Any, list[Tensor], Callable[..., Tensor]], Recurrence]
+    read: Callable[..., Recurrence]
     conv: Path | None = None
     conv_part: Part | None = None
     value_ratio: Callable[[Tensor], Tensor] | None = None
+    attends: bool = False
+    taps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +181,14 @@ class Family:
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
     project_out: Path | None = None  # between the final norm and the unembedding
+    head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0
     logit_cap: float | None = None  # c · tanh(logit / c)
 
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
+    # of a module that has the norm itself as `norm`, the factors (..., D) of the norm's output (..., D) behind it
+    norm_gate: Callable[[Any, Tensor], Tensor] | None = None
     parallel: bool = False  # the MLP reads what the attention reads
     factor: float = 1.0  # of what a branch adds to the residual stream
     # factors of the sum of the stream and what attention, or the MLP, adds to it
@@ -200,6 +208,7 @@ class Family:
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
     v_proj: Path = "self_attn.v_proj"
+    v_second: Path | None = None  # another projection, whose outputs are behind those of `v_proj`; before a ``mixer``
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
     v_clip: float | None = None  # values, and queries and keys in front of the rotary embedding, are clamped to ± this
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
@@ -262,6 +271,9 @@ class Family:
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
     streams: Streams | None = None  # several residual streams side by side, which every branch mixes
+    # given the layer, factors (D,) of the stream and of what a branch adds to it, and a constant (D,) that is added
+    attention_mix: Mix | None = None
+    mlp_mix: Mix | None = None
     partial: tuple[str, ...] = ()  # parts, by their names here, that only some layers have
 
     @property
@@ -273,7 +285,7 @@ class Family:
     def is_plain(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
-        more = (*more, self.layer_factor, self.streams)
+        more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

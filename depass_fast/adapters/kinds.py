@@ -62,12 +62,14 @@ class LayerKinds(ModelEnds):
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
             more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.streams)
+            more += (kind.attention_mix, kind.mlp_mix)
             beside = kind.experts is not None and kind.experts.beside is not None
             if beside or kind.has_experts_ahead or any(one is not None for one in more):
                 raise ValueError(
                     f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat) or "
-                    "several residual streams (Gemma 3n, DeepSeek V4). dp.ledger and dp.attribute do."
+                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat), several "
+                    "residual streams (Gemma 3n, DeepSeek V4) or factors of the stream by channel (Doge). dp.ledger "
+                    "and dp.attribute do."
                 )
 
     def has_mixers(self) -> bool:

@@ -18,7 +18,8 @@ class Norm:
     """A normalisation with its scale frozen: ``y = γ ⊙ (x - mean x) · s + β``, without the mean unless ``centred``.
 
     ``s[n] = 1 / sqrt(mean(x[n]²) + eps)``, of the centred x for LayerNorm. ``weight`` γ and ``bias`` β are (D,) or
-    absent. With ``is_factor`` there is no s: γ, (1,), multiplies what passes.
+    absent. With ``is_factor`` there is no s: γ, (1,) or (D,), multiplies what passes. ``gate`` gives factors of y by
+    channel, (..., D) of (..., D); they are frozen with s, whose shape is then (N, D).
     """
 
     weight: Tensor | None
@@ -26,6 +27,7 @@ class Norm:
     bias: Tensor | None = None
     centred: bool = False
     is_factor: bool = False
+    gate: Callable[[Tensor], Tensor] | None = None
 
     def to(self, device: torch.device) -> Norm:
         """The same norm on another device."""
@@ -33,34 +35,41 @@ class Norm:
         return replace(self, **{name: part if part is None else part.to(device) for name, part in parts.items()})
 
     def scale(self, x: Tensor) -> Tensor:
-        """The frozen factor s of hidden states ``x`` (..., D) -> (...), in float32 or wider."""
+        """The frozen factor s of hidden states ``x`` (..., D) -> (...), or (..., D) with a gate; float32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.is_factor:
             return x.new_ones(x.shape[:-1], dtype=wide)
         x = x.to(wide)
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        return torch.rsqrt(x.square().mean(-1) + self.eps)
+        s = torch.rsqrt(x.square().mean(-1) + self.eps)
+        if self.gate is None:
+            return s
+        y = x * s[..., None]
+        return s[..., None] * self.gate(y if self.weight is None else self._weighted(y)).to(s)
 
     def apply(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """The linear part, with ``scale`` (N,) frozen, or left out: (N, ..., D) -> (N, ..., D), in x's dtype."""
+        """The linear part, with ``scale`` (N,) or (N, D) frozen, or left out: (N, ..., D) -> the same, in x's dtype."""
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         if scale is not None:
-            x = x * scale.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+            x = x * scale.to(x.dtype).view(len(scale), *[1] * (x.ndim - scale.ndim), *scale.shape[1:])
         return x if self.weight is None else self._weighted(x)
 
     def normed(self, x: Tensor) -> Tensor:
         """The norm of ``x`` (..., D) without β, its scale that of ``x`` itself, in x's dtype; fused on a GPU."""
+        if self.is_factor:
+            return x if self.weight is None else self._weighted(x)
         norm = nn.functional.layer_norm if self.centred else nn.functional.rms_norm
         y = norm(x, x.shape[-1:], eps=self.eps)
-        return y if self.weight is None else self._weighted(y)
+        y = y if self.weight is None else self._weighted(y)
+        return y if self.gate is None else y * self.gate(y).to(y)
 
     def transposed(self, y: Tensor, scale: Tensor | None) -> Tensor:
         """Apply the transpose of :meth:`apply`, to gradients ``y`` (..., N, D) behind the norm."""
         y = y if self.weight is None else self._weighted(y)
         if scale is not None:
-            y = y * scale.to(y.dtype)[..., None]
+            y = y * (scale.to(y.dtype) if self.gate is not None else scale.to(y.dtype)[..., None])
         return y - y.mean(-1, keepdim=True) if self.centred else y
 
     def _weighted(self, x: Tensor) -> Tensor:
@@ -77,6 +86,16 @@ class Norm:
             if self.weight is not None:
                 out.mul_(self.weight.to(out.dtype))
         return out.sub_(out.mean(1, keepdim=True)) if self.centred else out
+
+
+def mixing_norms(keeps: Tensor, factor: Tensor, constant: Tensor | None) -> tuple[Norm, Norm]:
+    """Factors of what a branch adds and of the stream behind it, for ``keeps`` ⊙ x + ``factor`` ⊙ y + ``constant``.
+
+    All are (D,), and ``keeps`` is nowhere zero. x is the residual stream, y what the branch gives.
+    """
+    wide = torch.promote_types(keeps.dtype, torch.float32)
+    keeps, factor = keeps.to(wide), factor.to(wide)
+    return Norm(factor / keeps, 0.0, is_factor=True), Norm(keeps, 0.0, constant, is_factor=True)
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,71 @@ class Linear:
         """The projection of (N, in) to (N, out), in x's dtype. A weight that is computed may be wider."""
         weight, bias = self.weight, self.bias
         return nn.functional.linear(x.to(weight), weight, None if bias is None else bias.to(weight)).to(x)
+
+
+@dataclass(frozen=True)
+class Joined(Linear):
+    """Two projections of the same input, the outputs of ``second`` behind the others: ``part`` takes both together.
+
+    The module is that of the first. No output of the model's holds both.
+    """
+
+    second: nn.Module | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [one for one in (self.module, self.second) if isinstance(one, nn.Module)]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        out, size = sum(stored_shape(one)[0] for one in self.modules), stored_shape(self.module)[1]
+        both = torch.empty(out, size, device="meta")
+        return both.shape if self.part is None else self.part(both).shape  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        both = torch.cat([stored_weight(one) for one in self.modules])
+        return both if self.part is None else self.part(both)
+
+    @cached_property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Taps(Linear):
+    """A convolution whose taps (C, 1, K) no module holds; ``module`` is any that lies where it is."""
+
+    taps: Tensor | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        assert self.taps is not None
+        return self.taps if self.part is None else self.part(self.taps)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        return len(self.weight), 1
+
+    @cached_property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from .adapter import Adapter
 from .family import Path
 from .paths import exists, name_of
 
-_OF_THE_MODEL = ("layers", "embedding", "final_norm", "unembedding", "project_out")
+_OF_THE_MODEL = ("layers", "embedding", "final_norm", "unembedding", "project_out", "head")
 _OF_A_LAYER = ("attention", "v_proj", "v_entries", "v_norm", "v_up", "o_front", "o_proj", "mlp")
 _OF_AN_MLP = ("gate_proj", "down_proj")
 _NORMS = [f"{branch}{kind}" for branch in ("attention", "mlp") for kind in ("_norm", "_output_norm", "_stream_norm")]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 _ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
 _DECODER = "encoder-decoder: its decoder reads an encoder"
-_GATED = "gates on the attention's output, in front of its output projection"
 _STATE = "state-space layers"
-_DELTA = "linear attention layers, a recurrence (gated delta rule)"
-_CONVOLUTION = "layers with a gated short convolution in place of attention"
+_SPARSE = "sparse attention, whose keys an indexer selects"
+_STREAMS = "several residual streams that are mixed (hyper-connections)"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(
@@ -34,34 +33,21 @@ REASONS: dict[str, str] = {
         ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
     ),
     **dict.fromkeys(
-        (
-            *(
-                "qwen4_exp",
-                "qwen4_exp_text",
-            ),
-        ),
-        f"{_DELTA}, and {_GATED}",
+        ("qwen4_exp", "qwen4_exp_text"),
+        f"{_STREAMS}, {_SPARSE} in blocks, and embeddings of several tokens that enter the streams",
     ),
-    **dict.fromkeys(("lfm3",), _CONVOLUTION),
-    "axk2": "norms of the residual stream whose output passes a gate of its own, by channel",
-    **dict.fromkeys(
-        ("inkling_text", "inkling2_text"), "short convolutions around attention, and logits with a learned distance"
-    ),
+    "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
+    "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
     ),
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
-    "diffllama": "differential attention: a difference of two softmaxes, with a norm behind it",
-    "doge": "learned factors of the residual stream, and a mask that depends on values",
     "hrm_text": "a stack of layers that runs several times",
     "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "mllama": "cross-attention layers, which are skipped without an image",
-    "modernbert-decoder": "a projection, an activation and a norm stand between the last layer and the unembedding",
-    "recurrent_gemma": "layers with a gated linear recurrence (RG-LRU) beside attention",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
     "xlstm": "layers with a recurrence (mLSTM) in place of attention",
-    "zaya": "learned factors of the residual stream, and convolutions in attention",
 }

@@ -76,9 +76,17 @@ class Branch:
         beta = None if self.output.bias is None else self.output.bias.to(dtype) * self.factor
         if y is None:
             return beta
-        assert out_scale is not None  # it is recorded wherever there is an output norm
-        y = self.written(y.to(dtype).expand(len(out_scale), -1), out_scale)
+        y = y.to(dtype)
+        if not self.output.is_factor:
+            assert out_scale is not None  # it is recorded wherever there is an output norm
+            y = y.expand(len(out_scale), -1)
+        y = self.written(y, out_scale)
         return y if beta is None else y + beta
+
+    @property
+    def has_gated_norm(self) -> bool:
+        """True if a gate by channel follows the norm that it reads through."""
+        return self.norm is not None and self.norm.gate is not None
 
     @property
     def has_norm_bias(self) -> bool:

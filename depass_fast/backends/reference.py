@@ -139,11 +139,14 @@ def _recurrence(
     elif trace.value_ratio is not None:
         values = values * trace.value_ratio[where].to(dtype)[:, None]
     values = values.unflatten(-1, (weights.n_heads, -1))  # (N, M, H, d)
-    beside = 0 if trace.beside is None else trace.beside.q.shape[1]  # the first heads have a softmax
-    parts = [_recurred(trace, values[:, :, beside:], where)]
-    if trace.beside is not None:
-        p = attention_probabilities(trace.beside, where, torch.arange(len(where), device=where.device), dtype)
-        parts.insert(0, torch.einsum("hqk,kmhd->qmhd", p, values[:, :, :beside]))
+    looking, parts = trace if frozen.decay is None else trace.beside, []
+    beside = 0  # the first heads, which have a softmax
+    if looking is not None:
+        p = attention_probabilities(looking, where, torch.arange(len(where), device=where.device), dtype)
+        beside = len(p)
+        parts.append(torch.einsum("hqk,kmhd->qmhd", p, values[:, :, :beside]))
+    if frozen.decay is not None:
+        parts.append(_recurred(trace, values[:, :, beside:], where))
     out = torch.cat(parts, 2).flatten(2)
     return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
 
@@ -151,7 +154,7 @@ def _recurrence(
 def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:
     """Return what a recurrence makes of shaped values (N, M, H, d), position by position."""
     frozen, dtype, heads = trace.recurrence, values.dtype, values.shape[2]
-    assert frozen is not None
+    assert frozen is not None and frozen.decay is not None
     q, k, decay = (_of_heads(x[where].to(dtype), heads) for x in (trace.q, trace.k, frozen.decay))
     decay = decay if frozen.rates is None else decay * frozen.rates.to(dtype)
     write = values.new_ones(len(values), heads) if frozen.write is None else frozen.write[where].to(dtype)
@@ -270,8 +273,7 @@ def _written(
     if bias is not None and constant is not None:
         y[:, bias] += constant.to(y.dtype)
     if weights.output is not None:
-        assert out_scale is not None
-        y = weights.output.apply(y, out_scale[where])
+        y = weights.output.apply(y, None if out_scale is None else out_scale[where])
         if bias is not None and weights.output.bias is not None:
             y[:, bias] += weights.output.bias.to(y.dtype)
     return y * weights.factor

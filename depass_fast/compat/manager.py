@@ -80,6 +80,11 @@ class decomposed_state_manager(PublishedSteps):
         self._inner_tokenizer = as_tokenizer(tokenizer)
         adapter = adapt(inner)
         adapter.check_uniform("model: the published interface", " Take depass_fast.DePass.")
+        if adapter.head is not None:
+            raise ValueError(
+                "model: the published interface reads logits behind the final norm, and this model has a head there. "
+                "Take depass_fast.DePass."
+            )
         adapter.check_selects_nothing("model: the published interface")
         self._settings = Options(temperature=mlp_softmax_temp).updated(options)
         self._settings.build(adapter)

@@ -133,6 +133,7 @@ class LayerOutputs:
         stream, constant = self._stream(module), self._linear_constant(module)
         if stream is not None and stream.is_factor:
             y = after[self.span].to(self.dtype) - stream.apply(before[self.span].to(self.dtype), None)
+            y = y if stream.bias is None else y - stream.bias.to(y)
             return y if constant is None else y - constant
         total = record.attention_sum if module == "attention" else record.mlp_sum  # before a norm of the stream
         keeps = self._of(module)[0].keeps
@@ -207,8 +208,8 @@ class LayerOutputs:
         if module != "mlp" or self.mlps:
             keeps = self._of(module)[0].keeps
             y = y if keeps == 1.0 else y * keeps
-        if stream is None:
-            return y
+        if stream is None or stream.is_factor:
+            return y if stream is None else stream.transposed(y, None)
         resid = self.record.attention_sum if module == "attention" else self.record.mlp_sum
         assert resid is not None  # it is recorded wherever there is such a norm
         rows = resid[self.span] if position is None else resid[self.span][position]

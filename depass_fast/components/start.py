@@ -218,7 +218,7 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
     """
     if end is None:
         norm = adapter.final_norm()
-        if (norm is not None and norm.bias is not None) or adapter.unembedding_bias is not None:
+        if (norm is not None and norm.bias is not None) or adapter.has_end_constants:
             return torch.inf
         end = adapter.n_layers
     for index in reversed(range(first, end)):

@@ -20,7 +20,9 @@ def part_logits(engine: DePass, parts: Tensor, hidden: Tensor) -> Tensor:
     """
     adapter = engine.adapter
     parts, hidden = (x.to(adapter.unembedding_device, torch.float32) for x in (parts, hidden))
-    found = []
+    head, found = adapter.head, []
+    if head is not None:
+        parts, hidden = head.pushed(parts, hidden), head(hidden)
     for first in range(0, adapter.vocabulary_size, TOKENS_AT_ONCE):
         vectors, constants = adapter.uncapped_directions(slice(first, first + TOKENS_AT_ONCE), torch.float32)
         ratio = adapter.cap_ratio(vectors @ hidden + constants)

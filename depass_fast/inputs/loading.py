@@ -153,9 +153,12 @@ def check_weights(adapter: Adapter) -> None:
     Raises:
         ValueError: a weight cannot be read; the message names the module.
     """
+    if _cuts_stream(adapter):
+        raise ValueError("model: a factor of its residual stream is zero in some channel, which cannot be divided out.")
     modules = [module for index in range(adapter.n_layers) for module in adapter.weighty(index)]
     tried = set()
-    for module in [*modules, *(m for m in [adapter.final_norm_module] if m is not None), adapter.unembedding]:
+    ends = [adapter.final_norm_module, None if adapter.head is None else adapter.head.dense, adapter.unembedding]
+    for module in [*modules, *(module for module in ends if module is not None)]:
         problem = unreadable(module)
         kind = kind_of(module)
         if problem is None and kind is not None and kind not in tried:
@@ -163,6 +166,13 @@ def check_weights(adapter: Adapter) -> None:
             problem = _misread(module, adapter.dtype)
         if problem is not None:
             raise ValueError(f"{adapter.name_of(module)}: {problem}")
+
+
+def _cuts_stream(adapter: Adapter) -> bool:
+    """True if a factor by channel of the residual stream is zero anywhere."""
+    kinds = [(adapter.block(index), adapter.kind(index)) for index in range(adapter.n_layers)]
+    mixes = ((block, mix) for block, kind in kinds for mix in (kind.attention_mix, kind.mlp_mix) if mix is not None)
+    return not all(bool(mix(block)[0].all()) for block, mix in mixes)
 
 
 def _misread(module: nn.Module, dtype: torch.dtype) -> str | None:

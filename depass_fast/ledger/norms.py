@@ -28,7 +28,7 @@ class FrozenNorm:
         """Freeze the ``norm`` of hidden states ``resid`` (A, D); everything is in ``dtype``."""
         if norm is None:
             return FrozenNorm(None, False)
-        scale = _scale(norm, resid, dtype)[:, None]
+        scale = _scale(norm, resid, dtype).view(len(resid), -1)  # a gate's is by channel
         return FrozenNorm(scale if norm.weight is None else scale * norm.weight, norm.centred)  # in the wider dtype
 
     def read(self, x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class FrozenNorm:
 
 def _scale(norm: Norm, resid: Tensor, dtype: torch.dtype) -> Tensor:
     """Return s of hidden states (A, D) -> (A,), on a GPU by one kernel."""
-    if norm.is_factor or not has_kernels(resid.device, dtype, resid.dtype):
+    if norm.is_factor or norm.gate is not None or not has_kernels(resid.device, dtype, resid.dtype):
         return norm.scale(resid.to(dtype)).to(dtype)
     from ..kernels.rows import row_scales  # needs Triton
 

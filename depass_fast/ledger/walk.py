@@ -314,13 +314,13 @@ class _WayBack:
         if norm is None:
             self._back = self._back if branch.keeps == 1.0 else self._back * branch.keeps
             return None
+        beta = None if norm.bias is None else self._packing.sum(self._back @ norm.bias.to(self._back), self._partial)
         if norm.is_factor:
             self._back = norm.transposed(self._back, None)
-            return None
+            return beta
         assert total is not None  # it is recorded wherever there is such a norm
         at = self._packing.at(self._partial, self._back.device)
         scale = norm.scale((total if at is None else total[at]).to(self._back.dtype))
-        beta = None if norm.bias is None else self._packing.sum(self._back @ norm.bias.to(self._back), self._partial)
         self._back = norm.transposed(self._back, scale)
         self._back = self._back if branch.keeps == 1.0 else self._back * branch.keeps
         return beta

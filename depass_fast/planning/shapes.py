@@ -85,6 +85,7 @@ def layer_sizes(adapter: Adapter) -> list[LayerSize]:
 def _size(adapter: Adapter, index: int) -> LayerSize:
     layer = adapter.layer(index)
     attention, mlps = layer.attention, layer.mlps
+    branches = [branch for branch in (attention, *mlps) if branch is not None]
     routed = sum(mlp.is_routed for mlp in mlps)
     each = adapter.experts_per_position / max(1, routed + adapter.giving_back)
     shares = [each if mlp.is_routed else 1.0 for mlp in mlps]
@@ -98,7 +99,9 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         o=0 if attention is None else attention.n_heads * attention.head_dim,
         heads=0 if attention is None else attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
-        copied=layer.parallel or sum(not mlp.follows and mlp.source is None for mlp in mlps) > 1,
+        copied=layer.parallel
+        or sum(not mlp.follows and mlp.source is None for mlp in mlps) > 1
+        or any(branch.has_gated_norm for branch in branches),
         has_up=beside or routed > 0 or any(mlp.gate.is_fused for mlp in mlps),
         output_norms=any(mlp.output is not None or mlp.factor != 1.0 for mlp in mlps),
         may_vanish=may_vanish(adapter),

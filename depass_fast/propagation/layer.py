@@ -16,6 +16,7 @@ from ..trace.record import LayerTrace, MlpTrace
 from . import streams
 from .copies import copy_state
 from .earlier import EarlierStates
+from .gated import behind_gate
 from .mlps import share_out
 from .run import Run
 
@@ -68,12 +69,14 @@ def through_attention(
     source = None
     if layer.parallel:
         source = copy_state(state) if queries is None else state.at(queries)
-    if queries is None:
+    if queries is None and not (layer.mlps and layer.mlp.has_gated_norm):  # a streamed MLP reads another state then
         run.operations.expect(layer, record, run.allocation)
-    attention = record.attention
+    attention, weights = record.attention, layer.attention
     if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
         attention = replace(attention, value_rule=run.value_rule)
-    state = run.operations.aggregate_ov(state, layer.attention, attention, queries, values)
+    if weights.has_gated_norm:
+        values, weights, attention = behind_gate(state if values is None else values, weights, attention)
+    state = run.operations.aggregate_ov(state, weights, attention, queries, values)
     normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
     return state, source
 
@@ -95,12 +98,16 @@ def through_mlp(
         state = streams.through_mlps(state, layer, record, record.streams, run)
         state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None
         return state
-    here = [part for part in record.mlps if part.source is None]
-    if source is None and sum(not layer.mlps[part.part].follows for part in here) > 1:
+    mlps, here = list(layer.mlps), [part for part in record.mlps if part.source is None]
+    if here and layer.mlp.has_gated_norm:  # all of a mixture read through one norm
+        source, one, part = behind_gate(state if source is None else source, layer.mlp, here[0])
+        mlps = [replace(mlp, norm=one.norm) for mlp in mlps]
+        here = [replace(each, resid=part.resid, copied_positions=each.host_positions) for each in here]
+    elif source is None and sum(not mlps[part.part].follows for part in here) > 1:
         # experts must not read one another
         source = copy_state(state)
     for part in here:
-        mlp = layer.mlps[part.part]
+        mlp = mlps[part.part]
         source = None if mlp.follows else source
         state = share_out(state, source, mlp, part, run)
     for part in record.mlps:
@@ -153,6 +160,7 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
         return
     if norm.is_factor and norm.weight is not None:
         state.rows.mul_(norm.weight.to(state.rows))
+        _add_beta(state, norm)
         return
     assert resid is not None, "a norm of the residual stream was not recorded"
     layout, rows = state.layout, state.rows
@@ -162,5 +170,11 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
     rows.mul_(norm.scale(resid.to(rows))[packed, None].to(rows.dtype))
     if norm.weight is not None:
         rows.mul_(norm.weight.to(rows))
+    _add_beta(state, norm)
+
+
+def _add_beta(state: ComponentState, norm: Norm) -> None:
+    """Add a norm's β to `bias`, in place."""
+    layout, rows = state.layout, state.rows
     if norm.bias is not None and layout.index(BIAS) is not None:  # chosen components may lack `bias`
         rows[to_device(layout.extra_rows(BIAS), rows.device)] += norm.bias.to(rows)

@@ -38,9 +38,10 @@ class MeanToken:
 
         One pass over the vocabulary, block by block, with a running maximum. A cap's ratio is part of w_j.
         """
-        (places, width), size = hidden.shape, adapter.vocabulary_size
+        (places, width), size, given = hidden.shape, adapter.vocabulary_size, hidden
         block = max(1, _ELEMENTS // max(width, places))
-        w_top, c_top = adapter.token_directions(top, hidden, hidden.dtype)
+        hidden = adapter.entering_unembedding(given)
+        w_top, c_top = adapter.capped_directions(top, hidden, hidden.dtype)
         logit = (w_top * hidden).sum(1) + c_top
         largest, total = logit, hidden.new_zeros(places)  # all sums are those of the other tokens
         constants, vectors = hidden.new_zeros(places), torch.zeros_like(hidden)
@@ -58,11 +59,15 @@ class MeanToken:
             vectors = vectors * shrink[:, None] + _product(weights, rows)
             largest = new
         z = total + (logit - largest).exp()
+        above, beside = (vectors - total[:, None] * w_top) / z[:, None], (constants - total * c_top) / z
+        (w_top, c_top), (above, beside) = (
+            adapter.pulled_back(*one, given) for one in ((w_top, c_top), (above, beside))
+        )
         return MeanToken(
             top=top,
             vectors=w_top,
-            offsets=(vectors - total[:, None] * w_top) / z[:, None],
-            constants=torch.stack([c_top, (constants - total * c_top) / z], 1),
+            offsets=above,
+            constants=torch.stack([c_top, beside], 1),
             log_z=largest + z.log(),
         )
 

@@ -123,7 +123,7 @@ def check_softmax(trace: AttentionTrace) -> None:
     """Raise ValueError where more than probabilities of positions mixes them."""
     if trace.keyed is not None:
         raise ValueError("trace: values that are keys are turned, too; see FrozenKeyed for all that attention does.")
-    if trace.recurrence is not None:
+    if trace.recurrence is not None and trace.recurrence.decay is not None:
         raise ValueError("trace: a recurrence has no attention probabilities; see FrozenMixing.matrix for what it has.")
 
 
@@ -141,7 +141,7 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
     seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
     if trace.chosen_keys is not None:
         seen = seen & seen_by_heads(trace.chosen_keys[keys[queries]], len(keys), trace.key_block, len(logits))
-    p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    p = _difference(trace, logits.masked_fill(~seen, -torch.inf).softmax(-1))
     return p if trace.row_sum is None else p * trace.row_sum[keys[queries]].to(dtype).T[..., None]
 
 
@@ -168,8 +168,16 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
         logits.masked_fill_(
             ~seen_by_heads(trace.chosen_keys[span][queries], n, trace.key_block, len(logits)), -torch.inf
         )
-    p = logits.softmax(-1)
+    p = _difference(trace, logits.softmax(-1))
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
+
+
+def _difference(trace: AttentionTrace, p: Tensor) -> Tensor:
+    """Return the probabilities (H, Q, N) of differential attention, given those of both halves, (2H, Q, N)."""
+    if trace.minus is None:
+        return p
+    first, second = p.chunk(2)
+    return torch.sub(first, second, alpha=trace.minus)
 
 
 @lru_cache(maxsize=8)

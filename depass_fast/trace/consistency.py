@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
+from ..adapters.maps import Joined
 from ..adapters.side_by_side import beside_each_other
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
@@ -203,19 +204,18 @@ def _check_attention(
         return
     name, pre = f"layer {index}: {adapter.path(index, 'attention')}", rows(layer.resid_pre, at)
     read = rows(layer.attention.resid, at)
-    raw = weights.is_recurrent or weights.is_keyed  # what stands behind the projection is applied by ourselves
     found.compare(
         f"layer {index}: {adapter.path(index, 'v_proj')} reads something else than the norm of the residual stream",
         record["values_input"],
         normed(weights.norm, read).to(read),
     )
     computed = isinstance(weights.v, Latent) and not weights.v.up.is_own  # a weight that is computed rounds otherwise
-    found.compare(
-        f"{name} changes the values between their projection and the heads",
-        record["values"],
-        weights.v_input.select(record["values_output"]) if raw else weights.values_of(record["values_output"]),
-        tolerance=READING if computed else None,
-    )
+    joined = isinstance(weights.v, Joined)  # no module gives all values, which are compared behind the heads
+    if not joined:
+        got, raw = record["values_output"], weights.is_recurrent or weights.is_keyed  # the rest is applied by ourselves
+        expected = weights.v_input.select(got) if raw else weights.values_of(got)
+        between = f"{name} changes the values between their projection and the heads"
+        found.compare(between, record["values"], expected, tolerance=READING if computed else None)
     found.compare(
         f"{name} gives its output projection something else than the heads' mixture of values",
         record["heads"],
@@ -227,6 +227,8 @@ def _check_attention(
         ("o_proj", weights.o, record["attended"].to(record["heads"])),
     ):
         outputs = record[WATCHED[part][1]]
+        if part == "v_proj" and joined:
+            continue
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
     if adapter.is_parallel or layer.streams is not None:
         return  # attention's output is part of all that the stream gains: see the MLP, or stream_check.py
@@ -334,7 +336,7 @@ def _check_all_written(
             _compare_stream(found, name, rows(part.resid, at), total, before)
         raw = experts_written(layer, mlps, at, (part,)).to(wide)
         total = total + mlps[part.part].written(raw, None if part.out_scale is None else rows(part.out_scale, at))
-    total = total if stream is None else stream.apply(total, None)
+    total = normed(stream, total)
     what = f"{name} and what stands beside it write something else than what the residual stream gains there"
     found.compare(what, after, total.to(after), before, tolerance=tolerance)
 
@@ -357,6 +359,10 @@ def _check_write(
 ) -> None:
     """Check that outputs ``raw`` (S, D) lead from ``before`` to ``after``, and from there, if normed, to ``stream``."""
     written, wide = normed(branch.output, raw) * branch.factor, torch.promote_types(before.dtype, torch.float32)
+    if branch.stream is not None and branch.stream.is_factor:
+        total = normed(branch.stream, before.to(wide) + written.to(wide)).to(after)
+        found.compare(f"{name} writes something else than what the residual stream gains there", after, total, before)
+        return
     found.compare(
         f"{name} writes something else than what the residual stream gains there",
         after.to(wide) / branch.keeps - before.to(wide),

@@ -42,7 +42,7 @@ def _recorded(layer: LayerTrace) -> list[Tensor]:
     """The tensors that a layer recorded, without the residual stream."""
     mixing = layer.attention
     looked_at = [] if mixing is None else [mixing.q, mixing.k]
-    if mixing is not None and mixing.recurrence is not None:
+    if mixing is not None and mixing.recurrence is not None and mixing.recurrence.decay is not None:
         looked_at.append(mixing.recurrence.decay)
     if mixing is not None and mixing.keyed is not None and mixing.value_ratio is not None:
         looked_at.append(mixing.value_ratio)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Attention, HeadScale, Keyed, Latent, Mixer, Norm
+from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
@@ -75,7 +76,7 @@ class LayerHooks:
         for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
             if branch is None:
                 continue
-            if branch.output is not None:
+            if branch.output is not None and not branch.output.is_factor:
                 self._before(f"{kind}_output_norm", f"{kind}_out_scale", branch.output.scale)
             if branch.stream is not None and not branch.stream.is_factor:
                 self._before(f"{kind}_stream_norm", f"{kind}_sum")
@@ -119,9 +120,9 @@ class LayerHooks:
     def _observe_keyed(self, keyed: Keyed) -> None:
         """Record keys that are values by the outputs of their projections, and replace what heads give by ours."""
         module, recorder, called = self._module("attention"), self.recorder, {}
-        seen, values, entries = self._seen(keyed.projections), self._seen_values(), None
+        seen, values, entries = self._seen(keyed.projections), self._seen_output("v_proj"), None
         if keyed.rate is not None:
-            entries = self._seen_values("v_entries")
+            entries = self._seen_output("v_entries")
         if self.adapter.has_indexer(self.index):
             hook = RecordingHook(recorder, called, "chosen", as_is=True)
             self.undo.callback(hook.after(self._module("indexer")))
@@ -142,8 +143,9 @@ class LayerHooks:
         """Record a recurrence by the outputs of its projections, and replace what its heads give by ours."""
         module, names, recorder = self._module("attention"), mixer.projections, self.recorder
         sides = self.adapter.sides(self.index)
-        seen, values, attention = self._seen(names), self._seen_values(), self.attention if sides is None else sides[1]
+        attention = self.attention if sides is None else sides[1]
         assert attention is not None
+        seen, values = self._seen(names), self._seen_values(attention.v_input)
 
         def by_prompt(x: Tensor, conv: nn.Conv1d, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
             weight, bias = conv.weight, conv.bias
@@ -153,20 +155,37 @@ class LayerHooks:
 
         def heads(given: Tensor) -> Tensor:
             record = recorder.layers[self.index]
-            out = recorder.mix(
-                self.index, mixer, mixer.read(module, seen(), by_prompt), attention.v_input.select(values())
-            )
+            recurrence = mixer.read(module, seen(), by_prompt, *named)
+            out = recorder.mix(self.index, mixer, recurrence, values())
             record["heads_given"] = out
             return out
 
+        named: list[dict[str, Any]] = []
+
+        def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if is_recording(recorder):
+                named[:] = [kwargs]
+
+        if mixer.attends:
+            self.undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
         self._in_place_of_heads(heads)
 
-    def _seen_values(self, part: str = "v_proj") -> Callable[[], Tensor]:
-        """Watch a projection to values; return a function that gives its last output (T, C)."""
+    def _seen_output(self, part: str) -> Callable[[], Tensor]:
+        """Watch a projection; return a function that gives its last output (T, C)."""
         seen: dict[str, Any] = {}
         hook = RecordingHook(self.recorder, seen, "values", as_is=True)
         self.undo.callback(hook.after(self._module(part)))
         return lambda: seen["values"].flatten(0, -2)
+
+    def _seen_values(self, projection: Linear) -> Callable[[], Tensor]:
+        """Watch the projection to the values; return a function that gives the last values (T, C)."""
+        if not isinstance(projection, Joined):
+            output = self._seen_output("v_proj")
+            return lambda: projection.select(output())
+        seen: dict[str, Any] = {}  # another module computes the others
+        hook = RecordingHook(self.recorder, seen, "values", as_is=True)
+        self.undo.callback(hook.before(self._module("v_proj")))
+        return lambda: projection.project(seen["values"].flatten(0, -2))
 
     def _observe_head_scale(self, scale: HeadScale) -> None:
         """Record the factors of what heads give, and apply them by ourselves."""

@@ -13,7 +13,7 @@ from ..runtime.brief import brief_repr
 class RecurrenceTrace:
     """The frozen numbers of a recurrence, beside its queries and keys (:class:`depass_fast.adapters.Recurrence`)."""
 
-    decay: Tensor  # (T, H, 1) or (T, H, n) in float32 or wider
+    decay: Tensor | None  # (T, H, 1) or (T, H, n) in float32 or wider; None: a softmax in the place of a recurrence
     write: Tensor | None = None  # (T, H)
     in_ratio: Tensor | None = None  # (T, H·d)
     skip: Tensor | None = None  # (H,)

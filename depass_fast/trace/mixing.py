@@ -37,7 +37,9 @@ class FrozenMixing:
         self._weights, self._trace, self._span, self._dtype = weights, trace, span, dtype
         self._frozen: RecurrenceTrace = trace.recurrence
         self.heads, self.positions = weights.n_heads, span.stop - span.start
-        self._softmax = 0 if trace.beside is None else trace.beside.q.shape[1]  # the first heads
+        self._looking = trace if self._frozen.decay is None else trace.beside  # what has the probabilities
+        all_of = self._frozen.decay is None
+        self._softmax = self.heads if all_of else 0 if trace.beside is None else trace.beside.q.shape[1]  # first heads
         self._wide = torch.promote_types(dtype, torch.float32)
 
     def forward(self, values: Tensor, start: int = 0, scale: Tensor | None = None) -> Tensor:
@@ -134,12 +136,14 @@ class FrozenMixing:
         """Apply the recurrence, or its transpose, to shaped values (H, N - start, F); and the softmax beside it."""
         if self._softmax:
             looked = self._looked(x[: self._softmax], start, transposed)
+            if not self._recurrent:
+                return looked
             return torch.cat([looked, self._recurred(x[self._softmax :], start, transposed)])
         return self._recurred(x, start, transposed)
 
     def _looked(self, x: Tensor, start: int, transposed: bool) -> Tensor:
         """Apply the probabilities of the first heads, some queries at a time, or their transpose."""
-        trace, n, out = self._trace.beside, self.positions, torch.zeros_like(x)
+        trace, n, out = self._looking, self.positions, torch.zeros_like(x)
         assert trace is not None
         size = max(1, _MATRIX // (self._softmax * n))
         for first in range(start, n, size):
@@ -207,6 +211,7 @@ class FrozenMixing:
             head = torch.arange(heads.start, heads.stop, device=x.device) // group
             return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
 
+        assert self._frozen.decay is not None
         write, decay, rates = self._frozen.write, of(self._frozen.decay), self._frozen.rates
         decay = decay if rates is None else decay * rates[heads, None].to(decay)
         return of(self._trace.q), of(self._trace.k), decay, None if write is None else of(write)

@@ -32,7 +32,8 @@ class AttentionTrace:
 
     The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. In sparse
     attention queries see their ``chosen_keys`` alone. Where attention has sinks (logits of nothing), P's rows sum to
-    less than one: P is the softmax without the sinks, times ``row_sum``.
+    less than one: P is the softmax without the sinks, times ``row_sum``. With ``minus``, P is the softmax of the first
+    half of the heads of q, less so many times that of the second: differential attention.
     """
 
     resid: Tensor  # (T, D) the residual stream that values are read from, that of layer `source` if there is one
@@ -42,6 +43,7 @@ class AttentionTrace:
     window: int | None = None  # a query sees the `window` last positions, itself included
     chunked: bool = False  # of these, only those of its own chunk of `window` positions
     softcap: float | None = None
+    minus: float | None = None
     key_bias: Tensor | None = None  # (T, H) in float32 or wider, added to the logits of a key (ALiBi, up to a constant)
     chosen_keys: Tensor | None = None  # (T, K) int32, positions, or entries, of the prompt that are selected; -1: none
     key_block: int | None = None  # they are blocks of so many positions, (T, Hkv, K), for every KV head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Any
 
@@ -39,8 +39,8 @@ class Recorder:
         self.adapter, self.is_checking = adapter, is_checking
         layers = [index for index in range(adapter.n_layers) if adapter.has_attention(index)]
         self.places = {id(adapter.module(index, "attention")): index for index in layers}
-        besides = (index for index in layers if adapter.kind(index).beside is not None)
-        self.places |= {id(adapter.beside(index)): index for index in besides}
+        self.besides = [index for index in layers if adapter.kind(index).beside is not None]
+        self.places |= {id(adapter.beside(index)): index for index in self.besides}
         self._one_prompt = adapter.has_mixers()  # beside others, a recurrence of the model's own would go on
         self.implementation = adapter.config._attn_implementation  # the model's own, before ours takes its place
         self.lengths: list[int] = []  # of the prompts that are now in the model, packed
@@ -207,8 +207,10 @@ class Recorder:
             if x is not None:
                 self.keep(record, name, x)
         record["recurrence"] = recurrence
-        record["mask"] = {"scale": 1.0}
-        own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, 1.0, recurrence=frozen(recurrence))
+        record["mask"] = {"scale": 1.0} if recurrence.softmax is None else asdict(recurrence.softmax)
+        own = AttentionTrace(
+            record["resid_pre"], recurrence.q, recurrence.k, recurrence=frozen(recurrence), **record["mask"]
+        )
         out = apply(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
         if self.is_checking:
             self.keep(record, "values", raw[self.watched])
@@ -372,6 +374,10 @@ def _attention_function(
     known = id(module) in recorder.places  # a pruned model's layers keep their old indices
     index = recorder.places[id(module)] if known else module.layer_idx
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
+    if recorder.adapter.kind(index).mixer is not None and index not in recorder.besides:
+        # the mixer computes it, prompt by prompt; here the first prompt's is compared
+        out, _ = attention.causal_attention(query, key, value, scaling, window, softcap)
+        return out.transpose(1, 2), None
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
     mask["chunked"] = recorder.adapter.chunks(index)

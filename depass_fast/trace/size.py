@@ -115,7 +115,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
     streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
-    scales = sum(branch.output is not None for branch in branches) + sum(mlp.inner is not None for mlp in layer.mlps)
+    outputs = [branch.output for branch in branches if branch.output is not None and not branch.output.is_factor]
+    scales = len(outputs) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)
@@ -160,13 +161,16 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     assert mixer is not None
     projections: list[Any] = [module.get_submodule(name) for name in mixer.projections]
     outputs = [one.weight.new_zeros(1, len(one.weight)) for one in projections]
+    turn = (outputs[0].new_zeros(1, 1, attention.key_dim),) * 2
+    named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
-        given = mixer.read(module, outputs, lambda x, conv, part=None: x)
-    recorded = (given.q, given.k, given.decay, given.write, given.in_ratio)
+        given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
+    recorded = (given.decay, given.write, given.in_ratio)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
+    looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
-    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide
+    size = (numbers + (attention.o.shape[1] if biased else 0)) * wide + looked_at * (item if mixer.attends else wide)
     sides = adapter.sides(index)
     if sides is None:
         return size

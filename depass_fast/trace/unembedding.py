@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..adapters import Adapter
 from ..adapters.family import Path
-from ..adapters.paths import exists
+from ..adapters.paths import below, exists
 from ..runtime.precision import full_precision
 from .exclusive import exclusive
 
@@ -34,9 +34,11 @@ def modules_behind(adapter: Adapter) -> Iterator[nn.Module]:
     model, family = adapter.model, adapter.family
     *around, _layers = _on_the_way(model, family.layers)
     yield from around
-    for path in (family.unembedding, family.project_out):
+    for path in (family.unembedding, family.project_out, family.head):
         if path is not None:
             yield from _on_the_way(model, path)[1:]
+    if family.head is not None:
+        yield from below(model, family.head).children()
     yield adapter.unembedding  # that inside of a wrapper
 
 

@@ -35,6 +35,7 @@ _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with 
 _AFTER_THE_NEURONS = (
     *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
     "down_proj_bias",
+    *(f"post_mlp_residual_scale.{name}_bias" for name in ("hidden_states", "residual")),
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
@@ -252,7 +253,7 @@ def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
             if mlp.up is not None:
                 resid = part.resid if part.positions is None else part.resid[part.positions]
                 weight = 1.0 if part.input_weight is None else part.input_weight[:, None]
-                up = resid * mlp.scale(resid)[:, None] * weight @ mlp.reading(mlp.w_up, dtype).T
+                up = resid * mlp.scale(resid).view(len(resid), -1) * weight @ mlp.reading(mlp.w_up, dtype).T
                 constant = mlp.up_constant(dtype)
                 up = up if constant is None else up + constant
             act = mlp.activation(part.gate, up)

@@ -8,7 +8,7 @@ import torch
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.linear_rules import frozen_up, linear_shares
 from tests.support.components import is_there
-from tests.support.family_models import available, build_variant
+from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.models import random_ids
 from tests.support.newer_variants import NEWER, NEWER_MIXERS
 
@@ -79,3 +79,15 @@ def test_all_layers_are_those_that_have_what_is_asked_for():
     assert {entry.label[:2] for entry in book.top(9, kinds=["neurons"])} <= {"L1", "L3"} and dp.report(IDS, 5).sheets
     with pytest.raises(ValueError, match="layer 0 has no neurons"):
         dp.attribute(IDS, Neurons(0), 5)
+
+
+@pytest.mark.skipif(not available("doge"), reason="not in this version of transformers")
+def test_what_a_doge_cannot_do_is_refused():
+    with pytest.raises(ValueError, match="of 7 tokens every head of this model selects 5 keys of its own"):
+        DePass(build_model("doge", **VARIANTS["doge"][1], keep_window_size=5)).attribute(IDS, Tokens(), 5)
+    with pytest.raises(ValueError, match="its routing looks ahead"):
+        DePass(build_model("doge", **{**VARIANTS["doge"][1], "is_moe": True}))
+    model = build_variant("doge")
+    model.model.layers[1].input_residual.data[3] = 0.0
+    with pytest.raises(ValueError, match="a factor of its residual stream is zero in some channel"):
+        DePass(model)

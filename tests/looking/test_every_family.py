@@ -14,6 +14,7 @@ from tests.support.recurrent_models import RECURRENT
 
 # their code computes the rotary embedding, or norms of queries and keys, in float32 whatever the model's dtype
 NARROW = ("llama4", "llama4_text", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "ernie4_5", "ernie4_5_moe")
+NARROW += ("modernbert-decoder",)
 PROMPTS = [random_ids(9), random_ids(5, seed=2)]
 
 

@@ -45,7 +45,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
-        added[kind] = total * branch.factor
+        added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
         if adapter.family.streams is not None:
             added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
             continue
@@ -55,6 +55,15 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
             added[kind] = _behind_layer(adapter, layer, seen, added[kind])
         added[kind] = _behind_stream(branch, seen.get(f"{kind} stream"), added[kind] * branch.keeps)
     return added
+
+
+def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
+    """Return what a branch adds behind its factors by channel and its constant, where it has them."""
+    mix = getattr(adapter.kind(layer), f"{kind}_mix")
+    if mix is None:
+        return added
+    _, factor, constant = mix(adapter.block(layer))
+    return added * factor + (0.0 if constant is None else constant)
 
 
 def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:

@@ -95,6 +95,40 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {**_GQA, **_SHORT, "block_multiple_of": 8}),
     "lfm2: biases": ("lfm2", {**_MHA, **_SHORT, "block_auto_adjust_ff_dim": False, "conv_bias": True}),
     "lfm2_moe": ("lfm2_moe", {**_GQA, **_SHORT, **_EXPERTS, "num_dense_layers": 1, "routed_scaling_factor": 1.4}),
+    "lfm3": (
+        "lfm3",
+        {
+            **_GQA,
+            "head_dim": 12,
+            "conv_L_cache": 3,
+            "conv_bias": True,
+            "attention_bias": True,
+            "sliding_window": 3,
+            "layer_types": ["conv", "full_attention", "sliding_attention"],
+            "pad_token_id": 0,
+        },
+    ),
+    "lfm3: neither norms nor gates behind a branch": (
+        "lfm3",
+        {
+            **_MHA,
+            **_SHORT,
+            "head_dim": 8,
+            "use_sandwich_norm": False,
+            "use_attention_gate": False,
+            "pad_token_id": 0,
+        },
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            **_GQA,
+            "block_types": ["recurrent", "attention", "recurrent"],
+            "attention_window_size": 3,
+            "logits_soft_cap": 3.0,
+            "attention_bias": True,
+        },
+    ),
     "jamba": ("jamba", {**_GQA, **_JAMBA, "expert_layer_period": 2, "expert_layer_offset": 1}),
     "jamba: biases, dense": (
         "jamba",

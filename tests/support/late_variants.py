@@ -136,5 +136,14 @@ LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "git": ("git", {"vision_config": VISION}),
+    "modernbert-decoder: biases": (
+        "modernbert-decoder",
+        {
+            "pad_token_id": 0,
+            "local_attention": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            **{f"{part}_bias": True for part in ("attention", "mlp", "norm", "classifier", "decoder")},
+        },
+    ),
     "moshi": ("moshi", {**GQA, **_SPEECH, "ffn_dim": 48, "head_dim": 8}),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.family_shapes import EXPERTS, GQA, LOCAL, MHA, SHAPE, VISION
+from tests.support.family_shapes import EXPERTS, GQA, GROUPED, LATENT, LOCAL, MHA, SHAPE, VISION
 
 _LLAMA4 = {
     "head_dim": 8,
@@ -142,6 +142,36 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
         "laguna",
         {**MHA, "head_dim": 8, "gating": "per-element", "mlp_layer_types": ["dense"] * 3, "attention_bias": True},
     ),
+    "axk2": (
+        "axk2",
+        {
+            **LATENT,
+            **GROUPED,
+            "index_topk": 3,
+            "index_n_heads": 2,
+            "index_head_dim": 6,
+            "gated_norm_rank": 5,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+        },
+    ),
+    "doge": ("doge", {**GQA, "attention_bias": True, "mlp_bias": True, "sliding_window": 3, "pad_token_id": 0}),
+    "zaya": (
+        "zaya",
+        {
+            **GQA,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "router_hidden_size": 12,
+            "lm_head_bias": True,
+            "sliding_window": 3,
+            "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+            "intermediate_size": None,
+            "pad_token_id": 0,
+        },
+    ),
+    "diffllama": ("diffllama", {**GQA, "attention_bias": True, "lambda_std_dev": 0.5, "pad_token_id": 0}),
     "beam": (
         "beam",
         {**GQA, **LOCAL, **EXPERTS, "head_dim": 8, "n_group": 2, "topk_group": 1, "mlp_layer_types": _ENDS},
