@@ -142,7 +142,7 @@ def test_pictures_hold_their_warnings(visit, tmp_path):
     for card in ("tokens", "all-tokens"):
         svg = saved(opened, f'#view-{card} [data-export="svg"]').decode()
         assert svg.startswith("<svg") and "Warning: made &lt;up&gt;." in svg and "Attention is frozen" in svg, card
-        assert "Exact; completeness error " in svg and "sum -12.67" in svg
+        assert "Exact; completeness error " in svg and "sum −12.67" in svg
     png = saved(opened, '.card [data-export="png"]')
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) > 300
 

@@ -63,7 +63,7 @@ function exportButtons(id, make) {
 }
 
 // horizontal bars, for export: what a table on the page shows
-function barsSpec(rows, unit) {
+function barsSpec(rows, unit, word = "share") {
   const values = rows.map((row, i) => ({ i, label: visible(row.label), value: row.units * unit }));
   const format = formatter(sizeOf(rows.map((row) => row.units)), unit);
   return {
@@ -74,7 +74,7 @@ function barsSpec(rows, unit) {
     params: [{ name: "names", value: values.map((one) => one.label) }],
     layer: [
       { mark: { type: "bar", cornerRadius: 2, height: 13 },
-        encoding: { x: { field: "value", type: "quantitative", title: "share", axis: { tickCount: 5 } },
+        encoding: { x: { field: "value", type: "quantitative", title: word, axis: { tickCount: 5 } },
           color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") } } },
       { mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
         encoding: { x: { value: 420 }, text: { field: "text" } } },

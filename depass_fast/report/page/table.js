@@ -16,7 +16,7 @@ function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
   return line;
 }
 
-const valueText = (sheet) => sheet.value.toFixed(Math.max(0, Math.round(-Math.log10(sheet.unit))));
+const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);
 
 // the rows under a group's components: what was left out, `rest` and `bias`
 function footOf(group, hidden = [0, 0]) {
@@ -97,7 +97,7 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
 
   const csv = () => {
     const all = [...sorted(), ...foot, ...(total === null ? [] : [{ label: totalName, units: total }])];
-    download(`${id}.csv`, csvOf(["label", "share"], all.map((row) => [row.label, exactly(row.units, sheet.unit)])), "text/csv");
+    download(`${id}.csv`, csvOf(["label", "share"], all.map((row) => [row.label, plainly(row.units, sheet.unit)])), "text/csv");
   };
   const picture = () => {
     const shown = sorted().slice(0, 30), hidden = sorted().slice(30);

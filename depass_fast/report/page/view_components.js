@@ -14,7 +14,7 @@ views.components = (view, sheet, page) => {
 
   // which layer and position hold here: those of the map, unless they were chosen in its other part
   const filter = () => {
-    const mine = !state.get("part") || state.get("part") === PARTS[kind] || !map;
+    const part = state.get("part"), mine = !map || part === PARTS[kind] || !Object.values(PARTS).includes(part);
     const layer = mine ? state.number("layer") : null;
     return { layer: byLayer.has(layer) ? layer : null, position: view.places ? state.number("position") : null };
   };
@@ -37,12 +37,18 @@ views.components = (view, sheet, page) => {
       const rows = Object.keys(view.places).filter((label) => layer === null || layerOf(label) === layer)
         .map((label) => ({ label, units: at(label, position) })).filter((row) => row.units !== undefined);
       const sum = layer === null ? null : cellTotal(layer, position);
-      const where = `${quoted(sheet.tokens[position] ?? "")} at position ${position}`;
+      const where = `${tokenName(sheet, position)} at position ${position}`;
       const left = sum === null ? 0 : sum - sumOf(rows.map((row) => row.units));
       return { rows, total: sum, totalName: `${part?.title ?? "all"} of layer ${layer} here`, isCell: true,
         foot: sum !== null && left !== 0 ? [{ label: "others", units: left, isRounding: true }] : [],
         note: sum === null ? `${layer === null ? "All layers" : `Layer ${layer}`}, ${where}. ${layer === null ? "Layers overlap: choose one to see its sum."
           : "The position is among the others of the map."}` : `Layer ${layer}, ${where}.`, filtered: where };
+    }
+    if (layer === null && view.adds) {
+      const foot = ["rest", "bias"].filter((name) => view.groups.some((one) => one[name] !== null))
+        .map((name) => ({ label: name, units: sumOf(view.groups.map((one) => one[name] ?? 0)) }));
+      return { rows: view.groups.flatMap((one) => one.rows.map(([label, units]) => ({ label, units }))), foot,
+        total: sumOf(view.groups.map((one) => one.total)), note: "" };
     }
     const group = layer === null && isLayered ? null : byLayer.get(layer) ?? view.groups[0];
     if (group) {
@@ -74,9 +80,11 @@ views.components = (view, sheet, page) => {
       isPicked: (row) => row.label === state.get(own), lines: () => [`${view.title}: ${sheet.headline}`, ...(chosen.note ? [chosen.note] : [])] }));
     const listed = { label: `${chosen.rows.length} listed`, units: sumOf(chosen.rows.map((row) => row.units)), always: true };
     sums.replaceChildren(chosen.total === null ? manySums(view.groups.map((group) => group.total), sheet)
-      : sumLine([listed, ...chosen.foot], chosen.total, sheet, chosen.isCell ? { name: chosen.totalName } : { value: sheet.value }));
+      : sumLine([listed, ...chosen.foot], chosen.total, sheet, chosen.isCell ? { name: chosen.totalName } : sumOfGroup(chosen)));
     find.hidden = chosen.rows.length < 12 && !text;
   };
+
+  const sumOfGroup = (chosen) => view.adds && chosen.group ? { name: `layer ${chosen.group.layer}` } : { value: sheet.own_sums && chosen.group ? null : sheet.value };
 
   let grid = null, drawnFor = null;
   const columnCount = kind === "heads" && isLayered ? Math.max(...view.groups.map((group) => group.rows.length)) : 0;
@@ -101,10 +109,10 @@ views.components = (view, sheet, page) => {
         const found = /^L(\d+)H(\d+)$/.exec(state.get("head") ?? "");
         return found ? [Number(found[1]), Number(found[2])] : [filter().layer, null];
       },
-      pick: (layer, head) => layer === null ? state.set({ head: null }) : view.places ? pick(`L${layer}H${head}`)
+      pick: (layer, head) => layer === null ? state.set({ head: null }) : canPick(kind, view) ? pick(`L${layer}H${head}`)
         : state.set({ layer: state.number("layer") === layer ? null : layer }),
       xTitle: "head", yTitle: "layer", width: () => Math.max(220, left.clientWidth),
-      lines: () => [`Heads${where}: ${sheet.headline}`, `the heads of every layer and the rest sum to ${valueText(sheet)}`, ...warningsOf(sheet)],
+      lines: () => [`Heads${where}: ${sheet.headline}`, view.adds ? `all heads sum to ${valueText(sheet)}` : sheet.own_sums ?? `the heads of every layer and the rest sum to ${valueText(sheet)}`, ...warningsOf(sheet)],
     });
     left.replaceChildren(h("div", { class: "tools" }, ...exportButtonsOf("heads-map")), grid.element);
     grid.draw();
@@ -112,7 +120,7 @@ views.components = (view, sheet, page) => {
 
   const small = (id, caption, head, rows, foot, sum) => h("section", { class: "detail" }, h("h4", {}, caption),
     shareTable({ id, caption, head, rows, foot, total: sum, sheet, lines: () => [`${caption}: ${sheet.headline}`], most: 8 }));
-  const byPosition = (list) => list.map(([n, units]) => ({ label: `${quoted(sheet.tokens[n] ?? "")}@${n}`, units }));
+  const byPosition = (list) => list.map(([n, units]) => ({ label: `${tokenName(sheet, n)}@${n}`, units }));
   const remainder = (rows, whole, what = "others") => {
     const gone = whole - sumOf(rows.map((row) => row.units));
     return gone ? [{ label: what, units: gone, isRounding: true }] : [];
@@ -128,9 +136,11 @@ views.components = (view, sheet, page) => {
       const rows = reading.writers.map(([name, units]) => ({ label: name, units }));
       const others = reading.others[0] ? [{ label: `${reading.others[0]} others`, units: reading.others[1] }] : [];
       const bias = reading.bias ? [{ label: "bias", units: reading.bias }] : [];
-      found.unshift(small(`${kind}-reads`, `Reads at ${quoted(sheet.tokens[reading.position])}@${reading.position}`, "Written by", rows,
+      found.unshift(small(`${kind}-reads`, `Reads at ${tokenName(sheet, reading.position)}@${reading.position}`, "Written by", rows,
         [...others, ...bias], reading.share));
     }
+    const owed = view.owed?.[label];
+    if (owed) found.push(small(`${kind}-owed`, "Owed to", "Component", owed.rows.map(([name, units]) => ({ label: name, units })), footOf(owed), owed.total));
     details.replaceChildren(h("h3", {}, bdi(label)), h("div", { class: "columns" }, ...found));
   };
 
@@ -144,7 +154,7 @@ views.components = (view, sheet, page) => {
     ...(columnCount ? [left] : []), right), sums, details);
 };
 
-const canPick = (kind, view) => Boolean(view.places) && (kind === "heads" || kind === "neurons");
+const canPick = (kind, view) => Boolean(view.places ?? view.owed) && (kind === "heads" || kind === "neurons");
 
 // [n, units, n, units, ...] as pairs
 const pairs = (flat = []) => Array.from({ length: flat.length / 2 }, (_, i) => [flat[2 * i], flat[2 * i + 1]]);
