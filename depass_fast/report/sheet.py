@@ -47,7 +47,7 @@ class Sheet:
     @property
     def direction(self) -> str:
         """The direction in which the prompt is written, "rtl" where most of its letters are."""
-        kinds = [unicodedata.bidirectional(c) for token in self.tokens for c in token]
+        kinds = [unicodedata.bidirectional(c) for token in shown_tokens(self.tokens) for c in token]
         return "rtl" if sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L") else "ltr"
 
     @property

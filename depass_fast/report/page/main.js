@@ -26,8 +26,8 @@ function manySums(totals, sheet) {
   if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
   const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
   return h("p", { class: "sum" }, h("span", { class: "part" }, h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`), " ",
-    h("strong", {}, valueText(sheet)), h("span", { class: "muted" }, ` (off by at most ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}`
-      : off.toExponential(1)})`)));
+    h("strong", {}, valueText(sheet)), h("span", { class: "muted" }, ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}`
+      : `at most ${off.toExponential(1)}`})`)));
 }
 
 function legend() {

@@ -61,12 +61,14 @@ views.components = (view, sheet, page) => {
 
   const left = h("div", { class: "side" }), right = h("div", { class: "side" }), details = h("div", { class: "details", "aria-live": "polite" });
   const note = h("p", { class: "note" }), sums = h("div", { class: "sums" });
-  const find = h("input", { type: "search", placeholder: "Filter by name", "aria-label": `Filter ${kind} by name`, value: "",
-    oninput: () => fill() });
+  const find = h("input", { type: "search", placeholder: "Filter by name", "aria-label": `Filter ${kind} by name`, value: state.get(`find.${kind}`) ?? "",
+    oninput: () => state.set({ [`find.${kind}`]: find.value.trim() }) });
   const layers = !isLayered ? null : h("select", { "aria-label": `Layer of the ${kind}`, onchange: (event) => state.set({
     layer: event.target.value, part: map && event.target.value ? PARTS[kind] : null }) },
   h("option", { value: "" }, "All layers"), ...view.groups.map((group) => h("option", { value: group.layer }, `Layer ${group.layer}`)));
-  const pick = (label) => state.set({ [own]: state.get(own) === label ? null : label });
+  const pick = canPick(kind, view) ? (label) => state.set({ [own]: state.get(own) === label ? null : label })
+    : (label) => choosing(label, map, view)?.();
+  const isChosen = (label) => label === state.get(own) || label.endsWith(`'@${state.get("position")}`);
   const fill = () => {
     const chosen = selection(), text = find.value.trim().toLowerCase();
     const rows = chosen.rows.filter((row) => row.label.toLowerCase().includes(text));
@@ -76,8 +78,8 @@ views.components = (view, sheet, page) => {
     note.textContent = chosen.note;
     if (layers) layers.value = filter().layer ?? "";
     right.replaceChildren(h("div", { class: "filters" }, ...[layers, find].filter(Boolean)), shareTable({ id: kind, caption: `${view.title}. ${chosen.note}`, rows, foot, total: chosen.total,
-      totalName: chosen.totalName ?? "sum", sheet, pick: canPick(kind, view) ? (row) => pick(row.label) : null,
-      isPicked: (row) => row.label === state.get(own), lines: () => [`${view.title}: ${sheet.headline}`, ...(chosen.note ? [chosen.note] : [])] }));
+      totalName: chosen.totalName ?? "sum", sheet, pick: (row) => pick(row.label),
+      canPick: (row) => canPick(kind, view) || choosing(row.label, map, view) !== null, isPicked: (row) => isChosen(row.label), lines: () => [`${view.title}: ${sheet.headline}`, ...(chosen.note ? [chosen.note] : [])] }));
     const listed = { label: `${chosen.rows.length} listed`, units: sumOf(chosen.rows.map((row) => row.units)), always: true };
     sums.replaceChildren(chosen.total === null ? manySums(view.groups.map((group) => group.total), sheet)
       : sumLine([listed, ...chosen.foot], chosen.total, sheet, chosen.isCell ? { name: chosen.totalName } : sumOfGroup(chosen)));
@@ -119,7 +121,8 @@ views.components = (view, sheet, page) => {
   };
 
   const small = (id, caption, head, rows, foot, sum) => h("section", { class: "detail" }, h("h4", {}, caption),
-    shareTable({ id, caption, head, rows, foot, total: sum, sheet, lines: () => [`${caption}: ${sheet.headline}`], most: 8 }));
+    shareTable({ id, caption, head, rows, foot, pick: (row) => choosing(row.label, map)(), canPick: (row) => choosing(row.label, map) !== null,
+      isPicked: () => false, total: sum, sheet, lines: () => [`${caption}: ${sheet.headline}`], most: 8 }));
   const byPosition = (list) => list.map(([n, units]) => ({ label: `${tokenName(sheet, n)}@${n}`, units }));
   const remainder = (rows, whole, what = "others") => {
     const gone = whole - sumOf(rows.map((row) => row.units));
@@ -144,7 +147,8 @@ views.components = (view, sheet, page) => {
     details.replaceChildren(h("h3", {}, bdi(label)), h("div", { class: "columns" }, ...found));
   };
 
-  page.whenShown.push(() => reacting(page, ["layer", "position", "part", "head", "neuron"], () => {
+  page.whenShown.push(() => reacting(page, ["layer", "position", "part", "head", "neuron", `find.${kind}`], () => {
+    if (document.activeElement !== find) find.value = state.get(`find.${kind}`) ?? "";
     fill();
     explain();
     if (columnCount) drawGrid();
@@ -153,6 +157,18 @@ views.components = (view, sheet, page) => {
   return card({ id: kind, title: view.title, lead: view.lead ?? "" }, note, h("div", { class: columnCount ? "columns" : "single" },
     ...(columnCount ? [left] : []), right), sums, details);
 };
+
+// what a click on a component chooses in other views, or null: a token its position, a module its layer, a head itself
+function choosing(label, map, self = null) {
+  const [, layer, head] = /^L(\d+)(?:H(\d+)|\.(?:attn|mlp))$/.exec(label) ?? [], position = /'@(\d+)$|"@(\d+)$/.exec(label);
+  const toggle = (changes) => () => state.set(Object.entries(changes).every(([key, value]) => state.get(key) === String(value))
+    ? Object.fromEntries(Object.keys(changes).map((key) => [key, null])) : changes);
+  if (position && map) return toggle({ position: Number(position[1] ?? position[2]) });
+  if (head !== undefined) return self ? null : toggle({ head: label });
+  if (layer === undefined || !map) return null;
+  const part = label.endsWith(".mlp") ? "mlp" : "attention";
+  return toggle({ layer: Number(layer), part: map.parts.some((one) => one.name === part) ? part : null });
+}
 
 const canPick = (kind, view) => Boolean(view.places ?? view.owed) && (kind === "heads" || kind === "neurons");
 
