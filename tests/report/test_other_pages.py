@@ -135,7 +135,7 @@ def test_clicks_in_a_ledger(visit, pages):
 
 
 def test_clicks_in_an_explanation(visit, pages):
-    path, why = pages["why"]
+    path, _ = pages["why"]
     opened, sheet = visit(path), data_of(path)["sheets"][0]
     groups = {group["key"]: group for group in view_of(sheet, "keys")["groups"]}
     opened.wait_for_selector('[data-grid="keys-map"] svg')
@@ -163,6 +163,16 @@ def test_clicks_in_a_credit(visit, pages):
     assert units(opened, "#view-heads .details .total .number") == [owed["total"]] and f"head={label}" in opened.url
     opened.select_option('select[aria-label="Layer of the heads"]', "2")
     assert units(opened, '[data-table="heads"] .total .number') == [view_of(sheet, "heads")["groups"][0]["total"]]
+
+
+@pytest.mark.parametrize("name", ["ledger", "why", "credit"])
+def test_axe_finds_nothing(visit, pages, name):
+    """Roles, names, landmarks and contrasts, by the checks of axe-core."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    opened = visit(pages[name][0], "#position=2&layer=2&head=L4H4", color_scheme="dark", bypass_csp=True)
+    opened.wait_for_selector("[data-grid] svg")
+    found = axe.Axe().run(opened).response["violations"]
+    assert not found, [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
 
 
 def test_parts_of_characters_are_shown_as_characters(visit, tmp_path):

@@ -30,9 +30,21 @@ const diverging = (largest) => ({
 const drawn = (element, spec, renderer = "svg") =>
   vegaEmbed(element, themed(spec), { mode: "vega-lite", renderer, actions: false, ast: true, hover: false });
 
+// a text in lines of at most `most` characters, broken at spaces
+function broken(text, most) {
+  const found = [""];
+  for (const word of text.split(" ")) {
+    const longer = found.at(-1) ? `${found.at(-1)} ${word}` : word;
+    if (longer.length > most && found.at(-1)) found.push(word);
+    else found[found.length - 1] = longer;
+  }
+  return found;
+}
+
 // the spec of a picture as it is exported: `lines` are its title and what stands under it
 function exported(spec, lines) {
-  const [text, ...subtitle] = lines.map(visible);
+  const most = Math.max(72, Math.round(((Number(spec.width) || 0) + 80) / 6.4)); // characters of a line
+  const [text, subtitle] = [broken(visible(lines[0]), most * 0.8), lines.slice(1).flatMap((line) => broken(visible(line), most))];
   return { ...spec, title: { text, subtitle }, background: colour("card"), padding: 20 };
 }
 
