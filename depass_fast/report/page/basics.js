@@ -83,10 +83,12 @@ const layerOf = (label) => {
 // the arrow keys of a row of elements of which one at a time can be reached by Tab
 function roving(container, items, along) {
   items.forEach((item, i) => item.setAttribute("tabindex", i === 0 ? "0" : "-1"));
+  let reached = items[0];
   const focus = (i) => {
-    const next = items[Math.max(0, Math.min(items.length - 1, i))];
-    items.forEach((item) => item.setAttribute("tabindex", item === next ? "0" : "-1"));
-    next.focus();
+    reached.setAttribute("tabindex", "-1");
+    reached = items[Math.max(0, Math.min(items.length - 1, i))];
+    reached.setAttribute("tabindex", "0");
+    reached.focus();
   };
   container.addEventListener("keydown", (event) => {
     const at = items.indexOf(event.target.closest("[tabindex]"));

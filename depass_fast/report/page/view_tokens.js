@@ -9,7 +9,7 @@ views.tokens = (view, sheet, page) => {
     const units = shares.get(n), isRead = n === sheet.position;
     const said = [`position ${n}`, tokenName(sheet, n), ...(sheet.shown[n] === undefined ? [] : [`the bytes ${text}`]),
       ...(units === undefined ? [] : [`${word} ${format(units)}`]), ...(isRead ? [view.word ? "looks from here" : "read here"] : [])];
-    return h("button", { type: "button", class: `token${isRead ? " read" : ""}`, "data-position": n, "aria-label": said.join(", "),
+    return h("button", { type: "button", class: `token${isRead ? " read" : ""}`, "data-position": n, "aria-pressed": "false", "aria-label": said.join(", "),
       title: said.join(", "), style: { background: shade(units, largest, view.word && "accent") },
       onclick: () => state.set({ position: state.number("position") === n ? null : n }) },
     h("bdi", { class: "text" }, tokenText(sheet, n)),
@@ -28,9 +28,11 @@ views.tokens = (view, sheet, page) => {
     return { spec: barsSpec([...shown, ...left, ...foot], unit, word),
       lines: [sheet.headline, `sum ${exactly(view.group.total, unit)}`, ...warningsOf(sheet)] };
   };
+  let pressed = null; // the others are left alone: there may be thousands
   reacting(page, ["position"], () => {
-    const chosen = state.number("position");
-    items.forEach((item, n) => item.setAttribute("aria-pressed", String(n === chosen)));
+    items[pressed]?.setAttribute("aria-pressed", "false");
+    pressed = state.number("position");
+    items[pressed]?.setAttribute("aria-pressed", "true");
   });
   return card({
     id: "tokens", title: view.title ?? "Tokens",
