@@ -69,7 +69,7 @@ def view_of(sheet: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def saved(opened: Any, selector: str) -> bytes:
-    """What a click on a button of a page downloads."""
+    """Click on a button of a page and return what it downloads."""
     with opened.expect_download() as found:
         opened.click(selector)
     return Path(found.value.path()).read_bytes()
