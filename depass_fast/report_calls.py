@@ -45,7 +45,8 @@ class ReportCalls(Calls):
 
         It holds the shares of all tokens; of attention and MLP of every layer at every position; of all heads, with
         where each writes and what it carries; of the leading neurons, with where each is active and what wrote what it
-        reads. All are exact under a linear rule: they come from a ledger (:meth:`depass_fast.DePass.ledger`), by one
+        reads. Of layers that it does not know as well (Gemma 4) it shows what a ledger does, and says
+        so. All are exact under a linear rule: they come from a ledger (:meth:`depass_fast.DePass.ledger`), by one
         forward and one backward pass, and each view's rows sum to the target.
 
         Args:
@@ -56,11 +57,9 @@ class ReportCalls(Calls):
             options: overrides of :class:`depass_fast.Options`.
 
         Raises:
-            ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts; a model that reports do
-                not know.
+            ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts.
             MemoryError: it cannot fit.
         """
-        self.adapter.check_one_norm("model: a report")
         trace = prompt if isinstance(prompt, Trace) else self.trace(prompt, **options)
         if trace.batch or trace.n_prompts != 1:
             raise ValueError("prompt: a report is of one prompt; call report for each.")

@@ -57,20 +57,27 @@ class LayerKinds(ModelEnds):
                 f"with less or more than the two.{advice}"
             )
 
-    def check_one_norm(self, what: str) -> None:
-        """Raise ValueError for layers that read or write through more than one norm, which ``what`` does not know."""
+    @property
+    def has_one_norm(self) -> bool:
+        """True if no layer reads or writes through more than one norm, and none takes what another one made."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
         for kind in every:
             more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.streams)
             more += (kind.attention_mix, kind.mlp_mix)
             beside = kind.experts is not None and kind.experts.beside is not None
             if beside or kind.has_experts_ahead or any(one is not None for one in more):
-                raise ValueError(
-                    f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                    "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat), several "
-                    "residual streams (Gemma 3n, DeepSeek V4) or factors of the stream by channel (Doge). dp.ledger "
-                    "and dp.attribute do."
-                )
+                return False
+        return True
+
+    def check_one_norm(self, what: str) -> None:
+        """Raise ValueError unless the model :attr:`has_one_norm`, as ``what`` needs."""
+        if not self.has_one_norm:
+            raise ValueError(
+                f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
+                "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat), several "
+                "residual streams (Gemma 3n, DeepSeek V4) or factors of the stream by channel (Doge). dp.ledger "
+                "and dp.attribute do."
+            )
 
     def has_mixers(self) -> bool:
         """True if any layer mixes positions by a recurrence."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import flags, prompts, targets, types
 from .model import check_layer, components_of, config_of, device_of, engine_of, silence_transformers
 from .output import Output, emit, on_stderr, print_view, saying_once
+from .report import add_page, check_page, write_page
 
 if TYPE_CHECKING:
     from ..results.credit import AttentionCredit
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_json(out)
     flags.add_out(out)
+    add_page(out, "head, or for every target of a credit")
     flags.add_quiet(out)
     flags.add_debug(out)
     parser.set_defaults(continuation=None)  # which other commands have a flag for
@@ -76,6 +78,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together, before anything is imported."""
     prompts.template_kwargs_of(args)
     targets.check(args, prompts.items_of(args))
+    if args.html is not None:
+        check_page()
     if args.credit:
         beside = [name for name in ("layer", "head", "query", "key", "pairs") if getattr(args, name) is not None]
         if beside:
@@ -114,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
                 found = engine.explain_attention(item.prompt, components, args.layer, args.head, **place)
     output.add(found, lambda: _show(args, found))
     output.close()
+    if args.html is not None:
+        write_page(args.html, lambda: found.to_html(args.html))
 
 
 def _components(args: argparse.Namespace) -> Any:

@@ -11,7 +11,7 @@ from . import flags, prompts, targets, types
 from .model import components_of, config_of, device_of, engine_of, features_of, silence_transformers
 from .output import Output, emit, note, on_stderr, saying_once, show
 from .pictures import Pictures, add_plot
-from .report import check_page, write_page
+from .report import add_page, check_page, write_page
 
 if TYPE_CHECKING:
     from ..components.base import ComponentKind
@@ -75,12 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts or positions FILE-0.csv, FILE-1.csv, ...",
     )
     add_plot(out, "the result")
-    out.add_argument(
-        "--html",
-        type=types.output_file(".html"),
-        metavar="FILE",
-        help="write a page to be looked at, with a sheet for every prompt, position and target (docs/report.md)",
-    )
+    add_page(out, "prompt, position and target")
     flags.add_quiet(out)
     flags.add_debug(out)
 

@@ -15,6 +15,7 @@ from . import flags, prompts, targets, types
 from .model import device_of, engine_of, silence_transformers
 from .output import Output, Writer, emit, on_stderr, print_view
 from .pictures import Pictures, add_plot
+from .report import add_page, check_page, write_page
 
 if TYPE_CHECKING:
     from ..ledger.book import Ledger
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "batch; or the scores of --kinds to FILE.csv or FILE.jsonl, as `depass-fast attribute` does",
     )
     add_plot(out, "the kinds of --kinds")
+    add_page(out, "prompt, position and target")
     flags.add_quiet(out)
     flags.add_debug(out)
     # what the other commands have flags for
@@ -108,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
     targets.check(args, items)
     if any(item.continuation is not None for item in items):
         raise ValueError("--prompts: a ledger has targets; lines with a continuation are for `depass-fast attribute`.")
+    if args.html is not None:
+        check_page()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,13 +125,14 @@ def run(args: argparse.Namespace) -> None:
             prompts.check_all(args, engine)
     items, whole = prompts.items_of(args), args.out is not None and args.out.suffix == ".safetensors"
     books = Writer(args.out if whole else None, numbered=len(items) > args.batch_size)
-    output = Output(None if whole else args.out, numbered)
+    output, sheets = Output(None if whole else args.out, numbered), []
     for first in range(0, len(items), args.batch_size):
         batch = items[first : first + args.batch_size]
         with on_stderr():
             prompt = [item.prompt for item in batch] if prompts.is_several(args) else batch[0].prompt
             book = engine.ledger(prompt, rule=args.rule, attention=args.attention, **targets.arguments(args, batch))
             books.write(book)
+            sheets += book.page_sheets() if args.html is not None else []
         for number, read in product(range(len(batch)), range(book.n_reads)):
             with on_stderr():
                 page = _Page.of(book, args, number, read)
@@ -136,6 +141,14 @@ def run(args: argparse.Namespace) -> None:
             output.add(page, partial(page.show, head if output.is_empty else f"\n{head}"))
             pictures.add(partial(_drawn, book, args.kinds, number, read))
     output.close()
+    if args.html is not None:
+        write_page(args.html, partial(_write, sheets, args.html))
+
+
+def _write(sheets: list[Any], path: Path) -> None:
+    from ..report.page import write_page as write_sheets
+
+    write_sheets(sheets, path)
 
 
 def _drawn(book: Ledger, kinds: tuple[str, ...], prompt: int, read: int) -> Any:

@@ -64,6 +64,16 @@ def run(args: argparse.Namespace) -> None:
     emit(report)
 
 
+def add_page(group: argparse._ActionsContainer, what: str) -> None:
+    """Add --html; ``what`` has a sheet each."""
+    group.add_argument(
+        "--html",
+        type=types.output_file(".html"),
+        metavar="FILE",
+        help=f"write a page to be looked at, with a sheet for every {what} (docs/report.md)",
+    )
+
+
 def check_page() -> None:
     """Raise ImportError where pages cannot be written."""
     from ..report.page import check_library

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..inputs.hook_names import Site
+from ..labels import position_labels
 from ..state.state import Factors
 from ..trace.record import Trace
 from .base import ComponentKind, LayerKind, R, SeveralLayers
@@ -38,7 +39,7 @@ class Tokens(ComponentKind):
     kind = "tokens"
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"{token!r}@{n}" for n, token in enumerate(tokens))
+        return tuple(position_labels(tokens))
 
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
         return Factors(None, trace.resid(self.resolve(adapter))[trace.span(prompt)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..components.base import ComponentKind, Entry
 from ..inputs.token_texts import token_texts
+from ..labels import position_labels, text_of_tokens
 from ..ledger.attribute import way_back
 from ..ledger.batches import Packing
 from ..ledger.reads import Reads
@@ -60,8 +61,8 @@ def _graph(request: Request, ways: Ways, direct: Direct) -> Graph:
     tokens = request.tokens[0][: position + 1]
     worth = (totals.at(0, "resid_pre") * _embedded(ways)).sum(-1).tolist()
     places = tuple(
-        Place(TOKEN, f"{token!r}@{n}", None, ids[n], n, share)
-        for n, (token, share) in enumerate(zip(tokens, worth, strict=True))
+        Place(TOKEN, label, None, ids[n], n, share)
+        for n, (label, share) in enumerate(zip(position_labels(tokens), worth, strict=True))
     )
     seats = tuple(_place(ways, seat) for seat in ways.seats)
     shares, activations = direct.shares.double(), direct.activations.double()
@@ -75,7 +76,7 @@ def _graph(request: Request, ways: Ways, direct: Direct) -> Graph:
         errors=errors.numpy(),
         token_places=places,
         seats=seats,
-        prompt="".join(tokens),
+        prompt=text_of_tokens(tokens),
         input_ids=ids,
         tokens=list(tokens),
         target_name=directions.names[0],

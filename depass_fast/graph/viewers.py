@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..labels import shown_tokens
 from ..version import __version__
 from .influence import cumulative
 from .seats import HEAD
@@ -39,7 +40,7 @@ def document(graph: DirectShares, slug: str | None, scan: str | None) -> dict[st
         "slug": slug or _slug(graph),
         "scan": scan or graph.provenance.model or graph.provenance.model_type,
         "transcoder_list": [],
-        "prompt_tokens": [token.translate(_SHOWN) for token in graph.tokens],
+        "prompt_tokens": [token.translate(_SHOWN) for token in shown_tokens(graph.tokens)],
         "prompt": graph.prompt,
         "node_threshold": 1.0,
         "schema_version": 1,
@@ -66,7 +67,7 @@ def _named(graph: DirectShares) -> Iterator[tuple[Node, dict[str, Any]]]:
     for number, (node, level) in enumerate(zip(nodes, levels, strict=True)):
         layer, position = node.layer or 0, node.position or 0
         if node.kind == "token":
-            name, index, label = "E", position, node.label
+            name, index, label = "E", position, f"{_text(graph, position)}@{position}"
             ids = {"node_id": f"E_{node.index}_{position}", "jsNodeId": f"E_{node.index}-{position}"}
         else:
             if node.kind == "others":
@@ -126,7 +127,7 @@ def _paired(layer: int, index: int) -> int:
 
 
 def _text(graph: DirectShares, position: int) -> str:
-    return repr(graph.tokens[position].translate(_SHOWN))
+    return repr(shown_tokens(graph.tokens)[position].translate(_SHOWN))
 
 
 def _slug(graph: DirectShares) -> str:

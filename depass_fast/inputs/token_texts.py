@@ -6,12 +6,12 @@ themselves are written as `<0xE6>`. Different ids have different texts, as far a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..labels import BYTE, raw_bytes, readable
 from .doubts import doubt
 from .prompts import required
 from .text import check_text
@@ -19,7 +19,6 @@ from .text import check_text
 _SPACE = "▁"  # SentencePiece's
 _WORD_END = "</w>"  # a space behind the entry, in the oldest vocabularies
 _UNREADABLE = "\ufffd"
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _alphabet() -> dict[str, int]:
@@ -46,7 +45,7 @@ def token_with_text(text: str, tokenizer: Any) -> int | None:
         return None
     if _mistral(tokenizer) is not None:
         look_up = tokenizer.get_vocab().get  # without a line in the log for each that is not there
-    byte_level = "".join(_CHARACTERS[byte] for byte in _bytes(text))
+    byte_level = "".join(_CHARACTERS[byte] for byte in raw_bytes(text))
     for entry in dict.fromkeys([text, text.replace(" ", _SPACE), byte_level, text.removesuffix(" ") + _WORD_END]):
         token = look_up(entry)
         if isinstance(token, int) and _text(token, tokenizer) == text:
@@ -59,15 +58,15 @@ def _text(token: int, tokenizer: Any) -> str:
     if entry is None:
         return f"<id {token}>"
     if isinstance(entry, bytes):
-        return _readable(entry)
-    if _BYTE.fullmatch(entry):
+        return readable(entry)
+    if BYTE.fullmatch(entry):
         return entry
     mistral = _mistral(tokenizer)
     if mistral is not None:
         return _mistral_text(token, entry, mistral)
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     if _UNREADABLE in text and _ALPHABET.keys() >= set(entry):
-        return _readable(bytes(_ALPHABET[character] for character in entry))
+        return readable(bytes(_ALPHABET[character] for character in entry))
     if _SPACE in entry and _SPACE not in text:
         return entry.replace(_SPACE, " ")
     if entry.endswith(_WORD_END) and not text.endswith(_WORD_END):
@@ -99,20 +98,8 @@ def _mistral_text(token: int, entry: str, mistral: Any) -> str:
     if mistral.is_special(token):
         return entry
     if hasattr(mistral, "id_to_byte_piece"):
-        return _readable(mistral.id_to_byte_piece(token))
+        return readable(mistral.id_to_byte_piece(token))
     return entry.replace(_SPACE, " ")
-
-
-def _readable(raw: bytes) -> str:
-    """Bytes as text; those that are no character as `<0xE6>`."""
-    text = raw.decode("utf-8", errors="surrogateescape")
-    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text)
-
-
-def _bytes(text: str) -> bytes:
-    """The bytes that :func:`_readable` made this text of."""
-    escaped = _BYTE.sub(lambda match: chr(0xDC00 + int(match[1], 16)) if match[1] >= "80" else match[0], text)
-    return escaped.encode("utf-8", errors="surrogateescape")
 
 
 def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> int:

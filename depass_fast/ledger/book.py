@@ -30,8 +30,9 @@ from ..trace.light import light
 from ..trace.record import Trace
 from .attribute import read_off, way_back
 from .drawn import DrawnLedger
-from .given import numbered, place, refuse_both
+from .given import OWN_KINDS, numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
+from .paged import PagedLedger
 from .places import Chosen, LayerPlaces, Reading, places_of
 from .reads import Reads
 from .saved import restore, save
@@ -41,10 +42,7 @@ from .walk import Pages, Wanted
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
 By: TypeAlias = Literal["magnitude", "positive", "negative"]
-KINDS = ("tokens", "modules", "heads", "neurons")
-_OWN: dict[str, ComponentKind] = dict(
-    zip(KINDS, (Tokens(), Modules(layers="all"), Heads(layers="all"), Neurons(layers="all")), strict=True)
-)
+KINDS = tuple(OWN_KINDS)
 _KEYS: dict[str, Callable[[Entry], float]] = {
     "magnitude": lambda entry: -abs(entry.score),
     "positive": lambda entry: -entry.score,
@@ -61,7 +59,7 @@ class Entry(NamedTuple):
     score: float
 
 
-class Ledger(DrawnLedger):
+class Ledger(DrawnLedger, PagedLedger):
     """Exact scores of all components under a linear rule, from one forward and one backward pass.
 
     It holds the gradient λ of the target at every layer and site, (R, T, D) for R targets and T positions, and the
@@ -292,7 +290,7 @@ class Ledger(DrawnLedger):
     def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
         """Return the answer for each of the model's own kinds, for one prompt and read, which were checked."""
         prompt %= len(self._request.prompts)
-        return {kind: self._read_off(_OWN[kind], [prompt])[0][read] for kind in kinds}
+        return {kind: self._read_off(OWN_KINDS[kind], [prompt])[0][read] for kind in kinds}
 
     def _check(
         self, kinds: Sequence[str], prompt: int, read: int, target: int = 0, **counts: int
@@ -302,7 +300,7 @@ class Ledger(DrawnLedger):
         Raises:
             ValueError, TypeError, IndexError: as of :meth:`top`.
         """
-        if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in _OWN]):
+        if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in OWN_KINDS]):
             given = kinds if isinstance(kinds, str) else unknown[0]
             raise ValueError(f"kinds: expected a list of {', '.join(map(repr, KINDS))}, got {given!r}.")
         for name, given in counts.items():

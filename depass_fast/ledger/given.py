@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from ..allocation import RULES
-from ..components.base import SeveralLayers
+from ..components.base import ComponentKind, SeveralLayers
+from ..components.model import Heads, Modules, Neurons, Tokens
 from ..linear_rules import LINEAR_RULES
 from ..options import LinearRuleName, Options
 from ..runtime.numbers import as_index
@@ -24,6 +25,12 @@ _NO_ARGUMENTS = {
     **dict.fromkeys(("components", "layer", "layers", "kinds"), _ALL_LAYERS),
     "end": "a ledger reads behind the last layer; attribute(..., end=...) reads at another one.",
     **dict.fromkeys(("continuation", "reduce"), _TEXT),
+}
+OWN_KINDS: dict[str, ComponentKind] = {  # of the model itself, of all layers
+    "tokens": Tokens(),
+    "modules": Modules(layers="all"),
+    "heads": Heads(layers="all"),
+    "neurons": Neurons(layers="all"),
 }
 
 

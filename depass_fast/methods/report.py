@@ -9,18 +9,19 @@ import numpy as np
 
 from ..adapters import Adapter
 from ..components.base import ComponentKind
+from ..labels import position_labels, shown_tokens
 from ..ledger.book import Ledger
+from ..ledger.paged import CELLS, ledger_sheets, sheet_of
 from ..ledger.places import LayerPlaces, Reading
 from ..report.document import Report
 from ..report.sheet import Sheet, components_view, tokens_view
-from ..report.units import Group, apportioned, group_of, in_units, leading, unit_of
-from ..results.html import MOST_ROWS, empty_sheet, groups_of, layers_of, token_group
+from ..report.units import Group, apportioned, in_units, leading
+from ..results.html import ALL_HEADS, MOST_ROWS, groups_of, layers_of, map_row, token_group
 from ..trace.record import Trace
 
 # numbers that a page holds, at most, so that it stays below three megabytes with two thousand tokens
-CELLS, ENTRIES = 120_000, 8_000
+ENTRIES = 8_000
 READINGS, WRITERS = 96, 12  # neurons whose reading is shown, and what of it
-_ALL_HEADS = 8192
 
 _TITLES = {
     "tokens": ("All tokens", ""),
@@ -30,11 +31,26 @@ _TITLES = {
 }
 
 
+_MAP = {
+    "title": "Layers and positions",
+    "lead": "What attention and the MLP of every layer write at every position. Choose a cell to see its heads or "
+    "neurons.",
+    "what": "what it writes at every position",
+}
+_LEFT_OUT = (
+    "What heads and neurons write at single positions, and what they read, is not shown: reports do not know that of "
+    "layers like this model's (values that are normed or taken from another layer, gates of the token's embedding, "
+    "experts beside an MLP). All sums are exact as in other reports."
+)
+
+
 def report_of(adapter: Adapter, ledger: Ledger, trace: Trace, features: ComponentKind | None) -> Report:
     """Return the report of a ledger of one prompt; ``trace`` is the whole one, which it was made from.
 
     ``features`` are those of a dictionary, or None.
     """
+    if not adapter.has_one_norm:
+        return Report(list(ledger_sheets(ledger, features, [_LEFT_OUT])), str(ledger))
     pages = _Pages(adapter, ledger, trace, features)  # which share the room that there is
     sheets = [pages.sheet(read, target) for read in range(ledger.n_reads) for target in range(pages.n_targets(read))]
     return Report(sheets, str(ledger))
@@ -72,23 +88,7 @@ class _Pages:
         """Return the sheet of one target at one position."""
         results = self._results[read]
         row = sum(self.n_targets(before) for before in range(read)) + target
-        every = [one for result in results.values() for one in layers_of(result)]
-        largest = max(float(one.scores_of(target).abs().max()) for one in every)
-        sheet = empty_sheet(
-            results["tokens"], target, "", unit_of(max(largest, abs(_value(results["tokens"], target))))
-        )
-        sheet.error = max(float(result.completeness_error) for result in results.values())
-        tokens = results["tokens"]
-        sheet.about = (
-            f"one forward and one backward pass under the linear rule {tokens.allocation!r}: exact | "
-            f"{tokens.backend} on {tokens.device}, {tokens.dtype} | completeness error of all sums "
-            f"{sheet.error:.1e}"
-        )
-        sheet.notes = [
-            *sheet.notes,
-            f"An MLP's output is shared out by the rule {tokens.allocation!r}; another rule is another split.",
-            "A share holds all that later layers make of a component: shares of different layers are not to be added.",
-        ]
+        sheet = sheet_of(results, target)
         group, positions = token_group(results["tokens"], target, sheet.unit)
         places = [_Row.of(one, row, len(positions)) for one in self._places]
         sheet.views = [tokens_view(group, positions), self._map(results, target, places, sheet.unit)]
@@ -111,12 +111,17 @@ class _Pages:
         parts = []
         for name, kind, title in (("attention", "heads", "Attention"), ("mlp", "neurons", "MLP")):
             rows = [
-                _map_row(results[kind][layer], target, cells, kept, unit)
-                for layer, part, cells in every
-                if part == name
+                map_row(results[kind][layer], target, cells, kept, unit) for layer, part, cells in every if part == name
             ]
             parts += [{"name": name, "title": title, "rows": rows}] if rows else []
-        return {"kind": "map", "id": "map", "positions": kept.tolist(), "left": len(sizes) - len(kept), "parts": parts}
+        return {
+            "kind": "map",
+            "id": "map",
+            **_MAP,
+            "positions": kept.tolist(),
+            "left": len(sizes) - len(kept),
+            "parts": parts,
+        }
 
 
 class _Row:
@@ -142,20 +147,6 @@ def _by_read(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [answer]
 
 
-def _value(result: Any, target: int) -> float:
-    return float(result.target_logits.reshape(-1)[target])
-
-
-def _map_row(result: Any, target: int, cells: np.ndarray, kept: np.ndarray, unit: float) -> dict[str, Any]:
-    """Return what a layer's attention or MLP writes at the positions ``kept``, with the rest of its sum."""
-    scores = result.scores_of(target).double().numpy()
-    named = len(scores) - result.n_extras
-    extras = dict(zip(result.labels[named:], scores[named:].tolist(), strict=True))
-    group = group_of([""] * len(cells), cells, unit, kept, extras.get("rest"), extras.get("bias"), result.layer)
-    plain = group.plain()
-    return {**plain, "rows": None, "cells": [number for _, number in group.rows]}
-
-
 def _titled(name: str, groups: Sequence[Group], more: dict[str, Any] | None = None) -> dict[str, Any]:
     title, lead = _TITLES[name]
     return components_view(name, title, groups, {"lead": lead, **(more or {})})
@@ -166,7 +157,7 @@ def _table(
 ) -> dict[str, Any]:
     """Return the table of heads or of neurons, with the positions of each, ``room`` entries at most."""
     unit = sheet.unit
-    groups = groups_of(layers_of(result), target, unit, _ALL_HEADS if kind == "heads" else MOST_ROWS)
+    groups = groups_of(layers_of(result), target, unit, ALL_HEADS if kind == "heads" else MOST_ROWS)
     tables = [(one, getattr(one, kind)) for one in places if getattr(one, kind) is not None]
     most = max(1, room // max(1, len(tables)))
     found: dict[str, list[int]] = {}
@@ -207,10 +198,8 @@ def _entries(names: Sequence[str], table: np.ndarray, most: int, unit: float) ->
 def _reading(reading: Reading, sheet: Sheet) -> dict[str, Any]:
     """Return what wrote what a neuron reads, as a page holds it: the leading writers, the others, and `bias`."""
     scores = np.array([share for _, share in reading.writers])
-    labels = [
-        f"{sheet.tokens[reading.position]!r}@{reading.position}" if name == "token" else name
-        for name, _ in reading.writers
-    ]
+    token = position_labels(shown_tokens(sheet.tokens))[reading.position]
+    labels = [token if name == "token" else name for name, _ in reading.writers]
     kept = np.sort(np.argsort(-np.abs(scores), kind="stable")[:WRITERS])
     share = round(reading.share / sheet.unit)
     gone = float(scores.sum() - scores[kept].sum())

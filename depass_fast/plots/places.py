@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..labels import shown_tokens
 from .frame import Caption
 from .heat import Table, heat
 from .look import needs_matplotlib
@@ -58,8 +59,8 @@ def plot_positions(
     values, labels, extras = leading_columns(
         table, _plain(first), first.n_extras, None if first.components == "tokens" else top
     )
-    read = token_labels([one.tokens[one.position] for one in results])
-    rows = [f"{token} ({one.position})" for token, one in zip(read, results, strict=True)]
+    read = token_labels(first.tokens)
+    rows = [f"{read[one.position]} ({one.position})" for one in results]
     worst = max(one.completeness_error for one in results)
     caption = Caption(
         f"{first.target_names[target]} at {len(results)} positions",
@@ -77,7 +78,7 @@ def _plain(result: Placed) -> list[str]:
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
     """Return the labels of tokens that stand in their order: their text without space around it, where any is left."""
-    return [token.strip() or repr(token)[1:-1] for token in tokens]
+    return [token.strip() or repr(token)[1:-1] for token in shown_tokens(tokens)]
 
 
 def leading_columns(

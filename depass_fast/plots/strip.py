@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..labels import shown_tokens
 from ..runtime.terminal import text_width
 from .frame import Caption, axes_of, colour_bar, points_of, write_caption
 from .look import centred, inches, paper, signed_colours
@@ -33,7 +34,7 @@ def strip(
     A line under a token marks a negative score. In Axes of the user's the text is made smaller until it fits.
     """
     with paper():
-        texts, families = fitting([token.replace("\n", "⏎") for token in tokens], _LONGEST)
+        texts, families = fitting([token.replace("\n", "⏎") for token in shown_tokens(tokens)], _LONGEST)
         families = [_FAMILY, *families]
         wide, own = width or ("column" if len(tokens) <= 30 else "page"), ax is None
         rows = len(_broken(texts, 72 * 0.84 * inches(wide), _SIZE))

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..labels import shown_tokens
 from .sheet import Sheet
 
 _QUOTED = re.compile(r"""(['"])((?:(?!\1).)*)\1""", re.DOTALL)
@@ -46,17 +47,18 @@ def environment() -> Any:
 def _shown(sheet: Sheet) -> dict[str, Any]:
     """Return what the template shows of a sheet."""
     views = {view["kind"]: view for view in reversed(sheet.views)}  # the first of each kind
-    shares = dict(views["tokens"]["group"]["rows"]) if "tokens" in views else {}
+    strip = views.get("tokens", {"group": {"rows": []}})
+    shares, unit, word = dict(strip["group"]["rows"]), strip.get("unit", sheet.unit), strip.get("word")
     largest = max(map(abs, shares.values()), default=0)
     tokens = [
         {
             "text": visible(text),
-            "share": _number(shares.get(n), largest, sheet.unit),
+            "share": _number(shares.get(n), largest, unit),
             "colour": _colour(shares.get(n), largest),
         }
-        for n, text in enumerate(sheet.tokens[:_TOKENS])
+        for n, text in enumerate(shown_tokens(sheet.tokens)[:_TOKENS])
     ]
-    table = views.get("components")
+    table = views.get("components") or _first_key(views.get("keys"))
     return {
         "sheet": sheet,
         "headline": isolated(sheet.headline),
@@ -66,8 +68,15 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         if table is None or (table["id"] == "all-tokens" and len(sheet.tokens) <= _TOKENS)
         else _rows(table, sheet),
         "title": None if table is None else table["title"],
-        "total": None if not shares else _number(views["tokens"]["group"]["total"], largest, sheet.unit),
+        "total": None if not shares or word else _number(views["tokens"]["group"]["total"], largest, sheet.unit),
     }
+
+
+def _first_key(keys: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the leading key's components as a table of components."""
+    if keys is None:
+        return None
+    return {**keys, "title": f"{keys['title']}: {keys['groups'][0]['name']}", "groups": keys["groups"][:1]}
 
 
 def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
@@ -95,6 +104,10 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
 
 def visible(text: str) -> str:
     """Return a text with line breaks and other characters that nobody sees escaped."""
+    if text and not text.strip(" "):
+        return "␣" * len(text)
+    if text and all(unicodedata.category(c)[0] == "M" and not "\ufe00" <= c <= "\ufe0f" for c in text):
+        return f"◌{text}"
     return "".join(c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, repr(c)[1:-1]) for c in text) or "∅"
 
 

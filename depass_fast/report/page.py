@@ -30,6 +30,7 @@ SCRIPTS = (  # in the order in which they run; a view is one script that registe
     "view_tokens.js",
     "view_map.js",
     "view_components.js",
+    "view_keys.js",
     "main.js",
 )
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..labels import shown_tokens
 from .units import Group
 
 FORMAT = "depass_fast.report.v1"
@@ -23,7 +24,7 @@ class Sheet:
     ``value`` is the model's own number that the shares sum to, ``unit`` what a whole number of the views stands for.
     ``what`` names the value ("logit"), ``about`` says how the scores came about, ``warnings`` where they are not to be
     relied upon, ``notes`` what is to be known when they are read. ``tokens`` are the prompt's, ``position`` (-1: none)
-    is where it was read.
+    is where it was read. ``own_sums`` says what layers sum up to, where that is not ``value``.
     """
 
     name: str
@@ -40,13 +41,20 @@ class Sheet:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = (FROZEN,)
     made_with: str | None = None
+    own_sums: str | None = None
     views: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def direction(self) -> str:
         """The direction in which the prompt is written, "rtl" where most of its letters are."""
-        kinds = [unicodedata.bidirectional(c) for token in self.tokens for c in token]
+        kinds = [unicodedata.bidirectional(c) for token in shown_tokens(self.tokens) for c in token]
         return "rtl" if sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L") else "ltr"
+
+    @property
+    def shown(self) -> dict[int, str]:
+        """The texts of tokens that are parts of characters, as they are shown, by position."""
+        each = enumerate(zip(shown_tokens(self.tokens), self.tokens, strict=True))
+        return {n: text for n, (text, token) in each if text != token}
 
     def plain(self) -> dict[str, Any]:
         """Return the sheet as JSON holds it."""
@@ -66,6 +74,8 @@ class Sheet:
             "warnings": list(self.warnings),
             "notes": list(self.notes),
             "made_with": self.made_with,
+            "own_sums": self.own_sums,
+            "shown": self.shown,
             "views": self.views,
         }
 

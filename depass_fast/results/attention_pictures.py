@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..labels import BIAS, REST
+from ..labels import BIAS, REST, shown_tokens
 from ..plots.bars import Bar, columns, rows
 from ..plots.frame import Caption
 from ..plots.heat import Table, heat
@@ -25,8 +25,9 @@ def draw_explanation(why: Any, kind: str | None, key: int | None, head: int | No
     number = why.heads.index(head) if head in why.heads else why._head(head)
     part = (lambda x: x) if why.one_head else (lambda x: x[number])
     p = part(why.probabilities).tolist()
-    place = f"L{why.layer}H{why.heads[number]} at position {why.query} ({why.tokens[why.query]!r})"
-    keys = token_labels([why.tokens[k] for k in why.keys])
+    place = f"L{why.layer}H{why.heads[number]} at position {why.query} ({shown_tokens(why.tokens)[why.query]!r})"
+    labels = token_labels(why.tokens)
+    keys = [labels[k] for k in why.keys]
     if kind == "probabilities":
         sink = "" if why.sink is None else f", looking nowhere {float(part(why.sink)):.4f}"
         caption = _caption(why, f"{place}: where it looks", f"bars sum to {math.fsum(p):.4f}{sink}")
@@ -39,7 +40,7 @@ def draw_explanation(why: Any, kind: str | None, key: int | None, head: int | No
     extras = _extras(why.labels)
     count = len(why.labels) - extras
     is_tokens = why.components == "tokens"
-    labels = [*token_labels(why.tokens[:count]), *why.labels[count:]] if is_tokens else why.labels
+    labels = [*labels[:count], *why.labels[count:]] if is_tokens else why.labels
     values, labels, extras = leading_columns(shares, labels, extras, None if is_tokens else 2 * look.top)
     names = [f"{name} {chance:.0%}" for name, chance in zip(keys, p, strict=True)]
     caption = _caption(why, f"{place}: why it looks there", "each row sums to its log P + the entropy of P")
@@ -50,7 +51,7 @@ def draw_explanation(why: Any, kind: str | None, key: int | None, head: int | No
 def _leading(why: Any, place: str, key: int | None, number: int, look: Look) -> Any:
     """Draw the leading components of one key's logit, or of the difference of the two that were asked for."""
     part = (lambda x: x) if why.one_head else (lambda x: x[number])
-    logits, tokens = part(why.scores).tolist(), why.tokens
+    logits, tokens = part(why.scores).tolist(), shown_tokens(why.tokens)
     if key is None and why.asked == "pair":
         a, b = why.keys
         shares, value = why.difference(head=why.heads[number]), logits[0] - logits[1]
@@ -59,7 +60,7 @@ def _leading(why: Any, place: str, key: int | None, number: int, look: Look) -> 
         at = int(part(why.probabilities).argmax()) if key is None else why._key(key)
         shares, value, k = part(why.shares)[at], logits[at], why.keys[at]
         title = f"{place}: {tokens[k]!r}@{k}, logit {value:.4f}, P {part(why.probabilities)[at]:.3f}"
-    found = _rows(why.labels, shares, _extras(why.labels), look.top)
+    found = _rows(why, shares, look.top)
     note = f"bars sum to {math.fsum(bar.value for bar in found):.4f}, the head's own is {value:.4f}"
     return rows(
         found, "share of the attention logit", look.said(_caption(why, title, note)), look.ax, look.width or "column"
@@ -79,7 +80,7 @@ def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
         caption = _caption(credit, title, f"cells sum to {total:.4f}", credit.rule)
         return heat(made, "change by looking", look.said(caption), look.ax, look.width, look.cmap, look.limit)
     shares = credit.total(target)
-    found = _rows(credit.labels, shares, _extras(credit.labels), look.top)
+    found = _rows(credit, shares, look.top)
     note = f"bars sum to {math.fsum(bar.value for bar in found):.4f}, the heads' changes to {total:.4f}"
     return rows(
         found,
@@ -90,16 +91,18 @@ def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
     )
 
 
-def _rows(labels: list[str], shares: Any, extras: int, top: int) -> list[Bar]:
+def _rows(result: Any, shares: Any, top: int) -> list[Bar]:
     """Return the leading components, the others in one bar, and the extras as they are."""
-    count = len(labels) - extras
+    labels = result.labels
+    count = len(labels) - _extras(labels)
     shown = leading(labels[:count], shares[:count], top, "magnitude")
     values = shares.tolist()
     more: list[tuple[str, float]] = list(zip(labels[count:], values[count:], strict=True))
     if len(shown) < count:
         others = math.fsum(values[:count]) - math.fsum(value for _, value in shown)
         more = [(f"{count - len(shown)} others", others), *more]
-    return bars_of([*rows_of_pairs(shown), *(Row(label, value, ranked=False) for label, value in more)])
+    found = [*rows_of_pairs(shown), *(Row(label, value, ranked=False) for label, value in more)]
+    return bars_of(found, result.tokens)
 
 
 def _extras(labels: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..labels import shown_tokens
 from ..runtime.terminal import encodable
 from .attention_interface import Credit, Explanation
 from .render import format_scores, heat, pad, plain_table, printable, rows_of_pairs, text_width
@@ -108,7 +109,7 @@ def plain_credit(credit: Credit, top: int = _TOP, encoding: str | None = None) -
     lines = _warned(credit.warnings)
     for t, (name, kind) in enumerate(zip(credit.target_names, credit.target_kinds, strict=True)):
         total, value = float(credit.total(t).sum()), float(credit.target_logits.reshape(-1)[t])
-        place = f"position {credit.position} (after {credit.tokens[credit.position]!r})"
+        place = f"position {credit.position} (after {shown_tokens(credit.tokens)[credit.position]!r})"
         lines += [
             f"{name} at {place}: {_VALUES[kind]} {value:.4f}",
             f"what heads add to it by looking where they look, not evenly: {total:+.4f}, all heads together. Heads",
@@ -130,7 +131,8 @@ def plain_credit(credit: Credit, top: int = _TOP, encoding: str | None = None) -
 
 def _headline(why: Explanation) -> str:
     heads = f"head {why.heads[0]}" if len(why.heads) == 1 else f"{len(why.heads)} heads"
-    return f"layer {why.layer}, {heads}: why {why.tokens[why.query]!r} at position {why.query} looks where it looks"
+    token = shown_tokens(why.tokens)[why.query]
+    return f"layer {why.layer}, {heads}: why {token!r} at position {why.query} looks where it looks"
 
 
 def _about(why: Explanation) -> str:
@@ -201,7 +203,7 @@ def _of(why: Explanation, x: Tensor, number: int) -> Tensor:
 
 
 def _key(why: Explanation, key: int) -> str:
-    return printable(f"{why.tokens[key]!r}@{key}")
+    return printable(f"{shown_tokens(why.tokens)[key]!r}@{key}")
 
 
 def _short(label: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
+from .attention_pages import CreditPage
 from .attention_view import CreditView, plain_credit
 from .drawn import DrawnCredit
 from .files import known_fields, read_result, register_format, write_result
@@ -28,7 +29,7 @@ TENSORS = ("scores", "changes", "target_logits")
 
 
 @dataclass(eq=False)
-class AttentionCredit(DrawnCredit):
+class AttentionCredit(DrawnCredit, CreditPage):
     """The part of a target's logit that comes from attending *there* instead of evenly, split over components.
 
     Shapes are those of a single target; with a list of targets, ``scores``, ``changes`` and ``target_logits`` have them

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runtime.numbers import as_index
 from ..runtime.terminal import encodable
+from .attention_pages import ExplanationPage
 from .attention_view import View, plain
 from .drawn import DrawnExplanation
 from .files import known_fields, read_result, register_format, write_result
@@ -41,7 +42,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(eq=False)
-class AttentionExplanation(DrawnExplanation):
+class AttentionExplanation(DrawnExplanation, ExplanationPage):
     """The logits of the heads of one layer at one query, as sums over components (DESIGN.md section 9).
 
     Shapes are those of a call with one ``head``; with several, every tensor has them as its first axis (H, ...).

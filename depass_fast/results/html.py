@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..labels import BIAS, REST
+from ..labels import BIAS, REST, shown_labels
 from ..report.fragment import fragment
 from ..report.page import write_page
 from ..report.sheet import FROZEN, Sheet, components_view, tokens_view
@@ -20,7 +21,11 @@ from .render import about, headline, value_name
 
 MOST_ROWS = 400  # components of a table that are listed
 FEW_ROWS = 12  # in a notebook
-_ALL_HEADS = 8192  # up to so many components of a grid, none is left out
+ALL_HEADS = 8192  # up to so many components of a grid, none is left out
+_INSTEAD = {
+    "Sweep": "The means of a sweep are no parts of one sum: plot() draws them with their errors, mean() is the table.",
+    "Trace": "A report of a trace is dp.report(trace).",
+}
 
 
 class AsPage:
@@ -41,12 +46,20 @@ class AsPage:
         """Return the results that have sheets on a page, each with a name, which may be empty."""
         return [("", self)]  # pyright: ignore[reportReturnType] (the classes that inherit this are results)
 
+    def page_sheets(self) -> list[Sheet]:
+        """Return the sheets of the page."""
+        return [sheet for name, result in self.page_parts() for sheet in sheets_of(result, name)]
+
+    def few_sheets(self) -> tuple[list[Sheet], int]:
+        """Return the sheets that a notebook shows, and how many others there are."""
+        (name, result), more = self.page_parts()[0], len(self.page_parts()) - 1
+        sheets = sheets_of(result, name, FEW_ROWS, targets=range(min(3, len(result.target_names))))
+        return sheets, more + len(result.target_names) - len(sheets)
+
     def _repr_html_(self) -> str | None:
         """Return a small picture without scripts; None, for which notebooks take ``repr``, where there is none."""
         with contextlib.suppress(Exception):  # a repr never fails
-            (name, result), more = self.page_parts()[0], len(self.page_parts()) - 1
-            sheets = sheets_of(result, name, FEW_ROWS, targets=range(min(3, len(result.target_names))))
-            return fragment(sheets, more + len(result.target_names) - len(sheets))
+            return fragment(*self.few_sheets())
         return None
 
 
@@ -69,12 +82,13 @@ def _flat(results: Any) -> Iterable[Any]:
 
 def _sheets(one: Any, number: int) -> list[Sheet]:
     if isinstance(one, AsPage):
-        return [sheet for name, result in one.page_parts() for sheet in sheets_of(result, name)]
+        return one.page_sheets()
     if isinstance(getattr(one, "sheets", None), list):  # a report
         return one.sheets
     raise TypeError(
-        f"write_html: number {number} is of type {type(one).__name__}, which has no page; give results of attribute() "
-        "and attribute_generation(), answers of a ledger, or reports."
+        f"write_html: number {number} is of type {type(one).__name__}, which has no page. Pages are of results of "
+        "attribute() and attribute_generation(), ledgers and their answers, explanations and credits of attention, and "
+        f"reports. {_INSTEAD.get(type(one).__name__, '')}".rstrip()
     )
 
 
@@ -94,8 +108,8 @@ def _sheet(result: Result, target: int, name: str, most: int) -> Sheet:
         sheet.views.append(tokens_view(group, positions))
     else:
         sheet.views.append(tokens_view(Group([], (0, 0), None, None, 0), []))
-    grid = result.components == "heads" and len(by_layer) > 1 and len(result.labels) <= _ALL_HEADS
-    groups = groups_of(by_layer, target, sheet.unit, _ALL_HEADS if grid else most)
+    grid = result.components == "heads" and len(by_layer) > 1 and len(result.labels) <= ALL_HEADS
+    groups = groups_of(by_layer, target, sheet.unit, ALL_HEADS if grid else most)
     sheet.views.append(
         components_view(result.components, f"{result.components.capitalize()} at {result.layer_text()}", groups)
     )
@@ -146,6 +160,24 @@ def _extras(one: Any, scores: np.ndarray) -> dict[str, Any]:
     return {"rest": found.get(REST), "bias": found.get(BIAS)}
 
 
+def shown_group(result: Result, group: Group) -> Group:
+    """Return a group of a result's components, in which those that are tokens are labelled as they are shown."""
+    if result.components != "tokens":
+        return group
+    labels = shown_labels([label for label, _ in group.rows], result.tokens)
+    return replace(group, rows=[(label, number) for label, (_, number) in zip(labels, group.rows, strict=True)])
+
+
+def map_row(result: Any, target: int, cells: np.ndarray, kept: np.ndarray, unit: float) -> dict[str, Any]:
+    """Return what a layer's part is worth at the positions ``kept`` of all, ``cells`` (N,), with the rest of its sum.
+
+    ``result`` is the attribution whose components these are, summed up in another way.
+    """
+    scores = _scores(result, target)
+    group = group_of([""] * len(cells), cells, unit, kept, **_extras(result, scores), layer=result.layer)
+    return {**group.plain(), "rows": None, "cells": [number for _, number in group.rows]}
+
+
 def token_group(result: Any, target: int, unit: float) -> tuple[Group, list[int]]:
     """Return the tokens up to the position that is read as a group, and their positions. Later ones have no share."""
     scores, count = _scores(result, target), min(result.position, len(result.tokens) - 1) + 1
@@ -159,13 +191,14 @@ def groups_of(by_layer: Sequence[Any], target: int, unit: float, most: int) -> l
     """Return a group for each layer, of the leading components of all; the three leading ones of a layer are there."""
     every = [_scores(one, target) for one in by_layer]
     named = [scores[: len(scores) - one.n_extras] for one, scores in zip(by_layer, every, strict=True)]
-    kept = leading(np.abs(np.concatenate(named)), most)
+    sizes = np.abs(np.concatenate(named))
+    kept = np.arange(len(sizes)) if len(sizes) <= most == ALL_HEADS else leading(sizes, most)
     groups, first = [], 0
     for one, scores, own in zip(by_layer, every, named, strict=True):
         here = kept[(kept >= first) & (kept < first + len(own))] - first
         best = np.argsort(-np.abs(own), kind="stable")[: 3 if most > FEW_ROWS else 0]
         chosen = np.union1d(here, best).astype(int)
         layer = one.layer if one.components != "tokens" or one.layer else None
-        groups.append(group_of(one.labels, own, unit, chosen, **_extras(one, scores), layer=layer))
+        groups.append(shown_group(one, group_of(one.labels, own, unit, chosen, **_extras(one, scores), layer=layer)))
         first += len(own)
     return groups

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..labels import BIAS, REST
+from ..labels import BIAS, REST, shown_labels, shown_tokens, text_of_tokens
 from ..plots.bars import Bar, columns, grouped, rows
 from ..plots.curve import cumulative
 from ..plots.frame import Caption
@@ -68,7 +68,7 @@ def draw_layer(result: Any, kind: str | None, target: int, look: Look) -> Any:
         caption = caption_of(result, target, [f"Σ |share| {math.fsum(map(abs, scores[:named])):.4g}"])
         return cumulative({"": scores[:named]}, result.components, look.said(caption), look.ax, look.width or "column")
     if kind == "leading":
-        found = bars_of(result.rows(target, look.top)[:-1])
+        found = bars_of(result.rows(target, look.top)[:-1], result.tokens)
         caption = caption_of(result, target, [_summed("bars", [bar.value for bar in found], value)])
         return rows(
             found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width or "column"
@@ -115,7 +115,7 @@ def draw_layers(result: Any, kind: str | None, target: int, look: Look) -> Any:
     kind, look = chosen(kind, default, kinds, f"{result.components} of these layers"), look.checked()
     several = [] if len(result.layers) == 1 else ["layers overlap: their shares are not to be added"]
     if kind == "leading":
-        found = bars_of(result.rows(target, look.top))
+        found = bars_of(result.rows(target, look.top), result.tokens)
         count = len(result.labels)
         notes = [f"{len(found)} of {count:,} {result.components}, without the others", *several]
         caption = caption_of(result, target, notes)
@@ -218,11 +218,11 @@ def draw_continuation(result: Any, kind: str | None, read: str, look: Look) -> A
     values, labels, extras = leading_columns(table, labels, shares.n_extras, None if is_tokens else 2 * look.top)
     what = "logit" if read == "logit" else "log P + entropy"
     total = math.fsum(result.log_probs.tolist())
-    text = "".join(result.tokens[result.prompt_length :]).strip()
+    text = text_of_tokens(result.tokens[result.prompt_length :]).strip()
     caption = caption_of(
         shares, 0, [f"each row sums to its {what}; log P of all {total:.3f}"], f"{result.origin}: {text}"
     )
-    names = [token.strip() or repr(token)[1:-1] for token in result.tokens[result.prompt_length :]]
+    names = token_labels(result.tokens)[result.prompt_length :]
     made = Table(values, names, labels, f"{result.origin} token", shares.components, extras)
     return heat(made, f"share of the {what}", look.said(caption), look.ax, look.width, look.cmap, look.limit)
 
@@ -244,7 +244,7 @@ def caption_of(
 
 
 def _at(result: Result) -> str:
-    return f"at position {result.position} (after {result.tokens[result.position]!r})"
+    return f"at position {result.position} (after {shown_tokens(result.tokens)[result.position]!r})"
 
 
 def _value(result: Result, target: int) -> float:
@@ -255,11 +255,14 @@ def _summed(what: str, values: Sequence[float], value: float) -> str:
     return f"{what} sum to {math.fsum(values):.4f}, the model says {value:.4f}"
 
 
-def bars_of(found: Sequence[Any]) -> list[Bar]:
-    """Return rows of a table as bars."""
+def bars_of(found: Sequence[Any], tokens: Sequence[str]) -> list[Bar]:
+    """Return rows of a table as bars; their labels may be those of the ``tokens`` of the prompt."""
     ranked, grey = ([row.score for row in found if row.ranked is which] for which in (True, False))
     if max(map(abs, grey), default=0.0) > 10 * max(map(abs, ranked), default=0.0):  # digits that each of them needs
         numbers = [*format_scores(ranked), *format_scores(grey)]
     else:
         numbers = format_scores([*ranked, *grey])  # the grey ones follow
-    return [Bar(row.label, row.score, number, row.ranked) for row, number in zip(found, numbers, strict=True)]
+    labels = shown_labels([row.label for row in found], tokens)
+    return [
+        Bar(label, row.score, number, row.ranked) for label, row, number in zip(labels, found, numbers, strict=True)
+    ]

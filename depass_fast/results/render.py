@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..labels import shown_tokens
 from ..linear_rules import LINEAR_RULES
 from ..runtime.brief import brief, cut
 from ..runtime.terminal import NEGATIVE_BAR, POSITIVE_BAR, SHORTEST_BAR, encodable, text_width
@@ -96,7 +97,11 @@ class View:
             parts += [Text(encodable(headline(result, k), encoding), style="bold"), ""]
             if result.components == "tokens":
                 scores = result.scores_of(k).tolist()
-                parts += [token_line(result.tokens, scores, encoding), legend(scores[: len(result.tokens)]), ""]
+                parts += [
+                    token_line(shown_tokens(result.tokens), scores, encoding),
+                    legend(scores[: len(result.tokens)]),
+                    "",
+                ]
             parts += [rich_table(result.rows(k, self.top or _TOP), encoding=encoding), ""]
         yield Group(*parts, Text(encodable(about(result), encoding), style="dim"))
 
@@ -178,7 +183,9 @@ def legend(scores: Sequence[float]) -> Text:
 
 def aligned(result: Result, width: int = _WIDTH, encoding: str | None = None) -> list[str]:
     """Return the prompt of a token attribution in lines of ``width`` columns, with its shares under every token."""
-    heads = [printable(t) if t.strip() else repr(t) for t in result.tokens] + result.labels[len(result.tokens) :]
+    heads = [printable(t) if t.strip() else repr(t) for t in shown_tokens(result.tokens)] + result.labels[
+        len(result.tokens) :
+    ]
     heads = [encodable(head, encoding) for head in heads]
     flat = format_scores([score for k in _targets(result) for score in result.scores_of(k).tolist()])
     rows = [flat[k * len(heads) : (k + 1) * len(heads)] for k in _targets(result)]
@@ -248,7 +255,7 @@ def headline(result: Result, target: int) -> str:
     """Return the target, the position where it was read out, and its value."""
     if result.reduced is not None:
         return _reduced_headline(result, result.reduced)
-    at = f"position {result.position} (after {result.tokens[result.position]!r})"
+    at = f"position {result.position} (after {shown_tokens(result.tokens)[result.position]!r})"
     what = value_name(result, target)
     return f"{result.target_names[target]} at {at}: {what} {result.target_logits.reshape(-1)[target].item():.4f}"
 

@@ -37,11 +37,11 @@ def test_every_result_has_a_page(tmp_path):
     several = demo().attribute(PROMPT, Heads(layers="all"), [TARGET, " hat"], position=[-1, 5])
     whole = demo().attribute("Nyria Morstam", Tokens(), continuation=" speaks Italian")
     book = demo().ledger(PROMPT, TARGET)
-    write_html([several, whole, book.neurons(3), demo().report(PROMPT)], tmp_path / "page.html")
+    write_html([several, whole, book.neurons(3), demo().report(PROMPT), book], tmp_path / "page.html")
     names = [sheet["name"] for sheet in data_of(tmp_path / "page.html")["sheets"]]
-    assert len(names) == 4 + 3 + 1 + 1 and len(set(names[:7])) == 7
-    with pytest.raises(TypeError, match="number 1 is of type Ledger"):
-        write_html([whole, book], tmp_path / "no.html")
+    assert len(names) == 4 + 3 + 1 + 1 + 1 and len(set(names[:7])) == 7
+    with pytest.raises(TypeError, match="number 1 is of type Trace, .*dp.report"):
+        write_html([whole, demo().trace(PROMPT)], tmp_path / "no.html")
     with pytest.raises(ValueError, match="no result"):
         write_html([], tmp_path / "no.html")
     with pytest.raises(ValueError, match="a report is of one prompt"):

@@ -21,37 +21,43 @@ const isolated = (text) => (RTL.test(text) ? text.replace(/(['"])((?:(?!\1).)*)\
 const bdi = (text) => h("bdi", { dir: /['"]/.test(text) ? "ltr" : null }, visible(text));
 
 // line breaks and other characters that nobody sees are shown by signs
+const escaped = (text) => [...text].map((c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`).join("");
 function visible(text) {
-  const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f\u2028\u2029\u200b]/g, (c) =>
-    `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
+  if (/^ +$/.test(text)) return text.replace(/ /g, "␣");
+  if (/^[\p{M}\p{Cf}]+$/u.test(text)) return /^[\p{Mn}\p{Mc}\p{Me}]+$/u.test(text) && !/[\ufe00-\ufe0f]/.test(text) ? `◌${text}` : escaped(text);
+  const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f\u2028\u2029\u200b]/g, escaped);
   return isolated(shown) || "∅";
 }
 
 const quoted = (text) => `'${visible(text)}'`;
+const tokenText = (sheet, n) => visible(sheet.shown[n] ?? sheet.tokens[n] ?? "");
+const tokenName = (sheet, n) => quoted(sheet.shown[n] ?? sheet.tokens[n] ?? "");
 
 // a signed number with the decimals that the largest one needs for four digits
-function formatter(largest, unit) {
+function formatter(largest, unit, unsigned = false) {
   const size = Math.abs(largest) * unit;
   const decimals = size > 0 ? Math.min(9, Math.max(0, 3 - Math.floor(Math.log10(size)))) : 3;
   return (units) => {
     const text = (Math.abs(units) * unit).toFixed(decimals);
-    const sign = units > 0 ? "+" : units < 0 ? "−" : "";
+    const sign = units > 0 ? (unsigned ? "" : "+") : units < 0 ? "−" : "";
     return (/[1-9]/.test(text) ? sign : "") + text;
   };
 }
 
 const sizeOf = (numbers) => numbers.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
 const sumOf = (numbers) => numbers.reduce((sum, x) => sum + x, 0);
-const exactly = (units, unit) => (units * unit).toFixed(Math.max(0, Math.round(-Math.log10(unit))));
+const plainly = (units, unit) => (units * unit).toFixed(Math.max(0, Math.round(-Math.log10(unit)))); // as files have it
+const exactly = (units, unit) => plainly(units, unit).replace("-", "−");
 
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 // the colour of a share: its strength grows with the root of its size, as the legends show it
-function shade(units, largest) {
+function shade(units, largest, of = null) {
+  const name = of || (units > 0 ? "positive" : "negative");
   if (!units || !largest) return "transparent";
   const strength = (isDark() ? 0.52 : 0.66) * Math.sqrt(Math.min(1, Math.abs(units) / largest));
-  return `rgba(${colour(units > 0 ? "positive-rgb" : "negative-rgb")}, ${strength.toFixed(3)})`;
+  return `rgba(${colour(`${name}-rgb`)}, ${strength.toFixed(3)})`;
 }
 
 function download(name, content, type) {
@@ -77,10 +83,12 @@ const layerOf = (label) => {
 // the arrow keys of a row of elements of which one at a time can be reached by Tab
 function roving(container, items, along) {
   items.forEach((item, i) => item.setAttribute("tabindex", i === 0 ? "0" : "-1"));
+  let reached = items[0];
   const focus = (i) => {
-    const next = items[Math.max(0, Math.min(items.length - 1, i))];
-    items.forEach((item) => item.setAttribute("tabindex", item === next ? "0" : "-1"));
-    next.focus();
+    reached.setAttribute("tabindex", "-1");
+    reached = items[Math.max(0, Math.min(items.length - 1, i))];
+    reached.setAttribute("tabindex", "0");
+    reached.focus();
   };
   container.addEventListener("keydown", (event) => {
     const at = items.indexOf(event.target.closest("[tabindex]"));

@@ -5,7 +5,7 @@ let gridsMade = 0;
 
 // columns: [{key, text}], rows: [{key, text}] from the bottom up, value(row, column) -> units or null,
 // describe(row, column), chosen() -> [rowKey, columnKey] or null (either may be null), pick(rowKey, columnKey)
-function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit, xTitle, yTitle, largest, lines, width }) {
+function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit, xTitle, yTitle, largest, lines, width, margin = 62 }) {
   const cells = [];
   rows.forEach((row, r) => columns.forEach((column, c) => {
     const units = value(row, column);
@@ -13,7 +13,7 @@ function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit
   }));
   const most = largest * unit;
   const spec = (available) => {
-    const stepX = Math.max(7, Math.min(34, Math.floor((available - 62) / Math.max(1, columns.length))));
+    const stepX = Math.max(7, Math.min(34, Math.floor((available - margin) / Math.max(1, columns.length))));
     const stepY = Math.max(9, Math.min(26, Math.floor(440 / Math.max(1, rows.length))));
     return {
       width: columns.length * stepX, height: rows.length * stepY,
@@ -26,11 +26,11 @@ function heatMap({ id, label, columns, rows, value, describe, chosen, pick, unit
       data: { values: cells },
       encoding: {
         x: { field: "c", type: "ordinal", title: xTitle, scale: { paddingInner: 0.06, domain: columns.map((_, i) => i) },
-          axis: { labelExpr: "xs[datum.value]", labelAngle: columns.length > 12 || stepX < 26 ? -90 : 0, labelLimit: 84,
+          axis: { labelExpr: "xs[datum.value]", labelAngle: columns.some((column) => column.text.length * 6.6 > stepX) ? -90 : 0, labelLimit: 84,
             ticks: false, domain: false, orient: "bottom", labelOverlap: stepX < 11 } },
         y: { field: "r", type: "ordinal", title: yTitle,
           scale: { paddingInner: 0.06, domain: rows.map((_, i) => i).reverse() },
-          axis: { labelExpr: "ys[datum.value]", ticks: false, domain: false, labelOverlap: stepY < 12 } },
+          axis: { labelExpr: "ys[datum.value]", labelLimit: margin - 20, ticks: false, domain: false, labelOverlap: stepY < 12 } },
       },
       layer: [
         { mark: { type: "rect", cornerRadius: 1.5, cursor: "pointer" },

@@ -23,10 +23,11 @@ function card({ id, title, lead, tools = [] }, ...children) {
 const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
 
 function manySums(totals, sheet) {
+  if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
   const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
   return h("p", { class: "sum" }, h("span", { class: "part" }, h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`), " ",
-    h("strong", {}, valueText(sheet)), h("span", { class: "muted" }, ` (off by at most ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}`
-      : off.toExponential(1)})`)));
+    h("strong", {}, valueText(sheet)), h("span", { class: "muted" }, ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}`
+      : `at most ${off.toExponential(1)}`})`)));
 }
 
 function legend() {
@@ -38,8 +39,8 @@ function legend() {
 
 function chips(sheet) {
   const names = {
-    position: (value) => ["position", `${quoted(sheet.tokens[value] ?? "")}@${value}`],
-    layer: (value) => ["layer", `${value}${state.get("part") ? ` ${state.get("part")}` : ""}`],
+    position: (value) => ["position", `${tokenName(sheet, value)}@${value}`],
+    layer: (value) => ["layer", `${value}${["attention", "mlp"].includes(state.get("part")) ? ` ${state.get("part")}` : ""}`],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
   };
@@ -66,9 +67,11 @@ function head(sheet) {
 }
 
 function always(sheet) {
-  const group = sheet.views.find((view) => view.kind === "tokens" && view.group.rows.length)?.group ?? sheet.views.find((view) => view.groups)?.groups[0];
+  const tokens = sheet.views.find((view) => view.kind === "tokens" && view.group.rows.length && !view.word);
+  const table = sheet.views.find((view) => view.groups), groups = table?.adds ? table.groups : table?.groups.slice(0, 1);
+  const total = tokens?.group.total ?? sumOf(groups.map((group) => group.total));
   return h("div", { class: "always", role: "region", "aria-label": "The sum, and what is chosen" }, h("div", { class: "facts" },
-    h("span", {}, h("span", { class: "muted" }, "shares sum to"), " ", h("strong", { id: "sum" }, exactly(group.total, sheet.unit))),
+    h("span", {}, h("span", { class: "muted" }, "shares sum to"), " ", h("strong", { id: "sum" }, exactly(total, sheet.unit))),
     h("span", {}, h("span", { class: "muted" }, sheet.what), " ", h("strong", { id: "value" }, valueText(sheet))),
     h("span", {}, h("span", { class: "muted" }, "completeness error"), " ", h("strong", { id: "error" }, sheet.error.toExponential(1))),
     h("span", { class: sheet.exact ? "badge" : "badge doubtful" }, sheet.exact ? "exact" : "approximate"), legend()), chips(sheet));

@@ -30,9 +30,21 @@ const diverging = (largest) => ({
 const drawn = (element, spec, renderer = "svg") =>
   vegaEmbed(element, themed(spec), { mode: "vega-lite", renderer, actions: false, ast: true, hover: false });
 
+// a text in lines of at most `most` characters, broken at spaces
+function broken(text, most) {
+  const found = [""];
+  for (const word of text.split(" ")) {
+    const longer = found.at(-1) ? `${found.at(-1)} ${word}` : word;
+    if (longer.length > most && found.at(-1)) found.push(word);
+    else found[found.length - 1] = longer;
+  }
+  return found;
+}
+
 // the spec of a picture as it is exported: `lines` are its title and what stands under it
 function exported(spec, lines) {
-  const [text, ...subtitle] = lines.map(visible);
+  const most = Math.max(72, Math.round(((Number(spec.width) || 0) + 80) / 6.4)); // characters of a line
+  const [text, subtitle] = [broken(visible(lines[0]), most * 0.8), lines.slice(1).flatMap((line) => broken(visible(line), most))];
   return { ...spec, title: { text, subtitle }, background: colour("card"), padding: 20 };
 }
 
@@ -63,7 +75,7 @@ function exportButtons(id, make) {
 }
 
 // horizontal bars, for export: what a table on the page shows
-function barsSpec(rows, unit) {
+function barsSpec(rows, unit, word = "share") {
   const values = rows.map((row, i) => ({ i, label: visible(row.label), value: row.units * unit }));
   const format = formatter(sizeOf(rows.map((row) => row.units)), unit);
   return {
@@ -74,7 +86,7 @@ function barsSpec(rows, unit) {
     params: [{ name: "names", value: values.map((one) => one.label) }],
     layer: [
       { mark: { type: "bar", cornerRadius: 2, height: 13 },
-        encoding: { x: { field: "value", type: "quantitative", title: "share", axis: { tickCount: 5 } },
+        encoding: { x: { field: "value", type: "quantitative", title: word, axis: { tickCount: 5 } },
           color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") } } },
       { mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
         encoding: { x: { value: 420 }, text: { field: "text" } } },

@@ -24,7 +24,7 @@ const state = {
   read() {
     this.values = {};
     for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
-      if (KEYS.includes(key) || key.startsWith("sort.")) this.values[key] = value;
+      if (KEYS.includes(key) || /^(sort|find)\./.test(key)) this.values[key] = value;
     }
     for (const key of ["sheet", "position", "layer"]) {
       if (!/^\d+$/.test(this.values[key] ?? "0")) delete this.values[key];

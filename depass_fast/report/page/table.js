@@ -16,7 +16,7 @@ function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
   return line;
 }
 
-const valueText = (sheet) => sheet.value.toFixed(Math.max(0, Math.round(-Math.log10(sheet.unit))));
+const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);
 
 // the rows under a group's components: what was left out, `rest` and `bias`
 function footOf(group, hidden = [0, 0]) {
@@ -35,7 +35,7 @@ const ORDERS = {
 
 // rows: [{label, units, say?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen
 function shareTable({ id, caption, head = "Component", rows, foot = [], total = null, totalName = "sum", sheet, pick, isPicked,
-  lines, most = 12 }) {
+  canPick = () => true, lines, most = 12 }) {
   const largest = sizeOf(rows.map((row) => row.units));
   const format = formatter(sizeOf([largest, ...(rows.length ? [] : foot.map((one) => one.units))]), sheet.unit);
   const body = h("tbody"), table = h("table", { class: "shares", "data-table": id }, h("caption", { class: "unseen" }, caption));
@@ -53,13 +53,13 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
     const all = sorted(), shown = all.slice(0, limit);
     body.replaceChildren(...shown.map((row) => {
       const picked = Boolean(isPicked?.(row));
-      const name = pick && row.canPick !== false
+      const name = pick && canPick(row)
         ? h("button", { type: "button", class: "name", "aria-pressed": String(picked), onclick: (event) => { event.stopPropagation(); pick(row); } },
           bdi(row.label))
         : bdi(row.label);
       const line = h("tr", { class: picked ? "picked" : null, title: row.say }, h("th", { scope: "row" }, name),
         h("td", { class: "number" }, format(row.units)), h("td", { class: "bars" }, bar(row.units)));
-      if (pick && row.canPick !== false) line.addEventListener("click", () => pick(row));
+      if (pick && canPick(row)) line.addEventListener("click", () => pick(row));
       return line;
     }));
     more.hidden = all.length <= most;
@@ -97,7 +97,7 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
 
   const csv = () => {
     const all = [...sorted(), ...foot, ...(total === null ? [] : [{ label: totalName, units: total }])];
-    download(`${id}.csv`, csvOf(["label", "share"], all.map((row) => [row.label, exactly(row.units, sheet.unit)])), "text/csv");
+    download(`${id}.csv`, csvOf(["label", "share"], all.map((row) => [row.label, plainly(row.units, sheet.unit)])), "text/csv");
   };
   const picture = () => {
     const shown = sorted().slice(0, 30), hidden = sorted().slice(30);

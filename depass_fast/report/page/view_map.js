@@ -9,7 +9,7 @@ views.map = (view, sheet, page) => {
   const largest = sizeOf(view.parts.flatMap((part) => part.rows.flatMap((row) => row.cells)));
   const format = formatter(largest, sheet.unit);
   const holder = h("div", { class: "maps" }), sums = h("div", { class: "sums" });
-  const textOf = (position) => `${visible(sheet.tokens[position])} ${position}`;
+  const textOf = (position) => `${tokenText(sheet, position)} ${position}`;
   let grids = [], drawnFor = null;
 
   const columnsNow = () => {
@@ -34,15 +34,15 @@ views.map = (view, sheet, page) => {
         id: `map-${part.name}`, label: `${part.title}: layer by position`, columns, unit: sheet.unit, largest,
         rows: part.rows.map((row) => ({ key: row.layer, text: String(row.layer) })),
         value: (row, column) => cellOf(byLayer.get(row.key), column),
-        describe: (row, column) => `${part.title} of layer ${row.key}, ${column.kept ? column.text : `${quoted(sheet.tokens[column.key])} at position ${column.key}`}, share ${
+        describe: (row, column) => `${part.title} of layer ${row.key}, ${column.kept ? column.text : `${tokenName(sheet, column.key)} at position ${column.key}`}, share ${
           format(cellOf(byLayer.get(row.key), column))}`,
         chosen: () => [state.get("part") === null || state.get("part") === part.name ? state.number("layer") : null, state.number("position")],
         pick: (layer, position) => layer === null ? state.set({ layer: null, part: null, position: null })
           : state.set({ layer, part: part.name, position: position === "others" ? null : position, head: null, neuron: null }),
         xTitle: "position", yTitle: "layer",
         width: () => Math.max(240, (holder.clientWidth - (holder.clientWidth > 860 ? 40 : 0)) / (holder.clientWidth > 860 ? view.parts.length : 1)),
-        lines: () => [`${part.title}: what it writes at every position, ${sheet.headline}`,
-          `in every layer, these shares and the rest sum to ${valueText(sheet)}`, ...warningsOf(sheet)],
+        lines: () => [`${part.title}: ${view.what}, ${sheet.headline}`,
+          sheet.own_sums ?? `in every layer, these shares and the rest sum to ${valueText(sheet)}`, ...warningsOf(sheet)],
       });
     });
     holder.replaceChildren(...view.parts.map((part, i) => h("section", { class: "map", "aria-label": part.title },
@@ -57,7 +57,7 @@ views.map = (view, sheet, page) => {
       const kept = sumOf(row.cells);
       const parts = [{ label: `layer ${layer} ${part.title}`, units: kept + row.others[1], always: true },
         ...footOf({ others: [0, 0], rest: row.rest, bias: row.bias })];
-      return sumLine(parts, row.total, sheet, { value: sheet.value });
+      return sumLine(parts, row.total, sheet, { value: sheet.own_sums ? null : sheet.value });
     }).filter(Boolean));
     if (!sums.childElementCount) {
       const totals = view.parts.flatMap((part) => part.rows.map((row) => row.total));
@@ -66,6 +66,5 @@ views.map = (view, sheet, page) => {
   };
   page.whenShown.push(() => reacting(page, ["position", "layer", "part"], () => { build(); addUp(); }));
   page.whenResized.push(() => { drawnFor = null; build(); });
-  return card({ id: "map", title: "Layers and positions",
-    lead: "What attention and the MLP of every layer write at every position. Choose a cell to see its heads or neurons." }, holder, sums);
+  return card({ id: "map", title: view.title, lead: view.lead }, holder, sums);
 };
