@@ -56,7 +56,7 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         }
         for n, text in enumerate(sheet.tokens[:_TOKENS])
     ]
-    table = views.get("components")
+    table = views.get("components") or views.get("graph")
     return {
         "sheet": sheet,
         "headline": isolated(sheet.headline),
@@ -65,7 +65,7 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         "rows": []
         if table is None or (table["id"] == "all-tokens" and len(sheet.tokens) <= _TOKENS)
         else _rows(table, sheet),
-        "title": None if table is None else table["title"],
+        "title": None if table is None else table.get("listed", table["title"]),
         "total": None if not shares else _number(views["tokens"]["group"]["total"], largest, sheet.unit),
     }
 

@@ -1,6 +1,6 @@
-// What is chosen: the sheet, a position, a layer and part, a head or neuron, the order of tables. It is the URL's hash.
+// What is chosen: the sheet, a position, a layer and part, a head or neuron, a graph's node, the order of tables. It is the URL's hash.
 
-const KEYS = ["sheet", "position", "layer", "part", "head", "neuron", "find"];
+const KEYS = ["sheet", "position", "layer", "part", "head", "neuron", "find", "node", "path", "edges", "by"];
 
 const state = {
   values: {},
