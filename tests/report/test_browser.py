@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import struct
 from pathlib import Path
 
@@ -13,23 +12,21 @@ import pytest
 from depass_fast import DePass, write_html
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
-from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, TARGET, data_of, demo, needs_pages, view_of, with_tokens
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
+from tests.support.pages import (
+    HOSTILE,
+    LANGUAGES,
+    PROMPT,
+    TARGET,
+    data_of,
+    demo,
     needs_pages,
-    pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium"),
-]
-WAIT = 30_000  # milliseconds; machines that are shared are slow
+    saved,
+    units,
+    view_of,
+    with_tokens,
+)
 
-
-@pytest.fixture(scope="session")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+pytestmark = needs_pages
 
 
 @pytest.fixture(scope="session")
@@ -37,42 +34,6 @@ def report(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pages") / "report.html"
     demo().report(PROMPT, TARGET).to_html(path)
     return path
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens a page; at the end nothing was said on its console, and nothing was asked of a network."""
-    said, asked, contexts = [], [], []
-
-    def open_page(path: Path, fragment: str = "", scripts: bool = True, **settings):
-        settings = {"viewport": {"width": 1280, "height": 900}, **settings}
-        contexts.append(browser.new_context(java_script_enabled=scripts, accept_downloads=True, **settings))
-        opened = contexts[-1].new_page()
-        opened.set_default_timeout(WAIT)
-        opened.on("console", lambda message: said.append(message.text))
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        opened.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.goto(f"{path.as_uri()}{fragment}")
-        if scripts:
-            opened.wait_for_selector("main")
-        return opened
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert asked and all(url.startswith(("file://", "data:", "blob:")) for url in asked), asked
-
-
-def saved(opened, selector: str) -> bytes:
-    with opened.expect_download() as found:
-        opened.click(selector)
-    return Path(found.value.path()).read_bytes()
-
-
-def units(opened, selector: str) -> list[int]:
-    return [int(one.get_attribute("data-units")) for one in opened.query_selector_all(selector)]
 
 
 def test_clicks_filter_what_follows_and_sums_stay_in_view(visit, report):

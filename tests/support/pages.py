@@ -68,6 +68,18 @@ def view_of(sheet: dict[str, Any], name: str) -> dict[str, Any]:
     return next(view for view in sheet["views"] if view["id"] == name)
 
 
+def saved(opened: Any, selector: str) -> bytes:
+    """What a click on a button of a page downloads."""
+    with opened.expect_download() as found:
+        opened.click(selector)
+    return Path(found.value.path()).read_bytes()
+
+
+def units(opened: Any, selector: str) -> list[int]:
+    """The numbers of a page's cells, in units."""
+    return [int(one.get_attribute("data-units")) for one in opened.query_selector_all(selector)]
+
+
 def sums_of(sheet: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     """The views' sums: of what, what the rows add up to with all that belongs to them, and what is said."""
     for view in sheet["views"]:
