@@ -28,9 +28,10 @@ class Graph(DirectShares):
     ``prompt`` is the text, as its tokens put together; ``input_ids`` and ``tokens`` are those up to the position that
     is read. ``target_name``, ``target_kind``, ``target_ids`` and ``position`` say what is read, and where:
     ``target_ids`` holds the token and the one that is subtracted, None where there is none. ``probability`` is that of
-    the target's token, None for a vector. ``rule`` is "shapley", "half" or "taylor". ``errors`` (R,) are how far the
-    incoming edges of the target and of every kept node are off its activation, relative to the sum of their sizes;
-    ``completeness_error`` is the largest. ``seconds`` is how long it took.
+    the target's token, None for a vector. ``constants`` is what constants give to the target by all ways. ``rule`` is
+    "shapley", "half" or "taylor". ``errors`` (R,) are how far the incoming edges of the target and of every kept node
+    are off its activation, relative to the sum of their sizes; ``completeness_error`` is the largest. ``seconds`` is
+    how long it took.
     """
 
     def divide(

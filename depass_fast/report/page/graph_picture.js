@@ -98,7 +98,7 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
     data: [{ name: "columns", values: columns }, { name: "layers", values: layers }, { name: "edges", values: edges },
       { name: "nodes", values: nodes }, { name: "labels", values: labels }, { name: "marked", values: marked }],
     scales: [byKinds(kinds), { name: "share", ...diverging(largest), clamp: true }],
-    legends: [{ shape: "shape", orient: "top", direction: "horizontal", columns: kinds.length, symbolFillColor: muted, symbolStrokeWidth: 0,
+    legends: [{ shape: "shape", orient: "top", direction: "horizontal", columns: width < 520 ? 3 : kinds.length, symbolFillColor: muted, symbolStrokeWidth: 0,
       symbolSize: 70, columnPadding: 18, labelLimit: 300 }],
     marks: [
       { type: "rect", interactive: false, aria: false, from: { data: "columns" }, encode: { update: { xc: { field: "x" }, width: { field: "wide" }, y: { value: 0 },

@@ -18,7 +18,9 @@ const state = {
       else this.values[key] = String(value);
     }
     const hash = new URLSearchParams(this.values).toString();
-    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    try {
+      history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    } catch { /* a page that stands in a frame of another one has no address */ }
     this.tell();
   },
   read() {
