@@ -101,7 +101,7 @@ def view_of(graph: DirectShares, unit: float) -> dict[str, Any]:
         "layers": graph.n_layers,
         "reads": reads,
         "paths": _paths(graph, columns),
-        "about": f"rule {graph.rule}, completeness error of all nodes {graph.completeness_error:.1e}",
+        "about": f"rule {graph.rule}; sums of edges are off by at most {graph.completeness_error:.1e} of their sizes",
         "left": [given - len(graph.seats), len(graph.tokens) - len(tokens)],
         "edges": int(np.count_nonzero(graph.shares)),
     }

@@ -65,7 +65,7 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
     let from = seats[edge.s];
     if (!from) { // others and bias stand beside the node that reads them
       const away = to.radius + 6;
-      from = { i: -2 - stubs.length, x: to.x + (edge.s === "others" ? -away : away), y: to.y + away, kind: edge.s, word: WORDS[edge.s] ?? edge.s,
+      from = { i: -1 - stubs.length, x: to.x + (edge.s === "others" ? -away : away), y: to.y + away, kind: edge.s, word: WORDS[edge.s] ?? edge.s,
         value: edge.share, isFaint, radius: 2 + 4 * strength, tip };
       stubs.push(from);
     }
@@ -94,7 +94,7 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
     encode: { update: { x: { field: "x" }, y: { field: "y" }, baseline: { value: "middle" }, font: { value: FONT }, fontSize: { value: 11 }, ...encode } } });
   return {
     $schema: VEGA, width, height, padding: 6, autosize: "pad",
-    signals: [{ name: "hovered", value: -9, on: [{ events: "@node:pointerover", update: "datum.i" }, { events: "@node:pointerout", update: "-9" }] }],
+    signals: [{ name: "hovered", value: null, on: [{ events: "@node:pointerover", update: "datum.i" }, { events: "@node:pointerout", update: "null" }] }],
     data: [{ name: "columns", values: columns }, { name: "layers", values: layers }, { name: "edges", values: edges },
       { name: "nodes", values: nodes }, { name: "labels", values: labels }, { name: "marked", values: marked }],
     scales: [byKinds(kinds), { name: "share", ...diverging(largest), clamp: true }],
@@ -113,7 +113,7 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
         path: { field: "path" }, fill: { value: null }, strokeCap: { value: "round" },
         stroke: { signal: `datum.sign < 0 ? '${colour("negative")}' : '${colour("positive")}'` },
         strokeWidth: { signal: "0.7 + 5 * datum.strength" },
-        opacity: { signal: `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * (hovered > -9 ? 0.35 : 1)` },
+        opacity: { signal: `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * (hovered !== null ? 0.35 : 1)` },
         tooltip: { signal: "datum.tip" } } } },
       { type: "symbol", name: "node", aria: false, from: { data: "nodes" }, encode: { update: {
         x: { field: "x" }, y: { field: "y" }, cursor: { value: "pointer" }, size: { signal: "PI * datum.radius * datum.radius" },

@@ -80,7 +80,7 @@ views.graph = (view, sheet, page) => {
     const position = state.number("position"), text = find.value.trim().toLowerCase();
     const rows = nodes.slice(1).filter((node) => (position === null || node.position === position) && node.id.toLowerCase().includes(text))
       .map((node) => ({ id: node.id, label: node.id, units: node.share, say: said(node) }));
-    const caption = position === null ? "Nodes, by their share in the target" : `Nodes at position ${position}, by their share in the target`;
+    const caption = position === null ? "Nodes, by share" : `Nodes at position ${position}, by share`;
     list.replaceChildren(h("h4", {}, caption), h("div", { class: "filters" }, find), table("nodes", caption, { head: "Node", rows }));
   };
   const followed = (one, k) => {
