@@ -10,9 +10,12 @@ function graphModel(view, sheet) {
   const readers = nodes.filter((node) => readOf(node.i)); // those that read last come first
   const into = new Map(nodes.map((node) => [node.i, []])), outOf = new Map(nodes.map((node) => [node.i, []]));
 
+  const sums = { influence: 0, share: 0 }; // of all edges, those that the page leaves out, too
   // an edge: its weight in units of its reader, its influence, and what of its source's share in the target goes by it
   for (const node of readers) {
     const read = readOf(node.i), slope = node.i === 0 ? 1 : read.activation ? (node.share * sheet.unit) / read.activation : 0;
+    sums.influence += node.influence;
+    sums.share += read.size * Math.abs(slope);
     for (const [s, units] of [...pairs(read.from), ["others", read.others], ["bias", read.bias]]) {
       if (!units) continue;
       const edge = { s, t: node.i, units, weight: units * read.unit, share: units * read.unit * slope,
@@ -23,7 +26,6 @@ function graphModel(view, sheet) {
   }
   const edges = [...into.values()].flat();
   const sizes = Object.fromEntries(Object.keys(BY).map((by) => [by, (edge) => Math.abs(edge[by])]));
-  const sums = Object.fromEntries(Object.keys(BY).map((by) => [by, sumOf(edges.map(sizes[by]))]));
 
   // the strongest edges first, none before one that leads on from its reader: what is drawn hangs together
   const ranked = {};
