@@ -72,6 +72,7 @@ setup(
             "matplotlib>=3.8",
             "pandas>=2",
             "pyarrow>=14",
+            "vl-convert-python>=1.7",
         ],
         "lint": ["ruff>=0.12", "pyright[nodejs]>=1.1.400"],
     },

@@ -9,6 +9,8 @@ import torch
 
 from .calls import Calls
 from .components.features import Features
+from .graph.graph import Graph
+from .graph.page import view_of
 from .inputs.prompts import OnePrompt
 from .ledger.book import Ledger
 from .methods.report import report_of
@@ -29,6 +31,8 @@ class ReportCalls(Calls):
 
         def ledger(self, prompt: Any, target: Any = None, **more: Any) -> Ledger: ...
 
+        def graph(self, prompt: Any, target: Any = None, **more: Any) -> Graph: ...
+
     @torch.no_grad()
     def report(
         self,
@@ -39,6 +43,7 @@ class ReportCalls(Calls):
         contrast: int | str | None = None,
         position: int | Sequence[int] = -1,
         features: Features | None = None,
+        graph: bool | int = False,
         **options: Unpack[OptionValues],
     ) -> Report:
         """Return everything about one prompt, to be looked at: ``report.to_html("why.html")``.
@@ -54,15 +59,28 @@ class ReportCalls(Calls):
             target, rule, contrast, position: as for :meth:`depass_fast.DePass.ledger`. Every target at every position
                 has a sheet of its own.
             features: those of a dictionary are shown, too.
+            graph: draw a graph (:meth:`depass_fast.DePass.graph`), too: True for one of 200 nodes, or how many. A graph
+                is of one target at one position.
             options: overrides of :class:`depass_fast.Options`.
 
         Raises:
             ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts.
             MemoryError: it cannot fit.
         """
+        if graph is not False and not isinstance(position, int):
+            raise ValueError("graph: it is of one position; make a report of each.")
         trace = prompt if isinstance(prompt, Trace) else self.trace(prompt, **options)
         if trace.batch or trace.n_prompts != 1:
             raise ValueError("prompt: a report is of one prompt; call report for each.")
         options.pop("chat_template_kwargs", None)  # which only the trace needed
-        ledger = self.ledger(trace, target, rule=rule, contrast=contrast, position=position, **options)
-        return report_of(self.adapter, ledger, trace, features)
+        given: dict[str, Any] = {"rule": rule, "contrast": contrast, "position": position, **options}
+        made = None
+        if graph is not False:
+            count = {} if graph is True else {"nodes": graph}
+            made = self.graph(trace, target, features=features, **count, **given)
+        report = report_of(self.adapter, self.ledger(trace, target, **given), trace, features)
+        if made is not None:
+            (sheet,) = report.sheets
+            sheet.views.insert(-1, view_of(made, sheet.unit))
+            sheet.warnings = list(dict.fromkeys([*sheet.warnings, *made.warnings]))
+        return report

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from . import flags, prompts, targets, types
 from .model import device_of, engine_of, silence_transformers
 from .output import emit, note, on_stderr
+from .report import check_page, write_page
 
 if TYPE_CHECKING:
     from ..graph.graph import Graph
 
 _DESCRIPTION = """\
 Find the tokens, heads and neurons that lead to a target, and the direct shares between them under a rule that is linear
-in the components. A file is read by the viewers of circuit-tracer and Neuronpedia.
+in the components. A page draws them; a file is read by the viewers of circuit-tracer and Neuronpedia.
 """
 _EXAMPLES = """\
 examples:
-  depass-fast graph --model demo --prompt "Nyria Morstam speaks" --out graph.json
+  depass-fast graph --model demo --prompt "Nyria Morstam speaks" --html graph.html
   depass-fast graph --model ./llama --prompt "The capital of France is" --target " Paris" --target-kind log-prob
   depass-fast graph --model ./llama --prompt "The capital of France is" --nodes 500 --node-threshold 0.8 --out g.json
 """
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--out", type=types.output_file(".json"), metavar="FILE", help="write FILE.json, which the viewers read"
     )
+    out.add_argument("--html", type=types.output_file(".html"), metavar="FILE", help="write FILE.html, which draws it")
     out.add_argument("--slug", type=types.text, metavar="NAME", help="the graph's name in the file")
     out.add_argument("--scan", type=types.text, metavar="NAME", help="the model's name in the file")
     flags.add_quiet(out)
@@ -80,10 +82,12 @@ def check(args: argparse.Namespace) -> None:
     targets.check(args, prompts.items_of(args))
     if isinstance(args.position, list):
         raise ValueError("--position: a graph is of one position.")
+    if args.html is not None:
+        check_page()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make a graph, print what leads, and write --out."""
+    """Make a graph, print what leads, and write --out and --html."""
     with on_stderr():
         silence_transformers()
         engine = engine_of(args, device_of(args.device))
@@ -96,4 +100,6 @@ def run(args: argparse.Namespace) -> None:
         if args.out is not None:
             graph.save(args.out, slug=args.slug, scan=args.scan)
             note(f"wrote {args.out}")
+    if args.html is not None:
+        write_page(args.html, lambda: graph.to_html(args.html))
     emit(json.dumps(graph.to_json(slug=args.slug, scan=args.scan), allow_nan=False) if args.json else graph)

@@ -19,6 +19,7 @@ examples:
   depass-fast report --model demo --prompt "Nyria Morstam speaks"
   depass-fast report --model ./llama --prompt "The capital of France is" --target " Paris" --out paris.html
   depass-fast report --model ./llama --prompt "The capital of France is" --target " Paris" --contrast " Rome"
+  depass-fast report --model ./llama --prompt "The capital of France is" --graph
 """
 _OUT = Path("report.html")
 
@@ -30,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model(what)
     prompts.add_arguments(what, several=False)
     targets.add_arguments(what)
+
+    what.add_argument(
+        "--graph",
+        type=types.positive,
+        nargs="?",
+        const=200,
+        metavar="NODES",
+        help="draw who reads from whom, too: a graph of 200 nodes, or as many as are given",
+    )
 
     how = parser.add_argument_group("how it is computed")
     flags.add_linear_rule(how)
@@ -50,6 +60,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise an error for flags that do not go together, or a package that is missing, before anything is imported."""
     prompts.template_kwargs_of(args)
     targets.check(args, prompts.items_of(args))
+    if args.graph is not None and isinstance(args.position, list):
+        raise ValueError("--graph: a graph is of one --position.")
     check_page()
 
 
@@ -59,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     with on_stderr():
         silence_transformers()
         engine = engine_of(args, device_of(args.device))
-        report = engine.report(item.prompt, rule=args.rule, **targets.arguments(args, [item]))
+        graph = False if args.graph is None else args.graph
+        report = engine.report(item.prompt, rule=args.rule, graph=graph, **targets.arguments(args, [item]))
     write_page(args.out, lambda: report.to_html(args.out))
     emit(report)
 

@@ -89,6 +89,7 @@ def _graph(request: Request, ways: Ways, direct: Direct) -> Graph:
         n_layers=adapter.n_layers,
         seconds=time.perf_counter() - request.began,
         provenance=request.provenance,
+        constants=float(totals.pages.constants[Entry(0, "resid_pre")][0, 0]) + float(ways.reads.constants[0, 0]),
         model=GraphModel(request, ways, {place.id: number for number, place in enumerate(seats)}),
     )
     rounding = rounding_of(adapter, request.run, totals.compute)

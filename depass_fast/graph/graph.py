@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ..report.document import Report
+from ..report.fragment import fragment
+from ..report.sheet import Sheet
 from ..results.files import check_path
 from .divide import by_head, by_key
 from .intervene import Intervention, intervened
+from .page import sheet_of
 from .record import DirectShares, Node
 from .viewers import document
 
@@ -23,9 +28,10 @@ class Graph(DirectShares):
     ``prompt`` is the text, as its tokens put together; ``input_ids`` and ``tokens`` are those up to the position that
     is read. ``target_name``, ``target_kind``, ``target_ids`` and ``position`` say what is read, and where:
     ``target_ids`` holds the token and the one that is subtracted, None where there is none. ``probability`` is that of
-    the target's token, None for a vector. ``rule`` is "shapley", "half" or "taylor". ``errors`` (R,) are how far the
-    incoming edges of the target and of every kept node are off its activation, relative to the sum of their sizes;
-    ``completeness_error`` is the largest. ``seconds`` is how long it took.
+    the target's token, None for a vector. ``constants`` is what constants give to the target by all ways. ``rule`` is
+    "shapley", "half" or "taylor". ``errors`` (R,) are how far the incoming edges of the target and of every kept node
+    are off its activation, relative to the sum of their sizes; ``completeness_error`` is the largest. ``seconds`` is
+    how long it took.
     """
 
     def divide(
@@ -64,6 +70,28 @@ class Graph(DirectShares):
         check_path(path)
         text = json.dumps(self.to_json(slug=slug, scan=scan), allow_nan=False, separators=(",", ":"))
         Path(path).write_text(text, encoding="utf-8")
+
+    @property
+    def sheets(self) -> list[Sheet]:
+        """The sheets that :func:`depass_fast.write_html` shows of the graph: one."""
+        return [sheet_of(self)]
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that draws the graph: one HTML file that works without a network (docs/report.md).
+
+        It holds the 1,000 nodes and the 80,000 edges of the largest influence; what is left out is in the sums.
+
+        Raises:
+            ImportError: a package of the extra ``report`` is not installed.
+            OSError: the file cannot be written.
+        """
+        Report(self.sheets, str(self)).to_html(path)
+
+    def _repr_html_(self) -> str | None:
+        """Return a small picture without scripts: the tokens, and what the target reads. None where there is none."""
+        with contextlib.suppress(Exception):  # a repr never fails
+            return fragment(self.sheets)
+        return None
 
     def intervene(
         self,

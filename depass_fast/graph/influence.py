@@ -59,7 +59,7 @@ def pruned(
     seats = found.columns[n_tokens:OTHERS]
     every = np.concatenate([found.columns[:n_tokens], seats, found.others, found.columns[BIAS:]])
     keep = np.concatenate([[True], seats >= _threshold(every, node_threshold)])
-    cut = _without(shares, n_tokens, keep)
+    cut = without(shares, n_tokens, keep)
     found = influence(cut, n_tokens)
     edges = fractions(cut) * found.rows[:, None]
     kept_edges = edges >= _threshold(edges.ravel(), edge_threshold)
@@ -72,13 +72,13 @@ def pruned(
         if read.all():
             break
         stay = np.concatenate([[True], read])
-        numbers, cut = numbers[stay], _without(cut, n_tokens, stay)
+        numbers, cut = numbers[stay], without(cut, n_tokens, stay)
     kept = np.zeros(len(shares), bool)
     kept[numbers] = True
     return cut, kept
 
 
-def _without(shares: Matrix, n_tokens: int, keep: NDArray[np.bool_]) -> Matrix:
+def without(shares: Matrix, n_tokens: int, keep: NDArray[np.bool_]) -> Matrix:
     """Return the matrix of the rows to ``keep`` (R,), the target among them; what the others give is in `others`."""
     rows = shares[keep].copy()
     columns = np.concatenate([np.ones(n_tokens, bool), keep[1:], [True, True]])

@@ -85,7 +85,8 @@ class DirectShares:
     """The numbers of a :class:`depass_fast.Graph`, whose fields are these, and the tables made of them.
 
     shares: (R, S) direct shares; the rows are the target and the kept nodes, the columns the tokens, the kept nodes,
-        `others` and `bias`. activations: (R,) what the rows sum to.
+        `others` and `bias`. activations: (R,) what the rows sum to. constants: what constants give to the target by all
+        ways; with the tokens' shares it sums to the target.
     """
 
     shares: Matrix
@@ -108,6 +109,7 @@ class DirectShares:
     provenance: Provenance
     warnings: list[str] = field(default_factory=list)
     pruning: dict[str, float] = field(default_factory=dict)
+    constants: float = 0.0
     model: GraphModel | None = None
 
     @property

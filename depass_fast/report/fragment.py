@@ -58,7 +58,7 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         }
         for n, text in enumerate(shown_tokens(sheet.tokens)[:_TOKENS])
     ]
-    table = views.get("components") or _first_key(views.get("keys"))
+    table = views.get("components") or views.get("graph") or _first_key(views.get("keys"))
     return {
         "sheet": sheet,
         "headline": isolated(sheet.headline),
@@ -67,7 +67,7 @@ def _shown(sheet: Sheet) -> dict[str, Any]:
         "rows": []
         if table is None or (table["id"] == "all-tokens" and len(sheet.tokens) <= _TOKENS)
         else _rows(table, sheet),
-        "title": None if table is None else table["title"],
+        "title": None if table is None else table.get("listed", table["title"]),
         "total": None if not shares or word else _number(views["tokens"]["group"]["total"], largest, sheet.unit),
     }
 

@@ -31,6 +31,9 @@ SCRIPTS = (  # in the order in which they run; a view is one script that registe
     "view_map.js",
     "view_components.js",
     "view_keys.js",
+    "graph_model.js",
+    "graph_picture.js",
+    "view_graph.js",
     "main.js",
 )
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")

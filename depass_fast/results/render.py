@@ -29,7 +29,7 @@ _TOP = 10
 _SHOWN, _READ = 3, 160  # in a repr: targets and leading components, characters of a part
 
 # the value that shares sum to, by the kind of target
-_VALUES = {
+VALUES = {
     "logit": "logit",
     "contrast": "logit difference",
     "log-prob": "log P + entropy",
@@ -265,7 +265,7 @@ def value_name(result: Result, target: int) -> str:
     if result.reduced is not None:
         return "projection"
     if result.target_kinds is not None:
-        return _VALUES[result.target_kinds[target]]
+        return VALUES[result.target_kinds[target]]
     if result.target_ids[target] is None:
         return "projection"
     return "logit" if result.contrast_ids[target] is None else "logit difference"

@@ -43,6 +43,8 @@ function chips(sheet) {
     layer: (value) => ["layer", `${value}${["attention", "mlp"].includes(state.get("part")) ? ` ${state.get("part")}` : ""}`],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
+    node: (value) => ["node", value],
+    path: (value) => ["path", value],
   };
   const holder = h("div", { class: "chips", role: "group", "aria-label": "What is chosen" });
   state.listeners.push(() => {
@@ -61,7 +63,7 @@ function head(sheet) {
   const options = data.sheets.map((one, i) => h("option", { value: i, selected: one === sheet }, visible(one.name)));
   const choose = data.sheets.length < 2 ? null : h("label", { class: "sheets" }, h("span", { class: "muted" }, "Shown"), " ",
     h("select", { onchange: (event) => state.set({ sheet: event.target.value === "0" ? null : event.target.value, position: null, layer: null,
-      part: null, head: null, neuron: null }) }, ...options));
+      part: null, head: null, neuron: null, node: null, path: null }) }, ...options));
   return h("header", {}, h("p", { class: "muted brand" }, "depass_fast · report"), h("h1", {}, bdi(sheet.target)), h("p", { class: "lead" }, bdi(sheet.headline)), choose,
     ...sheet.warnings.map((text) => h("p", { class: "warning", role: "note" }, h("strong", {}, "Warning: "), `${text}.`)));
 }

@@ -1,6 +1,9 @@
-// Pictures by Vega-Lite. What is exported is the picture with its title, its sum and all warnings in it.
+// Pictures by Vega-Lite, or by Vega where a spec says so. What is exported is the picture with its title, its sum and all warnings in it.
 
 const exporters = new Map(); // id -> () => {spec, lines}; for the buttons, and for tests
+
+const VEGA = "https://vega.github.io/schema/vega/v6.json"; // a name: nothing is fetched
+const FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif";
 
 function themed(spec) {
   const ink = colour("ink"), muted = colour("muted"), line = colour("line");
@@ -9,12 +12,12 @@ function themed(spec) {
     background: null,
     ...spec,
     config: {
-      font: "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif",
+      font: FONT,
       view: { stroke: null },
       axis: { labelColor: muted, titleColor: muted, domainColor: line, tickColor: line, gridColor: line, labelFontSize: 11,
         titleFontSize: 11, titleFontWeight: "normal" },
       legend: { labelColor: muted, titleColor: muted, labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal" },
-      title: { color: ink, subtitleColor: muted, fontSize: 15, subtitleFontSize: 12, anchor: "start", offset: 14,
+      title: { color: ink, font: FONT, subtitleFont: FONT, subtitleColor: muted, fontSize: 15, subtitleFontSize: 12, anchor: "start", offset: 14,
         subtitlePadding: 6, subtitleLineHeight: 17, lineHeight: 20 },
       text: { color: ink },
       ...spec.config,
@@ -28,7 +31,7 @@ const diverging = (largest) => ({
 });
 
 const drawn = (element, spec, renderer = "svg") =>
-  vegaEmbed(element, themed(spec), { mode: "vega-lite", renderer, actions: false, ast: true, hover: false });
+  vegaEmbed(element, themed(spec), { mode: spec.$schema === VEGA ? "vega" : "vega-lite", renderer, actions: false, ast: true, hover: false });
 
 // a text in lines of at most `most` characters, broken at spaces
 function broken(text, most) {

@@ -1,6 +1,6 @@
-// What is chosen: the sheet, a position, a layer and part, a head or neuron, the order of tables. It is the URL's hash.
+// What is chosen: the sheet, a position, a layer and part, a head or neuron, a graph's node, the order of tables. It is the URL's hash.
 
-const KEYS = ["sheet", "position", "layer", "part", "head", "neuron", "find"];
+const KEYS = ["sheet", "position", "layer", "part", "head", "neuron", "find", "node", "path", "edges", "by"];
 
 const state = {
   values: {},
@@ -18,7 +18,9 @@ const state = {
       else this.values[key] = String(value);
     }
     const hash = new URLSearchParams(this.values).toString();
-    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    try {
+      history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+    } catch { /* a page that stands in a frame of another one has no address */ }
     this.tell();
   },
   read() {
