@@ -53,7 +53,7 @@ class LayerKinds(ModelEnds):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
                 "heads, values that are normed or shared between layers, factors of the residual stream, experts that "
-                f"read ahead, or layers with less or more than the two.{advice}"
+                f"read ahead, keys selected by group of heads, or layers with less or more than the two.{advice}"
             )
 
     def check_one_norm(self, what: str) -> None:
