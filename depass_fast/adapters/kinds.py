@@ -53,7 +53,7 @@ class LayerKinds(ModelEnds):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
                 "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
-                "stream or several streams, experts that read ahead, or layers "
+                "stream or several streams, experts that read ahead, keys selected by group of heads, or layers "
                 f"with less or more than the two.{advice}"
             )
 

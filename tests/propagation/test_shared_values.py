@@ -8,6 +8,7 @@ import torch
 from depass_fast import DePass, Heads, Neurons, Subspaces, Tokens
 from depass_fast.adapters.recurrent import knows_recurrences
 from depass_fast.compat import decomposed_state_manager
+from depass_fast.components.base import Entry
 from depass_fast.linear_rules import linear_shares
 from depass_fast.planning.planner import JOINT_BYTES
 from depass_fast.propagation.joint import can_propagate_jointly
@@ -73,7 +74,7 @@ def test_states_take_along_what_later_layers_read(dp, trace, kind):
     for end in range(state.layer + 1, 5):
         state = dp.carry(trace, state, end)
         began = kind.entry(dp.adapter).order
-        waiting = {s for layer, s in SOURCES.items() if began <= 2 * s and s < end <= layer}
+        waiting = {Entry(s, "resid_pre") for layer, s in SOURCES.items() if began <= 2 * s and s < end <= layer}
         assert set(state.earlier or {}) == waiting
     whole, last = dp.decompose(trace, kind), dp.carry(trace, state, None)
     assert not last.earlier and not whole.earlier

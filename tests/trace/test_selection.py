@@ -7,7 +7,7 @@ from depass_fast import DePass, Neurons, Tokens
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.evaluate.frozen import frozen_attention
 from depass_fast.trace.attention import attention_probabilities
-from depass_fast.trace.selection import selected
+from depass_fast.trace.selection import seen_by_heads, selected
 from tests.support.family_models import available, build_variant
 from tests.support.models import random_ids
 
@@ -68,3 +68,27 @@ def test_what_does_not_know_sparse_attention_refuses_it(engine):
     held = pytest.raises(ValueError, match="held attention does not know sparse attention")
     with held, frozen_attention(engine, engine.trace(PROMPT)):
         pass
+
+
+@torch.no_grad()
+def test_blocks_of_keys_are_selected_for_every_group_of_heads():
+    """MiniMax M3: blocks of two positions, two of them for each of two KV heads; one layer sees every key."""
+    if not available("minimax_m3_vl_text"):
+        pytest.skip("transformers without MiniMax M3")
+    blocks = DePass(build_variant("minimax_m3_vl_text", implementation="eager"))
+    trace, every = blocks.trace(PROMPT), torch.arange(len(PROMPT))
+    theirs = blocks.model(PROMPT[None], output_attentions=True).attentions
+    for layer, own in zip(trace.layers, theirs, strict=True):
+        assert torch.allclose(attention_probabilities(layer.attention, every, every, torch.float32), own[0], atol=1e-6)
+    first, second, third = (layer.attention for layer in trace.layers)
+    assert second.chosen_keys is None and first.chosen_keys.shape == third.chosen_keys.shape == (9, 2, 2)
+    assert not torch.equal(third.chosen_keys[:, 0], third.chosen_keys[:, 1])
+    assert all(layer.attention.chosen_keys is None for layer in blocks.trace(PROMPT[:4]).layers)
+
+
+def test_blocks_become_a_mask_by_head():
+    chosen = torch.tensor([[[0, -1], [1, 0]], [[1, -1], [0, -1]]])  # of two queries, for two groups
+    seen = seen_by_heads(chosen, 3, 2, 4)
+    assert seen.shape == (4, 2, 3) and torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    assert seen[0].tolist() == [[True, True, False], [False, False, True]]
+    assert seen[2].tolist() == [[True, True, True], [True, True, False]]
