@@ -80,7 +80,7 @@ class HyperConnections(Streams):
 
 
 def normed_first(weight: str, base: str, scale: str) -> Pre:
-    """DeepSeek V4's weights, of a linear map of the normed streams. Arguments name the module's tensors."""
+    """DeepSeek V4's weights: those of a linear map of the normed streams. Arguments are names of its tensors."""
 
     def pre(module: Any, x: Tensor) -> Tensor:
         mixes = nn.functional.linear(module.input_norm(x.flatten(2).float()), getattr(module, weight).float())
