@@ -60,5 +60,5 @@ def _read(attention: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]
     of_q, of_k = mixed.split([q.shape[1], k.shape[1]], 1)
     q, k = (x.transpose(1, 2) for x in attention.qk_norm((of_q + q)[None], (of_k + k)[None]))
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned = (x[0].transpose(0, 1).contiguous() for x in rotate(q, k, *named["position_embeddings"]))
-    return Recurrence(*turned, None, softmax=Softmax(attention.scaling, attention.sliding_window))
+    q, k = (x[0].transpose(0, 1).contiguous() for x in rotate(q, k, *named["position_embeddings"]))
+    return Recurrence(q, k, None, softmax=Softmax(attention.scaling, attention.sliding_window))
