@@ -24,8 +24,7 @@ def declare(config: Any) -> Family:
     kv, width, home = config.num_key_value_heads, config.head_dim, "self_attn.qkv_proj"
     groups, half = config.num_attention_heads // kv, kv * width // 2
     taps = torch.tensor([[0.0, 1.0]] * half + [[1.0, 0.0]] * half)
-    heads = torch.arange(kv * groups) // groups  # of keys and values
-    values = lambda weight: weight.unflatten(0, (kv, width))[heads].flatten(0, 1)  # noqa: E731
+    values = lambda weight: weight.unflatten(0, (kv, width)).repeat_interleave(groups, 0).flatten(0, 1)  # noqa: E731
     return Family(
         attention_mix=partial(_mix, "post_attention_residual_scale"),
         mlp_mix=partial(_mix, "post_mlp_residual_scale"),
