@@ -207,10 +207,9 @@ class Recorder:
             if x is not None:
                 self.keep(record, name, x)
         record["recurrence"] = recurrence
-        record["mask"] = {"scale": 1.0} if recurrence.softmax is None else asdict(recurrence.softmax)
-        own = AttentionTrace(
-            record["resid_pre"], recurrence.q, recurrence.k, recurrence=frozen(recurrence), **record["mask"]
-        )
+        mask: dict[str, Any] = {"scale": 1.0} if recurrence.softmax is None else asdict(recurrence.softmax)
+        record["mask"] = mask
+        own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, recurrence=frozen(recurrence), **mask)
         out = apply(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
         if self.is_checking:
             self.keep(record, "values", raw[self.watched])
@@ -374,12 +373,11 @@ def _attention_function(
     known = id(module) in recorder.places  # a pruned model's layers keep their old indices
     index = recorder.places[id(module)] if known else module.layer_idx
     window = recorder.adapter.window(index, sliding_window, recorder.implementation)
-    if recorder.adapter.kind(index).mixer is not None and index not in recorder.besides:
-        # the mixer computes it, prompt by prompt; here the first prompt's is compared
-        out, _ = attention.causal_attention(query, key, value, scaling, window, softcap)
-        return out.transpose(1, 2), None
     softcap = None if recorder.implementation == "sdpa" else softcap  # sdpa has none: older versions ignore it
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
+    if recorder.adapter.kind(index).mixer is not None and index not in recorder.besides:
+        # the mixer computes it, prompt by prompt; here the first prompt's is compared
+        return attention.causal_attention(query, key, value, **mask)[0].transpose(1, 2), None
     mask["chunked"] = recorder.adapter.chunks(index)
     if block_indices is not None:
         indices, mask["key_block"] = block_indices, recorder.adapter.kind(index).key_block

@@ -36,8 +36,8 @@ def _read(attention: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]
     ways = ((attention.lambda_q1, attention.lambda_k1), (attention.lambda_q2, attention.lambda_k2))
     first, second = ((q * k).sum(dtype=torch.float32).exp().to(outputs[0].dtype) for q, k in ways)
     minus = float(first - second + attention.lambda_init)
-    turned = (rotary[name][0].transpose(0, 1).contiguous() for name in ("q", "k"))
-    return Recurrence(*turned, None, softmax=Softmax(attention.scaling, minus=minus))
+    q, k = (rotary[name][0].transpose(0, 1).contiguous() for name in ("q", "k"))
+    return Recurrence(q, k, None, softmax=Softmax(attention.scaling, minus=minus))
 
 
 def _norm(attention: Any, outputs: list[Tensor], heads: Tensor) -> Tensor:
