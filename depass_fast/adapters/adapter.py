@@ -183,12 +183,6 @@ class Adapter(LayerKinds):
         assert beside is not None and beside.attention is not None
         return below(self.block(index), beside.attention)
 
-    def block(self, index: int) -> nn.Module:
-        """The module of layer ``index``."""
-        block = self.blocks._modules[str(index // self.family.sublayers)]
-        assert block is not None
-        return block
-
     def layer_device(self, index: int) -> torch.device:
         """The device of layer ``index``."""
         if self.has_attention(index):
@@ -248,17 +242,6 @@ class Adapter(LayerKinds):
         return next(name for name, found in self.model.named_modules() if found is module)
 
     # -- a mixture of experts -----------------------------------------------------------------------------------
-
-    def is_mixture(self, index: int) -> bool:
-        """True if the MLP of layer ``index`` is a mixture of experts."""
-        declared = self.kind(index).experts
-        return declared is not None and experts.has_router(self.block(index), declared)
-
-    def has_dense_mlp(self, index: int) -> bool:
-        """True if layer ``index`` has an MLP that is no mixture, beside one or alone."""
-        declared = self.kind(index).experts
-        beside = declared is not None and (declared.beside is not None or declared.ahead)
-        return self.has_mlp(index) and (beside or not self.is_mixture(index))
 
     def experts_module(self, index: int) -> nn.Module:
         """The module of layer ``index`` that is given the normed states for its experts."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .ends import ModelEnds
+from .experts import has_router
 from .family import Family
 
 
@@ -28,10 +29,27 @@ class LayerKinds(ModelEnds):
         """True if the MLP of a layer reads the same residual stream as its attention."""
         return self.family.parallel
 
+    def block(self, index: int) -> nn.Module:
+        """The module of layer ``index``."""
+        block = self.blocks._modules[str(index // self.family.sublayers)]
+        assert block is not None
+        return block
+
     def kind(self, index: int) -> Family:
         """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
         kinds = self.family.kinds
         return self.family if kinds is None else kinds[index]
+
+    def is_mixture(self, index: int) -> bool:
+        """True if the MLP of layer ``index`` is a mixture of experts."""
+        declared = self.kind(index).experts
+        return declared is not None and has_router(self.block(index), declared)
+
+    def has_dense_mlp(self, index: int) -> bool:
+        """True if layer ``index`` has an MLP that is no mixture, beside one or alone."""
+        declared = self.kind(index).experts
+        beside = declared is not None and (declared.beside is not None or declared.ahead)
+        return self.has_mlp(index) and (beside or not self.is_mixture(index))
 
     def has_attention(self, index: int) -> bool:
         """True if layer ``index`` mixes positions: it has attention or a recurrence."""

@@ -18,13 +18,18 @@ class Same(Linear):
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        width = self.module.weight.shape[0]
+        width = len(self._like)
         return width, width
 
     @cached_property
     def weight(self) -> Tensor:
-        like = self.module.weight
-        return torch.eye(len(like), dtype=like.dtype, device=like.device)
+        return torch.eye(len(self._like), dtype=self._like.dtype, device=self._like.device)
+
+    @property
+    def _like(self) -> Tensor:
+        found = self.module.weight
+        assert isinstance(found, Tensor)
+        return found
 
     @property
     def bias(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, query_key_norms
 from ..runtime.progress import progress_bar_of_calls
-from . import consistency
+from . import consistency, end_check
 from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision, watch_streams
@@ -70,7 +70,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) ->
         check_streams(adapter, trace, recorder.layers, recorder.positions)
         compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
         own = untouched_pass(adapter, compared.to(adapter.device))
-        consistency.check_end(trace, recorder.layers, own, adapter.dtype)
+        end_check.check_end(trace, recorder.layers, own, adapter.dtype)
     return trace
 
 

@@ -24,8 +24,6 @@ from ..adapters.side_by_side import beside_each_other
 from ..adapters.stored import kind_of
 from ..runtime.transfer import to_device
 from .record import LayerTrace, MlpTrace, Trace
-from .selection import selected
-from .untouched import UntouchedPass
 
 # part of a layer -> the names under which its input and its output are recorded at the watched positions
 WATCHED = {
@@ -89,7 +87,7 @@ class Consistency:
         """Note how far ``got`` (S, C) is from ``expected``, relative to both and to ``sizes``."""
         coarsest = max(torch.finfo(x.dtype).eps for x in (got, expected, *sizes))
         allowed = max(1.5 * coarsest, 1e-4) if tolerance is None else tolerance
-        self.note(name, _differences(got, expected, *sizes).max(), allowed)
+        self.note(name, differences(got, expected, *sizes).max(), allowed)
 
     def note(self, name: str, error: Tensor, allowed: float) -> None:
         """Note an error, a scalar, and the most that it may be."""
@@ -111,7 +109,7 @@ class Consistency:
                 )
 
 
-def _differences(got: Tensor, expected: Tensor, *sizes: Tensor) -> Tensor:
+def differences(got: Tensor, expected: Tensor, *sizes: Tensor) -> Tensor:
     """The differences of rows (S, C), relative to the sum of their norms and those of ``sizes``: (S,)."""
     wide = torch.promote_types(got.dtype, torch.float32)
     total = torch.stack([x.to(wide).norm(dim=1) for x in (got, expected, *sizes)]).sum(0)
@@ -143,56 +141,6 @@ def _check_reading(found: Consistency, name: str, linear: Linear, inputs: Tensor
     ours = nn.functional.linear(inputs.to(wide), linear.weight.to(wide), bias)
     name = f"{name} computes something else than its weight says"
     found.compare(name, linear.select(outputs), ours, tolerance=READING)
-
-
-def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, dtype: torch.dtype) -> None:
-    """Compare the last prompt's states with those of the untouched model.
-
-    They are compared at the end where all routers, and indexers of sparse attention, decided the same. Near a tie one
-    may decide otherwise, which moves its position by half of its size. Such a position is compared by what entered that
-    decision, and so is every later position, which may look at it. Most of these move by little: the median position is
-    also held to the tolerance, as far as its own decisions agree.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    found, first = Consistency(), trace.span(trace.n_prompts - 1).start
-    span, device = slice(first, first + len(own.end)), own.end.device
-    tolerance = 1e-3
-    if dtype.itemsize < 4:  # of the weights: Mamba's residual stream may be wider
-        # a recurrence adds up what a softmax averages, and with it the model's own rounding
-        tolerance = 0.25 if any(x.attention and x.attention.recurrence for x in trace.layers) else 0.1
-    ends, read = trace.normed_final[span], []
-    agree = torch.zeros(len(own.decisions), len(own.end), dtype=torch.bool, device=device)
-    for row, (index, its) in zip(agree, own.decisions, strict=True):
-        got = {name: records[index][name][span] for name in its}
-        entry = "resid_pre" if "chosen_keys" in its else "experts_input"
-        read.append(_differences(got[entry], its[entry]).to(device))
-        row.copy_(_same_selection(got, its) if "chosen_keys" in its else _same_decision(got, its, tolerance))
-    differences = torch.stack([*read, _differences(ends, own.end.to(ends)).to(device)])  # (decisions + 1, N)
-    alone = agree.cumprod(0).sum(0)  # (N,) decisions before a position's first disagreement
-    for reached, worst in ((alone.cummin(0).values, torch.max), (alone, torch.median)):
-        found.note(
-            "the traced forward pass ends otherwise than the ordinary one: its attention, its mask or its positions",
-            worst(differences.gather(0, reached[None])),
-            tolerance,
-        )
-    found.verdict()
-
-
-def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: float) -> Tensor:
-    """True where two passes chose the same experts with about the same weights: (N,). A sparse mixer's may jump."""
-    order, own_order = got["chosen"].argsort(1), own["chosen"].argsort(1)
-    same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
-    weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
-    return same & (_differences(weights, own_weights) <= tolerance)
-
-
-def _same_selection(got: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
-    """True where two passes selected the same keys, of those that a query may see: (N,)."""
-    seen = [selected(its["chosen_keys"], len(its["chosen_keys"])) for its in (got, own)]
-    seen = [one.tril() if one.ndim == 2 else one.flatten(1) for one in seen]  # of blocks, all are those it may see
-    return (seen[0] == seen[1].to(seen[0].device)).all(1)
 
 
 def _check_attention(
