@@ -145,7 +145,7 @@ class Recorder:
             self.keep(record, name, x)
         if chosen is not None:
             assert self.adapter.selects is not None
-            self.keep(record, "chosen_keys", padded_to(self.adapter.selects, chosen))
+            self.keep(record, "chosen_keys", padded_to(self.adapter.selects, chosen[0]))
         record["keyed"] = keyed
         last = {name: record[name][-n:] for name in ("q", "k", "value_ratio", "chosen_keys") if name in record}
         own = AttentionTrace(record["resid_pre"][-n:], **last, **record["mask"], keyed=self._keyed(record, n))
