@@ -117,3 +117,14 @@ def _with_the_window_before(x: Tensor, nothing: float) -> Tensor:
     next_ones, own = x.chunk(2, -1)
     before = torch.cat([torch.full_like(next_ones[:1], nothing), next_ones[:-1]])
     return torch.cat([before, own], 1)
+
+
+def read_keys(attention: Any, outputs: list[Tensor]) -> Tensor:
+    """Return the values' factors (T, d) of an attention with a ``kv_norm``: those of keys."""
+    return key_ratios(outputs[0], attention.kv_norm)
+
+
+def read_entries(attention: Any, outputs: list[Tensor], overlaps: bool) -> Tensor:
+    """Return the factors (T, C) of keys, then those of entries by its ``compressor``; see :func:`entry_ratios`."""
+    keys, values, gates = outputs
+    return torch.cat([read_keys(attention, [keys]), entry_ratios(values, gates, attention.compressor, overlaps)], 1)
