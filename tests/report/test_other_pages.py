@@ -129,7 +129,7 @@ def test_clicks_in_a_ledger(visit, pages):
     assert "credit of attention" in opened.inner_text(".facts")
     assert "from there on" in opened.inner_text("#view-map .sums")
     opened.fill('[aria-label="Filter neurons by name"]', "L4")
-    assert "find.neurons=L4" in opened.url
+    opened.wait_for_function("location.hash.includes('find.neurons=L4')")  # a moment after the typing
     opened.reload()
     assert opened.input_value('[aria-label="Filter neurons by name"]') == "L4"
 
