@@ -39,7 +39,7 @@ def test_biases_of_experts_agree_in_all_backends_and_prompts(rule):
         if label.startswith("custom"):
             continue
         oracle = dp.decompose(trace, kind, allocation=rule, backend="reference")
-        for options in ({"backend": "torch"}, {"memory_budget": 2_000}, {"stream": True, "memory_budget": 2_000}):
+        for options in ({"backend": "torch"}, {"memory_budget": 8_000}, {"stream": True, "memory_budget": 8_000}):
             if "memory_budget" in options and label not in ("tokens@0", "heads@0", "neurons@0"):
                 continue
             rows = dp.decompose(trace, kind, allocation=rule, **options).rows
