@@ -40,7 +40,7 @@ _MAP = {
 _LEFT_OUT = (
     "What heads and neurons write at single positions, and what they read, is not shown: reports do not know that of "
     "layers like this model's (values that are normed or taken from another layer, gates of the token's embedding, "
-    "experts beside an MLP). All sums are exact as in other reports."
+    "experts beside an MLP, several residual streams). All sums are exact as in other reports."
 )
 
 

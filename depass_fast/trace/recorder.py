@@ -284,7 +284,7 @@ class Recorder:
             q=record["q"],
             k=given["k"],
             key_bias=record.get("key_bias"),
-            chosen_keys=None if chosen is None or self._most_keys(record) <= chosen.shape[1] else chosen,
+            chosen_keys=None if chosen is None or self._selects_all(record, chosen) else chosen,
             row_sum=record.get("row_sum"),
             latent_scale=record.get("latent_scale"),
             head_scales=given.get("head_scales"),
@@ -300,11 +300,11 @@ class Recorder:
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
         return made
 
-    def _most_keys(self, record: dict[str, Any]) -> int:
-        """Return the keys, or entries, that an indexer may select from in the longest prompt."""
+    def _selects_all(self, record: dict[str, Any], chosen: Tensor) -> bool:
+        """True if an indexer selects all keys, blocks or entries that even the longest prompt has."""
         keyed: Keyed | None = record.get("keyed")
-        longest = int(np.diff(self.offsets).max())
-        return longest if keyed is None or keyed.rate is None else longest // keyed.rate
+        apart = keyed.rate if keyed is not None and keyed.rate is not None else 1
+        return int(np.diff(self.offsets).max()) // apart <= chosen.shape[-1] * (record["mask"].get("key_block") or 1)
 
     def _require_all(self, index: int, record: dict[str, Any]) -> None:
         """Raise RuntimeError if the forward pass did not go through everything that is recorded of a layer."""

@@ -1,38 +1,36 @@
 """Stand-ins for devices that this machine lacks."""
 
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from depass_fast.adapters import Adapter
 from depass_fast.planning import fit as fitting
 from depass_fast.planning import planner
 from depass_fast.planning.shapes import RunShape
 from tests.support.models import build
 
 
+class Placed:
+    """An adapter whose model is on another device, as it says."""
+
+    unembedding_bias = None
+
+    def __init__(self, adapter: Adapter, device: torch.device) -> None:
+        self._adapter, self.device = adapter, device
+
+    def layer_device(self, index: int) -> torch.device:
+        return self.device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+
 def small_gpu(monkeypatch, lengths, kind):
     """A stand-in for an adapter on a GPU that has memory for streaming only, beside a host with plenty."""
     adapter = build("llama-gqa").adapter
     gpu = torch.device("cuda", 0)
-    placed = SimpleNamespace(
-        **{name: getattr(adapter, name) for name in ("n_layers", "hidden_size", "dtype", "model")},
-        has_alibi=adapter.has_alibi,
-        has_sinks=adapter.has_sinks,
-        experts_per_position=adapter.experts_per_position,
-        kind=adapter.kind,
-        path=adapter.path,
-        config=adapter.config,
-        weighs_inputs=adapter.weighs_inputs,
-        selects=adapter.selects,
-        layer=adapter.layer,
-        is_mixture=adapter.is_mixture,
-        module=adapter.module,
-        final_norm=adapter.final_norm,
-        final_norm_module=adapter.final_norm_module,
-        unembedding_bias=None,
-        device=gpu,
-        layer_device=lambda index: gpu,
-    )
+    placed = Placed(adapter, gpu)
     monkeypatch.setattr(fitting, "default_budget", lambda device: 1 << 20)
     monkeypatch.setattr(planner, "default_budget", lambda device: 1 << 20)
     monkeypatch.setattr(planner, "available", lambda device: None)
