@@ -76,26 +76,25 @@ class LayerKinds(ModelEnds):
             )
 
     @property
-    def has_one_norm(self) -> bool:
-        """True if no layer reads or writes through more than one norm, and none takes what another one made."""
+    def beyond_one_norm(self) -> list[str]:
+        """What layers have beside one norm in front of attention and one in front of the MLP, in words; no more: []."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
-        for kind in every:
-            more = (kind.v_head_norm, kind.source, kind.input_gate, kind.layer_factor, kind.streams)
-            more += (kind.attention_mix, kind.mlp_mix)
-            beside = kind.experts is not None and kind.experts.beside is not None
-            if beside or kind.has_experts_ahead or any(one is not None for one in more):
-                return False
-        return True
+        found = {
+            "norms of heads' values": any(kind.v_head_norm for kind in every),
+            "values of an earlier layer": any(kind.source is not None for kind in every),
+            "gates of the token's embedding": any(kind.input_gate for kind in every),
+            "experts beside an MLP": any(kind.experts and kind.experts.beside for kind in every),
+            "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
+            "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
+            "several residual streams": any(kind.streams for kind in every),
+        }
+        return [what for what, is_there in found.items() if is_there]
 
     def check_one_norm(self, what: str) -> None:
-        """Raise ValueError unless the model :attr:`has_one_norm`, as ``what`` needs."""
-        if not self.has_one_norm:
-            raise ValueError(
-                f"{what} does not know layers whose values are normed or taken from another layer, or that have a "
-                "gate of the token's embedding, experts beside an MLP (Gemma 4) or ahead of it (LongCat), several "
-                "residual streams (Gemma 3n, DeepSeek V4) or factors of the stream by channel (Doge). dp.ledger "
-                "and dp.attribute do."
-            )
+        """Raise ValueError if layers have something :attr:`beyond_one_norm`, which ``what`` does not know."""
+        if self.beyond_one_norm:
+            found = ", ".join(self.beyond_one_norm)
+            raise ValueError(f"{what} does not know all that this model has: {found}. dp.ledger and dp.attribute do.")
 
     def has_mixers(self) -> bool:
         """True if any layer mixes positions by a recurrence."""

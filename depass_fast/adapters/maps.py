@@ -162,7 +162,24 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Joined(Linear):
+class Made(Linear):
+    """A map whose weight no module holds as it is: it is made when it is read. It has no constant."""
+
+    @cached_property
+    def bias(self) -> None:
+        return None
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Joined(Made):
     """Two projections of the same input, the outputs of ``second`` behind the others: ``part`` takes both together.
 
     The module is that of the first. No output of the model's holds both.
@@ -185,21 +202,9 @@ class Joined(Linear):
         both = torch.cat([stored_weight(one) for one in self.modules])
         return both if self.part is None else self.part(both)
 
-    @cached_property
-    def bias(self) -> None:
-        return None
-
-    @property
-    def has_bias(self) -> bool:
-        return False
-
-    @property
-    def is_own(self) -> bool:
-        return False
-
 
 @dataclass(frozen=True)
-class Taps(Linear):
+class Taps(Made):
     """A convolution whose taps (C, 1, K) no module holds; ``module`` is any that lies where it is."""
 
     taps: Tensor | None = None
@@ -212,18 +217,6 @@ class Taps(Linear):
     @cached_property
     def shape(self) -> tuple[int, int]:
         return len(self.weight), 1
-
-    @cached_property
-    def bias(self) -> None:
-        return None
-
-    @property
-    def has_bias(self) -> bool:
-        return False
-
-    @property
-    def is_own(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation
-from .weights import Linear
+from .maps import Made
 
 
 @dataclass(frozen=True)
-class Same(Linear):
+class Same(Made):
     """The identity of the width that ``module`` writes, on its device and in its dtype."""
 
     @cached_property
@@ -30,18 +30,6 @@ class Same(Linear):
         found = self.module.weight
         assert isinstance(found, Tensor)
         return found
-
-    @property
-    def bias(self) -> None:
-        return None
-
-    @property
-    def has_bias(self) -> bool:
-        return False
-
-    @property
-    def is_own(self) -> bool:
-        return False  # it is made when it is read
 
     def project(self, x: Tensor) -> Tensor:
         return x

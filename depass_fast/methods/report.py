@@ -38,9 +38,8 @@ _MAP = {
     "what": "what it writes at every position",
 }
 _LEFT_OUT = (
-    "What heads and neurons write at single positions, and what they read, is not shown: reports do not know that of "
-    "layers like this model's (values that are normed or taken from another layer, gates of the token's embedding, "
-    "experts beside an MLP, several residual streams). All sums are exact as in other reports."
+    "What heads and neurons write at single positions, and what they read, is not shown: reports do not know that of a "
+    "model with {}. All sums are exact as in other reports."
 )
 
 
@@ -49,8 +48,9 @@ def report_of(adapter: Adapter, ledger: Ledger, trace: Trace, features: Componen
 
     ``features`` are those of a dictionary, or None.
     """
-    if not adapter.has_one_norm:
-        return Report(list(ledger_sheets(ledger, features, [_LEFT_OUT])), str(ledger))
+    if adapter.beyond_one_norm:
+        note = _LEFT_OUT.format(", ".join(adapter.beyond_one_norm))
+        return Report(list(ledger_sheets(ledger, features, [note])), str(ledger))
     pages = _Pages(adapter, ledger, trace, features)  # which share the room that there is
     sheets = [pages.sheet(read, target) for read in range(ledger.n_reads) for target in range(pages.n_targets(read))]
     return Report(sheets, str(ledger))

@@ -28,7 +28,10 @@ class EarlierStates:
         self._held = dict(held or {})
 
     def meet(self, state: ComponentState, place: Entry, record: LayerTrace) -> None:
-        """Keep the state at a ``place`` that it has come to, or what its branch reads, if a later layer reads it."""
+        """Keep a copy of the state at a ``place`` that a later layer reads.
+
+        With several residual streams the copy has what attention reads there, in rows of D.
+        """
         self._held = self.needed(place.layer)
         if place in self._last and (state.site == "resid_pre" or place.site == "resid_mid"):
             streams = record.streams

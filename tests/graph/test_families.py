@@ -35,7 +35,9 @@ def test_layers_with_several_norms_are_refused():
     if not available("gemma4_text: MHA, biases"):
         pytest.skip("not in this version of transformers")
     dp = DePass(build_variant("gemma4_text: MHA, biases"))
-    with pytest.raises(ValueError, match="model: a graph does not know layers whose values are normed"):
+    with pytest.raises(
+        ValueError, match="model: a graph does not know all that this model has: norms of heads' values"
+    ):
         dp.graph([1, 2, 3], 5)
 
 
