@@ -77,7 +77,7 @@ class LayerKinds(ModelEnds):
 
     @property
     def beyond_one_norm(self) -> list[str]:
-        """What layers have beside one norm in front of attention and one in front of the MLP, in words; no more: []."""
+        """All that layers have beside one norm in front of attention and one in front of the MLP, in words."""
         every = [self.family] if self.family.kinds is None else self.family.kinds
         found = {
             "norms of heads' values": any(kind.v_head_norm for kind in every),
