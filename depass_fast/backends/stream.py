@@ -32,7 +32,7 @@ from ..trace.record import AttentionTrace, LayerTrace, MlpTrace, Trace
 from .statistics import GateBlock, Statistics
 from .torch.adding import add_to_bias
 from .torch.backend import TorchBackend
-from .torch.blocks import Block, scatter
+from .torch.blocks import Block, gather, scatter
 from .torch.linear import linear_block
 from .torch.mlp import MlpStep
 from .torch.sharing import VALUES, SharedValues
@@ -215,7 +215,7 @@ class StreamBackend(TorchBackend):
             dense, bias = scatter(read, block), _place(state.layout.index(BIAS), block)
             parts = self._parts(dense.shape[0] * dense.shape[1], len(step.w_gate))
             gained = linear_block(dense, step, _at(state.layout, block), parts, bias)
-            self._put(state, block, x.add_(gained if block.slots is None else gained.index_select(0, block.slots)))
+            self._put(state, block, x.add_(gather(gained.view(dense.shape), block)))
 
         cut = self._cut(state.layout, step.w_gate, device, held=2 if step.w_up is None else 3)
         self._budget.each(device, cut, share)
@@ -252,7 +252,7 @@ class StreamBackend(TorchBackend):
             shares = statistics.shares(self._gates(layout, block, x, alive, step, part), at, part)
             shares = (shares * step.act[at, part][:, None]).to(x.dtype)
             out += product(shares.flatten(0, 1), step.w_down[:, part].T)
-        return out if block.slots is None else out.index_select(0, block.slots)
+        return gather(out.view(x.shape), block)
 
     # -- both -------------------------------------------------------------------------------------------------------
 

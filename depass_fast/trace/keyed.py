@@ -29,12 +29,16 @@ Tile = tuple[slice, slice, slice, Tensor]
 class FrozenKeyed:
     """The attention of one layer on one prompt, at the packed positions ``span``. It computes in ``dtype``.
 
-    Values (N, B, C) have passed their projections and the norm in front, its scale included. The first d of C channels
-    are those of positions, the others those of entries.
+    Values (N, B, C) have passed their projections and the norm in front. The first d of C channels are those of
+    positions, the others those of entries. Values that lack the norm's scale are multiplied by ``scale`` (N,) on the
+    way forward.
     """
 
-    def __init__(self, weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype, scale: Tensor | None = None
+    ) -> None:
         assert trace.keyed is not None
+        self._scale = scale
         self._trace, self._span, self._frozen = trace, span, trace.keyed
         self.heads, self.positions, self._width = weights.n_heads, span.stop - span.start, weights.head_dim
         self._dtype, self._wide = dtype, torch.promote_types(dtype, torch.float32)
@@ -42,13 +46,10 @@ class FrozenKeyed:
         self.entries = 0 if self._frozen.rate is None else self.positions // self._rate
         self._kept: dict[int, Tile] = {}
 
-    def forward(self, values: Tensor, start: int = 0, scale: Tensor | None = None) -> Tensor:
-        """Return what heads give for values (N - start, B, C) of positions from ``start`` on: (N - start, B, H·d).
-
-        Values are multiplied by ``scale`` (N - start,) first, if one is given.
-        """
+    def forward(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return what heads give for values (N - start, B, C) of positions from ``start`` on: (N - start, B, H·d)."""
         factors = self._ratio(start)
-        factors = factors if scale is None else factors * scale[:, None].to(factors)
+        factors = factors if self._scale is None else factors * self._scale[start:, None].to(factors)
         keys, first = self._keys(values * factors[:, None].to(values), start)
         out = values.new_empty(len(values), values.shape[1], self.heads, self._width)
         for queries, positions, entries, p in self._tiles(start):
@@ -188,7 +189,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
 
 def frozen_mixing(
-    weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype
+    weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype, scale: Tensor | None = None
 ) -> FrozenMixing | FrozenKeyed:
     """Return what mixes positions in a layer that is mixed by more than probabilities (``trace.is_mixed``)."""
-    return (FrozenMixing if trace.keyed is None else FrozenKeyed)(weights, trace, span, dtype)
+    return (FrozenMixing if trace.keyed is None else FrozenKeyed)(weights, trace, span, dtype, scale)

@@ -18,7 +18,6 @@ from .record import AttentionTrace, RecurrenceTrace
 from .scan import scan
 
 LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
-_NOTHING = 1e-30  # of a matrix whose entries are about one
 _NEAR = 1 << 17  # elements that stay in a core's cache through several passes
 _ALL = slice(None)
 _MATRIX = 1 << 26  # elements of such matrices that are held at once
@@ -28,49 +27,47 @@ _QUERIES = 256  # whose probabilities are held at once
 class FrozenMixing:
     """The recurrence of one layer on one prompt, at the packed positions ``span``.
 
-    It computes in ``dtype``. The values that are given have passed their projection and the norm in front of it, its
-    scale included; constants have not been added.
+    It computes in ``dtype``. The values that are given have passed their projection and the norm in front of it;
+    constants have not been added. Values that lack the norm's scale are multiplied by ``scale`` (N,) on the way
+    forward.
     """
 
-    def __init__(self, weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Attention, trace: AttentionTrace, span: slice, dtype: torch.dtype, scale: Tensor | None = None
+    ) -> None:
         assert trace.recurrence is not None
-        self._weights, self._trace, self._span, self._dtype = weights, trace, span, dtype
+        self._weights, self._trace, self._span, self._dtype, self._scale = weights, trace, span, dtype, scale
         self._frozen: RecurrenceTrace = trace.recurrence
         self.heads, self.positions = weights.n_heads, span.stop - span.start
         self._looking = trace if self._frozen.decay is None else trace.beside  # what has the probabilities
         all_of = self._frozen.decay is None
         self._softmax = self.heads if all_of else 0 if trace.beside is None else trace.beside.q.shape[1]  # first heads
         self._wide = torch.promote_types(dtype, torch.float32)
+        self._kept_factors: list[Tensor] | None = None
 
-    def forward(self, values: Tensor, start: int = 0, scale: Tensor | None = None) -> Tensor:
-        """Return what heads give for values (N - start, B, H·d) of positions from ``start`` on: the same shape.
-
-        Values are multiplied by ``scale`` (N - start,) first, if one is given.
-        """
-        n, b, width = values.shape
-        x = values.new_empty(self.heads, n, b, width // self.heads)
-        per = x.shape[3] * (self.heads if x.is_cuda else max(1, _NEAR // max(1, x[0].numel())))
-        for first in range(0, width, per):  # all steps of a few heads, while they are in the cache
-            channels = slice(first, min(first + per, width))
-            into = x[channels.start // x.shape[3] : channels.stop // x.shape[3]].permute(1, 2, 0, 3)
-            self._shape(values[..., channels], start, scale, channels, into)
+    def forward(self, values: Tensor, start: int = 0) -> Tensor:
+        """Return what heads give for values (N - start, B, H·d) of positions from ``start`` on: the same shape."""
+        factors = self._factors(start) if self.is_short else self._make_factors(start, self._scale)
+        values = values.unflatten(2, (self.heads, -1))
+        x = values.new_empty(self.heads, *values.shape[:2], values.shape[3])
+        per = self.heads if x.is_cuda else max(1, _NEAR // max(1, x[0].numel()))
+        for first in range(0, self.heads, per):  # all steps of a few heads, while they are in the cache
+            heads = slice(first, first + per)
+            self._shape(values[:, :, heads], [f[:, :, heads] for f in factors], x[heads].permute(1, 2, 0, 3))
         return self._given(self.mixed(x.flatten(2), start), start)
 
-    def forward_single(self, values: Tensor, at: Tensor, start: int, scale: Tensor) -> Tensor:
+    def forward_single(self, values: Tensor, at: Tensor, start: int) -> Tensor:
         """Return what heads give at positions from ``start`` on for values (B, H·d) that stand at one position each.
 
-        These positions are ``at`` (B,); values are multiplied by ``scale`` (N,) there. The prompt is a short one. A
-        convolution carries a value to the next few positions, and no other column of the matrix is read.
+        These positions are ``at`` (B,). The prompt is a short one. A convolution carries a value to the next few
+        positions, and no other column of the matrix is read.
         """
-        conv, frozen, last = self._weights.conv, self._frozen, self.positions
-        x, here = values * scale[at, None].to(values), self._span.start + at
-        x = x if frozen.in_ratio is None else x * frozen.in_ratio[here].to(x)
-        taps = x.new_ones(1, 1) if conv is None else conv.weight[:, 0].to(x).flip(1).T  # (K, C)
-        reached = at[:, None] + torch.arange(len(taps), device=at.device)  # (B, K)
-        x, shown = x[:, None] * taps * (reached < last)[..., None], reached.clamp_max(last - 1)
-        ratio = self._trace.value_ratio
-        x = x if ratio is None else x * ratio[self._span.start + shown].to(x)
-        x = x.unflatten(2, (self.heads, -1)).permute(2, 0, 1, 3)  # (H, B, K, d)
+        last, factors = self.positions, self._factors(0)
+        reached = at[:, None] + torch.arange(len(factors), device=at.device)  # (B, K)
+        shown = reached.clamp_max(last - 1)
+        x = torch.stack([factor[shown[:, back], 0] for back, factor in enumerate(factors)], 1)  # (B, K, H, d)
+        x = x * values.view(len(values), 1, self.heads, -1) * (reached < last)[..., None, None]
+        x = x.permute(2, 0, 1, 3)  # (H, B, K, d)
         y = x.new_empty(self.heads, last - start, *x.shape[1:2], x.shape[3])
         for heads, matrix in self._matrices():
             columns = matrix[:, start:].index_select(2, shown.flatten()).unflatten(2, shown.shape).transpose(1, 2)
@@ -105,19 +102,43 @@ class FrozenMixing:
 
     def shaped(self, values: Tensor, start: int = 0) -> Tensor:
         """Return values (N - start, B, H·d) behind gate, convolution and activation."""
-        out = torch.empty_like(values)
-        return self._shape(values, start, None, slice(0, values.shape[2]), out[:, :, None]).squeeze(2)
+        x = values.unflatten(2, (self.heads, -1))
+        return self._shape(x, self._make_factors(start, None), torch.empty_like(x)).flatten(2)
 
-    def _shape(self, x: Tensor, start: int, scale: Tensor | None, channels: slice, out: Tensor) -> Tensor:
-        """Write values (N', B, c) of some channels, times ``scale``, into ``out`` (N', B, h, c / h), shaped."""
-        if scale is not None:
-            x = x * scale[:, None, None].to(x)
-        x = self._convolved(self._times(x, self._frozen.in_ratio, start, channels), channels)
-        x, ratio = x.unflatten(2, out.shape[2:]), self._trace.value_ratio
-        if ratio is None:
-            return out.copy_(x)
-        here = ratio[self._span.start + start : self._span.stop, None, channels].to(x)
-        return torch.mul(x, here.unflatten(2, out.shape[2:]), out=out)
+    def _shape(self, x: Tensor, factors: list[Tensor], out: Tensor) -> Tensor:
+        """Write shaped values into ``out`` (N', B, h, d), given x of that shape and the ``factors`` of its channels."""
+        torch.mul(x, factors[0], out=out)
+        for back in range(1, min(len(factors), len(x))):
+            out[back:].addcmul_(x[:-back], factors[back][back:])
+        return out
+
+    def _factors(self, start: int) -> list[Tensor]:
+        """Return the factors of values on their way forward, kept for the next block."""
+        if self._kept_factors is None:
+            self._kept_factors = self._make_factors(0, self._scale)
+        return [factor[start:] for factor in self._kept_factors]
+
+    def _make_factors(self, start: int, scale: Tensor | None) -> list[Tensor]:
+        """Return by what a value is multiplied that is read 0, 1, ... positions later: (N - start, 1, H, d) each.
+
+        This is its scale and gate, the convolution's tap, and the activation's ratio at the position that reads.
+        """
+        conv, n, here = self._weights.conv, self.positions - start, slice(self._span.start + start, self._span.stop)
+        before, after, of = (
+            self._frozen.in_ratio,
+            self._trace.value_ratio,
+            self._trace.q.new_empty(0, dtype=self._dtype),
+        )
+        one = of.new_ones(n, 1) if scale is None else scale[start:, None].to(of)
+        one = one if before is None else one * before[here].to(of)
+        taps = of.new_ones(1, 1) if conv is None else conv.weight[:, 0].to(of).flip(1).T  # (K, C)
+        out = []
+        for back in range(min(len(taps), n)):
+            factor = of.new_zeros(n, self.heads * self._weights.head_dim)
+            factor[back:] = one[: n - back] * taps[back]
+            factor = factor if after is None else factor.mul_(after[here].to(of))
+            out.append(factor.view(n, 1, self.heads, -1))
+        return out
 
     def _given(self, y: Tensor, start: int) -> Tensor:
         """Return what heads give (N', B, H·d) for mixed values (H, N', B·d)."""
@@ -179,11 +200,11 @@ class FrozenMixing:
         """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
         tensors = self._tensors(heads, 0)
-        out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1))
+        nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
+        out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1), nothing)
         skip = self._frozen.skip
         out = out if skip is None else out + one * skip[heads].to(out)[:, None, None]
-        # what has decayed to nothing would make every later product slow, as denormal numbers do
-        return out.masked_fill_(out.abs() < _NOTHING, 0.0).to(self._dtype)
+        return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
 
     def _matrices(self) -> list[tuple[slice, Tensor]]:
         """Return the matrices of all heads, kept where they are few."""

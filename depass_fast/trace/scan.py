@@ -14,7 +14,9 @@ _CHUNK = 64  # positions at a time where a head's state decays as one
 _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself: their products are (C, C, n)
 
 
-def scan(q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bool, x: Tensor) -> Tensor:
+def scan(
+    q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bool, x: Tensor, nothing: float = 0.0
+) -> Tensor:
     """Apply a recurrence, without its skip, to values: x (H, N, F) -> (H, N, F).
 
     Args:
@@ -22,6 +24,7 @@ def scan(q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bo
         decay: (H, N, 1) or (H, N, n), at most zero.
         write: (H, N); None: one.
         corrects: True for the delta rule (DESIGN.md section 10).
+        nothing: What is smaller becomes zero on its way, as products of it would be denormal numbers, which are slow.
     """
     size = _CHUNK if decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
     state = x.new_zeros(x.shape[0], k.shape[2], x.shape[2])
@@ -38,9 +41,10 @@ def scan(q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bo
             among = among if write is None else among * write[:, at, None]
             one = torch.eye(xc.shape[1], dtype=x.dtype, device=x.device)
             xc = torch.linalg.solve_triangular(one + among, xc, upper=False, unitriangular=True)
+        xc = _cut(xc, nothing)
         parts.append(_between(qc, kc, total, 0) @ xc + (qc * decayed) @ state)
         last = total[:, -1:]
-        state = _exp(last).transpose(1, 2) * state + (kc * _exp(last - total)).transpose(1, 2) @ xc
+        state = _cut(_exp(last).transpose(1, 2) * state + (kc * _exp(last - total)).transpose(1, 2) @ xc, nothing)
     return torch.cat(parts, 1)
 
 
@@ -53,6 +57,10 @@ def _between(q: Tensor, k: Tensor, total: Tensor, diagonal: int) -> Tensor:
     if apart.shape[3] == 1:
         return (q @ k.transpose(1, 2)) * apart[..., 0]
     return torch.einsum("hin,hjn,hijn->hij", q, k, apart)
+
+
+def _cut(x: Tensor, nothing: float) -> Tensor:
+    return x.masked_fill(x.abs() < nothing, 0.0) if nothing else x
 
 
 def _exp(logarithm: Tensor) -> Tensor:

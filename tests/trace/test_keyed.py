@@ -33,9 +33,9 @@ def trace(engine):
     return engine.trace(random_ids(N))
 
 
-def frozen(engine, trace, layer) -> FrozenKeyed:
+def frozen(engine, trace, layer, scale=None) -> FrozenKeyed:
     record = trace.layers[layer].attention
-    return FrozenKeyed(engine.adapter.attention(layer), record, slice(0, N), record.q.dtype)
+    return FrozenKeyed(engine.adapter.attention(layer), record, slice(0, N), record.q.dtype, scale)
 
 
 def raw_values(engine, trace, layer) -> torch.Tensor:
@@ -80,10 +80,10 @@ def test_pieces_later_starts_and_the_transpose_agree(engine, trace, layer, monke
     assert torch.allclose(pieces.forward(values), out) and torch.allclose(pieces.back(y)[0], back)
     for start in (1, 2, 7, 22):  # in front of a window, within one, and behind the last
         late = torch.cat([torch.zeros_like(values[:start]), values[start:]])
-        scale = torch.rand(N - start).double()
-        scaled = late[start:] * scale[:, None, None]
+        scale = torch.rand(N).double()
+        scaled = late[start:] * scale[start:, None, None]
         expected = whole.forward(torch.cat([late[:start], scaled]))[start:]
-        assert torch.allclose(pieces.forward(late[start:], start, scale), expected)
+        assert torch.allclose(frozen(engine, trace, layer, scale).forward(late[start:], start), expected)
 
 
 def test_a_window_of_weights_is_one_softmax_by_channel():

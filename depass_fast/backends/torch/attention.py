@@ -14,7 +14,7 @@ from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...trace.attention import seen_keys
 from ...trace.record import AttentionTrace
-from .blocks import Block
+from .blocks import Block, gather
 from .workspace import Workspace
 
 
@@ -109,11 +109,7 @@ class FrozenAttention:
             mixed[first - start : last - start, :, heads] = y.permute(2, 3, 0, 1, 4)
         if self.out_ratio is not None:
             mixed *= self.out_ratio[start:, None].to(mixed).view(n, 1, self.kv, self.groups, -1)
-        mixed = mixed.view(n * b, -1)
-        if block.slots is None:
-            return mixed
-        out = workspace.take("values", (len(block.slots), mixed.shape[1]), values)
-        return torch.index_select(mixed, 0, block.slots, out=out)
+        return gather(mixed.view(n, b, -1), block)
 
     def spread(self, writes: Tensor, coefficients: Tensor | None, start: int) -> Tensor:
         """Apply P · s to components that are products: (H, B, D) -> (B, N - start, D).

@@ -22,7 +22,7 @@ class Block:
     """Components from ``first`` on of one prompt, at its segments from ``start`` on, where they can be alive.
 
     ``rows`` (r,) are the state's rows, ``slots`` (r,) their places in the dense (N - start, n_components) block, or
-    None where all of it is alive.
+    None where all of it is alive. From its position ``ragged`` on no component is missing.
     """
 
     prompt: int
@@ -32,6 +32,7 @@ class Block:
     n_components: int
     rows: Tensor | slice
     slots: Tensor | None
+    ragged: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +79,12 @@ def make_blocks(
             last = min(first + size, m)
             places = starts[birth:, None] + np.arange(first, last)
             alive = np.arange(first, last) < counts[birth:, None]
-            slot = None if alive.all() else to_device(np.flatnonzero(alive), device)
+            whole_here = alive.all(1)
+            ragged = 0 if whole_here.all() else int(np.flatnonzero(~whole_here)[-1]) + 1
+            slot = to_device(np.flatnonzero(alive), device) if ragged else None
             whole = last - first == len(components)
             rows = layout.rows(prompt) if whole else to_device(places[alive], device)
-            blocks.append(Block(prompt, birth, first, n - birth, last - first, rows, slot))
+            blocks.append(Block(prompt, birth, first, n - birth, last - first, rows, slot, ragged))
             first = last
     return blocks
 
@@ -149,5 +152,33 @@ def scatter(rows: Tensor, block: Block) -> Tensor:
     """Put a block's rows (r, C) in their places: (N', B, C), zero where not alive."""
     if block.slots is None:
         return rows.view(-1, block.n_components, rows.shape[1])
-    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
-    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
+    dense = rows.new_empty(block.n_positions * block.n_components, rows.shape[1])
+    dense[len(dense) - len(rows) :] = rows
+    return scatter_within(dense, block, len(rows))
+
+
+def scatter_within(dense: Tensor, block: Block, count: int) -> Tensor:
+    """Move a block's rows, the last ``count`` of ``dense`` (N'·B, C), to their places: (N', B, C), zero elsewhere.
+
+    Rows of positions that have all components are there already.
+    """
+    if block.slots is not None:
+        first = block.ragged * block.n_components
+        moved = count - (len(dense) - first)
+        rows = dense[len(dense) - count :][:moved].clone()
+        dense[:first].zero_().index_copy_(0, block.slots[:moved], rows)
+    return dense.view(block.n_positions, block.n_components, -1)
+
+
+def gather(dense: Tensor, block: Block) -> Tensor:
+    """Return the rows (r, C) of a block in their places, (N', B, C): the undoing of ``scatter``.
+
+    They are the last of ``dense``, what comes before them is used up.
+    """
+    dense = dense.flatten(0, 1)
+    if block.slots is None:
+        return dense
+    first = block.ragged * block.n_components
+    moved = len(block.slots) - (len(dense) - first)
+    dense[first - moved : first] = dense.index_select(0, block.slots[:moved])
+    return dense[first - moved :]

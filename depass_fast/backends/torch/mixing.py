@@ -13,7 +13,7 @@ from ...state.state import ComponentState, Factors
 from ...trace.keyed import FrozenKeyed, frozen_mixing
 from ...trace.mixing import FrozenMixing
 from ...trace.record import AttentionTrace
-from .blocks import Block, scatter
+from .blocks import Block, gather, scatter_within
 from .workspace import Workspace
 
 
@@ -31,40 +31,38 @@ def mixing(
     kept for its next block.
     """
     scale, w_v, w_o = prepared
-    kept: dict[int, tuple[slice, FrozenMixing | FrozenKeyed]] = {}
+    kept: dict[int, FrozenMixing | FrozenKeyed] = {}
 
-    def of(prompt: int) -> tuple[slice, FrozenMixing | FrozenKeyed]:
+    def span(prompt: int) -> slice:
+        packed = state.layout.packed[state.layout.segments(prompt)]
+        return slice(int(packed[0]), int(packed[-1]) + 1)
+
+    def of(prompt: int) -> FrozenMixing | FrozenKeyed:
         if prompt not in kept:
             kept.clear()
-            packed = state.layout.packed[state.layout.segments(prompt)]
-            span = slice(int(packed[0]), int(packed[-1]) + 1)
-            kept[prompt] = span, frozen_mixing(weights, trace, span, dtype)
+            kept[prompt] = frozen_mixing(weights, trace, span(prompt), dtype, scale[span(prompt)])
         return kept[prompt]
 
     def heads(x: Tensor, block: Block) -> Tensor:
         """Return what the heads give to a block: (N', B, H·d)."""
-        span, mixed = of(block.prompt)
+        mixed = of(block.prompt)
         if state.factors is None:
-            values = workspace.take("values", (len(x), len(w_v)), x, dtype)
-            write_product(values, x.to(dtype), w_v.T)
-            return mixed.forward(scatter(values, block), block.start, scale[span][block.start :])
+            values = workspace.take("values", (block.n_positions * block.n_components, len(w_v)), x, dtype)
+            write_product(values[len(values) - len(x) :], x.to(dtype), w_v.T)
+            return mixed.forward(scatter_within(values, block, len(x)), block.start)
         factors, extras = state.factors[block.prompt], len(state.layout.components[block.prompt].extras)
         first = block.first - extras
         if factors.coefficients is None and first >= 0 and isinstance(mixed, FrozenMixing) and mixed.takes_single:
             named = slice(first, first + block.n_components)
             values = factors.vectors[named].to(x.device, dtype) @ w_v.T
-            return mixed.forward_single(
-                values, torch.arange(named.start, named.stop, device=x.device), block.start, scale[span]
-            )
-        values = _started(x, block, factors, extras, w_v)
-        return mixed.forward(values, block.start, scale[span][block.start :])
+            return mixed.forward_single(values, torch.arange(named.start, named.stop, device=x.device), block.start)
+        return mixed.forward(_started(x, block, factors, extras, w_v), block.start)
 
     def attend(x: Tensor, block: Block, read: Tensor) -> None:
         y = heads(read, block)
         if trace.out_scale is not None:
-            y = y.mul_(trace.out_scale[of(block.prompt)[0]][block.start :, None, None].to(dtype))
-        y = y.flatten(0, 1)
-        accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
+            y = y.mul_(trace.out_scale[span(block.prompt)][block.start :, None, None].to(dtype))
+        accumulate(x, gather(y, block), w_o.T)
 
     return attend
 

@@ -155,6 +155,7 @@ class _Maker:
             n_components=len(places),
             rows=_neighbours(np.concatenate(rows), self.devices[0]),
             slots=None if len(slots) == len(spans) * n * len(places) else to_device(slots, self.devices[0]),
+            ragged=len(spans) * n,
             n_prompts=len(spans),
             rounds=tuple(self._rounds(prompts, places)),
         )

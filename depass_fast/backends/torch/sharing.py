@@ -22,7 +22,7 @@ from ...state.state import ComponentState
 from ...trace.mixing import FrozenMixing, constant_values, values_before_activation, within_taps
 from ...trace.record import AttentionTrace
 from ..statistics import GateBlock, Statistics
-from .blocks import Block, scatter
+from .blocks import Block, gather, scatter
 
 PARTS = 4  # of a block of attention: gates, weights and shares of a part are held together
 VALUES = -1  # the number of these statistics among those of a layer's MLPs
@@ -90,8 +90,7 @@ class SharedValues:
         if self.trace.out_scale is not None:
             span = _span(self.layout, block.prompt)
             y = y.mul_(self.trace.out_scale[span][block.start :, None, None].to(self.dtype))
-        y = y.flatten(0, 1)
-        accumulate(x, y if block.slots is None else y.index_select(0, block.slots), w_o.T)
+        accumulate(x, gather(y, block), w_o.T)
 
     def _mixing(self, block: Block) -> FrozenMixing:
         """Return the recurrence of a block's prompt; what was made of the last prompt is kept."""
