@@ -24,8 +24,12 @@ const bdi = (text) => h("bdi", { dir: /['"]/.test(text) ? "ltr" : null }, visibl
 const escaped = (text) => [...text].map((c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`).join("");
 function visible(text) {
   if (/^ +$/.test(text)) return text.replace(/ /g, "␣");
-  if (/^[\p{M}\p{Cf}]+$/u.test(text)) return /^[\p{Mn}\p{Mc}\p{Me}]+$/u.test(text) && !/[\ufe00-\ufe0f]/.test(text) ? `◌${text}` : escaped(text);
-  const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u0000-\u001f\u007f\u2028\u2029\u200b]/g, escaped);
+  if (/^[\p{M}\p{Cf}]+$/u.test(text))
+    return /^[\p{Mn}\p{Mc}\p{Me}]+$/u.test(text) && !/[\ufe00-\ufe0f]/.test(text) ? `◌${text}` : escaped(text);
+  const shown = text
+    .replace(/\n/g, "⏎")
+    .replace(/\t/g, "⇥")
+    .replace(/[\u0000-\u001f\u007f\u2028\u2029\u200b]/g, escaped);
   return isolated(shown) || "∅";
 }
 
@@ -61,8 +65,10 @@ function shade(units, largest, of = null) {
 }
 
 function download(name, content, type) {
-  const url = content instanceof Blob || typeof content === "string" && !content.startsWith("data:")
-    ? URL.createObjectURL(new Blob([content], { type })) : content;
+  const url =
+    content instanceof Blob || (typeof content === "string" && !content.startsWith("data:"))
+      ? URL.createObjectURL(new Blob([content], { type }))
+      : content;
   const link = h("a", { href: url, download: name });
   document.body.append(link);
   link.click();

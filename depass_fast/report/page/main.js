@@ -15,9 +15,13 @@ function reacting(page, keys, render) {
 }
 
 function card({ id, title, lead, tools = [] }, ...children) {
-  return h("section", { class: "card", id: `view-${id}`, "aria-labelledby": `title-${id}` },
+  return h(
+    "section",
+    { class: "card", id: `view-${id}`, "aria-labelledby": `title-${id}` },
     h("div", { class: "row" }, h("h2", { id: `title-${id}` }, title), h("div", { class: "tools" }, ...tools)),
-    lead ? h("p", { class: "lead" }, lead) : null, ...children);
+    lead ? h("p", { class: "lead" }, lead) : null,
+    ...children,
+  );
 }
 
 const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
@@ -25,22 +29,52 @@ const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
 function manySums(totals, sheet) {
   if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
   const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
-  return h("p", { class: "sum" }, h("span", { class: "part" }, h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`), " ",
-    h("strong", {}, valueText(sheet)), h("span", { class: "muted" }, ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}`
-      : `at most ${off.toExponential(1)}`})`)));
+  return h(
+    "p",
+    { class: "sum" },
+    h(
+      "span",
+      { class: "part" },
+      h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`),
+      " ",
+      h("strong", {}, valueText(sheet)),
+      h(
+        "span",
+        { class: "muted" },
+        ` (off by ${
+          off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : `at most ${off.toExponential(1)}`
+        })`,
+      ),
+    ),
+  );
 }
 
 function legend() {
   const steps = [-1, -0.5, -0.15, 0, 0.15, 0.5, 1];
-  return h("p", { class: "legend" }, h("span", {}, "lowers"), h("span", { class: "scale", role: "img",
-    "aria-label": "Colours: blue lowers the value, orange raises it; the stronger, the larger" },
-  ...steps.map((step) => h("span", { style: { background: shade(step * 1000, 1000) } }))), h("span", {}, "raises"));
+  return h(
+    "p",
+    { class: "legend" },
+    h("span", {}, "lowers"),
+    h(
+      "span",
+      {
+        class: "scale",
+        role: "img",
+        "aria-label": "Colours: blue lowers the value, orange raises it; the stronger, the larger",
+      },
+      ...steps.map((step) => h("span", { style: { background: shade(step * 1000, 1000) } })),
+    ),
+    h("span", {}, "raises"),
+  );
 }
 
 function chips(sheet) {
   const names = {
     position: (value) => ["position", `${tokenName(sheet, value)}@${value}`],
-    layer: (value) => ["layer", `${value}${["attention", "mlp"].includes(state.get("part")) ? ` ${state.get("part")}` : ""}`],
+    layer: (value) => [
+      "layer",
+      `${value}${["attention", "mlp"].includes(state.get("part")) ? ` ${state.get("part")}` : ""}`,
+    ],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
     node: (value) => ["node", value],
@@ -49,39 +83,123 @@ function chips(sheet) {
   const holder = h("div", { class: "chips", role: "group", "aria-label": "What is chosen" });
   state.listeners.push(() => {
     const chosen = Object.keys(names).filter((key) => state.get(key) !== null);
-    holder.replaceChildren(...chosen.map((key) => {
-      const [name, text] = names[key](state.get(key));
-      return h("button", { type: "button", class: "chip", "aria-label": `Take back: ${name} ${text}`,
-        onclick: () => state.set(key === "layer" ? { layer: null, part: null } : { [key]: null }) }, h("span", { class: "muted" }, name), " ", bdi(text), " ×");
-    }), ...(chosen.length > 1 ? [h("button", { type: "button", class: "chip", onclick: () =>
-      state.set(Object.fromEntries(["part", ...Object.keys(names)].map((key) => [key, null]))) }, "Clear all")] : []));
+    holder.replaceChildren(
+      ...chosen.map((key) => {
+        const [name, text] = names[key](state.get(key));
+        return h(
+          "button",
+          {
+            type: "button",
+            class: "chip",
+            "aria-label": `Take back: ${name} ${text}`,
+            onclick: () => state.set(key === "layer" ? { layer: null, part: null } : { [key]: null }),
+          },
+          h("span", { class: "muted" }, name),
+          " ",
+          bdi(text),
+          " ×",
+        );
+      }),
+      ...(chosen.length > 1
+        ? [
+            h(
+              "button",
+              {
+                type: "button",
+                class: "chip",
+                onclick: () => state.set(Object.fromEntries(["part", ...Object.keys(names)].map((key) => [key, null]))),
+              },
+              "Clear all",
+            ),
+          ]
+        : []),
+    );
   });
   return holder;
 }
 
 function head(sheet) {
   const options = data.sheets.map((one, i) => h("option", { value: i, selected: one === sheet }, visible(one.name)));
-  const choose = data.sheets.length < 2 ? null : h("label", { class: "sheets" }, h("span", { class: "muted" }, "Shown"), " ",
-    h("select", { onchange: (event) => state.set({ sheet: event.target.value === "0" ? null : event.target.value, position: null, layer: null,
-      part: null, head: null, neuron: null, node: null, path: null }) }, ...options));
-  return h("header", {}, h("p", { class: "muted brand" }, "depass_fast · report"), h("h1", {}, bdi(sheet.target)), h("p", { class: "lead" }, bdi(sheet.headline)), choose,
-    ...sheet.warnings.map((text) => h("p", { class: "warning", role: "note" }, h("strong", {}, "Warning: "), `${text}.`)));
+  const choose =
+    data.sheets.length < 2
+      ? null
+      : h(
+          "label",
+          { class: "sheets" },
+          h("span", { class: "muted" }, "Shown"),
+          " ",
+          h(
+            "select",
+            {
+              onchange: (event) =>
+                state.set({
+                  sheet: event.target.value === "0" ? null : event.target.value,
+                  position: null,
+                  layer: null,
+                  part: null,
+                  head: null,
+                  neuron: null,
+                  node: null,
+                  path: null,
+                }),
+            },
+            ...options,
+          ),
+        );
+  return h(
+    "header",
+    {},
+    h("p", { class: "muted brand" }, "depass_fast · report"),
+    h("h1", {}, bdi(sheet.target)),
+    h("p", { class: "lead" }, bdi(sheet.headline)),
+    choose,
+    ...sheet.warnings.map((text) =>
+      h("p", { class: "warning", role: "note" }, h("strong", {}, "Warning: "), `${text}.`),
+    ),
+  );
 }
 
 function always(sheet) {
   const tokens = sheet.views.find((view) => view.kind === "tokens" && view.group.rows.length && !view.word);
-  const table = sheet.views.find((view) => view.groups), groups = table?.adds ? table.groups : table?.groups.slice(0, 1);
+  const table = sheet.views.find((view) => view.groups),
+    groups = table?.adds ? table.groups : table?.groups.slice(0, 1);
   const total = tokens?.group.total ?? sumOf(groups.map((group) => group.total));
-  return h("div", { class: "always", role: "region", "aria-label": "The sum, and what is chosen" }, h("div", { class: "facts" },
-    h("span", {}, h("span", { class: "muted" }, "shares sum to"), " ", h("strong", { id: "sum" }, exactly(total, sheet.unit))),
-    h("span", {}, h("span", { class: "muted" }, sheet.what), " ", h("strong", { id: "value" }, valueText(sheet))),
-    h("span", {}, h("span", { class: "muted" }, "completeness error"), " ", h("strong", { id: "error" }, sheet.error.toExponential(1))),
-    h("span", { class: sheet.exact ? "badge" : "badge doubtful" }, sheet.exact ? "exact" : "approximate"), legend()), chips(sheet));
+  return h(
+    "div",
+    { class: "always", role: "region", "aria-label": "The sum, and what is chosen" },
+    h(
+      "div",
+      { class: "facts" },
+      h(
+        "span",
+        {},
+        h("span", { class: "muted" }, "shares sum to"),
+        " ",
+        h("strong", { id: "sum" }, exactly(total, sheet.unit)),
+      ),
+      h("span", {}, h("span", { class: "muted" }, sheet.what), " ", h("strong", { id: "value" }, valueText(sheet))),
+      h(
+        "span",
+        {},
+        h("span", { class: "muted" }, "completeness error"),
+        " ",
+        h("strong", { id: "error" }, sheet.error.toExponential(1)),
+      ),
+      h("span", { class: sheet.exact ? "badge" : "badge doubtful" }, sheet.exact ? "exact" : "approximate"),
+      legend(),
+    ),
+    chips(sheet),
+  );
 }
 
 function foot(sheet) {
-  return h("footer", {}, ...sheet.notes.map((text) => h("p", {}, text)), h("p", { class: "muted" }, sheet.about),
-    h("p", { class: "muted" }, bdi(sheet.made_with ?? data.made_by)));
+  return h(
+    "footer",
+    {},
+    ...sheet.notes.map((text) => h("p", {}, text)),
+    h("p", { class: "muted" }, sheet.about),
+    h("p", { class: "muted" }, bdi(sheet.made_with ?? data.made_by)),
+  );
 }
 
 let shown = null;
@@ -89,7 +207,8 @@ function show() {
   const number = Math.min(state.number("sheet") ?? 0, data.sheets.length - 1);
   if (shown === number) return;
   shown = number;
-  const sheet = data.sheets[number], page = { sheet, whenShown: [], whenResized: [] };
+  const sheet = data.sheets[number],
+    page = { sheet, whenShown: [], whenResized: [] };
   state.listeners = [show];
   exporters.clear();
   document.title = `${visible(sheet.target)} · depass_fast`;
@@ -100,15 +219,22 @@ function show() {
   current = page;
 }
 
-let current = null, width = 0;
+let current = null,
+  width = 0;
 const redraw = () => current?.whenResized.forEach((run) => run());
 addEventListener("resize", () => {
   if (Math.abs(document.body.clientWidth - width) < 24) return;
   width = document.body.clientWidth;
   redraw();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { shown = null; show(); });
-addEventListener("hashchange", () => { state.read(); state.tell(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  shown = null;
+  show();
+});
+addEventListener("hashchange", () => {
+  state.read();
+  state.tell();
+});
 
 state.read();
 width = document.body.clientWidth;

@@ -6,7 +6,9 @@ const VEGA = "https://vega.github.io/schema/vega/v6.json"; // a name: nothing is
 const FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif";
 
 function themed(spec) {
-  const ink = colour("ink"), muted = colour("muted"), line = colour("line");
+  const ink = colour("ink"),
+    muted = colour("muted"),
+    line = colour("line");
   return {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json",
     background: null,
@@ -14,11 +16,30 @@ function themed(spec) {
     config: {
       font: FONT,
       view: { stroke: null },
-      axis: { labelColor: muted, titleColor: muted, domainColor: line, tickColor: line, gridColor: line, labelFontSize: 11,
-        titleFontSize: 11, titleFontWeight: "normal" },
+      axis: {
+        labelColor: muted,
+        titleColor: muted,
+        domainColor: line,
+        tickColor: line,
+        gridColor: line,
+        labelFontSize: 11,
+        titleFontSize: 11,
+        titleFontWeight: "normal",
+      },
       legend: { labelColor: muted, titleColor: muted, labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal" },
-      title: { color: ink, font: FONT, subtitleFont: FONT, subtitleColor: muted, fontSize: 15, subtitleFontSize: 12, anchor: "start", offset: 14,
-        subtitlePadding: 6, subtitleLineHeight: 17, lineHeight: 20 },
+      title: {
+        color: ink,
+        font: FONT,
+        subtitleFont: FONT,
+        subtitleColor: muted,
+        fontSize: 15,
+        subtitleFontSize: 12,
+        anchor: "start",
+        offset: 14,
+        subtitlePadding: 6,
+        subtitleLineHeight: 17,
+        lineHeight: 20,
+      },
       text: { color: ink },
       ...spec.config,
     },
@@ -26,12 +47,21 @@ function themed(spec) {
 }
 
 const diverging = (largest) => ({
-  type: "pow", exponent: 0.5, interpolate: "rgb", domain: [-largest || -1, 0, largest || 1],
+  type: "pow",
+  exponent: 0.5,
+  interpolate: "rgb",
+  domain: [-largest || -1, 0, largest || 1],
   range: [colour("negative"), colour("middle"), colour("positive")],
 });
 
 const drawn = (element, spec, renderer = "svg") =>
-  vegaEmbed(element, themed(spec), { mode: spec.$schema === VEGA ? "vega" : "vega-lite", renderer, actions: false, ast: true, hover: false });
+  vegaEmbed(element, themed(spec), {
+    mode: spec.$schema === VEGA ? "vega" : "vega-lite",
+    renderer,
+    actions: false,
+    ast: true,
+    hover: false,
+  });
 
 // a text in lines of at most `most` characters, broken at spaces
 function broken(text, most) {
@@ -47,7 +77,10 @@ function broken(text, most) {
 // the spec of a picture as it is exported: `lines` are its title and what stands under it
 function exported(spec, lines) {
   const most = Math.max(72, Math.round(((Number(spec.width) || 0) + 80) / 6.4)); // characters of a line
-  const [text, subtitle] = [broken(visible(lines[0]), most * 0.8), lines.slice(1).flatMap((line) => broken(visible(line), most))];
+  const [text, subtitle] = [
+    broken(visible(lines[0]), most * 0.8),
+    lines.slice(1).flatMap((line) => broken(visible(line), most)),
+  ];
   return { ...spec, title: { text, subtitle }, background: colour("card"), padding: 20 };
 }
 
@@ -72,8 +105,18 @@ async function exportPicture(id, form) {
 
 function exportButtons(id, make) {
   exporters.set(id, make);
-  const button = (form) => h("button", { type: "button", class: "quiet", "data-export": form,
-    "aria-label": `Download the picture as ${form.toUpperCase()}`, onclick: () => exportPicture(id, form) }, form.toUpperCase());
+  const button = (form) =>
+    h(
+      "button",
+      {
+        type: "button",
+        class: "quiet",
+        "data-export": form,
+        "aria-label": `Download the picture as ${form.toUpperCase()}`,
+        onclick: () => exportPicture(id, form),
+      },
+      form.toUpperCase(),
+    );
   return [button("svg"), button("png")];
 }
 
@@ -83,16 +126,30 @@ function barsSpec(rows, unit, word = "share") {
   const format = formatter(sizeOf(rows.map((row) => row.units)), unit);
   return {
     data: { values: values.map((one, i) => ({ ...one, text: format(rows[i].units) })) },
-    width: 420, height: { step: 20 },
-    encoding: { y: { field: "i", type: "ordinal", sort: null, title: null,
-      axis: { labelExpr: "names[datum.value]", ticks: false, domain: false, labelLimit: 220, labelPadding: 8 } } },
+    width: 420,
+    height: { step: 20 },
+    encoding: {
+      y: {
+        field: "i",
+        type: "ordinal",
+        sort: null,
+        title: null,
+        axis: { labelExpr: "names[datum.value]", ticks: false, domain: false, labelLimit: 220, labelPadding: 8 },
+      },
+    },
     params: [{ name: "names", value: values.map((one) => one.label) }],
     layer: [
-      { mark: { type: "bar", cornerRadius: 2, height: 13 },
-        encoding: { x: { field: "value", type: "quantitative", title: word, axis: { tickCount: 5 } },
-          color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") } } },
-      { mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
-        encoding: { x: { value: 420 }, text: { field: "text" } } },
+      {
+        mark: { type: "bar", cornerRadius: 2, height: 13 },
+        encoding: {
+          x: { field: "value", type: "quantitative", title: word, axis: { tickCount: 5 } },
+          color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") },
+        },
+      },
+      {
+        mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
+        encoding: { x: { value: 420 }, text: { field: "text" } },
+      },
     ],
   };
 }

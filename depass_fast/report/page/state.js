@@ -20,7 +20,9 @@ const state = {
     const hash = new URLSearchParams(this.values).toString();
     try {
       history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
-    } catch { /* a page that stands in a frame of another one has no address */ }
+    } catch {
+      /* a page that stands in a frame of another one has no address */
+    }
     this.tell();
   },
   read() {

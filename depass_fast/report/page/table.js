@@ -1,17 +1,42 @@
 // A table of shares that is sorted by its head's buttons, with bars, its sum in its foot, CSV and pictures.
 
-const signedPart = (text, units, format) => h("span", { class: "part" }, h("span", { class: "muted" }, text), " ", format(units));
+const signedPart = (text, units, format) =>
+  h("span", { class: "part" }, h("span", { class: "muted" }, text), " ", format(units));
 
 // the parts of a group and its sum beside the model's own number, in words
 function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
   const format = formatter(sizeOf([total, ...parts.map((part) => part.units)]), sheet.unit);
-  const shown = parts.filter((part) => part.always || part.units !== 0).map((part) => signedPart(part.label, part.units, format));
-  const line = h("p", { class: "sum" }, ...shown, h("span", { class: "part total" }, h("span", { class: "muted" }, `= ${name}`), " ",
-    h("strong", { "data-sum": total }, exactly(total, sheet.unit))));
+  const shown = parts
+    .filter((part) => part.always || part.units !== 0)
+    .map((part) => signedPart(part.label, part.units, format));
+  const line = h(
+    "p",
+    { class: "sum" },
+    ...shown,
+    h(
+      "span",
+      { class: "part total" },
+      h("span", { class: "muted" }, `= ${name}`),
+      " ",
+      h("strong", { "data-sum": total }, exactly(total, sheet.unit)),
+    ),
+  );
   if (value !== null) {
     const off = Math.abs(total * sheet.unit - value);
-    line.append(h("span", { class: "part" }, h("span", { class: "muted" }, sheet.what), " ", h("strong", {}, valueText(sheet)),
-      h("span", { class: "muted" }, ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : off.toExponential(1)})`)));
+    line.append(
+      h(
+        "span",
+        { class: "part" },
+        h("span", { class: "muted" }, sheet.what),
+        " ",
+        h("strong", {}, valueText(sheet)),
+        h(
+          "span",
+          { class: "muted" },
+          ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : off.toExponential(1)})`,
+        ),
+      ),
+    );
   }
   return line;
 }
@@ -20,9 +45,12 @@ const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);
 
 // the rows under a group's components: what was left out, `rest` and `bias`
 function footOf(group, hidden = [0, 0]) {
-  const count = group.others[0] + hidden[0], units = group.others[1] + hidden[1];
+  const count = group.others[0] + hidden[0],
+    units = group.others[1] + hidden[1];
   return [
-    ...(count || units ? [{ label: count ? `${count.toLocaleString("en")} others` : "rounding", units, isRounding: !count }] : []),
+    ...(count || units
+      ? [{ label: count ? `${count.toLocaleString("en")} others` : "rounding", units, isRounding: !count }]
+      : []),
     ...["rest", "bias"].filter((name) => group[name] !== null).map((name) => ({ label: name, units: group[name] })),
   ];
 }
@@ -34,11 +62,25 @@ const ORDERS = {
 };
 
 // rows: [{label, units, say?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen
-function shareTable({ id, caption, head = "Component", rows, foot = [], total = null, totalName = "sum", sheet, pick, isPicked,
-  canPick = () => true, lines, most = 12 }) {
+function shareTable({
+  id,
+  caption,
+  head = "Component",
+  rows,
+  foot = [],
+  total = null,
+  totalName = "sum",
+  sheet,
+  pick,
+  isPicked,
+  canPick = () => true,
+  lines,
+  most = 12,
+}) {
   const largest = sizeOf(rows.map((row) => row.units));
   const format = formatter(sizeOf([largest, ...(rows.length ? [] : foot.map((one) => one.units))]), sheet.unit);
-  const body = h("tbody"), table = h("table", { class: "shares", "data-table": id }, h("caption", { class: "unseen" }, caption));
+  const body = h("tbody"),
+    table = h("table", { class: "shares", "data-table": id }, h("caption", { class: "unseen" }, caption));
   let [key, direction] = (state.get(`sort.${id}`) ?? "size:descending").split(":");
   if (!ORDERS[key]) [key, direction] = ["size", "descending"];
   let limit = most;
@@ -47,25 +89,56 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
     const found = [...rows].sort(ORDERS[key]);
     return direction === "descending" ? found.reverse() : found;
   };
-  const bar = (units) => h("span", { class: "bar", "aria-hidden": "true" }, h("span", {
-    class: units < 0 ? "negative" : "positive", style: { width: `${largest ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` } }));
+  const bar = (units) =>
+    h(
+      "span",
+      { class: "bar", "aria-hidden": "true" },
+      h("span", {
+        class: units < 0 ? "negative" : "positive",
+        style: { width: `${largest ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
+      }),
+    );
   const fill = () => {
-    const all = sorted(), shown = all.slice(0, limit);
-    body.replaceChildren(...shown.map((row) => {
-      const picked = Boolean(isPicked?.(row));
-      const name = pick && canPick(row)
-        ? h("button", { type: "button", class: "name", "aria-pressed": String(picked), onclick: (event) => { event.stopPropagation(); pick(row); } },
-          bdi(row.label))
-        : bdi(row.label);
-      const line = h("tr", { class: picked ? "picked" : null, title: row.say }, h("th", { scope: "row" }, name),
-        h("td", { class: "number" }, format(row.units)), h("td", { class: "bars" }, bar(row.units)));
-      if (pick && canPick(row)) line.addEventListener("click", () => pick(row));
-      return line;
-    }));
+    const all = sorted(),
+      shown = all.slice(0, limit);
+    body.replaceChildren(
+      ...shown.map((row) => {
+        const picked = Boolean(isPicked?.(row));
+        const name =
+          pick && canPick(row)
+            ? h(
+                "button",
+                {
+                  type: "button",
+                  class: "name",
+                  "aria-pressed": String(picked),
+                  onclick: (event) => {
+                    event.stopPropagation();
+                    pick(row);
+                  },
+                },
+                bdi(row.label),
+              )
+            : bdi(row.label);
+        const line = h(
+          "tr",
+          { class: picked ? "picked" : null, title: row.say },
+          h("th", { scope: "row" }, name),
+          h("td", { class: "number" }, format(row.units)),
+          h("td", { class: "bars" }, bar(row.units)),
+        );
+        if (pick && canPick(row)) line.addEventListener("click", () => pick(row));
+        return line;
+      }),
+    );
     more.hidden = all.length <= most;
     more.textContent = limit < all.length ? `Show all ${all.length}` : "Show fewer";
   };
-  const heads = { label: h("th", { scope: "col" }), share: h("th", { scope: "col", class: "number" }), size: h("th", { scope: "col" }) };
+  const heads = {
+    label: h("th", { scope: "col" }),
+    share: h("th", { scope: "col", class: "number" }),
+    size: h("th", { scope: "col" }),
+  };
   const names = { label: head, share: "Share", size: "Size" };
   const headed = () => {
     for (const [name, cell] of Object.entries(heads)) {
@@ -74,39 +147,95 @@ function shareTable({ id, caption, head = "Component", rows, foot = [], total = 
     }
   };
   for (const [name, cell] of Object.entries(heads)) {
-    cell.append(h("button", { type: "button", class: "sort", onclick: () => {
-      direction = key === name && direction === "descending" ? "ascending" : key === name ? "descending" : name === "label" ? "ascending" : "descending";
-      key = name;
-      headed();
-      fill();
-      state.set({ [`sort.${id}`]: key === "size" && direction === "descending" ? null : `${key}:${direction}` });
-    } }, names[name], " ", h("span", { class: "arrow", "aria-hidden": "true" })));
+    cell.append(
+      h(
+        "button",
+        {
+          type: "button",
+          class: "sort",
+          onclick: () => {
+            direction =
+              key === name && direction === "descending"
+                ? "ascending"
+                : key === name
+                  ? "descending"
+                  : name === "label"
+                    ? "ascending"
+                    : "descending";
+            key = name;
+            headed();
+            fill();
+            state.set({ [`sort.${id}`]: key === "size" && direction === "descending" ? null : `${key}:${direction}` });
+          },
+        },
+        names[name],
+        " ",
+        h("span", { class: "arrow", "aria-hidden": "true" }),
+      ),
+    );
   }
-  const more = h("button", { type: "button", class: "quiet more", onclick: () => { limit = limit < rows.length ? rows.length : most; fill(); } });
+  const more = h("button", {
+    type: "button",
+    class: "quiet more",
+    onclick: () => {
+      limit = limit < rows.length ? rows.length : most;
+      fill();
+    },
+  });
   const footFormat = formatter(sizeOf([total ?? 0, ...foot.map((one) => one.units)]), sheet.unit);
-  const under = (label, units, name) => h("tr", { class: name }, h("th", { scope: "row" }, bdi(label)),
-    h("td", { class: "number", "data-units": units }, footFormat(units)), h("td"));
+  const under = (label, units, name) =>
+    h(
+      "tr",
+      { class: name },
+      h("th", { scope: "row" }, bdi(label)),
+      h("td", { class: "number", "data-units": units }, footFormat(units)),
+      h("td"),
+    );
   table.append(h("thead", {}, h("tr", {}, ...Object.values(heads))), body);
   if (foot.length || total !== null) {
     const seen = foot.filter((one) => !one.isRounding || /[1-9]/.test(footFormat(one.units)));
-    table.append(h("tfoot", {}, ...seen.map((one) => under(one.label, one.units, "under")),
-      ...(total === null ? [] : [under(totalName, total, "total")])));
+    table.append(
+      h(
+        "tfoot",
+        {},
+        ...seen.map((one) => under(one.label, one.units, "under")),
+        ...(total === null ? [] : [under(totalName, total, "total")]),
+      ),
+    );
   }
   headed();
   fill();
 
   const csv = () => {
     const all = [...sorted(), ...foot, ...(total === null ? [] : [{ label: totalName, units: total }])];
-    download(`${id}.csv`, csvOf(["label", "share"], all.map((row) => [row.label, plainly(row.units, sheet.unit)])), "text/csv");
+    download(
+      `${id}.csv`,
+      csvOf(
+        ["label", "share"],
+        all.map((row) => [row.label, plainly(row.units, sheet.unit)]),
+      ),
+      "text/csv",
+    );
   };
   const picture = () => {
-    const shown = sorted().slice(0, 30), hidden = sorted().slice(30);
-    const left = hidden.length ? [{ label: `${hidden.length} more rows`, units: sumOf(hidden.map((row) => row.units)) }] : [];
+    const shown = sorted().slice(0, 30),
+      hidden = sorted().slice(30);
+    const left = hidden.length
+      ? [{ label: `${hidden.length} more rows`, units: sumOf(hidden.map((row) => row.units)) }]
+      : [];
     const all = [...shown, ...left, ...foot];
     const sums = total === null ? [] : [`${totalName} ${exactly(total, sheet.unit)}`];
     return { spec: barsSpec(all, sheet.unit), lines: [...lines(), ...sums, ...warningsOf(sheet)] };
   };
-  const tools = h("div", { class: "tools" }, h("button", { type: "button", class: "quiet", "data-export": "csv",
-    "aria-label": "Download the table as CSV", onclick: csv }, "CSV"), ...exportButtons(id, picture));
+  const tools = h(
+    "div",
+    { class: "tools" },
+    h(
+      "button",
+      { type: "button", class: "quiet", "data-export": "csv", "aria-label": "Download the table as CSV", onclick: csv },
+      "CSV",
+    ),
+    ...exportButtons(id, picture),
+  );
   return h("div", { class: "ranking" }, tools, table, more);
 }

@@ -1,38 +1,76 @@
 // A graph: who reads from whom. The strongest edges are drawn; a click on a node shows all that come into it and go out of it.
 
-const MOST_EDGES = 1500, FEWEST_EDGES = 10, USUAL_EDGES = 150;
+const MOST_EDGES = 1500,
+  FEWEST_EDGES = 10,
+  USUAL_EDGES = 150;
 
 views.graph = (view, sheet, page) => {
-  const model = graphModel(view, sheet), { nodes, edges, byId, readOf, into, outOf } = model;
-  const most = Math.min(MOST_EDGES, edges.length), fewest = Math.min(FEWEST_EDGES, most);
+  const model = graphModel(view, sheet),
+    { nodes, edges, byId, readOf, into, outOf } = model;
+  const most = Math.min(MOST_EDGES, edges.length),
+    fewest = Math.min(FEWEST_EDGES, most);
   const measure = () => (BY[state.get("by")] ? state.get("by") : "influence");
   const count = () => Math.max(fewest, Math.min(most, state.number("edges") || USUAL_EDGES));
   const chosen = () => byId.get(state.get("node")) ?? null;
   const pick = (id) => state.set({ node: id === null || state.get("node") === id ? null : id, path: null });
-  const path = () => (chosen() ? null : model.paths[state.number("path") - 1] ?? null);
-  const said = (node) => [node.id, ...model.facts(node).map(([name, text]) => (name === "kind" || name === "at" ? text : `${name} ${text}`))].join(", ");
+  const path = () => (chosen() ? null : (model.paths[state.number("path") - 1] ?? null));
+  const said = (node) =>
+    [
+      node.id,
+      ...model.facts(node).map(([name, text]) => (name === "kind" || name === "at" ? text : `${name} ${text}`)),
+    ].join(", ");
 
   // -- the picture: one element that the keys move in, and Vega draws ---------------------------------------------
 
   const picture = h("div", { class: "picture", "aria-hidden": "true" });
   const option = h("div", { role: "option", id: `node-${view.id}`, class: "unseen" });
-  const box = h("div", { class: "grid", role: "listbox", tabindex: "0", "data-graph": view.id, "aria-label": "The nodes of the graph",
-    "aria-activedescendant": option.id, "aria-description":
-    "Arrow keys move among the nodes, Home goes to the target, Enter chooses, Escape takes the choice back." }, option, picture);
-  let isFocused = false, cursor = 0, drawing = 0;
-  const drawingOf = (width, at) => graphDrawing(model, { width, by: measure(), count: count(), chosen: chosen(), path: path(), cursor: at, band: state.number("position") });
+  const box = h(
+    "div",
+    {
+      class: "grid",
+      role: "listbox",
+      tabindex: "0",
+      "data-graph": view.id,
+      "aria-label": "The nodes of the graph",
+      "aria-activedescendant": option.id,
+      "aria-description":
+        "Arrow keys move among the nodes, Home goes to the target, Enter chooses, Escape takes the choice back.",
+    },
+    option,
+    picture,
+  );
+  let isFocused = false,
+    cursor = 0,
+    drawing = 0;
+  const drawingOf = (width, at) =>
+    graphDrawing(model, {
+      width,
+      by: measure(),
+      count: count(),
+      chosen: chosen(),
+      path: path(),
+      cursor: at,
+      band: state.number("position"),
+    });
   const draw = async () => {
     option.textContent = said(nodes[cursor]);
     option.setAttribute("aria-selected", String(chosen()?.i === cursor));
-    const mine = ++drawing, holder = h("div");
-    const { view: drawnView } = await drawn(holder, drawingOf(Math.max(300, box.clientWidth - 8), isFocused ? cursor : null));
+    const mine = ++drawing,
+      holder = h("div");
+    const { view: drawnView } = await drawn(
+      holder,
+      drawingOf(Math.max(300, box.clientWidth - 8), isFocused ? cursor : null),
+    );
     if (mine !== drawing) return drawnView.finalize();
     picture.replaceChildren(holder);
     drawnView.addEventListener("click", (event, item) => item?.mark?.name !== "edge" && pick(item?.datum?.id ?? null));
   };
-  const levels = [...new Set(nodes.map((node) => node.y))].sort((a, b) => a - b), ahead = sheet.direction === "rtl" ? -1 : 1;
+  const levels = [...new Set(nodes.map((node) => node.y))].sort((a, b) => a - b),
+    ahead = sheet.direction === "rtl" ? -1 : 1;
   const moved = (dx, dy) => {
-    const from = nodes[cursor], level = dy ? levels[levels.indexOf(from.y) + dy] : from.y, away = (node) => Math.abs(node.x - from.x);
+    const from = nodes[cursor],
+      level = dy ? levels[levels.indexOf(from.y) + dy] : from.y,
+      away = (node) => Math.abs(node.x - from.x);
     const there = nodes.filter((node) => node.y === level && (dy || (node.x - from.x) * dx * ahead > 0));
     return there.reduce((best, node) => (best === null || away(node) < away(best) ? node : best), null)?.i ?? cursor;
   };
@@ -47,96 +85,260 @@ views.graph = (view, sheet, page) => {
     isFocused = true;
     draw();
   });
-  box.addEventListener("focus", () => { isFocused = box.matches(":focus-visible"); if (isFocused) draw(); });
-  box.addEventListener("blur", () => { if (isFocused) { isFocused = false; draw(); } });
+  box.addEventListener("focus", () => {
+    isFocused = box.matches(":focus-visible");
+    if (isFocused) draw();
+  });
+  box.addEventListener("blur", () => {
+    if (isFocused) {
+      isFocused = false;
+      draw();
+    }
+  });
 
   // -- what is drawn ----------------------------------------------------------------------------------------------
 
-  const by = h("select", { "aria-label": "What makes an edge strong", onchange: (event) => state.set({ by: event.target.value === "influence" ? null : event.target.value }) },
-    ...Object.entries(BY).map(([name, text]) => h("option", { value: name }, text)));
-  const span = Math.log(most / fewest) || 1, rounded = (x) => Number(x.toPrecision(2));
-  const slider = h("input", { type: "range", min: 0, max: 100, "aria-label": "Edges that are drawn", oninput: (event) => {
-    const found = event.target.value === "100" ? most : Math.max(fewest, rounded(fewest * Math.exp((event.target.value / 100) * span)));
-    state.set({ edges: found === USUAL_EDGES ? null : found });
-  } });
+  const by = h(
+    "select",
+    {
+      "aria-label": "What makes an edge strong",
+      onchange: (event) => state.set({ by: event.target.value === "influence" ? null : event.target.value }),
+    },
+    ...Object.entries(BY).map(([name, text]) => h("option", { value: name }, text)),
+  );
+  const span = Math.log(most / fewest) || 1,
+    rounded = (x) => Number(x.toPrecision(2));
+  const slider = h("input", {
+    type: "range",
+    min: 0,
+    max: 100,
+    "aria-label": "Edges that are drawn",
+    oninput: (event) => {
+      const found =
+        event.target.value === "100"
+          ? most
+          : Math.max(fewest, rounded(fewest * Math.exp((event.target.value / 100) * span)));
+      state.set({ edges: found === USUAL_EDGES ? null : found });
+    },
+  });
   const how = h("span", { class: "muted" });
   const controlled = () => {
-    const name = measure(), held = sumOf(model.ranking(name).slice(0, count()).map(model.sizes[name])) / (model.sums[name] || 1);
+    const name = measure(),
+      held = sumOf(model.ranking(name).slice(0, count()).map(model.sizes[name])) / (model.sums[name] || 1);
     by.value = name;
     slider.value = (100 * Math.log(count() / fewest)) / span;
     how.textContent = `${count().toLocaleString("en")} of ${view.edges.toLocaleString("en")} edges, ${percent(held)} of ${
-      name === "share" ? "Σ |share|" : "all influence"}`;
+      name === "share" ? "Σ |share|" : "all influence"
+    }`;
     slider.setAttribute("aria-valuetext", how.textContent);
   };
 
   // -- tables: the nodes, what the chosen one reads, and who reads it ---------------------------------------------
 
-  const list = h("div", { class: "side" }), reads = h("div", { class: "side" }), readers = h("div", { class: "side" });
+  const list = h("div", { class: "side" }),
+    reads = h("div", { class: "side" }),
+    readers = h("div", { class: "side" });
   const head = h("div", { class: "details chosen", "aria-live": "polite" });
-  const find = h("input", { type: "search", placeholder: "Filter by name", "aria-label": "Filter nodes by name", oninput: () => listed() });
-  const table = (id, caption, more) => shareTable({ id: `graph-${id}`, caption, sheet, pick: (row) => pick(row.id), isPicked: (row) => row.id === state.get("node"),
-    lines: () => [`${caption}: ${sheet.headline}`], most: 10, ...more });
+  const find = h("input", {
+    type: "search",
+    placeholder: "Filter by name",
+    "aria-label": "Filter nodes by name",
+    oninput: () => listed(),
+  });
+  const table = (id, caption, more) =>
+    shareTable({
+      id: `graph-${id}`,
+      caption,
+      sheet,
+      pick: (row) => pick(row.id),
+      isPicked: (row) => row.id === state.get("node"),
+      lines: () => [`${caption}: ${sheet.headline}`],
+      most: 10,
+      ...more,
+    });
   const listed = () => {
-    const position = state.number("position"), text = find.value.trim().toLowerCase();
-    const rows = nodes.slice(1).filter((node) => (position === null || node.position === position) && node.id.toLowerCase().includes(text))
+    const position = state.number("position"),
+      text = find.value.trim().toLowerCase();
+    const rows = nodes
+      .slice(1)
+      .filter((node) => (position === null || node.position === position) && node.id.toLowerCase().includes(text))
       .map((node) => ({ id: node.id, label: node.id, units: node.share, say: said(node) }));
     const caption = position === null ? "Nodes, by share" : `Nodes at position ${position}, by share`;
-    list.replaceChildren(h("h4", {}, caption), h("div", { class: "filters" }, find), table("nodes", caption, { head: "Node", rows }));
+    list.replaceChildren(
+      h("h4", {}, caption),
+      h("div", { class: "filters" }, find),
+      table("nodes", caption, { head: "Node", rows }),
+    );
   };
   const followed = (one, k) => {
     const isPicked = path() === one;
-    return h("li", {}, h("button", { type: "button", class: isPicked ? "path picked" : "path", "aria-pressed": String(isPicked),
-      onclick: () => state.set({ path: isPicked ? null : k + 1 }) }, h("span", { class: "muted" }, percent(one.strength)), " ",
-    ...one.steps.flatMap((i, step) => [step ? " › " : "", bdi(nodes[i].id)])));
+    return h(
+      "li",
+      {},
+      h(
+        "button",
+        {
+          type: "button",
+          class: isPicked ? "path picked" : "path",
+          "aria-pressed": String(isPicked),
+          onclick: () => state.set({ path: isPicked ? null : k + 1 }),
+        },
+        h("span", { class: "muted" }, percent(one.strength)),
+        " ",
+        ...one.steps.flatMap((i, step) => [step ? " › " : "", bdi(nodes[i].id)]),
+      ),
+    );
   };
   const explained = () => {
-    const node = chosen() ?? nodes[0], read = readOf(node.i), sums = [];
-    head.replaceChildren(h("h3", {}, bdi(node.i ? node.id : sheet.target)), h("p", { class: "muted" }, bdi(model.facts(node).map(([name, text]) =>
-      (name === "kind" || name === "at" ? text : `${name} ${text}`)).join(" · "))));
+    const node = chosen() ?? nodes[0],
+      read = readOf(node.i),
+      sums = [];
+    head.replaceChildren(
+      h("h3", {}, bdi(node.i ? node.id : sheet.target)),
+      h(
+        "p",
+        { class: "muted" },
+        bdi(
+          model
+            .facts(node)
+            .map(([name, text]) => (name === "kind" || name === "at" ? text : `${name} ${text}`))
+            .join(" · "),
+        ),
+      ),
+    );
     if (read) {
       const own = { ...sheet, unit: read.unit, value: read.activation, what: node.i ? "activation" : sheet.what };
-      const rows = into.get(node.i).filter((edge) => nodes[edge.s]).map((edge) => ({ id: nodes[edge.s].id, label: nodes[edge.s].id, units: edge.units,
-        say: model.factsOfEdge(edge).map((fact) => fact.join(" ")).join(", ") }));
-      const left = read.left[1] || read.left[0] ? [{ label: `${read.left[0].toLocaleString("en")} edges left out`, units: read.left[1], isRounding: !read.left[0] }] : [];
-      const foot = [...left, ...(read.others ? [{ label: "others", units: read.others }] : []), ...(read.bias ? [{ label: "bias", units: read.bias }] : [])];
+      const rows = into
+        .get(node.i)
+        .filter((edge) => nodes[edge.s])
+        .map((edge) => ({
+          id: nodes[edge.s].id,
+          label: nodes[edge.s].id,
+          units: edge.units,
+          say: model
+            .factsOfEdge(edge)
+            .map((fact) => fact.join(" "))
+            .join(", "),
+        }));
+      const left =
+        read.left[1] || read.left[0]
+          ? [
+              {
+                label: `${read.left[0].toLocaleString("en")} edges left out`,
+                units: read.left[1],
+                isRounding: !read.left[0],
+              },
+            ]
+          : [];
+      const foot = [
+        ...left,
+        ...(read.others ? [{ label: "others", units: read.others }] : []),
+        ...(read.bias ? [{ label: "bias", units: read.bias }] : []),
+      ];
       const caption = `${node.i ? node.id : "The target"} reads`;
-      reads.replaceChildren(h("h4", {}, bdi(caption)), table("reads", caption, { head: "From", rows, foot, total: read.total, totalName: "sum", sheet: own }));
-      const line = sumLine([{ label: `${rows.length} edges`, units: sumOf(rows.map((row) => row.units)), always: true }, ...foot], read.total, own, { value: own.value });
-      line.append(h("span", { class: "part" }, h("span", { class: "muted" }, "completeness error"), " ", read.error.toExponential(1)));
+      reads.replaceChildren(
+        h("h4", {}, bdi(caption)),
+        table("reads", caption, { head: "From", rows, foot, total: read.total, totalName: "sum", sheet: own }),
+      );
+      const line = sumLine(
+        [{ label: `${rows.length} edges`, units: sumOf(rows.map((row) => row.units)), always: true }, ...foot],
+        read.total,
+        own,
+        { value: own.value },
+      );
+      line.append(
+        h(
+          "span",
+          { class: "part" },
+          h("span", { class: "muted" }, "completeness error"),
+          " ",
+          read.error.toExponential(1),
+        ),
+      );
       sums.push(line);
-    } else reads.replaceChildren(h("h4", {}, "Reads"), h("p", { class: "muted" }, "A token reads nothing: here the graph begins."));
+    } else
+      reads.replaceChildren(
+        h("h4", {}, "Reads"),
+        h("p", { class: "muted" }, "A token reads nothing: here the graph begins."),
+      );
     if (node.i) {
-      const rows = outOf.get(node.i).map((edge) => ({ id: nodes[edge.t].id, label: edge.t ? nodes[edge.t].id : "target", units: Math.round(edge.share / sheet.unit),
-        say: model.factsOfEdge(edge).map((fact) => fact.join(" ")).join(", ") }));
+      const rows = outOf.get(node.i).map((edge) => ({
+        id: nodes[edge.t].id,
+        label: edge.t ? nodes[edge.t].id : "target",
+        units: Math.round(edge.share / sheet.unit),
+        say: model
+          .factsOfEdge(edge)
+          .map((fact) => fact.join(" "))
+          .join(", "),
+      }));
       const foot = [{ label: "by way of others", units: node.share - sumOf(rows.map((row) => row.units)) }];
       const caption = `${node.id} is read by`;
-      readers.replaceChildren(h("h4", {}, bdi(caption)), table("readers", caption, { head: "By way of", rows, foot, total: node.share, totalName: "share" }));
-      sums.push(sumLine([{ label: `by way of ${rows.length} nodes`, units: node.share - foot[0].units, always: true }, ...foot], node.share, sheet, { name: "share in the target" }));
-        } else readers.replaceChildren(h("h4", {}, "Leading paths, by influence"), h("ol", { class: "paths" }, ...model.paths.map(followed)));
+      readers.replaceChildren(
+        h("h4", {}, bdi(caption)),
+        table("readers", caption, { head: "By way of", rows, foot, total: node.share, totalName: "share" }),
+      );
+      sums.push(
+        sumLine(
+          [{ label: `by way of ${rows.length} nodes`, units: node.share - foot[0].units, always: true }, ...foot],
+          node.share,
+          sheet,
+          { name: "share in the target" },
+        ),
+      );
+    } else
+      readers.replaceChildren(
+        h("h4", {}, "Leading paths, by influence"),
+        h("ol", { class: "paths" }, ...model.paths.map(followed)),
+      );
     below.replaceChildren(...sums);
   };
 
   const below = h("div", { class: "sums" });
-  const lines = () => [`Graph: ${sheet.headline}`, `${how.textContent} are drawn${chosen() ? `, those of ${chosen().id} stand out` : path() ? ", those of one path stand out" : ""}`,
-    "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation", ...leftOut(view), view.about, ...warningsOf(sheet)];
+  const lines = () => [
+    `Graph: ${sheet.headline}`,
+    `${how.textContent} are drawn${chosen() ? `, those of ${chosen().id} stand out` : path() ? ", those of one path stand out" : ""}`,
+    "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
+    ...leftOut(view),
+    view.about,
+    ...warningsOf(sheet),
+  ];
   const tools = exportButtons("graph", () => ({ spec: drawingOf(1040, null), lines: lines() }));
-  page.whenShown.push(() => reacting(page, ["node", "path", "edges", "by", "position"], () => {
-    cursor = chosen()?.i ?? cursor;
-    controlled();
-    listed();
-    explained();
-    draw();
-  }));
+  page.whenShown.push(() =>
+    reacting(page, ["node", "path", "edges", "by", "position"], () => {
+      cursor = chosen()?.i ?? cursor;
+      controlled();
+      listed();
+      explained();
+      draw();
+    }),
+  );
   page.whenResized.push(draw);
-  return card({ id: "graph", title: view.title, lead: view.lead, tools }, h("div", { class: "filters controls" }, h("label", {}, h("span", { class: "muted" }, "Strongest by"), " ", by),
-    h("label", {}, h("span", { class: "muted" }, "Edges"), " ", slider), how), box, ...leftOut(view).map((text) => h("p", { class: "note" }, text)), head,
-  h("div", { class: "columns three" }, reads, readers, list), below);
+  return card(
+    { id: "graph", title: view.title, lead: view.lead, tools },
+    h(
+      "div",
+      { class: "filters controls" },
+      h("label", {}, h("span", { class: "muted" }, "Strongest by"), " ", by),
+      h("label", {}, h("span", { class: "muted" }, "Edges"), " ", slider),
+      how,
+    ),
+    box,
+    ...leftOut(view).map((text) => h("p", { class: "note" }, text)),
+    head,
+    h("div", { class: "columns three" }, reads, readers, list),
+    below,
+  );
 };
 
 // what a page of a large graph does not hold
 function leftOut(view) {
-  const [seats, tokens] = view.left, said = [];
-  if (seats) said.push(`${seats.toLocaleString("en")} nodes of little influence are left out; what they give is in others.`);
-  if (tokens) said.push(`${tokens.toLocaleString("en")} tokens of little influence are left out; what they give is among the edges left out.`);
+  const [seats, tokens] = view.left,
+    said = [];
+  if (seats)
+    said.push(`${seats.toLocaleString("en")} nodes of little influence are left out; what they give is in others.`);
+  if (tokens)
+    said.push(
+      `${tokens.toLocaleString("en")} tokens of little influence are left out; what they give is among the edges left out.`,
+    );
   return said;
 }
