@@ -1,7 +1,7 @@
 """One layer of several residual streams: in front of a branch they become rows of D, behind it they are mixed.
 
 The backend's operations know rows of D alone. They add to rows of zeros, and what these hold then is written to the
-streams (DESIGN.md section 10).
+streams, which are mixed in place, some rows at a time (DESIGN.md section 10).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ..trace.record import LayerTrace, MlpTrace
 from .mlps import share_out
 from .run import Run
 
+AT_ONCE = {True: 1 << 20, False: 1 << 26}  # numbers of streams that are mixed at a time, on a CPU and elsewhere
+
 
 def through_attention(
     state: ComponentState,
@@ -39,16 +41,14 @@ def through_attention(
     here = state if queries is None else state.at(queries)
     at = step.at(_positions(here))
     if layer.attention.source is not None and values is None:  # a constant: its values are no components'
-        rows = _passed(here.rows, layer, at)
+        rows = _mixed(here.rows, layer, at, None)
         _add_written(rows, here, layer, record, step)
         return ComponentState(rows, here.layout, state.layer)
-    own = read_rows(state, step) if layer.attention.source is None else None
-    source = values if own is None else own
+    source = read_rows(state, step) if layer.attention.source is None else values
     assert source is not None  # see above
     given = run.operations.aggregate_ov(_zeros(source, state), layer.attention, record.attention, queries, source)
-    rows = _passed(here.rows, layer, at)
-    _add(rows, given.rows, at)
-    return ComponentState(rows, here.layout, state.layer)
+    del source
+    return ComponentState(_mixed(here.rows, layer, at, given.rows), here.layout, state.layer)
 
 
 def through_mlps(
@@ -69,10 +69,10 @@ def _through(
     given = _zeros(source, state)
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
-    at = step.at(_positions(state))
-    rows = at.passes(state.rows)
-    _add(rows, given.rows, at)
-    return ComponentState(rows, state.layout, state.layer)
+    del source
+    return ComponentState(
+        _mixed(state.rows, None, step.at(_positions(state)), given.rows), state.layout, state.layer
+    )
 
 
 def read_rows(state: ComponentState, step: StreamStep) -> ComponentState:
@@ -99,10 +99,29 @@ def _zeros(like: ComponentState, state: ComponentState) -> ComponentState:
     return ComponentState(torch.zeros_like(rows), like.layout, state.layer)
 
 
-def _passed(rows: Tensor, layer: Layer, at: StreamStep) -> Tensor:
-    """Return streams (R, n·D) behind attention, without what that gives, but with the linear map beside it."""
+def _mixed(rows: Tensor, layer: Layer | None, at: StreamStep, given: Tensor | None) -> Tensor:
+    """Return the streams behind a branch that gives (R, D), at the positions ``at`` of their rows: (R, m·D).
+
+    ``layer`` is that of attention, beside which there may be a linear map. ``rows`` (R, n·D) are used up.
+    """
+    width = at.write.shape[1] * (rows.shape[1] // at.read.shape[1])
+    out = rows if width == rows.shape[1] else rows.new_empty(len(rows), width)
+    size = max(1, AT_ONCE[rows.device.type == "cpu"] // rows.shape[1])
+    for first in range(0, len(rows), size):
+        part = slice(first, min(first + size, len(rows)))
+        here = at.at(part)
+        passed = _passed(rows[part], layer, here)
+        if given is not None:
+            _add(passed, given[part], here)
+        if passed.data_ptr() != out[part].data_ptr():
+            out[part] = passed
+    return out
+
+
+def _passed(rows: Tensor, layer: Layer | None, at: StreamStep) -> Tensor:
+    """Return streams (R, n·D) behind a branch, without what it gives, but with the linear map beside attention."""
     out = at.passes(rows)
-    if layer.side is not None and at.side is not None:
+    if layer is not None and layer.side is not None and at.side is not None:
         _add(out, layer.side.of(at.reads(rows), at.side.to(rows)), at)
     return out
 
@@ -117,7 +136,7 @@ def _add_written(rows: Tensor, state: ComponentState, layer: Layer, record: Laye
     """Add all that attention writes to `bias`, in place; chosen components may lack it."""
     if state.layout.index(BIAS) is None:
         return
-    before = record.resid_pre.to(rows)
+    before = record.resid_pre.to(rows, copy=True)
     written = record.resid_mid.to(rows) - _passed(before, layer, step)
     packed = to_device(state.layout.packed, state.device)
     rows[to_device(state.layout.extra_rows(BIAS), rows.device)] += written[packed]
