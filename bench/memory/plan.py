@@ -39,6 +39,7 @@ from ..core.cli import command, writable
 from ..core.models import family_model
 from ..core.peak import measurable, measured
 from ..core.results import ROOT, write_results
+from .today import CONFIGS
 
 GOAL = 0.15
 
@@ -164,6 +165,14 @@ LINEAR = [
     _llama("ledger, gpt2", *_DEEP, method="linear", rule="shapley", call="ledger", model_type="gpt2"),
     _llama("ledger, gemma2: output norms", 1024, 2048, "tokens", 300, **_SHAPLEY, **_LEDGER, model_type="gemma2"),
 ]
+TODAY = [
+    _llama(f"{call}{name}: {components}", 1024, 1024, components, length, model_type=name, **more)
+    for name in CONFIGS
+    for call, components, length, more in (
+        ("", "tokens", 300, {}),
+        ("ledger, ", "tokens", 1024, {"method": "linear", "rule": "half", "call": "ledger"}),
+    )
+]
 QUICK = [
     _llama("tokens", 256, 256, "tokens", 150),
     _llama("neurons", 128, 1024, "neurons", 40),
@@ -186,6 +195,7 @@ def build(case: PlannedRun) -> DePass:
         shape |= {"num_key_value_heads": case.kv_heads, "head_dim": case.hidden // case.heads}
     if case.model_type == "gpt2":
         shape["n_inner"] = shape.pop("intermediate_size")
+    shape |= CONFIGS.get(case.model_type, {})
     if case.model_type == "mixtral":
         shape["num_local_experts"] = 4
     return DePass(family_model(case.model_type, **shape).to(getattr(torch, case.dtype)))
@@ -312,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not measurable():
         raise SystemExit("bench.memory.plan: peaks of memory can be measured on Linux only.")
     rows = []
-    for case in QUICK if options.quick else FULL + ADJOINT + LINEAR:
+    for case in QUICK if options.quick else FULL + ADJOINT + LINEAR + TODAY:
         if options.only and not case.name.startswith(options.only):
             continue
         rows.append(measure(case))

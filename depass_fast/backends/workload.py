@@ -81,7 +81,8 @@ class Workload:
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
     ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part. ``kept``: so many
-    copies of the state wait for later layers to read them. A row is ``streams`` times the ``width``.
+    copies of the state wait for later layers to read them. A row is ``streams`` times the ``width``, ``between`` attention
+    and MLP so many times.
     """
 
     lengths: tuple[int, ...]
@@ -101,6 +102,7 @@ class Workload:
     made: int = 0
     kept: int = 0
     streams: int = 1
+    between: int = 1
 
     @staticmethod
     def join(workloads: Sequence[Workload]) -> Workload:
@@ -192,11 +194,10 @@ class Workload:
         """
         shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
         sent = 2 * max(shares, default=0.0)
-        if (
-            self.streams > 1
-        ):  # two of them while they are mixed; of one stream, what a branch reads, gives, and the middle
-            narrow = self.state_bytes // self.streams
-            return 2 * self.state_bytes + int((3 + self.kept + sent) * narrow)
+        if self.streams > 1:  # beside them what a branch reads and gives; or what it gives, and as many as come out
+            most = max(self.streams, self.between)
+            mixing = 0 if self.streams == self.between else self.streams + self.between + 1
+            return int((self.kept + max(most + 2 + sent, mixing)) * self.state_bytes / self.streams)
         copies = 1 + self.kept + any(size.copied for size in self.passed) + sent
         return int(copies * self.state_bytes)
 

@@ -122,7 +122,7 @@ def sweep_outlook(shape: RunShape, device: torch.device | None = None) -> SweepO
         )
     return SweepOutlook(
         workloads=workloads,
-        forward=ForwardPass.of(adapter, shape.lengths, shape.traced),
+        forward=ForwardPass.of(adapter, shape.lengths, shape.traced, device),
         given=options.memory_budget,
         layer=kinds[0].resolve(adapter),
         n_components=max(start.named + start.extras for work in workloads for start in work.starts),

@@ -147,6 +147,8 @@ class LedgerWorkload:
     def _mlp(self, index: int, workspace: int) -> list[int]:
         """Return the blocks of the chunk of an MLP that holds most."""
         size, queries, here = self.layers[index], self._queries(index), self._arriving(index)
+        if not size.mlps:
+            return []
         arriving = here * self.compute // self.item * (self.compute != self.item)
         normed = queries * self.width * self.compute * (self.rule != "taylor") + self._norm(queries)
         most = max(1, workspace // (self.rows * size.neurons * self.item * HELD))
@@ -302,7 +304,7 @@ def ledger_outlook(shape: RunShape, device: torch.device | None = None) -> Ledge
     )
     return LedgerOutlook(
         work=work,
-        forward=ForwardPass.of(adapter, shape.lengths, shape.traced),
+        forward=ForwardPass.of(adapter, shape.lengths, shape.traced, device),
         given=options.memory_budget,
         layer=work.last.layer if shape.is_ledger else kinds[0].resolve(adapter),
         n_components=_number_of_all(work) if shape.is_ledger else max(counts),

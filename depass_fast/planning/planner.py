@@ -87,7 +87,7 @@ def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
     workloads, known = [work for work, _ in found], all(is_known for _, is_known in found)
     whole = [_workload(replace(shape, kind=one, ranks=None), device)[0] for one in kinds]
     state, compute = shape.options.dtypes(adapter.dtype, device)
-    forward = ForwardPass.of(adapter, lengths, shape.traced)
+    forward = ForwardPass.of(adapter, lengths, shape.traced, device)
     rates = _rates(device, widest(state, compute, adapter.dtype), gemm.flops, shape.ranks)
     return Plan(
         method="exact",
@@ -188,6 +188,7 @@ def _workload(shape: RunShape, device: torch.device) -> tuple[Workload, bool]:
         staggered=staggered,
         width=adapter.hidden_size,
         streams=adapter.stream_width // adapter.hidden_size,
+        between=adapter.width_at("resid_mid") // adapter.hidden_size,
         state_item=state.itemsize,
         item=compute.itemsize,
         casts=compute != adapter.dtype,

@@ -20,6 +20,8 @@ from ..options import Adjoint, Options
 from ..trace.size import bytes_per_position, selection_bytes
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
+_CHUNKS = ("chunk_size", "mamba_chunk_size")  # positions of a chunk, by its names in configs
+_STREAMS, _DECAYS, _LOGITS = 3, 4, 3
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,31 @@ def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, 
     return kind.entry(adapter).layer, adapter.n_layers if end is None else end
 
 
+def _mixed(adapter: Adapter, layers: Sequence[LayerSize]) -> int:
+    """Bytes per position that a model's own code holds to mix several streams, or positions in chunks of a recurrence.
+
+    Streams are there _STREAMS times, and the decays of a chunk _DECAYS times for every head.
+    """
+    chunk = next((getattr(adapter.config, name, 0) for name in _CHUNKS if hasattr(adapter.config, name)), 0)
+    heads = max((size.heads for i, size in enumerate(layers) if adapter.kind(i).mixer is not None), default=0)
+    streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
+    return 4 * max(_STREAMS * streams, _DECAYS * heads * chunk)
+
+
+def _holds_logits(adapter: Adapter, device: torch.device) -> bool:
+    """True if a whole prompt passes the model's own attention, and that holds all logits.
+
+    It has no fused one, or torch has none for its widths.
+    """
+    if not adapter.one_by_one:  # a short prompt is compared
+        return False
+    config, names = adapter.config, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    if not getattr(adapter.model, "_supports_sdpa", True):
+        return True
+    nope, rope, value = (getattr(config, name, None) or 0 for name in names)
+    return device.type == "cpu" and value > 0 and nope + rope != value
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """Bytes of the ``trace``, at the ``peak`` while it is taken, and ``held`` later; ``flop``.
@@ -164,7 +191,7 @@ class ForwardPass:
     flop: float
 
     @staticmethod
-    def of(adapter: Adapter, lengths: Sequence[int], traced: bool) -> ForwardPass:
+    def of(adapter: Adapter, lengths: Sequence[int], traced: bool, device: torch.device) -> ForwardPass:
         positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
         layers = layer_sizes(adapter)
         trace = positions * (bytes_per_position(adapter, adapter.dtype) + selection_bytes(adapter, max(lengths)))
@@ -172,5 +199,7 @@ class ForwardPass:
             return ForwardPass(trace, 0, 0, 0.0)
         mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
         attention = max(3 * size.o + 2 * size.v for size in layers)
-        beside = positions * (width + max(mlp, attention)) * item
+        beside = positions * (width + max(mlp, attention)) * item + positions * _mixed(adapter, layers)
+        if _holds_logits(adapter, device):
+            beside += _LOGITS * max(size.heads for size in layers) * max(lengths) ** 2 * item
         return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))

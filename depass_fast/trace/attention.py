@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .record import AttentionTrace
 from .selection import seen_by_heads, selected
 
-TILE = 1 << 24  # most logits held at once, in elements
+TILE = {True: 1 << 21, False: 1 << 24}  # most logits held at once, in elements: on a CPU and elsewhere
 
 
 def causal_attention(
@@ -74,7 +74,7 @@ def _tiled(
     n = q.shape[2]
     out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
-    for queries in torch.arange(n, device=q.device).split(max(1, TILE // (q.shape[1] * n))):
+    for queries in torch.arange(n, device=q.device).split(max(1, TILE[not q.is_cuda] // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

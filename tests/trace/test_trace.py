@@ -39,7 +39,7 @@ def test_windows_are_those_of_the_models_own_mask(model_type, changes, implement
 @pytest.mark.parametrize(
     ("tile", "calls"),
     [
-        (attention.TILE, [(5, 6), (1, 3), (1, 6)]),
+        (attention.TILE[True], [(5, 6), (1, 3), (1, 6)]),
         (2 * 4 * 6**2, [(2, 6), (2, 6), (1, 6), (1, 3), (1, 6)]),
         (1, [(1, 6)] * 5 + [(1, 3), (1, 6)]),
     ],
@@ -56,7 +56,7 @@ def test_neighbours_of_equal_length_are_attended_together_while_their_logits_are
         return ordinary(q, *given, **named)
 
     monkeypatch.setattr(attention, "causal_attention", attend)
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "TILE", {True: tile})
     trace = dp.trace(prompts)
     assert seen == calls * dp.adapter.n_layers
     for prompt, one in enumerate(alone):
