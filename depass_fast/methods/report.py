@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +28,13 @@ READINGS, WRITERS = 96, 12  # neurons whose reading is shown, and what of it
 _TITLES = {
     "tokens": ("All tokens", ""),
     "heads": ("Heads", "The share of every attention head. Choose one to see where it writes and what it carries."),
-    "neurons": ("Neurons", "The leading neurons. Choose one to see where it is active and what wrote what it reads."),
+    "neurons": ("Neurons", ""),
     "features": ("Features", "The features of the dictionary; rest is what it misses."),
 }
-
+_NEURONS_LEAD = (
+    "The leading neurons. Choose one to see where it writes; of the first {} also what wrote what they read."
+)
+_HEAD = re.compile(r"L\d+H\d+")
 
 _MAP = {
     "title": "Layers and positions",
@@ -179,7 +184,19 @@ def _table(
         more["sources"] = sources
     else:
         more["readings"] = {one.name: _reading(one, sheet) for one in readings}
+        more["read_from"] = _read_from(readings, unit)
+        more["lead"] = _NEURONS_LEAD.format(len(readings))
     return _titled(kind, groups, more)
+
+
+def _read_from(readings: Sequence[Reading], unit: float) -> dict[str, list[int]]:
+    """Return what all neurons whose reading is known take from each head: how many are behind it, and the sum."""
+    found: dict[str, list[float]] = {}
+    for reading in readings:
+        for name, share in reading.writers:
+            if _HEAD.fullmatch(name):
+                found.setdefault(name, []).append(share)
+    return {name: [len(shares), round(math.fsum(shares) / unit)] for name, shares in found.items()}
 
 
 def _entries(names: Sequence[str], table: np.ndarray, most: int, unit: float) -> dict[str, list[int]]:

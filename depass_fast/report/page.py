@@ -23,12 +23,16 @@ from .sheet import FORMAT, Sheet
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = (  # in the order in which they run; a view is one script that registers its kind
     "basics.js",
+    "focus.js",
     "state.js",
     "picture.js",
     "grid.js",
     "table.js",
     "view_tokens.js",
     "view_map.js",
+    "component_rows.js",
+    "component_details.js",
+    "heads_map.js",
     "view_components.js",
     "view_keys.js",
     "graph_model.js",
@@ -36,6 +40,7 @@ SCRIPTS = (  # in the order in which they run; a view is one script that registe
     "view_graph.js",
     "main.js",
 )
+STYLES = ("style.css", "views.css")
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
@@ -63,7 +68,7 @@ def page(sheets: Sequence[Sheet]) -> str:
         .get_template("page.html.j2")
         .render(
             title=f"{sheets[0].target} · depass_fast",
-            style=(FOLDER / "style.css").read_text(encoding="utf-8"),
+            style="\n".join((FOLDER / name).read_text(encoding="utf-8") for name in STYLES),
             policy=_policy(library, own),
             data=embedded(data),
             library=library,

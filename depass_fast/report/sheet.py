@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..labels import shown_tokens
+from ..labels import shown_tokens, with_signs
 from .units import Group
 
 FORMAT = "depass_fast.report.v1"
@@ -43,6 +43,9 @@ class Sheet:
     made_with: str | None = None
     own_sums: str | None = None
     views: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name, self.headline, self.target = map(with_signs, (self.name, self.headline, self.target))
 
     @property
     def direction(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +14,7 @@ from tests.support.models import random_ids
 from tests.support.pages import (
     HOSTILE,
     LANGUAGES,
-    PROMPT,
-    TARGET,
     data_of,
-    demo,
     needs_pages,
     saved,
     units,
@@ -27,13 +23,6 @@ from tests.support.pages import (
 )
 
 pytestmark = needs_pages
-
-
-@pytest.fixture(scope="session")
-def report(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pages") / "report.html"
-    demo().report(PROMPT, TARGET).to_html(path)
-    return path
 
 
 def test_clicks_filter_what_follows_and_sums_stay_in_view(visit, report):
@@ -113,6 +102,7 @@ def test_the_map_is_saved(visit, report):
     opened.wait_for_selector('[data-grid="map-mlp"] svg')
     svg = saved(opened, '.map:has([data-grid="map-mlp"]) [data-export="svg"]').decode()
     assert "MLP: what it writes at every position" in svg and "Attention is frozen" in svg and svg.count("<path") > 84
+    assert "' the'@6" in svg
 
 
 def test_keys_reach_everything(visit, report):

@@ -203,7 +203,8 @@ def test_hostile_tokens_and_warnings(visit, tmp_path):
     assert len(opened.query_selector_all("script")) == 3 and opened.query_selector("#page script, #page img") is None
     opened.locator(NODES).last.hover()
     opened.wait_for_selector("#vg-tooltip-element.visible")
-    opened.fill('[aria-label="Filter nodes by name"]', "alert")
+    opened.locator('[aria-label="Filter nodes by name"]').press_sequentially("alert")
+    assert "find.nodes=alert" in opened.url
     opened.click('[data-table="graph-nodes"] button:has-text("alert")')
     assert "<script>alert(1)</script>" in opened.inner_text(".chosen h3")
     svg = saved(opened, '#view-graph [data-export="svg"]').decode()

@@ -128,8 +128,8 @@ def test_clicks_in_a_ledger(visit, pages):
     opened.select_option("header select", "4")
     assert "credit of attention" in opened.inner_text(".facts")
     assert "from there on" in opened.inner_text("#view-map .sums")
-    opened.fill('[aria-label="Filter neurons by name"]', "L4")
-    opened.wait_for_function("location.hash.includes('find.neurons=L4')")  # a moment after the typing
+    opened.locator('[aria-label="Filter neurons by name"]').press_sequentially("L4")
+    assert "find.neurons=L4" in opened.url
     opened.reload()
     assert opened.input_value('[aria-label="Filter neurons by name"]') == "L4"
 
@@ -141,8 +141,12 @@ def test_clicks_in_an_explanation(visit, pages):
     opened.wait_for_selector('[data-grid="keys-map"] svg')
     leading = max(groups.values(), key=lambda group: group["p"])
     assert units(opened, '[data-table="keys"] .total .number') == [leading["total"]]
+    assert "−" not in opened.inner_text("#view-tokens .sum") and "+" not in opened.inner_text("#view-tokens .sum")
     opened.click('.token[data-position="3"]')
     assert units(opened, '[data-table="keys"] .total .number') == [groups[3]["total"]]
+    assert float(opened.inner_text("#sum").replace("−", "-")) == pytest.approx(groups[3]["total"] * sheet["unit"])
+    value = opened.inner_text("#value").replace("−", "-")
+    assert float(value) == pytest.approx(groups[3]["value"], abs=sheet["unit"]) and "@3" in opened.inner_text(".facts")
     opened.locator('[data-grid="keys-map"] svg .mark-rect path').nth(5).click()
     assert "position=5" in opened.url and units(opened, '[data-table="keys"] .total .number') == [groups[5]["total"]]
     svg = saved(opened, '#view-keys .side [data-export="svg"]').decode()

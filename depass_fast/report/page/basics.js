@@ -53,6 +53,10 @@ const sumOf = (numbers) => numbers.reduce((sum, x) => sum + x, 0);
 const plainly = (units, unit) => (units * unit).toFixed(Math.max(0, Math.round(-Math.log10(unit)))); // as files have it
 const exactly = (units, unit) => plainly(units, unit).replace("-", "−");
 
+// counts, in one way of writing: 1 token, 2,041 tokens
+const written = (count) => count.toLocaleString("en");
+const counted = (count, one, many = `${one}s`) => `${written(count)} ${count === 1 ? one : many}`;
+
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -86,8 +90,8 @@ const layerOf = (label) => {
   return found ? Number(found[1]) : null;
 };
 
-// the arrow keys of a row of elements of which one at a time can be reached by Tab
-function roving(container, items, along) {
+// the arrow keys of a row of elements of which one at a time can be reached by Tab; Escape calls `undo`
+function roving(container, items, along, undo) {
   items.forEach((item, i) => item.setAttribute("tabindex", i === 0 ? "0" : "-1"));
   let reached = items[0];
   const focus = (i) => {
@@ -104,6 +108,7 @@ function roving(container, items, along) {
     if (step) focus(at + step);
     else if (event.key === "Home") focus(0);
     else if (event.key === "End") focus(items.length - 1);
+    else if (event.key === "Escape") undo();
     else return;
     event.preventDefault();
   });

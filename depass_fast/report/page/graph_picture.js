@@ -1,4 +1,4 @@
-// The picture of a graph, by Vega: nodes where the layout puts them, edges as curves. All is declared; here are only pixels.
+// The picture of a graph, by Vega: nodes where the layout puts them, edges as curves. All is declared, as pixels.
 
 const SHAPES = {
   // of a square from -1 to 1
@@ -65,7 +65,8 @@ const byKinds = (kinds) => ({
   range: kinds.map((kind) => SHAPES[kind]),
 });
 
-// what is drawn: the ``count`` strongest edges and those of the ``chosen`` node or path, which stand out; a ring around the ``cursor``
+// what is drawn: the ``count`` strongest edges and those of the ``chosen`` node or path, which stand out; a ring around
+// the ``cursor``
 function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
   const { view, sheet, nodes, into, outOf, sizes } = model,
     size = sizes[by],
@@ -310,7 +311,9 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
             stroke: { signal: `datum.sign < 0 ? '${colour("negative")}' : '${colour("positive")}'` },
             strokeWidth: { signal: "0.7 + 5 * datum.strength" },
             opacity: {
-              signal: `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * (hovered !== null ? 0.35 : 1)`,
+              signal:
+                `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * ` +
+                "(hovered !== null ? 0.35 : 1)",
             },
             tooltip: { signal: "datum.tip" },
           },

@@ -1,4 +1,5 @@
-// Pictures by Vega-Lite, or by Vega where a spec says so. What is exported is the picture with its title, its sum and all warnings in it.
+// Pictures by Vega-Lite, or by Vega where a spec says so. What is exported is the picture with its title, its sum and
+// all warnings in it.
 
 const exporters = new Map(); // id -> () => {spec, lines}; for the buttons, and for tests
 

@@ -4,10 +4,10 @@ const signedPart = (text, units, format) =>
   h("span", { class: "part" }, h("span", { class: "muted" }, text), " ", format(units));
 
 // the parts of a group and its sum beside the model's own number, in words
-function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
-  const format = formatter(sizeOf([total, ...parts.map((part) => part.units)]), sheet.unit);
+function sumLine(parts, total, sheet, { value = null, name = "sum", unsigned = false } = {}) {
+  const format = formatter(sizeOf([total, ...parts.map((part) => part.units)]), sheet.unit, unsigned);
   const shown = parts
-    .filter((part) => part.always || part.units !== 0)
+    .filter((part) => part.always || (part.units !== 0 && isSeen(part, format)))
     .map((part) => signedPart(part.label, part.units, format));
   const line = h(
     "p",
@@ -41,6 +41,9 @@ function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
   return line;
 }
 
+// what only rounding has left over is not shown where it is nothing but zeros
+const isSeen = (one, format) => !one.isRounding || /[1-9]/.test(format(one.units));
+
 const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);
 
 // the rows under a group's components: what was left out, `rest` and `bias`
@@ -48,9 +51,7 @@ function footOf(group, hidden = [0, 0]) {
   const count = group.others[0] + hidden[0],
     units = group.others[1] + hidden[1];
   return [
-    ...(count || units
-      ? [{ label: count ? `${count.toLocaleString("en")} others` : "rounding", units, isRounding: !count }]
-      : []),
+    ...(count || units ? [{ label: count ? counted(count, "other") : "rounding", units, isRounding: !count }] : []),
     ...["rest", "bias"].filter((name) => group[name] !== null).map((name) => ({ label: name, units: group[name] })),
   ];
 }
@@ -60,6 +61,17 @@ const ORDERS = {
   share: (a, b) => a.units - b.units,
   size: (a, b) => Math.abs(a.units) - Math.abs(b.units),
 };
+
+// the tables on the page by their ids: what draws their rows, and the order and length in which they were drawn
+const tables = new Map();
+const orderOf = (id) => `${state.get(`sort.${id}`)} ${state.get(`all.${id}`)}`;
+function reorderTables() {
+  for (const [id, table] of tables) {
+    if (table.drawn === orderOf(id)) continue;
+    table.drawn = orderOf(id);
+    table.draw();
+  }
+}
 
 // rows: [{label, units, say?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen
 function shareTable({
@@ -81,9 +93,11 @@ function shareTable({
   const format = formatter(sizeOf([largest, ...(rows.length ? [] : foot.map((one) => one.units))]), sheet.unit);
   const body = h("tbody"),
     table = h("table", { class: "shares", "data-table": id }, h("caption", { class: "unseen" }, caption));
-  let [key, direction] = (state.get(`sort.${id}`) ?? "size:descending").split(":");
-  if (!ORDERS[key]) [key, direction] = ["size", "descending"];
-  let limit = most;
+  let key, direction, isWhole;
+  const read = () => {
+    [key, direction] = (state.get(`sort.${id}`) ?? "size:descending").split(":");
+    isWhole = state.get(`all.${id}`) !== null;
+  };
 
   const sorted = () => {
     const found = [...rows].sort(ORDERS[key]);
@@ -100,7 +114,7 @@ function shareTable({
     );
   const fill = () => {
     const all = sorted(),
-      shown = all.slice(0, limit);
+      shown = isWhole ? all : all.slice(0, most);
     body.replaceChildren(
       ...shown.map((row) => {
         const picked = Boolean(isPicked?.(row));
@@ -132,7 +146,7 @@ function shareTable({
       }),
     );
     more.hidden = all.length <= most;
-    more.textContent = limit < all.length ? `Show all ${all.length}` : "Show fewer";
+    more.textContent = isWhole ? "Show fewer" : `Show all ${written(all.length)}`;
   };
   const heads = {
     label: h("th", { scope: "col" }),
@@ -154,18 +168,10 @@ function shareTable({
           type: "button",
           class: "sort",
           onclick: () => {
-            direction =
-              key === name && direction === "descending"
-                ? "ascending"
-                : key === name
-                  ? "descending"
-                  : name === "label"
-                    ? "ascending"
-                    : "descending";
-            key = name;
-            headed();
-            fill();
-            state.set({ [`sort.${id}`]: key === "size" && direction === "descending" ? null : `${key}:${direction}` });
+            const first = name === "label" ? "ascending" : "descending";
+            const next = key !== name ? first : direction === "descending" ? "ascending" : "descending";
+            const order = `${name}:${next}`;
+            state.set({ [`sort.${id}`]: order === "size:descending" ? null : order });
           },
         },
         names[name],
@@ -177,10 +183,7 @@ function shareTable({
   const more = h("button", {
     type: "button",
     class: "quiet more",
-    onclick: () => {
-      limit = limit < rows.length ? rows.length : most;
-      fill();
-    },
+    onclick: () => state.set({ [`all.${id}`]: isWhole ? null : 1 }),
   });
   const footFormat = formatter(sizeOf([total ?? 0, ...foot.map((one) => one.units)]), sheet.unit);
   const under = (label, units, name) =>
@@ -193,7 +196,7 @@ function shareTable({
     );
   table.append(h("thead", {}, h("tr", {}, ...Object.values(heads))), body);
   if (foot.length || total !== null) {
-    const seen = foot.filter((one) => !one.isRounding || /[1-9]/.test(footFormat(one.units)));
+    const seen = foot.filter((one) => isSeen(one, footFormat));
     table.append(
       h(
         "tfoot",
@@ -203,8 +206,13 @@ function shareTable({
       ),
     );
   }
-  headed();
-  fill();
+  const draw = () => {
+    read();
+    headed();
+    fill();
+  };
+  draw();
+  tables.set(id, { draw, drawn: orderOf(id) });
 
   const csv = () => {
     const all = [...sorted(), ...foot, ...(total === null ? [] : [{ label: totalName, units: total }])];

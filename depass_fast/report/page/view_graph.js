@@ -1,4 +1,5 @@
-// A graph: who reads from whom. The strongest edges are drawn; a click on a node shows all that come into it and go out of it.
+// A graph: who reads from whom. The strongest edges are drawn; a click on a node shows all that come into it and go
+// out of it.
 
 const MOST_EDGES = 1500,
   FEWEST_EDGES = 10,
@@ -127,7 +128,7 @@ views.graph = (view, sheet, page) => {
       held = sumOf(model.ranking(name).slice(0, count()).map(model.sizes[name])) / (model.sums[name] || 1);
     by.value = name;
     slider.value = (100 * Math.log(count() / fewest)) / span;
-    how.textContent = `${count().toLocaleString("en")} of ${view.edges.toLocaleString("en")} edges, ${percent(held)} of ${
+    how.textContent = `${written(count())} of ${counted(view.edges, "edge")}, ${percent(held)} of ${
       name === "share" ? "Σ |share|" : "all influence"
     }`;
     slider.setAttribute("aria-valuetext", how.textContent);
@@ -139,12 +140,7 @@ views.graph = (view, sheet, page) => {
     reads = h("div", { class: "side" }),
     readers = h("div", { class: "side" });
   const head = h("div", { class: "details chosen", "aria-live": "polite" });
-  const find = h("input", {
-    type: "search",
-    placeholder: "Filter by name",
-    "aria-label": "Filter nodes by name",
-    oninput: () => listed(),
-  });
+  const find = findBox("find.nodes", "nodes");
   const table = (id, caption, more) =>
     shareTable({
       id: `graph-${id}`,
@@ -156,7 +152,11 @@ views.graph = (view, sheet, page) => {
       most: 10,
       ...more,
     });
-  const listed = () => {
+  const listTitle = h("h4"),
+    nodeTable = h("div");
+  list.append(listTitle, h("div", { class: "filters" }, find), nodeTable);
+  const fillList = () => {
+    if (document.activeElement !== find) find.value = state.get("find.nodes") ?? "";
     const position = state.number("position"),
       text = find.value.trim().toLowerCase();
     const rows = nodes
@@ -164,11 +164,8 @@ views.graph = (view, sheet, page) => {
       .filter((node) => (position === null || node.position === position) && node.id.toLowerCase().includes(text))
       .map((node) => ({ id: node.id, label: node.id, units: node.share, say: said(node) }));
     const caption = position === null ? "Nodes, by share" : `Nodes at position ${position}, by share`;
-    list.replaceChildren(
-      h("h4", {}, caption),
-      h("div", { class: "filters" }, find),
-      table("nodes", caption, { head: "Node", rows }),
-    );
+    listTitle.textContent = caption;
+    nodeTable.replaceChildren(table("nodes", caption, { head: "Node", rows }));
   };
   const followed = (one, k) => {
     const isPicked = path() === one;
@@ -224,7 +221,7 @@ views.graph = (view, sheet, page) => {
         read.left[1] || read.left[0]
           ? [
               {
-                label: `${read.left[0].toLocaleString("en")} edges left out`,
+                label: `${counted(read.left[0], "edge")} left out`,
                 units: read.left[1],
                 isRounding: !read.left[0],
               },
@@ -241,7 +238,7 @@ views.graph = (view, sheet, page) => {
         table("reads", caption, { head: "From", rows, foot, total: read.total, totalName: "sum", sheet: own }),
       );
       const line = sumLine(
-        [{ label: `${rows.length} edges`, units: sumOf(rows.map((row) => row.units)), always: true }, ...foot],
+        [{ label: counted(rows.length, "edge"), units: sumOf(rows.map((row) => row.units)), always: true }, ...foot],
         read.total,
         own,
         { value: own.value },
@@ -279,7 +276,10 @@ views.graph = (view, sheet, page) => {
       );
       sums.push(
         sumLine(
-          [{ label: `by way of ${rows.length} nodes`, units: node.share - foot[0].units, always: true }, ...foot],
+          [
+            { label: `by way of ${counted(rows.length, "node")}`, units: node.share - foot[0].units, always: true },
+            ...foot,
+          ],
           node.share,
           sheet,
           { name: "share in the target" },
@@ -294,9 +294,11 @@ views.graph = (view, sheet, page) => {
   };
 
   const below = h("div", { class: "sums" });
+  const standOut = () =>
+    chosen() ? `, those of ${chosen().id} stand out` : path() ? ", those of one path stand out" : "";
   const lines = () => [
     `Graph: ${sheet.headline}`,
-    `${how.textContent} are drawn${chosen() ? `, those of ${chosen().id} stand out` : path() ? ", those of one path stand out" : ""}`,
+    `${how.textContent} are drawn${standOut()}`,
     "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
     ...leftOut(view),
     view.about,
@@ -307,11 +309,12 @@ views.graph = (view, sheet, page) => {
     reacting(page, ["node", "path", "edges", "by", "position"], () => {
       cursor = chosen()?.i ?? cursor;
       controlled();
-      listed();
+      fillList();
       explained();
       draw();
     }),
   );
+  page.whenShown.push(() => reacting(page, ["find.nodes"], fillList));
   page.whenResized.push(draw);
   return card(
     { id: "graph", title: view.title, lead: view.lead, tools },
@@ -334,11 +337,8 @@ views.graph = (view, sheet, page) => {
 function leftOut(view) {
   const [seats, tokens] = view.left,
     said = [];
-  if (seats)
-    said.push(`${seats.toLocaleString("en")} nodes of little influence are left out; what they give is in others.`);
+  if (seats) said.push(`Left out: ${counted(seats, "node")} of little influence. What they give is in others.`);
   if (tokens)
-    said.push(
-      `${tokens.toLocaleString("en")} tokens of little influence are left out; what they give is among the edges left out.`,
-    );
+    said.push(`Left out: ${counted(tokens, "token")} of little influence. What they give is among the edges left out.`);
   return said;
 }
