@@ -89,6 +89,19 @@ def test_readers_of_a_head_add_up(visit, report):
     assert "1 listed" in line and f"{len(wanted[head]) - 1} filtered out" in line
 
 
+def test_what_rounding_leaves_is_not_shown(visit, report):
+    sheet = data_of(report)["sheets"][0]
+    heads, rows = view_of(sheet, "heads"), view_of(sheet, "map")["parts"][0]["rows"]
+    left = {(row["layer"], n): cell for row in rows for n, cell in enumerate(row["cells"])}
+    for label, entries in heads["places"].items():
+        for n, amount in zip(entries[::2], entries[1::2], strict=True):
+            left[int(label[1]), n] -= amount
+    layer, n = max((at for at, amount in left.items() if amount), key=lambda at: abs(rows[at[0]]["cells"][at[1]]))
+    opened = visit(report, f"#layer={layer}&part=attention&position={n}")
+    assert units(opened, '[data-table="heads"] .total .number') == [rows[layer]["cells"][n]]
+    assert "others" not in opened.inner_text("#view-heads > .sums")
+
+
 def test_what_is_not_known_of_a_neuron_is_said(visit, report):
     neurons = view_of(data_of(report)["sheets"][0], "neurons")
     every = [label for group in neurons["groups"] for label, _ in group["rows"]]
