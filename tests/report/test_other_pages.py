@@ -125,7 +125,9 @@ def test_clicks_in_a_ledger(visit, pages):
     assert "position=2" in opened.url and "picked" in (
         opened.get_attribute('[data-table="all-tokens"] tbody tr', "class")
     )
+    opened.locator("header select").focus()
     opened.select_option("header select", "4")
+    assert opened.evaluate("document.activeElement.id") == "sheet"
     assert "credit of attention" in opened.inner_text(".facts")
     assert "from there on" in opened.inner_text("#view-map .sums")
     opened.locator('[aria-label="Filter neurons by name"]').press_sequentially("L4")
