@@ -59,7 +59,7 @@ function componentRows(view, sheet, page) {
         rows,
         foot: [],
         total: null,
-        says: `the ${kind} of a layer sum to its cell in the map: choose one to see it`,
+        says: `the ${kind} of a layer sum to its cell in the map: choose a layer to see it`,
         note: `All layers, ${where}. Layers overlap: choose one to see its sum.`,
       };
     const total = cellTotal(layer, position);
