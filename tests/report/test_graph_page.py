@@ -15,7 +15,7 @@ from depass_fast.cli.main import main
 from depass_fast.graph import page as graph_page
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
-from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, data_of, demo, needs_pages, saved, units, view_of
+from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, SPLIT, data_of, demo, needs_pages, saved, units, view_of
 
 pytestmark = needs_pages
 NODES = ".node path"
@@ -158,6 +158,47 @@ def test_a_click_shows_what_a_node_reads_and_who_reads_it(visit, path):
     assert "node" not in opened.url and "Leading paths" in opened.inner_text("#view-graph")
     opened.click(".path")
     assert "path=1" in opened.url and opened.get_attribute(".path", "aria-pressed") == "true"
+
+
+def test_bars_have_the_colour_of_what_they_do_to_the_target(visit, path):
+    view = view_of(data_of(path)["sheets"][0], "graph")
+    number, read, node = next(
+        (number, read, node)
+        for number, (read, node) in enumerate(zip(view["reads"][1:], view["nodes"][view["first"] :], strict=True))
+        if node[1] == "neuron" and read["activation"] * node[4] < 0
+    )
+    opened = drawn(visit(path, f"#node={node[0].replace('@', '%40')}"))
+    rows = opened.locator('[data-table="graph-reads"] tbody tr')
+    for text, bar in zip(
+        rows.locator(".number").all_inner_texts(), rows.locator(".bar span").all(), strict=True
+    ):
+        assert bar.get_attribute("class") == ("negative" if text.startswith("+") else "positive")
+    assert "Part of activation" in opened.inner_text('[data-table="graph-reads"] thead')
+    assert "Share" in opened.inner_text('[data-table="graph-readers"] thead')
+    assert "orange raises it, blue lowers it" in opened.inner_text("#view-graph .side:first-child")
+    csv_text = saved(opened, '#view-graph .side:first-child [data-export="csv"]').decode()
+    assert csv_text.startswith("label,part of activation")
+    svg = saved(opened, '#view-graph .side:first-child [data-export="svg"]').decode()
+    assert "part of activation" in svg and "orange raises it" in svg
+    opened.click('[data-table="graph-reads"] tbody button:has-text("H")')  # a head's activation is its share
+    assert "Share" in opened.inner_text('[data-table="graph-reads"] thead')
+
+
+def test_parts_of_characters_are_shown_as_characters(visit, tmp_path):
+    made = replace(called(SPLIT), target_name="' it'")
+    made.to_html(tmp_path / "page.html")
+    opened = drawn(visit(tmp_path / "page.html"))
+    shown = opened.inner_text("#view-graph")
+    assert "玛²⁄₂'@1" in shown and "⏎'@5" in shown and "<0x9B>" not in shown
+    names = opened.locator("[data-graph] svg .mark-text text").all_text_contents()
+    assert "玛²⁄₂" in names and "<0x9B>" not in names
+    opened.fill('[aria-label="Filter nodes by name"]', "玛²")
+    opened.click('[data-table="graph-nodes"] tbody button')
+    assert opened.inner_text(".chosen h3") == "'玛²⁄₂'@1" and "'玛²⁄₂'@1" in opened.inner_text(".chip")
+    assert opened.inner_text("#node-graph").startswith("'玛²⁄₂'@1, token")
+    assert "'玛²⁄₂'@1 is read by" in opened.inner_text("#view-graph")
+    assert "玛²⁄₂" in saved(opened, '#view-graph [data-export="svg"]').decode()
+    assert "'玛²⁄₂'@1" in dict(made.sheets[0].views[1]["groups"][0]["rows"])
 
 
 def test_the_strongest_edges_are_drawn(visit, path):

@@ -6,10 +6,9 @@ import pytest
 from depass_fast import Contrast, DePass, Heads, Tokens, write_html
 from depass_fast.cli.main import main
 from tests.support.family_models import available, build_variant
-from tests.support.pages import PROMPT, TARGET, data_of, demo, needs_pages, saved, sums_of, units, view_of, with_tokens
+from tests.support.pages import PROMPT, SPLIT, TARGET, data_of, demo, needs_pages, saved, sums_of, units, view_of, with_tokens
 
 pytestmark = needs_pages
-SPLIT = [" <0xE7><0x8E>", "<0x9B>", "和", "<0xE2><0x80>", "<0x8D>", "\n", " "]
 
 
 @pytest.fixture(scope="module")

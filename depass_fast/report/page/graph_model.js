@@ -13,7 +13,8 @@ function graphModel(view, sheet) {
     influence,
     x,
     y,
-    name: kind === "target" ? sheet.target : kind === "token" ? id : id.slice(0, id.lastIndexOf("@")),
+    label: nodeName(sheet, id),
+    name: kind === "target" ? sheet.target : kind === "token" ? nodeName(sheet, id) : id.slice(0, id.lastIndexOf("@")),
   }));
   const byId = new Map(nodes.map((node) => [node.id, node]));
   const readOf = (i) => view.reads[i === 0 ? 0 : i < view.first ? -1 : i - view.first + 1]; // tokens read nothing
@@ -76,8 +77,8 @@ function graphModel(view, sheet) {
       .map((t, k) => into.get(t).find((edge) => edge.s === steps[k]))
       .filter(Boolean),
   }));
-  const nameOf = (s) => nodes[s]?.id ?? s;
-  const where = (node) => `${quoted(sheet.tokens[node.position])} at position ${node.position}`;
+  const nameOf = (s) => nodes[s]?.label ?? s;
+  const where = (node) => `${tokenName(sheet, node.position)} at position ${node.position}`;
   const what = (node) =>
     node.kind === "target" ? "target" : node.layer === null ? node.kind : `${node.kind} of layer ${node.layer}`;
   // [name, text] of all that is known of a node

@@ -94,7 +94,7 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
       isFaint,
       strength: isFaint ? 0 : strength,
       radius: one.i === 0 ? 9 : one.kind === "token" ? 3.5 + 4 * strength : 2.4 + 8 * strength,
-      tip: tipOf(one.id, model.facts(one)),
+      tip: tipOf(one.label, model.facts(one)),
     };
   });
   const stubs = [],
@@ -179,7 +179,7 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
   const columns = view.columns.map(([position, x, wide]) => ({
     position,
     x: of(x, 0)[0],
-    text: visible(sheet.tokens[position]).trim() || "␣",
+    text: tokenText(sheet, position).trim() || "␣",
     wide: wide * unit,
     isMarked: position === band,
   }));

@@ -77,7 +77,7 @@ function chips(sheet) {
     ],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
-    node: (value) => ["node", value],
+    node: (value) => ["node", nodeName(sheet, value)],
     path: (value) => ["path", value],
   };
   const holder = h("div", { class: "chips", role: "group", "aria-label": "What is chosen" });

@@ -61,7 +61,8 @@ const ORDERS = {
   size: (a, b) => Math.abs(a.units) - Math.abs(b.units),
 };
 
-// rows: [{label, units, say?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen
+// rows: [{label, units, say?, sign?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen;
+// a bar has the colour of its `sign`, where that is not the number's own; `word` says what the numbers are
 function shareTable({
   id,
   caption,
@@ -74,6 +75,7 @@ function shareTable({
   pick,
   isPicked,
   canPick = () => true,
+  word = "share",
   lines,
   most = 12,
 }) {
@@ -89,12 +91,12 @@ function shareTable({
     const found = [...rows].sort(ORDERS[key]);
     return direction === "descending" ? found.reverse() : found;
   };
-  const bar = (units) =>
+  const bar = ({ units, sign = units }) =>
     h(
       "span",
       { class: "bar", "aria-hidden": "true" },
       h("span", {
-        class: units < 0 ? "negative" : "positive",
+        class: sign < 0 ? "negative" : "positive",
         style: { width: `${largest ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
       }),
     );
@@ -125,7 +127,7 @@ function shareTable({
           { class: picked ? "picked" : null, title: row.say },
           h("th", { scope: "row" }, name),
           h("td", { class: "number" }, format(row.units)),
-          h("td", { class: "bars" }, bar(row.units)),
+          h("td", { class: "bars" }, bar(row)),
         );
         if (pick && canPick(row)) line.addEventListener("click", () => pick(row));
         return line;
@@ -139,7 +141,7 @@ function shareTable({
     share: h("th", { scope: "col", class: "number" }),
     size: h("th", { scope: "col" }),
   };
-  const names = { label: head, share: "Share", size: "Size" };
+  const names = { label: head, share: word[0].toUpperCase() + word.slice(1), size: "Size" };
   const headed = () => {
     for (const [name, cell] of Object.entries(heads)) {
       cell.setAttribute("aria-sort", name === key ? direction : "none");
@@ -211,7 +213,7 @@ function shareTable({
     download(
       `${id}.csv`,
       csvOf(
-        ["label", "share"],
+        ["label", word],
         all.map((row) => [row.label, plainly(row.units, sheet.unit)]),
       ),
       "text/csv",
@@ -223,9 +225,8 @@ function shareTable({
     const left = hidden.length
       ? [{ label: `${hidden.length} more rows`, units: sumOf(hidden.map((row) => row.units)) }]
       : [];
-    const all = [...shown, ...left, ...foot];
     const sums = total === null ? [] : [`${totalName} ${exactly(total, sheet.unit)}`];
-    return { spec: barsSpec(all, sheet.unit), lines: [...lines(), ...sums, ...warningsOf(sheet)] };
+    return barsPicture(shown, [...left, ...foot], sheet.unit, word, [...lines(), ...sums, ...warningsOf(sheet)]);
   };
   const tools = h(
     "div",

@@ -3,6 +3,7 @@
 const MOST_EDGES = 1500,
   FEWEST_EDGES = 10,
   USUAL_EDGES = 150;
+const HOW_READ = "Numbers are parts of the activation. Colours are those of the target: orange raises it, blue lowers it.";
 
 views.graph = (view, sheet, page) => {
   const model = graphModel(view, sheet),
@@ -16,7 +17,7 @@ views.graph = (view, sheet, page) => {
   const path = () => (chosen() ? null : (model.paths[state.number("path") - 1] ?? null));
   const said = (node) =>
     [
-      node.id,
+      node.label,
       ...model.facts(node).map(([name, text]) => (name === "kind" || name === "at" ? text : `${name} ${text}`)),
     ].join(", ");
 
@@ -161,8 +162,8 @@ views.graph = (view, sheet, page) => {
       text = find.value.trim().toLowerCase();
     const rows = nodes
       .slice(1)
-      .filter((node) => (position === null || node.position === position) && node.id.toLowerCase().includes(text))
-      .map((node) => ({ id: node.id, label: node.id, units: node.share, say: said(node) }));
+      .filter((node) => (position === null || node.position === position) && `${node.label} ${node.id}`.toLowerCase().includes(text))
+      .map((node) => ({ id: node.id, label: node.label, units: node.share, say: said(node) }));
     const caption = position === null ? "Nodes, by share" : `Nodes at position ${position}, by share`;
     list.replaceChildren(
       h("h4", {}, caption),
@@ -185,7 +186,7 @@ views.graph = (view, sheet, page) => {
         },
         h("span", { class: "muted" }, percent(one.strength)),
         " ",
-        ...one.steps.flatMap((i, step) => [step ? " › " : "", bdi(nodes[i].id)]),
+        ...one.steps.flatMap((i, step) => [step ? " › " : "", bdi(nodes[i].label)]),
       ),
     );
   };
@@ -194,7 +195,7 @@ views.graph = (view, sheet, page) => {
       read = readOf(node.i),
       sums = [];
     head.replaceChildren(
-      h("h3", {}, bdi(node.i ? node.id : sheet.target)),
+      h("h3", {}, bdi(node.i ? node.label : sheet.target)),
       h(
         "p",
         { class: "muted" },
@@ -213,8 +214,9 @@ views.graph = (view, sheet, page) => {
         .filter((edge) => nodes[edge.s])
         .map((edge) => ({
           id: nodes[edge.s].id,
-          label: nodes[edge.s].id,
+          label: nodes[edge.s].label,
           units: edge.units,
+          sign: Math.sign(edge.share),
           say: model
             .factsOfEdge(edge)
             .map((fact) => fact.join(" "))
@@ -235,10 +237,22 @@ views.graph = (view, sheet, page) => {
         ...(read.others ? [{ label: "others", units: read.others }] : []),
         ...(read.bias ? [{ label: "bias", units: read.bias }] : []),
       ];
-      const caption = `${node.i ? node.id : "The target"} reads`;
+      const caption = `${node.i ? node.label : "The target"} reads`;
+      const isPart = node.kind === "neuron" || node.kind === "feature", // the activation of others is a share itself
+        word = isPart ? "part of activation" : "share";
       reads.replaceChildren(
         h("h4", {}, bdi(caption)),
-        table("reads", caption, { head: "From", rows, foot, total: read.total, totalName: "sum", sheet: own }),
+        ...(isPart ? [h("p", { class: "muted" }, HOW_READ)] : []),
+        table("reads", caption, {
+          head: "From",
+          rows,
+          foot,
+          total: read.total,
+          totalName: "sum",
+          sheet: own,
+          word,
+          lines: () => [`${caption}: ${sheet.headline}`, ...(isPart ? [HOW_READ] : [])],
+        }),
       );
       const line = sumLine(
         [{ label: `${rows.length} edges`, units: sumOf(rows.map((row) => row.units)), always: true }, ...foot],
@@ -264,7 +278,7 @@ views.graph = (view, sheet, page) => {
     if (node.i) {
       const rows = outOf.get(node.i).map((edge) => ({
         id: nodes[edge.t].id,
-        label: edge.t ? nodes[edge.t].id : "target",
+        label: edge.t ? nodes[edge.t].label : "target",
         units: Math.round(edge.share / sheet.unit),
         say: model
           .factsOfEdge(edge)
@@ -272,7 +286,7 @@ views.graph = (view, sheet, page) => {
           .join(", "),
       }));
       const foot = [{ label: "by way of others", units: node.share - sumOf(rows.map((row) => row.units)) }];
-      const caption = `${node.id} is read by`;
+      const caption = `${node.label} is read by`;
       readers.replaceChildren(
         h("h4", {}, bdi(caption)),
         table("readers", caption, { head: "By way of", rows, foot, total: node.share, totalName: "share" }),
@@ -296,7 +310,7 @@ views.graph = (view, sheet, page) => {
   const below = h("div", { class: "sums" });
   const lines = () => [
     `Graph: ${sheet.headline}`,
-    `${how.textContent} are drawn${chosen() ? `, those of ${chosen().id} stand out` : path() ? ", those of one path stand out" : ""}`,
+    `${how.textContent} are drawn${chosen() ? `, those of ${chosen().label} stand out` : path() ? ", those of one path stand out" : ""}`,
     "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
     ...leftOut(view),
     view.about,
