@@ -162,16 +162,14 @@ def test_a_click_shows_what_a_node_reads_and_who_reads_it(visit, path):
 
 def test_bars_have_the_colour_of_what_they_do_to_the_target(visit, path):
     view = view_of(data_of(path)["sheets"][0], "graph")
-    number, read, node = next(
-        (number, read, node)
-        for number, (read, node) in enumerate(zip(view["reads"][1:], view["nodes"][view["first"] :], strict=True))
+    node = next(
+        node
+        for read, node in zip(view["reads"][1:], view["nodes"][view["first"] :], strict=True)
         if node[1] == "neuron" and read["activation"] * node[4] < 0
     )
     opened = drawn(visit(path, f"#node={node[0].replace('@', '%40')}"))
     rows = opened.locator('[data-table="graph-reads"] tbody tr')
-    for text, bar in zip(
-        rows.locator(".number").all_inner_texts(), rows.locator(".bar span").all(), strict=True
-    ):
+    for text, bar in zip(rows.locator(".number").all_inner_texts(), rows.locator(".bar span").all(), strict=True):
         assert bar.get_attribute("class") == ("negative" if text.startswith("+") else "positive")
     assert "Part of activation" in opened.inner_text('[data-table="graph-reads"] thead')
     assert "Share" in opened.inner_text('[data-table="graph-readers"] thead')

@@ -97,7 +97,7 @@ function shareTable({
       { class: "bar", "aria-hidden": "true" },
       h("span", {
         class: sign < 0 ? "negative" : "positive",
-        style: { width: `${largest ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
+        style: { width: `${largest && units ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
       }),
     );
   const fill = () => {
