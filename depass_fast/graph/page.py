@@ -53,7 +53,7 @@ def sheet_of(graph: DirectShares) -> Sheet:
         position=graph.position,
         warnings=list(graph.warnings),
         notes=[FROZEN],
-        made_with=str(graph.provenance),
+        made_with=graph.provenance.told(),
     )
     shares = np.array([place.share for place in graph.token_places])
     every = np.arange(len(shares))

@@ -64,7 +64,7 @@ def _sheet(result: Any, name: str, headline: str, target: str, what: str, value:
         position=-1,
         warnings=list(result.warnings or []),
         notes=[],
-        made_with=None if result.provenance is None else str(result.provenance),
+        made_with=None if result.provenance is None else result.provenance.told(),
     )
 
 

@@ -16,6 +16,7 @@ from ..report.fragment import fragment
 from ..report.page import write_page
 from ..report.sheet import FROZEN, Sheet, components_view, tokens_view
 from ..report.units import Group, group_of, leading, unit_of
+from ..runtime.paths import check_path
 from .interface import Result
 from .render import about, headline, value_name
 
@@ -39,6 +40,7 @@ class AsPage:
         Raises:
             ImportError: a package of the extra ``report`` is not installed.
             ValueError: the scores hold NaN or infinity.
+            OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
         """
         write_html(self, path)
 
@@ -71,6 +73,7 @@ def write_html(results: Any, path: str | Path) -> None:
     Raises:
         TypeError: something among them is no result.
     """
+    check_path(path)
     write_page([sheet for number, one in enumerate(_flat(results)) for sheet in _sheets(one, number)], path)
 
 
@@ -136,7 +139,7 @@ def empty_sheet(result: Result, target: int, name: str, unit: float) -> Sheet:
         position=result.position,
         warnings=said,
         notes=[FROZEN],
-        made_with=None if result.provenance is None else str(result.provenance),
+        made_with=None if result.provenance is None else result.provenance.told(),
     )
 
 

@@ -115,6 +115,9 @@ def test_where_graphs_are_shown(tmp_path, capsys):
     assert main(["report", *given, "--graph", "--position", "0,1", "--out", str(tmp_path / "no.html")]) == 2
     with pytest.raises(ValueError, match="of one position"):
         demo().report(PROMPT, graph=True, position=[0, 1])
+    for wrong, kind in ((0, ValueError), (-1, ValueError), (10**6, ValueError), ("x", TypeError), (2.5, TypeError)):
+        with pytest.raises(kind, match="^graph: "):
+            demo().report(PROMPT, graph=wrong)
     with pytest.raises(ValueError, match="of one target"):
         demo().report(PROMPT, [" a", " b"], graph=5)
 

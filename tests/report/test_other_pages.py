@@ -85,7 +85,7 @@ def test_keys_sum_to_their_log_probabilities(pages):
 
 
 def test_a_sharp_head_is_explained_by_the_log_ratio_to_its_second_key():
-    """Of a key with nearly all of P, log P + entropy is zero but for rounding."""
+    """The log P + entropy of a key with nearly all of P is zero but for rounding."""
     why = demo().explain_attention(PROMPT, Tokens(), layer=0, head=0)
     (sheet,) = why.page_sheets()
     first, leading = view_of(sheet.plain(), "keys")["groups"][:2]
@@ -136,7 +136,7 @@ def test_commands_write_these_pages_too(tmp_path, capsys):
 
 
 def test_a_page_invents_no_digits(visit, tmp_path):
-    """Where all shares are near zero, they have the decimals of their unit."""
+    """Shares that are near zero have the decimals of their unit."""
     result = with_tokens(["a", " b", " c"])
     result.scores = torch.zeros_like(result.scores).index_fill(-1, torch.tensor([0]), 4e-5)
     result.to_html(tmp_path / "page.html")

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ def test_every_result_has_a_page(tmp_path):
     with pytest.raises(ValueError, match="a report is of one prompt"):
         demo().report([PROMPT, PROMPT])
     assert not (tmp_path / "no.html").exists()
+
+
+def test_a_page_names_no_folder(tmp_path):
+    book = demo().ledger("Nyria Morstam")
+    why = demo().explain_attention("Nyria Morstam", Tokens(), layer=0, head=0)
+    graph = demo().graph("Nyria Morstam", nodes=5)
+    write_html([book, why, graph, demo().report("Nyria Morstam")], tmp_path / "page.html")
+    folder = str(Path(demo().model.config._name_or_path).parent)
+    assert len(folder) > 5 and folder not in (tmp_path / "page.html").read_text("utf-8")
+    assert folder not in str(graph.to_json()) and graph.to_json()["metadata"]["scan"] == "model"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    graph, report = demo().graph("Nyria Morstam", nodes=5), demo().report("Nyria Morstam")
+    for one in (report, graph, with_tokens(["a"])):
+        with pytest.raises(FileNotFoundError, match="there is no folder '.*no'; make it"):
+            one.to_html(tmp_path / "no" / "page.html")
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            one.to_html(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_html([graph], tmp_path / "no" / "page.html")
 
 
 def test_an_approximate_result_says_so(tmp_path):
