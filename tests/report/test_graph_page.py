@@ -208,9 +208,13 @@ def test_the_strongest_edges_are_drawn(visit, path):
     opened.locator('[aria-label="Edges that are drawn"]').fill("0")
     opened.wait_for_function("document.querySelectorAll('.edge path').length === 10")
     assert "edges=10" in opened.url and "10 of 1,368 edges" in opened.inner_text(".controls")
+    assert "band" not in saved(opened, '#view-graph [data-export="svg"]').decode()
+    opened.evaluate("location.hash = '#edges=10&position=3'")
+    opened.wait_for_function("document.querySelectorAll('.chip').length === 1")
     opened.select_option('[aria-label="What makes an edge strong"]', "share")
     assert "by=share" in opened.url and "Σ |share|" in opened.inner_text(".controls")
     svg = saved(opened, '#view-graph [data-export="svg"]').decode()
+    assert "the band is position 3" in svg and f"Prompt: '&lt;s&gt;{PROMPT}'" in svg
     assert "10 of 1,368 edges" in svg and "Attention is frozen" in svg and "completeness error" in svg
     assert saved(opened, '#view-graph [data-export="png"]')[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -14,6 +14,7 @@ from depass_fast import Adjoint, Attribution, DePass, Heads, Neurons, Tokens, wr
 from depass_fast.cli.main import main
 from depass_fast.report import page
 from depass_fast.report.page import embedded
+from tests.support.family_models import build_variant
 from tests.support.pages import HOSTILE, PROMPT, TARGET, data_of, demo, needs_pages, with_tokens
 
 pytestmark = needs_pages
@@ -79,6 +80,7 @@ def test_an_approximate_result_says_so(tmp_path):
     assert (
         not sheet["exact"] and "made up" in sheet["warnings"] and any("Approximate" in one for one in sheet["warnings"])
     )
+    assert not any("docs/" in one for one in sheet["warnings"])  # a lone file has no such folder
     assert "Approximate" in result._repr_html_() and "made up" in result._repr_html_()
 
 
@@ -125,3 +127,16 @@ def test_the_repr_of_a_report():
     assert repr(report).startswith("Report(2 sheets: ' Diane' at position 13")
     assert str(report).splitlines()[0].startswith("' Diane' at position 13")
     assert isinstance(demo(), DePass)
+
+
+def test_what_is_printed_and_the_page_agree():
+    """One completeness error, the ledger's; and why modules are other numbers than the map's cells."""
+    report, book = demo().report(PROMPT, TARGET), demo().ledger(PROMPT, TARGET)
+    assert report.sheets[0].error == book.page_sheets()[0].error == book.completeness_error
+    assert f"completeness error {book.completeness_error:.1e} |" in str(report)
+    assert f"completeness error {book.completeness_error:.1e}: how far a sum is off" in report.sheets[0].about
+    lead = next(view["lead"] for view in report.sheets[0].views if view["kind"] == "map")
+    assert "in front of the layer's MLP" in lead and "{" not in lead
+    assert str(report).endswith("in front of the layer's MLP, so that they hold what it makes of them")
+    parallel = DePass(build_variant("gpt_neox: parallel")).report([3, 1, 4], 7)
+    assert "in front of" not in f"{parallel} {parallel.sheets[0].views}"

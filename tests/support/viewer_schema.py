@@ -3,8 +3,8 @@
 It restates two sources, of which nothing is copied. hijohnnylin/neuronpedia: the published schema,
 `apps/webapp/app/api/graph/graph-schema.json` at b8efe84, and what draws, `apps/webapp/app/[modelId]/graph/utils.ts` at
 ebb8426. safety-research/circuit-tracer: `circuit_tracer/frontend/graph_models.py` at 196e2ce and
-`circuit_tracer/frontend/assets/attribution_graph/util-cg.js` at d797c82. Every field of the two schemas is here, with its
-type. Where they differ the stricter one counts: by circuit-tracer `feature` is never null, `layer` is a text, and
+`circuit_tracer/frontend/assets/attribution_graph/util-cg.js` at d797c82. Every field of the two schemas is here, with
+its type. Where they differ the stricter one counts: by circuit-tracer `feature` is never null, `layer` is a text, and
 `transcoder_list` and all fields of `qParams` are required. `schema_version` and the types of nodes are those of the
 viewers' code, and patterns and ranges are ours.
 """

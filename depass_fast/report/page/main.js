@@ -28,7 +28,6 @@ const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
 
 function manySums(totals, sheet) {
   if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
-  const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
   return h(
     "p",
     { class: "sum" },
@@ -38,13 +37,7 @@ function manySums(totals, sheet) {
       h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`),
       " ",
       h("strong", {}, valueText(sheet)),
-      h(
-        "span",
-        { class: "muted" },
-        ` (off by ${
-          off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : `at most ${off.toExponential(1)}`
-        })`,
-      ),
+      h("span", { class: "muted" }, ` (${offText(totals, sheet.value, sheet.unit)})`),
     ),
   );
 }

@@ -86,7 +86,8 @@ function exported(spec, lines) {
 
 function warningsOf(sheet) {
   const how = `${sheet.exact ? "Exact" : "Approximate"}; completeness error ${sheet.error.toExponential(1)}.`;
-  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes];
+  const made = [`Prompt: '${sheet.excerpt}'`, sheet.made_with ?? data.made_by];
+  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes, ...made];
 }
 
 async function exportPicture(id, form) {
@@ -166,10 +167,9 @@ function barsSpec(rows, foot, unit, word = "share") {
         },
       },
       {
-        transform: [{ filter: "datum.isCut" }],
         mark: {
           type: "text",
-          text: { expr: "datum.value < 0 ? '◀ ' : ' ▶'" },
+          text: { expr: "!datum.isCut ? '' : datum.value < 0 ? '◀ ' : ' ▶'" },
           align: { expr: "datum.value < 0 ? 'left' : 'right'" },
           fontSize: 11,
         },

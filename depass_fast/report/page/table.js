@@ -22,7 +22,6 @@ function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
     ),
   );
   if (value !== null) {
-    const off = Math.abs(total * sheet.unit - value);
     line.append(
       h(
         "span",
@@ -30,15 +29,19 @@ function sumLine(parts, total, sheet, { value = null, name = "sum" } = {}) {
         h("span", { class: "muted" }, sheet.what),
         " ",
         h("strong", {}, valueText(sheet)),
-        h(
-          "span",
-          { class: "muted" },
-          ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : off.toExponential(1)})`,
-        ),
+        h("span", { class: "muted" }, ` (${offText([total], value, sheet.unit)})`),
       ),
     );
   }
   return line;
+}
+
+// how far sums are off a value: nothing where all the digits that are shown are the same
+function offText(totals, value, unit) {
+  const off = sizeOf(totals.map((total) => total * unit - value));
+  return totals.every((total) => total === Math.round(value / unit))
+    ? "the same in all digits"
+    : `off by ${totals.length > 1 ? "at most " : ""}${off.toExponential(1)}`;
 }
 
 const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);

@@ -3,7 +3,8 @@
 const MOST_EDGES = 1500,
   FEWEST_EDGES = 10,
   USUAL_EDGES = 150;
-const HOW_READ = "Numbers are parts of the activation. Colours are those of the target: orange raises it, blue lowers it.";
+const HOW_READ =
+  "Numbers are parts of the activation. Colours are those of the target: orange raises it, blue lowers it.";
 
 views.graph = (view, sheet, page) => {
   const model = graphModel(view, sheet),
@@ -162,7 +163,10 @@ views.graph = (view, sheet, page) => {
       text = find.value.trim().toLowerCase();
     const rows = nodes
       .slice(1)
-      .filter((node) => (position === null || node.position === position) && `${node.label} ${node.id}`.toLowerCase().includes(text))
+      .filter(
+        (node) =>
+          (position === null || node.position === position) && `${node.label} ${node.id}`.toLowerCase().includes(text),
+      )
       .map((node) => ({ id: node.id, label: node.label, units: node.share, say: said(node) }));
     const caption = position === null ? "Nodes, by share" : `Nodes at position ${position}, by share`;
     list.replaceChildren(
@@ -311,6 +315,7 @@ views.graph = (view, sheet, page) => {
   const lines = () => [
     `Graph: ${sheet.headline}`,
     `${how.textContent} are drawn${chosen() ? `, those of ${chosen().label} stand out` : path() ? ", those of one path stand out" : ""}`,
+    ...(state.get("position") === null ? [] : [`the band is position ${state.get("position")}, which was chosen`]),
     "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
     ...leftOut(view),
     view.about,
