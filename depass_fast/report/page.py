@@ -33,6 +33,7 @@ SCRIPTS = (  # in the order in which they run; a view is one script that registe
     "view_components.js",
     "view_keys.js",
     "graph_model.js",
+    "graph_places.js",
     "graph_picture.js",
     "view_graph.js",
     "main.js",

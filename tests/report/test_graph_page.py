@@ -257,6 +257,30 @@ def test_hostile_tokens_and_warnings(visit, tmp_path):
     assert opened.evaluate("document.documentElement.scrollWidth") <= 420
 
 
+def test_a_long_graph_is_folded_and_opens_on_its_target(visit, tmp_path):
+    """300 tokens, of which few have lines; at 400 pixels the columns that are left are wider than their box."""
+    dp = DePass(build_model("llama", num_key_value_heads=2, max_position_embeddings=512))
+    dp.graph(random_ids(300), nodes=200).to_html(tmp_path / "page.html")
+    opened = drawn(visit(tmp_path / "page.html", viewport={"width": 400, "height": 800}))
+    box, label = opened.locator("[data-graph]"), opened.locator("[data-graph] svg text", has_text="id ").last
+    opened.wait_for_function("document.querySelector('[data-graph]').scrollLeft > 0")
+    frame, at = box.bounding_box(), label.bounding_box()
+    assert frame["x"] < at["x"] - 20 and at["x"] < frame["x"] + frame["width"]
+    legend = opened.locator("#view-graph .picture").first.bounding_box()
+    assert legend["x"] >= 0 and legend["x"] + legend["width"] <= 400
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 400
+    texts = opened.locator("[data-graph] svg text").all_text_contents()
+    gaps = [text for text in texts if text.startswith("…")]
+    assert gaps and f"{gaps[0]} stands for {gaps[0][1:]} tokens of which no line is drawn" in opened.inner_text("main")
+    opened.fill('[aria-label="Filter nodes by name"]', "@7")
+    chosen = opened.locator('[data-table="graph-nodes"] tbody .name').first
+    name = chosen.inner_text()
+    chosen.click()  # a token in a gap has a column then
+    opened.wait_for_function(
+        f"[...document.querySelectorAll('[data-graph] svg text')].some((one) => one.textContent === {name!r})"
+    )
+
+
 def test_from_right_to_left(visit, tmp_path):
     words = LANGUAGES["Arabic"]
     called(words).to_html(tmp_path / "page.html")

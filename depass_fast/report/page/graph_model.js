@@ -126,3 +126,16 @@ function graphModel(view, sheet) {
 
 const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 2 : 1)} %`;
 const number = (x) => (x < 0 ? "−" : "+") + Number(Math.abs(x).toPrecision(4)).toString();
+
+// what a page of a large graph does not hold
+function leftOut(view) {
+  const [seats, tokens] = view.left,
+    said = [];
+  if (seats)
+    said.push(`${seats.toLocaleString("en")} nodes of little influence are left out; what they give is in others.`);
+  if (tokens)
+    said.push(
+      `${tokens.toLocaleString("en")} tokens of little influence are left out; what they give is among the edges left out.`,
+    );
+  return said;
+}

@@ -44,9 +44,14 @@ views.graph = (view, sheet, page) => {
   let isFocused = false,
     cursor = 0,
     drawing = 0;
-  const drawingOf = (width, at) =>
+  const legend = h("div", { class: "picture", "aria-hidden": "true" }),
+    kinds = Object.keys(SHAPES).filter(
+      (kind) => nodes.some((one) => one.kind === kind) || edges.some((one) => one.s === kind),
+    );
+  const drawingOf = (width, at, hasLegend = true) =>
     graphDrawing(model, {
       width,
+      hasLegend,
       by: measure(),
       count: count(),
       chosen: chosen(),
@@ -58,14 +63,26 @@ views.graph = (view, sheet, page) => {
     option.textContent = said(nodes[cursor]);
     option.setAttribute("aria-selected", String(chosen()?.i === cursor));
     const mine = ++drawing,
-      holder = h("div");
-    const { view: drawnView } = await drawn(
-      holder,
-      drawingOf(Math.max(300, box.clientWidth - 8), isFocused ? cursor : null),
-    );
+      holder = h("div"),
+      spec = drawingOf(Math.max(300, box.clientWidth - 8), isFocused ? cursor : null, false);
+    const { view: drawnView } = await drawn(holder, spec);
     if (mine !== drawing) return drawnView.finalize();
     picture.replaceChildren(holder);
+    fold.textContent = foldText(spec);
+    reveal(spec);
     drawnView.addEventListener("click", (event, item) => item?.mark?.name !== "edge" && pick(item?.datum?.id ?? null));
+  };
+  // the picture may be wider than its box: where the cursor is, what is chosen or the target comes into view, once
+  let revealed = null;
+  const reveal = (spec) => {
+    const node = isFocused ? nodes[cursor] : (chosen() ?? nodes[0]),
+      key = `${node.id} ${spec.width}`;
+    if (key === revealed) return;
+    revealed = key;
+    const margin = picture.scrollWidth - spec.width,
+      x = valuesOf(spec, "nodes").find((one) => one.i === node.i).x + margin / 2,
+      left = x - box.scrollLeft;
+    if (left < 40 || left > box.clientWidth - 40) box.scrollLeft = x - box.clientWidth * (ahead > 0 ? 0.75 : 0.25);
   };
   const levels = [...new Set(nodes.map((node) => node.y))].sort((a, b) => a - b),
     ahead = sheet.direction === "rtl" ? -1 : 1;
@@ -123,7 +140,8 @@ views.graph = (view, sheet, page) => {
       state.set({ edges: found === USUAL_EDGES ? null : found });
     },
   });
-  const how = h("span", { class: "muted" });
+  const how = h("span", { class: "muted" }),
+    fold = h("p", { class: "note" });
   const controlled = () => {
     const name = measure(),
       held = sumOf(model.ranking(name).slice(0, count()).map(model.sizes[name])) / (model.sums[name] || 1);
@@ -312,17 +330,22 @@ views.graph = (view, sheet, page) => {
   };
 
   const below = h("div", { class: "sums" });
-  const lines = () => [
+  const lines = (spec) => [
     `Graph: ${sheet.headline}`,
     `${how.textContent} are drawn${chosen() ? `, those of ${chosen().label} stand out` : path() ? ", those of one path stand out" : ""}`,
     ...(state.get("position") === null ? [] : [`the band is position ${state.get("position")}, which was chosen`]),
     "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
+    ...[foldText(spec)].filter(Boolean),
     ...leftOut(view),
     view.about,
     ...warningsOf(sheet),
   ];
-  const tools = exportButtons("graph", () => ({ spec: drawingOf(1040, null), lines: lines() }));
-  page.whenShown.push(() =>
+  const tools = exportButtons("graph", () => {
+    const spec = drawingOf(1040, null);
+    return { spec, lines: lines(spec) };
+  });
+  const drawLegend = () => drawn(legend, legendSpec(kinds, Math.max(200, box.clientWidth - 8)));
+  page.whenShown.push(drawLegend, () =>
     reacting(page, ["node", "path", "edges", "by", "position"], () => {
       cursor = chosen()?.i ?? cursor;
       controlled();
@@ -331,7 +354,7 @@ views.graph = (view, sheet, page) => {
       draw();
     }),
   );
-  page.whenResized.push(draw);
+  page.whenResized.push(drawLegend, draw);
   return card(
     { id: "graph", title: view.title, lead: view.lead, tools },
     h(
@@ -341,23 +364,12 @@ views.graph = (view, sheet, page) => {
       h("label", {}, h("span", { class: "muted" }, "Edges"), " ", slider),
       how,
     ),
+    legend,
     box,
+    fold,
     ...leftOut(view).map((text) => h("p", { class: "note" }, text)),
     head,
     h("div", { class: "columns three" }, reads, readers, list),
     below,
   );
 };
-
-// what a page of a large graph does not hold
-function leftOut(view) {
-  const [seats, tokens] = view.left,
-    said = [];
-  if (seats)
-    said.push(`${seats.toLocaleString("en")} nodes of little influence are left out; what they give is in others.`);
-  if (tokens)
-    said.push(
-      `${tokens.toLocaleString("en")} tokens of little influence are left out; what they give is among the edges left out.`,
-    );
-  return said;
-}
