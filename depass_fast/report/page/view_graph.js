@@ -333,7 +333,9 @@ views.graph = (view, sheet, page) => {
   const lines = (spec) => [
     `Graph: ${sheet.headline}`,
     `${how.textContent} are drawn${chosen() ? `, those of ${chosen().label} stand out` : path() ? ", those of one path stand out" : ""}`,
-    ...(state.get("position") === null ? [] : [`the band is position ${state.get("position")}, which was chosen`]),
+    ...(valuesOf(spec, "columns").every((one) => !one.isMarked)
+      ? []
+      : [`the band is position ${state.get("position")}, which was chosen`]),
     "orange raises the target, blue lowers it; every node's incoming edges, all of them, sum to its activation",
     ...[foldText(spec)].filter(Boolean),
     ...leftOut(view),
