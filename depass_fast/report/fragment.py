@@ -119,12 +119,14 @@ def isolated(text: str) -> str:
 
 
 def _number(units: int | None, largest: int, unit: float) -> str:
-    """Return a number of units with the decimals that the largest one needs for four digits."""
+    """Return a number of units with the decimals that the largest one needs for four digits, and the unit has."""
     if units is None:
         return ""
     size = largest * unit
-    decimals = min(9, max(0, 3 - math.floor(math.log10(size)))) if size else 3
-    return f"{units * unit:+.{decimals}f}"
+    wanted = 3 - math.floor(math.log10(size)) if size else 3
+    decimals = max(0, min(9, round(-math.log10(unit)), wanted))
+    text = f"{units * unit:+.{decimals}f}"
+    return text if re.search("[1-9]", text) else text[1:]
 
 
 def _colour(units: int | None, largest: int) -> str:

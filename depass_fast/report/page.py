@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..runtime.paths import check_path
 from ..version import __version__
 from .fragment import environment, fragment
 from .sheet import FORMAT, Sheet
@@ -36,7 +37,9 @@ SCRIPTS = (  # in the order in which they run; a view is one script that registe
     "view_components.js",
     "view_keys.js",
     "graph_model.js",
+    "graph_places.js",
     "graph_picture.js",
+    "graph_tables.js",
     "view_graph.js",
     "main.js",
 )
@@ -50,8 +53,9 @@ def write_page(sheets: Sequence[Sheet], path: str | Path) -> None:
     Raises:
         ImportError: a package of the extra ``report`` is not installed.
         ValueError: there is no sheet.
-        OSError: the file cannot be written.
+        OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
     """
+    check_path(path)
     Path(path).write_text(page(sheets), encoding="utf-8", errors="replace")
 
 

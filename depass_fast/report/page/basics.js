@@ -37,10 +37,19 @@ const quoted = (text) => `'${visible(text)}'`;
 const tokenText = (sheet, n) => visible(sheet.shown[n] ?? sheet.tokens[n] ?? "");
 const tokenName = (sheet, n) => quoted(sheet.shown[n] ?? sheet.tokens[n] ?? "");
 
-// a signed number with the decimals that the largest one needs for four digits
+// what a graph's node is called: a token as it is shown, others by their ids
+function nodeName(sheet, id) {
+  const position = /^['"][^]*@(\d+)$/.exec(id)?.[1];
+  return position === undefined ? id : `${tokenName(sheet, position)}@${position}`;
+}
+
+const decimalsOf = (unit) => Math.max(0, Math.round(-Math.log10(unit)));
+
+// a signed number with the decimals that the largest one needs for four digits, as far as the unit has them
 function formatter(largest, unit, unsigned = false) {
   const size = Math.abs(largest) * unit;
-  const decimals = size > 0 ? Math.min(9, Math.max(0, 3 - Math.floor(Math.log10(size)))) : 3;
+  const wanted = size > 0 ? 3 - Math.floor(Math.log10(size)) : 3,
+    decimals = Math.max(0, Math.min(9, decimalsOf(unit), wanted));
   return (units) => {
     const text = (Math.abs(units) * unit).toFixed(decimals);
     const sign = units > 0 ? (unsigned ? "" : "+") : units < 0 ? "−" : "";
@@ -50,7 +59,7 @@ function formatter(largest, unit, unsigned = false) {
 
 const sizeOf = (numbers) => numbers.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
 const sumOf = (numbers) => numbers.reduce((sum, x) => sum + x, 0);
-const plainly = (units, unit) => (units * unit).toFixed(Math.max(0, Math.round(-Math.log10(unit)))); // as files have it
+const plainly = (units, unit) => (units * unit).toFixed(decimalsOf(unit)); // as files have it
 const exactly = (units, unit) => plainly(units, unit).replace("-", "−");
 
 // counts, in one way of writing: 1 token, 2,041 tokens

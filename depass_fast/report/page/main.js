@@ -28,7 +28,6 @@ const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
 
 function manySums(totals, sheet) {
   if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
-  const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
   return h(
     "p",
     { class: "sum" },
@@ -44,13 +43,7 @@ function manySums(totals, sheet) {
       ),
       " ",
       h("strong", {}, valueText(sheet)),
-      h(
-        "span",
-        { class: "muted" },
-        ` (off by ${
-          off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : `at most ${off.toExponential(1)}`
-        })`,
-      ),
+      h("span", { class: "muted" }, ` (${offText(totals, sheet.value, sheet.unit)})`),
     ),
   );
 }
@@ -83,7 +76,7 @@ function chips(sheet) {
     ],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
-    node: (value) => ["node", value],
+    node: (value) => ["node", nodeName(sheet, value)],
     path: (value) => ["path", value],
   };
   const holder = h("div", {

@@ -22,7 +22,6 @@ function sumLine(parts, total, sheet, { value = null, name = "sum", unsigned = f
     ),
   );
   if (value !== null) {
-    const off = Math.abs(total * sheet.unit - value);
     line.append(
       h(
         "span",
@@ -30,11 +29,7 @@ function sumLine(parts, total, sheet, { value = null, name = "sum", unsigned = f
         h("span", { class: "muted" }, sheet.what),
         " ",
         h("strong", {}, valueText(sheet)),
-        h(
-          "span",
-          { class: "muted" },
-          ` (off by ${off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : off.toExponential(1)})`,
-        ),
+        h("span", { class: "muted" }, ` (${offText([total], value, sheet.unit)})`),
       ),
     );
   }
@@ -43,6 +38,14 @@ function sumLine(parts, total, sheet, { value = null, name = "sum", unsigned = f
 
 // what only rounding has left over is not shown where it is nothing but zeros
 const isSeen = (one, format) => !one.isRounding || /[1-9]/.test(format(one.units));
+
+// how far sums are off a value: nothing where all the digits that are shown are the same
+function offText(totals, value, unit) {
+  const off = sizeOf(totals.map((total) => total * unit - value));
+  return totals.every((total) => total === Math.round(value / unit))
+    ? "the same in all digits"
+    : `off by ${totals.length > 1 ? "at most " : ""}${off.toExponential(1)}`;
+}
 
 const valueText = (sheet) => exactly(sheet.value / sheet.unit, sheet.unit);
 
@@ -73,7 +76,8 @@ function reorderTables() {
   }
 }
 
-// rows: [{label, units, say?}], foot: [{label, units}], total: units or null; pick(row) where rows can be chosen
+// rows: [{label, units, say?, sign?}], foot: [{label, units}], total: units or null; pick(row) where rows are chosen;
+// a bar has the colour of its `sign`, where that is not the number's own; `word` says what the numbers are
 function shareTable({
   id,
   caption,
@@ -86,6 +90,7 @@ function shareTable({
   pick,
   isPicked,
   canPick = () => true,
+  word = "share",
   lines,
   most = 12,
 }) {
@@ -103,13 +108,13 @@ function shareTable({
     const found = [...rows].sort(ORDERS[key]);
     return direction === "descending" ? found.reverse() : found;
   };
-  const bar = (units) =>
+  const bar = ({ units, sign = units }) =>
     h(
       "span",
       { class: "bar", "aria-hidden": "true" },
       h("span", {
-        class: units < 0 ? "negative" : "positive",
-        style: { width: `${largest ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
+        class: sign < 0 ? "negative" : "positive",
+        style: { width: `${largest && units ? Math.max(0.5, (100 * Math.abs(units)) / largest) : 0}%` },
       }),
     );
   const fill = () => {
@@ -139,7 +144,7 @@ function shareTable({
           { class: picked ? "picked" : null, title: row.say },
           h("th", { scope: "row" }, name),
           h("td", { class: "number" }, format(row.units)),
-          h("td", { class: "bars" }, bar(row.units)),
+          h("td", { class: "bars" }, bar(row)),
         );
         if (pick && canPick(row)) line.addEventListener("click", () => pick(row));
         return line;
@@ -153,7 +158,7 @@ function shareTable({
     share: h("th", { scope: "col", class: "number" }),
     size: h("th", { scope: "col" }),
   };
-  const names = { label: head, share: "Share", size: "Size" };
+  const names = { label: head, share: word[0].toUpperCase() + word.slice(1), size: "Size" };
   const headed = () => {
     for (const [name, cell] of Object.entries(heads)) {
       cell.setAttribute("aria-sort", name === key ? direction : "none");
@@ -219,7 +224,7 @@ function shareTable({
     download(
       `${id}.csv`,
       csvOf(
-        ["label", "share"],
+        ["label", word],
         all.map((row) => [row.label, plainly(row.units, sheet.unit)]),
       ),
       "text/csv",
@@ -231,9 +236,8 @@ function shareTable({
     const left = hidden.length
       ? [{ label: `${hidden.length} more rows`, units: sumOf(hidden.map((row) => row.units)) }]
       : [];
-    const all = [...shown, ...left, ...foot];
     const sums = total === null ? [] : [`${totalName} ${exactly(total, sheet.unit)}`];
-    return { spec: barsSpec(all, sheet.unit), lines: [...lines(), ...sums, ...warningsOf(sheet)] };
+    return barsPicture(shown, [...left, ...foot], sheet.unit, word, [...lines(), ...sums, ...warningsOf(sheet)]);
   };
   const tools = h(
     "div",

@@ -58,10 +58,8 @@ views.tokens = (view, sheet, page) => {
     const left = hidden.length
       ? [{ label: counted(hidden.length, "other token"), units: sumOf(hidden.map((row) => row.units)) }]
       : [];
-    return {
-      spec: barsSpec([...shown, ...left, ...foot], unit, word),
-      lines: [sheet.headline, `sum ${exactly(view.group.total, unit)}`, ...warningsOf(sheet)],
-    };
+    const lines = [sheet.headline, `sum ${exactly(view.group.total, unit)}`, ...warningsOf(sheet)];
+    return barsPicture(shown, [...left, ...foot], unit, word, lines);
   };
   let pressed = null; // the others are left alone: there may be thousands
   reacting(page, ["position"], () => {
