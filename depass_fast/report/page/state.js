@@ -45,9 +45,12 @@ const isPlace = (text, count) => /^(0|[1-9]\d*)$/.test(text) && Number(text) < c
 
 // (key, value) => whether a sheet has what the value names
 function knownOf(sheet) {
-  const groups = sheet.views.flatMap((view) => [...(view.groups ?? []), ...partsOf(view).flatMap((part) => part.rows)]);
+  const groups = sheet.views.flatMap((view) => [
+    ...(view.groups ?? []),
+    ...mapParts(view).flatMap((part) => part.rows),
+  ]);
   const layers = new Set(groups.map((group) => String(group.layer ?? "")));
-  const parts = new Set(sheet.views.flatMap((view) => partsOf(view).map((part) => part.name)));
+  const parts = new Set(sheet.views.flatMap((view) => mapParts(view).map((part) => part.name)));
   const graph = sheet.views.find((view) => view.kind === "graph");
   const labels = (id) => {
     const found = sheet.views.filter((view) => view.id === id);
@@ -73,4 +76,4 @@ function knownOf(sheet) {
   return (key, value) => known[key.split(".")[0]]?.(value) ?? true;
 }
 
-const partsOf = (view) => view.parts ?? [];
+const mapParts = (view) => view.parts ?? [];
