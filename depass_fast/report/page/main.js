@@ -234,7 +234,7 @@ function show() {
   const cards = sheet.views.filter((view) => views[view.kind]).map((view) => views[view.kind](view, sheet, page));
   document.getElementById("page").replaceChildren(head(sheet), always(sheet), h("main", {}, ...cards), foot(sheet));
   page.whenShown.forEach((run) => run()); // now elements have their widths
-  state.listeners.push(reorderTables);
+  state.listeners.push(redrawTables);
   state.tell();
   current = page;
 }
