@@ -89,7 +89,7 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
         (group,) = table["groups"]
         others = group["others"][1] + sum(number for _, number in rows[_ROWS:])
         count = group["others"][0] + len(rows[_ROWS:])
-        found += [(f"{count} others", others)] if count else []
+        found += [(f"{count:,} {'other' if count == 1 else 'others'}", others)] if count else []
         found += [(name, group[name]) for name in ("rest", "bias") if group[name] is not None]
         found += [("sum", group["total"])]
     return [
