@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 REST, BIAS = "rest", "bias"
+_QUOTED = re.compile(r"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1""")  # a text as ``repr`` writes it
+_SIGNS = {r"\n": "⏎", r"\t": "⇥"}
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a byte in the text of a token
 
 _RAISED, _LOWERED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"), str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -55,6 +57,11 @@ def shown_labels(labels: Sequence[str], tokens: Sequence[str]) -> list[str]:
 def position_labels(tokens: Sequence[str]) -> list[str]:
     """Return the labels (N,) of tokens: their text, quoted, and their position."""
     return [f"{token!r}@{n}" for n, token in enumerate(tokens)]
+
+
+def with_signs(text: str) -> str:
+    """Return a text in which quoted line breaks and tabs are the signs by which tokens are shown, ⏎ and ⇥."""
+    return _QUOTED.sub(lambda quoted: re.sub(r"\\.", lambda one: _SIGNS.get(one[0], one[0]), quoted[0]), text)
 
 
 def raw_bytes(text: str) -> bytes:

@@ -11,11 +11,13 @@ from .calls import Calls
 from .components.features import Features
 from .graph.graph import Graph
 from .graph.page import view_of
+from .graph_calls import MOST
 from .inputs.prompts import OnePrompt
 from .ledger.book import Ledger
 from .methods.report import report_of
 from .options import LinearRuleName, OptionValues
 from .report.document import Report
+from .runtime.numbers import as_index
 from .trace.record import Trace
 
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ class ReportCalls(Calls):
 
         Args:
             prompt: one, as for :meth:`depass_fast.DePass.attribute`; or the trace of one.
-            target, rule, contrast, position: as for :meth:`depass_fast.DePass.ledger`. Every target at every position
-                has a sheet of its own.
+            target, position: as for :meth:`depass_fast.DePass.ledger`. Every target at every position has a sheet of
+                its own.
+            rule, contrast: as for :meth:`depass_fast.DePass.ledger`.
             features: those of a dictionary are shown, too.
             graph: draw a graph (:meth:`depass_fast.DePass.graph`), too: True for one of 200 nodes, or how many. A graph
                 is of one target at one position.
@@ -67,6 +70,8 @@ class ReportCalls(Calls):
             ValueError, TypeError: as :meth:`depass_fast.DePass.ledger`; several prompts.
             MemoryError: it cannot fit.
         """
+        if not isinstance(graph, bool) and not 1 <= as_index(graph, "graph") <= MOST:
+            raise ValueError(f"graph: expected True, False, or how many nodes, 1 to {MOST}; got {graph}.")
         if graph is not False and not isinstance(position, int):
             raise ValueError("graph: it is of one position; make a report of each.")
         trace = prompt if isinstance(prompt, Trace) else self.trace(prompt, **options)

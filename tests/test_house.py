@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LONGEST = 400  # lines of a Python file
+LONGEST, WIDEST = 400, 120  # lines of a file, characters of a line of a page's scripts and styles
 QUESTIONS = ("Of", "As", "What", "Whether", "Which", "Where", "How")  # a docstring begins with none of these
 KNOW_DEPASS = ("depass_fast", "engine", "cli", "demo", "evaluate", "inseq")  # rooms that may import the facade
 
@@ -83,12 +83,28 @@ def python_files(root: Path) -> list[Path]:
     return [path for folder in ("depass_fast", "bench", "tests") for path in sorted((root / folder).rglob("*.py"))]
 
 
+def page_files(root: Path) -> list[Path]:
+    """The scripts and styles of reports' pages."""
+    folder = root / "depass_fast" / "report" / "page"
+    return sorted([*folder.glob("*.js"), *folder.glob("*.css")])
+
+
 def long_files(root: Path) -> list[str]:
     lengths = {
         path.relative_to(root).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
-        for path in python_files(root)
+        for path in [*python_files(root), *page_files(root)]
     }
     return [f"{path}: {length} lines" for path, length in lengths.items() if length > LONGEST]
+
+
+def wide_lines(root: Path) -> list[str]:
+    """Lines of scripts and styles that are too long; those of Python are ruff's."""
+    return [
+        f"{path.relative_to(root).as_posix()}:{number}: {len(line)} characters"
+        for path in page_files(root)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDEST
+    ]
 
 
 def questioning_docstrings(root: Path) -> list[str]:
@@ -128,7 +144,7 @@ def test_no_circle_of_rooms():
     assert not found, "\n".join([" -> ".join(found), *guilty])
 
 
-@pytest.mark.parametrize("faults", [long_files, questioning_docstrings, who_knows_depass])
+@pytest.mark.parametrize("faults", [long_files, wide_lines, questioning_docstrings, who_knows_depass])
 def test_the_rules_of_the_house(faults):
     found = faults(ROOT)
     assert not found, "\n".join(found)
@@ -150,6 +166,8 @@ BAD_HOUSE = {
     "depass_fast/state/layout.py": "def rows():\n    'Where rows are.'\n    from ..trace.size import bytes",
     "depass_fast/trace/__init__.py": "",
     "depass_fast/trace/size.py": "'The size of a trace.'\nimport depass_fast.state.layout",
+    "depass_fast/report/page/wide.js": "// " + "x" * WIDEST,
+    "depass_fast/report/page/long.css": "\n" * (LONGEST + 1),
     "bench/long.py": "x = 1\n" * (LONGEST + 1),
     "tests/short.py": "'How short it is.'\n" + "x = 1\n" * (LONGEST - 1),
 }
@@ -167,7 +185,10 @@ def test_every_fault_is_found(tmp_path):
     assert circle(others) == ["depass_fast.state.layout", "depass_fast.trace.size", "depass_fast.state.layout"]
     assert circle(room_graph(others)) == ["state", "trace", "state"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
-    assert long_files(tmp_path) == [f"bench/long.py: {LONGEST + 1} lines"]
+    assert long_files(tmp_path) == [
+        f"{name}: {LONGEST + 1} lines" for name in ("bench/long.py", "depass_fast/report/page/long.css")
+    ]
+    assert wide_lines(tmp_path) == [f"depass_fast/report/page/wide.js:1: {WIDEST + 3} characters"]
     assert questioning_docstrings(tmp_path) == [
         "depass_fast/engine.py:3: What it is.",
         "depass_fast/state/layout.py:1: Where rows are.",

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start", type=types.layer, metavar="L", help="the layer where they start. Default: 0 for tokens"
     )
     what.add_argument("--credit", action="store_true", help="the credit in a target, of all heads from --start on")
-    targets.add_arguments(what)
+    targets.add_arguments(what, several=False)
 
     how = parser.add_argument_group("how it is computed")
     how.add_argument(

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what it is a graph of")
     flags.add_model(what)
     prompts.add_arguments(what, several=False)
-    targets.add_arguments(what)
+    targets.add_arguments(what, several=False)
 
     how = parser.add_argument_group("how it is computed")
     flags.add_linear_rule(how)

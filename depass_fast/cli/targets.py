@@ -9,8 +9,11 @@ from typing import Any
 from . import prompts, types
 
 
-def add_arguments(group: argparse._ActionsContainer) -> None:
-    """Add --target, --contrast, --target-kind and --position. A target shares its argument with its id."""
+def add_arguments(group: argparse._ActionsContainer, several: bool = True) -> None:
+    """Add --target, --contrast, --target-kind and --position. A target shares its argument with its id.
+
+    ``several`` tells whether the command reads several positions; who does not refuses a list of them.
+    """
     target = group.add_mutually_exclusive_group()
     target.add_argument(
         "--target", type=types.token_text, metavar="TEXT", help="one token. Default: the model's own next token"
@@ -32,7 +35,8 @@ def add_arguments(group: argparse._ActionsContainer) -> None:
         "--position",
         type=types.positions,
         metavar="P",
-        help="where the logit is read; or several, such as 3,8,-1, in one decomposition. Default: -1",
+        help="where the logit is read"
+        + ("; or several, such as 3,8,-1, in one decomposition. Default: -1" if several else ". Default: -1"),
     )
 
 

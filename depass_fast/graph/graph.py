@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..report.document import Report
 from ..report.fragment import fragment
 from ..report.sheet import Sheet
-from ..results.files import check_path
+from ..runtime.paths import check_path
 from .divide import by_head, by_key
 from .intervene import Intervention, intervened
 from .page import sheet_of
@@ -57,7 +57,7 @@ class Graph(DirectShares):
         """Return the graph as circuit-tracer's and Neuronpedia's viewers read it: plain values, for `json.dump`.
 
         ``slug`` names the graph, by default after its prompt and target. ``scan`` names the model, by default as its
-        provenance does. docs/graph.md says what stands for what.
+        provenance does, without folders. docs/graph.md says what stands for what.
         """
         return document(self, slug, scan)
 
@@ -83,8 +83,9 @@ class Graph(DirectShares):
 
         Raises:
             ImportError: a package of the extra ``report`` is not installed.
-            OSError: the file cannot be written.
+            OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
         """
+        check_path(path)
         Report(self.sheets, str(self)).to_html(path)
 
     def _repr_html_(self) -> str | None:
@@ -114,6 +115,7 @@ class Graph(DirectShares):
 
         Raises:
             KeyError: no such node.
-            ValueError: a node that cannot be changed; both ``scale`` and ``value``; weights that have changed since.
+            ValueError: a node that cannot be changed; both ``scale`` and ``value``, or one that is no finite number;
+                weights that have changed since.
         """
         return intervened(self, self.node(node), scale, value, hold)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,7 +79,13 @@ def intervened(
 
 
 def _factor(node: Node, scale: float | None, value: float | None) -> float:
-    """Return the factor of a node's activation. ValueError for a node without one, or two ways of saying it."""
+    """Return the factor of a node's activation.
+
+    ValueError for a node without one, two ways of saying it, and what is no finite number.
+    """
+    for name, given in (("scale", scale), ("value", value)):
+        if given is not None and not _is_number(given):
+            raise ValueError(f"{name}: expected a finite number, got {given!r}.")
     if node.kind not in ("token", HEAD, NEURON, FEATURE):
         raise ValueError(f"node: {node.id!r} cannot be changed; choose a token, a head, a neuron or a feature.")
     if value is None:
@@ -87,6 +95,10 @@ def _factor(node: Node, scale: float | None, value: float | None) -> float:
     if not node.activation:
         raise ValueError(f"value: {node.id!r} has no activation to be set; give scale.")
     return float(value) / node.activation
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
 
 
 # -- what is read -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..labels import position_labels, shown_tokens
 from ..report.sheet import FROZEN, Sheet, tokens_view
 from ..report.units import Group, group_of, in_units, leading, unit_of
 from ..results.render import VALUES
@@ -36,7 +37,7 @@ def sheet_of(graph: DirectShares) -> Sheet:
         abs(float(graph.activations[0])), *(abs(place.share) for place in (*graph.token_places, *graph.seats))
     )
     what, value = VALUES[graph.target_kind], float(graph.activations[0])
-    at = f"position {graph.position} (after {graph.tokens[graph.position]!r})"
+    at = f"position {graph.position} (after {shown_tokens(graph.tokens)[graph.position]!r})"
     sheet = Sheet(
         name=f"graph of {graph.target_name} at position {graph.position}",
         headline=f"{graph.target_name} at {at}: {what} {value:.4f}",
@@ -52,11 +53,11 @@ def sheet_of(graph: DirectShares) -> Sheet:
         position=graph.position,
         warnings=list(graph.warnings),
         notes=[FROZEN],
-        made_with=str(graph.provenance),
+        made_with=graph.provenance.told(),
     )
     shares = np.array([place.share for place in graph.token_places])
     every = np.arange(len(shares))
-    tokens = group_of([place.label for place in graph.token_places], shares, sheet.unit, every, bias=graph.constants)
+    tokens = group_of(position_labels(shown_tokens(graph.tokens)), shares, sheet.unit, every, bias=graph.constants)
     sheet.views = [tokens_view(tokens, every.tolist()), view_of(graph, sheet.unit)]
     return sheet
 
@@ -83,7 +84,7 @@ def view_of(graph: DirectShares, unit: float) -> dict[str, Any]:
     nodes[0][4] = round(float(graph.activations[0]) / unit)
     kept = _kept(graph.shares[:, columns], found.rows, np.abs(graph.shares).sum(1))
     reads = [_reads(graph, row, columns, kept[row]) for row in range(len(graph.shares))]
-    names = [*(place.id for place in (*graph.token_places, *graph.seats)), "others of target"]
+    names = [*position_labels(shown_tokens(graph.tokens)), *(seat.id for seat in graph.seats), "others of target"]
     into = np.flatnonzero(graph.shares[0, :BIAS])
     scores = graph.shares[0, into]
     listed = leading(np.abs(scores), _LISTED, 0.999)

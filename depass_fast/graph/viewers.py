@@ -38,7 +38,7 @@ def document(graph: DirectShares, slug: str | None, scan: str | None) -> dict[st
     generator = {"name": "depass_fast", "version": __version__}
     metadata = {
         "slug": slug or _slug(graph),
-        "scan": scan or graph.provenance.model or graph.provenance.model_type,
+        "scan": scan or graph.provenance.name or graph.provenance.model_type,
         "transcoder_list": [],
         "prompt_tokens": [token.translate(_SHOWN) for token in shown_tokens(graph.tokens)],
         "prompt": graph.prompt,

@@ -19,12 +19,12 @@ from ..inputs.hook_names import Site
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
 from ..results.attribution import Attribution
-from ..results.files import check_path
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
 from ..runtime.memory import readable
 from ..runtime.numbers import as_index
+from ..runtime.paths import check_path
 from ..runtime.terminal import encodable
 from ..trace.light import light
 from ..trace.record import Trace

@@ -46,9 +46,10 @@ def ledger_sheets(ledger: Any, features: ComponentKind | None = None, notes: Seq
     books = [ledger, *([ledger.steered] if ledger._looking is not None and not ledger._is_steered else [])]
     count = len(books) * sum(map(len, ledger.target_names))
     for book in books:
+        error = book.completeness_error
         for prompt, results, states in _answers(book, features):
             for target in range(len(results["tokens"].target_names)):
-                sheet = _sheet(results, states, target, count)
+                sheet = _sheet(results, states, target, count, error)
                 sheet.notes = [*sheet.notes, *notes]
                 if book._is_steered:
                     sheet.own_sums = "each layer's sum is what is owed to the looking of heads from there on"
@@ -73,17 +74,20 @@ def _answers(book: Any, features: ComponentKind | None) -> Iterator[tuple[int, d
             yield prompt, {kind: one[read] for kind, one in found.items()}, [one[read] for one in states]
 
 
-def sheet_of(results: dict[str, Any], target: int, others: Sequence[Any] = ()) -> Sheet:
-    """Return the sheet of the answers of a ledger without its views; ``others`` are answers that have views, too."""
+def sheet_of(results: dict[str, Any], target: int, error: float, others: Sequence[Any] = ()) -> Sheet:
+    """Return the sheet of the answers of a ledger without its views; ``others`` are answers that have views, too.
+
+    ``error`` is the ledger's completeness error, which is that of all sites, also of those without a view.
+    """
     tokens = results["tokens"]
     every = [one for result in (*results.values(), *others) for one in layers_of(result)]
     largest = max(float(one.scores_of(target).abs().max()) for one in every)
     sheet = empty_sheet(tokens, target, "", unit_of(max(largest, abs(float(tokens.target_logits.reshape(-1)[target])))))
-    sheet.error = max(float(one.completeness_error) for one in (*results.values(), *others))
+    sheet.error = error
     sheet.about = (
         f"one forward and one backward pass under the linear rule {tokens.allocation!r}: exact | "
-        f"{tokens.backend} on {tokens.device}, {tokens.dtype} | completeness error of all sums "
-        f"{sheet.error:.1e}"
+        f"{tokens.backend} on {tokens.device}, {tokens.dtype} | completeness error {error:.1e}: how far a sum is off "
+        "at most, anywhere in the network, relative to the sizes of its parts"
     )
     sheet.notes = [
         FROZEN,
@@ -93,9 +97,9 @@ def sheet_of(results: dict[str, Any], target: int, others: Sequence[Any] = ()) -
     return sheet
 
 
-def _sheet(results: dict[str, Any], states: Sequence[Any], target: int, count: int) -> Sheet:
+def _sheet(results: dict[str, Any], states: Sequence[Any], target: int, count: int, error: float) -> Sheet:
     """Return one of ``count`` sheets, which share the room of a page."""
-    sheet = sheet_of(results, target, states)
+    sheet = sheet_of(results, target, error, states)
     group, positions = token_group(results["tokens"], target, sheet.unit)
     sheet.views = [tokens_view(group, positions), _map(states, target, len(positions), sheet.unit, count)]
     for kind in ("modules", "heads", "neurons", "features"):

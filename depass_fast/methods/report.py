@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,17 +28,25 @@ READINGS, WRITERS = 96, 12  # neurons whose reading is shown, and what of it
 _TITLES = {
     "tokens": ("All tokens", ""),
     "heads": ("Heads", "The share of every attention head. Choose one to see where it writes and what it carries."),
-    "neurons": ("Neurons", "The leading neurons. Choose one to see where it is active and what wrote what it reads."),
+    "neurons": ("Neurons", ""),
     "features": ("Features", "The features of the dictionary; rest is what it misses."),
 }
-
+_NEURONS_LEAD = (
+    "The leading neurons. Choose one to see where it writes; of the first {} also what wrote what they read."
+)
+_HEAD = re.compile(r"L\d+H\d+")
 
 _MAP = {
     "title": "Layers and positions",
-    "lead": "What attention and the MLP of every layer write at every position. Choose a cell to see its heads or "
+    "lead": "What attention and the MLP of every layer write at every position.{} Choose a cell to see its heads or "
     "neurons.",
     "what": "what it writes at every position",
 }
+_IN_FRONT = " Attention is counted in front of the layer's MLP, so that it holds what the MLP makes of it."
+_BEHIND = (
+    "modules are counted behind the whole layer; heads{} in front of the layer's MLP, so that they hold what it makes "
+    "of them"
+)
 _LEFT_OUT = (
     "What heads and neurons write at single positions, and what they read, is not shown: reports do not know that of a "
     "model with {}. All sums are exact as in other reports."
@@ -50,10 +60,15 @@ def report_of(adapter: Adapter, ledger: Ledger, trace: Trace, features: Componen
     """
     if adapter.beyond_one_norm:
         note = _LEFT_OUT.format(", ".join(adapter.beyond_one_norm))
-        return Report(list(ledger_sheets(ledger, features, [note])), str(ledger))
+        return Report(list(ledger_sheets(ledger, features, [note])), _text(adapter, ledger, ""))
     pages = _Pages(adapter, ledger, trace, features)  # which share the room that there is
     sheets = [pages.sheet(read, target) for read in range(ledger.n_reads) for target in range(pages.n_targets(read))]
-    return Report(sheets, str(ledger))
+    return Report(sheets, _text(adapter, ledger, ", and the page's map of attention,"))
+
+
+def _text(adapter: Adapter, ledger: Ledger, of_page: str) -> str:
+    """Return what is printed; where heads meet an MLP on their way out of a layer, why modules are other numbers."""
+    return str(ledger) if adapter.is_parallel else f"{ledger}\n\n{_BEHIND.format(of_page)}"
 
 
 class _Pages:
@@ -74,6 +89,8 @@ class _Pages:
             for target in range(self.n_targets(read))
         ]
         self._part = max(1, len(chosen))
+        self._lead = _MAP["lead"].format("" if adapter.is_parallel else _IN_FRONT)
+        self._error = ledger.completeness_error
         self._places, self._readings = ledger.places(trace, chosen)
 
     def n_targets(self, read: int) -> int:
@@ -88,7 +105,7 @@ class _Pages:
         """Return the sheet of one target at one position."""
         results = self._results[read]
         row = sum(self.n_targets(before) for before in range(read)) + target
-        sheet = sheet_of(results, target)
+        sheet = sheet_of(results, target, self._error)
         group, positions = token_group(results["tokens"], target, sheet.unit)
         places = [_Row.of(one, row, len(positions)) for one in self._places]
         sheet.views = [tokens_view(group, positions), self._map(results, target, places, sheet.unit)]
@@ -118,6 +135,7 @@ class _Pages:
             "kind": "map",
             "id": "map",
             **_MAP,
+            "lead": self._lead,
             "positions": kept.tolist(),
             "left": len(sizes) - len(kept),
             "parts": parts,
@@ -179,7 +197,19 @@ def _table(
         more["sources"] = sources
     else:
         more["readings"] = {one.name: _reading(one, sheet) for one in readings}
+        more["read_from"] = _read_from(readings, unit)
+        more["lead"] = _NEURONS_LEAD.format(len(readings))
     return _titled(kind, groups, more)
+
+
+def _read_from(readings: Sequence[Reading], unit: float) -> dict[str, list[int]]:
+    """Return what all neurons whose reading is known take from each head: how many are behind it, and the sum."""
+    found: dict[str, list[float]] = {}
+    for reading in readings:
+        for name, share in reading.writers:
+            if _HEAD.fullmatch(name):
+                found.setdefault(name, []).append(share)
+    return {name: [len(shares), round(math.fsum(shares) / unit)] for name, shares in found.items()}
 
 
 def _entries(names: Sequence[str], table: np.ndarray, most: int, unit: float) -> dict[str, list[int]]:

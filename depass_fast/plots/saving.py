@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..runtime.paths import check_path
 from .look import needs_matplotlib
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -23,7 +24,9 @@ def save(picture: Any, path: str | Path, **savefig: Any) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
     """
+    check_path(path)
     needs_matplotlib()
     import matplotlib  # pyright: ignore[reportMissingImports] (the extra `plot`)
 

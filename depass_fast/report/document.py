@@ -26,7 +26,7 @@ class Report:
 
         Raises:
             ImportError: a package of the extra ``report`` is not installed.
-            OSError: the file cannot be written.
+            OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
         """
         write_page(self.sheets, path)
 

@@ -89,7 +89,7 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
         (group,) = table["groups"]
         others = group["others"][1] + sum(number for _, number in rows[_ROWS:])
         count = group["others"][0] + len(rows[_ROWS:])
-        found += [(f"{count} others", others)] if count else []
+        found += [(f"{count:,} {'other' if count == 1 else 'others'}", others)] if count else []
         found += [(name, group[name]) for name in ("rest", "bias") if group[name] is not None]
         found += [("sum", group["total"])]
     return [
@@ -119,12 +119,14 @@ def isolated(text: str) -> str:
 
 
 def _number(units: int | None, largest: int, unit: float) -> str:
-    """Return a number of units with the decimals that the largest one needs for four digits."""
+    """Return a number of units with the decimals that the largest one needs for four digits, and the unit has."""
     if units is None:
         return ""
     size = largest * unit
-    decimals = min(9, max(0, 3 - math.floor(math.log10(size)))) if size else 3
-    return f"{units * unit:+.{decimals}f}"
+    wanted = 3 - math.floor(math.log10(size)) if size else 3
+    decimals = max(0, min(9, round(-math.log10(unit)), wanted))
+    text = f"{units * unit:+.{decimals}f}"
+    return text if re.search("[1-9]", text) else text[1:]
 
 
 def _colour(units: int | None, largest: int) -> str:

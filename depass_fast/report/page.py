@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..runtime.paths import check_path
 from ..version import __version__
 from .fragment import environment, fragment
 from .sheet import FORMAT, Sheet
@@ -23,19 +24,26 @@ from .sheet import FORMAT, Sheet
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = (  # in the order in which they run; a view is one script that registers its kind
     "basics.js",
+    "focus.js",
     "state.js",
     "picture.js",
     "grid.js",
     "table.js",
     "view_tokens.js",
     "view_map.js",
+    "component_rows.js",
+    "component_details.js",
+    "heads_map.js",
     "view_components.js",
     "view_keys.js",
     "graph_model.js",
+    "graph_places.js",
     "graph_picture.js",
+    "graph_tables.js",
     "view_graph.js",
     "main.js",
 )
+STYLES = ("style.css", "views.css")
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
@@ -45,8 +53,9 @@ def write_page(sheets: Sequence[Sheet], path: str | Path) -> None:
     Raises:
         ImportError: a package of the extra ``report`` is not installed.
         ValueError: there is no sheet.
-        OSError: the file cannot be written.
+        OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
     """
+    check_path(path)
     Path(path).write_text(page(sheets), encoding="utf-8", errors="replace")
 
 
@@ -63,7 +72,7 @@ def page(sheets: Sequence[Sheet]) -> str:
         .get_template("page.html.j2")
         .render(
             title=f"{sheets[0].target} · depass_fast",
-            style=(FOLDER / "style.css").read_text(encoding="utf-8"),
+            style="\n".join((FOLDER / name).read_text(encoding="utf-8") for name in STYLES),
             policy=_policy(library, own),
             data=embedded(data),
             library=library,

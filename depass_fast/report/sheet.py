@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..labels import shown_tokens
+from ..labels import shown_tokens, text_of_tokens, with_signs
 from .units import Group
 
 FORMAT = "depass_fast.report.v1"
+_LONGEST = 180  # characters of a prompt in a picture
 FROZEN = "Attention is frozen: shares say what was carried, not why heads looked there."
 
 
@@ -44,6 +45,9 @@ class Sheet:
     own_sums: str | None = None
     views: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.name, self.headline, self.target = map(with_signs, (self.name, self.headline, self.target))
+
     @property
     def direction(self) -> str:
         """The direction in which the prompt is written, "rtl" where most of its letters are."""
@@ -55,6 +59,12 @@ class Sheet:
         """The texts of tokens that are parts of characters, as they are shown, by position."""
         each = enumerate(zip(shown_tokens(self.tokens), self.tokens, strict=True))
         return {n: text for n, (text, token) in each if text != token}
+
+    @property
+    def excerpt(self) -> str:
+        """The prompt, and of a long one its beginning and its end, as pictures that are saved name it."""
+        text = text_of_tokens(self.tokens)
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 3]} … {text[-_LONGEST * 2 // 3 :]}"
 
     def plain(self) -> dict[str, Any]:
         """Return the sheet as JSON holds it."""
@@ -69,6 +79,7 @@ class Sheet:
             "exact": self.exact,
             "about": self.about,
             "tokens": list(self.tokens),
+            "excerpt": self.excerpt,
             "direction": self.direction,
             "position": self.position,
             "warnings": list(self.warnings),

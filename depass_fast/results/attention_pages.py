@@ -15,6 +15,7 @@ from .html import FEW_ROWS, MOST_ROWS, AsPage
 KEYS, COMPONENTS, HEADS = 64, 48, 64  # that a sheet holds in full, at most
 _ROOM = 120_000  # numbers of a page
 _PLACE = "position"  # ALiBi's component
+SHARP = 0.95  # P of a head's first key; beyond it log P + entropy is near zero, and says nothing
 _FROZEN = "Norms, rotary embedding and caps are frozen: shares are parts of the logit, and no counterfactual."
 
 
@@ -63,7 +64,7 @@ def _sheet(result: Any, name: str, headline: str, target: str, what: str, value:
         position=-1,
         warnings=list(result.warnings or []),
         notes=[],
-        made_with=None if result.provenance is None else str(result.provenance),
+        made_with=None if result.provenance is None else result.provenance.told(),
     )
 
 
@@ -80,19 +81,20 @@ def _explained(why: Any, number: int, count: int) -> Sheet:
     else:
         values, exact, what = shares.sum(-1), scores, "logit"
     order = np.argsort(-p, kind="stable") if why.asked == "all" else np.arange(len(p))
-    of_key = what
+    of_key, is_sharp = what, why.asked == "all" and len(p) > 1 and float(p.max()) > SHARP
     names = [f"{shown_tokens(why.tokens)[key]!r}@{key}" for key in why.keys]
     title = f"L{why.layer}H{why.heads[number]}"
     keys: list[tuple[str, int | None, float | None, np.ndarray, float]] = [
         (names[at], why.keys[at], float(p[at]), shares[at], float(exact[at])) for at in order.tolist()
     ]
-    if why.asked == "pair":
-        away = f"{names[0]} and not {names[1]}"
-        keys.insert(0, (away, None, None, shares[0] - shares[1], float(scores[0] - scores[1])))
+    called = f"{title}, {p[order[0]]:.0%} on {keys[0][0]}" if why.asked == "all" else title
+    if why.asked == "pair" or is_sharp:
+        one, other = order[:2]
+        away = f"{names[one]} and not {names[other]}"
+        keys.insert(0, (away, None, None, shares[one] - shares[other], float(scores[one] - scores[other])))
         what = "log ratio"
     unit = unit_of(max(float(np.abs(shares).max()), *(abs(value) for *_, value in keys)))
     at = f"position {why.query} ({shown_tokens(why.tokens)[why.query]!r})"
-    called = f"{title}, {p[order[0]]:.0%} on {keys[0][0]}" if why.asked == "all" else title
     sheet = _sheet(why, called, f"{title} at {at} looks at {keys[0][0]}", f"{title} at {at}", what, keys[0][-1], unit)
     sheet.position = why.query
     sheet.about = f"{why.components} at layer {why.start} | {_how(why, why.allocation)}"
@@ -102,6 +104,14 @@ def _explained(why: Any, number: int, count: int) -> Sheet:
         *(
             ["A share is that of the logit less its mean over all keys, weighted by P: it says what sets a key apart."]
             if why.asked == "all"
+            else []
+        ),
+        *(
+            [
+                f"{keys[1][0]} has nearly all of P, so its log P + entropy is near zero. Its log ratio to the second "
+                "key comes first."
+            ]
+            if is_sharp
             else []
         ),
         _FROZEN,

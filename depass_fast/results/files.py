@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..runtime.paths import check_path
 from ..version import __version__
 
 T = TypeVar("T")
@@ -51,17 +52,6 @@ def write_result(path: str | Path, name: str, tensors: dict[str, Tensor], conten
         save_file(tensors, str(path), metadata={"format": name, "json": json.dumps(content)})
     except SafetensorError as error:
         raise OSError(f"{path}: it cannot be written ({error}).") from error
-
-
-def check_path(path: str | Path) -> None:
-    """Raise FileNotFoundError or NotADirectoryError where a file's folder is none, IsADirectoryError for a folder."""
-    folder = Path(path).parent
-    if not folder.exists():
-        raise FileNotFoundError(f"{path}: there is no folder {str(folder)!r}; make it, or give another path.")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{path}: {str(folder)!r} is a file, and no folder; give another path.")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path}: it is a folder; give the path of a file.")
 
 
 def read_result(path: str | Path, name: str | None = None) -> Any:

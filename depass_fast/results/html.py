@@ -16,12 +16,14 @@ from ..report.fragment import fragment
 from ..report.page import write_page
 from ..report.sheet import FROZEN, Sheet, components_view, tokens_view
 from ..report.units import Group, group_of, leading, unit_of
+from ..runtime.paths import check_path
 from .interface import Result
 from .render import about, headline, value_name
 
 MOST_ROWS = 400  # components of a table that are listed
 FEW_ROWS = 12  # in a notebook
 ALL_HEADS = 8192  # up to so many components of a grid, none is left out
+_REST = "rest is what the residual stream holds without these components."
 _INSTEAD = {
     "Sweep": "The means of a sweep are no parts of one sum: plot() draws them with their errors, mean() is the table.",
     "Trace": "A report of a trace is dp.report(trace).",
@@ -39,6 +41,7 @@ class AsPage:
         Raises:
             ImportError: a package of the extra ``report`` is not installed.
             ValueError: the scores hold NaN or infinity.
+            OSError: there is no such folder (FileNotFoundError), or the file cannot be written.
         """
         write_html(self, path)
 
@@ -71,6 +74,7 @@ def write_html(results: Any, path: str | Path) -> None:
     Raises:
         TypeError: something among them is no result.
     """
+    check_path(path)
     write_page([sheet for number, one in enumerate(_flat(results)) for sheet in _sheets(one, number)], path)
 
 
@@ -110,9 +114,9 @@ def _sheet(result: Result, target: int, name: str, most: int) -> Sheet:
         sheet.views.append(tokens_view(Group([], (0, 0), None, None, 0), []))
     grid = result.components == "heads" and len(by_layer) > 1 and len(result.labels) <= ALL_HEADS
     groups = groups_of(by_layer, target, sheet.unit, ALL_HEADS if grid else most)
-    sheet.views.append(
-        components_view(result.components, f"{result.components.capitalize()} at {result.layer_text()}", groups)
-    )
+    lead = {"lead": _REST} if any(group.rest for group in groups) else {}
+    title = f"{result.components.capitalize()} at {result.layer_text()}"
+    sheet.views.append(components_view(result.components, title, groups, lead))
     return sheet
 
 
@@ -120,7 +124,7 @@ def empty_sheet(result: Result, target: int, name: str, unit: float) -> Sheet:
     """Return the sheet of a result's target without its views."""
     said = list(result.warnings or [])
     if not result.is_exact:
-        said.append("Approximate: first-order scores of the adjoint sweep (docs/adjoint.md)")
+        said.append("Approximate: first-order scores of the adjoint sweep")
     read = headline(result, target)
     return Sheet(
         name=f"{name}: {result.target_names[target]}" if name else f"{read.partition(':')[0]}",
@@ -136,7 +140,7 @@ def empty_sheet(result: Result, target: int, name: str, unit: float) -> Sheet:
         position=result.position,
         warnings=said,
         notes=[FROZEN],
-        made_with=None if result.provenance is None else str(result.provenance),
+        made_with=None if result.provenance is None else result.provenance.told(),
     )
 
 

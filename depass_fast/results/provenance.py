@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,17 @@ class Provenance:
     depass_fast: str
     torch: str
     transformers: str
+
+    @property
+    def name(self) -> str | None:
+        """The model's name for others: as on the hub; of a local folder or file the last part of its path."""
+        if self.model is None or (_HUB.fullmatch(self.model) and not Path(self.model).exists()):
+            return self.model
+        return re.split(r"[\\/]", self.model.rstrip("\\/"))[-1] or self.model
+
+    def told(self) -> str:
+        """Return this in words for a file that is sent to somebody: ``str`` of it, without the names of folders."""
+        return str(replace(self, model=self.name))
 
     def __str__(self) -> str:
         at = "" if self.revision is None else f" at {self.revision[:12]}"

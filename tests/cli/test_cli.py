@@ -241,8 +241,10 @@ def test_module_runs_and_help_has_examples():
 
 def test_help_and_version(capsys):
     assert __version__ in run(capsys, "--version")
-    for command in ("demo", "doctor", "attribute"):
-        assert "example" in run(capsys, command, "--help")
+    for command in ("demo", "doctor", "attribute", "graph", "report"):
+        shown = run(capsys, command, "--help")
+        assert "example" in shown
+        assert ("3,8,-1" in shown) == (command in ("attribute", "report"))  # positions
 
 
 # -- errors

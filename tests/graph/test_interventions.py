@@ -97,6 +97,10 @@ def test_refusals():
         ("target", {}, "'target' cannot be changed"),
         (seat, {"scale": 1.0, "value": 2.0}, "give either scale or value"),
         (graph.nodes[1], {"value": 2.0}, "has no activation to be set"),
+        (seat, {"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        (seat, {"scale": "0"}, "scale: expected a finite number, got '0'"),
+        (seat, {"scale": True}, "scale: expected a finite number, got True"),
+        (seat, {"value": float("inf")}, "value: expected a finite number, got inf"),
         (seat, {"hold": ["gates"]}, "hold: expected a list of 'attention', 'norms'"),
         (seat, {"hold": "norms"}, "hold: expected a list"),
     ):

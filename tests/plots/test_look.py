@@ -150,3 +150,9 @@ def test_two_thousand_tokens():
     assert len(ax.get_xticks()) < 20 and 1 < len(ax.texts) <= 8, "the largest are named, as far as there is room"
     ax = strip([" token"] * 2000, scores, "share", Caption("long"))
     assert len(ax.texts) == 2000 and ax.figure.get_figheight() < 40
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder '.*no'; make it"):
+        save(figure := pyplot.figure(), tmp_path / "no" / "picture.png")
+    pyplot.close(figure)

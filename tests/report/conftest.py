@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.pages import PROMPT, TARGET, demo
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = 30_000  # milliseconds; machines that are shared are slow
 
@@ -46,3 +48,10 @@ def visit(browser):
         context.close()
     assert said == []
     assert asked and all(url.startswith(("file://", "data:", "blob:")) for url in asked), asked
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pages") / "report.html"
+    demo().report(PROMPT, TARGET).to_html(path)
+    return path

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import struct
-from pathlib import Path
 
 import pytest
 
-from depass_fast import DePass, write_html
+from depass_fast import DePass, Neurons, write_html
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 from tests.support.pages import (
@@ -27,13 +27,6 @@ from tests.support.pages import (
 )
 
 pytestmark = needs_pages
-
-
-@pytest.fixture(scope="session")
-def report(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pages") / "report.html"
-    demo().report(PROMPT, TARGET).to_html(path)
-    return path
 
 
 def test_clicks_filter_what_follows_and_sums_stay_in_view(visit, report):
@@ -104,8 +97,28 @@ def test_pictures_hold_their_warnings(visit, tmp_path):
         svg = saved(opened, f'#view-{card} [data-export="svg"]').decode()
         assert svg.startswith("<svg") and "Warning: made &lt;up&gt;." in svg and "Attention is frozen" in svg, card
         assert "Exact; completeness error " in svg and "sum −12.67" in svg
+        assert "Prompt: 'a b c'" in svg and "depass_fast 0" in svg and "/demo/" not in svg
     png = saved(opened, '.card [data-export="png"]')
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", png[16:24])) > 300
+
+
+def test_bars_are_as_long_as_their_rows_and_grey_ones_are_cut(visit, tmp_path):
+    """`rest` is larger than all neurons of one layer together."""
+    demo().attribute(PROMPT, Neurons(layers=[2]), TARGET).to_html(tmp_path / "page.html")
+    opened = visit(tmp_path / "page.html")
+    svg = saved(opened, '#view-neurons [data-export="svg"]').decode()
+    lengths = {"positive": [], "negative": [], "muted": []}
+    for name, found in lengths.items():
+        fill = opened.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}').trim()")
+        bars = re.findall(rf'<path aria-label="[^"]*" role="[^"]*" [^>]*d="([^"]*)" fill="{fill}"', svg)
+        found += [abs(float(re.findall(r"-?[0-9.]+", bar)[2])) for bar in bars]
+    assert len(lengths["positive"]) + len(lengths["negative"]) == 30, svg[:3000]
+    assert max(lengths["positive"] + lengths["negative"]) > 150
+    assert "rest is what the residual stream holds without these" in opened.inner_text("#view-neurons .lead")
+    shown = opened.inner_text("#view-neurons .sums")
+    total, value = re.search(r"= sum (\S+)\s+logit (\S+)", shown).groups()
+    assert ("the same in all digits" in shown) == (total == value) and "less than" not in shown
+    assert "▶" in svg and "Grey bars with an arrow are longer" in svg
 
 
 def test_the_map_is_saved(visit, report):
@@ -113,6 +126,7 @@ def test_the_map_is_saved(visit, report):
     opened.wait_for_selector('[data-grid="map-mlp"] svg')
     svg = saved(opened, '.map:has([data-grid="map-mlp"]) [data-export="svg"]').decode()
     assert "MLP: what it writes at every position" in svg and "Attention is frozen" in svg and svg.count("<path") > 84
+    assert "' the'@6" in svg
 
 
 def test_keys_reach_everything(visit, report):

@@ -15,7 +15,7 @@ from depass_fast.cli.main import main
 from depass_fast.graph import page as graph_page
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
-from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, data_of, demo, needs_pages, saved, units, view_of
+from tests.support.pages import HOSTILE, LANGUAGES, PROMPT, SPLIT, data_of, demo, needs_pages, saved, units, view_of
 
 pytestmark = needs_pages
 NODES = ".node path"
@@ -115,6 +115,9 @@ def test_where_graphs_are_shown(tmp_path, capsys):
     assert main(["report", *given, "--graph", "--position", "0,1", "--out", str(tmp_path / "no.html")]) == 2
     with pytest.raises(ValueError, match="of one position"):
         demo().report(PROMPT, graph=True, position=[0, 1])
+    for wrong, kind in ((0, ValueError), (-1, ValueError), (10**6, ValueError), ("x", TypeError), (2.5, TypeError)):
+        with pytest.raises(kind, match="^graph: "):
+            demo().report(PROMPT, graph=wrong)
     with pytest.raises(ValueError, match="of one target"):
         demo().report(PROMPT, [" a", " b"], graph=5)
 
@@ -156,8 +159,49 @@ def test_a_click_shows_what_a_node_reads_and_who_reads_it(visit, path):
     assert opened.inner_text(".chosen h3") == "L0H3@13" and "node=L0H3%4013" in opened.url
     opened.click(".chip")
     assert "node" not in opened.url and "Leading paths" in opened.inner_text("#view-graph")
-    opened.click(".path")
+    opened.locator(".path").first.focus()
+    opened.keyboard.press("Enter")
+    assert opened.evaluate("document.activeElement.className") == "path picked"
     assert "path=1" in opened.url and opened.get_attribute(".path", "aria-pressed") == "true"
+
+
+def test_bars_have_the_colour_of_what_they_do_to_the_target(visit, path):
+    view = view_of(data_of(path)["sheets"][0], "graph")
+    node = next(
+        node
+        for read, node in zip(view["reads"][1:], view["nodes"][view["first"] :], strict=True)
+        if node[1] == "neuron" and read["activation"] * node[4] < 0
+    )
+    opened = drawn(visit(path, f"#node={node[0].replace('@', '%40')}"))
+    rows = opened.locator('[data-table="graph-reads"] tbody tr')
+    for text, bar in zip(rows.locator(".number").all_inner_texts(), rows.locator(".bar span").all(), strict=True):
+        assert bar.get_attribute("class") == ("negative" if text.startswith("+") else "positive")
+    assert "Part of activation" in opened.inner_text('[data-table="graph-reads"] thead')
+    assert "Share" in opened.inner_text('[data-table="graph-readers"] thead')
+    assert "orange raises it, blue lowers it" in opened.inner_text("#view-graph .side:first-child")
+    csv_text = saved(opened, '#view-graph .side:first-child [data-export="csv"]').decode()
+    assert csv_text.startswith("label,part of activation")
+    svg = saved(opened, '#view-graph .side:first-child [data-export="svg"]').decode()
+    assert "part of activation" in svg and "orange raises it" in svg
+    opened.click('[data-table="graph-reads"] tbody button:has-text("H")')  # a head's activation is its share
+    assert "Share" in opened.inner_text('[data-table="graph-reads"] thead')
+
+
+def test_parts_of_characters_are_shown_as_characters(visit, tmp_path):
+    made = replace(called(SPLIT), target_name="' it'")
+    made.to_html(tmp_path / "page.html")
+    opened = drawn(visit(tmp_path / "page.html"))
+    shown = opened.inner_text("#view-graph")
+    assert "玛²⁄₂'@1" in shown and "⏎'@5" in shown and "<0x9B>" not in shown
+    names = opened.locator("[data-graph] svg .mark-text text").all_text_contents()
+    assert "玛²⁄₂" in names and "<0x9B>" not in names
+    opened.fill('[aria-label="Filter nodes by name"]', "玛²")
+    opened.click('[data-table="graph-nodes"] tbody button')
+    assert opened.inner_text(".chosen h3") == "'玛²⁄₂'@1" and "'玛²⁄₂'@1" in opened.inner_text(".chip")
+    assert opened.inner_text("#node-graph").startswith("'玛²⁄₂'@1, token")
+    assert "'玛²⁄₂'@1 is read by" in opened.inner_text("#view-graph")
+    assert "玛²⁄₂" in saved(opened, '#view-graph [data-export="svg"]').decode()
+    assert "'玛²⁄₂'@1" in dict(made.sheets[0].views[1]["groups"][0]["rows"])
 
 
 def test_the_strongest_edges_are_drawn(visit, path):
@@ -166,9 +210,13 @@ def test_the_strongest_edges_are_drawn(visit, path):
     opened.locator('[aria-label="Edges that are drawn"]').fill("0")
     opened.wait_for_function("document.querySelectorAll('.edge path').length === 10")
     assert "edges=10" in opened.url and "10 of 1,368 edges" in opened.inner_text(".controls")
+    assert "band" not in saved(opened, '#view-graph [data-export="svg"]').decode()
+    opened.evaluate("location.hash = '#edges=10&position=3'")
+    opened.wait_for_function("document.querySelectorAll('.chip').length === 1")
     opened.select_option('[aria-label="What makes an edge strong"]', "share")
     assert "by=share" in opened.url and "Σ |share|" in opened.inner_text(".controls")
     svg = saved(opened, '#view-graph [data-export="svg"]').decode()
+    assert "the band is position 3" in svg and f"Prompt: '&lt;s&gt;{PROMPT}'" in svg
     assert "10 of 1,368 edges" in svg and "Attention is frozen" in svg and "completeness error" in svg
     assert saved(opened, '#view-graph [data-export="png"]')[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -194,7 +242,7 @@ def test_keys_and_the_address(visit, path):
     assert "node" not in opened.url
     opened.evaluate("location.hash = '#node=<img>&edges=x&by=y&path=99'")
     opened.reload()
-    assert "edges" in drawn(opened).inner_text(".controls")
+    assert "150 of" in drawn(opened).inner_text(".controls") and not opened.locator(".chip").count()
 
 
 def test_hostile_tokens_and_warnings(visit, tmp_path):
@@ -203,12 +251,37 @@ def test_hostile_tokens_and_warnings(visit, tmp_path):
     assert len(opened.query_selector_all("script")) == 3 and opened.query_selector("#page script, #page img") is None
     opened.locator(NODES).last.hover()
     opened.wait_for_selector("#vg-tooltip-element.visible")
-    opened.fill('[aria-label="Filter nodes by name"]', "alert")
+    opened.locator('[aria-label="Filter nodes by name"]').press_sequentially("alert")
+    assert "find.nodes=alert" in opened.url
     opened.click('[data-table="graph-nodes"] button:has-text("alert")')
     assert "<script>alert(1)</script>" in opened.inner_text(".chosen h3")
     svg = saved(opened, '#view-graph [data-export="svg"]').decode()
     assert "<script" not in svg and "&lt;script" in svg and "Warning: made &lt;up&gt;." in svg
     assert opened.evaluate("document.documentElement.scrollWidth") <= 420
+
+
+def test_a_long_graph_is_folded_and_opens_on_its_target(visit, tmp_path):
+    """300 tokens, of which few have lines; at 400 pixels the columns that are left are wider than their box."""
+    dp = DePass(build_model("llama", num_key_value_heads=2, max_position_embeddings=512))
+    dp.graph(random_ids(300), nodes=200).to_html(tmp_path / "page.html")
+    opened = drawn(visit(tmp_path / "page.html", viewport={"width": 400, "height": 800}))
+    box, label = opened.locator("[data-graph]"), opened.locator("[data-graph] svg text", has_text="id ").last
+    opened.wait_for_function("document.querySelector('[data-graph]').scrollLeft > 0")
+    frame, at = box.bounding_box(), label.bounding_box()
+    assert frame["x"] < at["x"] - 20 and at["x"] < frame["x"] + frame["width"]
+    legend = opened.locator("#view-graph .picture").first.bounding_box()
+    assert legend["x"] >= 0 and legend["x"] + legend["width"] <= 400
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 400
+    texts = opened.locator("[data-graph] svg text").all_text_contents()
+    gaps = [text for text in texts if text.startswith("…")]
+    assert gaps and f"{gaps[0]} stands for {gaps[0][1:]} tokens of which no line is drawn" in opened.inner_text("main")
+    opened.fill('[aria-label="Filter nodes by name"]', "@7")
+    chosen = opened.locator('[data-table="graph-nodes"] tbody .name').first
+    name = chosen.inner_text()
+    chosen.click()  # a token in a gap has a column then
+    opened.wait_for_function(
+        f"[...document.querySelectorAll('[data-graph] svg text')].some((one) => one.textContent === {name!r})"
+    )
 
 
 def test_from_right_to_left(visit, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from depass_fast import Custom, DePass, Features, Heads, LogProb, Neurons
+from depass_fast.report.fragment import _number
 from depass_fast.report.page import page
 from depass_fast.report.units import apportioned, group_of, leading, unit_of
 from depass_fast.results.html import sheets_of
@@ -15,6 +16,20 @@ from tests.support.family_models import build_model
 from tests.support.models import random_ids as few_ids
 from tests.support.pages import PROMPT, TARGET, data_of, demo, needs_pages, sums_of, view_of
 from tests.support.trained import smollm2
+
+
+@pytest.mark.parametrize(
+    ("units", "largest", "unit", "shown"),
+    [
+        (4, 7, 1e-5, "+0.00004"),
+        (0, 7, 1e-5, "0.00000"),
+        (-1, 70_000, 1e-3, "0.00"),
+        (12_345, 12_345, 1e-3, "+12.35"),
+        (0, 0, 1.0, "0"),
+    ],
+)
+def test_numbers_have_no_more_digits_than_their_unit(units, largest, unit, shown):
+    assert _number(units, largest, unit) == shown
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +155,7 @@ def test_other_families(name):
     assert len(report.sheets) == 4
     for sheet in report.sheets:
         assert_adds_up(sheet.plain())
-    assert "bias" not in report.sheets[0].name and len(page(report.sheets)) < 1_500_000
+    assert "bias" not in report.sheets[0].name and len(page(report.sheets)) < 1_600_000
 
 
 @needs_pages

@@ -2,14 +2,26 @@
 
 import numpy as np
 import pytest
+import torch
 
 from depass_fast import Contrast, DePass, Heads, Tokens, write_html
 from depass_fast.cli.main import main
 from tests.support.family_models import available, build_variant
-from tests.support.pages import PROMPT, TARGET, data_of, demo, needs_pages, saved, sums_of, units, view_of, with_tokens
+from tests.support.pages import (
+    PROMPT,
+    SPLIT,
+    TARGET,
+    data_of,
+    demo,
+    needs_pages,
+    saved,
+    sums_of,
+    units,
+    view_of,
+    with_tokens,
+)
 
 pytestmark = needs_pages
-SPLIT = [" <0xE7><0x8E>", "<0x9B>", "和", "<0xE2><0x80>", "<0x8D>", "\n", " "]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +70,7 @@ def test_keys_sum_to_their_log_probabilities(pages):
     order = why.entropy.argsort().tolist()
     assert [sheet["name"].split(",")[0] for sheet in sheets] == [f"L1H{why.heads[n]}" for n in order]
     for sheet, n in zip(sheets, order, strict=True):
-        groups = view_of(sheet, "keys")["groups"]
+        groups = [group for group in view_of(sheet, "keys")["groups"] if group["key"] is not None]
         assert [group["p"] for group in groups] == sorted(why.probabilities[n].tolist(), reverse=True)
         for group in groups:
             wanted = np.log(group["p"]) + float(why.entropy[n])
@@ -70,6 +82,19 @@ def test_keys_sum_to_their_log_probabilities(pages):
     pair, first = pages["pair"][1], view_of(sheet, "keys")["groups"][0]
     assert first["total"] * sheet["unit"] == pytest.approx(float(pair.difference().sum()), abs=1e-5)
     assert sheet["value"] == pytest.approx(float(pair.scores[0] - pair.scores[1]), abs=1e-6)
+
+
+def test_a_sharp_head_is_explained_by_the_log_ratio_to_its_second_key():
+    """The log P + entropy of a key with nearly all of P is zero but for rounding."""
+    why = demo().explain_attention(PROMPT, Tokens(), layer=0, head=0)
+    (sheet,) = why.page_sheets()
+    first, leading = view_of(sheet.plain(), "keys")["groups"][:2]
+    one, other = why.probabilities.argsort(descending=True)[:2].tolist()
+    assert sheet.what == "log ratio" and first["key"] is None and leading["key"] == why.keys[one]
+    assert sheet.value == pytest.approx(float(why.scores[one] - why.scores[other])) and sheet.value > 3
+    assert first["total"] * sheet.unit == pytest.approx(sheet.value, abs=1e-4)
+    assert f"and not '{why.tokens[why.keys[other]]}'" in sheet.headline and "log ratio" in " ".join(sheet.notes)
+    assert "+0.000000" not in why._repr_html_()
 
 
 def test_heads_of_a_credit_add_up(pages):
@@ -110,6 +135,16 @@ def test_commands_write_these_pages_too(tmp_path, capsys):
         assert len(data_of(tmp_path / "page.html")["sheets"]) == count
 
 
+def test_a_page_invents_no_digits(visit, tmp_path):
+    """Shares that are near zero have the decimals of their unit."""
+    result = with_tokens(["a", " b", " c"])
+    result.scores = torch.zeros_like(result.scores).index_fill(-1, torch.tensor([0]), 4e-5)
+    result.to_html(tmp_path / "page.html")
+    opened = visit(tmp_path / "page.html")
+    shown = opened.locator('[data-table="all-tokens"] td.number').all_inner_texts()
+    assert shown == ["+0.00004", "0.00000", "0.00000", "+0.00004"]
+
+
 def test_clicks_in_a_ledger(visit, pages):
     opened = visit(pages["ledger"][0], "#sheet=0")
     opened.wait_for_selector('[data-grid="map-state"] svg')
@@ -125,11 +160,13 @@ def test_clicks_in_a_ledger(visit, pages):
     assert "position=2" in opened.url and "picked" in (
         opened.get_attribute('[data-table="all-tokens"] tbody tr', "class")
     )
+    opened.locator("header select").focus()
     opened.select_option("header select", "4")
+    assert opened.evaluate("document.activeElement.id") == "sheet"
     assert "credit of attention" in opened.inner_text(".facts")
     assert "from there on" in opened.inner_text("#view-map .sums")
-    opened.fill('[aria-label="Filter neurons by name"]', "L4")
-    opened.wait_for_function("location.hash.includes('find.neurons=L4')")  # a moment after the typing
+    opened.locator('[aria-label="Filter neurons by name"]').press_sequentially("L4")
+    assert "find.neurons=L4" in opened.url
     opened.reload()
     assert opened.input_value('[aria-label="Filter neurons by name"]') == "L4"
 
@@ -139,10 +176,13 @@ def test_clicks_in_an_explanation(visit, pages):
     opened, sheet = visit(path), data_of(path)["sheets"][0]
     groups = {group["key"]: group for group in view_of(sheet, "keys")["groups"]}
     opened.wait_for_selector('[data-grid="keys-map"] svg')
-    leading = max(groups.values(), key=lambda group: group["p"])
-    assert units(opened, '[data-table="keys"] .total .number') == [leading["total"]]
+    assert units(opened, '[data-table="keys"] .total .number') == [groups[None]["total"]]  # of a sharp head
+    assert "−" not in opened.inner_text("#view-tokens .sum") and "+" not in opened.inner_text("#view-tokens .sum")
     opened.click('.token[data-position="3"]')
     assert units(opened, '[data-table="keys"] .total .number') == [groups[3]["total"]]
+    assert float(opened.inner_text("#sum").replace("−", "-")) == pytest.approx(groups[3]["total"] * sheet["unit"])
+    value = opened.inner_text("#value").replace("−", "-")
+    assert float(value) == pytest.approx(groups[3]["value"], abs=sheet["unit"]) and "@3" in opened.inner_text(".facts")
     opened.locator('[data-grid="keys-map"] svg .mark-rect path').nth(5).click()
     assert "position=5" in opened.url and units(opened, '[data-table="keys"] .total .number') == [groups[5]["total"]]
     svg = saved(opened, '#view-keys .side [data-export="svg"]').decode()

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from depass_fast import Adjoint, Attribution, DePass, Heads, Neurons, Tokens, wr
 from depass_fast.cli.main import main
 from depass_fast.report import page
 from depass_fast.report.page import embedded
+from tests.support.family_models import build_variant
 from tests.support.pages import HOSTILE, PROMPT, TARGET, data_of, demo, needs_pages, with_tokens
 
 pytestmark = needs_pages
@@ -49,6 +51,27 @@ def test_every_result_has_a_page(tmp_path):
     assert not (tmp_path / "no.html").exists()
 
 
+def test_a_page_names_no_folder(tmp_path):
+    book = demo().ledger("Nyria Morstam")
+    why = demo().explain_attention("Nyria Morstam", Tokens(), layer=0, head=0)
+    graph = demo().graph("Nyria Morstam", nodes=5)
+    write_html([book, why, graph, demo().report("Nyria Morstam")], tmp_path / "page.html")
+    folder = str(Path(demo().model.config._name_or_path).parent)
+    assert len(folder) > 5 and folder not in (tmp_path / "page.html").read_text("utf-8")
+    assert folder not in str(graph.to_json()) and graph.to_json()["metadata"]["scan"] == "model"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    graph, report = demo().graph("Nyria Morstam", nodes=5), demo().report("Nyria Morstam")
+    for one in (report, graph, with_tokens(["a"])):
+        with pytest.raises(FileNotFoundError, match="there is no folder '.*no'; make it"):
+            one.to_html(tmp_path / "no" / "page.html")
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            one.to_html(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_html([graph], tmp_path / "no" / "page.html")
+
+
 def test_an_approximate_result_says_so(tmp_path):
     result = demo().attribute(PROMPT, Neurons(layers="all"), method=Adjoint(refine=4, sample=8))
     result.warnings = [*(result.warnings or []), "made up"]
@@ -57,6 +80,7 @@ def test_an_approximate_result_says_so(tmp_path):
     assert (
         not sheet["exact"] and "made up" in sheet["warnings"] and any("Approximate" in one for one in sheet["warnings"])
     )
+    assert not any("docs/" in one for one in sheet["warnings"])  # a lone file has no such folder
     assert "Approximate" in result._repr_html_() and "made up" in result._repr_html_()
 
 
@@ -103,3 +127,16 @@ def test_the_repr_of_a_report():
     assert repr(report).startswith("Report(2 sheets: ' Diane' at position 13")
     assert str(report).splitlines()[0].startswith("' Diane' at position 13")
     assert isinstance(demo(), DePass)
+
+
+def test_what_is_printed_and_the_page_agree():
+    """One completeness error, the ledger's; and why modules are other numbers than the map's cells."""
+    report, book = demo().report(PROMPT, TARGET), demo().ledger(PROMPT, TARGET)
+    assert report.sheets[0].error == book.page_sheets()[0].error == book.completeness_error
+    assert f"completeness error {book.completeness_error:.1e} |" in str(report)
+    assert f"completeness error {book.completeness_error:.1e}: how far a sum is off" in report.sheets[0].about
+    lead = next(view["lead"] for view in report.sheets[0].views if view["kind"] == "map")
+    assert "in front of the layer's MLP" in lead and "{" not in lead
+    assert str(report).endswith("in front of the layer's MLP, so that they hold what it makes of them")
+    parallel = DePass(build_variant("gpt_neox: parallel")).report([3, 1, 4], 7)
+    assert "in front of" not in f"{parallel} {parallel.sheets[0].views}"

@@ -244,3 +244,24 @@ def test_columns_of_tables_differ():
     result = dp.attribute(IDS, Heads(1), [3, 4, (3, 5), 3])
     result.target_names[:] = ["'is'", "'is'", "'is' - 'a'", "'is'"]
     assert result.columns()[0] == ["label", "'is' (id 3) #1", "'is' (id 4)", "'is' - 'a'", "'is' (id 3) #2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("gpt2", "gpt2"),
+        ("/home/somebody/models/mine/", "mine"),
+        ("/home/somebody/models/mine.Q4_1.gguf", "mine.Q4_1.gguf"),
+        ("C:\\Users\\somebody\\mine", "mine"),
+        ("./mine", "mine"),
+        ("models/mine", "mine"),
+        (None, None),
+    ],
+)
+def test_files_for_others_name_no_folder(model, name, tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    made = dataclasses.replace(provenance_of(build("qwen2").adapter), model=model)
+    assert made.name == name
+    assert made.told().startswith(f"{name or 'Qwen2ForCausalLM'}, depass_fast ")

@@ -34,6 +34,8 @@ HOSTILE = [
     "\n",
 ]
 
+SPLIT = [" <0xE7><0x8E>", "<0x9B>", "和", "<0xE2><0x80>", "<0x8D>", "\n", " "]  # tokens that are parts of characters
+
 LANGUAGES = {
     "Arabic": ["ذهبت", " مريم", " إلى", " المتجر"],
     "Chinese": ["玛丽", "和", "约翰", "去", "商店"],

@@ -1,10 +1,12 @@
 """The fields that viewers of attribution graphs require of a file, as a JSON Schema in our own words.
 
-It was read off two sources, of which nothing is copied. hijohnnylin/neuronpedia at ebb8426: the published schema,
-`apps/webapp/app/api/graph/graph-schema.json`, and what draws, `apps/webapp/app/[modelId]/graph/utils.ts`.
-safety-research/circuit-tracer at d797c82: `circuit_tracer/frontend/graph_models.py` and
-`circuit_tracer/frontend/assets/attribution_graph/util-cg.js`. Where they differ the stricter one counts: in
-circuit-tracer `feature` is never null, and `layer` is a text.
+It restates two sources, of which nothing is copied. hijohnnylin/neuronpedia: the published schema,
+`apps/webapp/app/api/graph/graph-schema.json` at b8efe84, and what draws, `apps/webapp/app/[modelId]/graph/utils.ts` at
+ebb8426. safety-research/circuit-tracer: `circuit_tracer/frontend/graph_models.py` at 196e2ce and
+`circuit_tracer/frontend/assets/attribution_graph/util-cg.js` at d797c82. Every field of the two schemas is here, with
+its type. Where they differ the stricter one counts: by circuit-tracer `feature` is never null, `layer` is a text, and
+`transcoder_list` and all fields of `qParams` are required. `schema_version` and the types of nodes are those of the
+viewers' code, and patterns and ranges are ours.
 """
 
 from __future__ import annotations
@@ -34,13 +36,19 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+_SOURCES = ("feature_json_base_url", "neuronpedia_source_set", "neuronpedia_lorsa_source_set")
+_SAID = ("description", "creator_name", "creator_url")
+_GENERATOR = _object({}, dict.fromkeys(("name", "version", "url", "email"), TEXT))
+_MADE = {"source_urls": {"type": "array"}, "generator": _GENERATOR, "create_time_ms": NUMBER}
+_COUNTS = ("max_n_logits", "batch_size", "max_feature_nodes")
 METADATA = _object(
     {"slug": TEXT, "scan": TEXT, "transcoder_list": _list(TEXT), "prompt_tokens": _list(TEXT), "prompt": TEXT},
     {
         "node_threshold": {**NUMBER, "minimum": 0, "maximum": 1},
         "schema_version": {"const": 1},
-        "info": _object({}, {"description": TEXT, "generator": _object({}, {"name": TEXT, "version": TEXT})}),
-        "generation_settings": {"type": "object"},
+        "feature_details": _object({}, dict.fromkeys(_SOURCES, TEXT)),
+        "info": _object({}, {**dict.fromkeys(_SAID, TEXT), **_MADE}),
+        "generation_settings": _object({}, {**dict.fromkeys(_COUNTS, WHOLE), "desired_logit_prob": NUMBER}),
         "pruning_settings": _object({}, {"node_threshold": NUMBER, "edge_threshold": NUMBER}),
     },
 )

@@ -37,10 +37,19 @@ const quoted = (text) => `'${visible(text)}'`;
 const tokenText = (sheet, n) => visible(sheet.shown[n] ?? sheet.tokens[n] ?? "");
 const tokenName = (sheet, n) => quoted(sheet.shown[n] ?? sheet.tokens[n] ?? "");
 
-// a signed number with the decimals that the largest one needs for four digits
+// what a graph's node is called: a token as it is shown, others by their ids
+function nodeName(sheet, id) {
+  const position = /^['"][^]*@(\d+)$/.exec(id)?.[1];
+  return position === undefined ? id : `${tokenName(sheet, position)}@${position}`;
+}
+
+const decimalsOf = (unit) => Math.max(0, Math.round(-Math.log10(unit)));
+
+// a signed number with the decimals that the largest one needs for four digits, as far as the unit has them
 function formatter(largest, unit, unsigned = false) {
   const size = Math.abs(largest) * unit;
-  const decimals = size > 0 ? Math.min(9, Math.max(0, 3 - Math.floor(Math.log10(size)))) : 3;
+  const wanted = size > 0 ? 3 - Math.floor(Math.log10(size)) : 3,
+    decimals = Math.max(0, Math.min(9, decimalsOf(unit), wanted));
   return (units) => {
     const text = (Math.abs(units) * unit).toFixed(decimals);
     const sign = units > 0 ? (unsigned ? "" : "+") : units < 0 ? "−" : "";
@@ -50,8 +59,12 @@ function formatter(largest, unit, unsigned = false) {
 
 const sizeOf = (numbers) => numbers.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
 const sumOf = (numbers) => numbers.reduce((sum, x) => sum + x, 0);
-const plainly = (units, unit) => (units * unit).toFixed(Math.max(0, Math.round(-Math.log10(unit)))); // as files have it
+const plainly = (units, unit) => (units * unit).toFixed(decimalsOf(unit)); // as files have it
 const exactly = (units, unit) => plainly(units, unit).replace("-", "−");
+
+// counts, in one way of writing: 1 token, 2,041 tokens
+const written = (count) => count.toLocaleString("en");
+const counted = (count, one, many = `${one}s`) => `${written(count)} ${count === 1 ? one : many}`;
 
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -86,8 +99,8 @@ const layerOf = (label) => {
   return found ? Number(found[1]) : null;
 };
 
-// the arrow keys of a row of elements of which one at a time can be reached by Tab
-function roving(container, items, along) {
+// the arrow keys of a row of elements of which one at a time can be reached by Tab; Escape calls `undo`
+function roving(container, items, along, undo) {
   items.forEach((item, i) => item.setAttribute("tabindex", i === 0 ? "0" : "-1"));
   let reached = items[0];
   const focus = (i) => {
@@ -104,6 +117,7 @@ function roving(container, items, along) {
     if (step) focus(at + step);
     else if (event.key === "Home") focus(0);
     else if (event.key === "End") focus(items.length - 1);
+    else if (event.key === "Escape") undo();
     else return;
     event.preventDefault();
   });

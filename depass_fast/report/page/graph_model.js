@@ -13,7 +13,8 @@ function graphModel(view, sheet) {
     influence,
     x,
     y,
-    name: kind === "target" ? sheet.target : kind === "token" ? id : id.slice(0, id.lastIndexOf("@")),
+    label: nodeName(sheet, id),
+    name: kind === "target" ? sheet.target : kind === "token" ? nodeName(sheet, id) : id.slice(0, id.lastIndexOf("@")),
   }));
   const byId = new Map(nodes.map((node) => [node.id, node]));
   const readOf = (i) => view.reads[i === 0 ? 0 : i < view.first ? -1 : i - view.first + 1]; // tokens read nothing
@@ -76,8 +77,8 @@ function graphModel(view, sheet) {
       .map((t, k) => into.get(t).find((edge) => edge.s === steps[k]))
       .filter(Boolean),
   }));
-  const nameOf = (s) => nodes[s]?.id ?? s;
-  const where = (node) => `${quoted(sheet.tokens[node.position])} at position ${node.position}`;
+  const nameOf = (s) => nodes[s]?.label ?? s;
+  const where = (node) => `${tokenName(sheet, node.position)} at position ${node.position}`;
   const what = (node) =>
     node.kind === "target" ? "target" : node.layer === null ? node.kind : `${node.kind} of layer ${node.layer}`;
   // [name, text] of all that is known of a node
@@ -125,3 +126,13 @@ function graphModel(view, sheet) {
 
 const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 2 : 1)} %`;
 const number = (x) => (x < 0 ? "−" : "+") + Number(Math.abs(x).toPrecision(4)).toString();
+
+// what a page of a large graph does not hold
+function leftOut(view) {
+  const [seats, tokens] = view.left,
+    said = [];
+  if (seats) said.push(`Left out: ${counted(seats, "node")} of little influence. What they give is in others.`);
+  if (tokens)
+    said.push(`Left out: ${counted(tokens, "token")} of little influence. What they give is among the edges left out.`);
+  return said;
+}

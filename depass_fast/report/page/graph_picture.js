@@ -1,4 +1,4 @@
-// The picture of a graph, by Vega: nodes where the layout puts them, edges as curves. All is declared; here are only pixels.
+// The picture of a graph, by Vega: nodes in their places, edges as curves. All is declared; here are only pixels.
 
 const SHAPES = {
   // of a square from -1 to 1
@@ -13,16 +13,6 @@ const SHAPES = {
 const AT_A_NODE = 60,
   NAMED = 14; // edges in each direction, and names, that are drawn at most
 const WORDS = { others: "others: all neurons that are no nodes" };
-
-// where nodes are on a picture of this width: `of(x, y)` in pixels from columns and layers
-function graphPlaces(view, sheet, available) {
-  const total = sumOf(view.columns.map(([, , width]) => width)),
-    isRtl = sheet.direction === "rtl";
-  const unit = Math.max(9, Math.min(72, (available - 72) / total)),
-    step = Math.max(15, Math.min(56, 600 / (view.layers + 1.5)));
-  const of = (x, y) => [(isRtl ? total - x : x) * unit, (view.layers + 0.5 - y) * step];
-  return { of, unit, step, width: total * unit, height: (view.layers + 1.5) * step };
-}
 
 function curve([x1, y1], [x2, y2], isBowed) {
   const up = y1 - y2,
@@ -65,11 +55,11 @@ const byKinds = (kinds) => ({
   range: kinds.map((kind) => SHAPES[kind]),
 });
 
-// what is drawn: the ``count`` strongest edges and those of the ``chosen`` node or path, which stand out; a ring around the ``cursor``
-function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
+// what is drawn: the ``count`` strongest edges and those of the ``chosen`` node or path, which stand out; a ring around
+// the ``cursor``
+function graphDrawing(model, { width, by, count, chosen, path, cursor, band, hasLegend = true }) {
   const { view, sheet, nodes, into, outOf, sizes } = model,
-    size = sizes[by],
-    places = graphPlaces(view, sheet, width);
+    size = sizes[by];
   const strongest = (edges) => edges.reduce((most, edge) => Math.max(most, size(edge)), 0) || 1;
   const leading = (edges) => [...edges].sort((a, b) => size(b) - size(a)).slice(0, AT_A_NODE);
   const list = model.ranking(by).slice(0, count),
@@ -79,8 +69,12 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
     touched = new Set([...lit].flatMap((edge) => [edge.s, edge.t]));
   const strengths = model.strengths(by),
     tipOf = (title, facts) => ({ title: visible(title), ...Object.fromEntries(facts) });
+  const ends = [...own, ...list].flatMap((edge) => [nodes[edge.s], nodes[edge.t]]),
+    leaders = [nodes[0], chosen, nodes[cursor], ...ends].filter(Boolean),
+    places = graphPlaces(view, sheet, width, new Set([...leaders.map((one) => one.position), band]));
   const seats = nodes.map((one) => {
-    const [x, y] = places.of(one.x, one.y),
+    if (!places.columns.has(one.position)) return null; // folded, and at no line
+    const [x, y] = places.at(one),
       strength = strengths[one.i],
       isFaint = one.i > 0 && one.i !== chosen?.i && !touched.has(one.i);
     return {
@@ -94,7 +88,7 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
       isFaint,
       strength: isFaint ? 0 : strength,
       radius: one.i === 0 ? 9 : one.kind === "token" ? 3.5 + 4 * strength : 2.4 + 8 * strength,
-      tip: tipOf(one.id, model.facts(one)),
+      tip: tipOf(one.label, model.facts(one)),
     };
   });
   const stubs = [],
@@ -132,16 +126,17 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
     });
   }
   edges.sort((a, b) => a.strength - b.strength);
-  const others = seats.filter((one) => one.kind !== "token" && one.i > 0),
+  const seated = seats.filter(Boolean);
+  const others = seated.filter((one) => one.kind !== "token" && one.i > 0),
     isNamed = (one) => !one.isFaint && one.i !== chosen?.i;
   const onPath = path ? path.steps.slice(0, -1).map((i) => seats[i]) : [],
-    leaders = path
+    strong = path
       ? []
       : others
           .filter(isNamed)
           .sort((a, b) => b.strength - a.strength)
           .slice(0, NAMED);
-  const named = [...new Set([...(chosen ? [seats[chosen.i]] : []), seats[0], ...onPath, ...leaders])];
+  const named = [...new Set([...(chosen ? [seats[chosen.i]] : []), seats[0], ...onPath, ...strong])];
   const labels = graphLabels(
     [
       ...named.map((one) => ({ ...one, name: visible(nodes[one.i].name), isBold: one.i === 0 || one.i === chosen?.i })),
@@ -157,31 +152,39 @@ function graphDrawing(model, { width, by, count, chosen, path, cursor, band }) {
     view,
     sheet,
     places,
-    nodes: [...stubs, ...seats],
+    nodes: [...stubs, ...seated],
     edges,
     labels,
     marked,
     band,
+    available: width,
+    hasLegend,
     largest: model.largest * sheet.unit,
   });
 }
 
 // edges: {path, strength 0 to 1, sign, isFaint, s, t, tip}; nodes: {i, x, y, kind, radius, value, isFaint, tip}
-function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, marked }) {
-  const { of, unit, step, width, height } = places,
+function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, marked, available, hasLegend }) {
+  const { unit, step, width, height } = places,
     ink = colour("ink"),
     muted = colour("muted"),
     line = colour("line");
   const kinds = Object.keys(SHAPES).filter((kind) => nodes.some((one) => one.kind === kind)),
     isSmall = unit < 26;
-  const layers = Array.from({ length: view.layers }, (_, i) => ({ name: String(i), y: of(0, i)[1] }));
+  const layers = Array.from({ length: view.layers }, (_, i) => ({ name: String(i), y: places.y(i) }));
   const every = Math.ceil(13 / step);
-  const columns = view.columns.map(([position, x, wide]) => ({
-    position,
-    x: of(x, 0)[0],
-    text: visible(sheet.tokens[position]).trim() || "␣",
-    wide: wide * unit,
+  const columns = [...places.columns.values()].map(({ position, x, wide }) => ({
+    x,
+    wide,
+    text: tokenText(sheet, position).trim() || "␣",
     isMarked: position === band,
+  }));
+  const gaps = places.gaps.map(({ run: [first, last], x, wide }) => ({
+    x,
+    wide,
+    text: `…${written(last - first + 1)}`,
+    tip: `positions ${first} to ${last}: no line is drawn of these tokens`,
+    isGap: true,
   }));
   const isTurned = columns.some((one) => one.text.length * 6.6 > one.wide + 4);
   const isNear = "(datum.s === hovered || datum.t === hovered)";
@@ -219,6 +222,8 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
     ],
     data: [
       { name: "columns", values: columns },
+      { name: "gaps", values: gaps },
+      { name: "axis", values: [...columns, ...gaps] },
       { name: "layers", values: layers },
       { name: "edges", values: edges },
       { name: "nodes", values: nodes },
@@ -226,20 +231,24 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
       { name: "marked", values: marked },
     ],
     scales: [byKinds(kinds), { name: "share", ...diverging(largest), clamp: true }],
-    legends: [
-      {
-        shape: "shape",
-        orient: "top",
-        direction: "horizontal",
-        columns: width < 520 ? 3 : kinds.length,
-        symbolFillColor: muted,
-        symbolStrokeWidth: 0,
-        symbolSize: 70,
-        columnPadding: 18,
-        labelLimit: 300,
-      },
-    ],
+    legends: hasLegend ? [graphLegend(kinds, width)] : [],
     marks: [
+      {
+        type: "rect",
+        aria: false,
+        from: { data: "gaps" },
+        encode: {
+          update: {
+            xc: { field: "x" },
+            width: { signal: "datum.wide - 6" },
+            y: { value: 0 },
+            y2: { value: height },
+            fill: { value: line },
+            opacity: { value: 0.55 },
+            tooltip: { field: "tip" },
+          },
+        },
+      },
       {
         type: "rect",
         interactive: false,
@@ -272,13 +281,15 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
           },
         },
       },
-      text("layers", {
-        x: { value: -10 },
-        align: { value: "right" },
-        text: { field: "name" },
-        fill: { value: muted },
-        opacity: { signal: `+datum.name % ${every} === 0 ? 1 : 0` },
-      }),
+      ...(width > available ? [-10, width + 10] : [-10]).map((x) =>
+        text("layers", {
+          x: { value: x },
+          align: { value: x < 0 ? "right" : "left" },
+          text: { field: "name" },
+          fill: { value: muted },
+          opacity: { signal: `+datum.name % ${every} === 0 ? 1 : 0` },
+        }),
+      ),
       {
         type: "text",
         interactive: false,
@@ -286,7 +297,7 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
         encode: {
           update: {
             x: { value: -30 },
-            y: { value: of(0, (view.layers - 1) / 2)[1] },
+            y: { value: places.y((view.layers - 1) / 2) },
             angle: { value: -90 },
             text: { value: "layer" },
             align: { value: "center" },
@@ -310,7 +321,9 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
             stroke: { signal: `datum.sign < 0 ? '${colour("negative")}' : '${colour("positive")}'` },
             strokeWidth: { signal: "0.7 + 5 * datum.strength" },
             opacity: {
-              signal: `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * (hovered !== null ? 0.35 : 1)`,
+              signal:
+                `${isNear} ? 0.95 : (datum.isFaint ? 0.07 : 0.25 + 0.6 * datum.strength) * ` +
+                "(hovered !== null ? 0.35 : 1)",
             },
             tooltip: { signal: "datum.tip" },
           },
@@ -368,10 +381,10 @@ function graphSpec({ view, sheet, places, nodes, edges, labels, largest, band, m
         fill: { value: ink },
         fontWeight: { signal: "datum.isBold ? 650 : 400" },
       }),
-      text("columns", {
+      text("axis", {
         y: { value: height + (isTurned ? 8 : 16) },
         text: { field: "text" },
-        fill: { value: ink },
+        fill: { signal: `datum.isGap ? '${muted}' : '${ink}'` },
         limit: { value: isTurned ? 90 : 200 },
         angle: { value: isTurned ? -90 : 0 },
         align: { value: isTurned ? "right" : "center" },

@@ -1,10 +1,15 @@
-// A heat map with the keyboard access of a grid: Vega draws it, and one row with one cell stands for where the cursor is.
+// A heat map with the keyboard access of a grid: Vega draws it, and a row with one cell stands for where the cursor is.
 // Screen readers are told how many rows and columns there are, and the cell that the arrow keys have moved to.
 
+const WIDE = /[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\uff00-\uff60\u{1f000}-\u{3ffff}]/u;
 let gridsMade = 0;
 
+// about how many pixels a label takes
+const widthOf = (text) => sumOf([...text].map((character) => (WIDE.test(character) ? 11.5 : 6.6)));
+
 // columns: [{key, text}], rows: [{key, text}] from the bottom up, value(row, column) -> units or null,
-// describe(row, column), chosen() -> [rowKey, columnKey] or null (either may be null), pick(rowKey, columnKey)
+// describe(row, column), chosen() -> [rowKey, columnKey] or null (either may be null), pick(rowKey, columnKey);
+// direction: "rtl" where the first column is on the right
 function heatMap({
   id,
   label,
@@ -21,7 +26,10 @@ function heatMap({
   lines,
   width,
   margin = 62,
+  direction = "ltr",
 }) {
+  const isReversed = direction === "rtl",
+    longest = Math.max(...columns.map((column) => widthOf(visible(column.text))));
   const cells = [];
   rows.forEach((row, r) =>
     columns.forEach((column, c) => {
@@ -50,15 +58,16 @@ function heatMap({
           field: "c",
           type: "ordinal",
           title: xTitle,
-          scale: { paddingInner: 0.06, domain: columns.map((_, i) => i) },
+          scale: { paddingInner: 0.06, domain: columns.map((_, i) => i), reverse: isReversed },
           axis: {
             labelExpr: "xs[datum.value]",
-            labelAngle: columns.some((column) => column.text.length * 6.6 > stepX) ? -90 : 0,
-            labelLimit: 84,
+            labelAngle: longest > stepX ? -90 : 0,
+            labelLimit: 96,
             ticks: false,
             domain: false,
             orient: "bottom",
-            labelOverlap: stepX < 11,
+            labelOverlap: true,
+            labelSeparation: 2,
           },
         },
         y: {
@@ -171,7 +180,8 @@ function heatMap({
   };
 
   grid.addEventListener("keydown", (event) => {
-    const moves = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
+    const ahead = isReversed ? -1 : 1;
+    const moves = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, ahead], ArrowLeft: [0, -ahead] };
     if (moves[event.key]) {
       cursorRow = Math.max(0, Math.min(rows.length - 1, cursorRow + moves[event.key][0]));
       cursorColumn = Math.max(0, Math.min(columns.length - 1, cursorColumn + moves[event.key][1]));

@@ -28,23 +28,22 @@ const exportButtonsOf = (id) => exportButtons(id, exporters.get(id));
 
 function manySums(totals, sheet) {
   if (sheet.own_sums) return h("p", { class: "sum muted" }, `${sheet.own_sums}: choose one to see it`);
-  const off = totals.reduce((most, total) => Math.max(most, Math.abs(total * sheet.unit - sheet.value)), 0);
   return h(
     "p",
     { class: "sum" },
     h(
       "span",
       { class: "part" },
-      h("span", { class: "muted" }, `each of ${totals.length} sums is the ${sheet.what}`),
-      " ",
-      h("strong", {}, valueText(sheet)),
       h(
         "span",
         { class: "muted" },
-        ` (off by ${
-          off < sheet.unit ? `less than ${sheet.unit.toExponential(0)}` : `at most ${off.toExponential(1)}`
-        })`,
+        totals.length === 1
+          ? `the sum is the ${sheet.what}`
+          : `each of ${written(totals.length)} sums is the ${sheet.what}`,
       ),
+      " ",
+      h("strong", {}, valueText(sheet)),
+      h("span", { class: "muted" }, ` (${offText(totals, sheet.value, sheet.unit)})`),
     ),
   );
 }
@@ -77,10 +76,16 @@ function chips(sheet) {
     ],
     head: (value) => ["head", value],
     neuron: (value) => ["neuron", value],
-    node: (value) => ["node", value],
+    node: (value) => ["node", nodeName(sheet, value)],
     path: (value) => ["path", value],
   };
-  const holder = h("div", { class: "chips", role: "group", "aria-label": "What is chosen" });
+  const holder = h("div", {
+    class: "chips",
+    id: "chosen",
+    role: "group",
+    tabindex: -1,
+    "aria-label": "What is chosen",
+  });
   state.listeners.push(() => {
     const chosen = Object.keys(names).filter((key) => state.get(key) !== null);
     holder.replaceChildren(
@@ -131,6 +136,7 @@ function head(sheet) {
           h(
             "select",
             {
+              id: "sheet",
               onchange: (event) =>
                 state.set({
                   sheet: event.target.value === "0" ? null : event.target.value,
@@ -159,32 +165,44 @@ function head(sheet) {
   );
 }
 
-function always(sheet) {
+// what the sum that stays in view is of: {total, value, what}; of an explanation, that of the key that is chosen
+function sumInView(sheet) {
+  const keys = sheet.views.find((view) => view.kind === "keys");
+  if (keys) {
+    const group = chosenKey(keys),
+      of = group.key === null ? "" : ` of ${tokenName(sheet, group.key)}@${group.key}`;
+    return { total: group.total, value: group.value, what: `${sumNameOf(keys, group)}${of}` };
+  }
   const tokens = sheet.views.find((view) => view.kind === "tokens" && view.group.rows.length && !view.word);
   const table = sheet.views.find((view) => view.groups),
     groups = table?.adds ? table.groups : table?.groups.slice(0, 1);
   const total = tokens?.group.total ?? sumOf(groups.map((group) => group.total));
+  return { total, value: sheet.value, what: sheet.what };
+}
+
+function always(sheet) {
+  const fact = (name, value) => h("span", {}, name, " ", value);
+  const said = (text) => h("span", { class: "muted" }, text);
+  const sum = h("strong", { id: "sum" }),
+    value = h("strong", { id: "value" }),
+    what = said("");
+  const update = () => {
+    const found = sumInView(sheet);
+    sum.textContent = exactly(found.total, sheet.unit);
+    value.textContent = exactly(found.value / sheet.unit, sheet.unit);
+    what.replaceChildren(bdi(found.what));
+  };
+  update();
+  state.listeners.push(update);
   return h(
     "div",
     { class: "always", role: "region", "aria-label": "The sum, and what is chosen" },
     h(
       "div",
       { class: "facts" },
-      h(
-        "span",
-        {},
-        h("span", { class: "muted" }, "shares sum to"),
-        " ",
-        h("strong", { id: "sum" }, exactly(total, sheet.unit)),
-      ),
-      h("span", {}, h("span", { class: "muted" }, sheet.what), " ", h("strong", { id: "value" }, valueText(sheet))),
-      h(
-        "span",
-        {},
-        h("span", { class: "muted" }, "completeness error"),
-        " ",
-        h("strong", { id: "error" }, sheet.error.toExponential(1)),
-      ),
+      fact(said("shares sum to"), sum),
+      fact(what, value),
+      fact(said("completeness error"), h("strong", { id: "error" }, sheet.error.toExponential(1))),
       h("span", { class: sheet.exact ? "badge" : "badge doubtful" }, sheet.exact ? "exact" : "approximate"),
       legend(),
     ),
@@ -204,24 +222,26 @@ function foot(sheet) {
 
 let shown = null;
 function show() {
-  const number = Math.min(state.number("sheet") ?? 0, data.sheets.length - 1);
+  const number = state.number("sheet") ?? 0;
   if (shown === number) return;
   shown = number;
   const sheet = data.sheets[number],
     page = { sheet, whenShown: [], whenResized: [] };
   state.listeners = [show];
   exporters.clear();
+  tables.clear();
   document.title = `${visible(sheet.target)} · depass_fast`;
   const cards = sheet.views.filter((view) => views[view.kind]).map((view) => views[view.kind](view, sheet, page));
   document.getElementById("page").replaceChildren(head(sheet), always(sheet), h("main", {}, ...cards), foot(sheet));
   page.whenShown.forEach((run) => run()); // now elements have their widths
+  state.listeners.push(redrawTables);
   state.tell();
   current = page;
 }
 
 let current = null,
   width = 0;
-const redraw = () => current?.whenResized.forEach((run) => run());
+const redraw = () => keepingFocus(() => current?.whenResized.forEach((run) => run()));
 addEventListener("resize", () => {
   if (Math.abs(document.body.clientWidth - width) < 24) return;
   width = document.body.clientWidth;
@@ -229,13 +249,13 @@ addEventListener("resize", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   shown = null;
-  show();
+  keepingFocus(show);
 });
 addEventListener("hashchange", () => {
-  state.read();
+  state.read(data.sheets);
   state.tell();
 });
 
-state.read();
+state.read(data.sheets);
 width = document.body.clientWidth;
 show();

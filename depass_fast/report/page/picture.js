@@ -1,4 +1,5 @@
-// Pictures by Vega-Lite, or by Vega where a spec says so. What is exported is the picture with its title, its sum and all warnings in it.
+// Pictures by Vega-Lite, or by Vega where a spec says so. What is exported is the picture with its title, its sum and
+// all warnings in it.
 
 const exporters = new Map(); // id -> () => {spec, lines}; for the buttons, and for tests
 
@@ -86,7 +87,8 @@ function exported(spec, lines) {
 
 function warningsOf(sheet) {
   const how = `${sheet.exact ? "Exact" : "Approximate"}; completeness error ${sheet.error.toExponential(1)}.`;
-  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes];
+  const made = [`Prompt: '${sheet.excerpt}'`, sheet.made_with ?? data.made_by];
+  return [...sheet.warnings.map((text) => `Warning: ${text}.`), how, ...sheet.notes, ...made];
 }
 
 async function exportPicture(id, form) {
@@ -120,12 +122,24 @@ function exportButtons(id, make) {
   return [button("svg"), button("png")];
 }
 
-// horizontal bars, for export: what a table on the page shows
-function barsSpec(rows, unit, word = "share") {
-  const values = rows.map((row, i) => ({ i, label: visible(row.label), value: row.units * unit }));
-  const format = formatter(sizeOf(rows.map((row) => row.units)), unit);
+// horizontal bars, for export: what a table on the page shows. Rows make the scale; what is under them is grey, and cut
+function barsSpec(rows, foot, unit, word = "share") {
+  const all = [...rows, ...foot],
+    largest = sizeOf((rows.length ? rows : all).map((row) => row.units)),
+    format = formatter(largest, unit);
+  const values = all.map(({ label, units, sign = units }, i) => {
+    const shown = Math.max(-largest, Math.min(largest, units));
+    return {
+      i,
+      label: visible(label),
+      value: shown * unit,
+      sign: i < rows.length ? Math.sign(sign) : 0,
+      isCut: shown !== units,
+      text: format(units),
+    };
+  });
   return {
-    data: { values: values.map((one, i) => ({ ...one, text: format(rows[i].units) })) },
+    data: { values },
     width: 420,
     height: { step: 20 },
     encoding: {
@@ -143,8 +157,24 @@ function barsSpec(rows, unit, word = "share") {
         mark: { type: "bar", cornerRadius: 2, height: 13 },
         encoding: {
           x: { field: "value", type: "quantitative", title: word, axis: { tickCount: 5 } },
-          color: { condition: { test: "datum.value < 0", value: colour("negative") }, value: colour("positive") },
+          color: {
+            condition: [
+              { test: "datum.sign < 0", value: colour("negative") },
+              { test: "datum.sign > 0", value: colour("positive") },
+            ],
+            value: colour("muted"),
+          },
+          opacity: { condition: { test: "datum.sign === 0", value: 0.55 }, value: 1 },
         },
+      },
+      {
+        mark: {
+          type: "text",
+          text: { expr: "!datum.isCut ? '' : datum.value < 0 ? '◀ ' : ' ▶'" },
+          align: { expr: "datum.value < 0 ? 'left' : 'right'" },
+          fontSize: 11,
+        },
+        encoding: { x: { field: "value", type: "quantitative" } },
       },
       {
         mark: { type: "text", align: "left", dx: 6, fontSize: 11 },
@@ -152,4 +182,11 @@ function barsSpec(rows, unit, word = "share") {
       },
     ],
   };
+}
+
+// a picture of bars with its lines; that some are cut is one of them
+function barsPicture(rows, foot, unit, word, lines) {
+  const spec = barsSpec(rows, foot, unit, word),
+    cut = spec.data.values.some((one) => one.isCut) ? ["Grey bars with an arrow are longer than they are drawn."] : [];
+  return { spec, lines: [...lines, ...cut] };
 }

@@ -2,10 +2,15 @@
 
 const MOST_SEEN = 20; // components that are rows of the map
 
+// the group of the key that is chosen, or of the leading one; and what its shares sum to
+const chosenKey = (view) =>
+  view.groups.find((group) => group.key !== null && group.key === state.number("position")) ?? view.groups[0];
+const sumNameOf = (view, group) => (group.key === null ? "log ratio" : view.what);
+
 views.keys = (view, sheet, page) => {
   const keys = view.groups.filter((group) => group.key !== null).sort((a, b) => a.key - b.key);
   const shareOf = new Map(keys.map((group) => [group.key, new Map(group.rows)]));
-  const chosenGroup = () => keys.find((group) => group.key === state.number("position")) ?? view.groups[0];
+  const chosenGroup = () => chosenKey(view);
   const sizes = new Map(
     view.groups[0].rows.map(([label]) => [label, sizeOf(keys.map((group) => shareOf.get(group.key).get(label) ?? 0))]),
   );
@@ -16,7 +21,7 @@ views.keys = (view, sheet, page) => {
   const hidden = sizes.size - seen.length + view.groups[0].others[0];
   const rows = [
     ...["bias", "rest"].filter((name) => keys[0][name] !== null).map((name) => ({ key: name, text: name })),
-    ...(hidden ? [{ key: "others", text: `${hidden} others` }] : []),
+    ...(hidden ? [{ key: "others", text: counted(hidden, "other") }] : []),
     ...[...seen].reverse().map((label) => ({ key: label, text: visible(label), isOwn: true })),
   ];
   const value = (row, column) => {
@@ -27,7 +32,7 @@ views.keys = (view, sheet, page) => {
   };
   const columns = keys.map((group) => ({
     key: group.key,
-    text: `${tokenText(sheet, group.key)} ${group.key}`,
+    text: `${tokenName(sheet, group.key)}@${group.key}`,
     p: group.p,
   }));
   const largest = sizeOf(rows.flatMap((row) => columns.map((column) => value(row, column))));
@@ -44,13 +49,16 @@ views.keys = (view, sheet, page) => {
       unit: sheet.unit,
       largest,
       columns,
+      direction: sheet.direction,
       rows,
       value,
       margin: 140,
       describe: (row, column) =>
-        `${row.text}, key ${tokenName(sheet, column.key)} at position ${column.key} (P ${(100 * column.p).toFixed(1)} %), share ${format(
-          value(row, column),
-        )}`,
+        [
+          row.text,
+          `key ${tokenName(sheet, column.key)} at position ${column.key} (P ${(100 * column.p).toFixed(1)} %)`,
+          `share ${format(value(row, column))}`,
+        ].join(", "),
       chosen: () => [null, state.number("position")],
       pick: (row, column) => state.set({ position: column }),
       xTitle: "key",
@@ -69,10 +77,11 @@ views.keys = (view, sheet, page) => {
     const group = chosenGroup(),
       isOther = state.get("position") !== null && group.key !== state.number("position");
     const of = group.key === null ? group.name : `${tokenName(sheet, group.key)}@${group.key}`;
-    note.textContent = `${isOther ? `Position ${state.get("position")} is no key that is listed. ` : ""}${of}${group.p === null ? "" : `, P ${(100 * group.p).toFixed(2)} %`}.`;
+    const other = isOther ? `Position ${state.get("position")} is no key that is listed. ` : "";
+    note.textContent = `${other}${of}${group.p === null ? "" : `, P ${(100 * group.p).toFixed(2)} %`}.`;
     const table = group.rows.map(([label, units]) => ({ label, units })),
       foot = footOf(group),
-      name = group.key === null ? "log ratio" : view.what;
+      name = sumNameOf(view, group);
     right.replaceChildren(
       shareTable({
         id: "keys",
@@ -87,7 +96,10 @@ views.keys = (view, sheet, page) => {
     );
     sums.replaceChildren(
       sumLine(
-        [{ label: `${table.length} listed`, units: sumOf(table.map((row) => row.units)), always: true }, ...foot],
+        [
+          { label: `${written(table.length)} listed`, units: sumOf(table.map((row) => row.units)), always: true },
+          ...foot,
+        ],
         group.total,
         { ...sheet, what: name, value: group.value },
         { value: group.value },
@@ -102,6 +114,7 @@ views.keys = (view, sheet, page) => {
     });
   });
   page.whenResized.push(draw);
-  const lead = `Each column sums to its key's ${view.what}. Choose a key to see its components.${view.left > 0 ? ` ${view.left} keys of less probability are left out.` : ""}`;
+  const gone = view.left > 0 ? ` Left out: ${counted(view.left, "key")} of less probability.` : "";
+  const lead = `Each column sums to its key's ${view.what}. Choose a key to see its components.${gone}`;
   return card({ id: "keys", title: view.title, lead }, note, h("div", { class: "columns" }, left, right), sums);
 };

@@ -15,7 +15,7 @@ views.map = (view, sheet, page) => {
   const format = formatter(largest, sheet.unit);
   const holder = h("div", { class: "maps" }),
     sums = h("div", { class: "sums" });
-  const textOf = (position) => `${tokenText(sheet, position)} ${position}`;
+  const textOf = (position) => `${tokenName(sheet, position)}@${position}`;
   let grids = [],
     drawnFor = null;
 
@@ -26,7 +26,7 @@ views.map = (view, sheet, page) => {
     const count = view.positions.length - kept.length + view.left;
     return [
       ...kept.map((i) => ({ key: view.positions[i], text: textOf(view.positions[i]), i })),
-      ...(count ? [{ key: "others", text: `${count} others`, kept }] : []),
+      ...(count ? [{ key: "others", text: counted(count, "other"), kept }] : []),
     ];
   };
   const cellOf = (row, column) =>
@@ -43,14 +43,17 @@ views.map = (view, sheet, page) => {
         id: `map-${part.name}`,
         label: `${part.title}: layer by position`,
         columns,
+        direction: sheet.direction,
         unit: sheet.unit,
         largest,
         rows: part.rows.map((row) => ({ key: row.layer, text: String(row.layer) })),
         value: (row, column) => cellOf(byLayer.get(row.key), column),
         describe: (row, column) =>
-          `${part.title} of layer ${row.key}, ${column.kept ? column.text : `${tokenName(sheet, column.key)} at position ${column.key}`}, share ${format(
-            cellOf(byLayer.get(row.key), column),
-          )}`,
+          [
+            `${part.title} of layer ${row.key}`,
+            column.kept ? column.text : `${tokenName(sheet, column.key)} at position ${column.key}`,
+            `share ${format(cellOf(byLayer.get(row.key), column))}`,
+          ].join(", "),
         chosen: () => [
           state.get("part") === null || state.get("part") === part.name ? state.number("layer") : null,
           state.number("position"),

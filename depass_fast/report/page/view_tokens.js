@@ -46,22 +46,20 @@ views.tokens = (view, sheet, page) => {
     },
     ...items,
   );
-  roving(strip, items, isLong ? 20 : 8);
+  roving(strip, items, isLong ? 20 : 8, () => state.set({ position: null }));
   const label = (n) => `${tokenName(sheet, n)}@${n}`;
   const foot = footOf(view.group).map((one) => ({ ...one, label: view[one.label] ?? one.label }));
-  const parts = [{ label: `${shares.size} tokens`, units: sumOf([...shares.values()]), always: true }, ...foot];
+  const parts = [{ label: counted(shares.size, "token"), units: sumOf([...shares.values()]), always: true }, ...foot];
   const rows = view.group.rows.map(([n, units]) => ({ n, label: label(n), units }));
   const picture = () => {
     const order = [...rows].sort((a, b) => Math.abs(b.units) - Math.abs(a.units));
     const shown = order.slice(0, 40).sort((a, b) => a.n - b.n),
       hidden = order.slice(40);
     const left = hidden.length
-      ? [{ label: `${hidden.length} other tokens`, units: sumOf(hidden.map((row) => row.units)) }]
+      ? [{ label: counted(hidden.length, "other token"), units: sumOf(hidden.map((row) => row.units)) }]
       : [];
-    return {
-      spec: barsSpec([...shown, ...left, ...foot], unit, word),
-      lines: [sheet.headline, `sum ${exactly(view.group.total, unit)}`, ...warningsOf(sheet)],
-    };
+    const lines = [sheet.headline, `sum ${exactly(view.group.total, unit)}`, ...warningsOf(sheet)];
+    return barsPicture(shown, [...left, ...foot], unit, word, lines);
   };
   let pressed = null; // the others are left alone: there may be thousands
   reacting(page, ["position"], () => {
@@ -69,18 +67,19 @@ views.tokens = (view, sheet, page) => {
     pressed = state.number("position");
     items[pressed]?.setAttribute("aria-pressed", "true");
   });
+  const hasMap = sheet.views.some((one) => one.kind === "map"),
+    more = hasMap ? " Choose one to see its position in what follows." : "";
   return card(
     {
       id: "tokens",
       title: view.title ?? "Tokens",
       lead:
-        view.lead ??
-        (hasShares
-          ? `The share of every token.${sheet.views.some((one) => one.kind === "map") ? " Choose one to see its position in what follows." : ""}`
-          : "The prompt. Shares are in the table below."),
+        view.lead ?? (hasShares ? `The share of every token.${more}` : "The prompt. Shares are in the table below."),
       tools: hasShares ? exportButtons("tokens", picture) : [],
     },
     strip,
-    hasShares ? sumLine(parts, view.group.total, { ...sheet, unit }, view.word ? {} : { value: sheet.value }) : null,
+    hasShares
+      ? sumLine(parts, view.group.total, { ...sheet, unit }, view.word ? { unsigned: true } : { value: sheet.value })
+      : null,
   );
 };
