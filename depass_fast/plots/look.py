@@ -72,7 +72,11 @@ def paper() -> Iterator[None]:
     import matplotlib  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
     with matplotlib.rc_context(_LOOK):
-        yield
+        try:
+            yield
+        finally:
+            interactive = matplotlib.is_interactive()
+    matplotlib.interactive(interactive)  # which a notebook's backend switches on when the first figure loads it
 
 
 @lru_cache(maxsize=1)

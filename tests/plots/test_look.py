@@ -109,6 +109,14 @@ def test_nothing_of_matplotlibs_settings_is_changed(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
+def test_a_backend_that_is_loaded_while_drawing_stays_interactive():
+    matplotlib.interactive(False)
+    with paper():
+        matplotlib.interactive(True)  # as a notebook's does; else it would show the first picture alone
+    assert matplotlib.is_interactive()
+    matplotlib.interactive(False)
+
+
 def test_what_no_font_holds_is_escaped(caplog):
     texts, families = fitting(["Ω \U0001f9a4 \t", "Привет", "plain"])
     assert texts[1:] == ["Привет", "plain"] and r"\t" in texts[0] and texts[0].startswith("Ω")
