@@ -23,7 +23,8 @@ def test_the_citation_is_of_this_version():
 
 def test_the_changelog_has_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"## [{depass_fast.__version__}]" in changelog
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["date-released"]
+    assert f"## [{depass_fast.__version__}] - {released}\n" in changelog
     assert changelog.index("## [Unreleased]") < changelog.index(f"## [{depass_fast.__version__}]")
 
 
