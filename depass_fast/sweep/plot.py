@@ -52,7 +52,7 @@ def _model(source: dict[str, Any]) -> str:
         return "the demo model"
     if len(parts) > 2 and parts[-2] == "snapshots":  # a folder of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
         return parts[-3].rpartition("--")[2]
-    return parts[-1]
+    return Path(name).name
 
 
 class Run(Protocol):
