@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import flags, types
 from .output import emit, note, on_stderr
+from .pictures import Pictures
 
 if TYPE_CHECKING:
     import pandas
@@ -46,10 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from ..sweep.plot import draw_means, table_of
 
     with on_stderr():
-        if args.plot is not None:
-            from ..plots import needs_matplotlib
-
-            needs_matplotlib()
+        pictures = Pictures(args.plot, numbered=False)
         sweep = Sweep.open(args.folder)
         frame = sweep.mean(args.leading)
         shown = sweep.leading(frame, args.top)
@@ -70,11 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         _write(frame, args.out)
         note(f"wrote {args.out}")
-    if args.plot is not None:
-        from ..plots import save
-
-        save(draw_means(shown, sweep), args.plot)
-        note(f"wrote {args.plot}")
+    pictures.add(lambda: draw_means(shown, sweep))
 
 
 def _write(frame: pandas.DataFrame, path: Path) -> None:

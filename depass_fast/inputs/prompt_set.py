@@ -17,6 +17,7 @@ from .tables import Row, Table, open_table
 from .text import check_text, spaced
 
 PROMPT_FIELDS = ("prompt", "messages", "input_ids")  # looked for in this order where none is named
+UNNAMED = "prompts"  # what a list of them is called
 _FIELDS = ("target", "contrast", "position", "id")
 
 
@@ -126,7 +127,7 @@ class PromptSet:
             given[name] = _listed(f"{name}s", values)
             if len(given[name]) != len(held):
                 raise ValueError(f"{name}s: expected one per prompt ({len(held)}), got {len(given[name])}.")
-        return cls("prompts", lambda: _items_in(held, given))
+        return cls(UNNAMED, lambda: _items_in(held, given))
 
     @classmethod
     def once(cls, prompts: Iterable[Any] | PromptSet, **each: Sequence[Any] | None) -> PromptSet:
@@ -134,7 +135,7 @@ class PromptSet:
         if not isinstance(prompts, Iterator):
             return cls.of(prompts, **each)
         given = {name: _listed(name, values) for name, values in each.items() if values is not None}
-        return cls("prompts", lambda: _items_in(prompts, {name[:-1]: values for name, values in given.items()}))
+        return cls(UNNAMED, lambda: _items_in(prompts, {name[:-1]: values for name, values in given.items()}))
 
     def checked(self) -> Checked:
         """Go through all prompts once.

@@ -29,7 +29,7 @@ class Bar:
     error: float = 0.0
 
 
-def rows(bars: Sequence[Bar], axis: str, caption: Caption, ax: Any = None, width: str | float = "column") -> Any:
+def rows(bars: Sequence[Bar], axis: str, caption: Caption, ax: Any = None, width: str | float | None = None) -> Any:
     """Draw bars one below the other, the first on top, with their numbers beside them; return the Axes.
 
     The axis is as long as the largest component needs. A grey bar that goes beyond is cut by its edge, with an arrow;
@@ -96,8 +96,7 @@ def columns(
     """
     own = ax is None
     with paper():
-        width = width or ("column" if len(bars) <= 24 else "page")
-        ax = axes_of(ax, width, 1.9)
+        ax = axes_of(ax, width, 1.9, "column" if len(bars) <= 24 else "page")
         labels, families = fitting([bar.label for bar in bars], LONGEST)
         _upright(ax, bars)
         ax.axhline(0, color=_line_colour(), linewidth=0.6)
@@ -175,7 +174,7 @@ def grouped(
     """Draw a group of bars at every layer of ``places``: ``values`` (groups, names); return the Axes."""
     own = ax is None
     with paper():
-        ax = axes_of(ax, width or ("column" if len(places) <= 16 else "page"), 1.6)
+        ax = axes_of(ax, width, 1.6, "column" if len(places) <= 16 else "page")
         wide = 0.8 / len(names)
         fills = ((POSITIVE, NEGATIVE), ("#f2c7a5", "#b3d3f2"), ("#7b4b94", "#3a7d44"))
         for k, name in enumerate(names):

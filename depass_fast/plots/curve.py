@@ -18,7 +18,7 @@ def cumulative(
     components: str,
     caption: Caption,
     ax: Any = None,
-    width: str | float = "column",
+    width: str | float | None = None,
     order: str = "layer",
 ) -> Any:
     """Draw, for each name, the share of Σ|score| that the k largest |scores| hold, over k; return the Axes.
@@ -27,6 +27,8 @@ def cumulative(
     """
     own = ax is None
     with paper():
+        from matplotlib.ticker import MaxNLocator  # pyright: ignore[reportMissingImports] (the extra `plot`)
+
         ax = axes_of(ax, width, 2.0)
         many = len(scores) > _EACH
         colours = _in_order(len(scores)) if many else [SERIES[k % len(SERIES)] for k in range(len(scores))]
@@ -43,6 +45,8 @@ def cumulative(
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(lambda k, _: f"{k:,.0f}")  # powers of ten need mathtext
             ax.xaxis.set_minor_formatter("")
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         ax.set_xlim(1, longest)
         ax.set_ylim(0, 102)
         ax.grid(True)
@@ -63,7 +67,11 @@ def _halves(ax: Any, percent: Any) -> None:
         if k <= len(percent):
             ax.plot(k, percent[k - 1], "o", color=SERIES[0], markersize=3.5)
             ax.annotate(
-                f"{k:,} hold {level} %", (k, percent[k - 1]), xytext=(5, -9), textcoords="offset points", fontsize=6.5
+                f"{k:,} {'holds' if k == 1 else 'hold'} {level} %",
+                (k, percent[k - 1]),
+                xytext=(5, -9),
+                textcoords="offset points",
+                fontsize=6.5,
             )
 
 

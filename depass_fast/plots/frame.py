@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .look import WARNING, inches
 from .words import fitting
 
@@ -25,8 +27,10 @@ class Caption:
     warnings: Sequence[str] = ()
 
 
-def axes_of(ax: Any, width: str | float, height: float) -> Any:
+def axes_of(ax: Any, width: str | float | None, height: float, default: str = "column") -> Any:
     """Return the Axes given, or those of a new pyplot figure of that width and height (inches), laid out tightly.
+
+    ``default`` is the width for None.
 
     Raises:
         TypeError: ``ax`` is given and is no matplotlib Axes.
@@ -34,7 +38,7 @@ def axes_of(ax: Any, width: str | float, height: float) -> Any:
     """
     from matplotlib.axes import Axes  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
-    size = (inches(width), height)
+    size = (inches(width, default), height)
     if ax is None:
         from matplotlib import pyplot  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
@@ -79,6 +83,13 @@ def colour_bar(ax: Any, mapped: Any, **more: Any) -> Any:
     return bar
 
 
+def beyond(values: Any, limit: float) -> str:
+    """Return at which ends of a colour bar there are scores beyond ±``limit``: "neither", "min", "max" or "both"."""
+    known = np.asarray(values, dtype=np.float64)
+    low, high = bool((known < -limit * 1.0001).any()), bool((known > limit * 1.0001).any())
+    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((low, high), "neither")
+
+
 def write_caption(ax: Any, caption: Caption, own: bool) -> None:
     """Write title, notes and warnings above finished Axes, from the left edge of their labels on, in wrapped lines.
 
@@ -115,7 +126,7 @@ def write_caption(ax: Any, caption: Caption, own: bool) -> None:
 
 def side_label(text: str, points: float) -> str:
     """Return the label of an upright axis in lines that fit into its length."""
-    return "\n".join(textwrap.wrap(text, max(8, int(points / 4.1))))
+    return "\n".join(textwrap.wrap(text, max(8, int(points / 4.1)), break_long_words=False))
 
 
 def _wrapped(text: str, room: float, size: float) -> tuple[list[str], list[str]]:

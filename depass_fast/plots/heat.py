@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .frame import Caption, axes_of, colour_bar, points_of, side_label, write_caption
-from .look import centred, inches, paper, signed_colours
+from .frame import Caption, axes_of, beyond, colour_bar, points_of, side_label, write_caption
+from .look import centred, checked_limit, colours_of, inches, paper
 from .words import LONGEST, fitting
 
 _CELL, _LOWEST = (0.07, 0.17), 0.7  # inches of a row, at least and at most; of the whole table
@@ -50,32 +50,35 @@ def heat(
     that a grey print tells the sign.
 
     Raises:
-        ValueError: the limit is not positive.
+        ValueError: the limit or the width is not positive, or there is no such map.
     """
-    if limit is not None and not 0 < limit < float("inf"):
-        raise ValueError(f"limit: {limit!r} is out of range; it must be a positive number.")
+    limit = checked_limit(limit)
     values = np.asarray(table.values, dtype=np.float64)
     named = values[:, : values.shape[1] - table.extras]
     limit = limit or float(np.nanmax(np.abs(named), initial=0.0)) or 1.0
     shown, places = _with_gap(values, table.extras)
     own = ax is None
     with paper():
-        wide = width or ("column" if shown.shape[1] <= 28 else "page")
-        ax = axes_of(ax, wide, _height(shown.shape, inches(wide)))
+        wide = inches(width, "column" if shown.shape[1] <= 28 else "page")
+        ax = axes_of(ax, wide, _height(shown.shape, wide))
         image = ax.imshow(
             shown,
             aspect="auto",
             interpolation="nearest",
-            cmap=signed_colours() if cmap is None else cmap,
+            cmap=colours_of(cmap),
             norm=centred(limit),
         )
-        colours = colour_bar(ax, image, extend=_extend(values, limit))
+        colours = colour_bar(ax, image, extend=beyond(values, limit))
         for spine in ax.spines.values():
             spine.set_visible(False)
         ax.tick_params(length=0, pad=2)
         size = points_of(ax)
         colours.set_label(side_label(bar, min(size[1], 120)))
         _labels(ax, table, places, size)
+        if own:
+            _grow(ax)
+        size = points_of(ax)
+        ax.set_ylabel(side_label(table.rows, size[1]))
         _cells(ax, shown, limit, size)
         write_caption(ax, caption, own)
     return ax
@@ -97,16 +100,16 @@ def _height(shape: tuple[int, ...], width: float) -> float:
     return max(_LOWEST, cell * shape[0]) + 0.45
 
 
-def _extend(values: Any, limit: float) -> str:
-    """Return at which ends of the colour bar there are scores beyond."""
-    known = values[~np.isnan(values)]
-    low, high = bool((known < -limit * 1.0001).any()), bool((known > limit * 1.0001).any())
-    return {(True, True): "both", (True, False): "min", (False, True): "max"}.get((low, high), "neither")
+def _grow(ax: Any) -> None:
+    """Make a figure higher where long labels below have left its cells less than the lowest height."""
+    lacking = _LOWEST - points_of(ax)[1] / 72
+    if lacking > 0:
+        root = ax.figure.figure
+        root.set_figheight(root.get_figheight() + lacking)
 
 
 def _labels(ax: Any, table: Table, places: Sequence[int], size: tuple[float, float]) -> None:
     wide, high = size
-    ax.set_ylabel(table.rows)
     ax.set_xlabel(table.columns)
     every = _every(len(table.row_labels), high)
     texts, families = fitting(table.row_labels[::every], LONGEST)

@@ -72,7 +72,11 @@ def paper() -> Iterator[None]:
     import matplotlib  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
     with matplotlib.rc_context(_LOOK):
-        yield
+        try:
+            yield
+        finally:
+            interactive = matplotlib.is_interactive()
+    matplotlib.interactive(interactive)  # which a notebook's backend switches on when the first figure loads it
 
 
 @lru_cache(maxsize=1)
@@ -92,17 +96,41 @@ def centred(limit: float) -> Any:
     return Normalize(-limit, limit)
 
 
+def colours_of(cmap: Any) -> Any:
+    """Return a matplotlib `Colormap`: the one given or named; None is :func:`signed_colours`.
+
+    Raises:
+        ValueError: matplotlib knows no map of this name.
+        TypeError: it is neither a name nor a map.
+    """
+    from matplotlib import colormaps  # pyright: ignore[reportMissingImports] (the extra `plot`)
+
+    if cmap is None:
+        return signed_colours()
+    if isinstance(cmap, str) and cmap not in colormaps:
+        raise ValueError(f"cmap: {cmap!r} is not the name of a colour map that matplotlib knows.")
+    return colormaps.get_cmap(cmap)
+
+
+def checked_limit(limit: float | None) -> float | None:
+    """Return the score at which colours are full. Raises ValueError where it is not a positive number."""
+    if limit is not None and (isinstance(limit, bool) or not 0 < limit < float("inf")):
+        raise ValueError(f"limit: {limit!r} is out of range; it must be a positive number.")
+    return limit
+
+
 def sign_colour(value: float) -> str:
     """Return the colour of a bar."""
     return POSITIVE if value >= 0 else NEGATIVE
 
 
-def inches(width: str | float) -> float:
-    """Return a width in inches: that of one "column" or of a "page", or the number given.
+def inches(width: str | float | None, default: str = "column") -> float:
+    """Return a width in inches: that of one "column" or of a "page", or the number given; None is the ``default``.
 
     Raises:
         ValueError: it is another word, or not positive.
     """
+    width = default if width is None else width
     if isinstance(width, str):
         if width not in WIDTHS:
             raise ValueError(f"width: {width!r} is not one of {', '.join(map(repr, WIDTHS))}, nor a number of inches.")

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..labels import shown_tokens
 from ..runtime.terminal import text_width
-from .frame import Caption, axes_of, colour_bar, points_of, write_caption
-from .look import centred, inches, paper, signed_colours
+from .frame import Caption, axes_of, beyond, colour_bar, points_of, write_caption
+from .look import centred, colours_of, inches, paper
 from .words import fitting
 
 _FAMILY = "DejaVu Sans Mono"  # comes with matplotlib; every character is as wide as the next
@@ -28,24 +28,26 @@ def strip(
     ax: Any = None,
     width: str | float | None = None,
     cmap: Any = None,
+    limit: float | None = None,
 ) -> Any:
     """Draw tokens as running text in coloured boxes, with a colour bar called ``bar``; return the Axes.
 
-    A line under a token marks a negative score. In Axes of the user's the text is made smaller until it fits.
+    Colours are full at ±``limit`` (default: the largest score). A line under a token marks a negative score. In Axes of
+    the user's the text is made smaller until it fits.
     """
     with paper():
         texts, families = fitting([token.replace("\n", "⏎") for token in shown_tokens(tokens)], _LONGEST)
         families = [_FAMILY, *families]
-        wide, own = width or ("column" if len(tokens) <= 30 else "page"), ax is None
-        rows = len(_broken(texts, 72 * 0.84 * inches(wide), _SIZE))
+        wide, own = inches(width, "column" if len(tokens) <= 30 else "page"), ax is None
+        rows = len(_broken(texts, 72 * 0.84 * wide, _SIZE))
         ax = axes_of(ax, wide, rows * _SIZE * _ROW / 72 + 0.1)
-        limit = max(map(abs, scores), default=0.0) or 1.0
-        norm, colours = centred(limit), signed_colours() if cmap is None else cmap
+        largest = max(map(abs, scores), default=0.0)
+        limit = limit or largest or 1.0
         ax.axis("off")
         from matplotlib.cm import ScalarMappable  # pyright: ignore[reportMissingImports] (the extra `plot`)
 
-        mapped = ScalarMappable(norm, colours)
-        made = colour_bar(ax, mapped)
+        mapped = ScalarMappable(centred(limit), colours_of(cmap))
+        made = colour_bar(ax, mapped, extend=beyond(scores, limit))
         made.set_label(bar)
         made.set_ticks([-limit, 0, limit], labels=[f"−{limit:.3g}", "0", f"{limit:.3g}"])
         write_caption(ax, caption, own)

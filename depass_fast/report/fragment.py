@@ -16,6 +16,7 @@ from .sheet import Sheet
 _QUOTED = re.compile(r"""(['"])((?:(?!\1).)*)\1""", re.DOTALL)
 _TOKENS, _ROWS = 128, 12  # that are shown
 _STRONGEST = 0.62  # opacity of the largest share's colour
+_POSITIVE, _NEGATIVE = "217,96,10", "36,104,180"  # those of style.css
 
 
 def fragment(sheets: Sequence[Sheet], more: int = 0) -> str:
@@ -79,11 +80,12 @@ def _first_key(keys: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**keys, "title": f"{keys['title']}: {keys['groups'][0]['name']}", "groups": keys["groups"][:1]}
 
 
-def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
+def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, Any]]:
     """Return the leading rows of a table; of a single group also what belongs to its sum."""
     rows = sorted((row for group in table["groups"] for row in group["rows"]), key=lambda row: -abs(row[1]))
     shown = rows[:_ROWS]
     largest = max((abs(number) for _, number in shown), default=0)
+    ends = min((number for _, number in shown), default=0), max((number for _, number in shown), default=0)
     found = [(label, number) for label, number in shown]
     if len(table["groups"]) == 1:
         (group,) = table["groups"]
@@ -96,10 +98,22 @@ def _rows(table: dict[str, Any], sheet: Sheet) -> list[dict[str, str]]:
         {
             "label": isolated(visible(label)),
             "share": _number(number, largest, sheet.unit),
-            "colour": _colour(number, largest) if place < len(shown) else "transparent",
+            "bar": _bar(number, *ends) if place < len(shown) else None,
         }
         for place, (label, number) in enumerate(found)
     ]
+
+
+def _bar(number: int, lowest: int, highest: int) -> dict[str, Any]:
+    """Return a bar that begins at zero: its start and length in percent of an axis that holds all of them."""
+    low = min(0, lowest)
+    room = max(0, highest) - low or 1
+    start, end = sorted((-low, number - low))
+    return {
+        "start": round(100 * start / room, 1),
+        "length": round(100 * (end - start) / room, 1),
+        "colour": f"rgb({_POSITIVE if number > 0 else _NEGATIVE})",
+    }
 
 
 def visible(text: str) -> str:
@@ -134,4 +148,4 @@ def _colour(units: int | None, largest: int) -> str:
     if not units or not largest:
         return "transparent"
     strength = _STRONGEST * min(1.0, math.sqrt(abs(units) / largest))
-    return f"rgba({'217,96,10' if units > 0 else '36,104,180'},{strength:.2f})"
+    return f"rgba({_POSITIVE if units > 0 else _NEGATIVE},{strength:.2f})"

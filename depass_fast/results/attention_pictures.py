@@ -62,9 +62,7 @@ def _leading(why: Any, place: str, key: int | None, number: int, look: Look) -> 
         title = f"{place}: {tokens[k]!r}@{k}, logit {value:.4f}, P {part(why.probabilities)[at]:.3f}"
     found = _rows(why, shares, look.top)
     note = f"bars sum to {math.fsum(bar.value for bar in found):.4f}, the head's own is {value:.4f}"
-    return rows(
-        found, "share of the attention logit", look.said(_caption(why, title, note)), look.ax, look.width or "column"
-    )
+    return rows(found, "share of the attention logit", look.said(_caption(why, title, note)), look.ax, look.width)
 
 
 def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
@@ -87,7 +85,7 @@ def draw_credit(credit: Any, kind: str | None, target: int, look: Look) -> Any:
         "credit of attention",
         look.said(_caption(credit, title, note, credit.rule)),
         look.ax,
-        look.width or "column",
+        look.width,
     )
 
 

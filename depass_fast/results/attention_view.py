@@ -60,7 +60,7 @@ def plain(why: Explanation, keys: int = _KEYS, components: int = _COMPONENTS, en
 
 @dataclass(frozen=True)
 class View:
-    """An explanation as rich prints it: red where a component raises a key's logit, blue where it lowers it."""
+    """An explanation as rich prints it: orange where a component raises a key's logit, blue where it lowers it."""
 
     why: Explanation
     keys: int = _KEYS

@@ -42,7 +42,7 @@ class DrawnLayer:
 
         Raises:
             ImportError: matplotlib is not installed; the extra `plot` brings it.
-            ValueError: this result has no such picture; ``top``, ``width`` or ``limit`` is out of range.
+            ValueError: this result has no such picture; ``top``, ``width`` or ``limit`` is out of range; no such map.
             IndexError: there is no such target.
             TypeError: ``ax`` is no Axes.
         """

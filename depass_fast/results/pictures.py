@@ -14,6 +14,7 @@ from ..plots.bars import Bar, columns, grouped, rows
 from ..plots.curve import cumulative
 from ..plots.frame import Caption
 from ..plots.heat import Table, heat
+from ..plots.look import checked_limit, colours_of, inches
 from ..plots.places import leading_columns, token_labels
 from ..plots.strip import strip
 from ..runtime.numbers import as_index
@@ -40,9 +41,16 @@ class Look(NamedTuple):
         return caption if self.caption else Caption("", (), caption.warnings)
 
     def checked(self) -> Look:
-        """Return this. Raises TypeError or ValueError for a ``top`` that is no positive number."""
+        """Return this, whether the picture needs each wish or not.
+
+        Raises:
+            TypeError, ValueError: ``top`` is no positive number, the width none, the limit none, or the map unknown.
+        """
         if as_index(self.top, "top") < 1:
             raise ValueError(f"top: {self.top} is out of range; it must be at least 1.")
+        inches(self.width)
+        checked_limit(self.limit)
+        colours_of(self.cmap)
         return self
 
 
@@ -66,13 +74,11 @@ def draw_layer(result: Any, kind: str | None, target: int, look: Look) -> Any:
         return _targets(result, look)
     if kind == "curve":
         caption = caption_of(result, target, [f"Σ |share| {math.fsum(map(abs, scores[:named])):.4g}"])
-        return cumulative({"": scores[:named]}, result.components, look.said(caption), look.ax, look.width or "column")
+        return cumulative({"": scores[:named]}, result.components, look.said(caption), look.ax, look.width)
     if kind == "leading":
         found = bars_of(result.rows(target, look.top)[:-1], result.tokens)
         caption = caption_of(result, target, [_summed("bars", [bar.value for bar in found], value)])
-        return rows(
-            found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width or "column"
-        )
+        return rows(found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width)
     return _in_order(result, kind, target, look, value)
 
 
@@ -84,7 +90,7 @@ def _in_order(result: Any, kind: str, target: int, look: Look, value: float) -> 
     if kind == "strip":
         beside = "".join(f"; {label} {score:+.4g} is not drawn" for label, score in extras)
         caption = caption_of(result, target, [_summed("tokens" if not beside else "shares", scores, value) + beside])
-        return strip(result.tokens, scores[:n], "share", look.said(caption), look.ax, look.width, look.cmap)
+        return strip(result.tokens, scores[:n], "share", look.said(caption), look.ax, look.width, look.cmap, look.limit)
     read = min(n, result.position + 1)  # what comes later has no share
     bars = [Bar(*one) for one in zip(token_labels(result.tokens[:read]), scores[:read], strict=True)]
     bars += [Bar(label, score, ranked=False) for label, score in extras]
@@ -119,9 +125,7 @@ def draw_layers(result: Any, kind: str | None, target: int, look: Look) -> Any:
         count = len(result.labels)
         notes = [f"{len(found)} of {count:,} {result.components}, without the others", *several]
         caption = caption_of(result, target, notes)
-        return rows(
-            found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width or "column"
-        )
+        return rows(found, f"share of the {value_name(result, target)}", look.said(caption), look.ax, look.width)
     if kind == "curve":
         each = {str(one.layer): one.scores_of(target)[: len(one.labels) - one.n_extras].tolist() for one in result}
         each = {f"layer {name}" if len(each) <= 8 else name: values for name, values in each.items()}
@@ -130,7 +134,7 @@ def draw_layers(result: Any, kind: str | None, target: int, look: Look) -> Any:
             f"{result.components} of a layer",
             look.said(caption_of(result, target)),
             look.ax,
-            look.width or "column",
+            look.width,
         )
     if kind == "layers":
         values = [one.scores_of(target)[: len(one.labels) - one.n_extras].tolist() for one in result]

@@ -37,8 +37,9 @@ VALUES = {
     "attention": "credit of attention",
 }
 
-# Mid-tones, legible on dark and on light terminals: as text, and as a background under white text.
-POSITIVE, NEGATIVE, _NEUTRAL = (204, 30, 36), (32, 107, 203), (112, 112, 118)
+# Two of the colours of plots.look, legible on dark and on light terminals: as text, and as a background under white
+# text. rich takes the nearest ones where a terminal has 256 or 16.
+POSITIVE, NEGATIVE, _NEUTRAL = (189, 78, 0), (0, 115, 192), (112, 112, 118)
 _FAINT = 0.03  # of the largest share; below it a token keeps the terminal's own colours
 
 
@@ -74,8 +75,8 @@ def short(result: Result) -> str:
 def rich_view(result: Result, top: int | None = None) -> View:
     """Return the same in colour, for rich.
 
-    Tokens are shown as the prompt, red where a token raises the target's logit, blue where it lowers it. A table of the
-    ``top`` (default 10) leading components per target follows.
+    Tokens are shown as the prompt, orange where a token raises the target's logit, blue where it lowers it. A table of
+    the ``top`` (default 10) leading components per target follows.
     """
     return View(result, top)
 
@@ -158,7 +159,7 @@ def _warned(result: Result) -> list[str]:
 
 
 def token_line(tokens: Sequence[str], scores: Sequence[float], encoding: str = "utf-8") -> Text:
-    """Return the prompt as one line; a token's background is red or blue, the stronger the larger its |share|."""
+    """Return the prompt as one line; a token's background is orange or blue, the stronger the larger its |share|."""
     from rich.text import Text
 
     line, largest = Text(), max((abs(s) for s in scores[: len(tokens)]), default=0.0)

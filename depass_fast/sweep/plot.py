@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..inputs.prompt_set import UNNAMED
 from ..linear_rules import LINEAR_RULES
 from ..plots import needs_matplotlib
 from ..plots.bars import Bar, rows
@@ -37,9 +38,21 @@ def title(manifest: dict[str, Any]) -> str:
     """Return a run in a line."""
     kind, data, options = manifest["components"]["kind"], manifest["data"], manifest["options"]
     target = "logits" if manifest["target_kind"] == "logit" else "log-probabilities"
-    model = Path(manifest["model"]["model"] or manifest["model"]["model_class"]).name
-    of = f"{data['prompts']:,} prompts of {data['name']}"
-    return f"{kind} of {model} in the {target} of {of}, {options['allocation']}"
+    of = f"{data['prompts']:,} prompts" + ("" if data["name"] == UNNAMED else f" of {data['name']}")
+    return f"{kind} of {_model(manifest['model'])} in the {target} of {of}, {options['allocation']}"
+
+
+def _model(source: dict[str, Any]) -> str:
+    """Return what a model is called: the last part of its folder, but what that is part of for the demo and the hub."""
+    name = source["model"]
+    if not name:
+        return source["model_class"]
+    parts = Path(name).parts
+    if parts[-3:] == ("depass_fast", "demo", "model"):
+        return "the demo model"
+    if len(parts) > 2 and parts[-2] == "snapshots":  # a folder of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return parts[-3].rpartition("--")[2]
+    return Path(name).name
 
 
 class Run(Protocol):

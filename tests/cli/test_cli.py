@@ -184,10 +184,10 @@ def _render(result: Attribution) -> str:
 
 def test_colours_follow_sign_and_magnitude():
     line = token_line(["one", " two", " three", " four"], [4.0, -4.0, 2.0, 0.01])
-    red, blue = ("on rgb({},{},{})".format(*colour) for colour in (POSITIVE, NEGATIVE))
+    orange, blue = ("on rgb({},{},{})".format(*colour) for colour in (POSITIVE, NEGATIVE))
     styles = [str(span.style) for span in line.spans]
     assert line.plain == "one two three four"
-    assert styles[0].endswith(red) and styles[1].endswith(blue)
+    assert styles[0].endswith(orange) and styles[1].endswith(blue)
     assert styles[2] not in (styles[0], "") and len(styles) == 3  # the last is too faint for a colour
 
 

@@ -15,6 +15,7 @@ from depass_fast import PromptSet, Sweep
 from depass_fast.cli import sweep as command
 from depass_fast.cli.main import main
 from depass_fast.sweep.dealing import Share
+from depass_fast.sweep.plot import title
 from tests.support.sweeps import rows_of, write_prompts
 
 pytest.importorskip("pyarrow")
@@ -35,7 +36,7 @@ def test_a_sweep_and_its_collection(flags, tmp_path, capsys):
     assert out.splitlines()[0] == f"{tmp_path}/run: 10 of 10 prompts done" and f"collect {tmp_path}/run" in out
     assert main(["collect", str(tmp_path / "run"), "--top", "4", "--out", str(tmp_path / "means.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "heads of model in the logits of 10 prompts of x.jsonl, shapley" and len(lines) == 2 + 4
+    assert lines[0] == "heads of the demo model in the logits of 10 prompts of x.jsonl, shapley" and len(lines) == 2 + 4
     assert (tmp_path / "means.csv").read_text().count("\n") == 1 + 6 * 9
     assert main(["collect", str(tmp_path / "run"), "--top", "4", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -44,16 +45,37 @@ def test_a_sweep_and_its_collection(flags, tmp_path, capsys):
     assert (tmp_path / "means.parquet").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/SmolLM2", "SmolLM2"),
+        ("/cache/models--openai--gpt2/snapshots/607a30d7", "gpt2"),
+        (None, "LlamaForCausalLM"),
+    ],
+)
+def test_a_run_is_titled_by_what_its_reader_knows(path, name):
+    manifest = {
+        "components": {"kind": "heads"},
+        "data": {"name": "prompts", "prompts": 60},
+        "options": {"allocation": "shapley"},
+        "target_kind": "logit",
+        "model": {"model": path, "model_class": "LlamaForCausalLM"},
+    }
+    assert title(manifest) == f"heads of {name} in the logits of 60 prompts, shapley"
+
+
 def test_a_plot(flags, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main([*flags, "--components", "heads", "--layer", "2,3"]) == 0
     for name in ("a.svg", "b.png"):
         assert main(["collect", str(tmp_path / "run"), "--plot", str(tmp_path / name)]) == 0
-    assert "L3H" in (tmp_path / "a.svg").read_text()
+    from matplotlib import pyplot
+
+    assert "L3H" in (tmp_path / "a.svg").read_text() and not pyplot.get_fignums(), "no figure is left open"
     run = Sweep.open(tmp_path / "run")
     ax = run.plot(top=5)
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([mean for _, mean in run.top(5)])
-    assert "heads of model in the logits of 10" in ax.get_title(loc="left").replace("\n", " ")
+    assert "heads of the demo model in the logits of 10" in ax.get_title(loc="left").replace("\n", " ")
     with pytest.raises(ValueError, match="plot: there is no row of target 3"):
         run.plot(target=3)
 

@@ -23,7 +23,8 @@ def test_the_citation_is_of_this_version():
 
 def test_the_changelog_has_the_version():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"## [{depass_fast.__version__}]" in changelog
+    released = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["date-released"]
+    assert f"## [{depass_fast.__version__}] - {released}\n" in changelog
     assert changelog.index("## [Unreleased]") < changelog.index(f"## [{depass_fast.__version__}]")
 
 
@@ -37,10 +38,21 @@ def test_the_citation_has_the_names_and_kinds_that_its_schema_wants():
 
 
 def test_the_workflows_run_scripts_of_the_repository():
-    for name in ("ci", "release"):
+    for name in ("ci", "links", "release"):
         workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
         steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
         runs = [step["run"].split()[0] for step in steps if "run" in step]
-        assert runs == [".ci/run" if name == "ci" else ".ci/release"]
+        assert runs == [".ci/run" if name == "ci" else f".ci/{name}"]
         assert os.access(ROOT / runs[0], os.X_OK)
         assert all(re.fullmatch(r"[\w-]+/[\w-]+@[\w/.]+", step["uses"]) for step in steps if "uses" in step)
+
+
+def test_the_site_of_main_alone_is_published():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    sites = {step["uses"]: step for step in jobs["run"]["steps"] if "site" in str(step.get("with"))}
+    command = (ROOT / "docs/site.md").read_text(encoding="utf-8")
+    assert all(f"docs {step['with']['path'].rstrip('/')}\n" in command for step in sites.values()) and len(sites) == 2
+    publish = jobs["publish"]
+    assert "refs/heads/main" in publish["if"] and publish["needs"] == "run"
+    assert publish["permissions"] == {"pages": "write", "id-token": "write"}
+    assert any(step["uses"].startswith("actions/deploy-pages@") for step in publish["steps"])

@@ -118,9 +118,11 @@ class Dictionary:
 
 @pytest.mark.parametrize("name", RUN)
 def test_examples_print_what_stands_under_them(name, monkeypatch, tmp_path):
-    if name == "docs/plots.md":
-        monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    if name in ("docs/plots.md", "docs/quickstart.md"):
         pytest.importorskip("matplotlib", reason="pictures need the extra plot")
+    if name == "docs/quickstart.md":
+        pytest.importorskip("vl_convert", reason="pages need the extra report")
     monkeypatch.delenv("DEPASS_FAST_BACKEND", raising=False)
     # a reader without a GPU does not interpret kernels; the tests do, and kernels may be imported here first
     monkeypatch.setattr("depass_fast.backends.selection.why_not_triton", lambda *_: "it needs a GPU")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,18 @@ def test_signs_are_told_apart_by_every_eye(blindness):
     assert np.linalg.norm(named[0] - named[1]) > 25
 
 
+def test_terminals_and_pages_have_the_same_two_colours():
+    from depass_fast.results.render import NEGATIVE, POSITIVE
+
+    style = (Path(__file__).parents[2] / "depass_fast/report/page/style.css").read_text(encoding="utf-8")
+    page = [re.findall(rf"--{name}-rgb: (.*);", style)[0].split(",") for name in ("negative", "positive")]
+    hues = []
+    for colours in (signed_colours()([0.1, 0.9]), np.array([NEGATIVE, POSITIVE]) / 255, np.array(page, float) / 255):
+        _, a, b = lab(colours).T
+        hues.append(np.degrees(np.arctan2(b, a)))
+    assert np.abs(np.array(hues) - hues[0]).max() < 12, "degrees; red would be 25 away from orange"
+
+
 def test_zero_is_white_and_negative_cells_are_marked():
     table = Table([[4.0, -2.0, 0.1, 9.0]], ["0"], ["a", "b", "c", "rest"], "layer", "head", extras=1)
     ax = heat(table, "share", Caption("a title"))
@@ -93,6 +107,14 @@ def test_nothing_of_matplotlibs_settings_is_changed(tmp_path):
     with pytest.raises(RuntimeError, match="inside"), paper():
         raise RuntimeError("inside")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_backend_that_is_loaded_while_drawing_stays_interactive():
+    matplotlib.interactive(False)
+    with paper():
+        matplotlib.interactive(True)  # as a notebook's does; else it would show the first picture alone
+    assert matplotlib.is_interactive()
+    matplotlib.interactive(False)
 
 
 def test_what_no_font_holds_is_escaped(caplog):

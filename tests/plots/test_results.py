@@ -73,6 +73,8 @@ def test_tokens_as_text_and_as_a_curve(tokens):
     sizes = tokens.scores.abs().sort(descending=True).values
     assert curve.get_ydata()[0] == pytest.approx(100 * float(sizes[0] / sizes.sum()), abs=1e-3)
     assert curve.get_ydata()[-1] == pytest.approx(100)
+    assert all(tick == round(tick) for tick in curve.axes.get_xticks()), "tokens are counted"
+    assert [text.get_text() for text in curve.axes.texts][:2] == ["1 holds 50 %", "3 hold 90 %"]
 
 
 def test_heads_of_a_layer_and_of_all(dp):
@@ -148,8 +150,11 @@ def test_attention(dp):
 
 
 def test_generations_and_continuations(dp):
-    text = dp.attribute_generation("Nyria Morstam", max_new_tokens=3)
+    text = dp.attribute_generation("When Grace handed Nyria Morstam", max_new_tokens=3)
     ax = text.plot()
+    ax.figure.draw_without_rendering()
+    rows, above = ax.yaxis.label.get_window_extent(), [one for one in (ax._left_title, *ax.texts) if one.get_text()]
+    assert not any(rows.overlaps(one.get_window_extent()) for one in above), "the label stays below the words"
     assert table(ax).sum(1) == pytest.approx(text.logits.numpy(), abs=1e-3)
     assert np.isnan(np.ma.filled(ax.images[0].get_array(), np.nan)[0, -1]), "no share before a token is there"
     told = text.plot(read="log-prob")
@@ -173,6 +178,18 @@ def test_the_axes_that_are_given_are_drawn_in(tokens, ledger):
         tokens.plot(kind="targets")
     with pytest.raises(ValueError, match="top: 0 is out of range"):
         tokens.plot(kind="leading", top=0)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "strip", "leading", "curve"])
+def test_wishes_are_checked_whether_a_picture_needs_them_or_not(tokens, kind):
+    for wrong in ({"width": 0}, {"limit": -1}, {"cmap": "nocmap"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tokens.plot(kind=kind, **wrong)
+
+
+def test_colours_of_a_text_have_a_limit(tokens):
+    bar = tokens.plot(kind="strip", limit=5.0).figure.axes[1]
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["−5", "0", "5"]
 
 
 def test_a_missing_matplotlib_is_told_before_any_work(tokens, ledger, dp, monkeypatch, capsys, tmp_path):

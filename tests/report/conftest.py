@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ WAIT = 30_000  # milliseconds; machines that are shared are slow
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     if BROWSER is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
+        lacking = pytest.fail if os.environ.get("CI") else pytest.skip
+        lacking("needs Chromium: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened

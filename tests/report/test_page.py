@@ -90,6 +90,18 @@ def test_a_picture_in_a_notebook_is_small_and_never_fails(monkeypatch):
     assert len(shown) < 6000 and "Diane" in shown and "<script" not in shown and re.search(r"\+18\.5", shown)
     long = demo().attribute(list(range(5, 500)), Heads(layers="all"))._repr_html_()
     assert len(long) < 60_000 and "367 more" in long
+    heads = demo().attribute(PROMPT, Heads(layers="all"), TARGET)
+    pieces = [
+        (float(start), float(length), colour)
+        for start, length, colour in re.findall(
+            r"margin-left:([\d.]+)%;width:([\d.]+)%;height:10px;background:rgb\((\d+)", heads._repr_html_()
+        )
+    ]
+    zero = pieces[0][0]
+    assert len(pieces) == 12 and zero + pieces[0][1] == pytest.approx(100, abs=0.2), "the largest share ends the axis"
+    for start, length, colour in pieces:
+        assert (start if colour == "217" else start + length) == pytest.approx(zero, abs=0.2)
+    assert {colour for *_, colour in pieces} == {"217", "36"}
     assert demo().report(PROMPT, TARGET)._repr_html_().count("<tr>") > 5
     assert replace(result, scores=result.scores * torch.nan)._repr_html_() is None
     assert Attribution._repr_html_(None) is None
