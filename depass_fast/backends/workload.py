@@ -81,8 +81,8 @@ class Workload:
     says that the products' dtype is not the model's. ``float16``: the triton backend's are in float16 with scales;
     ``float16_by_default``: in the place of the model's bfloat16. ``linear_rule`` is the rule's name if it is linear.
     ``made`` are bytes of the state of all components, where it is made for the sake of a rank's part. ``kept``: so many
-    copies of the state wait for later layers to read them. A row is ``streams`` times the ``width``, ``between`` attention
-    and MLP so many times.
+    copies of the state wait for later layers to read them. A row is ``streams`` times the ``width``, and ``between``
+    times between attention and MLP.
     """
 
     lengths: tuple[int, ...]

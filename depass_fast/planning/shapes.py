@@ -21,7 +21,7 @@ from ..trace.size import bytes_per_position, selection_bytes
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
 _CHUNKS = ("chunk_size", "mamba_chunk_size")  # positions of a chunk, by its names in configs
-_STREAMS, _DECAYS, _LOGITS = 3, 4, 3
+_STREAMS, _DECAYS, _LOGITS = 3, 5, 3
 
 
 @dataclass(frozen=True)
@@ -164,18 +164,21 @@ def _mixed(adapter: Adapter, layers: Sequence[LayerSize]) -> int:
     return 4 * max(_STREAMS * streams, _DECAYS * heads * chunk)
 
 
-def _holds_logits(adapter: Adapter, device: torch.device) -> bool:
-    """True if a whole prompt passes the model's own attention, and that holds all logits.
+def _holding_logits(adapter: Adapter, device: torch.device) -> int:
+    """Heads whose logits the model's own attention holds at once, where a whole prompt passes it; else zero.
 
-    It has no fused one, or torch has none for its widths.
+    That is so without a fused attention: the model has none, or torch none for keys and values of two widths.
     """
     if not adapter.one_by_one:  # a short prompt is compared
-        return False
-    config, names = adapter.config, ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    if not getattr(adapter.model, "_supports_sdpa", True):
-        return True
-    nope, rope, value = (getattr(config, name, None) or 0 for name in names)
-    return device.type == "cpu" and value > 0 and nope + rope != value
+        return 0
+    fused, most = getattr(adapter.model, "_supports_sdpa", True), 0
+    for index in range(adapter.n_layers):
+        attention = adapter.layer(index).attention
+        if attention is None or attention.is_recurrent:
+            continue
+        if not fused or (device.type == "cpu" and attention.key_dim != attention.head_dim):
+            most = max(most, attention.n_heads)
+    return most
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,5 @@ class ForwardPass:
         mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
         attention = max(3 * size.o + 2 * size.v for size in layers)
         beside = positions * (width + max(mlp, attention)) * item + positions * _mixed(adapter, layers)
-        if _holds_logits(adapter, device):
-            beside += _LOGITS * max(size.heads for size in layers) * max(lengths) ** 2 * item
+        beside += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item
         return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))

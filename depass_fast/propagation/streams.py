@@ -70,9 +70,7 @@ def _through(
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
     del source
-    return ComponentState(
-        _mixed(state.rows, None, step.at(_positions(state)), given.rows), state.layout, state.layer
-    )
+    return ComponentState(_mixed(state.rows, None, step.at(_positions(state)), given.rows), state.layout, state.layer)
 
 
 def read_rows(state: ComponentState, step: StreamStep) -> ComponentState:
