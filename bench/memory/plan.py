@@ -166,7 +166,7 @@ LINEAR = [
     _llama("ledger, gemma2: output norms", 1024, 2048, "tokens", 300, **_SHAPLEY, **_LEDGER, model_type="gemma2"),
 ]
 TODAY = [
-    _llama(f"{call}{name}: {components}", 1024, 1024, components, length, model_type=name, **more)
+    _llama(f"today, {call}{name}: {components}", 1024, 1024, components, length, model_type=name, **more)
     for name in CONFIGS
     for call, components, length, more in (
         ("", "tokens", 300, {}),

@@ -36,6 +36,7 @@ class LayerSize:
     source: int | None = None  # the layer whose values it takes
     ahead: bool = False  # experts read a copy of the state from the layer before
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
+    recurrent: bool = False  # a recurrence mixes the positions
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""

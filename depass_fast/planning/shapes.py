@@ -110,6 +110,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         source=None if attention is None else attention.source,
         ahead=any(mlp.source is not None for mlp in mlps),
         kernelless=attention is not None and _has_no_kernel(adapter, index),
+        recurrent=attention is not None and attention.is_recurrent,
     )
 
 

@@ -7,13 +7,17 @@ line here; ``tests/planning/test_plan.py`` and ``python -m bench.memory.plan`` c
 
 from __future__ import annotations
 
+from ...trace.mixing import LONGEST_MATRIX
 from ..workload import LayerSize, Need, Workload
 from .division import TARGET_NEURONS, Division
+
+_MATRICES, _TAPS = 3, 4
 
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
     beside = work.coefficients(division(work).positions) + folded_weights(work) + work.gathered() + work.shared_values()
+    beside += recurrences(work)
     return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 
@@ -55,7 +59,18 @@ def _workspace_on_a_gpu(work: Workload) -> int:
 def attention_alone(work: Workload) -> int:
     """Bytes of the attention that the triton backend leaves to this one, on a GPU: its blocks, tiles of P, and W_V."""
     left = {size for size in work.passed if size.kernelless and not size.skip_attention}
-    return max((sum(_attention(work, size)[1:]) + size.v * work.width * work.item for size in left), default=0)
+    alone = max((sum(_attention(work, size)[1:]) + size.v * work.width * work.item for size in left), default=0)
+    return alone + recurrences(work)
+
+
+def recurrences(work: Workload) -> int:
+    """Bytes of a recurrence's matrices while they are made, for short prompts, and of the factors of its values."""
+    longest, most = work.longest, 0
+    for size in set(work.passed):
+        if size.recurrent and not size.skip_attention:
+            matrices = _MATRICES * size.heads * longest**2 * (longest <= LONGEST_MATRIX)
+            most = max(most, (matrices + _TAPS * longest * size.o) * max(4, work.item))
+    return most
 
 
 def _attention(work: Workload, size: LayerSize) -> tuple[int, int, int]:
