@@ -47,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("output")
     out.add_argument(
-        "--out", type=types.output_file(".html"), default=_OUT, metavar="FILE", help=f"the page. Default: {_OUT}"
+        "--out",
+        "--html",
+        type=types.output_file(".html"),
+        default=_OUT,
+        metavar="FILE",
+        help=f"the page. Default: {_OUT}",
     )
     flags.add_quiet(out)
     flags.add_debug(out)

@@ -39,7 +39,7 @@ function manySums(totals, sheet) {
         { class: "muted" },
         totals.length === 1
           ? `the sum is the ${sheet.what}`
-          : `each of ${written(totals.length)} sums is the ${sheet.what}`,
+          : `split in ${written(totals.length)} ways, each of which sums to the ${sheet.what}`,
       ),
       " ",
       h("strong", {}, valueText(sheet)),
