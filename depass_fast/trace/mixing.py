@@ -164,20 +164,26 @@ class FrozenMixing:
 
     def _looked(self, x: Tensor, start: int, transposed: bool) -> Tensor:
         """Apply the probabilities of the first heads, some queries at a time, or their transpose."""
-        trace, n, out = self._looking, self.positions, torch.zeros_like(x)
-        assert trace is not None
-        size = max(1, _MATRIX // (self._softmax * n))
+        n, out = self.positions, torch.zeros_like(x)
+        size = n if self.is_short else max(1, _MATRIX // (self._softmax * n))
         for first in range(start, n, size):
             queries = slice(first, min(first + size, n))
-            p, at = (
-                span_probabilities(trace, self._span, queries, self._wide).to(x),
-                slice(first - start, queries.stop - start),
-            )
+            p = (self._looks[:, first:] if self.is_short else self._probabilities(queries)).to(x)
+            at = slice(first - start, queries.stop - start)
             if transposed:
                 out += p[..., start:].transpose(1, 2) @ x[:, at]
             else:
                 out[:, at] = p[..., start:] @ x
         return out
+
+    def _probabilities(self, queries: slice) -> Tensor:
+        assert self._looking is not None
+        return span_probabilities(self._looking, self._span, queries, self._wide)
+
+    @cached_property
+    def _looks(self) -> Tensor:
+        """The probabilities of a short prompt, kept for its next block."""
+        return self._probabilities(slice(0, self.positions)).to(self._dtype)
 
     def _recurred(self, x: Tensor, start: int, transposed: bool) -> Tensor:
         if self.is_short:
