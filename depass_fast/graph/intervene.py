@@ -70,6 +70,9 @@ def intervened(
                 model.runs[held] = _target(graph, model), scales
             with change():
                 after = _target(graph, model)
+    if not math.isfinite(after):
+        name = "scale" if value is None else "value"
+        raise ValueError(f"{name}: with {scale if value is None else value!r} the model gives no finite target.")
     before = model.runs[held][0]
     share = node.share or 0.0
     changed = None if node.activation is None else node.activation * factor
@@ -98,7 +101,12 @@ def _factor(node: Node, scale: float | None, value: float | None) -> float:
 
 
 def _is_number(given: object) -> bool:
-    return isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+    if not isinstance(given, Real) or isinstance(given, bool):
+        return False
+    try:
+        return math.isfinite(given)
+    except OverflowError:  # an int of hundreds of digits
+        return False
 
 
 # -- what is read -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..trace.record import Trace
 # numbers that a page holds, at most, so that it stays below three megabytes with two thousand tokens
 ENTRIES = 8_000
 READINGS, WRITERS = 96, 12  # neurons whose reading is shown, and what of it
+READERS = 6  # of every head, which are listed
 
 _TITLES = {
     "tokens": ("All tokens", ""),
@@ -196,7 +197,8 @@ def _table(
             sources |= _entries([f"L{one.layer}H{h}" for h in range(table.shape[1])], table, most, unit)
         more["sources"] = sources
     else:
-        more["readings"] = {one.name: _reading(one, sheet) for one in readings}
+        wanted = _leading_readers(readings)
+        more["readings"] = {one.name: _reading(one, sheet, wanted.get(one.name, set())) for one in readings}
         more["read_from"] = _read_from(readings, unit)
         more["lead"] = _NEURONS_LEAD.format(len(readings))
     return _titled(kind, groups, more)
@@ -225,12 +227,30 @@ def _entries(names: Sequence[str], table: np.ndarray, most: int, unit: float) ->
     return found
 
 
-def _reading(reading: Reading, sheet: Sheet) -> dict[str, Any]:
-    """Return what wrote what a neuron reads, as a page holds it: the leading writers, the others, and `bias`."""
+def _leading_readers(readings: Sequence[Reading]) -> dict[str, set[str]]:
+    """Return, by neuron, the heads of which it is one of the leading readers, so that none of these is without."""
+    by_head: dict[str, list[tuple[float, str]]] = {}
+    for reading in readings:
+        for name, share in reading.writers:
+            if _HEAD.fullmatch(name):
+                by_head.setdefault(name, []).append((abs(share), reading.name))
+    found: dict[str, set[str]] = {}
+    for head, readers in by_head.items():
+        for _, neuron in sorted(readers, reverse=True)[:READERS]:
+            found.setdefault(neuron, set()).add(head)
+    return found
+
+
+def _reading(reading: Reading, sheet: Sheet, heads: Collection[str]) -> dict[str, Any]:
+    """Return what wrote what a neuron reads, as a page holds it: the leading writers, the others, and `bias`.
+
+    ``heads`` are listed, too.
+    """
     scores = np.array([share for _, share in reading.writers])
     token = position_labels(shown_tokens(sheet.tokens))[reading.position]
     labels = [token if name == "token" else name for name, _ in reading.writers]
-    kept = np.sort(np.argsort(-np.abs(scores), kind="stable")[:WRITERS])
+    also = [i for i, (name, _) in enumerate(reading.writers) if name in heads]
+    kept = np.union1d(np.argsort(-np.abs(scores), kind="stable")[:WRITERS], also).astype(int)
     share = round(reading.share / sheet.unit)
     gone = float(scores.sum() - scores[kept].sum())
     numbers = apportioned(np.array([*scores[kept], gone, reading.bias]), sheet.unit, share).tolist()

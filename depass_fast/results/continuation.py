@@ -288,10 +288,10 @@ class Continuation(DrawnContinuation, AsPage, Generic[Steps]):
         for step, log_prob in zip(self.steps, self.log_probs.tolist(), strict=True):
             best = "   ".join(f"{label} {score:+.2f}" for label, score in step.top(3))
             token = self.tokens[step.position + 1]
-            lines.append(f"{step.position + 1:5d} {token!r:16} log P {log_prob:7.3f}   {best}")
+            lines.append(f"{step.position + 1:5d} {token!r:16} log P {round(log_prob, 3) + 0.0:7.3f}   {best}")
         total = math.fsum(self.log_probs.tolist())
         found = "" if self.verification is None else f" | verified: {self.verification}"
-        end = f"log P of all {total:.3f} | completeness error {self.completeness_error:.1e}{found}"
+        end = f"log P of all {round(total, 3) + 0.0:.3f} | completeness error {self.completeness_error:.1e}{found}"
         return "\n".join([*lines, "", end])
 
     def __repr__(self) -> str:

@@ -224,7 +224,10 @@ def draw_continuation(result: Any, kind: str | None, read: str, look: Look) -> A
     total = math.fsum(result.log_probs.tolist())
     text = text_of_tokens(result.tokens[result.prompt_length :]).strip()
     caption = caption_of(
-        shares, 0, [f"each row sums to its {what}; log P of all {total:.3f}"], f"{result.origin}: {text}"
+        shares,
+        0,
+        [f"each row sums to its {what}; log P of all {round(total, 3) + 0.0:.3f}"],
+        f"{result.origin}: {text}",
     )
     names = token_labels(result.tokens)[result.prompt_length :]
     made = Table(values, names, labels, f"{result.origin} token", shares.components, extras)

@@ -98,6 +98,8 @@ def test_refusals():
         (seat, {"scale": 1.0, "value": 2.0}, "give either scale or value"),
         (graph.nodes[1], {"value": 2.0}, "has no activation to be set"),
         (seat, {"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        (seat, {"scale": 10**400}, "scale: expected a finite number, got 1000"),
+        (seat, {"scale": 1e308}, "scale: with 1e.308 the model gives no finite target"),
         (seat, {"scale": "0"}, "scale: expected a finite number, got '0'"),
         (seat, {"scale": True}, "scale: expected a finite number, got True"),
         (seat, {"value": float("inf")}, "value: expected a finite number, got inf"),

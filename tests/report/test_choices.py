@@ -68,6 +68,7 @@ def readers_of_a_head_add_up(opened, neurons) -> None:
         for writer, amount in one["writers"]:
             if writer in neurons["read_from"]:
                 wanted.setdefault(writer, {})[label] = amount
+    assert wanted.keys() == neurons["read_from"].keys()  # no head is read by others alone
     head = max(wanted, key=lambda name: len(wanted[name]))
     addressed(opened, f"#layer=3&part=attention&position=13&head={head}")
     count, total = neurons["read_from"][head]

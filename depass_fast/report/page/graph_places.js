@@ -90,5 +90,5 @@ const legendSpec = (kinds, width) => ({
 // what the gaps of a picture are, where there are some
 function foldText(spec) {
   const [first] = valuesOf(spec, "gaps");
-  return first ? `${first.text} stands for ${first.text.slice(1)} tokens of which no line is drawn.` : "";
+  return first ? "…N stands for N tokens of which no line is drawn." : "";
 }

@@ -97,7 +97,7 @@ function graphTables({ model, chosen, path, pick, said }) {
     );
     const edges = { label: counted(rows.length, "edge"), units: sumOf(rows.map((row) => row.units)), always: true };
     const line = sumLine([edges, ...foot], read.total, own, { value: own.value });
-    const error = h("span", { class: "muted" }, "completeness error");
+    const error = h("span", { class: "muted" }, "its edges' sum is off by");
     line.append(h("span", { class: "part" }, error, " ", read.error.toExponential(1)));
     return line;
   };

@@ -49,7 +49,7 @@ function knownOf(sheet) {
     ...(view.groups ?? []),
     ...mapParts(view).flatMap((part) => part.rows),
   ]);
-  const layers = new Set(groups.map((group) => String(group.layer ?? "")));
+  const layers = new Set(groups.filter((group) => (group.layer ?? null) !== null).map((group) => String(group.layer)));
   const parts = new Set(sheet.views.flatMap((view) => mapParts(view).map((part) => part.name)));
   const graph = sheet.views.find((view) => view.kind === "graph");
   const labels = (id) => {

@@ -8,7 +8,7 @@ views.components = (view, sheet, page) => {
     { map, isLayered } = model;
   const found = componentDetails(view, sheet, model);
   const pick = canPick(kind, view)
-    ? (label) => state.set({ [own]: state.get(own) === label ? null : label })
+    ? (label) => state.set(state.get(own) === label ? { [own]: null } : { [own]: label, ...freed(own) })
     : (label) => choosing(label, map, view)?.();
   const isChosen = (label) => label === state.get(own) || label.endsWith(`'@${state.get("position")}`);
 
@@ -111,3 +111,6 @@ const layerSelect = (view, part) =>
     h("option", { value: "" }, "All layers"),
     ...view.groups.map((group) => h("option", { value: group.layer }, `Layer ${group.layer}`)),
   );
+
+// a head's readers are of all layers: its choice takes back that of a layer's MLP
+const freed = (own) => (own === "head" && state.get("part") === PARTS.neurons ? { layer: null, part: null } : {});
