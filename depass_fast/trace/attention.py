@@ -74,7 +74,7 @@ def _tiled(
     n = q.shape[2]
     out, wide = q.new_empty(*q.shape[:-1], v.shape[-1]), torch.promote_types(q.dtype, torch.float32)
     row_sum = None if sinks is None else q.new_empty(q.shape[:-1], dtype=wide)
-    for queries in torch.arange(n, device=q.device).split(max(1, TILE[not q.is_cuda] // (q.shape[1] * n))):
+    for queries in torch.arange(n, device=q.device).split(max(1, TILE[q.device.type == "cpu"] // (q.shape[1] * n))):
         logits = (q[:, :, queries] @ k.transpose(-1, -2)).to(wide) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

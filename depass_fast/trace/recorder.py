@@ -98,7 +98,7 @@ class Recorder:
         for length, count in [(length, len(list(run))) for length, run in groupby(self.lengths)]:
             bias = None if key_bias is None else key_bias(length).to(torch.promote_types(q.dtype, torch.float32))
             # torch may hold all logits, too
-            at_once = 1 if in_memory else max(1, attention.TILE[not q.is_cuda] // (q.shape[1] * length**2))
+            at_once = 1 if in_memory else max(1, attention.TILE[q.device.type == "cpu"] // (q.shape[1] * length**2))
             packed = [x[0, :, first : first + count * length].unflatten(1, (count, length)) for x in (q, k, v)]
             prompts = [x.transpose(0, 1) for x in packed]
             for output, row_sum in _attend_in_parts(

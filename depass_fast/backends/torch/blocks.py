@@ -152,9 +152,8 @@ def scatter(rows: Tensor, block: Block) -> Tensor:
     """Put a block's rows (r, C) in their places: (N', B, C), zero where not alive."""
     if block.slots is None:
         return rows.view(-1, block.n_components, rows.shape[1])
-    dense = rows.new_empty(block.n_positions * block.n_components, rows.shape[1])
-    dense[len(dense) - len(rows) :] = rows
-    return scatter_within(dense, block, len(rows))
+    dense = rows.new_zeros(block.n_positions * block.n_components, rows.shape[1])
+    return dense.index_copy_(0, block.slots, rows).view(block.n_positions, block.n_components, -1)
 
 
 def scatter_within(dense: Tensor, block: Block, count: int) -> Tensor:
