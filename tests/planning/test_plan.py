@@ -68,6 +68,7 @@ def test_every_family_can_be_planned_from_its_config(name):
         assert {**plan.to_dict(), "available_bytes": 0} == {**real.to_dict(), "available_bytes": 0}
         rows = dp.start(trace, kind).layout.n_rows
         assert rows <= plan.rows if plan.upper_bound else rows == plan.rows
+    assert dp.plan(ids, "ledger", measure=False).of().peak_bytes > 0  # of layers without an MLP, too (Mamba)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
