@@ -109,11 +109,15 @@ def what_rounding_leaves_is_not_shown(opened, sheet) -> None:
 def test_addresses(visit, report):
     opened = visit(report, "#position=999&layer=99&part=x&head=L99H0&neuron=bogus&node=bogus&path=77&sheet=9")
     assert not chips(opened)
-    for key, value in {"position": "14", "layer": "6", "head": "L0H8", "part": "mlp", "sort.heads": "x:y"}.items():
+    unknown = {"position": "14", "layer": "6", "head": "L0H8", "part": "mlp", "sort.heads": "x:y"}
+    for key, value in [*unknown.items(), ("layer", "")]:
         addressed(opened, f"#{key}={value}")
         assert not chips(opened), key
     addressed(opened, "#position=13&layer=5&part=mlp&head=L0H7")
     assert len(chips(opened)) == 4  # with that which clears all
+    addressed(opened, "#layer=5&part=mlp")
+    opened.locator('[data-table="heads"] tbody .name').first.click()  # its readers are of all layers
+    assert "head=" in opened.url and "layer=" not in opened.url and "part=" not in opened.url
     addressed(opened, "")
     rows = opened.locator('[data-table="heads"] tbody tr')
     assert rows.count() == 12

@@ -81,6 +81,12 @@ def test_a_continuation_on_a_rich_console(encoding):
     assert r"\u65e5" in text or encoding == "utf-8"
 
 
+def test_no_minus_before_zero():
+    found = DePass(*load_demo()).attribute("Nyria Morstam", Tokens(), continuation=" speaks")
+    found.log_probs[:] = -1e-5
+    assert "log P of all 0.000" in str(found) and "-0.000" not in str(found)
+
+
 def test_escaped_tokens_are_aligned(result):
     lines = plain(result, encoding="ascii").splitlines()
     head, shares = lines[4], lines[5]

@@ -54,6 +54,19 @@ def test_chunks_are_the_recurrence(length, channels, corrects, writes):
     assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
+def test_what_is_cut_on_its_way_is_nothing():
+    """No number of a matrix is denormal, and none is another."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 150, 5, generator=g)
+    k, decay = torch.nn.functional.normalize(k, dim=-1), -torch.rand(4, 150, 1, generator=g).exp()
+    one, tiny = torch.eye(150).expand(4, -1, -1), torch.finfo(torch.float32).tiny
+    whole, cut = (scan(q, k, decay, None, True, one, nothing) for nothing in (0.0, tiny**0.5))
+    assert ((whole != 0) & (whole.abs() < tiny)).any() and torch.equal(one, torch.eye(150).expand(4, -1, -1))
+    exact = scan(q.double(), k.double(), decay.double(), None, True, one.double())
+    for got in (whole, cut):  # entries are sums that cancel: in float32 the smallest are off by 9e-4 of themselves
+        assert torch.allclose(got.double(), exact, rtol=2e-3, atol=1e-17)
+
+
 def test_strong_decays_neither_overflow_nor_underflow():
     q = k = torch.ones(1, 200, 2)
     decay = torch.full((1, 200, 1), -50.0)
