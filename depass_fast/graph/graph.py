@@ -115,7 +115,7 @@ class Graph(DirectShares):
 
         Raises:
             KeyError: no such node.
-            ValueError: a node that cannot be changed; both ``scale`` and ``value``, or one that is no finite number;
-                weights that have changed since.
+            ValueError: a node that cannot be changed; both ``scale`` and ``value``, or one that is no finite number,
+                or so large that the model gives no finite target; weights that have changed since.
         """
         return intervened(self, self.node(node), scale, value, hold)
