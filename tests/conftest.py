@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # before any kernel is imported: without a GP
 from depass_fast import DePass
 from depass_fast.demo import load_demo
 from tests.support import interpreter
-from tests.support.family_models import VARIANTS
+from tests.support.family_models import FIRST, VARIANTS
 from tests.support.models import FAMILIES, build
 
 interpreter.round_as_a_gpu_does()
@@ -40,14 +40,26 @@ def demo() -> DePass:
 
 def pytest_addoption(parser):
     parser.addoption("--family-results", metavar="FILE.json", help="where test_families.py writes what it measures")
+    parser.addoption("--thorough", action="store_true", help="every combination; minutes more, for a release")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """All tests of a variant together: they share its models and traces."""
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if is_thorough(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_thorough(item)]
     first = [i for i, item in enumerate(items) if item.path.parts[-2:] == ("adapters", "test_families.py")]
     chosen = sorted((items[i] for i in first), key=lambda item: list(VARIANTS).index(item.callspec.params["name"]))
     for i, item in zip(first, chosen, strict=True):
         items[i] = item
+
+
+def is_thorough(item) -> bool:
+    """A combination of what other tests hold apart is for --thorough alone."""
+    if item.get_closest_marker("thorough"):
+        return True
+    return bool(item.get_closest_marker("once_a_family")) and item.callspec.params["name"] not in FIRST
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from depass_fast.backends import backend_status
 from depass_fast.trace.recorder import Recorder
 from tests.support.added import added_by
 from tests.support.components import is_there, kinds
-from tests.support.family_models import FIRST, VARIANTS, available, build_variant
+from tests.support.family_models import VARIANTS, available, build_variant
 from tests.support.models import random_ids
 from tests.support.recurrent_models import RECURRENT
 
@@ -39,17 +39,12 @@ _AFTER_THE_NEURONS = (
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
+once_a_family, thorough = pytest.mark.once_a_family, pytest.mark.thorough
 
 
-def backends(dtype, name="", label="", seed=0):
-    """Those that can run on a CPU and compute in a dtype.
-
-    Kernels are interpreted, and know nothing of transformers: they take one variant of a family, one kind, one seed and
-    one version of it.
-    """
-    able = [backend for backend, reason in backend_status(torch.device("cpu"), dtype).items() if reason is None]
-    kernels = name in FIRST and seed == 0 and label == "tokens@0" and NEW
-    return [backend for backend in able if backend != "triton" or kernels]
+def able(backend, dtype):
+    """A backend that runs on a CPU and computes in a dtype."""
+    return backend_status(torch.device("cpu"), dtype).get(backend, "") is None
 
 
 def exact(name, dtype):
@@ -96,7 +91,7 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("implementation", "seed"), [("eager", 0), ("sdpa", 1)])
+@pytest.mark.parametrize(("implementation", "seed"), [("sdpa", 1), pytest.param("eager", 0, marks=once_a_family)])
 def test_captured_logits_are_the_models_own(name, implementation, seed, family_results):
     """Logits of packed prompts agree, and what was recorded does not change when the model runs again."""
     if not available(name):
@@ -129,37 +124,56 @@ def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return largest_difference(model(ids[None]).logits[0].double(), exact)
 
 
-@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float32, 1), (torch.float64, 2)])
-def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results):
+@pytest.mark.parametrize(
+    ("dtype", "seed"),
+    [(torch.float32, 0), pytest.param(torch.float32, 1, marks=once_a_family), (torch.float64, 2)],
+    ids=["float32", "little", "float64"],
+)
+def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results, pytestconfig):
     dp, trace = built(name, dtype, seed), traced(name, dtype, seed)
     wanted, every = targets(dp, trace), kinds(LENGTHS[0], dp.adapter.stream_width, dp.adapter.width_at("resid_mid"))
     every = {label: kind for label, kind in every.items() if is_there(dp, kind)}
     shares = torch.rand(LENGTHS[0], 4, 1, generator=torch.Generator().manual_seed(seed)).to(dtype) / 3
     every["custom@1"] = Custom(1, shares * trace.resid(1)[:, None])  # of the size of what there is to be split
     for label, kind in every.items():
-        if label not in _AGAIN and (seed == 1 or (seed == 2 and name not in FIRST)):
+        if label not in _AGAIN and (seed == 1 or (seed == 2 and not pytestconfig.getoption("thorough"))):
             continue
         if isinstance(kind, Custom) and kind.site == "resid_mid" and dp.adapter.is_parallel:
             with pytest.raises(ValueError, match="there is no 'resid_mid' between them"):
                 dp.attribute(PROMPTS[0], kind)
             continue
         oracle = dp.attribute(trace, kind, wanted, backend="reference")
-        for backend in backends(dtype, name, label, seed):
-            result = oracle
-            if backend != "reference":
-                budget = {} if seed == 0 else {"memory_budget": 3000}
-                result = dp.attribute(trace, kind, wanted, backend=backend, **budget)
-            error = float(result.layer_errors.max().clamp_min(result.completeness_error))  # max() would pass over NaN
-            apart = largest_difference(result.scores, oracle.scores)
-            family_results(name, f"completeness {str(dtype)[6:]}", error)
-            family_results(name, f"agreement {str(dtype)[6:]}", apart)
-            assert error <= exact(name, dtype), (label, backend)
-            assert apart <= exact(name, dtype), (label, backend)
-            assert result.labels == oracle.labels
+        result = dp.attribute(trace, kind, wanted, backend="torch", **({} if seed == 0 else {"memory_budget": 3000}))
+        agree(name, dtype, result, oracle, family_results, label)
         family_results(name, "kinds", kind.kind)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def agree(name, dtype, result, oracle, family_results, label=""):
+    """Both are complete, and one is the other."""
+    for one in (result, oracle):
+        error = float(one.layer_errors.max().clamp_min(one.completeness_error))  # max() would pass over NaN
+        family_results(name, f"completeness {str(dtype)[6:]}", error)
+        assert error <= exact(name, dtype), label
+    apart = largest_difference(result.scores, oracle.scores)
+    family_results(name, f"agreement {str(dtype)[6:]}", apart)
+    assert apart <= exact(name, dtype), label
+    assert result.labels == oracle.labels
+
+
+@once_a_family
+@pytest.mark.skipif(not NEW, reason="kernels know nothing of transformers: once is enough")
+@pytest.mark.skipif(not able("triton", torch.float32), reason="Triton is not installed")
+def test_the_kernels_agree(name, family_results):
+    """They are interpreted, which takes long: tokens of a short prompt."""
+    dp = built(name)
+    trace = dp.trace(PROMPTS[0][:4])
+    oracle, result = (dp.attribute(trace, Tokens(), targets(dp, trace), backend=one) for one in ("reference", "triton"))
+    agree(name, torch.float32, result, oracle, family_results)
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=once_a_family), torch.float64], ids=["float32", "float64"]
+)
 def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     """Every other variant under the one rule, the others under the other."""
     dp, trace = built(name, dtype), traced(name, dtype)
@@ -171,7 +185,11 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     assert largest_difference(result.scores, oracle.scores) <= exact(name, dtype) and result.labels == oracle.labels
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=once_a_family), pytest.param(torch.float16, marks=thorough)],
+    ids=["bfloat16", "float16"],
+)
 def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
     dp, trace = built(name, dtype), traced(name, dtype)
     for kind in (kind for kind in (Tokens(), Heads(0), Neurons(1)) if is_there(dp, kind)):
@@ -181,18 +199,20 @@ def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
         assert result.completeness_error <= limit and result.layer_errors.max() <= limit
 
 
+@once_a_family
 def test_a_batch_equals_the_prompts_one_by_one(name):
     """Compared in float64: packing changes the rounding, and a softmax at T = 0.1 can enlarge it a hundredfold."""
     dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
-    for backend in ("reference", "torch") if name in FIRST else ("torch",):
-        for kind in (kind for kind in (Tokens(), Heads(1), Neurons(0)) if is_there(dp, kind)):
+    for backend in ("torch", "reference"):
+        every = (Tokens(), Heads(1), Neurons(0)) if backend == "torch" else (Tokens(),)
+        for kind in (kind for kind in every if is_there(dp, kind)):
             for ids, batched in list(zip(PROMPTS, dp.attribute(together, kind, 5, backend=backend), strict=True))[1:]:
                 alone = dp.attribute(ids, kind, 5, backend=backend)
                 assert batched.labels == alone.labels
                 assert largest_difference(batched.scores, alone.scores) <= 1e-9
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=once_a_family)])
 def test_padded_prompts_are_traced_as_without(name, side):
     """The traces agree to the last bit, so components of every kind agree, too."""
     dp, expected = built(name), traced(name, batch=True)
@@ -215,6 +235,7 @@ def tensors(part) -> list[torch.Tensor]:
     return [x for value in inner for x in tensors(value)]
 
 
+@once_a_family
 def test_any_position_any_layer_and_in_steps(name):
     """The pruned readout equals the full state, also at the input of a layer, also when carried layer by layer."""
     dp, trace = built(name), traced(name)
@@ -241,7 +262,11 @@ def test_any_position_any_layer_and_in_steps(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, 0), (torch.float64, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "seed"),
+    [pytest.param(torch.float32, 0, marks=once_a_family), (torch.float64, 2)],
+    ids=["float32", "float64"],
+)
 def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):
     """The up projection of what is read, its bias, the activation function and a router's weight give them."""
     dp, trace = built(name, dtype, seed), traced(name, dtype, seed)

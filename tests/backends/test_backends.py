@@ -134,9 +134,20 @@ def test_compute_and_state_dtypes_are_respected():
     assert close(wide, oracle, 1e-12)
 
 
-@pytest.mark.parametrize("rule", NAMES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "qwen2"])
+# a rule knows nothing of the type, nor of what these models differ in
+HALVES = [
+    (name, dtype, rule)
+    for name in ("llama-gqa", "mistral-window", "qwen2")
+    for dtype in ("bfloat16", "float16")
+    for rule in NAMES
+]
+AGAIN = [one for one in HALVES if one[2] != "softmax" and one[:2] != ("qwen2", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rule"),
+    [one for one in HALVES if one not in AGAIN] + [pytest.param(*one, marks=pytest.mark.thorough) for one in AGAIN],
+)
 def test_half_precision_products_are_complete_and_near(name, dtype, rule):
     """A GPU's precision: products in half precision, state and statistics in float32; in one piece and in many."""
     dp, ids = build(name), random_ids(9, seed=5)

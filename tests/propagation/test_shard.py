@@ -166,7 +166,7 @@ def alone(asked):
     return {name: numbers(call(None)) for name, call in asked.items()}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.thorough)])
 def world(request, asked, tmp_path_factory):
     """The number of ranks, and what each of them found: they are started once."""
     return request.param, in_ranks(request.param, tmp_path_factory.mktemp("ranks"), partial(work, asked=asked))

@@ -142,7 +142,16 @@ def test_observed_attention_is_compared_with_the_models_own(name):
     o_proj.forward = own
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.once_a_family),
+        pytest.param(torch.float16, marks=pytest.mark.thorough),
+        pytest.param(torch.float64, marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     """Differences stay below half of what is allowed."""

@@ -82,7 +82,7 @@ def test_a_ledger_by_the_kernel_is_the_plain_one(name, monkeypatch):
         pytest.skip("not in this version of transformers")
     dp = DePass(build_variant(name), progress=False)
     prompts, kinds = (
-        [random_ids(6), random_ids(1), random_ids(60, 1)],
+        [random_ids(6), random_ids(1), random_ids(20, 1)],
         (Tokens(), Heads(layers="all"), Neurons(layers="all")),
     )
     calls, inner = [], way_back.neurons_back
