@@ -20,9 +20,10 @@ from .streams import LayerStreams, SideMap, Streams, StreamStep, Watch
 class GatedStreams(Streams):
     """``count`` streams of ``width``, read by modules: ``attention`` and ``mlp`` below a layer, ``head`` at the end.
 
-    They are called with the streams side by side (1, T, n·D). A branch's input is Σ_i g[t, i] ⊙ γ[i] s[t, i] X[t, i] / n,
-    with a gate g in (0, 1) and the scale s of a norm of every stream. Those of a layer return it, the streams, and what
-    the branch's output is multiplied by in each, (1, T, n). ``embeddings`` is a layer's module that `enters`.
+    They are called with the streams side by side (1, T, n·D). A branch's input is
+    Σ_i g[t, i] ⊙ γ[i] s[t, i] X[t, i] / n, with a gate g in (0, 1) and the scale s of a norm of every stream. Those
+    of a layer return it, the streams, and what the branch's output is multiplied by in each, (1, T, n). ``embeddings``
+    is a layer's module that :meth:`enters`.
     """
 
     count: int
@@ -74,7 +75,9 @@ class GatedStreams(Streams):
     def own_norms(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, Norm]]:
         readers: list[Any] = [below(block, path) for block in blocks for path in (self.attention, self.mlp)]
         readers.append(below(decoder, self.head))
-        return [(one.hc_norm, StreamNorms(1.0 + one.hc_norm.weight, one.hc_norm.eps, size=self.width)) for one in readers]
+        return [
+            (one.hc_norm, StreamNorms(1.0 + one.hc_norm.weight, one.hc_norm.eps, size=self.width)) for one in readers
+        ]
 
     def end(self, decoder: nn.Module, last: nn.Module) -> tuple[nn.Module, Watch]:
         module = below(decoder, self.head)

@@ -234,9 +234,9 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
 
 
 def _last_embedded(adapter: Adapter, end: int | None) -> int:
-    """The last module before layer ``end`` behind which the next layer's own embeddings enter, numbered as above; or -1.
+    """The last module before layer ``end`` behind which the next layer's own embeddings enter; -1 if there is none.
 
-    For tokens from layer 0 on they are no constants.
+    Modules are numbered as above. For tokens from layer 0 on they are no constants.
     """
     layers = range(1, adapter.n_layers if end is None else end + 1)
     return max((2 * index - 1 for index in layers if adapter.embeddings_of(index) is not None), default=-1)

@@ -61,8 +61,8 @@ class Pages:
     off: in the book of attention, how far queries and keys are from those recorded, relatively.
     neurons, heads: of a layer, the scores (R, P, I) for each of its MLPs, and (R, P, H).
     of_attention, of_mlp: what the constants in a layer's own outputs are worth, (R, P).
-    embedded: what later layers embed at every position is worth, (R, T), where there is such: for tokens at layer 0 it is
-    theirs, for all others it is among the constants.
+    embedded: what later layers embed at every position is worth, (R, T), where there is such. For tokens at layer 0 it
+    is theirs; for all others it is among the constants.
     """
 
     gradients: dict[Entry, Tensor] = field(default_factory=dict)
@@ -82,19 +82,19 @@ class Pages:
         names = ("totals", "constants", "changes", "sizes", "heads", "of_attention", "of_mlp")
         each = [getattr(self, name) for name in names]
         parts = [list(held.values()) for held in each] + list(self.neurons.values())
-        more = [] if self.embedded is None else [self.embedded]
-        home = iter(to_host([one for part in (*parts, more) for one in part]))
+        parts.append([] if self.embedded is None else [self.embedded])
+        home = iter(to_host([one for part in parts for one in part]))
         moved = [{key: next(home) for key in held} for held in each]
         neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
-        more = {"embedded": next(home) for _ in more}
-        return Pages(self.gradients, neurons=neurons, off=self.off, **dict(zip(names, moved, strict=True)), **more)
+        more = {"neurons": neurons, "embedded": next(home, None), "off": self.off}
+        return Pages(self.gradients, **dict(zip(names, moved, strict=True)), **more)
 
     def rows(self, some: slice) -> Pages:
         """Return the same for some of the rows. What only the book of attention has is left as it is."""
         parts = {name: {key: one[some] for key, one in getattr(self, name).items()} for name in _BY_ROW}
         neurons = {layer: [one[some] for one in of_layer] for layer, of_layer in self.neurons.items()}
-        parts["embedded"] = None if self.embedded is None else self.embedded[some]
-        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes, off=self.off)
+        embedded = None if self.embedded is None else self.embedded[some]
+        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes, embedded=embedded, off=self.off)
 
 
 _BY_ROW = ("gradients", "totals", "constants", "heads", "of_attention", "of_mlp")

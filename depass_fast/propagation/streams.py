@@ -82,7 +82,7 @@ def read_rows(state: ComponentState, step: StreamStep) -> ComponentState:
     if not step.is_by_channel:
         return ComponentState(step.at(at).reads(rows), state.layout, state.layer, state.site)
     out = rows.new_empty(len(rows), step.read.shape[2])
-    for part in _parts(rows):
+    for part in _parts(rows, 4):  # the factors, the same in the dtype of the rows, and the products
         out[part] = step.at(at[part]).reads(rows[part])
     return ComponentState(out, state.layout, state.layer, state.site)
 
@@ -123,9 +123,9 @@ def _mixed(rows: Tensor, layer: Layer | None, step: StreamStep, at: Tensor, give
     return out
 
 
-def _parts(rows: Tensor) -> Iterator[slice]:
-    """Yield rows (R, n·D) that are mixed at a time."""
-    size = max(1, AT_ONCE[rows.device.type == "cpu"] // rows.shape[1])
+def _parts(rows: Tensor, copies: int = 1) -> Iterator[slice]:
+    """Yield rows (R, n·D) that are mixed at a time, where so many numbers for each of theirs are made."""
+    size = max(1, AT_ONCE[rows.device.type == "cpu"] // (copies * rows.shape[1]))
     for first in range(0, len(rows), size):
         yield slice(first, min(first + size, len(rows)))
 

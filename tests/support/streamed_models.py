@@ -1,4 +1,4 @@
-"""Variants of families with several mixed streams, for :mod:`.family_models`: DeepSeek V4 has an attention of each kind."""
+"""Variants of families with several mixed streams, for :mod:`.family_models`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _GATED = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
-    "num_experts": 6,
+    "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
     "hc_count": 2,
     "hc_lowrank": 5,
     "indexer_n_heads": 2,
@@ -86,12 +86,21 @@ STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
             "swiglu_limit": 0.7,
         },
     ),
-    "qwen4_exp_text": ("qwen4_exp_text", {**_GATED, **_NGRAMS, "num_key_value_heads": 2, "output_gate_type": "sigmoid"}),
+    "qwen4_exp_text": (
+        "qwen4_exp_text",
+        {**_GATED, **_NGRAMS, "num_key_value_heads": 2, "output_gate_type": "sigmoid"},
+    ),
     "qwen4_exp": (
         "qwen4_exp",
         {
             "text_config": {**SHAPE, **_GATED, "num_key_value_heads": 4, "hc_count": 3},
-            "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+            },
         },
     ),
 }
