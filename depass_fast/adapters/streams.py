@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -111,7 +111,7 @@ class LayerStreams:
     attention: StreamStep
     mlp: StreamStep
     gate: StreamStep | None = None
-    entering: Tensor | None = None
+    entering: Tensor | None = field(default=None, kw_only=True)
 
     def each(self) -> list[StreamStep]:
         """All that the layer has, in their order."""
