@@ -97,6 +97,8 @@ KNOWN = {
     "glm_moe_dsa": "GLM-5",
     "deepseek_v4": "DeepSeek V4",
     "hy_v4": "Hunyuan 4",
+    "qwen4_exp": "Qwen 4 (experimental)",
+    "qwen4_exp_text": "Qwen 4 (experimental, text)",
     "longcat_flash": "LongCat Flash",
     "minimax_m3_vl_text": "MiniMax M3 (text)",
     "dots3_note_text": "dots 3",

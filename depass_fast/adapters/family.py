@@ -248,6 +248,7 @@ class Family:
     sinks: bool = False  # every query also has a logit of nothing, which the call announces
     # the most keys that a query sees, where an indexer selects them and the attention call announces them (`indices=`)
     selects: int | None = None
+    selects_by_mask: bool = False  # it announces nothing: what it selects is in the mask of the attention call
     key_block: int | None = None  # it selects blocks of so many keys for every KV head, and announces `block_indices=`
     indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers

@@ -9,6 +9,7 @@ from torch import nn
 from .ends import ModelEnds
 from .experts import has_router
 from .family import Family
+from .maps import Norm
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,25 @@ class LayerKinds(ModelEnds):
         """True if a router's weights multiply what its experts read (Llama 4)."""
         every = [self.family, *(self.family.kinds or ())]
         return any(kind.experts is not None and kind.experts.weighs_input for kind in every)
+
+    def stream_norms(self) -> list[tuple[nn.Module, Norm]]:
+        """Every norm inside of what reads several residual streams, that a float64 model computes in float32."""
+        streams = self.family.streams
+        return [] if streams is None else streams.own_norms(self.decoder, list(self.blocks))
+
+    def embeddings_of(self, index: int) -> nn.Module | None:
+        """The module that adds layer ``index``'s own embeddings to the streams behind the layer before; None without.
+
+        Those of layer 0 are a part of what enters the model.
+        """
+        streams = self.family.streams
+        return None if streams is None or not 0 < index < self.n_layers else streams.enters(self.block(index))
+
+    @property
+    def end_module(self) -> nn.Module:
+        """The module whose output the unembedding reads, in a model without a final norm."""
+        streams, last = self.family.streams, self.blocks[-1]
+        return last if streams is None else streams.end(self.decoder, last)[0]
 
     def activates_values(self, index: int) -> bool:
         """True if the values of layer ``index`` pass an activation."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,22 +24,27 @@ Watch: TypeAlias = Callable[[tuple, dict[str, Any], Any], dict[str, Tensor]]
 class StreamStep:
     """The frozen maps of one branch at T positions: n streams in front of it, m behind it.
 
-    The branch reads x = Σ_i ``read``[t, i] X[t, i] and gives y. Behind it the streams are
-    X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t]. ``mix`` None leaves the streams as they
+    The branch reads x = Σ_i ``read``[t, i] X[t, i] and gives y; ``read`` may be by channel, (T, n, D). Behind it the
+    streams are X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t]. ``mix`` None leaves the streams as they
     are. ``side`` (T, 2) are the scales of the two norms of a :class:`SideMap`, whose output is added to y.
     """
 
-    read: Tensor  # (T, n)
+    read: Tensor  # (T, n) or (T, n, D)
     mix: Tensor | None  # (T, m, n)
     write: Tensor  # (T, m)
     side: Tensor | None = None
 
-    def at(self, rows: Tensor | slice | None) -> StreamStep:
-        """The same at some positions (N,), in the order given; None: at all."""
+    @property
+    def is_by_channel(self) -> bool:
+        """True if what is read of a stream has a factor for every channel: at a row that is as much as the streams."""
+        return self.read.ndim == 3
+
+    def at(self, rows: Tensor | slice | None, reads: bool = True) -> StreamStep:
+        """The same at some positions (N,), in the order given; None: at all. Without ``reads`` it cannot read there."""
         if rows is None:
             return self
         mix, side = (None if x is None else x[rows] for x in (self.mix, self.side))
-        return StreamStep(self.read[rows], mix, self.write[rows], side)
+        return StreamStep(self.read[rows] if reads else self.read[:0], mix, self.write[rows], side)
 
     def to(self, like: Tensor) -> StreamStep:
         """The same in the dtype and on the device of ``like``."""
@@ -54,6 +59,8 @@ class StreamStep:
 
     def reads(self, x: Tensor) -> Tensor:
         """Return what the branch reads of streams (N, n·D): (N, D)."""
+        if self.is_by_channel:
+            return (self.read.to(x) * _apart(x, self.read.shape[1])).sum(-2)
         return torch.bmm(self.read[:, None].to(x), _apart(x, self.read.shape[1])).flatten(1)
 
     def passes(self, x: Tensor) -> Tensor:
@@ -75,7 +82,8 @@ class StreamStep:
 
     def reads_back(self, y: Tensor) -> Tensor:
         """Take gradients (..., N, D) of what the branch reads back to the streams: (..., N, n·D)."""
-        return (self.read.to(y)[..., None] * y[..., None, :]).flatten(-2)
+        read = self.read.to(y) if self.is_by_channel else self.read.to(y)[..., None]
+        return (read * y[..., None, :]).flatten(-2)
 
     def passes_back(self, y: Tensor) -> Tensor:
         """Take gradients (..., N, m·D) of the streams behind the branch back to those in front of it: (..., N, n·D)."""
@@ -95,11 +103,15 @@ def _apart(x: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerStreams:
-    """The frozen maps of a layer's branches; ``gate`` is that of the MLP that follows the others, None without one."""
+    """The frozen maps of a layer's branches; ``gate`` is that of the MLP that follows the others, None without one.
+
+    ``entering`` (T, n·D) is what the next layer's own embeddings add to the streams behind this one, None without such.
+    """
 
     attention: StreamStep
     mlp: StreamStep
     gate: StreamStep | None = None
+    entering: Tensor | None = field(default=None, kw_only=True)
 
     def each(self) -> list[StreamStep]:
         """All that the layer has, in their order."""
@@ -107,7 +119,8 @@ class LayerStreams:
 
     def tensors(self) -> list[Tensor]:
         """All that they hold."""
-        return [x for step in self.each() for x in step.tensors()]
+        own = [] if self.entering is None else [self.entering]
+        return [x for step in self.each() for x in step.tensors()] + own
 
     def cut(self, cut: Callable[[Tensor], Tensor]) -> LayerStreams:
         """The same with every tensor (T, ...) cut."""
@@ -115,7 +128,7 @@ class LayerStreams:
         for step in self.each():
             mix, side = (None if x is None else cut(x) for x in (step.mix, step.side))
             made.append(StreamStep(cut(step.read), mix, cut(step.write), side))
-        return LayerStreams(*made)
+        return LayerStreams(*made, entering=None if self.entering is None else cut(self.entering))
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ class SideMap:
 class StreamEnd:
     """The way from n streams to what the final norm reads: Σ_i ``read``[t, i] · ``maps``[i] X[t, i].
 
-    ``read`` is (T, n). A map is (D, D), or None for none.
+    ``read`` is (T, n), or (T, n, D) by channel. A map is (D, D), or None for none.
     """
 
     read: Tensor
@@ -155,20 +168,23 @@ class StreamEnd:
 
     def of(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Streams (N, n·D) at positions ``at`` (N,), by default all, as what the final norm reads: (N, D)."""
-        read = (self.read if at is None else self.read[at.to(self.read.device)]).to(x)
-        parts = zip(read.unbind(1), _apart(x, len(self.maps)).unbind(-2), self.maps, strict=True)
         total: Tensor | None = None
-        for factor, one, weight in parts:
-            one = (one if weight is None else one @ weight.to(one).T) * factor[:, None]
+        for stream, (one, weight) in enumerate(zip(_apart(x, len(self.maps)).unbind(-2), self.maps, strict=True)):
+            one = (one if weight is None else one @ weight.to(one).T) * self._factor(stream, at).to(x)
             total = one if total is None else total + one
         assert total is not None
         return total
 
     def back(self, y: Tensor, at: Tensor) -> Tensor:
         """Take gradients (N, D) of what the final norm reads at positions ``at`` (N,) back: (N, n·D)."""
-        read = self.read[at.to(self.read.device)].to(y)
-        parts = zip(read.unbind(1), self.maps, strict=True)
-        return torch.cat([(y if w is None else y @ w.to(y)) * factor[:, None] for factor, w in parts], 1)
+        each = (y * self._factor(stream, at).to(y) for stream in range(len(self.maps)))
+        return torch.cat([one if w is None else one @ w.to(y) for one, w in zip(each, self.maps, strict=True)], 1)
+
+    def _factor(self, stream: int, at: Tensor | None) -> Tensor:
+        """Return the factors of one stream at some positions (N,): (N, 1) or (N, D)."""
+        read = self.read[:, stream]
+        read = read if at is None else read[at.to(read.device)]
+        return read if read.ndim == 2 else read[:, None]
 
     def to(self, device: torch.device) -> StreamEnd:
         """The same on a device."""
@@ -189,6 +205,10 @@ class Streams(ABC):
     def numbers(self) -> tuple[int, int]:
         """The numbers per position of a layer's frozen maps: in the model's dtype, and in float32 or wider."""
 
+    def enters(self, block: nn.Module) -> nn.Module | None:
+        """The module of a layer's own embeddings, whose output (1, T, n·D) is added to the streams in front of it."""
+        return None
+
     def end_numbers(self) -> tuple[int, int]:
         """Those of the end of the streams, in the same dtypes."""
         return self.count, 0
@@ -201,9 +221,13 @@ class Streams(ABC):
     def layer(self, block: nn.Module, record: dict[str, Any], side: SideMap | None) -> tuple[LayerStreams, Tensor]:
         """A layer's frozen maps, of what was recorded, and the streams between attention and MLP: (T, m·D)."""
 
+    def own_norms(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, Norm]]:
+        """Norms in the modules that read the streams, for a float64 model to compute in float64."""
+        return []
+
     @abstractmethod
     def end(self, decoder: nn.Module, last: nn.Module) -> tuple[nn.Module, Watch]:
-        """The module where the streams end, and what is kept of its call: `streams_final` (T, n·D), `end_read` (T, n).
+        """The module where the streams end, and what is kept of its call: `streams_final` (T, n·D) and `end_read`.
 
         ``decoder`` is the model without its unembedding, ``last`` its last layer.
         """

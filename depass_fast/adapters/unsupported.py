@@ -9,8 +9,6 @@ from __future__ import annotations
 _ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
 _DECODER = "encoder-decoder: its decoder reads an encoder"
 _STATE = "state-space layers"
-_SPARSE = "sparse attention, whose keys an indexer selects"
-_STREAMS = "several residual streams that are mixed (hyper-connections)"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(
@@ -31,10 +29,6 @@ REASONS: dict[str, str] = {
     "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
     **dict.fromkeys(
         ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
-    ),
-    **dict.fromkeys(
-        ("qwen4_exp", "qwen4_exp_text"),
-        f"{_STREAMS}, {_SPARSE} in blocks, and embeddings of several tokens that enter the streams",
     ),
     "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
     "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",

@@ -185,6 +185,8 @@ class LayerOutputs:
         y, side = after - step.passes(before), self._adapter.side(self._layer) if module == "attention" else None
         if side is not None and step.side is not None:
             y = y - step.writes(side.of(step.reads(before), step.side.to(before)))
+        if module == "mlp" and record.streams is not None and record.streams.entering is not None:
+            y = y - record.streams.entering[self.span].to(y)
         return y if constant is None else y - constant
 
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -121,7 +121,8 @@ def components_of(
     bias = (BIAS,) if has_bias else ()
     if isinstance(kinds[0], Tokens):
         excluded = excluded or [set()] * trace.n_prompts
-        return tuple(Components.tokens(n, bias, e) for n, e in zip(names, excluded, strict=True))
+        embedded = kinds[0].resolve(adapter) == 0
+        return tuple(Components.tokens(n, bias, e, embedded) for n, e in zip(names, excluded, strict=True))
     return tuple(Components.everywhere(n, (REST, *bias)) for n in names)
 
 
@@ -207,8 +208,10 @@ def each_meets_bias(
     """:func:`meets_bias` of several kinds; no layer is looked at twice."""
     first = [kind.entry(adapter).order for kind in kinds]
     last = _last_constant(adapter, min(first) // 2, end, allocation.linear_rule)
-    shared = list(_read_ahead(adapter, min(first) // 2, end))
-    return [one <= last or any(source < one <= reader for source, reader in shared) for one in first]
+    shared, embedded = list(_read_ahead(adapter, min(first) // 2, end)), _last_embedded(adapter, end)
+    found = [one <= last or any(source < one <= reader for source, reader in shared) for one in first]
+    others = [not isinstance(kind, Tokens) or one > 0 for kind, one in zip(kinds, first, strict=True)]
+    return [meets or (other and one <= embedded) for meets, other, one in zip(found, others, first, strict=True)]
 
 
 def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | None) -> float:
@@ -228,6 +231,15 @@ def _last_constant(adapter: Adapter, first: int, end: int | None, rule: str | No
         if weights.attention is not None and weights.attention.has_bias:
             return 2 * index
     return -1
+
+
+def _last_embedded(adapter: Adapter, end: int | None) -> int:
+    """The last module before layer ``end`` behind which the next layer's own embeddings enter; -1 if there is none.
+
+    Modules are numbered as above. For tokens from layer 0 on they are no constants.
+    """
+    layers = range(1, adapter.n_layers if end is None else end + 1)
+    return max((2 * index - 1 for index in layers if adapter.embeddings_of(index) is not None), default=-1)
 
 
 def _read_ahead(adapter: Adapter, first: int, end: int | None) -> Iterator[tuple[int, int]]:

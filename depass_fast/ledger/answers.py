@@ -81,6 +81,9 @@ def shares_of(
     gradients = pages.gradients[entry][:, span]  # (R, N, D)
     if isinstance(kind, Tokens):
         named = (gradients * trace.resid(layer)[span].to(gradients)).sum(-1)
+        if layer == 0 and pages.embedded is not None:
+            later = pages.embedded[:, span]
+            named, ahead = named + later.to(named), ahead - later.sum(1)
         later = named.new_zeros(len(named), len(tokens) - named.shape[1])
         return Shares(kind.names(adapter, tokens), torch.cat([named, later], 1), None, ahead, meets_bias)
     start = make_start(kind, adapter, trace, prompt, trace.length(prompt), meets_bias, dtype)

@@ -96,6 +96,7 @@ def _page_tensors(pages: Pages) -> dict[str, Tensor]:
         found |= {f"{name}.{site.order}": one for site, one in getattr(pages, name).items()}
     for name in _BY_LAYER:
         found |= {f"{name}.{layer}": one for layer, one in getattr(pages, name).items()}
+    found |= {} if pages.embedded is None else {"embedded": pages.embedded}
     for layer, parts in pages.neurons.items():
         found |= {f"neurons.{layer}.{i}": one for i, one in enumerate(parts)}
     return found
@@ -117,6 +118,8 @@ def _pages(request: Request, tensors: dict[str, Tensor]) -> Pages:
             site = Entry(layer, "resid_mid" if mid else "resid_pre")
             device = adapter.layer_device(min(layer, last)) if name == "gradients" else one.device
             getattr(pages, name)[site] = one.to(device)
+        elif name == "embedded":
+            pages.embedded = one
         elif name in _BY_LAYER:
             getattr(pages, name)[int(numbers[0])] = one
         elif name == "neurons":

@@ -61,6 +61,8 @@ class Pages:
     off: in the book of attention, how far queries and keys are from those recorded, relatively.
     neurons, heads: of a layer, the scores (R, P, I) for each of its MLPs, and (R, P, H).
     of_attention, of_mlp: what the constants in a layer's own outputs are worth, (R, P).
+    embedded: what later layers embed at every position is worth, (R, T), where there is such. For tokens at layer 0 it
+    is theirs; for all others it is among the constants.
     """
 
     gradients: dict[Entry, Tensor] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Pages:
     heads: dict[int, Tensor] = field(default_factory=dict)
     of_attention: dict[int, Tensor] = field(default_factory=dict)
     of_mlp: dict[int, Tensor] = field(default_factory=dict)
+    embedded: Tensor | None = None
     off: float = 0.0
 
     def brought_home(self) -> Pages:
@@ -79,16 +82,19 @@ class Pages:
         names = ("totals", "constants", "changes", "sizes", "heads", "of_attention", "of_mlp")
         each = [getattr(self, name) for name in names]
         parts = [list(held.values()) for held in each] + list(self.neurons.values())
+        parts.append([] if self.embedded is None else [self.embedded])
         home = iter(to_host([one for part in parts for one in part]))
         moved = [{key: next(home) for key in held} for held in each]
         neurons = {layer: [next(home) for _ in of_layer] for layer, of_layer in self.neurons.items()}
-        return Pages(self.gradients, neurons=neurons, off=self.off, **dict(zip(names, moved, strict=True)))
+        more = {"neurons": neurons, "embedded": next(home, None), "off": self.off}
+        return Pages(self.gradients, **dict(zip(names, moved, strict=True)), **more)
 
     def rows(self, some: slice) -> Pages:
         """Return the same for some of the rows. What only the book of attention has is left as it is."""
         parts = {name: {key: one[some] for key, one in getattr(self, name).items()} for name in _BY_ROW}
         neurons = {layer: [one[some] for one in of_layer] for layer, of_layer in self.neurons.items()}
-        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes, off=self.off)
+        embedded = None if self.embedded is None else self.embedded[some]
+        return Pages(**parts, neurons=neurons, changes=self.changes, sizes=self.sizes, embedded=embedded, off=self.off)
 
 
 _BY_ROW = ("gradients", "totals", "constants", "heads", "of_attention", "of_mlp")
@@ -180,6 +186,8 @@ class _WayBack:
     def _through_streams(self, index: int, layer: Layer, record: LayerTrace, maps: LayerStreams) -> None:
         """Take the gradients back through a layer of several streams, by the transposes of its frozen maps."""
         at = self._packing.at(self._partial, self._back.device)
+        if maps.entering is not None:
+            self._note_embedded(maps.entering if at is None else maps.entering[at])
         attention, mlp, end, neurons = maps.attention.at(at), maps.mlp.at(at), self._back, {}
         *after, first = _stages(layer, record)
         behind = None
@@ -211,6 +219,14 @@ class _WayBack:
             self._owe_values(source, found)
         self._pay(Entry(index, "resid_pre"))
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _note_embedded(self, entering: Tensor) -> None:
+        """Note what the next layer's own embeddings, (A, n·D) where gradients arrive, are worth at every position."""
+        worth = (self._back * entering.to(self._back)).sum(-1)
+        self._after = self._after + self._packing.sum(worth, self._partial)
+        worth = self._everywhere(worth[..., None], self._partial)[..., 0]
+        before = self.pages.embedded
+        self.pages.embedded = worth if before is None else before.to(worth) + worth
 
     def _owe_values(self, source: int, gradients: Tensor) -> None:
         """Let the gradients of what the attention of layer ``source`` reads wait for what enters that layer."""

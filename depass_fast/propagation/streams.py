@@ -6,7 +6,7 @@ streams, which are mixed in place, some rows at a time (DESIGN.md section 10).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,16 +39,16 @@ def through_attention(
     ``values`` are rows of D already, what the layer that has them reads.
     """
     here = state if queries is None else state.at(queries)
-    at = step.at(_positions(here))
+    at = _positions(here)
     if layer.attention.source is not None and values is None:  # a constant: its values are no components'
-        rows = _mixed(here.rows, layer, at, None)
+        rows = _mixed(here.rows, layer, step, at, None)
         _add_written(rows, here, layer, record, step)
         return ComponentState(rows, here.layout, state.layer)
     source = read_rows(state, step) if layer.attention.source is None else values
     assert source is not None  # see above
     given = run.operations.aggregate_ov(_zeros(source, state), layer.attention, record.attention, queries, source)
     del source
-    return ComponentState(_mixed(here.rows, layer, at, given.rows), here.layout, state.layer)
+    return ComponentState(_mixed(here.rows, layer, step, at, given.rows), here.layout, state.layer)
 
 
 def through_mlps(
@@ -58,7 +58,10 @@ def through_mlps(
     first = [part for part in record.mlps if not layer.mlps[part.part].follows]
     last = [part for part in record.mlps if layer.mlps[part.part].follows]
     state = _through(state, layer, first, maps.mlp, run)
-    return state if maps.gate is None else _through(state, layer, last, maps.gate, run)
+    state = state if maps.gate is None else _through(state, layer, last, maps.gate, run)
+    if maps.entering is not None:
+        _add_entering(state, maps.entering)
+    return state
 
 
 def _through(
@@ -70,12 +73,18 @@ def _through(
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
     del source
-    return ComponentState(_mixed(state.rows, None, step.at(_positions(state)), given.rows), state.layout, state.layer)
+    return ComponentState(_mixed(state.rows, None, step, _positions(state), given.rows), state.layout, state.layer)
 
 
 def read_rows(state: ComponentState, step: StreamStep) -> ComponentState:
     """Return what a branch reads of every component, as rows of D."""
-    return ComponentState(step.at(_positions(state)).reads(state.rows), state.layout, state.layer, state.site)
+    rows, at = state.rows, _positions(state)
+    if not step.is_by_channel:
+        return ComponentState(step.at(at).reads(rows), state.layout, state.layer, state.site)
+    out = rows.new_empty(len(rows), step.read.shape[2])
+    for part in _parts(rows, 4):  # the factors, the same in the dtype of the rows, and the products
+        out[part] = step.at(at[part]).reads(rows[part])
+    return ComponentState(out, state.layout, state.layer, state.site)
 
 
 def collapsed(state: ComponentState, end: StreamEnd) -> ComponentState:
@@ -97,23 +106,28 @@ def _zeros(like: ComponentState, state: ComponentState) -> ComponentState:
     return ComponentState(torch.zeros_like(rows), like.layout, state.layer)
 
 
-def _mixed(rows: Tensor, layer: Layer | None, at: StreamStep, given: Tensor | None) -> Tensor:
-    """Return the streams behind a branch that gives (R, D), at the positions ``at`` of their rows: (R, m·D).
+def _mixed(rows: Tensor, layer: Layer | None, step: StreamStep, at: Tensor, given: Tensor | None) -> Tensor:
+    """Return the streams behind a branch that gives (R, D), at the positions ``at`` (R,) of their rows: (R, m·D).
 
     ``layer`` is that of attention, beside which there may be a linear map. ``rows`` (R, n·D) are used up.
     """
-    width = at.write.shape[1] * (rows.shape[1] // at.read.shape[1])
+    width = step.write.shape[1] * (rows.shape[1] // step.read.shape[1])
     out = rows if width == rows.shape[1] else rows.new_empty(len(rows), width)
-    size = max(1, AT_ONCE[rows.device.type == "cpu"] // rows.shape[1])
-    for first in range(0, len(rows), size):
-        part = slice(first, min(first + size, len(rows)))
-        here = at.at(part)
+    for part in _parts(rows):
+        here = step.at(at[part], reads=layer is not None and layer.side is not None)
         passed = _passed(rows[part], layer, here)
         if given is not None:
             _add(passed, given[part], here)
         if passed.data_ptr() != out[part].data_ptr():
             out[part] = passed
     return out
+
+
+def _parts(rows: Tensor, copies: int = 1) -> Iterator[slice]:
+    """Yield rows (R, n·D) that are mixed at a time, where so many numbers for each of theirs are made."""
+    size = max(1, AT_ONCE[rows.device.type == "cpu"] // (copies * rows.shape[1]))
+    for first in range(0, len(rows), size):
+        yield slice(first, min(first + size, len(rows)))
 
 
 def _passed(rows: Tensor, layer: Layer | None, at: StreamStep) -> Tensor:
@@ -128,6 +142,19 @@ def _add(rows: Tensor, given: Tensor, at: StreamStep) -> None:
     """Add what a branch gives (R, D) to the streams (R, m·D), in place."""
     weight = at.write.to(rows)[..., None]  # (R, m, 1)
     rows.view(len(rows), weight.shape[1], -1).baddbmm_(weight, given[:, None])
+
+
+def _add_entering(state: ComponentState, entering: Tensor) -> None:
+    """Add what the next layer embeds (T, n·D) to the token of each position, or to `bias` for others, in place."""
+    layout, rows = state.layout, state.rows
+    if layout.components[0].embedded:
+        segments, at = layout.token_rows()
+    elif layout.index(BIAS) is not None:  # chosen components may lack it
+        segments, at = slice(None), layout.extra_rows(BIAS)
+    else:
+        return
+    packed = to_device(layout.packed[segments], entering.device)
+    rows[to_device(at, rows.device)] += entering[packed].to(rows)
 
 
 def _add_written(rows: Tensor, state: ComponentState, layer: Layer, record: LayerTrace, step: StreamStep) -> None:

@@ -29,7 +29,8 @@ class Components:
     tokens, which take part in the allocation at the position of their birth only.
 
     A state may hold a part of a prompt's components (:meth:`only`). ``whole`` are then all of them, and ``places`` (M,)
-    those of the part among them, in order.
+    those of the part among them, in order. With ``embedded`` the named ones are the model's tokens from its beginning:
+    what a later layer embeds at a position is a part of the token there.
     """
 
     extras: tuple[str, ...]
@@ -38,6 +39,7 @@ class Components:
     excluded: np.ndarray
     whole: Components | None = None
     places: np.ndarray | None = None
+    embedded: bool = False
 
     @staticmethod
     def everywhere(names: tuple[str, ...], extras: tuple[str, ...]) -> Components:
@@ -46,12 +48,14 @@ class Components:
         return Components(extras, names, np.zeros(m, np.int64), np.zeros(m, bool))
 
     @staticmethod
-    def tokens(names: tuple[str, ...], extras: tuple[str, ...], excluded: set[int]) -> Components:
+    def tokens(
+        names: tuple[str, ...], extras: tuple[str, ...], excluded: set[int], embedded: bool = False
+    ) -> Components:
         """One component per position, born there. ``excluded`` holds the positions of special tokens."""
         births = np.concatenate([np.zeros(len(extras), np.int64), np.arange(len(names))])
         flags = np.zeros(len(births), bool)
         flags[[len(extras) + n for n in excluded]] = True
-        return Components(extras, names, births, flags)
+        return Components(extras, names, births, flags, embedded=embedded)
 
     __repr__ = brief_repr
 
@@ -63,7 +67,7 @@ class Components:
         n_extras = len(self.extras)
         extras = tuple(self.extras[i] for i in places if i < n_extras)
         names = tuple(self.names[i - n_extras] for i in places if i >= n_extras)
-        return Components(extras, names, self.births[places], self.excluded[places], self, places)
+        return Components(extras, names, self.births[places], self.excluded[places], self, places, self.embedded)
 
     @property
     def all(self) -> Components:
@@ -234,6 +238,18 @@ class Layout:
     def extra_rows(self, extra: str) -> np.ndarray:
         """The rows of `rest` or `bias`, one per segment. It must be one of the extras."""
         return self.starts[:-1] + self.index(extra)
+
+    def token_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The segments where the token of the position is among the components, and its row in each.
+
+        All components must be tokens; a state may hold a part of them.
+        """
+        last, own = self.counts - 1, np.zeros(len(self.counts), bool)
+        for prompt, components in enumerate(self.components):
+            here = self.segments(prompt)
+            named = last[here] >= len(components.extras)
+            own[here] = named & (components.births[last[here]] == self.local[here]) if len(components) else False
+        return np.flatnonzero(own), (self.starts[1:] - 1)[own]
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -83,11 +83,11 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
         watch_streams(adapter, recorder, undo)
         end = adapter.final_norm_module
         if end is None:
-            undo.callback(RecordingHook(recorder, recorder.final, "resid_final").after(adapter.blocks[-1]))
+            undo.callback(RecordingHook(recorder, recorder.final, "resid_final").after(adapter.end_module))
         else:
             undo.callback(RecordingHook(recorder, recorder.final, "resid_final").before(end))
         if adapter.dtype == torch.float64:
-            for module, norm in (*adapter.norms(), *query_key_norms(adapter)):
+            for module, norm in (*adapter.norms(), *adapter.stream_norms(), *query_key_norms(adapter)):
                 undo.callback(module.register_forward_hook(full_precision(norm)).remove)
         if end is not None:
             undo.callback(RecordingHook(recorder, recorder.final, "normed_final").after(end))

@@ -230,8 +230,16 @@ def watch_streams(adapter: Adapter, recorder: Recorder, undo: ExitStack) -> None
     for index in range(adapter.n_layers):
         for module, watch in streams.watches(adapter.block(index)):
             undo.callback(keeps(recorder, recorder.layers[index], module, watch))
+        own = adapter.embeddings_of(index)
+        if own is not None:
+            undo.callback(keeps(recorder, recorder.layers[index - 1], own, _entering))
     module, watch = streams.end(adapter.decoder, adapter.blocks[-1])
     undo.callback(keeps(recorder, recorder.final, module, watch))
+
+
+def _entering(args: tuple, kwargs: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
+    """Keep what a layer's own embeddings add to the streams in front of it."""
+    return {"entering": output.detach().flatten(0, -2)}
 
 
 def full_precision(norm: Norm) -> Callable[..., Tensor]:

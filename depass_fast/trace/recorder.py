@@ -20,7 +20,7 @@ from .mixers import KeyedTrace
 from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
-from .selection import by_query, padded_to, register_with_mask
+from .selection import by_query, padded_to, register_with_mask, seen_in
 from .streams import layer_of_streams
 
 ATTENTION_NAME = "depass_fast_recorder"
@@ -379,6 +379,9 @@ def _attention_function(
         # the mixer computes it, prompt by prompt; here the first prompt's is compared
         return attention.causal_attention(query, key, value, **mask)[0].transpose(1, 2), None
     mask["chunked"] = recorder.adapter.chunks(index)
+    if recorder.adapter.kind(index).selects_by_mask and attention_mask is not None:
+        assert recorder.adapter.selects is not None
+        indices = seen_in(attention_mask, recorder.adapter.selects)
     if block_indices is not None:
         indices, mask["key_block"] = block_indices, recorder.adapter.kind(index).key_block
     return recorder.attend(index, query, key, value, sinks=s_aux, indices=indices, **mask), None

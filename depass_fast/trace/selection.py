@@ -2,7 +2,7 @@
 
 DeepSeek 3.2 and GLM-5 announce the selected positions in their attention call, and their indexers read the mask of the
 forward pass, which other models leave out where the attention function is ours. MiniMax M3 announces blocks of
-positions, for every group of heads.
+positions, for every group of heads. Qwen 4 announces nothing: its selection is in the mask.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ def register_with_mask(name: str, attention_function: object) -> None:
 def padded_to(width: int, indices: Tensor) -> Tensor:
     """Return selected positions (N, ..., k) of one prompt as a trace keeps them: (N, ..., width) int32, -1 for none."""
     return nn.functional.pad(indices.to(torch.int32), (0, width - indices.shape[-1]), value=-1)
+
+
+def seen_in(mask: Tensor, width: int) -> Tensor:
+    """Return the positions that queries of one prompt see by a mask (1, 1, N, N), at most ``width``: (1, N, k)."""
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask[:, 0], positions, -1).topk(min(width, mask.shape[-1])).values
 
 
 def by_query(indices: Tensor) -> Tensor:

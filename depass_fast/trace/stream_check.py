@@ -68,6 +68,8 @@ def _check_mlps(
             _check_read(found, f"{name} is followed by a gate that", rows(part.resid, at), gate, total)
             raw = experts_written(layer, mlps, at, (part,))
             total = gate.passes(total) + gate.writes(_written(mlps[part.part], raw))
+    if layer.streams.entering is not None:  # what the next layer embeds
+        total = total + rows(layer.streams.entering, at).to(total)
     _check_gain(found, name, rows(trace.resid(index + 1), at).to(total), total, before, READING if mixture else None)
 
 

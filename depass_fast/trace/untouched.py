@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter
 from .exclusive import exclusive
-from .selection import by_query
+from .selection import by_query, seen_in
 
 
 @dataclass
@@ -38,7 +38,7 @@ def untouched_pass(adapter: Adapter, ids: Tensor) -> UntouchedPass:
                 watcher.watch_indexer(adapter, index, undo)
             if adapter.is_mixture(index):
                 watcher.watch_experts(adapter, index, undo)
-        end = adapter.final_norm_module or adapter.blocks[-1]
+        end = adapter.final_norm_module or adapter.end_module
         undo.callback(end.register_forward_hook(watcher.note_end).remove)
         adapter.run(ids[None])
     assert watcher.end is not None
@@ -75,15 +75,18 @@ class _Watcher:
     def watch_indexer(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
         """Hook up the indexer that selects the keys of one layer."""
 
+        width = adapter.selects if adapter.kind(index).selects_by_mask else None
+
         def read(module: nn.Module, args: tuple) -> None:
             if threading.get_ident() == self.thread:
                 self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
 
         def selects(module: nn.Module, args: tuple, indices: Tensor) -> None:
             if threading.get_ident() == self.thread:
-                self.decisions[-1][1]["chosen_keys"] = by_query(indices)
+                self.decisions[-1][1]["chosen_keys"] = by_query(indices if width is None else seen_in(indices, width))
 
         norm, indexer = adapter.module(index, "attention_norm"), adapter.module(index, "indexer")
-        assert norm is not None and indexer is not None
+        assert indexer is not None
+        norm = adapter.module(index, "attention") if norm is None else norm
         undo.callback(norm.register_forward_pre_hook(read).remove)
         undo.callback(indexer.register_forward_hook(selects).remove)

@@ -12,6 +12,8 @@ from depass_fast import DePass
 from depass_fast.adapters import Adapter, Branch
 from depass_fast.adapters.paths import below_or_none
 
+_HYPER = ("attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection")  # of attention and of the MLP
+
 
 def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     """Return what "attention" and "mlp" of a layer add (N, D), as far as it has them, behind norms of the stream."""
@@ -24,7 +26,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
                 return
 
             def hook(module: Any, args: tuple, output: Any) -> None:
-                output = output[0] if isinstance(output, tuple) else output
+                output = output[2 if key.endswith("hyper_connection") else 0] if isinstance(output, tuple) else output
                 seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
 
             undo.callback(module.register_forward_hook(hook).remove)
@@ -39,7 +41,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         note(None if sides is None else sides[0].o.module, "beside")
         gate = adapter.kind(layer).input_gate
         note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")
-        for name in ("altup.correction_coefs", "attn_hc", "ffn_hc") if adapter.family.streams is not None else ():
+        for name in ("altup.correction_coefs", *_HYPER) if adapter.family.streams is not None else ():
             note(below_or_none(adapter.block(layer), name), name)
         dp.model(ids[None])
     for kind in ends:
@@ -68,8 +70,8 @@ def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
 
 def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:
     """Return what a branch adds to all streams side by side, given what it adds to one."""
-    hyper = {"attention": "attn_hc", "mlp": "ffn_hc"}[kind]
-    if hyper in seen:
+    hyper = next((name for name in _HYPER[kind == "mlp" :: 2] if name in seen), None)
+    if hyper is not None:
         return (seen[hyper][1].view(len(added), -1, 1) * added[:, None]).flatten(1)
     if kind == "attention":  # P as it is, then what the layer works on
         return torch.cat([added.new_zeros(len(added), width), added / 2**0.5], 1)

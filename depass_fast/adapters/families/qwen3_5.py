@@ -47,5 +47,5 @@ def declare(config: Any) -> Family:
     parts = {"v_proj": "linear_attn.in_proj_qkv", "v_part": of_values}
     gate = HeadScale(("in_proj_z",), scale)
     linear = with_mixer(full, "linear_attn", config.linear_value_head_dim, mixer, gate, **parts)
-    kinds = {"linear_attention": linear, "full_attention": full}
+    kinds = {"linear_attention": linear, "full_attention": full, "indexed_attention": full}  # the last are Qwen 4's
     return replace(full, kinds=tuple(kinds[kind] for kind in config.layer_types))
