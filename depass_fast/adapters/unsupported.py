@@ -8,7 +8,6 @@ from __future__ import annotations
 
 _ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
 _DECODER = "encoder-decoder: its decoder reads an encoder"
-_STATE = "state-space layers"
 _SPARSE = "sparse attention, whose keys an indexer selects"
 _STREAMS = "several residual streams that are mixed (hyper-connections)"
 
@@ -29,9 +28,6 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
-    **dict.fromkeys(
-        ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
-    ),
     **dict.fromkeys(
         ("qwen4_exp", "qwen4_exp_text"),
         f"{_STREAMS}, {_SPARSE} in blocks, and embeddings of several tokens that enter the streams",

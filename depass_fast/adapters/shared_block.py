@@ -1,0 +1,96 @@
+"""Zamba's streams: x, the first embedding e beside it, and t, what a block shared between layers hands to a mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .family import Path
+from .paths import below
+from .streams import LayerStreams, SideMap, Streams, StreamStep, Watch
+
+_X, _E, _T = torch.eye(3).tolist()  # the weights by which one of them is read, or written to
+_X_AND_E = [_X, _E, [0.0, 0.0, 0.0]]  # the mix that lets go of t
+
+
+@dataclass(frozen=True)
+class SharedBlock(Streams):
+    """The streams [x, e, t]. e never changes, and t is zero wherever a module of the model begins.
+
+    A module with a shared block is two layers. In the ``block``, attention reads x and e side by side and writes to t,
+    and the MLP reads t and writes in its place. The ``mixer`` behind it reads x + t, writes to x, and t is let go. A
+    layer of a mixer ``alone`` reads x and writes to it. ``linear`` is the path of what gives t, in such a module.
+    """
+
+    layer_is: Literal["block", "mixer", "alone"]
+    linear: Path = "linear"
+
+    @property
+    def count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 3
+
+    @property
+    def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 3
+
+    def numbers(self) -> tuple[int, int]:
+        return {"block": (6 + 9 + 3) + (3 + 9 + 3), "mixer": 3 + 9 + 3, "alone": 3 + 3}[self.layer_is], 0
+
+    def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
+        found: list[tuple[nn.Module, Watch]] = [(block, _entering)]
+        if self.layer_is == "mixer":
+            found.append((below(block, self.linear), lambda args, kwargs, output: {"t": _packed(output)}))
+        return found
+
+    def gathered(self, record: dict[str, Any]) -> None:
+        parts = [record.pop(name, None) for name in ("x", "e", "t")]
+        if parts[0] is not None:
+            record["streams_pre"] = _side_by_side(*parts)
+
+    def layer(
+        self, block: nn.Module, record: dict[str, Any], side: SideMap | None
+    ) -> tuple[LayerStreams, Tensor | None]:
+        x = record["streams_pre"]
+
+        def step(read: list, mix: list | None, write: list) -> StreamStep:
+            return StreamStep(*(None if one is None else _everywhere(one, x) for one in (read, mix, write)))  # type: ignore[arg-type]
+
+        if self.layer_is == "alone":
+            return LayerStreams(step(_X, None, _X)), None
+        if self.layer_is == "mixer":
+            return LayerStreams(step([1.0, 0.0, 1.0], _X_AND_E, _X)), None
+        mid = torch.cat([x[:, : 2 * x.shape[1] // 3], record["resid_mid"]], 1)
+        return LayerStreams(step([_X, _E], _X_AND_E, _T), step(_T, _X_AND_E, _T)), mid
+
+    def end(self, decoder: nn.Module, last: nn.Module) -> tuple[nn.Module, Watch]:
+        def watch(args: tuple, kwargs: dict[str, Any], output: Any) -> dict[str, Tensor]:
+            x = _packed(output[0] if isinstance(output, tuple) else output)
+            final = _side_by_side(x, _entering(args, kwargs, output)["e"], None)
+            return {"streams_final": final, "end_read": _everywhere(_X, x)}
+
+        return last, watch
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.detach().flatten(0, -2)
+
+
+def _entering(args: tuple, kwargs: dict[str, Any], output: Any) -> dict[str, Tensor]:
+    """Return x and e, which every module is called with, both (T, D)."""
+    names = ("hidden_states", "original_hidden_states")
+    x, e = (args[place] if place < len(args) else kwargs[name] for place, name in enumerate(names))
+    return {"x": _packed(x), "e": _packed(e)}
+
+
+def _side_by_side(x: Tensor, e: Tensor, t: Tensor | None) -> Tensor:
+    return torch.cat([x, e, torch.zeros_like(x) if t is None else t], 1)
+
+
+def _everywhere(numbers: list, like: Tensor) -> Tensor:
+    """Return the same numbers for all positions of ``like`` (T, ...), in its dtype: (T, ...)."""
+    one = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    return one.expand(len(like), *one.shape).contiguous()
