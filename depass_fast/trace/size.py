@@ -120,7 +120,7 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     size = streams * adapter.hidden_size * item + scales * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)
-    size += _streams(adapter, attention, item, wide)
+    size += _streams(adapter, index, attention, item, wide)
     if attention is None:
         return size
     if attention.scales_heads:
@@ -141,14 +141,16 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     return size + (attention.o.shape[1] * wide if has_constant else 0)
 
 
-def _streams(adapter: Adapter, attention: Attention, item: int, wide: int) -> int:
+def _streams(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
     """The bytes of several residual streams beside what branches read of them, and of their frozen maps."""
-    streams = adapter.family.streams
+    streams = adapter.kind(index).streams
     if streams is None:
         return 0
     shared = attention.source is not None  # what its values read is another layer's
+    more = 0 if shared else attention.v.shape[1] // adapter.hidden_size - 1  # of several streams side by side
+    held = streams.count + (streams.middle if adapter.has_mlp(index) else 0) + more - shared
     narrow, of_scales = streams.numbers()
-    return (streams.count + streams.middle - shared) * adapter.hidden_size * item + narrow * item + of_scales * wide
+    return held * adapter.hidden_size * item + narrow * item + of_scales * wide
 
 
 def _has_beta(attention: Attention) -> bool:
