@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .family import Path
+from .family import Family, Path
 from .paths import below
 from .streams import LayerStreams, SideMap, Streams, StreamStep, Watch
 
@@ -73,6 +73,47 @@ class SharedBlock(Streams):
             return {"streams_final": final, "end_read": _everywhere(_X, x)}
 
         return last, watch
+
+
+def with_shared_blocks(
+    kinds: Sequence[str],
+    mixer: Callable[[str, SharedBlock], Family],
+    home: str,
+    parts: Callable[[str, int], dict[str, Any]],
+) -> Family:
+    """The declaration of a model of such layers, whose ``kinds`` are "hybrid" where a module has a shared block.
+
+    ``mixer(path, streams)`` declares the layer of a mixer that is below a path, which ends in a dot or is empty.
+    ``home`` is the path of a block, and ``parts(path, number)`` are those of its MLP, whose path is given, and others
+    that depend on the number of the use of a block.
+    """
+    alone, behind = mixer("", SharedBlock("alone")), mixer("mamba_decoder.", SharedBlock("mixer"))
+    layers: list[Family] = []
+    homes: list[int] = []
+    for index, kind in enumerate(kinds):
+        if kind == "hybrid":
+            layers.append(_block(home, parts(f"{home}.feed_forward", kinds[:index].count("hybrid"))))
+            homes.append(index)
+        layers.append(behind if kind == "hybrid" else alone)
+        homes.append(index)
+    return replace(alone, final_norm="model.final_layernorm", kinds=tuple(layers), homes=tuple(homes))
+
+
+def _block(home: str, parts: dict[str, Any]) -> Family:
+    attention, mlp = f"{home}.self_attn", f"{home}.feed_forward"
+    return Family(
+        attention=attention,
+        attention_norm=f"{home}.input_layernorm",
+        v_proj=f"{attention}.v_proj",
+        o_proj=f"{attention}.o_proj",
+        mlp=mlp,
+        mlp_norm=f"{home}.pre_ff_layernorm",
+        down_proj=f"{mlp}.down_proj",
+        down_behind="linear",
+        act_fn=f"{mlp}.act_fn",
+        streams=SharedBlock("block"),
+        **parts,
+    )
 
 
 def _packed(x: Tensor) -> Tensor:

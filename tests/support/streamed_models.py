@@ -58,6 +58,16 @@ STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
         },
     ),
+    "zamba": (
+        "zamba",
+        {
+            "mamba_d_state": 5,
+            "mamba_dt_rank": 3,
+            "n_mamba_heads": 2,
+            "num_key_value_heads": 2,
+            "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        },
+    ),
     "hy_v4": (
         "hy_v4",
         {
