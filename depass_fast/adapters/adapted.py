@@ -21,11 +21,11 @@ class Adapted(Linear):
     @cached_property
     def weight(self) -> Tensor:
         assert self.adapter is not None
-        own = stored_weight(self.module)
+        own, (down, up) = stored_weight(self.module), map(stored_weight, self.adapter)
+        if self.part is not None:  # of the outputs, which are the first axis of both
+            own, up = self.part(own), self.part(up)
         wide = torch.promote_types(own.dtype, torch.float32)
-        down, up = (stored_weight(one).to(wide) for one in self.adapter)
-        weight = torch.addmm(own.to(wide), up, down).to(own.dtype)
-        return weight if self.part is None else self.part(weight)
+        return torch.addmm(own.to(wide), up.to(wide), down.to(wide)).to(own.dtype)
 
     @property
     def is_own(self) -> bool:
