@@ -150,6 +150,8 @@ KNOWN = {
     "diffllama": "DiffLlama",
     "doge": "Doge",
     "zaya": "ZAYA 1",
+    "zamba": "Zamba",
+    "zamba2": "Zamba 2",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

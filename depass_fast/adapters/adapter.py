@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import experts
+from .adapted import adapted
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
@@ -205,13 +206,14 @@ class Adapter(LayerKinds):
         Only a ``linear_rule`` reads an MLP's up projection.
         """
         parts = ["v_proj", "v_second", "v_entries", "v_up", "v_norm", "o_front", "o_proj"]
-        parts += ["gate_proj", "down_proj", "mlp_inner_norm"] if self.has_dense_mlp(index) else []
+        parts += ["gate_proj", "down_proj", "down_behind", "mlp_inner_norm"] if self.has_dense_mlp(index) else []
         parts = [part for part in [*parts, *_BRANCH_NORMS] if self.has_part(index, part)]
         modules: list[nn.Module | Stacked] = []
         modules += [self.inside_gate(module) for part in parts if (module := self.module(index, part)) is not None]
         plain = linear_rule and self.has_dense_mlp(index)
-        up = below_or_none(self.block(index), self.kind(index).up_proj) if plain else None
-        modules += [] if up is None else [up]
+        more = [below_or_none(self.block(index), self.kind(index).up_proj)] if plain else []
+        more += [one for part in ("v_proj", "gate_proj") for one in self.added_to(index, part) or ()]
+        modules += [one for one in more if one is not None]
         if self.is_mixture(index):
             modules += experts.expert_modules(self.block(index), self._experts(index))
         return modules
@@ -233,7 +235,7 @@ class Adapter(LayerKinds):
         index = self._home(index, part)
         path: Path | None = getattr(self.kind(index), part)
         assert path is not None
-        return f"{name_of(self.family.layers)}.{index // self.family.sublayers}.{name_of(path)}"
+        return f"{name_of(self.family.layers)}.{self.home(index)}.{name_of(path)}"
 
     def name_of(self, module: nn.Module | Stacked) -> str:
         """The name of a module below the model, or that of a tensor of experts."""
@@ -275,14 +277,9 @@ class Adapter(LayerKinds):
 
     def side(self, index: int) -> SideMap | None:
         """The linear map beside layer ``index``'s attention, in models of several streams that have one."""
-        norm = (
-            None
-            if self.family.streams is None
-            else self._norm(below_or_none(self.block(index), self.family.attention_norm))
-        )
-        return (
-            None if self.family.streams is None or norm is None else self.family.streams.side(self.block(index), norm)
-        )
+        kind, block = self.kind(index), self.block(index)
+        module = None if kind.streams is None else below_or_none(block, kind.attention_norm)
+        return None if kind.streams is None or module is None else kind.streams.side(block, self.made_norm(module))
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
@@ -339,7 +336,7 @@ class Adapter(LayerKinds):
 
     def has_part(self, index: int, part: str) -> bool:
         """True unless layer ``index`` lacks the branch that ``part`` belongs to."""
-        of_mlp = part.startswith("mlp") or part in ("gate_proj", "up_proj", "down_proj")
+        of_mlp = part.startswith("mlp") or part in ("gate_proj", "up_proj", "down_proj", "down_behind")
         return self.has_mlp(index) if of_mlp else self.has_attention(index)
 
     def _conv(self, index: int) -> Linear | None:
@@ -359,7 +356,7 @@ class Adapter(LayerKinds):
         second = self.module(index, "v_second")
         if second is not None:
             return Joined(self._there(index, "v_proj"), kind.v_part, second=second)
-        down = replace(self._linear(index, "v_proj"), part=kind.v_part)
+        down = adapted(replace(self._linear(index, "v_proj"), part=kind.v_part), self.added_to(index, "v_proj"))
         if kind.v_entries is not None:
             return WithEntries(down, self._linear(index, "v_entries"))
         if kind.v_norm is None:

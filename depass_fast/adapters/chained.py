@@ -13,7 +13,7 @@ from .weights import Linear
 
 @dataclass(frozen=True)
 class Chained(Linear):
-    """A projection behind ``inner``, or in front of ``outer``, neither of which has a bias: one weight for both."""
+    """A projection behind ``inner``, or in front of ``outer``: one weight and one bias for both."""
 
     inner: Linear | None = None
     outer: Linear | None = None
@@ -37,6 +37,19 @@ class Chained(Linear):
         first, second = (one.weight for one in self.parts)
         wide = torch.promote_types(first.dtype, torch.float32)
         return (second.to(wide) @ first.to(wide)).to(first.dtype)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        first, second = self.parts
+        if not self.keeps_bias or first.bias is None:
+            return second.bias if self.keeps_bias else None
+        wide = torch.promote_types(first.bias.dtype, torch.float32)
+        through = second.weight.to(wide) @ first.bias.to(wide)
+        return (through if second.bias is None else through + second.bias.to(wide)).to(first.bias.dtype)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.keeps_bias and any(one.has_bias for one in self.parts)
 
     @property
     def is_own(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from .activation import Activation
+from .adapted import adapted
+from .chained import Chained
 from .family import Family, Path
 from .maps import Linear
 from .paths import below, below_or_none
@@ -17,11 +19,13 @@ from .weights import Mlp
 def dense_mlp(block: nn.Module, family: Family, branch: dict[str, Any]) -> Mlp:
     """The MLP of a layer; ``up`` and ``activation`` are None where they are not found."""
     up, act_fn = below_or_none(block, family.up_proj), below_or_none(block, family.act_fn) or family.curve
+    adapter, behind = (below_or_none(block, path) for path in (family.gate_adapter, family.down_behind))
+    down = Linear(below(block, family.down_proj))
     return Mlp(
         **branch,
-        gate=Linear(below(block, family.gate_proj), family.gate_part),
-        up=None if up is None else Linear(up, family.up_part),
-        down=Linear(below(block, family.down_proj)),
+        gate=adapted(Linear(below(block, family.gate_proj), family.gate_part), adapter),
+        up=None if up is None else adapted(Linear(up, family.up_part), adapter),
+        down=down if behind is None else Chained(behind, inner=down),
         activation=family.activation if act_fn is None else Activation(act_fn, sparsity=family.sparsity),
     )
 

@@ -176,7 +176,8 @@ class Family:
 
     decoder: Path | None = None  # the model without its unembedding; None: what transformers calls the base model
     layers: Path = "model.layers"
-    sublayers: int = 1  # layers, as declared here, in every module of ``layers``
+    # the number of the module of every layer, where a module of ``layers`` has several layers, as declared here
+    homes: tuple[int, ...] | None = None
     embedding: Path = "model.embed_tokens"
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
@@ -210,6 +211,7 @@ class Family:
     v_proj: Path = "self_attn.v_proj"
     v_second: Path | None = None  # another projection, whose outputs are behind those of `v_proj`; before a ``mixer``
     v_part: Part | None = None  # V's part of the outputs of a fused projection, which are the first axis
+    v_adapter: Path | None = None  # two projections one behind the other, whose output is added to that of `v_proj`
     v_clip: float | None = None  # values, and queries and keys in front of the rotary embedding, are clamped to ± this
     v_norm: Path | None = None  # a norm (without β) on the output of `v_proj`, which then is a latent
     v_norm_factor: float = 1.0  # of that norm's output
@@ -260,9 +262,11 @@ class Family:
     mlp_inner_norm: Path | None = None  # a norm (without β) between the activation and the down projection
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
+    gate_adapter: Path | None = None  # two projections, as `v_adapter`, beside that which gives gates and ups
     up_proj: Path | None = "mlp.up_proj"  # None: the MLP is ungated
     up_part: Part | None = None
     down_proj: Path = "mlp.down_proj"
+    down_behind: Path | None = None  # one more projection, which reads what `down_proj` gives
     # a module or a plain function; None: the model's code alone names it, and it is ``curve``
     act_fn: Path | None = ("mlp.act_fn", "mlp.act", "mlp.activation_fn", "activation_fn")
     curve: Part | None = None
@@ -271,7 +275,8 @@ class Family:
     experts: Experts | None = None  # in the layers whose MLP has a router
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
-    streams: Streams | None = None  # several residual streams side by side, which every branch mixes
+    # several residual streams side by side, which every branch mixes; in ``kinds``, the way of each kind of layer
+    streams: Streams | None = None
     # given the layer, factors (D,) of the stream and of what a branch adds to it, and a constant (D,) that is added
     attention_mix: Mix | None = None
     mlp_mix: Mix | None = None

@@ -10,6 +10,8 @@ from .ends import ModelEnds
 from .experts import has_router
 from .family import Family
 from .maps import Norm
+from .paths import below
+from .streams import Streams
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class LayerKinds(ModelEnds):
 
     @property
     def n_layers(self) -> int:
-        return len(self.blocks) * self.family.sublayers
+        return len(self.blocks) if self.family.homes is None else len(self.family.homes)
 
     @property
     def is_parallel(self) -> bool:
@@ -32,14 +34,29 @@ class LayerKinds(ModelEnds):
 
     def block(self, index: int) -> nn.Module:
         """The module of layer ``index``."""
-        block = self.blocks._modules[str(index // self.family.sublayers)]
+        block = self.blocks._modules[str(self.home(index))]
         assert block is not None
         return block
+
+    def home(self, index: int) -> int:
+        """The number of the module of layer ``index``: several layers may be in one."""
+        return index if self.family.homes is None else self.family.homes[index]
+
+    def added_to(self, index: int, part: str) -> nn.Module | None:
+        """The module of layer ``index`` whose output is added to that of a ``part``, a projection; None: none is."""
+        path = {"v_proj": self.kind(index).v_adapter, "gate_proj": self.kind(index).gate_adapter}.get(part)
+        return None if path is None else below(self.block(index), path)
 
     def kind(self, index: int) -> Family:
         """The declaration of layer ``index``, in families whose layers are of several kinds; else that of all."""
         kinds = self.family.kinds
         return self.family if kinds is None else kinds[index]
+
+    def streams(self, index: int) -> Streams:
+        """The way of layer ``index`` with several residual streams, in a model that has them."""
+        streams = self.kind(index).streams
+        assert streams is not None
+        return streams
 
     def is_mixture(self, index: int) -> bool:
         """True if the MLP of layer ``index`` is a mixture of experts."""

@@ -86,6 +86,16 @@ def selective_scan(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Re
     return Recurrence(q[:, None], k[:, None], decay, write=dt, skip=wide(mixer.D), rates=rates)
 
 
+def selective_scan_of_heads(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
+    """The same for `n_mamba_heads` groups of channels (Zamba), each with projections of its own to dt, B and C."""
+    mixed = silu(convolve(wide(x), mixer.conv1d)).unflatten(-1, (mixer.n_mamba_heads, -1))  # (T, G, channels)
+    projected = torch.einsum("tgc,gpc->tgp", mixed, mixer.x_proj_weight.to(mixed))
+    dt, k, q = projected.split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], -1)
+    dt = torch.einsum("tgr,gcr->tgc", dt, mixer.dt_proj_weight.to(dt)) + wide(mixer.dt_proj_bias)
+    dt, rates = softplus(dt).flatten(1), wide(mixer.A_log).exp().flatten(0, 1)
+    return Recurrence(q, k, -dt[..., None], write=dt, skip=wide(mixer.D).flatten(), rates=rates)
+
+
 def _normed(norm: Any, x: Tensor) -> Tensor:
     if norm is None:
         return x

@@ -27,9 +27,11 @@ class StreamStep:
     The branch reads x = Σ_i ``read``[t, i] X[t, i] and gives y; ``read`` may be by channel, (T, n, D). Behind it the
     streams are X'[t, j] = Σ_i ``mix``[t, j, i] X[t, i] + ``write``[t, j] y[t]. ``mix`` None leaves the streams as they
     are. ``side`` (T, 2) are the scales of the two norms of a :class:`SideMap`, whose output is added to y.
+
+    A branch may read r such sums side by side, r·D wide (Zamba): ``read`` is (T, r, n, 1) then.
     """
 
-    read: Tensor  # (T, n) or (T, n, D)
+    read: Tensor  # (T, n), (T, n, D) or (T, r, n, 1)
     mix: Tensor | None  # (T, m, n)
     write: Tensor  # (T, m)
     side: Tensor | None = None
@@ -55,13 +57,21 @@ class StreamStep:
         """All that it holds."""
         return [x for x in (self.read, self.mix, self.write, self.side) if x is not None]
 
+    @property
+    def count(self) -> int:
+        """n, the number of streams in front of the branch."""
+        return self.read.shape[2 if self.read.ndim == 4 else 1]
+
     # -- forwards, at the positions of x ------------------------------------------------------------------------
 
     def reads(self, x: Tensor) -> Tensor:
-        """Return what the branch reads of streams (N, n·D): (N, D)."""
+        """Return what the branch reads of streams (N, n·D): (N, D), or (N, r·D)."""
+        apart = _apart(x, self.count)
+        if self.read.ndim == 2:
+            return torch.bmm(self.read[:, None].to(x), apart).flatten(1)
         if self.is_by_channel:
-            return (self.read.to(x) * _apart(x, self.read.shape[1])).sum(-2)
-        return torch.bmm(self.read[:, None].to(x), _apart(x, self.read.shape[1])).flatten(1)
+            return (self.read.to(x) * apart).sum(-2)
+        return torch.bmm(self.read[..., 0].to(x), apart).flatten(1)
 
     def passes(self, x: Tensor) -> Tensor:
         """Return what is left of streams (N, n·D) behind the branch, without what it gives: (N, m·D)."""
@@ -82,7 +92,10 @@ class StreamStep:
 
     def reads_back(self, y: Tensor) -> Tensor:
         """Take gradients (..., N, D) of what the branch reads back to the streams: (..., N, n·D)."""
-        read = self.read.to(y) if self.is_by_channel else self.read.to(y)[..., None]
+        read = self.read.to(y)
+        if read.ndim == 4:
+            return torch.einsum("nri,...nrd->...nid", read[..., 0], _apart(y, read.shape[1])).flatten(-2)
+        read = read if self.is_by_channel else read[..., None]
         return (read * y[..., None, :]).flatten(-2)
 
     def passes_back(self, y: Tensor) -> Tensor:
@@ -103,19 +116,19 @@ def _apart(x: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerStreams:
-    """The frozen maps of a layer's branches; ``gate`` is that of the MLP that follows the others, None without one.
+    """The frozen maps of a layer's branches, None for one that it lacks; ``gate``: of the MLP that follows the others.
 
     ``entering`` (T, n·D) is what the next layer's own embeddings add to the streams behind this one, None without such.
     """
 
     attention: StreamStep
-    mlp: StreamStep
+    mlp: StreamStep | None = None
     gate: StreamStep | None = None
     entering: Tensor | None = field(default=None, kw_only=True)
 
     def each(self) -> list[StreamStep]:
         """All that the layer has, in their order."""
-        return [self.attention, self.mlp, *([] if self.gate is None else [self.gate])]
+        return [step for step in (self.attention, self.mlp, self.gate) if step is not None]
 
     def tensors(self) -> list[Tensor]:
         """All that they hold."""
@@ -195,7 +208,8 @@ class Streams(ABC):
     """A family's way of mixing ``count`` streams, of which there may be ``middle`` between attention and MLP.
 
     What is frozen is watched in the forward pass: a record holds, by their names, what :meth:`watches` see. In it
-    `streams_pre` (T, n·D) are the streams that enter the layer.
+    `streams_pre` (T, n·D) are the streams that enter the layer, once it is :meth:`gathered`. Where layers differ, each
+    kind has its own way, and that of the family says what is the same for all.
     """
 
     count: int
@@ -217,9 +231,17 @@ class Streams(ABC):
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         """The modules of a layer that a trace looks at, and what it keeps of a call of each."""
 
+    def gathered(self, record: dict[str, Any]) -> None:  # noqa: B027 (a hook)
+        """Make `streams_pre` in a layer's record, where several modules were watched for it."""
+
     @abstractmethod
-    def layer(self, block: nn.Module, record: dict[str, Any], side: SideMap | None) -> tuple[LayerStreams, Tensor]:
-        """A layer's frozen maps, of what was recorded, and the streams between attention and MLP: (T, m·D)."""
+    def layer(
+        self, block: nn.Module, record: dict[str, Any], side: SideMap | None
+    ) -> tuple[LayerStreams, Tensor | None]:
+        """A layer's frozen maps, of what was recorded, and the streams between attention and MLP: (T, m·D).
+
+        These are None in a layer without an MLP.
+        """
 
     def own_norms(self, decoder: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[nn.Module, Norm]]:
         """Norms in the modules that read the streams, for a float64 model to compute in float64."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 _ENCODER = "bidirectional encoder: it looks ahead, or its head has an activation and a norm"
 _DECODER = "encoder-decoder: its decoder reads an encoder"
-_STATE = "state-space layers"
 
 REASONS: dict[str, str] = {
     **dict.fromkeys(
@@ -27,9 +26,6 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
-    **dict.fromkeys(
-        ("zamba", "zamba2"), f"{_STATE} that read the output of a shared block, which the stream does not carry"
-    ),
     "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
     "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",
     **dict.fromkeys(

@@ -58,7 +58,7 @@ class Backend(ABC):
 
         X[q, m] += Σ_h Σ_k P[h, q, k] · (s[k] · (γ ⊙ X[k, m]) W_V) W_O, and its constants to `bias`. With ``queries``
         only those positions are computed and kept. ``state`` must carry all positions; it is used up. ``source``, of
-        the same layout, is the state that values are read from where that is another one.
+        the same layout, is the state that values are read from where that is another one, maybe of another width.
         """
 
     @abstractmethod

@@ -17,6 +17,6 @@ def workspace(work: Workload) -> int:
     """Bytes of dense blocks of one prompt, several of which are held at a time."""
     if not work.passed:
         return 0
-    attention = max(4 * work.width + 3 * size.o for size in work.passed)
+    attention = max(4 * size.read * work.width + 3 * size.o for size in work.passed)
     mlp = max(3 * work.width + 6 * size.neurons for size in work.passed)
     return work.longest * max(work.counts) * max(attention, mlp) * work.state_item

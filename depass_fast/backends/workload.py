@@ -37,10 +37,11 @@ class LayerSize:
     ahead: bool = False  # experts read a copy of the state from the layer before
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
     recurrent: bool = False  # a recurrence mixes the positions
+    read: int = 1  # streams that values are read from, side by side
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
-        attention = 0 if self.skip_attention else 2 * width * (self.v + self.o) * rows + 2 * self.o * keys
+        attention = 0 if self.skip_attention else 2 * width * (self.read * self.v + self.o) * rows + 2 * self.o * keys
         return attention + 2 * width * self.shared_values * rows + (1 + self.ways_in) * self.gates(width, rows)
 
     def gates(self, width: int, rows: int) -> float:
@@ -54,7 +55,8 @@ class LayerSize:
 
     def parameters(self, width: int) -> float:
         """Weights that a position meets on its way."""
-        return width * (2 * self.v + 2 * self.o + sum((3 if self.has_up else 2) * n * share for n, share in self.mlps))
+        attention = 2 * self.read * self.v + (1 + self.read) * self.o
+        return width * (attention + sum((3 if self.has_up else 2) * n * share for n, share in self.mlps))
 
     def reached(self, positions: int) -> int:
         """Neurons of all MLPs that so many positions are sent to; of a mixture of experts, at most."""
@@ -196,9 +198,9 @@ class Workload:
         shares = [min(1.0, BUSIEST * share) for size in self.passed for _, share in size.mlps if share < 1]
         sent = 2 * max(shares, default=0.0)
         if self.streams > 1:  # beside them what a branch reads and gives; or what it gives, and as many as come out
-            most = max(self.streams, self.between)
+            most, read = max(self.streams, self.between), max((size.read for size in self.passed), default=1)
             mixing = 0 if self.streams == self.between else self.streams + self.between + 1
-            return int((self.kept + max(most + 2 + sent, mixing)) * self.state_bytes / self.streams)
+            return int((self.kept + max(most + read + 1 + sent, mixing)) * self.state_bytes / self.streams)
         copies = 1 + self.kept + any(size.copied for size in self.passed) + sent
         return int(copies * self.state_bytes)
 

@@ -131,6 +131,10 @@ class ComponentKind:
         """The initial states as products of numbers and vectors; None if the kind does not consist of such."""
         return None
 
+    def fills(self, adapter: Adapter, trace: Trace) -> Sequence[slice]:
+        """The parts of a state's width, of several streams, that hold nothing but these components and constants."""
+        return ()
+
     def user_tensors(self) -> Sequence[Tensor]:
         """The tensors that the user gave; they carry the rounding of their dtype."""
         return ()

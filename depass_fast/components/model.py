@@ -92,6 +92,12 @@ class Heads(LayerKind[R]):
 
         return fill
 
+    def fills(self, adapter: Adapter, trace: Trace) -> Sequence[slice]:
+        streams, width = trace.layers[self.resolve(adapter)].streams, adapter.hidden_size
+        mix = None if streams is None else streams.attention.mix  # (T, m, n)
+        alone = [] if mix is None else (mix == 0).all(2).all(0).nonzero().flatten().tolist()
+        return [slice(one * width, (one + 1) * width) for one in alone]
+
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("attention")
 

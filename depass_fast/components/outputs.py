@@ -154,7 +154,7 @@ class LayerOutputs:
     def through_stream(self, y: Tensor, module: str) -> Tensor:
         """A part of the stream, (N, ..., D) or (D,), after factor and norm of the stream behind a module, without β."""
         if self.record.streams is not None:
-            return self._step(module).mixed(y[:, None])[:, 0]
+            return self._step(module).mixed(y[:, None])[:, 0] if module == "attention" or self.mlps else y
         stream = self._stream(module)
         if module != "mlp" or self.mlps:
             keeps = self._of(module)[0].keeps
@@ -170,7 +170,9 @@ class LayerOutputs:
         """The frozen maps of a module to and from several streams, at the prompt's positions."""
         streams = self.record.streams
         assert streams is not None
-        return (streams.attention if module == "attention" else streams.mlp).at(self.span)
+        step = streams.attention if module == "attention" else streams.mlp
+        assert step is not None  # the layer has that module
+        return step.at(self.span)
 
     def _spread(self, y: Tensor, module: str) -> Tensor:
         """Return what a module writes to one stream of D, (D,) or (N, D), as it writes it to several: (N, n·D)."""

@@ -60,7 +60,7 @@ def initial_state(
 
     bias = components[0].extras[1:]
     rows = empty_rows(layout, x, dtype, in_host_memory)
-    near, x = x.device, x.to(rows.device)
+    near, x, alone = x.device, x.to(rows.device), kind.fills(adapter, trace)
     given, has_settled, fill = rounding_given(kind, x), False, None
     for prompt, (one, constant) in enumerate(zip(kinds, constants, strict=True)):
         block = rows[layout.rows(prompt)].view(trace.length(prompt), len(components[prompt]), -1)
@@ -75,6 +75,8 @@ def initial_state(
             block[:, 1] = 0.0 if constant is None else constant
         total = block[:, 1:].sum(1, dtype=torch.promote_types(dtype, torch.float32))
         torch.sub(here, total, out=block[:, 0])
+        for part in alone:  # nothing else is in these streams: the difference is rounding
+            block[:, 0, part] = 0.0
         if kind.may_be_complete:
             has_settled |= settle_rounding(block[:, 0], named, here.to(dtype), given, kind.complete_at_once)
     state = ComponentState(rows, layout, layer, site, None if has_settled else factors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Branch, Layer
-from ..adapters.streams import LayerStreams
+from ..adapters.streams import LayerStreams, StreamStep
 from ..components.base import Entry
 from ..runtime.precision import full_precision
 from ..runtime.progress import Parts
@@ -188,24 +188,14 @@ class _WayBack:
         at = self._packing.at(self._partial, self._back.device)
         if maps.entering is not None:
             self._note_embedded(maps.entering if at is None else maps.entering[at])
-        attention, mlp, end, neurons = maps.attention.at(at), maps.mlp.at(at), self._back, {}
-        *after, first = _stages(layer, record)
-        behind = None
-        for stage in after:  # the gate of the token's embedding
-            assert maps.gate is not None  # the record has one where its layer has
-            gate = maps.gate.at(at)
-            of_read = self._stage(index, layer, record, stage, gate.writes_back(end), None, neurons)
-            assert of_read is not None  # nothing is read ahead
-            self._back = gate.passes_back(end) + gate.reads_back(of_read)
-            behind = mlp.writes_back(gate.passes_back(end))
-        of_read = self._stage(index, layer, record, first, mlp.writes_back(self._back), behind, neurons)
-        assert of_read is not None
-        self._back = mlp.passes_back(self._back) + mlp.reads_back(of_read)
-        self._keep_neurons(index, record, neurons)
+        if maps.mlp is not None:
+            mlp, gate = maps.mlp.at(at), None if maps.gate is None else maps.gate.at(at)
+            self._through_mlps_of_streams(index, layer, record, mlp, gate)
         self._visit(Entry(index, "resid_mid"), record.resid_mid)
         if self._wanted.last == Entry(index, "resid_mid"):
             return
-        end, written = self._back, attention.writes_back(self._back)
+        attention, end = maps.attention.at(at), self._back
+        written = attention.writes_back(end)
         passed, self._back = attention.passes_back(end), written
         if layer.side is not None and attention.side is not None:
             passed = passed + attention.reads_back(layer.side.back(written, attention.side.to(written)))
@@ -227,6 +217,23 @@ class _WayBack:
         worth = self._everywhere(worth[..., None], self._partial)[..., 0]
         before = self.pages.embedded
         self.pages.embedded = worth if before is None else before.to(worth) + worth
+
+    def _through_mlps_of_streams(
+        self, index: int, layer: Layer, record: LayerTrace, mlp: StreamStep, gate: StreamStep | None
+    ) -> None:
+        """Take the gradients back through the MLPs of such a layer, given the maps at the positions where they are."""
+        end, neurons, behind = self._back, {}, None
+        *after, first = _stages(layer, record)
+        for stage in after:  # the gate of the token's embedding
+            assert gate is not None  # the record has one where its layer has
+            of_read = self._stage(index, layer, record, stage, gate.writes_back(end), None, neurons)
+            assert of_read is not None  # nothing is read ahead
+            self._back = gate.passes_back(end) + gate.reads_back(of_read)
+            behind = mlp.writes_back(gate.passes_back(end))
+        of_read = self._stage(index, layer, record, first, mlp.writes_back(self._back), behind, neurons)
+        assert of_read is not None
+        self._back = mlp.passes_back(self._back) + mlp.reads_back(of_read)
+        self._keep_neurons(index, record, neurons)
 
     def _owe_values(self, source: int, gradients: Tensor) -> None:
         """Let the gradients of what the attention of layer ``source`` reads wait for what enters that layer."""

@@ -167,14 +167,14 @@ class LedgerWorkload:
     def _attention(self, index: int) -> Iterator[list[int]]:
         """Yield the blocks of an attention: while P is made and applied, while heads are scored, and at its end."""
         size, queries = self.layers[index], self._queries(index)
-        weights = max(self._weight(size.o), self._weight(size.v))
+        weights = max(self._weight(size.o), self._weight(size.v * size.read))
         y, through = (self.rows * n * size.o * self.compute for n in (queries, self._padded(queries)))
         out = self.rows * self._padded(self.positions) * size.o * self.compute
         read = self.rows * self.positions * size.v * self.compute
         scored = index in self.heads
         values = self.positions * size.v * self.item * scored
-        norm = self._norm(self.positions)
-        yield [y, values, norm, self.positions * self.width * self.item * scored, weights]
+        norm = self._norm(self.positions) * size.read
+        yield [y, values, norm, self.positions * self.width * size.read * self.item * scored, weights]
         tiles = self._tile(size, queries)
         yield [y, values, norm, read, through, out, *tiles, self._taken(size)]
         yield [y, values, norm, read, out, out * self.item // self.compute * scored]
@@ -220,7 +220,7 @@ class LedgerWorkload:
         mlp = width * queries * neurons * (self.rows * (2 + reads_up) + reads_up)
         if self.last == Entry(index, "resid_mid"):
             return mlp
-        values = width * size.v * self.positions * (self.rows + (index in self.heads))
+        values = width * size.read * size.v * self.positions * (self.rows + (index in self.heads))
         pairs = sum(n * (n + 1) / 2 if queries == self.positions else n for n in self.lengths)
         return mlp + values + width * size.o * queries * self.rows + 2.0 * size.o * pairs * (1 + self.rows)
 

@@ -71,9 +71,7 @@ def through_attention(
         source = copy_state(state) if queries is None else state.at(queries)
     if queries is None and not (layer.mlps and layer.mlp.has_gated_norm):  # a streamed MLP reads another state then
         run.operations.expect(layer, record, run.allocation)
-    attention, weights = record.attention, layer.attention
-    if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
-        attention = replace(attention, value_rule=run.value_rule)
+    attention, weights = run.frozen(record.attention), layer.attention
     if weights.has_gated_norm:
         values, weights, attention = behind_gate(state if values is None else values, weights, attention)
     state = run.operations.aggregate_ov(state, weights, attention, queries, values)

@@ -37,14 +37,15 @@ def reference_attention(
     """Return the components ``chosen`` (C,) at a position of a prompt after the attention: (C, D)."""
     segments = np.flatnonzero(state.layout.prompt == prompt)[: position + 1]  # later positions are not seen
     heads = (2 * weights.n_heads + weights.n_kv_heads) * weights.head_dim
-    held = len(segments) * (4 * state.rows.shape[1] + heads)  # numbers per component
+    held = len(segments) * (4 * (source or state).rows.shape[1] + heads)  # numbers per component
     dtype = _dtype(weights.w_v.device, held)
     size = max(1, REFERENCE_BYTES // (held * dtype.itemsize))
     if trace.value_rule is not None:  # components meet in the values' activation: all are needed, at once
         every = np.arange(len(state.layout.components[prompt]))
-        part = _excerpt(state, segments, every, weights.w_v.device, dtype)
+        excerpt = (segments, every, weights.w_v.device, dtype)
+        part, read = _excerpt(state, *excerpt), None if source is None else _excerpt(source, *excerpt)
         here = Layout.of(part.layout.components, part.layout.packed[:1], [np.array([position])])
-        return ReferenceBackend().aggregate_ov(part, weights, trace, here).rows[to_device(chosen, state.device)]
+        return ReferenceBackend().aggregate_ov(part, weights, trace, here, read).rows[to_device(chosen, state.device)]
     parts = []
     for first in range(0, len(chosen), size):
         excerpt = (segments, chosen[first : first + size], weights.w_v.device, dtype)

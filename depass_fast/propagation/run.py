@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..allocation import Allocation
 from ..backends import Backend
 from ..results.verification import Verification
 from ..runtime.ranks import Ranks
-from ..trace.record import Trace
+from ..trace.record import AttentionTrace, Trace
 from .verify import Verifier
 
 
@@ -40,6 +40,13 @@ class Run:
         That is the same under a linear rule: such an activation is zero at zero, and has no up projection beside it.
         """
         return self.allocation if self.shares_values and self.allocation.linear_rule is None else None
+
+    def frozen(self, attention: AttentionTrace) -> AttentionTrace:
+        """Return a layer's frozen attention, with the allocation of its values' activations where they are shared."""
+        activates = attention.recurrence is not None and attention.value_ratio is not None
+        return (
+            replace(attention, value_rule=self.value_rule) if self.value_rule is not None and activates else attention
+        )
 
     def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
         """Begin to verify states of ``trace``, read at ``reads`` of every prompt; without ``verify`` do nothing."""

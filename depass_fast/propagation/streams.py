@@ -1,14 +1,14 @@
 """One layer of several residual streams: in front of a branch they become rows of D, behind it they are mixed.
 
-The backend's operations know rows of D alone. They add to rows of zeros, and what these hold then is written to the
-streams, which are mixed in place, some rows at a time (DESIGN.md section 10).
+The backend's operations know rows of D alone, or of r·D where attention reads several streams side by side. They add
+to rows of zeros of D, and what these hold then is written to the streams, which are mixed in place, some rows at a time
+(DESIGN.md section 10).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from ..adapters import Layer
@@ -46,7 +46,8 @@ def through_attention(
         return ComponentState(rows, here.layout, state.layer)
     source = read_rows(state, step) if layer.attention.source is None else values
     assert source is not None  # see above
-    given = run.operations.aggregate_ov(_zeros(source, state), layer.attention, record.attention, queries, source)
+    zeros = _zeros(source, state, state.rows.shape[1] // step.count)
+    given = run.operations.aggregate_ov(zeros, layer.attention, run.frozen(record.attention), queries, source)
     del source
     return ComponentState(_mixed(here.rows, layer, step, at, given.rows), here.layout, state.layer)
 
@@ -57,8 +58,8 @@ def through_mlps(
     """Return the state after the MLP or the experts, and after a gate of the token's embedding behind them."""
     first = [part for part in record.mlps if not layer.mlps[part.part].follows]
     last = [part for part in record.mlps if layer.mlps[part.part].follows]
-    state = _through(state, layer, first, maps.mlp, run)
-    state = state if maps.gate is None else _through(state, layer, last, maps.gate, run)
+    for parts, step in ((first, maps.mlp), (last, maps.gate)):
+        state = state if step is None else _through(state, layer, parts, step, run)
     if maps.entering is not None:
         _add_entering(state, maps.entering)
     return state
@@ -69,7 +70,7 @@ def _through(
 ) -> ComponentState:
     """Return the state after ``parts`` that read the same streams, and write to the same."""
     source = read_rows(state, step)
-    given = _zeros(source, state)
+    given = _zeros(source, state, state.rows.shape[1] // step.count)
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
     del source
@@ -77,7 +78,7 @@ def _through(
 
 
 def read_rows(state: ComponentState, step: StreamStep) -> ComponentState:
-    """Return what a branch reads of every component, as rows of D."""
+    """Return what a branch reads of every component, as rows of D, or of r·D."""
     rows, at = state.rows, _positions(state)
     if not step.is_by_channel:
         return ComponentState(step.at(at).reads(rows), state.layout, state.layer, state.site)
@@ -98,12 +99,12 @@ def _positions(state: ComponentState) -> Tensor:
     return layout.tensor("packed", device).index_select(0, layout.tensor("segment_of", device))
 
 
-def _zeros(like: ComponentState, state: ComponentState) -> ComponentState:
-    """Return rows of zeros, in host memory that is pinned where that of ``state`` is."""
-    rows = like.rows
+def _zeros(like: ComponentState, state: ComponentState, width: int) -> ComponentState:
+    """Return rows of zeros of a ``width``, in host memory that is pinned where that of ``state`` is."""
+    shape = len(like.rows), width
     if state.device.type == "cpu" and state.rows.is_pinned():
-        return ComponentState(empty_on_host(rows.shape, rows.dtype, True).zero_(), like.layout, state.layer)
-    return ComponentState(torch.zeros_like(rows), like.layout, state.layer)
+        return ComponentState(empty_on_host(shape, like.rows.dtype, True).zero_(), like.layout, state.layer)
+    return ComponentState(like.rows.new_zeros(shape), like.layout, state.layer)
 
 
 def _mixed(rows: Tensor, layer: Layer | None, step: StreamStep, at: Tensor, given: Tensor | None) -> Tensor:
@@ -111,7 +112,7 @@ def _mixed(rows: Tensor, layer: Layer | None, step: StreamStep, at: Tensor, give
 
     ``layer`` is that of attention, beside which there may be a linear map. ``rows`` (R, n·D) are used up.
     """
-    width = step.write.shape[1] * (rows.shape[1] // step.read.shape[1])
+    width = step.write.shape[1] * (rows.shape[1] // step.count)
     out = rows if width == rows.shape[1] else rows.new_empty(len(rows), width)
     for part in _parts(rows):
         here = step.at(at[part], reads=layer is not None and layer.side is not None)

@@ -51,7 +51,8 @@ class LayerHooks:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(self._module(part)))
 
     def _after(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(self._module(part)))
+        added = self.adapter.added_to(self.index, part)
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(self._module(part), added))
 
     def _module(self, part: str) -> nn.Module:
         module = self.adapter.module(self.index, part)
@@ -87,8 +88,9 @@ class LayerHooks:
         for part, (before, after) in WATCHED.items():
             if not (self.attention is not None if part in ("v_proj", "o_proj") else has_mlp):
                 continue
+            last = "down_behind" if part == "down_proj" and self._has("down_behind") else part
             self._before(part, before, lambda x: x[self.recorder.watched])
-            self._after(part, after, lambda x: x[self.recorder.watched])
+            self._after(last, after, lambda x: x[self.recorder.watched])
 
     def _hook_values(self, attention: Attention) -> None:
         """Record the latent that values come from, and the clamping of values."""
@@ -228,7 +230,7 @@ def watch_streams(adapter: Adapter, recorder: Recorder, undo: ExitStack) -> None
     if streams is None:
         return
     for index in range(adapter.n_layers):
-        for module, watch in streams.watches(adapter.block(index)):
+        for module, watch in adapter.streams(index).watches(adapter.block(index)):
             undo.callback(keeps(recorder, recorder.layers[index], module, watch))
         own = adapter.embeddings_of(index)
         if own is not None:

@@ -32,7 +32,8 @@ class _MlpHooks:
         if self.adapter.has_dense_mlp(self.index):
             gate = next(mlp.gate for mlp in self.adapter.mlps(self.index) if mlp.is_dense)
             change = (lambda x: gate.select(x).contiguous()) if gate.is_fused else None
-            self._after(self.adapter.module(self.index, "gate_proj"), "gate", change)
+            added = self.adapter.added_to(self.index, "gate_proj")
+            self._after(self.adapter.module(self.index, "gate_proj"), "gate", change, added)
             self._before(self.adapter.module(self.index, "down_proj"), "act")
             inner = next((mlp.inner for mlp in self.adapter.mlps(self.index) if mlp.inner is not None), None)
             module = self.adapter.module(self.index, "mlp_inner_norm")
@@ -49,8 +50,14 @@ class _MlpHooks:
     def _before(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(module))
 
-    def _after(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(module))
+    def _after(
+        self,
+        module: nn.Module,
+        name: str,
+        change: Callable[[Tensor], Tensor] | None = None,
+        added: nn.Module | None = None,
+    ) -> None:
+        self.undo.callback(RecordingHook(self.recorder, self.record, name, change).after(module, added))
 
     def _hook_gate(self, gate: InputGate) -> None:
         module, norm = below(self.block, gate.gate), below(self.block, gate.output_norm)

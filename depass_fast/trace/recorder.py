@@ -223,6 +223,8 @@ class Recorder:
         assignments = sort_choices([self.layers[index]["chosen"] for index in mixtures])
         self.offsets = offsets
         by_layer = dict(zip(mixtures, assignments, strict=True))
+        for index, record in enumerate(self.layers if self.adapter.family.streams is not None else ()):
+            self.adapter.streams(index).gathered(record)
         layers = [self._layer(index, record, by_layer.get(index)) for index, record in enumerate(self.layers)]
         if self.adapter.final_norm_module is None:
             self.final["normed_final"] = self.final["resid_final"]
@@ -235,6 +237,9 @@ class Recorder:
         parallel = self.adapter.is_parallel
         self._require_all(index, record)
         pre = record["resid_pre"]
+        if self.adapter.family.streams is not None:
+            made = self._attention(index, record)
+            return layer_of_streams(self.adapter, index, record, made, assignment, self._after(index))
         if not self.adapter.has_mlp(index):
             return LayerTrace(pre, self._after(index), self._attention(index, record), (), record.get("attention_sum"))
         if not self.adapter.has_attention(index):
@@ -244,8 +249,6 @@ class Recorder:
         else:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
-        if self.adapter.family.streams is not None:
-            return layer_of_streams(self.adapter, index, record, attention_trace, assignment, self._after(index))
         ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
         mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))

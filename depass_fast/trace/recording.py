@@ -46,9 +46,25 @@ class RecordingHook:
 
         return module.register_forward_pre_hook(hook, with_kwargs=True).remove
 
-    def after(self, module: nn.Module) -> Callable[[], None]:
-        """Record the module's output. Returns the function that removes the hook."""
-        return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
+    def after(self, module: nn.Module, added: nn.Module | None = None) -> Callable[[], None]:
+        """Record the module's output, plus that of the module ``added``, which is called next; None: there is none.
+
+        Returns the function that removes the hooks.
+        """
+        if added is None:
+            return module.register_forward_hook(lambda module, args, output: self._keep(output)).remove
+        own: list[Tensor] = []
+
+        def first(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if is_recording(self.recorder):
+                own[:] = [output]
+
+        def second(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if own and is_recording(self.recorder):
+                self._keep(own.pop() + output)
+
+        handles = module.register_forward_hook(first), added.register_forward_hook(second)
+        return lambda: [handle.remove() for handle in handles] and None
 
     def _keep(self, x: Any) -> None:
         if not is_recording(self.recorder):  # another thread's pass

@@ -146,14 +146,15 @@ def _streams(adapter: Adapter, index: int, attention: Attention, item: int, wide
 
     The embeddings are those that the next layer adds to the streams.
     """
-    streams = adapter.family.streams
+    streams = adapter.kind(index).streams
     if streams is None:
         return 0
     shared = attention.source is not None  # what its values read is another layer's
+    more = 0 if shared else attention.v.shape[1] // adapter.hidden_size - 1  # of several streams side by side
+    held = streams.count + (streams.middle if adapter.has_mlp(index) else 0) + more - shared
     narrow, of_scales = streams.numbers()
-    states = streams.count + streams.middle - shared
-    states += 0 if adapter.embeddings_of(index + 1) is None else streams.count
-    return states * adapter.hidden_size * item + narrow * item + of_scales * wide
+    held += 0 if adapter.embeddings_of(index + 1) is None else streams.count
+    return held * adapter.hidden_size * item + narrow * item + of_scales * wide
 
 
 def _has_beta(attention: Attention) -> bool:

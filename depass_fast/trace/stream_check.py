@@ -25,7 +25,8 @@ def check_streams(adapter: Adapter, trace: Trace, records: Sequence[dict[str, An
     found, at = Consistency(), torch.tensor(positions, device="cpu")
     for index, record in enumerate(records):
         _check_attention(found, adapter, index, trace.layers[index], record, at)
-        _check_mlps(found, adapter, index, trace, record, at)
+        if adapter.has_mlp(index):
+            _check_mlps(found, adapter, index, trace, record, at)
     end = adapter.stream_end(trace.end_read)
     assert end is not None  # it was recorded with the streams
     ours = end.of(trace.resid_final)
@@ -53,7 +54,7 @@ def _check_mlps(
     found: Consistency, adapter: Adapter, index: int, trace: Trace, record: dict[str, Any], at: Tensor
 ) -> None:
     layer, mlps = trace.layers[index], adapter.mlps(index)
-    assert layer.streams is not None
+    assert layer.streams is not None and layer.streams.mlp is not None  # the layer has an MLP
     name, step = f"layer {index}: {adapter.path(index, 'mlp')}", _at(layer.streams.mlp, at)
     before = rows(layer.resid_mid, at)
     _check_read(found, name, rows(layer.mlp.resid, at), step, before)

@@ -20,10 +20,8 @@ def layer_of_streams(
     after: Tensor,
 ) -> LayerTrace:
     """Make a layer's trace of what was recorded. ``after`` (T, n·D) are the streams behind the layer."""
-    streams = adapter.family.streams
-    assert streams is not None
-    maps, mid = streams.layer(adapter.block(index), record, adapter.side(index))
+    maps, mid = adapter.streams(index).layer(adapter.block(index), record, adapter.side(index))
     if maps.gate is not None:  # it writes to none of what it reads
         record["gate_resid"] = maps.gate.reads(after)
-    mlps = mlp_traces(adapter, index, record, assignment, record["resid_mid"])
-    return LayerTrace(record["streams_pre"], mid, attention, mlps, streams=maps)
+    mlps = mlp_traces(adapter, index, record, assignment, record["resid_mid"]) if adapter.has_mlp(index) else ()
+    return LayerTrace(record["streams_pre"], after if mid is None else mid, attention, mlps, streams=maps)

@@ -41,10 +41,12 @@ def test_ways_back_are_transposes():
     d, n, m, t = 5, 3, 4, 6
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     step = StreamStep(draw(t, n), draw(t, m, n), draw(t, m))
-    x, y, wide = draw(t, n * d), draw(t, d), draw(t, m * d)
+    two = StreamStep(draw(t, 2, n), None, draw(t, n))  # which reads two sums side by side
+    x, y, wide, both = draw(t, n * d), draw(t, d), draw(t, m * d), draw(t, 2 * d)
     end = StreamEnd(draw(t, n), (None, draw(d, d), draw(d, d)))
     pairs = [
         (step.reads(x), y, x, step.reads_back(y)),
+        (two.reads(x), both, x, two.reads_back(both)),
         (step.passes(x), wide, x, step.passes_back(wide)),
         (step.writes(y), wide, y, step.writes_back(wide)),
         (end.of(x), y, x, end.back(y, torch.arange(t))),
@@ -52,6 +54,8 @@ def test_ways_back_are_transposes():
     for there, of, given, back in pairs:
         assert torch.allclose((there * of).sum(), (given * back).sum())
     assert torch.allclose(step.mixed(x[:, None])[:, 0], step.passes(x))
+    each = [StreamStep(one, None, two.write).reads(x) for one in two.read.unbind(1)]
+    assert torch.allclose(two.reads(x), torch.cat(each, 1))
     assert torch.allclose(step.at(torch.tensor([4, 1])).reads(x[[4, 1]]), step.reads(x)[[4, 1]])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from depass_fast import DePass
 from depass_fast.adapters import Adapter, Branch
 from depass_fast.adapters.paths import below_or_none
+from depass_fast.adapters.shared_block import SharedBlock
 
 _HYPER = ("attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection")  # of attention and of the MLP
 
@@ -31,7 +32,8 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
 
             undo.callback(module.register_forward_hook(hook).remove)
 
-        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
+        behind = adapter.has_mlp(layer) and adapter.module(layer, "down_behind") is not None
+        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_behind" if behind else "down_proj"}
         ends = {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
@@ -48,7 +50,12 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
-        if adapter.family.streams is not None:
+        if isinstance(streams := adapter.kind(layer).streams, SharedBlock):  # to the last of three, or to the first
+            nothing = torch.zeros_like(added[kind])
+            parts = [nothing, nothing, added[kind]] if streams.layer_is == "block" else [added[kind], nothing, nothing]
+            added[kind] = torch.cat(parts, 1)
+            continue
+        if streams is not None:
             added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
             continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor

@@ -6,6 +6,15 @@ from typing import Any
 
 from tests.support.family_shapes import GROUPED, LATENT, SHAPE
 
+_ZAMBA2 = {
+    "mamba_d_state": 6,
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 2,
+    "chunk_size": 4,
+    "adapter_rank": 3,
+    "num_key_value_heads": 2,
+    "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+}
 _STREAMS = {"hc_mult": 2, "hc_sinkhorn_iters": 3}
 
 _GATED = {
@@ -67,6 +76,27 @@ STREAMED: dict[str, tuple[str, dict[str, Any]]] = {
                 "original_max_position_embeddings": 16,
                 "attention_factor": 1.2,
             },
+        },
+    ),
+    "zamba2": ("zamba2", {**_ZAMBA2, "num_mem_blocks": 2, "use_mem_rope": True}),
+    "zamba2: adapters of attention, biases": (
+        "zamba2",
+        {
+            **_ZAMBA2,
+            "num_key_value_heads": None,
+            "use_shared_attention_adapter": True,
+            "add_bias_linear": True,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        },
+    ),
+    "zamba": (
+        "zamba",
+        {
+            "mamba_d_state": 5,
+            "mamba_dt_rank": 3,
+            "n_mamba_heads": 2,
+            "num_key_value_heads": 2,
+            "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
         },
     ),
     "hy_v4": (

@@ -24,7 +24,7 @@ def declare(config: Any) -> Family:
         gives_back=config.zero_expert_num or 0,
     )
     kinds = (first, replace(second, experts=experts)) * config.num_layers
-    return replace(first, sublayers=2, kinds=kinds)
+    return replace(first, homes=tuple(index // 2 for index in range(len(kinds))), kinds=kinds)
 
 
 def _half(config: Any, number: int) -> Family:

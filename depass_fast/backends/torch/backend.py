@@ -99,7 +99,7 @@ class TorchBackend(BoundedBackend):
         extras_only: bool = False,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+        device, attend = weights.w_v.device, self._attending(state, weights, trace, source)
 
         def step(block: Block) -> None:
             x = self._take(state, block, device)
@@ -110,7 +110,7 @@ class TorchBackend(BoundedBackend):
         return state
 
     def _attending(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, source: ComponentState | None = None
     ) -> Callable[[Tensor, Block, Tensor], None]:
         """Return a function that adds the attention of a block to its rows (r, D), in place and last of all.
 
@@ -119,7 +119,7 @@ class TorchBackend(BoundedBackend):
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.value_rule is not None:
-            return self._sharing_values(state, weights, trace, (scale, w_v, w_o), dtype).attend
+            return self._sharing_values(source or state, weights, trace, (scale, w_v, w_o), dtype).attend
         if trace.is_mixed:
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
@@ -134,7 +134,7 @@ class TorchBackend(BoundedBackend):
         return attend
 
     def _sharing_values(self, state: ComponentState, *given: Any) -> SharedValues:
-        """Return what shares out the activations of values, all of whose components have been met."""
+        """Return what shares out the activations of values, read from a state all of whose components have been met."""
         shared = self._budget.prepare(given[0].w_v.device, lambda: SharedValues.of(state, *given))
         self._meet_values(shared, state)
         return shared
@@ -242,10 +242,11 @@ class TorchBackend(BoundedBackend):
         """Compute only a few queries: P first, on the states themselves, then V and O on what is left of them."""
         if self._computes_on(state).type != "cpu":  # where new buffers cost nothing; kept ones would add to the peak
             self._workspace.clear()
-        dtype, layout, width = self._query_dtype(state), state.layout, state.rows.shape[1]
+        dtype, layout = self._query_dtype(state), state.layout
+        width = (source or state).rows.shape[1]
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         w_v, device = w_v.view(weights.n_kv_heads, weights.head_dim, width), weights.w_v.device
-        rows = self._budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, width))
+        rows = self._budget.prepare(state.device, lambda: state.rows.new_zeros(queries.n_rows, state.rows.shape[1]))
         out = ComponentState(rows, queries, state.layer)
         kept: dict[Asked, Tensor] = {}  # P of the last queries, for the next components of the same prompt
 

@@ -71,7 +71,7 @@ class BoundedBackend(Backend):
 
     def _slots(self, state: ComponentState, weights: Attention) -> int:
         v, o = (n * weights.head_dim for n in (weights.n_kv_heads, weights.n_heads))
-        return self._division(state).slots(state.rows.shape[1], v, o)
+        return self._division(state).slots(max(state.rows.shape[1], weights.v.shape[1]), v, o)
 
     def _blocks(
         self,

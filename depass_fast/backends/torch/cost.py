@@ -29,7 +29,9 @@ def workspace(work: Workload) -> int:
 
 
 def _workspace_on_a_cpu(work: Workload) -> int:
-    attention = max(work.width * (1 + (size.source is not None)) + 2 * (size.o + size.v) for size in work.passed)
+    attention = max(
+        work.width * (size.read + (size.source is not None)) + 2 * (size.o + size.v) for size in work.passed
+    )
     mlp = max(work.width + size.ways_in * min(size.neurons, TARGET_NEURONS) for size in work.passed)
     rows = min(work.rows, work.budget // (2 * min(attention, mlp) * work.item) + work.longest)
     tiles = 3 * min(work.budget // 4, 4 * work.longest**2 * max(size.o for size in work.passed) // 64)
@@ -59,7 +61,9 @@ def _workspace_on_a_gpu(work: Workload) -> int:
 def attention_alone(work: Workload) -> int:
     """Bytes of the attention that the triton backend leaves to this one, on a GPU: its blocks, tiles of P, and W_V."""
     left = {size for size in work.passed if size.kernelless and not size.skip_attention}
-    alone = max((sum(_attention(work, size)[1:]) + size.v * work.width * work.item for size in left), default=0)
+    alone = max(
+        (sum(_attention(work, size)[1:]) + size.v * size.read * work.width * work.item for size in left), default=0
+    )
     return alone + recurrences(work)
 
 
@@ -79,15 +83,16 @@ def _attention(work: Workload, size: LayerSize) -> tuple[int, int, int]:
     Where values are those of an earlier layer, the rows of two states are held; the last layer mostly has few queries.
     """
     reads = size.source is not None and not size.skip_attention and size is not work.passed[-1]
-    slots, alone = _block(work, division(work).slots(work.width, size.v, size.o))
-    rows = 0 if alone else slots * work.width * work.state_item * (1 + reads)
-    passing = max(slots * work.width * work.item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
+    width = work.width * size.read
+    slots, alone = _block(work, division(work).slots(width, size.v, size.o))
+    rows = 0 if alone else slots * work.width * work.state_item * (size.read + reads)
+    passing = max(slots * width * work.item, 3 * min(work.budget // 16, 4 * work.longest**2 * size.heads))
     return slots, slots * (size.v + size.o) * work.item + rows, passing
 
 
 def queries(work: Workload, size: LayerSize) -> int:
     """Bytes for few queries in the last layer: a block's rows, twice in the products' dtype, and sums of them."""
-    item, width = work.item, work.width
+    item, width = work.item, work.width * size.read
     most = division(work).query_slots(width, size.o, size.heads, max(1, min(work.lengths)))
     slots, alone = _block(work, most)
     prompt = work.longest * max(work.counts)
@@ -96,13 +101,13 @@ def queries(work: Workload, size: LayerSize) -> int:
     alive = 3 * slots // 4 if work.staggered else slots  # of a block that begins with its components' births
     rows = (0 if alone else alive * width * work.state_item) + alive * width * item
     sums = slots // work.longest * (size.heads * width + 2 * size.o) * item
-    read = sum(work.counts) * width * work.state_item  # what the layer makes of one position
+    read = sum(work.counts) * work.width * work.state_item  # what the layer makes of one position
     return rows + work.staggered * slots * width * item + sums + read
 
 
 def folded_weights(work: Workload) -> int:
     """Bytes of one layer's weights with a norm folded into them, and of those that have to change their dtype."""
-    folded = max((size.v + size.ways_in * size.neurons for size in work.passed), default=0)
+    folded = max((size.v * size.read + size.ways_in * size.neurons for size in work.passed), default=0)
     changed = max((max(size.o, size.neurons) * (work.casts or size.output_norms) for size in work.passed), default=0)
     return work.width * (folded + changed) * work.item
 

@@ -149,7 +149,8 @@ class TritonBackend(TorchBackend):
             return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse, stored
 
         w_v, w_o, scale, lse, stored = self._budget.prepare(device, prepare)
-        width, values_width, mixed_width = state.rows.shape[1], len(w_v), w_o.shape[1]
+        source = state if source is None else source
+        width, values_width, mixed_width = source.rows.shape[1], len(w_v), w_o.shape[1]
         widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
 
         def step(piece: Piece) -> None:
@@ -161,7 +162,7 @@ class TritonBackend(TorchBackend):
                 of_values, of_mixed = (viewed(buffer, torch.float32, n) for buffer in own)
                 scales = RowScales(of_values, of_mixed, half.shift)
             here, of_values = scale[piece.positions], None if scales is None else scales.values
-            x = self._read(state, piece.rows, weights, here, viewed(one, dtype, n, width), row_scale=of_values)
+            x = self._read(source, piece.rows, weights, here, viewed(one, dtype, n, width), row_scale=of_values)
             values = torch.mm(x, w_v.T, out=viewed(other, dtype, n, values_width))
             mixed = viewed(one, dtype, n, mixed_width)  # x has been read
             where = (piece.keys, piece.items, frozen, lse, tile, piece.longest)
@@ -169,7 +170,7 @@ class TritonBackend(TorchBackend):
             if scales is None and piece.place is not None:
                 accumulate_block(piece.place.of(state.rows), mixed, w_o.T)
             else:
-                gained = torch.mm(mixed, w_o.T, out=viewed(other, dtype, n, width))
+                gained = torch.mm(mixed, w_o.T, out=viewed(other, dtype, n, len(w_o)))
                 rows.add_rows(state.rows, piece.rows, gained, None if scales is None else scales.mixed)
 
         def pieces(undone: Piece | None) -> list[Piece]:

@@ -28,9 +28,9 @@ def workspace(work: Workload) -> int:
     if not work.passed:
         return 0
     last = work.passed[-1]
-    few, weights = work, last.v
+    few, weights = work, last.read * last.v
     if work.float16:  # the products for few queries are then in the state's dtype
-        few, weights = replace(work, item=work.state_item), last.v + last.o
+        few, weights = replace(work, item=work.state_item), last.read * last.v + last.o
     instead = queries(few, last) + weights * work.width * few.item - cast_weights(work)
     return max(arena_bytes(work) + probability_bytes(work) + attention_alone(work), instead)
 
@@ -39,7 +39,7 @@ def arena_bytes(work: Workload) -> int:
     """Bytes of the arena, in which attention and MLP take turns."""
     arena, most = Arena(work.budget, work.item, work.state_item), 0
     for size in work.passed:
-        most = max(most, arena.attention_bytes(work.rows, work.longest, work.width, size.v, size.o))
+        most = max(most, arena.attention_bytes(work.rows, work.longest, size.read * work.width, size.v, size.o))
         for neurons, share in size.mlps:
             rows = work.sent_rows(share)
             if work.linear_rule:
@@ -61,7 +61,10 @@ def cast_weights(work: Workload) -> int:
     normed, most = any(size.output_norms for size in work.passed), 0
     for size in work.passed:
         half = work.float16_by_default  # under a linear rule the MLP is not in float16
-        pairs = [(size.v, size.o, half), *((size.ways_in * n, n, half and not work.linear_rule) for n, _ in size.mlps)]
+        pairs = [
+            (size.read * size.v, size.o, half),
+            *((size.ways_in * n, n, half and not work.linear_rule) for n, _ in size.mlps),
+        ]
         for own, out, in_float16 in pairs:
             casts = work.casts or in_float16
             most = max(most, own * casts + out * (casts or normed))

@@ -121,7 +121,7 @@ def _by(numbers: Sequence[float], size: int) -> Iterator[tuple[float, ...]]:
 
 def _attention_range(sizes: tuple[float, ...], adapter: Adapter, index: int) -> AttentionRange | None:
     norm_v, top_v, norm_o, top_o = sizes
-    values = _largest_output(norm_v, adapter)
+    values = _largest_output(norm_v, adapter.attention(index).v.shape[1])
     if not (values <= LARGEST and min(top_v, top_o) >= _LEAST and top_o <= LARGEST):
         return None
     mixed = math.sqrt(adapter.attention(index).o.shape[1]) * values
@@ -130,12 +130,16 @@ def _attention_range(sizes: tuple[float, ...], adapter: Adapter, index: int) -> 
 
 def _mlp_range(sizes: tuple[float, ...], peak: float, adapter: Adapter) -> MlpRange | None:
     norm_gate, top_gate, _, top_down = sizes
-    fits = _largest_output(norm_gate, adapter) <= LARGEST and min(top_gate, top_down) >= _LEAST and top_down <= LARGEST
+    fits = (
+        _largest_output(norm_gate, adapter.hidden_size) <= LARGEST
+        and min(top_gate, top_down) >= _LEAST
+        and top_down <= LARGEST
+    )
     if not fits or not math.isfinite(peak):
         return None
     power = _SHARES_TOP - math.ceil(math.log2(peak)) if peak > 0 else 0
     return MlpRange(2.0 ** min(power, 40))
 
 
-def _largest_output(norm: float, adapter: Adapter) -> float:
-    return math.sqrt(adapter.hidden_size) * 2.0 ** (ROW_TOP + 1) * norm
+def _largest_output(norm: float, width: int) -> float:
+    return math.sqrt(width) * 2.0 ** (ROW_TOP + 1) * norm
