@@ -148,6 +148,7 @@ KNOWN = {
     "diffllama": "DiffLlama",
     "doge": "Doge",
     "zaya": "ZAYA 1",
+    "jetmoe": "JetMoE",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

@@ -167,6 +167,24 @@ class HeadScale:
 
 
 @dataclass(frozen=True)
+class HeadExperts:
+    """A mixture of attention heads: every expert has a projection to queries and one from heads (JetMoE).
+
+    Experts share keys and values: each has one head for every KV head. ``count`` experts have ``top_k`` of them chosen
+    at every position by the module at ``router`` below the layer. ``decide`` gives weights and indices (T, K) from what
+    that returns. The attention call is given the heads of the first choice, then those of the second, and so on, with
+    keys and values repeated as often; the heads' outputs are multiplied by the weights. ``o_proj`` holds a tensor
+    (E, D, Hkv·d), and ``bias`` is a path to what is added to the sum, below the layer.
+    """
+
+    count: int
+    top_k: int
+    router: Path
+    decide: Callable[[Any], tuple[Tensor, Tensor]]
+    bias: Path
+
+
+@dataclass(frozen=True)
 class Family:
     """The places of a model's parts: paths below the model, or below a layer. Defaults are Llama's.
 
@@ -204,6 +222,7 @@ class Family:
     beside: Family | None = None  # softmax attention beside a ``mixer``, on the same normed input: they are added
     head_scale: HeadScale | None = None  # between the heads and `o_proj`
     keyed: Keyed | None = None  # values are keys
+    head_experts: HeadExperts | None = None  # a router decides which heads a position has
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
@@ -256,6 +275,7 @@ class Family:
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
     mlp_stream_norm: Path | None = None
+    mlp_bias: Path | None = None  # what is added to the sum of all experts, whatever their weights
     mlp_inner_norm: Path | None = None  # a norm (without β) between the activation and the down projection
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
@@ -286,6 +306,7 @@ class Family:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
         more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
+        more += (self.head_experts,)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

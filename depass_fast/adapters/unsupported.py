@@ -44,7 +44,6 @@ REASONS: dict[str, str] = {
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
     "hrm_text": "a stack of layers that runs several times",
-    "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "mllama": "cross-attention layers, which are skipped without an image",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",

@@ -158,8 +158,9 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
         state.rows.mul_(keeps)
     if norm is None:
         return
-    if norm.is_factor and norm.weight is not None:
-        state.rows.mul_(norm.weight.to(state.rows))
+    if norm.is_factor:
+        if norm.weight is not None:
+            state.rows.mul_(norm.weight.to(state.rows))
         _add_beta(state, norm)
         return
     assert resid is not None, "a norm of the residual stream was not recorded"

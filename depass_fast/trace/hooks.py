@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Attention, HeadScale, Keyed, Latent, Mixer, Norm
 from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
+from .head_experts import CHOSEN, WEIGHTS
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
 from .recorder import Recorder, is_recording
@@ -27,7 +28,7 @@ class LayerHooks:
         self.attention = adapter.attention(index) if adapter.has_attention(index) else None
         self.mlp = adapter.mlps(index)[0] if adapter.has_mlp(index) else None
         self.mixer, self.head_scale = adapter.kind(index).mixer, adapter.kind(index).head_scale
-        self.keyed = adapter.kind(index).keyed
+        self.keyed, self.head_experts = adapter.kind(index).keyed, adapter.kind(index).head_experts
 
     def put(self) -> None:
         """Hook up everything that a trace holds of the layer."""
@@ -38,6 +39,8 @@ class LayerHooks:
             self._hook_values(self.attention)
         if self.mlp is not None:
             hook_mlps(self.adapter, self.index, self.recorder, self.undo)
+        if self.head_experts is not None:
+            self.undo.callback(self.adapter.watch_heads(self.index, self._note_heads))
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
         elif self.keyed is not None:
@@ -46,6 +49,12 @@ class LayerHooks:
             self._observe_attention()
         if self.head_scale is not None:
             self._observe_head_scale(self.head_scale)
+
+    def _note_heads(self, weights: Tensor, chosen: Tensor) -> None:
+        """Record the weights and indices (T, K) of the experts of heads that a router decides on."""
+        if is_recording(self.recorder):
+            self.recorder.keep(self.record, WEIGHTS, weights.detach())
+            self.recorder.keep(self.record, CHOSEN, chosen)
 
     def _before(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(self._module(part)))
@@ -86,6 +95,9 @@ class LayerHooks:
         has_mlp = self.mlp is not None and self.adapter.has_dense_mlp(self.index)
         for part, (before, after) in WATCHED.items():
             if not (self.attention is not None if part in ("v_proj", "o_proj") else has_mlp):
+                continue
+            if part == "o_proj" and self.head_experts is not None:  # which reads and writes in an order of its own
+                self._after("attention", after, lambda x: x[self.recorder.watched])
                 continue
             self._before(part, before, lambda x: x[self.recorder.watched])
             self._after(part, after, lambda x: x[self.recorder.watched])

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
+from .head_experts import HeadChoice
 from .keyed import FrozenKeyed
 from .mixers import KeyedTrace
 from .mixing import apply, constant_heads, convolve, frozen
@@ -88,8 +89,13 @@ class Recorder:
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         if self.adapter.kind(index).beside is not None:
             record = record.setdefault("beside", {})
-        for name, x in (("q", q), ("k", k)):
-            self.keep(record, name, x[0].transpose(0, 1).contiguous())
+        choice = HeadChoice.of(self.adapter, index, record, q.shape[2])
+        by_position = [x[0].transpose(0, 1) for x in (q, k, v)]
+        if choice is not None:
+            by_position = [choice.spread(by_position[0]), *map(choice.once, by_position[1:])]
+            self.keep(record, "row_sum", choice.row_sums(q.shape[1]))
+        for name, x in zip(("q", "k"), by_position, strict=False):
+            self.keep(record, name, x.contiguous())
         changed = (mask["softcap"], key_bias, sinks, indices)
         in_memory = any(x is not None for x in changed)  # the logits, not fused
         chosen = None if indices is None else by_query(indices)[None]
@@ -116,8 +122,9 @@ class Recorder:
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
         record["heads_given"] = out[0].flatten(1)
         if self.is_checking:
-            self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
-            self.keep(record, "attended", out[0, self.watched].flatten(1))
+            given = out[0] if choice is None else choice.given(out[0])
+            self.keep(record, "values", by_position[2][self.watched].flatten(1))
+            self.keep(record, "attended", given[self.watched].flatten(1))
         return out
 
     def _keep_keys(self, index: int, q: Tensor, k: Tensor, sinks: Tensor | None, mask: dict[str, Any]) -> Tensor:

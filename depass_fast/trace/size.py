@@ -133,7 +133,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
     sinks = adapter.has_sinks and getattr(adapter.module(index, "attention"), "sinks", True) is not None
-    size += attention.n_heads * wide * (adapter.has_alibi + sinks)
+    routed = adapter.kind(index).head_experts is not None
+    size += attention.n_heads * wide * (adapter.has_alibi + sinks + routed)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
     size += 0 if attention.value_norm is None else own * attention.n_kv_heads * wide
     behind = attention.scales_heads or attention.value_norm is not None

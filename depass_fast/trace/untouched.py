@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter
 from .exclusive import exclusive
+from .head_experts import CHOSEN, WEIGHTS
 from .selection import by_query
 
 
@@ -21,7 +22,7 @@ class UntouchedPass:
 
     ``end`` (N, D) is the output of the last norm. ``decisions`` holds, in their order, the layer of every decision and
     what belongs to it, under the names that a :class:`depass_fast.trace.recorder.Recorder` gives them: the experts'
-    input, the router's weights and its choices, or the residual stream and the keys that were selected.
+    input, the router's weights and its choices, or the residual stream and the keys, or experts of heads, selected.
     """
 
     end: Tensor
@@ -36,6 +37,8 @@ def untouched_pass(adapter: Adapter, ids: Tensor) -> UntouchedPass:
         for index in range(adapter.n_layers):
             if adapter.has_indexer(index):
                 watcher.watch_indexer(adapter, index, undo)
+            if adapter.kind(index).head_experts is not None:
+                watcher.watch_heads(adapter, index, undo)
             if adapter.is_mixture(index):
                 watcher.watch_experts(adapter, index, undo)
         end = adapter.final_norm_module or adapter.blocks[-1]
@@ -75,15 +78,32 @@ class _Watcher:
     def watch_indexer(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
         """Hook up the indexer that selects the keys of one layer."""
 
-        def read(module: nn.Module, args: tuple) -> None:
-            if threading.get_ident() == self.thread:
-                self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
-
         def selects(module: nn.Module, args: tuple, indices: Tensor) -> None:
             if threading.get_ident() == self.thread:
                 self.decisions[-1][1]["chosen_keys"] = by_query(indices)
 
-        norm, indexer = adapter.module(index, "attention_norm"), adapter.module(index, "indexer")
-        assert norm is not None and indexer is not None
-        undo.callback(norm.register_forward_pre_hook(read).remove)
+        indexer = adapter.module(index, "indexer")
+        assert indexer is not None
+        self._read_stream(adapter, index, undo)
         undo.callback(indexer.register_forward_hook(selects).remove)
+
+    def watch_heads(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
+        """Hook up the router of one layer that decides which heads a position has."""
+
+        def decided(weights: Tensor, chosen: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions[-1][1].update({WEIGHTS: weights.detach(), CHOSEN: chosen})
+
+        self._read_stream(adapter, index, undo)
+        undo.callback(adapter.watch_heads(index, decided))
+
+    def _read_stream(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
+        """Begin a decision of one layer with the residual stream that its attention reads."""
+
+        def read(module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
+
+        norm = adapter.module(index, "attention_norm")
+        assert norm is not None
+        undo.callback(norm.register_forward_pre_hook(read).remove)

@@ -23,13 +23,15 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
             if module is None:
                 return
 
-            def hook(module: Any, args: tuple, output: Any) -> None:
+            def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
                 output = output[0] if isinstance(output, tuple) else output
-                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
+                given = args[0] if args else kwargs["hidden_states"]
+                seen[key] = given.flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
 
-            undo.callback(module.register_forward_hook(hook).remove)
+            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
-        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_proj"}
+        whole = adapter.kind(layer).head_experts is not None  # whose projections take positions in another order
+        ends = {"attention": "attention" if whole else "o_proj", "mlp": "mlp" if sparse else "down_proj"}
         ends = {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
