@@ -15,7 +15,7 @@ from . import experts
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
-from .head_experts import ExpertOutputs
+from .head_experts import outputs_of_experts
 from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
@@ -257,15 +257,6 @@ class Adapter(LayerKinds):
         """
         return experts.watch_router(self.block(index), self._experts(index), note)
 
-    def watch_heads(self, index: int, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
-        """Have ``note`` called with weights and indices (T, K) of the experts of heads that layer ``index`` decides on.
-
-        Returns the function that undoes it.
-        """
-        declared = self.kind(index).head_experts
-        assert declared is not None
-        return experts.watch_heads(self.block(index), declared, note)
-
     def route(self, index: int, x: Tensor, weights: Tensor, assignment: ExpertAssignment) -> list[RoutedExpert]:
         """Recompute the experts of layer ``index`` on the normed states ``x`` (T, D) that were sent to them."""
         return experts.route(self.block(index), self._experts(index), x, weights, assignment)
@@ -285,14 +276,10 @@ class Adapter(LayerKinds):
 
     def side(self, index: int) -> SideMap | None:
         """The linear map beside layer ``index``'s attention, in models of several streams that have one."""
-        norm = (
-            None
-            if self.family.streams is None
-            else self._norm(below_or_none(self.block(index), self.family.attention_norm))
-        )
-        return (
-            None if self.family.streams is None or norm is None else self.family.streams.side(self.block(index), norm)
-        )
+        if self.family.streams is None:
+            return None
+        norm = self._norm(below_or_none(self.block(index), self.family.attention_norm))
+        return None if norm is None else self.family.streams.side(self.block(index), norm)
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
@@ -310,11 +297,17 @@ class Adapter(LayerKinds):
         if kind.source is not None:
             self._check_source(index, kind.source)
             branch["norm"] = self._norm(self.module(kind.source, "attention_norm"))
-        head_norm = self.module(index, "v_head_norm")
+        head_norm, front, bias = (self.module(index, part) for part in ("v_head_norm", "o_front", "o_bias"))
+        v, o = (
+            self._values(index),
+            replace(grouped(self._linear(index, "o_proj"), front, kind.o_groups), outer_bias=bias),
+        )
+        if kind.head_experts is not None:
+            o = outputs_of_experts(self.block(index), kind.head_experts, o, v.shape[0] // head_dim)
         return Attention(
             **branch,
-            v=self._values(index),
-            o=self._outputs(index, head_dim),
+            v=v,
+            o=o,
             head_dim=head_dim,
             key_dim=kind.key_dim or head_dim,
             value_limit=kind.v_clip,
@@ -339,10 +332,6 @@ class Adapter(LayerKinds):
         if not self.has_mlp(index):
             return ()
         kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)
-        if kind.mlp_bias is not None:
-            branch["stream"] = Norm(None, 0.0, below(block, kind.mlp_bias), is_factor=True)
-        if kind.layer_factor is not None:
-            branch["stream"] = Norm(below(block, kind.layer_factor), 0.0, is_factor=True)
         inner = self._norm(self.module(index, "mlp_inner_norm"))
         ahead = self._norm(self.module(index - 1, "mlp_norm")) if kind.has_experts_ahead else None
         return layer_mlps(
@@ -384,14 +373,6 @@ class Adapter(LayerKinds):
             assert norm.weight is not None
             norm = replace(norm, weight=norm.weight * factor)
         return Latent(down, norm, up)
-
-    def _outputs(self, index: int, head_dim: int) -> Linear:
-        kind, projection = self.kind(index), self._linear(index, "o_proj")
-        if kind.head_experts is not None:
-            kv, bias = self._values(index).shape[0] // head_dim, below(self.block(index), kind.head_experts.bias)
-            return ExpertOutputs(projection.module, kv=kv, shared_bias=bias)
-        front, bias = self.module(index, "o_front"), self.module(index, "o_bias")
-        return replace(grouped(projection, front, kind.o_groups), outer_bias=bias)
 
     def _head_dim(self, index: int) -> int:
         module = self.module(index, "attention")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..runtime.transfer import to_host
 from .activation import Activation
 from .chained import Chained
-from .family import Experts, HeadExperts, Path, first_half, second_half
+from .family import Experts, Path, first_half, second_half
 from .maps import Linear
 from .paths import below, exists, name_of
 from .same import UNCHANGED, Same
@@ -84,17 +84,6 @@ def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Ten
             note(*softmax_top_k(output, experts.top_k, experts.normalised))
 
     return router.register_forward_hook(returned).remove
-
-
-def watch_heads(
-    block: nn.Module, declared: HeadExperts, note: Callable[[Tensor, Tensor], None]
-) -> Callable[[], None]:
-    """Do the same for experts of attention heads."""
-
-    def returned(module: nn.Module, args: tuple, output: Any) -> None:
-        note(*declared.decide(output))
-
-    return below(block, declared.router).register_forward_hook(returned).remove
 
 
 def softmax_top_k(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor]:

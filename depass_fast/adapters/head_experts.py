@@ -1,13 +1,17 @@
-"""The output projections of a mixture of attention heads, as one projection of all heads of all experts."""
+"""A mixture of attention heads: the output projections of all experts as one, and the decisions of the router."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .family import HeadExperts
 from .maps import Linear
+from .paths import below
 from .stored import stored_weight
 
 
@@ -43,3 +47,17 @@ class ExpertOutputs(Linear):
     @property
     def is_own(self) -> bool:
         return False  # its weight is made when it is read
+
+
+def outputs_of_experts(block: nn.Module, declared: HeadExperts, o: Linear, kv: int) -> ExpertOutputs:
+    """The output projection of all heads, ``o`` having the module that holds those of all experts."""
+    return ExpertOutputs(o.module, kv=kv, shared_bias=below(block, declared.bias))
+
+
+def watch_heads(block: nn.Module, declared: HeadExperts, note: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+    """Have ``note`` called with weights and indices (T, K) of the chosen experts. Returns the function to undo it."""
+
+    def returned(module: nn.Module, args: tuple, output: Any) -> None:
+        note(*declared.decide(output))
+
+    return below(block, declared.router).register_forward_hook(returned).remove

@@ -50,9 +50,7 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
     found.verdict()
 
 
-def _same_decision(
-    got: dict[str, Tensor], own: dict[str, Tensor], names: tuple[str, str], tolerance: float
-) -> Tensor:
+def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], names: tuple[str, str], tolerance: float) -> Tensor:
     """True where two passes chose the same experts with about the same weights: (N,). A sparse mixer's may jump."""
     chosen, weighed = names
     order, own_order = got[chosen].argsort(1), own[chosen].argsort(1)

@@ -49,6 +49,17 @@ class HeadChoice:
         weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
         return self.spread(weights.repeat_interleave(heads // weights.shape[1], 1))
 
-    def given(self, x: Tensor) -> Tensor:
-        """Return what the chosen heads give (T, K·Hkv, d) as the output projection reads it of all: (T, Hkv·E, d)."""
-        return self.spread(x) * self.row_sums(x.shape[1])[..., None].to(x)
+
+def of_all_heads(choice: HeadChoice | None, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+    """Return what is recorded of an attention call's queries (T, H', d) and keys (T, Hkv', d), by its name."""
+    if choice is None:
+        return {"q": q, "k": k}
+    return {"q": choice.spread(q), "k": choice.once(k), "row_sum": choice.row_sums(q.shape[1])}
+
+
+def checked_heads(choice: HeadChoice | None, v: Tensor, given: Tensor) -> dict[str, Tensor]:
+    """Return what is compared of values (T, Hkv', d) and of what the heads of a call give (T, H', d), by its name."""
+    if choice is None:
+        return {"values": v, "attended": given}
+    weighed = choice.spread(given) * choice.row_sums(given.shape[1])[..., None].to(given)
+    return {"values": choice.once(v), "attended": weighed}

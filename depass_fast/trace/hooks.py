@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Attention, HeadScale, Keyed, Latent, Mixer, Norm
+from ..adapters.head_experts import watch_heads
 from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
 from .head_experts import CHOSEN, WEIGHTS
@@ -40,7 +41,7 @@ class LayerHooks:
         if self.mlp is not None:
             hook_mlps(self.adapter, self.index, self.recorder, self.undo)
         if self.head_experts is not None:
-            self.undo.callback(self.adapter.watch_heads(self.index, self._note_heads))
+            self.undo.callback(watch_heads(self.adapter.block(self.index), self.head_experts, self._note_heads))
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
         elif self.keyed is not None:

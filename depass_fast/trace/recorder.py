@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
-from .head_experts import HeadChoice
+from .head_experts import HeadChoice, checked_heads, of_all_heads
 from .keyed import FrozenKeyed
 from .mixers import KeyedTrace
 from .mixing import apply, constant_heads, convolve, frozen
@@ -90,11 +90,7 @@ class Recorder:
         if self.adapter.kind(index).beside is not None:
             record = record.setdefault("beside", {})
         choice = HeadChoice.of(self.adapter, index, record, q.shape[2])
-        by_position = [x[0].transpose(0, 1) for x in (q, k, v)]
-        if choice is not None:
-            by_position = [choice.spread(by_position[0]), *map(choice.once, by_position[1:])]
-            self.keep(record, "row_sum", choice.row_sums(q.shape[1]))
-        for name, x in zip(("q", "k"), by_position, strict=False):
+        for name, x in of_all_heads(choice, q[0].transpose(0, 1), k[0].transpose(0, 1)).items():
             self.keep(record, name, x.contiguous())
         changed = (mask["softcap"], key_bias, sinks, indices)
         in_memory = any(x is not None for x in changed)  # the logits, not fused
@@ -122,10 +118,13 @@ class Recorder:
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
         record["heads_given"] = out[0].flatten(1)
         if self.is_checking:
-            given = out[0] if choice is None else choice.given(out[0])
-            self.keep(record, "values", by_position[2][self.watched].flatten(1))
-            self.keep(record, "attended", given[self.watched].flatten(1))
+            self._keep_watched(record, checked_heads(choice, v[0].transpose(0, 1), out[0]))
         return out
+
+    def _keep_watched(self, record: dict[str, Any], named: dict[str, Tensor]) -> None:
+        """Keep the watched positions of heads (T, H, d)."""
+        for name, x in named.items():
+            self.keep(record, name, x[self.watched].flatten(1))
 
     def _keep_keys(self, index: int, q: Tensor, k: Tensor, sinks: Tensor | None, mask: dict[str, Any]) -> Tensor:
         """Record queries, and keys of positions and of entries behind them. What is attended to comes later: zeros."""

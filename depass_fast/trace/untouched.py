@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter
+from ..adapters.head_experts import watch_heads
 from .exclusive import exclusive
 from .head_experts import CHOSEN, WEIGHTS
 from .selection import by_query
@@ -94,8 +95,10 @@ class _Watcher:
             if threading.get_ident() == self.thread:
                 self.decisions[-1][1].update({WEIGHTS: weights.detach(), CHOSEN: chosen})
 
+        declared = adapter.kind(index).head_experts
+        assert declared is not None
         self._read_stream(adapter, index, undo)
-        undo.callback(adapter.watch_heads(index, decided))
+        undo.callback(watch_heads(adapter.block(index), declared, decided))
 
     def _read_stream(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
         """Begin a decision of one layer with the residual stream that its attention reads."""
