@@ -65,14 +65,20 @@ class LayerKinds(ModelEnds):
         every = [self.family] if self.family.kinds is None else self.family.kinds
         return all(kind.is_plain for kind in every)
 
-    def check_uniform(self, what: str, advice: str = "") -> None:
-        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
-        if not self.is_uniform:
+    @property
+    def mixes_plainly(self) -> bool:
+        """True if every layer is that, except that a router may choose a position's heads."""
+        every = [self.family] if self.family.kinds is None else self.family.kinds
+        return all(kind.mixes_plainly for kind in every)
+
+    def check_uniform(self, what: str, advice: str = "", routed_heads: bool = False) -> None:
+        """Raise ValueError unless the model :attr:`is_uniform`, or :attr:`mixes_plainly`, as ``what`` needs."""
+        if not (self.mixes_plainly if routed_heads else self.is_uniform):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
-                "stream or several streams, experts that read ahead, keys selected by group of heads, or layers "
-                f"with less or more than the two.{advice}"
+                "heads, heads that a router chooses, values that are normed or shared between layers or are keys, too, "
+                "factors of the residual stream or several streams, experts that read ahead, keys selected by group of "
+                f"heads, or layers with less or more than the two.{advice}"
             )
 
     @property

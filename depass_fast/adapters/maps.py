@@ -48,6 +48,13 @@ class Norm:
         y = x * s[..., None]
         return s[..., None] * self.gate(y if self.weight is None else self._weighted(y)).to(s)
 
+    def frozen_scale(self, resid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The scale of hidden states (N, D) that were recorded; None for a factor, of which none are."""
+        if self.is_factor:
+            return None
+        assert resid is not None  # it is recorded wherever there is such a norm
+        return self.scale(resid.to(dtype))
+
     def apply(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """The linear part, with ``scale`` (N,) or (N, D) frozen, or left out: (N, ..., D) -> the same, in x's dtype."""
         if self.centred:
