@@ -1,7 +1,7 @@
 """A mixture of attention heads in the recorded forward pass: what the chosen heads do, as that of all heads.
 
 A head that is not chosen at a position has a query of zeros there, and probabilities of zero: the router's weight is in
-the rows of P (:attr:`depass_fast.trace.record.AttentionTrace.row_sum`).
+the rows of P (`row_sum` of :class:`depass_fast.trace.record.AttentionTrace`).
 """
 
 from __future__ import annotations

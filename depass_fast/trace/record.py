@@ -32,7 +32,8 @@ class AttentionTrace:
 
     The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. In sparse
     attention queries see their ``chosen_keys`` alone. Where attention has sinks (logits of nothing), P's rows sum to
-    less than one: P is the softmax without the sinks, times ``row_sum``. With ``minus``, P is the softmax of the first
+    less than one: P is the softmax without the sinks, times ``row_sum``. Where a router chooses heads, that is its
+    weight, or zero. With ``minus``, P is the softmax of the first
     half of the heads of q, less so many times that of the second: differential attention.
     """
 
