@@ -149,6 +149,7 @@ KNOWN = {
     "doge": "Doge",
     "zaya": "ZAYA 1",
     "jetmoe": "JetMoE",
+    "inkling_text": "Inkling (text)",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

@@ -19,9 +19,10 @@ from .head_experts import outputs_of_experts
 from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
-from .maps import Joined, Latent, Linear, Norm, Taps, mixing_norms
+from .maps import Joined, Latent, Linear, Norm, PassesOn, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
+from .spread import Spread
 from .stored import Stacked, stored_device
 from .streams import SideMap
 from .weights import Attention, Layer, Mlp
@@ -353,7 +354,7 @@ class Adapter(LayerKinds):
         if mixer is None or mixer.conv is None:
             return None
         module = below_or_none(self.block(index), mixer.conv)
-        return None if module is None else Linear(module, mixer.conv_part)
+        return None if module is None else (PassesOn if mixer.conv_adds else Linear)(module, mixer.conv_part)
 
     def _values(self, index: int) -> Linear | Latent | WithEntries:
         kind = self.kind(index)
@@ -386,7 +387,8 @@ class Adapter(LayerKinds):
         keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
         if mix is not None:
             output, stream = mixing_norms(*mix(self.block(index)))
-        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
+        spread = Spread.of(self.module(index, f"{kind}_conv"))
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps, "spread": spread}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

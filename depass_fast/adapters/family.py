@@ -62,6 +62,9 @@ class Experts:
     weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
     beside: Beside | None = None
     ahead: bool = False  # they read what the MLP of the layer before reads, through its norm (LongCat)
+    # S experts that all positions are sent to, with tensors ``gate``, ``up`` (S, I, D) and ``down`` (S, D, I): their
+    # numbers are behind those of the others, and ``decide`` gives their weights with the others'
+    always: Path | None = None
     gives_back: int = 0  # so many indices behind those of the experts stand for one that gives back what it reads
 
 
@@ -120,8 +123,8 @@ class Mixer:
     (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
-    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the
-    activation behind it, elementwise; None without one.
+    channels; with ``conv_adds`` what it gives is added to them. ``taps`` (C, K) are those of one that is no module.
+    ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
@@ -131,6 +134,7 @@ class Mixer:
     value_ratio: Callable[[Tensor], Tensor] | None = None
     attends: bool = False
     taps: Tensor | None = None
+    conv_adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,9 @@ class Family:
     input_gate: InputGate | None = None  # behind the MLP
     layer_factor: Path | None = None  # of the residual stream at the layer's end
     streams: Streams | None = None  # several residual streams side by side, which every branch mixes
+    # a module with a convolution along the positions, `conv1d`: what it makes of what a branch gives is added to that
+    attention_conv: Path | None = None
+    mlp_conv: Path | None = None
     # given the layer, factors (D,) of the stream and of what a branch adds to it, and a constant (D,) that is added
     attention_mix: Mix | None = None
     mlp_mix: Mix | None = None
@@ -311,6 +318,7 @@ class Family:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
         more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
+        more += (self.attention_conv, self.mlp_conv)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

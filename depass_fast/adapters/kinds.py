@@ -92,6 +92,7 @@ class LayerKinds(ModelEnds):
             "experts beside an MLP": any(kind.experts and kind.experts.beside for kind in every),
             "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
             "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
+            "convolutions behind branches": any(kind.attention_conv or kind.mlp_conv for kind in every),
             "several residual streams": any(kind.streams for kind in every),
         }
         return [what for what, is_there in found.items() if is_there]
@@ -109,6 +110,10 @@ class LayerKinds(ModelEnds):
     def has_keyed(self) -> bool:
         """True if the values of any layer are its keys."""
         return any(self.kind(index).keyed is not None for index in range(self.n_layers))
+
+    def spreads(self, index: int) -> bool:
+        """True if what a branch of layer ``index`` writes reaches later positions, too."""
+        return self.kind(index).attention_conv is not None or self.kind(index).mlp_conv is not None
 
     @property
     def experts_per_position(self) -> int:

@@ -227,6 +227,22 @@ class Taps(Made):
 
 
 @dataclass(frozen=True)
+class PassesOn(Linear):
+    """A convolution whose input is added to what it gives: its last tap (C, 1, K) is one more."""
+
+    @cached_property
+    def weight(self) -> Tensor:
+        weight = stored_weight(self.module)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        weight[..., -1] += 1.0
+        return weight if self.part is None else self.part(weight)
+
+    @property
+    def is_own(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class Latent:
     """Values by way of a latent (multi-head latent attention): ``up`` (Hkv·d, r) of the norm of ``down`` (r, D).
 

@@ -36,7 +36,6 @@ REASONS: dict[str, str] = {
         ("qwen4_exp", "qwen4_exp_text"),
         f"{_STREAMS}, {_SPARSE} in blocks, and embeddings of several tokens that enter the streams",
     ),
-    "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
     "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"

@@ -46,7 +46,7 @@ def through_attention(
         return ComponentState(rows, here.layout, state.layer)
     source = read_rows(state, step) if layer.attention.source is None else values
     assert source is not None  # see above
-    given = run.operations.aggregate_ov(_zeros(source, state), layer.attention, record.attention, queries, source)
+    given = run.operations.aggregate_ov(zeros_like(source, state), layer.attention, record.attention, queries, source)
     del source
     return ComponentState(_mixed(here.rows, layer, at, given.rows), here.layout, state.layer)
 
@@ -66,7 +66,7 @@ def _through(
 ) -> ComponentState:
     """Return the state after ``parts`` that read the same streams, and write to the same."""
     source = read_rows(state, step)
-    given = _zeros(source, state)
+    given = zeros_like(source, state)
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
     del source
@@ -89,7 +89,7 @@ def _positions(state: ComponentState) -> Tensor:
     return layout.tensor("packed", device).index_select(0, layout.tensor("segment_of", device))
 
 
-def _zeros(like: ComponentState, state: ComponentState) -> ComponentState:
+def zeros_like(like: ComponentState, state: ComponentState) -> ComponentState:
     """Return rows of zeros, in host memory that is pinned where that of ``state`` is."""
     rows = like.rows
     if state.device.type == "cpu" and state.rows.is_pinned():

@@ -180,8 +180,8 @@ def _check_attention(
         if part == "v_proj" and joined:
             continue
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    if adapter.is_parallel or layer.streams is not None:
-        return  # attention's output is part of all that the stream gains: see the MLP, or stream_check.py
+    if adapter.is_parallel or layer.streams is not None or layer.spreads:
+        return  # what the stream gains is more than that: see the MLP, stream_check.py or spread_check.py
     mid, written = rows(layer.resid_mid, at), record["attention_written"]
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else rows(layer.attention_sum, at)
@@ -251,7 +251,7 @@ def _check_mlp(
         for part, linear in (("gate_proj", own.gate), ("down_proj", own.down)):
             inputs, outputs = (record[name] for name in WATCHED[part])
             _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    if layer.streams is not None:
+    if layer.streams is not None or layer.spreads:
         return
     mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that are read here

@@ -36,6 +36,7 @@ class LayerHooks:
         self._hook_stream()
         if self.recorder.is_checking:
             self._hook_watched()
+            self._hook_spread()
         if self.attention is not None:
             self._hook_values(self.attention)
         if self.mlp is not None:
@@ -102,6 +103,12 @@ class LayerHooks:
                 continue
             self._before(part, before, lambda x: x[self.recorder.watched])
             self._after(part, after, lambda x: x[self.recorder.watched])
+
+    def _hook_spread(self) -> None:
+        """Record what enters a convolution behind a branch, at all positions."""
+        for branch in ("attention", "mlp"):
+            if self._has(f"{branch}_conv"):
+                self._before(f"{branch}_conv", f"{branch}_given")
 
     def _hook_values(self, attention: Attention) -> None:
         """Record the latent that values come from, and the clamping of values."""

@@ -226,6 +226,7 @@ class LayerTrace:
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
     streams: LayerStreams | None = None  # of several residual streams, which lie side by side in `resid_pre`
+    spreads: bool = False  # what a branch writes reaches later positions, too
 
     __repr__ = brief_repr
 
@@ -255,7 +256,7 @@ class LayerTrace:
             if held is None:
                 continue
             named = vars(held).items()
-            own = ("skip", "rates", "sinks")  # of the model, not of a position
+            own = ("skip", "rates", "distances", "sinks")  # of the model, not of a position
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
         yield from () if self.streams is None else self.streams.tensors()
 

@@ -208,7 +208,7 @@ class Recorder:
             ratio = mixer.value_ratio(values)
             self.keep(record, "value_ratio", ratio)
         named = {"q": recurrence.q, "k": recurrence.k, "decay": recurrence.decay}
-        named |= {"write": recurrence.write, "in_ratio": recurrence.in_ratio}
+        named |= {name: getattr(recurrence, name) for name in ("write", "in_ratio", "relative")}
         for name, x in named.items():
             if x is not None:
                 self.keep(record, name, x)
@@ -254,7 +254,8 @@ class Recorder:
             return layer_of_streams(self.adapter, index, record, attention_trace, assignment, self._after(index))
         ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
         mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
-        return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
+        sums = record.get("attention_sum"), record.get("mlp_sum")
+        return LayerTrace(pre, mid, attention_trace, mlps, *sums, spreads=self.adapter.spreads(index))
 
     def _after(self, index: int) -> Tensor:
         """The residual stream (T, D) behind a layer, or the streams (T, n·D)."""
@@ -272,7 +273,7 @@ class Recorder:
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
         if recurrence is not None:
-            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
+            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio", "relative")}
             recurrence = frozen(replace(recurrence, **kept))
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         source = self.adapter.kind(index).source
@@ -368,6 +369,7 @@ def _attention_function(
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls by name: it leaves everything to this thread's recorder."""
@@ -383,7 +385,9 @@ def _attention_function(
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
     if recorder.adapter.kind(index).mixer is not None and index not in recorder.besides:
         # the mixer computes it, prompt by prompt; here the first prompt's is compared
-        return attention.causal_attention(query, key, value, **mask)[0].transpose(1, 2), None
+        return attention.causal_attention(query, key, value, **mask, position_bias=position_bias)[0].transpose(
+            1, 2
+        ), None
     mask["chunked"] = recorder.adapter.chunks(index)
     if block_indices is not None:
         indices, mask["key_block"] = block_indices, recorder.adapter.kind(index).key_block

@@ -166,7 +166,7 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.decay, given.write, given.in_ratio)
+    recorded = (given.decay, given.write, given.in_ratio, given.relative)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0

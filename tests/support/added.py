@@ -36,6 +36,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+            note(adapter.module(layer, f"{kind}_conv"), f"{kind} spread")
         beside = "mlp" if adapter.kind(layer).has_experts_ahead else "shared_mlp"
         note(getattr(adapter.block(layer), beside, None) if sparse else None, "shared")
         note(None if sides is None else sides[0].o.module, "beside")
@@ -47,7 +48,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
-        added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
+        added[kind] = _spread(seen, kind, _mixed(adapter, layer, kind, total * branch.factor))
         if adapter.family.streams is not None:
             added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
             continue
@@ -66,6 +67,11 @@ def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
         return added
     _, factor, constant = mix(adapter.block(layer))
     return added * factor + (0.0 if constant is None else constant)
+
+
+def _spread(seen: dict, kind: str, added: Tensor) -> Tensor:
+    """Return what a branch adds behind a convolution, where it has one."""
+    return seen[f"{kind} spread"][1] if f"{kind} spread" in seen else added
 
 
 def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:

@@ -63,6 +63,23 @@ _MINIMAX = {
     "mlp_beta_factor": 1.1,
 }
 _JETMOE = {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+_INKLING = {
+    "head_dim": 8,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 6,
+    "sliding_window_size": 3,
+    "d_rel": 4,
+    "rel_extent": 5,
+    "conv_kernel_size": 3,
+    "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "logits_mup_width_multiplier": 2.0,
+}
 _ENDS = ["sparse", "dense", "sparse"]
 _BAILING = {
     "pad_token_id": 0,
@@ -189,6 +206,11 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
             "activation_function": "gelu",
             "tie_word_embeddings": False,
         },
+    ),
+    "inkling_text": ("inkling_text", {**GQA, **_INKLING, "log_scaling_n_floor": 3}),
+    "inkling_text: two dense layers": (
+        "inkling_text",
+        {**MHA, **_INKLING, "mlp_layer_types": ["dense", "sparse", "dense"], "n_shared_experts": 1},
     ),
     "bailing_hybrid": ("bailing_hybrid", {**MHA, **_BAILING}),
     "bailing_hybrid: unbounded": ("bailing_hybrid", {**MHA, **_BAILING, "kda_safe_gate": False}),
