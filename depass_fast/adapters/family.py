@@ -202,6 +202,7 @@ class Family:
     embedding: Path = "model.embed_tokens"
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
+    vocabulary: int | None = None  # the model drops the logits of the unembedding's rows from this one on
     project_out: Path | None = None  # between the final norm and the unembedding
     head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0

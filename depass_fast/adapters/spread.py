@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Spread:
-    """What a branch gives, y, becomes y[n] + Σ_j w[j] ⊙ y[n - j], causally and by channel, within a prompt.
+    """A branch that gives y writes y[n] + Σ_j w[j] ⊙ y[n - j], causally and by channel, within a prompt.
 
     ``module`` has the convolution as `conv1d`, (D, 1, K) without a bias.
     """

@@ -207,7 +207,7 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "inkling_text": ("inkling_text", {**GQA, **_INKLING, "log_scaling_n_floor": 3}),
+    "inkling_text": ("inkling_text", {**GQA, **_INKLING, "log_scaling_n_floor": 3, "unpadded_vocab_size": 63}),
     "inkling_text: two dense layers": (
         "inkling_text",
         {**MHA, **_INKLING, "mlp_layer_types": ["dense", "sparse", "dense"], "n_shared_experts": 1},

@@ -16,14 +16,13 @@ _SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def declare(config: Any) -> Family:
-    if config.unpadded_vocab_size is not None and config.unpadded_vocab_size < config.vocab_size:
-        raise ValueError("model: its unembedding has rows that are no tokens (unpadded_vocab_size); not supported.")
     experts = Experts(
         top_k=config.num_experts_per_tok + config.n_shared_experts,
         always="mlp.shared_experts",
-        decide=lambda layer, returned: _choice(layer.mlp.experts.num_experts, returned),
+        decide=lambda layer, returned: _choice(config.n_routed_experts, returned),
     )
     common = Family(
+        vocabulary=config.unpadded_vocab_size,
         logit_scale=1.0 / config.logits_mup_width_multiplier,
         counts_positions=True,  # convolutions would go from one prompt to the next
         attention_conv="attn_sconv",
@@ -56,4 +55,5 @@ def _choice(count: int, returned: Any) -> tuple[Tensor, Tensor]:
 
 
 def _read(attention: Any, outputs: list[Tensor], convolve: Callable[..., Tensor], named: dict[str, Any]) -> Recurrence:
-    return softmax_by_distance(attention, *outputs, convolve)
+    q, k, r = outputs
+    return softmax_by_distance(attention, q, k, r, convolve)
