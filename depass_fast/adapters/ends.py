@@ -139,6 +139,8 @@ class ModelEnds:
 
     def uncapped_directions(self, tokens: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """:meth:`token_directions` behind a head and in front of a cap on the logits."""
+        if isinstance(tokens, slice):
+            tokens = slice(tokens.start, min(tokens.stop, self.vocabulary_size))
         vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
         if self._project_out is not None:
             vectors = vectors @ stored_weight(self._project_out).to(dtype)
