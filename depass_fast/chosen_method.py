@@ -55,11 +55,11 @@ def choose_method(
     if allocation.linear_rule is not None:
         found = _linear(method, allocation, settings)
         return None if method is None and not _is_cheaper(kind, adapter, lengths, gradients) else found
-    fits = adapter.is_uniform and not adapter.weighs_inputs
+    fits = adapter.mixes_plainly and not adapter.weighs_inputs
     if method is None and not (_is_large(kind, adapter) and allocation.rule == "softmax" and fits):
         return None
     linear = f" Take method='exact', or a linear rule ({', '.join(map(repr, LINEAR_RULES))}), exact for all at once."
-    adapter.check_uniform("method: 'adjoint' under 'softmax'", linear)
+    adapter.check_uniform("method: 'adjoint' under 'softmax'", linear, routed_heads=True)
     if adapter.weighs_inputs:
         raise ValueError(
             "method: 'adjoint' under 'softmax' is not for models whose router weighs what experts read, and not what "

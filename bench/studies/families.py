@@ -152,6 +152,8 @@ KNOWN = {
     "zaya": "ZAYA 1",
     "zamba": "Zamba",
     "zamba2": "Zamba 2",
+    "jetmoe": "JetMoE",
+    "inkling_text": "Inkling (text)",
     "bamba": "Bamba",
     "nemotron_h": "Nemotron-H (without experts)",
     "kimi_linear": "Kimi Linear",

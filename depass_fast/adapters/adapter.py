@@ -16,12 +16,14 @@ from .adapted import adapted
 from .dense import unusable_part
 from .experts import ExpertAssignment, RoutedExpert
 from .family import Experts, Observed, Path
+from .head_experts import outputs_of_experts
 from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
-from .maps import Joined, Latent, Linear, Norm, Taps, mixing_norms
+from .maps import Joined, Latent, Linear, Norm, PassesOn, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
 from .side_by_side import Sides, side_by_side
+from .spread import Spread
 from .stored import Stacked, stored_device
 from .streams import SideMap
 from .weights import Attention, Layer, Mlp
@@ -277,9 +279,9 @@ class Adapter(LayerKinds):
 
     def side(self, index: int) -> SideMap | None:
         """The linear map beside layer ``index``'s attention, in models of several streams that have one."""
-        kind, block = self.kind(index), self.block(index)
-        module = None if kind.streams is None else below_or_none(block, kind.attention_norm)
-        return None if kind.streams is None or module is None else kind.streams.side(block, self.made_norm(module))
+        streams, block = self.kind(index).streams, self.block(index)
+        module = None if streams is None else below_or_none(block, self.kind(index).attention_norm)
+        return None if streams is None or module is None else streams.side(block, self.made_norm(module))
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
@@ -298,10 +300,16 @@ class Adapter(LayerKinds):
             self._check_source(index, kind.source)
             branch["norm"] = self._norm(self.module(kind.source, "attention_norm"))
         head_norm, front, bias = (self.module(index, part) for part in ("v_head_norm", "o_front", "o_bias"))
+        v, o = (
+            self._values(index),
+            replace(grouped(self._linear(index, "o_proj"), front, kind.o_groups), outer_bias=bias),
+        )
+        if kind.head_experts is not None:
+            o = outputs_of_experts(self.block(index), kind.head_experts, o, v.shape[0] // head_dim)
         return Attention(
             **branch,
-            v=self._values(index),
-            o=replace(grouped(self._linear(index, "o_proj"), front, kind.o_groups), outer_bias=bias),
+            v=v,
+            o=o,
             head_dim=head_dim,
             key_dim=kind.key_dim or head_dim,
             value_limit=kind.v_clip,
@@ -326,8 +334,6 @@ class Adapter(LayerKinds):
         if not self.has_mlp(index):
             return ()
         kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)
-        if kind.layer_factor is not None:
-            branch["stream"] = Norm(below(block, kind.layer_factor), 0.0, is_factor=True)
         inner = self._norm(self.module(index, "mlp_inner_norm"))
         ahead = self._norm(self.module(index - 1, "mlp_norm")) if kind.has_experts_ahead else None
         return layer_mlps(
@@ -349,7 +355,7 @@ class Adapter(LayerKinds):
         if mixer is None or mixer.conv is None:
             return None
         module = below_or_none(self.block(index), mixer.conv)
-        return None if module is None else Linear(module, mixer.conv_part)
+        return None if module is None else (PassesOn if mixer.conv_adds else Linear)(module, mixer.conv_part)
 
     def _values(self, index: int) -> Linear | Latent | WithEntries:
         kind = self.kind(index)
@@ -382,7 +388,8 @@ class Adapter(LayerKinds):
         keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
         if mix is not None:
             output, stream = mixing_norms(*mix(self.block(index)))
-        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
+        spread = Spread.of(self.module(index, f"{kind}_conv"))
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps, "spread": spread}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

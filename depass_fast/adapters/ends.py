@@ -56,7 +56,8 @@ class ModelEnds:
 
     @property
     def vocabulary_size(self) -> int:
-        return stored_shape(self.unembedding)[0]
+        rows, known = stored_shape(self.unembedding)[0], self.family.vocabulary
+        return rows if known is None else min(rows, known)
 
     @property
     def hidden_size(self) -> int:
@@ -89,6 +90,7 @@ class ModelEnds:
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.dtype
         hidden = hidden.to(self.unembedding_device, dtype)
         raw = self.unembedding(self.entering_unembedding(self.projected_out(hidden))) * self.family.logit_scale
+        raw = raw if self.family.vocabulary is None else raw[..., : self.vocabulary_size]
         cap = self.family.logit_cap
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
@@ -137,6 +139,8 @@ class ModelEnds:
 
     def uncapped_directions(self, tokens: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """:meth:`token_directions` behind a head and in front of a cap on the logits."""
+        if isinstance(tokens, slice):
+            tokens = slice(tokens.start, min(tokens.stop, self.vocabulary_size))
         vectors, bias = stored_weight(self.unembedding)[tokens].to(dtype), self.unembedding_bias
         if self._project_out is not None:
             vectors = vectors @ stored_weight(self._project_out).to(dtype)

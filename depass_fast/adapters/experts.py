@@ -67,7 +67,7 @@ def watch_router(block: nn.Module, experts: Experts, note: Callable[[Tensor, Ten
     """Have ``note`` called with weights and indices (T, K) of the chosen experts. Returns the function to undo it."""
     held, router = below(block, experts.experts), below(block, experts.router)
     whole = isinstance(held, nn.ModuleList) or router in held.children()  # is `held`: nothing is handed to it
-    if not whole and not experts.weighs_input:
+    if not whole and not experts.weighs_input and experts.always is None:
 
         def handed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             note(*_choice((*args, *kwargs.values()), experts.dense))
@@ -198,6 +198,8 @@ def _projections(block: nn.Module, experts: Experts) -> Iterator[_Projections]:
         yield from (_of_module(f"E{index}", module, experts) for index, module in enumerate(held))
     else:
         yield from (_through_latent(part, block, experts) for part in _of_stacks(held, experts))
+        if experts.always is not None:
+            yield from _always(below(block, experts.always), experts, len(below(held, experts.stacks[1])))
         if experts.gives_back:
             down = Same(Stacked(*_stack(held, experts.stacks[1])[:1], 0, None, experts.transposed))
             yield _Projections(SAME, down, None, down, UNCHANGED)
@@ -253,6 +255,15 @@ def _through_latent(part: _Projections, block: nn.Module, experts: Experts) -> _
     up = None if part.up is None else Chained(part.up.module, part.up.part, inner=inner)
     gate, down = Chained(part.gate.module, part.gate.part, inner=inner), Chained(part.down.module, outer=outer)
     return replace(part, gate=gate, up=up, down=down)
+
+
+def _always(held: nn.Module, experts: Experts, first: int) -> Iterator[_Projections]:
+    """Experts that all positions are sent to, numbered from ``first`` on."""
+    assert experts.up is not None
+    stacks = [below(held, name) for name in (experts.gate, experts.up, experts.down)]
+    for index in range(len(stacks[0])):
+        gate, up, down = (Linear(Stacked(stack, index)) for stack in stacks)
+        yield _Projections(f"E{first + index}", gate, up, down, _activation(held, experts))
 
 
 def _stack(held: nn.Module, path: Path) -> tuple[Tensor, Tensor | None]:

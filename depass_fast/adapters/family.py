@@ -62,6 +62,9 @@ class Experts:
     weighs_input: bool = False  # the router's weight multiplies what an expert reads, the shared one excepted
     beside: Beside | None = None
     ahead: bool = False  # they read what the MLP of the layer before reads, through its norm (LongCat)
+    # S experts that all positions are sent to, with tensors ``gate``, ``up`` (S, I, D) and ``down`` (S, D, I): their
+    # numbers are behind those of the others, and ``decide`` gives their weights with the others'
+    always: Path | None = None
     gives_back: int = 0  # so many indices behind those of the experts stand for one that gives back what it reads
 
 
@@ -120,8 +123,8 @@ class Mixer:
     (``attends``), ``read`` also gets the named arguments that the module was called with.
 
     ``conv`` is the path below the layer of the convolution that values go through, ``conv_part`` their part of its
-    channels; ``taps`` (C, K) are those of one that is no module. ``value_ratio(c)`` is act(c) / c of the
-    activation behind it, elementwise; None without one.
+    channels; with ``conv_adds`` what it gives is added to them. ``taps`` (C, K) are those of one that is no module.
+    ``value_ratio(c)`` is act(c) / c of the activation behind it, elementwise; None without one.
     """
 
     projections: tuple[str, ...]
@@ -131,6 +134,7 @@ class Mixer:
     value_ratio: Callable[[Tensor], Tensor] | None = None
     attends: bool = False
     taps: Tensor | None = None
+    conv_adds: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,24 @@ class HeadScale:
 
 
 @dataclass(frozen=True)
+class HeadExperts:
+    """A mixture of attention heads: every expert has a projection to queries and one from heads (JetMoE).
+
+    Experts share keys and values: each has one head for every KV head. ``count`` experts have ``top_k`` of them chosen
+    at every position by the module at ``router`` below the layer. ``decide`` gives weights and indices (T, K) from what
+    that returns. The attention call is given the heads of the first choice, then those of the second, and so on, with
+    keys and values repeated as often; the heads' outputs are multiplied by the weights. ``o_proj`` holds a tensor
+    (E, D, Hkv·d), and ``bias`` is a path to what is added to the sum, below the layer.
+    """
+
+    count: int
+    top_k: int
+    router: Path
+    decide: Callable[[Any], tuple[Tensor, Tensor]]
+    bias: Path
+
+
+@dataclass(frozen=True)
 class Family:
     """The places of a model's parts: paths below the model, or below a layer. Defaults are Llama's.
 
@@ -181,6 +203,7 @@ class Family:
     embedding: Path = "model.embed_tokens"
     final_norm: Path | None = "model.norm"
     unembedding: Path = "lm_head"
+    vocabulary: int | None = None  # the model drops the logits of the unembedding's rows from this one on
     project_out: Path | None = None  # between the final norm and the unembedding
     head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0
@@ -205,6 +228,7 @@ class Family:
     beside: Family | None = None  # softmax attention beside a ``mixer``, on the same normed input: they are added
     head_scale: HeadScale | None = None  # between the heads and `o_proj`
     keyed: Keyed | None = None  # values are keys
+    head_experts: HeadExperts | None = None  # a router decides which heads a position has
     attention_norm: Path | None = "input_layernorm"
     attention_output_norm: Path | None = None
     attention_stream_norm: Path | None = None
@@ -259,6 +283,7 @@ class Family:
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
     mlp_stream_norm: Path | None = None
+    mlp_bias: Path | None = None  # what is added to the sum of all experts, whatever their weights
     mlp_inner_norm: Path | None = None  # a norm (without β) between the activation and the down projection
     gate_proj: Path = "mlp.gate_proj"  # in an ungated MLP, the projection before the activation
     gate_part: Part | None = None
@@ -277,6 +302,9 @@ class Family:
     layer_factor: Path | None = None  # of the residual stream at the layer's end
     # several residual streams side by side, which every branch mixes; in ``kinds``, the way of each kind of layer
     streams: Streams | None = None
+    # a module with a convolution along the positions, `conv1d`: what it makes of what a branch gives is added to that
+    attention_conv: Path | None = None
+    mlp_conv: Path | None = None
     # given the layer, factors (D,) of the stream and of what a branch adds to it, and a constant (D,) that is added
     attention_mix: Mix | None = None
     mlp_mix: Mix | None = None
@@ -289,9 +317,15 @@ class Family:
 
     @property
     def is_plain(self) -> bool:
+        """True if it :attr:`mixes_plainly`, and every position has all heads."""
+        return self.mixes_plainly and self.head_experts is None
+
+    @property
+    def mixes_plainly(self) -> bool:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
         more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
+        more += (self.attention_conv, self.mlp_conv)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

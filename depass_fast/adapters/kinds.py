@@ -83,14 +83,20 @@ class LayerKinds(ModelEnds):
         every = [self.family] if self.family.kinds is None else self.family.kinds
         return all(kind.is_plain for kind in every)
 
-    def check_uniform(self, what: str, advice: str = "") -> None:
-        """Raise ValueError unless the model :attr:`is_uniform`, as ``what`` needs."""
-        if not self.is_uniform:
+    @property
+    def mixes_plainly(self) -> bool:
+        """True if every layer is that, except that a router may choose a position's heads."""
+        every = [self.family] if self.family.kinds is None else self.family.kinds
+        return all(kind.mixes_plainly for kind in every)
+
+    def check_uniform(self, what: str, advice: str = "", routed_heads: bool = False) -> None:
+        """Raise ValueError unless the model :attr:`is_uniform`, or :attr:`mixes_plainly`, as ``what`` needs."""
+        if not (self.mixes_plainly if routed_heads else self.is_uniform):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
-                "stream or several streams, experts that read ahead, keys selected by group of heads, or layers "
-                f"with less or more than the two.{advice}"
+                "heads, heads that a router chooses, values that are normed or shared between layers or are keys, too, "
+                "factors of the residual stream or several streams, experts that read ahead, keys selected by group of "
+                f"heads, or layers with less or more than the two.{advice}"
             )
 
     @property
@@ -104,6 +110,7 @@ class LayerKinds(ModelEnds):
             "experts beside an MLP": any(kind.experts and kind.experts.beside for kind in every),
             "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
             "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
+            "convolutions behind branches": any(kind.attention_conv or kind.mlp_conv for kind in every),
             "several residual streams": any(kind.streams for kind in every),
         }
         return [what for what, is_there in found.items() if is_there]
@@ -121,6 +128,10 @@ class LayerKinds(ModelEnds):
     def has_keyed(self) -> bool:
         """True if the values of any layer are its keys."""
         return any(self.kind(index).keyed is not None for index in range(self.n_layers))
+
+    def spreads(self, index: int) -> bool:
+        """True if what a branch of layer ``index`` writes reaches later positions, too."""
+        return self.kind(index).attention_conv is not None or self.kind(index).mlp_conv is not None
 
     @property
     def experts_per_position(self) -> int:

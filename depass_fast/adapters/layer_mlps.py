@@ -31,6 +31,10 @@ def layer_mlps(
     """
     if inner is not None and (inner.bias is not None or inner.centred):
         raise ValueError("model: the norm inside its MLP has a bias or a mean, which no neuron can carry.")
+    if kind.mlp_bias is not None:
+        branch = {**branch, "stream": Norm(None, 0.0, below(block, kind.mlp_bias), is_factor=True)}
+    if kind.layer_factor is not None:
+        branch = {**branch, "stream": Norm(below(block, kind.layer_factor), 0.0, is_factor=True)}
     mixture = kind.experts if is_mixture else None
     if mixture is None:
         found: tuple[Mlp, ...] = (replace(dense_mlp(block, kind, branch), inner=inner),)

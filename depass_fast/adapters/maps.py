@@ -48,6 +48,13 @@ class Norm:
         y = x * s[..., None]
         return s[..., None] * self.gate(y if self.weight is None else self._weighted(y)).to(s)
 
+    def frozen_scale(self, resid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The scale of hidden states (N, D) that were recorded; None for a factor, of which none are."""
+        if self.is_factor:
+            return None
+        assert resid is not None  # it is recorded wherever there is such a norm
+        return self.scale(resid.to(dtype))
+
     def apply(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """The linear part, with ``scale`` (N,) or (N, D) frozen, or left out: (N, ..., D) -> the same, in x's dtype."""
         if self.centred:
@@ -217,6 +224,22 @@ class Taps(Made):
     @cached_property
     def shape(self) -> tuple[int, int]:
         return len(self.weight), 1
+
+
+@dataclass(frozen=True)
+class PassesOn(Linear):
+    """A convolution whose input is added to what it gives: its last tap (C, 1, K) is one more."""
+
+    @cached_property
+    def weight(self) -> Tensor:
+        weight = stored_weight(self.module)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        weight[..., -1] += 1.0
+        return weight if self.part is None else self.part(weight)
+
+    @property
+    def is_own(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

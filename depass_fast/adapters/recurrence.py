@@ -26,7 +26,8 @@ class Recurrence:
 
     ``u[t] = write[t] · x[t]`` for values x. With ``corrects``, the delta rule: ``u[t] = write[t] · (x[t] - (e^decay[t]
     S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10). With ``softmax`` there is
-    none of this, and the decay is None: ``o = P x``.
+    none of this, and the decay is None: ``o = P x``. Its logits may have a bias by the distance of query and key:
+    ``relative`` · ``distances``[:, q - k], and none from some distance on.
     """
 
     q: Tensor  # (T, Hq, n)
@@ -38,3 +39,5 @@ class Recurrence:
     rates: Tensor | None = None  # (H, n) factors of the decay by channel of the state; None: one
     in_ratio: Tensor | None = None  # (T, H·d) a gate of the values in front of their convolution
     softmax: Softmax | None = None
+    relative: Tensor | None = None  # (T, H, r)
+    distances: Tensor | None = None  # (r, distances)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from .family import Family, HeadScale, Mixer
-from .recurrence import Recurrence
+from .recurrence import Recurrence, Softmax
 from .stored import stored_weight
 
 OLDEST = (5, 20)  # transformers, whose recurrent layers are called as they are here
@@ -110,6 +110,23 @@ def gated_group_norm(norm: Any, gate: Tensor, heads: Tensor, group: int) -> Tens
     y = (wide(heads) * gate).unflatten(-1, (-1, group))
     scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon).expand_as(y).flatten(1)
     return gate * scale * wide(norm.weight)
+
+
+def softmax_by_distance(attention: Any, q: Tensor, k: Tensor, r: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
+    """Inkling's softmax, of its projections (T, C): q and k with norms, k behind a convolution, no rotary embedding.
+
+    The logits have a bias by the distance of query and key, a product of what r (T, H·r) gives for the query.
+    They are scaled up with the position's logarithm where the config says so. Packed prompts are one.
+    """
+    conv, config, width = attention.k_sconv.conv1d, attention.config, attention.head_dim
+    k = (wide(k) + convolve(wide(k), conv)).to(k)
+    q, k = attention.q_norm(q.unflatten(-1, (-1, width))), attention.k_norm(k.unflatten(-1, (-1, width)))
+    relative, tau = wide(r).unflatten(-1, (attention.num_heads, -1)), 1.0
+    if not attention.is_sliding and config.log_scaling_n_floor is not None:
+        n = torch.arange(1, len(q) + 1, device=q.device).to(relative)
+        tau = 1.0 + config.log_scaling_alpha * (n / config.log_scaling_n_floor).clamp(min=1.0).log()[:, None, None]
+    distances, kind = attention.rel_logits_proj.proj.detach(), Softmax(attention.scaling, attention.sliding_window)
+    return Recurrence((wide(q) * tau).to(q), k, None, softmax=kind, relative=relative * tau, distances=distances)
 
 
 def query_gate(heads: int, width: int) -> dict[str, Any]:

@@ -26,7 +26,6 @@ REASONS: dict[str, str] = {
         _DECODER,
     ),
     "dots3_note": "a text model beside encoders of images and of sound; its text model, dots3_note_text, runs",
-    "inkling_text": "short convolutions behind attention and MLPs, which carry what these write to later positions",
     "inkling2_text": "branches that read a mixture of the streams of earlier blocks, and convolutions behind them",
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"), "its attention reads keys and values of another model"
@@ -34,7 +33,6 @@ REASONS: dict[str, str] = {
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
     "hrm_text": "a stack of layers that runs several times",
-    "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "mllama": "cross-attention layers, which are skipped without an image",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",

@@ -8,7 +8,7 @@ model; backends know nothing else of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from .activation import Activation
 from .keyed import WithEntries
 from .maps import Latent, Linear, Norm
+from .spread import Spread
 from .streams import SideMap
 
 GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
@@ -29,7 +30,7 @@ class Branch:
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
     of the residual stream itself, after the branch has been added (OPT-350m). In front of it the sum is multiplied by
-    ``keeps`` (MiniMax).
+    ``keeps`` (MiniMax). ``spread`` carries what is written to later positions, too (Inkling).
     """
 
     norm: Norm | None
@@ -37,6 +38,7 @@ class Branch:
     stream: Norm | None
     factor: float
     keeps: float
+    spread: Spread | None = field(default=None, kw_only=True)
 
     def scale(self, resid: Tensor) -> Tensor:
         """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""

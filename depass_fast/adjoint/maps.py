@@ -181,8 +181,8 @@ class LayerMaps:
         if norm is None:
             return x
         resid = self._record.attention_sum if module == "attention" else self._record.mlp_sum
-        assert resid is not None  # recorded wherever there is such a norm
-        x = x * norm.scale(resid[self._span][self.queries].to(self.dtype)).to(self.dtype)[:, None]
+        scale = norm.frozen_scale(None if resid is None else resid[self._span][self.queries], self.dtype)
+        x = x if scale is None else x * scale.to(self.dtype)[:, None]
         return _linear_transposed(norm, x) if transposed else _linear(norm, x)
 
     def _attention_constant(self) -> Tensor | None:

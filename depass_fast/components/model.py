@@ -21,7 +21,7 @@ from ..state.state import Factors
 from ..trace.record import Trace
 from .base import ComponentKind, LayerKind, R, SeveralLayers
 from .outputs import LayerOutputs
-from .products import BoundProducts, BoundSpread
+from .products import BoundAlong, BoundProducts, BoundSpread
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -233,7 +233,7 @@ class Neurons(LayerKind[R]):
         """Return the constant that :meth:`bound` brings to `bias`, without making the neurons."""
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
 
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts | BoundSpread:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts | BoundSpread | BoundAlong:
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
         outputs = LayerOutputs(adapter, trace, layer, prompt, dtype)
@@ -241,6 +241,12 @@ class Neurons(LayerKind[R]):
             labels, parts = outputs.neuron_names(f"L{layer}"), outputs.parts()
             return BoundSpread(layer=layer, labels=labels, parts=parts, bias=outputs.constant("mlp"), site="resid_post")
         labels, products = outputs.neurons(f"L{layer}")
+        spread = adapter.mlps(layer)[0].spread
+        if spread is not None:
+            bias = outputs.constant("mlp")
+            return BoundAlong(
+                layer=layer, labels=labels, products=products, bias=bias, site="resid_post", spread=spread
+            )
         return BoundProducts(
             layer=layer, labels=labels, products=products, bias=outputs.constant("mlp"), site="resid_post"
         )

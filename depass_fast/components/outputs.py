@@ -121,6 +121,7 @@ class LayerOutputs:
         branch, record = self._of(module)
         scale = None if record.out_scale is None else record.out_scale[self.span]
         y = branch.written(y, scale)
+        y = y if branch.spread is None else branch.spread.along(y)
         return self.through_stream(y, module) if self.record.streams is None else self._step(module).writes(y)
 
     def whole(self, module: str) -> Tensor:
@@ -264,6 +265,9 @@ class LayerOutputs:
             constant = self._attention_constant()
         else:
             constant = self.record.mlp_constant(self.mlps, self.span, self.dtype)
+        spread = None if module == "mlp" and not self.mlps else self._of(module)[0].spread
+        if spread is not None and constant is not None:
+            constant = spread.along(constant.expand(self.span.stop - self.span.start, -1))
         through = self.record.streams is None and constant is not None
         return self.through_stream(constant, module) if through and constant is not None else constant
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..adapters.spread import Spread
 from ..inputs.hook_names import Site
 from ..state.state import Factors
 from ..trace.record import Trace
@@ -65,6 +66,33 @@ class BoundSpread(ComponentKind):
             here = out[:, first : first + len(vectors)].unflatten(-1, (weights.shape[1], -1))
             torch.mul((numbers[:, :, None] * weights[:, None])[..., None], vectors[:, None], out=here)
             first += len(vectors)
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class BoundAlong(ComponentKind):
+    """The neurons of one prompt whose output reaches later positions: ``products`` behind a convolution.
+
+    ``bias`` (N, D), or None is the constant that the same outputs bring to the `bias` component.
+    """
+
+    labels: tuple[str, ...]
+    products: Factors
+    spread: Spread
+    bias: Tensor | None
+    site: Site
+
+    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
+        return self.labels
+
+    def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
+        assert self.products.coefficients is not None
+        numbers, vectors = self.products.coefficients.to(out), self.products.vectors.to(out)
+        out.zero_()
+        for back, taps in enumerate(self.spread.taps.to(out)[: len(out)]):
+            out[back:].addcmul_(numbers[: len(out) - back, :, None], vectors * taps)
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

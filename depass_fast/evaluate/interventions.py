@@ -89,7 +89,8 @@ def masked_logits(engine: DePass, ids: Tensor, masks: Tensor, kind: str, values:
     "neurons".
 
     Raises:
-        ValueError: ``kind`` is "neurons", and the model is a mixture of experts.
+        ValueError: ``kind`` is "neurons", and the model is a mixture of experts; it is "heads", and a router chooses
+            among these.
     """
     check_maskable(engine, kind)
     found = []
@@ -132,6 +133,8 @@ def check_maskable(engine: DePass, kind: str) -> None:
     """Raise ValueError where components of this ``kind`` cannot be masked in this model."""
     if kind == NEURONS and any(engine.adapter.is_mixture(index) for index in range(engine.adapter.n_layers)):
         raise ValueError("model: it is a mixture of experts, whose neurons cannot be masked; take heads or tokens.")
+    if kind == HEADS and any(engine.adapter.kind(index).head_experts for index in range(engine.adapter.n_layers)):
+        raise ValueError("model: a router chooses among its heads, which cannot be masked one by one; take tokens.")
     if any(engine.adapter.module(index, PARTS[kind]) is None for index in range(engine.adapter.n_layers)):
         raise ValueError(f"model: some of its layers have no {kind}, which cannot be masked there; take tokens.")
 

@@ -178,10 +178,10 @@ class Walk:
             self.back[:a] *= branch.keeps
         if norm is None or not a:
             return
-        assert total is not None  # it is recorded wherever there is such a norm
         if norm.bias is not None:
             self._add(-1, self._dot(self.back[:a], norm.bias))
-        self.back[:a] = norm.transposed(self.back[:a], norm.scale(total.to(self.back.dtype))) * branch.keeps
+        scale = norm.frozen_scale(total, self.back.dtype)
+        self.back[:a] = norm.transposed(self.back[:a], scale) * branch.keeps
 
     def _end_at_neurons(self, index: int, layer: Layer) -> None:
         """Give all neurons of a layer their shares: those that are nodes one by one, the rest together."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters import Layer
+from ..adapters import Layer, Norm
 from ..ledger.attention import WayThroughAttention
 from ..ledger.norms import FrozenNorm
 from ..runtime.precision import full_precision
@@ -125,15 +125,17 @@ def _carried(model: GraphModel, seat: Seat | None, position: int) -> dict[int, T
             and layer.attention.stream is not None
             and 2 * index >= after
         ):
-            assert record.attention_sum is not None
-            stream = layer.attention.stream
-            x = stream.apply(x[None], stream.scale(record.attention_sum[at].to(x.dtype)))[0]
+            x = _behind_stream(layer.attention.stream, record.attention_sum, x, at)
         if 2 * index + 0.5 >= after:
             x = _past_dictionary(model, (index, "resid_mid"), seat, x, position)
         if layer.mlps and layer.mlp.stream is not None and 2 * index + 1 >= after:
-            assert record.mlp_sum is not None
-            x = layer.mlp.stream.apply(x[None], layer.mlp.stream.scale(record.mlp_sum[at].to(x.dtype)))[0]
+            x = _behind_stream(layer.mlp.stream, record.mlp_sum, x, at)
     return found
+
+
+def _behind_stream(norm: Norm, total: Tensor | None, x: Tensor, at: slice) -> Tensor:
+    """Return a vector (D,) at one position behind a norm of the stream, frozen at ``total`` (T, D)."""
+    return norm.apply(x[None], norm.frozen_scale(None if total is None else total[at], x.dtype))[0]
 
 
 def _past_dictionary(model: GraphModel, site: tuple[int, str], seat: Seat | None, x: Tensor, position: int) -> Tensor:

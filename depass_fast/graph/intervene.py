@@ -150,6 +150,9 @@ def _change(model: GraphModel, node: Node, by: float) -> Callable[[], Any]:
     seat = model.seat(node.id)
     if seat.kind == FEATURE:
         return _change_of_stream(model, seat.part, seat.position, by * model.written(seat))
+    if seat.kind == HEAD and adapter.kind(seat.layer).head_experts is not None:  # no module is given all heads
+        module, added = adapter.module(seat.layer, "attention"), by * model.raw_head(seat)
+        return lambda: _leaving(_there(module), seat.position, added)
     if seat.kind == HEAD:
         d = adapter.attention(seat.layer).head_dim
         own = slice(seat.index * d, (seat.index + 1) * d)

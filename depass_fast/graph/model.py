@@ -51,19 +51,22 @@ class GraphModel:
 
     def written(self, seat: Seat) -> Tensor:
         """Return what a node adds to the residual stream, in front of a norm of the stream: (D,)."""
-        totals, layer = self.ways.totals, self.adapter.layer(seat.layer)
-        record = self.trace.layers[seat.layer]
+        layer, record = self.adapter.layer(seat.layer), self.trace.layers[seat.layer]
         if seat.kind == FEATURE:
             dictionary = list(self.ways.dictionaries.values())[seat.part]
             return dictionary.numbers[seat.position, seat.index] * dictionary.vectors[seat.index]
         at = slice(seat.position, seat.position + 1)
         if seat.kind == HEAD:
-            d = layer.attention.head_dim
-            weight = layer.attention.w_o[:, seat.index * d : (seat.index + 1) * d].to(totals.dtype)
-            raw, scale = weight @ self.before_output(seat).to(totals.dtype), record.attention.out_scale
+            raw, scale = self.raw_head(seat), record.attention.out_scale
             return layer.attention.written(raw[None], None if scale is None else scale[at])[0]
         raw, scale = self.raw(seat), record.mlp.out_scale
         return layer.mlp.written(raw[None], None if scale is None else scale[at])[0]
+
+    def raw_head(self, seat: Seat) -> Tensor:
+        """Return what a head gives to its attention's output: (D,)."""
+        attention, dtype = self.adapter.attention(seat.layer), self.ways.totals.dtype
+        weight = attention.w_o[:, seat.index * attention.head_dim : (seat.index + 1) * attention.head_dim]
+        return weight.to(dtype) @ self.before_output(seat).to(dtype)
 
     def raw(self, seat: Seat) -> Tensor:
         """Return what a neuron gives to its MLP's output: its activation times its row of W_down, (D,)."""

@@ -59,9 +59,9 @@ class Totals:
         found = self.at(index + 1, "resid_pre") if after_all else self.at(index, "resid_mid")
         branch: Branch = layer.mlp if module == "mlp" else layer.attention
         total = record.mlp_sum if module == "mlp" else record.attention_sum
-        if branch.stream is None or total is None:
+        if branch.stream is None:
             return found
-        return branch.stream.transposed(found, branch.stream.scale(total.to(self.dtype)))
+        return branch.stream.transposed(found, branch.stream.frozen_scale(total, self.dtype))
 
     def of_heads(self, index: int, layer: Layer) -> Tensor:
         """Return the gradients (T, H, d) of what the output projection reads of every head."""

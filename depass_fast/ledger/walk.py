@@ -165,6 +165,9 @@ class _WayBack:
         if record.streams is not None:
             self._through_streams(index, layer, record, record.streams)
             return
+        if record.spreads:
+            self._through_spreading(index, layer, record)
+            return
         beta = self._through_stream(layer.mlp, record.mlp_sum) if layer.mlps else None
         if parallel:
             read = self._everywhere(self._through_mlp(index, layer, record, beta), self._partial)
@@ -182,6 +185,27 @@ class _WayBack:
                 self._through_attention(index, layer, record, beta)
             self._pay(Entry(index, "resid_pre"))
         self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _through_spreading(self, index: int, layer: Layer, record: LayerTrace) -> None:
+        """Take the gradients back through a layer whose branches write to later positions, by the transposes."""
+        beta = self._through_stream(layer.mlp, record.mlp_sum)
+        end = self._back = self._everywhere(self._back, self._partial)
+        self._partial = False
+        self._back = self._written_back(layer.mlp, end)
+        self._back = end + self._through_mlp(index, layer, record, beta)
+        self._pay(Entry(index, "resid_mid"))
+        self._visit(Entry(index, "resid_mid"), record.resid_mid)
+        if self._wanted.last == Entry(index, "resid_mid"):
+            return
+        beta = self._through_stream(layer.attention, record.attention_sum)
+        end, self._back = self._back, self._written_back(layer.attention, self._back)
+        self._back = end + self._attention_back(index, layer, record, beta)
+        self._pay(Entry(index, "resid_pre"))
+        self._visit(Entry(index, "resid_pre"), record.resid_pre)
+
+    def _written_back(self, branch: Branch, gradients: Tensor) -> Tensor:
+        """Return the gradients (R, T, D) of what a branch writes in front of its convolution."""
+        return gradients if branch.spread is None else branch.spread.back(gradients, self._packing.offsets)
 
     def _through_streams(self, index: int, layer: Layer, record: LayerTrace, maps: LayerStreams) -> None:
         """Take the gradients back through a layer of several streams, by the transposes of its frozen maps."""

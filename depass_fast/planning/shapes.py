@@ -102,6 +102,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         heads=0 if attention is None else attention.n_heads,
         mlps=tuple((mlp.gate.shape[0], share) for mlp, share in zip(mlps, shares, strict=True)),
         copied=layer.parallel
+        or adapter.spreads(index)
         or sum(not mlp.follows and mlp.source is None for mlp in mlps) > 1
         or any(branch.has_gated_norm for branch in branches),
         has_up=beside or routed > 0 or any(mlp.gate.is_fused for mlp in mlps),

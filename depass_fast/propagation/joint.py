@@ -28,11 +28,15 @@ JOINT_BYTES = 1 << 30  # upper limit of the states that are carried together
 
 
 def can_propagate_jointly(trace: Trace, run: Run) -> bool:
-    """True if states can be carried together: jagged rows, one stream, no values clamped, and nothing read twice."""
+    """True if states can be carried together.
+
+    Rows are jagged, there is one stream, no values are clamped, nothing is read twice or carried to later positions.
+    """
     each = [layer.attention for layer in trace.layers if layer.attention is not None]
     clamped = any(one.value_ratio is not None and not one.is_mixed for one in each)
     taken = any(one.source is not None for layer in trace.layers for one in (layer.attention, *layer.mlps) if one)
     taken = taken or any(layer.streams is not None for layer in trace.layers)
+    taken = taken or any(layer.spreads for layer in trace.layers)
     return run.backend.jagged and run.backend.joins and not (clamped or taken) and run.value_rule is None
 
 

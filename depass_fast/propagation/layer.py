@@ -13,7 +13,7 @@ from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace, MlpTrace
-from . import streams
+from . import spread, streams
 from .copies import copy_state
 from .earlier import EarlierStates
 from .gated import behind_gate
@@ -34,6 +34,8 @@ def through_layer(
     ``earlier`` keeps the states that later layers read once more, and has those that this one reads.
     """
     index, values = state.layer, None
+    if record.spreads:
+        return _through_spreading(state, layer, record, run, queries)
     if earlier is not None:
         earlier.meet(state, Entry(index, "resid_pre"), record)
         values = earlier.values(layer)
@@ -41,6 +43,19 @@ def through_layer(
     if earlier is not None:
         earlier.meet(state, Entry(index, "resid_mid"), record)
     return through_mlp(state, source, layer, record, run, earlier)
+
+
+def _through_spreading(
+    state: ComponentState, layer: Layer, record: LayerTrace, run: Run, queries: Layout | None
+) -> ComponentState:
+    """Return the state after a layer whose branches write to later positions, all of which are computed."""
+    if state.site != "resid_mid" and layer.attention is not None:
+        spread.through_attention(state, layer, record, run)
+        normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
+    spread.through_mlps(state, layer, record, run)
+    normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
+    state.layer, state.site = state.layer + 1, "resid_pre"
+    return state if queries is None else state.at(queries)
 
 
 def through_attention(
@@ -156,8 +171,9 @@ def normalise(state: ComponentState, norm: Norm | None, resid: Tensor | None, ke
         state.rows.mul_(keeps)
     if norm is None:
         return
-    if norm.is_factor and norm.weight is not None:
-        state.rows.mul_(norm.weight.to(state.rows))
+    if norm.is_factor:
+        if norm.weight is not None:
+            state.rows.mul_(norm.weight.to(state.rows))
         _add_beta(state, norm)
         return
     assert resid is not None, "a norm of the residual stream was not recorded"

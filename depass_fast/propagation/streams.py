@@ -46,7 +46,7 @@ def through_attention(
         return ComponentState(rows, here.layout, state.layer)
     source = read_rows(state, step) if layer.attention.source is None else values
     assert source is not None  # see above
-    zeros = _zeros(source, state, state.rows.shape[1] // step.count)
+    zeros = zeros_like(source, state, state.rows.shape[1] // step.count)
     given = run.operations.aggregate_ov(zeros, layer.attention, run.frozen(record.attention), queries, source)
     del source
     return ComponentState(_mixed(here.rows, layer, step, at, given.rows), here.layout, state.layer)
@@ -70,7 +70,7 @@ def _through(
 ) -> ComponentState:
     """Return the state after ``parts`` that read the same streams, and write to the same."""
     source = read_rows(state, step)
-    given = _zeros(source, state, state.rows.shape[1] // step.count)
+    given = zeros_like(source, state, state.rows.shape[1] // step.count)
     for part in parts:
         given = share_out(given, source, layer.mlps[part.part], part, run)
     del source
@@ -99,7 +99,7 @@ def _positions(state: ComponentState) -> Tensor:
     return layout.tensor("packed", device).index_select(0, layout.tensor("segment_of", device))
 
 
-def _zeros(like: ComponentState, state: ComponentState, width: int) -> ComponentState:
+def zeros_like(like: ComponentState, state: ComponentState, width: int) -> ComponentState:
     """Return rows of zeros of a ``width``, in host memory that is pinned where that of ``state`` is."""
     shape = len(like.rows), width
     if state.device.type == "cpu" and state.rows.is_pinned():

@@ -28,16 +28,22 @@ def causal_attention(
     chosen_keys: Tensor | None = None,
     chunked: bool = False,
     key_block: int | None = None,
+    position_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of prompts of one length: q (P, H, N, d), k (P, Hkv, N, d) and v (P, Hkv, N, v) -> (P, H, N, v).
 
     ``key_bias`` (N, H) is added to the logits of keys. ``sinks`` (H,) are logits of nothing; with them the sums of P's
     rows are returned as well, (P, H, N) in float32 or wider, else None. ``chosen_keys`` (P, N, K) are those that
-    queries may see. ``window``, ``chunked`` and ``key_block`` are those of the trace.
+    queries may see. ``window``, ``chunked`` and ``key_block`` are those of the trace. ``position_bias`` (P, H, N, N) is
+    added to the logits, alone.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if position_bias is not None:
+        seen = causal_mask(torch.arange(q.shape[2], device=q.device), q.shape[2], window, chunked)
+        mask = position_bias.to(q).masked_fill(~seen, -torch.inf)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
     if softcap is None and key_bias is None and sinks is None and chosen_keys is None:
         return _fused(q, k, v, scale, window, chunked), None
     return _tiled(q, k, v, scale, window, softcap, key_bias, sinks, chosen_keys, chunked, key_block)
@@ -138,6 +144,7 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
+    logits = _with_distances(logits, trace, keys[queries], queries)
     seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
     if trace.chosen_keys is not None:
         seen = seen & seen_by_heads(trace.chosen_keys[keys[queries]], len(keys), trace.key_block, len(logits))
@@ -164,12 +171,26 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     logits = logits.view(kv * groups, -1, n)  # (H, Q, N)
     if trace.key_bias is not None:
         logits += trace.key_bias[span].to(dtype).T[:, None]
+    places = torch.arange(queries.start, queries.stop, device=q.device)
+    logits = _with_distances(logits, trace, span.start + places, places)
     if trace.chosen_keys is not None:
         logits.masked_fill_(
             ~seen_by_heads(trace.chosen_keys[span][queries], n, trace.key_block, len(logits)), -torch.inf
         )
     p = _difference(trace, logits.softmax(-1))
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
+
+
+def _with_distances(logits: Tensor, trace: AttentionTrace, packed: Tensor, local: Tensor) -> Tensor:
+    """Return logits (H, Q, N) with a bias by distance, of queries at ``packed`` and ``local`` positions (Q,)."""
+    frozen = trace.recurrence
+    if frozen is None or frozen.relative is None or frozen.distances is None:
+        return logits
+    n, distances = logits.shape[2], frozen.distances[:, : logits.shape[2]].to(logits)
+    by_distance = (frozen.relative[packed].to(logits) @ distances).transpose(0, 1)  # (H, Q, distances)
+    apart = local[:, None] - torch.arange(n, device=local.device)  # (Q, N)
+    at = apart.clamp(0, by_distance.shape[2] - 1).expand(len(logits), -1, -1)
+    return logits + by_distance.gather(2, at).masked_fill_((apart < 0) | (apart >= by_distance.shape[2]), 0.0)
 
 
 def _difference(trace: AttentionTrace, p: Tensor) -> Tensor:

@@ -26,8 +26,10 @@ from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision, watch_streams
 from .record import Trace
 from .recorder import Recorder, active, attention_name
+from .spread_check import check_spreads
 from .stream_check import check_streams
 from .untouched import untouched_pass
+from .wide import compute_widely
 
 _COMPARED = 256  # positions of a prompt that also go through the untouched model: later ones depend on these
 
@@ -68,6 +70,7 @@ def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) ->
     if is_checking:
         consistency.check(adapter, trace, recorder.layers, recorder.positions)
         check_streams(adapter, trace, recorder.layers, recorder.positions)
+        check_spreads(adapter, trace, recorder.layers, recorder.positions)
         compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
         own = untouched_pass(adapter, compared.to(adapter.device))
         end_check.check_end(trace, recorder.layers, own, adapter.dtype)
@@ -89,6 +92,8 @@ def _recording(adapter: Adapter, recorder: Recorder) -> Iterator[None]:
         if adapter.dtype == torch.float64:
             for module, norm in (*adapter.norms(), *adapter.stream_norms(), *query_key_norms(adapter)):
                 undo.callback(module.register_forward_hook(full_precision(norm)).remove)
+            for index in range(adapter.n_layers):
+                compute_widely(adapter, index, undo)
         if end is not None:
             undo.callback(RecordingHook(recorder, recorder.final, "normed_final").after(end))
         if adapter.observed is None:

@@ -164,22 +164,24 @@ def _check_attention(
         expected = weights.v_input.select(got) if raw else weights.values_of(got)
         between = f"{name} changes the values between their projection and the heads"
         found.compare(between, record["values"], expected, tolerance=READING if computed else None)
-    found.compare(
-        f"{name} gives its output projection something else than the heads' mixture of values",
-        record["heads"],
-        weights.o.entering(record["attended"]).view(record["heads"].shape).to(record["heads"]),
-        tolerance=_mixture_tolerance(adapter, weights, record["heads"].dtype),
-    )
+    given = record.get("heads")  # in a mixture of heads no module is given all of them
+    if given is not None:
+        found.compare(
+            f"{name} gives its output projection something else than the heads' mixture of values",
+            given,
+            weights.o.entering(record["attended"]).view(given.shape).to(given),
+            tolerance=_mixture_tolerance(adapter, weights, given.dtype),
+        )
     for part, linear, inputs in (
         ("v_proj", weights.v_input, record["values_input"]),
-        ("o_proj", weights.o, record["attended"].to(record["heads"])),
+        ("o_proj", weights.o, record["attended"].to(record["attention_written"])),
     ):
         outputs = record[WATCHED[part][1]]
         if part == "v_proj" and joined:
             continue
         _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    if adapter.is_parallel or layer.streams is not None:
-        return  # attention's output is part of all that the stream gains: see the MLP, or stream_check.py
+    if adapter.is_parallel or layer.streams is not None or layer.spreads:
+        return  # what the stream gains is more than that: see the MLP, stream_check.py or spread_check.py
     mid, written = rows(layer.resid_mid, at), record["attention_written"]
     written = written if weights.o.outer_bias is None else written + weights.o.outer_bias
     after = mid if layer.attention_sum is None else rows(layer.attention_sum, at)
@@ -249,7 +251,7 @@ def _check_mlp(
         for part, linear in (("gate_proj", own.gate), ("down_proj", own.down)):
             inputs, outputs = (record[name] for name in WATCHED[part])
             _check_reading(found, f"layer {index}: {adapter.path(index, part)}", linear, inputs, outputs)
-    if layer.streams is not None:
+    if layer.streams is not None or layer.spreads:
         return
     mid, post = rows(layer.resid_mid, at), rows(trace.resid(index + 1), at).to(layer.resid_mid.device)
     computed = mixture and any(kind_of(m) is not None for m in adapter.weighty(index))  # weights that are read here

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .consistency import Consistency, differences
+from .head_experts import CHOSEN, WEIGHTS
 from .record import Trace
 from .selection import selected
 from .untouched import UntouchedPass
@@ -34,9 +35,10 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
     agree = torch.zeros(len(own.decisions), len(own.end), dtype=torch.bool, device=device)
     for row, (index, its) in zip(agree, own.decisions, strict=True):
         got = {name: records[index][name][span] for name in its}
-        entry = "resid_pre" if "chosen_keys" in its else "experts_input"
+        entry = "experts_input" if "experts_input" in its else "resid_pre"
         read.append(differences(got[entry], its[entry]).to(device))
-        row.copy_(_same_selection(got, its) if "chosen_keys" in its else _same_decision(got, its, tolerance))
+        names = ("chosen", "router_weights") if "chosen" in its else (CHOSEN, WEIGHTS)
+        row.copy_(_same_selection(got, its) if "chosen_keys" in its else _same_decision(got, its, names, tolerance))
     apart = torch.stack([*read, differences(ends, own.end.to(ends)).to(device)])  # (decisions + 1, N)
     alone = agree.cumprod(0).sum(0)  # (N,) decisions before a position's first disagreement
     for reached, worst in ((alone.cummin(0).values, torch.max), (alone, torch.median)):
@@ -48,11 +50,12 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
     found.verdict()
 
 
-def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], tolerance: float) -> Tensor:
+def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], names: tuple[str, str], tolerance: float) -> Tensor:
     """True where two passes chose the same experts with about the same weights: (N,). A sparse mixer's may jump."""
-    order, own_order = got["chosen"].argsort(1), own["chosen"].argsort(1)
-    same = (got["chosen"].gather(1, order) == own["chosen"].gather(1, own_order)).all(1)
-    weights, own_weights = got["router_weights"].gather(1, order), own["router_weights"].gather(1, own_order)
+    chosen, weighed = names
+    order, own_order = got[chosen].argsort(1), own[chosen].argsort(1)
+    same = (got[chosen].gather(1, order) == own[chosen].gather(1, own_order)).all(1)
+    weights, own_weights = got[weighed].gather(1, order), own[weighed].gather(1, own_order)
     return same & (differences(weights, own_weights) <= tolerance)
 
 

@@ -66,7 +66,7 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
     scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "constant_heads")
     recurrence = attention.recurrence
     if recurrence is not None:
-        recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))
+        recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio", "relative"))
     keyed = attention.keyed
     if keyed is not None:
         keyed = replace(keyed, **_cut_fields(keyed, cut, "cos", "sin", "entries"))

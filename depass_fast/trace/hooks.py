@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, Attention, HeadScale, Keyed, Latent, Mixer, Norm
+from ..adapters.head_experts import watch_heads
 from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
+from .head_experts import CHOSEN, WEIGHTS
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
 from .recorder import Recorder, is_recording
@@ -27,17 +29,20 @@ class LayerHooks:
         self.attention = adapter.attention(index) if adapter.has_attention(index) else None
         self.mlp = adapter.mlps(index)[0] if adapter.has_mlp(index) else None
         self.mixer, self.head_scale = adapter.kind(index).mixer, adapter.kind(index).head_scale
-        self.keyed = adapter.kind(index).keyed
+        self.keyed, self.head_experts = adapter.kind(index).keyed, adapter.kind(index).head_experts
 
     def put(self) -> None:
         """Hook up everything that a trace holds of the layer."""
         self._hook_stream()
         if self.recorder.is_checking:
             self._hook_watched()
+            self._hook_spread()
         if self.attention is not None:
             self._hook_values(self.attention)
         if self.mlp is not None:
             hook_mlps(self.adapter, self.index, self.recorder, self.undo)
+        if self.head_experts is not None:
+            self.undo.callback(watch_heads(self.adapter.block(self.index), self.head_experts, self._note_heads))
         if self.mixer is not None:
             self._observe_mixer(self.mixer)
         elif self.keyed is not None:
@@ -46,6 +51,12 @@ class LayerHooks:
             self._observe_attention()
         if self.head_scale is not None:
             self._observe_head_scale(self.head_scale)
+
+    def _note_heads(self, weights: Tensor, chosen: Tensor) -> None:
+        """Record the weights and indices (T, K) of the experts of heads that a router decides on."""
+        if is_recording(self.recorder):
+            self.recorder.keep(self.record, WEIGHTS, weights.detach())
+            self.recorder.keep(self.record, CHOSEN, chosen)
 
     def _before(self, part: str, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(self._module(part)))
@@ -89,8 +100,17 @@ class LayerHooks:
             if not (self.attention is not None if part in ("v_proj", "o_proj") else has_mlp):
                 continue
             last = "down_behind" if part == "down_proj" and self._has("down_behind") else part
+            if part == "o_proj" and self.head_experts is not None:  # which reads and writes in an order of its own
+                self._after("attention", after, lambda x: x[self.recorder.watched])
+                continue
             self._before(part, before, lambda x: x[self.recorder.watched])
             self._after(last, after, lambda x: x[self.recorder.watched])
+
+    def _hook_spread(self) -> None:
+        """Record what enters a convolution behind a branch, at all positions."""
+        for branch in ("attention", "mlp"):
+            if self._has(f"{branch}_conv"):
+                self._before(f"{branch}_conv", f"{branch}_given")
 
     def _hook_values(self, attention: Attention) -> None:
         """Record the latent that values come from, and the clamping of values."""

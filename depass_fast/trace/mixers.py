@@ -19,6 +19,8 @@ class RecurrenceTrace:
     skip: Tensor | None = None  # (H,)
     corrects: bool = False
     rates: Tensor | None = None  # (H, n) factors of the decay, as `skip` the same at every position
+    relative: Tensor | None = None  # (T, H, r), and (r, distances): a softmax' logits have their product at q - k
+    distances: Tensor | None = None
 
     __repr__ = brief_repr
 

@@ -392,6 +392,5 @@ def _normed_constants(weights: Attention, trace: AttentionTrace, lengths: list[i
 
 def frozen(recurrence: Recurrence) -> RecurrenceTrace:
     """Return what a trace keeps of a recurrence beside its queries and keys."""
-    return RecurrenceTrace(
-        recurrence.decay, recurrence.write, recurrence.in_ratio, recurrence.skip, recurrence.corrects, recurrence.rates
-    )
+    names = ("decay", "write", "in_ratio", "skip", "corrects", "rates", "relative", "distances")
+    return RecurrenceTrace(**{name: getattr(recurrence, name) for name in names})

@@ -32,7 +32,8 @@ class AttentionTrace:
 
     The logits are ``scale`` · q·k, capped at ± ``softcap``, plus ``key_bias``. All masks are causal. In sparse
     attention queries see their ``chosen_keys`` alone. Where attention has sinks (logits of nothing), P's rows sum to
-    less than one: P is the softmax without the sinks, times ``row_sum``. With ``minus``, P is the softmax of the first
+    less than one: P is the softmax without the sinks, times ``row_sum``. Where a router chooses heads, that is its
+    weight, or zero. With ``minus``, P is the softmax of the first
     half of the heads of q, less so many times that of the second: differential attention.
     """
 
@@ -225,6 +226,7 @@ class LayerTrace:
     attention_sum: Tensor | None = None
     mlp_sum: Tensor | None = None
     streams: LayerStreams | None = None  # of several residual streams, which lie side by side in `resid_pre`
+    spreads: bool = False  # what a branch writes reaches later positions, too
 
     __repr__ = brief_repr
 
@@ -254,7 +256,7 @@ class LayerTrace:
             if held is None:
                 continue
             named = vars(held).items()
-            own = ("skip", "rates", "sinks")  # of the model, not of a position
+            own = ("skip", "rates", "distances", "sinks")  # of the model, not of a position
             yield from (value for name, value in named if isinstance(value, Tensor) and name not in own)
         yield from () if self.streams is None else self.streams.tensors()
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
+from .head_experts import HeadChoice, checked_heads, of_all_heads
 from .keyed import FrozenKeyed
 from .mixers import KeyedTrace
 from .mixing import apply, constant_heads, convolve, frozen
@@ -88,8 +89,9 @@ class Recorder:
         record, biases, outputs, sums, first = self.layers[index], [], [], [], 0
         if self.adapter.kind(index).beside is not None:
             record = record.setdefault("beside", {})
-        for name, x in (("q", q), ("k", k)):
-            self.keep(record, name, x[0].transpose(0, 1).contiguous())
+        choice = HeadChoice.of(self.adapter, index, record, q.shape[2])
+        for name, x in of_all_heads(choice, q[0].transpose(0, 1), k[0].transpose(0, 1)).items():
+            self.keep(record, name, x.contiguous())
         changed = (mask["softcap"], key_bias, sinks, indices)
         in_memory = any(x is not None for x in changed)  # the logits, not fused
         chosen = None if indices is None else by_query(indices)[None]
@@ -116,9 +118,13 @@ class Recorder:
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
         record["heads_given"] = out[0].flatten(1)
         if self.is_checking:
-            self.keep(record, "values", v[0].transpose(0, 1)[self.watched].flatten(1))
-            self.keep(record, "attended", out[0, self.watched].flatten(1))
+            self._keep_watched(record, checked_heads(choice, v[0].transpose(0, 1), out[0]))
         return out
+
+    def _keep_watched(self, record: dict[str, Any], named: dict[str, Tensor]) -> None:
+        """Keep the watched positions of heads (T, H, d)."""
+        for name, x in named.items():
+            self.keep(record, name, x[self.watched].flatten(1))
 
     def _keep_keys(self, index: int, q: Tensor, k: Tensor, sinks: Tensor | None, mask: dict[str, Any]) -> Tensor:
         """Record queries, and keys of positions and of entries behind them. What is attended to comes later: zeros."""
@@ -202,7 +208,7 @@ class Recorder:
             ratio = mixer.value_ratio(values)
             self.keep(record, "value_ratio", ratio)
         named = {"q": recurrence.q, "k": recurrence.k, "decay": recurrence.decay}
-        named |= {"write": recurrence.write, "in_ratio": recurrence.in_ratio}
+        named |= {name: getattr(recurrence, name) for name in ("write", "in_ratio", "relative")}
         for name, x in named.items():
             if x is not None:
                 self.keep(record, name, x)
@@ -251,7 +257,8 @@ class Recorder:
         attention_trace = self._attention(index, record)
         ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
         mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
-        return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
+        sums = record.get("attention_sum"), record.get("mlp_sum")
+        return LayerTrace(pre, mid, attention_trace, mlps, *sums, spreads=self.adapter.spreads(index))
 
     def _after(self, index: int) -> Tensor:
         """The residual stream (T, D) behind a layer, or the streams (T, n·D)."""
@@ -269,7 +276,7 @@ class Recorder:
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
         if recurrence is not None:
-            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
+            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio", "relative")}
             recurrence = frozen(replace(recurrence, **kept))
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         source = self.adapter.kind(index).source
@@ -365,6 +372,7 @@ def _attention_function(
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls by name: it leaves everything to this thread's recorder."""
@@ -380,7 +388,9 @@ def _attention_function(
     mask: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
     if recorder.adapter.kind(index).mixer is not None and index not in recorder.besides:
         # the mixer computes it, prompt by prompt; here the first prompt's is compared
-        return attention.causal_attention(query, key, value, **mask)[0].transpose(1, 2), None
+        return attention.causal_attention(query, key, value, **mask, position_bias=position_bias)[0].transpose(
+            1, 2
+        ), None
     mask["chunked"] = recorder.adapter.chunks(index)
     if recorder.adapter.kind(index).selects_by_mask and attention_mask is not None:
         assert recorder.adapter.selects is not None

@@ -133,7 +133,8 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     size += (attention.n_heads + own * attention.n_kv_heads) * attention.key_dim * item
     size += wide if isinstance(attention.v, Latent) else 0
     sinks = adapter.has_sinks and getattr(adapter.module(index, "attention"), "sinks", True) is not None
-    size += attention.n_heads * wide * (adapter.has_alibi + sinks)
+    routed = adapter.kind(index).head_experts is not None
+    size += attention.n_heads * wide * (adapter.has_alibi + sinks + routed)
     size += 0 if attention.value_limit is None else attention.v.shape[0] * item
     size += 0 if attention.value_norm is None else own * attention.n_kv_heads * wide
     behind = attention.scales_heads or attention.value_norm is not None
@@ -171,7 +172,7 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.decay, given.write, given.in_ratio)
+    recorded = (given.decay, given.write, given.in_ratio, given.relative)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter
+from ..adapters.head_experts import watch_heads
 from .exclusive import exclusive
+from .head_experts import CHOSEN, WEIGHTS
 from .selection import by_query, seen_in
 
 
@@ -21,7 +23,7 @@ class UntouchedPass:
 
     ``end`` (N, D) is the output of the last norm. ``decisions`` holds, in their order, the layer of every decision and
     what belongs to it, under the names that a :class:`depass_fast.trace.recorder.Recorder` gives them: the experts'
-    input, the router's weights and its choices, or the residual stream and the keys that were selected.
+    input, the router's weights and its choices, or the residual stream and the keys, or experts of heads, selected.
     """
 
     end: Tensor
@@ -36,6 +38,8 @@ def untouched_pass(adapter: Adapter, ids: Tensor) -> UntouchedPass:
         for index in range(adapter.n_layers):
             if adapter.has_indexer(index):
                 watcher.watch_indexer(adapter, index, undo)
+            if adapter.kind(index).head_experts is not None:
+                watcher.watch_heads(adapter, index, undo)
             if adapter.is_mixture(index):
                 watcher.watch_experts(adapter, index, undo)
         end = adapter.final_norm_module or adapter.end_module
@@ -77,16 +81,34 @@ class _Watcher:
 
         width = adapter.selects if adapter.kind(index).selects_by_mask else None
 
-        def read(module: nn.Module, args: tuple) -> None:
-            if threading.get_ident() == self.thread:
-                self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
-
         def selects(module: nn.Module, args: tuple, indices: Tensor) -> None:
             if threading.get_ident() == self.thread:
                 self.decisions[-1][1]["chosen_keys"] = by_query(indices if width is None else seen_in(indices, width))
 
-        norm, indexer = adapter.module(index, "attention_norm"), adapter.module(index, "indexer")
+        indexer = adapter.module(index, "indexer")
         assert indexer is not None
+        self._read_stream(adapter, index, undo)
+        undo.callback(indexer.register_forward_hook(selects).remove)
+
+    def watch_heads(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
+        """Hook up the router of one layer that decides which heads a position has."""
+
+        def decided(weights: Tensor, chosen: Tensor) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions[-1][1].update({WEIGHTS: weights.detach(), CHOSEN: chosen})
+
+        declared = adapter.kind(index).head_experts
+        assert declared is not None
+        self._read_stream(adapter, index, undo)
+        undo.callback(watch_heads(adapter.block(index), declared, decided))
+
+    def _read_stream(self, adapter: Adapter, index: int, undo: ExitStack) -> None:
+        """Begin a decision of one layer with the residual stream that its attention reads."""
+
+        def read(module: nn.Module, args: tuple) -> None:
+            if threading.get_ident() == self.thread:
+                self.decisions.append((index, {"resid_pre": args[0].detach().flatten(0, -2)}))
+
+        norm = adapter.module(index, "attention_norm")
         norm = adapter.module(index, "attention") if norm is None else norm
         undo.callback(norm.register_forward_pre_hook(read).remove)
-        undo.callback(indexer.register_forward_hook(selects).remove)

@@ -35,6 +35,7 @@ _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with 
 _AFTER_THE_NEURONS = (
     *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
     "down_proj_bias",
+    "mlp.bias",
     *(f"post_mlp_residual_scale.{name}_bias" for name in ("hidden_states", "residual")),
 )
 
@@ -304,7 +305,9 @@ def test_heads_and_neurons_are_what_the_model_adds(name):
 def test_labels_and_where_there_is_a_bias(name):
     dp, trace = built(name), traced(name)
     adapter = dp.adapter
-    own_widths = adapter.has_attention(1) and (adapter.kind(1).mixer is not None or adapter.family.kinds is not None)
+    kind = adapter.kind(1)
+    own_widths = kind.mixer is not None or kind.head_experts is not None or adapter.family.kinds is not None
+    own_widths = own_widths and adapter.has_attention(1)
     heads = adapter.attention(1).n_heads if own_widths else adapter.config.num_attention_heads
     if not (adapter.has_attention(1) and adapter.has_mlp(0)):
         return

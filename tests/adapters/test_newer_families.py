@@ -37,7 +37,7 @@ def test_streamed_and_verified(name):
 def test_the_softmax_adjoint_approximates_or_is_refused_by_name(name):
     dp = built(name)
     neurons = Neurons(next(index for index in range(dp.adapter.n_layers) if dp.adapter.has_mlp(index)))
-    if dp.adapter.is_uniform and not dp.adapter.weighs_inputs:
+    if dp.adapter.mixes_plainly and not dp.adapter.weighs_inputs:
         swept, exact = (dp.attribute(IDS, neurons, 5, method=how) for how in ("adjoint", "exact"))
         assert float(swept.scores.sum()) == pytest.approx(float(exact.scores.sum()), rel=1e-2)
         return

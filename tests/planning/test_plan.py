@@ -83,6 +83,7 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
         mixes += [adapter.beside(index)] if adapter.kind(index).beside is not None else []
         others = {id(weight) for one in mixes for weight in one.parameters()}
         apart = ("per_layer", "altup", "laurel", "attn_hc", "ffn_hc")  # an embedding's gate, and what mixes streams
+        apart += ("attn_sconv", "mlp_sconv")  # convolutions behind branches
         others |= {id(w) for name, w in block.named_parameters() if name.startswith(apart)}
         others |= {id(w) for name, w in block.named_parameters() if "layernorm." in name}  # gates of norms
         weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in others]

@@ -26,18 +26,18 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
             if module is None:
                 return
 
-            def hook(module: Any, args: tuple, output: Any) -> None:
+            def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
                 output = output[2 if key.endswith("hyper_connection") else 0] if isinstance(output, tuple) else output
-                seen[key] = args[0].flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
+                given = args[0] if args else kwargs["hidden_states"]
+                seen[key] = given.flatten(0, -2).clone(), output.flatten(0, -2).clone()  # Falcon adds in place
 
-            undo.callback(module.register_forward_hook(hook).remove)
+            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
-        behind = adapter.has_mlp(layer) and adapter.module(layer, "down_behind") is not None
-        ends = {"attention": "o_proj", "mlp": "mlp" if sparse else "down_behind" if behind else "down_proj"}
-        ends = {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
+        ends = _ends(adapter, layer)
         for kind, last in ends.items():
             note(adapter.module(layer, f"{kind}_output_norm") or adapter.module(layer, last), kind)
             note(adapter.module(layer, f"{kind}_stream_norm"), f"{kind} stream")
+            note(adapter.module(layer, f"{kind}_conv"), f"{kind} spread")
         beside = "mlp" if adapter.kind(layer).has_experts_ahead else "shared_mlp"
         note(getattr(adapter.block(layer), beside, None) if sparse else None, "shared")
         note(None if sides is None else sides[0].o.module, "beside")
@@ -49,7 +49,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
-        added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
+        added[kind] = _spread(seen, kind, _mixed(adapter, layer, kind, total * branch.factor))
         if isinstance(streams := adapter.kind(layer).streams, SharedBlock):  # to the last of three, or to the first
             nothing = torch.zeros_like(added[kind])
             parts = [nothing, nothing, added[kind]] if streams.layer_is == "block" else [added[kind], nothing, nothing]
@@ -66,6 +66,15 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     return added
 
 
+def _ends(adapter: Any, layer: int) -> dict[str, str]:
+    """Return the part whose output each branch of a layer adds."""
+    whole = adapter.kind(layer).head_experts is not None  # whose projections take positions in another order
+    behind = adapter.has_mlp(layer) and adapter.module(layer, "down_behind") is not None
+    mlp = "mlp" if adapter.is_mixture(layer) else "down_behind" if behind else "down_proj"
+    ends = {"attention": "attention" if whole else "o_proj", "mlp": mlp}
+    return {kind: last for kind, last in ends.items() if adapter.module(layer, last) is not None}
+
+
 def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
     """Return what a branch adds behind its factors by channel and its constant, where it has them."""
     mix = getattr(adapter.kind(layer), f"{kind}_mix")
@@ -73,6 +82,11 @@ def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
         return added
     _, factor, constant = mix(adapter.block(layer))
     return added * factor + (0.0 if constant is None else constant)
+
+
+def _spread(seen: dict, kind: str, added: Tensor) -> Tensor:
+    """Return what a branch adds behind a convolution, where it has one."""
+    return seen[f"{kind} spread"][1] if f"{kind} spread" in seen else added
 
 
 def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:

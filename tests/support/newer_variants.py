@@ -62,6 +62,24 @@ _MINIMAX = {
     "mlp_alpha_factor": 2.5,
     "mlp_beta_factor": 1.1,
 }
+_JETMOE = {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+_INKLING = {
+    "head_dim": 8,
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 1,
+    "swa_head_dim": 6,
+    "sliding_window_size": 3,
+    "d_rel": 4,
+    "rel_extent": 5,
+    "conv_kernel_size": 3,
+    "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "logits_mup_width_multiplier": 2.0,
+}
 _ENDS = ["sparse", "dense", "sparse"]
 _BAILING = {
     "pad_token_id": 0,
@@ -94,7 +112,7 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4", {"text_config": {**SHAPE, **GQA, **_LLAMA4}, "vision_config": VISION}),
 }
 
-# those with recurrences, or with a norm or a gate behind their heads
+# those with recurrences, or with a norm, a gate or a router behind their heads
 NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h: experts": ("nemotron_h", {**GQA, **_NEMOTRON, "moe_latent_size": 12}),
     "nemotron_h: experts without a latent, biases": (
@@ -175,6 +193,24 @@ NEWER_MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "beam": (
         "beam",
         {**GQA, **LOCAL, **EXPERTS, "head_dim": 8, "n_group": 2, "topk_group": 1, "mlp_layer_types": _ENDS},
+    ),
+    "jetmoe": ("jetmoe", {**GQA, **_JETMOE}),
+    "jetmoe: MQA, three of five": (
+        "jetmoe",
+        {
+            **_JETMOE,
+            "num_key_value_heads": 1,
+            "kv_channels": 6,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "inkling_text": ("inkling_text", {**GQA, **_INKLING, "log_scaling_n_floor": 3, "unpadded_vocab_size": 63}),
+    "inkling_text: two dense layers": (
+        "inkling_text",
+        {**MHA, **_INKLING, "mlp_layer_types": ["dense", "sparse", "dense"], "n_shared_experts": 1},
     ),
     "bailing_hybrid": ("bailing_hybrid", {**MHA, **_BAILING}),
     "bailing_hybrid: unbounded": ("bailing_hybrid", {**MHA, **_BAILING, "kda_safe_gate": False}),
