@@ -113,9 +113,7 @@ class Adapter(LayerKinds):
 
     def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
         """Run one forward pass without the unembedding; without positions it is the model's usual one."""
-        inputs: dict[str, Any] = {"input_ids": input_ids}
-        if self.takes_cache:
-            inputs["use_cache"] = False
+        inputs: dict[str, Any] = {"input_ids": input_ids, **self.cache_choice}
         if self.takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
@@ -139,9 +137,9 @@ class Adapter(LayerKinds):
         return alone or of_the_longest or narrow_router
 
     @property
-    def takes_cache(self) -> bool:
-        """True if a cache of keys and values can be declined."""
-        return self._takes("use_cache")
+    def cache_choice(self) -> dict[str, Any]:
+        """The arguments of a forward pass that decline a cache, where one can be declined."""
+        return {"use_cache": self.family.with_cache} if self._takes("use_cache") else {}
 
     @property
     def takes_positions(self) -> bool:

@@ -159,11 +159,13 @@ class HeadScale:
     """A factor of what heads give, by position and channel, in front of the output projection: a gate or a norm.
 
     ``read(module, outputs, heads)`` gets the attention's module, the outputs (T, C) of its ``projections`` and what the
-    heads give (T, H·d). It returns the factors (T, H·d).
+    heads give (T, H·d). It returns the factors (T, H·d). ``constant(module, outputs)`` is what is added behind them,
+    (T, H·d) or None.
     """
 
     projections: tuple[str, ...]
     read: Callable[[Any, list[Tensor], Tensor], Tensor]
+    constant: Callable[[Any, list[Tensor]], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class Family:
     head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0
     logit_cap: float | None = None  # c · tanh(logit / c)
+
+    with_cache: bool = False  # a forward pass needs a cache: without one its states are float32 (xLSTM)
 
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)

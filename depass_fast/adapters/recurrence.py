@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,6 +28,10 @@ class Recurrence:
     ``u[t] = write[t] · x[t]`` for values x. With ``corrects``, the delta rule: ``u[t] = write[t] · (x[t] - (e^decay[t]
     S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10). With ``softmax`` there is
     none of this, and the decay is None: ``o = P x``.
+
+    With ``log_write`` in the place of ``write``, writes are its exponential and what heads give is divided by
+    ``divisor(n, m)`` (T, H): e^m n is what they give where all values are one, and m is so large that n is not. Both
+    are (T, H), and m is that of mLSTM's stabiliser, which begins at zero.
     """
 
     q: Tensor  # (T, Hq, n)
@@ -38,3 +43,5 @@ class Recurrence:
     rates: Tensor | None = None  # (H, n) factors of the decay by channel of the state; None: one
     in_ratio: Tensor | None = None  # (T, H·d) a gate of the values in front of their convolution
     softmax: Softmax | None = None
+    log_write: Tensor | None = None  # (T, H)
+    divisor: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -49,5 +49,4 @@ REASONS: dict[str, str] = {
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
-    "xlstm": "layers with a recurrence (mLSTM) in place of attention",
 }

@@ -148,7 +148,10 @@ def _recurrence(
     if frozen.decay is not None:
         parts.append(_recurred(trace, values[:, :, beside:], where))
     out = torch.cat(parts, 2).flatten(2)
-    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    out = out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    if bias is not None and trace.out_constant is not None:
+        out[:, bias] += trace.out_constant[where].to(dtype)
+    return out
 
 
 def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:

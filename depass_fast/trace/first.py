@@ -63,7 +63,7 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
 
 
 def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
-    scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "constant_heads")
+    scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "out_constant", "constant_heads")
     recurrence = attention.recurrence
     if recurrence is not None:
         recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio"))

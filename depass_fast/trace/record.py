@@ -59,6 +59,7 @@ class AttentionTrace:
     # otherwise frozen at `value_ratio`
     value_rule: Any = None
     beside: AttentionTrace | None = None  # of the first heads, which have a softmax beside a recurrence
+    out_constant: Tensor | None = None  # (T, H·d) what is added behind these factors: a norm's β, gated
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
     source: int | None = None  # the layer whose keys and values it takes
 

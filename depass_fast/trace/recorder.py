@@ -21,6 +21,7 @@ from .mixing import apply, constant_heads, convolve, frozen
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import by_query, padded_to, register_with_mask
+from .stable import stable
 from .streams import layer_of_streams
 
 ATTENTION_NAME = "depass_fast_recorder"
@@ -175,11 +176,14 @@ class Recorder:
             self.keep(self.layers[index], "chosen_keys", padded_to(width, by_query(indices)))
         self.layers[index]["selected_by"] = self._selecting
 
-    def scale_heads(self, index: int, heads: Tensor, ratio: Tensor) -> Tensor:
-        """Record the factors of what heads give, both (T, H·d), and return their product."""
+    def scale_heads(self, index: int, heads: Tensor, ratio: Tensor, constant: Tensor | None) -> Tensor:
+        """Record the factors of what heads give, both (T, H·d), and return their product, plus a ``constant``."""
         record = self.layers[index]
         self.keep(record, "out_ratio", ratio)
         scaled = heads * ratio.to(heads)
+        if constant is not None:
+            self.keep(record, "out_constant", constant)
+            scaled = scaled + constant.to(scaled)
         if self.is_checking:
             before = record["attended"][: -len(self.watched)]
             record["attended"] = torch.cat([before, scaled[self.watched]])
@@ -188,7 +192,10 @@ class Recorder:
     def mix(self, index: int, mixer: Mixer, recurrence: Recurrence, raw: Tensor) -> Tensor:
         """Record a recurrence, and apply it to raw values (T, H·d) with their constants: (T, H·d)."""
         record, sides = self.layers[index], self.adapter.sides(index)
-        weights = self.adapter.attention(index) if sides is None else sides[1]
+        weights, recurrence = (
+            self.adapter.attention(index) if sides is None else sides[1],
+            stable(recurrence, self.lengths),
+        )
         wide = torch.promote_types(raw.dtype, torch.float32)
         values, ratio = raw.to(wide), None
         if recurrence.in_ratio is not None:
@@ -291,6 +298,7 @@ class Recorder:
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             out_ratio=out_ratio,
+            out_constant=record.get("out_constant"),
             recurrence=recurrence,
             keyed=self._keyed(record),
             source=source,
@@ -298,6 +306,8 @@ class Recorder:
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
+        if made.out_constant is not None:
+            made.constant_heads = made.out_constant + (0.0 if made.constant_heads is None else made.constant_heads)
         return made
 
     def _selects_all(self, record: dict[str, Any], chosen: Tensor) -> bool:

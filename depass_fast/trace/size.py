@@ -159,17 +159,24 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     """The bytes per position of a recurrence: its numbers, and the ratios of its values."""
     mixer, module = adapter.kind(index).mixer, adapter.module(index, "attention")
     assert mixer is not None
-    projections: list[Any] = [module.get_submodule(name) for name in mixer.projections]
-    outputs = [one.weight.new_zeros(1, len(one.weight)) for one in projections]
+
+    def outputs_of(what: Any) -> list[torch.Tensor]:
+        weights: Any = [module.get_submodule(name).weight for name in what.projections]
+        return [one.new_zeros(1, len(one)) for one in weights]
+
+    outputs = outputs_of(mixer)
     turn = (outputs[0].new_zeros(1, 1, attention.key_dim),) * 2
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.decay, given.write, given.in_ratio)
+    recorded = (given.decay, given.write, given.log_write, given.in_ratio)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
+    behind = adapter.kind(index).head_scale
+    constant = None if behind is None or behind.constant is None else behind.constant(module, outputs_of(behind))
+    numbers += 0 if constant is None else constant.shape[1]
     size = (numbers + (attention.o.shape[1] if biased else 0)) * wide + looked_at * (item if mixer.attends else wide)
     sides = adapter.sides(index)
     if sides is None:
