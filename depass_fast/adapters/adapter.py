@@ -20,6 +20,7 @@ from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Joined, Latent, Linear, Norm, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
+from .shift import Shift
 from .side_by_side import Sides, side_by_side
 from .stored import Stacked, stored_device
 from .streams import SideMap
@@ -383,7 +384,10 @@ class Adapter(LayerKinds):
         keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
         if mix is not None:
             output, stream = mixing_norms(*mix(self.block(index)))
-        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps}
+        weight, front = below_or_none(self.block(index), getattr(self.kind(index), f"{kind}_shift")), None
+        if weight is not None and norm is not None:
+            norm, front = None, Shift(norm, weight.flatten())
+        return dict(norm=norm, output=output, stream=stream, factor=factor, keeps=keeps, front=front)
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

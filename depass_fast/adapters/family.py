@@ -256,6 +256,11 @@ class Family:
     indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
+    # a parameter (..., D) beside each norm: the branch reads that much of a position, and the rest of the one before
+    attention_shift: Path | None = None
+    mlp_shift: Path | None = None
+    mlp_scale: HeadScale | None = None  # a factor of what the MLP gives, by position and channel, of its projections
+
     mlp: Path | None = "mlp"  # None: the layer has none
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
@@ -290,6 +295,7 @@ class Family:
         """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
         more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
+        more += (self.attention_shift, self.mlp_shift, self.mlp_scale)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

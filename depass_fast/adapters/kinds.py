@@ -71,7 +71,7 @@ class LayerKinds(ModelEnds):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
                 "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
-                "stream or several streams, experts that read ahead, keys selected by group of heads, or layers "
+                "stream or several streams, two positions that are read together, experts that read ahead, keys selected by group of heads, or layers "
                 f"with less or more than the two.{advice}"
             )
 
@@ -86,6 +86,7 @@ class LayerKinds(ModelEnds):
             "experts beside an MLP": any(kind.experts and kind.experts.beside for kind in every),
             "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
             "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
+            "what branches read of the position before": any(kind.attention_shift or kind.mlp_shift for kind in every),
             "several residual streams": any(kind.streams for kind in every),
         }
         return [what for what, is_there in found.items() if is_there]

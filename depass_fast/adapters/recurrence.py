@@ -32,6 +32,9 @@ class Recurrence:
     With ``log_write`` in the place of ``write``, writes are its exponential and what heads give is divided by
     ``divisor(n, m)`` (T, H): e^m n is what they give where all values are one, and m is so large that n is not. Both
     are (T, H), and m is that of mLSTM's stabiliser, which begins at zero.
+
+    With ``own`` a head reads the state as it was before its own position: ``o[t] = S[t-1]ᵀ q[t] + own[t] · x[t]``. With
+    its logarithm ``log_own``, beside ``log_write``, what heads give is divided by what they give for ones.
     """
 
     q: Tensor  # (T, Hq, n)
@@ -43,5 +46,7 @@ class Recurrence:
     rates: Tensor | None = None  # (H, n) factors of the decay by channel of the state; None: one
     in_ratio: Tensor | None = None  # (T, H·d) a gate of the values in front of their convolution
     softmax: Softmax | None = None
+    own: Tensor | None = None  # (T, H)
     log_write: Tensor | None = None  # (T, H)
+    log_own: Tensor | None = None  # (T, H)
     divisor: Callable[[Tensor, Tensor], Tensor] | None = None

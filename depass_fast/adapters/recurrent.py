@@ -85,6 +85,15 @@ def mlstm(q: Tensor, k: Tensor, gates: Tensor, cap: float | None, eps: float) ->
     return Recurrence(q * q.shape[2] ** -0.5, k, logsigmoid(forget)[..., None], log_write=log_write, divisor=divisor)
 
 
+def wkv(k: Tensor, rate: Tensor, bonus: Tensor) -> Recurrence:
+    """RWKV-4's mean of values, of k (T, H): weights e^(k_i - (t-1-i)·rate) of earlier positions, e^(k_t + bonus) of t.
+
+    Every channel is a head of width one. ``rate`` and ``bonus`` are (H,), the former at least zero.
+    """
+    ones, decay = torch.ones_like(k)[..., None], (-rate).expand_as(k)[..., None]
+    return Recurrence(ones, ones[:, :1], decay, log_write=k, log_own=k + bonus)
+
+
 def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
     """Mamba-2's recurrence, of the projection [z; x; B; C; dt]: h = e^(dt·A) h + dt · B xᵀ, y = hᵀ C + D x."""
     inner, states, heads = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size, mixer.num_heads

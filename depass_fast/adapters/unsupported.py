@@ -47,6 +47,5 @@ REASONS: dict[str, str] = {
     "jetmoe": "a mixture of attention heads: a router decides on their projections, position by position",
     "mllama": "cross-attention layers, which are skipped without an image",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
-    "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
 }

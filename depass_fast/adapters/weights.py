@@ -8,15 +8,17 @@ model; backends know nothing else of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .activation import Activation
 from .keyed import WithEntries
 from .maps import Latent, Linear, Norm
+from .shift import Shift
 from .streams import SideMap
 
 GATE = "embed"  # the name of a gate of the token's own embedding, among a layer's MLPs
@@ -29,7 +31,7 @@ class Branch:
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
     of the residual stream itself, after the branch has been added (OPT-350m). In front of it the sum is multiplied by
-    ``keeps`` (MiniMax).
+    ``keeps`` (MiniMax). With a ``front`` it reads a mixture of two positions (RWKV), which has the norm in it.
     """
 
     norm: Norm | None
@@ -37,6 +39,14 @@ class Branch:
     stream: Norm | None
     factor: float
     keeps: float
+    front: Shift | None = field(default=None, kw_only=True)
+
+    def read_of(self, resid: Tensor, offsets: np.ndarray) -> Tensor:
+        """What it reads, in front of a norm, of the residual stream (T, D): that, or a mixture of two positions.
+
+        ``offsets`` (P + 1,) are the first packed positions of the prompts.
+        """
+        return resid if self.front is None else self.front.of(resid, np.diff(offsets).tolist())
 
     def scale(self, resid: Tensor) -> Tensor:
         """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
@@ -90,7 +100,8 @@ class Branch:
 
     @property
     def has_norm_bias(self) -> bool:
-        return any(norm is not None and norm.bias is not None for norm in (self.norm, self.output, self.stream))
+        norms = (self.norm, self.output, self.stream, None if self.front is None else self.front.norm)
+        return any(norm is not None and norm.bias is not None for norm in norms)
 
     def _read_constant(self, weight: Callable[[], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The projection of the norm's β, plus the projection's own bias: (C,) or None."""

@@ -129,6 +129,7 @@ class MlpTrace:
     part: int = 0  # its number among the layer's MLPs
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
+    out_ratio: Tensor | None = None  # (T, D) frozen factors of its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
     factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
     inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection

@@ -16,8 +16,8 @@ from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort
 from ..adapters.side_by_side import beside_each_other
 from . import attention
 from .keyed import FrozenKeyed
-from .mixers import KeyedTrace
-from .mixing import apply, constant_heads, convolve, frozen
+from .mixers import KeyedTrace, frozen
+from .mixing import apply, constant_heads, convolve
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import by_query, padded_to, register_with_mask
@@ -209,7 +209,7 @@ class Recorder:
             ratio = mixer.value_ratio(values)
             self.keep(record, "value_ratio", ratio)
         named = {"q": recurrence.q, "k": recurrence.k, "decay": recurrence.decay}
-        named |= {"write": recurrence.write, "in_ratio": recurrence.in_ratio}
+        named |= {"write": recurrence.write, "own": recurrence.own, "in_ratio": recurrence.in_ratio}
         for name, x in named.items():
             if x is not None:
                 self.keep(record, name, x)
@@ -254,7 +254,8 @@ class Recorder:
         if self.adapter.family.streams is not None:
             return layer_of_streams(self.adapter, index, record, attention_trace, assignment, self._after(index))
         ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
-        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
+        read = self.adapter.mlps(index)[0].read_of(pre if parallel else mid, self.offsets)
+        mlps = mlp_traces(self.adapter, index, record, assignment, read, ahead)
         return LayerTrace(pre, mid, attention_trace, mlps, record.get("attention_sum"), record.get("mlp_sum"))
 
     def _after(self, index: int) -> Tensor:
@@ -273,7 +274,7 @@ class Recorder:
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
         if recurrence is not None:
-            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio")}
+            kept = {name: record.get(name) for name in ("decay", "write", "own", "in_ratio")}
             recurrence = frozen(replace(recurrence, **kept))
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         source = self.adapter.kind(index).source
@@ -287,7 +288,7 @@ class Recorder:
                 None if x is None else beside_each_other(sides, (None, x), 1.0) for x in (ratio, out_ratio)
             )
         made = AttentionTrace(
-            resid=given["resid_pre"],
+            resid=self.adapter.attention(index).read_of(given["resid_pre"], self.offsets),
             q=record["q"],
             k=given["k"],
             key_bias=record.get("key_bias"),

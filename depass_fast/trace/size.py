@@ -114,10 +114,12 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
-    streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
+    streams = 1 + copied + sum(branch.front is not None for branch in branches)
+    streams += sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
     outputs = [branch.output for branch in branches if branch.output is not None and not branch.output.is_factor]
     scales = len(outputs) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
+    size += 0 if adapter.kind(index).mlp_scale is None else adapter.hidden_size * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)
     size += _streams(adapter, attention, item, wide)
@@ -152,7 +154,8 @@ def _streams(adapter: Adapter, attention: Attention, item: int, wide: int) -> in
 
 
 def _has_beta(attention: Attention) -> bool:
-    return attention.norm is not None and attention.norm.bias is not None
+    norm = attention.norm if attention.front is None else attention.front.norm
+    return norm is not None and norm.bias is not None
 
 
 def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
@@ -169,7 +172,7 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.decay, given.write, given.log_write, given.in_ratio)
+    recorded = (given.decay, given.write, given.log_write, given.own, given.log_own, given.in_ratio)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0

@@ -37,6 +37,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         beside = "mlp" if adapter.kind(layer).has_experts_ahead else "shared_mlp"
         note(getattr(adapter.block(layer), beside, None) if sparse else None, "shared")
         note(None if sides is None else sides[0].o.module, "beside")
+        note(adapter.module(layer, "mlp") if adapter.kind(layer).mlp_scale is not None else None, "scaled")
         gate = adapter.kind(layer).input_gate
         note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")
         for name in ("altup.correction_coefs", "attn_hc", "ffn_hc") if adapter.family.streams is not None else ():
@@ -45,6 +46,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
+        total = seen["scaled"][1] if "scaled" in seen and kind == "mlp" else total
         added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
         if adapter.family.streams is not None:
             added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)

@@ -160,6 +160,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba: biases": ("mamba", {**_MAMBA, "use_bias": True, "tie_word_embeddings": False}),
     "mamba: no biases": ("mamba", {**_MAMBA, "use_conv_bias": False}),
     "falcon_mamba": ("falcon_mamba", _MAMBA),
+    "rwkv": ("rwkv", {"rescale_every": 2}),
     "xlstm": ("xlstm", _XLSTM),
     "xlstm: biases": ("xlstm", {**_XLSTM, "num_heads": 2, "qk_dim_factor": 2.0, "v_dim_factor": 1.0, "use_bias": True}),
 }

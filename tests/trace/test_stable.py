@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from depass_fast import DePass, Heads, Tokens
-from depass_fast.adapters.recurrent import knows_recurrences, mlstm
+from depass_fast.adapters.recurrent import knows_recurrences, mlstm, wkv
 from depass_fast.trace.scan import scan
 from depass_fast.trace.stable import stable
 from tests.support.family_models import build_variant
@@ -103,3 +103,23 @@ def test_another_mode_is_refused():
     model.config.mode = "train"
     with pytest.raises(ValueError, match="its mode is 'train'"):
         DePass(model)
+
+
+@pytest.mark.parametrize("loud", [1.0, 60.0])
+def test_a_state_that_is_read_in_front_of_its_own_position(loud):
+    """RWKV: a softmax-like mean of what came before, and of a position's own value with a bonus."""
+    g, lengths = torch.Generator().manual_seed(0), [70, 1, 20]
+    k, x = torch.randn(2, 91, 3, generator=g, dtype=torch.float64)
+    k, rate, bonus = k * loud, torch.rand(3, generator=g, dtype=torch.float64), torch.tensor([0.5, -20.0, 3.0]).double()
+    held = stable(wkv(k, rate, bonus), lengths)
+    assert (held.decay <= 0).all() and held.q.isfinite().all() and held.own is not None
+    first = 0
+    for length in lengths:
+        at, steps = slice(first, first + length), torch.arange(length)
+        apart = (steps[:, None] - 1 - steps)[..., None]
+        logits = torch.where(apart >= 0, k[at] - apart * rate, torch.where(apart == -1, k[at] + bonus, -torch.inf))
+        wanted = torch.einsum("tih,ih->th", logits.softmax(1), x[at])
+        of = [y[at].transpose(0, 1) for y in (held.q, held.k.expand(-1, 3, -1), held.decay, held.write, x[..., None])]
+        got = scan(*of[:4], False, of[4], before=True)[..., 0].T + held.own[at] * x[at]
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
+        first += length
