@@ -71,8 +71,8 @@ class LayerKinds(ModelEnds):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
                 "heads, values that are normed or shared between layers or are keys, too, factors of the residual "
-                "stream or several streams, two positions that are read together, experts that read ahead, keys selected by group of heads, or layers "
-                f"with less or more than the two.{advice}"
+                "stream or several streams, branches that read two positions, experts that read ahead, keys selected "
+                f"by group of heads, or layers with less or more than the two.{advice}"
             )
 
     @property
