@@ -127,6 +127,8 @@ def randomised(model: Model) -> Model:
             parameter.normal_(0.0, 0.3)
         elif parameter.ndim == 1:
             parameter.normal_(1.0, 0.3)
+        elif (name.endswith("gate.weight") and not parameter.any()) or name.endswith("preact.weight"):
+            parameter.normal_(0.0, 0.2)  # gates that begin as zeros (xLSTM)
     for module in model.modules():  # routers by hashes of tokens (DeepSeek V4)
         if hasattr(module, "tid2eid"):
             table = module.tid2eid

@@ -147,6 +147,7 @@ KNOWN = {
     "mamba2": "Mamba-2",
     "jamba": "Jamba",
     "recurrent_gemma": "RecurrentGemma, Griffin",
+    "xlstm": "xLSTM 7B",
     "diffllama": "DiffLlama",
     "doge": "Doge",
     "zaya": "ZAYA 1",

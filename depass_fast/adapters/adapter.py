@@ -22,6 +22,7 @@ from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
 from .maps import Joined, Latent, Linear, Norm, PassesOn, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
+from .shift import Shift
 from .side_by_side import Sides, side_by_side
 from .spread import Spread
 from .stored import Stacked, stored_device
@@ -116,9 +117,7 @@ class Adapter(LayerKinds):
 
     def run(self, input_ids: Tensor, position_ids: Tensor | None = None) -> None:
         """Run one forward pass without the unembedding; without positions it is the model's usual one."""
-        inputs: dict[str, Any] = {"input_ids": input_ids}
-        if self.takes_cache:
-            inputs["use_cache"] = False
+        inputs: dict[str, Any] = {"input_ids": input_ids, **self.cache_choice}
         if self.takes_positions and position_ids is not None:
             inputs["position_ids"] = position_ids
         self.decoder(**inputs)
@@ -142,9 +141,9 @@ class Adapter(LayerKinds):
         return alone or of_the_longest or narrow_router
 
     @property
-    def takes_cache(self) -> bool:
-        """True if a cache of keys and values can be declined."""
-        return self._takes("use_cache")
+    def cache_choice(self) -> dict[str, Any]:
+        """The arguments of a forward pass that decline a cache, where one can be declined."""
+        return {"use_cache": self.family.with_cache} if self._takes("use_cache") else {}
 
     @property
     def takes_positions(self) -> bool:
@@ -388,8 +387,11 @@ class Adapter(LayerKinds):
         keeps, mix = (getattr(self.kind(index), f"{kind}_{what}") for what in ("keeps", "mix"))
         if mix is not None:
             output, stream = mixing_norms(*mix(self.block(index)))
-        spread = Spread.of(self.module(index, f"{kind}_conv"))
-        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps, "spread": spread}
+        weight, front = below_or_none(self.block(index), getattr(self.kind(index), f"{kind}_shift")), None
+        if weight is not None and norm is not None:
+            norm, front = None, Shift(norm, weight.flatten())
+        beside = {"front": front, "spread": Spread.of(self.module(index, f"{kind}_conv"))}
+        return {"norm": norm, "output": output, "stream": stream, "factor": factor, "keeps": keeps, **beside}
 
     def _linear(self, index: int, part: str) -> Linear:
         return Linear(self._there(index, part))

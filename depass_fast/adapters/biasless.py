@@ -46,7 +46,8 @@ def _biasless_mlp(mlp: Mlp) -> Mlp:
 
 def _biasless_norms(branch: AnyBranch) -> AnyBranch:
     norm, output, stream = (_biasless_norm(norm) for norm in (branch.norm, branch.output, branch.stream))
-    return replace(branch, norm=norm, output=output, stream=stream)
+    front = branch.front if branch.front is None else replace(branch.front, norm=replace(branch.front.norm, bias=None))
+    return replace(branch, norm=norm, output=output, stream=stream, front=front)
 
 
 def _biasless_norm(norm: Norm | None) -> Norm | None:

@@ -163,11 +163,13 @@ class HeadScale:
     """A factor of what heads give, by position and channel, in front of the output projection: a gate or a norm.
 
     ``read(module, outputs, heads)`` gets the attention's module, the outputs (T, C) of its ``projections`` and what the
-    heads give (T, H·d). It returns the factors (T, H·d).
+    heads give (T, H·d). It returns the factors (T, H·d). ``constant(module, outputs)`` is what is added behind them,
+    (T, H·d) or None.
     """
 
     projections: tuple[str, ...]
     read: Callable[[Any, list[Tensor], Tensor], Tensor]
+    constant: Callable[[Any, list[Tensor]], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,8 @@ class Family:
     head: Path | None = None  # a head with `dense`, `act` and `norm` in front of the unembedding
     logit_scale: float = 1.0
     logit_cap: float | None = None  # c · tanh(logit / c)
+
+    with_cache: bool = False  # a forward pass needs a cache: without one its states are float32 (xLSTM)
 
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0  # γ is this much more than the stored weight (Gemma: 1)
@@ -279,6 +283,11 @@ class Family:
     indexer: Path = "self_attn.indexer"  # layers without it take the selection of the one before
     layer_windows: bool = False  # each layer applies the window it announces, in every version of transformers
 
+    # a parameter (..., D) beside each norm: the branch reads that much of a position, and the rest of the one before
+    attention_shift: Path | None = None
+    mlp_shift: Path | None = None
+    mlp_scale: HeadScale | None = None  # a factor of what the MLP gives, by position and channel, of its projections
+
     mlp: Path | None = "mlp"  # None: the layer has none
     mlp_norm: Path | None = "post_attention_layernorm"
     mlp_output_norm: Path | None = None
@@ -326,6 +335,7 @@ class Family:
         more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
         more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
         more += (self.attention_conv, self.mlp_conv)
+        more += (self.attention_shift, self.mlp_shift, self.mlp_scale)
         keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
         keeps = keeps and self.key_block is None
         return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)

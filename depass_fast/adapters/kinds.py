@@ -95,8 +95,9 @@ class LayerKinds(ModelEnds):
             raise ValueError(
                 f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
                 "heads, heads that a router chooses, values that are normed or shared between layers or are keys, too, "
-                "factors of the residual stream or several streams, experts that read ahead, keys selected by group of "
-                f"heads, or layers with less or more than the two.{advice}"
+                "factors of the residual stream or several streams, branches that read two positions, experts that "
+                "read ahead, keys selected by group of heads, or layers with less or more than the "
+                f"two.{advice}"
             )
 
     @property
@@ -111,6 +112,7 @@ class LayerKinds(ModelEnds):
             "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
             "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
             "convolutions behind branches": any(kind.attention_conv or kind.mlp_conv for kind in every),
+            "what branches read of the position before": any(kind.attention_shift or kind.mlp_shift for kind in every),
             "several residual streams": any(kind.streams for kind in every),
         }
         return [what for what, is_there in found.items() if is_there]

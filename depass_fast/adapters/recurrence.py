@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,6 +29,13 @@ class Recurrence:
     S[t-1])ᵀ k[t])``. H heads may share queries and keys in groups (DESIGN.md section 10). With ``softmax`` there is
     none of this, and the decay is None: ``o = P x``. Its logits may have a bias by the distance of query and key:
     ``relative`` · ``distances``[:, q - k], and none from some distance on.
+
+    With ``log_write`` in the place of ``write``, writes are its exponential and what heads give is divided by
+    ``divisor(n, m)`` (T, H): e^m n is what they give where all values are one, and m is so large that n is not. Both
+    are (T, H), and m is that of mLSTM's stabiliser, which begins at zero.
+
+    With ``own`` a head reads the state as it was before its own position: ``o[t] = S[t-1]ᵀ q[t] + own[t] · x[t]``. With
+    its logarithm ``log_own``, beside ``log_write``, what heads give is divided by what they give for ones.
     """
 
     q: Tensor  # (T, Hq, n)
@@ -41,3 +49,7 @@ class Recurrence:
     softmax: Softmax | None = None
     relative: Tensor | None = None  # (T, H, r)
     distances: Tensor | None = None  # (r, distances)
+    own: Tensor | None = None  # (T, H)
+    log_write: Tensor | None = None  # (T, H)
+    log_own: Tensor | None = None  # (T, H)
+    divisor: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import logsigmoid, silu, softplus
 
 from .family import Family, HeadScale, Mixer
 from .recurrence import Recurrence, Softmax
@@ -56,6 +56,42 @@ def gated_head_norm(norm: Any, z: Tensor, heads: Tensor, gate: Callable[[Tensor]
     y = wide(heads).unflatten(-1, (-1, len(norm.weight)))
     scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon) * wide(norm.weight)
     return scale.flatten(1) * gate(wide(z))
+
+
+def norm_of_centred(norm: Any, heads: int, y: Tensor) -> Tensor:
+    """The factors (T, H·d) of a norm of every head, its weight (H·d,), which is given heads (T, H·d) without a mean."""
+    by_head = wide(y).unflatten(-1, (heads, -1))
+    scale = torch.rsqrt(by_head.square().mean(-1, keepdim=True) + norm.eps)
+    return scale.expand_as(by_head).flatten(1) * norm.weight
+
+
+def centred_by_head(weight: Tensor, heads: int) -> Tensor:
+    """A projection to heads (H·d, D), or its bias, without the mean of each head's outputs."""
+    by_head = weight.unflatten(0, (heads, -1))
+    return (by_head - by_head.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def mlstm(q: Tensor, k: Tensor, gates: Tensor, cap: float | None, eps: float) -> Recurrence:
+    """mLSTM, of q and k (T, H, n) and of its gates' projections (T, 2H), [i; f]: C = σ(f) C + e^i k vᵀ, n of ones.
+
+    h = Cᵀ q / (max(|n·q|, 1) + ε), where C, n, and one are divided by e^m; q is divided by √n. Gates are capped.
+    """
+    gates = gates if cap is None else cap * torch.tanh(gates / cap)
+    log_write, forget = gates.chunk(2, -1)
+
+    def divisor(n: Tensor, m: Tensor) -> Tensor:
+        return torch.maximum(n.abs(), torch.exp(-m)) + eps
+
+    return Recurrence(q * q.shape[2] ** -0.5, k, logsigmoid(forget)[..., None], log_write=log_write, divisor=divisor)
+
+
+def wkv(k: Tensor, rate: Tensor, bonus: Tensor) -> Recurrence:
+    """RWKV-4's mean of values, of k (T, H): weights e^(k_i - (t-1-i)·rate) of earlier positions, e^(k_t + bonus) of t.
+
+    Every channel is a head of width one. ``rate`` and ``bonus`` are (H,), the former at least zero.
+    """
+    ones, decay = torch.ones_like(k)[..., None], (-rate).expand_as(k)[..., None]
+    return Recurrence(ones, ones[:, :1], decay, log_write=k, log_own=k + bonus)
 
 
 def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
@@ -146,8 +182,8 @@ def with_mixer(family: Family, home: str, head_dim: int, mixer: Mixer, scale: He
             f"model: its recurrent layers need transformers {'.'.join(map(str, OLDEST))} or newer, not "
             f"{transformers.__version__}."
         )
-    dims = {"value_dim": head_dim, "key_dim": head_dim, "q_norm": None, "k_norm": None, "q_part": None}
-    return replace(family, attention=home, mixer=mixer, head_scale=scale, o_proj=f"{home}.out_proj", **dims, **parts)
+    dims = {"value_dim": head_dim, "key_dim": head_dim, "q_norm": None, "k_norm": None, "q_part": None, **parts}
+    return replace(family, attention=home, mixer=mixer, head_scale=scale, o_proj=f"{home}.out_proj", **dims)
 
 
 def with_state_space(family: Family, home: str, inner: int, head_dim: int) -> Family:

@@ -35,7 +35,5 @@ REASONS: dict[str, str] = {
     "hrm_text": "a stack of layers that runs several times",
     "mllama": "cross-attention layers, which are skipped without an image",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
-    "rwkv": "layers with a recurrence in place of attention",
     "xlnet": "attention over permutations with two streams: it looks ahead",
-    "xlstm": "layers with a recurrence (mLSTM) in place of attention",
 }

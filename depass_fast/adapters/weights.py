@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .activation import Activation
 from .keyed import WithEntries
 from .maps import Latent, Linear, Norm
+from .shift import Shift
 from .spread import Spread
 from .streams import SideMap
 
@@ -30,7 +32,8 @@ class Branch:
 
     ``output`` is a norm on what is written (OLMo 2, Gemma 2), ``factor`` multiplies it (Granite), ``stream`` is a norm
     of the residual stream itself, after the branch has been added (OPT-350m). In front of it the sum is multiplied by
-    ``keeps`` (MiniMax). ``spread`` carries what is written to later positions, too (Inkling).
+    ``keeps`` (MiniMax). With a ``front`` it reads a mixture of two positions (RWKV), which has the norm in it.
+    ``spread`` carries what is written to later positions, too (Inkling).
     """
 
     norm: Norm | None
@@ -39,6 +42,14 @@ class Branch:
     factor: float
     keeps: float
     spread: Spread | None = field(default=None, kw_only=True)
+    front: Shift | None = field(default=None, kw_only=True)
+
+    def read_of(self, resid: Tensor, offsets: np.ndarray) -> Tensor:
+        """What it reads, in front of a norm, of the residual stream (T, D): that, or a mixture of two positions.
+
+        ``offsets`` (P + 1,) are the first packed positions of the prompts.
+        """
+        return resid if self.front is None else self.front.of(resid, np.diff(offsets).tolist())
 
     def scale(self, resid: Tensor) -> Tensor:
         """The norm's scale s of the residual stream that is read, (T, D) -> (T,); ones without a norm."""
@@ -92,7 +103,8 @@ class Branch:
 
     @property
     def has_norm_bias(self) -> bool:
-        return any(norm is not None and norm.bias is not None for norm in (self.norm, self.output, self.stream))
+        norms = (self.norm, self.output, self.stream, None if self.front is None else self.front.norm)
+        return any(norm is not None and norm.bias is not None for norm in norms)
 
     def _read_constant(self, weight: Callable[[], Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """The projection of the norm's β, plus the projection's own bias: (C,) or None."""

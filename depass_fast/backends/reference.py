@@ -148,7 +148,10 @@ def _recurrence(
     if frozen.decay is not None:
         parts.append(_recurred(trace, values[:, :, beside:], where))
     out = torch.cat(parts, 2).flatten(2)
-    return out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    out = out if trace.out_ratio is None else out * trace.out_ratio[where].to(dtype)[:, None]
+    if bias is not None and trace.out_constant is not None:
+        out[:, bias] += trace.out_constant[where].to(dtype)
+    return out
 
 
 def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:
@@ -160,11 +163,13 @@ def _recurred(trace: AttentionTrace, values: Tensor, where: Tensor) -> Tensor:
     write = values.new_ones(len(values), heads) if frozen.write is None else frozen.write[where].to(dtype)
     state, out = values.new_zeros(*values.shape[1:3], k.shape[2], values.shape[3]), torch.empty_like(values)
     for t, x in enumerate(values):  # x (M, H, d), state (M, H, n, d)
+        if frozen.own is not None:
+            out[t] = torch.einsum("mhnd,hn->mhd", state, q[t]) + x * frozen.own[where[t]].to(dtype)[:, None]
         state = state * decay[t].exp()[..., None]
         if frozen.corrects:
             x = x - torch.einsum("mhnd,hn->mhd", state, k[t])
         state = state + torch.einsum("hn,mhd->mhnd", k[t], x * write[t][:, None])
-        out[t] = torch.einsum("mhnd,hn->mhd", state, q[t])
+        out[t] = out[t] if frozen.own is not None else torch.einsum("mhnd,hn->mhd", state, q[t])
     return out if frozen.skip is None else out + values * frozen.skip.to(dtype)[:, None]
 
 

@@ -237,7 +237,7 @@ class Neurons(LayerKind[R]):
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
         outputs = LayerOutputs(adapter, trace, layer, prompt, dtype)
-        if trace.layers[layer].streams is not None:
+        if outputs.has_parts:
             labels, parts = outputs.neuron_names(f"L{layer}"), outputs.parts()
             return BoundSpread(layer=layer, labels=labels, parts=parts, bias=outputs.constant("mlp"), site="resid_post")
         labels, products = outputs.neurons(f"L{layer}")

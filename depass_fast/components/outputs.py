@@ -41,11 +41,12 @@ class LayerOutputs:
         self.record: LayerTrace = trace.layers[layer]
         self.span = slice(0, int(trace.offsets[-1])) if prompt is None else trace.span(prompt)
         self.after = trace.resid(layer + 1)
+        self._lengths = np.diff(trace.offsets if prompt is None else trace.offsets[prompt : prompt + 2]).tolist()
 
     def at(self, span: slice) -> LayerOutputs:
         """The outputs on the prompt at ``span``, with the weights that were looked up for all."""
         other = copy.copy(self)
-        other.span = span
+        other.span, other._lengths = span, [span.stop - span.start]
         return other
 
     @cached_property
@@ -60,6 +61,9 @@ class LayerOutputs:
         """The values that every KV head gives, without their constant part: (N, Hkv, d)."""
         weights, record = self.attention, self.record.attention
         x = record.resid[self.span].to(self.dtype)
+        if weights.front is not None:
+            constant = weights.front.constant(self._lengths, x)
+            x = x if constant is None else x - constant
         normed = x if weights.norm is None else weights.norm.normed(x)
         values = normed @ weights.w_v.to(self.dtype).T
         if record.latent_scale is not None:
@@ -192,13 +196,23 @@ class LayerOutputs:
             y = y - record.streams.entering[self.span].to(y)
         return y if constant is None else y - constant
 
+    @property
+    def has_parts(self) -> bool:
+        """True if a neuron's output is no product of a number and a vector: see :meth:`parts`."""
+        return self.record.streams is not None or any(part.out_ratio is not None for part in self.record.mlps)
+
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return activations (N, I), vectors (I, D) and weights (N, n) of several streams, for every MLP reached.
 
-        A neuron's output is the product of all three.
+        A neuron's output is the product of all three. With a factor by channel the weights are (N, 1, D).
         """
         streams, found = self.record.streams, []
-        assert streams is not None
+        if streams is None:
+            for part in (self.record.mlps[index] for index in self.reached()):
+                w_down, numbers = self._written_factors(self.mlps[part.part], part, part.dense(part.act, self.span))
+                assert part.out_ratio is not None
+                found.append((numbers, w_down.T, part.out_ratio[self.span, None].to(self.dtype)))
+            return found
         for part in (self.record.mlps[index] for index in self.reached()):
             mlp = self.mlps[part.part]
             step = streams.gate if mlp.follows else streams.mlp

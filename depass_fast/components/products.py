@@ -48,6 +48,7 @@ class BoundSpread(ComponentKind):
     """The neurons of one prompt where there are several streams: each writes a multiple of its vector to every one.
 
     ``parts`` are activations (N, I), vectors (I, D) and the weights (N, n) of the streams, of each of the layer's MLPs.
+    Weights may also be factors (N, 1, D) of one stream by channel.
     ``bias`` (N, n·D), or None is the constant that the same outputs bring to the `bias` component.
     """
 
@@ -64,7 +65,10 @@ class BoundSpread(ComponentKind):
         for part in self.parts:
             numbers, vectors, weights = (x.to(out) for x in part)
             here = out[:, first : first + len(vectors)].unflatten(-1, (weights.shape[1], -1))
-            torch.mul((numbers[:, :, None] * weights[:, None])[..., None], vectors[:, None], out=here)
+            if weights.ndim == 3:
+                torch.mul(vectors[:, None], weights[:, None], out=here).mul_(numbers[..., None, None])
+            else:
+                torch.mul((numbers[:, :, None] * weights[:, None])[..., None], vectors[:, None], out=here)
             first += len(vectors)
 
     def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:

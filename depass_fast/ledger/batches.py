@@ -111,6 +111,11 @@ class Packing:
         self.host_at = np.concatenate([first + at for first, at in zip(offsets[:-1], self.reads, strict=True)])
         self._kept: dict[tuple, Any] = {}
 
+    @property
+    def lengths(self) -> list[int]:
+        """The positions of every prompt."""
+        return np.diff(self.offsets).tolist()
+
     def forget(self) -> None:
         """Let go of the tables that only a way back needs."""
         self._kept.clear()

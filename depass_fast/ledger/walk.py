@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Branch, Layer
+from ..adapters.shift import Shift
 from ..adapters.streams import LayerStreams, StreamStep
 from ..components.base import Entry
 from ..runtime.precision import full_precision
@@ -174,7 +175,9 @@ class _WayBack:
             self._through_attention(index, layer, record, None)
             self._back += read
         else:
-            if layer.mlps:
+            if layer.mlps and layer.mlp.front is not None:
+                self._through_shifted_mlp(index, layer, record, layer.mlp.front)
+            elif layer.mlps:
                 self._back = self._back + self._through_mlp(index, layer, record, beta)
             self._pay(Entry(index, "resid_mid"))
             self._visit(Entry(index, "resid_mid"), record.resid_mid)
@@ -286,6 +289,19 @@ class _WayBack:
         assert gradients is not None  # the layer has an MLP
         return gradients
 
+    def _through_shifted_mlp(self, index: int, layer: Layer, record: LayerTrace, front: Shift) -> None:
+        """Take the gradients back through an MLP that reads two positions, to all; note what constants are worth."""
+        behind, ratio, at = self._back, record.mlp.out_ratio, self._packing.at(self._partial, self._back.device)
+        if ratio is not None:
+            self._back = behind * (ratio if at is None else ratio[at]).to(behind)
+        read = self._everywhere(self._through_mlp(index, layer, record, None), self._partial)
+        lengths = self._packing.lengths
+        constant = front.constant(lengths, read)
+        if constant is not None:
+            self._add(None, index, [self._packing.sum((read * constant).sum(-1), False)])
+        self._back = self._everywhere(behind, self._partial) + front.back(read, record.resid_mid, lengths)
+        self._partial = False
+
     def _stage(
         self,
         index: int,
@@ -340,11 +356,14 @@ class _WayBack:
         """Return the gradients (R, T, D) of what attention reads; note what it and its constants are worth."""
         assert layer.attention is not None and record.attention is not None  # see pass_layer
         way = WayThroughAttention(layer.attention, record.attention, self._packing, self._partial, self._compute)
-        x = self._states(record.attention.resid, self._back, everywhere=True)
-        found = way.back(self._back, x, index in self._wanted.heads)
+        x, front = self._states(record.attention.resid, self._back, everywhere=True), layer.attention.front
+        constant = None if front is None else front.constant(self._packing.lengths, x)
+        found = way.back(self._back, x if constant is None else x - constant, index in self._wanted.heads)
         if found.heads is not None:
             self.pages.heads[index] = found.heads
         self._add(self.pages.of_attention, index, [found.constant, beta])
+        if front is not None:
+            return front.back(found.gradients, record.resid_pre, self._packing.lengths)
         return found.gradients
 
     def _looking(self, index: int, layer: Layer, record: LayerTrace) -> Taken | None:

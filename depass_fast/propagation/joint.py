@@ -37,6 +37,7 @@ def can_propagate_jointly(trace: Trace, run: Run) -> bool:
     taken = any(one.source is not None for layer in trace.layers for one in (layer.attention, *layer.mlps) if one)
     taken = taken or any(layer.streams is not None for layer in trace.layers)
     taken = taken or any(layer.spreads for layer in trace.layers)
+    taken = taken or any(part.out_ratio is not None for layer in trace.layers for part in layer.mlps)
     return run.backend.jagged and run.backend.joins and not (clamped or taken) and run.value_rule is None
 
 

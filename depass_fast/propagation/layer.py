@@ -13,7 +13,7 @@ from ..runtime.transfer import to_device
 from ..state.layout import Layout
 from ..state.state import ComponentState
 from ..trace.record import LayerTrace, MlpTrace
-from . import spread, streams
+from . import shifted, spread, streams
 from .copies import copy_state
 from .earlier import EarlierStates
 from .gated import behind_gate
@@ -39,9 +39,13 @@ def through_layer(
     if earlier is not None:
         earlier.meet(state, Entry(index, "resid_pre"), record)
         values = earlier.values(layer)
-    state, source = through_attention(state, layer, record, run, queries, values)
+    shifts = bool(layer.mlps) and layer.mlp.front is not None  # its MLP also reads positions in front of the queries
+    state, source = through_attention(state, layer, record, run, None if shifts else queries, values)
     if earlier is not None:
         earlier.meet(state, Entry(index, "resid_mid"), record)
+    if shifts:
+        state = shifted.through_mlp(state, layer, record, run, queries)
+        return _done(state, layer, record)
     return through_mlp(state, source, layer, record, run, earlier)
 
 
@@ -84,11 +88,15 @@ def through_attention(
     source = None
     if layer.parallel:
         source = copy_state(state) if queries is None else state.at(queries)
-    if queries is None and not (layer.mlps and layer.mlp.has_gated_norm):  # a streamed MLP reads another state then
+    reads_another = layer.mlps and (layer.mlp.has_gated_norm or layer.mlp.front is not None)
+    if queries is None and not reads_another:  # a streamed MLP reads another state then
         run.operations.expect(layer, record, run.allocation)
     attention, weights = run.frozen(record.attention), layer.attention
     if weights.has_gated_norm:
         values, weights, attention = behind_gate(state if values is None else values, weights, attention)
+    if weights.front is not None:
+        values, weights = shifted.read_shifted(state, weights.front, record.resid_pre), replace(weights, front=None)
+        state.factors = None
     state = run.operations.aggregate_ov(state, weights, attention, queries, values)
     normalise(state, layer.attention.stream, record.attention_sum, layer.attention.keeps)
     return state, source
@@ -133,6 +141,11 @@ def through_mlp(
         if len(ahead.layout.counts) != len(state.layout.counts):
             ahead = ahead.at(state.layout)
         state = share_out(state, ahead, layer.mlps[part.part], part, run)
+    return _done(state, layer, record)
+
+
+def _done(state: ComponentState, layer: Layer, record: LayerTrace) -> ComponentState:
+    """Return the state at the input of the next layer."""
     if layer.mlps:
         normalise(state, layer.mlp.stream, record.mlp_sum, layer.mlp.keeps)
     state.layer, state.site, state.factors = state.layer + 1, "resid_pre", None

@@ -13,7 +13,7 @@ from ..adapters import Adapter
 def next_logits(adapter: Adapter, ids: Tensor) -> Tensor:
     """Return the logits (B, V) of the next token after ids (B, N), in the model's dtype, by one forward pass."""
     model: Any = adapter.model
-    given: dict[str, Any] = {"use_cache": False} if adapter.takes_cache else {}
+    given: dict[str, Any] = dict(adapter.cache_choice)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = 1
     return model(ids.to(adapter.device), **given).logits[:, -1]

@@ -260,6 +260,7 @@ def _check_mlp(
         _check_all_written(found, name, layer, weights.mlps, at, mid, post, tolerance)
         return
     written = experts_written(layer, weights.mlps, at) if mixture else record["mlp_written"]
+    written = written if layer.mlp.out_ratio is None else written * rows(layer.mlp.out_ratio, at).to(written)
     after = post if layer.mlp_sum is None else rows(layer.mlp_sum, at)
     _check_write(found, name, weights.mlp, written, mid, after, post, tolerance)
 

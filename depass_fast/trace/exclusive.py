@@ -23,6 +23,7 @@ def exclusive(adapter: Adapter) -> Iterator[ExitStack]:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         if adapter.dtype == torch.float64:
             change_config(adapter, "_experts_implementation", "eager", undo)  # the others know no float64
+        change_config(adapter, "max_inference_chunksize", sys.maxsize, undo)  # one call of every layer (xLSTM)
         yield undo
 
 

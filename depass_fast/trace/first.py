@@ -63,10 +63,11 @@ def _layer(layer: LayerTrace, cut: _Cut, kept: np.ndarray) -> LayerTrace:
 
 
 def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
-    scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "constant_heads")
+    scales = ("latent_scale", "head_scales", "value_ratio", "out_scale", "out_ratio", "out_constant", "constant_heads")
     recurrence = attention.recurrence
     if recurrence is not None:
-        recurrence = replace(recurrence, **_cut_fields(recurrence, cut, "decay", "write", "in_ratio", "relative"))
+        fields = ("decay", "write", "own", "in_ratio", "relative")
+        recurrence = replace(recurrence, **_cut_fields(recurrence, cut, *fields))
     keyed = attention.keyed
     if keyed is not None:
         keyed = replace(keyed, **_cut_fields(keyed, cut, "cos", "sin", "entries"))
@@ -79,7 +80,7 @@ def _attention(attention: AttentionTrace, cut: _Cut) -> AttentionTrace:
 
 def _mlp(mlp: MlpTrace, cut: _Cut, kept: np.ndarray) -> MlpTrace | None:
     """Return what one MLP, or one expert, does at ``kept`` positions; None if none of them was sent to it."""
-    common = _cut_fields(mlp, cut, "resid", "out_scale")
+    common = _cut_fields(mlp, cut, "resid", "out_scale", "out_ratio")
     if mlp.host_positions is None:
         names = ("gate", "act", "router_weight", "input_weight", "inner_scale", "factor")
         cuts = _cut_fields(mlp, cut, *names)

@@ -215,7 +215,8 @@ class LayerHooks:
 
         def scaled(given: Tensor) -> Tensor:
             heads = recorder.layers[self.index].pop("heads_given")
-            return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads))
+            constant = None if scale.constant is None else scale.constant(module, seen())
+            return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads), constant)
 
         self._in_place_of_heads(scaled)
 

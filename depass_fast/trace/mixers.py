@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..adapters import Recurrence
 from ..runtime.brief import brief_repr
 
 
@@ -17,6 +18,7 @@ class RecurrenceTrace:
     write: Tensor | None = None  # (T, H)
     in_ratio: Tensor | None = None  # (T, H·d)
     skip: Tensor | None = None  # (H,)
+    own: Tensor | None = None  # (T, H), where a head reads the state before its own position
     corrects: bool = False
     rates: Tensor | None = None  # (H, n) factors of the decay, as `skip` the same at every position
     relative: Tensor | None = None  # (T, H, r), and (r, distances): a softmax' logits have their product at q - k
@@ -41,3 +43,9 @@ class KeyedTrace:
     overlaps: bool = False  # the first half of an entry's channels comes from the window before
 
     __repr__ = brief_repr
+
+
+def frozen(recurrence: Recurrence) -> RecurrenceTrace:
+    """Return what a trace keeps of a recurrence beside its queries and keys."""
+    names = ("decay", "write", "in_ratio", "skip", "own", "corrects", "rates", "relative", "distances")
+    return RecurrenceTrace(**{name: getattr(recurrence, name) for name in names})

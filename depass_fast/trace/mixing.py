@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..adapters import Attention, Recurrence
+from ..adapters import Attention
 from .attention import span_probabilities
 from .record import AttentionTrace, RecurrenceTrace
 from .scan import scan
@@ -192,24 +192,29 @@ class FrozenMixing:
                 part = matrix[:, start:, start:]
                 torch.bmm(part.transpose(1, 2) if transposed else part, x[heads], out=out[heads])
             return out
-        tensors = self._tensors(slice(0, self._recurrent), start)
+        every = slice(0, self._recurrent)
         if not transposed:
-            y = scan(*tensors, self._frozen.corrects, x.to(self._wide)).to(x)
+            y = self._scanned(every, start, x.to(self._wide)).to(x)
         else:
             with torch.enable_grad():
                 leaf = torch.zeros_like(x, dtype=self._wide, requires_grad=True)
-                y = torch.autograd.grad(scan(*tensors, self._frozen.corrects, leaf), leaf, x.to(self._wide))[0].to(x)
-        skip = self._frozen.skip
-        return y if skip is None else y + x * skip.to(x)[:, None, None]
+                y = torch.autograd.grad(self._scanned(every, start, leaf), leaf, x.to(self._wide))[0].to(x)
+        own = self._own(every, start)
+        return y if own is None else y + x * own.to(x)
+
+    def _own(self, heads: slice, start: int) -> Tensor | None:
+        """Return what some heads give of a value at its own position, beside the state: (h, 1, 1) or (h, N', 1)."""
+        if self._frozen.own is not None:
+            return self._frozen.own[self._span.start + start : self._span.stop, heads].T[..., None]
+        return None if self._frozen.skip is None else self._frozen.skip[heads, None, None]
 
     def matrix(self, heads: slice) -> Tensor:
         """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
-        tensors = self._tensors(heads, 0)
         nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
-        out = scan(*tensors, self._frozen.corrects, one.expand(len(tensors[0]), -1, -1), nothing)
-        skip = self._frozen.skip
-        out = out if skip is None else out + one * skip[heads].to(out)[:, None, None]
+        out = self._scanned(heads, 0, one.expand(heads.stop - heads.start, -1, -1), nothing)
+        own = self._own(heads, 0)
+        out = out if own is None else out + one * own.to(out)
         return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
 
     def _matrices(self) -> list[tuple[slice, Tensor]]:
@@ -229,19 +234,20 @@ class FrozenMixing:
     def _recurrent(self) -> int:
         return self.heads - self._softmax
 
-    def _tensors(self, heads: slice, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q, k, decay and write of some heads at positions from ``start`` on, as :func:`scan` takes them."""
-        at = slice(self._span.start + start, self._span.stop)
+    def _scanned(self, heads: slice, start: int, x: Tensor, nothing: float = 0.0) -> Tensor:
+        """Apply the recurrence of some heads, without what a position gives itself, to x (h, N', F)."""
+        at, frozen = slice(self._span.start + start, self._span.stop), self._frozen
 
         def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, N, ...)
             group = self._recurrent // x.shape[1]
             head = torch.arange(heads.start, heads.stop, device=x.device) // group
             return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
 
-        assert self._frozen.decay is not None
-        write, decay, rates = self._frozen.write, of(self._frozen.decay), self._frozen.rates
-        decay = decay if rates is None else decay * rates[heads, None].to(decay)
-        return of(self._trace.q), of(self._trace.k), decay, None if write is None else of(write)
+        assert frozen.decay is not None
+        decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
+        decay = decay if frozen.rates is None else decay * frozen.rates[heads, None].to(decay)
+        q, k, before = of(self._trace.q), of(self._trace.k), frozen.own is not None
+        return scan(q, k, decay, write, frozen.corrects, x, nothing, before)
 
     def _convolved(self, x: Tensor, channels: slice, transposed: bool = False) -> Tensor:
         """Convolve (N', B, c) along the positions, with nothing before the first; or apply the transpose."""
@@ -332,6 +338,9 @@ def constant_values(
     """
     wide = torch.promote_types(trace.q.dtype, torch.float32)
     value, bias = weights.value_constant(wide), None if weights.conv is None else weights.conv.bias
+    if weights.front is not None:
+        read = weights.front.constant(lengths, trace.resid.to(wide))
+        value = None if read is None else read @ weights.w_v.to(wide).T
     if value is None and bias is None:
         return None
     given = torch.zeros(sum(lengths), weights.v.shape[0], dtype=wide, device=trace.q.device)
@@ -388,9 +397,3 @@ def _normed_constants(weights: Attention, trace: AttentionTrace, lengths: list[i
         first += length
     heads = torch.cat(parts)
     return heads if trace.out_ratio is None else heads * trace.out_ratio.to(wide)
-
-
-def frozen(recurrence: Recurrence) -> RecurrenceTrace:
-    """Return what a trace keeps of a recurrence beside its queries and keys."""
-    names = ("decay", "write", "in_ratio", "skip", "corrects", "rates", "relative", "distances")
-    return RecurrenceTrace(**{name: getattr(recurrence, name) for name in names})

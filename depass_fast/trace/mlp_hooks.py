@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import Adapter, InputGate
+from ..adapters import Adapter, HeadScale, InputGate
 from ..adapters.layer_mlps import beside_modules, plain_norm
 from ..adapters.paths import below
 from .recorder import Recorder, is_recording
@@ -46,6 +46,8 @@ class _MlpHooks:
                 self._before(module, name, plain_norm(module).scale)
         if self.kind.input_gate is not None:
             self._hook_gate(self.kind.input_gate)
+        if self.kind.mlp_scale is not None:
+            self._hook_scale(self.kind.mlp_scale)
 
     def _before(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.undo.callback(RecordingHook(self.recorder, self.record, name, change).before(module))
@@ -73,6 +75,20 @@ class _MlpHooks:
                 self.recorder.keep(self.record, "token_embedding", given.detach().flatten(0, -2).contiguous())
 
         self.undo.callback(self.block.register_forward_pre_hook(called, with_kwargs=True).remove)
+
+    def _hook_scale(self, scale: HeadScale) -> None:
+        """Record the factors of what the MLP gives, once its projections have been called."""
+        module, seen = self.adapter.module(self.index, "mlp"), {}
+        for name in scale.projections:
+            hook = RecordingHook(self.recorder, seen, name, as_is=True)
+            self.undo.callback(hook.after(module.get_submodule(name)))
+
+        def called(module: nn.Module, args: tuple, output: Any) -> None:
+            if is_recording(self.recorder):
+                outputs = [seen[name].detach().flatten(0, -2) for name in scale.projections]
+                self.recorder.keep(self.record, "mlp_out_ratio", scale.read(module, outputs, outputs[0]))
+
+        self.undo.callback(module.register_forward_hook(called).remove)
 
     def _note_choice(self, weights: Tensor, chosen: Tensor) -> None:
         """Record a router's weights and indices (T, K)."""

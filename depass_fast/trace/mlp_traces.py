@@ -55,8 +55,7 @@ def _dense(record: dict[str, Any], resid: Tensor, mlps: tuple[Mlp, ...], outer: 
     gate, act = record["gate"], record["act"]
     weight = act.new_ones(len(act)) if mlps[part].name else None
     if "dense_scale" not in record:
-        return MlpTrace(
-            resid, gate, act, part, out_scale=outer, inner_scale=record.get("inner_scale"), router_weight=weight
-        )
+        given = {"inner_scale": record.get("inner_scale"), "out_ratio": record.get("mlp_out_ratio")}
+        return MlpTrace(resid, gate, act, part, out_scale=outer, router_weight=weight, **given)
     assert outer is not None  # the norm on the sum
     return MlpTrace(resid, gate, act, part, out_scale=outer * record["dense_scale"], router_weight=weight)

@@ -60,6 +60,7 @@ class AttentionTrace:
     # otherwise frozen at `value_ratio`
     value_rule: Any = None
     beside: AttentionTrace | None = None  # of the first heads, which have a softmax beside a recurrence
+    out_constant: Tensor | None = None  # (T, H·d) what is added behind these factors: a norm's β, gated
     constant_heads: Tensor | None = None  # (T, H·d) what heads make of constants, where that is not the same everywhere
     source: int | None = None  # the layer whose keys and values it takes
 
@@ -129,6 +130,7 @@ class MlpTrace:
     part: int = 0  # its number among the layer's MLPs
     positions: Tensor | None = None
     out_scale: Tensor | None = None  # (T,) s of the norm on its output
+    out_ratio: Tensor | None = None  # (T, D) frozen factors of its output
     router_weight: Tensor | None = None  # (P,) the factor of an expert's output
     factor: Tensor | None = None  # (P, I) that of an activation: the token's embedding behind a gate of it
     inner_scale: Tensor | None = None  # (T,) s of a norm between the activation and the down projection

@@ -17,11 +17,12 @@ from ..adapters.side_by_side import beside_each_other
 from . import attention
 from .head_experts import HeadChoice, checked_heads, of_all_heads
 from .keyed import FrozenKeyed
-from .mixers import KeyedTrace
-from .mixing import apply, constant_heads, convolve, frozen
+from .mixers import KeyedTrace, frozen
+from .mixing import apply, constant_heads, convolve
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import by_query, padded_to, register_with_mask, seen_in
+from .stable import stable
 from .streams import layer_of_streams
 
 ATTENTION_NAME = "depass_fast_recorder"
@@ -181,11 +182,14 @@ class Recorder:
             self.keep(self.layers[index], "chosen_keys", padded_to(width, by_query(indices)))
         self.layers[index]["selected_by"] = self._selecting
 
-    def scale_heads(self, index: int, heads: Tensor, ratio: Tensor) -> Tensor:
-        """Record the factors of what heads give, both (T, H·d), and return their product."""
+    def scale_heads(self, index: int, heads: Tensor, ratio: Tensor, constant: Tensor | None) -> Tensor:
+        """Record the factors of what heads give, both (T, H·d), and return their product, plus a ``constant``."""
         record = self.layers[index]
         self.keep(record, "out_ratio", ratio)
         scaled = heads * ratio.to(heads)
+        if constant is not None:
+            self.keep(record, "out_constant", constant)
+            scaled = scaled + constant.to(scaled)
         if self.is_checking:
             before = record["attended"][: -len(self.watched)]
             record["attended"] = torch.cat([before, scaled[self.watched]])
@@ -194,7 +198,10 @@ class Recorder:
     def mix(self, index: int, mixer: Mixer, recurrence: Recurrence, raw: Tensor) -> Tensor:
         """Record a recurrence, and apply it to raw values (T, H·d) with their constants: (T, H·d)."""
         record, sides = self.layers[index], self.adapter.sides(index)
-        weights = self.adapter.attention(index) if sides is None else sides[1]
+        weights, recurrence = (
+            self.adapter.attention(index) if sides is None else sides[1],
+            stable(recurrence, self.lengths),
+        )
         wide = torch.promote_types(raw.dtype, torch.float32)
         values, ratio = raw.to(wide), None
         if recurrence.in_ratio is not None:
@@ -208,7 +215,7 @@ class Recorder:
             ratio = mixer.value_ratio(values)
             self.keep(record, "value_ratio", ratio)
         named = {"q": recurrence.q, "k": recurrence.k, "decay": recurrence.decay}
-        named |= {name: getattr(recurrence, name) for name in ("write", "in_ratio", "relative")}
+        named |= {name: getattr(recurrence, name) for name in ("write", "own", "in_ratio", "relative")}
         for name, x in named.items():
             if x is not None:
                 self.keep(record, name, x)
@@ -256,7 +263,8 @@ class Recorder:
             mid = record["resid_mid"]
         attention_trace = self._attention(index, record)
         ahead = self.layers[index - 1]["resid_mid"] if self.adapter.kind(index).has_experts_ahead else None
-        mlps = mlp_traces(self.adapter, index, record, assignment, pre if parallel else mid, ahead)
+        read = self.adapter.mlps(index)[0].read_of(pre if parallel else mid, self.offsets)
+        mlps = mlp_traces(self.adapter, index, record, assignment, read, ahead)
         sums = record.get("attention_sum"), record.get("mlp_sum")
         return LayerTrace(pre, mid, attention_trace, mlps, *sums, spreads=self.adapter.spreads(index))
 
@@ -276,7 +284,7 @@ class Recorder:
             return None
         ratio, recurrence = record.get("value_ratio"), record.get("recurrence")
         if recurrence is not None:
-            kept = {name: record.get(name) for name in ("decay", "write", "in_ratio", "relative")}
+            kept = {name: record.get(name) for name in ("decay", "write", "own", "in_ratio", "relative")}
             recurrence = frozen(replace(recurrence, **kept))
         chosen = self.layers[record.get("selected_by", index)].get("chosen_keys")
         source = self.adapter.kind(index).source
@@ -290,7 +298,7 @@ class Recorder:
                 None if x is None else beside_each_other(sides, (None, x), 1.0) for x in (ratio, out_ratio)
             )
         made = AttentionTrace(
-            resid=given["resid_pre"],
+            resid=self.adapter.attention(index).read_of(given["resid_pre"], self.offsets),
             q=record["q"],
             k=given["k"],
             key_bias=record.get("key_bias"),
@@ -301,6 +309,7 @@ class Recorder:
             value_ratio=None if ratio is None or (ratio == 1).all() else ratio,
             out_scale=record.get("attention_out_scale"),
             out_ratio=out_ratio,
+            out_constant=record.get("out_constant"),
             recurrence=recurrence,
             keyed=self._keyed(record),
             source=source,
@@ -308,6 +317,8 @@ class Recorder:
             **record["mask"],
         )
         made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
+        if made.out_constant is not None:
+            made.constant_heads = made.out_constant + (0.0 if made.constant_heads is None else made.constant_heads)
         return made
 
     def _selects_all(self, record: dict[str, Any], chosen: Tensor) -> bool:

@@ -15,7 +15,14 @@ _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself: their prod
 
 
 def scan(
-    q: Tensor, k: Tensor, decay: Tensor, write: Tensor | None, corrects: bool, x: Tensor, nothing: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    decay: Tensor,
+    write: Tensor | None,
+    corrects: bool,
+    x: Tensor,
+    nothing: float = 0.0,
+    before: bool = False,
 ) -> Tensor:
     """Apply a recurrence, without its skip, to values: x (H, N, F) -> (H, N, F).
 
@@ -24,6 +31,7 @@ def scan(
         decay: (H, N, 1) or (H, N, n), at most zero.
         write: (H, N); None: one.
         corrects: True for the delta rule (DESIGN.md section 10).
+        before: True if a head reads the state in front of its own position's decay and write.
         nothing: What is smaller becomes zero on its way, as products of it would be denormal numbers, which are slow.
     """
     size = _CHUNK if decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
@@ -31,28 +39,29 @@ def scan(
     parts = []
     for at in (slice(first, first + size) for first in range(0, x.shape[1], size)):
         qc, kc, xc, total = q[:, at], k[:, at], x[:, at], decay[:, at].cumsum(1)
+        reading = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1) if before else total
         decayed = _exp(total)
         if corrects:
             xc = xc - (kc * decayed) @ state
         if write is not None:
             xc = xc * write[:, at, None]
         if corrects:
-            among = _between(kc, kc, total, -1)
+            among = _between(kc, kc, total, total, -1)
             among = among if write is None else among * write[:, at, None]
             one = torch.eye(xc.shape[1], dtype=x.dtype, device=x.device)
             xc = torch.linalg.solve_triangular(one + among, xc, upper=False, unitriangular=True)
         xc = _cut(xc, nothing)
-        parts.append(_between(qc, kc, total, 0) @ xc + (qc * decayed) @ state)
+        parts.append(_between(qc, kc, reading, total, -int(before)) @ xc + (qc * _exp(reading)) @ state)
         last = total[:, -1:]
         state = _cut(_exp(last).transpose(1, 2) * state + (kc * _exp(last - total)).transpose(1, 2) @ xc, nothing)
     return torch.cat(parts, 1)
 
 
-def _between(q: Tensor, k: Tensor, total: Tensor, diagonal: int) -> Tensor:
+def _between(q: Tensor, k: Tensor, reading: Tensor, total: Tensor, diagonal: int) -> Tensor:
     """Return what queries meet of keys that came before, as far as these have not decayed: (H, C, C)."""
     c = q.shape[1]
     seen = torch.ones(c, c, dtype=torch.bool, device=q.device).tril(diagonal)
-    apart = (total[:, :, None] - total[:, None]).masked_fill(~seen[..., None], -torch.inf)  # (H, C, C, 1 | n)
+    apart = (reading[:, :, None] - total[:, None]).masked_fill(~seen[..., None], -torch.inf)  # (H, C, C, 1 | n)
     apart = _exp(apart)
     if apart.shape[3] == 1:
         return (q @ k.transpose(1, 2)) * apart[..., 0]

@@ -114,10 +114,12 @@ def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
     layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches
-    streams = 1 + copied + sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
+    streams = 1 + copied + sum(branch.front is not None for branch in branches)
+    streams += sum(branch.stream is not None and not branch.stream.is_factor for branch in branches)
     outputs = [branch.output for branch in branches if branch.output is not None and not branch.output.is_factor]
     scales = len(outputs) + sum(mlp.inner is not None for mlp in layer.mlps)
     size = streams * adapter.hidden_size * item + scales * wide
+    size += 0 if adapter.kind(index).mlp_scale is None else adapter.hidden_size * wide
     size += _mlps(layer.mlps, adapter.experts_per_position, adapter.weighs_inputs, item)
     size += _beside(layer.mlps, adapter.hidden_size, item, wide)
     size += _streams(adapter, index, attention, item, wide)
@@ -159,24 +161,32 @@ def _streams(adapter: Adapter, index: int, attention: Attention, item: int, wide
 
 
 def _has_beta(attention: Attention) -> bool:
-    return attention.norm is not None and attention.norm.bias is not None
+    norm = attention.norm if attention.front is None else attention.front.norm
+    return norm is not None and norm.bias is not None
 
 
 def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
     """The bytes per position of a recurrence: its numbers, and the ratios of its values."""
     mixer, module = adapter.kind(index).mixer, adapter.module(index, "attention")
     assert mixer is not None
-    projections: list[Any] = [module.get_submodule(name) for name in mixer.projections]
-    outputs = [one.weight.new_zeros(1, len(one.weight)) for one in projections]
+
+    def outputs_of(what: Any) -> list[torch.Tensor]:
+        weights: Any = [module.get_submodule(name).weight for name in what.projections]
+        return [one.new_zeros(1, len(one)) for one in weights]
+
+    outputs = outputs_of(mixer)
     turn = (outputs[0].new_zeros(1, 1, attention.key_dim),) * 2
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
         given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
-    recorded = (given.decay, given.write, given.in_ratio, given.relative)
+    recorded = (given.decay, given.write, given.log_write, given.own, given.log_own, given.in_ratio, given.relative)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()
     numbers += attention.v.shape[0] if mixer.value_ratio is not None else 0
     biased = attention.v.has_bias or _has_beta(attention) or (attention.conv is not None and attention.conv.has_bias)
+    behind = adapter.kind(index).head_scale
+    constant = None if behind is None or behind.constant is None else behind.constant(module, outputs_of(behind))
+    numbers += 0 if constant is None else constant.shape[1]
     size = (numbers + (attention.o.shape[1] if biased else 0)) * wide + looked_at * (item if mixer.attends else wide)
     sides = adapter.sides(index)
     if sides is None:

@@ -79,7 +79,7 @@ def own_logits(adapter: Adapter, ids: Tensor, hidden: Tensor) -> Tensor:
     end = _KnownEnd(adapter, ids.to(adapter.device), hidden)
     with exclusive(adapter) as undo:
         end.take_place(undo)
-        inputs: dict[str, Any] = {"use_cache": False} if adapter.takes_cache else {}
+        inputs: dict[str, Any] = dict(adapter.cache_choice)
         output: Any = adapter.model(input_ids=end.ids, **inputs)
     logits = output.logits if hasattr(output, "logits") else output[0]
     if not end.was_called:

@@ -33,7 +33,10 @@ SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's
 
 _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory
 _AFTER_THE_NEURONS = (
-    *(f"{name}.bias" for name in ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")),
+    *(
+        f"{name}.bias"
+        for name in ("down_proj", "proj_down", "mlp.c_proj", "dense_4h_to_h", "fc_out", "fc2", "1.final_layer_norm")
+    ),
     "down_proj_bias",
     "mlp.bias",
     *(f"post_mlp_residual_scale.{name}_bias" for name in ("hidden_states", "residual")),
@@ -330,7 +333,7 @@ def test_labels_and_where_there_is_a_bias(name):
     only_looked_at = ("q_proj", "k_proj", "q_layernorm", "k_layernorm", "embed")  # Q's and K's end in the probabilities
     only_looked_at += ("router", "correction_bias", "expert_bias", "gate_bias")  # frozen
     only_looked_at += ("indexer", "position_bias")  # and of what selects keys, or weighs values in an entry
-    only_looked_at += ("dt_bias", "dt_proj")  # a recurrence's in its decay
+    only_looked_at += ("dt_bias", "dt_proj", "igate_preact", "fgate_preact")  # a recurrence's in its decay, or writes
     constants = {path for path in biases if not any(part in path for part in only_looked_at)}
     last = f".{adapter.n_layers - 1}."
     in_layers = {path for path in constants if any(f".{layer}." in path for layer in range(adapter.n_layers))}

@@ -12,6 +12,7 @@ from depass_fast import DePass
 from depass_fast.adapters import Adapter, Branch
 from depass_fast.adapters.paths import below_or_none
 from depass_fast.adapters.shared_block import SharedBlock
+from depass_fast.adapters.streams import Streams
 
 _HYPER = ("attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection")  # of attention and of the MLP
 
@@ -41,6 +42,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         beside = "mlp" if adapter.kind(layer).has_experts_ahead else "shared_mlp"
         note(getattr(adapter.block(layer), beside, None) if sparse else None, "shared")
         note(None if sides is None else sides[0].o.module, "beside")
+        note(adapter.module(layer, "mlp") if adapter.kind(layer).mlp_scale is not None else None, "scaled")
         gate = adapter.kind(layer).input_gate
         note(None if gate is None else adapter.block(layer).get_submodule(gate.output_norm), "embed")
         for name in ("altup.correction_coefs", *_HYPER) if adapter.family.streams is not None else ():
@@ -49,14 +51,10 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
     for kind in ends:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
+        total = seen["scaled"][1] if "scaled" in seen and kind == "mlp" else total
         added[kind] = _spread(seen, kind, _mixed(adapter, layer, kind, total * branch.factor))
-        if isinstance(streams := adapter.kind(layer).streams, SharedBlock):  # to the last of three, or to the first
-            nothing = torch.zeros_like(added[kind])
-            parts = [nothing, nothing, added[kind]] if streams.layer_is == "block" else [added[kind], nothing, nothing]
-            added[kind] = torch.cat(parts, 1)
-            continue
-        if streams is not None:
-            added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
+        if (streams := adapter.kind(layer).streams) is not None:
+            added[kind] = _on_streams(streams, kind, added[kind], seen, adapter.stream_width)
             continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
             added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
@@ -89,8 +87,11 @@ def _spread(seen: dict, kind: str, added: Tensor) -> Tensor:
     return seen[f"{kind} spread"][1] if f"{kind} spread" in seen else added
 
 
-def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:
+def _on_streams(streams: Streams, kind: str, added: Tensor, seen: dict, width: int) -> Tensor:
     """Return what a branch adds to all streams side by side, given what it adds to one."""
+    if isinstance(streams, SharedBlock):  # to the last of three, or to the first
+        nothing = torch.zeros_like(added)
+        return torch.cat([nothing, nothing, added] if streams.layer_is == "block" else [added, nothing, nothing], 1)
     hyper = next((name for name in _HYPER[kind == "mlp" :: 2] if name in seen), None)
     if hyper is not None:
         return (seen[hyper][1].view(len(added), -1, 1) * added[:, None]).flatten(1)

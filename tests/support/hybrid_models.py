@@ -68,6 +68,16 @@ _DOTS = {
     "swa_v_head_dim": 6,
 }
 
+_XLSTM = {  # keys and values that are multiples of 64, as transformers' cache takes them for
+    "hidden_size": 64,
+    "num_heads": 4,
+    "qk_dim_factor": 1.0,
+    "v_dim_factor": 2.0,
+    "ffn_proj_factor": 0.75,
+    "ffn_round_up_to_multiple_of": 16,
+    "chunk_size": 4,
+}
+
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": (
         "afmoe",
@@ -150,4 +160,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba: biases": ("mamba", {**_MAMBA, "use_bias": True, "tie_word_embeddings": False}),
     "mamba: no biases": ("mamba", {**_MAMBA, "use_conv_bias": False}),
     "falcon_mamba": ("falcon_mamba", _MAMBA),
+    "rwkv": ("rwkv", {"rescale_every": 2}),
+    "xlstm": ("xlstm", _XLSTM),
+    "xlstm: biases": ("xlstm", {**_XLSTM, "num_heads": 2, "qk_dim_factor": 2.0, "v_dim_factor": 1.0, "use_bias": True}),
 }
