@@ -35,9 +35,9 @@ class ShardBackend(StreamBackend):
         self.ranks, self.streams, self.name = ranks, streams, shard_name(ranks.size, streams)
         self.streamable = not streams
 
-    def _take(self, state: ComponentState, block: Block, device: torch.device) -> Tensor:
+    def _take(self, state: ComponentState, block: Block, device: torch.device, name: str = "rows") -> Tensor:
         if self.streams:
-            return super()._take(state, block, device)
+            return super()._take(state, block, device, name)
         return state.rows[block.rows].clone() if isinstance(block.rows, slice) else state.rows[block.rows]
 
     def _put(self, state: ComponentState, block: Block, changed: Tensor) -> None:
