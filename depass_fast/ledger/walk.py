@@ -214,7 +214,8 @@ class _WayBack:
         """Take the gradients back through a layer of several streams, by the transposes of its frozen maps."""
         at = self._packing.at(self._partial, self._back.device)
         if maps.entering is not None:
-            self._note_embedded(maps.entering if at is None else maps.entering[at])
+            entering = maps.entering.to(self._back)  # from the next layer's device
+            self._note_embedded(entering if at is None else entering[at])
         if maps.mlp is not None:
             mlp, gate = maps.mlp.at(at), None if maps.gate is None else maps.gate.at(at)
             self._through_mlps_of_streams(index, layer, record, mlp, gate)
@@ -239,7 +240,7 @@ class _WayBack:
 
     def _note_embedded(self, entering: Tensor) -> None:
         """Note what the next layer's own embeddings, (A, n·D) where gradients arrive, are worth at every position."""
-        worth = (self._back * entering.to(self._back)).sum(-1)
+        worth = (self._back * entering).sum(-1)
         self._after = self._after + self._packing.sum(worth, self._partial)
         worth = self._everywhere(worth[..., None], self._partial)[..., 0]
         before = self.pages.embedded
