@@ -41,24 +41,6 @@ AlwaysThere = Literal["attention", "v_proj", "o_proj", "mlp", "gate_proj", "down
 class Adapter(LayerKinds):
     """A model and where its family keeps its parts. Nothing outside this package reads the declaration itself."""
 
-    # -- the model ----------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        """The config that attention looks at: the text model's, where the model also sees."""
-        return self.decoder.config
-
-    @property
-    def context_length(self) -> int | None:
-        """The most positions that the model can have; None where nothing limits them (BLOOM's ALiBi)."""
-        names = ("max_position_embeddings", "max_seq_len")
-        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the embedding; `device_map` may put later layers elsewhere."""
-        return self.embedding.weight.device
-
     # -- its attention ------------------------------------------------------------------------------------------
 
     @property

@@ -31,6 +31,22 @@ class ModelEnds:
         return inside(self.model.base_model) if self.family.decoder is None else self._below_model(self.family.decoder)
 
     @property
+    def config(self) -> Any:
+        """The config that attention looks at: the text model's, where the model also sees."""
+        return self.decoder.config
+
+    @property
+    def context_length(self) -> int | None:
+        """The most positions that the model can have; None where nothing limits them (BLOOM's ALiBi)."""
+        names = ("max_position_embeddings", "max_seq_len")
+        return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the embedding; `device_map` may put later layers elsewhere."""
+        return self.embedding.weight.device
+
+    @property
     def embedding(self) -> nn.Embedding:
         return self._below_model(self.family.embedding)
 

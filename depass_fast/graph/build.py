@@ -14,8 +14,8 @@ from ..inputs.token_texts import token_texts
 from ..labels import position_labels, text_of_tokens
 from ..ledger.attribute import way_back
 from ..ledger.batches import Packing
+from ..ledger.pages import Wanted
 from ..ledger.reads import Reads
-from ..ledger.walk import Wanted
 from ..readout.collect import read_hidden
 from ..readout.completeness import rounding_of
 from ..request import Request, fit, wide_dtype, with_trace

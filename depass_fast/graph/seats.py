@@ -14,7 +14,7 @@ from ..components.base import Entry
 from ..components.outputs import LayerOutputs
 from ..ledger.attention import WayThroughAttention
 from ..ledger.batches import Packing
-from ..ledger.walk import Pages
+from ..ledger.pages import Pages
 from ..trace.record import Trace
 from .dictionaries import Dictionary, Site
 

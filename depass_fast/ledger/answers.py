@@ -15,7 +15,7 @@ from ..components.model import Heads, Modules, Neurons, Tokens
 from ..components.outputs import LayerOutputs
 from ..labels import BIAS, REST
 from ..trace.record import Trace
-from .walk import Pages, Wanted
+from .pages import Pages, Wanted
 
 
 @dataclass(frozen=True)

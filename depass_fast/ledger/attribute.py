@@ -21,9 +21,10 @@ from ..runtime.precision import full_precision
 from ..runtime.progress import Parts, progress_bar
 from ..runtime.transfer import to_host
 from .answers import Shares, shares_of, wanted_of
+from .pages import Pages, Wanted
 from .reads import Reads
 from .steering import Steers
-from .walk import Pages, Wanted, walk_back
+from .walk import walk_back
 
 CPU_WORKSPACE, GPU_WORKSPACE = 1 << 27, 1 << 30
 _LEAST_WORKSPACE = 1 << 20

@@ -33,12 +33,12 @@ from .drawn import DrawnLedger
 from .given import OWN_KINDS, numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
 from .paged import PagedLedger
+from .pages import Pages, Wanted
 from .places import Chosen, LayerPlaces, Reading, places_of
 from .reads import Reads
 from .saved import restore, save
 from .steering import Steers
 from .view import View
-from .walk import Pages, Wanted
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
 By: TypeAlias = Literal["magnitude", "positive", "negative"]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ..components.base import Entry
+from .pages import Pages
 from .reads import Reads
-from .walk import Pages
 
 KIND = "attention"  # of a target: the credit of attention in it
 

@@ -26,7 +26,7 @@ from ..trace.record import MlpTrace, Trace
 from .attention import WayThroughAttention
 from .batches import Packing
 from .norms import FrozenNorm
-from .walk import Pages
+from .pages import Pages
 
 Chosen: TypeAlias = Sequence[Sequence[tuple[int, str]]]  # neurons, by layer and name, for each row
 

@@ -21,8 +21,8 @@ from ..results.files import damage_told, read_file, write_result
 from ..runtime.dtypes import dtype_name
 from ..trace.fingerprint import Fingerprint
 from .batches import Packing
+from .pages import Pages
 from .reads import Reads
-from .walk import Pages
 
 FORMAT = "depass_fast.ledger.v1"
 _BY_SITE = ("gradients", "totals", "constants", "changes", "sizes")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..components.base import Entry
 from ..ledger.attribute import way_back
+from ..ledger.pages import Wanted
 from ..ledger.reads import Reads
 from ..ledger.steering import Steers
-from ..ledger.walk import Wanted
 from ..looking.rows import PromptRows
 from ..looking.steer import Steering, steer
 from ..options import LinearRuleName, Options

@@ -24,8 +24,9 @@ from . import consistency, end_check
 from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision, watch_streams
+from .plugged import active, attention_name
 from .record import Trace
-from .recorder import Recorder, active, attention_name
+from .recorder import Recorder
 from .spread_check import check_spreads
 from .stream_check import check_streams
 from .untouched import untouched_pass

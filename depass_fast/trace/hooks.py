@@ -16,7 +16,8 @@ from .consistency import WATCHED
 from .head_experts import CHOSEN, WEIGHTS
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
-from .recorder import Recorder, is_recording
+from .plugged import is_recording
+from .recorder import Recorder
 from .recording import RecordingHook, keeps
 
 

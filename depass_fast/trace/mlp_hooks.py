@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..adapters import Adapter, HeadScale, InputGate
 from ..adapters.layer_mlps import beside_modules, plain_norm
 from ..adapters.paths import below
-from .recorder import Recorder, is_recording
+from .plugged import is_recording
+from .recorder import Recorder
 from .recording import RecordingHook
 
 

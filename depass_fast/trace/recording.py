@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.streams import Watch
-from .recorder import Recorder, is_recording
+from .plugged import is_recording
+from .recorder import Recorder
 
 
 def keeps(recorder: Recorder, record: dict[str, Any], module: nn.Module, watch: Watch) -> Callable[[], None]:

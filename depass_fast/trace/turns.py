@@ -20,7 +20,8 @@ from ..adapters import Adapter
 from ..adapters.query_key import head_norms, projections
 from ..adapters.stored import stored_shape
 from .exclusive import change_config, exclusive
-from .recorder import Recorder, active, attention_name
+from .plugged import active, attention_name
+from .recorder import Recorder
 
 _ALIKE = 64  # eps, of vectors between 0.5 and 1.5: rounding
 _SIZE = 2.0**-8  # of the unit vectors, so that a clamp of queries and keys does not see them

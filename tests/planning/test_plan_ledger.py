@@ -14,7 +14,7 @@ import depass_fast.ledger.norms
 from depass_fast import DePass, Features, Heads, Modules, Neurons, Tokens
 from depass_fast.cli.main import main
 from depass_fast.ledger.answers import wanted_of
-from depass_fast.ledger.walk import Wanted
+from depass_fast.ledger.pages import Wanted
 from depass_fast.options import LINEAR, Options
 from depass_fast.planning import fit, ledger, planner
 from depass_fast.planning.ledger import ledger_outlook

@@ -13,9 +13,9 @@ from ...adjoint.estimate import spearman
 from ...components.base import Entry
 from ...components.model import Tokens
 from ...ledger.attribute import way_back
+from ...ledger.pages import Wanted
 from ...ledger.reads import Reads
 from ...ledger.steering import Steers
-from ...ledger.walk import Wanted
 from ...looking.steer import Outlook, steer
 from ...looking.without import TAKEN_OUT
 from ...request import make_request, with_targets, with_trace
