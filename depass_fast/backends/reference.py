@@ -56,7 +56,7 @@ class ReferenceBackend(Backend):
                 out.set_block(prompt, x[read] + _written(weights, y, None, trace.out_scale, where[read], bias))
                 continue
             if trace.recurrence is not None:
-                alive = (x != 0).any(-1)
+                alive = (of_values != 0).any(-1)
                 share = partial(_activation_shared, weights, trace, layout, prompt, alive)
                 mixed = _recurrence(weights, trace, values, where, bias, value_constant, share)[read]
                 y = mixed @ weights.w_o.to(dtype).T

@@ -99,7 +99,7 @@ class StreamBackend(TorchBackend):
         coming, self._next, self._gathered = self._next, None, None
         if queries is not None:
             return super().aggregate_ov(state, weights, trace, queries, source)
-        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+        device, attend = weights.w_v.device, self._attending(state, weights, trace, source)
         constant = self._attention_constant(state, weights, trace)
         ahead = None if coming is None else self._gathering(state, *coming[:3], device)
         reads_input = coming is not None and coming[3]

@@ -60,6 +60,9 @@ def through_attention(
     """
     if state.site == "resid_mid" or layer.attention is None or record.attention is None:
         return (state if queries is None else state.at(queries)), None
+    given = record.attention
+    if run.value_rule is not None and given.recurrence is not None and given.value_ratio is not None:
+        record = replace(record, attention=replace(given, value_rule=run.value_rule))
     if record.streams is not None:
         return streams.through_attention(state, layer, record, record.streams.attention, run, queries, values), None
     if layer.attention.source is not None and values is None:
@@ -72,8 +75,6 @@ def through_attention(
     if queries is None and not (layer.mlps and layer.mlp.has_gated_norm):  # a streamed MLP reads another state then
         run.operations.expect(layer, record, run.allocation)
     attention, weights = record.attention, layer.attention
-    if run.value_rule is not None and attention.recurrence is not None and attention.value_ratio is not None:
-        attention = replace(attention, value_rule=run.value_rule)
     if weights.has_gated_norm:
         values, weights, attention = behind_gate(state if values is None else values, weights, attention)
     state = run.operations.aggregate_ov(state, weights, attention, queries, values)

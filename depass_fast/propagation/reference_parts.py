@@ -42,9 +42,10 @@ def reference_attention(
     size = max(1, REFERENCE_BYTES // (held * dtype.itemsize))
     if trace.value_rule is not None:  # components meet in the values' activation: all are needed, at once
         every = np.arange(len(state.layout.components[prompt]))
-        part = _excerpt(state, segments, every, weights.w_v.device, dtype)
+        given = (segments, every, weights.w_v.device, dtype)
+        part, read = _excerpt(state, *given), None if source is None else _excerpt(source, *given)
         here = Layout.of(part.layout.components, part.layout.packed[:1], [np.array([position])])
-        return ReferenceBackend().aggregate_ov(part, weights, trace, here).rows[to_device(chosen, state.device)]
+        return ReferenceBackend().aggregate_ov(part, weights, trace, here, read).rows[to_device(chosen, state.device)]
     parts = []
     for first in range(0, len(chosen), size):
         excerpt = (segments, chosen[first : first + size], weights.w_v.device, dtype)

@@ -99,7 +99,7 @@ class TorchBackend(BoundedBackend):
         extras_only: bool = False,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        device, attend = weights.w_v.device, self._attending(state, weights, trace)
+        device, attend = weights.w_v.device, self._attending(state, weights, trace, source)
 
         def step(block: Block) -> None:
             x = self._take(state, block, device)
@@ -110,7 +110,7 @@ class TorchBackend(BoundedBackend):
         return state
 
     def _attending(
-        self, state: ComponentState, weights: Attention, trace: AttentionTrace
+        self, state: ComponentState, weights: Attention, trace: AttentionTrace, source: ComponentState | None
     ) -> Callable[[Tensor, Block, Tensor], None]:
         """Return a function that adds the attention of a block to its rows (r, D), in place and last of all.
 
@@ -119,7 +119,8 @@ class TorchBackend(BoundedBackend):
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.value_rule is not None:
-            return self._sharing_values(state, weights, trace, (scale, w_v, w_o), dtype).attend
+            read = state if source is None else source
+            return self._sharing_values(read, weights, trace, (scale, w_v, w_o), dtype).attend
         if trace.is_mixed:
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
