@@ -7,7 +7,7 @@ from depass_fast import DePass, Heads, Tokens
 from tests.support.family_models import available, build_variant
 from tests.support.models import build, random_ids
 
-NAMES = ("qwen3_next", "mamba2: biases", "mamba: biases", "kimi_linear", "zamba2")
+NAMES = ("qwen3_next", "mamba2: biases", "mamba: biases", "kimi_linear", "zamba2", "qwen4_exp_text")
 PROMPTS = [torch.tensor(random_ids(5)), torch.tensor(random_ids(3))]
 RULES = ("softmax", "linear", "relu", "max", "taylor", "half", "shapley")
 BACKENDS = (

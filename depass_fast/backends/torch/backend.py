@@ -119,7 +119,8 @@ class TorchBackend(BoundedBackend):
         dtype = self._dtype(state)
         scale, w_v, w_o = self._attention_weights(state, weights, trace, dtype)
         if trace.value_rule is not None:
-            return self._sharing_values(source or state, weights, trace, (scale, w_v, w_o), dtype).attend
+            read = state if source is None else source
+            return self._sharing_values(read, weights, trace, (scale, w_v, w_o), dtype).attend
         if trace.is_mixed:
             return mixing(state, weights, trace, (scale, w_v, w_o), dtype, self._workspace)
         frozen = self._frozen(state, trace, scale)
