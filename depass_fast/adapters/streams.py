@@ -105,7 +105,10 @@ def _apart(x: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerStreams:
-    """The frozen maps of a layer's branches, None for one that it lacks; ``gate``: of the MLP that follows the others."""
+    """The frozen maps of a layer's branches; ``gate`` is that of the MLP that follows the others.
+
+    ``mlp`` and ``gate`` are None in a layer without.
+    """
 
     attention: StreamStep
     mlp: StreamStep | None = None

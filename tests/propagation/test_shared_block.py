@@ -66,7 +66,7 @@ def test_what_a_block_gives_goes_to_the_mixer_alone(dp, trace):
 
 
 def test_rounding_is_no_component_of_a_stream_that_heads_fill(dp, trace):
-    """Heads of a block are all that its MLP reads: what rounding leaves would get a share of every neuron, as `rest`."""
+    """Heads of a block are all that its MLP reads: as `rest`, what rounding leaves would get a share of neurons."""
     state = dp.start(trace, Heads(0))
     rest = state.dense()[:, state.labels.index("rest")]
     assert rest[:, :64].any() and not rest[:, 64:].any()

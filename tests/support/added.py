@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from depass_fast import DePass
-from depass_fast.adapters import Adapter, Branch
+from depass_fast.adapters import Adapter, Branch, Streams
 from depass_fast.adapters.paths import below_or_none
 from depass_fast.adapters.shared_block import SharedBlock
 
@@ -48,13 +48,8 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         branch = adapter.attention(layer) if kind == "attention" else adapter.mlps(layer)[0]
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         added[kind] = _mixed(adapter, layer, kind, total * branch.factor)
-        if isinstance(streams := adapter.kind(layer).streams, SharedBlock):  # to the last of three, or to the first
-            nothing = torch.zeros_like(added[kind])
-            parts = [nothing, nothing, added[kind]] if streams.layer_is == "block" else [added[kind], nothing, nothing]
-            added[kind] = torch.cat(parts, 1)
-            continue
-        if streams is not None:
-            added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width)
+        if adapter.family.streams is not None:
+            added[kind] = _on_streams(kind, added[kind], seen, adapter.stream_width, adapter.streams(layer))
             continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
             added[kind] = seen["beside"][1] * sides[0].factor + seen[kind][1] * sides[1].factor
@@ -73,8 +68,11 @@ def _mixed(adapter: Any, layer: int, kind: str, added: Tensor) -> Tensor:
     return added * factor + (0.0 if constant is None else constant)
 
 
-def _on_streams(kind: str, added: Tensor, seen: dict, width: int) -> Tensor:
+def _on_streams(kind: str, added: Tensor, seen: dict, width: int, streams: Streams) -> Tensor:
     """Return what a branch adds to all streams side by side, given what it adds to one."""
+    if isinstance(streams, SharedBlock):  # to the last of three, or to the first
+        nothing = torch.zeros_like(added)
+        return torch.cat([nothing, nothing, added] if streams.layer_is == "block" else [added, nothing, nothing], 1)
     hyper = {"attention": "attn_hc", "mlp": "ffn_hc"}[kind]
     if hyper in seen:
         return (seen[hyper][1].view(len(added), -1, 1) * added[:, None]).flatten(1)

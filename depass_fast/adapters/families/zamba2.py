@@ -1,7 +1,7 @@
 """Zamba 2: Mamba-2 in every layer, and in some a transformer block in front of it that such layers share.
 
-The block reads the stream and the first embedding, its output goes to Mamba alone. Such a layer is declared as two. Every
-use of a block has adapters of its own.
+The block reads the stream and the first embedding, its output goes to Mamba alone. Such a layer is declared as two.
+Every use of a block has adapters of its own.
 """
 
 from typing import Any

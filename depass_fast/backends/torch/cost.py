@@ -61,7 +61,9 @@ def _workspace_on_a_gpu(work: Workload) -> int:
 def attention_alone(work: Workload) -> int:
     """Bytes of the attention that the triton backend leaves to this one, on a GPU: its blocks, tiles of P, and W_V."""
     left = {size for size in work.passed if size.kernelless and not size.skip_attention}
-    alone = max((sum(_attention(work, size)[1:]) + size.v * size.read * work.width * work.item for size in left), default=0)
+    alone = max(
+        (sum(_attention(work, size)[1:]) + size.v * size.read * work.width * work.item for size in left), default=0
+    )
     return alone + recurrences(work)
 
 

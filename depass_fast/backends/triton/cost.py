@@ -61,7 +61,10 @@ def cast_weights(work: Workload) -> int:
     normed, most = any(size.output_norms for size in work.passed), 0
     for size in work.passed:
         half = work.float16_by_default  # under a linear rule the MLP is not in float16
-        pairs = [(size.read * size.v, size.o, half), *((size.ways_in * n, n, half and not work.linear_rule) for n, _ in size.mlps)]
+        pairs = [
+            (size.read * size.v, size.o, half),
+            *((size.ways_in * n, n, half and not work.linear_rule) for n, _ in size.mlps),
+        ]
         for own, out, in_float16 in pairs:
             casts = work.casts or in_float16
             most = max(most, own * casts + out * (casts or normed))

@@ -130,7 +130,11 @@ def _attention_range(sizes: tuple[float, ...], adapter: Adapter, index: int) -> 
 
 def _mlp_range(sizes: tuple[float, ...], peak: float, adapter: Adapter) -> MlpRange | None:
     norm_gate, top_gate, _, top_down = sizes
-    fits = _largest_output(norm_gate, adapter.hidden_size) <= LARGEST and min(top_gate, top_down) >= _LEAST and top_down <= LARGEST
+    fits = (
+        _largest_output(norm_gate, adapter.hidden_size) <= LARGEST
+        and min(top_gate, top_down) >= _LEAST
+        and top_down <= LARGEST
+    )
     if not fits or not math.isfinite(peak):
         return None
     power = _SHARES_TOP - math.ceil(math.log2(peak)) if peak > 0 else 0
