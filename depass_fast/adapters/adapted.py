@@ -32,9 +32,8 @@ class Adapted(Linear):
         return False  # its weight is made when it is read
 
 
-def adapted(linear: Linear, adapter: nn.Module | None) -> Linear:
+def adapted(linear: Linear, adapter: nn.Sequential | None) -> Linear:
     """A projection with the adapter beside it; None: there is none."""
     if adapter is None:
         return linear
-    assert isinstance(adapter, nn.Sequential)
     return Adapted(linear.module, linear.part, linear.outer_bias, linear.keeps_bias, adapter=adapter)

@@ -42,8 +42,8 @@ class LayerKinds(ModelEnds):
         """The number of the module of layer ``index``: several layers may be in one."""
         return index if self.family.homes is None else self.family.homes[index]
 
-    def added_to(self, index: int, part: str) -> nn.Module | None:
-        """The module of layer ``index`` whose output is added to that of a ``part``, a projection; None: none is."""
+    def added_to(self, index: int, part: str) -> nn.Sequential | None:
+        """The adapter of layer ``index`` whose output is added to that of a ``part``, a projection; None: none is."""
         path = {"v_proj": self.kind(index).v_adapter, "gate_proj": self.kind(index).gate_adapter}.get(part)
         return None if path is None else below(self.block(index), path)
 

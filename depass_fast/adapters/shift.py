@@ -23,7 +23,7 @@ class Shift:
     weight: Tensor
 
     def of(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The input of the branch, made of the residual stream (T, D), constants included: (T, D) in x's dtype."""
+        """The input of the branch, made of the residual stream (T, D), constants included: (T, D)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         z, constant = self.norm.apply(wide, self.norm.scale(wide)), self.constant(lengths, wide)
         y = self.mixed(z, lengths)

@@ -43,10 +43,9 @@ class Run:
 
     def frozen(self, attention: AttentionTrace) -> AttentionTrace:
         """Return a layer's frozen attention, with the allocation of its values' activations where they are shared."""
-        activates = attention.recurrence is not None and attention.value_ratio is not None
-        return (
-            replace(attention, value_rule=self.value_rule) if self.value_rule is not None and activates else attention
-        )
+        if self.value_rule is None or attention.recurrence is None or attention.value_ratio is None:
+            return attention
+        return replace(attention, value_rule=self.value_rule)
 
     def watch(self, trace: Trace, reads: Sequence[Sequence[int]] | None) -> None:
         """Begin to verify states of ``trace``, read at ``reads`` of every prompt; without ``verify`` do nothing."""

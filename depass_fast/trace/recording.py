@@ -65,7 +65,12 @@ class RecordingHook:
                 self._keep(own.pop() + output)
 
         handles = module.register_forward_hook(first), added.register_forward_hook(second)
-        return lambda: [handle.remove() for handle in handles] and None
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return undo
 
     def _keep(self, x: Any) -> None:
         if not is_recording(self.recorder):  # another thread's pass

@@ -56,6 +56,8 @@ def cases() -> dict:
             add(f"{name}, {kind.kind}", models[name], JAGGED, kind, 5)
     if available("qwen4_exp_text"):  # several streams: what attention reads is another state than the one it adds to
         add("streams", DePass(build_variant("qwen4_exp_text")), JAGGED, Tokens(), 5)
+    if available("zamba2"):  # recurrences, and several streams
+        add("zamba2", DePass(build_variant("zamba2")), JAGGED, Heads(0), 5, value_activation="shared")
     add("float64", build("llama-biases", torch.float64), JAGGED, Tokens(), 5)
     add("complete features", build("llama-gqa"), JAGGED, Features(1, Whole(), "resid_pre"), 5)
     add("complete subspaces", build("llama-gqa"), JAGGED, Subspaces(1, [torch.eye(32)[:, :20], torch.eye(32)[:, 20:]]))

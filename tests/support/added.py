@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from depass_fast import DePass
-from depass_fast.adapters import Adapter, Branch
+from depass_fast.adapters import Adapter, Branch, Streams
 from depass_fast.adapters.paths import below_or_none
 from depass_fast.adapters.shared_block import SharedBlock
-from depass_fast.adapters.streams import Streams
 
 _HYPER = ("attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection")  # of attention and of the MLP
 
@@ -53,7 +52,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         total = seen["scaled"][1] if "scaled" in seen and kind == "mlp" else total
         added[kind] = _spread(seen, kind, _mixed(adapter, layer, kind, total * branch.factor))
-        if (streams := adapter.kind(layer).streams) is not None:
+        if (streams := adapter.streams(layer)) is not None:
             added[kind] = _on_streams(streams, kind, added[kind], seen, adapter.stream_width)
             continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
