@@ -144,7 +144,8 @@ def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor
         logits = trace.softcap * torch.tanh(logits / trace.softcap)
     if trace.key_bias is not None:
         logits = logits + trace.key_bias[keys].to(dtype).T[:, None]
-    logits = _with_distances(logits, trace, keys[queries], queries)
+    if _knows_distances(trace):
+        logits = _with_distances(logits, trace, keys[queries], queries)
     seen = causal_mask(queries, len(keys), trace.window, trace.chunked)
     if trace.chosen_keys is not None:
         seen = seen & seen_by_heads(trace.chosen_keys[keys[queries]], len(keys), trace.key_block, len(logits))
@@ -171,8 +172,9 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     logits = logits.view(kv * groups, -1, n)  # (H, Q, N)
     if trace.key_bias is not None:
         logits += trace.key_bias[span].to(dtype).T[:, None]
-    places = torch.arange(queries.start, queries.stop, device=q.device)
-    logits = _with_distances(logits, trace, span.start + places, places)
+    if _knows_distances(trace):
+        places = torch.arange(queries.start, queries.stop, device=q.device)
+        logits = _with_distances(logits, trace, span.start + places, places)
     if trace.chosen_keys is not None:
         logits.masked_fill_(
             ~seen_by_heads(trace.chosen_keys[span][queries], n, trace.key_block, len(logits)), -torch.inf
@@ -181,11 +183,15 @@ def span_probabilities(trace: AttentionTrace, span: slice, queries: slice, dtype
     return p if trace.row_sum is None else p.mul_(trace.row_sum[span][queries].to(dtype).T[..., None])
 
 
+def _knows_distances(trace: AttentionTrace) -> bool:
+    """Return True if the logits have a bias by the distance of query and key."""
+    return trace.recurrence is not None and trace.recurrence.relative is not None
+
+
 def _with_distances(logits: Tensor, trace: AttentionTrace, packed: Tensor, local: Tensor) -> Tensor:
     """Return logits (H, Q, N) with a bias by distance, of queries at ``packed`` and ``local`` positions (Q,)."""
     frozen = trace.recurrence
-    if frozen is None or frozen.relative is None or frozen.distances is None:
-        return logits
+    assert frozen is not None and frozen.relative is not None and frozen.distances is not None
     n, distances = logits.shape[2], frozen.distances[:, : logits.shape[2]].to(logits)
     by_distance = (frozen.relative[packed].to(logits) @ distances).transpose(0, 1)  # (H, Q, distances)
     apart = local[:, None] - torch.arange(n, device=local.device)  # (Q, N)
