@@ -13,7 +13,7 @@ from .maps import Norm
 
 @dataclass(frozen=True)
 class Shift:
-    """What a branch reads: y[t] = μ ⊙ z[t] + (1 - μ) ⊙ z[t-1], z the ``norm`` of the residual stream.
+    """The mixture of two positions that a branch reads: y[t] = μ ⊙ z[t] + (1 - μ) ⊙ z[t-1], z the ``norm`` of the residual stream.
 
     ``weight`` is μ (D,). In front of a prompt's first position there is nothing. ``lengths`` are those of packed
     prompts, T positions in all.
@@ -23,14 +23,14 @@ class Shift:
     weight: Tensor
 
     def of(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """What the branch reads of the residual stream (T, D), constants included: (T, D) in x's dtype."""
+        """The mixture (T, D) of the residual stream (T, D), constants included, in its dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         z, constant = self.norm.apply(wide, self.norm.scale(wide)), self.constant(lengths, wide)
         y = self.mixed(z, lengths)
         return (y if constant is None else y + constant).to(x)
 
     def constant(self, lengths: Sequence[int], like: Tensor) -> Tensor | None:
-        """What it reads of the norm's β (T, D), in the dtype and on the device of ``like``; None without β."""
+        """The mixture (T, D) of the norm's β, in the dtype and on the device of ``like``; None without β."""
         beta = self.norm.bias
         return None if beta is None else self.mixed(beta.to(like).expand(sum(lengths), -1), lengths)
 

@@ -37,6 +37,7 @@ class LayerSize:
     ahead: bool = False  # experts read a copy of the state from the layer before
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
     recurrent: bool = False  # a recurrence mixes the positions
+    shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -199,7 +200,8 @@ class Workload:
             most = max(self.streams, self.between)
             mixing = 0 if self.streams == self.between else self.streams + self.between + 1
             return int((self.kept + max(most + 2 + sent, mixing)) * self.state_bytes / self.streams)
-        copies = 1 + self.kept + any(size.copied for size in self.passed) + sent
+        copied = max((max(size.copied, size.shifted) for size in self.passed), default=0)
+        copies = 1 + self.kept + copied + sent
         return int(copies * self.state_bytes)
 
     def held_on_device(self, joining: bool) -> int:

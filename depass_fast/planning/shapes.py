@@ -111,6 +111,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         ahead=any(mlp.source is not None for mlp in mlps),
         kernelless=attention is not None and _has_no_kernel(adapter, index),
         recurrent=attention is not None and attention.is_recurrent,
+        shifted=2 * any(branch.front is not None for branch in branches),
     )
 
 
