@@ -23,14 +23,14 @@ class Shift:
     weight: Tensor
 
     def of(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The input of the branch, made of the residual stream (T, D), constants included: (T, D)."""
+        """The mixture (T, D) of the residual stream (T, D), constants included, in its dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         z, constant = self.norm.apply(wide, self.norm.scale(wide)), self.constant(lengths, wide)
         y = self.mixed(z, lengths)
         return (y if constant is None else y + constant).to(x)
 
     def constant(self, lengths: Sequence[int], like: Tensor) -> Tensor | None:
-        """The part of it that comes from the norm's β (T, D), in the dtype and on the device of ``like``; None without β."""
+        """The mixture (T, D) of the norm's β, in the dtype and on the device of ``like``; None without β."""
         beta = self.norm.bias
         return None if beta is None else self.mixed(beta.to(like).expand(sum(lengths), -1), lengths)
 

@@ -45,7 +45,7 @@ class Branch:
     front: Shift | None = field(default=None, kw_only=True)
 
     def read_of(self, resid: Tensor, offsets: np.ndarray) -> Tensor:
-        """The input that it reads, in front of a norm, of the residual stream (T, D): that, or a mixture of two positions.
+        """The residual stream (T, D) as it is in front of a norm: itself, or a mixture of two positions.
 
         ``offsets`` (P + 1,) are the first packed positions of the prompts.
         """

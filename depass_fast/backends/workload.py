@@ -38,6 +38,7 @@ class LayerSize:
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
     recurrent: bool = False  # a recurrence mixes the positions
     read: int = 1  # streams that values are read from, side by side
+    shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -201,7 +202,8 @@ class Workload:
             most, read = max(self.streams, self.between), max((size.read for size in self.passed), default=1)
             mixing = 0 if self.streams == self.between else self.streams + self.between + 1
             return int((self.kept + max(most + read + 1 + sent, mixing)) * self.state_bytes / self.streams)
-        copies = 1 + self.kept + any(size.copied for size in self.passed) + sent
+        copied = max((max(size.copied, size.shifted) for size in self.passed), default=0)
+        copies = 1 + self.kept + copied + sent
         return int(copies * self.state_bytes)
 
     def held_on_device(self, joining: bool) -> int:

@@ -15,10 +15,12 @@ import torch
 from ..adapters import Adapter
 from ..allocation import Allocation
 from ..backends import has_compute_dtype
+from ..backends.torch.cost import MATRICES
 from ..backends.workload import BUSIEST, LayerSize
 from ..components.base import ComponentKind, Entry
 from ..components.model import Heads, Modules, Neurons
 from ..linear_rules import at_once
+from ..trace.mixing import LONGEST_MATRIX
 from .adjoint import start_bytes
 from .shapes import ForwardPass, RunShape, layer_sizes, named_components, reach
 
@@ -195,6 +197,8 @@ class LedgerWorkload:
     def _tile(self, size: LayerSize, queries: int) -> list[int]:
         """Return the bytes of a tile's logits and probabilities, and of its mask."""
         longest = max(self.lengths)
+        if size.recurrent and longest <= LONGEST_MATRIX:
+            return [MATRICES * size.heads * longest**2 * self.wide]
         all_of_them = size.heads * sum(n * (n if queries == self.positions else 1) for n in self.lengths)
         most = CPU_TILE if self.on_cpu else GPU_TILE
         numbers = min(all_of_them, max(most, longest))

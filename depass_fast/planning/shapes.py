@@ -113,6 +113,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         kernelless=attention is not None and _has_no_kernel(adapter, index),
         recurrent=attention is not None and attention.is_recurrent,
         read=1 if attention is None else attention.v.shape[1] // adapter.hidden_size,
+        shifted=2 * any(branch.front is not None for branch in branches),
     )
 
 

@@ -22,7 +22,7 @@ from ..trace.record import LayerTrace
 from .mlps import share_out
 from .run import Run
 
-AT_ONCE = 1 << 22  # numbers of a state that are mixed at a time
+AT_ONCE = {True: 1 << 20, False: 1 << 23}  # numbers of a state that are mixed at a time, on a CPU and elsewhere
 
 
 def read_shifted(state: ComponentState, front: Shift, resid: Tensor, queries: Layout | None = None) -> ComponentState:
@@ -37,7 +37,7 @@ def read_shifted(state: ComponentState, front: Shift, resid: Tensor, queries: La
     before = np.maximum(here - 1, 0)
     has_before = layout.local > 0
     rows = _empty(state, layout.n_rows)
-    for part in _parts(layout, state.rows.shape[1]):
+    for part in _parts(layout, state.rows):
         z = norm.apply(*_rows(state, here[part], scale))
         out = rows[layout.starts[part.start] : layout.starts[part.stop]]
         torch.mul(z, mu, out=out)
@@ -66,7 +66,7 @@ def through_mlp(
     state.factors, layout = None, state.layout
     ratio = None if part.out_ratio is None else part.out_ratio.to(state.rows)
     packed = layout.tensor("packed", state.device)
-    for at in _parts(layout, state.rows.shape[1]):
+    for at in _parts(layout, state.rows):
         rows = slice(layout.starts[at.start], layout.starts[at.stop])
         segment = to_device(layout.row_segments(at), state.device)
         written = given.rows[rows]
@@ -74,11 +74,12 @@ def through_mlp(
     return state
 
 
-def _parts(layout: Layout, width: int) -> list[slice]:
-    """Cut segments into neighbours with so few rows that their numbers may be held beside the state."""
+def _parts(layout: Layout, like: Tensor) -> list[slice]:
+    """Cut segments into neighbours with so few rows, ``like`` these, that a few copies may be held beside a state."""
     ends, parts, first = layout.starts[1:], [], 0
+    size = max(1, AT_ONCE[like.device.type == "cpu"] // like.shape[1])
     while first < len(ends):
-        most = layout.starts[first] + max(1, AT_ONCE // width)
+        most = layout.starts[first] + size
         last = max(first + 1, int(np.searchsorted(ends, most, side="right")))
         parts.append(slice(first, last))
         first = last

@@ -42,7 +42,7 @@ class FrozenMixing:
         self._looking = trace if self._frozen.decay is None else trace.beside  # what has the probabilities
         all_of = self._frozen.decay is None
         self._softmax = self.heads if all_of else 0 if trace.beside is None else trace.beside.q.shape[1]  # first heads
-        self._wide = torch.promote_types(dtype, torch.float32)
+        self._wide, self._once = torch.promote_types(dtype, torch.float32), False
         self._kept_factors: list[Tensor] | None = None
 
     def forward(self, values: Tensor, start: int = 0) -> Tensor:
@@ -82,7 +82,7 @@ class FrozenMixing:
     @property
     def is_short(self) -> bool:
         """True if the recurrence is a matrix per head."""
-        return self.positions <= LONGEST_MATRIX
+        return self.positions <= LONGEST_MATRIX and not self._once
 
     def forward_shaped(self, x: Tensor, start: int = 0) -> Tensor:
         """Return the same for shaped values."""
@@ -204,23 +204,23 @@ class FrozenMixing:
 
     def _own(self, heads: slice, start: int) -> Tensor | None:
         """Return what some heads give of a value at its own position, beside the state: (h, 1, 1) or (h, N', 1)."""
-        if self._frozen.own is not None:
-            return self._frozen.own[self._span.start + start : self._span.stop, heads].T[..., None]
-        return None if self._frozen.skip is None else self._frozen.skip[heads, None, None]
+        own, skip = self._frozen.own, self._frozen.skip
+        if own is None:
+            return None if skip is None else skip[heads, None, None]
+        return own[self._span.start + start : self._span.stop, heads].T[..., None]
 
     def matrix(self, heads: slice) -> Tensor:
         """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
         nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
         out = self._scanned(heads, 0, one.expand(heads.stop - heads.start, -1, -1), nothing)
-        own = self._own(heads, 0)
-        out = out if own is None else out + one * own.to(out)
+        if (own := self._own(heads, 0)) is not None:
+            out.diagonal(dim1=1, dim2=2).add_(own.to(out)[..., 0])
         return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
 
     def _matrices(self) -> list[tuple[slice, Tensor]]:
         """Return the matrices of all heads, kept where they are few."""
-        size = max(1, _MATRIX // self.positions**2)
-        count = self._recurrent
+        size, count = max(1, _MATRIX // self.positions**2), self._recurrent
         if size >= count:
             return [(slice(0, count), self._all)]
         parts = (slice(first, min(first + size, count)) for first in range(0, count, size))
@@ -237,17 +237,17 @@ class FrozenMixing:
     def _scanned(self, heads: slice, start: int, x: Tensor, nothing: float = 0.0) -> Tensor:
         """Apply the recurrence of some heads, without what a position gives itself, to x (h, N', F)."""
         at, frozen = slice(self._span.start + start, self._span.stop), self._frozen
+        assert frozen.decay is not None
 
         def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, N, ...)
             group = self._recurrent // x.shape[1]
             head = torch.arange(heads.start, heads.stop, device=x.device) // group
             return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
 
-        assert frozen.decay is not None
         decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
         decay = decay if frozen.rates is None else decay * frozen.rates[heads, None].to(decay)
-        q, k, before = of(self._trace.q), of(self._trace.k), frozen.own is not None
-        return scan(q, k, decay, write, frozen.corrects, x, nothing, before)
+        q, k = of(self._trace.q), of(self._trace.k)
+        return scan(q, k, decay, write, frozen.corrects, x, nothing, frozen.own is not None)
 
     def _convolved(self, x: Tensor, channels: slice, transposed: bool = False) -> Tensor:
         """Convolve (N', B, c) along the positions, with nothing before the first; or apply the transpose."""
@@ -301,6 +301,7 @@ def apply(
     parts, first = [], 0
     for length in lengths:
         mixing = FrozenMixing(weights, trace, slice(first, first + length), values.dtype)
+        mixing._once = trace.recurrence is not None and trace.recurrence.own is not None  # a matrix would cost more
         part = values[first : first + length, None]
         parts.append((mixing.forward_shaped(part) if shaped else mixing.forward(part))[:, 0])
         first += length

@@ -44,10 +44,10 @@ def test_the_way_back_is_the_transpose():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("at_once", [1, 100, shifted.AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, 100, 1 << 20])
 def test_components_are_mixed_as_the_whole_is(dp, trace, at_once, monkeypatch):
     """Jagged rows, a few at a time, at all positions and at some, make up what was recorded."""
-    monkeypatch.setattr(shifted, "AT_ONCE", at_once)
+    monkeypatch.setitem(shifted.AT_ONCE, True, at_once)
     state = dp.decompose(trace, Tokens(), end=1)
     front, record = dp.adapter.attention(1).front, trace.layers[1]
     whole = shifted.read_shifted(state, front, record.resid_pre)

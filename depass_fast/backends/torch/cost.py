@@ -11,7 +11,7 @@ from ...trace.mixing import LONGEST_MATRIX
 from ..workload import LayerSize, Need, Workload
 from .division import TARGET_NEURONS, Division
 
-_MATRICES, _TAPS = 3, 4
+MATRICES, _TAPS = 3, 4
 
 
 def needs(work: Workload, joining: bool = False) -> Need:
@@ -72,7 +72,7 @@ def recurrences(work: Workload) -> int:
     longest, most = work.longest, 0
     for size in set(work.passed):
         if size.recurrent and not size.skip_attention:
-            matrices = _MATRICES * size.heads * longest**2 * (longest <= LONGEST_MATRIX)
+            matrices = MATRICES * size.heads * longest**2 * (longest <= LONGEST_MATRIX)
             most = max(most, (matrices + _TAPS * longest * size.o) * max(4, work.item))
     return most
 
