@@ -39,6 +39,7 @@ class LayerSize:
     recurrent: bool = False  # a recurrence mixes the positions
     read: int = 1  # streams that values are read from, side by side
     shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives
+    made: int = 0  # numbers of the weights that are made of several modules' when the layer is reached
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""
@@ -208,7 +209,8 @@ class Workload:
 
     def held_on_device(self, joining: bool) -> int:
         """Bytes of :meth:`held`, indices and activations; ``joining``: a state is held twice while another joins it."""
-        return self.held() + joining * self.state_bytes + self.rows * _INDEX + self.activations()
+        made = max((size.made for size in self.passed), default=0) * max(4, self.item)
+        return self.held() + joining * self.state_bytes + self.rows * _INDEX + self.activations() + made
 
     def activations(self) -> int:
         """Bytes that a layer's step makes of the trace: at every position a few vectors, and neurons it has to cast."""

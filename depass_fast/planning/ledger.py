@@ -160,7 +160,7 @@ class LedgerWorkload:
         chunk = neurons * self.item * numbers + min(neurons, block) * _SHARES * self.wide
         chunk += min(8 * neurons, values) * _CURVE * self.wide * (self.rule == "shapley")
         weights = self._weight(size.neurons) * (3 if self._reads_up(index) else 2)
-        return [here, arriving, normed, chunk, weights]
+        return [here, arriving, normed, chunk, weights, size.made * max(4, self.compute)]
 
     def _norm(self, queries: int) -> int:
         """Return the bytes of a frozen norm, and of the states that it is of where they are converted."""

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Layer
 from ..allocation import Allocation
 from ..backends.active import may_vanish
 from ..backends.workload import LayerSize
@@ -114,7 +114,18 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         recurrent=attention is not None and attention.is_recurrent,
         read=1 if attention is None else attention.v.shape[1] // adapter.hidden_size,
         shifted=2 * any(branch.front is not None for branch in branches),
+        made=_made(adapter, index, layer),
     )
+
+
+def _made(adapter: Adapter, index: int, layer: Layer) -> int:
+    """The numbers in weights of a layer that no module holds: with an adapter, or of two projections in a row."""
+    kind = adapter.kind(index)
+    found = [layer.attention.v] if kind.v_adapter is not None else []
+    for mlp in layer.mlps:
+        found += [mlp.gate, mlp.up] if kind.gate_adapter is not None else []
+        found += [mlp.down] if kind.down_behind is not None else []
+    return sum(one.shape[0] * one.shape[1] for one in found if one is not None)
 
 
 def _has_no_kernel(adapter: Adapter, index: int) -> bool:
