@@ -46,7 +46,7 @@ def test_the_way_back_is_the_transpose():
 @torch.no_grad()
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 20])
 def test_components_are_mixed_as_the_whole_is(dp, trace, at_once, monkeypatch):
-    """Of jagged rows, a few at a time, at all positions and at some; all of them make up what was recorded."""
+    """Jagged rows, a few at a time, at all positions and at some; all of them make up what was recorded."""
     monkeypatch.setitem(shifted.AT_ONCE, True, at_once)
     state = dp.decompose(trace, Tokens(), end=1)
     front, record = dp.adapter.attention(1).front, trace.layers[1]

@@ -21,7 +21,7 @@ EPS = 1e-6
 
 
 def by_definition(q, k, gates, x):
-    """What mLSTM gives (T, H, d) without any stabiliser: exponentials as they are, in float64."""
+    """The outputs (T, H, d) of mLSTM without any stabiliser: exponentials as they are, in float64."""
     write, forget = (gate.double() for gate in gates.chunk(2, -1))
     q, k, x = q.double() * q.shape[2] ** -0.5, k.double(), x.double()
     state, ones = x.new_zeros(*k.shape[1:], x.shape[2]), x.new_zeros(k.shape[1:])
