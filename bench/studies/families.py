@@ -148,6 +148,7 @@ KNOWN = {
     "jamba": "Jamba",
     "recurrent_gemma": "RecurrentGemma, Griffin",
     "xlstm": "xLSTM 7B",
+    "rwkv": "RWKV-4",
     "diffllama": "DiffLlama",
     "doge": "Doge",
     "zaya": "ZAYA 1",

@@ -13,7 +13,7 @@ from .maps import Norm
 
 @dataclass(frozen=True)
 class Shift:
-    """The input of a branch: y[t] = μ ⊙ z[t] + (1 - μ) ⊙ z[t-1], z the ``norm`` of the residual stream.
+    """The mixture that a branch reads: y[t] = μ ⊙ z[t] + (1 - μ) ⊙ z[t-1], z the ``norm`` of the residual stream.
 
     ``weight`` is μ (D,). In front of a prompt's first position there is nothing. ``lengths`` are those of packed
     prompts, T positions in all.

@@ -85,7 +85,8 @@ def test_a_gated_mlp_is_told_by_its_weights(name):
         apart = ("per_layer", "altup", "laurel", "attn_hc", "ffn_hc")  # an embedding's gate, and what mixes streams
         apart += ("attn_sconv", "mlp_sconv")  # convolutions behind branches
         others |= {id(w) for name, w in block.named_parameters() if name.startswith(apart)}
-        others |= {id(w) for name, w in block.named_parameters() if "layernorm." in name}  # gates of norms
+        gates = ("layernorm.", "feed_forward.receptance", "feed_forward.time_mix")  # of norms, and behind an MLP (RWKV)
+        others |= {id(w) for name, w in block.named_parameters() if any(gate in name for gate in gates)}
         weights = [w for w in block.parameters() if w.ndim > 1 and id(w) not in others]
         if adapter.is_mixture(index):
             assert size.has_up

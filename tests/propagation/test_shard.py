@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not CAN_FORK, reason="ranks are forked")
 
 IDS, JAGGED = random_ids(9, seed=5), [random_ids(7, seed=4), random_ids(1, seed=3), random_ids(4, seed=2)]
 PROMPT = "When Diane met Grace at the park, Grace handed the camera to"
-VARIANTS = ("mixtral", "qwen2_moe", "gpt_neox: parallel", "opt: stream norms, projected embedding", "gpt_oss")
+VARIANTS = ("mixtral", "qwen2_moe", "gpt_neox: parallel", "opt: stream norms, projected embedding", "gpt_oss", "rwkv")
 
 
 class Whole(Dictionary):
