@@ -126,7 +126,14 @@ class LayerHooks:
         module, seen = self._module("attention"), {}
         for name in names:
             self.undo.callback(RecordingHook(self.recorder, seen, name, as_is=True).after(module.get_submodule(name)))
-        return lambda: [seen[name].flatten(0, -2) for name in names]
+
+        def outputs() -> list[Tensor]:
+            if missing := [name for name in names if name not in seen]:
+                home = self.adapter.path(self.index, "attention")
+                raise RuntimeError(f"layer {self.index}: the forward pass called no {', '.join(missing)} of {home}.")
+            return [seen[name].flatten(0, -2) for name in names]
+
+        return outputs
 
     def _in_place_of_heads(self, compute: Callable[[Tensor], Tensor]) -> None:
         """Give ``o_proj``, or what is in front of it, what ``compute`` makes of its input (T, H·d)."""
@@ -214,7 +221,9 @@ class LayerHooks:
         module, recorder, seen = self._module("attention"), self.recorder, self._seen(scale.projections)
 
         def scaled(given: Tensor) -> Tensor:
-            heads = recorder.layers[self.index].pop("heads_given")
+            heads = recorder.layers[self.index].pop("heads_given", None)
+            if heads is None:  # attention past transformers' interface: the recorder will miss what it needs
+                return given
             constant = None if scale.constant is None else scale.constant(module, seen())
             return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads), constant)
 
