@@ -43,8 +43,8 @@ class Options:
     compute_dtype: dtype of the products. Default: the model's on a GPU, where the triton backend takes float16 with a
         scale per row for bfloat16, which is nearer and as fast; the state's on a CPU, but float32 at least.
         Half precision rounds the gates: near a tie that changes whom `max` gives everything to.
-    value_activation: the activation (SiLU) behind the values of recurrent layers. "frozen" keeps it at its ratio
-        silu(c) / c; "shared" shares it out by the allocation, as a neuron's is. Under a linear rule both are the same.
+    value_activation: the activation, mostly SiLU, behind the values of recurrent layers. "frozen" keeps it at its ratio
+        act(c) / c; "shared" shares it out by the allocation, as a neuron's is. Under a linear rule both are the same.
     state_dtype: dtype of the component state. Default: float32; float64 for a float64 model.
     memory_budget: bytes of workspace for components, beyond the state, the trace and a copy of one layer's weights.
         Default: what the plan finds room for, at most 32 MiB on a CPU and 1 GiB on a GPU. It is halved, with a warning,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu, softplus
 
 from .family import Family, HeadScale, Mixer
+from .mixer_activation import curve, value_ratio
 from .recurrence import Recurrence, Softmax
 from .stored import stored_weight
 
@@ -42,7 +43,7 @@ def delta_rule(
 ) -> Recurrence:
     """The same with its decay given, (T, H, 1) or (T, H, n), and the ``width`` n of a head's keys."""
     channels = qk.shape[1]
-    q, k = silu(convolve(wide(qk), mixer.conv1d, lambda w: w[:channels])).chunk(2, -1)
+    q, k = curve(mixer)(convolve(wide(qk), mixer.conv1d, lambda w: w[:channels])).chunk(2, -1)
     q, k = (_unit(x.unflatten(-1, (-1, width))) for x in (q, k))
     return Recurrence(q * width**-0.5, k, decay, write=wide(beta).sigmoid(), corrects=True)
 
@@ -98,7 +99,7 @@ def state_space(mixer: Any, projected: Tensor, convolve: Callable[..., Tensor]) 
     """Mamba-2's recurrence, of the projection [z; x; B; C; dt]: h = e^(dt·A) h + dt · B xᵀ, y = hᵀ C + D x."""
     inner, states, heads = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size, mixer.num_heads
     bc = projected[:, 2 * inner : 2 * (inner + states)]
-    bc = silu(convolve(wide(bc), mixer.conv1d, lambda w: w[inner:]))
+    bc = curve(mixer)(convolve(wide(bc), mixer.conv1d, lambda w: w[inner:]))
     k, q = (x.unflatten(-1, (mixer.n_groups, -1)) for x in bc.chunk(2, -1))
     dt = softplus(wide(projected[:, -heads:]) + wide(mixer.dt_bias)).clamp(*mixer.time_step_limit)
     decay = -dt * wide(mixer.A_log).exp()
@@ -110,7 +111,7 @@ def selective_scan(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Re
 
     h = e^(dt·A) h + dt · B x, y = h·C + D x; dt, B and C are projections of x behind the convolution, maybe with norms.
     """
-    mixed = silu(convolve(wide(x), mixer.conv1d))
+    mixed = curve(mixer)(convolve(wide(x), mixer.conv1d))
     states = mixer.ssm_state_size
     projected = mixed @ stored_weight(mixer.x_proj).to(mixed).T
     parts = projected.split([projected.shape[1] - 2 * states, states, states], -1)
@@ -124,7 +125,7 @@ def selective_scan(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Re
 
 def selective_scan_of_heads(mixer: Any, x: Tensor, convolve: Callable[..., Tensor]) -> Recurrence:
     """The same for `n_mamba_heads` groups of channels (Zamba), each with projections of its own to dt, B and C."""
-    mixed = silu(convolve(wide(x), mixer.conv1d)).unflatten(-1, (mixer.n_mamba_heads, -1))  # (T, G, channels)
+    mixed = curve(mixer)(convolve(wide(x), mixer.conv1d)).unflatten(-1, (mixer.n_mamba_heads, -1))  # (T, G, channels)
     projected = torch.einsum("tgc,gpc->tgp", mixed, mixer.x_proj_weight.to(mixed))
     dt, k, q = projected.split([mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], -1)
     dt = torch.einsum("tgr,gcr->tgc", dt, mixer.dt_proj_weight.to(dt)) + wide(mixer.dt_proj_bias)
@@ -186,8 +187,11 @@ def with_mixer(family: Family, home: str, head_dim: int, mixer: Mixer, scale: He
     return replace(family, attention=home, mixer=mixer, head_scale=scale, o_proj=f"{home}.out_proj", **dims)
 
 
-def with_state_space(family: Family, home: str, inner: int, head_dim: int) -> Family:
-    """The declaration of a layer of that family with Mamba-2's mixer of ``inner`` channels for attention."""
+def with_state_space(family: Family, home: str, inner: int, head_dim: int, activation: str) -> Family:
+    """The declaration of a layer of that family with Mamba-2's mixer of ``inner`` channels for attention.
+
+    ``activation`` is the name of the one behind its convolution. Its gate is always silu(z).
+    """
 
     def read(mixer: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]) -> Recurrence:
         return state_space(mixer, outputs[0], convolve)
@@ -195,6 +199,6 @@ def with_state_space(family: Family, home: str, inner: int, head_dim: int) -> Fa
     def scale(mixer: Any, outputs: list[Tensor], y: Tensor) -> Tensor:
         return gated_group_norm(mixer.norm, outputs[0][:, :inner], y, getattr(mixer.norm, "group_size", inner))
 
-    mixer = Mixer(("in_proj",), read, f"{home}.conv1d", lambda weight: weight[:inner], torch.sigmoid)
+    mixer = Mixer(("in_proj",), read, f"{home}.conv1d", lambda weight: weight[:inner], value_ratio(activation))
     parts = {"v_proj": f"{home}.in_proj", "v_part": lambda weight: weight[inner : 2 * inner]}
     return with_mixer(family, home, head_dim, mixer, HeadScale(("in_proj",), scale), **parts)

@@ -164,14 +164,8 @@ def _check_attention(
         expected = weights.v_input.select(got) if raw else weights.values_of(got)
         between = f"{name} changes the values between their projection and the heads"
         found.compare(between, record["values"], expected, tolerance=READING if computed else None)
-    given = record.get("heads")  # in a mixture of heads no module is given all of them
-    if given is not None:
-        found.compare(
-            f"{name} gives its output projection something else than the heads' mixture of values",
-            given,
-            weights.o.entering(record["attended"]).view(given.shape).to(given),
-            tolerance=_mixture_tolerance(adapter, weights, given.dtype),
-        )
+    if "heads" in record:  # in a mixture of heads no module is given all of them
+        _check_heads(found, adapter, index, weights, record, weights.o.entering(record["attended"]))
     for part, linear, inputs in (
         ("v_proj", weights.v_input, record["values_input"]),
         ("o_proj", weights.o, record["attended"].to(record["attention_written"])),
@@ -188,6 +182,22 @@ def _check_attention(
     _check_write(found, name, weights, written, pre, after, mid)
 
 
+def _check_heads(
+    found: Consistency, adapter: Adapter, index: int, weights: Attention, record: dict[str, Any], ours: Tensor
+) -> None:
+    """Compare what the output projection reads with ``ours``, and with what a recurrence gives in float32."""
+    given, exact = record["heads"], record.get("heads_in_float32")
+    ours = ours.view(given.shape)
+    what = "gives its output projection something else than the heads' mixture of values"
+    name, tolerance = (
+        f"layer {index}: {adapter.path(index, 'attention')} {what}",
+        _mixture_tolerance(adapter, weights, given.dtype),
+    )
+    found.compare(name, given, ours.to(given), tolerance=tolerance)
+    if exact is not None:  # what is left are tables that the model holds in half precision
+        found.compare(f"{name}, also in float32", exact, ours.to(exact), tolerance=1.5 * torch.finfo(given.dtype).eps)
+
+
 def _check_sides(
     found: Consistency, adapter: Adapter, index: int, layer: LayerTrace, record: dict[str, Any], at: Tensor
 ) -> None:
@@ -199,6 +209,7 @@ def _check_sides(
         rows(layer.resid_pre, at),
         rows(layer.resid_mid, at),
     )
+    _check_heads(found, adapter, index, sides[1], record, record["attended"])
     values, heads = (beside_each_other(sides, (record["beside"][key], record[key])) for key in ("values", "attended"))
     wide = torch.promote_types(pre.dtype, torch.float32)
     computed = (

@@ -14,6 +14,7 @@ from ..adapters.head_experts import watch_heads
 from ..adapters.maps import Joined, Linear
 from .consistency import WATCHED
 from .head_experts import CHOSEN, WEIGHTS
+from .mixer_check import heads_in_float32
 from .mixing import convolve
 from .mlp_hooks import hook_mlps
 from .plugged import is_recording
@@ -127,18 +128,29 @@ class LayerHooks:
         module, seen = self._module("attention"), {}
         for name in names:
             self.undo.callback(RecordingHook(self.recorder, seen, name, as_is=True).after(module.get_submodule(name)))
-        return lambda: [seen[name].flatten(0, -2) for name in names]
+
+        def outputs() -> list[Tensor]:
+            if missing := [name for name in names if name not in seen]:
+                home = self.adapter.path(self.index, "attention")
+                raise RuntimeError(f"layer {self.index}: the forward pass called no {', '.join(missing)} of {home}.")
+            return [seen[name].flatten(0, -2) for name in names]
+
+        return outputs
 
     def _in_place_of_heads(self, compute: Callable[[Tensor], Tensor]) -> None:
         """Give ``o_proj``, or what is in front of it, what ``compute`` makes of its input (T, H·d)."""
-        part = "o_front" if self._has("o_front") else "o_proj"
 
         def replaced(projection: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
             if not is_recording(self.recorder):
                 return None
             return (compute(args[0].flatten(0, -2)).view(args[0].shape).to(args[0].dtype),)
 
-        self.undo.callback(self._module(part).register_forward_pre_hook(replaced).remove)
+        self.undo.callback(self._module(self._last).register_forward_pre_hook(replaced).remove)
+
+    @property
+    def _last(self) -> str:
+        """The part that reads what heads give."""
+        return "o_front" if self._has("o_front") else "o_proj"
 
     def _observe_keyed(self, keyed: Keyed) -> None:
         """Record keys that are values by the outputs of their projections, and replace what heads give by ours."""
@@ -178,20 +190,48 @@ class LayerHooks:
 
         def heads(given: Tensor) -> Tensor:
             record = recorder.layers[self.index]
+            named = (call["kwargs"],) if mixer.attends else ()
             recurrence = mixer.read(module, seen(), by_prompt, *named)
             out = recorder.mix(self.index, mixer, recurrence, values())
             record["heads_given"] = out
+            if again is not None and given.dtype.itemsize < 4:
+                own = heads_in_float32(module, again(), self._module(self._last), call["args"], call["kwargs"])
+                if own is not None:
+                    recorder.keep(record, "heads_in_float32", own[recorder.watched])
             return out
 
-        named: list[dict[str, Any]] = []
+        call: dict[str, Any] = {}
 
         def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if is_recording(recorder):
-                named[:] = [kwargs]
+                call.update(args=args, kwargs=kwargs)
 
-        if mixer.attends:
+        again = self._all_seen(module) if recorder.is_checking and self._is_first_mixer(module) else None
+        if mixer.attends or again is not None:
             self.undo.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
         self._in_place_of_heads(heads)
+
+    def _is_first_mixer(self, module: nn.Module) -> bool:
+        """True if no layer before has a recurrence of this class."""
+        kinds = (self.adapter.kind(index).mixer for index in range(self.index))
+        before = (self.adapter.module(index, "attention") for index, mixer in enumerate(kinds) if mixer is not None)
+        return all(type(one) is not type(module) for one in before)
+
+    def _all_seen(self, module: nn.Module) -> Callable[[], dict[nn.Module, Tensor]] | None:
+        """Watch all projections of a recurrence; return a function that gives the last output (T, C) of each.
+
+        None where attention, and not the mixer's own code, mixes positions.
+        """
+        if self.mixer is None or self.mixer.attends:
+            return None
+        names = (*self.mixer.projections, *(() if self.head_scale is None else self.head_scale.projections))
+        parts, outputs, values = (
+            [module.get_submodule(name) for name in names],
+            self._seen(names),
+            self._module("v_proj"),
+        )
+        seen_values = self._seen_output("v_proj")
+        return lambda: {values: seen_values(), **dict(zip(parts, outputs(), strict=True))}
 
     def _seen_output(self, part: str) -> Callable[[], Tensor]:
         """Watch a projection; return a function that gives its last output (T, C)."""
@@ -215,7 +255,9 @@ class LayerHooks:
         module, recorder, seen = self._module("attention"), self.recorder, self._seen(scale.projections)
 
         def scaled(given: Tensor) -> Tensor:
-            heads = recorder.layers[self.index].pop("heads_given")
+            heads = recorder.layers[self.index].pop("heads_given", None)
+            if heads is None:  # attention past transformers' interface: the recorder will miss what it needs
+                return given
             constant = None if scale.constant is None else scale.constant(module, seen())
             return recorder.scale_heads(self.index, heads, scale.read(module, seen(), heads), constant)
 

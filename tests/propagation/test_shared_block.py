@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from depass_fast import DePass, Heads, Modules, Neurons, Tokens
-from depass_fast.adapters.families import zamba
 from depass_fast.adapters.recurrent import knows_recurrences
 from tests.support.family_models import build_variant
 from tests.support.models import random_ids
@@ -108,8 +106,3 @@ def test_a_fork_that_passes_on_something_else_is_refused(what):
     block.forward = forward
     with pytest.raises(RuntimeError, match="layer [34]: .* of the residual streams|what the residual streams gain"):
         DePass(model, progress=False).trace(IDS)
-
-
-def test_another_activation_of_state_spaces_is_refused():
-    with pytest.raises(ValueError, match="the activation of its state spaces is 'relu'"):
-        zamba.declare(AutoConfig.for_model("zamba", hidden_mamba_act="relu"))

@@ -125,6 +125,29 @@ def test_attention_that_does_not_call_the_interface():
         DePass(model).trace(IDS)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "afmoe"])
+def test_gated_attention_that_does_not_call_the_interface(name):
+    if not available(name):
+        pytest.skip(f"the installed transformers does not know {name}")
+    model = build_variant(name)
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (
+        attention.o_proj(attention.v_proj(hidden_states).repeat(1, 1, attention.num_key_value_groups)),
+        None,
+    )
+    with pytest.raises(RuntimeError, match="layer 1: the forward pass recorded no attention"):
+        DePass(model).trace(IDS)
+
+
+@pytest.mark.skipif(not available("mamba2"), reason="the installed transformers is too old")
+def test_a_mixer_whose_projection_is_not_called():
+    model = build_variant("mamba2")
+    mixer = model.backbone.layers[1].mixer
+    mixer.forward = lambda hidden_states, **_: mixer.out_proj(hidden_states.repeat(1, 1, 2))
+    with pytest.raises(RuntimeError, match="layer 1: the forward pass called no in_proj of backbone.layers.1.mixer"):
+        DePass(model).trace(IDS)
+
+
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "ALiBi" in name or name in ("bloom", "mpt", "gptj")])
 def test_observed_attention_is_compared_with_the_models_own(name):
     """Ours takes its place: a fork's own would silently be overwritten."""

@@ -20,6 +20,6 @@ def declare(config: Any) -> Family:
         act_fn="feed_forward.act_fn",
     )
     inner = int(config.mamba_expand * config.hidden_size)
-    linear = with_state_space(full, "mamba", inner, inner // config.mamba_n_heads)
+    linear = with_state_space(full, "mamba", inner, inner // config.mamba_n_heads, config.hidden_act)
     kinds = {"linear_attention": linear, "full_attention": full}
     return replace(full, kinds=tuple(kinds[kind] for kind in config.layers_block_type))

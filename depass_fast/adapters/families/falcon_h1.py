@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ..family import Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import gated_group_norm, state_space, wide, with_mixer
 
@@ -50,7 +51,7 @@ def declare(config: Any) -> Family:
         s = torch.rsqrt(y.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon).expand_as(y).flatten(1)
         return s * wide(mixer.norm.weight) * silu(gate)
 
-    mixer = Mixer(("in_proj",), read, "mamba.conv1d", lambda weight: weight[:inner], torch.sigmoid)
+    mixer = Mixer(("in_proj",), read, "mamba.conv1d", lambda weight: weight[:inner], value_ratio(config.hidden_act))
     of_values = config.ssm_multipliers[1]
     parts = {"v_proj": "mamba.in_proj", "v_part": lambda weight: weight[inner : 2 * inner] * of_values}
     width = inner // config.mamba_n_heads

@@ -37,5 +37,5 @@ def declare(config: Any) -> Family:
     if not any(recurrent):
         return full
     inner = int(config.mamba_expand * config.hidden_size)
-    linear = with_state_space(full, "mamba", inner, inner // config.mamba_n_heads)
+    linear = with_state_space(full, "mamba", inner, inner // config.mamba_n_heads, config.hidden_act)
     return replace(full, kinds=tuple(linear if one else full for one in recurrent))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..family import Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import delta_rule, gated_head_norm, wide
 from . import deepseek
@@ -25,7 +26,7 @@ def declare(config: Any) -> Family:
             _read,
             "self_attn.conv1d",
             lambda weight: weight[-width:],
-            torch.sigmoid,
+            value_ratio(config.hidden_act),
         ),
         head_scale=HeadScale(
             ("g_b_proj",), lambda mixer, outputs, y: gated_head_norm(mixer.o_norm, outputs[0], y, torch.sigmoid)

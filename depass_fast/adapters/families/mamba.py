@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.nn.functional import silu
 
 from ..family import Experts, Family, HeadScale, Mixer, first_half
+from ..mixer_activation import value_ratio
 from ..recurrent import selective_scan, wide
 
 MODEL_TYPES = ("mamba", "falcon_mamba", "jamba")
@@ -16,7 +16,9 @@ def declare(config: Any) -> Family:
     if config.model_type != "jamba":
         paths: dict[str, Any] = {"layers": "backbone.layers", "embedding": "backbone.embeddings"}
         return _mixing(
-            Family(final_norm="backbone.norm_f", attention_norm="norm", mlp=None, mlp_norm=None, **paths), "mixer"
+            Family(final_norm="backbone.norm_f", attention_norm="norm", mlp=None, mlp_norm=None, **paths),
+            "mixer",
+            config.hidden_act,
         )
     home = "feed_forward"
     full = Family(
@@ -29,11 +31,11 @@ def declare(config: Any) -> Family:
         act_fn=f"{home}.act_fn",
         experts=Experts(top_k=config.num_experts_per_tok, router=f"{home}.router", experts=f"{home}.experts"),
     )
-    mixing = _mixing(full, "mamba")
+    mixing = _mixing(full, "mamba", config.hidden_act)
     return replace(full, kinds=tuple(mixing if kind == "mamba" else full for kind in config.layers_block_type))
 
 
-def _mixing(family: Family, home: str) -> Family:
+def _mixing(family: Family, home: str, activation: str) -> Family:
     return replace(
         family,
         attention=home,
@@ -41,7 +43,7 @@ def _mixing(family: Family, home: str) -> Family:
             ("in_proj",),
             lambda mixer, outputs, convolve: selective_scan(mixer, outputs[0].chunk(2, -1)[0], convolve),
             f"{home}.conv1d",
-            value_ratio=torch.sigmoid,
+            value_ratio=value_ratio(activation),
         ),
         head_scale=HeadScale(("in_proj",), lambda mixer, outputs, y: silu(wide(outputs[0].chunk(2, -1)[1]))),
         v_proj=f"{home}.in_proj",

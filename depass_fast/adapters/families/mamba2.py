@@ -17,4 +17,6 @@ def declare(config: Any) -> Family:
         mlp=None,
         mlp_norm=None,
     )
-    return with_state_space(family, "mixer", int(config.expand * config.hidden_size), config.head_dim)
+    return with_state_space(
+        family, "mixer", int(config.expand * config.hidden_size), config.head_dim, config.hidden_act
+    )

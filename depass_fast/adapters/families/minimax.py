@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from ..family import Experts, Family, HeadScale, Mixer, of_each_head
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import gated_head_norm, wide, with_mixer
 
@@ -19,8 +19,6 @@ MODEL_TYPES = ("minimax",)
 
 
 def declare(config: Any) -> Family:
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"model: its values have an activation {config.hidden_act!r}, not 'silu'; not supported.")
     heads, home = config.num_attention_heads, "self_attn"
     full = Family(
         attention_norm=None,
@@ -31,7 +29,7 @@ def declare(config: Any) -> Family:
         mlp_factor=config.mlp_beta_factor / config.mlp_alpha_factor,
         experts=Experts(top_k=config.num_experts_per_tok),
     )
-    mixer = Mixer(("qkv_proj",), _read, value_ratio=torch.sigmoid)
+    mixer = Mixer(("qkv_proj",), _read, value_ratio=value_ratio(config.hidden_act))
     scale = HeadScale(
         ("output_gate",), lambda mixer, outputs, y: gated_head_norm(mixer.norm, outputs[0], y, torch.sigmoid)
     )
@@ -49,5 +47,5 @@ def declare(config: Any) -> Family:
 
 
 def _read(mixer: Any, outputs: list[Tensor], convolve: Callable[..., Tensor]) -> Recurrence:
-    q, k, _ = silu(wide(outputs[0])).unflatten(-1, (mixer.num_attention_heads, 3, -1)).unbind(2)
+    q, k, _ = mixer.act_fn(wide(outputs[0])).unflatten(-1, (mixer.num_attention_heads, 3, -1)).unbind(2)
     return Recurrence(q, k, -wide(mixer.slope_rate).view(1, -1, 1).expand(len(q), -1, -1))

@@ -33,7 +33,7 @@ def declare(config: Any) -> Family:
     alone = replace(both, attention=None, attention_norm=None)
     inner = config.mamba_num_heads * config.mamba_head_dim
     kinds = {
-        "linear_attention": with_state_space(full, "mixer", inner, config.mamba_head_dim),
+        "linear_attention": with_state_space(full, "mixer", inner, config.mamba_head_dim, config.mamba_hidden_act),
         "full_attention": full,
         "mlp": alone,
         "moe": replace(alone, experts=_experts(config, latent)),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..family import Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import gated_delta, gated_head_norm
 
@@ -29,7 +30,7 @@ def declare(config: Any) -> Family:
             _read,
             "linear_attn.conv1d",
             lambda weight: weight[-width:],
-            torch.sigmoid,
+            value_ratio(config.hidden_act),
         ),
         head_scale=HeadScale(("g_proj",), lambda mixer, outputs, y: gated_head_norm(mixer.o_norm, outputs[0], y)),
         v_proj="linear_attn.v_proj",

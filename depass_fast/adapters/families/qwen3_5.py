@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..family import Experts, Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import gated_delta, gated_head_norm, query_gate, with_mixer
 
@@ -43,7 +43,8 @@ def declare(config: Any) -> Family:
     def of_values(weight: Tensor) -> Tensor:
         return weight[-values:]
 
-    mixer = Mixer(("in_proj_qkv", "in_proj_b", "in_proj_a"), read, "linear_attn.conv1d", of_values, torch.sigmoid)
+    ratio = value_ratio(config.hidden_act)
+    mixer = Mixer(("in_proj_qkv", "in_proj_b", "in_proj_a"), read, "linear_attn.conv1d", of_values, ratio)
     parts = {"v_proj": "linear_attn.in_proj_qkv", "v_part": of_values}
     gate = HeadScale(("in_proj_z",), scale)
     linear = with_mixer(full, "linear_attn", config.linear_value_head_dim, mixer, gate, **parts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..family import Experts, Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrence import Recurrence
 from ..recurrent import gated_delta, gated_head_norm, query_gate, with_mixer
 
@@ -36,7 +37,7 @@ def declare(config: Any) -> Family:
         return gated_head_norm(mixer.norm, part(2 * k + own, 2 * (k + own))(outputs[0].T).T, y)
 
     names = ("in_proj_qkvz", "in_proj_ba")
-    mixer = Mixer(names, read, "linear_attn.conv1d", lambda weight: weight[-values:], torch.sigmoid)
+    mixer = Mixer(names, read, "linear_attn.conv1d", lambda weight: weight[-values:], value_ratio(config.hidden_act))
     parts = {"v_proj": "linear_attn.in_proj_qkvz", "v_part": part(2 * k, 2 * k + own)}
     linear = with_mixer(full, "linear_attn", v, mixer, HeadScale(names[:1], scale), **parts)
     kinds = {"linear_attention": linear, "full_attention": full}

@@ -6,9 +6,8 @@ A model that also sees is decomposed in its language model.
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from transformers.activations import ACT2FN
 
 from ..family import Family, HeadScale
 from ..gated_streams import GatedStreams
@@ -21,7 +20,7 @@ MODEL_TYPES = ("qwen4_exp_text", "qwen4_exp")
 def declare(config: Any) -> Family:
     home = "model.language_model" if config.model_type == "qwen4_exp" else "model"
     config = config.get_text_config()
-    gate = torch.sigmoid if (config.output_gate_type or config.hidden_act) == "sigmoid" else silu
+    gate = ACT2FN[config.output_gate_type or config.hidden_act]
 
     def scale(mixer: Any, outputs: list[Tensor], heads: Tensor) -> Tensor:
         return gated_head_norm(mixer.norm, outputs[0], heads, gate)

@@ -5,11 +5,11 @@ In some layers a transformer block stands in front of it, one for all of them, a
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from ..family import Family, HeadScale, Mixer
+from ..mixer_activation import value_ratio
 from ..recurrent import selective_scan_of_heads, wide, with_mixer
 from ..shared_block import SharedBlock, with_shared_blocks
 
@@ -17,9 +17,6 @@ MODEL_TYPES = ("zamba",)
 
 
 def declare(config: Any) -> Family:
-    if config.hidden_mamba_act != "silu":
-        raise ValueError(f"model: the activation of its state spaces is {config.hidden_mamba_act!r}, not 'silu'.")
-
     def mamba(below: str, streams: SharedBlock) -> Family:
         home = f"{below}mamba"
         layer = Family(attention_norm=f"{below}input_layernorm", mlp=None, mlp_norm=None, streams=streams)
@@ -27,7 +24,7 @@ def declare(config: Any) -> Family:
             ("in_proj",),
             lambda mixer, outputs, convolve: selective_scan_of_heads(mixer, outputs[0][:, ::2], convolve),
             f"{home}.conv1d",
-            value_ratio=torch.sigmoid,
+            value_ratio=value_ratio(config.hidden_mamba_act),
         )
         scale = HeadScale(("in_proj",), lambda mixer, outputs, y: silu(wide(outputs[0][:, 1::2])))
         return with_mixer(layer, home, 1, mixer, scale, v_proj=f"{home}.in_proj", v_part=_values)

@@ -18,7 +18,7 @@ def declare(config: Any) -> Family:
 
     def mamba(below: str, streams: SharedBlock) -> Family:
         layer = Family(attention_norm=f"{below}input_layernorm", mlp=None, mlp_norm=None, streams=streams)
-        return with_state_space(layer, f"{below}mamba", inner, inner // config.n_mamba_heads)
+        return with_state_space(layer, f"{below}mamba", inner, inner // config.n_mamba_heads, "silu")
 
     def parts(mlp: str, number: int) -> dict[str, Any]:
         both = f"{mlp}.gate_up_proj"
