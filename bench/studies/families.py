@@ -4,28 +4,33 @@
 ``bench/results/families``, one for every version of transformers that the table names.
 
 The second table has a line for every causal language model of the installed transformers. The reasons in it are those
-of ``depass_fast/adapters/unsupported.py``.
+of ``depass_fast/adapters/unsupported.py``. The third has the errors that the files of families raise for a
+configuration or a prompt.
 """
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import re
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from depass_fast.adapters import family_file
+from depass_fast.adapters import family_file, supported_families
 from depass_fast.adapters.unsupported import REASONS
 from tests.support.family_models import VARIANTS
 
 from ..core.markdown import table
 from ..core.results import ROOT
 
+FILES = ROOT / "depass_fast" / "adapters" / "families"
 PAGE = ROOT / "docs" / "families.md"
 RESULTS = ROOT / "bench" / "results" / "families"
 BEGIN, END = "<!-- table: families (python -m bench.studies.families) -->", "<!-- end of table -->"
 BEGIN_TYPES = "<!-- table: all types (python -m bench.studies.families) -->"
+BEGIN_REFUSED = "<!-- table: refused configurations (python -m bench.studies.families) -->"
 
 # the usual names of the models of a `model_type`; the rows of the table have this order
 KNOWN = {
@@ -157,7 +162,7 @@ KNOWN = {
     "jetmoe": "JetMoE",
     "inkling_text": "Inkling (text)",
     "bamba": "Bamba",
-    "nemotron_h": "Nemotron-H (without experts)",
+    "nemotron_h": "Nemotron-H",
     "kimi_linear": "Kimi Linear",
     "granitemoe_swa": "Granite MoE with windows",
     "cohere_compass_text": "Cohere Compass, North Micro Vision (its text model)",
@@ -238,6 +243,33 @@ def types_table() -> str:
     return f"{running} of {len(rows)} types run.\n\n{table(['`model_type`', 'runs, by the family', 'why not'], rows)}"
 
 
+def refused_table() -> str:
+    """The table of what the files of supported families refuse, in Markdown, from the errors in their code."""
+    files = {path.stem: ast.parse(path.read_text()) for path in sorted(FILES.glob("*.py"))}
+    of_file = {name: [one for one in supported_families() if family_file(one) == name] for name in files}
+    rows = []
+    for name, tree in files.items():
+        declared = [of_file[other] for other in files if name in _declared_by(other, files)]
+        types = ", ".join(f"`{one}`" for one in sorted(itertools.chain(*declared)))
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        rows += [[types, _said(call.args[0])] for call in raised if isinstance(call, ast.Call)]
+    return table(["`model_type`", "what the error says"], rows)
+
+
+def _declared_by(name: str, files: dict[str, ast.Module]) -> set[str]:
+    """The files that declare the families of a file: itself, and those that it imports."""
+    found = [node for node in files[name].body if isinstance(node, ast.ImportFrom) and node.level == 1]
+    others = (alias.name for node in found if node.module is None for alias in node.names)
+    return {name}.union(*(_declared_by(other, files) for other in others if other in files))
+
+
+def _said(message: ast.expr) -> str:
+    """The text of an error, with dots for what it names of a configuration."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    texts = (str(one.value) if isinstance(one, ast.Constant) else "…" for one in parts)
+    return "".join(texts).removeprefix("model: ")
+
+
 def with_table(page: str, results: list[dict]) -> str:
     """Return the page with the table of families between its marks."""
     return _between(BEGIN, families_table(results), page)
@@ -248,6 +280,11 @@ def with_types(page: str) -> str:
     return _between(BEGIN_TYPES, types_table(), page)
 
 
+def with_refused(page: str) -> str:
+    """Return the page with the table of refused configurations between its marks."""
+    return _between(BEGIN_REFUSED, refused_table(), page)
+
+
 def _between(begin: str, text: str, page: str) -> str:
     pattern = re.compile(f"(?<={re.escape(begin)}\n).*?(?={re.escape(END)})", re.DOTALL)
     if not pattern.search(page):
@@ -256,7 +293,7 @@ def _between(begin: str, text: str, page: str) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(with_types(with_table(PAGE.read_text(), committed())))
+    PAGE.write_text(with_refused(with_types(with_table(PAGE.read_text(), committed()))))
 
 
 if __name__ == "__main__":

@@ -324,22 +324,6 @@ class Family:
         """True if its experts read what the layer before reads."""
         return self.experts is not None and self.experts.ahead
 
-    @property
-    def is_plain(self) -> bool:
-        """True if it :attr:`mixes_plainly`, and every position has all heads."""
-        return self.mixes_plainly and self.head_experts is None
-
-    @property
-    def mixes_plainly(self) -> bool:
-        """True if a layer has softmax attention of its own values, nothing behind its heads, and then an MLP alone."""
-        more = (self.mixer, self.keyed, self.head_scale, self.v_head_norm, self.source, self.input_gate)
-        more += (self.layer_factor, self.streams, self.norm_gate, self.attention_mix, self.mlp_mix)
-        more += (self.attention_conv, self.mlp_conv)
-        more += (self.attention_shift, self.mlp_shift, self.mlp_scale)
-        keeps = self.attention_keeps == self.mlp_keeps == 1.0 and not self.has_experts_ahead
-        keeps = keeps and self.key_block is None
-        return keeps and bool(self.attention and self.mlp) and all(one is None for one in more)
-
 
 def third(index: int) -> Part:
     """One of the three equal parts [Q; K; V] of a fused projection."""

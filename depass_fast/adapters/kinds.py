@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .beyond import BEYOND_ONE_NORM, ROUTED_HEADS, beyond_plain, named
 from .ends import ModelEnds
 from .experts import has_router
 from .family import Family
@@ -78,44 +79,37 @@ class LayerKinds(ModelEnds):
         return self.kind(index).mlp is not None
 
     @property
+    def _every_kind(self) -> tuple[Family, ...]:
+        return (self.family,) if self.family.kinds is None else self.family.kinds
+
+    @property
     def is_uniform(self) -> bool:
         """True if every layer is plain softmax attention, nothing between its heads and `o_proj`, and then an MLP."""
-        every = [self.family] if self.family.kinds is None else self.family.kinds
-        return all(kind.is_plain for kind in every)
+        return not self.beyond_plain
 
     @property
     def mixes_plainly(self) -> bool:
         """True if every layer is that, except that a router may choose a position's heads."""
-        every = [self.family] if self.family.kinds is None else self.family.kinds
-        return all(kind.mixes_plainly for kind in every)
+        return set(self.beyond_plain) <= {ROUTED_HEADS}
 
-    def check_uniform(self, what: str, advice: str = "", routed_heads: bool = False) -> None:
-        """Raise ValueError unless the model :attr:`is_uniform`, or :attr:`mixes_plainly`, as ``what`` needs."""
-        if not (self.mixes_plainly if routed_heads else self.is_uniform):
-            raise ValueError(
-                f"{what} is for models whose layers are all softmax attention and MLP; this one has recurrences, gated "
-                "heads, heads that a router chooses, values that are normed or shared between layers or are keys, too, "
-                "factors of the residual stream or several streams, branches that read two positions, experts that "
-                "read ahead, keys selected by group of heads, or layers with less or more than the "
-                f"two.{advice}"
-            )
+    @property
+    def beyond_plain(self) -> list[str]:
+        """All that layers have beyond plain softmax attention and then an MLP, in words."""
+        return beyond_plain(self._every_kind)
 
     @property
     def beyond_one_norm(self) -> list[str]:
         """All that layers have beside one norm in front of attention and one in front of the MLP, in words."""
-        every = [self.family] if self.family.kinds is None else self.family.kinds
-        found = {
-            "norms of heads' values": any(kind.v_head_norm for kind in every),
-            "values of an earlier layer": any(kind.source is not None for kind in every),
-            "gates of the token's embedding": any(kind.input_gate for kind in every),
-            "experts beside an MLP": any(kind.experts and kind.experts.beside for kind in every),
-            "experts ahead of their layer": any(kind.has_experts_ahead for kind in every),
-            "factors of the stream": any(kind.layer_factor or kind.attention_mix or kind.mlp_mix for kind in every),
-            "convolutions behind branches": any(kind.attention_conv or kind.mlp_conv for kind in every),
-            "what branches read of the position before": any(kind.attention_shift or kind.mlp_shift for kind in every),
-            "several residual streams": any(kind.streams for kind in every),
-        }
-        return [what for what, is_there in found.items() if is_there]
+        return named(self._every_kind, BEYOND_ONE_NORM)
+
+    def check_uniform(self, what: str, advice: str = "", routed_heads: bool = False) -> None:
+        """Raise ValueError unless the model :attr:`is_uniform`, or :attr:`mixes_plainly`, as ``what`` needs."""
+        if not (self.mixes_plainly if routed_heads else self.is_uniform):
+            found = ", ".join(one for one in self.beyond_plain if not (routed_heads and one == ROUTED_HEADS))
+            raise ValueError(
+                f"{what} is for models whose layers are all softmax attention and MLP; it does not know all that this "
+                f"one has: {found}.{advice}"
+            )
 
     def check_one_norm(self, what: str) -> None:
         """Raise ValueError if layers have something :attr:`beyond_one_norm`, which ``what`` does not know."""

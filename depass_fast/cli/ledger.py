@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--kinds",
         type=_kinds,
-        default=KINDS,
         metavar="KINDS",
-        help="those that are printed and written, such as heads,neurons. Default: tokens,modules,heads,neurons",
+        help="those that are printed and written, such as heads,neurons. Default: tokens,modules,heads,neurons, less "
+        "what no layer of the model has",
     )
 
     how = parser.add_argument_group("how it is computed")
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
             begins = prompts.is_several(args) and read == 0
             head = f"prompt {first + number + 1} of {len(items)}" if begins else ""
             output.add(page, partial(page.show, head if output.is_empty else f"\n{head}"))
-            pictures.add(partial(_drawn, book, args.kinds, number, read))
+            pictures.add(partial(_drawn, book, args.kinds or book.kinds, number, read))
     output.close()
     if args.html is not None:
         write_page(args.html, partial(_write, sheets, args.html))

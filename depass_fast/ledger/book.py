@@ -18,7 +18,6 @@ from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
-from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
@@ -30,7 +29,7 @@ from ..trace.light import light
 from ..trace.record import Trace
 from .attribute import read_off, way_back
 from .drawn import DrawnLedger
-from .given import OWN_KINDS, numbered, place, refuse_both
+from .given import OWN_KINDS, check_kinds, kinds_there, numbered, place, refuse_both
 from .looking import reads_of_looking, worst_miss
 from .paged import PagedLedger
 from .pages import Pages, Wanted
@@ -41,8 +40,8 @@ from .steering import Steers
 from .view import View
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
+Numbers: TypeAlias = tuple[int, int, int]  # of a prompt, a read and a target, counted from 0
 By: TypeAlias = Literal["magnitude", "positive", "negative"]
-KINDS = tuple(OWN_KINDS)
 _KEYS: dict[str, Callable[[Entry], float]] = {
     "magnitude": lambda entry: -abs(entry.score),
     "positive": lambda entry: -entry.score,
@@ -222,7 +221,7 @@ class Ledger(DrawnLedger, PagedLedger):
         self,
         k: int = 20,
         *,
-        kinds: Sequence[str] = ("tokens", "heads", "neurons"),
+        kinds: Sequence[str] | None = None,
         by: By = "magnitude",
         prompt: int = 0,
         read: int = 0,
@@ -230,14 +229,15 @@ class Ledger(DrawnLedger, PagedLedger):
     ) -> list[Entry]:
         """Return the ``k`` leading components over kinds and layers: the tokens at the input, all heads, all neurons.
 
-        They are not parts of one sum: a head's score is a part of what the tokens before it are worth. ``kinds`` may
-        also hold "modules". ``prompt``, ``read`` and ``target`` choose one of several.
+        They are not parts of one sum: a head's score is a part of what the tokens before it are worth. ``kinds`` are
+        some of :attr:`kinds`, by default all but "modules". ``prompt``, ``read`` and ``target`` choose one of several.
 
         Raises:
-            ValueError: an unknown kind; ``by`` is another word; ``k`` is less than one.
+            ValueError: a kind that is unknown, or that the model lacks; ``by`` is another word; ``k`` is less than one.
             TypeError: ``k``, ``prompt``, ``read`` or ``target`` is no integer.
             IndexError: there is no such prompt, read or target.
         """
+        kinds = [kind for kind in self.kinds if kind != "modules"] if kinds is None else kinds
         self._check(kinds, prompt, read, target, k=k)
         if by not in _KEYS:
             raise ValueError(f"by: {by!r} is not one of {', '.join(map(repr, _KEYS))}.")
@@ -248,28 +248,27 @@ class Ledger(DrawnLedger, PagedLedger):
         return sorted(found, key=_KEYS[by])[:k]
 
     def view(
-        self, top: int = 5, *, kinds: Sequence[str] = KINDS, prompt: int = 0, read: int = 0, target: int = 0
+        self, top: int = 5, *, kinds: Sequence[str] | None = None, prompt: int = 0, read: int = 0, target: int = 0
     ) -> View:
         """Return the ``top`` leading components of every kind, for ``print`` and ``rich.print``.
 
         ``str(ledger)`` is that of the first prompt, read and target. Tokens behind the position that is read have no
-        rows. Arguments and errors as of :meth:`top`.
+        rows. ``kinds`` are by default all of :attr:`kinds`. Arguments and errors as of :meth:`top`.
         """
         prompt, read, target = self._check(kinds, prompt, read, target, top=top)
-        return View(
-            self._results(kinds, prompt, read), target, top, (*self._others(prompt, read, target), self._about())
-        )
+        about = *self._others(prompt, read, target), self._about()
+        return View(self._results(kinds, prompt, read), target, top, about)
 
     def to_dict(
-        self, *, kinds: Sequence[str] = KINDS, prompt: int | None = None, read: int | None = None
+        self, *, kinds: Sequence[str] | None = None, prompt: int | None = None, read: int | None = None
     ) -> dict[str, Any]:
         """Return plain Python values: ``rule``, what the kinds share, and the labels and scores of each kind.
 
         The names are those of :meth:`Attribution.to_dict`. A kind holds ``layers``, a list, where it is of several
-        layers. ``prompt`` and ``read`` choose one of several, and are needed there.
+        layers. ``kinds``: all of them. ``prompt`` and ``read`` choose one of several, and are needed there.
 
         Raises:
-            ValueError: an unknown kind; ``prompt`` or ``read`` is needed and was not given.
+            ValueError: as of :meth:`top`; ``prompt`` or ``read`` is needed and was not given.
             IndexError: there is no such prompt or read.
         """
         for name, given, count in (("prompt", prompt, len(self._request.prompts)), ("read", read, self.n_reads)):
@@ -287,22 +286,19 @@ class Ledger(DrawnLedger, PagedLedger):
         """Return the shares of one prompt by position, see :func:`places_of`; ``trace`` is the whole one."""
         return places_of(self._request, self._pages, trace, chosen)
 
-    def _results(self, kinds: Sequence[str], prompt: int, read: int) -> dict[str, Attribution | LayeredAttribution]:
-        """Return the answer for each of the model's own kinds, for one prompt and read, which were checked."""
+    def _results(self, kinds: Sequence[str] | None, prompt: int, read: int) -> dict[str, Any]:
+        """Return the answers for some of the model's own kinds, or all, for one prompt and read, which were checked."""
         prompt %= len(self._request.prompts)
+        kinds = self.kinds if kinds is None else kinds
         return {kind: self._read_off(OWN_KINDS[kind], [prompt])[0][read] for kind in kinds}
 
-    def _check(
-        self, kinds: Sequence[str], prompt: int, read: int, target: int = 0, **counts: int
-    ) -> tuple[int, int, int]:
+    def _check(self, kinds: Sequence[str] | None, prompt: int, read: int, target: int = 0, **counts: int) -> Numbers:
         """Return ``prompt``, ``read`` and ``target`` counted from 0; ``counts`` are numbers of components.
 
         Raises:
             ValueError, TypeError, IndexError: as of :meth:`top`.
         """
-        if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in OWN_KINDS]):
-            given = kinds if isinstance(kinds, str) else unknown[0]
-            raise ValueError(f"kinds: expected a list of {', '.join(map(repr, KINDS))}, got {given!r}.")
+        check_kinds(self.kinds if kinds is None else kinds, self._request.adapter)
         for name, given in counts.items():
             if as_index(given, name) < 1:
                 raise ValueError(f"{name}: {given} is out of range; it must be at least 1.")
@@ -325,6 +321,11 @@ class Ledger(DrawnLedger, PagedLedger):
         )
 
     # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The model's own kinds of components: "tokens", "modules", and "heads" and "neurons" if any layer has them."""
+        return kinds_there(self._request.adapter)
 
     @property
     def rule(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+from ..adapters import Adapter
 from ..allocation import RULES
 from ..components.base import ComponentKind, SeveralLayers
 from ..components.model import Heads, Modules, Neurons, Tokens
@@ -32,6 +33,22 @@ OWN_KINDS: dict[str, ComponentKind] = {  # of the model itself, of all layers
     "heads": Heads(layers="all"),
     "neurons": Neurons(layers="all"),
 }
+
+
+def kinds_there(adapter: Adapter) -> tuple[str, ...]:
+    """Return those of the model's own kinds that any of its layers has."""
+    has = {"heads": adapter.has_attention, "neurons": adapter.has_mlp}
+    return tuple(kind for kind in OWN_KINDS if kind not in has or any(map(has[kind], range(adapter.n_layers))))
+
+
+def check_kinds(kinds: Sequence[str], adapter: Adapter) -> None:
+    """Raise ValueError unless ``kinds`` are a list of the model's own kinds that it has."""
+    if isinstance(kinds, str) or (unknown := [kind for kind in kinds if kind not in OWN_KINDS]):
+        given = kinds if isinstance(kinds, str) else unknown[0]
+        raise ValueError(f"kinds: expected a list of {', '.join(map(repr, OWN_KINDS))}, got {given!r}.")
+    if missing := [kind for kind in kinds if kind not in kinds_there(adapter)]:
+        found = ", ".join(map(repr, kinds_there(adapter)))
+        raise ValueError(f"kinds: no layer of this model has {missing[0]}; it has {found}.")
 
 
 def refuse_arguments(names: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from ..components.model import Tokens
 from ..report.sheet import FROZEN, Sheet, components_view, tokens_view
 from ..report.units import leading, unit_of
 from ..results.html import ALL_HEADS, MOST_ROWS, AsPage, empty_sheet, groups_of, layers_of, map_row, token_group
-from .given import OWN_KINDS
+from .given import OWN_KINDS, kinds_there
 
 CELLS = 120_000  # of maps, that a page holds at most
 _TITLES = {
@@ -63,8 +63,8 @@ def ledger_sheets(ledger: Any, features: ComponentKind | None = None, notes: Seq
 def _answers(book: Any, features: ComponentKind | None) -> Iterator[tuple[int, dict[str, Any], list[Any]]]:
     """Yield prompts, once for each read, with the answers for each kind, and those of the tokens at every layer."""
     request = book._request
-    layers, has = range(request.end), {"heads": request.adapter.has_attention, "neurons": request.adapter.has_mlp}
-    kinds = {kind: one for kind, one in OWN_KINDS.items() if kind not in has or any(map(has[kind], layers))}
+    layers = range(request.end)
+    kinds = {kind: OWN_KINDS[kind] for kind in kinds_there(request.adapter)}
     if features is not None:
         kinds["features"] = features
     for prompt in range(len(request.prompts)):

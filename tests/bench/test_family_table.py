@@ -4,7 +4,7 @@ import pytest
 import transformers
 
 from bench.core.results import ROOT
-from bench.studies.families import KNOWN, PAGE, committed, unexplained, with_table, with_types
+from bench.studies.families import KNOWN, PAGE, committed, unexplained, with_refused, with_table, with_types
 from depass_fast.adapters import supported_families
 from tests.support.family_models import VARIANTS
 
@@ -12,6 +12,13 @@ from tests.support.family_models import VARIANTS
 def test_the_page_has_the_table_of_the_committed_results():
     page = PAGE.read_text()
     assert with_table(page, committed()) == page, "run python -m bench.studies.families"
+
+
+def test_the_page_has_the_errors_of_the_code():
+    page = PAGE.read_text()
+    assert with_refused(page) == page, "run python -m bench.studies.families"
+    refused = page.split("## Refused")[1]
+    assert "`deepseek_v32`" in refused and "altup_active_idx" in refused
 
 
 def test_every_family_is_tested_and_named():

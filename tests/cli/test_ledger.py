@@ -10,7 +10,7 @@ import pytest
 from depass_fast import Contrast, DePass, LogProb
 from depass_fast.cli import flags, ledger
 from depass_fast.demo import load_demo
-from depass_fast.ledger.book import KINDS
+from depass_fast.ledger.given import OWN_KINDS
 from depass_fast.linear_rules import LINEAR_RULES
 from tests.support.command import fail, one_thread, run  # noqa: F401 (a fixture)
 
@@ -31,7 +31,7 @@ def objects(capsys, *arguments: str) -> list[dict]:
 
 def scores(found: dict) -> dict[str, list[float]]:
     """The scores of every kind, of all layers in a row."""
-    layers = {kind: found[kind].get("layers", [found[kind]]) for kind in KINDS if kind in found}
+    layers = {kind: found[kind].get("layers", [found[kind]]) for kind in OWN_KINDS if kind in found}
     return {kind: [score for one in each for score in one["scores"]] for kind, each in layers.items()}
 
 
@@ -41,7 +41,7 @@ def same(found: dict, expected: dict) -> bool:
 
 
 def test_flags_name_what_the_library_has():
-    assert sorted(flags.LINEAR_RULES) == sorted(LINEAR_RULES) and ledger.KINDS == KINDS
+    assert sorted(flags.LINEAR_RULES) == sorted(LINEAR_RULES) and list(OWN_KINDS) == [*ledger.KINDS]
 
 
 def test_text(capsys, engine):
@@ -50,7 +50,8 @@ def test_text(capsys, engine):
     assert [line for line in out.splitlines() if "ledger |" not in line] == [
         line for line in expected.splitlines() if "ledger |" not in line
     ]
-    assert [out.index(f"\n{kind} at ") for kind in KINDS] == sorted(out.index(f"\n{kind} at ") for kind in KINDS)
+    places = [out.index(f"\n{kind} at ") for kind in OWN_KINDS]
+    assert places == sorted(places)
     out = run(capsys, *LEDGER, "--prompt", FIRST, "--top", "2", "--kinds", "heads,tokens", "--rule", "half")
     assert "neurons at" not in out and out.count("L0H") == 2 and "ledger | half | cpu" in out
     assert "ledger | taylor | cpu" in run(

@@ -145,7 +145,7 @@ def test_parts_that_a_layer_lacks_are_refused_before_any_work(kind, problem):
 def test_methods_without_a_meaning_are_refused():
     dp = DePass(build_variant("qwen3_5_text"))
     ids = random_ids(5)
-    with pytest.raises(ValueError, match="is for models whose layers are all softmax attention and MLP"):
+    with pytest.raises(ValueError, match="this one has: recurrences, gates in front of the projection of heads"):
         dp.attribute(ids, Neurons(layers="all"), method="adjoint")
     assert dp.attribute(ids, Neurons(layers="all"), method="adjoint", allocation="shapley").scores.isfinite().all()
     with pytest.raises(ValueError, match="the published interface is for models"):

@@ -54,7 +54,7 @@ def copied(engine: DePass, trace: Trace, rule: str, credit: float) -> Iterator[N
     if adapter.observed is not None:
         raise NotPossibleError("the model's attention does not go through transformers' interface.")
     if not adapter.is_uniform:
-        raise NotPossibleError("the model has recurrences, gated heads, or layers without attention or MLP.")
+        raise NotPossibleError(f"the model has {', '.join(adapter.beyond_plain)}.")
     if adapter.selects is not None:
         raise NotPossibleError("an indexer selects the keys of the model's attention.")
     if any(adapter.is_mixture(index) for index in range(adapter.n_layers)):
