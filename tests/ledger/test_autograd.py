@@ -6,7 +6,7 @@ import transformers
 
 from depass_fast import Contrast, DePass, LogProb
 from tests.support.family_models import VARIANTS, available, build_variant
-from tests.support.ledgers import scores_by_label
+from tests.support.ledgers import off, scores_by_label
 from tests.support.linearised import Linearised
 from tests.support.models import random_ids
 
@@ -54,17 +54,6 @@ def test_a_ledger_is_gradient_times_component_of_a_linearised_model(name, rule):
             for (kind, layer), scores in expected.items():
                 found = scores_by_label(getattr(ledger, kind)(layer)[read], target)
                 assert off(found, scores, float(value)) <= within, (kind, layer, position, target)
-
-
-def off(found, expected, value):
-    """Return the largest difference of scores, relative to Σ|scores|.
-
-    A label that is missing has the score zero; `rest` and `bias` are what is missing of the target.
-    """
-    size = sum(map(abs, found.values()))
-    others = found.pop("rest", 0.0) + found.pop("bias", 0.0)
-    differences = [found.get(label, 0.0) - expected.get(label, 0.0) for label in {*found, *expected}]
-    return max(map(abs, [*differences, others - (value - sum(expected.values()))])) / size
 
 
 def test_the_linearised_models_are_not_changed(name="gemma2: tight caps"):

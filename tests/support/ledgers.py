@@ -52,3 +52,15 @@ def assert_exact(dp: DePass, trace: Trace, ledger: Any, kind: ComponentKind, rul
     for one, other in zip(found, exact, strict=True):
         assert distance(one, other) <= within, (kind, one.labels)
         assert one.completeness_error <= within and one.warnings is None
+
+
+def off(found: dict[str, float], expected: dict[str, float], value: float) -> float:
+    """The largest difference of scores by label, relative to Σ|scores|, where ``value`` is the sum of all.
+
+    A label that is missing has the score zero; `rest` and `bias` are what is missing of the target.
+    """
+    named = {label: score for label, score in found.items() if label not in ("rest", "bias")}
+    others = sum(found.values()) - sum(named.values())
+    differences = [named.get(label, 0.0) - expected.get(label, 0.0) for label in {*named, *expected}]
+    size = sum(map(abs, found.values()))
+    return max(map(abs, [*differences, others - (value - sum(expected.values()))])) / size

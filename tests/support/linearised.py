@@ -51,8 +51,13 @@ def path_gradient(function: Function, inputs: Sequence[Tensor], moving: Sequence
 
 
 def shared(rule: str, function: Function, *inputs: Tensor) -> Tensor:
-    """Return function(*inputs), linearised: `shapley` moves all inputs at once, `half` takes the mean of each alone."""
+    """Return function(*inputs), linearised: `shapley` moves all inputs at once, `half` takes the mean of each alone.
+
+    Under `taylor` it is a constant times the first.
+    """
     fixed, numbers = [x.detach() for x in inputs], range(len(inputs))
+    if rule == "taylor":
+        return by_ratio(inputs[0], function(*fixed))
     if rule == "shapley":
         factors = path_gradient(function, fixed, numbers)
     else:
@@ -76,7 +81,7 @@ class Linearised:
         with ExitStack() as stack, torch.enable_grad():
             self._replace(model, stack)
             logits = model(torch.tensor([ids]), use_cache=False).logits
-            self.logits = by_ratio(self._raw_logits, logits)[0]
+            self.logits = by_ratio(self._raw_logits[..., : logits.shape[-1]], logits)[0]
 
     def scores(self, target: Function, position: int) -> tuple[Tensor, dict[tuple[str, int], dict[str, float]]]:
         """Return a target, a function of the logits (V,) at a position, and gradient × component: label -> score.
