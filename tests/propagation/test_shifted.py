@@ -70,8 +70,8 @@ def test_streamed_verified_and_all_layers(dp, trace, tmp_path):
     assert torch.allclose(streamed.scores, whole.scores, rtol=0, atol=1e-12)
     every = dp.attribute(trace, Modules(layers="all"), 5)
     assert torch.allclose(every[2].scores, dp.attribute(trace, Modules(2), 5).scores, rtol=0, atol=1e-12)
-    few = dp.focus(trace, Neurons(0), [3, 7])  # by themselves
-    assert torch.allclose(few.states[-1], dp.decompose(trace, Neurons(0)).dense()[:, [3, 7]], rtol=0, atol=1e-12)
+    few, among = dp.focus(trace, Neurons(0), [3, 7]), dp.decompose(trace, Neurons(0), end=3)
+    assert torch.allclose(few.states[-1], among.dense()[:, [3, 7]], rtol=0, atol=1e-12)  # by themselves
     book = dp.ledger(IDS, 5)
     book.save(tmp_path / "book")
     again = dp.load_ledger(tmp_path / "book")
