@@ -7,16 +7,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import Tensor
 
 from .calls import Calls
 from .components.base import ComponentKind
+from .components.model import Tokens
 from .inputs.prompts import OnePrompt, Prompt, SeveralPrompts
 from .ledger.given import rule_of
 from .linear_rules import LINEAR_RULES
 from .methods.credit import credits_of
 from .methods.explain import attention_layer, check_start, explanations, heads_of, refuse_several
+from .methods.head_weights import check_mixes, head_weights
 from .options import CreditValues, LinearRuleName, LookValues, OptionValues
-from .request import with_targets
+from .request import with_targets, with_trace
 from .results.credit import AttentionCredit
 from .results.explanation import AttentionExplanation
 from .trace.record import Trace
@@ -103,6 +106,63 @@ class AttentionCalls(Calls):
         check_start(components, self.adapter, number)
         request = self._request(prompt, components, number, options)
         found = explanations(request, number, heads, one_head, query, key)
+        return found if request.batch else found[0]
+
+    @overload
+    def head_weights(self, prompt: OnePrompt, layer: int | str, head: int | Sequence[int] | None = None) -> Tensor: ...
+
+    @overload
+    def head_weights(
+        self, prompt: SeveralPrompts, layer: int | str, head: int | Sequence[int] | None = None
+    ) -> list[Tensor]: ...
+
+    @overload
+    def head_weights(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+    ) -> Any: ...
+
+    @torch.no_grad()
+    def head_weights(
+        self,
+        prompt: Prompt | Sequence[Prompt] | Trace,
+        layer: int | str,
+        head: int | Sequence[int] | None = None,
+    ) -> Any:
+        """Return the weights W by which heads mix positions, frozen: a head gives Σ_k W[q, k] · v[k] at position q.
+
+        With softmax attention W is P, the probabilities. Its rows sum to one; to less beside a sink (gpt-oss), to the
+        router's weight where a router chooses heads (JetMoE). In differential attention (DiffLlama) it is P1 - λ P2.
+        With a recurrence W is signed and lower triangular, and its rows do not sum to one (DESIGN.md section 10). Where
+        a layer has both (Falcon-H1), the first heads are those of attention.
+
+        W has nothing of what stands in front of it or behind it. v[k] is the output of the value projection, behind a
+        norm or a clamp, and of a recurrence behind its gate, short convolution and activation. What a head gives passes
+        a gate or a norm where the layer has one, then the output projection.
+
+        Args:
+            prompt: as for :meth:`depass_fast.DePass.attribute`.
+            layer: the layer, -L to L - 1, or the name of its hook (``blocks.3.attn.hook_pattern``).
+            head: a head, -H to H - 1, or a list of them; None: all of the layer. In Mamba-1 every channel is a head.
+
+        Returns:
+            A tensor (N, N) of queries and keys for one head, or (H', N, N), in float32, or in float64 if the model is,
+            on the layer's device; a list of them for several prompts, or the trace of several.
+
+        Raises:
+            ValueError, TypeError: bad input, before any work: a layer or head that is out of range, a layer that does
+                not mix positions, or whose values are keys (DeepSeek V4).
+            MemoryError: it cannot fit.
+        """
+        number = attention_layer(layer, self.adapter)
+        check_mixes(self.adapter, number)
+        heads, one_head = heads_of(head, self.adapter, number)
+        request = with_trace(self._request(prompt, Tokens(), None, {"shard": None}))
+        trace = request.require_trace()
+        found = [head_weights(self.adapter, trace, one, number, heads) for one in range(trace.n_prompts)]
+        found = [weights[0] for weights in found] if one_head else found
         return found if request.batch else found[0]
 
     @overload

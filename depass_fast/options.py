@@ -109,8 +109,8 @@ class Options:
             raise ValueError(
                 f"compute_dtype: the {backend.name} backend computes in the state's dtype; set state_dtype."
             )
-        if self.value_activation == "shared":
-            self._check_sharing(adapter, backend)
+        self.check_sharing(adapter)
+        self._check_blocks(backend)
         if self.stream is True:
             self._check_streaming(backend, choice)
             backend = StreamBackend(adapter.device, compute, self.memory_budget)
@@ -142,14 +142,17 @@ class Options:
             raise TypeError(f"verify: expected True or False, got {self.verify!r}.")
         check_template_kwargs(self.chat_template_kwargs)
 
-    def _check_sharing(self, adapter: Adapter, backend: Backend) -> None:
-        """Refuse ``value_activation="shared"`` for a model without such activations, or a rule that is no statistic."""
-        if not any(map(adapter.activates_values, range(adapter.n_layers))):
+    def check_sharing(self, adapter: Adapter) -> None:
+        """Raise ValueError where activations of values are to be shared and the model has none."""
+        if self.value_activation == "shared" and not any(map(adapter.activates_values, range(adapter.n_layers))):
             raise ValueError(
                 "value_activation: no layer of this model has an activation behind its values (recurrences do); leave "
                 "it out."
             )
-        if callable(self.allocation) and backend.name != "reference":
+
+    def _check_blocks(self, backend: Backend) -> None:
+        """Refuse ``value_activation="shared"`` for a rule that is no statistic."""
+        if self.value_activation == "shared" and callable(self.allocation) and backend.name != "reference":
             raise ValueError(
                 f"value_activation: {Allocation(self.allocation).name} sees all components at once, and values come in "
                 "blocks; take backend='reference', or one of the rules by name."

@@ -62,6 +62,8 @@ def test_one_layer_of_one_prompt_gives_an_attribution(demo: DePass):
 def test_attention_is_explained_prompt_by_prompt(demo: DePass):
     one = assert_type(demo.explain_attention(TEXT, Tokens(), 1, 2, key=(0, 2)), AttentionExplanation)
     several = assert_type(demo.explain_attention([TEXT], Tokens(), layer=1), list[AttentionExplanation])
+    assert_type(demo.head_weights(IDS, 1, 0), torch.Tensor)
+    assert_type(demo.head_weights([IDS, IDS], 1), list[torch.Tensor])
     credit = assert_type(demo.attention_credit(IDS, Heads(1), 3, rule="half"), AttentionCredit)
     credits = assert_type(demo.attention_credit([IDS, IDS], Heads(1)), list[AttentionCredit])
     assert one.asked == "pair" and len(several) == 1 and len(credits) == 2 and credit.rule == "half"

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shapley",
     )
     flags.add_rule(how)
-    how.set_defaults(allocation=None)
+    how.set_defaults(allocation=None, value_activation="frozen")  # it is for models without recurrences
     flags.add_backend(how)
     flags.add_machine(how)
 

@@ -74,7 +74,7 @@ def _add_study(parser: argparse.ArgumentParser, entry: Entry) -> None:
     flags.add_debug(out)
     # what the other commands have flags for
     parser.set_defaults(backend="auto", verify=False, chat=None, chat_template_kwargs=None)
-    parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False)
+    parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False, value_activation="frozen")
     parser.set_defaults(run=run, check=check)
 
 

@@ -82,6 +82,17 @@ def add_allocation(
     group.add_argument("--allocation", *names, default=default, choices=_RULES, metavar="RULE", help=text)
 
 
+def add_value_activation(group: argparse._ActionsContainer) -> None:
+    """--value-activation."""
+    group.add_argument(
+        "--value-activation",
+        choices=("frozen", "shared"),
+        default="frozen",
+        help="the activation behind the values of recurrences (Mamba, Qwen3-Next): frozen, or shared out by the "
+        "allocation as an MLP's is. Default: frozen",
+    )
+
+
 def add_rule(group: argparse._ActionsContainer) -> None:
     """--allocation, --temperature and --no-exclude-special."""
     add_allocation(group)

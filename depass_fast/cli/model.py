@@ -138,6 +138,7 @@ def engine_of(args: argparse.Namespace, device: str) -> DePass:
         "allocation": args.allocation,
         "temperature": args.temperature,
         "exclude_special": not args.no_exclude_special,
+        "value_activation": args.value_activation,
         "backend": args.backend,
         "memory_budget": args.memory_budget,
         "progress": not args.quiet,

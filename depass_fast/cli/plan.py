@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", type=int, default=1, metavar="K", help="how many targets a linear rule reads at once. Default: 1"
     )
+    flags.add_value_activation(parser)
     flags.add_method(parser)
     flags.add_machine(parser)
     parser.add_argument("--state-dtype", choices=flags.DTYPES, help="dtype of the component state. Default: float32")
@@ -94,7 +95,13 @@ def _plan(args: argparse.Namespace) -> Plan:
         )
     components = components_of(config, name, 0 if args.layer is None or is_ledger else args.layer)
     adapter = for_config(config, getattr(torch, args.dtype) if args.dtype else None)
-    options = Options(args.allocation or rule, memory_budget=args.memory_budget, state_dtype=args.state_dtype)
+    options = Options(
+        args.allocation or rule,
+        memory_budget=args.memory_budget,
+        state_dtype=args.state_dtype,
+        value_activation=args.value_activation,
+    )
+    options.check_sharing(adapter)
     method = check_ledger(options, flags.method_of(args)) if is_ledger else flags.method_of(args)
     components.resolve(adapter)  # a layer that does not exist is an error before any method is chosen
     lengths, reads = _lengths(args, adapter)

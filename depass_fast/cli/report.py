@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_debug(out)
     # what the other commands have flags for
     parser.set_defaults(continuation=None, backend="auto", verify=False)
-    parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False)
+    parser.set_defaults(allocation="softmax", temperature=0.1, no_exclude_special=False, value_activation="frozen")
 
 
 def check(args: argparse.Namespace) -> None:

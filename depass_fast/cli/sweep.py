@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is computed")
     flags.add_method(how)
     flags.add_rule(how)
+    flags.add_value_activation(how)
     how.add_argument("--backend", default="auto", choices=flags.BACKENDS, metavar="B", help="default: auto")
     flags.add_machine(how)
     how.add_argument(

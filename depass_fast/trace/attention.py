@@ -130,7 +130,7 @@ def check_softmax(trace: AttentionTrace) -> None:
     if trace.keyed is not None:
         raise ValueError("trace: values that are keys are turned, too; see FrozenKeyed for all that attention does.")
     if trace.recurrence is not None and trace.recurrence.decay is not None:
-        raise ValueError("trace: a recurrence has no attention probabilities; see FrozenMixing.matrix for what it has.")
+        raise ValueError("trace: a recurrence has no attention probabilities; dp.head_weights gives its matrix.")
 
 
 def attention_probabilities(trace: AttentionTrace, keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:
