@@ -65,7 +65,8 @@ def test_a_mixer_beside_attention_is_compared_with_the_models_own():
     if not available("falcon_h1"):
         pytest.skip("the installed transformers does not know falcon_h1")
     model = build_variant("falcon_h1")
-    model.model.layers[1].mamba.out_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.05,))
+    last = model.get_submodule("model.layers.1.mamba.out_proj")
+    last.register_forward_pre_hook(lambda module, args: (args[0] * 1.05,))
     with pytest.raises(RuntimeError, match="layer 1: model.layers.1.mamba gives its output projection something else"):
         DePass(model, progress=False).trace(IDS)
 
@@ -76,20 +77,20 @@ class HalfOnly(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.half = True
+        self.only_half = True
 
     def forward(self, x, cache=None):
         x = self.inner(x)
-        assert not self.half or x.dtype == torch.bfloat16
+        assert not self.only_half or x.dtype == torch.bfloat16
         return self.outer(x * 2)
 
 
 def test_a_call_that_cannot_be_repeated_is_left_alone():
     mixer, x = HalfOnly().bfloat16(), torch.randn(1, 3, 4).bfloat16()
-    given = {mixer.inner: mixer.inner(x)[0]}
+    given: dict[nn.Module, torch.Tensor] = {mixer.inner: mixer.inner(x)[0]}
     mixer.register_forward_hook(lambda *_: pytest.fail("the model's own hooks are not called"))
     assert heads_in_float32(mixer, given, mixer.outer, (x,), {}) is None
-    mixer.half = False
+    mixer.only_half = False
     assert heads_in_float32(mixer, given, mixer.outer, (x,), {"cache": object()}) is None
     heads = heads_in_float32(mixer, given, mixer.outer, (x,), {"cache": None})
     assert heads is not None
