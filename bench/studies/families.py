@@ -172,6 +172,7 @@ KNOWN = {
     "mimo_v2_flash": "MiMo V2 Flash",
     "flint": "Flint",
     "emu3": "Emu 3",
+    "mllama": "Llama 3.2 Vision (text)",
     "fuyu": "Fuyu",
     "got_ocr2": "GOT-OCR 2",
     "moss_transcribe_diarize": "MOSS Transcribe Diarize",

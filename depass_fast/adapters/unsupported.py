@@ -33,7 +33,6 @@ REASONS: dict[str, str] = {
     "blt": "a model of bytes whose layers attend from patches to bytes and back",
     "cpmant": "it looks ahead within a prefix, with a learned bias of positions",
     "hrm_text": "a stack of layers that runs several times",
-    "mllama": "cross-attention layers, which are skipped without an image",
     "reformer": "attention by hashing, in reversible layers with two residual streams",
     "xlnet": "attention over permutations with two streams: it looks ahead",
 }

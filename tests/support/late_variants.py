@@ -25,7 +25,7 @@ _SPEECH = {
 _DBRX = {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4}
 
 # transformers 4 knows these families, and has other code for them
-OF_TRANSFORMERS_5 = ("aria_text", "dbrx", "emu3", "llama4", "llama4_text", "moshi")
+OF_TRANSFORMERS_5 = ("aria_text", "dbrx", "emu3", "llama4", "llama4_text", "mllama", "moshi")
 
 LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe_swa": (
@@ -96,6 +96,30 @@ LATE_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "attn_resolutions": [],
                 "hidden_size": 8,
                 "num_attention_heads": 1,
+            },
+        },
+    ),
+    "mllama": (
+        "mllama",
+        {
+            "text_config": {
+                **{**SHAPE, "num_hidden_layers": 5},
+                **GQA,
+                "cross_attention_layers": [1, 4],
+                "pad_token_id": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+                "supported_aspect_ratios": [[1, 1]],
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 32,
             },
         },
     ),
