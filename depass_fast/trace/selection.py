@@ -28,9 +28,13 @@ def padded_to(width: int, indices: Tensor) -> Tensor:
 
 
 def seen_in(mask: Tensor, width: int) -> Tensor:
-    """Return the positions that queries of one prompt see by a mask (1, 1, N, N), at most ``width``: (1, N, k)."""
+    """Return the positions that queries of one prompt see by a mask (1, 1, N, N), at most ``width``: (1, N, k).
+
+    The mask is True where a key is seen, or zero, if it is added to the logits, as it may be in eager attention.
+    """
     positions = torch.arange(mask.shape[-1], device=mask.device)
-    return torch.where(mask[:, 0], positions, -1).topk(min(width, mask.shape[-1])).values
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return torch.where(seen[:, 0], positions, -1).topk(min(width, mask.shape[-1])).values
 
 
 def by_query(indices: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """A ledger is gradient × component of a linearised model, where layers are more than attention and an MLP."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ LAYERS = {  # of the kinds that a layer has, tokens, heads and neurons in this o
 def test_a_ledger_of_mixers_is_gradient_times_component(name):
     if not available(name):
         pytest.skip("the installed transformers does not have it")
-    model = build_variant(name, implementation="eager").double()
+    model: Any = build_variant(name, implementation="eager").double()
     model.config._experts_implementation = "eager"  # which takes float64
     for module in model.modules():
         if hasattr(module, "chunk_size"):  # a prompt is filled up to whole chunks

@@ -299,8 +299,9 @@ FIRST = frozenset({family: name for name, (family, _) in reversed(VARIANTS.items
 
 def available(name: str) -> bool:
     """True if the installed transformers knows this variant's family by the code that is supported."""
-    model_type, major = VARIANTS[name][0], int(transformers.__version__.split(".")[0])
-    known = model_type in CONFIG_MAPPING and (major >= 5 or model_type not in OF_TRANSFORMERS_5)
+    model_type, version = VARIANTS[name][0], tuple(map(int, transformers.__version__.split(".")[:2]))
+    known = model_type in CONFIG_MAPPING and (version >= (5,) or model_type not in OF_TRANSFORMERS_5)
+    known = known and (version >= (5, 23) or not model_type.startswith("gemma3n"))
     return known and (name not in {*RECURRENT, *GEMMAS, *AHEAD} or knows_recurrences())
 
 

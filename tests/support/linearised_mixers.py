@@ -108,7 +108,7 @@ class LinearisedMixers(Linearised):
         probe = torch.zeros_like(z, requires_grad=True)
         with torch.enable_grad():
             ways = torch.autograd.grad(z, roots, probe, create_graph=True, materialize_grads=True, allow_unused=True)
-            total = sum((way * root.detach()).sum() for way, root in zip(ways, roots, strict=True))
+            total = torch.stack([(way * root.detach()).sum() for way, root in zip(ways, roots, strict=True)]).sum()
         return z.detach() - torch.autograd.grad(total, probe, retain_graph=True)[0]
 
     # -- what is replaced -------------------------------------------------------------------------------------------

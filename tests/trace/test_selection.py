@@ -7,7 +7,7 @@ from depass_fast import DePass, Neurons, Tokens
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.evaluate.frozen import frozen_attention
 from depass_fast.trace.attention import attention_probabilities
-from depass_fast.trace.selection import seen_by_heads, selected
+from depass_fast.trace.selection import seen_by_heads, seen_in, selected
 from tests.support.family_models import available, build_variant
 from tests.support.models import random_ids
 
@@ -45,6 +45,13 @@ def test_positions_become_a_mask():
     chosen = torch.tensor([[0, -1, 3], [2, 1, 9]])
     assert selected(chosen, 4).tolist() == [[True, False, False, True], [False, True, True, False]]
     assert selected(chosen, 2).tolist() == [[True, False], [False, True]]
+
+
+def test_a_mask_becomes_positions():
+    """Of bool, or added to the logits, as Qwen 4's is in eager attention before transformers 5.23."""
+    mask = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])[None, None]
+    added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    assert seen_in(mask, 2).tolist() == seen_in(added, 2).tolist() == [[[0, -1], [1, 0], [2, 1]]]
 
 
 @pytest.mark.parametrize("rule", ["taylor", "softmax"])
