@@ -52,7 +52,7 @@ def added_by(dp: DePass, ids: Tensor, layer: int) -> dict[str, Tensor]:
         total = seen[kind][1] + (seen["shared"][1] if "shared" in seen and kind == "mlp" else 0.0)
         total = seen["scaled"][1] if "scaled" in seen and kind == "mlp" else total
         added[kind] = _spread(seen, kind, _mixed(adapter, layer, kind, total * branch.factor))
-        if (streams := adapter.streams(layer)) is not None:
+        if (streams := adapter.kind(layer).streams) is not None:
             added[kind] = _on_streams(streams, kind, added[kind], seen, adapter.stream_width)
             continue
         if kind == "attention" and sides is not None:  # two outputs, each with its factor
