@@ -200,7 +200,7 @@ class Family:
 
     decoder: Path | None = None  # the model without its unembedding; None: what transformers calls the base model
     layers: Path = "model.layers"
-    # the number of the module of every layer, where a module of ``layers`` has several, as declared here, or none
+    # the number of the module of every layer, where one of ``layers`` has several layers, as declared here, or none
     homes: tuple[int, ...] | None = None
     embedding: Path = "model.embed_tokens"
     final_norm: Path | None = "model.norm"

@@ -18,6 +18,7 @@ from ..components.model import Heads, Modules, Neurons, Tokens, Which
 from ..inputs.hook_names import Site
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
+from ..results.attribution import Attribution
 from ..results.layered import LayeredAttribution
 from ..runtime.brief import brief
 from ..runtime.dtypes import dtype_name
@@ -40,6 +41,7 @@ from .steering import Steers
 from .view import View
 
 Answer: TypeAlias = Any  # an Attribution or a LayeredAttribution, in lists as the ledger's prompts and positions are
+OfKinds: TypeAlias = dict[str, Attribution | LayeredAttribution]
 Numbers: TypeAlias = tuple[int, int, int]  # of a prompt, a read and a target, counted from 0
 By: TypeAlias = Literal["magnitude", "positive", "negative"]
 _KEYS: dict[str, Callable[[Entry], float]] = {
@@ -286,11 +288,10 @@ class Ledger(DrawnLedger, PagedLedger):
         """Return the shares of one prompt by position, see :func:`places_of`; ``trace`` is the whole one."""
         return places_of(self._request, self._pages, trace, chosen)
 
-    def _results(self, kinds: Sequence[str] | None, prompt: int, read: int) -> dict[str, Any]:
+    def _results(self, kinds: Sequence[str] | None, prompt: int, read: int) -> OfKinds:
         """Return the answers for some of the model's own kinds, or all, for one prompt and read, which were checked."""
-        prompt %= len(self._request.prompts)
-        kinds = self.kinds if kinds is None else kinds
-        return {kind: self._read_off(OWN_KINDS[kind], [prompt])[0][read] for kind in kinds}
+        prompt, given = prompt % len(self._request.prompts), self.kinds if kinds is None else kinds
+        return {kind: self._read_off(OWN_KINDS[kind], [prompt])[0][read] for kind in given}
 
     def _check(self, kinds: Sequence[str] | None, prompt: int, read: int, target: int = 0, **counts: int) -> Numbers:
         """Return ``prompt``, ``read`` and ``target`` counted from 0; ``counts`` are numbers of components.

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from depass_fast import DePass, Neurons
+from depass_fast import DePass, Neurons, Tokens
 from depass_fast.compat import decomposed_state_manager
 from depass_fast.evaluate.methods.base import NotPossibleError
 from depass_fast.evaluate.methods.relevance import copied
@@ -34,7 +34,7 @@ def test_refusals_name_what_there_is(name):
     does_not_know = re.escape(f"all that this one has: {BESIDE[name]}.")
     layer = next(layer for layer in range(dp.adapter.n_layers) if dp.adapter.has_attention(layer))
     asks = {
-        "attention's own book": lambda: dp.explain_attention(trace, layer, 0),
+        "attention's own book": lambda: dp.explain_attention(trace, Tokens(), layer, 0),
         "the published interface": lambda: decomposed_state_manager(dp.model, None),
         "held attention": lambda: check_holdable(dp.adapter),
         "method: 'adjoint'": lambda: dp.attribute(trace, Neurons(layers="all"), method="adjoint"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ def engine(name: str, dtype: torch.dtype = torch.float64) -> DePass:
 def test_probabilities_are_those_of_eager_attention(name, monkeypatch):
     monkeypatch.setattr(head_weights, "_QUERIES", 4)
     dp = engine(name, torch.float32)  # in which gpt-oss's experts run
-    dp.model.set_attn_implementation("eager")
-    wanted = dp.model(torch.tensor([IDS]), output_attentions=True, use_cache=False).attentions[1][0]
+    model: Any = dp.model
+    model.set_attn_implementation("eager")
+    wanted = model(torch.tensor([IDS]), output_attentions=True, use_cache=False).attentions[1][0]
     found = dp.head_weights(IDS, 1)
     assert found.shape[1:] == (9, 9) and found.dtype == torch.float32
     assert torch.allclose(found[: len(wanted)], wanted, atol=1e-6)
