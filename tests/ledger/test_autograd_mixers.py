@@ -26,9 +26,19 @@ LAYERS = {  # of the kinds that a layer has, tokens, heads and neurons in this o
     "qwen4_exp_text": "thn thn thn",  # gated streams, embeddings that enter later
     "inkling_text": "thn thn thn",  # convolutions behind branches, logits with a bias by distance
 }
+THOROUGH = {  # the same parts in other places
+    "bamba: MHA, biases": "thn thn thn",
+    "falcon_mamba": "th th th",
+    "jamba: biases, dense": "thn thn thn",
+    "olmo_hybrid": "thn thn thn",
+    "zamba2": "thn th th thn th",
+    "jetmoe: MQA, three of five": "thn thn thn",
+    "inkling_text: two dense layers": "thn thn thn",
+}
+EVERY = {**LAYERS, **THOROUGH}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *(pytest.param(name, marks=pytest.mark.thorough) for name in THOROUGH)])
 def test_a_ledger_of_mixers_is_gradient_times_component(name):
     if not available(name):
         pytest.skip("the installed transformers does not have it")
@@ -46,7 +56,7 @@ def test_a_ledger_of_mixers_is_gradient_times_component(name):
     for read, position in enumerate([-1, INNER]):
         value, expected = linearised.scores(lambda logits: logits[TARGET], position)
         kinds = [f"{kind[0]}{layer}" for kind, layer in expected]
-        assert sorted(kinds) == sorted(f"{k}{i}" for i, layer in enumerate(LAYERS[name].split()) for k in layer)
+        assert sorted(kinds) == sorted(f"{k}{i}" for i, layer in enumerate(EVERY[name].split()) for k in layer)
         for (kind, layer), scores in expected.items():
             found = scores_by_label(getattr(ledger, kind)(layer)[read], 0)
             assert off(found, scores, float(value)) <= WITHIN, (kind, layer, position)

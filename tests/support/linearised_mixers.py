@@ -23,16 +23,16 @@ from .linearised import Function, Linearised, Model, by_ratio, frozen, shared
 
 # Patterns of the end of a module's path, behind which stands the name of the class of the module that it is in.
 CONSTANT = (  # what gives no values
-    r"(\.(q_proj|k_proj|r_proj|in_proj_[abz]|linear_[qk]_adapter_list\.\d|receptance|gate|router|[ifo]gate_preact"
+    r"(\.([abgkqr]_proj|in_proj_[abz]|linear_[qk]_adapter_list\.\d|receptance|gate|router|[ifo]gate_preact"
     r"|proj_up|experts\.input_linear|modality_router|input_mix_weight_up|block_inject_weight|shared_expert_gate)"
     r"|attention\.key|mlstm_layer\.[qk]) "
 )
 VALUES: dict[str, Callable[[Any, int], slice]] = {  # what gives values, too: these channels, of its owner and width
     r"in_proj_qkv ": lambda mixer, width: slice(2 * mixer.key_dim, width),
-    r"in_proj (Mamba2|Zamba2Mamba)Mixer": lambda mixer, width: slice(
+    r"in_proj (Mamba2|Zamba2Mamba|Bamba)Mixer": lambda mixer, width: slice(
         mixer.intermediate_size, 2 * mixer.intermediate_size
     ),
-    r"in_proj MambaMixer": lambda mixer, width: slice(0, width // 2),
+    r"in_proj (|Falcon|Jamba)MambaMixer": lambda mixer, width: slice(0, width // 2),
     r"in_proj ZambaMambaMixer": lambda mixer, width: slice(0, width, 2),
     r"kv_proj ": lambda attention, width: slice(width // 2, width),
     r"(mlp\.input_linear|gate_up_proj|gate_up_proj_adapter_list\.\d) ": lambda mlp, width: slice(0, width // 2),

@@ -48,7 +48,7 @@ def test_positions_become_a_mask():
 
 
 def test_a_mask_becomes_positions():
-    """Of bool, or added to the logits, as Qwen 4's is in eager attention before transformers 5.23."""
+    """Masks are of bool, or added to the logits, as Qwen 4's in eager attention before transformers 5.23."""
     mask = torch.tensor([[True, False, False], [True, True, False], [False, True, True]])[None, None]
     added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     assert seen_in(mask, 2).tolist() == seen_in(added, 2).tolist() == [[[0, -1], [1, 0], [2, 1]]]
