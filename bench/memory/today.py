@@ -1,7 +1,7 @@
 """Configs of this year's families for :mod:`.plan`, at widths where the propagation outweighs the rest.
 
 Each has what the planner has to know of it: recurrences, keys that are values, values of an earlier layer, several
-residual streams, selected keys.
+residual streams, selected keys, states that decay by channel, recurrences without attention beside them.
 """
 
 from __future__ import annotations

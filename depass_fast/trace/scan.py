@@ -127,9 +127,15 @@ def parts_of_heads(heads: int, positions: int, columns: int, keys: int, by_chann
 
     ``by_channel`` says that every channel of the state decays by itself.
     """
-    among = _CHUNK_BY_CHANNEL**2 * keys if by_channel else _CHUNK**2  # numbers of a head's `_between`
-    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // max(positions * max(columns, keys), among))
+    each = scanned_numbers(positions, columns, keys, by_channel)
+    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // each)
     return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
+
+
+def scanned_numbers(positions: int, columns: int, keys: int, by_channel: bool) -> int:
+    """Return the numbers of a head's values or keys, or of what its queries meet within a chunk: whichever are more."""
+    among = _CHUNK_BY_CHANNEL**2 * keys if by_channel else _CHUNK**2
+    return max(positions * max(columns, keys), among)
 
 
 def _at(write: Tensor | None, at: slice) -> Tensor | None:
