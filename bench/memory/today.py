@@ -1,7 +1,7 @@
 """Configs of this year's families for :mod:`.plan`, at widths where the propagation outweighs the rest.
 
 Each has what the planner has to know of it: recurrences, keys that are values, values of an earlier layer, several
-residual streams, selected keys.
+residual streams, selected keys, states that decay by channel, recurrences without attention beside them.
 """
 
 from __future__ import annotations
@@ -94,5 +94,46 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "ple_layer_ids": [1, 3],
         "ngram_vocab_size_base": 1000,
         "eos_token_id": 1,
+    },
+    # states that decay by channel, a softmax beside recurrences, layers of one branch each
+    "kimi_linear": {
+        **_LATENT,
+        **_EXPERTS,
+        "pad_token_id": 0,
+        "linear_head_dim": 128,
+        "linear_num_heads": 8,
+        "num_local_experts": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 32,
+        "mamba_head_dim": 64,
+        "n_groups": 1,
+        "ssm_state_size": 64,
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+    },
+    "jamba": {
+        "mamba_d_state": 16,
+        "mamba_dt_rank": 64,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention", "recurrent"], "attention_window_size": 64},
+    "xlstm": {"num_heads": 4, "chunk_size": 64},
+    "inkling_text": {
+        "head_dim": 64,
+        "swa_num_attention_heads": 16,
+        "swa_num_key_value_heads": 16,
+        "swa_head_dim": 64,
+        "sliding_window_size": 64,
+        "d_rel": 16,
+        "rel_extent": 64,
+        "layer_types": ["hybrid", "hybrid_sliding", "hybrid"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "moe_intermediate_size": 512,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
     },
 }

@@ -22,6 +22,7 @@ from ..components.model import Heads, Modules, Neurons
 from ..linear_rules import at_once
 from ..trace.mixing import LONGEST_MATRIX
 from .adjoint import start_bytes
+from .recurrences import MixerSize, mixer_sizes
 from .shapes import ForwardPass, RunShape, layer_sizes, named_components, reach
 
 CPU_WORKSPACE, GPU_WORKSPACE, LEAST_WORKSPACE = 1 << 27, 1 << 30, 1 << 20
@@ -31,6 +32,8 @@ HELD = 12  # numbers per neuron, position and row for which a chunk's budget is 
 _TILES = 3  # P of the tile before, the logits, and P
 _SHARES = 7  # numbers per neuron and position of the block whose coefficients are being made
 _ROWS = 3  # numbers per neuron, position and row: gradients, and those of gates and ups
+_MIXED = 3  # times that gradients of a recurrence's values are held
+_FACTORS = 5  # numbers per channel of its values: by what they are multiplied at the taps of a convolution, and these
 _CURVE = 3  # times that the values of a curve are held
 _NAME = 80  # bytes of a label in all lists that hold it
 
@@ -65,6 +68,7 @@ class LedgerWorkload:
     on_cpu: bool
     after: int
     names: int
+    mixers: list[MixerSize | None]  # of every layer
     streams: int = 1  # residual streams, whose gradients lie side by side
 
     @property
@@ -177,10 +181,22 @@ class LedgerWorkload:
         values = self.positions * size.v * self.item * scored
         norm = self._norm(self.positions) * size.read
         yield [y, values, norm, self.positions * self.width * size.read * self.item * scored, weights]
+        mixer = self.mixers[index]
+        if mixer is not None:
+            yield [y, values, norm, read, *self._mixing(size, mixer, scored)]
+            yield [y, values, norm, read, *[self.gradient] * 3, weights]
+            return
         tiles = self._tile(size, queries)
         yield [y, values, norm, read, through, out, *tiles, self._taken(size)]
         yield [y, values, norm, read, out, out * self.item // self.compute * scored]
         yield [y, values, norm, read, *[self.gradient] * 3, weights]
+
+    def _mixing(self, size: LayerSize, mixer: MixerSize, scored: bool) -> list[int]:
+        """Return the bytes of the way back through a recurrence, of one prompt after the other."""
+        longest, item = max(self.lengths), max(4, self.item)
+        every = self.rows * self.positions * size.o * item * (len(self.lengths) > 1)
+        one, factors = self.rows * longest * size.o * item, _FACTORS * longest * size.o * item * scored
+        return [every, _MIXED * one, max(mixer.mixed(longest, self.on_cpu) * item, factors + one * scored)]
 
     def _padded(self, positions: int) -> int:
         """Return so many positions of all prompts with the padding of those that go through attention together."""
@@ -305,6 +321,7 @@ def ledger_outlook(shape: RunShape, device: torch.device | None = None) -> Ledge
         after=0 if shape.is_ledger else _after(shape, kinds, counts, state),
         names=0 if shape.is_ledger else sum(counts) * len(lengths),
         streams=adapter.stream_width // adapter.hidden_size,
+        mixers=mixer_sizes(adapter),
     )
     return LedgerOutlook(
         work=work,

@@ -45,6 +45,9 @@ class Plan:
     all products without loud components; one estimate is without loud components, one with as many as are ever carried.
     Under a linear rule the rows are gradients, the state is the gradients and scores that are kept, and there is one
     estimate.
+
+    ``seconds_at_least`` says that the seconds are a lower bound. The model has recurrences: its own code of them, and
+    the way through them here, are many small operations, whose time no number of FLOP tells.
     """
 
     method: str
@@ -70,6 +73,7 @@ class Plan:
     rate_source: str
     upper_bound: bool
     ranks: int | None = None
+    seconds_at_least: bool = False
 
     __repr__ = brief_repr
 
@@ -112,9 +116,10 @@ class Plan:
         ]
         if self.ranks is not None:
             rows.append(("ranks", f"{self.ranks}, of which this is the first: no other has more"))
+        bound = "at least" if self.seconds_at_least else "about"
         for e in self.estimates:
             host = f", {readable(e.host_bytes)} in host memory" if e.host_bytes else ""
-            time = "" if e.seconds is None else f", about {_time(e.seconds)}"
+            time = "" if e.seconds is None else f", {bound} {_time(e.seconds)}"
             rows.append((e.backend, f"peak {readable(e.peak_bytes)} beyond the weights{host}{time}"))
         if self.available_bytes is not None:
             rows.append(("available", f"{readable(self.available_bytes)} on {self.device}"))

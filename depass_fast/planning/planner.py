@@ -31,6 +31,7 @@ from .adjoint import sweep_outlook
 from .exact import JOINTLY, SINGLY, estimates
 from .ledger import ledger_outlook
 from .plan import BackendEstimate, Plan
+from .recurrences import mixer_sizes
 from .shapes import ForwardPass, RunShape, has_bias, layer_sizes, named_components, reach
 
 # shares of the GEMM rate, measured on a CPU by bench.speed.cpu and bench.memory.plan, on a GPU by bench.speed.gpu
@@ -113,6 +114,7 @@ def _exact(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
         rate_source=gemm.source,
         upper_bound=kind.is_layered or not known,
         ranks=shape.ranks,
+        seconds_at_least=_has_recurrences(adapter),
     )
 
 
@@ -249,6 +251,7 @@ def _adjoint(shape: RunShape, device: torch.device, loud: int | None, gemm: _Gem
         gemm_flops=gemm.flops,
         rate_source=gemm.source,
         upper_bound=outlook.upper_bound,
+        seconds_at_least=_has_recurrences(adapter),
     )
 
 
@@ -289,6 +292,7 @@ def _ledger(shape: RunShape, device: torch.device, gemm: _GemmRate) -> Plan:
         gemm_flops=gemm.flops,
         rate_source=gemm.source,
         upper_bound=outlook.upper_bound,
+        seconds_at_least=_has_recurrences(adapter),
     )
 
 
@@ -311,6 +315,10 @@ def _rate(name: str, device: torch.device, gemm_flops: float | None) -> float | 
     """FLOP per second that a backend reaches; None where that is not known."""
     share = (EFFICIENCY if device.type == "cpu" else EFFICIENCY | ON_A_GPU).get(name)
     return None if gemm_flops is None or share is None else gemm_flops * share  # none: interpreted, for tests
+
+
+def _has_recurrences(adapter: Adapter) -> bool:
+    return any(mixer is not None and mixer.heads for mixer in mixer_sizes(adapter))
 
 
 def _weights(adapter: Adapter) -> int:

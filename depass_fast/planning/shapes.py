@@ -18,10 +18,10 @@ from ..components.model import Heads, Modules, Neurons
 from ..components.start import meets_bias
 from ..options import Adjoint, Options
 from ..trace.size import bytes_per_position, selection_bytes
+from .recurrences import mixer_sizes
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
-_CHUNKS = ("chunk_size", "mamba_chunk_size")  # positions of a chunk, by its names in configs
-_STREAMS, _DECAYS, _LOGITS = 3, 5, 3
+_STREAMS, _LOGITS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,6 @@ def reach(kind: ComponentKind, adapter: Adapter, end: int | None) -> tuple[int, 
     return kind.entry(adapter).layer, adapter.n_layers if end is None else end
 
 
-def _mixed(adapter: Adapter, layers: Sequence[LayerSize]) -> int:
-    """Bytes per position that a model's own code holds to mix several streams, or positions in chunks of a recurrence.
-
-    Streams are there _STREAMS times, and the decays of a chunk _DECAYS times for every head.
-    """
-    chunk = next((getattr(adapter.config, name, 0) for name in _CHUNKS if hasattr(adapter.config, name)), 0)
-    heads = max((size.heads for i, size in enumerate(layers) if adapter.kind(i).mixer is not None), default=0)
-    streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
-    return 4 * max(_STREAMS * streams, _DECAYS * heads * chunk)
-
-
 def _holding_logits(adapter: Adapter, device: torch.device) -> int:
     """Heads whose logits the model's own attention holds at once, where a whole prompt passes it; else zero.
 
@@ -216,7 +205,10 @@ class ForwardPass:
         if traced:
             return ForwardPass(trace, 0, 0, 0.0)
         mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
-        attention = max(3 * size.o + 2 * size.v for size in layers)
-        beside = positions * (width + max(mlp, attention)) * item + positions * _mixed(adapter, layers)
+        attention = max((3 * size.o + 2 * size.v for size in layers if not size.recurrent), default=0)
+        mixers = [mixer.forward(lengths, device.type == "cpu") for mixer in mixer_sizes(adapter) if mixer is not None]
+        beside = positions * width * item + max(positions * max(mlp, attention) * item, *mixers, 0)
+        streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
+        beside += 4 * _STREAMS * streams * positions  # what the model's own code holds to mix them
         beside += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item
         return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))

@@ -15,12 +15,13 @@ from torch import Tensor
 from ..adapters import Attention
 from .attention import span_probabilities
 from .record import AttentionTrace, RecurrenceTrace
-from .scan import scan
+from .scan import parts_of_heads, scan, scan_back
 
 LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
 _NEAR = 1 << 17  # elements that stay in a core's cache through several passes
 _ALL = slice(None)
-_MATRIX = 1 << 26  # elements of such matrices that are held at once
+MATRIX = 1 << 26  # elements of the matrices of all heads, beyond which none is made
+LOOKED, LOOKED_CUDA = 1 << 22, 1 << 26  # probabilities beside a recurrence that are held at once
 _QUERIES = 256  # whose probabilities are held at once
 
 
@@ -40,9 +41,9 @@ class FrozenMixing:
         self._frozen: RecurrenceTrace = trace.recurrence
         self.heads, self.positions = weights.n_heads, span.stop - span.start
         self._looking = trace if self._frozen.decay is None else trace.beside  # what has the probabilities
-        all_of = self._frozen.decay is None
-        self._softmax = self.heads if all_of else 0 if trace.beside is None else trace.beside.q.shape[1]  # first heads
-        self._wide, self._once = torch.promote_types(dtype, torch.float32), False
+        beside = 0 if trace.beside is None else trace.beside.q.shape[1]
+        self._softmax = self.heads if self._frozen.decay is None else beside  # first heads
+        self._wide = torch.promote_types(dtype, torch.float32)
         self._kept_factors: list[Tensor] | None = None
 
     def forward(self, values: Tensor, start: int = 0) -> Tensor:
@@ -68,21 +69,19 @@ class FrozenMixing:
         x = torch.stack([factor[shown[:, back], 0] for back, factor in enumerate(factors)], 1)  # (B, K, H, d)
         x = x * values.view(len(values), 1, self.heads, -1) * (reached < last)[..., None, None]
         x = x.permute(2, 0, 1, 3)  # (H, B, K, d)
-        y = x.new_empty(self.heads, last - start, *x.shape[1:2], x.shape[3])
-        for heads, matrix in self._matrices():
-            columns = matrix[:, start:].index_select(2, shown.flatten()).unflatten(2, shown.shape).transpose(1, 2)
-            y[heads] = (columns @ x[heads]).transpose(1, 2)
+        columns = self._all[:, start:].index_select(2, shown.flatten()).unflatten(2, shown.shape).transpose(1, 2)
+        y = (columns @ x).transpose(1, 2)  # (H, N', B, d)
         return self._given(y.flatten(2), start)
 
     @property
     def takes_single(self) -> bool:
         """True if :meth:`forward_single` can be called: the recurrence is a matrix, with no softmax beside it."""
-        return self.is_short and not self._softmax
+        return self._has_matrix and not self._softmax
 
     @property
     def is_short(self) -> bool:
-        """True if the recurrence is a matrix per head."""
-        return self.positions <= LONGEST_MATRIX and not self._once
+        """True if the recurrence may be a matrix per head."""
+        return self.positions <= LONGEST_MATRIX
 
     def forward_shaped(self, x: Tensor, start: int = 0) -> Tensor:
         """Return the same for shaped values."""
@@ -165,7 +164,7 @@ class FrozenMixing:
     def _looked(self, x: Tensor, start: int, transposed: bool) -> Tensor:
         """Apply the probabilities of the first heads, some queries at a time, or their transpose."""
         n, out = self.positions, torch.zeros_like(x)
-        size = n if self.is_short else max(1, _MATRIX // (self._softmax * n))
+        size = n if self.is_short else max(1, (LOOKED_CUDA if x.is_cuda else LOOKED) // (self._softmax * n))
         for first in range(start, n, size):
             queries = slice(first, min(first + size, n))
             p = (self._looks[:, first:] if self.is_short else self._probabilities(queries)).to(x)
@@ -186,21 +185,27 @@ class FrozenMixing:
         return self._probabilities(slice(0, self.positions)).to(self._dtype)
 
     def _recurred(self, x: Tensor, start: int, transposed: bool) -> Tensor:
-        if self.is_short:
-            out = torch.empty_like(x)
-            for heads, matrix in self._matrices():
-                part = matrix[:, start:, start:]
-                torch.bmm(part.transpose(1, 2) if transposed else part, x[heads], out=out[heads])
-            return out
-        every = slice(0, self._recurrent)
-        if not transposed:
-            y = self._scanned(every, start, x.to(self._wide)).to(x)
-        else:
-            with torch.enable_grad():
-                leaf = torch.zeros_like(x, dtype=self._wide, requires_grad=True)
-                y = torch.autograd.grad(self._scanned(every, start, leaf), leaf, x.to(self._wide))[0].to(x)
-        own = self._own(every, start)
-        return y if own is None else y + x * own.to(x)
+        if self._pays(x.shape[2]):
+            matrix = self._all[:, start:, start:]
+            return (matrix.transpose(1, 2) if transposed else matrix) @ x
+        out, frozen = torch.empty_like(x), self._frozen
+        by_channel = frozen.rates is not None or (frozen.decay is not None and frozen.decay.shape[2] > 1)
+        sizes = self._recurrent, x.shape[1], x.shape[2], self._trace.k.shape[2]
+        for heads in parts_of_heads(*sizes, by_channel, not x.is_cuda):
+            y, own = self._scanned(heads, start, x[heads].to(self._wide), transposed), self._own(heads, start)
+            out[heads] = y if own is None else y.addcmul_(x[heads].to(y), own.to(y))
+        return out
+
+    def _pays(self, columns: int) -> bool:
+        """True if a matrix per head costs no more than running over so many values of every head.
+
+        It is made by running over as many as there are positions, so that it has to be kept for the next block.
+        """
+        return self._has_matrix and (columns >= self.positions or "_all" in self.__dict__)
+
+    @property
+    def _has_matrix(self) -> bool:
+        return self.is_short and self._recurrent * self.positions**2 <= MATRIX
 
     def _own(self, heads: slice, start: int) -> Tensor | None:
         """Return what some heads give of a value at its own position, beside the state: (h, 1, 1) or (h, N', 1)."""
@@ -213,18 +218,10 @@ class FrozenMixing:
         """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
         nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
-        out = self._scanned(heads, 0, one.expand(heads.stop - heads.start, -1, -1), nothing)
+        out = self._scanned(heads, 0, one.expand(heads.stop - heads.start, -1, -1), nothing=nothing)
         if (own := self._own(heads, 0)) is not None:
             out.diagonal(dim1=1, dim2=2).add_(own.to(out)[..., 0])
         return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
-
-    def _matrices(self) -> list[tuple[slice, Tensor]]:
-        """Return the matrices of all heads, kept where they are few."""
-        size, count = max(1, _MATRIX // self.positions**2), self._recurrent
-        if size >= count:
-            return [(slice(0, count), self._all)]
-        parts = (slice(first, min(first + size, count)) for first in range(0, count, size))
-        return [(part, self.matrix(part)) for part in parts]
 
     @cached_property
     def _all(self) -> Tensor:
@@ -234,8 +231,8 @@ class FrozenMixing:
     def _recurrent(self) -> int:
         return self.heads - self._softmax
 
-    def _scanned(self, heads: slice, start: int, x: Tensor, nothing: float = 0.0) -> Tensor:
-        """Apply the recurrence of some heads, without what a position gives itself, to x (h, N', F)."""
+    def _scanned(self, heads: slice, start: int, x: Tensor, transposed: bool = False, nothing: float = 0.0) -> Tensor:
+        """Apply the recurrence of some heads, without a position's own part, or its transpose to x (h, N', F)."""
         at, frozen = slice(self._span.start + start, self._span.stop), self._frozen
         assert frozen.decay is not None
 
@@ -246,8 +243,8 @@ class FrozenMixing:
 
         decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
         decay = decay if frozen.rates is None else decay * frozen.rates[heads, None].to(decay)
-        q, k = of(self._trace.q), of(self._trace.k)
-        return scan(q, k, decay, write, frozen.corrects, x, nothing, frozen.own is not None)
+        q, k, before = of(self._trace.q), of(self._trace.k), frozen.own is not None
+        return (scan_back if transposed else scan)(q, k, decay, write, frozen.corrects, x, nothing, before)
 
     def _convolved(self, x: Tensor, channels: slice, transposed: bool = False) -> Tensor:
         """Convolve (N', B, c) along the positions, with nothing before the first; or apply the transpose."""
@@ -301,7 +298,6 @@ def apply(
     parts, first = [], 0
     for length in lengths:
         mixing = FrozenMixing(weights, trace, slice(first, first + length), values.dtype)
-        mixing._once = trace.recurrence is not None and trace.recurrence.own is not None  # a matrix would cost more
         part = values[first : first + length, None]
         parts.append((mixing.forward_shaped(part) if shaped else mixing.forward(part))[:, 0])
         first += length

@@ -1,4 +1,4 @@
-"""A frozen recurrence applied to values: chunk by chunk, linear in them, and differentiable.
+"""A frozen recurrence applied to values, or its transpose to gradients: chunk by chunk, and linear in them.
 
 Every exponent is a sum of logarithms of decays between two positions, at most zero: nothing overflows, however long the
 prompt is.
@@ -6,11 +6,14 @@ prompt is.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _GONE = -40.0  # the logarithm below which a decay is zero: its products would be denormal numbers, which are slow
 _CHUNK = 64  # positions at a time where a head's state decays as one
+SCANNED, SCANNED_CUDA = 1 << 20, 1 << 26  # numbers of heads' keys, values or chunks that are held at once
 _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself: their products are (C, C, n)
 
 
@@ -34,27 +37,109 @@ def scan(
         before: True if a head reads the state in front of its own position's decay and write.
         nothing: What is smaller becomes zero on its way, as products of it would be denormal numbers, which are slow.
     """
-    size = _CHUNK if decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
-    state = x.new_zeros(x.shape[0], k.shape[2], x.shape[2])
-    parts = []
-    for at in (slice(first, first + size) for first in range(0, x.shape[1], size)):
-        qc, kc, xc, total = q[:, at], k[:, at], x[:, at], decay[:, at].cumsum(1)
-        reading = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1) if before else total
-        decayed = _exp(total)
-        if corrects:
-            xc = xc - (kc * decayed) @ state
+    state, out = x.new_zeros(x.shape[0], k.shape[2], x.shape[2]), torch.empty_like(x)
+    for at in _chunks(decay):
+        chunk, xc = _Chunk.of(q[:, at], k[:, at], decay[:, at], corrects, _at(write, at), before), x[:, at]
+        if chunk.corrected is not None:
+            xc = xc - chunk.corrected @ state
         if write is not None:
             xc = xc * write[:, at, None]
-        if corrects:
-            among = _between(kc, kc, total, total, -1)
-            among = among if write is None else among * write[:, at, None]
-            one = torch.eye(xc.shape[1], dtype=x.dtype, device=x.device)
-            xc = torch.linalg.solve_triangular(one + among, xc, upper=False, unitriangular=True)
+        if chunk.among is not None:
+            xc = torch.linalg.solve_triangular(chunk.among, xc, upper=False, unitriangular=True)
         xc = _cut(xc, nothing)
-        parts.append(_between(qc, kc, reading, total, -int(before)) @ xc + (qc * _exp(reading)) @ state)
-        last = total[:, -1:]
-        state = _cut(_exp(last).transpose(1, 2) * state + (kc * _exp(last - total)).transpose(1, 2) @ xc, nothing)
-    return torch.cat(parts, 1)
+        out[:, at] = chunk.here @ xc + chunk.reads @ state
+        state = _cut(chunk.keeps * state + chunk.writes.transpose(1, 2) @ xc, nothing)
+    return out
+
+
+def scan_back(
+    q: Tensor,
+    k: Tensor,
+    decay: Tensor,
+    write: Tensor | None,
+    corrects: bool,
+    y: Tensor,
+    nothing: float = 0.0,
+    before: bool = False,
+) -> Tensor:
+    """Apply the transpose of :func:`scan` to gradients of what heads give: y (H, N, F) -> (H, N, F).
+
+    The chunks are taken from the last to the first, and the gradient of the state goes from one to the one before. No
+    more than a chunk is held. Arguments are as of :func:`scan`.
+    """
+    state, out = y.new_zeros(y.shape[0], k.shape[2], y.shape[2]), torch.empty_like(y)
+    for at in reversed(_chunks(decay)):
+        chunk, yc = _Chunk.of(q[:, at], k[:, at], decay[:, at], corrects, _at(write, at), before), y[:, at]
+        xc = _cut(chunk.here.transpose(1, 2) @ yc + chunk.writes @ state, nothing)
+        state = chunk.keeps * state + chunk.reads.transpose(1, 2) @ yc
+        if chunk.among is not None:
+            xc = torch.linalg.solve_triangular(chunk.among.transpose(1, 2), xc, upper=True, unitriangular=True)
+        if write is not None:
+            xc = xc * write[:, at, None]
+        if chunk.corrected is not None:
+            state = state - chunk.corrected.transpose(1, 2) @ xc
+        out[:, at], state = xc, _cut(state, nothing)
+    return out
+
+
+class _Chunk(NamedTuple):
+    """The maps of C positions: of their values, and of the state (H, n, F) that they find.
+
+    here: (H, C, C), from what is written to what heads give.
+    reads, writes: (H, C, n), from the state to what heads give, and (transposed) from what is written to the state.
+    keeps: (H, 1 | n, 1), the part of the state that is left.
+    corrected, among: (H, C, n) and (H, C, C), what the delta rule takes off; None without it.
+    """
+
+    here: Tensor
+    reads: Tensor
+    writes: Tensor
+    keeps: Tensor
+    corrected: Tensor | None
+    among: Tensor | None
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, decay: Tensor, corrects: bool, write: Tensor | None, before: bool) -> _Chunk:
+        total = decay.cumsum(1)
+        reading = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1) if before else total
+        last, among = total[:, -1:], None
+        if corrects:
+            among = _between(k, k, total, total, -1)
+            among = among if write is None else among * write[..., None]
+            among = torch.eye(k.shape[1], dtype=k.dtype, device=k.device) + among
+        return _Chunk(
+            here=_between(q, k, reading, total, -int(before)),
+            reads=q * _exp(reading),
+            writes=k * _exp(last - total),
+            keeps=_exp(last).transpose(1, 2),
+            corrected=k * _exp(total) if corrects else None,
+            among=among,
+        )
+
+
+def _chunks(decay: Tensor) -> list[slice]:
+    size = _CHUNK if decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
+    return [slice(first, first + size) for first in range(0, decay.shape[1], size)]
+
+
+def parts_of_heads(heads: int, positions: int, columns: int, keys: int, by_channel: bool, on_cpu: bool) -> list[slice]:
+    """Return heads that are run over together, given the columns F of their values and the channels n of their keys.
+
+    ``by_channel`` says that every channel of the state decays by itself.
+    """
+    each = scanned_numbers(positions, columns, keys, by_channel)
+    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // each)
+    return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
+
+
+def scanned_numbers(positions: int, columns: int, keys: int, by_channel: bool) -> int:
+    """Return the numbers of a head's values or keys, or of what its queries meet within a chunk: whichever are more."""
+    among = _CHUNK_BY_CHANNEL**2 * keys if by_channel else _CHUNK**2
+    return max(positions * max(columns, keys), among)
+
+
+def _at(write: Tensor | None, at: slice) -> Tensor | None:
+    return None if write is None else write[:, at]
 
 
 def _between(q: Tensor, k: Tensor, reading: Tensor, total: Tensor, diagonal: int) -> Tensor:

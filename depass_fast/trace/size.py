@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..adapters import Adapter, Attention, Latent, Mlp, adapt
+from ..adapters import Adapter, Attention, Latent, Mlp, Recurrence, adapt
 
 _INDEX = 8  # bytes of an id or a position
 
@@ -165,9 +165,9 @@ def _has_beta(attention: Attention) -> bool:
     return norm is not None and norm.bias is not None
 
 
-def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
-    """The bytes per position of a recurrence: its numbers, and the ratios of its values."""
-    mixer, module = adapter.kind(index).mixer, adapter.module(index, "attention")
+def recurrence_of(adapter: Adapter, index: int) -> tuple[Recurrence, Any]:
+    """Return the recurrence of layer ``index`` at one position, for its shapes, and what makes outputs of its parts."""
+    mixer, module, attention = adapter.kind(index).mixer, adapter.module(index, "attention"), adapter.attention(index)
     assert mixer is not None
 
     def outputs_of(what: Any) -> list[torch.Tensor]:
@@ -178,7 +178,14 @@ def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, w
     turn = (outputs[0].new_zeros(1, 1, attention.key_dim),) * 2
     named: list[Any] = [{"position_embeddings": turn}] if mixer.attends else []
     with torch.no_grad():
-        given = mixer.read(module, outputs, lambda x, conv, part=None: x, *named)
+        return mixer.read(module, outputs, lambda x, conv, part=None: x, *named), outputs_of
+
+
+def _recurrence(adapter: Adapter, index: int, attention: Attention, item: int, wide: int) -> int:
+    """The bytes per position of a recurrence: its numbers, and the ratios of its values."""
+    mixer, module = adapter.kind(index).mixer, adapter.module(index, "attention")
+    assert mixer is not None
+    given, outputs_of = recurrence_of(adapter, index)
     recorded = (given.decay, given.write, given.log_write, given.own, given.log_own, given.in_ratio, given.relative)
     numbers = sum(x.shape[1:].numel() for x in recorded if x is not None)
     looked_at = given.q.shape[1:].numel() + given.k.shape[1:].numel()

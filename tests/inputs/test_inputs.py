@@ -28,10 +28,10 @@ def no_work(monkeypatch):
 
 
 def test_unknown_family_names_the_supported_ones():
-    config = AutoConfig.for_model("jetmoe", hidden_size=16, num_hidden_layers=1, num_key_value_heads=1, vocab_size=8)
+    config = AutoConfig.for_model("xlnet", d_model=16, n_layer=1, n_head=1, d_inner=8, vocab_size=8)
     with pytest.raises(
         ValueError,
-        match="'jetmoe' is not supported .a mixture of attention heads: .*. Supported families: afmoe, .*llama, ",
+        match="'xlnet' is not supported .attention over permutations .*. Supported families: afmoe, .*llama, ",
     ):
         DePass(AutoModelForCausalLM.from_config(config))
 

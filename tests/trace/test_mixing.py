@@ -16,7 +16,7 @@ from depass_fast.evaluate.methods.relevance import copied
 from depass_fast.trace import mixing
 from depass_fast.trace.attention import attention_probabilities
 from depass_fast.trace.mixing import FrozenMixing, convolve
-from depass_fast.trace.scan import scan
+from depass_fast.trace.scan import scan, scan_back
 from tests.support.family_models import build_variant
 from tests.support.models import random_ids
 
@@ -52,6 +52,13 @@ def test_chunks_are_the_recurrence(length, channels, corrects, writes):
     wanted = step_by_step(q, k, decay, write, corrects, x)
     got = scan(q, k, decay, write, corrects, x)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+    y = random(3, length, 7)
+    for before in (False, True):
+        leaf = x.clone().requires_grad_()
+        there = scan(q, k, decay, write, corrects, leaf, before=before)
+        (wanted,) = torch.autograd.grad(there, leaf, y)
+        back = scan_back(q, k, decay, write, corrects, y, before=before)
+        assert torch.allclose(back, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
 def test_what_is_cut_on_its_way_is_nothing():

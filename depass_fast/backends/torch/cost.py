@@ -16,8 +16,8 @@ MATRICES, _TAPS = 3, 4
 
 def needs(work: Workload, joining: bool = False) -> Need:
     """Return what the torch backend needs; ``joining``: one more state joins the one that is carried."""
-    beside = work.coefficients(division(work).positions) + folded_weights(work) + work.gathered() + work.shared_values()
-    beside += recurrences(work)
+    beside = work.coefficients(division(work).positions) + folded_weights(work) + work.shared_values()
+    beside += max(work.gathered(), recurrences(work) - _tiles(work) * work.on_cpu)  # one after the other
     return Need(work.flop, workspace(work), work.held_on_device(joining) + beside)
 
 
@@ -34,8 +34,13 @@ def _workspace_on_a_cpu(work: Workload) -> int:
     )
     mlp = max(work.width + size.ways_in * min(size.neurons, TARGET_NEURONS) for size in work.passed)
     rows = min(work.rows, work.budget // (2 * min(attention, mlp) * work.item) + work.longest)
-    tiles = 3 * min(work.budget // 4, 4 * work.longest**2 * max(size.o for size in work.passed) // 64)
-    return min(work.budget, rows * max(attention, mlp) * work.item) + tiles
+    return min(work.budget, rows * max(attention, mlp) * work.item) + _tiles(work)
+
+
+def _tiles(work: Workload) -> int:
+    """Bytes of tiles of P on a CPU, and of what they are made of."""
+    widest = max((size.o for size in work.passed if not size.recurrent), default=0)
+    return 3 * min(work.budget // 4, 4 * work.longest**2 * widest // 64)
 
 
 def _workspace_on_a_gpu(work: Workload) -> int:

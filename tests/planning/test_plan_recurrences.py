@@ -1,0 +1,79 @@
+"""Plans of models with recurrences: what is held in their forward passes and on their ways back, and time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from depass_fast import DePass, Tokens
+from depass_fast.adapters.recurrent import knows_recurrences
+from depass_fast.planning.planner import make_plan
+from depass_fast.planning.recurrences import mixer_sizes
+from depass_fast.planning.shapes import ForwardPass, RunShape
+from depass_fast.trace import mixing, scan
+from tests.support.family_models import VARIANTS, build_model
+from tests.support.models import build, random_ids
+
+pytestmark = pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
+
+LONG = 520  # positions, of which no matrix is made
+WIDER = {
+    "kimi_linear": {"linear_head_dim": 32, "linear_num_heads": 8},
+    "mamba": {"expand": 8, "state_size": 16},
+}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest storage that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() * x.element_size() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.most = max(self.most, *(sizes if not func.is_view else []), 0)
+        return made
+
+
+def model(name: str) -> DePass:
+    model_type, changes = VARIANTS[name]
+    return DePass(build_model(model_type, **{**changes, **WIDER.get(name, {}), "max_position_embeddings": LONG}))
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", pytest.param("mamba", marks=pytest.mark.thorough)])
+def test_the_forward_pass_holds_a_recurrences_largest_numbers_three_times(name):
+    """Decays of all pairs in all chunks, and states of all positions, in the model's own code."""
+    dp = model(name)
+    with Largest() as made:
+        dp.trace(random_ids(LONG))
+    planned = ForwardPass.of(dp.adapter, [LONG], False, torch.device("cpu"))
+    assert 3 <= (planned.peak - planned.trace) / made.most < 4
+
+
+def test_a_way_back_makes_no_more_than_some_heads_numbers(monkeypatch):
+    """However many heads and positions there are; a softmax beside a recurrence makes a tile after the other."""
+    dp, most = model("falcon_h1"), 1 << 14
+    for place, name in ((scan, "SCANNED"), (mixing, "LOOKED")):
+        monkeypatch.setattr(place, name, most)
+    trace = dp.trace(random_ids(LONG))
+    weights, record = dp.adapter.attention(0), trace.layers[0].attention
+    mixed = mixing.FrozenMixing(weights, record, slice(0, LONG), torch.float32)
+    y = torch.randn(LONG, 1, weights.n_heads * weights.head_dim)
+    with torch.no_grad(), Largest() as made:
+        mixed.back(y)
+    assert made.most <= 4 * max(2 * most, y.numel())
+
+
+def test_recurrences_have_sizes():
+    sizes = {name: mixer_sizes(model(name).adapter) for name in ("falcon_h1", "kimi_linear", "inkling_text")}
+    assert [bool(size and size.looking) for size in sizes["falcon_h1"]] == [True] * 3
+    assert [size is None for size in sizes["kimi_linear"]] == [False, True, False]
+    assert all(size is not None and not size.heads for size in sizes["inkling_text"])
+
+
+def test_seconds_of_recurrences_are_a_lower_bound():
+    for dp, bound in ((model("kimi_linear"), "at least"), (build("llama-gqa"), "about")):
+        plan = make_plan(RunShape(dp.adapter, [9], Tokens()), gemm_flops=1e9)
+        assert f", {bound} " in str(plan) and plan.seconds_at_least == (bound == "at least")
