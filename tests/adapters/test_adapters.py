@@ -69,7 +69,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
         ("gpt2", {"add_cross_attention": True}, "cross-attention"),
         ("gpt_bigcode", {"add_cross_attention": True, "multi_query": False}, "cross-attention"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
-        ("xlnet", {}, "family 'xlnet' is not supported"),
+        ("bert", {}, "family 'bert' is not supported"),
         ("xglm", {"add_cross_attention": True}, "cross-attention"),
     ],
 )
