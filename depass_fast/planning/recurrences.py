@@ -21,6 +21,7 @@ _known: WeakKeyDictionary = WeakKeyDictionary()
 _CHUNKS, _CHUNK = ("chunk_size", "mamba_chunk_size"), 64  # positions of a chunk, by its names in configs, else
 _OF_VALUES, _OF_KEYS = 6, 3  # times that numbers as wide as all heads' values, and as their keys, are held
 _DECAYS, _MAPS, _STATES = 4, 6, 3  # times that those of a chunk's positions are, and of every position's states
+_LOGITS = 4  # times that the model's own logits are, where these have a bias by distance
 _PROBABILITIES = 3  # times that probabilities beside a recurrence are
 _SCANS = 6  # numbers of the heads that are run over at once: keys, queries, decays, values, what is given
 
@@ -30,7 +31,7 @@ class MixerSize:
     """A recurrence of ``heads``, of so many channels of values and of keys, and softmax heads ``looking`` beside it.
 
     ``numbers`` in float32 are what the model's own code holds for every position, of which there are multiples of
-    ``chunk``.
+    ``chunk``. Of ``logits`` heads it holds all logits.
     """
 
     heads: int
@@ -40,6 +41,7 @@ class MixerSize:
     looking: int
     numbers: int
     chunk: int
+    logits: int = 0
 
     @staticmethod
     def of(adapter: Adapter, index: int) -> MixerSize | None:
@@ -48,7 +50,8 @@ class MixerSize:
             return None
         weights, sides, (given, _) = adapter.attention(index), adapter.sides(index), recurrence_of(adapter, index)
         if given.decay is None:
-            return MixerSize(0, 0, 0, False, weights.n_heads, 3 * weights.o.shape[1] + 2 * weights.v.shape[0], 1)
+            numbers, logits = 3 * weights.o.shape[1] + 2 * weights.v.shape[0], weights.n_heads
+            return MixerSize(0, 0, 0, False, logits, numbers, 1, logits * (given.relative is not None))
         heads, keys, values = given.decay.shape[1], given.k.shape[2], (weights if sides is None else sides[1]).head_dim
         by_channel, numbers = given.rates is not None or given.decay.shape[2] > 1, _OF_VALUES * heads * values
         chunk = next((getattr(adapter.config, name) for name in _CHUNKS if hasattr(adapter.config, name)), _CHUNK)
@@ -68,7 +71,7 @@ class MixerSize:
     def forward(self, lengths: Sequence[int], on_cpu: bool) -> int:
         """Return the bytes beside the trace while prompts of ``lengths`` pass the layer one by one."""
         longest, wide = max(lengths), torch.float32.itemsize
-        own = self.numbers * -(-longest // self.chunk) * self.chunk
+        own = self.numbers * -(-longest // self.chunk) * self.chunk + _LOGITS * self.logits * longest**2
         return wide * max(own, self.mixed(longest, on_cpu))
 
     def mixed(self, positions: int, on_cpu: bool) -> int:
