@@ -90,5 +90,5 @@ def test_copies_are_kept_as_long_as_they_are_read(dp, trace):
 def test_what_does_not_know_them_refuses(dp):
     with pytest.raises(ValueError, match="a graph does not know .* experts ahead of their layer"):
         dp.graph(IDS, 5)
-    with pytest.raises(ValueError, match="attention's own book is for models .* experts that read ahead"):
+    with pytest.raises(ValueError, match="attention's own book is for models .* experts ahead of their layer"):
         dp.explain_attention(IDS, Tokens(), 0)

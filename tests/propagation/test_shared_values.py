@@ -129,7 +129,7 @@ def test_a_gate_is_shared_out_by_what_drives_it(name):
 
 
 def test_what_is_for_plain_layers_refuses_it(dp):
-    with pytest.raises(ValueError, match="values that are normed or shared between layers"):
+    with pytest.raises(ValueError, match="values of an earlier layer"):
         dp.attribute(IDS, Heads(0), 5, method="adjoint")
     with pytest.raises(ValueError, match="attention's own book"):
         dp.explain_attention(IDS, Tokens(), 0)

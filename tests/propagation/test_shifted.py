@@ -109,5 +109,5 @@ def test_what_knows_one_position_alone_says_so(dp):
         lambda: dp.attribute(IDS, Neurons(0), 5, method="adjoint", allocation="softmax"),
         lambda: dp.explain_attention(IDS, 1, 0),
     ):
-        with pytest.raises(ValueError, match="read two positions"):
+        with pytest.raises(ValueError, match="what branches read of the position before"):
             ask()

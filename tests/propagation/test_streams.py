@@ -41,7 +41,7 @@ def test_ways_back_are_transposes():
     d, n, m, t = 5, 3, 4, 6
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     step = StreamStep(draw(t, n), draw(t, m, n), draw(t, m))
-    two = StreamStep(draw(t, 2, n), None, draw(t, n))  # which reads two sums side by side
+    two = StreamStep(draw(t, 2, n, 1), None, draw(t, n))  # which reads two sums side by side
     x, y, wide, both = draw(t, n * d), draw(t, d), draw(t, m * d), draw(t, 2 * d)
     end = StreamEnd(draw(t, n), (None, draw(d, d), draw(d, d)))
     pairs = [
@@ -54,7 +54,7 @@ def test_ways_back_are_transposes():
     for there, of, given, back in pairs:
         assert torch.allclose((there * of).sum(), (given * back).sum())
     assert torch.allclose(step.mixed(x[:, None])[:, 0], step.passes(x))
-    each = [StreamStep(one, None, two.write).reads(x) for one in two.read.unbind(1)]
+    each = [StreamStep(one, None, two.write).reads(x) for one in two.read[..., 0].unbind(1)]
     assert torch.allclose(two.reads(x), torch.cat(each, 1))
     assert torch.allclose(step.at(torch.tensor([4, 1])).reads(x[[4, 1]]), step.reads(x)[[4, 1]])
 
@@ -124,7 +124,7 @@ def test_what_knows_one_stream_alone_says_so(dp):
         lambda: dp.explain_attention(IDS, 1, 0),
         lambda: decomposed_state_manager(dp.model, None),
     ):
-        with pytest.raises(ValueError, match="several streams"):
+        with pytest.raises(ValueError, match="several residual streams"):
             ask()
 
 
