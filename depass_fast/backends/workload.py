@@ -37,6 +37,7 @@ class LayerSize:
     ahead: bool = False  # experts read a copy of the state from the layer before
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
     recurrent: bool = False  # a recurrence mixes the positions
+    looks: bool = False  # attention stands beside it
     read: int = 1  # streams that values are read from, side by side
     shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives
     made: int = 0  # numbers of the weights that are made of several modules' when the layer is reached

@@ -112,6 +112,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         ahead=any(mlp.source is not None for mlp in mlps),
         kernelless=attention is not None and _has_no_kernel(adapter, index),
         recurrent=attention is not None and attention.is_recurrent,
+        looks=attention is not None and adapter.sides(index) is not None,
         read=1 if attention is None else attention.v.shape[1] // adapter.hidden_size,
         shifted=2 * any(branch.front is not None for branch in branches),
         made=_made(adapter, index, layer),

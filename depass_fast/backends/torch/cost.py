@@ -39,7 +39,7 @@ def _workspace_on_a_cpu(work: Workload) -> int:
 
 def _tiles(work: Workload) -> int:
     """Bytes of tiles of P on a CPU, and of what they are made of."""
-    widest = max((size.o for size in work.passed if not size.recurrent), default=0)
+    widest = max((size.o for size in work.passed if size.looks or not size.recurrent), default=0)
     return 3 * min(work.budget // 4, 4 * work.longest**2 * widest // 64)
 
 
