@@ -8,9 +8,11 @@ import json
 import pytest
 
 from depass_fast import DePass
+from depass_fast.adapters.recurrent import knows_recurrences
 from tests.support.command import fail, one_thread, run  # noqa: F401 (a fixture)
 from tests.support.family_models import build_variant
 
+pytestmark = pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
 IDS = [5, 11, 3, 8, 60, 2]
 THERE = ("tokens", "modules", "heads")
 PROMPT = ("--input-ids", " ".join(map(str, IDS)), "--device", "cpu", "--quiet")
