@@ -7,7 +7,7 @@ line here; ``tests/planning/test_plan.py`` and ``python -m bench.memory.plan`` c
 
 from __future__ import annotations
 
-from ...trace.mixing import LONGEST_MATRIX
+from ...trace.mixing import LONGEST_MATRIX, MATRIX
 from ..workload import LayerSize, Need, Workload
 from .division import TARGET_NEURONS, Division
 
@@ -77,7 +77,8 @@ def recurrences(work: Workload) -> int:
     longest, most = work.longest, 0
     for size in set(work.passed):
         if size.recurrent and not size.skip_attention:
-            matrices = MATRICES * size.heads * longest**2 * (longest <= LONGEST_MATRIX)
+            numbers = size.heads * longest**2
+            matrices = MATRICES * numbers if longest <= LONGEST_MATRIX and numbers <= MATRIX else 0
             most = max(most, (matrices + _TAPS * longest * size.o) * max(4, work.item))
     return most
 
