@@ -30,7 +30,7 @@ class AltUp(Streams):
     count: int
 
     @property
-    def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def middle(self) -> int:
         return self.count + 1
 
     def numbers(self) -> tuple[int, int]:

@@ -33,10 +33,6 @@ class GatedStreams(Streams):
     head: Path = "hyper_connection_mixer"
     embeddings: Path = "ple"
 
-    @property
-    def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.count
-
     def numbers(self) -> tuple[int, int]:
         return 2 * self.count * (self.width + 1), 0
 

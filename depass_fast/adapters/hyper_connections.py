@@ -34,10 +34,6 @@ class HyperConnections(Streams):
     mlp: Path = "ffn_hc"
     head: Path = "hc_head"
 
-    @property
-    def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.count
-
     def numbers(self) -> tuple[int, int]:
         n = self.count
         return 2 * (n + n * n * self.mixes), 2 * n

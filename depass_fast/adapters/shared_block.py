@@ -33,10 +33,6 @@ class SharedBlock(Streams):
     def count(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 3
 
-    @property
-    def middle(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return 3
-
     def numbers(self) -> tuple[int, int]:
         return {"block": (6 + 9 + 3) + (3 + 9 + 3), "mixer": 3 + 9 + 3, "alone": 3 + 3}[self.layer_is], 0
 

@@ -213,7 +213,11 @@ class Streams(ABC):
     """
 
     count: int
-    middle: int
+
+    @property
+    def middle(self) -> int:
+        """The number of streams between attention and MLP."""
+        return self.count
 
     @abstractmethod
     def numbers(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from ..state.state import Factors
 from ..trace.record import Trace
 from .base import ComponentKind, LayerKind, R, SeveralLayers
 from .outputs import LayerOutputs
-from .products import BoundAlong, BoundProducts, BoundSpread
+from .products import Bound, BoundAlong, BoundProducts, BoundSpread
 
 if TYPE_CHECKING:
     from ..results.attribution import Attribution
@@ -233,7 +233,7 @@ class Neurons(LayerKind[R]):
         """Return the constant that :meth:`bound` brings to `bias`, without making the neurons."""
         return LayerOutputs(adapter, trace, self.resolve(adapter), prompt, dtype).constant("mlp")
 
-    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> BoundProducts | BoundSpread | BoundAlong:
+    def bound(self, adapter: Adapter, trace: Trace, prompt: int) -> Bound:
         layer = self.resolve(adapter)
         dtype = torch.promote_types(adapter.dtype, torch.float32)
         outputs = LayerOutputs(adapter, trace, layer, prompt, dtype)

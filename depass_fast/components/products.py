@@ -17,19 +17,28 @@ from .base import ComponentKind
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class BoundProducts(ComponentKind):
-    """The neurons or features of one prompt: the named components are ``products``, with a label each.
+class Bound(ComponentKind):
+    """The neurons or features of one prompt, with a label each.
 
     ``bias`` (D,), or (N, D), or None is the constant that the same outputs bring to the `bias` component.
     """
 
     labels: tuple[str, ...]
-    products: Factors
     bias: Tensor | None
     site: Site
 
     def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
         return self.labels
+
+    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class BoundProducts(Bound):
+    """The neurons or features of one prompt: the named components are ``products``."""
+
+    products: Factors
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         assert self.products.coefficients is not None
@@ -39,26 +48,16 @@ class BoundProducts(ComponentKind):
     def factors(self, adapter: Adapter, trace: Trace, prompt: int) -> Factors:
         return self.products
 
-    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class BoundSpread(ComponentKind):
+class BoundSpread(Bound):
     """The neurons of one prompt where there are several streams: each writes a multiple of its vector to every one.
 
     ``parts`` are activations (N, I), vectors (I, D) and the weights (N, n) of the streams, of each of the layer's MLPs.
-    Weights may also be factors (N, 1, D) of one stream by channel.
-    ``bias`` (N, n·D), or None is the constant that the same outputs bring to the `bias` component.
+    Weights may also be factors (N, 1, D) of one stream by channel. ``bias`` is (N, n·D), or None.
     """
 
-    labels: tuple[str, ...]
     parts: Sequence[tuple[Tensor, Tensor, Tensor]]
-    bias: Tensor | None
-    site: Site
-
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return self.labels
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         first = 0
@@ -71,25 +70,13 @@ class BoundSpread(ComponentKind):
                 torch.mul((numbers[:, :, None] * weights[:, None])[..., None], vectors[:, None], out=here)
             first += len(vectors)
 
-    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class BoundAlong(ComponentKind):
-    """The neurons of one prompt whose output reaches later positions: ``products`` behind a convolution.
+class BoundAlong(Bound):
+    """The neurons of one prompt whose output reaches later positions: ``products`` behind a convolution."""
 
-    ``bias`` (N, D), or None is the constant that the same outputs bring to the `bias` component.
-    """
-
-    labels: tuple[str, ...]
     products: Factors
     spread: Spread
-    bias: Tensor | None
-    site: Site
-
-    def names(self, adapter: Adapter, tokens: Sequence[str]) -> tuple[str, ...]:
-        return self.labels
 
     def fill(self, out: Tensor, adapter: Adapter, trace: Trace, prompt: int) -> None:
         assert self.products.coefficients is not None
@@ -97,6 +84,3 @@ class BoundAlong(ComponentKind):
         out.zero_()
         for back, taps in enumerate(self.spread.taps.to(out)[: len(out)]):
             out[back:].addcmul_(numbers[: len(out) - back, :, None], vectors * taps)
-
-    def constant(self, adapter: Adapter, trace: Trace, prompt: int, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)

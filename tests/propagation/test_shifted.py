@@ -13,6 +13,7 @@ from depass_fast.adapters.recurrent import knows_recurrences
 from depass_fast.adapters.shift import Shift
 from depass_fast.propagation import shifted
 from depass_fast.propagation.joint import can_propagate_jointly
+from tests.support.beyond import check_refused_by_name
 from tests.support.family_models import build_variant
 from tests.support.models import random_ids
 
@@ -100,14 +101,4 @@ def test_a_model_that_has_not_run_yet_is_the_same():
 
 
 def test_what_knows_one_position_alone_says_so(dp):
-    with pytest.raises(ValueError, match="the position before"):
-        dp.graph(IDS, 5)
-    (sheet,) = dp.report(IDS, 5).sheets  # of what a ledger knows
-    assert any("reports do not know that" in note for note in sheet.notes)
-    for ask in (
-        lambda: dp.ledger(IDS, 5, attention=True),
-        lambda: dp.attribute(IDS, Neurons(0), 5, method="adjoint", allocation="softmax"),
-        lambda: dp.explain_attention(IDS, 1, 0),
-    ):
-        with pytest.raises(ValueError, match="what branches read of the position before"):
-            ask()
+    check_refused_by_name(dp, IDS, "what branches read of the position before")

@@ -12,9 +12,9 @@ from depass_fast import DePass, Heads, Modules, Neurons, Subspaces, Tokens
 from depass_fast.adapters.activation import Activation
 from depass_fast.adapters.recurrent import knows_recurrences
 from depass_fast.adapters.streams import StreamEnd, StreamStep
-from depass_fast.compat import decomposed_state_manager
 from depass_fast.linear_rules import _cut_off
 from depass_fast.propagation.joint import can_propagate_jointly
+from tests.support.beyond import check_refused_by_name
 from tests.support.family_models import build_model, build_variant
 from tests.support.gemma_models import GEMMAS
 from tests.support.models import random_ids
@@ -114,18 +114,7 @@ def test_widths_are_those_of_all_streams(dp, trace):
 
 
 def test_what_knows_one_stream_alone_says_so(dp):
-    with pytest.raises(ValueError, match="several residual streams"):
-        dp.graph(IDS, 5)
-    (sheet,) = dp.report(IDS, 5).sheets  # of what a ledger knows
-    assert any("reports do not know that" in note for note in sheet.notes)
-    for ask in (
-        lambda: dp.ledger(IDS, 5, attention=True),
-        lambda: dp.attribute(IDS, Neurons(0), 5, method="adjoint", allocation="softmax"),
-        lambda: dp.explain_attention(IDS, 1, 0),
-        lambda: decomposed_state_manager(dp.model, None),
-    ):
-        with pytest.raises(ValueError, match="several residual streams"):
-            ask()
+    check_refused_by_name(dp, IDS, "several residual streams")
 
 
 def test_a_fork_that_mixes_otherwise_is_refused():
