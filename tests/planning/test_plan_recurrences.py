@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from depass_fast import DePass, Tokens
 from depass_fast.adapters.recurrent import knows_recurrences
+from depass_fast.backends.torch import cost
 from depass_fast.planning.planner import make_plan
 from depass_fast.planning.recurrences import mixer_sizes
 from depass_fast.planning.shapes import ForwardPass, RunShape
@@ -67,6 +68,20 @@ def test_a_way_back_makes_no_more_than_some_heads_numbers(monkeypatch):
     with torch.no_grad(), Largest() as made:
         mixed.back(y)
     assert made.most <= 4 * max(2 * most, y.numel())
+
+
+def test_matrices_that_are_not_made_are_not_planned(monkeypatch):
+    """Of many heads no matrix is made, however short the prompt is."""
+    dp = model("recurrent_gemma")
+    heads = dp.adapter.attention(0).n_heads
+
+    def peak() -> int:
+        return make_plan(RunShape(dp.adapter, [200], Tokens())).of("torch").peak_bytes
+
+    with_matrices = peak()
+    for place in (cost, mixing):
+        monkeypatch.setattr(place, "MATRIX", heads * 200**2 - 1)
+    assert with_matrices - peak() > 4 * (cost.MATRICES - 1) * heads * 200**2
 
 
 def test_recurrences_have_sizes():
