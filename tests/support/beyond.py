@@ -1,4 +1,4 @@
-"""What is for layers of softmax attention and an MLP, asked of a model that has more."""
+"""Calls that are for layers of softmax attention and an MLP, asked of a model that has more."""
 
 from __future__ import annotations
 
