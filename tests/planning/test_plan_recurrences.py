@@ -71,7 +71,7 @@ def test_a_way_back_makes_no_more_than_some_heads_numbers(monkeypatch):
 
 
 def test_matrices_that_are_not_made_are_not_planned(monkeypatch):
-    """Of many heads no matrix is made, however short the prompt is."""
+    """No matrix is made of many heads, however short the prompt is."""
     dp = model("recurrent_gemma")
     heads = dp.adapter.attention(0).n_heads
 
