@@ -41,6 +41,7 @@ class LayerSize:
     read: int = 1  # streams that values are read from, side by side
     shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives
     made: int = 0  # numbers of the weights that are made of several modules' when the layer is reached
+    recorded: int = 0  # times D that a position's record is longer in a forward pass than in the trace
 
     def flop(self, width: int, rows: int, keys: float) -> float:
         """FLOP of ``rows`` rows that meet ``keys`` keys together."""

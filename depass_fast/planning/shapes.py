@@ -116,6 +116,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         read=1 if attention is None else attention.v.shape[1] // adapter.hidden_size,
         shifted=2 * any(branch.front is not None for branch in branches),
         made=_made(adapter, index, layer),
+        recorded=2 * adapter.spreads(index) + (routed > 0),  # what enters convolutions, and what experts read
     )
 
 
@@ -209,6 +210,7 @@ class ForwardPass:
         attention = max((3 * size.o + 2 * size.v for size in layers if not size.recurrent), default=0)
         mixers = [mixer.forward(lengths, device.type == "cpu") for mixer in mixer_sizes(adapter) if mixer is not None]
         beside = positions * width * item + max(positions * max(mlp, attention) * item, *mixers, 0)
+        beside += positions * width * item * sum(size.recorded for size in layers)
         streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
         beside += 4 * _STREAMS * streams * positions  # what the model's own code holds to mix them
         beside += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item

@@ -110,7 +110,8 @@ class Recorder:
             self.keep(record, "row_sum", torch.cat(sums))
         record["mask"] = mask
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
-        record["heads_given"] = out[0].flatten(1)
+        if self.adapter.kind(index).head_scale is not None:
+            record["heads_given"] = out[0].flatten(1)
         if self.is_checking:
             self._keep_watched(record, checked_heads(choice, v[0].transpose(0, 1), out[0]))
         return out
