@@ -7,8 +7,8 @@ Adjoint sweeps and ways back make and free blocks of many sizes. The C library k
 pieces that serve no larger ones, and their number differs from run to run. So their allocations are measured with every
 freed block given back (``MALLOC_MMAP_THRESHOLD_``), and that is compared with the prediction; the resident set without
 this setting stands beside both. States that stream are measured in the same way: their prediction adds the host's part
-to the device's, which are one memory here; and exact runs of this year's models (`today`), whose own code of a recurrence makes
-blocks of many sizes in a forward pass.
+to the device's, which are one memory here; and exact runs of this year's models (`today`), whose own code of a
+recurrence makes blocks of many sizes.
 
 The table is printed; ``python -m bench.report`` reads the JSON file.
 """

@@ -193,8 +193,7 @@ class LayerHooks:
             named = (call["kwargs"],) if mixer.attends else ()
             recurrence = mixer.read(module, seen(), by_prompt, *named)
             out = recorder.mix(self.index, mixer, recurrence, values())
-            if self.head_scale is not None:
-                record["heads_given"] = out
+            recorder.keep_given(self.index, record, out)
             if again is not None and given.dtype.itemsize < 4:
                 own = heads_in_float32(module, again(), self._module(self._last), call["args"], call["kwargs"])
                 if own is not None:

@@ -110,11 +110,15 @@ class Recorder:
             self.keep(record, "row_sum", torch.cat(sums))
         record["mask"] = mask
         out = (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].contiguous()
-        if self.adapter.kind(index).head_scale is not None:
-            record["heads_given"] = out[0].flatten(1)
+        self.keep_given(index, record, out[0].flatten(1))
         if self.is_checking:
             self._keep_watched(record, checked_heads(choice, v[0].transpose(0, 1), out[0]))
         return out
+
+    def keep_given(self, index: int, record: dict[str, Any], heads: Tensor) -> None:
+        """Keep what heads give, (T, H·d), until it is scaled, where it is."""
+        if self.adapter.kind(index).head_scale is not None:
+            record["heads_given"] = heads
 
     def _keep_watched(self, record: dict[str, Any], named: dict[str, Tensor]) -> None:
         """Keep the watched positions of heads (T, H, d)."""
