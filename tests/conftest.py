@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections import defaultdict
@@ -18,10 +19,11 @@ if not torch.cuda.is_available():  # before any kernel is imported: without a GP
 from depass_fast import DePass
 from depass_fast.demo import load_demo
 from tests.support import interpreter
-from tests.support.family_models import FIRST, VARIANTS
+from tests.support.family_models import FIRST, FIRST_OF_FILE, VARIANTS
 from tests.support.models import FAMILIES, build
 
 interpreter.round_as_a_gpu_does()
+ONCE = {"once_a_family": FIRST, "once_a_file": FIRST_OF_FILE}
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
@@ -55,11 +57,18 @@ def pytest_collection_modifyitems(config, items):
         items[i] = item
 
 
+def pytest_collection_finish():
+    """Freeze what imports have made: looking through it takes a second each time that a test collects garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 def is_thorough(item) -> bool:
     """A combination of what other tests hold apart is for --thorough alone."""
     if item.get_closest_marker("thorough"):
         return True
-    return bool(item.get_closest_marker("once_a_family")) and item.callspec.params["name"] not in FIRST
+    marked = {mark: item.get_closest_marker(mark) for mark in ONCE}
+    return any(marked[mark] and item.callspec.params["name"] not in first for mark, first in ONCE.items())
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ _AFTER_THE_NEURONS = (
 )
 
 pytestmark = pytest.mark.parametrize("name", VARIANTS)
-once_a_family, thorough = pytest.mark.once_a_family, pytest.mark.thorough
+once_a_family, once_a_file, thorough = pytest.mark.once_a_family, pytest.mark.once_a_file, pytest.mark.thorough
 
 
 def able(backend, dtype):
@@ -95,7 +95,7 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("implementation", "seed"), [("sdpa", 1), pytest.param("eager", 0, marks=once_a_family)])
+@pytest.mark.parametrize(("implementation", "seed"), [("sdpa", 1), pytest.param("eager", 0, marks=once_a_file)])
 def test_captured_logits_are_the_models_own(name, implementation, seed, family_results):
     """Logits of packed prompts agree, and what was recorded does not change when the model runs again."""
     if not available(name):
@@ -130,7 +130,11 @@ def rounding(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("dtype", "seed"),
-    [(torch.float32, 0), pytest.param(torch.float32, 1, marks=once_a_family), (torch.float64, 2)],
+    [
+        (torch.float32, 0),
+        pytest.param(torch.float32, 1, marks=once_a_file),
+        pytest.param(torch.float64, 2, marks=once_a_family),
+    ],
     ids=["float32", "little", "float64"],
 )
 def test_every_kind_is_complete_and_all_backends_agree(name, dtype, seed, family_results, pytestconfig):
@@ -164,7 +168,7 @@ def agree(name, dtype, result, oracle, family_results, label=""):
     assert result.labels == oracle.labels
 
 
-@once_a_family
+@once_a_file
 @pytest.mark.skipif(not NEW, reason="kernels know nothing of transformers: once is enough")
 @pytest.mark.skipif(not able("triton", torch.float32), reason="Triton is not installed")
 def test_the_kernels_agree(name, family_results):
@@ -176,7 +180,7 @@ def test_the_kernels_agree(name, family_results):
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, marks=once_a_family), torch.float64], ids=["float32", "float64"]
+    "dtype", [pytest.param(torch.float32, marks=once_a_file), torch.float64], ids=["float32", "float64"]
 )
 def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
     """Every other variant under the one rule, the others under the other."""
@@ -191,7 +195,7 @@ def test_a_linear_rule_is_complete_and_the_backends_agree(name, dtype):
 
 @pytest.mark.parametrize(
     "dtype",
-    [pytest.param(torch.bfloat16, marks=once_a_family), pytest.param(torch.float16, marks=thorough)],
+    [pytest.param(torch.bfloat16, marks=once_a_file), pytest.param(torch.float16, marks=thorough)],
     ids=["bfloat16", "float16"],
 )
 def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
@@ -203,7 +207,7 @@ def test_half_precision_is_complete_up_to_the_models_own_rounding(name, dtype):
         assert result.completeness_error <= limit and result.layer_errors.max() <= limit
 
 
-@once_a_family
+@once_a_file
 def test_a_batch_equals_the_prompts_one_by_one(name):
     """Compared in float64: packing changes the rounding, and a softmax at T = 0.1 can enlarge it a hundredfold."""
     dp, together = built(name, torch.float64, 2), traced(name, torch.float64, 2, batch=True)
@@ -216,7 +220,7 @@ def test_a_batch_equals_the_prompts_one_by_one(name):
                 assert largest_difference(batched.scores, alone.scores) <= 1e-9
 
 
-@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=once_a_family)])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=once_a_file)])
 def test_padded_prompts_are_traced_as_without(name, side):
     """The traces agree to the last bit, so components of every kind agree, too."""
     dp, expected = built(name), traced(name, batch=True)
@@ -239,7 +243,7 @@ def tensors(part) -> list[torch.Tensor]:
     return [x for value in inner for x in tensors(value)]
 
 
-@once_a_family
+@once_a_file
 def test_any_position_any_layer_and_in_steps(name):
     """The pruned readout equals the full state, also at the input of a layer, also when carried layer by layer."""
     dp, trace = built(name), traced(name)
@@ -268,7 +272,7 @@ def test_any_position_any_layer_and_in_steps(name):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("dtype", "seed"),
-    [pytest.param(torch.float32, 0, marks=once_a_family), (torch.float64, 2)],
+    [pytest.param(torch.float32, 0, marks=once_a_file), (torch.float64, 2)],
     ids=["float32", "float64"],
 )
 def test_activations_follow_from_gate_and_up_projection(name, dtype, seed):

@@ -15,6 +15,8 @@ from depass_fast.adapters.recurrent import knows_recurrences
 # the rest are variations of these; python -m bench.memory.meta runs them all
 QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
 QUICK = [case for case in QUICK if case.memory_budget != 128 << 20 or case.components == "neurons"]
+MANY = [case for case in QUICK if len(case.lengths) == 64 and case.call == "ledger"]
+QUICK = [pytest.param(case, marks=pytest.mark.thorough) if case in MANY else case for case in QUICK]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.backend}-{case.model}-{case.name}")

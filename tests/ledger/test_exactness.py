@@ -41,6 +41,7 @@ def test_every_kind_of_component(number, dtype):
     assert ledger.completeness_error <= TOLERANCE[dtype]
 
 
+@pytest.mark.once_a_family
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
 def test_every_variant_of_every_family(name):
     """Two prompts of different lengths: experts are reached by one and not by the other, windows are padded."""

@@ -53,6 +53,7 @@ def same_totals(credit: AttentionCredit, steered: object, allowed: float) -> Non
         assert math.isclose(total.get(label, 0.0), found.get(label, 0.0), abs_tol=allowed * amount)
 
 
+@pytest.mark.once_a_family
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
 def test_every_variant(name):
     model_type, number = VARIANTS[name][0], list(VARIANTS).index(name)

@@ -77,7 +77,8 @@ def test_a_model_is_asked_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in GIVEN] + [(name, torch.bfloat16) for name in GIVEN if name in FIRST],
+    [pytest.param(name, torch.float32, marks=pytest.mark.once_a_family) for name in GIVEN]
+    + [pytest.param(name, torch.bfloat16, marks=pytest.mark.once_a_file) for name in GIVEN if name in FIRST],
     ids=str,
 )
 @torch.no_grad()

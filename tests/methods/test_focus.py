@@ -22,8 +22,10 @@ def agree(dp, trace, kind, focus, tolerance=1e-5, **options):
         assert float((states - expected).abs().max()) <= tolerance * scale, layer
 
 
-@pytest.mark.parametrize("rule", NAMES)
-@pytest.mark.parametrize("name", FAMILIES)
+RULED = [(name, rule) for name in FAMILIES for rule in NAMES if name == "qwen3-biases" or rule in ("softmax", "half")]
+
+
+@pytest.mark.parametrize(("name", "rule"), RULED)
 def test_the_chosen_ones_equal_the_full_run(name, rule):
     dp, ids = build(name), random_ids(9, seed=5)
     trace = dp.trace(ids)

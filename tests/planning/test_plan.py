@@ -56,6 +56,7 @@ def test_rows_state_and_trace_are_the_real_ones(family):
         assert plan.layers_passed == family.adapter.n_layers - state.layer
 
 
+@pytest.mark.once_a_family
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
 def test_every_family_can_be_planned_from_its_config(name):
     model = build_variant(name)
@@ -71,6 +72,7 @@ def test_every_family_can_be_planned_from_its_config(name):
     assert dp.plan(ids, "ledger", measure=False).of().peak_bytes > 0  # of layers without an MLP, too (Mamba)
 
 
+@pytest.mark.once_a_family
 @pytest.mark.parametrize("name", [name for name in VARIANTS if available(name)])
 def test_a_gated_mlp_is_told_by_its_weights(name):
     adapter = DePass(build_variant(name)).adapter

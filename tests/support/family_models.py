@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.core.models import randomised
+from depass_fast.adapters import family_file
 from depass_fast.adapters.recurrent import knows_recurrences
 from tests.support.ahead_models import AHEAD
 from tests.support.family_shapes import (
@@ -295,6 +296,8 @@ _NAMES = {
     "gpt_neo": {"num_hidden_layers": "num_layers"},
 }
 FIRST = frozenset({family: name for name, (family, _) in reversed(VARIANTS.items())}.values())  # of each family
+# of each file of declarations, which holds families of one layout
+FIRST_OF_FILE = frozenset({family_file(family): name for name, (family, _) in reversed(VARIANTS.items())}.values())
 
 
 def available(name: str) -> bool:

@@ -28,11 +28,11 @@ def python(*arguments: object, **more) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
 def test_kills_at_random_moments_lose_nothing_and_double_nothing(tmp_path, pytestconfig):
-    wanted = 50 if pytestconfig.getoption("thorough") else 20
+    wanted = 50 if pytestconfig.getoption("thorough") else 10
     done = python("-m", "tests.sweep.killer", tmp_path, wanted)
     assert done.returncode == 0, done.stderr[-3000:]
     kills, there = re.fullmatch(r"(\d+) kills in \d+ runs, with (.+) shards there.*", done.stdout.strip()).groups()
-    assert int(kills) >= wanted and len(there.split(",")) >= 5, done.stdout
+    assert int(kills) >= wanted and len(there.split(",")) >= 4, done.stdout
 
 
 FULL = """

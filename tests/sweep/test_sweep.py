@@ -47,7 +47,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_results_are_those_of_a_loop_in_the_same_order(demo, kind, options):
-    prompts = random_prompts(24)
+    prompts = random_prompts(14)
     found = list(demo.sweep(iter(prompts), kind, **options))
     log_prob = options.pop("target_kind", None)
     target = LogProb() if log_prob else None

@@ -168,8 +168,8 @@ def test_observed_attention_is_compared_with_the_models_own(name):
 @pytest.mark.parametrize(
     "dtype",
     [
-        torch.bfloat16,
-        pytest.param(torch.float32, marks=pytest.mark.once_a_family),
+        pytest.param(torch.bfloat16, marks=pytest.mark.once_a_family),
+        pytest.param(torch.float32, marks=pytest.mark.once_a_file),
         pytest.param(torch.float16, marks=pytest.mark.thorough),
         pytest.param(torch.float64, marks=pytest.mark.thorough),
     ],

@@ -11,6 +11,7 @@ from tests.support.models import random_ids
 LENGTHS = (9, 1, 24)
 
 
+@pytest.mark.once_a_family
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_is_what_the_trace_holds(name):
     if not available(name):

@@ -73,9 +73,10 @@ def test_bad_arguments_are_refused():
 
 
 KERNEL = {"phi3": True, "mixtral": True, "gemma2": True, "gpt_oss": False, "gpt2": False}
+AGAIN = [pytest.param(name, marks=pytest.mark.thorough) if name in ("mixtral", "gpt_oss") else name for name in KERNEL]
 
 
-@pytest.mark.parametrize("name", KERNEL)
+@pytest.mark.parametrize("name", AGAIN)
 def test_a_ledger_by_the_kernel_is_the_plain_one(name, monkeypatch):
     """Biases and clamps are left to the plain code; one prompt is longer than a piece."""
     if not available(name):

@@ -35,7 +35,7 @@ def error(found, exact):
 @pytest.mark.parametrize("name", ["qwen2", pytest.param("gemma2", marks=pytest.mark.thorough)])
 def test_scores_are_several_times_nearer_than_in_bfloat16(name):
     errors = {"bfloat16": [], "float16": []}
-    for kind, seed in itertools.product((Tokens(), Heads(0), Neurons(0)), range(3)):
+    for kind, seed in itertools.product((Tokens(), Heads(0), Neurons(0)), range(2)):
         dp = DePass(model(name, seed))
         trace = dp.trace(random_ids(12, seed=seed))
         exact = dp.attribute(trace, kind, 3, backend="reference", state_dtype="float64").scores
