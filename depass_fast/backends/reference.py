@@ -18,7 +18,8 @@ from ..linear_rules import linear_shares
 from ..state.layout import Components, Layout
 from ..state.state import ComponentState
 from ..trace.attention import attention_probabilities
-from ..trace.mixing import constant_values, values_before_activation, within_taps
+from ..trace.constants import constant_values, values_before_activation
+from ..trace.mixing import within_taps
 from ..trace.record import AttentionTrace, MlpTrace
 from .base import Backend
 from .reference_keyed import keyed_heads

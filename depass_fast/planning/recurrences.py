@@ -83,7 +83,7 @@ class MixerSize:
 
     def scanned(self, positions: int, on_cpu: bool) -> int:
         """Return the numbers of the heads that are run over at once."""
-        each = scanned_numbers(positions, self.values, self.keys, self.by_channel)
+        each = scanned_numbers(self.values, self.keys, self.by_channel)
         return _SCANS * min(self.heads * each, SCANNED if on_cpu else SCANNED_CUDA)
 
 

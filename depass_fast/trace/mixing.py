@@ -7,7 +7,9 @@ prompts the recurrence is one signed matrix per head, made anew in every layer. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +17,13 @@ from torch import Tensor
 from ..adapters import Attention
 from .attention import span_probabilities
 from .record import AttentionTrace, RecurrenceTrace
-from .scan import parts_of_heads, scan, scan_back
+from .scan import Steps, parts_of_heads, scan, scan_back
 
 LONGEST_MATRIX = 512  # positions up to which a matrix per head costs less than running over the values
 _NEAR = 1 << 17  # elements that stay in a core's cache through several passes
 _ALL = slice(None)
 MATRIX = 1 << 26  # elements of the matrices of all heads, beyond which none is made
 LOOKED, LOOKED_CUDA = 1 << 22, 1 << 26  # probabilities beside a recurrence that are held at once
-_QUERIES = 256  # whose probabilities are held at once
 
 
 class FrozenMixing:
@@ -190,10 +191,11 @@ class FrozenMixing:
             return (matrix.transpose(1, 2) if transposed else matrix) @ x
         out, frozen = torch.empty_like(x), self._frozen
         by_channel = frozen.rates is not None or (frozen.decay is not None and frozen.decay.shape[2] > 1)
-        sizes = self._recurrent, x.shape[1], x.shape[2], self._trace.k.shape[2]
+        sizes = self._recurrent, x.shape[2], self._trace.k.shape[2]
+        run = scan_back if transposed else scan
         for heads in parts_of_heads(*sizes, by_channel, not x.is_cuda):
-            y, own = self._scanned(heads, start, x[heads].to(self._wide), transposed), self._own(heads, start)
-            out[heads] = y if own is None else y.addcmul_(x[heads].to(y), own.to(y))
+            how: dict[str, Any] = {"before": frozen.own is not None, "own": self._own(heads, start)}
+            run(self._steps(heads, start), frozen.corrects, x[heads], **how, out=out[heads])
         return out
 
     def _pays(self, columns: int) -> bool:
@@ -211,16 +213,16 @@ class FrozenMixing:
         """Return what some heads give of a value at its own position, beside the state: (h, 1, 1) or (h, N', 1)."""
         own, skip = self._frozen.own, self._frozen.skip
         if own is None:
-            return None if skip is None else skip[heads, None, None]
-        return own[self._span.start + start : self._span.stop, heads].T[..., None]
+            return None if skip is None else skip[heads, None, None].to(self._wide)
+        return own[self._span.start + start : self._span.stop, heads].T[..., None].to(self._wide)
 
     def matrix(self, heads: slice) -> Tensor:
         """Return the mixing matrices of some heads of the recurrence, signed and lower triangular: (h, N, N)."""
         one = torch.eye(self.positions, dtype=self._wide, device=self._trace.q.device)
         nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
-        out = self._scanned(heads, 0, one.expand(heads.stop - heads.start, -1, -1), nothing=nothing)
-        if (own := self._own(heads, 0)) is not None:
-            out.diagonal(dim1=1, dim2=2).add_(own.to(out)[..., 0])
+        how: dict[str, Any] = {"before": self._frozen.own is not None, "own": self._own(heads, 0)}
+        one = one.expand(heads.stop - heads.start, -1, -1)
+        out = scan(self._steps(heads, 0), self._frozen.corrects, one, nothing, **how)
         return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
 
     @cached_property
@@ -231,20 +233,25 @@ class FrozenMixing:
     def _recurrent(self) -> int:
         return self.heads - self._softmax
 
-    def _scanned(self, heads: slice, start: int, x: Tensor, transposed: bool = False, nothing: float = 0.0) -> Tensor:
-        """Apply the recurrence of some heads, without a position's own part, or its transpose to x (h, N', F)."""
-        at, frozen = slice(self._span.start + start, self._span.stop), self._frozen
+    def _steps(self, heads: slice, start: int) -> Callable[[slice], Steps]:
+        """Return what makes the steps of some heads at positions from ``start`` on."""
+        first, frozen = self._span.start + start, self._frozen
         assert frozen.decay is not None
+        rates = None if frozen.rates is None else frozen.rates[heads, None].to(self._wide)
+        kinds = {x.shape[1] for x in (self._trace.q, self._trace.k, frozen.decay, frozen.write) if x is not None}
+        every = torch.arange(heads.start, heads.stop, device=self._trace.q.device)
+        shared = {n: every // (self._recurrent // n) for n in kinds}  # heads of so many in groups
 
-        def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, N, ...)
-            group = self._recurrent // x.shape[1]
-            head = torch.arange(heads.start, heads.stop, device=x.device) // group
-            return x[at].to(self._wide).index_select(1, head).transpose(0, 1)
+        def steps(at: slice) -> Steps:
+            at = slice(first + at.start, first + at.stop)
 
-        decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
-        decay = decay if frozen.rates is None else decay * frozen.rates[heads, None].to(decay)
-        q, k, before = of(self._trace.q), of(self._trace.k), frozen.own is not None
-        return (scan_back if transposed else scan)(q, k, decay, write, frozen.corrects, x, nothing, before)
+            def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, C, ...)
+                return x[at].to(self._wide).index_select(1, shared[x.shape[1]]).transpose(0, 1)
+
+            decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
+            return Steps(of(self._trace.q), of(self._trace.k), decay if rates is None else decay * rates, write)
+
+        return steps
 
     def _convolved(self, x: Tensor, channels: slice, transposed: bool = False) -> Tensor:
         """Convolve (N', B, c) along the positions, with nothing before the first; or apply the transpose."""
@@ -304,57 +311,6 @@ def apply(
     return torch.cat(parts)
 
 
-def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
-    """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
-    if trace.head_scales is not None:
-        return _normed_constants(weights, trace, lengths)
-    if trace.recurrence is None and trace.out_ratio is None:
-        return None
-    wide = torch.promote_types(trace.q.dtype, torch.float32)
-    if trace.recurrence is None:
-        value = weights.value_constant(wide)
-        if value is None or trace.out_ratio is None:
-            return None
-        heads = value.view(weights.n_kv_heads, 1, -1).expand(-1, weights.n_heads // weights.n_kv_heads, -1).flatten()
-        heads = heads.view(weights.n_heads, -1)
-        sums = None if trace.row_sum is None else trace.row_sum.to(wide)[..., None]
-        return (heads if sums is None else sums * heads).flatten(-2) * trace.out_ratio.to(wide)
-    given = constant_values(weights, trace, lengths)
-    if given is None:
-        return None
-    given = given if trace.value_ratio is None else given * trace.value_ratio.to(wide)
-    return apply(weights, trace, given, lengths, shaped=True)
-
-
-def constant_values(
-    weights: Attention, trace: AttentionTrace, lengths: list[int], span: slice = slice(None)
-) -> Tensor | None:
-    """Return the constant part of a recurrence's values behind their convolution (T, H·d); None without one.
-
-    ``lengths`` are those of the prompts at packed positions ``span``.
-    """
-    wide = torch.promote_types(trace.q.dtype, torch.float32)
-    value, bias = weights.value_constant(wide), None if weights.conv is None else weights.conv.bias
-    if weights.front is not None:
-        read = weights.front.constant(lengths, trace.resid.to(wide))
-        value = None if read is None else read @ weights.w_v.to(wide).T
-    if value is None and bias is None:
-        return None
-    given = torch.zeros(sum(lengths), weights.v.shape[0], dtype=wide, device=trace.q.device)
-    return _behind_convolution(weights, trace, given if value is None else given + value, lengths, bias, span)
-
-
-def values_before_activation(weights: Attention, trace: AttentionTrace, span: slice) -> Tensor:
-    """Return the values of one prompt's residual stream in front of their activation, constants included: (N, H·d)."""
-    wide = torch.promote_types(trace.q.dtype, torch.float32)
-    x, constant = trace.resid[span].to(wide), weights.value_constant(wide)
-    x = x if weights.norm is None else weights.norm.apply(x, weights.scale(x))
-    values = x @ weights.w_v.to(wide).T
-    values = values if constant is None else values + constant
-    bias = None if weights.conv is None else weights.conv.bias
-    return _behind_convolution(weights, trace, values, [len(values)], bias, span)
-
-
 def within_taps(alive: Tensor, weights: Attention) -> Tensor:
     """Return which components (N', B) are alive at one of the positions that the convolution reads."""
     taps = 1 if weights.conv is None else weights.conv.weight.shape[-1]
@@ -362,35 +318,3 @@ def within_taps(alive: Tensor, weights: Attention) -> Tensor:
     for back in range(1, min(taps, len(alive))):
         out[back:] |= alive[:-back]
     return out
-
-
-def _behind_convolution(
-    weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], bias: Tensor | None, span: slice
-) -> Tensor:
-    """Return values (T, H·d) behind their gate and convolution."""
-    assert trace.recurrence is not None
-    if trace.recurrence.in_ratio is not None:
-        values = values * trace.recurrence.in_ratio[span].to(values)
-    if weights.conv is None:
-        return values
-    bias = None if bias is None else bias.to(values)
-    return convolve(values, weights.conv.weight[:, 0].to(values), bias, lengths)
-
-
-def _normed_constants(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
-    """Return what heads make of the constant part of values that pass a norm by head, (T, H·d); None without one."""
-    wide = torch.promote_types(trace.q.dtype, torch.float32)
-    value, first, parts = weights.value_constant(wide), 0, []
-    if value is None or trace.head_scales is None:
-        return None
-    value = value.view(weights.n_kv_heads, -1).repeat_interleave(weights.n_heads // weights.n_kv_heads, 0)  # (H, d)
-    for length in lengths:
-        span = slice(first, first + length)
-        scales = trace.head_scales[span].to(wide).repeat_interleave(len(value) // weights.n_kv_heads, 1)  # (N, H)
-        for begin in range(0, length, _QUERIES):
-            p = span_probabilities(trace, span, slice(begin, min(begin + _QUERIES, length)), wide)  # (H, Q, N)
-            worth = torch.einsum("hqn,nh->qh", p, scales)
-            parts.append((worth[..., None] * value).flatten(1))
-        first += length
-    heads = torch.cat(parts)
-    return heads if trace.out_ratio is None else heads * trace.out_ratio.to(wide)

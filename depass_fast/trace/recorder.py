@@ -13,10 +13,11 @@ from torch import Tensor
 from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
+from .constants import constant_heads
 from .head_experts import HeadChoice, checked_heads, of_all_heads
 from .keyed import FrozenKeyed
 from .mixers import KeyedTrace, frozen
-from .mixing import apply, constant_heads, convolve
+from .mixing import apply, convolve
 from .mlp_traces import mlp_traces
 from .record import AttentionTrace, LayerTrace, Trace, TraceSource
 from .selection import by_query, padded_to

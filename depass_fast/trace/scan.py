@@ -6,6 +6,7 @@ prompt is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,72 +14,93 @@ from torch import Tensor
 
 _GONE = -40.0  # the logarithm below which a decay is zero: its products would be denormal numbers, which are slow
 _CHUNK = 64  # positions at a time where a head's state decays as one
-SCANNED, SCANNED_CUDA = 1 << 20, 1 << 26  # numbers of heads' keys, values or chunks that are held at once
-_CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself: their products are (C, C, n)
+SCANNED, SCANNED_CUDA = 1 << 20, 1 << 26  # numbers of heads' chunks, or of their states, that are held at once
+_CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself
+
+
+class Steps(NamedTuple):
+    """A recurrence's numbers at N positions: q, k (H, N, n), decay (H, N, 1 | n) and write (H, N).
+
+    It reads by q and writes by k. Logarithms of decays are at most zero. ``write`` None: one.
+    """
+
+    q: Tensor
+    k: Tensor
+    decay: Tensor
+    write: Tensor | None
+
+    def at(self, positions: slice) -> Steps:
+        """Return those of some positions."""
+        return Steps(*(None if x is None else x[:, positions] for x in self))
 
 
 def scan(
-    q: Tensor,
-    k: Tensor,
-    decay: Tensor,
-    write: Tensor | None,
+    steps: Callable[[slice], Steps],
     corrects: bool,
     x: Tensor,
     nothing: float = 0.0,
     before: bool = False,
+    own: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Apply a recurrence, without its skip, to values: x (H, N, F) -> (H, N, F).
+    """Apply a recurrence to values: x (H, N, F) -> (H, N, F).
 
     Args:
-        q, k: (H, N, n) in x's dtype, as are the others.
-        decay: (H, N, 1) or (H, N, n), at most zero.
-        write: (H, N); None: one.
+        steps: Makes the steps of a chunk of positions, in the dtype that is computed in.
         corrects: True for the delta rule (DESIGN.md section 10).
         before: True if a head reads the state in front of its own position's decay and write.
         nothing: What is smaller becomes zero on its way, as products of it would be denormal numbers, which are slow.
+        own: (H, N, 1) or (H, 1, 1), what a head gives of a value at its own position beside the state.
+        out: Where the result goes.
     """
-    state, out = x.new_zeros(x.shape[0], k.shape[2], x.shape[2]), torch.empty_like(x)
-    for at in _chunks(decay):
-        chunk, xc = _Chunk.of(q[:, at], k[:, at], decay[:, at], corrects, _at(write, at), before), x[:, at]
+    out, state = torch.empty_like(x) if out is None else out, None
+    for at in _chunks(steps, x):
+        given = steps(at)
+        chunk, value = _Chunk.of(given, corrects, before), x[:, at].to(given.q.dtype)
+        if state is None:
+            state = value.new_zeros(x.shape[0], given.k.shape[2], x.shape[2])
+        xc = value
         if chunk.corrected is not None:
             xc = xc - chunk.corrected @ state
-        if write is not None:
-            xc = xc * write[:, at, None]
+        if given.write is not None:
+            xc = xc * given.write[..., None]
         if chunk.among is not None:
             xc = torch.linalg.solve_triangular(chunk.among, xc, upper=False, unitriangular=True)
         xc = _cut(xc, nothing)
-        out[:, at] = chunk.here @ xc + chunk.reads @ state
+        out[:, at] = _with_own(chunk.here @ xc + chunk.reads @ state, own, at, value)
         state = _cut(chunk.keeps * state + chunk.writes.transpose(1, 2) @ xc, nothing)
     return out
 
 
 def scan_back(
-    q: Tensor,
-    k: Tensor,
-    decay: Tensor,
-    write: Tensor | None,
+    steps: Callable[[slice], Steps],
     corrects: bool,
     y: Tensor,
     nothing: float = 0.0,
     before: bool = False,
+    own: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Apply the transpose of :func:`scan` to gradients of what heads give: y (H, N, F) -> (H, N, F).
 
     The chunks are taken from the last to the first, and the gradient of the state goes from one to the one before. No
     more than a chunk is held. Arguments are as of :func:`scan`.
     """
-    state, out = y.new_zeros(y.shape[0], k.shape[2], y.shape[2]), torch.empty_like(y)
-    for at in reversed(_chunks(decay)):
-        chunk, yc = _Chunk.of(q[:, at], k[:, at], decay[:, at], corrects, _at(write, at), before), y[:, at]
+    out, state = torch.empty_like(y) if out is None else out, None
+    for at in reversed(_chunks(steps, y)):
+        given = steps(at)
+        chunk, yc = _Chunk.of(given, corrects, before), y[:, at].to(given.q.dtype)
+        if state is None:
+            state = yc.new_zeros(y.shape[0], given.k.shape[2], y.shape[2])
         xc = _cut(chunk.here.transpose(1, 2) @ yc + chunk.writes @ state, nothing)
         state = chunk.keeps * state + chunk.reads.transpose(1, 2) @ yc
         if chunk.among is not None:
             xc = torch.linalg.solve_triangular(chunk.among.transpose(1, 2), xc, upper=True, unitriangular=True)
-        if write is not None:
-            xc = xc * write[:, at, None]
+        if given.write is not None:
+            xc = xc * given.write[..., None]
         if chunk.corrected is not None:
             state = state - chunk.corrected.transpose(1, 2) @ xc
-        out[:, at], state = xc, _cut(state, nothing)
+        out[:, at], state = _with_own(xc, own, at, yc), _cut(state, nothing)
     return out
 
 
@@ -99,8 +121,8 @@ class _Chunk(NamedTuple):
     among: Tensor | None
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, decay: Tensor, corrects: bool, write: Tensor | None, before: bool) -> _Chunk:
-        total = decay.cumsum(1)
+    def of(steps: Steps, corrects: bool, before: bool) -> _Chunk:
+        q, k, total, write = steps.q, steps.k, steps.decay.cumsum(1), steps.write
         reading = torch.cat([torch.zeros_like(total[:, :1]), total[:, :-1]], 1) if before else total
         last, among = total[:, -1:], None
         if corrects:
@@ -117,40 +139,67 @@ class _Chunk(NamedTuple):
         )
 
 
-def _chunks(decay: Tensor) -> list[slice]:
-    size = _CHUNK if decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
-    return [slice(first, first + size) for first in range(0, decay.shape[1], size)]
+def _chunks(steps: Callable[[slice], Steps], x: Tensor) -> list[slice]:
+    size = _CHUNK if steps(slice(0, 1)).decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
+    return [slice(first, min(first + size, x.shape[1])) for first in range(0, x.shape[1], size)]
 
 
-def parts_of_heads(heads: int, positions: int, columns: int, keys: int, by_channel: bool, on_cpu: bool) -> list[slice]:
+def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu: bool) -> list[slice]:
     """Return heads that are run over together, given the columns F of their values and the channels n of their keys.
 
     ``by_channel`` says that every channel of the state decays by itself.
     """
-    each = scanned_numbers(positions, columns, keys, by_channel)
-    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // each)
+    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // scanned_numbers(columns, keys, by_channel))
     return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
 
 
-def scanned_numbers(positions: int, columns: int, keys: int, by_channel: bool) -> int:
-    """Return the numbers of a head's values or keys, or of what its queries meet within a chunk: whichever are more."""
-    among = _CHUNK_BY_CHANNEL**2 * keys if by_channel else _CHUNK**2
-    return max(positions * max(columns, keys), among)
+def scanned_numbers(columns: int, keys: int, by_channel: bool) -> int:
+    """Return the numbers of a head's chunk or state, whichever are more."""
+    chunk = _CHUNK_BY_CHANNEL if by_channel else _CHUNK
+    return max(chunk * max(chunk, columns, keys), keys * columns)
 
 
-def _at(write: Tensor | None, at: slice) -> Tensor | None:
-    return None if write is None else write[:, at]
+def _with_own(given: Tensor, own: Tensor | None, at: slice, x: Tensor) -> Tensor:
+    if own is None:
+        return given
+    return given.addcmul(own[:, at] if own.shape[1] > 1 else own, x)
 
 
 def _between(q: Tensor, k: Tensor, reading: Tensor, total: Tensor, diagonal: int) -> Tensor:
     """Return what queries meet of keys that came before, as far as these have not decayed: (H, C, C)."""
+    if total.shape[2] > 1:
+        return _between_by_channel(q, k, reading, total, diagonal)
     c = q.shape[1]
     seen = torch.ones(c, c, dtype=torch.bool, device=q.device).tril(diagonal)
-    apart = (reading[:, :, None] - total[:, None]).masked_fill(~seen[..., None], -torch.inf)  # (H, C, C, 1 | n)
-    apart = _exp(apart)
-    if apart.shape[3] == 1:
-        return (q @ k.transpose(1, 2)) * apart[..., 0]
-    return torch.einsum("hin,hjn,hijn->hij", q, k, apart)
+    apart = (reading - total.transpose(1, 2)).masked_fill(~seen, -torch.inf)  # (H, C, C)
+    return (q @ k.transpose(1, 2)) * _exp(apart)
+
+
+def _between_by_channel(q: Tensor, k: Tensor, reading: Tensor, total: Tensor, diagonal: int) -> Tensor:
+    """Return the same where every channel decays by itself.
+
+    C positions are halved, and their halves again. A query in the second half meets a key in the first by way of the
+    edge between them: the decay from the edge to the query, times that from the key to the edge. Both are at most one,
+    and each belongs to one position, so that their products make up a product of matrices.
+    """
+    c = q.shape[1]
+    size = 1 << (c - 1).bit_length()
+    if size > c:  # the last position again, to be cut off
+        at = torch.arange(size, device=q.device).clamp(max=c - 1)
+        q, k, reading, total = (x[:, at] for x in (q, k, reading, total))
+    out, half = q.new_zeros(len(q), size, size), size // 2
+    while half:
+        (_, late), (early, _), (_, upto), (since, _) = (
+            x.unflatten(1, (-1, 2, half)).unbind(2) for x in (q, k, reading, total)
+        )
+        edge = since[:, :, -1:]  # (H, pairs of halves, 1, n)
+        met = (late * _exp(upto - edge)) @ (early * _exp(edge - since)).transpose(2, 3)
+        pairs = out.view(len(q), -1, 2, half, size // (2 * half), 2, half)[:, :, 1, :, :, 0]
+        pairs.diagonal(dim1=1, dim2=3).copy_(met.permute(0, 2, 3, 1))
+        half //= 2
+    if diagonal == 0:
+        out.diagonal(dim1=1, dim2=2).copy_((q * k).sum(2))
+    return out[:, :c, :c]
 
 
 def _cut(x: Tensor, nothing: float) -> Tensor:
@@ -158,4 +207,4 @@ def _cut(x: Tensor, nothing: float) -> Tensor:
 
 
 def _exp(logarithm: Tensor) -> Tensor:
-    return logarithm.masked_fill(logarithm < _GONE, -torch.inf).exp()
+    return torch.threshold(logarithm, _GONE, -torch.inf).exp_()

@@ -16,7 +16,7 @@ from depass_fast.evaluate.methods.relevance import copied
 from depass_fast.trace import mixing
 from depass_fast.trace.attention import attention_probabilities
 from depass_fast.trace.mixing import FrozenMixing, convolve
-from depass_fast.trace.scan import scan, scan_back
+from depass_fast.trace.scan import Steps, scan, scan_back
 from tests.support.family_models import build_variant
 from tests.support.models import random_ids
 
@@ -50,14 +50,14 @@ def test_chunks_are_the_recurrence(length, channels, corrects, writes):
     write = random(3, length).sigmoid() if writes else None
     x = random(3, length, 7)
     wanted = step_by_step(q, k, decay, write, corrects, x)
-    got = scan(q, k, decay, write, corrects, x)
+    got = scan(Steps(q, k, decay, write).at, corrects, x)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
     y = random(3, length, 7)
     for before in (False, True):
         leaf = x.clone().requires_grad_()
-        there = scan(q, k, decay, write, corrects, leaf, before=before)
+        there = scan(Steps(q, k, decay, write).at, corrects, leaf, before=before)
         (wanted,) = torch.autograd.grad(there, leaf, y)
-        back = scan_back(q, k, decay, write, corrects, y, before=before)
+        back = scan_back(Steps(q, k, decay, write).at, corrects, y, before=before)
         assert torch.allclose(back, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
@@ -67,9 +67,9 @@ def test_what_is_cut_on_its_way_is_nothing():
     q, k = torch.randn(2, 4, 150, 5, generator=g)
     k, decay = torch.nn.functional.normalize(k, dim=-1), -torch.rand(4, 150, 1, generator=g).exp()
     one, tiny = torch.eye(150).expand(4, -1, -1), torch.finfo(torch.float32).tiny
-    whole, cut = (scan(q, k, decay, None, True, one, nothing) for nothing in (0.0, tiny**0.5))
+    whole, cut = (scan(Steps(q, k, decay, None).at, True, one, nothing) for nothing in (0.0, tiny**0.5))
     assert ((whole != 0) & (whole.abs() < tiny)).any() and torch.equal(one, torch.eye(150).expand(4, -1, -1))
-    exact = scan(q.double(), k.double(), decay.double(), None, True, one.double())
+    exact = scan(Steps(q.double(), k.double(), decay.double(), None).at, True, one.double())
     for got in (whole, cut):  # entries are sums that cancel: in float32 the smallest are off by 9e-4 of themselves
         assert torch.allclose(got.double(), exact, rtol=2e-3, atol=1e-17)
 
@@ -77,7 +77,7 @@ def test_what_is_cut_on_its_way_is_nothing():
 def test_strong_decays_neither_overflow_nor_underflow():
     q = k = torch.ones(1, 200, 2)
     decay = torch.full((1, 200, 1), -50.0)
-    out = scan(q, k, decay, None, False, torch.ones(1, 200, 3))
+    out = scan(Steps(q, k, decay, None).at, False, torch.ones(1, 200, 3))
     assert torch.allclose(out, torch.full_like(out, 2.0))
 
 

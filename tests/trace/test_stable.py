@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from depass_fast import DePass, Heads, Tokens
 from depass_fast.adapters.recurrent import knows_recurrences, mlstm, wkv
-from depass_fast.trace.scan import scan
+from depass_fast.trace.scan import Steps, scan
 from depass_fast.trace.stable import stable
 from tests.support.family_models import build_variant
 from tests.support.models import random_ids
@@ -54,7 +54,10 @@ def test_the_held_state_gives_what_the_definition_gives(loud):
     for length in lengths:
         at = slice(first, first + length)
         of = [y[at].transpose(0, 1) for y in (held.q, held.k, held.decay, held.write, x)]
-        wanted, got = by_definition(q[at], k[at], gates[at], x[at]), scan(*of[:4], False, of[4]).transpose(0, 1)
+        wanted, got = (
+            by_definition(q[at], k[at], gates[at], x[at]),
+            scan(Steps(*of[:4]).at, False, of[4]).transpose(0, 1),
+        )
         parts.append(float((got - wanted).abs().max() / wanted.abs().max()))
         first += length
     assert max(parts) <= 1e-10
@@ -120,6 +123,6 @@ def test_a_state_that_is_read_in_front_of_its_own_position(loud):
         logits = torch.where(apart >= 0, k[at] - apart * rate, torch.where(apart == -1, k[at] + bonus, -torch.inf))
         wanted = torch.einsum("tih,ih->th", logits.softmax(1), x[at])
         of = [y[at].transpose(0, 1) for y in (held.q, held.k.expand(-1, 3, -1), held.decay, held.write, x[..., None])]
-        got = scan(*of[:4], False, of[4], before=True)[..., 0].T + held.own[at] * x[at]
+        got = scan(Steps(*of[:4]).at, False, of[4], before=True)[..., 0].T + held.own[at] * x[at]
         assert torch.allclose(got, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
         first += length

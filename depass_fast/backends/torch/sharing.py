@@ -19,7 +19,8 @@ from ...runtime.products import accumulate, product
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
-from ...trace.mixing import FrozenMixing, constant_values, values_before_activation, within_taps
+from ...trace.constants import constant_values, values_before_activation
+from ...trace.mixing import FrozenMixing, within_taps
 from ...trace.record import AttentionTrace
 from ..statistics import GateBlock, Statistics
 from .blocks import Block, gather, scatter
