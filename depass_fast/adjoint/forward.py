@@ -138,9 +138,10 @@ class _WayThere:
         rows = self._rows
         if not bool(((rows.limits > 0) & (rows.until < index)).any()):
             return
-        weight, gate = self._stack.drive(index, rows.x)
-        size = (rows.x * weight).norm(dim=2).amax(1) * (gate / temperature)
-        quiet = (size.cpu() < rows.limits) & (rows.until < index)
+        scale, gamma = self._stack.reading(index, rows.x)
+        (response,) = self._stack.responses([index])
+        size = ((rows.x if gamma is None else rows.x * gamma).norm(dim=2) * scale).amax(1)
+        quiet = (size.cpu() * (response / temperature) < rows.limits) & (rows.until < index)
         if not bool(quiet.any()):
             return
         x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]

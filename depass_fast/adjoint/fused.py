@@ -29,15 +29,16 @@ class FusedMaps(LayerMaps):
 
     fused = True
 
-    def scales(self, module: Branch, resid: Tensor) -> Tensor:
+    @staticmethod
+    def scales(module: Branch, resid: Tensor, dtype: torch.dtype) -> Tensor:
         norm = module.norm
         if norm is None:
-            return super().scales(module, resid)
+            return LayerMaps.scales(module, resid, dtype)
         with _current(resid.device):
             return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
 
     def add_attention(self, x: Tensor) -> Tensor:
-        heads = self._mixed(self._read(x, self._attention_norm, self._ones) @ self._w_v.T)
+        heads = self._mixed(self._read(x, self._attention_norm, _ones(self.queries.stop, x.device)) @ self._w_v.T)
         return self._added(x[:, self.queries], heads, self._w_o)
 
     def ov_transposed(self, y: Tensor) -> Tensor:
@@ -83,6 +84,9 @@ class FusedMaps(LayerMaps):
             offsets = gradients_of_gates(y, self.act, temperature, CrowdTables(log_z, share, mean, slope[..., 0]))
         return self._through_norm(y @ self._w_gate, self._reading), offsets
 
+    def _unscaled(self, x: Tensor) -> Tensor:
+        return self._read(x[:, None], self._mlp_norm, _ones(1, x.device))[:, 0]
+
     def _read(self, x: Tensor, norm: Norm | None, scale: Tensor, alive: Tensor | None = None) -> Tensor:
         """Return rows (R, Q, D) through a norm, in the products' dtype; ``alive`` receives which are not all zero."""
         flat = x.reshape(-1, x.shape[2])
@@ -114,14 +118,15 @@ class FusedMaps(LayerMaps):
         norm = self._mlp_norm
         return self.mlp_scale if norm is None or norm.weight is None else self.mlp_scale * norm.weight
 
-    @cached_property
-    def _ones(self) -> Tensor:
-        return torch.ones(self.queries.stop, dtype=torch.float32, device=self.device)
-
 
 def _current(device: torch.device) -> AbstractContextManager:
     """Make ``device`` the current one: Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@lru_cache(maxsize=16)
+def _ones(positions: int, device: torch.device) -> Tensor:
+    return torch.ones(positions, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=16)

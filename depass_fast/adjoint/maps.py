@@ -58,7 +58,7 @@ class LayerMaps:
         self._w_v, self._w_o = attention.w_v.to(self.compute), attention.writing(attention.w_o, self.compute)
         ratio = record.value_ratio
         self._value_ratio = None if ratio is None else ratio[self._span].to(self.compute)  # (N, Hkv·d)
-        scale = self.scales(attention, record.resid)  # (T,)
+        scale = self.scales(attention, record.resid, self.dtype)  # (T,)
         scale = scale if record.latent_scale is None else scale * record.latent_scale.to(scale)
         self._frozen = FrozenAttention(record, self._span, scale, _TILE, self.compute)
 
@@ -73,7 +73,7 @@ class LayerMaps:
         self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
         if record.out_scale is not None:
             self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
-        self.mlp_scale = self.scales(mlp, record.resid[self._span][queries])[:, None]  # s at the queries, (Q, 1)
+        self.mlp_scale = self.scales(mlp, record.resid[self._span][queries], dtype)[:, None]  # s at the queries, (Q, 1)
         self.gate_constant = _gate_constant(parts, dtype)  # (I,) or None
 
     def _uses_the_models_weights(self) -> bool:
@@ -91,9 +91,10 @@ class LayerMaps:
         """The queries among all packed positions of the trace."""
         return slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
 
-    def scales(self, module: Branch, resid: Tensor) -> Tensor:
-        """Return s of a module's norm for the residual stream (T, D) that it reads: (T,)."""
-        return module.scale(resid.to(self.dtype)).to(self.dtype)
+    @staticmethod
+    def scales(module: Branch, resid: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return s of a module's norm for the residual stream (T, D) that it reads: (T,), in ``dtype``."""
+        return module.scale(resid.to(dtype)).to(dtype)
 
     def add_attention(self, x: Tensor) -> Tensor:
         """Return rows with what attention adds to them: (R, N, D) -> (R, Q, D). The given ones may be used up."""
@@ -153,14 +154,17 @@ class LayerMaps:
         return product(x.to(self.compute), self._w_gate.T).to(self.dtype)
 
     def largest_gates(self, x: Tensor, budget: int) -> Tensor:
-        """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,).
+        """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,), in any dtype.
 
         ``budget`` bounds the gates held at once, in bytes.
         """
-        x, size = _linear(self._mlp_norm, x).to(self.compute), len(self._w_gate) * self.compute.itemsize
+        x, size = self._unscaled(x), len(self._w_gate) * self.compute.itemsize
         parts = x.split(max(1, budget // size))
-        ranges = [torch.aminmax(product(part, self._w_gate.T), dim=1) for part in parts]
-        return torch.cat([torch.maximum(high, -low) for low, high in ranges]).to(self.dtype)
+        return _joined([product(part, self._w_gate.T).abs_().amax(1) for part in parts])
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """Return rows (R, D) through the norm before the MLP, without its scale, in the products' dtype."""
+        return _linear(self._mlp_norm, x).to(self.compute)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
@@ -225,7 +229,7 @@ class LayerMaps:
         return self._frozen.probabilities(slice(None), self.queries)
 
 
-def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
