@@ -229,7 +229,7 @@ class LayerMaps:
         return self._frozen.probabilities(slice(None), self.queries)
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

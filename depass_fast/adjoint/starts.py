@@ -40,7 +40,7 @@ class Named(Protocol):
         ...
 
     def alive(self) -> Tensor:
-        """Return which are not exactly zero: (N, M) bool."""
+        """Return numbers (N, M) of any dtype that are zero just where a component is exactly zero."""
         ...
 
     def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ class ProductRows:
         return amounts * torch.linalg.vector_norm(vectors, dim=1)
 
     def alive(self) -> Tensor:
-        return (self.coefficients != 0) & (self.vectors != 0).any(1)
+        return self.coefficients * self.vectors.any(1)
 
     def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.vectors[index], self.coefficients[:, index]
@@ -198,7 +198,7 @@ def _products(
     if factors is None or factors.coefficients is None:
         return None
     named = ProductRows(factors.coefficients.to(x), factors.vectors.to(x.device))
-    rest = x - named.sum() - (0.0 if constant is None else constant)
+    rest = x - named.sum() if constant is None else x - named.sum() - constant
     return None if kind.may_be_complete and _rounding(rest, x).any() else (named, rest)
 
 

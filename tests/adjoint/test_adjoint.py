@@ -65,7 +65,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
         steps.append(Step(index, queries, crowd))
         state = reference.allocate_mlp(state, layer.mlp, record.mlp, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
-    rows = ExplicitRows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
+    rows = ExplicitRows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64), [], [], Approximation(T))
     return steps, Forward([start], steps, rows, alive=[None]), start
 
 
