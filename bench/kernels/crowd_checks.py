@@ -106,10 +106,17 @@ def _check_back(starts: int, targets: int, queries: int, n: int) -> Callable:
             random(4, starts, queries),
         )
         gained = y.double() * (share * act).double()[:, None]
+        before = random(5, starts + 1, targets, queries + 3)  # of more starts and positions
         oracle = (gained * (1.0 - slope.double()[..., None] * mean.double())[:, None]).sum(-1)
+        oracle = before.double().index_put(
+            (torch.arange(starts)[:, None, None], torch.arange(targets)[None, :, None], 2 + torch.arange(queries)),
+            oracle,
+            accumulate=True,
+        )
         tables = crowd.CrowdTables(*(x.to(device) for x in (mean, share, mean, slope)))
         out, temperature = y.to(device), 0.1
-        offsets = crowd.gradients_of_gates(out, act.to(device), temperature, tables)
+        offsets = before.to(device)
+        crowd.gradients_of_gates(out, act.to(device), temperature, tables, offsets[:starts, :, 2 : 2 + queries])
         gained *= slope.double()[:, None, :, None] / temperature
         return max(error(out, gained), error(offsets, oracle))
 

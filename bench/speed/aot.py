@@ -219,8 +219,8 @@ def _mlp(
 
 
 def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
-    """Record the launches of an adjoint sweep's MLP: starts with few explicit rows, with some, and with many."""
-    _, neurons, heads, kv, _ = shape
+    """Record the launches of an adjoint sweep: starts with few explicit rows, with some, and with many."""
+    width, neurons, heads, kv, _ = shape
     starts, queries, constant = 3, 20, _empty(neurons) if kv < heads // 2 else None
     table = _empty(starts, queries, neurons)
     tables = crowd.CrowdTables(table, table, table, _empty(starts, queries))
@@ -232,7 +232,11 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
             explicit = crowd.StartRows(first, places, places, longest)
             crowd.share_with_crowds(g, explicit, alive, counts, act, act, 0.1, tables, constant)
     with recorded(found, case):
-        crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables)
+        offsets = _empty(starts, 1, queries)
+        crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables, offsets)
+        x, y, weight = _empty(starts * queries, width), *(_empty(n, width, dtype=dtype) for n in (starts * queries, 1))
+        for centred in (False, True):
+            rows.add_norm_back(x, y, _empty(queries), weight[0], centred, None if dtype == x.dtype else y)
 
 
 def _way_back(

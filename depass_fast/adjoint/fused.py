@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..adapters import Branch, Norm
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
-from ..kernels.rows import Rows, read_rows, row_scales
+from ..kernels.rows import Rows, add_norm_back, read_rows, row_scales
 from ..runtime.products import accumulate
 from .maps import LayerMaps
 from .memory import positions_at_once
@@ -24,7 +24,7 @@ from .memory import positions_at_once
 class FusedMaps(LayerMaps):
     """The maps of a layer, with kernels around the products; rows are float32. :class:`.maps.LayerMaps` says the rest.
 
-    What comes out of ``ov``, ``gates_transposed`` and so on is the same; its dtype is float32 only where it must be.
+    On the way back gradients are float32, with a copy in the products' dtype that the step before has written.
     """
 
     fused = True
@@ -41,8 +41,12 @@ class FusedMaps(LayerMaps):
         heads = self._mixed(self._read(x, self._attention_norm, _ones(self.queries.stop, x.device)) @ self._w_v.T)
         return self._added(x[:, self.queries], heads, self._w_o)
 
-    def ov_transposed(self, y: Tensor) -> Tensor:
-        return self._through_norm(self._values_transposed(y.to(self.compute) @ self._w_o) @ self._w_v, None)
+    def values_read(self, y: Tensor) -> Tensor:
+        """Return gradients (R, N, D) behind the norm before attention, from those of what it adds, (R, Q, D).
+
+        Both are in the products' dtype. :meth:`add_attention_back` takes them through the norm.
+        """
+        return self._values_transposed(y @ self._w_o) @ self._w_v
 
     def allocate(
         self, x: Tensor, read: Tensor, rows: StartRows, counts: Tensor, temperature: float, budget: int
@@ -73,16 +77,37 @@ class FusedMaps(LayerMaps):
                 x[:, at].add_(g @ self._w_down.T)
         return x, tables
 
-    def gates_from_shares(self, y: Tensor, temperature: float, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the MLP reads as gradients (S, K, Q, D), and the offsets (S, K, Q), from gradients behind it.
+    def gates_read(self, y: Tensor, temperature: float, tables: Sequence[Tensor], offsets: Tensor) -> Tensor:
+        """Return gradients (S, K, Q, D) behind the norm before the MLP, from those of what it adds.
 
-        ``tables`` are a crowd's ``log_z``, ``share``, ``mean`` and ``slope``.
+        Both are in the products' dtype. ``tables`` are a crowd's ``log_z``, ``share``, ``mean`` and ``slope``; to
+        ``offsets`` (S, K, Q) is added what a component receives where its gates are zero. :meth:`add_mlp_back` takes
+        the gradients through the norm.
         """
-        y = y.to(self.compute) @ self._w_down  # (S, K, Q, I)
+        y = y @ self._w_down  # (S, K, Q, I)
         log_z, share, mean, slope = tables
         with _current(y.device):
-            offsets = gradients_of_gates(y, self.act, temperature, CrowdTables(log_z, share, mean, slope[..., 0]))
-        return self._through_norm(y @ self._w_gate, self._reading), offsets
+            gradients_of_gates(y, self.act, temperature, CrowdTables(log_z, share, mean, slope[..., 0]), offsets)
+        return y @ self._w_gate
+
+    def add_attention_back(self, back: Tensor, y: Tensor) -> Tensor:
+        """Add to gradients (S, K, N, D), in place, those behind the norm before attention, (S·K, N, D).
+
+        Returned are the sums in the products' dtype.
+        """
+        return self._add_back(back, y, self._attention_norm, None)
+
+    def add_mlp_back(self, back: Tensor, y: Tensor) -> Tensor:
+        """Do the same with those behind the norm before the MLP, at the queries."""
+        return self._add_back(back, y, self._mlp_norm, self.mlp_scale[:, 0])
+
+    def _add_back(self, back: Tensor, y: Tensor, norm: Norm | None, scale: Tensor | None) -> Tensor:
+        weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
+        narrow = back if self.compute == back.dtype else torch.empty_like(back, dtype=self.compute)
+        flat = (x.view(-1, back.shape[-1]) for x in (back, y))
+        with _current(back.device):
+            add_norm_back(*flat, scale, weight, centred, None if narrow is back else narrow.view(-1, back.shape[-1]))
+        return narrow
 
     def _unscaled(self, x: Tensor) -> Tensor:
         return self._read(x[:, None], self._mlp_norm, _ones(1, x.device))[:, 0]
@@ -103,20 +128,6 @@ class FusedMaps(LayerMaps):
         x = x.contiguous()
         accumulate(x.view(-1, x.shape[2]), y.view(-1, y.shape[2]), weight.T)
         return x
-
-    def _through_norm(self, y: Tensor, weight: Tensor | None) -> Tensor:
-        """Return gradients before a norm, float32, from those behind it."""
-        norm = self._attention_norm if weight is None else self._mlp_norm
-        if weight is None:
-            weight = None if norm is None else norm.weight
-        y = y.to(self.dtype) if weight is None else y * weight
-        return y - y.mean(-1, keepdim=True) if norm is not None and norm.centred else y
-
-    @cached_property
-    def _reading(self) -> Tensor:
-        """s · γ of the norm before the MLP: (Q, D), or (Q, 1) without γ."""
-        norm = self._mlp_norm
-        return self.mlp_scale if norm is None or norm.weight is None else self.mlp_scale * norm.weight
 
 
 def _current(device: torch.device) -> AbstractContextManager:

@@ -217,13 +217,13 @@ def _crowd_share(
         tl.store(g + row[:, None] + i[None, :], taken.to(g.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "slope_start", "table_start"])
+@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "slope_start", "table_start", "offset_stride"])
 def _crowd_back(
     y, act, share, mean, slope, offsets,
-    n_queries, n_neurons, targets, act_stride, slope_start, table_start, table_query, per_t,
+    n_queries, n_neurons, targets, act_stride, slope_start, table_start, table_query, offset_stride, per_t,
     BI: tl.constexpr,
 ):  # fmt: skip
-    """Take a gradient of shares to one of gates, and sum what a component receives where its gates are zero."""
+    """Take a gradient of shares to one of gates, and add up what a component receives where its gates are zero."""
     row = tl.program_id(0).to(tl.int64)
     query, start = row % n_queries, row // n_queries // targets
     table = start * table_start + query * table_query
@@ -239,7 +239,8 @@ def _crowd_back(
         gained *= tl.load(share + table + i, mask=inside, other=0.0) * a
         tl.store(at, (gained * factor).to(y.dtype.element_ty), mask=inside)
         sums += gained * (1.0 - inclination * tl.load(mean + table + i, mask=inside, other=0.0))
-    tl.store(offsets + row, tl.sum(sums, 0))
+    at = offsets + row // n_queries * offset_stride + query
+    tl.store(at, tl.load(at) + tl.sum(sums, 0))
 
 
 def share_with_crowds(
@@ -295,11 +296,11 @@ def share_with_crowds(
     )  # fmt: skip
 
 
-def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: CrowdTables) -> Tensor:
+def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: CrowdTables, offsets: Tensor) -> None:
     """Take gradients of shares back to gates: y (S, K, q, I) <- y · share · act · slope / T, in place.
 
-    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). Returned is the sum of what it
-    receives where its gates are zero: (S, K, q) float32.
+    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). The sum of what it receives where
+    its gates are zero is added to ``offsets`` (S, K, q) float32, which may be some of more positions.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
@@ -308,17 +309,18 @@ def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: Crowd
     starts, targets, n_queries, n_neurons = y.shape
     check("act", act, (n_queries, n_neurons), torch.float32, spaced=True)
     _check_tables(tables, starts, n_queries, n_neurons)
-    offsets = torch.empty(starts, targets, n_queries, dtype=torch.float32, device=y.device)
+    check("offsets", offsets, (starts, targets, n_queries), torch.float32, spaced=True)
+    if offsets.stride(0) != targets * offsets.stride(1):
+        raise ValueError(f"offsets: expected targets at equal distances; got strides {offsets.stride()}.")
     if not y.numel():
-        return offsets.zero_()
+        return
     columns = min(1024, triton.next_power_of_2(n_neurons))
     _crowd_back[(starts * targets * n_queries,)](
         y, act, tables.share, tables.mean, tables.slope, offsets,
         n_queries, n_neurons, targets, act.stride(0), tables.slope.stride(0), *tables.mean.stride()[:2],
-        1.0 / temperature,
+        offsets.stride(1), 1.0 / temperature,
         BI=columns, num_warps=4,
     )  # fmt: skip
-    return offsets
 
 
 def _check_rows(rows: StartRows) -> None:

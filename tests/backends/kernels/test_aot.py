@@ -33,6 +33,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "read_rows",
         "row_scales",
         "add_rows",
+        "add_norm_back",
         "read_out",
         "log_sum_exp",
         "probabilities",
@@ -111,7 +112,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         tables, lasting = crowd.CrowdTables(table, table, table, empty(2, n)), empty(n, 32)
         more = empty(n, n, dtype=torch.uint8), empty(2, 1).expand(2, n), lasting, lasting, 0.1, tables, empty(32)
         crowd.share_with_crowds(empty(n, n, 32), explicit, *more)
-        crowd.gradients_of_gates(empty(2, n, n, 32), lasting, 0.1, tables)
+        crowd.gradients_of_gates(empty(2, n, n, 32), lasting, 0.1, tables, empty(2, n, n))
+        rows.add_norm_back(empty(n * n, 64), empty(n * n, 64), empty(n), None, False)
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
@@ -127,6 +129,7 @@ print(json.dumps([made[0] for made in found]))
 def test_the_numbers_of_a_chunk_compile_nothing_again():
     found = compiling("-c", CHUNKS)
     once = [
+        "_add_norm_back",
         "_add_rows",
         "_allocate",
         "_crowd_back",

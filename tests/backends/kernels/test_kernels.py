@@ -159,7 +159,7 @@ def no_launch(*arguments, **more):
 def idle(monkeypatch):
     """Kernels that nobody may launch."""
     kernels = {
-        rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
+        rows: ("_read_rows", "_row_scales", "_add_rows", "_add_norm_back", "_read_out"),
         allocation: ("_allocate",),
         linear: ("_share_linearly",),
         crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
@@ -204,7 +204,7 @@ def crowding(which, **changes) -> dict:
     tables = crowd.CrowdTables(**tables, slope=changes.pop("slope", torch.ones(2, 3)))
     whole = {"act": torch.ones(3, 8), "temperature": 0.1, "tables": tables}
     if which == "back":
-        return whole | {"y": torch.ones(2, 1, 3, 8)} | changes
+        return whole | {"y": torch.ones(2, 1, 3, 8), "offsets": torch.ones(2, 1, 3)} | changes
     parts = {"first": torch.tensor([0, 2, 5]), "rest": torch.zeros(2).int(), "bias": torch.zeros(2).int()}
     explicit = crowd.StartRows(**{name: changes.pop(name, value) for name, value in parts.items()}, longest=3)
     whole |= {"g": torch.ones(5, 3, 8), "explicit": explicit, "alive": torch.ones(5, 3).byte()}
@@ -229,6 +229,9 @@ def reading(which, **changes) -> dict:
         return whole | {"segment": parts["segment"]} | changes
     if which == "row_scales":
         return {"x": torch.ones(4, 6), "at": torch.tensor([3, 0]), "eps": 1e-5, "centred": False} | changes
+    if which == "add_norm_back":
+        whole = {"x": torch.ones(4, 6), "y": torch.ones(4, 6), "scale": torch.ones(2), "weight": torch.ones(6)}
+        return whole | {"centred": False, "narrow": torch.ones(4, 6)} | changes
     where = rows.Rows(**{name: changes.pop(name, value) for name, value in parts.items()})
     whole = {"x": torch.ones(5, 6), "rows": where}
     if which == "add_rows":
@@ -248,6 +251,7 @@ WRAPPERS = {
     "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
     "row_scales": (rows.row_scales, functools.partial(reading, "row_scales")),
     "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
+    "add_norm_back": (rows.add_norm_back, functools.partial(reading, "add_norm_back")),
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
 NAMES = {
@@ -257,10 +261,11 @@ NAMES = {
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
     "share_with_crowds": "g first rest bias alive act total constant log_z share mean slope",
-    "gradients_of_gates": "y act log_z share mean slope",
+    "gradients_of_gates": "y act log_z share mean slope offsets",
     "read_rows": "x segment base source scale weight out alive row_scale",
     "row_scales": "x at",
     "add_rows": "x segment base source gained row_scale",
+    "add_norm_back": "x y scale weight narrow",
     "read_out": "x directions segment scale",
 }
 
@@ -296,6 +301,7 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
         (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),
+        (crowd.gradients_of_gates, crowding("back", offsets=torch.ones(4, 1, 3)[::2]), "targets at equal distances"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)

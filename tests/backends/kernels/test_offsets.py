@@ -110,7 +110,7 @@ def test_in_the_way_back_of_a_sweep(monkeypatch):
     slope, offsets = torch.ones(skipped + 1, 1), torch.zeros(skipped + 1)
     strides = (0, 1, tables[0].stride(0), tables[0].stride(1))
     Last(crowd._crowd_back, monkeypatch)[(skipped + 1,)](
-        y, act, *tables[1:], slope, offsets, 1, width, 1, *strides, 2.0, BI=1 << 14
+        y, act, *tables[1:], slope, offsets, 1, width, 1, *strides, 1, 2.0, BI=1 << 14
     )
     assert torch.allclose(y[skipped:].float(), 2 * gradients, rtol=2e-3) and float(offsets[-1]) == 0.0
 
@@ -134,7 +134,7 @@ def test_in_rows(monkeypatch):
     out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
     assert torch.allclose(out, expected, rtol=2e-3)
 
-    for name in ("_row_scales", "_add_rows"):  # of as many rows
+    for name in ("_row_scales", "_add_rows", "_add_norm_back"):  # of as many rows
         monkeypatch.setattr(rows, name, Last(getattr(rows, name), monkeypatch))
     assert torch.allclose(rows.row_scales(state, None, 1e-5, False)[skipped:], right / 2, rtol=2e-3)
     segment = torch.zeros(skipped + 2, dtype=torch.int32)
@@ -143,6 +143,11 @@ def test_in_rows(monkeypatch):
     small = torch.zeros(2, width)
     rows.add_rows(small, where, state)
     assert torch.equal(small, state[skipped:].float())
+    wide, narrow = torch.empty(state.shape), torch.empty(state.shape, dtype=torch.float16)  # memory that is not touched
+    wide[skipped:] = 1.0
+    rows.add_norm_back(wide, state, torch.tensor([9.0, 2.0]), None, False, narrow)
+    found = torch.stack([wide[-1], narrow[-1].float()])
+    assert torch.allclose(found, 1 + 2 * state[-1].float(), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("one_tile", [True, False])
