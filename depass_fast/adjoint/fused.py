@@ -103,11 +103,11 @@ class FusedMaps(LayerMaps):
 
     def _add_back(self, back: Tensor, y: Tensor, norm: Norm | None, scale: Tensor | None) -> Tensor:
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
-        narrow = back if self.compute == back.dtype else torch.empty_like(back, dtype=self.compute)
-        flat = (x.view(-1, back.shape[-1]) for x in (back, y))
+        narrow = None if self.compute == back.dtype else torch.empty_like(back, dtype=self.compute)
+        flat, copy = back.view(-1, back.shape[-1]), None if narrow is None else narrow.view(-1, back.shape[-1])
         with _current(back.device):
-            add_norm_back(*flat, scale, weight, centred, None if narrow is back else narrow.view(-1, back.shape[-1]))
-        return narrow
+            add_norm_back(flat, y.view(flat.shape), scale, weight, centred, copy)
+        return back if narrow is None else narrow
 
     def _unscaled(self, x: Tensor) -> Tensor:
         return self._read(x[:, None], self._mlp_norm, _ones(1, x.device))[:, 0]
