@@ -7,14 +7,15 @@ itself. It is chosen in one place, :meth:`.stack.LayerStack.maps`, and the plain
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..adapters import Branch, Norm
+from ..kernels.common import current
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
+from ..kernels.few import apply_few, fits
 from ..kernels.rows import Rows, add_norm_back, read_rows, row_scales
 from ..runtime.products import accumulate
 from .maps import LayerMaps
@@ -34,12 +35,32 @@ class FusedMaps(LayerMaps):
         norm = module.norm
         if norm is None:
             return LayerMaps.scales(module, resid, dtype)
-        with _current(resid.device):
+        with current(resid.device):
             return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
+
+    def _norm(self, norm: Norm | None) -> Norm | None:
+        return norm  # kernels widen what they read
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        return x if x.stride(-1) == 1 else x.contiguous()
 
     def add_attention(self, x: Tensor) -> Tensor:
         heads = self._mixed(self._read(x, self._attention_norm, _ones(self.queries.stop, x.device)) @ self._w_v.T)
         return self._added(x[:, self.queries], heads, self._w_o)
+
+    def _through_p(self, values: Tensor) -> Tensor:
+        p = self._only
+        if p is None or not fits(p.shape[2], p.shape[3], values.shape[2] // self._kv):
+            return super()._through_p(values)
+        with current(values.device):
+            return apply_few(p, values)
+
+    def _through_p_transposed(self, y: Tensor) -> Tensor:
+        p = self._only
+        if p is None or not fits(p.shape[2], p.shape[3], y.shape[2] // (self._kv * self._groups)):
+            return super()._through_p_transposed(y)
+        with current(y.device):
+            return apply_few(p, y, transposed=True)
 
     def values_read(self, y: Tensor) -> Tensor:
         """Return gradients (R, N, D) behind the norm before attention, from those of what it adds, (R, Q, D).
@@ -69,7 +90,7 @@ class FusedMaps(LayerMaps):
             g = half[:, at] @ self._w_gate.T
             part = CrowdTables(*(getattr(tables, name)[:, at] for name in ("log_z", "share", "mean", "slope")))
             given = self.act[at], self.gate_total[at], temperature, part, self.gate_constant
-            with _current(x.device):
+            with current(x.device):
                 share_with_crowds(g, rows, alive[:, at], counts[:, at], *given)
             if size >= queries:
                 x = self._added(x, g, self._w_down)
@@ -86,7 +107,7 @@ class FusedMaps(LayerMaps):
         """
         y = y @ self._w_down  # (S, K, Q, I)
         log_z, share, mean, slope = tables
-        with _current(y.device):
+        with current(y.device):
             gradients_of_gates(y, self.act, temperature, CrowdTables(log_z, share, mean, slope[..., 0]), offsets)
         return y @ self._w_gate
 
@@ -105,7 +126,7 @@ class FusedMaps(LayerMaps):
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
         narrow = None if self.compute == back.dtype else torch.empty_like(back, dtype=self.compute)
         flat, copy = back.view(-1, back.shape[-1]), None if narrow is None else narrow.view(-1, back.shape[-1])
-        with _current(back.device):
+        with current(back.device):
             add_norm_back(flat, y.view(flat.shape), scale, weight, centred, copy)
         return back if narrow is None else narrow
 
@@ -119,7 +140,7 @@ class FusedMaps(LayerMaps):
         weight, centred = (None, False) if norm is None else (norm.weight, norm.centred)
         where = Rows(segment, torch.empty(len(scale) + 1, dtype=torch.int64, device=x.device))
         out = torch.empty_like(flat, dtype=self.compute)
-        with _current(x.device):
+        with current(x.device):
             read_rows(flat, where, scale, weight, centred, out, None if alive is None else alive.view(-1))
         return out.view(x.shape)
 
@@ -128,11 +149,6 @@ class FusedMaps(LayerMaps):
         x = x.contiguous()
         accumulate(x.view(-1, x.shape[2]), y.view(-1, y.shape[2]), weight.T)
         return x
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Make ``device`` the current one: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=16)

@@ -17,7 +17,6 @@ from ...trace.record import AttentionTrace
 from .blocks import Block, gather
 from .workspace import Workspace
 
-
 _FEW = 1 << 20  # numbers of a mask that all layers share
 
 
@@ -69,10 +68,10 @@ class FrozenAttention:
         p = self._few(queries) if n_keys == len(self.q) and heads == slice(0, self.kv) else None
         if p is None:
             p = self._tile(heads, queries)
-        p = p.mul_(self._columns(n_keys, heads))
         if self.out_scale is not None:
             p *= self.out_scale[queries, None].to(wide)
-        return p.to(self.dtype)
+        out = p if p.dtype == self.dtype else torch.empty_like(p, dtype=self.dtype)
+        return torch.mul(p, self._columns(n_keys, heads), out=out)
 
     def _few(self, queries: slice) -> Tensor | None:
         """Return P of all heads for few ``queries`` and all keys, in few operations: (Hkv, G, Q, N); else None."""
