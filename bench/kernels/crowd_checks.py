@@ -55,7 +55,7 @@ def _check_share(
         counts = torch.full((starts, queries), float(n))
         if empty:
             counts[::2] = 0.0  # everyone is explicit
-        act, total = random(1, queries, n), random(2, queries, n) * 20 * scale
+        act, total = random(1, queries, n).to(dtype), (random(2, queries, n) * 20 * scale).to(dtype)
         constant = random(3, n) if bias else None
         if constant is not None:
             constant[::3] = 0.0
@@ -99,7 +99,7 @@ def _oracle(
 
 def _check_back(starts: int, targets: int, queries: int, n: int) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
-        y, act = random(0, starts, targets, queries, n).to(dtype), random(1, queries, n)
+        y, act = (random(i, *shape, queries, n).to(dtype) for i, shape in enumerate([(starts, targets), ()]))
         share, mean, slope = (
             random(2, starts, queries, n).abs(),
             random(3, starts, queries, n),

@@ -54,7 +54,7 @@ class LayerMaps:
     def _read_attention(self) -> None:
         attention, record = self._attention, self._record.attention
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
-        self._attention_norm = _wide(attention.norm, self.dtype)
+        self._attention_norm = self._norm(attention.norm)
         self._w_v, self._w_o = attention.w_v.to(self.compute), attention.writing(attention.w_o, self.compute)
         ratio = record.value_ratio
         self._value_ratio = None if ratio is None else ratio[self._span].to(self.compute)  # (N, Hkv·d)
@@ -64,12 +64,12 @@ class LayerMaps:
 
     def _read_mlp(self) -> None:
         mlp, record, dtype, queries = self._mlp, self._record.mlp, self.dtype, self.queries
-        self._mlp_norm = _wide(mlp.norm, dtype)
+        self._mlp_norm = self._norm(mlp.norm)
         parts = [(self._mlps[part.part], part) for part in self._record.mlps]
         self._w_gate = _joined([weights.w_gate.to(self.compute) for weights, _ in parts])
         self._w_down = _joined([weights.writing(weights.w_down, self.compute) for weights, _ in parts], 1)
-        gates = [part.dense(part.gate, self._span)[queries].to(dtype) for _, part in parts]
-        activations = [part.dense(part.act, self._span)[queries].to(dtype) for _, part in parts]
+        gates = [self._recorded(part.dense(part.gate, self._span)[queries]) for _, part in parts]
+        activations = [self._recorded(part.dense(part.act, self._span)[queries]) for _, part in parts]
         self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
         if record.out_scale is not None:
             self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
@@ -85,6 +85,14 @@ class LayerMaps:
             (self._w_down, mlp.down.weight),
         )
         return all(mine.data_ptr() == weight.data_ptr() for mine, weight in used)
+
+    def _norm(self, norm: Norm | None) -> Norm | None:
+        """Return a norm with γ in ``dtype``, so that it is not converted at every use."""
+        return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(self.dtype))
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Return gates or activations (Q, I) of the trace in ``dtype``."""
+        return x.to(self.dtype)
 
     @property
     def _packed(self) -> slice:
@@ -109,9 +117,11 @@ class LayerMaps:
 
     def _mixed(self, values: Tensor) -> Tensor:
         """Return values (R, N, Hkv·d), without s, after P: (R, Q, H·d)."""
+        return self._through_p(values if self._value_ratio is None else values * self._value_ratio)
+
+    def _through_p(self, values: Tensor) -> Tensor:
+        """Apply P · s to values (R, N, Hkv·d) -> (R, Q, H·d)."""
         r, n, _ = values.shape
-        if self._value_ratio is not None:
-            values = values * self._value_ratio
         values = values.view(r, n, self._kv, -1).permute(2, 1, 0, 3).reshape(self._kv, n, -1)  # (Hkv, N, R·d)
         q = self.queries.stop - self.queries.start
         only = self._only
@@ -130,7 +140,12 @@ class LayerMaps:
         return _linear_transposed(self._attention_norm, product(out, self._w_v).to(self.dtype))
 
     def _values_transposed(self, y: Tensor) -> Tensor:
-        """Apply the transpose of :meth:`_mixed` and of a clamp: (R, Q, H·d) -> (R, N, Hkv·d)."""
+        """Apply the transpose of :meth:`_mixed`: (R, Q, H·d) -> (R, N, Hkv·d)."""
+        out = self._through_p_transposed(y)
+        return out if self._value_ratio is None else out * self._value_ratio[: self.queries.stop]
+
+    def _through_p_transposed(self, y: Tensor) -> Tensor:
+        """Apply the transpose of :meth:`_through_p`: (R, Q, H·d) -> (R, N, Hkv·d)."""
         r, q, _ = y.shape
         y = y.view(r, q, self._kv, self._groups, -1).permute(2, 3, 1, 0, 4)
         y = y.reshape(self._kv, self._groups, q, -1)  # (Hkv, G, Q, R·d)
@@ -143,10 +158,7 @@ class LayerMaps:
             for heads, first, last, p in self._tiles():
                 part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
                 out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
-        out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
-        if self._value_ratio is not None:
-            out = out * self._value_ratio[:n]
-        return out
+        return out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
@@ -242,22 +254,11 @@ def _gate_constant(parts: Sequence[tuple[Mlp, MlpTrace]], dtype: torch.dtype) ->
     return _joined([zero if constant is None else constant for zero, constant in zip(zeros, constants, strict=True)])
 
 
-def _wide(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
-    """Return a norm with γ in ``dtype``, so that it is not converted at every use."""
-    return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(dtype))
-
-
 def _linear(norm: Norm | None, x: Tensor) -> Tensor:
     """Return γ ⊙ (x - mean x): a norm without its scale."""
-    if norm is None:
-        return x
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    return x if norm.weight is None else x * norm.weight.to(x.dtype)
+    return x if norm is None else norm.apply(x, None)
 
 
 def _linear_transposed(norm: Norm | None, y: Tensor) -> Tensor:
     """Apply the transpose of :func:`_linear`."""
-    if norm is None:
-        return y
-    y = y if norm.weight is None else y * norm.weight.to(y.dtype)
-    return y - y.mean(-1, keepdim=True) if norm.centred else y
+    return y if norm is None else norm.transposed(y, None)

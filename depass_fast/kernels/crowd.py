@@ -86,7 +86,7 @@ def _crowd_mean(
         row = ((first + t + m) * n_queries + query) * n_neurons  # [BM]
         explicit = (t + m > 0) & (t + m < count)
         sums += tl.load(g + row[:, None] + i[None, :], mask=explicit[:, None] & inside[None, :], other=0.0)
-    lacking = tl.load(total + query * total_stride + i, mask=inside, other=0.0) - tl.sum(sums, 0)  # [BI]
+    lacking = tl.load(total + query * total_stride + i, mask=inside, other=0.0).to(tl.float32) - tl.sum(sums, 0)  # [BI]
     if HAS_CONSTANT:
         driven = tl.load(bias + start) >= 0
         lacking -= tl.where(driven, tl.load(constants + i, mask=inside, other=0.0), 0.0)
@@ -163,7 +163,7 @@ def _crowd_share(
     table = start * table_start + query * table_query + i
     average = tl.load(mean + table, mask=inside, other=0.0)
     term = average + (log_kappa + tl.log(number))  # [BI] the crowd's in log Z
-    a = tl.load(act + query * act_stride + i, mask=inside, other=0.0)
+    a = tl.load(act + query * act_stride + i, mask=inside, other=0.0).to(tl.float32)
     constant = a
     if HAS_CONSTANT:
         constant = tl.load(constants + i, mask=inside, other=0.0)
@@ -233,7 +233,7 @@ def _crowd_back(
     for first in range(0, n_neurons, BI):
         i = first + tl.arange(0, BI)
         inside = i < n_neurons
-        a = tl.load(act + query * act_stride + i, mask=inside, other=0.0)
+        a = tl.load(act + query * act_stride + i, mask=inside, other=0.0).to(tl.float32)
         at = y + row * n_neurons + i
         gained = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gained *= tl.load(share + table + i, mask=inside, other=0.0) * a
@@ -257,7 +257,7 @@ def share_with_crowds(
     """Replace gates by shares of the frozen activation, in place: g (R, q, I); write the crowds' ``tables``.
 
     ``alive`` (R, q) uint8 is zero for rows that are not there, ``counts`` (S, q) float32 says how many of every crowd
-    are; its elements may be repeated. ``act`` and ``total`` (q, I) float32 are the frozen activations and gates,
+    are; its elements may be repeated. ``act`` and ``total`` (q, I) are the frozen activations and gates, in any dtype,
     ``constant`` (I,) float32 the gate's bias, which `bias` drives.
 
     Raises:
@@ -267,7 +267,7 @@ def share_with_crowds(
     n_rows, n_queries, n_neurons = g.shape
     check("alive", alive, (n_rows, n_queries), torch.uint8, spaced=True)
     for name, x in (("act", act), ("total", total)):
-        check(name, x, (n_queries, n_neurons), torch.float32, spaced=True)
+        check(name, x, (n_queries, n_neurons), *FLOATS, spaced=True)
     if constant is not None:
         check("constant", constant, (n_neurons,), torch.float32)
     _check_rows(explicit)
@@ -307,7 +307,7 @@ def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: Crowd
     """
     check("y", y, (None, None, None, None), *FLOATS)
     starts, targets, n_queries, n_neurons = y.shape
-    check("act", act, (n_queries, n_neurons), torch.float32, spaced=True)
+    check("act", act, (n_queries, n_neurons), *FLOATS, spaced=True)
     _check_tables(tables, starts, n_queries, n_neurons)
     check("offsets", offsets, (starts, targets, n_queries), torch.float32, spaced=True)
     if offsets.stride(0) != targets * offsets.stride(1):

@@ -35,6 +35,8 @@ def test_every_kernel_compiles_for_every_target(rows):
         "add_rows",
         "add_norm_back",
         "read_out",
+        "missed",
+        "apply_few",
         "log_sum_exp",
         "probabilities",
         "mix",
@@ -74,6 +76,7 @@ def test_what_streams_is_pipelined_on_hopper(rows):
             "share_linearly",
             "mix",
             "log_sum_exp",
+            "missed",
             "gate",
             "down",
         ):
@@ -83,14 +86,16 @@ def test_what_streams_is_pipelined_on_hopper(rows):
         loops = 2 if kernel == "allocate" and config["RULE"] != "max" else 1
         assert row["async_copies"] >= 2 * loops, row
         found[kernel] += 1
-    assert found["allocate"] >= 6 and len(found) == 6, found
+    assert found["allocate"] >= 6 and len(found) == 7, found
 
 
 CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows, way_back
+from depass_fast.kernels import (
+    allocation, attention, completeness, crowd, few, linear, probabilities, rows, way_back
+)
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -102,6 +107,9 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         rows.row_scales(x, None, 1e-5, False)
         rows.row_scales(x, empty(n, dtype=long), 1e-5, False)
         rows.add_rows(x, here, y)
+        few.apply_few(empty(2, 1, n, n), empty(n, n, 32))
+        completeness.missed_norms(empty(n * n, 64), x, completeness.Regular(n))
+        completeness.missed_norms(x, x, completeness.Jagged(empty(3, dtype=long), empty(2, dtype=long)))
         rows.read_out(x, empty(n, 64), here.segment, empty(2))
         where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
         act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
@@ -143,4 +151,6 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
         "_read_out",
         "_share_linearly",
     ]
-    assert sorted(found) == sorted([*once, *2 * ["_read_rows", "_row_scales"]])  # gathered or picked, and all
+    # of 16 positions at most and of more; jagged, gathered or picked, and all
+    twice = ["_apply_few", "_missed", "_read_rows", "_row_scales"]
+    assert sorted(found) == sorted([*once, *2 * twice])

@@ -12,7 +12,7 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import merged, winner, winners
-from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, launch, linear, probabilities, rows
 
 CHECKS = list(checks(small=True))
 
@@ -162,6 +162,8 @@ def idle(monkeypatch):
         rows: ("_read_rows", "_row_scales", "_add_rows", "_add_norm_back", "_read_out"),
         allocation: ("_allocate",),
         linear: ("_share_linearly",),
+        completeness: ("_missed",),
+        few: ("_apply_few",),
         crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
     }
     kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
@@ -211,6 +213,16 @@ def crowding(which, **changes) -> dict:
     return whole | {"counts": torch.ones(2, 3), "total": torch.ones(3, 8), "constant": torch.ones(8)} | changes
 
 
+def missing(**changes) -> dict:
+    parts = {"starts": torch.tensor([0, 2, 5]), "packed": torch.tensor([1, 0])}
+    segments = completeness.Jagged(**{name: changes.pop(name, value) for name, value in parts.items()})
+    return {"state": torch.ones(5, 8), "x": torch.ones(2, 8), "segments": segments} | changes
+
+
+def applying(**changes) -> dict:
+    return {"p": torch.ones(2, 1, 3, 3), "x": torch.ones(4, 3, 8)} | changes
+
+
 def multiplying(which, **changes) -> dict:
     whole = {"tiles": torch.zeros(2, 3).int(), "starts": torch.tensor([0, 2, 5]), "temperature": 0.1, "bias": 0}
     whole |= {"constant": torch.ones(8), "away": torch.zeros(5).byte(), "x": torch.ones(5, 6)}
@@ -241,6 +253,7 @@ def reading(which, **changes) -> dict:
 
 
 WRAPPERS = {
+    "missed_norms": (completeness.missed_norms, missing),
     "mix": (attention.mix, mixing),
     "allocate": (allocation.allocate, sharing),
     "share_linearly": (linear.share_linearly, sharing_linearly),
@@ -255,6 +268,7 @@ WRAPPERS = {
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
 NAMES = {
+    "missed_norms": "state x starts packed",
     "mix": "q k key_bias out_scale values out packed base count births items lse probabilities of_values of_mixed",
     "allocate": "g act alive constant starts recorded away",
     "share_linearly": "g starts gate u up",
@@ -301,6 +315,18 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
         (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),
+        (
+            few.apply_few,
+            {"p": torch.ones(2, 1, 3, 3), "x": torch.ones(4, 5, 8)},
+            r"x: expected .* shape \(any, 3, any\)",
+        ),
+        (few.apply_few, applying(x=torch.ones(4, 5, 8)), r"x: expected .* shape \(any, 3, any\)"),
+        (few.apply_few, applying(x=torch.ones(4, 3, 9)), r"x: expected .* shape \(any, 3, 8\)"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 3, 3).half()), "x: expected float16"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 3, 3).double()), "p: expected float32"),
+        (few.apply_few, applying(p=torch.ones(2, 5, 3, 3)[:, :2]), "p: expected heads at equal distances"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 65, 3)), "p: 65 queries, 3 keys and 4 columns"),
+        (completeness.missed_norms, missing(segments=completeness.Regular(3)), r"state: expected .* shape \(6, 8\)"),
         (crowd.gradients_of_gates, crowding("back", offsets=torch.ones(4, 1, 3)[::2]), "targets at equal distances"),
     ):
         with pytest.raises(ValueError, match=message):

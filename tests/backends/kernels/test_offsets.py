@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -148,6 +148,38 @@ def test_in_rows(monkeypatch):
     rows.add_norm_back(wide, state, torch.tensor([9.0, 2.0]), None, False, narrow)
     found = torch.stack([wide[-1], narrow[-1].float()])
     assert torch.allclose(found, 1 + 2 * state[-1].float(), rtol=2e-3, atol=1e-3)
+
+
+def test_in_completeness(monkeypatch):
+    """The last segment lies far behind, where each of all has as many rows and where the first is the longest."""
+    width, count = 1 << 16, 3
+    n = FAR // (count * width) + 2
+    state, x = torch.empty(count * n, width), torch.zeros(2, width)  # memory that is not touched
+    state[-count:] = random(0, count, width)
+    x[1] = 1.0
+    expected = (state[-count:].sum(0) - 1.0).norm()
+    starts, packed = torch.tensor([0, count * (n - 1), count * n]), torch.tensor([0, 1])
+    monkeypatch.setattr(completeness, "_missed", Last(completeness._missed, monkeypatch))
+    missed, sizes = completeness.missed_norms(state, x, completeness.Jagged(starts, packed))
+    assert torch.allclose(missed[1].norm(), expected) and torch.allclose(sizes[1].norm(), x[1].norm())
+    hidden = torch.empty(n, width, dtype=torch.float16)
+    hidden[-1] = 1.0
+    missed, _ = completeness.missed_norms(state, hidden, completeness.Regular(count))
+    assert torch.allclose(missed[-1].norm(), expected)
+
+
+def test_where_few_positions_are_mixed(monkeypatch):
+    """A row that lies far behind the first, in what is read and in what is written."""
+    width, n = 256, 64
+    skipped = FAR // (width * n) + 1
+    x = far(1, n, width, rows_before=skipped)
+    x[skipped:] = random(0, 1, n, width).half()
+    p = random(1, 1, 1, n, n).softmax(-1).half()
+    monkeypatch.setattr(few, "_apply_few", Last(few._apply_few, monkeypatch))
+    monkeypatch.setattr(few, "few_config", lambda *_: {"BO": n, "BI": n, "BR": 1, "BD": width})
+    expected = p[0, 0].float() @ x[-1].float()
+    assert torch.allclose(few.apply_few(p, x)[-1].float(), expected, atol=2e-3)
+    assert torch.allclose(few.apply_few(p.mT, x, transposed=True)[-1].float(), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("one_tile", [True, False])
