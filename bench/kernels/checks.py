@@ -20,6 +20,7 @@ from .completeness_checks import completeness_checks
 from .crowd_checks import crowd_checks
 from .few_checks import few_checks
 from .linear_checks import linear_checks
+from .loudness_checks import loudness_checks
 from .product_checks import product_checks
 from .row_checks import row_checks
 
@@ -33,6 +34,7 @@ def checks(small: bool) -> Iterator[Check]:
     yield from crowd_checks(small)
     yield from completeness_checks(small)
     yield from few_checks(small)
+    yield from loudness_checks(small)
     yield from product_checks(small)
 
 

@@ -39,6 +39,7 @@ from depass_fast.kernels import (
     few,
     launch,
     linear,
+    loudness,
     probabilities,
     rows,
     way_back,
@@ -250,6 +251,7 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
         crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables, offsets)
         x, y, weight = _empty(starts * queries, width), *(_empty(n, width, dtype=dtype) for n in (starts * queries, 1))
         _few(found, case, dtype, shape)
+        loudness.loudest(_empty(9, neurons, dtype=dtype), _empty(queries, 9), _empty(queries), _empty(9))
         for centred in (False, True):
             rows.add_norm_back(x, y, _empty(queries), weight[0], centred, None if dtype == x.dtype else y)
 

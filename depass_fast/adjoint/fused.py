@@ -16,6 +16,7 @@ from ..adapters import Branch, Norm
 from ..kernels.common import current
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
 from ..kernels.few import apply_few, fits
+from ..kernels.loudness import loudest
 from ..kernels.rows import Rows, add_norm_back, read_rows, row_scales
 from ..runtime.products import accumulate
 from .maps import LayerMaps
@@ -33,7 +34,7 @@ class FusedMaps(LayerMaps):
     @staticmethod
     def scales(module: Branch, resid: Tensor, dtype: torch.dtype) -> Tensor:
         norm = module.norm
-        if norm is None:
+        if norm is None or norm.is_factor:
             return LayerMaps.scales(module, resid, dtype)
         with current(resid.device):
             return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
@@ -132,6 +133,10 @@ class FusedMaps(LayerMaps):
 
     def _unscaled(self, x: Tensor) -> Tensor:
         return self._read(x[:, None], self._mlp_norm, _ones(1, x.device))[:, 0]
+
+    def _largest(self, gates: Tensor, amounts: Tensor, out: Tensor) -> None:
+        with current(gates.device):
+            loudest(gates, amounts, self.mlp_scale[:, 0], out)
 
     def _read(self, x: Tensor, norm: Norm | None, scale: Tensor, alive: Tensor | None = None) -> Tensor:
         """Return rows (R, Q, D) through a norm, in the products' dtype; ``alive`` receives which are not all zero."""

@@ -94,15 +94,15 @@ def _listen(
     """
     sizes, first = [len(members) for members in chosen], starts[0].entering
     vectors, amounts = _directions(starts, chosen)
-    amounts = amounts.abs_().div_(approximation.temperature)
+    amounts.abs_().div_(approximation.temperature)
     heard = amounts.new_zeros(max(0, stack.end - first) + 1, sum(sizes))
     for layer in range(first, stack.end):
         maps = stack.maps(layer)
         vectors, amounts, heard = (x.to(maps.device) for x in (vectors, amounts, heard))
         under_way = sum(size for start, size in zip(starts, sizes, strict=True) if start.entering <= layer)
         if under_way:
-            at = (amounts[maps.queries, :under_way] * maps.mlp_scale).amax(0)
-            torch.mul(maps.largest_gates(vectors[:under_way], budget), at, out=heard[layer - first, :under_way])
+            here, out = amounts[maps.queries, :under_way], heard[layer - first, :under_way]
+            maps.largest_gates(vectors[:under_way], here, out, budget)
     heard = heard.cpu()
     layers = torch.arange(first, stack.end + 1, device="cpu")[:, None]
     until = layers.masked_fill(~(heard >= approximation.loud), -1)

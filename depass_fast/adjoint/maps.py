@@ -165,14 +165,20 @@ class LayerMaps:
         x = _linear(self._mlp_norm, x) * self.mlp_scale[at]
         return product(x.to(self.compute), self._w_gate.T).to(self.dtype)
 
-    def largest_gates(self, x: Tensor, budget: int) -> Tensor:
-        """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,), in any dtype.
+    def largest_gates(self, x: Tensor, amounts: Tensor, out: Tensor, budget: int) -> None:
+        """Write the largest |gate| of each row at any query: rows (R, D), and how much of them lies where, (Q, R) ≥ 0.
 
         ``budget`` bounds the gates held at once, in bytes.
         """
-        x, size = self._unscaled(x), len(self._w_gate) * self.compute.itemsize
-        parts = x.split(max(1, budget // size))
-        return _joined([product(part, self._w_gate.T).abs_().amax(1) for part in parts])
+        size = max(1, budget // (len(self._w_gate) * self.compute.itemsize))
+        x = self._unscaled(x)
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            self._largest(product(x[part], self._w_gate.T), amounts[:, part], out[part])
+
+    def _largest(self, gates: Tensor, amounts: Tensor, out: Tensor) -> None:
+        """Write the largest |gate| of rows, (R, I) times the norm's scale, which are used up."""
+        torch.mul(gates.abs_().amax(1), (amounts * self.mlp_scale).amax(0), out=out)
 
     def _unscaled(self, x: Tensor) -> Tensor:
         """Return rows (R, D) through the norm before the MLP, without its scale, in the products' dtype."""

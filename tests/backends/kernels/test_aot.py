@@ -37,6 +37,7 @@ def test_every_kernel_compiles_for_every_target(rows):
         "read_out",
         "missed",
         "apply_few",
+        "loudest",
         "log_sum_exp",
         "probabilities",
         "mix",
@@ -93,9 +94,8 @@ CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import (
-    allocation, attention, completeness, crowd, few, linear, probabilities, rows, way_back
-)
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, loudness, probabilities, rows
+from depass_fast.kernels import way_back
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -107,6 +107,7 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         rows.row_scales(x, None, 1e-5, False)
         rows.row_scales(x, empty(n, dtype=long), 1e-5, False)
         rows.add_rows(x, here, y)
+        loudness.loudest(empty(n, 32), empty(n, n), empty(n), empty(n))
         few.apply_few(empty(2, 1, n, n), empty(n, n, 32))
         completeness.missed_norms(empty(n * n, 64), x, completeness.Regular(n))
         completeness.missed_norms(x, x, completeness.Jagged(empty(3, dtype=long), empty(2, dtype=long)))
@@ -147,6 +148,7 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
         "_gate",
         "_log_partition",
         "_log_sum_exp",
+        "_loudest",
         "_neurons_back",
         "_read_out",
         "_share_linearly",

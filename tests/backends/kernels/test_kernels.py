@@ -12,7 +12,18 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import merged, winner, winners
-from depass_fast.kernels import allocation, attention, completeness, crowd, few, launch, linear, probabilities, rows
+from depass_fast.kernels import (
+    allocation,
+    attention,
+    completeness,
+    crowd,
+    few,
+    launch,
+    linear,
+    loudness,
+    probabilities,
+    rows,
+)
 
 CHECKS = list(checks(small=True))
 
@@ -164,6 +175,7 @@ def idle(monkeypatch):
         linear: ("_share_linearly",),
         completeness: ("_missed",),
         few: ("_apply_few",),
+        loudness: ("_loudest",),
         crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
     }
     kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
@@ -219,6 +231,11 @@ def missing(**changes) -> dict:
     return {"state": torch.ones(5, 8), "x": torch.ones(2, 8), "segments": segments} | changes
 
 
+def listening(**changes) -> dict:
+    whole = {"gates": torch.ones(4, 8), "amounts": torch.ones(3, 4), "scale": torch.ones(3), "out": torch.ones(4)}
+    return whole | changes
+
+
 def applying(**changes) -> dict:
     return {"p": torch.ones(2, 1, 3, 3), "x": torch.ones(4, 3, 8)} | changes
 
@@ -253,6 +270,7 @@ def reading(which, **changes) -> dict:
 
 
 WRAPPERS = {
+    "loudest": (loudness.loudest, listening),
     "missed_norms": (completeness.missed_norms, missing),
     "mix": (attention.mix, mixing),
     "allocate": (allocation.allocate, sharing),
@@ -268,6 +286,7 @@ WRAPPERS = {
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
 NAMES = {
+    "loudest": "gates amounts scale out",
     "missed_norms": "state x starts packed",
     "mix": "q k key_bias out_scale values out packed base count births items lse probabilities of_values of_mixed",
     "allocate": "g act alive constant starts recorded away",

@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, probabilities, rows
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, loudness, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -166,6 +166,18 @@ def test_in_completeness(monkeypatch):
     hidden[-1] = 1.0
     missed, _ = completeness.missed_norms(state, hidden, completeness.Regular(count))
     assert torch.allclose(missed[-1].norm(), expected)
+
+
+def test_in_the_search_for_loud_components(monkeypatch):
+    width = 1 << 16
+    skipped = FAR // width + 1
+    gates = far(1, width, rows_before=skipped)
+    gates[skipped:] = random(0, 1, width).half()
+    amounts, out = torch.empty(1, skipped + 1), torch.empty(skipped + 1)
+    amounts[0, -1] = 2.0
+    monkeypatch.setattr(loudness, "_loudest", Last(loudness._loudest, monkeypatch))
+    loudness.loudest(gates, amounts, torch.tensor([3.0]), out)
+    assert torch.equal(out[-1], 6 * gates[-1].float().abs().max())
 
 
 def test_where_few_positions_are_mixed(monkeypatch):
