@@ -192,7 +192,8 @@ class _Offsets:
         whole = self._total.sum(2).T.to(scores.device)  # (K, S)
         runs = [(len(list(same)), size) for size, same in groupby(sizes)]
         parts = zip(scores.split([count * size for count, size in runs], 1), runs, strict=True)
-        whole[:, list(self._passed)] = 0.0
+        if self._passed:
+            whole[:, list(self._passed)] = 0.0
         for (part, run), offsets in zip(parts, whole.split([count for count, _ in runs], 1), strict=True):
             part.unflatten(1, run).add_(offsets[..., None])
         for s, part in enumerate(scores.split(list(sizes), 1)):

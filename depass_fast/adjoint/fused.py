@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Branch, Norm
-from ..kernels.common import current
+from ..kernels.common import FLOATS, current
 from ..kernels.crowd import CrowdTables, StartRows, gradients_of_gates, share_with_crowds
 from ..kernels.few import apply_few, fits
 from ..kernels.loudness import loudest
@@ -40,9 +40,11 @@ class FusedMaps(LayerMaps):
             return row_scales(resid.contiguous(), None, norm.eps, norm.centred)
 
     def _norm(self, norm: Norm | None) -> Norm | None:
-        return norm  # kernels widen what they read
+        has_kernel = norm is None or norm.weight is None or norm.weight.dtype in FLOATS
+        return norm if has_kernel else super()._norm(norm)  # kernels widen what they read
 
     def _recorded(self, x: Tensor) -> Tensor:
+        x = x if x.dtype in FLOATS else super()._recorded(x)
         return x if x.stride(-1) == 1 else x.contiguous()
 
     def add_attention(self, x: Tensor) -> Tensor:

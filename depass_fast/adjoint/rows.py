@@ -20,11 +20,11 @@ REST_ROW, BIAS_ROW, PROBE_ROW = -1, -2, -3
 
 @dataclass(frozen=True)
 class _Tables:
-    """The places of the rows of all starts, on their device; ``ends`` counts in host memory.
+    """The places of the rows of all starts, on the rows' device.
 
     ``first`` (S + 1,) int64 is the first row of every start, ``within`` has the place of `rest` and `bias` in a start,
-    (S,) int32, -1 where there is none, ``places`` the rows (r,) int64 of all starts that are of a kind, also in
-    ``hosts``. ``crowd`` (S,) is the number of a start's components that are not explicit, in the rows' dtype.
+    (S,) int32, -1 where there is none, ``places`` the rows (r,) int64 of all starts that are of a kind, ``hosts`` the
+    same in host memory. ``crowd`` (S,) is the number of a start's components that are not explicit, in the rows' dtype.
     """
 
     first: Tensor
@@ -61,10 +61,8 @@ class ExplicitRows:
             torch.tensor(self._sizes, dtype=torch.long, device="cpu")
         )
         self._member, self._until = torch.cat(members), torch.cat(until)
-        self._signs = _on_device(
-            [_signs(*pair, approximation) for pair in zip(starts, explicit, strict=True)], x.device
-        )
-        self._named = _on_device([chosen.index for chosen in explicit], x.device)
+        self._signs = _sent([_signs(*pair, approximation) for pair in zip(starts, explicit, strict=True)], x.device)
+        self._named = _sent([chosen.index for chosen in explicit], x.device)
         self._quiet, self._tables = approximation.quiet, None
 
     @property
@@ -171,7 +169,7 @@ class ExplicitRows:
 _NONE = torch.zeros(0, dtype=torch.long, device="cpu")
 
 
-def _on_device(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _sent(parts: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     """Copy vectors of the host to a device, all at once."""
     return to_device(torch.cat(list(parts)), device).split([len(part) for part in parts]) if parts else []
 
