@@ -184,8 +184,9 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
             attention.mix(*where)
             rows.add_rows(state, piece.rows, x)
             starts = _empty(length + 1, dtype=torch.int64)
-            completeness.missed_norms(state, hidden, completeness.Jagged(starts, at))
-            completeness.missed_norms(state[:length], hidden, completeness.Regular(1))
+            if dtype != torch.float16:  # it differs in a load alone
+                completeness.missed_norms(state, hidden, completeness.Jagged(starts, at))
+                completeness.missed_norms(state[:length], hidden, completeness.Regular(1))
             widest = max(head_dim, value_dim)
             scaled = dtype == torch.float16 and launch.takes_scales(length, widest, groups, dtype, values.device)
             own = _empty(r)
@@ -252,19 +253,18 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
         x, y, weight = _empty(starts * queries, width), *(_empty(n, width, dtype=dtype) for n in (starts * queries, 1))
         _few(found, case, dtype, shape)
         loudness.loudest(_empty(9, neurons, dtype=dtype), _empty(queries, 9), _empty(queries), _empty(9))
-        for centred in (False, True):
-            rows.add_norm_back(x, y, _empty(queries), weight[0], centred, None if dtype == x.dtype else y)
+        rows.add_norm_back(x, y, _empty(queries), weight[0], constant is not None, None if dtype == x.dtype else y)
 
 
 def _few(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
     """Record the launches of a sweep's attention, of few positions and of the most that there may be."""
     _, _, heads, kv, head_dim = shape
-    for positions in (20, few.MOST):
-        for columns in (head_dim, 256):
-            p = _empty(kv, heads // kv, positions, positions, dtype=dtype)
-            with recorded(found, f"{case}, {positions} positions, {columns} columns"):
-                few.apply_few(p, _empty(9, positions, kv * columns, dtype=dtype))
-                few.apply_few(p, _empty(9, positions, heads * columns, dtype=dtype), transposed=True)
+    sizes = [(20, head_dim), (few.MOST, head_dim)] + [(few.MOST, 4 * few.MOST)] * (heads > kv)
+    for positions, columns in sizes:
+        p = _empty(kv, heads // kv, positions, positions, dtype=dtype)
+        with recorded(found, f"{case}, {positions} positions, {columns} columns"):
+            few.apply_few(p, _empty(9, positions, kv * columns, dtype=dtype))
+            few.apply_few(p, _empty(9, positions, heads * columns, dtype=dtype), transposed=True)
 
 
 def _way_back(
