@@ -80,7 +80,7 @@ class Run:
         return self.ranks.sum(part.to(wide)).to(part)
 
     def missed(self, state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure a state's completeness beside ``resid`` (T, D), see :meth:`.Backend.missed`."""
+        """Measure a state's completeness beside ``resid`` (T, D), see :meth:`Backend.missed`."""
         if self.ranks is None:
             return self.backend.missed(state, resid)
         return state.missed(resid, self.summed)
