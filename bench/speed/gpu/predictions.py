@@ -75,8 +75,8 @@ GOALS = (
         "all neurons, adjoint, refine 1,000, N=20",
         seconds=0.15,
         predicted="17,667 launches, of which 7,500 share among the crowd: one kernel",
-        why="6,900 launches were left; an H100 is busy for 0.16 s and waits for the host for 0.3 s. Since then three "
-        "fifths of them are left, 4,400 with the search for loud components (counted, not yet measured on a card)",
+        why="6,900 launches were left; an H100 is busy for 0.16 s and waits for the host for 0.3 s. The search for "
+        "loud components made them 7,500, of which 4,200 are left (counted, not yet measured on a card)",
     ),
     Goal(
         "heads of all layers, N=20",
