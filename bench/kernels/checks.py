@@ -16,8 +16,11 @@ import torch
 from .allocation_checks import allocation_checks
 from .attention_checks import attention_checks
 from .checking import LIMITS, Check
+from .completeness_checks import completeness_checks
 from .crowd_checks import crowd_checks
+from .few_checks import few_checks
 from .linear_checks import linear_checks
+from .loudness_checks import loudness_checks
 from .product_checks import product_checks
 from .row_checks import row_checks
 
@@ -29,6 +32,9 @@ def checks(small: bool) -> Iterator[Check]:
     yield from allocation_checks(small)
     yield from linear_checks(small)
     yield from crowd_checks(small)
+    yield from completeness_checks(small)
+    yield from few_checks(small)
+    yield from loudness_checks(small)
     yield from product_checks(small)
 
 

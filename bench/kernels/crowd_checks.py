@@ -55,7 +55,7 @@ def _check_share(
         counts = torch.full((starts, queries), float(n))
         if empty:
             counts[::2] = 0.0  # everyone is explicit
-        act, total = random(1, queries, n), random(2, queries, n) * 20 * scale
+        act, total = random(1, queries, n).to(dtype), (random(2, queries, n) * 20 * scale).to(dtype)
         constant = random(3, n) if bias else None
         if constant is not None:
             constant[::3] = 0.0
@@ -99,17 +99,24 @@ def _oracle(
 
 def _check_back(starts: int, targets: int, queries: int, n: int) -> Callable:
     def run(dtype: torch.dtype, device: torch.device) -> float:
-        y, act = random(0, starts, targets, queries, n).to(dtype), random(1, queries, n)
+        y, act = (random(i, *shape, queries, n).to(dtype) for i, shape in enumerate([(starts, targets), ()]))
         share, mean, slope = (
             random(2, starts, queries, n).abs(),
             random(3, starts, queries, n),
             random(4, starts, queries),
         )
         gained = y.double() * (share * act).double()[:, None]
+        before = random(5, starts + 1, targets, queries + 3)  # of more starts and positions
         oracle = (gained * (1.0 - slope.double()[..., None] * mean.double())[:, None]).sum(-1)
+        oracle = before.double().index_put(
+            (torch.arange(starts)[:, None, None], torch.arange(targets)[None, :, None], 2 + torch.arange(queries)),
+            oracle,
+            accumulate=True,
+        )
         tables = crowd.CrowdTables(*(x.to(device) for x in (mean, share, mean, slope)))
         out, temperature = y.to(device), 0.1
-        offsets = crowd.gradients_of_gates(out, act.to(device), temperature, tables)
+        offsets = before.to(device)
+        crowd.gradients_of_gates(out, act.to(device), temperature, tables, offsets[:starts, :, 2 : 2 + queries])
         gained *= slope.double()[:, None, :, None] / temperature
         return max(error(out, gained), error(offsets, oracle))
 

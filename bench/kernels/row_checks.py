@@ -84,6 +84,26 @@ def _check_read_out(n: int, width: int, k: int) -> Callable:
     return run
 
 
+def _check_add_norm_back(width: int, centred: bool, scaled: bool, narrow: bool, positions: int = 5) -> Callable:
+    def run(dtype: torch.dtype, device: torch.device) -> float:
+        n = 3 * positions
+        x, y, weight = random(0, n, width), random(1, n, width).to(dtype), random(2, width).to(dtype)
+        scale = random(3, positions).abs() + 0.5 if scaled else None
+        gained = y.double() * weight.double()
+        if scale is not None:
+            gained *= scale.double().repeat(3)[:, None]
+        gained -= gained.mean(1, keepdim=True) if centred else 0.0
+        oracle = x.double() + gained
+        out, copied = x.to(device), poisoned(n, width, dtype=dtype, device=device) if narrow else None
+        given = None if scale is None else scale.to(device)
+        rows.add_norm_back(out, y.to(device), given, weight.to(device), centred, copied)
+        if copied is not None and not torch.equal(copied, out.to(dtype)):
+            return float("inf")
+        return error(out, oracle)
+
+    return run
+
+
 def row_checks(small: bool) -> Iterator[Check]:
     """Every kernel of rows; ``small``: sizes for the interpreter."""
     wide = 40 if small else 1000
@@ -97,5 +117,11 @@ def row_checks(small: bool) -> Iterator[Check]:
     for gather, scaled in ((True, False), (True, True), (False, True)):
         case = f"{'gathered' if gather else 'neighbours'}{', scaled' if scaled else ''}"
         yield Check("add_rows", case, _check_add_rows(wide + 7, gather, scaled))
+    for centred, scaled, narrow in ((False, True, True), (True, True, True), (True, False, False)):
+        case = (
+            f"{'centred' if centred else 'plain'}, {'scaled' if scaled else 'alone'}, {'copied' if narrow else 'wide'}"
+        )
+        yield Check("add_norm_back", case, _check_add_norm_back(wide + 7, centred, scaled, narrow))
+    yield Check("add_norm_back", "one position", _check_add_norm_back(wide, False, True, True, positions=1))
     for n, k in ((1, 1), (21, 1), (21, 19)):
         yield Check("read_out", f"{n} rows, {k} directions", _check_read_out(n, wide + 7, k))

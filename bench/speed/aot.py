@@ -31,7 +31,19 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from depass_fast.backends.triton.pieces import make_piece, query_tiles
-from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows, way_back
+from depass_fast.kernels import (
+    allocation,
+    attention,
+    completeness,
+    crowd,
+    few,
+    launch,
+    linear,
+    loudness,
+    probabilities,
+    rows,
+    way_back,
+)
 from depass_fast.state.layout import Components, Layout
 
 from ..core.cli import command
@@ -171,6 +183,10 @@ def _attention(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int,
             where = (values, piece.keys, piece.items, frozen, lse, tile, length, mixed)
             attention.mix(*where)
             rows.add_rows(state, piece.rows, x)
+            starts = _empty(length + 1, dtype=torch.int64)
+            if dtype != torch.float16:  # it differs in a load alone
+                completeness.missed_norms(state, hidden, completeness.Jagged(starts, at))
+                completeness.missed_norms(state[:length], hidden, completeness.Regular(1))
             widest = max(head_dim, value_dim)
             scaled = dtype == torch.float16 and launch.takes_scales(length, widest, groups, dtype, values.device)
             own = _empty(r)
@@ -219,12 +235,12 @@ def _mlp(
 
 
 def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
-    """Record the launches of an adjoint sweep's MLP: starts with few explicit rows, with some, and with many."""
-    _, neurons, heads, kv, _ = shape
+    """Record the launches of an adjoint sweep: starts with few explicit rows, with some, and with many."""
+    width, neurons, heads, kv, _ = shape
     starts, queries, constant = 3, 20, _empty(neurons) if kv < heads // 2 else None
     table = _empty(starts, queries, neurons)
     tables = crowd.CrowdTables(table, table, table, _empty(starts, queries))
-    act, counts = _empty(queries, neurons), _empty(starts, 1).expand(-1, queries)
+    act, counts = _empty(queries, neurons, dtype=dtype), _empty(starts, 1).expand(-1, queries)
     first, places = _empty(starts + 1, dtype=torch.int64), _empty(starts, dtype=torch.int32)
     for longest, name in ((3, "few rows"), (20, "some rows"), (131, "many rows")):
         g, alive = _empty(3 * longest, queries, neurons, dtype=dtype), _empty(3 * longest, queries, dtype=torch.uint8)
@@ -232,7 +248,23 @@ def _sweep(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int
             explicit = crowd.StartRows(first, places, places, longest)
             crowd.share_with_crowds(g, explicit, alive, counts, act, act, 0.1, tables, constant)
     with recorded(found, case):
-        crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables)
+        offsets = _empty(starts, 1, queries)
+        crowd.gradients_of_gates(_empty(starts, 1, queries, neurons, dtype=dtype), act, 0.1, tables, offsets)
+        x, y, weight = _empty(starts * queries, width), *(_empty(n, width, dtype=dtype) for n in (starts * queries, 1))
+        _few(found, case, dtype, shape)
+        loudness.loudest(_empty(9, neurons, dtype=dtype), _empty(queries, 9), _empty(queries), _empty(9))
+        rows.add_norm_back(x, y, _empty(queries), weight[0], constant is not None, None if dtype == x.dtype else y)
+
+
+def _few(found: Launches, case: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Record the launches of a sweep's attention, of few positions and of the most that there may be."""
+    _, _, heads, kv, head_dim = shape
+    sizes = [(20, head_dim), (few.MOST, head_dim)] + [(few.MOST, 4 * few.MOST)] * (heads > kv)
+    for positions, columns in sizes:
+        p = _empty(kv, heads // kv, positions, positions, dtype=dtype)
+        with recorded(found, f"{case}, {positions} positions, {columns} columns"):
+            few.apply_few(p, _empty(9, positions, kv * columns, dtype=dtype))
+            few.apply_few(p, _empty(9, positions, heads * columns, dtype=dtype), transposed=True)
 
 
 def _way_back(

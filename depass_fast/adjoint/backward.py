@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..runtime.transfer import to_device
 from .approximation import Approximation
-from .crowd import Crowd
 from .forward import Forward, Step
 from .maps import LayerMaps
 from .stack import LayerStack
@@ -44,9 +45,10 @@ class _WayBack:
     def __init__(self, stack: LayerStack, forward: Forward, directions: Tensor, approximation: Approximation) -> None:
         self._stack, self._forward, self._temperature = stack, forward, approximation.temperature
         self._k, self._like = len(directions), directions
-        self._offsets = _Offsets(forward, self._k, directions)
+        self._offsets = _Offsets(forward, self._k, stack.n, directions)
         self._own = [_at_the_end(forward, directions)]
-        self._back = directions[None, :, None].expand(len(forward.starts), -1, -1, -1)
+        self._back = directions[None, :, None].repeat(len(forward.starts), 1, 1, 1)
+        self._narrow: Tensor | None = None  # the same in the products' dtype, where it was written along
         self._scores: dict[int, Tensor] = {}
         last = slice(stack.n - 1, stack.n)
         for s, start in enumerate(forward.starts):
@@ -58,52 +60,79 @@ class _WayBack:
         """Take the gradients back through a layer, and read with them the components that begin there."""
         maps, starts = self._stack.maps(step.index), self._forward.starts
         active = sum(start.entering <= step.index for start in starts)
+        mid = any(start.mid and start.entering == step.index for start in starts)
         self._back = self._back[:active].to(maps.device)
-        read = self._through_mlp(step, maps)
-        if not maps.parallel:
-            self._back = self._back + read
-        if any(start.mid and start.entering == step.index for start in starts):
-            self._back = _everywhere(self._back, step.queries, self._stack.n)
+        self._narrow = None if self._narrow is None else self._narrow[:active].to(maps.device)
+        if maps.fused:
+            self._through_fused(step, maps, mid)
         else:
-            self._through_attention(step, maps, read)
+            read = self._through_mlp(step, maps)
+            if not maps.parallel:
+                self._back = self._back + read
+            if mid:
+                self._back = _everywhere(self._back, step.queries, self._stack.n)
+            else:
+                self._through_attention(step, maps, read)
         self._score_released(step.index)
         for s, start in enumerate(starts):
             if start.entering == step.index:
-                device = start.bias.device
-                self._scores[s] = start.named.project(self._back[s].to(device)) + self._offsets.of_start(s, device)
+                self._scores[s] = start.named.project(self._back[s].to(start.bias.device))
 
     def _through_mlp(self, step: Step, maps: LayerMaps) -> Tensor:
         """Return what the MLP reads, as gradients (S, K, Q, D), and take the others back through its norm."""
         active = len(self._back)
-        back = maps.normed(self._back.flatten(0, 1), "mlp", transposed=True)
-        self._back = back.unflatten(0, (active, self._k))
+        self._back = self._behind(maps, "mlp")
         crowd = step.crowd
-        if maps.fused:
-            return self._through_fused(crowd, maps)
-        y = maps.down_transposed(back).unflatten(0, (active, self._k))  # (S, K, Q, I)
+        y = maps.down_transposed(self._back.flatten(0, 1)).unflatten(0, (active, self._k))  # (S, K, Q, I)
         # a component receives share · act · (1 - slope · mean + slope · g / T)
         y *= (crowd.share * maps.act)[:, None]
-        self._offsets.add(y.sum(-1) - crowd.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, crowd.mean))
+        offsets = y.sum(-1) - crowd.slope[..., 0][:, None] * torch.einsum("skqi,sqi->skq", y, crowd.mean)
+        self._offsets.add(offsets, step.queries)
         read = maps.gates_transposed(y.flatten(0, 1)).view_as(self._back)
         return read * (crowd.slope / self._temperature)[:, None]
 
-    def _through_fused(self, crowd: Crowd, maps: LayerMaps) -> Tensor:
-        """Return what the MLP reads, as gradients (S, K, Q, D), by kernels."""
-        from .fused import FusedMaps  # needs Triton
-
-        assert isinstance(maps, FusedMaps)
-        tables = crowd.log_z, crowd.share, crowd.mean, crowd.slope
-        read, offsets = maps.gates_from_shares(self._back, self._temperature, tables)
-        self._offsets.add(offsets)
-        return read
+    def _behind(self, maps: LayerMaps, module: str) -> Tensor:
+        """Return the gradients of what "attention" or "mlp" adds: behind the stream's own norm, where there is one."""
+        rows = self._back.flatten(0, 1)
+        back = maps.normed(rows, module, transposed=True)
+        return self._back if back is rows else back.view(self._back.shape)
 
     def _through_attention(self, step: Step, maps: LayerMaps, read: Tensor) -> None:
         """Take the gradients back through attention and its norm; ``read`` joins them before it in a parallel layer."""
-        active = len(self._back)
-        back = maps.normed(self._back.flatten(0, 1), "attention", transposed=True)
-        through = maps.ov_transposed(back).unflatten(0, (active, self._k))
-        back = back.unflatten(0, (active, self._k)) + (read if maps.parallel else 0.0)
+        self._back = self._behind(maps, "attention")
+        through = maps.ov_transposed(self._back.flatten(0, 1)).unflatten(0, self._back.shape[:2])
+        back = self._back + read if maps.parallel else self._back
         self._back = through.add_(_everywhere(back, step.queries, self._stack.n))
+
+    def _through_fused(self, step: Step, maps: LayerMaps, mid: bool) -> None:
+        """Take the gradients back through a layer by kernels that add to them in place."""
+        from .fused import FusedMaps  # needs Triton
+
+        assert isinstance(maps, FusedMaps)
+        crowd, queries, n = step.crowd, step.queries, self._stack.n
+        offsets = self._offsets.room(len(self._back), queries, maps.device)
+        tables = crowd.log_z, crowd.share, crowd.mean, crowd.slope
+        read = maps.gates_read(self._narrow_behind(maps, "mlp"), self._temperature, tables, offsets)
+        if self._offsets.by_position:
+            self._offsets.add(offsets, queries)
+        if not maps.parallel:
+            self._narrow = maps.add_mlp_back(self._back, read)
+        if mid:
+            self._back, self._narrow = _everywhere(self._back, queries, n), None
+            return
+        through = maps.values_read(self._narrow_behind(maps, "attention").flatten(0, 1))
+        if maps.parallel:
+            maps.add_mlp_back(self._back, read)
+        self._back = _everywhere(self._back, queries, n)
+        self._narrow = maps.add_attention_back(self._back, through)
+
+    def _narrow_behind(self, maps: LayerMaps, module: str) -> Tensor:
+        """Take the gradients back through the stream's own norm, if any, and return them in the products' dtype."""
+        back = self._behind(maps, module)
+        if self._narrow is None or back is not self._back:
+            self._narrow = back.to(maps.compute)
+        self._back = back
+        return self._narrow
 
     def _score_released(self, index: int) -> None:
         """Read the rows that were released before a layer."""
@@ -120,6 +149,7 @@ class _WayBack:
         sizes = [len(start.named) for start in self._forward.starts]
         edges = torch.tensor([0, *sizes], device="cpu").cumsum(0)
         flat = torch.cat([self._scores[s].to(self._like.device) for s in range(len(sizes))], dim=1)
+        self._offsets.add_to(flat, sizes)
         owner, member = (torch.cat([getattr(own, name) for own in self._own]) for name in ("owner", "member"))
         found = torch.cat([own.scores.to(flat) for own in self._own])
         named = (member >= 0).nonzero()[:, 0]
@@ -132,28 +162,48 @@ class _WayBack:
 class _Offsets:
     """The shares that components receive at the layers passed so far with gates of zero, where they are alive."""
 
-    def __init__(self, forward: Forward, k: int, like: Tensor) -> None:
-        self._total = like.new_zeros(len(forward.starts), k)  # where all are alive
+    def __init__(self, forward: Forward, k: int, n: int, like: Tensor) -> None:
+        self._total = like.new_zeros(len(forward.starts), k, n)  # of a component that is alive everywhere
         # the others' masks (M, Q) from the first layer on, and what was added per position, from the last layer on
         self._alive = {s: masks for s, masks in enumerate(forward.alive) if masks is not None}
         self._passed: dict[int, list[Tensor]] = {s: [] for s in self._alive}
 
-    def add(self, beta: Tensor) -> None:
+    @property
+    def by_position(self) -> bool:
+        """True where what a layer adds is needed by itself, as components are not alive everywhere."""
+        return bool(self._passed)
+
+    def room(self, active: int, queries: slice, device: torch.device) -> Tensor:
+        """Return a tensor (S, K, Q) that a layer may add to; :meth:`add` has then to follow where ``by_position``."""
+        self._total = self._total.to(device)
+        room = self._total[:active, :, queries]
+        return torch.zeros_like(room) if self.by_position else room
+
+    def add(self, beta: Tensor, queries: slice) -> None:
         """Add what a layer gives per position: (S, K, Q)."""
         self._total = self._total.to(beta.device)
-        self._total[: len(beta)].add_(beta.sum(2))
+        self._total[: len(beta), :, queries].add_(beta)
         for s, passed in self._passed.items():
             if s < len(beta):
                 passed.append(beta[s])
 
-    def of_start(self, s: int, device: torch.device) -> Tensor:
-        """Return the offsets of all components of a start: (K, 1), or (K, M)."""
-        return (self._masked(s) if s in self._passed else self._total[s][:, None]).to(device)
+    def add_to(self, scores: Tensor, sizes: Sequence[int]) -> None:
+        """Add the offsets of all components to their scores (K, ΣM), those of a start, ``sizes``, side by side."""
+        whole = self._total.sum(2).T.to(scores.device)  # (K, S)
+        runs = [(len(list(same)), size) for size, same in groupby(sizes)]
+        parts = zip(scores.split([count * size for count, size in runs], 1), runs, strict=True)
+        if self._passed:
+            whole[:, list(self._passed)] = 0.0
+        for (part, run), offsets in zip(parts, whole.split([count for count, _ in runs], 1), strict=True):
+            part.unflatten(1, run).add_(offsets[..., None])
+        for s, part in enumerate(scores.split(list(sizes), 1)):
+            if s in self._passed:
+                part.add_(self._masked(s).to(part.device))
 
     def of_rows(self, owner: Tensor, member: Tensor) -> Tensor:
-        """Return the offsets of single components: (r, K)."""
+        """Return the offsets of single components so far: (r, K)."""
         device = self._total.device
-        found = self._total[to_device(owner, device)]
+        found = self._total.sum(2)[to_device(owner, device)]
         for s in self._passed:
             at = (owner == s).nonzero()[:, 0]
             if len(at):
@@ -163,7 +213,7 @@ class _Offsets:
     def _masked(self, s: int) -> Tensor:
         masks, passed = self._alive[s], self._passed[s]
         if not passed:
-            return self._total[s][:, None].expand(-1, len(masks[0]))
+            return self._total[s].sum(1, keepdim=True).expand(-1, len(masks[0]))
         total = self._total.new_zeros(self._total.shape[1], len(masks[0]))
         for beta, mask in zip(passed, reversed(masks), strict=False):
             total += (beta @ mask.T.to(beta)).to(total.device)

@@ -103,7 +103,8 @@ class SweepWorkload:
             return 0
         n, width = self.memory.n, self.memory.width
         probabilities = self.heads * n * n * self.compute
-        records = max(2 * self._queries(i) * self.layers[i].reached(n) for i in passed) * self.item * self.records
+        records = max(2 * self._queries(i) * self.layers[i].reached(n) for i in passed) * self.item
+        records *= self.records and not self._fused  # kernels read what was recorded
         if self.copies:
             weights = max(self.layers[i].v + self.layers[i].o + 2 * self.layers[i].reached(n) for i in passed)
             return 2 * (weights * width * self.compute + records + probabilities)

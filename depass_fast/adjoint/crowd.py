@@ -55,18 +55,15 @@ class Alive:
 
     def join(self, start: Start, whole: bool, like: Tensor) -> None:
         """Begin with the next start; ``whole``: none of its components is zero anywhere."""
-        self._masks.append(None if whole else start.named.alive().T.to(like))
+        self._masks.append(None if whole else (start.named.alive() != 0).T.to(like))
         self.passed.append(None if whole else [])
 
-    def crowd_counts(self, rows: ExplicitRows, starts: Sequence[Start], maps: LayerMaps, mid: bool) -> Tensor:
+    def crowd_counts(self, rows: ExplicitRows, maps: LayerMaps, mid: bool) -> Tensor:
         """Return how many components of the crowd are alive at a layer's MLP: (S, Q or 1, 1).
 
         ``mid``: the components enter behind the layer's attention.
         """
-        under_way = starts[: len(self._masks)]
-        extras = [1 + (start.rest is not None) + start.has_bias for start in under_way]
-        each = [len(start.named) - size + n for start, size, n in zip(under_way, rows.sizes, extras, strict=True)]
-        counts = to_device(torch.tensor(each, dtype=rows.x.dtype, device="cpu"), rows.x.device)[:, None]
+        counts = rows.crowds()[:, None]
         if all(mask is None for mask in self._masks):
             return counts[..., None]
         counts = counts.expand(-1, maps.queries.stop - maps.queries.start).clone()
@@ -86,8 +83,7 @@ class Alive:
 def _gates_of(rows: ExplicitRows, read: Tensor | None, maps: LayerMaps, at: slice = slice(None)) -> Tensor:
     """Return the gates (R, q, I) of the rows at some positions; a parallel layer reads ``read`` in their place."""
     g = maps.gates((rows.x if read is None else read)[:, at], at)
-    if maps.gate_constant is not None:
-        g[rows.places(BIAS_ROW)] += maps.gate_constant
+    rows.add_to_bias(g, maps.gate_constant)
     return g
 
 

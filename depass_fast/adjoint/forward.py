@@ -17,7 +17,7 @@ from .approximation import Approximation
 from .crowd import Alive, Crowd, allocate_softmax
 from .loud import NOBODY, Loud
 from .maps import LayerMaps
-from .rows import BIAS_ROW, PROBE_ROW, ExplicitRows
+from .rows import PROBE_ROW, ExplicitRows
 from .stack import LayerStack
 from .starts import Start, all_alive
 
@@ -87,9 +87,12 @@ class _WayThere:
         budget: int,
     ) -> None:
         self._stack, self._starts, self._approximation, self._budget = stack, starts, approximation, budget
-        self._explicit = explicit
         self._whole = all_alive(starts)
-        self._rows = ExplicitRows(starts[0].bias.new_zeros(0, stack.n, starts[0].bias.shape[1]))
+        nothing = starts[0].bias.new_zeros(0, stack.n, starts[0].bias.shape[1])
+        carried = [
+            NOBODY if start.entering >= stack.end else chosen for start, chosen in zip(starts, explicit, strict=True)
+        ]
+        self._rows = ExplicitRows(nothing, starts, carried, approximation)
         self._alive = Alive()
         self._forward = Forward(list(starts), [], self._rows, alive=self._alive.passed)
 
@@ -106,7 +109,7 @@ class _WayThere:
         else:
             rows.x = maps.add_attention(rows.x)
             _add_constant(rows, maps, "attention")
-        counts, temperature = self._alive.crowd_counts(rows, self._starts, maps, mid), self._approximation.temperature
+        counts, temperature = self._alive.crowd_counts(rows, maps, mid), self._approximation.temperature
         crowd = allocate_softmax(rows, read, counts, maps, temperature, self._budget)
         _add_constant(rows, maps, "mlp")
         self._forward.steps.append(Step(index, maps.queries, crowd))
@@ -119,7 +122,7 @@ class _WayThere:
         for start in self._starts:
             if start.entering >= self._stack.end:  # what starts there is what is read
                 self._rows.to(start.bias.device)
-                self._rows.join(start, NOBODY, self._approximation)
+                self._rows.join()
                 self._alive.passed.append(None)
         return self._forward
 
@@ -128,7 +131,7 @@ class _WayThere:
         mid = False
         for s, start in enumerate(self._starts):
             if start.entering == index:
-                self._rows.join(start, self._explicit[s], self._approximation)
+                self._rows.join()
                 self._alive.join(start, self._whole[s], self._rows.x)
                 mid = start.mid
         return mid
@@ -138,9 +141,10 @@ class _WayThere:
         rows = self._rows
         if not bool(((rows.limits > 0) & (rows.until < index)).any()):
             return
-        weight, gate = self._stack.drive(index, rows.x)
-        size = (rows.x * weight).norm(dim=2).amax(1) * (gate / temperature)
-        quiet = (size.cpu() < rows.limits) & (rows.until < index)
+        scale, gamma = self._stack.reading(index, rows.x)
+        (response,) = self._stack.responses([index])
+        size = ((rows.x if gamma is None else rows.x * gamma).norm(dim=2) * scale).amax(1)
+        quiet = (size.cpu() * (response / temperature) < rows.limits) & (rows.until < index)
         if not bool(quiet.any()):
             return
         x, owner = rows.x[to_device(quiet.nonzero()[:, 0], size.device)], rows.owner[quiet]
@@ -154,10 +158,6 @@ class _WayThere:
 
 def _add_constant(rows: ExplicitRows, maps: LayerMaps, module: str) -> None:
     """Add to `bias` the constants of "attention" or "mlp", and apply the stream's own norm behind it."""
-    at = rows.places(BIAS_ROW)
-    constant = maps.attention_constant if module == "attention" else maps.mlp_constant
-    if constant is not None:
-        rows.x[at] += constant
-    rows.x, beta = maps.normed(rows.x, module), maps.stream_bias(module)
-    if beta is not None:
-        rows.x[at] += beta
+    rows.add_to_bias(rows.x, maps.attention_constant if module == "attention" else maps.mlp_constant)
+    rows.x = maps.normed(rows.x, module)
+    rows.add_to_bias(rows.x, maps.stream_bias(module))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from ..runtime.transfer import to_device
+from ..runtime.transfer import to_device, to_host
 from .approximation import Approximation
 from .stack import LayerStack
 from .starts import Start
@@ -57,26 +58,29 @@ def loud_until(
     stack: LayerStack, starts: Sequence[Start], index: Sequence[Tensor], approximation: Approximation, budget: int
 ) -> list[Loud]:
     """Return given components of every start, (k,) in host memory each, with the last layers where they are loud."""
-    chosen = [to_device(members, start.bias.device) for start, members in zip(starts, index, strict=True)]
-    heard = _listen(stack, starts, chosen, approximation, budget)
+    heard = _listen(stack, starts, index, approximation, budget)
     return [Loud(members, until, _EMPTY, NOBODY.gates) for members, _, until in heard]
 
 
 def _candidates(stack: LayerStack, starts: Sequence[Start], approximation: Approximation, most: int) -> list[Tensor]:
-    """Return the components that are largest at the MLP that they reach first, and not quiet there: (k,) each."""
-    found, sizes = [], []
-    for start in starts:
-        if start.entering >= stack.end:
-            found.append(torch.zeros(0, dtype=torch.long, device=start.bias.device))
-            sizes.append(start.bias.new_zeros(0))
-            continue
-        weight, gate = stack.drive(start.entering, start.bias)
-        size = start.named.sizes(weight).amax(0) * (gate / approximation.temperature)
-        largest = size.topk(min(most, len(size)))
-        found.append(largest.indices)
-        sizes.append(largest.values)
-    audible = [(size >= approximation.quiet).sum().to(sizes[0].device) for size in sizes]
-    return [index[:count] for index, count in zip(found, torch.stack(audible).tolist(), strict=True)]
+    """Return the components that are largest at the MLP that they reach first, and not quiet there.
+
+    (k,) each, in host memory; none of those that start where the stack ends.
+    """
+    early = [start for start in starts if start.entering < stack.end]
+    values, indices = [], []
+    for _, run in groupby(early, key=lambda start: (len(start.named), start.bias.device)):
+        sizes = [start.named.sizes(*stack.reading(start.entering, start.bias)) for start in run]
+        largest = torch.stack(sizes).topk(min(most, len(sizes[0])), dim=1)
+        values += largest.values.unbind()
+        indices += largest.indices.unbind()
+    found = to_host([*values, *indices])
+    values, indices = found[: len(early)], found[len(early) :]
+    responses = stack.responses([start.entering for start in early])
+    quiet = approximation.quiet * approximation.temperature
+    audible = [int((size * by >= quiet).sum()) for size, by in zip(values, responses, strict=True)]
+    chosen = [index[:count] for index, count in zip(indices, audible, strict=True)]
+    return chosen + [_EMPTY] * (len(starts) - len(early))  # the late ones are the last
 
 
 def _listen(
@@ -84,32 +88,33 @@ def _listen(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return ``chosen`` components of every start, their largest |g/T|, and the last layer where it is loud.
 
-    (k,) each, in host memory. The gates are those of what the components wrote into the residual stream, at every MLP
-    ahead, without what layers in between make of it. A trained model's gates are heavy-tailed: their root mean square
-    does not show a component that drives one neuron alone.
+    (k,) each, in host memory, as ``chosen`` are. The gates are those of what the components wrote into the residual
+    stream, at every MLP ahead, without what layers in between make of it. A trained model's gates are heavy-tailed:
+    their root mean square does not show a component that drives one neuron alone.
     """
-    parts = [start.named.directions(index) for start, index in zip(starts, chosen, strict=True)]
-    sizes, temperature = [len(index) for index in chosen], approximation.temperature
-    vectors = largest = until = parts[0][0].new_zeros(0)
-    amounts = parts[0][1].new_zeros(stack.n, 0)
-    entered = 0
-    for layer in range(starts[0].entering, stack.end):
+    sizes, first = [len(members) for members in chosen], starts[0].entering
+    vectors, amounts = _directions(starts, chosen)
+    amounts.abs_().div_(approximation.temperature)
+    heard = amounts.new_zeros(max(0, stack.end - first) + 1, sum(sizes))
+    for layer in range(first, stack.end):
         maps = stack.maps(layer)
-        joining = [part for start, part in zip(starts, parts, strict=True) if start.entering == layer]
-        entered += len(joining)
-        vectors = torch.cat([vectors.to(maps.device), *(v.to(maps.device) for v, _ in joining)])
-        amounts = torch.cat([amounts.to(maps.device), *(a.to(maps.device) for _, a in joining)], dim=1)
-        new = len(vectors) - len(largest)
-        largest = torch.cat([largest.to(maps.device), vectors.new_zeros(new)])
-        until = torch.cat([until.to(maps.device), vectors.new_full((new,), -1.0)])
-        if not len(vectors):
-            continue
-        at = (amounts[maps.queries] * maps.mlp_scale).amax(0)
-        gates = maps.largest_gates(vectors, budget).mul_(at / temperature)
-        largest = torch.maximum(largest, gates)
-        until = until.masked_fill(gates >= approximation.loud, float(layer))
-    late = sum(sizes[entered:])  # they start where the stack ends
-    largest = torch.cat([largest, largest.new_zeros(late)]).cpu()
-    until = torch.cat([until, until.new_full((late,), -1.0)]).cpu().long()
-    index = torch.cat([members.to(chosen[0].device) for members in chosen]).cpu()
-    return list(zip(index.split(sizes), largest.split(sizes), until.split(sizes), strict=True))
+        vectors, amounts, heard = (x.to(maps.device) for x in (vectors, amounts, heard))
+        under_way = sum(size for start, size in zip(starts, sizes, strict=True) if start.entering <= layer)
+        if under_way:
+            here, out = amounts[maps.queries, :under_way], heard[layer - first, :under_way]
+            maps.largest_gates(vectors[:under_way], here, out, budget)
+    heard = heard.cpu()
+    layers = torch.arange(first, stack.end + 1, device="cpu")[:, None]
+    until = layers.masked_fill(~(heard >= approximation.loud), -1)
+    return list(zip(chosen, heard.amax(0).split(sizes), until.amax(0).split(sizes), strict=True))
+
+
+def _directions(starts: Sequence[Start], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return vectors (ΣK, D) of components ``chosen`` (K,) of every start, and how much lies where, (N, ΣK)."""
+    device, like = starts[0].bias.device, starts[0].bias
+    index = to_device(torch.cat(list(chosen)), device).split([len(members) for members in chosen])
+    parts = [
+        start.named.directions(members.to(start.bias.device)) for start, members in zip(starts, index, strict=True)
+    ]
+    vectors = torch.cat([vector.to(device) for vector, _ in parts]).to(like)
+    return vectors, torch.cat([amount.to(device) for _, amount in parts], dim=1)

@@ -54,26 +54,26 @@ class LayerMaps:
     def _read_attention(self) -> None:
         attention, record = self._attention, self._record.attention
         self._kv, self._groups = attention.n_kv_heads, attention.n_heads // attention.n_kv_heads
-        self._attention_norm = _wide(attention.norm, self.dtype)
+        self._attention_norm = self._norm(attention.norm)
         self._w_v, self._w_o = attention.w_v.to(self.compute), attention.writing(attention.w_o, self.compute)
         ratio = record.value_ratio
         self._value_ratio = None if ratio is None else ratio[self._span].to(self.compute)  # (N, Hkv·d)
-        scale = self.scales(attention, record.resid)  # (T,)
+        scale = self.scales(attention, record.resid, self.dtype)  # (T,)
         scale = scale if record.latent_scale is None else scale * record.latent_scale.to(scale)
         self._frozen = FrozenAttention(record, self._span, scale, _TILE, self.compute)
 
     def _read_mlp(self) -> None:
         mlp, record, dtype, queries = self._mlp, self._record.mlp, self.dtype, self.queries
-        self._mlp_norm = _wide(mlp.norm, dtype)
+        self._mlp_norm = self._norm(mlp.norm)
         parts = [(self._mlps[part.part], part) for part in self._record.mlps]
         self._w_gate = _joined([weights.w_gate.to(self.compute) for weights, _ in parts])
         self._w_down = _joined([weights.writing(weights.w_down, self.compute) for weights, _ in parts], 1)
-        gates = [part.dense(part.gate, self._span)[queries].to(dtype) for _, part in parts]
-        activations = [part.dense(part.act, self._span)[queries].to(dtype) for _, part in parts]
+        gates = [self._recorded(part.dense(part.gate, self._span)[queries]) for _, part in parts]
+        activations = [self._recorded(part.dense(part.act, self._span)[queries]) for _, part in parts]
         self.gate_total, self.act = _joined(gates, 1), _joined(activations, 1)  # (Q, I)
         if record.out_scale is not None:
             self.act = self.act * record.out_scale[self._span][queries, None].to(dtype)
-        self.mlp_scale = self.scales(mlp, record.resid[self._span][queries])[:, None]  # s at the queries, (Q, 1)
+        self.mlp_scale = self.scales(mlp, record.resid[self._span][queries], dtype)[:, None]  # s at the queries, (Q, 1)
         self.gate_constant = _gate_constant(parts, dtype)  # (I,) or None
 
     def _uses_the_models_weights(self) -> bool:
@@ -86,14 +86,23 @@ class LayerMaps:
         )
         return all(mine.data_ptr() == weight.data_ptr() for mine, weight in used)
 
+    def _norm(self, norm: Norm | None) -> Norm | None:
+        """Return a norm with γ in ``dtype``, so that it is not converted at every use."""
+        return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(self.dtype))
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """Return gates or activations (Q, I) of the trace in ``dtype``."""
+        return x.to(self.dtype)
+
     @property
     def _packed(self) -> slice:
         """The queries among all packed positions of the trace."""
         return slice(self._span.start + self.queries.start, self._span.start + self.queries.stop)
 
-    def scales(self, module: Branch, resid: Tensor) -> Tensor:
-        """Return s of a module's norm for the residual stream (T, D) that it reads: (T,)."""
-        return module.scale(resid.to(self.dtype)).to(self.dtype)
+    @staticmethod
+    def scales(module: Branch, resid: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return s of a module's norm for the residual stream (T, D) that it reads: (T,), in ``dtype``."""
+        return module.scale(resid.to(dtype)).to(dtype)
 
     def add_attention(self, x: Tensor) -> Tensor:
         """Return rows with what attention adds to them: (R, N, D) -> (R, Q, D). The given ones may be used up."""
@@ -108,9 +117,11 @@ class LayerMaps:
 
     def _mixed(self, values: Tensor) -> Tensor:
         """Return values (R, N, Hkv·d), without s, after P: (R, Q, H·d)."""
+        return self._through_p(values if self._value_ratio is None else values * self._value_ratio)
+
+    def _through_p(self, values: Tensor) -> Tensor:
+        """Apply P · s to values (R, N, Hkv·d) -> (R, Q, H·d)."""
         r, n, _ = values.shape
-        if self._value_ratio is not None:
-            values = values * self._value_ratio
         values = values.view(r, n, self._kv, -1).permute(2, 1, 0, 3).reshape(self._kv, n, -1)  # (Hkv, N, R·d)
         q = self.queries.stop - self.queries.start
         only = self._only
@@ -129,7 +140,12 @@ class LayerMaps:
         return _linear_transposed(self._attention_norm, product(out, self._w_v).to(self.dtype))
 
     def _values_transposed(self, y: Tensor) -> Tensor:
-        """Apply the transpose of :meth:`_mixed` and of a clamp: (R, Q, H·d) -> (R, N, Hkv·d)."""
+        """Apply the transpose of :meth:`_mixed`: (R, Q, H·d) -> (R, N, Hkv·d)."""
+        out = self._through_p_transposed(y)
+        return out if self._value_ratio is None else out * self._value_ratio[: self.queries.stop]
+
+    def _through_p_transposed(self, y: Tensor) -> Tensor:
+        """Apply the transpose of :meth:`_through_p`: (R, Q, H·d) -> (R, N, Hkv·d)."""
         r, q, _ = y.shape
         y = y.view(r, q, self._kv, self._groups, -1).permute(2, 3, 1, 0, 4)
         y = y.reshape(self._kv, self._groups, q, -1)  # (Hkv, G, Q, R·d)
@@ -142,25 +158,31 @@ class LayerMaps:
             for heads, first, last, p in self._tiles():
                 part = y[heads, :, first:last].reshape(p.shape[0], -1, y.shape[3])
                 out[heads, : p.shape[3]] += torch.bmm(p.flatten(1, 2).transpose(1, 2), part)
-        out = out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
-        if self._value_ratio is not None:
-            out = out * self._value_ratio[:n]
-        return out
+        return out.view(self._kv, n, r, -1).permute(2, 1, 0, 3).reshape(r, n, -1)
 
     def gates(self, x: Tensor, at: slice = slice(None)) -> Tensor:
         """Return the gates of rows at some of the queries, without the constant of `bias`: (R, Q, D) -> (R, Q, I)."""
         x = _linear(self._mlp_norm, x) * self.mlp_scale[at]
         return product(x.to(self.compute), self._w_gate.T).to(self.dtype)
 
-    def largest_gates(self, x: Tensor, budget: int) -> Tensor:
-        """Return the largest |gate| of each row, as if the norm's scale were 1: (R, D) -> (R,).
+    def largest_gates(self, x: Tensor, amounts: Tensor, out: Tensor, budget: int) -> None:
+        """Write the largest |gate| of each row at any query: rows (R, D), and how much of them lies where, (Q, R) ≥ 0.
 
         ``budget`` bounds the gates held at once, in bytes.
         """
-        x, size = _linear(self._mlp_norm, x).to(self.compute), len(self._w_gate) * self.compute.itemsize
-        parts = x.split(max(1, budget // size))
-        ranges = [torch.aminmax(product(part, self._w_gate.T), dim=1) for part in parts]
-        return torch.cat([torch.maximum(high, -low) for low, high in ranges]).to(self.dtype)
+        size = max(1, budget // (len(self._w_gate) * self.compute.itemsize))
+        x = self._unscaled(x)
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            self._largest(product(x[part], self._w_gate.T), amounts[:, part], out[part])
+
+    def _largest(self, gates: Tensor, amounts: Tensor, out: Tensor) -> None:
+        """Write the largest |gate| of rows, (R, I) times the norm's scale, which are used up."""
+        torch.mul(gates.abs_().amax(1), (amounts * self.mlp_scale).amax(0), out=out)
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """Return rows (R, D) through the norm before the MLP, without its scale, in the products' dtype."""
+        return _linear(self._mlp_norm, x).to(self.compute)
 
     def gates_transposed(self, y: Tensor) -> Tensor:
         """Apply the transpose of :meth:`gates`: (R, Q, I) -> (R, Q, D)."""
@@ -238,22 +260,11 @@ def _gate_constant(parts: Sequence[tuple[Mlp, MlpTrace]], dtype: torch.dtype) ->
     return _joined([zero if constant is None else constant for zero, constant in zip(zeros, constants, strict=True)])
 
 
-def _wide(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
-    """Return a norm with γ in ``dtype``, so that it is not converted at every use."""
-    return norm if norm is None or norm.weight is None else replace(norm, weight=norm.weight.to(dtype))
-
-
 def _linear(norm: Norm | None, x: Tensor) -> Tensor:
     """Return γ ⊙ (x - mean x): a norm without its scale."""
-    if norm is None:
-        return x
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    return x if norm.weight is None else x * norm.weight.to(x.dtype)
+    return x if norm is None else norm.apply(x, None)
 
 
 def _linear_transposed(norm: Norm | None, y: Tensor) -> Tensor:
     """Apply the transpose of :func:`_linear`."""
-    if norm is None:
-        return y
-    y = y if norm.weight is None else y * norm.weight.to(y.dtype)
-    return y - y.mean(-1, keepdim=True) if norm.centred else y
+    return y if norm is None else norm.transposed(y, None)

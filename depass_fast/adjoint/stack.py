@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter, Layer
 from ..backends.selection import why_not_triton
 from ..runtime.progress import Parts
+from ..runtime.transfer import to_host
 from ..trace.record import Trace
 from .maps import LayerMaps
 
@@ -44,7 +47,8 @@ class LayerStack:
         self._layers: dict[int, Layer] = {}
         self._maps: dict[int, LayerMaps] = {}
         self._keeps = True
-        self._drives: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reads: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._responses: dict[int, float] = {}
 
     def layer(self, index: int) -> Layer:
         layer = self._layers.get(index)
@@ -74,26 +78,38 @@ class LayerStack:
         """Keep no maps from now on, as memory is short."""
         self._maps, self._keeps = {}, False
 
-    def drive(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s · γ of a layer's MLP norm (N, D), and a gate's root mean square response to a unit vector, ().
+    def reading(self, index: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return s (N,) and γ (D,), or None, of the norm before a layer's MLP.
 
-        ‖s · γ ⊙ X[n, m]‖ times that response is the distance from zero at which a component's gates can be expected.
         Both are in the dtype and on the device of ``like``, the components: they may still be on the layer before.
         """
-        if index not in self._drives:
-            self._drives[index] = self._drive(index)
-        weight, response = self._drives[index]
-        return weight.to(like), response.to(like)
+        if index not in self._reads:
+            layer = self.layer(index)
+            scale = maps_class(layer.device, self.dtype).scales(
+                layer.mlp, self.trace.layers[index].mlp.resid[self.span], self.dtype
+            )
+            gamma = None if layer.mlp.norm is None else layer.mlp.norm.weight
+            self._reads[index] = scale, None if gamma is None else gamma.to(self.dtype)
+        scale, gamma = self._reads[index]
+        return scale.to(like), None if gamma is None else gamma.to(like)
 
-    def _drive(self, index: int) -> tuple[Tensor, Tensor]:
-        layer, record = self.layer(index), self.trace.layers[index]
-        mlp, resid = layer.mlp, record.mlp.resid[self.span].to(self.dtype)
-        gamma = resid.new_ones(resid.shape[1])
-        if mlp.norm is not None and mlp.norm.weight is not None:
-            gamma = mlp.norm.weight.to(self.dtype)
-        gates = [layer.mlps[part.part].w_gate for part in record.mlps]
+    def responses(self, indices: Sequence[int]) -> list[float]:
+        """Return the root mean square response of each layer's gates to a unit vector.
+
+        s · ‖γ ⊙ X[n, m]‖ times that is the distance from zero at which a component's gates can be expected. Only the
+        first call for a layer waits for a device.
+        """
+        new = [index for index in dict.fromkeys(indices) if index not in self._responses]
+        norms, sizes = zip(*map(self._gate_norm, new), strict=True) if new else ((), ())
+        for index, norm, size in zip(new, to_host(norms), sizes, strict=True):
+            self._responses[index] = float(norm) / size**0.5
+        return [self._responses[index] for index in indices]
+
+    def _gate_norm(self, index: int) -> tuple[Tensor, int]:
+        """Return the norm of a layer's gate weights, (), and how many numbers they are."""
+        layer = self.layer(index)
+        gates = [layer.mlps[part.part].w_gate for part in self.trace.layers[index].mlps]
         wide = torch.promote_types(gates[0].dtype, torch.float32)
         norms = [torch.linalg.vector_norm(w.detach(), dtype=wide) for w in gates]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        response = norm / sum(w.numel() for w in gates) ** 0.5
-        return mlp.scale(resid).to(self.dtype)[:, None] * gamma, response
+        return norm, sum(w.numel() for w in gates)

@@ -35,16 +35,19 @@ class Named(Protocol):
         """Return Σ_n x[k, n] · X[n, m]: (K, N, D) -> (K, M)."""
         ...
 
-    def sizes(self, weight: Tensor) -> Tensor:
-        """Return ‖weight ⊙ X[n, m]‖ with ``weight`` (N, D) of the form s[n] · γ: (N, M)."""
+    def sizes(self, scale: Tensor, gamma: Tensor | None) -> Tensor:
+        """Return each one's largest s[n] · ‖γ ⊙ X[n, m]‖, with s (N,) and γ (D,) in the state's dtype: (M,)."""
         ...
 
     def alive(self) -> Tensor:
-        """Return which are not exactly zero: (N, M) bool."""
+        """Return numbers (N, M) of any dtype that are zero just where a component is exactly zero."""
         ...
 
     def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return vectors (k, D) of some, and how much of them lies at each position, (N, k)."""
+        """Return vectors (k, D) of some, in a dtype of their own, and how much of them lies at each position, (N, k).
+
+        These amounts may be negative.
+        """
         ...
 
     def first(self, n: int) -> Named:
@@ -74,16 +77,16 @@ class ProductRows:
     def project(self, x: Tensor) -> Tensor:
         return ((x @ self._wide().T) * self.coefficients).sum(1)
 
-    def sizes(self, weight: Tensor) -> Tensor:
-        scale = weight.norm(dim=1)  # s[n] · ‖γ‖: γ's direction is taken from the last position, they all share it
-        gamma = weight[-1] / scale[-1].clamp_min(torch.finfo(scale.dtype).tiny)
-        return (self.coefficients * scale[:, None]).abs_().mul_((self._wide() * gamma).norm(dim=1))
+    def sizes(self, scale: Tensor, gamma: Tensor | None) -> Tensor:
+        amounts = torch.linalg.vector_norm(self.coefficients * scale[:, None], torch.inf, dim=0)
+        vectors = self._wide() if gamma is None else self.vectors * gamma
+        return amounts * torch.linalg.vector_norm(vectors, dim=1)
 
     def alive(self) -> Tensor:
-        return (self.coefficients != 0) & (self.vectors != 0).any(1)
+        return self.coefficients * self.vectors.any(1)
 
     def directions(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vectors[index].to(self.coefficients), self.coefficients[:, index].abs()
+        return self.vectors[index], self.coefficients[:, index]
 
     def _wide(self) -> Tensor:
         return self.vectors.to(self.coefficients)
@@ -110,8 +113,9 @@ class DenseRows:
     def project(self, x: Tensor) -> Tensor:
         return torch.einsum("nmd,knd->km", self.states, x)
 
-    def sizes(self, weight: Tensor) -> Tensor:
-        return torch.einsum("nmd,nd->nm", self.states.square(), weight.square()).sqrt()
+    def sizes(self, scale: Tensor, gamma: Tensor | None) -> Tensor:
+        states = self.states if gamma is None else self.states * gamma
+        return (states.norm(dim=2) * scale[:, None]).amax(0)
 
     def alive(self) -> Tensor:
         return (self.states != 0).any(-1)
@@ -194,7 +198,7 @@ def _products(
     if factors is None or factors.coefficients is None:
         return None
     named = ProductRows(factors.coefficients.to(x), factors.vectors.to(x.device))
-    rest = x - named.sum() - (0.0 if constant is None else constant)
+    rest = x - named.sum() if constant is None else x - named.sum() - constant
     return None if kind.may_be_complete and _rounding(rest, x).any() else (named, rest)
 
 

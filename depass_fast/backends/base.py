@@ -86,6 +86,13 @@ class Backend(ABC):
 
     # -- around them, with defaults -----------------------------------------------------------------------------
 
+    def missed(self, state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ‖Σ_m X[n, m] - x[n]‖ at every segment, and ‖x[n]‖ at every position of ``resid`` (T, D).
+
+        (S,) and (T,), or (S, B) and (T, B): norms of B blocks of columns. The default is the state's own.
+        """
+        return state.missed(resid)
+
     def begin(self, adapter: Adapter, trace: Trace, first: int, end: int) -> None:  # noqa: B027 (a hook)
         """Take note that states of ``trace`` pass the layers from ``first`` to ``end`` (excluded) next."""
 

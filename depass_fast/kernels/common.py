@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,11 @@ from triton import knobs
 
 LOG2E = 1.4426950408889634
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Make ``device`` the current one: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def interpreted() -> bool:

@@ -86,7 +86,7 @@ def _crowd_mean(
         row = ((first + t + m) * n_queries + query) * n_neurons  # [BM]
         explicit = (t + m > 0) & (t + m < count)
         sums += tl.load(g + row[:, None] + i[None, :], mask=explicit[:, None] & inside[None, :], other=0.0)
-    lacking = tl.load(total + query * total_stride + i, mask=inside, other=0.0) - tl.sum(sums, 0)  # [BI]
+    lacking = tl.load(total + query * total_stride + i, mask=inside, other=0.0).to(tl.float32) - tl.sum(sums, 0)  # [BI]
     if HAS_CONSTANT:
         driven = tl.load(bias + start) >= 0
         lacking -= tl.where(driven, tl.load(constants + i, mask=inside, other=0.0), 0.0)
@@ -163,7 +163,7 @@ def _crowd_share(
     table = start * table_start + query * table_query + i
     average = tl.load(mean + table, mask=inside, other=0.0)
     term = average + (log_kappa + tl.log(number))  # [BI] the crowd's in log Z
-    a = tl.load(act + query * act_stride + i, mask=inside, other=0.0)
+    a = tl.load(act + query * act_stride + i, mask=inside, other=0.0).to(tl.float32)
     constant = a
     if HAS_CONSTANT:
         constant = tl.load(constants + i, mask=inside, other=0.0)
@@ -217,13 +217,13 @@ def _crowd_share(
         tl.store(g + row[:, None] + i[None, :], taken.to(g.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "slope_start", "table_start"])
+@triton.jit(do_not_specialize=["n_queries", "targets", "act_stride", "slope_start", "table_start", "offset_stride"])
 def _crowd_back(
     y, act, share, mean, slope, offsets,
-    n_queries, n_neurons, targets, act_stride, slope_start, table_start, table_query, per_t,
+    n_queries, n_neurons, targets, act_stride, slope_start, table_start, table_query, offset_stride, per_t,
     BI: tl.constexpr,
 ):  # fmt: skip
-    """Take a gradient of shares to one of gates, and sum what a component receives where its gates are zero."""
+    """Take a gradient of shares to one of gates, and add up what a component receives where its gates are zero."""
     row = tl.program_id(0).to(tl.int64)
     query, start = row % n_queries, row // n_queries // targets
     table = start * table_start + query * table_query
@@ -233,13 +233,14 @@ def _crowd_back(
     for first in range(0, n_neurons, BI):
         i = first + tl.arange(0, BI)
         inside = i < n_neurons
-        a = tl.load(act + query * act_stride + i, mask=inside, other=0.0)
+        a = tl.load(act + query * act_stride + i, mask=inside, other=0.0).to(tl.float32)
         at = y + row * n_neurons + i
         gained = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gained *= tl.load(share + table + i, mask=inside, other=0.0) * a
         tl.store(at, (gained * factor).to(y.dtype.element_ty), mask=inside)
         sums += gained * (1.0 - inclination * tl.load(mean + table + i, mask=inside, other=0.0))
-    tl.store(offsets + row, tl.sum(sums, 0))
+    at = offsets + row // n_queries * offset_stride + query
+    tl.store(at, tl.load(at) + tl.sum(sums, 0))
 
 
 def share_with_crowds(
@@ -256,7 +257,7 @@ def share_with_crowds(
     """Replace gates by shares of the frozen activation, in place: g (R, q, I); write the crowds' ``tables``.
 
     ``alive`` (R, q) uint8 is zero for rows that are not there, ``counts`` (S, q) float32 says how many of every crowd
-    are; its elements may be repeated. ``act`` and ``total`` (q, I) float32 are the frozen activations and gates,
+    are; its elements may be repeated. ``act`` and ``total`` (q, I) are the frozen activations and gates, in any dtype,
     ``constant`` (I,) float32 the gate's bias, which `bias` drives.
 
     Raises:
@@ -266,7 +267,7 @@ def share_with_crowds(
     n_rows, n_queries, n_neurons = g.shape
     check("alive", alive, (n_rows, n_queries), torch.uint8, spaced=True)
     for name, x in (("act", act), ("total", total)):
-        check(name, x, (n_queries, n_neurons), torch.float32, spaced=True)
+        check(name, x, (n_queries, n_neurons), *FLOATS, spaced=True)
     if constant is not None:
         check("constant", constant, (n_neurons,), torch.float32)
     _check_rows(explicit)
@@ -295,30 +296,31 @@ def share_with_crowds(
     )  # fmt: skip
 
 
-def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: CrowdTables) -> Tensor:
+def gradients_of_gates(y: Tensor, act: Tensor, temperature: float, tables: CrowdTables, offsets: Tensor) -> None:
     """Take gradients of shares back to gates: y (S, K, q, I) <- y · share · act · slope / T, in place.
 
-    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). Returned is the sum of what it
-    receives where its gates are zero: (S, K, q) float32.
+    A component of a crowd receives share · act · (1 - slope · mean + slope · g / T). The sum of what it receives where
+    its gates are zero is added to ``offsets`` (S, K, q) float32, which may be some of more positions.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.
     """
     check("y", y, (None, None, None, None), *FLOATS)
     starts, targets, n_queries, n_neurons = y.shape
-    check("act", act, (n_queries, n_neurons), torch.float32, spaced=True)
+    check("act", act, (n_queries, n_neurons), *FLOATS, spaced=True)
     _check_tables(tables, starts, n_queries, n_neurons)
-    offsets = torch.empty(starts, targets, n_queries, dtype=torch.float32, device=y.device)
+    check("offsets", offsets, (starts, targets, n_queries), torch.float32, spaced=True)
+    if offsets.stride(0) != targets * offsets.stride(1):
+        raise ValueError(f"offsets: expected targets at equal distances; got strides {offsets.stride()}.")
     if not y.numel():
-        return offsets.zero_()
+        return
     columns = min(1024, triton.next_power_of_2(n_neurons))
     _crowd_back[(starts * targets * n_queries,)](
         y, act, tables.share, tables.mean, tables.slope, offsets,
         n_queries, n_neurons, targets, act.stride(0), tables.slope.stride(0), *tables.mean.stride()[:2],
-        1.0 / temperature,
+        offsets.stride(1), 1.0 / temperature,
         BI=columns, num_warps=4,
     )  # fmt: skip
-    return offsets
 
 
 def _check_rows(rows: StartRows) -> None:

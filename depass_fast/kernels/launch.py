@@ -96,6 +96,19 @@ def crowd_config(longest: int, n_neurons: int, dtype: torch.dtype) -> dict:
     return config | {"BI": min(columns, power_of_two(n_neurons))}
 
 
+def few_config(n_out: int, n_in: int, head_dim: int, dtype: torch.dtype) -> dict:
+    """Positions, rows and columns for a kernel that applies P of few positions to a head of some rows."""
+    out, width = power_of_two(n_out), power_of_two(head_dim)
+    warps = 8 if out * width * dtype.itemsize > 64 * 128 * 2 else 4
+    return {"BO": out, "BI": power_of_two(n_in), "BR": 16 if interpreted() else 1, "BD": width, "num_warps": warps}
+
+
+def sum_config(n_columns: int) -> dict:
+    """Rows and columns of a tile for a kernel that sums rows."""
+    columns = power_of_two(n_columns)
+    return {"BM": 16, "BD": columns if interpreted() else min(256, columns), "STAGES": 3, "num_warps": 4}
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take."""
@@ -164,9 +177,11 @@ __all__ = [
     "allocation_config",
     "architecture",
     "crowd_config",
+    "few_config",
     "mix_config",
     "mix_tile",
     "row_config",
+    "sum_config",
     "takes_scales",
     "tuned",
 ]

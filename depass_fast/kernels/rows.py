@@ -238,6 +238,69 @@ def add_rows(x: Tensor, rows: Rows, gained: Tensor, row_scale: Tensor | None = N
     )
 
 
+@triton.jit(do_not_specialize=["n_rows", "n_positions"])
+def _add_norm_back(
+    x, y, narrow, scale, weight, n_rows, n_columns, n_positions, CENTRED: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_NARROW: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    live = row < n_rows
+    d = tl.arange(0, BD)
+    inside = d < n_columns
+    there = live[:, None] & inside[None, :]
+    at = row[:, None] * n_columns + d[None, :]
+    gained = tl.load(y + at, mask=there, other=0.0).to(tl.float32)  # [BR, BD]
+    if HAS_WEIGHT:
+        gained *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        gained *= tl.load(scale + row % n_positions, mask=live, other=0.0)[:, None]
+    if CENTRED:
+        gained -= (tl.sum(gained, 1) / n_columns)[:, None]
+    total = tl.load(x + at, mask=there, other=0.0) + gained
+    tl.store(x + at, total, mask=there)
+    if HAS_NARROW:
+        tl.store(narrow + at, total.to(narrow.dtype.element_ty), mask=there)
+
+
+def add_norm_back(
+    x: Tensor, y: Tensor, scale: Tensor | None, weight: Tensor | None, centred: bool, narrow: Tensor | None = None
+) -> None:
+    """Take gradients behind a frozen norm through it and add them to those before it, in place: x += γ ⊙ y · s - mean.
+
+    ``x`` (R, D) is float32, ``y`` (R, D) in any dtype. Row r is at position r % S: ``scale`` (S,) float32 holds s of
+    every position, None stands for ones; ``weight`` is γ (D,) or None; the mean is subtracted where ``centred``.
+    ``narrow`` (R, D) receives x in its own dtype, for the next product.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or memory layout.
+    """
+    check("x", x, (None, None), torch.float32)
+    n_rows, n_columns = x.shape
+    check("y", y, (n_rows, n_columns), *FLOATS)
+    if scale is not None:
+        check("scale", scale, (None,), torch.float32)
+    if weight is not None:
+        check("weight", weight, (n_columns,), *FLOATS)
+    if narrow is not None:
+        check("narrow", narrow, (n_rows, n_columns), *FLOATS)
+    config = row_config(n_columns)
+    _add_norm_back[(triton.cdiv(n_rows, config["BR"]),)](
+        x,
+        y,
+        x if narrow is None else narrow,
+        x if scale is None else scale,
+        x if weight is None else weight,
+        n_rows,
+        n_columns,
+        1 if scale is None else len(scale),
+        CENTRED=centred,
+        HAS_SCALE=scale is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_NARROW=narrow is not None,
+        **config,
+    )
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_directions"])
 def _read_out(
     x, directions, out, segments, scale, n_rows, n_columns, n_directions, BR: tl.constexpr, BK: tl.constexpr,

@@ -116,7 +116,7 @@ def carry_jointly(
     run.watch(trace, reads)
     run.backend.begin(adapter, trace, starts[0].layer, end)
     positions = None if reads is None else [np.array(read) for read in reads]
-    found, started = Completeness(), 0
+    found, started = Completeness(run.missed), 0
     joint: ComponentState | None = None
     with progress_bar("layers", end - starts[0].layer, run.progress) as bar:
         for index in range(starts[0].layer, end):

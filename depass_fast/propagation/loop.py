@@ -42,7 +42,7 @@ def propagate(
     run.backend.begin(adapter, trace, first, end)
     if reads is not None:
         queries = state.layout.at(trace.offsets, [np.array(r) for r in reads])
-    found, earlier = Completeness(run.summed), EarlierStates(adapter, state.earlier)
+    found, earlier = Completeness(run.missed), EarlierStates(adapter, state.earlier)
     found.measure(state, trace.resid_at(first, state.site))
     with progress_bar("layers", end - first, run.progress) as bar:
         for index in range(first, end):

@@ -12,6 +12,7 @@ from ..allocation import Allocation
 from ..backends import Backend
 from ..results.verification import Verification
 from ..runtime.ranks import Ranks
+from ..state.state import ComponentState
 from ..trace.record import AttentionTrace, Trace
 from .verify import Verifier
 
@@ -77,6 +78,12 @@ class Run:
             return part
         wide = torch.promote_types(part.dtype, torch.float32)
         return self.ranks.sum(part.to(wide)).to(part)
+
+    def missed(self, state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor]:
+        """Measure a state's completeness beside ``resid`` (T, D), see :meth:`Backend.missed`."""
+        if self.ranks is None:
+            return self.backend.missed(state, resid)
+        return state.missed(resid, self.summed)
 
     def workspace(self, device: torch.device) -> int | None:
         """Return the bytes of workspace that the backend keeps to by now; None: it keeps to none."""

@@ -98,6 +98,9 @@ class _Watched(Backend):
     def prepare(self, device: torch.device, make: Callable[[], Made]) -> Made:
         return self.backend.prepare(device, make)
 
+    def missed(self, state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor]:
+        return self.backend.missed(state, resid)
+
     def workspace_bytes(self, device: torch.device) -> int | None:
         return self.backend.workspace_bytes(device)
 

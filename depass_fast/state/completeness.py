@@ -6,7 +6,7 @@ host in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,18 +20,20 @@ from .state import ComponentState
 class Completeness:
     """Collects ‖Σ_m X[n, m] - x[n]‖ of states, and ‖x[n]‖, until :meth:`errors` divides and compares them.
 
-    ``summed`` makes of the sum of a state's components that of all, where states hold a part of them.
+    ``missed`` measures a state beside a residual stream, as :meth:`ComponentState.missed` does.
     """
 
-    def __init__(self, summed: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._summed = summed
+    def __init__(
+        self, missed: Callable[[ComponentState, Tensor], tuple[Tensor, Tensor]] = ComponentState.missed
+    ) -> None:
+        self._measured = missed
         self._layouts: list[Layout] = []
-        self._missed: list[Tensor] = []  # (S,) of each state
-        self._sizes: list[Tensor] = []  # (T,) of the hidden states beside it
+        self._missed: list[Tensor] = []  # (S,) of each state, or (S, B)
+        self._sizes: list[Tensor] = []  # (T,) of the hidden states beside it, or (T, B)
 
     def measure(self, state: ComponentState, resid: Tensor) -> None:
         """Measure a state beside the residual stream ``resid`` (T, D) at its place."""
-        missed, sizes = state.missed(resid, self._summed)
+        missed, sizes = self._measured(state, resid)
         self._layouts.append(state.layout)
         self._missed.append(missed)
         self._sizes.append(sizes)
@@ -44,7 +46,16 @@ class Completeness:
             groups.append(group + layout.prompt)
             first, group = first + len(sizes), group + len(layout.components)
         at, of = all_to_device([np.concatenate(segments), np.concatenate(groups)], device)
-        missed, sizes = (torch.cat([x.to(device) for x in each]) for each in (self._missed, self._sizes))
+        missed, sizes = _norms(self._missed, device), _norms(self._sizes, device)
         error = missed / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)[at]
         worst = error.new_zeros(group).scatter_reduce_(0, of, error, "amax")
         return list(worst.split([len(layout.components) for layout in self._layouts]))
+
+
+def _norms(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return norms of all states, one after the other, from those of some, (n,), or of their blocks, (n, B)."""
+    parts = [part.to(device) for part in parts]
+    if len({part.shape[1:] for part in parts}) > 1:
+        parts = [part if part.ndim == 1 else torch.linalg.vector_norm(part, dim=1) for part in parts]
+    whole = torch.cat(parts)
+    return whole if whole.ndim == 1 else torch.linalg.vector_norm(whole, dim=1)

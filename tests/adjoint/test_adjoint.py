@@ -65,7 +65,7 @@ def exact_steps(dp: DePass, trace, kind, read: int) -> tuple[list[Step], Forward
         steps.append(Step(index, queries, crowd))
         state = reference.allocate_mlp(state, layer.mlp, record.mlp, dp.options.build(adapter).allocation)
         state.layer, state.site = index + 1, "resid_pre"
-    rows = ExplicitRows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64))
+    rows = ExplicitRows(torch.zeros(0, 1, adapter.hidden_size, dtype=torch.float64), [], [], Approximation(T))
     return steps, Forward([start], steps, rows, alive=[None]), start
 
 
@@ -265,12 +265,12 @@ def test_a_crowd_that_is_loud_as_a_whole(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_layer_s_drive_comes_to_the_components():
+def test_a_layer_s_norm_comes_to_the_components():
     """Components that start behind a layer are on its device; the layer that they enter may be on the next one."""
     dp = build("llama-gqa")
     stack = stack_of(dp, dp.trace(random_ids(6)), 6)
     for like in (torch.empty(0, device="meta"), torch.empty(0, dtype=torch.float64)):
-        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in stack.drive(1, like))
+        assert all((x.device, x.dtype) == (like.device, like.dtype) for x in stack.reading(1, like))
 
 
 # ---------------------------------------------------------------------------------------------------- other families

@@ -9,10 +9,10 @@ import pytest
 from bench.memory.meta import CountedRun, count
 
 SHORT = [  # model, components, prompts of 20 tokens; operations per layer, and all others
-    ("llama-2-7b", "tokens", 1, 22, 95),
-    ("llama-2-7b", "tokens", 64, 22, 170),
-    ("llama-2-7b", "heads of all layers", 1, 49, 80),
-    ("qwen2-7b", "heads of all layers", 1, 57, 80),  # its values have biases
+    ("llama-2-7b", "tokens", 1, 17, 95),
+    ("llama-2-7b", "tokens", 64, 17, 170),
+    ("llama-2-7b", "heads of all layers", 1, 39, 80),
+    ("qwen2-7b", "heads of all layers", 1, 47, 80),  # its values have biases
 ]
 LINEAR = {"taylor": 9, "half": 28, "shapley": 40}  # operations per layer beside those of the softmax
 

@@ -12,10 +12,12 @@ from ...adapters import Attention
 from ...labels import BIAS
 from ...runtime.transfer import to_device
 from ...state.layout import Layout
-from ...trace.attention import seen_keys
+from ...trace.attention import seen_keys, span_probabilities
 from ...trace.record import AttentionTrace
 from .blocks import Block, gather
 from .workspace import Workspace
+
+_FEW = 1 << 20  # numbers of a mask that all layers share
 
 
 class FrozenAttention:
@@ -63,6 +65,24 @@ class FrozenAttention:
         It is made in float32 or wider.
         """
         wide, n_keys = self.scale.dtype, queries.stop
+        p = self._few(queries) if n_keys == len(self.q) and heads == slice(0, self.kv) else None
+        if p is None:
+            p = self._tile(heads, queries)
+        if self.out_scale is not None:
+            p *= self.out_scale[queries, None].to(wide)
+        out = p if p.dtype == self.dtype else torch.empty_like(p, dtype=self.dtype)
+        return torch.mul(p, self._columns(n_keys, heads), out=out)
+
+    def _few(self, queries: slice) -> Tensor | None:
+        """Return P of all heads for few ``queries`` and all keys, in few operations: (Hkv, G, Q, N); else None."""
+        n = len(self.q)
+        if (queries.stop - queries.start) * n * self.groups > _FEW or self.trace.minus is not None:
+            return None
+        return span_probabilities(self.trace, self.span, queries, self.scale.dtype).unflatten(0, (self.kv, -1))
+
+    def _tile(self, heads: slice, queries: slice) -> Tensor:
+        """Return P of a tile, without s: (h, G, Q, K)."""
+        wide, n_keys = self.scale.dtype, queries.stop
         k = self.k[:n_keys, heads].to(wide).permute(1, 2, 0)  # (h, d, K)
         q = self.q[queries].to(wide).unflatten(1, (self.kv, self.groups))[:, heads]
         logits = (q.permute(1, 2, 0, 3).flatten(1, 2) @ k).mul_(self.trace.scale)  # (h, G·Q, K)
@@ -74,12 +94,10 @@ class FrozenAttention:
         here = torch.arange(queries.start, queries.stop, device=q.device)
         seen = seen_keys(self.trace, self.span, here, n_keys)
         seen = seen if seen.ndim == 2 else seen[heads]
-        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1).mul_(self._columns(n_keys, heads))
+        p = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
         if self.row_sum is not None:
             p *= self._by_head(self.row_sum[queries], heads).permute(1, 2, 0)[..., None]
-        if self.out_scale is not None:
-            p *= self.out_scale[queries, None].to(wide)
-        return p.to(self.dtype)
+        return p
 
     def _columns(self, n_keys: int, heads: slice) -> Tensor:
         """s of the first keys, (K,) or (h, 1, 1, K)."""

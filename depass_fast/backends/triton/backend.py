@@ -10,8 +10,6 @@ The cost model is :mod:`.cost`: whoever changes a buffer here changes it there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -23,13 +21,12 @@ from ...allocation import Allocation
 from ...kernels import attention, probabilities, rows
 from ...kernels.allocation import Segments, allocate
 from ...kernels.attention import RowScales
-from ...kernels.common import wider
+from ...kernels.common import current, wider
 from ...kernels.launch import mix_tile, takes_scales
 from ...labels import BIAS, REST
 from ...linear_rules import frozen_up, reads_up
 from ...runtime.log import say_once
 from ...runtime.products import accumulate, accumulate_block
-from ...runtime.transfer import to_device
 from ...state.layout import Layout
 from ...state.state import ComponentState
 from ...trace.record import AttentionTrace, MlpTrace, Trace
@@ -39,10 +36,11 @@ from ..torch.backend import TorchBackend
 from ..torch.linear import LinearStep
 from ..torch.workspace import viewed
 from .arena import Arena
+from .completeness import missed
 from .half import AttentionRange, MlpRange, Ranges, ranges
 from .linear import linear_row_chunk
 from .no_kernel import without_kernel
-from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tiles
+from .pieces import Piece, RowChunk, cut, make_piece, make_row_chunks, query_tables
 
 _MANY_DIRECTIONS = 64  # from which a GEMM reads the state less often
 
@@ -92,7 +90,7 @@ class TritonBackend(TorchBackend):
         queries: Layout | None = None,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        with _current(state.device):
+        with current(state.device):
             return super().aggregate_ov(state, weights, trace, queries, source)
 
     def _scaled_attention(
@@ -131,24 +129,21 @@ class TritonBackend(TorchBackend):
             None if trace.key_bias is None else trace.key_bias.float().contiguous(),
             trace.out_scale,
         )
-        lengths, groups = np.bincount(layout.prompt, minlength=len(layout.components)), frozen.groups
+        groups = frozen.groups
         tile = mix_tile(longest, groups, widest)
 
         def prepare() -> tuple:
             w_v, w_o = weights.w_v.to(dtype), weights.writing(weights.w_o, dtype)
-            key = ("tiles", tile, groups, device)
-            tiles = self._table(layout, key, lambda: query_tiles(lengths, tile, groups, device))
-            packed = self._table(layout, ("packed", device), lambda: to_device(layout.packed.astype(np.int32), device))
+            tiles, packed = query_tables(layout, tile, groups, device)
             lse = probabilities.log_sum_exp(frozen, packed, tiles, tile)
             if trace.row_sum is not None:
                 lse -= trace.row_sum.log2()
             stored = None
             if self._arena(state).stores(len(frozen.q), frozen.q.shape[1], longest):
                 stored = probabilities.stored_probabilities(frozen, lse, packed, tiles, tile, longest, dtype)
-            scale = _scales(weights.norm, trace.resid)
-            return w_v, w_o, scale if trace.latent_scale is None else scale * trace.latent_scale, lse, stored
+            return w_v, w_o, lse, stored
 
-        w_v, w_o, scale, lse, stored = self._budget.prepare(device, prepare)
+        w_v, w_o, lse, stored = self._budget.prepare(device, prepare)
         source = state if source is None else source
         width, values_width, mixed_width = source.rows.shape[1], len(w_v), w_o.shape[1]
         widths = Arena.attention_columns(width, values_width, mixed_width)  # of what is held at a time
@@ -161,7 +156,7 @@ class TritonBackend(TorchBackend):
             if half is not None:
                 of_values, of_mixed = (viewed(buffer, torch.float32, n) for buffer in own)
                 scales = RowScales(of_values, of_mixed, half.shift)
-            here, of_values = scale[piece.positions], None if scales is None else scales.values
+            here, of_values = _value_scales(weights, trace, piece.positions), scales and scales.values
             x = self._read(source, piece.rows, weights, here, viewed(one, dtype, n, width), row_scale=of_values)
             values = torch.mm(x, w_v.T, out=viewed(other, dtype, n, values_width))
             mixed = viewed(one, dtype, n, mixed_width)  # x has been read
@@ -197,7 +192,7 @@ class TritonBackend(TorchBackend):
         allocation: Allocation,
         source: ComponentState | None = None,
     ) -> ComponentState:
-        with _current(state.device):
+        with current(state.device):
             if not isinstance(allocation.rule, str):
                 say_once("backend: triton leaves the allocation to torch: it has no kernel for a rule of your own")
                 return super().allocate_mlp(state, weights, trace, allocation, source)
@@ -342,6 +337,12 @@ class TritonBackend(TorchBackend):
         make = partial(make_row_chunks, state.layout, most, state.device, positions=positions)
         return self._table(state.layout, ("row chunks", most, positions, state.device), make)
 
+    # -- completeness ---------------------------------------------------------------------------------------------
+
+    def missed(self, state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor]:
+        with current(state.device):
+            return missed(state, resid) or super().missed(state, resid)
+
     # -- the workspace ----------------------------------------------------------------------------------------------
 
     def _arena(self, state: ComponentState) -> Arena:
@@ -374,7 +375,7 @@ class TritonBackend(TorchBackend):
     def read_out(self, state: ComponentState, norm: Norm | None, resid: Tensor, directions: Tensor) -> Tensor:
         if state.rows.dtype == torch.float64 or len(directions) > _MANY_DIRECTIONS:
             return super().read_out(state, norm, resid, directions)
-        with _current(state.device):
+        with current(state.device):
             if norm is None:
                 return rows.read_out(state.rows, directions.float(), None, None)
             packed = state.layout.tensor("packed", state.device)
@@ -383,15 +384,14 @@ class TritonBackend(TorchBackend):
             return rows.read_out(state.rows, folded, segment, _scales(norm, resid, packed))
 
 
-@contextmanager
-def _current(device: torch.device) -> Iterator[None]:
-    """Make ``device`` the current one: Triton launches there."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        yield
-
-
 def _scales(norm: Norm | None, resid: Tensor, at: Tensor | None = None) -> Tensor:
     """s of the residual stream (T, D), or of its positions ``at`` (S,): float32; ones without a norm."""
     if norm is None or norm.is_factor:
         return resid.new_ones(len(resid if at is None else at), dtype=torch.float32)
     return rows.row_scales(resid.contiguous(), at, norm.eps, norm.centred)
+
+
+def _value_scales(weights: Attention, trace: AttentionTrace, at: Tensor) -> Tensor:
+    """s of the values at packed positions ``at`` (S,): of the norm before them, and of the one behind a latent."""
+    scale = _scales(weights.norm, trace.resid, at)
+    return scale if trace.latent_scale is None else scale * trace.latent_scale[at]

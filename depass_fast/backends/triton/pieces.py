@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,18 @@ def _place(firsts: np.ndarray, counts: np.ndarray, whole: bool) -> Place | None:
     if (counts != counts[0]).any() or (len(steps) and (steps != steps[0]).any()):
         return None
     return Place(int(firsts[0]), len(counts), int(counts[0]), int(steps[0]) if len(steps) else 0)
+
+
+def query_tables(layout: Layout, tile: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Items of all prompts, see :func:`query_tiles`, and the packed positions (S,) int32; alike layouts share them."""
+    lengths = np.bincount(layout.prompt, minlength=len(layout.components))
+    return _query_tables(lengths.tobytes(), layout.packed.tobytes(), tile, groups, device)
+
+
+@lru_cache(maxsize=8)
+def _query_tables(lengths: bytes, packed: bytes, tile: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    tiles = query_tiles(np.frombuffer(lengths, np.int64), tile, groups, device)
+    return tiles, to_device(np.frombuffer(packed, np.int64).astype(np.int32), device)
 
 
 def query_tiles(lengths: np.ndarray, tile: int, groups: int, device: torch.device) -> Tensor:

@@ -33,7 +33,11 @@ def test_every_kernel_compiles_for_every_target(rows):
         "read_rows",
         "row_scales",
         "add_rows",
+        "add_norm_back",
         "read_out",
+        "missed",
+        "apply_few",
+        "loudest",
         "log_sum_exp",
         "probabilities",
         "mix",
@@ -73,6 +77,7 @@ def test_what_streams_is_pipelined_on_hopper(rows):
             "share_linearly",
             "mix",
             "log_sum_exp",
+            "missed",
             "gate",
             "down",
         ):
@@ -82,14 +87,15 @@ def test_what_streams_is_pipelined_on_hopper(rows):
         loops = 2 if kernel == "allocate" and config["RULE"] != "max" else 1
         assert row["async_copies"] >= 2 * loops, row
         found[kernel] += 1
-    assert found["allocate"] >= 6 and len(found) == 6, found
+    assert found["allocate"] >= 6 and len(found) == 7, found
 
 
 CHUNKS = """
 import json, torch
 from bench.kernels import fused_products
 from bench.speed.aot import _empty as empty, recorded
-from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows, way_back
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, loudness, probabilities, rows
+from depass_fast.kernels import way_back
 
 found, long, small = {}, torch.int64, torch.int32
 for n in (1, 16, 33):  # as a number Triton makes a difference between these
@@ -101,6 +107,10 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         rows.row_scales(x, None, 1e-5, False)
         rows.row_scales(x, empty(n, dtype=long), 1e-5, False)
         rows.add_rows(x, here, y)
+        loudness.loudest(empty(n, 32), empty(n, n), empty(n), empty(n))
+        few.apply_few(empty(2, 1, n, n), empty(n, n, 32))
+        completeness.missed_norms(empty(n * n, 64), x, completeness.Regular(n))
+        completeness.missed_norms(x, x, completeness.Jagged(empty(3, dtype=long), empty(2, dtype=long)))
         rows.read_out(x, empty(n, 64), here.segment, empty(2))
         where = allocation.Segments(here.base, empty(2, dtype=long), 9, None, n - 1, n - 1)
         act, alive = empty(2, 32), empty(n, dtype=torch.uint8)
@@ -111,7 +121,8 @@ for n in (1, 16, 33):  # as a number Triton makes a difference between these
         tables, lasting = crowd.CrowdTables(table, table, table, empty(2, n)), empty(n, 32)
         more = empty(n, n, dtype=torch.uint8), empty(2, 1).expand(2, n), lasting, lasting, 0.1, tables, empty(32)
         crowd.share_with_crowds(empty(n, n, 32), explicit, *more)
-        crowd.gradients_of_gates(empty(2, n, n, 32), lasting, 0.1, tables)
+        crowd.gradients_of_gates(empty(2, n, n, 32), lasting, 0.1, tables, empty(2, n, n))
+        rows.add_norm_back(empty(n * n, 64), empty(n * n, 64), empty(n), None, False)
         tiles, more = empty(n, 3, dtype=small), (empty(32), n - 1)
         log_z = fused_products.gate(x, w, tiles, empty(3, dtype=small), here.base, 0.1, g, *more)
         fused_products.down(x, g, empty(64, 32), act, where.recorded, log_z, tiles, here.base, 0.1, empty(n), *more)
@@ -127,6 +138,7 @@ print(json.dumps([made[0] for made in found]))
 def test_the_numbers_of_a_chunk_compile_nothing_again():
     found = compiling("-c", CHUNKS)
     once = [
+        "_add_norm_back",
         "_add_rows",
         "_allocate",
         "_crowd_back",
@@ -136,8 +148,11 @@ def test_the_numbers_of_a_chunk_compile_nothing_again():
         "_gate",
         "_log_partition",
         "_log_sum_exp",
+        "_loudest",
         "_neurons_back",
         "_read_out",
         "_share_linearly",
     ]
-    assert sorted(found) == sorted([*once, *2 * ["_read_rows", "_row_scales"]])  # gathered or picked, and all
+    # of 16 positions at most and of more; jagged, gathered or picked, and all
+    twice = ["_apply_few", "_missed", "_read_rows", "_row_scales"]
+    assert sorted(found) == sorted([*once, *2 * twice])

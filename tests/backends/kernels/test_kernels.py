@@ -12,7 +12,18 @@ from bench.kernels import fused_products
 from bench.kernels.checking import LIMITS
 from bench.kernels.checks import checks
 from bench.speed.tune import merged, winner, winners
-from depass_fast.kernels import allocation, attention, crowd, launch, linear, probabilities, rows
+from depass_fast.kernels import (
+    allocation,
+    attention,
+    completeness,
+    crowd,
+    few,
+    launch,
+    linear,
+    loudness,
+    probabilities,
+    rows,
+)
 
 CHECKS = list(checks(small=True))
 
@@ -162,9 +173,12 @@ def no_launch(*arguments, **more):
 def idle(monkeypatch):
     """Kernels that nobody may launch."""
     kernels = {
-        rows: ("_read_rows", "_row_scales", "_add_rows", "_read_out"),
+        rows: ("_read_rows", "_row_scales", "_add_rows", "_add_norm_back", "_read_out"),
         allocation: ("_allocate",),
         linear: ("_share_linearly",),
+        completeness: ("_missed",),
+        few: ("_apply_few",),
+        loudness: ("_loudest",),
         crowd: ("_crowd_mean", "_crowd_share", "_crowd_back"),
     }
     kernels |= {attention: ("_mix",), probabilities: ("_log_sum_exp", "_probabilities")}
@@ -207,11 +221,26 @@ def crowding(which, **changes) -> dict:
     tables = crowd.CrowdTables(**tables, slope=changes.pop("slope", torch.ones(2, 3)))
     whole = {"act": torch.ones(3, 8), "temperature": 0.1, "tables": tables}
     if which == "back":
-        return whole | {"y": torch.ones(2, 1, 3, 8)} | changes
+        return whole | {"y": torch.ones(2, 1, 3, 8), "offsets": torch.ones(2, 1, 3)} | changes
     parts = {"first": torch.tensor([0, 2, 5]), "rest": torch.zeros(2).int(), "bias": torch.zeros(2).int()}
     explicit = crowd.StartRows(**{name: changes.pop(name, value) for name, value in parts.items()}, longest=3)
     whole |= {"g": torch.ones(5, 3, 8), "explicit": explicit, "alive": torch.ones(5, 3).byte()}
     return whole | {"counts": torch.ones(2, 3), "total": torch.ones(3, 8), "constant": torch.ones(8)} | changes
+
+
+def missing(**changes) -> dict:
+    parts = {"starts": torch.tensor([0, 2, 5]), "packed": torch.tensor([1, 0])}
+    segments = completeness.Jagged(**{name: changes.pop(name, value) for name, value in parts.items()})
+    return {"state": torch.ones(5, 8), "x": torch.ones(2, 8), "segments": segments} | changes
+
+
+def listening(**changes) -> dict:
+    whole = {"gates": torch.ones(4, 8), "amounts": torch.ones(3, 4), "scale": torch.ones(3), "out": torch.ones(4)}
+    return whole | changes
+
+
+def applying(**changes) -> dict:
+    return {"p": torch.ones(2, 1, 3, 3), "x": torch.ones(4, 3, 8)} | changes
 
 
 def multiplying(which, **changes) -> dict:
@@ -232,6 +261,9 @@ def reading(which, **changes) -> dict:
         return whole | {"segment": parts["segment"]} | changes
     if which == "row_scales":
         return {"x": torch.ones(4, 6), "at": torch.tensor([3, 0]), "eps": 1e-5, "centred": False} | changes
+    if which == "add_norm_back":
+        whole = {"x": torch.ones(4, 6), "y": torch.ones(4, 6), "scale": torch.ones(2), "weight": torch.ones(6)}
+        return whole | {"centred": False, "narrow": torch.ones(4, 6)} | changes
     where = rows.Rows(**{name: changes.pop(name, value) for name, value in parts.items()})
     whole = {"x": torch.ones(5, 6), "rows": where}
     if which == "add_rows":
@@ -241,6 +273,8 @@ def reading(which, **changes) -> dict:
 
 
 WRAPPERS = {
+    "loudest": (loudness.loudest, listening),
+    "missed_norms": (completeness.missed_norms, missing),
     "mix": (attention.mix, mixing),
     "allocate": (allocation.allocate, sharing),
     "share_linearly": (linear.share_linearly, sharing_linearly),
@@ -251,19 +285,23 @@ WRAPPERS = {
     "read_rows": (rows.read_rows, functools.partial(reading, "read_rows")),
     "row_scales": (rows.row_scales, functools.partial(reading, "row_scales")),
     "add_rows": (rows.add_rows, functools.partial(reading, "add_rows")),
+    "add_norm_back": (rows.add_norm_back, functools.partial(reading, "add_norm_back")),
     "read_out": (rows.read_out, functools.partial(reading, "read_out")),
 }
 NAMES = {
+    "loudest": "gates amounts scale out",
+    "missed_norms": "state x starts packed",
     "mix": "q k key_bias out_scale values out packed base count births items lse probabilities of_values of_mixed",
     "allocate": "g act alive constant starts recorded away",
     "share_linearly": "g starts gate u up",
     "gate": "x w_gate tiles tile_starts starts out constant away",
     "down": "x g w_down act recorded log_z tiles starts fallback constant away",
     "share_with_crowds": "g first rest bias alive act total constant log_z share mean slope",
-    "gradients_of_gates": "y act log_z share mean slope",
+    "gradients_of_gates": "y act log_z share mean slope offsets",
     "read_rows": "x segment base source scale weight out alive row_scale",
     "row_scales": "x at",
     "add_rows": "x segment base source gained row_scale",
+    "add_norm_back": "x y scale weight narrow",
     "read_out": "x directions segment scale",
 }
 
@@ -299,6 +337,19 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
         (fused_products.gate, multiplying("gate", bias=None), "constant: it is driven by `bias`"),
         (fused_products.down, multiplying("down", w_down=torch.ones(6, 9)), "g: expected"),
         (rows.read_out, reading("read_out", scale=None), "give both or none"),
+        (
+            few.apply_few,
+            {"p": torch.ones(2, 1, 3, 3), "x": torch.ones(4, 5, 8)},
+            r"x: expected .* shape \(any, 3, any\)",
+        ),
+        (few.apply_few, applying(x=torch.ones(4, 5, 8)), r"x: expected .* shape \(any, 3, any\)"),
+        (few.apply_few, applying(x=torch.ones(4, 3, 9)), r"x: expected .* shape \(any, 3, 8\)"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 3, 3).half()), "x: expected float16"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 3, 3).double()), "p: expected float32"),
+        (few.apply_few, applying(p=torch.ones(2, 5, 3, 3)[:, :2]), "p: expected heads at equal distances"),
+        (few.apply_few, applying(p=torch.ones(2, 1, 65, 3)), "p: 65 queries, 3 keys and 4 columns"),
+        (completeness.missed_norms, missing(segments=completeness.Regular(3)), r"state: expected .* shape \(6, 8\)"),
+        (crowd.gradients_of_gates, crowding("back", offsets=torch.ones(4, 1, 3)[::2]), "targets at equal distances"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)

@@ -8,7 +8,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from bench.kernels import fused_products
-from depass_fast.kernels import allocation, attention, crowd, linear, probabilities, rows
+from depass_fast.kernels import allocation, attention, completeness, crowd, few, linear, loudness, probabilities, rows
 from depass_fast.kernels.common import LOG2E
 
 FAR = 2**31 + 5  # elements in front of what is looked at
@@ -110,7 +110,7 @@ def test_in_the_way_back_of_a_sweep(monkeypatch):
     slope, offsets = torch.ones(skipped + 1, 1), torch.zeros(skipped + 1)
     strides = (0, 1, tables[0].stride(0), tables[0].stride(1))
     Last(crowd._crowd_back, monkeypatch)[(skipped + 1,)](
-        y, act, *tables[1:], slope, offsets, 1, width, 1, *strides, 2.0, BI=1 << 14
+        y, act, *tables[1:], slope, offsets, 1, width, 1, *strides, 1, 2.0, BI=1 << 14
     )
     assert torch.allclose(y[skipped:].float(), 2 * gradients, rtol=2e-3) and float(offsets[-1]) == 0.0
 
@@ -134,7 +134,7 @@ def test_in_rows(monkeypatch):
     out = rows.read_rows(state, neighbours, torch.tensor([0.5]), None, False, torch.empty(2, width))
     assert torch.allclose(out, expected, rtol=2e-3)
 
-    for name in ("_row_scales", "_add_rows"):  # of as many rows
+    for name in ("_row_scales", "_add_rows", "_add_norm_back"):  # of as many rows
         monkeypatch.setattr(rows, name, Last(getattr(rows, name), monkeypatch))
     assert torch.allclose(rows.row_scales(state, None, 1e-5, False)[skipped:], right / 2, rtol=2e-3)
     segment = torch.zeros(skipped + 2, dtype=torch.int32)
@@ -143,6 +143,55 @@ def test_in_rows(monkeypatch):
     small = torch.zeros(2, width)
     rows.add_rows(small, where, state)
     assert torch.equal(small, state[skipped:].float())
+    wide, narrow = torch.empty(state.shape), torch.empty(state.shape, dtype=torch.float16)  # memory that is not touched
+    wide[skipped:] = 1.0
+    rows.add_norm_back(wide, state, torch.tensor([9.0, 2.0]), None, False, narrow)
+    found = torch.stack([wide[-1], narrow[-1].float()])
+    assert torch.allclose(found, 1 + 2 * state[-1].float(), rtol=2e-3, atol=1e-3)
+
+
+def test_in_completeness(monkeypatch):
+    """The last segment lies far behind, where each of all has as many rows and where the first is the longest."""
+    width, count = 1 << 16, 3
+    n = FAR // (count * width) + 2
+    state, x = torch.empty(count * n, width), torch.zeros(2, width)  # memory that is not touched
+    state[-count:] = random(0, count, width)
+    x[1] = 1.0
+    expected = (state[-count:].sum(0) - 1.0).norm()
+    starts, packed = torch.tensor([0, count * (n - 1), count * n]), torch.tensor([0, 1])
+    monkeypatch.setattr(completeness, "_missed", Last(completeness._missed, monkeypatch))
+    missed, sizes = completeness.missed_norms(state, x, completeness.Jagged(starts, packed))
+    assert torch.allclose(missed[1].norm(), expected) and torch.allclose(sizes[1].norm(), x[1].norm())
+    hidden = torch.empty(n, width, dtype=torch.float16)
+    hidden[-1] = 1.0
+    missed, _ = completeness.missed_norms(state, hidden, completeness.Regular(count))
+    assert torch.allclose(missed[-1].norm(), expected)
+
+
+def test_in_the_search_for_loud_components(monkeypatch):
+    width = 1 << 16
+    skipped = FAR // width + 1
+    gates = far(1, width, rows_before=skipped)
+    gates[skipped:] = random(0, 1, width).half()
+    amounts, out = torch.empty(1, skipped + 1), torch.empty(skipped + 1)
+    amounts[0, -1] = 2.0
+    monkeypatch.setattr(loudness, "_loudest", Last(loudness._loudest, monkeypatch))
+    loudness.loudest(gates, amounts, torch.tensor([3.0]), out)
+    assert torch.equal(out[-1], 6 * gates[-1].float().abs().max())
+
+
+def test_where_few_positions_are_mixed(monkeypatch):
+    """A row that lies far behind the first, in what is read and in what is written."""
+    width, n = 256, 64
+    skipped = FAR // (width * n) + 1
+    x = far(1, n, width, rows_before=skipped)
+    x[skipped:] = random(0, 1, n, width).half()
+    p = random(1, 1, 1, n, n).softmax(-1).half()
+    monkeypatch.setattr(few, "_apply_few", Last(few._apply_few, monkeypatch))
+    monkeypatch.setattr(few, "few_config", lambda *_: {"BO": n, "BI": n, "BR": 1, "BD": width})
+    expected = p[0, 0].float() @ x[-1].float()
+    assert torch.allclose(few.apply_few(p, x)[-1].float(), expected, atol=2e-3)
+    assert torch.allclose(few.apply_few(p.mT, x, transposed=True)[-1].float(), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("one_tile", [True, False])
