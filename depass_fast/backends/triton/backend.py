@@ -156,7 +156,7 @@ class TritonBackend(TorchBackend):
             if half is not None:
                 of_values, of_mixed = (viewed(buffer, torch.float32, n) for buffer in own)
                 scales = RowScales(of_values, of_mixed, half.shift)
-            here, of_values = _value_scales(weights, trace, piece.positions), scales and scales.values
+            here, of_values = _value_scales(weights, trace, piece.positions), None if scales is None else scales.values
             x = self._read(source, piece.rows, weights, here, viewed(one, dtype, n, width), row_scale=of_values)
             values = torch.mm(x, w_v.T, out=viewed(other, dtype, n, values_width))
             mixed = viewed(one, dtype, n, mixed_width)  # x has been read
