@@ -39,8 +39,9 @@ def planned(result: dict) -> str:
     reached = "reached" if worst <= result["goal"] else "**missed**"
     text = f"Peak of memory beyond the loaded model. Furthest off: {worst:.1%}; goal {result['goal']:.0%}, {reached}."
     sweeps = [r for r in result["predictions"] if r.get("method") == "adjoint"]
+    others = [r for r in result["predictions"] if r.get("method") != "adjoint" and "resident_bytes" in r]
     parts = [heading("plan", result["environment"]), table(header, rows), text]
-    return "\n\n".join([*parts, *(_sweeps(sweeps) if sweeps else [])])
+    return "\n\n".join([*parts, *(_sweeps(sweeps) if sweeps else []), *(_others(others) if others else [])])
 
 
 def _sweeps(rows: list[dict]) -> list[str]:
@@ -69,6 +70,20 @@ def _sweeps(rows: list[dict]) -> list[str]:
         "here is what is resident without that. Loud components were counted; no config tells how many there are."
     )
     return [text, table(header, cells)]
+
+
+def _others(rows: list[dict]) -> list[str]:
+    """The resident set and the time of other rows whose blocks were given back."""
+    cells = []
+    for r in rows:
+        resident = [f"{r['resident_bytes'] / 2**20:.0f} MiB", f"{r['resident_bytes'] / r['measured_bytes']:.2f}×"]
+        times = [duration(r[name]) if name in r else "-" for name in ("predicted_seconds", "seconds")]
+        cells.append([r["name"], *resident, *times])
+    text = (
+        "Ways back and this year's models: above is what they allocate, with every freed block given back; here is "
+        "what is resident without that. Predicted times leave recurrences out."
+    )
+    return [text, table(["case", "resident", "of allocated", "time predicted", "time"], cells)]
 
 
 def counted(result: dict) -> str:
