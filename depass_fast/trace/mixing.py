@@ -235,10 +235,10 @@ class FrozenMixing:
 
     def _steps(self, heads: slice, start: int) -> Callable[[slice], Steps]:
         """Return what makes the steps of some heads at positions from ``start`` on."""
-        first, frozen = self._span.start + start, self._frozen
-        assert frozen.decay is not None
+        first, frozen, of_decay = self._span.start + start, self._frozen, self._frozen.decay
+        assert of_decay is not None
         rates = None if frozen.rates is None else frozen.rates[heads, None].to(self._wide)
-        kinds = {x.shape[1] for x in (self._trace.q, self._trace.k, frozen.decay, frozen.write) if x is not None}
+        kinds = {x.shape[1] for x in (self._trace.q, self._trace.k, of_decay, frozen.write) if x is not None}
         every = torch.arange(heads.start, heads.stop, device=self._trace.q.device)
         shared = {n: every // (self._recurrent // n) for n in kinds}  # heads of so many in groups
 
@@ -248,7 +248,7 @@ class FrozenMixing:
             def of(x: Tensor) -> Tensor:  # (T, Hx, ...) -> (h, C, ...)
                 return x[at].to(self._wide).index_select(1, shared[x.shape[1]]).transpose(0, 1)
 
-            decay, write = of(frozen.decay), None if frozen.write is None else of(frozen.write)
+            decay, write = of(of_decay), None if frozen.write is None else of(frozen.write)
             return Steps(of(self._trace.q), of(self._trace.k), decay if rates is None else decay * rates, write)
 
         return steps

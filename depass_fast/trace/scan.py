@@ -31,7 +31,8 @@ class Steps(NamedTuple):
 
     def at(self, positions: slice) -> Steps:
         """Return those of some positions."""
-        return Steps(*(None if x is None else x[:, positions] for x in self))
+        write = None if self.write is None else self.write[:, positions]
+        return Steps(self.q[:, positions], self.k[:, positions], self.decay[:, positions], write)
 
 
 def scan(
