@@ -121,6 +121,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention", "recurrent"], "attention_window_size": 64},
     "xlstm": {"num_heads": 4, "chunk_size": 64},
+    "rwkv": {"attention_hidden_size": 1024, "context_length": 8192},
+    "zamba2": {
+        "mamba_d_state": 64,
+        "mamba_headdim": 64,
+        "n_mamba_heads": 32,
+        "mamba_ngroups": 1,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "num_mem_blocks": 1,
+        "use_conv_bias": True,
+    },
     "inkling_text": {
         "head_dim": 64,
         "swa_num_attention_heads": 16,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Recurrence
-from .scan import Steps, scan
+from .scan import Steps, parts_of_heads, scan
 
 
 def stable(recurrence: Recurrence, lengths: list[int]) -> Recurrence:
@@ -46,9 +46,13 @@ def _stable(recurrence: Recurrence, at: slice) -> tuple[Tensor, Tensor, Tensor, 
     if recurrence.log_own is None:  # mLSTM: m begins at zero
         top = top.clamp_min(0.0)
     write, decay = (ahead - top).exp().to(q), -top.diff(dim=0, prepend=top[:1]).to(q)
-    steps = Steps(*(x.transpose(0, 1) for x in (q, k, decay[..., None], write)))
+    every = [x.transpose(0, 1) for x in (q, k, decay[..., None], write)]
     ones, before = q.new_ones(heads, len(q), 1), recurrence.log_own is not None
-    given = scan(steps.at, recurrence.corrects, ones, before=before)[..., 0].T
+    given = torch.empty_like(ones)
+    for part in parts_of_heads(heads, 1, q.shape[2], False, not q.is_cuda):
+        steps = Steps(*(x[part] for x in every))
+        scan(steps.at, recurrence.corrects, ones[part], before=before, out=given[part])
+    given = given[..., 0].T
     if recurrence.log_own is None:
         divisor = (
             torch.ones_like(given) if recurrence.divisor is None else recurrence.divisor(given, (total + top).to(q))
