@@ -257,7 +257,7 @@ def share_with_crowds(
     """Replace gates by shares of the frozen activation, in place: g (R, q, I); write the crowds' ``tables``.
 
     ``alive`` (R, q) uint8 is zero for rows that are not there, ``counts`` (S, q) float32 says how many of every crowd
-    are; its elements may be repeated. ``act`` and ``total`` (q, I) are the frozen activations and gates, in any dtype,
+    are; its elements may be repeated. ``act`` and ``total`` (q, I) are the frozen activations and gates (no float64),
     ``constant`` (I,) float32 the gate's bias, which `bias` drives.
 
     Raises:

@@ -50,7 +50,7 @@ def fits(queries: int, keys: int, head_dim: int) -> bool:
 def apply_few(p: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     """P (Hkv, G, Q, N) applied to values (R, N, Hkv·d): what the heads mix, (R, Q, Hkv·G·d), in P's dtype.
 
-    ``transposed``: from gradients of what they mix to those of the values. P may have any strides.
+    ``transposed``: from gradients of what they mix to those of the values. P's heads are at equal distances.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout, or one that does not fit.
@@ -58,7 +58,8 @@ def apply_few(p: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
     kv, groups, queries, keys = p.shape
     if p.dtype not in FLOATS:
         raise ValueError(f"p: expected float32, float16 or bfloat16; got {str(p.dtype).removeprefix('torch.')}.")
-    if groups > 1 and p.stride(0) != groups * p.stride(1):
+    step = p.stride(1) if groups > 1 else p.stride(0)
+    if kv > 1 and groups > 1 and p.stride(0) != groups * step:
         raise ValueError(f"p: expected heads at equal distances; got strides {p.stride()}.")
     n_in, n_out, heads = (queries, keys, kv) if transposed else (keys, queries, kv * groups)
     wide = kv * groups if transposed else kv
@@ -76,7 +77,7 @@ def apply_few(p: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
         len(x),
         n_out,
         n_in,
-        p.stride(1),
+        step,
         p.stride(3) if transposed else p.stride(2),
         p.stride(2) if transposed else p.stride(3),
         HEADS=heads,

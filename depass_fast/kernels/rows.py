@@ -265,10 +265,11 @@ def _add_norm_back(
 def add_norm_back(
     x: Tensor, y: Tensor, scale: Tensor | None, weight: Tensor | None, centred: bool, narrow: Tensor | None = None
 ) -> None:
-    """Take gradients behind a frozen norm through it and add them to those before it, in place: x += γ ⊙ y · s - mean.
+    """Take gradients behind a frozen norm through it and add them to those before it, in place.
 
-    ``x`` (R, D) is float32, ``y`` (R, D) in any dtype. Row r is at position r % S: ``scale`` (S,) float32 holds s of
-    every position, None stands for ones; ``weight`` is γ (D,) or None; the mean is subtracted where ``centred``.
+    That is x += z - mean(z), with z = γ ⊙ y · s. ``x`` (R, D) is float32, ``y`` (R, D) too or in half. Row r is at
+    position r % S: ``scale`` (S,) float32 holds s of every position, None stands for ones; ``weight`` is γ (D,) or
+    None; the mean is subtracted where ``centred``.
     ``narrow`` (R, D) receives x in its own dtype, for the next product.
 
     Raises:

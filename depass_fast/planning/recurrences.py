@@ -79,9 +79,9 @@ class MixerSize:
         looked = self.looking * positions**2
         if positions > LONGEST_MATRIX:
             looked = min(looked, LOOKED if on_cpu else LOOKED_CUDA)
-        return _PROBABILITIES * looked + self.scanned(positions, on_cpu)
+        return _PROBABILITIES * looked + self.scanned(on_cpu)
 
-    def scanned(self, positions: int, on_cpu: bool) -> int:
+    def scanned(self, on_cpu: bool) -> int:
         """Return the numbers of the heads that are run over at once."""
         each = scanned_numbers(self.values, self.keys, self.by_channel)
         return _SCANS * min(self.heads * each, SCANNED if on_cpu else SCANNED_CUDA)

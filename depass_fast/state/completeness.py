@@ -53,7 +53,7 @@ class Completeness:
 
 
 def _norms(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return norms of all states, one after the other, from those of some, (n,), or of their blocks, (n, B)."""
+    """Join the norms of several states: of each (n,), or (n, B), norms of blocks of columns."""
     parts = [part.to(device) for part in parts]
     if len({part.shape[1:] for part in parts}) > 1:
         parts = [part if part.ndim == 1 else torch.linalg.vector_norm(part, dim=1) for part in parts]

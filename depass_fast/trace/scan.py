@@ -21,7 +21,7 @@ _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself
 class Steps(NamedTuple):
     """A recurrence's numbers at N positions: q, k (H, N, n), decay (H, N, 1 | n) and write (H, N).
 
-    It reads by q and writes by k. Logarithms of decays are at most zero. ``write`` None: one.
+    It reads by q and writes by k. ``decay`` holds logarithms, at most zero. ``write`` None: one.
     """
 
     q: Tensor
@@ -155,7 +155,7 @@ def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu
 
 
 def scanned_numbers(columns: int, keys: int, by_channel: bool) -> int:
-    """Return the numbers of a head's chunk or state, whichever are more."""
+    """Return how many numbers a head's chunk or its state takes, whichever is larger."""
     chunk = _CHUNK_BY_CHANNEL if by_channel else _CHUNK
     return max(chunk * max(chunk, columns, keys), keys * columns)
 

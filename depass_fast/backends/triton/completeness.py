@@ -17,7 +17,8 @@ _MANY_ROWS = 1024  # of a position, from which torch's sum has as few launches f
 def missed(state: ComponentState, resid: Tensor) -> tuple[Tensor, Tensor] | None:
     """Measure a state as :meth:`ComponentState.missed`, by blocks of columns; None where the kernel is not for it."""
     layout, x = state.layout, resid.to(state.device)
-    if state.rows.dtype != torch.float32 or x.dtype not in FLOATS or layout.counts.max() > _MANY_ROWS:
+    known = state.rows.dtype == torch.float32 and state.rows.is_contiguous() and x.dtype in FLOATS
+    if not known or not len(x) or not len(layout.counts) or layout.counts.max() > _MANY_ROWS:
         return None
     segments = _regular(layout, len(x))
     if segments is None:
