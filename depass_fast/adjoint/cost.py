@@ -103,14 +103,20 @@ class SweepWorkload:
             return 0
         n, width = self.memory.n, self.memory.width
         probabilities = self.heads * n * n * self.compute
-        records = max(2 * self._queries(i) * self.layers[i].reached(n) for i in passed) * self.item
-        records *= self.records and not self._fused  # kernels read what was recorded
+        records = max(map(self._recorded, passed))
         if self.copies:
             weights = max(self.layers[i].v + self.layers[i].o + 2 * self.layers[i].reached(n) for i in passed)
             return 2 * (weights * width * self.compute + records + probabilities)
         if self.end * self.heads * n * n > KEPT:
             return 2 * (records + probabilities)
         return sum(probabilities * (self._queries(i) > 1) for i in passed) + records * len(passed)
+
+    def _recorded(self, index: int) -> int:
+        """Return the bytes of a layer's activations and gates beside the trace; kernels read those of one MLP there."""
+        size = self.layers[index]
+        if not self.records or (self._fused and len(size.mlps) == 1):
+            return 0
+        return 2 * self._queries(index) * size.reached(self.memory.n) * (self.compute if self._fused else self.item)
 
     def _passes(self) -> tuple[bool, ...]:
         """Return for every pass there and back if the refined components are explicit in it."""

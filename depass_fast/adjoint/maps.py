@@ -244,7 +244,7 @@ class LayerMaps:
         """All of P · s (Hkv, G, Q, N) if that is one tile, else None."""
         if self.queries.start == 0:
             return self._frozen.only
-        return self._frozen.probabilities(slice(None), self.queries)
+        return self._frozen.probabilities(slice(0, self._kv), self.queries)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

@@ -36,7 +36,7 @@ def _loudest(
 def loudest(gates: Tensor, amounts: Tensor, scale: Tensor, out: Tensor) -> None:
     """max_i |gates[r, i]| · max_n amounts[n, r] · scale[n] of every row: (R, I), (N, R), (N,) -> ``out`` (R,).
 
-    All but the gates are float32; amounts and scales are not negative.
+    All but the gates are float32; amounts and scales are not negative. Gates that are NaN are left out.
 
     Raises:
         ValueError: a tensor of another shape, dtype or memory layout.

@@ -12,8 +12,9 @@ from depass_fast.adapters.recurrent import knows_recurrences
 from depass_fast.backends.torch import cost
 from depass_fast.planning.planner import make_plan
 from depass_fast.planning.recurrences import mixer_sizes
-from depass_fast.planning.shapes import ForwardPass, RunShape
+from depass_fast.planning.shapes import ForwardPass, RunShape, layer_sizes
 from depass_fast.trace import mixing, scan
+from depass_fast.trace.recorder import Recorder
 from tests.support.family_models import VARIANTS, build_model
 from tests.support.models import build, random_ids
 
@@ -95,3 +96,14 @@ def test_seconds_of_recurrences_are_a_lower_bound():
     for dp, bound in ((model("kimi_linear"), "at least"), (build("llama-gqa"), "about")):
         plan = make_plan(RunShape(dp.adapter, [9], Tokens()), gemm_flops=1e9)
         assert f", {bound} " in str(plan) and plan.seconds_at_least == (bound == "at least")
+
+
+@pytest.mark.parametrize("name", ["inkling_text", "kimi_linear", "falcon_h1"])
+def test_what_a_forward_pass_records_beyond_the_trace_is_planned(name, monkeypatch):
+    """Convolutions behind branches and experts have all positions recorded of what they read."""
+    dp, trace, seen = model(name), Recorder.trace, []
+    monkeypatch.setattr(Recorder, "trace", lambda recorder, *given: seen.append(recorder) or trace(recorder, *given))
+    dp.trace(random_ids(20))
+    for size, record in zip(layer_sizes(dp.adapter), seen[0].layers, strict=True):
+        beyond = [record[key] for key in ("attention_given", "mlp_given", "experts_input") if key in record]
+        assert sum(x.numel() for x in beyond) == size.recorded * 20 * dp.adapter.hidden_size

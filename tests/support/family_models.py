@@ -296,8 +296,6 @@ _NAMES = {
     "gpt_neo": {"num_hidden_layers": "num_layers"},
 }
 FIRST = frozenset({family: name for name, (family, _) in reversed(VARIANTS.items())}.values())  # of each family
-# of each file of declarations, which holds families of one layout
-FIRST_OF_FILE = frozenset({family_file(family): name for name, (family, _) in reversed(VARIANTS.items())}.values())
 
 
 def available(name: str) -> bool:
@@ -306,6 +304,12 @@ def available(name: str) -> bool:
     known = model_type in CONFIG_MAPPING and (version >= (5,) or model_type not in OF_TRANSFORMERS_5)
     known = known and (version >= (5, 23) or not model_type.startswith("gemma3n"))
     return known and (name not in {*RECURRENT, *GEMMAS, *AHEAD} or knows_recurrences())
+
+
+# of each file of declarations, which holds families of one layout: the first that the installed transformers has
+FIRST_OF_FILE = frozenset(
+    {family_file(family): name for name, (family, _) in reversed(VARIANTS.items()) if available(name)}.values()
+)
 
 
 def build_variant(

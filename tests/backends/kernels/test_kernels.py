@@ -353,3 +353,10 @@ def test_arguments_that_do_not_belong_together_are_refused(idle):
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments)
+
+
+def test_probabilities_of_one_head_for_each_key_lie_in_any_way():
+    """A dimension of one may have any stride: the distance of heads is another's."""
+    p, x = torch.rand(3, 7, 5).transpose(1, 2)[:, None], torch.rand(4, 7, 6)
+    wanted = torch.einsum("hqn,rnhd->rqhd", p[:, 0], x.unflatten(2, (3, 2))).flatten(2)
+    assert torch.allclose(few.apply_few(p, x), wanted, atol=1e-6)
