@@ -42,6 +42,10 @@ class SharedBlock(Streams):
             found.append((below(block, self.linear), lambda args, kwargs, output: {"t": _packed(output)}))
         return found
 
+    @property
+    def gathered_streams(self) -> int:  # e is the same one everywhere; a block's streams in front of its MLP are three
+        return {"block": 2 + 2, "mixer": 1, "alone": 2}[self.layer_is]
+
     def gathered(self, record: dict[str, Any]) -> None:
         parts = [record.pop(name, None) for name in ("x", "e", "t")]
         if parts[0] is not None:

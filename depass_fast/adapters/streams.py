@@ -235,6 +235,11 @@ class Streams(ABC):
     def watches(self, block: nn.Module) -> Sequence[tuple[nn.Module, Watch]]:
         """The modules of a layer that a trace looks at, and what it keeps of a call of each."""
 
+    @property
+    def gathered_streams(self) -> int:
+        """How many of the streams that a trace holds of a layer are copied when the forward pass is over."""
+        return 0
+
     def gathered(self, record: dict[str, Any]) -> None:  # noqa: B027 (a hook)
         """Make `streams_pre` in a layer's record, where several modules were watched for it."""
 

@@ -37,6 +37,7 @@ class LayerSize:
     ahead: bool = False  # experts read a copy of the state from the layer before
     kernelless: bool = False  # the triton backend leaves its attention to the torch backend
     recurrent: bool = False  # a recurrence mixes the positions
+    keys: int = 0  # channels of its keys
     looks: bool = False  # attention stands beside it
     read: int = 1  # streams that values are read from, side by side
     shifted: int = 0  # copies of the state where a branch reads two positions: what it reads, and what an MLP gives

@@ -7,7 +7,7 @@ in rooms that know this one; a test compares them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,10 @@ import torch
 from ..adapters import Adapter
 from ..allocation import Allocation
 from ..backends import has_compute_dtype
-from ..backends.torch.cost import MATRICES
 from ..backends.workload import BUSIEST, LayerSize
 from ..components.base import ComponentKind, Entry
 from ..components.model import Heads, Modules, Neurons
 from ..linear_rules import at_once
-from ..trace.mixing import LONGEST_MATRIX
 from .adjoint import start_bytes
 from .recurrences import MixerSize, mixer_sizes
 from .shapes import ForwardPass, RunShape, layer_sizes, named_components, reach
@@ -29,7 +27,7 @@ CPU_WORKSPACE, GPU_WORKSPACE, LEAST_WORKSPACE = 1 << 27, 1 << 30, 1 << 20
 CPU_TILE, GPU_TILE = 1 << 22, 1 << 26  # probabilities of a tile
 SHORT = 64  # prompts of up to so many positions are padded to the longest of them
 HELD = 12  # numbers per neuron, position and row for which a chunk's budget is divided
-_TILES = 3  # P of the tile before, the logits, and P
+_TILES = 2  # the logits, and P
 _SHARES = 7  # numbers per neuron and position of the block whose coefficients are being made
 _ROWS = 3  # numbers per neuron, position and row: gradients, and those of gates and ups
 _MIXED = 3  # times that gradients of a recurrence's values are held
@@ -70,6 +68,7 @@ class LedgerWorkload:
     names: int
     mixers: list[MixerSize | None]  # of every layer
     streams: int = 1  # residual streams, whose gradients lie side by side
+    middle: int = 1  # those between attention and MLP
 
     @property
     def positions(self) -> int:
@@ -77,8 +76,13 @@ class LedgerWorkload:
 
     @property
     def gradient(self) -> int:
-        """Bytes of the gradients of one site."""
+        """Bytes of the gradients of all streams."""
         return self.rows * self.positions * self.streams * self.width * self.item
+
+    def _of_sites(self, sites: Iterable[Entry]) -> int:
+        """Return the bytes of the gradients of some sites."""
+        streams = sum(self.middle if site.site == "resid_mid" else self.streams for site in sites)
+        return streams * self.gradient // self.streams
 
     @property
     def passed(self) -> range:
@@ -87,7 +91,7 @@ class LedgerWorkload:
     @property
     def kept(self) -> int:
         """Bytes of the gradients and scores that are kept to the end."""
-        return len(self.sites) * self.gradient + sum(map(self._scores, self.passed))
+        return self._of_sites(self.sites) + sum(map(self._scores, self.passed))
 
     def _scores(self, index: int) -> int:
         """Return the bytes of the scores of a layer's neurons and heads."""
@@ -130,6 +134,7 @@ class LedgerWorkload:
                 held = self._held(visited) + scores + self.gradient * self._owed(index)
             if self.last == Entry(index, "resid_mid"):
                 return
+            held += self.gradient * (self.streams > 1)  # what passes attention by
             for blocks in self._attention(index):
                 yield [held, *blocks]
             visited.append(Entry(index, "resid_pre"))
@@ -138,7 +143,8 @@ class LedgerWorkload:
 
     def _held(self, visited: list[Entry]) -> int:
         """Return the bytes of the gradients that are kept by now, and of those that are under way."""
-        return self.gradient * (sum(site in self.sites for site in visited) + (visited[-1] not in self.sites))
+        under_way = visited[-1:] if visited[-1] not in self.sites else []
+        return self._of_sites([*(site for site in visited if site in self.sites), *under_way])
 
     @property
     def _resid(self) -> int:
@@ -181,15 +187,15 @@ class LedgerWorkload:
         values = self.positions * size.v * self.item * scored
         norm = self._norm(self.positions) * size.read
         yield [y, values, norm, self.positions * self.width * size.read * self.item * scored, weights]
-        mixer = self.mixers[index]
+        mixer, joined = self.mixers[index], [self.gradient] * (3 if self.streams == 1 else 2)
         if mixer is not None:
             yield [y, values, norm, read, *self._mixing(size, mixer, scored)]
-            yield [y, values, norm, read, *[self.gradient] * 3, weights]
+            yield [y, values, norm, read, *joined, weights]
             return
         tiles = self._tile(size, queries)
         yield [y, values, norm, read, through, out, *tiles, self._taken(size)]
         yield [y, values, norm, read, out, out * self.item // self.compute * scored]
-        yield [y, values, norm, read, *[self.gradient] * 3, weights]
+        yield [y, values, norm, read, *joined, weights]
 
     def _mixing(self, size: LayerSize, mixer: MixerSize, scored: bool) -> list[int]:
         """Return the bytes of the way back through a recurrence, of one prompt after the other."""
@@ -213,14 +219,11 @@ class LedgerWorkload:
     def _tile(self, size: LayerSize, queries: int) -> list[int]:
         """Return the bytes of a tile's logits and probabilities, and of its mask."""
         longest = max(self.lengths)
-        if size.recurrent and longest <= LONGEST_MATRIX:
-            return [MATRICES * size.heads * longest**2 * self.wide]
         all_of_them = size.heads * sum(n * (n if queries == self.positions else 1) for n in self.lengths)
         most = CPU_TILE if self.on_cpu else GPU_TILE
         numbers = min(all_of_them, max(most, longest))
-        times = _TILES if all_of_them > most else _TILES - 1
         mask = numbers if size.o > size.v else min(numbers, longest * longest)
-        return [(numbers * times + mask) * self.wide, numbers * self.compute * self.narrows]
+        return [(numbers * _TILES + mask) * self.wide, numbers * self.compute * self.narrows]
 
     @property
     def narrows(self) -> bool:
@@ -321,6 +324,7 @@ def ledger_outlook(shape: RunShape, device: torch.device | None = None) -> Ledge
         after=0 if shape.is_ledger else _after(shape, kinds, counts, state),
         names=0 if shape.is_ledger else sum(counts) * len(lengths),
         streams=adapter.stream_width // adapter.hidden_size,
+        middle=adapter.width_at("resid_mid") // adapter.hidden_size,
         mixers=mixer_sizes(adapter),
     )
     return LedgerOutlook(

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..adapters import Adapter, Layer
+from ..adapters import Adapter, Family, Layer
 from ..allocation import Allocation
 from ..backends.active import may_vanish
 from ..backends.workload import LayerSize
@@ -17,7 +17,7 @@ from ..components.features import Features
 from ..components.model import Heads, Modules, Neurons
 from ..components.start import meets_bias
 from ..options import Adjoint, Options
-from ..trace.size import bytes_per_position, selection_bytes
+from ..trace.size import bytes_per_position, layer_bytes, selection_bytes
 from .recurrences import mixer_sizes
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
@@ -87,7 +87,7 @@ def layer_sizes(adapter: Adapter) -> list[LayerSize]:
 def _size(adapter: Adapter, index: int) -> LayerSize:
     layer = adapter.layer(index)
     attention, mlps = layer.attention, layer.mlps
-    branches = [branch for branch in (attention, *mlps) if branch is not None]
+    branches, mixer = [branch for branch in (attention, *mlps) if branch is not None], mixer_sizes(adapter)[index]
     routed = sum(mlp.is_routed for mlp in mlps)
     each = adapter.experts_per_position / max(1, routed + adapter.giving_back)
     shares = [each if mlp.is_routed else 1.0 for mlp in mlps]
@@ -112,6 +112,7 @@ def _size(adapter: Adapter, index: int) -> LayerSize:
         ahead=any(mlp.source is not None for mlp in mlps),
         kernelless=attention is not None and _has_no_kernel(adapter, index),
         recurrent=attention is not None and attention.is_recurrent,
+        keys=0 if mixer is None else mixer.keys,
         looks=attention is not None and adapter.sides(index) is not None,
         read=1 if attention is None else attention.v.shape[1] // adapter.hidden_size,
         shifted=2 * any(branch.front is not None for branch in branches),
@@ -203,15 +204,30 @@ class ForwardPass:
     def of(adapter: Adapter, lengths: Sequence[int], traced: bool, device: torch.device) -> ForwardPass:
         positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
         layers = layer_sizes(adapter)
+        of_layers = [layer_bytes(adapter, index, adapter.dtype) for index in range(adapter.n_layers)]
         trace = positions * (bytes_per_position(adapter, adapter.dtype) + selection_bytes(adapter, max(lengths)))
         if traced:
             return ForwardPass(trace, 0, 0, 0.0)
-        mlp = max((2 if size.has_up else 1) * size.neurons for size in layers)
-        attention = max((3 * size.o + 2 * size.v for size in layers if not size.recurrent), default=0)
-        mixers = [mixer.forward(lengths, device.type == "cpu") for mixer in mixer_sizes(adapter) if mixer is not None]
-        beside = positions * width * item + max(positions * max(mlp, attention) * item, *mixers, 0)
-        beside += positions * width * item * sum(size.recorded for size in layers)
         streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
-        beside += 4 * _STREAMS * streams * positions  # what the model's own code holds to mix them
-        beside += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item
-        return ForwardPass(trace, trace + beside, trace, 2 * positions * sum(s.parameters(width) for s in layers))
+        always = 4 * _STREAMS * streams * positions  # what the model's own code holds to mix them
+        always += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item
+        state, recorded, ahead, peak = positions * width * item, 0, max(lengths) * sum(of_layers), 0
+        ahead += state * sum(map(_gathered, map(adapter.kind, range(adapter.n_layers))))
+        for size, mixer, own in zip(layers, mixer_sizes(adapter), of_layers, strict=True):
+            recorded += size.recorded * state
+            ahead -= max(lengths) * own  # the last prompt's later layers are not recorded yet
+            numbers = positions * max((2 if size.has_up else 1) * size.neurons, _qkv(size)) * item
+            beside = max(numbers, 0 if mixer is None else mixer.forward(lengths, device.type == "cpu"))
+            peak = max(peak, recorded + beside - ahead)
+        flop = 2 * positions * sum(size.parameters(width) for size in layers)
+        return ForwardPass(trace, trace + state + always + max(peak, 0), trace, flop)
+
+
+def _gathered(kind: Family) -> int:
+    """Return how many streams of a layer are recorded when the forward pass is over."""
+    return 0 if kind.streams is None else kind.streams.gathered_streams
+
+
+def _qkv(size: LayerSize) -> int:
+    """Return the numbers per position of attention's projections."""
+    return 0 if size.recurrent else 3 * size.o + 2 * size.v

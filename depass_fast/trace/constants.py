@@ -13,8 +13,13 @@ from .record import AttentionTrace
 _QUERIES = 256  # whose probabilities are held at once
 
 
-def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]) -> Tensor | None:
-    """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None."""
+def constant_heads(
+    weights: Attention, trace: AttentionTrace, lengths: list[int], mixed: Tensor | None
+) -> Tensor | None:
+    """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None.
+
+    ``mixed`` is what a recurrence without a softmax beside it has made of that part already; it is written over.
+    """
     if trace.head_scales is not None:
         return _normed_constants(weights, trace, lengths)
     if trace.recurrence is None and trace.out_ratio is None:
@@ -28,11 +33,13 @@ def constant_heads(weights: Attention, trace: AttentionTrace, lengths: list[int]
         heads = heads.view(weights.n_heads, -1)
         sums = None if trace.row_sum is None else trace.row_sum.to(wide)[..., None]
         return (heads if sums is None else sums * heads).flatten(-2) * trace.out_ratio.to(wide)
+    if trace.beside is None:
+        return mixed if mixed is None or trace.out_ratio is None else mixed.mul_(trace.out_ratio.to(mixed))
     given = constant_values(weights, trace, lengths)
     if given is None:
         return None
     given = given if trace.value_ratio is None else given * trace.value_ratio.to(wide)
-    return apply(weights, trace, given, lengths, shaped=True)
+    return apply(weights, trace, given[:, None], lengths)[:, 0]
 
 
 def constant_values(

@@ -222,8 +222,7 @@ class FrozenMixing:
         nothing = torch.finfo(self._wide).tiny ** 0.5  # of a matrix whose entries are about one
         how: dict[str, Any] = {"before": self._frozen.own is not None, "own": self._own(heads, 0)}
         one = one.expand(heads.stop - heads.start, -1, -1)
-        out = scan(self._steps(heads, 0), self._frozen.corrects, one, nothing, **how)
-        return out.masked_fill_(out.abs() < nothing, 0.0).to(self._dtype)
+        return scan(self._steps(heads, 0), self._frozen.corrects, one, nothing, **how).to(self._dtype)
 
     @cached_property
     def _all(self) -> Tensor:
@@ -295,18 +294,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, lengths: list[int])
     return torch.cat(parts)
 
 
-def apply(
-    weights: Attention, trace: AttentionTrace, values: Tensor, lengths: list[int], shaped: bool = False
-) -> Tensor:
-    """Return what the heads give for values (T, H·d) of packed prompts: (T, H·d).
-
-    Those that are ``shaped`` have passed convolution and activation already.
-    """
+def apply(weights: Attention, trace: AttentionTrace, shaped: Tensor, lengths: list[int]) -> Tensor:
+    """Return what the heads give for shaped values (T, B, H·d) of packed prompts: the same shape."""
     parts, first = [], 0
     for length in lengths:
-        mixing = FrozenMixing(weights, trace, slice(first, first + length), values.dtype)
-        part = values[first : first + length, None]
-        parts.append((mixing.forward_shaped(part) if shaped else mixing.forward(part))[:, 0])
+        mixing = FrozenMixing(weights, trace, slice(first, first + length), shaped.dtype)
+        parts.append(mixing.forward_shaped(shaped[first : first + length]))
         first += length
     return torch.cat(parts)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapters import Adapter, ExpertAssignment, Keyed, Mixer, Recurrence, sort_choices
 from ..adapters.side_by_side import beside_each_other
 from . import attention
-from .constants import constant_heads
+from .constants import constant_heads, constant_values
 from .head_experts import HeadChoice, checked_heads, of_all_heads
 from .keyed import FrozenKeyed
 from .mixers import KeyedTrace, frozen
@@ -222,7 +222,12 @@ class Recorder:
         mask: dict[str, Any] = {"scale": 1.0} if recurrence.softmax is None else asdict(recurrence.softmax)
         record["mask"] = mask
         own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, recurrence=frozen(recurrence), **mask)
-        out = apply(weights, own, values if ratio is None else values * ratio, self.lengths, shaped=True)
+        # constants go through it at the same time; beside a softmax they wait for its factors
+        both = [values, constant_values(weights, own, self.lengths) if sides is None else None]
+        both = torch.stack([x if ratio is None else x * ratio for x in both if x is not None], 1)
+        out, *constants = apply(weights, own, both, self.lengths).unbind(1)
+        for constant in constants:
+            self.keep(record, "mixed_constants", constant.contiguous())
         if self.is_checking:
             self.keep(record, "values", raw[self.watched])
             self.keep(record, "attended", out[self.watched])
@@ -315,7 +320,8 @@ class Recorder:
             beside=beside,
             **record["mask"],
         )
-        made.constant_heads = constant_heads(self.adapter.attention(index), made, np.diff(self.offsets).tolist())
+        lengths, mixed = np.diff(self.offsets).tolist(), record.pop("mixed_constants", None)
+        made.constant_heads = constant_heads(self.adapter.attention(index), made, lengths, mixed)
         if made.out_constant is not None:
             made.constant_heads = made.out_constant + (0.0 if made.constant_heads is None else made.constant_heads)
         return made

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _GONE = -40.0  # the logarithm below which a decay is zero: its products would be denormal numbers, which are slow
-_CHUNK = 64  # positions at a time where a head's state decays as one
+CHUNK = 64  # positions at a time where a head's state decays as one
 SCANNED, SCANNED_CUDA = 1 << 20, 1 << 26  # numbers of heads' chunks, or of their states, that are held at once
 _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself
 
@@ -68,7 +68,7 @@ def scan(
         if chunk.among is not None:
             xc = torch.linalg.solve_triangular(chunk.among, xc, upper=False, unitriangular=True)
         xc = _cut(xc, nothing)
-        out[:, at] = _with_own(chunk.here @ xc + chunk.reads @ state, own, at, value)
+        out[:, at] = _cut(_with_own(chunk.here @ xc + chunk.reads @ state, own, at, value), nothing)
         state = _cut(chunk.keeps * state + chunk.writes.transpose(1, 2) @ xc, nothing)
     return out
 
@@ -141,7 +141,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(steps: Callable[[slice], Steps], x: Tensor) -> list[slice]:
-    size = _CHUNK if steps(slice(0, 1)).decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
+    size = CHUNK if steps(slice(0, 1)).decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
     return [slice(first, min(first + size, x.shape[1])) for first in range(0, x.shape[1], size)]
 
 
@@ -156,7 +156,7 @@ def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu
 
 def scanned_numbers(columns: int, keys: int, by_channel: bool) -> int:
     """Return how many numbers a head's chunk or its state takes, whichever is larger."""
-    chunk = _CHUNK_BY_CHANNEL if by_channel else _CHUNK
+    chunk = _CHUNK_BY_CHANNEL if by_channel else CHUNK
     return max(chunk * max(chunk, columns, keys), keys * columns)
 
 

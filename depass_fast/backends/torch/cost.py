@@ -8,10 +8,11 @@ line here; ``tests/planning/test_plan.py`` and ``python -m bench.memory.plan`` c
 from __future__ import annotations
 
 from ...trace.mixing import LONGEST_MATRIX, MATRIX
+from ...trace.scan import CHUNK
 from ..workload import LayerSize, Need, Workload
 from .division import TARGET_NEURONS, Division
 
-MATRICES, _TAPS = 3, 4
+_TAPS, _LOOKS, _STATES = 4, 2, 4  # times that probabilities are held beside themselves, and a recurrence's states
 
 
 def needs(work: Workload, joining: bool = False) -> Need:
@@ -77,10 +78,16 @@ def recurrences(work: Workload) -> int:
     longest, most = work.longest, 0
     for size in set(work.passed):
         if size.recurrent and not size.skip_attention:
-            numbers = size.heads * longest**2
-            matrices = MATRICES * numbers if longest <= LONGEST_MATRIX and numbers <= MATRIX else 0
-            most = max(most, (matrices + _TAPS * longest * size.o) * max(4, work.item))
+            numbers = matrices(size, longest) if size.heads * longest**2 <= MATRIX and longest <= LONGEST_MATRIX else 0
+            most = max(most, (numbers + _TAPS * longest * size.o) * max(4, work.item))
     return most
+
+
+def matrices(size: LayerSize, positions: int) -> int:
+    """Return the numbers that are held while a recurrence's matrices are made, by running over unit values."""
+    state = max(min(CHUNK, positions), size.keys)  # channels of a state, or positions of a chunk
+    beside = _STATES * state if size.keys and not size.looks else max(_STATES * state, _LOOKS * positions)
+    return size.heads * positions * (positions + beside)
 
 
 def _attention(work: Workload, size: LayerSize) -> tuple[int, int, int]:
