@@ -237,7 +237,7 @@ class Streams(ABC):
 
     @property
     def gathered_streams(self) -> int:
-        """How many of the streams that a trace holds of a layer are copied when the forward pass is over."""
+        """The number of streams of a layer that are copied when the forward pass is over."""
         return 0
 
     def gathered(self, record: dict[str, Any]) -> None:  # noqa: B027 (a hook)

@@ -20,7 +20,7 @@ from depass_fast.planning import fit, ledger, planner
 from depass_fast.planning.ledger import ledger_outlook
 from depass_fast.planning.shapes import RunShape
 from tests.support.components import Dictionary, custom
-from tests.support.family_models import build_model
+from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import build, random_ids
 
 IDS = random_ids(40, seed=1)
@@ -98,6 +98,14 @@ def test_what_is_kept_is_what_was_planned(name):
     pages = book._pages
     scores = [*pages.heads.values(), *(part for parts in pages.neurons.values() for part in parts)]
     assert work.kept == sum(x.numel() * x.element_size() for x in (*pages.gradients.values(), *scores))
+
+
+@pytest.mark.skipif(not available("gemma3n_text"), reason="the installed transformers is too old")
+def test_gradients_are_as_wide_as_the_streams_of_their_site():
+    dp = DePass(build_variant("gemma3n_text"))
+    work, book = ledger_outlook(shape_of(dp)).work, dp.ledger(IDS, 5, rule="half")
+    assert work.middle != work.streams
+    assert work.kept - sum(map(work._scores, work.passed)) == sum(4 * x.numel() for x in book._pages.gradients.values())
 
 
 @pytest.mark.parametrize("rule", ["taylor", "shapley"])

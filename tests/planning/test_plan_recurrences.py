@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +17,7 @@ from depass_fast.planning.recurrences import mixer_sizes
 from depass_fast.planning.shapes import ForwardPass, RunShape, layer_sizes
 from depass_fast.trace import mixing, scan
 from depass_fast.trace.recorder import Recorder
+from depass_fast.trace.size import layer_bytes
 from tests.support.family_models import VARIANTS, build_model
 from tests.support.models import build, random_ids
 
@@ -55,6 +58,36 @@ def test_the_forward_pass_holds_a_recurrences_largest_numbers_three_times(name):
     assert mixer is not None
     held = 4 * mixer.numbers * -(-LONG // mixer.chunk) * mixer.chunk  # whole chunks
     assert 3 <= held / made.most < 4 and planned.peak - planned.trace >= held
+
+
+def storages(x: Any) -> dict[int, int]:
+    """The bytes of every storage that is held somewhere in records."""
+    if isinstance(x, torch.Tensor):
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return {place: size for part in parts for place, size in storages(part).items()}
+
+
+def test_streams_that_are_copied_when_the_pass_is_over_are_no_part_of_it(monkeypatch):
+    dp, recorded, end = model("zamba2"), [], Recorder.trace
+    spy = lambda self, *given: recorded.append(sum(storages([self.layers]).values())) or end(self, *given)  # noqa: E731
+    monkeypatch.setattr(Recorder, "trace", spy)
+    trace = dp.trace(random_ids(100))
+    streams = [dp.adapter.kind(index).streams for index in range(dp.adapter.n_layers)]
+    copied = 4 * 100 * dp.adapter.hidden_size * sum(one.gathered_streams for one in streams if one is not None)
+    assert 0.5 < copied / (trace.nbytes - recorded[0]) <= 1
+    planned = ForwardPass.of(dp.adapter, [100], False, torch.device("cpu"))
+    monkeypatch.setattr(type(streams[0]), "gathered_streams", 0)
+    assert ForwardPass.of(dp.adapter, [100], False, torch.device("cpu")).peak - planned.peak == copied
+
+
+def test_later_layers_are_not_recorded_while_an_earlier_one_holds_most():
+    first = {"layers_block_type": ["linear_attention", "mlp", "mlp"], "num_hidden_layers": 3}
+    last = {**first, "layers_block_type": ["mlp", "mlp", "linear_attention"]}
+    adapters = [DePass(build_model("nemotron_h", **blocks)).adapter for blocks in (first, last)]
+    early, late = (ForwardPass.of(adapter, [100], False, torch.device("cpu")) for adapter in adapters)
+    of_mlp = layer_bytes(adapters[0], 2, torch.float32)
+    assert early.trace == late.trace and late.peak - early.peak == 100 * 2 * of_mlp
 
 
 def test_a_way_back_makes_no_more_than_some_heads_numbers(monkeypatch):

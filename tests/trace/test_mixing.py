@@ -15,6 +15,7 @@ from depass_fast.evaluate.methods.base import NotPossibleError
 from depass_fast.evaluate.methods.relevance import copied
 from depass_fast.trace import mixing
 from depass_fast.trace.attention import attention_probabilities
+from depass_fast.trace.constants import constant_values
 from depass_fast.trace.mixing import FrozenMixing, convolve
 from depass_fast.trace.scan import Steps, scan, scan_back
 from tests.support.family_models import build_variant
@@ -126,6 +127,26 @@ def test_the_mixing_matrix_is_what_the_heads_apply():
     heads = mixed.shaped(values)[:, 0].unflatten(-1, (weights.n_heads, -1))
     wanted = torch.einsum("hqk,khd->qhd", matrix, heads).flatten(1) * trace.layers[0].attention.out_ratio
     assert torch.allclose(mixed.forward(values)[:, 0], wanted)
+
+
+@pytest.mark.parametrize("name", ["mamba2: biases", "mamba", "falcon_h1", "qwen3_next"])
+@torch.no_grad()
+def test_constants_pass_a_recurrence_beside_the_values(name, monkeypatch):
+    """In one pass for every layer and prompt; and what heads make of them is what they make of them alone."""
+    dp, prompts, run = DePass(build_variant(name).double()), [random_ids(9), random_ids(60), random_ids(1)], []
+    monkeypatch.setattr(mixing, "scan", lambda *given, **more: run.append(given[2].shape) or scan(*given, **more))
+    trace, mixers = dp.trace(prompts), [i for i in range(dp.adapter.n_layers) if dp.adapter.kind(i).mixer is not None]
+    beside = name == "falcon_h1"  # constants wait for the softmax's factors there
+    assert len(run) == len(mixers) * len(prompts) * (1 + beside)
+    for index in mixers:
+        record, weights = trace.layers[index].attention, dp.adapter.attention(index)
+        given = constant_values(weights, record, [9, 60, 1])
+        assert (given is None) == (record.constant_heads is None) == (name == "qwen3_next")
+        if given is not None:
+            given = given if record.value_ratio is None else given * record.value_ratio
+            wanted = mixing.apply(weights, record, given[:, None], [9, 60, 1])[:, 0]
+            wanted = wanted if record.out_constant is None else wanted + record.out_constant
+            assert torch.allclose(record.constant_heads, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
 
 
 def test_a_convolution_stays_within_its_prompt():
