@@ -146,8 +146,8 @@ class Options:
         """Raise ValueError where activations of values are to be shared and the model has none."""
         if self.value_activation == "shared" and not any(map(adapter.activates_values, range(adapter.n_layers))):
             raise ValueError(
-                "value_activation: no layer of this model has an activation behind its values (recurrences do); leave "
-                "it out."
+                "value_activation: no layer of this model has an activation behind its values (some recurrences do: "
+                "Mamba, gated DeltaNet); leave it out."
             )
 
     def _check_blocks(self, backend: Backend) -> None:

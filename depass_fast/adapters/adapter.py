@@ -149,9 +149,10 @@ class Adapter(LayerKinds):
         """The module that the family calls ``part`` in layer ``index``, or None where it has none."""
         index = self._home(index, part)
         kind = self.kind(index)
-        path, find = getattr(kind, part), below_or_none if part in kind.partial else below
+        path: Path | None = getattr(kind, part)
         if path is None or not self.has_part(index, part):
             return None
+        find = below_or_none if part in kind.partial else below
         if isinstance(path, str) and path.startswith("next."):  # a norm that stands in front of the next layer
             return find(self.block(index + 1), path.removeprefix("next."))
         return find(self.block(index), path)  # get_submodule would check every step

@@ -37,7 +37,10 @@ class ModelEnds:
 
     @property
     def context_length(self) -> int | None:
-        """The most positions that the model can have; None where nothing limits them (BLOOM's ALiBi)."""
+        """The most positions that the model can have; None where nothing limits them (ALiBi, recurrences alone)."""
+        kinds = [kind for kind in self.family.kinds or (self.family,) if kind.attention is not None]
+        if all(kind.mixer is not None and not kind.mixer.attends and kind.beside is None for kind in kinds):
+            return None
         names = ("max_position_embeddings", "max_seq_len")
         return next((getattr(self.config, name) for name in names if hasattr(self.config, name)), None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,13 +14,26 @@ from .tuned import inside
 def below(module: nn.Module, path: Path) -> Any:
     """The object under a path, or under the first of several that exists. AttributeError if none does."""
     if isinstance(path, str):
-        return inside(attrgetter(path)(module))
+        return _follow(module, path)
     for name in path[:-1]:
         try:
-            return inside(attrgetter(name)(module))
+            return _follow(module, name)
         except AttributeError:
             continue
-    return inside(attrgetter(path[-1])(module))
+    return _follow(module, path[-1])
+
+
+def _follow(found: Any, path: str) -> Any:
+    """The object under one path. A call looks up thousands: modules are read without `__getattr__`."""
+    for name in _names(path):
+        part = found._modules.get(name) if isinstance(found, nn.Module) else None
+        found = getattr(found, name) if part is None else part
+    return inside(found)
+
+
+@cache
+def _names(path: str) -> list[str]:
+    return path.split(".")
 
 
 def exists(module: nn.Module, path: Path) -> bool:

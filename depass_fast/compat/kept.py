@@ -63,7 +63,7 @@ def fingerprint(adapter: Adapter, ids: Tensor) -> Fingerprint | None:
     list cannot be told.
     """
     model, embedding = adapter.model, adapter.embedding
-    (*_, everywhere), code = computation(model)
+    _, (*_, everywhere), code = computation(model)
     if everywhere != ("after",):  # hooks of all modules
         return None
     read = [_Read(module) for module in model.modules()]

@@ -6,7 +6,6 @@ The numbers per position are those of transformers' code without kernels, measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,7 +13,7 @@ import torch
 
 from ..adapters import Adapter
 from ..trace.mixing import LONGEST_MATRIX, LOOKED, LOOKED_CUDA
-from ..trace.scan import SCANNED, SCANNED_CUDA, scanned_numbers
+from ..trace.scan import SCANNED, SCANNED_CUDA, SCANS, scanned_numbers
 from ..trace.size import recurrence_of
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
@@ -23,7 +22,6 @@ _OF_VALUES, _OF_KEYS = 6, 3  # times that numbers as wide as all heads' values, 
 _DECAYS, _MAPS, _STATES = 4, 6, 3  # times that those of a chunk's positions are, and of every position's states
 _LOGITS = 4  # times that the model's own logits are, where these have a bias by distance
 _PROBABILITIES = 3  # times that probabilities beside a recurrence are
-_SCANS = 6  # numbers of the heads that are run over at once: keys, queries, decays, values, what is given
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class MixerSize:
     """A recurrence of ``heads``, of so many channels of values and of keys, and softmax heads ``looking`` beside it.
 
     ``numbers`` in float32 are what the model's own code holds for every position, of which there are multiples of
-    ``chunk``. Of ``logits`` heads it holds all logits.
+    ``chunk``. Of ``logits`` heads it holds all logits. ``differ``: a head's probabilities are those of two softmaxes.
     """
 
     heads: int
@@ -42,6 +40,7 @@ class MixerSize:
     numbers: int
     chunk: int
     logits: int = 0
+    differ: bool = False
 
     @staticmethod
     def of(adapter: Adapter, index: int) -> MixerSize | None:
@@ -51,7 +50,8 @@ class MixerSize:
         weights, sides, (given, _) = adapter.attention(index), adapter.sides(index), recurrence_of(adapter, index)
         if given.decay is None:
             numbers, logits = 3 * weights.o.shape[1] + 2 * weights.v.shape[0], weights.n_heads
-            return MixerSize(0, 0, 0, False, logits, numbers, 1, logits * (given.relative is not None))
+            relative, differ = given.relative is not None, given.softmax is not None and given.softmax.minus is not None
+            return MixerSize(0, 0, 0, False, logits, numbers, 1, logits * relative, differ)
         heads, keys, values = given.decay.shape[1], given.k.shape[2], (weights if sides is None else sides[1]).head_dim
         by_channel, numbers = given.rates is not None or given.decay.shape[2] > 1, _OF_VALUES * heads * values
         chunk = next((getattr(adapter.config, name) for name in _CHUNKS if hasattr(adapter.config, name)), _CHUNK)
@@ -68,23 +68,22 @@ class MixerSize:
         looking = 0 if sides is None else sides[0].n_heads
         return MixerSize(heads, values, keys, by_channel, looking, numbers, chunk)
 
-    def forward(self, lengths: Sequence[int], on_cpu: bool) -> int:
-        """Return the bytes beside the trace while prompts of ``lengths`` pass the layer one by one."""
-        longest, wide = max(lengths), torch.float32.itemsize
-        own = self.numbers * -(-longest // self.chunk) * self.chunk + _LOGITS * self.logits * longest**2
-        return wide * max(own, self.mixed(longest, on_cpu))
+    def forward(self, together: int, longest: int, on_cpu: bool) -> int:
+        """Return the bytes beside the trace while so many positions pass the layer ``together``."""
+        own = self.numbers * -(-together // self.chunk) * self.chunk + _LOGITS * self.logits * together**2
+        return torch.float32.itemsize * max(own, self.mixed(longest, on_cpu))
 
     def mixed(self, positions: int, on_cpu: bool) -> int:
         """Return the numbers that are held while one prompt's positions are mixed by the frozen recurrence."""
         looked = self.looking * positions**2
         if positions > LONGEST_MATRIX:
             looked = min(looked, LOOKED if on_cpu else LOOKED_CUDA)
-        return _PROBABILITIES * looked + self.scanned(on_cpu)
+        return _PROBABILITIES * (1 + self.differ) * looked + self.scanned(on_cpu)
 
     def scanned(self, on_cpu: bool) -> int:
         """Return the numbers of the heads that are run over at once."""
         each = scanned_numbers(self.values, self.keys, self.by_channel)
-        return _SCANS * min(self.heads * each, SCANNED if on_cpu else SCANNED_CUDA)
+        return SCANS * min(self.heads * each, SCANNED if on_cpu else SCANNED_CUDA)
 
 
 def mixer_sizes(adapter: Adapter) -> list[MixerSize | None]:

@@ -204,27 +204,28 @@ class ForwardPass:
     def of(adapter: Adapter, lengths: Sequence[int], traced: bool, device: torch.device) -> ForwardPass:
         positions, item, width = sum(lengths), adapter.dtype.itemsize, adapter.hidden_size
         layers = layer_sizes(adapter)
-        of_layers = [layer_bytes(adapter, index, adapter.dtype) for index in range(adapter.n_layers)]
+        of_layers = layer_bytes(adapter, adapter.dtype)
         trace = positions * (bytes_per_position(adapter, adapter.dtype) + selection_bytes(adapter, max(lengths)))
         if traced:
             return ForwardPass(trace, 0, 0, 0.0)
         streams = 0 if adapter.family.streams is None else adapter.width_at("resid_mid")
         always = 4 * _STREAMS * streams * positions  # what the model's own code holds to mix them
         always += _LOGITS * _holding_logits(adapter, device) * max(lengths) ** 2 * item
-        state, recorded, ahead, peak = positions * width * item, 0, max(lengths) * sum(of_layers), 0
+        together = max(lengths) if adapter.one_by_one else positions
+        state, recorded, ahead, peak = positions * width * item, 0, together * sum(of_layers), 0
         ahead += state * sum(map(_gathered, map(adapter.kind, range(adapter.n_layers))))
         for size, mixer, own in zip(layers, mixer_sizes(adapter), of_layers, strict=True):
             recorded += size.recorded * state
-            ahead -= max(lengths) * own  # the last prompt's later layers are not recorded yet
+            ahead -= together * own  # the last prompts' later layers are not recorded yet
             numbers = positions * max((2 if size.has_up else 1) * size.neurons, _qkv(size)) * item
-            beside = max(numbers, 0 if mixer is None else mixer.forward(lengths, device.type == "cpu"))
+            beside = max(numbers, 0 if mixer is None else mixer.forward(together, max(lengths), device.type == "cpu"))
             peak = max(peak, recorded + beside - ahead)
         flop = 2 * positions * sum(size.parameters(width) for size in layers)
         return ForwardPass(trace, trace + state + always + max(peak, 0), trace, flop)
 
 
 def _gathered(kind: Family) -> int:
-    """Return how many streams of a layer are recorded when the forward pass is over."""
+    """Return how many streams of a layer are copied when the forward pass is over, and part of no pass."""
     return 0 if kind.streams is None else kind.streams.gathered_streams
 
 

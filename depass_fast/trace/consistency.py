@@ -59,7 +59,7 @@ checked = Checked()
 
 
 def computation(model: nn.Module) -> tuple:
-    """A key of how a model computes: the code and the hooks of its modules. It keeps none of them alive."""
+    """A key of how a model computes: its dtype, and its modules' hooks and code. It keeps none of them alive."""
     modules = list(model.modules())
     hooked: list[tuple] = [
         (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
@@ -68,7 +68,8 @@ def computation(model: nn.Module) -> tuple:
     ]
     hooked.append((*module_hooks._global_forward_pre_hooks, "after", *module_hooks._global_forward_hooks))
     code = (vars(module).get("forward", type(module).forward) for module in modules)
-    return tuple(hooked), tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
+    refs = tuple(weakref.ref(getattr(forward, "__func__", forward)) for forward in code)
+    return getattr(model, "dtype", None), tuple(hooked), refs
 
 
 class Consistency:
@@ -95,8 +96,8 @@ class Consistency:
         self.allowed.append(allowed)
         self.names.append(name)
 
-    def verdict(self, consequence: str = "cannot be decomposed as one of that family") -> None:
-        """Raise RuntimeError for the first difference that is too large. The device is waited for once."""
+    def verdict(self, consequence: str = "cannot be decomposed as one of that family", advice: str = "") -> None:
+        """Raise RuntimeError, with ``advice``, for the first difference too large. The device is waited for once."""
         if not self.errors:
             return
         device = self.errors[0].device
@@ -105,7 +106,7 @@ class Consistency:
             if error > allowed:
                 raise RuntimeError(
                     f"{name} (a difference of {error:.1%}). This model, or a hook on it, computes something that the "
-                    f"family does not declare, and {consequence}."
+                    f"family does not declare, and {consequence}.{advice}"
                 )
 
 

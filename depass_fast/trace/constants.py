@@ -18,23 +18,21 @@ def constant_heads(
 ) -> Tensor | None:
     """Return what heads make of the constant part of values (T, H·d), where that depends on the position; else None.
 
-    ``mixed`` is what a recurrence without a softmax beside it has made of that part already; it is written over.
+    ``mixed`` is what a recurrence without a softmax beside it has made of that part already.
     """
     if trace.head_scales is not None:
         return _normed_constants(weights, trace, lengths)
-    if trace.recurrence is None and trace.out_ratio is None:
-        return None
-    wide = torch.promote_types(trace.q.dtype, torch.float32)
+    wide, ratio = torch.promote_types(trace.q.dtype, torch.float32), trace.out_ratio
     if trace.recurrence is None:
-        value = weights.value_constant(wide)
-        if value is None or trace.out_ratio is None:
+        value = None if ratio is None else weights.value_constant(wide)
+        if value is None or ratio is None:
             return None
         heads = value.view(weights.n_kv_heads, 1, -1).expand(-1, weights.n_heads // weights.n_kv_heads, -1).flatten()
         heads = heads.view(weights.n_heads, -1)
         sums = None if trace.row_sum is None else trace.row_sum.to(wide)[..., None]
-        return (heads if sums is None else sums * heads).flatten(-2) * trace.out_ratio.to(wide)
+        return (heads if sums is None else sums * heads).flatten(-2) * ratio.to(wide)
     if trace.beside is None:
-        return mixed if mixed is None or trace.out_ratio is None else mixed.mul_(trace.out_ratio.to(mixed))
+        return mixed if mixed is None or ratio is None else mixed * ratio.to(mixed)
     given = constant_values(weights, trace, lengths)
     if given is None:
         return None

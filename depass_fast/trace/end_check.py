@@ -13,6 +13,12 @@ from .record import Trace
 from .selection import selected
 from .untouched import UntouchedPass
 
+_RECURRENT = 0.25  # in half precision: a recurrence adds up what a softmax averages, and with it the model's rounding
+_HALF = (
+    " Or it is the rounding of its recurrences in half precision, which adds up over a long prompt: in float32, "
+    "model.float(), there is none."
+)
+
 
 def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, dtype: torch.dtype) -> None:
     """Compare the last prompt's states with those of the untouched model.
@@ -29,8 +35,7 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
     span, device = slice(first, first + len(own.end)), own.end.device
     tolerance = 1e-3
     if dtype.itemsize < 4:  # of the weights: Mamba's residual stream may be wider
-        # a recurrence adds up what a softmax averages, and with it the model's own rounding
-        tolerance = 0.25 if any(x.attention and x.attention.recurrence for x in trace.layers) else 0.1
+        tolerance = _RECURRENT if any(x.attention and x.attention.recurrence for x in trace.layers) else 0.1
     ends, read = trace.normed_final[span], []
     agree = torch.zeros(len(own.decisions), len(own.end), dtype=torch.bool, device=device)
     for row, (index, its) in zip(agree, own.decisions, strict=True):
@@ -47,7 +52,7 @@ def check_end(trace: Trace, records: list[dict[str, Any]], own: UntouchedPass, d
             worst(apart.gather(0, reached[None])),
             tolerance,
         )
-    found.verdict()
+    found.verdict(advice=_HALF if tolerance == _RECURRENT else "")
 
 
 def _same_decision(got: dict[str, Tensor], own: dict[str, Tensor], names: tuple[str, str], tolerance: float) -> Tensor:

@@ -31,12 +31,13 @@ class _MlpHooks:
             self._before(self.adapter.experts_module(self.index), "experts_input")
             self.undo.callback(self.adapter.watch_router(self.index, self._note_choice))
         if self.adapter.has_dense_mlp(self.index):
-            gate = next(mlp.gate for mlp in self.adapter.mlps(self.index) if mlp.is_dense)
+            mlps = self.adapter.mlps(self.index)
+            gate = next(mlp.gate for mlp in mlps if mlp.is_dense)
             change = (lambda x: gate.select(x).contiguous()) if gate.is_fused else None
             added = self.adapter.added_to(self.index, "gate_proj")
             self._after(self.adapter.module(self.index, "gate_proj"), "gate", change, added)
             self._before(self.adapter.module(self.index, "down_proj"), "act")
-            inner = next((mlp.inner for mlp in self.adapter.mlps(self.index) if mlp.inner is not None), None)
+            inner = next((mlp.inner for mlp in mlps if mlp.inner is not None), None)
             module = self.adapter.module(self.index, "mlp_inner_norm")
             if inner is not None and module is not None:
                 self._before(module, "inner_scale", inner.scale)

@@ -222,12 +222,14 @@ class Recorder:
         mask: dict[str, Any] = {"scale": 1.0} if recurrence.softmax is None else asdict(recurrence.softmax)
         record["mask"] = mask
         own = AttentionTrace(record["resid_pre"], recurrence.q, recurrence.k, recurrence=frozen(recurrence), **mask)
+        shaped = [values if ratio is None else values * ratio]
         # constants go through it at the same time; beside a softmax they wait for its factors
-        both = [values, constant_values(weights, own, self.lengths) if sides is None else None]
-        both = torch.stack([x if ratio is None else x * ratio for x in both if x is not None], 1)
-        out, *constants = apply(weights, own, both, self.lengths).unbind(1)
-        for constant in constants:
-            self.keep(record, "mixed_constants", constant.contiguous())
+        constant = constant_values(weights, own, self.lengths) if sides is None else None
+        if constant is not None:
+            shaped.append(constant if ratio is None else constant * ratio)
+        out, *constants = apply(weights, own, torch.stack(shaped, 1), self.lengths).unbind(1)
+        for mixed in constants:
+            self.keep(record, "mixed_constants", mixed.contiguous())
         if self.is_checking:
             self.keep(record, "values", raw[self.watched])
             self.keep(record, "attended", out[self.watched])
@@ -301,8 +303,9 @@ class Recorder:
             ratio, out_ratio = (
                 None if x is None else beside_each_other(sides, (None, x), 1.0) for x in (ratio, out_ratio)
             )
+        weights = self.adapter.attention(index)
         made = AttentionTrace(
-            resid=self.adapter.attention(index).read_of(given["resid_pre"], self.offsets),
+            resid=weights.read_of(given["resid_pre"], self.offsets),
             q=record["q"],
             k=given["k"],
             key_bias=record.get("key_bias"),
@@ -321,7 +324,7 @@ class Recorder:
             **record["mask"],
         )
         lengths, mixed = np.diff(self.offsets).tolist(), record.pop("mixed_constants", None)
-        made.constant_heads = constant_heads(self.adapter.attention(index), made, lengths, mixed)
+        made.constant_heads = constant_heads(weights, made, lengths, mixed)
         if made.out_constant is not None:
             made.constant_heads = made.out_constant + (0.0 if made.constant_heads is None else made.constant_heads)
         return made

@@ -15,7 +15,9 @@ from torch import Tensor
 _GONE = -40.0  # the logarithm below which a decay is zero: its products would be denormal numbers, which are slow
 CHUNK = 64  # positions at a time where a head's state decays as one
 SCANNED, SCANNED_CUDA = 1 << 20, 1 << 26  # numbers of heads' chunks, or of their states, that are held at once
+SCANS = 6  # times that so many are: keys, queries, decays, values, what is given, maps
 _CHUNK_BY_CHANNEL = 16  # where every channel of it decays by itself
+CHANNELS, _NARROW = 256, 16  # from so many heads on they are channels, of which a CPU takes so few columns step by step
 
 
 class Steps(NamedTuple):
@@ -55,6 +57,8 @@ def scan(
         out: Where the result goes.
     """
     out, state = torch.empty_like(x) if out is None else out, None
+    if _goes_step_by_step(x, corrects, nothing):
+        return _step_by_step(steps, x, before, own, out)
     for at in _chunks(steps, x):
         given = steps(at)
         chunk, value = _Chunk.of(given, corrects, before), x[:, at].to(given.q.dtype)
@@ -88,6 +92,8 @@ def scan_back(
     more than a chunk is held. Arguments are as of :func:`scan`.
     """
     out, state = torch.empty_like(y) if out is None else out, None
+    if _goes_step_by_step(y, corrects, nothing):
+        return _step_by_step_back(steps, y, before, own, out)
     for at in reversed(_chunks(steps, y)):
         given = steps(at)
         chunk, yc = _Chunk.of(given, corrects, before), y[:, at].to(given.q.dtype)
@@ -103,6 +109,69 @@ def scan_back(
             state = state - chunk.corrected.transpose(1, 2) @ xc
         out[:, at], state = _with_own(xc, own, at, yc), _cut(state, nothing)
     return out
+
+
+def _goes_step_by_step(x: Tensor, corrects: bool, nothing: float) -> bool:
+    """True if a chunk's maps would cost more than all that they are applied to: channels of few columns, on a CPU."""
+    return len(x) >= CHANNELS and x.shape[2] <= _NARROW and not (corrects or nothing or x.is_cuda)
+
+
+def _step_by_step(steps: Callable[[slice], Steps], x: Tensor, before: bool, own: Tensor | None, out: Tensor) -> Tensor:
+    """Do what :func:`scan` does, one position after the other."""
+    state = None
+    for at in _slices(x.shape[1], _CHUNK_BY_CHANNEL):
+        given = steps(at)
+        q, k, keeps = _by_position(given)
+        value = x[:, at].to(q.dtype)
+        written = (value if given.write is None else value * given.write[..., None]).transpose(0, 1).contiguous()
+        state = torch.zeros_like(written[0, ..., None] * k[0]) if state is None else state  # (H, F, n)
+        read = torch.empty_like(written)
+        for t in range(len(read)):
+            if before:
+                torch.sum(state * q[t], -1, out=read[t])
+            state.mul_(keeps[t]).addcmul_(written[t, ..., None], k[t])
+            if not before:
+                torch.sum(state * q[t], -1, out=read[t])
+        out[:, at] = _with_own(read.transpose(0, 1), own, at, value)
+        state = _without_traces(state)
+    return out
+
+
+def _step_by_step_back(
+    steps: Callable[[slice], Steps], y: Tensor, before: bool, own: Tensor | None, out: Tensor
+) -> Tensor:
+    """Do what :func:`scan_back` does, one position after the other."""
+    state = None
+    for at in reversed(_slices(y.shape[1], _CHUNK_BY_CHANNEL)):
+        given = steps(at)
+        q, k, keeps = _by_position(given)
+        value = y[:, at].to(q.dtype)
+        arriving = value.transpose(0, 1).contiguous()
+        state = torch.zeros_like(arriving[0, ..., None] * q[0]) if state is None else state
+        found = torch.empty_like(arriving)
+        for t in reversed(range(len(found))):
+            if not before:
+                state.addcmul_(arriving[t, ..., None], q[t])
+            torch.sum(state * k[t], -1, out=found[t])
+            state.mul_(keeps[t])
+            if before:
+                state.addcmul_(arriving[t, ..., None], q[t])
+        found = found.transpose(0, 1)
+        found = found if given.write is None else found * given.write[..., None]
+        out[:, at] = _with_own(found, own, at, value)
+        state = _without_traces(state)
+    return out
+
+
+def _without_traces(state: Tensor) -> Tensor:
+    """Return a state without what has nearly decayed: it would be denormal numbers, which are slow, for many steps."""
+    return _cut(state, torch.finfo(state.dtype).tiny ** 0.8)
+
+
+def _by_position(given: Steps) -> tuple[Tensor, ...]:
+    """Return what C positions read by, what they write by, and what they keep of the state: (C, H, 1, 1 | n)."""
+    every = given.q, given.k, _exp(given.decay)
+    return tuple(one.transpose(0, 1).contiguous()[:, :, None] for one in every)
 
 
 class _Chunk(NamedTuple):
@@ -142,7 +211,11 @@ class _Chunk(NamedTuple):
 
 def _chunks(steps: Callable[[slice], Steps], x: Tensor) -> list[slice]:
     size = CHUNK if steps(slice(0, 1)).decay.shape[2] == 1 else _CHUNK_BY_CHANNEL
-    return [slice(first, min(first + size, x.shape[1])) for first in range(0, x.shape[1], size)]
+    return _slices(x.shape[1], size)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu: bool) -> list[slice]:
@@ -151,7 +224,7 @@ def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu
     ``by_channel`` says that every channel of the state decays by itself.
     """
     size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // scanned_numbers(columns, keys, by_channel))
-    return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
+    return _slices(heads, size)
 
 
 def scanned_numbers(columns: int, keys: int, by_channel: bool) -> int:

@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..adapters import Adapter, Attention, Latent, Mlp, Recurrence, adapt
 
 _INDEX = 8  # bytes of an id or a position
+_known: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def trace_nbytes(config: Any, lengths: Sequence[int], dtype: torch.dtype) -> int:
@@ -64,7 +66,7 @@ def bytes_per_position(adapter: Adapter, dtype: torch.dtype) -> int:
     if getattr(adapter.config, "residual_in_fp32", False):  # Mamba's layers read the stream in the weights' dtype
         end = torch.promote_types(dtype, torch.float32).itemsize
     stream = 1 if adapter.final_norm_module is None else 2  # after the last layer, and after the final norm
-    layers = sum(layer_bytes(adapter, index, dtype) for index in range(adapter.n_layers))
+    layers = sum(layer_bytes(adapter, dtype))
     if adapter.family.streams is not None:  # all of them, and their weights in what the final norm reads
         stream += adapter.family.streams.count
         narrow, wide = adapter.family.streams.end_numbers()
@@ -109,8 +111,16 @@ def _home(config: type) -> type | None:
     return next((one for one, its in parts.items() if config in its.values()), None)
 
 
-def layer_bytes(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
-    """The bytes per position of layer ``index``: the fields of LayerTrace, AttentionTrace and MlpTrace."""
+def layer_bytes(adapter: Adapter, dtype: torch.dtype) -> list[int]:
+    """The bytes per position of every layer, looked up once per model."""
+    known: dict[torch.dtype, list[int]] = _known.setdefault(adapter.model, {})
+    if dtype not in known:
+        known[dtype] = [_layer(adapter, index, dtype) for index in range(adapter.n_layers)]
+    return known[dtype]
+
+
+def _layer(adapter: Adapter, index: int, dtype: torch.dtype) -> int:
+    """The bytes per position of one layer: the fields of LayerTrace, AttentionTrace and MlpTrace."""
     layer, item, wide = adapter.layer(index), dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
     attention, branches = layer.attention, [branch for branch in (layer.attention, *layer.mlps[:1]) if branch]
     copied = layer.attention is not None and bool(layer.mlps)  # the stream between two branches

@@ -6,6 +6,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from depass_fast import DePass, Heads, Neurons, Tokens
 from depass_fast.adapters import Branch, Norm, adapt, without_biases
+from depass_fast.adapters.recurrent import knows_recurrences
 from tests.support.family_models import available, build_model, build_variant
 from tests.support.models import random_ids
 
@@ -136,3 +137,11 @@ def test_a_trace_serves_a_model_with_and_without_its_biases(first):
         for name in sorted(adapters, key=lambda name: name != first)
     }
     assert found["biasless"] is None and found["biased"].norm() > 0
+
+
+@pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
+def test_recurrences_alone_have_no_longest_prompt():
+    """RWKV's `context_length` is what it was trained with."""
+    dp = DePass(build_model("rwkv", context_length=16))
+    assert dp.adapter.context_length is None and dp.trace(random_ids(20)).n_prompts == 1
+    assert DePass(build_variant("falcon_h1")).adapter.context_length == 64

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from bench.studies.families import NARROW_INSIDE
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Tokens
 from depass_fast.backends import backend_status
 from depass_fast.trace.recorder import Recorder
@@ -28,7 +29,6 @@ LENGTHS = (9, 1, 6)
 PROMPTS = [torch.tensor(random_ids(n, seed=n)) for n in LENGTHS]
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-12}
-NARROW_INSIDE = ("beam", "hy_v4")  # families that compute some of it in float32, whatever the model computes in
 SLIGHT = 5  # rounding in units of the dtype's epsilon: a half-precision model's own, of every sum in three layers
 
 _AGAIN = ("tokens@0", "heads@0", "mlp@last", "neurons@0", "features@1")  # with another seed and little memory

@@ -86,8 +86,27 @@ def test_later_layers_are_not_recorded_while_an_earlier_one_holds_most():
     last = {**first, "layers_block_type": ["mlp", "mlp", "linear_attention"]}
     adapters = [DePass(build_model("nemotron_h", **blocks)).adapter for blocks in (first, last)]
     early, late = (ForwardPass.of(adapter, [100], False, torch.device("cpu")) for adapter in adapters)
-    of_mlp = layer_bytes(adapters[0], 2, torch.float32)
+    of_mlp = layer_bytes(adapters[0], torch.float32)[2]
     assert early.trace == late.trace and late.peak - early.peak == 100 * 2 * of_mlp
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "xlstm"])
+def test_prompts_that_go_together_hold_what_a_long_one_holds(name):
+    """The longest alone, in models that take one after the other."""
+    adapter, cpu = model(name).adapter, torch.device("cpu")
+    few, together, one = (ForwardPass.of(adapter, n, False, cpu) for n in ([64], [64] * 8, [64 * 8]))
+    beside = together.peak - together.trace
+    assert together.trace == one.trace and adapter.one_by_one == (name == "xlstm")
+    wanted = few.peak - few.trace + 7 * 64 * adapter.hidden_size * 4 if adapter.one_by_one else one.peak - one.trace
+    assert beside == pytest.approx(wanted, rel=0.05)
+
+
+def test_probabilities_in_the_place_of_a_recurrence_are_planned():
+    """A head of DiffLlama has two softmaxes."""
+    sizes = {name: mixer_sizes(model(name).adapter)[0] for name in ("diffllama", "zaya")}
+    for name, size in sizes.items():
+        assert size is not None and size.differ == (name == "diffllama")
+        assert size.mixed(300, True) - size.scanned(True) == (6 if size.differ else 3) * size.looking * 300**2 > 0
 
 
 def test_a_way_back_makes_no_more_than_some_heads_numbers(monkeypatch):

@@ -193,7 +193,7 @@ def test_no_supported_model_is_refused(name, dtype, monkeypatch):
     check_activations(dp.adapter, trace)
 
 
-def lower_verdict(self, consequence: str = "") -> None:
+def lower_verdict(self, consequence: str = "", advice: str = "") -> None:
     for name, error, allowed in zip(self.names, self.errors, self.allowed, strict=True):
         assert float(error.detach()) <= allowed / 2, (name, float(error), allowed)
 

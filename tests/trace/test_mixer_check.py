@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 from depass_fast import DePass
 from depass_fast.adapters import recurrent
 from depass_fast.adapters.families import falcon_h1
-from depass_fast.trace import consistency
+from depass_fast.trace import consistency, end_check
 from depass_fast.trace.mixer_check import heads_in_float32
 from tests.support.family_models import VARIANTS, available, build_model, build_variant
 from tests.support.models import random_ids
@@ -23,6 +23,14 @@ def with_activation(name, key, act):
         pytest.skip(f"the installed transformers does not know {name}")
     model_type, changes = VARIANTS[name]
     return build_model(model_type, 0, **{**changes, key: act}).to(torch.bfloat16)
+
+
+def test_another_end_in_half_precision_may_be_the_rounding_of_recurrences(monkeypatch):
+    monkeypatch.setattr(end_check, "_RECURRENT", 1e-9)
+    dp = DePass(build_variant("mamba2"))
+    dp.trace(IDS)
+    with pytest.raises(RuntimeError, match=r"ends otherwise .* Or it is the rounding of its recurrences .*float\(\)"):
+        DePass(dp.model.bfloat16()).trace(IDS)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from depass_fast.evaluate.frozen import frozen_attention
 from depass_fast.evaluate.methods.base import NotPossibleError
 from depass_fast.evaluate.methods.relevance import copied
 from depass_fast.trace import mixing
+from depass_fast.trace import scan as scans
 from depass_fast.trace.attention import attention_probabilities
 from depass_fast.trace.constants import constant_values
 from depass_fast.trace.mixing import FrozenMixing, convolve
@@ -60,6 +61,36 @@ def test_chunks_are_the_recurrence(length, channels, corrects, writes):
         (wanted,) = torch.autograd.grad(there, leaf, y)
         back = scan_back(Steps(q, k, decay, write).at, corrects, y, before=before)
         assert torch.allclose(back, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(("length", "channels", "writes"), [(1, 1, True), (16, 5, False), (70, 5, True)])
+def test_channels_of_few_columns_go_step_by_step(length, channels, writes, before, monkeypatch):
+    """Forward and back, to what chunks give."""
+    g = torch.Generator().manual_seed(length)
+    q, k = torch.randn(2, 8, length, 5, dtype=torch.float64, generator=g)
+    decay = -torch.rand(8, length, channels, dtype=torch.float64, generator=g)
+    write = torch.rand(8, length, dtype=torch.float64, generator=g) if writes else None
+    x, own = torch.randn(8, length, 3, dtype=torch.float64, generator=g), torch.rand(8, 1, 1, dtype=torch.float64)
+    steps = Steps(q, k, decay, write)
+    for run in (scan, scan_back):
+        wanted = run(steps.at, False, x, before=before, own=own)
+        with monkeypatch.context() as few:
+            few.setattr(scans, "CHANNELS", 8)
+            few.setattr(scans._Chunk, "of", None)
+            assert torch.allclose(run(steps.at, False, x, before=before, own=own), wanted, rtol=0, atol=1e-12)
+
+
+def test_steps_leave_no_denormal_numbers(monkeypatch):
+    """A value, or a gradient, that decays for long."""
+    monkeypatch.setattr(scans, "CHANNELS", 1)
+    ones = torch.ones(1, 400, 1)
+    steps = Steps(ones, ones, torch.full((1, 400, 1), -0.5), None)
+    x = torch.zeros(1, 400, 1)
+    x[:, 0] = 1.0
+    for found in (scan(steps.at, False, x), scan_back(steps.at, False, x.flip(1)).flip(1)):
+        assert ((found == 0) | (found >= torch.finfo(torch.float32).tiny)).all()
+        assert torch.allclose(found[0, :120, 0], (-0.5 * torch.arange(120)).exp(), rtol=1e-4, atol=1e-28)
 
 
 def test_what_is_cut_on_its_way_is_nothing():

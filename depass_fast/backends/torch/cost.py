@@ -8,7 +8,7 @@ line here; ``tests/planning/test_plan.py`` and ``python -m bench.memory.plan`` c
 from __future__ import annotations
 
 from ...trace.mixing import LONGEST_MATRIX, MATRIX
-from ...trace.scan import CHUNK
+from ...trace.scan import CHUNK, SCANNED, SCANNED_CUDA, SCANS
 from ..workload import LayerSize, Need, Workload
 from .division import TARGET_NEURONS, Division
 
@@ -78,7 +78,8 @@ def recurrences(work: Workload) -> int:
     longest, most = work.longest, 0
     for size in set(work.passed):
         if size.recurrent and not size.skip_attention:
-            numbers = matrices(size, longest) if size.heads * longest**2 <= MATRIX and longest <= LONGEST_MATRIX else 0
+            has_matrices = size.heads * longest**2 <= MATRIX and longest <= LONGEST_MATRIX
+            numbers = matrices(size, longest) if has_matrices else scanned(size, work.on_cpu)
             most = max(most, (numbers + _TAPS * longest * size.o) * max(4, work.item))
     return most
 
@@ -88,6 +89,11 @@ def matrices(size: LayerSize, positions: int) -> int:
     state = max(min(CHUNK, positions), size.keys)  # channels of a state, or positions of a chunk
     beside = _STATES * state if size.keys and not size.looks else max(_STATES * state, _LOOKS * positions)
     return size.heads * positions * (positions + beside)
+
+
+def scanned(size: LayerSize, on_cpu: bool) -> int:
+    """Return the numbers of the heads that a recurrence runs over at once: keys, queries, decays, values, maps."""
+    return SCANS * min(size.heads * CHUNK * max(CHUNK, size.keys), SCANNED if on_cpu else SCANNED_CUDA)
 
 
 def _attention(work: Workload, size: LayerSize) -> tuple[int, int, int]:

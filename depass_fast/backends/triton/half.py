@@ -121,10 +121,11 @@ def _by(numbers: Sequence[float], size: int) -> Iterator[tuple[float, ...]]:
 
 def _attention_range(sizes: tuple[float, ...], adapter: Adapter, index: int) -> AttentionRange | None:
     norm_v, top_v, norm_o, top_o = sizes
-    values = _largest_output(norm_v, adapter.attention(index).v.shape[1])
+    weights = adapter.attention(index)
+    values = _largest_output(norm_v, weights.v.shape[1])
     if not (values <= LARGEST and min(top_v, top_o) >= _LEAST and top_o <= LARGEST):
         return None
-    mixed = math.sqrt(adapter.attention(index).o.shape[1]) * values
+    mixed = math.sqrt(weights.o.shape[1]) * values
     return AttentionRange(max(0, math.ceil(math.log2(mixed * norm_o / LARGEST))))
 
 
