@@ -80,7 +80,7 @@ def _others(rows: list[dict]) -> list[str]:
         times = [duration(r[name]) if name in r else "-" for name in ("predicted_seconds", "seconds")]
         cells.append([r["name"], *resident, *times])
     text = (
-        "Ways back and this year's models: above is what they allocate, with every freed block given back; here is "
+        "Ways back: above is what they allocate, with every freed block given back; here is "
         "what is resident without that. Predicted times leave recurrences out."
     )
     return [text, table(["case", "resident", "of allocated", "time predicted", "time"], cells)]

@@ -26,7 +26,8 @@ def below(module: nn.Module, path: Path) -> Any:
 def _follow(found: Any, path: str) -> Any:
     """The object under one path. A call looks up thousands: modules are read without `__getattr__`."""
     for name in _names(path):
-        part = found._modules.get(name) if isinstance(found, nn.Module) else None
+        parts = getattr(found, "_modules", None)  # of a scripted module it is no dict
+        part = parts.get(name) if isinstance(parts, dict) else None
         found = getattr(found, name) if part is None else part
     return inside(found)
 

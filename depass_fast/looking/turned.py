@@ -34,7 +34,7 @@ def turns_of(adapter: Adapter, prompts: Sequence[Tensor], layers: Collection[int
 def _of_length(adapter: Adapter, ids: Tensor, layers: Collection[int], key: tuple) -> dict[int, Turns]:
     known = _measured.setdefault(adapter.model, {})
     buffers = tuple((one.data_ptr(), one._version) for one in adapter.model.buffers() if not one.is_inference())
-    key = (*computation(adapter.model), adapter.dtype, buffers, *key)
+    key = (*computation(adapter.model), buffers, *key)
     length, found = known.pop(key, (0, {}))
     if length < len(ids):
         length, found = len(ids), {}

@@ -13,7 +13,7 @@ import torch
 
 from ..adapters import Adapter
 from ..trace.mixing import LONGEST_MATRIX, LOOKED, LOOKED_CUDA
-from ..trace.scan import SCANNED, SCANNED_CUDA, SCANS, scanned_numbers
+from ..trace.scan import SCANNED, SCANNED_CUDA, SCANS, are_channels, scanned_numbers
 from ..trace.size import recurrence_of
 
 _known: WeakKeyDictionary = WeakKeyDictionary()
@@ -82,7 +82,8 @@ class MixerSize:
 
     def scanned(self, on_cpu: bool) -> int:
         """Return the numbers of the heads that are run over at once."""
-        each = scanned_numbers(self.values, self.keys, self.by_channel)
+        by_channel = self.by_channel or are_channels(self.heads, self.values, on_cpu)
+        each = scanned_numbers(self.values, self.keys, by_channel)
         return SCANS * min(self.heads * each, SCANNED if on_cpu else SCANNED_CUDA)
 
 

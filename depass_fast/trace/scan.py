@@ -1,4 +1,4 @@
-"""A frozen recurrence applied to values, or its transpose to gradients: chunk by chunk, and linear in them.
+"""A frozen recurrence applied to values, or its transpose to gradients: chunk by chunk or step by step, linear in them.
 
 Every exponent is a sum of logarithms of decays between two positions, at most zero: nothing overflows, however long the
 prompt is.
@@ -112,8 +112,12 @@ def scan_back(
 
 
 def _goes_step_by_step(x: Tensor, corrects: bool, nothing: float) -> bool:
+    return are_channels(len(x), x.shape[2], not x.is_cuda) and not (corrects or nothing)
+
+
+def are_channels(heads: int, columns: int, on_cpu: bool) -> bool:
     """True if a chunk's maps would cost more than all that they are applied to: channels of few columns, on a CPU."""
-    return len(x) >= CHANNELS and x.shape[2] <= _NARROW and not (corrects or nothing or x.is_cuda)
+    return heads >= CHANNELS and columns <= _NARROW and on_cpu
 
 
 def _step_by_step(steps: Callable[[slice], Steps], x: Tensor, before: bool, own: Tensor | None, out: Tensor) -> Tensor:
@@ -223,8 +227,12 @@ def parts_of_heads(heads: int, columns: int, keys: int, by_channel: bool, on_cpu
 
     ``by_channel`` says that every channel of the state decays by itself.
     """
-    size = max(1, (SCANNED if on_cpu else SCANNED_CUDA) // scanned_numbers(columns, keys, by_channel))
-    return _slices(heads, size)
+    channels = are_channels(heads, columns, on_cpu)
+    size = (SCANNED if on_cpu else SCANNED_CUDA) // scanned_numbers(columns, keys, by_channel or channels)
+    parts = _slices(heads, max(1, size, CHANNELS if channels else 1))
+    if channels and len(parts) > 1 and heads - parts[-1].start < CHANNELS:  # all of them go step by step
+        parts[-2:] = [slice(parts[-2].start, heads)]
+    return parts
 
 
 def scanned_numbers(columns: int, keys: int, by_channel: bool) -> int:

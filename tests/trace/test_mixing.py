@@ -81,6 +81,14 @@ def test_channels_of_few_columns_go_step_by_step(length, channels, writes, befor
             assert torch.allclose(run(steps.at, False, x, before=before, own=own), wanted, rtol=0, atol=1e-12)
 
 
+def test_all_parts_of_channels_go_step_by_step():
+    for heads in (256, 300, 5000, 100_000):
+        parts = scans.parts_of_heads(heads, 1, 16, True, True)
+        assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]] and parts[-1].stop == heads
+        assert all(part.stop - part.start >= scans.CHANNELS for part in parts)
+    assert len(scans.parts_of_heads(5000, 64, 16, False, True)) > 1
+
+
 def test_steps_leave_no_denormal_numbers(monkeypatch):
     """A value, or a gradient, that decays for long."""
     monkeypatch.setattr(scans, "CHANNELS", 1)
