@@ -15,8 +15,8 @@ from .untouched import UntouchedPass
 
 _RECURRENT = 0.25  # in half precision: a recurrence adds up what a softmax averages, and with it the model's rounding
 _HALF = (
-    " Or it is the rounding of its recurrences in half precision, which adds up over a long prompt: in float32, "
-    "model.float(), there is none."
+    " It may also be rounding: in half precision the recurrences of a long prompt add it up. Try the model in float32, "
+    "model.float()."
 )
 
 

@@ -112,7 +112,7 @@ def scan_back(
 
 
 def _goes_step_by_step(x: Tensor, corrects: bool, nothing: float) -> bool:
-    return are_channels(len(x), x.shape[2], not x.is_cuda) and not (corrects or nothing)
+    return are_channels(len(x), x.shape[2], x.device.type == "cpu") and not (corrects or nothing)
 
 
 def are_channels(heads: int, columns: int, on_cpu: bool) -> bool:

@@ -56,6 +56,7 @@ def test_a_recurrence_is_what_the_models_kernel_makes_of_unit_values(monkeypatch
     assert torch.allclose(found[0], wanted.permute(2, 1, 0).double(), atol=1e-6)  # the model's is in float32
     assert (found[0] < 0).any() and not found[0].triu(1).any() and found[1].shape == (len(found[0]), 4, 4)
     assert torch.allclose(found[1], found[0][:, :4, :4], atol=1e-12)
+    # alone, the prompt's products have another shape, which may round otherwise
     assert torch.allclose(dp.head_weights(IDS, 0, -1), found[0][-1], atol=1e-12)
 
 
