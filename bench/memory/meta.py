@@ -46,7 +46,7 @@ from depass_fast.planning.shapes import RunShape
 from depass_fast.propagation.joint import JOINT_BYTES
 from depass_fast.results.completeness import CompletenessWarning
 from depass_fast.results.estimate import ApproximationWarning
-from depass_fast.trace import attention, capture
+from depass_fast.trace import attention, capture, own_pass
 
 from ..core.cli import command, writable
 from ..core.models import SHAPES, build_model
@@ -146,7 +146,7 @@ class Counted(TorchDispatchMode):
     """Counts the operations that a GPU would be given, and the bytes that it would hold beside ``model``.
 
     ``operations`` are launches of kernels and copies; ``places`` has them by the function that asks for them, "model"
-    where the model's own code does. ``now`` and ``peak`` are bytes of storages.
+    where the model's own code does, or our pass in its place. ``now`` and ``peak`` are bytes of storages.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -195,16 +195,21 @@ class Counted(TorchDispatchMode):
 
 
 def _place() -> str:
-    """The innermost function of this library that is running, as `room/file.py function`; or the model's own code."""
-    frame = sys._getframe(1)
+    """The innermost function of this library that is running, as `room/file.py function`; or the model's own code.
+
+    A pass of ours in its place counts as that, with the norms that it asks the adapter for.
+    """
+    frame, innermost = sys._getframe(1), ""
     while frame is not None:
         _, found, place = frame.f_code.co_filename.rpartition("/depass_fast/")
-        if found:
-            return f"{place} {frame.f_code.co_name}"
-        if "/transformers/models/" in frame.f_code.co_filename:
+        if "/transformers/models/" in frame.f_code.co_filename or place == "trace/own_pass.py":
             return "model"
+        if found:
+            innermost = innermost or f"{place} {frame.f_code.co_name}"
+            if not place.startswith("adapters/"):
+                return innermost
         frame = frame.f_back
-    return "elsewhere"
+    return innermost or "elsewhere"
 
 
 def _answer(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -224,6 +229,9 @@ def standing_in() -> Iterator[None]:
     def attend(q: Tensor, k: Tensor, v: Tensor, **more: object) -> tuple[Tensor, None]:
         return torch.empty_like(q), None  # fused on a GPU
 
+    def rms_norm(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return x.clone()  # one operation on a GPU
+
     find_responses = stack.LayerStack.responses
 
     def respond(layers: stack.LayerStack, indices: Sequence[int]) -> list[float]:
@@ -236,7 +244,9 @@ def standing_in() -> Iterator[None]:
             (Adapter, "check_linear_rule", lambda adapter, rule: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency.Checked, "knows", lambda *about: True),
+            (own_pass, "admitted", lambda adapter, computation: own_pass.OwnPass.of(adapter)),
             (attention, "causal_attention", attend),
+            (nn.functional, "rms_norm", rms_norm),
             (initial, "settle_rounding", lambda *parts: False),
             (mlp, "has_zeros", lambda x: False),
             (selection, "why_not_triton", lambda device, dtype: None),

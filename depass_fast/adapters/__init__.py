@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .biasless import without_biases
 from .experts import ExpertAssignment, RoutedExpert, sort_choices
 from .family import Beside, Experts, Family, HeadScale, InputGate, Keyed, Mixer, Observed
+from .looked_up import looked_up_once
 from .maps import Latent, Linear, Norm
 from .missing import missing_path
 from .query_key import QueryKey, query_key, query_key_norms
@@ -56,6 +57,7 @@ __all__ = [
     "Streams",
     "adapt",
     "family_file",
+    "looked_up_once",
     "query_key",
     "query_key_norms",
     "sort_choices",

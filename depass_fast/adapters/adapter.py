@@ -20,6 +20,7 @@ from .head_experts import outputs_of_experts
 from .keyed import WithEntries, grouped
 from .kinds import LayerKinds
 from .layer_mlps import inner_norms, layer_mlps
+from .looked_up import once
 from .maps import Joined, Latent, Linear, Norm, PassesOn, Taps, mixing_norms
 from .paths import below, below_or_none, name_of
 from .shift import Shift
@@ -27,6 +28,7 @@ from .side_by_side import Sides, side_by_side
 from .spread import Spread
 from .stored import Stacked, stored_device
 from .streams import SideMap
+from .tuned import modules_of
 from .weights import Attention, Layer, Mlp
 
 _NORMS = ("_norm", "_output_norm", "_stream_norm")  # of a branch
@@ -116,7 +118,7 @@ class Adapter(LayerKinds):
         narrow_router = self.experts_per_position > 0 and self.dtype == torch.float64
         of_the_longest = any(
             "longrope" in str(kind) or "dynamic" in str(kind)
-            for kind in (getattr(module, "rope_type", None) for module in self.decoder.modules())
+            for kind in (getattr(module, "rope_type", None) for module in modules_of(self.decoder))
         )
         counted = self.family.counts_positions or not self.takes_positions
         alone = self.observed is not None or counted or self.selects is not None
@@ -267,8 +269,11 @@ class Adapter(LayerKinds):
 
     def attention(self, index: int) -> Attention:
         """The weights of layer ``index``'s attention, or of its recurrence, or of both side by side."""
-        both = self.sides(index)
-        return self._attention(index) if both is None else side_by_side(*both)
+        if self.kind(index).beside is not None:
+            both = self.sides(index)
+            assert both is not None
+            return side_by_side(*both)
+        return once(self, index, "attention", lambda: self._attention(index))
 
     def sides(self, index: int) -> Sides | None:
         """The weights of attention, and of the recurrence beside it, where layer ``index`` has both; else None."""
@@ -313,8 +318,9 @@ class Adapter(LayerKinds):
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         """The weights of layer ``index``'s MLP, or of its experts, alone."""
-        if not self.has_mlp(index):
-            return ()
+        return once(self, index, "mlps", lambda: self._mlps(index)) if self.has_mlp(index) else ()
+
+    def _mlps(self, index: int) -> tuple[Mlp, ...]:
         kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)
         inner = self._norm(self.module(index, "mlp_inner_norm"))
         ahead = self._norm(self.module(index - 1, "mlp_norm")) if kind.has_experts_ahead else None

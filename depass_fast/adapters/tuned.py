@@ -15,6 +15,23 @@ from torch import Tensor, nn
 _MERGE = "merge the adapter into the model first (model.merge_and_unload())."
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """All modules below one and itself, each once, in the order of `modules()`; that takes several times as long."""
+    found, waiting = {}, [module]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found[one] = None
+            waiting += [child for child in reversed(list(one._modules.values())) if child is not None]
+    return list(found)
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters of a module and of those below it, each once, in the order of `parameters()`."""
+    every = (one for each in modules_of(module) for one in each._parameters.values() if one is not None)
+    return list({id(one): one for one in every}.values())
+
+
 def is_tuned(module: Any) -> bool:
     """True for a base layer with PEFT's adapters around it."""
     return isinstance(module, nn.Module) and "base_layer" in module._modules and hasattr(module, "active_adapters")
@@ -37,7 +54,7 @@ def inside(found: Any) -> Any:
 
 def tuning(model: nn.Module) -> tuple:
     """The adapters at work in a model, and their scales: this differs whenever they have changed the weights."""
-    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
+    tuned: list[Any] = [module for module in modules_of(model) if is_tuned(module)]
     return tuple(
         (m.merged, m.disable_adapters, tuple(m.active_adapters), tuple(dict(getattr(m, "scaling", {})).items()))
         for m in tuned
@@ -46,13 +63,13 @@ def tuning(model: nn.Module) -> tuple:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters that are added to a model's weights or merged into them, in order."""
-    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
+    tuned: list[Any] = [module for module in modules_of(model) if is_tuned(module)]
     return sorted({name for m in tuned for name in (*at_work(m), *(m.merged_adapters if m.merged else ()))})
 
 
 def reparametrised(model: nn.Module) -> list[Tensor]:
     """The parameters that PEFT replaces in every forward pass (`target_parameters`), which writes to them."""
-    tuned: list[Any] = [module for module in model.modules() if is_tuned(module)]
+    tuned: list[Any] = [module for module in modules_of(model) if is_tuned(module)]
     return [module.get_param() for module in tuned if hasattr(module, "parameter_name")]
 
 

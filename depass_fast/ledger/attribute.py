@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..adapters import looked_up_once
 from ..components.base import ComponentKind, Entry
 from ..components.start import each_meets_bias
 from ..readout.assemble import assemble
@@ -41,6 +42,7 @@ def attribute(
     return read_off(request, kinds, [reads] * len(kinds), pages)
 
 
+@looked_up_once()
 def way_back(request: Request, reads: Reads, wanted: Wanted, steers: Steers | None = None) -> Pages:
     """Take the way back of a traced request. One that runs out of memory is begun again with half the workspace.
 
@@ -61,6 +63,7 @@ def way_back(request: Request, reads: Reads, wanted: Wanted, steers: Steers | No
     return budget.prepare(adapter.device, walk)
 
 
+@looked_up_once()
 def read_off(
     request: Request,
     kinds: Sequence[ComponentKind],

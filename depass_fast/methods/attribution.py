@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..adapters import looked_up_once
 from ..ledger.attribute import attribute as by_ledger
 from ..readout.targets import Directions
 from ..request import Request
@@ -13,6 +14,7 @@ from .exact import exact
 from .layers import layers
 
 
+@looked_up_once()
 def attributions(request: Request, directions: Sequence[Directions] | None = None) -> list[list[Any]]:
     """Return a result per read of every prompt: an Attribution, or a LayeredAttribution for several layers.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, looked_up_once
 from ..runtime.precision import full_precision
 from ..runtime.progress import progress_bar
 from ..state.completeness import Completeness
@@ -21,6 +21,7 @@ from .streams import collapsed
 
 
 @torch.no_grad()
+@looked_up_once()
 @full_precision()
 def propagate(
     adapter: Adapter,

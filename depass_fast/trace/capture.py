@@ -11,16 +11,17 @@ by prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, query_key_norms
-from ..runtime.progress import progress_bar_of_calls
-from . import consistency, end_check
+from ..adapters import Adapter, looked_up_once, query_key_norms
+from ..runtime.progress import progress_bar, progress_bar_of_calls
+from . import consistency, end_check, own_pass
 from .exclusive import change_config, exclusive, one_at_a_time
 from .finite import check_finite
 from .hooks import LayerHooks, RecordingHook, full_precision, watch_streams
@@ -35,6 +36,7 @@ from .wide import compute_widely
 _COMPARED = 256  # positions of a prompt that also go through the untouched model: later ones depend on these
 
 
+@looked_up_once()
 def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> Trace:
     """Run the model once over ``prompts`` (ids, each (N,), N ≥ 1) and record what the decomposition freezes.
 
@@ -49,33 +51,47 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
         is_checking = not consistency.checked.knows(adapter.model, computation, longest)
         groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
-        with progress_bar_of_calls("forward pass", adapter.blocks, len(groups) + is_checking, progress):
-            trace = _capture(adapter, groups, is_checking)
+        own = None if is_checking else own_pass.admitted(adapter, computation)
+        recorder, passes = Recorder(adapter, is_checking), len(groups) + is_checking
+        if own is not None:
+            with progress_bar("forward pass", passes * adapter.n_layers, progress) as bar, exclusive(adapter):
+                return _run(recorder, groups, partial(own.run, recorder, done=None if bar is None else bar.finish))
+        with progress_bar_of_calls("forward pass", adapter.blocks, passes, progress):
+            with _recording(adapter, recorder):
+                trace = _run(recorder, groups, lambda ids, positions: adapter.run(ids[None], positions[None]))
+            if is_checking:
+                _check(recorder, trace, prompts)
         if is_checking:
             consistency.checked.remember(adapter.model, computation, longest)
+            own_pass.admit(adapter, computation, trace, recorder.layers)
         return trace
 
 
-def _capture(adapter: Adapter, groups: list[list[Tensor]], is_checking: bool) -> Trace:
-    """Record groups of prompts, one group after the other; the prompts of a group go through the model together."""
-    recorder, prompts = Recorder(adapter, is_checking), [prompt for group in groups for prompt in group]
-    with torch.no_grad(), _recording(adapter, recorder):
-        for group in groups:
-            recorder.enter([len(prompt) for prompt in group])
-            position_ids = torch.cat([torch.arange(n, device="cpu") for n in recorder.lengths]).to(adapter.device)
-            ids = torch.cat(group).to(adapter.device)
-            adapter.run(input_ids=ids[None], position_ids=position_ids[None])
+@torch.no_grad()
+def _run(recorder: Recorder, groups: list[list[Tensor]], run: Callable[[Tensor, Tensor], None]) -> Trace:
+    """Record groups of prompts, one group after the other; the prompts of a group go through the model together.
+
+    ``run`` takes packed ids and positions (T,) through it.
+    """
+    adapter, prompts = recorder.adapter, [prompt for group in groups for prompt in group]
+    for group in groups:
+        recorder.enter([len(prompt) for prompt in group])
+        positions = torch.cat([torch.arange(n, device="cpu") for n in recorder.lengths]).to(adapter.device)
+        run(torch.cat(group).to(adapter.device), positions)
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in prompts])]).astype(np.int64)
     trace = recorder.trace(torch.cat(prompts).to(adapter.device), offsets)
     check_finite(adapter, trace)
-    if is_checking:
-        consistency.check(adapter, trace, recorder.layers, recorder.positions)
-        check_streams(adapter, trace, recorder.layers, recorder.positions)
-        check_spreads(adapter, trace, recorder.layers, recorder.positions)
-        compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
-        own = untouched_pass(adapter, compared.to(adapter.device))
-        end_check.check_end(trace, recorder.layers, own, adapter.dtype)
     return trace
+
+
+def _check(recorder: Recorder, trace: Trace, prompts: list[Tensor]) -> None:
+    """Raise RuntimeError unless the model computes what its family declares, and a traced pass ends as another one."""
+    adapter, found = recorder.adapter, (recorder.layers, recorder.positions)
+    consistency.check(adapter, trace, *found)
+    check_streams(adapter, trace, *found)
+    check_spreads(adapter, trace, *found)
+    compared = prompts[-1] if adapter.one_by_one else prompts[-1][:_COMPARED]
+    end_check.check_end(trace, recorder.layers, untouched_pass(adapter, compared.to(adapter.device)), adapter.dtype)
 
 
 @contextmanager

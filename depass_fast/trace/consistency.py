@@ -22,6 +22,7 @@ from ..adapters import Adapter, Attention, Branch, Latent, Linear, Mlp, Norm
 from ..adapters.maps import Joined
 from ..adapters.side_by_side import beside_each_other
 from ..adapters.stored import kind_of
+from ..adapters.tuned import modules_of
 from ..runtime.transfer import to_device
 from .record import LayerTrace, MlpTrace, Trace
 
@@ -60,7 +61,7 @@ checked = Checked()
 
 def computation(model: nn.Module) -> tuple:
     """A key of how a model computes: its dtype, and its modules' hooks and code. It keeps none of them alive."""
-    modules = list(model.modules())
+    modules = modules_of(model)
     hooked: list[tuple] = [
         (place, *module._forward_pre_hooks, "after", *module._forward_hooks)
         for place, module in enumerate(modules)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.tuned import reparametrised, tuning
+from ..adapters.tuned import parameters_of, reparametrised, tuning
 from .fingerprint import Fingerprint
 from .weights import WeightSample, are_the_same, sample_weights
 
@@ -92,5 +92,5 @@ def _version(model: nn.Module) -> tuple:
     Inference tensors do not count their changes.
     """
     unsteady = {id(p) for p in reparametrised(model)}
-    counted = (p for p in model.parameters() if not p.is_inference() and id(p) not in unsteady)
+    counted = (p for p in parameters_of(model) if not p.is_inference() and id(p) not in unsteady)
     return sum(p._version for p in counted), tuning(model)

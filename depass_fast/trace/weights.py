@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..adapters.tuned import reparametrised
+from ..adapters.tuned import parameters_of, reparametrised
 
 _ELEMENTS = 512  # of a weight
 
@@ -29,7 +29,7 @@ def sample_weights(model: nn.Module) -> WeightSample:
     """
     unsteady = {id(p) for p in reparametrised(model)}  # written to in every forward pass
     parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    steady = (p for p in model.parameters() if id(p) not in unsteady)
+    steady = (p for p in parameters_of(model) if id(p) not in unsteady)
     for held in (tensor for parameter in steady for tensor in plain_tensors(parameter)):
         if held.numel() and not held.is_meta:
             flat, columns = held.reshape(-1), held.shape[-1] if held.ndim else 1
