@@ -31,8 +31,8 @@ _COMPARED = 256  # positions of a prompt
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what attention modules announce as their sliding window
     "llama": lambda attention: None,
     "mistral": lambda attention: getattr(attention.config, "sliding_window", None),
-    "qwen2": lambda attention: attention.sliding_window,
-    "qwen3": lambda attention: attention.sliding_window,
+    "qwen2": lambda attention: getattr(attention, "sliding_window", None),
+    "qwen3": lambda attention: getattr(attention, "sliding_window", None),
 }
 _agreed = Checked()  # the computations of every model that our pass was compared with
 
