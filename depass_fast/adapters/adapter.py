@@ -273,7 +273,7 @@ class Adapter(LayerKinds):
             both = self.sides(index)
             assert both is not None
             return side_by_side(*both)
-        return once(self, index, "attention", lambda: self._attention(index))
+        return once(self, ("attention", index), lambda: self._attention(index))
 
     def sides(self, index: int) -> Sides | None:
         """The weights of attention, and of the recurrence beside it, where layer ``index`` has both; else None."""
@@ -318,7 +318,7 @@ class Adapter(LayerKinds):
 
     def mlps(self, index: int) -> tuple[Mlp, ...]:
         """The weights of layer ``index``'s MLP, or of its experts, alone."""
-        return once(self, index, "mlps", lambda: self._mlps(index)) if self.has_mlp(index) else ()
+        return once(self, ("mlps", index), lambda: self._mlps(index)) if self.has_mlp(index) else ()
 
     def _mlps(self, index: int) -> tuple[Mlp, ...]:
         kind, branch, block = self.kind(index), self._branch(index, "mlp"), self.block(index)

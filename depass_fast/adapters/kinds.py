@@ -10,6 +10,7 @@ from .beyond import BEYOND_ONE_NORM, ROUTED_HEADS, beyond_plain, named
 from .ends import ModelEnds
 from .experts import has_router
 from .family import Family
+from .looked_up import once
 from .maps import Norm
 from .paths import below
 from .streams import Streams
@@ -22,7 +23,7 @@ class LayerKinds(ModelEnds):
     @property
     def blocks(self) -> nn.ModuleList:
         """The modules of the layers."""
-        return self._below_model(self.family.layers)
+        return once(self, ("blocks",), lambda: self._below_model(self.family.layers))
 
     @property
     def n_layers(self) -> int:

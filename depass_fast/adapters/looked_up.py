@@ -12,7 +12,7 @@ from torch import nn
 from .maps import Linear
 from .weights import Attention, Mlp
 
-Found = TypeVar("Found", Attention, tuple[Mlp, ...])
+Found = TypeVar("Found", nn.ModuleList, Attention, tuple[Mlp, ...])
 
 _here = threading.local()  # `kept`: what this thread has found, within a block of `looked_up_once`
 
@@ -34,16 +34,16 @@ def looked_up_once() -> Iterator[None]:
         _here.kept = None
 
 
-def once(adapter: object, index: int, what: str, find: Callable[[], Found]) -> Found:
-    """Return what ``find`` finds in layer ``index``, or what it found before."""
+def once(adapter: object, what: tuple, find: Callable[[], Found]) -> Found:
+    """Return ``what`` that ``find`` finds in a model, or what it found before."""
     kept: dict[tuple, tuple[object, Any]] | None = getattr(_here, "kept", None)
     if kept is None:
         return find()
-    key = id(adapter), index, what
+    key = id(adapter), *what
     if key in kept:
         return kept[key][1]
     found = find()
-    if all(map(_is_plain, _linears(found))):
+    if isinstance(found, nn.Module) or all(map(_is_plain, _linears(found))):
         kept[key] = adapter, found  # an adapter that lives has its identity for itself
     return found
 

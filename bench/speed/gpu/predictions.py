@@ -63,7 +63,7 @@ GOALS = (
         predicted="4,217 launches, of which 1,344 go prompt by prompt in the last layer",
         why="half as many launches are left, 1,203 of them the model's own; an H100 is busy for 0.24 s. Since then a "
         "layer takes 17 launches in the place of 22, and 21 for the forward pass in the place of 37: 1,400 in all "
-        "(counted, not yet measured on a card)",
+        "(counted, not yet measured on a card; expected on an H100: 0.27 s)",
     ),
     Goal(
         "heads of all layers, N=20",
@@ -71,14 +71,15 @@ GOALS = (
         predicted="3,615 launches; 35 for every layer's starting states",
         why="three quarters of them are left, 1,203 the model's own; an H100 is busy for 0.18 s and waits else. Since "
         "then a layer takes 35 launches in the place of 45, and 21 for the forward pass in the place of 37: 1,900 in "
-        "all (counted, not yet measured on a card)",
+        "all (counted, not yet measured on a card; expected on an H100: 0.25 s)",
     ),
     Goal(
         "all neurons, adjoint, refine 1,000, N=20",
         seconds=0.15,
         predicted="17,667 launches, of which 7,500 share among the crowd: one kernel",
         why="6,900 launches were left; an H100 is busy for 0.16 s and waits for the host for 0.3 s. The search for "
-        "loud components made them 7,500, of which 3,600 are left (counted, not yet measured on a card)",
+        "loud components made them 7,500, of which 3,600 are left (counted, not yet measured on a card; expected on "
+        "an H100: 0.30 s)",
     ),
     Goal(
         "heads of all layers, N=20",
@@ -87,7 +88,7 @@ GOALS = (
         predicted="the floor of its products is 0.084 s",
         why="H200: one call was timed, and its host was slow; no longer slower than Llama-2-7B's. Since then a layer "
         "takes 43 launches in the place of 53, and 21 for the forward pass in the place of 37 (counted, not yet "
-        "measured on a card)",
+        "measured on a card; expected on an H100: 0.18 s)",
     ),
     Goal("tokens, N=512", "llama-3.1-8b", of_gemm=0.85, why="as in the shape of Llama-2-7B"),
 )
