@@ -21,8 +21,9 @@ _here = threading.local()  # `kept`: what this thread has found, within a block 
 def looked_up_once() -> Iterator[None]:
     """Look up the weights of every layer once, within the block or the function that it decorates, in this thread.
 
-    At the end all is forgotten, since a user may change the model between two calls. Weights that are made when they
-    are read (fused, quantised or adapted ones) are looked up anew every time: whoever keeps one would keep its numbers.
+    At the end all is forgotten, since a user may change the model between two calls. Projections whose weights are made
+    when they are read (fused, quantised or adapted ones) are looked up anew every time: whoever keeps one would keep
+    its numbers. Norms that add to their weights are small, and kept.
     """
     if getattr(_here, "kept", None) is not None:  # a block within another one
         yield

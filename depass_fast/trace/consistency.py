@@ -55,6 +55,10 @@ class Checked:
         while len(known) > _KEPT:
             del known[next(iter(known))]
 
+    def forget(self, model: nn.Module, computation: tuple) -> None:
+        """Forget that it has been checked."""
+        self.models.get(model, {}).pop(computation, None)
+
 
 checked = Checked()
 

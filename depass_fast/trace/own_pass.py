@@ -1,12 +1,13 @@
-"""The forward pass of the commonest models, by ourselves: half as many operations, and none of the model's hooks.
+"""The forward pass of the commonest models, by ourselves: fewer operations, and none of the hooks.
 
 A short prompt waits for Python: of the time of a trace, the products are a small part. So models of the layout of Llama
 go through a loop of our own, which does what their code does, in the same order and with the same roundings, and writes
 into the recorder what hooks would have written.
 
-Such a pass is admitted by comparison. The first pass of every computation goes through the model's own code
-(:mod:`.consistency`). There every layer of ours is given what the model's was given, and must give what that gave. The
-model's own code runs wherever anything differs, or may differ: hooks, a subclass, adapters, quantised weights.
+Such a pass is for models that are as transformers defines them, to the last function: no hook, no subclass, no adapter,
+nothing patched. It is admitted by comparison. The first pass of every computation, and of prompts twice as long, goes
+through the model's own code (:mod:`.consistency`). There every layer of ours is given what the model's was given, and
+must give what that gave: the same bits on a CPU, and up to rounding elsewhere, where norms are fused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,13 +29,15 @@ from .consistency import Checked, differences
 from .record import Trace
 from .recorder import Recorder
 
-_COMPARED = 256  # positions of a prompt
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what attention modules announce as their sliding window
     "llama": lambda attention: None,
     "mistral": lambda attention: getattr(attention.config, "sliding_window", None),
     "qwen2": lambda attention: getattr(attention, "sliding_window", None),
     "qwen3": lambda attention: getattr(attention, "sliding_window", None),
 }
+_RECORDED = ("q", "k", "resid_mid", "gate", "act")  # of a layer, beside what enters it
+_ROTATION = ("apply_rotary_pos_emb", "rotate_half")  # functions of a model's file that turn queries and keys
+_LIBRARIES = ("torch", "transformers", "depass_fast")
 _agreed = Checked()  # the computations of every model that our pass was compared with
 
 Angles = tuple[Tensor, Tensor]  # cos and sin (T, 1, d), the first half of sin negative
@@ -68,21 +72,23 @@ class _Layer:
         return _Layer(index, block, norm, mlp_norm, of_heads, mask)
 
     def forward(self, x: Tensor, angles: Angles, recorder: Recorder) -> Tensor:
-        """Write into the recorder what is recorded of this layer, and return what leaves it: (T, D) -> (T, D)."""
+        """Write into the recorder what is recorded of this layer, and return what leaves it: (1, T, D), as x is."""
         record, attention, mlp = recorder.layers[self.index], self.block.self_attn, self.block.mlp
-        recorder.keep(record, "resid_pre", x)
+        recorder.keep(record, "resid_pre", x[0])
         read, width = self.norm.normed(x), attention.head_dim
-        q, k, v = (_project(one, read) for one in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = self._turned(q.unflatten(1, (-1, width)), k.unflatten(1, (-1, width)), angles)
-        q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v.unflatten(1, (-1, width))))
-        heads = recorder.attend(self.index, q, k, v, **self.mask)[0].flatten(1)
+        q, k, v = (
+            _project(one, read)[0].unflatten(1, (-1, width))
+            for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k, v = (one.transpose(0, 1)[None] for one in (*self._turned(q, k, angles), v))
+        heads = recorder.attend(self.index, q, k, v, **self.mask).flatten(2)
         mid = x + _project(attention.o_proj, heads)
-        recorder.keep(record, "resid_mid", mid)
+        recorder.keep(record, "resid_mid", mid[0])
         read = self.mlp_norm.normed(mid)
         gate = _project(mlp.gate_proj, read)
-        recorder.keep(record, "gate", gate)
+        recorder.keep(record, "gate", gate[0])
         act = mlp.act_fn(gate) * _project(mlp.up_proj, read)
-        recorder.keep(record, "act", act)
+        recorder.keep(record, "act", act[0])
         return mid + _project(mlp.down_proj, act)
 
     def _turned(self, q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
@@ -118,63 +124,70 @@ class OwnPass:
 
         ``done`` is called behind every layer.
         """
-        x: Tensor = self._decoder.embed_tokens(ids)
+        x: Tensor = self._decoder.embed_tokens(ids[None])
         angles = self._angles(x, positions)
         for layer in self.layers:
             x = layer.forward(x, angles, recorder)
             if done is not None:
                 done()
+        recorder.keep(recorder.final, "resid_final", x[0])
+        recorder.keep(recorder.final, "normed_final", self._end(x)[0])
+
+    def _end(self, x: Tensor) -> Tensor:
         norm = self.adapter.final_norm()
         assert norm is not None
-        recorder.keep(recorder.final, "resid_final", x)
-        recorder.keep(recorder.final, "normed_final", norm.normed(x))
+        return norm.normed(x)
 
     def _angles(self, x: Tensor, positions: Tensor) -> Angles:
-        cos, sin = (one[0] for one in self._decoder.rotary_emb(x[None], positions[None]))
+        cos, sin = (one[0] for one in self._decoder.rotary_emb(x, positions[None]))
         half = sin.shape[1] // 2
         return cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], 1)[:, None]
 
     @torch.no_grad()
     def agrees(self, trace: Trace, records: list[dict[str, Any]]) -> bool:
-        """True if every layer gives what the model's own gave, from what that was given, for the first prompt.
+        """True if every layer gives what the model's own gave, from what that was given, in its last forward pass.
 
-        ``records`` are those of the model's own pass.
+        ``records`` are those of the model's own passes. One token says nothing: it is turned by no angle.
         """
-        n = min(trace.length(0), _COMPARED)
-        positions, span = torch.arange(n, device=trace.input_ids.device), slice(0, n)
-        entering: Tensor = self._decoder.embed_tokens(trace.input_ids[span])
-        angles, last = self._angles(entering, positions), len(self.layers) - 1
-        if angles[0].shape[2] != self.layers[0].block.self_attn.head_dim:  # a part of every head is turned
+        lengths = [trace.length(prompt) for prompt in range(trace.n_prompts)]
+        lengths = lengths[-1:] if self.adapter.one_by_one else lengths
+        positions = torch.cat([torch.arange(one, device=trace.input_ids.device) for one in lengths])
+        last = slice(len(trace.input_ids) - len(positions), None)
+        entering: Tensor = self._decoder.embed_tokens(trace.input_ids[None, last])
+        angles = self._angles(entering, positions)
+        if max(lengths) < 2 or angles[0].shape[2] != self.layers[0].block.self_attn.head_dim:  # a part is turned
             return False
-        apart = [differences(entering, records[0]["resid_pre"][span])]
-        for layer, record in zip(self.layers, records, strict=True):
+        pairs, entered = [(entering[0], records[0]["resid_pre"])], [one["resid_pre"] for one in records[1:]]
+        for layer, record, after in zip(self.layers, records, [*entered, trace.resid_final], strict=True):
             recorder = Recorder(self.adapter, False)
-            recorder.enter([n])
-            leaving = layer.forward(record["resid_pre"][span], angles, recorder)
-            own = recorder.layers[layer.index] | {"leaving": leaving}
-            after = records[layer.index + 1]["resid_pre"] if layer.index < last else trace.resid_final
-            names = ("q", "k", "resid_mid", "gate", "act")
-            if own["mask"] != record["mask"] or any(name not in record for name in names):
+            recorder.enter(lengths)
+            leaving = layer.forward(record["resid_pre"][None, last], angles, recorder)[0]
+            own = recorder.layers[layer.index]
+            if own["mask"] != record["mask"] or any(name not in record for name in _RECORDED):
                 return False
-            theirs = {"leaving": after} | {name: record[name] for name in names}
-            apart += [differences(own[name].flatten(1), one[span].flatten(1)) for name, one in theirs.items()]
-        norm = self.adapter.final_norm()
-        assert norm is not None
-        apart.append(differences(norm.normed(trace.resid_final[span]), trace.normed_final[span]))
-        return float(torch.cat(apart).max()) <= _allowed(self.adapter.dtype)
+            pairs += [(leaving, after), *((own[name], record[name]) for name in _RECORDED)]
+            if not _are_the_same([(one, its[last]) for one, its in pairs]):
+                return False
+            pairs.clear()
+        return _are_the_same([(self._end(trace.resid_final[None, last])[0], trace.normed_final[last])])
 
 
 def admit(adapter: Adapter, computation: tuple, trace: Trace, records: list[dict[str, Any]]) -> None:
     """Compare our pass with one of the model's own code, and admit it for this ``computation`` where they agree."""
     own = OwnPass.of(adapter)
-    if own is not None and own.agrees(trace, records):
-        _agreed.remember(adapter.model, (computation, _rotation(adapter)))
+    if own is None:
+        return
+    key, longest = (computation, _rotation(adapter)), max(trace.length(prompt) for prompt in range(trace.n_prompts))
+    if own.agrees(trace, records):
+        _agreed.remember(adapter.model, key, longest)
+    else:
+        _agreed.forget(adapter.model, key)
 
 
-def admitted(adapter: Adapter, computation: tuple) -> OwnPass | None:
-    """Return the pass of our own through a model, if it may stand in the place of the model's own."""
+def admitted(adapter: Adapter, computation: tuple, longest: int) -> OwnPass | None:
+    """Return the pass of our own for prompts of up to ``longest`` tokens, if it may stand in the place of a model's."""
     own = OwnPass.of(adapter)
-    return None if own is None or not _agreed.knows(adapter.model, (computation, _rotation(adapter))) else own
+    return own if own is not None and _agreed.knows(adapter.model, (computation, _rotation(adapter)), longest) else None
 
 
 def _can_run(adapter: Adapter) -> bool:
@@ -183,9 +196,15 @@ def _can_run(adapter: Adapter) -> bool:
     blocks, kind = list(adapter.blocks), _kind(decoder)
     if kind is None or any(_kind(block) != kind for block in blocks) or not adapter.is_uniform:
         return False
-    if adapter.config.num_hidden_layers != len(blocks) or _has_global_hooks():
+    if adapter.config.num_hidden_layers != len(blocks) or len(set(blocks)) != len(blocks) or _has_global_hooks():
         return False
-    return all(map(_has_plain_projections, blocks)) and all(map(_is_untouched, modules_of(decoder)))
+    home = vars(sys.modules[type(decoder).__module__])
+    if not all(map(_has_plain_parts, blocks)) or not all(_is_genuine(home.get(name)) for name in _ROTATION):
+        return False
+    modules = modules_of(decoder)
+    weights = [one for module in modules for one in module._parameters.values() if one is not None]
+    alike = {(one.device, one.dtype) for one in weights}
+    return len(alike) == 1 and all(type(one) is nn.Parameter for one in weights) and all(map(_is_untouched, modules))
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -194,31 +213,42 @@ def _kind(module: nn.Module) -> str | None:
     return next((kind for kind in _WINDOWS if home == f"transformers.models.{kind}.modeling_{kind}"), None)
 
 
-def _has_plain_projections(block: Any) -> bool:
-    """True if all projections of a layer are linear modules."""
-    attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-    found = [getattr(block.self_attn, name, None) for name in attention]
-    found += [getattr(block.mlp, name, None) for name in mlp]
-    return all(type(one) is nn.Linear for one in found)
+def _has_plain_parts(block: Any) -> bool:
+    """True if all projections of a layer are linear modules, and all norms those of the model's file."""
+    attention, mlp = block.self_attn, block.mlp
+    projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
+    projections += [getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    return all(type(one) is nn.Linear for one in projections) and all(_kind(one) is not None for one in norms)
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """True unless a module has hooks, or code of its own."""
+    """True unless a module has hooks, code of its own or of a user's, or hides a part of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module) and (_kind(module) is not None or _is_plain(module))
+    own, kind = vars(module), type(module)
+    if any(hooks) or "forward" in own or not own.keys().isdisjoint(module._modules):
+        return False
+    return _is_of_a_library(kind.__module__) and _is_genuine(kind.forward) and _is_genuine(kind.__call__)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """True for modules of torch, and for activations of transformers, with plain parameters."""
-    home = type(module).__module__
-    is_known = home.startswith("torch.nn.modules.") or home == "transformers.activations"
-    return is_known and all(type(one) is nn.Parameter for one in module._parameters.values() if one is not None)
+def _is_genuine(function: Any) -> bool:
+    """True for a function of torch or transformers, with all that it wraps; a bridge of ours may be around it."""
+    while isinstance(function, FunctionType) and _is_of_a_library(function.__globals__.get("__name__", "")):
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+    return False
+
+
+def _is_of_a_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def _rotation(adapter: Adapter) -> tuple:
-    """A key of the functions that a model's code turns queries and keys with: they belong to no module."""
+    """A key of the functions of :data:`_ROTATION`, which belong to no module."""
     home = vars(sys.modules[type(adapter.decoder).__module__])
-    return tuple(weakref.ref(home[name]) for name in ("apply_rotary_pos_emb", "rotate_half") if name in home)
+    return tuple(weakref.ref(home[name]) for name in _ROTATION)
 
 
 def _has_global_hooks() -> bool:
@@ -229,6 +259,10 @@ def _project(module: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, module.weight, module.bias)
 
 
-def _allowed(dtype: torch.dtype) -> float:
-    """Return the most that two passes may differ in a row, relative to the sum of both norms."""
-    return (1.5 if dtype.itemsize < 4 else 64) * torch.finfo(dtype).eps
+def _are_the_same(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """True if tensors (S, ...) have the same bits on a CPU, and elsewhere differ by rounding alone."""
+    if pairs[0][0].device.type == "cpu":
+        return all(torch.equal(own, its) for own, its in pairs)
+    eps = torch.finfo(pairs[0][0].dtype).eps
+    apart = torch.cat([differences(own.flatten(1), its.flatten(1)) for own, its in pairs]).max()
+    return bool(apart <= (1.5 if eps > 1e-4 else 64) * eps)

@@ -1,6 +1,9 @@
 """Weights of a layer are looked up once within a call, and nothing outlives it."""
 
+import gc
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -53,6 +56,27 @@ def test_a_weight_that_is_computed_is_not_kept():
     nn.utils.parametrize.register_parametrization(model.model.layers[0].mlp.down_proj, "weight", nn.Identity())
     with looked_up_once():
         assert is_kept(adapt(model)) == [True, False]
+
+
+def test_a_weight_that_is_dequantised_is_not_kept():
+    model = build_model("llama")
+    down = model.model.layers[0].mlp.down_proj
+    down.weight_qtype, down.qweight = "int8", SimpleNamespace(dequantize=lambda: down.weight.detach().clone())
+    with looked_up_once():
+        assert is_kept(adapt(model)) == [True, False]
+
+
+def test_an_adapter_lives_as_long_as_what_was_found_through_it():
+    """Another one in its place in memory would be taken for it."""
+    adapter = adapt(build_model("llama"))
+    seen = weakref.ref(adapter)
+    with looked_up_once():
+        looks(adapter)
+        del adapter
+        gc.collect()
+        assert seen() is not None
+    gc.collect()
+    assert seen() is None
 
 
 def test_adapters_of_one_model_do_not_share():

@@ -42,7 +42,7 @@ def test_short_work_is_few_launches(model, components, prompts, per_layer, other
 
 
 @pytest.mark.parametrize(("model", "per_layer"), [("llama-2-7b", 21), ("qwen2-7b", 21)])
-def test_a_forward_pass_of_our_own_is_half_of_the_models(model, per_layer):
+def test_a_forward_pass_of_our_own_is_fewer_than_the_models(model, per_layer):
     """Without attention; the model's own code takes 37."""
     few, more = (count(CountedRun(model, "tokens", (20,), "triton", layers=n))[1].places["model"] for n in (4, 8))
     assert (more - few) / 4 <= per_layer

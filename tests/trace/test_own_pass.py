@@ -1,11 +1,12 @@
 """The forward pass by ourselves gives the bits of the model's own code, and stands back wherever it might not."""
 
-import sys
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from depass_fast import DePass, Tokens
 from depass_fast.adapters import Adapter
@@ -104,43 +105,160 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
-def subclassed(dp):
-    up = dp.model.model.layers[0].mlp.up_proj
-    up.__class__ = Doubling
+class Marked(nn.Parameter):
+    """A weight of a kind of its own, as quantised ones are."""
 
 
-def in_two_steps(dp):
+def two(module, args, output=None):
+    return None
+
+
+def changed(change):
+    """A change of a model, as a parameter with its name."""
+    return pytest.param(change, id=change.__name__)
+
+
+def a_subclass(model):
+    model.model.layers[0].mlp.up_proj.__class__ = Doubling
+
+
+def two_steps(model):
     """A projection of low rank, by two modules of torch."""
-    attention = dp.model.model.layers[1].self_attn
+    attention = model.model.layers[1].self_attn
     q = attention.q_proj
     attention.q_proj = nn.Sequential(nn.Linear(q.in_features, 4, bias=False), nn.Linear(4, q.out_features, bias=False))
 
 
-def patched_forward(dp):
-    q = dp.model.model.layers[1].self_attn.q_proj
-    q.forward = lambda x: 2 * nn.functional.linear(x, q.weight, q.bias)
+def a_forward_of_its_own(model):
+    q = model.model.layers[1].self_attn.q_proj
+    q.forward = lambda x: nn.functional.linear(x, q.weight, q.bias)
 
 
-def hooked(dp):
-    dp.model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, args, output: 2 * output)
+def a_hook(model):
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(two)
 
 
-def hooked_before(dp):
-    dp.model.model.embed_tokens.register_forward_pre_hook(lambda module, args: ((args[0] + 1) % 64,))
+def a_hook_in_front(model):
+    model.model.embed_tokens.register_forward_pre_hook(two)
 
 
-@pytest.mark.parametrize("change", [subclassed, in_two_steps, patched_forward, hooked, hooked_before])
-def test_the_models_own_code_runs_where_a_module_is_not_what_it_was(change, monkeypatch):
+def a_hook_on_gradients(model):
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *given: None)
+
+
+def a_weight_of_another_kind(model):
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = Marked(down.weight.data)
+
+
+def another_dtype(model):
+    model.model.norm.double()
+
+
+def fewer_layers(model):
+    model.config.num_hidden_layers = 2
+
+
+def a_layer_twice(model):
+    model.model.layers[2] = model.model.layers[0]
+
+
+def another_norm(model):
+    model.model.layers[0].input_layernorm = nn.RMSNorm(model.config.hidden_size, eps=1e-6)
+
+
+def a_hidden_norm(model):
+    block = model.model.layers[0]
+    object.__setattr__(block, "input_layernorm", lambda x, norm=block.input_layernorm: 2 * norm(x))
+
+
+def a_layer_of_another_model(model):
+    model.model.layers[1] = build_model("qwen3", num_key_value_heads=2).model.layers[1]
+
+
+CHANGES = [
+    *(a_subclass, two_steps, a_forward_of_its_own, a_hook, a_hook_in_front, a_hook_on_gradients),
+    *(a_weight_of_another_kind, another_dtype, fewer_layers, a_layer_twice, another_norm, a_hidden_norm),
+    a_layer_of_another_model,
+]
+
+
+@pytest.mark.parametrize("change", [changed(one) for one in CHANGES])
+def test_it_is_for_models_as_transformers_defines_them(change):
+    """Some of these change no number: that they are there is enough."""
     dp = fresh()
-    before = dp.trace(PROMPTS)
-    change(dp)
-    for _ in range(2):  # also behind the comparison
+    assert own_pass.OwnPass.of(dp.adapter) is not None
+    change(dp.model)
+    assert own_pass.OwnPass.of(dp.adapter) is None
+
+
+@pytest.mark.parametrize("hook", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_on_all_modules_is_called(hook, monkeypatch):
+    dp = fresh()
+    handle = getattr(nn.modules.module, hook)(two)
+    try:
         assert not is_used(dp, monkeypatch)
-        after = dp.trace(PROMPTS)
-        assert not same_bits(after, before)
-    ids = PROMPTS[0]
-    own = dp.model(ids[None]).logits[0]
-    assert torch.allclose(dp.adapter.unembedding(dp.trace(ids).normed_final), own, atol=1e-5)
+    finally:
+        handle.remove()
+    assert is_used(dp, monkeypatch)
+
+
+STATE = {"by": 1.0}  # of functions that a user puts in the place of others
+
+
+def with_factor(function):
+    """The function with what it gives multiplied: by one, at first."""
+
+    def patched(*given, **named):
+        found = function(*given, **named)
+        return tuple(one * STATE["by"] for one in found) if isinstance(found, tuple) else found * STATE["by"]
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (modeling_llama.LlamaRMSNorm, "forward"),
+        (modeling_llama.LlamaMLP, "forward"),
+        (modeling_llama.LlamaMLP, "__call__"),
+        (modeling_llama.LlamaRotaryEmbedding, "forward"),
+        (nn.Linear, "forward"),
+        (modeling_llama, "apply_rotary_pos_emb"),
+        (modeling_llama, "rotate_half"),
+    ],
+    ids=lambda given: getattr(given, "__name__", given),
+)
+@pytest.mark.parametrize("keeps_its_name", [False, True])
+def test_what_a_user_patches_is_run_also_when_its_state_changes(place, name, keeps_its_name, monkeypatch):
+    """At first the patch changes nothing, so that the comparison finds nothing."""
+    function = getattr(place, name)
+    patched = with_factor(function)
+    monkeypatch.setattr(place, name, functools.wraps(function)(patched) if keeps_its_name else patched)
+    monkeypatch.setitem(STATE, "by", 1.0)
+    dp = fresh()
+    assert not is_used(dp, monkeypatch)
+    monkeypatch.setitem(STATE, "by", 1.5)
+    found = []
+    for trace in (dp.trace, lambda prompts: by_the_model(dp, prompts, monkeypatch)):
+        try:
+            found.append(trace(PROMPTS))
+        except RuntimeError as error:  # the comparison with the family's declaration, as it was without our pass
+            found.append(str(error))
+    assert found[0] == found[1] if isinstance(found[1], str) else same_bits(*found)
+
+
+def test_a_function_that_is_an_object_is_left_to_the_model(monkeypatch):
+    class Turn:
+        __slots__ = ()
+
+        def __call__(self, *given):
+            return turn(*given)
+
+    turn = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Turn())
+    dp = fresh()
+    assert not is_used(dp, monkeypatch)
 
 
 def test_a_hook_that_only_looks_is_called(monkeypatch):
@@ -151,26 +269,6 @@ def test_a_hook_that_only_looks_is_called(monkeypatch):
     assert len(seen) >= 2
     handle.remove()
     assert is_used(dp, monkeypatch)
-
-
-def test_a_hook_on_all_modules_is_called(monkeypatch):
-    dp, seen = fresh(), []
-    handle = nn.modules.module.register_module_forward_hook(lambda *given: seen.append(1))
-    try:
-        dp.trace(PROMPTS)
-        seen.clear()
-        dp.trace(PROMPTS)
-        assert seen
-    finally:
-        handle.remove()
-
-
-def test_another_rotation_in_the_models_file_is_run(monkeypatch):
-    dp = fresh()
-    before, home = dp.trace(PROMPTS), sys.modules[type(dp.model).__module__]
-    turn = home.apply_rotary_pos_emb
-    monkeypatch.setattr(home, "apply_rotary_pos_emb", lambda q, k, cos, sin, *more: turn(q, k, cos, -sin, *more))
-    assert not is_used(dp, monkeypatch) and not same_bits(dp.trace(PROMPTS), before)
 
 
 @pytest.mark.parametrize("part", ["turn", "add", "window"])
@@ -190,6 +288,60 @@ def test_a_pass_that_differs_is_not_admitted(part, monkeypatch):
         )
     dp = fresh("mistral-window")
     assert not is_used(dp, monkeypatch)
+
+
+def compared(monkeypatch):
+    """Our pass, and what it was compared with."""
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(own_pass, "admit", lambda adapter, computation, *given: seen.append(given))
+        dp = fresh()
+    own = own_pass.OwnPass.of(dp.adapter)
+    assert own is not None
+    return own, *seen[0]
+
+
+def test_the_comparison_is_of_everything(monkeypatch):
+    own, trace, records = compared(monkeypatch)
+    assert own.agrees(trace, records)
+    for record in records:
+        for name in ("resid_pre", "q", "k", "resid_mid", "gate", "act"):
+            kept = record[name]
+            record[name] = kept * (1 + 1e-6)
+            assert not own.agrees(trace, records), name
+            record[name] = kept
+    records[1]["mask"] = records[1]["mask"] | {"chunked": True}
+    assert not own.agrees(trace, records)
+    records[1]["mask"]["chunked"] = False
+    del records[2]["gate"]
+    assert not own.agrees(trace, records)
+    own, trace, records = compared(monkeypatch)
+    for end in ("resid_final", "normed_final"):
+        assert not own.agrees(replace(trace, **{end: getattr(trace, end) * (1 + 1e-6)}), records)
+
+
+def test_a_single_token_admits_nothing(monkeypatch):
+    dp = DePass(build_model("llama", num_key_value_heads=2))
+    dp.trace([PROMPTS[1], PROMPTS[1]])
+    assert not is_used(dp, monkeypatch, PROMPTS[1])
+    dp.trace(PROMPTS)
+    assert is_used(dp, monkeypatch, PROMPTS[1])
+
+
+def test_what_a_longer_prompt_shows_is_remembered(monkeypatch):
+    """A mistake that begins at position 8."""
+    turned = own_pass._Layer._turned
+
+    def early(layer, q, k, angles):
+        q, k = turned(layer, q, k, angles)
+        return torch.cat([q[:8], 2 * q[8:]]), k
+
+    monkeypatch.setattr(own_pass._Layer, "_turned", early)
+    short, long = (torch.tensor(random_ids(n)) for n in (6, 20))
+    dp = DePass(build_model("llama", num_key_value_heads=2))
+    dp.trace(short)
+    assert is_used(dp, monkeypatch, short) and not is_used(dp, monkeypatch, long)
+    assert not is_used(dp, monkeypatch, long) and not is_used(dp, monkeypatch, short)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "gpt2", "granite", "qwen2_moe"])

@@ -62,16 +62,16 @@ GOALS = (
         seconds=0.20,
         predicted="4,217 launches, of which 1,344 go prompt by prompt in the last layer",
         why="half as many launches are left, 1,203 of them the model's own; an H100 is busy for 0.24 s. Since then a "
-        "layer takes 17 launches in the place of 22, and 21 for the forward pass in the place of 37: 1,400 in all "
-        "(counted, not yet measured on a card; expected on an H100: 0.27 s)",
+        "layer takes 17 launches in the place of 22, and 21 for the forward pass in the place of 37: 1,400 beside "
+        "attention (counted, not yet measured on a card; expected on an H100: 0.27 s)",
     ),
     Goal(
         "heads of all layers, N=20",
         seconds=0.15,
         predicted="3,615 launches; 35 for every layer's starting states",
         why="three quarters of them are left, 1,203 the model's own; an H100 is busy for 0.18 s and waits else. Since "
-        "then a layer takes 35 launches in the place of 45, and 21 for the forward pass in the place of 37: 1,900 in "
-        "all (counted, not yet measured on a card; expected on an H100: 0.25 s)",
+        "then a layer takes 35 launches in the place of 45, and 21 for the forward pass in the place of 37: 1,900 "
+        "beside attention (counted, not yet measured on a card; expected on an H100: 0.25 s)",
     ),
     Goal(
         "all neurons, adjoint, refine 1,000, N=20",
