@@ -204,7 +204,9 @@ def _can_run(adapter: Adapter) -> bool:
     modules = modules_of(decoder)
     weights = [one for module in modules for one in module._parameters.values() if one is not None]
     alike = {(one.device, one.dtype) for one in weights}
-    return len(alike) == 1 and all(type(one) is nn.Parameter for one in weights) and all(map(_is_untouched, modules))
+    if len(alike) != 1 or any(type(one) is not nn.Parameter for one in weights):
+        return False
+    return all(map(_is_of_its_class, modules)) and all(map(_is_as_defined, {type(module) for module in modules}))
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -223,12 +225,15 @@ def _has_plain_parts(block: Any) -> bool:
     return all(type(one) is nn.Linear for one in projections) and all(_kind(one) is not None for one in norms)
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """True unless a module has hooks, code of its own or of a user's, or hides a part of its own."""
+def _is_of_its_class(module: nn.Module) -> bool:
+    """True unless a module has hooks, or code or parts that its class does not know of."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    own, kind = vars(module), type(module)
-    if any(hooks) or "forward" in own or not own.keys().isdisjoint(module._modules):
-        return False
+    own = vars(module)
+    return not any(hooks) and "forward" not in own and own.keys().isdisjoint(module._modules)
+
+
+def _is_as_defined(kind: type[nn.Module]) -> bool:
+    """True for a class of torch or transformers whose code is its own."""
     return _is_of_a_library(kind.__module__) and _is_genuine(kind.forward) and _is_genuine(kind.__call__)
 
 
