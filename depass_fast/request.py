@@ -14,13 +14,15 @@ from torch import Tensor
 from .adapters import Adapter
 from .components.base import ComponentKind
 from .components.dealt import dealt_state
+from .components.model import Tokens
 from .components.start import initial_state, meets_bias
+from .inputs.doubts import doubt_first_word
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
 from .inputs.prompts import Prompt, as_positions, encode_all
 from .inputs.provenance import provenance_of
-from .inputs.targets import TargetSpec, parse_target
-from .inputs.token_texts import token_texts
+from .inputs.targets import TargetSpec, parse_target, texts_in
+from .inputs.token_texts import doubt_missing_space, token_texts
 from .options import Adjoint, Options
 from .planning.fit import fitted
 from .planning.shapes import RunShape, named_components
@@ -125,7 +127,7 @@ def make_request(
     check_kind(components)
     components.check(adapter, [len(ids) for ids in prompts])
     last = check_end(components, adapter, end)
-    return Request(
+    request = Request(
         adapter=adapter,
         tokenizer=tokenizer,
         settings=settings,
@@ -143,6 +145,17 @@ def make_request(
         trace=trace,
         began=began,
     )
+    if not encoded:
+        doubt_first_words(request)
+    return request
+
+
+def doubt_first_words(request: Request) -> None:
+    """Warn where the first token of a prompt is a word, and is kept out of the allocation by default."""
+    by_default = isinstance(request.settings.exclude_special, bool) and request.settings.exclude_special
+    if by_default and isinstance(request.components, Tokens) and request.run.allocation.linear_rule is None:
+        for ids in request.prompts:
+            doubt_first_word(ids[:2].tolist(), request.tokenizer)
 
 
 def with_targets(
@@ -175,6 +188,9 @@ def with_targets(
             "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
         )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
+    for given, tokens, places in zip(wanted, request.tokens, reads, strict=True):
+        for text in texts_in([given, contrast]):
+            doubt_missing_space(text, tokens[places[-1]], request.tokenizer)
     return replace(request, reads=reads, targets=specs)
 
 

@@ -63,5 +63,16 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
         )
 
 
+def doubt_first_word(ids: Sequence[int], tokenizer: Any | None) -> None:
+    """Warn where the first token, which is kept out of the allocation as a special one, is a word."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    if special and len(ids) > 1 and ids[0] not in special:
+        doubt(
+            "prompt: it begins with a word, and the first token is kept out of the allocation behind it, as the place "
+            "where attention rests. Its own share says little, and what it would have had is in those of the others. "
+            "exclude_special=False counts it like them, as linear rules do."
+        )
+
+
 def _special(tokenizer: Any | None, name: str) -> int | None:
     return getattr(tokenizer, name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,6 +102,19 @@ def parse_target(
     if contrast is not None:
         parsed = _with_contrast(parsed, contrast, adapter, tokenizer)
     return TargetSpec(tuple(parsed), several)
+
+
+def texts_in(target: Any) -> Iterator[str]:
+    """The strings in a target, however it is given."""
+    if isinstance(target, str):
+        yield target
+    elif isinstance(target, LogProb):
+        yield from texts_in(target.token)
+    elif isinstance(target, Contrast):
+        yield from texts_in([target.a, target.b])
+    elif isinstance(target, list | tuple):
+        for one in target:
+            yield from texts_in(one)
 
 
 def _with_contrast(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..labels import BYTE, raw_bytes, readable
 from .doubts import doubt
 from .prompts import required
-from .text import check_text
+from .text import check_text, spaced
 
 _SPACE = "▁"  # SentencePiece's
 _WORD_END = "</w>"  # a space behind the entry, in the oldest vocabularies
@@ -131,6 +131,18 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
         else ""
     )
     raise ValueError(f"{argument}: {problem}.{hint}{more}")
+
+
+def doubt_missing_space(text: str, before: str, tokenizer: Any, argument: str = "target") -> None:
+    """Warn where a word is read right behind a word, and is a token with a space in front of it as well.
+
+    ``before`` is the text of the token that it follows.
+    """
+    if text[:1].isalnum() and (apart := spaced(before, text)) != text and _one(apart, tokenizer) is not None:
+        doubt(
+            f"{argument}: {text!r} has no space in front of it, and goes on the word before it, {before!r}. A word of "
+            f"its own is {apart!r}, another token."
+        )
 
 
 def _doubt_namesake(text: str, token: int, tokenizer: Any, argument: str) -> None:

@@ -22,7 +22,7 @@ from ..inputs.targets import LogProb, parse_target
 from ..options import Adjoint, Options
 from ..readout.collect import read_hidden, read_places
 from ..readout.targets import resolve_targets
-from ..request import Request, fit, make_request, wide_dtype, with_trace
+from ..request import Request, doubt_first_words, fit, make_request, wide_dtype, with_trace
 from ..results.continuation import REDUCTIONS, Continuation
 from ..results.generation import Generation
 from ..runtime.numbers import as_index
@@ -68,6 +68,7 @@ def attribute_continuation(
         )
     batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer, settings.chat_template_kwargs)
     request = make_request(adapter, tokenizer, settings, whole, components, encoded=True)
+    doubt_first_words(request)
     request = _read_in_front(replace(request, batch=batch, began=began), lengths)
     results = [
         Continuation.of(steps, length, tokenizer, log_z)
@@ -94,6 +95,7 @@ def attribute_generation(
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
     request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
+    doubt_first_words(request)
     ((steps, log_z),) = _decomposed(agreed(_read_in_front(request, [length])), generated=True)
     return Generation.of(steps, length, tokenizer, log_z)
 

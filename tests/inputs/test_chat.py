@@ -25,7 +25,8 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "", "parame
 def dp():
     tokenizer = byte_level(eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
-    return DePass(build_model("llama", num_key_value_heads=2, vocab_size=len(tokenizer)), tokenizer)
+    model = build_model("llama", num_key_value_heads=2, vocab_size=len(tokenizer))
+    return DePass(model, tokenizer, exclude_special=False)
 
 
 def text_of(dp, prompt, **options):

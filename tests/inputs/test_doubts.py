@@ -6,13 +6,15 @@ import pytest
 import torch
 from tokenizers import processors
 
-from depass_fast import DePass, InputWarning, Tokens
+from depass_fast import Contrast, DePass, Heads, InputWarning, LogProb, Tokens
 from tests.support.family_models import build_model
 from tests.support.tokenizers import byte_level, llama_like
 
 
 def with_model(tokenizer):
-    return DePass(build_model("llama", num_key_value_heads=2, vocab_size=len(tokenizer)), tokenizer)
+    return DePass(
+        build_model("llama", num_key_value_heads=2, vocab_size=len(tokenizer)), tokenizer, exclude_special=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_a_tokenizer_that_ends_the_text(padded):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", end)]
     )
-    dp = DePass(padded.model, tokenizer)
+    dp = DePass(padded.model, tokenizer, exclude_special=False)
     with pytest.warns(InputWarning, match="the tokenizer ends the text with '</s>'"):
         dp.attribute("ab", Tokens())
     quiet(dp, [5, end])
@@ -109,3 +111,48 @@ def test_start_and_padding_of_a_continuation(llama, padded, shared):
         llama.attribute(ids, Tokens(), continuation=ids[1:])
         shared.attribute([5, 6], Tokens(), continuation=[5, end])
         shared.attribute([5, 6], Tokens(), continuation=[end])
+
+
+def said(dp, call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(DePass(dp.model, dp.tokenizer))
+    return [str(one.message) for one in caught if issubclass(one.category, InputWarning)]
+
+
+def test_a_first_token_that_is_a_word(shared, llama):
+    """By default it is kept out of the allocation, which is for a start token."""
+    word, start = [5, 6, 7], [shared.tokenizer.bos_token_id, 5, 6]
+    told = [
+        lambda dp: dp.attribute(word, Tokens()),
+        lambda dp: dp.attribute([start, word], Tokens(1)),
+        lambda dp: dp.attribute(word, Tokens(), continuation=[8]),
+        lambda dp: dp.attribute_generation(word, max_new_tokens=1),
+        lambda dp: dp.decompose(word, Tokens()),
+    ]
+    for call in told:
+        assert len([text for text in said(shared, call) if "begins with a word" in text]) == 1
+    untold = [
+        lambda dp: dp.attribute(start, Tokens()),
+        lambda dp: dp.attribute(word, Tokens(), exclude_special=False),
+        lambda dp: dp.attribute(word, Tokens(), exclude_special=[0]),
+        lambda dp: dp.attribute(word, Tokens(), allocation="shapley"),
+        lambda dp: dp.attribute(word, Heads(0)),
+        lambda dp: dp.attribute(word[:1], Tokens()),
+        lambda dp: dp.ledger(word),
+        lambda dp: DePass(dp.model).attribute(word, Tokens()),
+    ]
+    for call in untold:
+        assert not said(shared, call)
+
+
+@pytest.mark.parametrize(
+    "target", ["b", LogProb("b"), Contrast("b", " a"), ("b", " a"), [" a", "b"]], ids=lambda target: str(target)
+)
+def test_a_target_without_its_space(target):
+    """A word behind a word is another token."""
+    dp = with_model(byte_level(" a", " b"))
+    found = said(dp, lambda dp: dp.attribute("a", Tokens(), target, allocation="shapley"))
+    assert len(found) == 1 and found[0].startswith("target: 'b' has no space in front of it")
+    for prompt, one in (("a ", "b"), ("a(", "b"), ("a", " b"), ("a", ".")):
+        assert not said(dp, lambda dp, p=prompt, t=one: dp.attribute(p, Tokens(), t, allocation="shapley"))
