@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .components.features import Features
     from .components.model import Heads, Modules, Neurons, Tokens
     from .engine import DePass
+    from .evaluate.interventions import masked_logits
     from .graph.graph import Graph
     from .graph.intervene import Intervention
     from .inputs.continuation import TokenBoundaryWarning
@@ -86,6 +87,7 @@ __all__ = [
     "VerificationWarning",
     "WeightsWarning",
     "__version__",
+    "masked_logits",
     "trace_nbytes",
     "write_html",
 ]
@@ -97,6 +99,7 @@ _HOMES = {
     "components.custom": ("Custom", "Subspaces"),
     "components.model": ("Heads", "Modules", "Neurons", "Tokens"),
     "engine": ("DePass",),
+    "evaluate.interventions": ("masked_logits",),
     "graph.graph": ("Graph",),
     "graph.intervene": ("Intervention",),
     "inputs.continuation": ("TokenBoundaryWarning",),

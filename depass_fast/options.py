@@ -84,7 +84,8 @@ class Options:
         known = [f.name for f in fields(self)]
         for name in overrides:
             if name not in known:
-                raise TypeError(f"unknown option {name!r}; options: {', '.join(known)}.")
+                hint = " The rule of attribute(...) is its allocation." if name == "rule" else ""
+                raise TypeError(f"unknown option {name!r}; options: {', '.join(known)}.{hint}")
         return replace(self, **overrides)
 
     def build(self, adapter: Adapter) -> Run:

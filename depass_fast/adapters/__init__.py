@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pkgutil
 from types import ModuleType
 from typing import Any, cast
@@ -95,10 +96,15 @@ def adapt(model: nn.Module) -> Adapter:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
-        raise TypeError(f"model: expected a loaded Hugging Face causal language model, got {type(model).__name__}.")
+        hint = " DePass.from_pretrained(path) loads one." if isinstance(model, str | os.PathLike) else ""
+        raise TypeError(
+            f"model: expected a loaded Hugging Face causal language model, got {type(model).__name__}.{hint}"
+        )
     family = family_of(config)
     if family is None:
-        reason = f" ({REASONS[model_type]})" if model_type in REASONS else ""
+        known_reason = "it has an encoder" if getattr(config, "is_encoder_decoder", False) else None
+        reason = REASONS.get(model_type, known_reason)
+        reason = "" if reason is None else f" ({reason})"
         known = ", ".join(supported_families())
         raise ValueError(f"model: family {model_type!r} is not supported{reason}. Supported families: {known}.")
     if cast(Any, model).get_output_embeddings() is None:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how it is computed")
     flags.add_method(how)
-    flags.add_rule(how)
+    flags.add_rule(how, "--rule")
     flags.add_value_activation(how)
     flags.add_backend(how)
     flags.add_machine(how)

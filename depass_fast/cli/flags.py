@@ -93,9 +93,9 @@ def add_value_activation(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_rule(group: argparse._ActionsContainer) -> None:
-    """--allocation, --temperature and --no-exclude-special."""
-    add_allocation(group)
+def add_rule(group: argparse._ActionsContainer, *names: str) -> None:
+    """--allocation, also under other ``names``, --temperature and --no-exclude-special."""
+    add_allocation(group, "softmax", "", *names)
     group.add_argument(
         "--temperature", type=types.rate, default=0.1, metavar="T", help="T of the softmax. Default: 0.1"
     )

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=types.positive, default=20, metavar="N", help="tokens, chosen greedily. Default: 20"
     )
     how = parser.add_argument_group("how it is computed")
-    flags.add_rule(how)
+    flags.add_rule(how, "--rule")
     flags.add_value_activation(how)
     flags.add_backend(how)
     flags.add_machine(how)

@@ -150,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_arguments(texts)
     texts.set_defaults(run=generate.run, check=generate.check)
 
-    many = commands.add_parser("sweep", help="attribute a file of prompts into a folder, and survive", **shape)
+    into = "attribute a file of prompts into a folder, or go on where that was stopped"
+    many = commands.add_parser("sweep", help=into, **shape)
     sweep.add_arguments(many)
     many.set_defaults(run=sweep.run, check=sweep.check)
 

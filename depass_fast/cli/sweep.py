@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_components(parser.add_argument_group("what is attributed"))
     how = parser.add_argument_group("how it is computed")
     flags.add_method(how)
-    flags.add_rule(how)
+    flags.add_rule(how, "--rule")
     flags.add_value_activation(how)
     how.add_argument("--backend", default="auto", choices=flags.BACKENDS, metavar="B", help="default: auto")
     flags.add_machine(how)

@@ -176,6 +176,8 @@ class LayerKind(ComponentKind, Generic[R]):
     def __post_init__(self) -> None:
         if isinstance(self.layer, str) and self.layer == "all":
             raise ValueError("layer: 'all' is no layer; for all layers give layers='all'.")
+        if self.layers is not None and self.layer not in (0, None):
+            raise ValueError(f"layers: give either layers={self.layers!r} or layer {self.layer!r}, not both.")
         super().__post_init__()
 
     @property

@@ -59,20 +59,22 @@ def intervened(
     model.check()
     change = _change(model, node, factor - 1.0)
     norms, held = _norms(model), tuple(one for one in _HELD if one in hold)
+    norms_held = "norms" in held
     with exclusive(model.adapter):
         if () not in model.runs:
             with _noting(norms) as scales:
                 model.runs[()] = _target(graph, model), scales
         scales = model.runs[()][1]
         attention = held_attention(model.adapter, model.trace) if "attention" in hold else nullcontext()
-        with attention, _holding(norms, scales if "norms" in hold else {}):
+        with attention, _holding(norms, scales if norms_held else {}):
             if held not in model.runs:  # what is held rounds otherwise
                 model.runs[held] = _target(graph, model), scales
             with change():
                 after = _target(graph, model)
     if not math.isfinite(after):
-        name = "scale" if value is None else "value"
-        raise ValueError(f"{name}: with {scale if value is None else value!r} the model gives no finite target.")
+        name, given = ("scale", 0.0 if scale is None else scale) if value is None else ("value", value)
+        advice = " Held norms take nothing back of what grows: leave 'norms' out of hold." if norms_held else ""
+        raise ValueError(f"{name}: with {given!r} the model gives no finite target.{advice}")
     before = model.runs[held][0]
     share = node.share or 0.0
     changed = None if node.activation is None else node.activation * factor

@@ -29,7 +29,7 @@ def located(path: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[st
     from the working directory, if there is one of that name.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or folder.
         ValueError: it is no GGUF file or a part of one, or an argument is about a repository of the hub.
         ImportError: a package that loads GGUF files is not installed.
     """
@@ -48,6 +48,8 @@ def located(path: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[st
     else:  # on the hub, or no GGUF file at all
         if name is not None:
             _check_packages(name)
+        if not place.exists() and (place.is_absolute() or path.startswith((".", "~"))):
+            raise FileNotFoundError(f"path: there is no folder or file {path!r}.")
         return path, arguments
     _check(file)
     return str(file.parent), arguments | {"gguf_file": str(file.absolute())}

@@ -174,7 +174,7 @@ class LayeredAttribution(_Shared, DrawnLayers, AsPage):
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, layer: int) -> Attribution:
-        """Return one layer's result, by its number.
+        """Return one layer's result, by its number; negative ones count from the last that this result holds.
 
         Raises:
             KeyError: the layer was not asked for.
@@ -183,6 +183,8 @@ class LayeredAttribution(_Shared, DrawnLayers, AsPage):
         if isinstance(layer, bool) or not hasattr(layer, "__index__"):
             raise TypeError(f"a layer is named by its number, not by {layer!r}; this result holds {self._held}")
         number = operator.index(layer)
+        if -len(self) <= number < 0:
+            return self.by_layer[number]
         if number not in self.layers:
             raise KeyError(f"no layer {number}; this result holds {self._held}")
         return self.by_layer[self.layers.index(number)]

@@ -27,10 +27,20 @@ def leading(labels: Sequence[str], scores: Tensor, k: int, by: str) -> list[tupl
     return [(labels[i], float(scores[i])) for i in order]
 
 
+class NoComponent(KeyError):
+    """There is no component of a label. It is shown as a sentence, where a KeyError is shown as a quoted one."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 def score_of(labels: Sequence[str], scores: Tensor, label: str) -> float:
     """Return the score (of M,) that belongs to a label; raises KeyError where there is none."""
     if label not in labels:
-        raise KeyError(f"no component {label!r}; labels run from {labels[0]!r} to {labels[-1]!r}")
+        near = [one for one in labels if str(label) in one][:3]
+        there = f"did you mean {' or '.join(map(repr, near))}?" if near and label else ""
+        there = there or f"labels run from {labels[0]!r} to {labels[-1]!r}."
+        raise NoComponent(f"no component {label!r}; {there}")
     return float(scores[labels.index(label)])
 
 

@@ -68,7 +68,7 @@ def short(result: Result) -> str:
     warned = [f"WARNING: {text}" for text in result.warnings or []]
     parts = [cut("; ".join(warned), _READ)] if warned else []
     parts += [*read, f"leading: {cut(leading, _READ)}", about(result)]
-    parts += [f"made with {result.provenance}"] if result.provenance is not None else []
+    parts += [f"made with {result.provenance.told()}"] if result.provenance is not None else []
     return encodable(f"{type(result).__name__}({' | '.join(cut(part, 2 * _READ) for part in parts)})")
 
 
@@ -125,8 +125,9 @@ class TextAbove:
 def about(result: Result) -> str:
     """Return one line on how a result came about; options that differ from what is usual are told."""
     rule = result.allocation + (f" T = {result.temperature:g}" if result.allocation == "softmax" else "")
-    about = result.estimate or ("exact under a linear rule" if result.is_exact and result.method != "exact" else "")
-    how = result.method + (f" ({about})" if about else "")
+    how = result.method + (f" ({result.estimate})" if result.estimate else "")
+    if result.is_exact and result.method != "exact":
+        how = "exact, by one way back"
     verified = "" if result.verification is None else f"verified: {result.verification} | "
     rule += ", activations of values shared" if result.value_activation == "shared" else ""
     end = "" if result.end is None else f" read entering layer {result.end}"

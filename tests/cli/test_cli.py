@@ -270,7 +270,7 @@ TOKENS = [*ONE, "--components", "tokens"]
         ([*TOKENS, "--dtype", "int8"], ["--dtype", "float32"]),
         ([*TOKENS, "--device", "cuda:99"], ["--device:", "cuda:99", "cpu"]),
         ([*TOKENS, "--backend", "abacus"], ["--backend:", "abacus", "reference"]),
-        ([*TOKENS, "--allocation", "random"], ["--allocation:", "random", "softmax"]),
+        ([*TOKENS, "--allocation", "random"], ["--allocation/--rule:", "random", "softmax"]),
         ([*TOKENS, "--temperature", "0"], ["--temperature:", "0"]),
         ([*TOKENS, "--top", "0"], ["--top", "'0'"]),
         ([*TOKENS, "--memory-budget", "much"], ["--memory-budget", "'much'"]),

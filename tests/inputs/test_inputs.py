@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from depass_fast import Custom, DePass, Heads, Modules, Neurons, Subspaces, Tokens
 from tests.support.family_models import build_model
@@ -346,3 +346,17 @@ def test_a_state_holds_so_many_prompts(dp):
 def test_options_are_checked_before_a_model_is_loaded():
     with pytest.raises(TypeError, match="unknown option 'temprature'"):
         DePass.from_pretrained("no/such/folder", temprature=1)
+
+
+def test_what_is_no_model_is_helped():
+    with pytest.raises(TypeError, match=r"got str\. DePass\.from_pretrained\(path\) loads one\."):
+        DePass("HuggingFaceTB/SmolLM2-135M")
+    config = AutoConfig.for_model("t5", d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=16)
+    with pytest.raises(ValueError, match=r"family 't5' is not supported \(it has an encoder\)"):
+        DePass(AutoModelForSeq2SeqLM.from_config(config))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere at all"])
+def test_a_folder_that_is_not_there(path):
+    with pytest.raises(FileNotFoundError, match=r"path: there is no folder or file '.*nowhere"):
+        DePass.from_pretrained(path)
