@@ -16,6 +16,7 @@ from depass_fast.adapters.recurrent import knows_recurrences
 QUICK = [case for case in cases() if case.lengths != (2048,) and case.model not in ("llama-3.1-8b", "qwen2-7b")]
 QUICK = [case for case in QUICK if case.memory_budget != 128 << 20 or case.components == "neurons"]
 MANY = [case for case in QUICK if len(case.lengths) == 64 and case.call == "ledger"]
+MANY += [case for case in QUICK if case.memory_budget == 128 << 20 and case.backend == "torch"]
 QUICK = [pytest.param(case, marks=pytest.mark.thorough) if case in MANY else case for case in QUICK]
 
 

@@ -73,7 +73,10 @@ def test_bad_arguments_are_refused():
 
 
 KERNEL = {"phi3": True, "mixtral": True, "gemma2": True, "gpt_oss": False, "gpt2": False}
-AGAIN = [pytest.param(name, marks=pytest.mark.thorough) if name in ("mixtral", "gpt_oss") else name for name in KERNEL]
+AGAIN = [
+    pytest.param(name, marks=pytest.mark.thorough) if name in ("phi3", "mixtral", "gpt_oss") else name
+    for name in KERNEL
+]
 
 
 @pytest.mark.parametrize("name", AGAIN)

@@ -26,7 +26,9 @@ def wide():
     return DePass(build_model("llama", intermediate_size=200), backend="triton")
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "at", [1, pytest.param(2, marks=pytest.mark.thorough), 3, pytest.param(7, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("name", ["accumulate", "allocate"])
 def test_running_out_of_memory_inside_a_step_changes_nothing(wide, name, at, monkeypatch):
     """Memory may run out between two blocks of neurons of a chunk, when the first has been added to the state."""
@@ -45,7 +47,7 @@ def test_running_out_of_memory_inside_a_step_changes_nothing(wide, name, at, mon
     assert close(found, expected)
 
 
-@pytest.mark.parametrize("budget", [30_000, 100_000])
+@pytest.mark.parametrize("budget", [30_000, pytest.param(100_000, marks=pytest.mark.thorough)])
 def test_the_workspace_stays_within_its_bytes(wide, budget):
     trace = wide.trace([random_ids(7), random_ids(3)])
     for kind in (Tokens(), Heads(0)):
