@@ -14,7 +14,7 @@ from ..adapters import Adapter
 from ..components.base import ComponentKind, SeveralLayers
 from ..components.custom import Array, Custom, SomeBases, Subspaces
 from ..components.features import Features
-from ..components.model import Heads, Modules, Neurons, Tokens, Which
+from ..components.model import Modules, Tokens, Which
 from ..inputs.hook_names import Site
 from ..options import Options
 from ..request import Request, check_end, check_kind, fit, with_trace
@@ -35,6 +35,7 @@ from .looking import reads_of_looking, worst_miss
 from .paged import PagedLedger
 from .pages import Pages, Wanted
 from .places import Chosen, LayerPlaces, Reading, places_of
+from .positions import LedgerAtPositions
 from .reads import Reads
 from .saved import restore, save
 from .steering import Steers
@@ -60,7 +61,7 @@ class Entry(NamedTuple):
     score: float
 
 
-class Ledger(DrawnLedger, PagedLedger):
+class Ledger(LedgerAtPositions, DrawnLedger, PagedLedger):
     """Exact scores of all components under a linear rule, from one forward and one backward pass.
 
     It holds the gradient λ of the target at every layer and site, (R, T, D) for R targets and T positions, and the
@@ -171,14 +172,6 @@ class Ledger(DrawnLedger, PagedLedger):
     def tokens(self, layer: int | str = 0) -> Answer:
         """Return the scores of the tokens at the input of a layer: what each position's state is worth."""
         return self.scores(Tokens(layer))
-
-    def heads(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
-        """Return the scores of the attention heads of one layer or several, by default of all."""
-        return self.scores(Heads(**place(layer, layers)))
-
-    def neurons(self, layer: int | str | None = None, *, layers: SeveralLayers | None = None) -> Answer:
-        """Return the scores of the MLP's neurons of one layer or several, by default of all."""
-        return self.scores(Neurons(**place(layer, layers)))
 
     def modules(
         self, layer: int | str | None = None, which: Which = "both", *, layers: SeveralLayers | None = None

@@ -96,6 +96,7 @@ class Attribution(DrawnLayer, AsPage):
     provenance: Provenance | None = None
     reduced: dict[str, Any] | None = None
     target_kinds: list[str] | None = None
+    written_at: list[int] | None = None  # the positions where heads or neurons of a ledger were counted; None: all
     unknown: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def top(self, k: int = 10, target: int = 0, by: str = "magnitude", extras: bool = False) -> list[tuple[str, float]]:
@@ -174,6 +175,7 @@ class Attribution(DrawnLayer, AsPage):
                 "temperature",
                 "value_activation",
                 "reduced",
+                "written_at",
             ),
             *("exclude_special", "backend", "device", "dtype", "state_dtype", "compute_dtype", "completeness_error"),
         )
@@ -212,6 +214,7 @@ class Attribution(DrawnLayer, AsPage):
             "verification": None if self.verification is None else asdict(self.verification),
             **{name: getattr(self, name) for name in ("exclude_special", "state_dtype", "compute_dtype", "site")},
             "value_activation": self.value_activation,
+            "written_at": self.written_at,
             "end": self.end,
             "sweep": self.sweep,
             "reduced": self.reduced,

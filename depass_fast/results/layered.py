@@ -121,6 +121,11 @@ class _Shared:
         return self.by_layer[0].value_activation
 
     @property
+    def written_at(self) -> list[int] | None:
+        """The positions where heads or neurons of a ledger were counted; None: all."""
+        return self.by_layer[0].written_at
+
+    @property
     def exclude_special(self) -> list[int] | None:
         """The positions that were kept out of the allocation."""
         return self.by_layer[0].exclude_special

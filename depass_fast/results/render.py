@@ -130,9 +130,10 @@ def about(result: Result) -> str:
         how = "exact, by one way back"
     verified = "" if result.verification is None else f"verified: {result.verification} | "
     rule += ", activations of values shared" if result.value_activation == "shared" else ""
+    at = "" if result.written_at is None else f", written at {brief(result.written_at)}"
     end = "" if result.end is None else f" read entering layer {result.end}"
     return (
-        f"{result.components} at {result.layer_text()}{end} | {how} | {rule}{_excluded(result)} | "
+        f"{result.components} at {result.layer_text()}{at}{end} | {how} | {rule}{_excluded(result)} | "
         f"{result.backend} on {result.device}, {_dtypes(result)} | "
         f"completeness error {result.completeness_error:.1e} | {verified}{result.seconds:.2f} s"
     )
