@@ -16,13 +16,13 @@ from .components.base import ComponentKind
 from .components.dealt import dealt_state
 from .components.model import Tokens
 from .components.start import initial_state, meets_bias
-from .inputs.doubts import doubt_first_word
+from .inputs.doubts import doubt_first_word, doubt_missing_space, special_ids
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
 from .inputs.prompts import Prompt, as_positions, encode_all
 from .inputs.provenance import provenance_of
 from .inputs.targets import TargetSpec, parse_target, texts_in
-from .inputs.token_texts import doubt_missing_space, token_texts
+from .inputs.token_texts import lacks_space, token_texts
 from .options import Adjoint, Options
 from .planning.fit import fitted
 from .planning.shapes import RunShape, named_components
@@ -154,8 +154,21 @@ def doubt_first_words(request: Request) -> None:
     """Warn where the first token of a prompt is a word, and is kept out of the allocation by default."""
     by_default = isinstance(request.settings.exclude_special, bool) and request.settings.exclude_special
     if by_default and isinstance(request.components, Tokens) and request.run.allocation.linear_rule is None:
-        for ids in request.prompts:
-            doubt_first_word(ids[:2].tolist(), request.tokenizer)
+        special = special_ids(request.tokenizer)
+        if special and any(len(ids) > 1 and int(ids[0]) not in special for ids in request.prompts):
+            doubt_first_word()
+
+
+def _doubt_spaces(request: Request, targets: Sequence[Any]) -> None:
+    """Warn of target words, of each prompt's target, that lack the space which their tokens have behind a word."""
+    found, special = {}, special_ids(request.tokenizer)
+    for ids, tokens, target, reads in zip(request.prompts, request.tokens, targets, request.reads, strict=True):
+        for text in texts_in(target):
+            before = tokens[reads[-1]]
+            if int(ids[reads[-1]]) not in special and lacks_space(text, before, request.tokenizer):
+                found.setdefault(text, before)
+    for text, before in found.items():
+        doubt_missing_space(text, before)
 
 
 def with_targets(
@@ -188,10 +201,9 @@ def with_targets(
             "log-probabilities exist behind the final norm only. Give a vector, or leave end out."
         )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
-    for given, tokens, places in zip(wanted, request.tokens, reads, strict=True):
-        for text in texts_in([given, contrast]):
-            doubt_missing_space(text, tokens[places[-1]], request.tokenizer)
-    return replace(request, reads=reads, targets=specs)
+    request = replace(request, reads=reads, targets=specs)
+    _doubt_spaces(request, [[one, contrast] for one in wanted])
+    return request
 
 
 def check_kind(components: Any) -> None:

@@ -63,15 +63,27 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
         )
 
 
-def doubt_first_word(ids: Sequence[int], tokenizer: Any | None) -> None:
-    """Warn where the first token, which is kept out of the allocation as a special one, is a word."""
-    special = getattr(tokenizer, "all_special_ids", None)
-    if special and len(ids) > 1 and ids[0] not in special:
-        doubt(
-            "prompt: it begins with a word, and the first token is kept out of the allocation behind it, as the place "
-            "where attention rests. Its own share says little, and what it would have had is in those of the others. "
-            "exclude_special=False counts it like them, as linear rules do."
-        )
+def doubt_first_word() -> None:
+    """Warn that the first token, which is kept out of the allocation as a start token, is a word."""
+    doubt(
+        "prompt: it begins with a word, and the first token is kept out of the allocation behind it, as the place "
+        "where attention rests. Its own share says little, and what it would have had is in those of the others. "
+        "exclude_special=False counts it like them, as linear rules do."
+    )
+
+
+def doubt_missing_space(text: str, before: str) -> None:
+    """Warn of a target that goes on the word before it, where a word of its own has a space in front."""
+    doubt(
+        f"target: {text!r} has no space in front of it, and goes on the word before it, {before!r}. A word of its own "
+        f"is {' ' + text!r}, another token."
+    )
+
+
+def special_ids(tokenizer: Any | None) -> set[int]:
+    """The ids of all tokens that are no text: those with a role, and those that templates put between messages."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {*(getattr(tokenizer, "all_special_ids", None) or ()), *(i for i, one in added.items() if one.special)}
 
 
 def _special(tokenizer: Any | None, name: str) -> int | None:

@@ -33,8 +33,9 @@ def located(path: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[st
         ValueError: it is no GGUF file or a part of one, or an argument is about a repository of the hub.
         ImportError: a package that loads GGUF files is not installed.
     """
+    is_local = isinstance(path, os.PathLike)  # the hub's names are text
     path, name = os.fspath(path), arguments.get("gguf_file")
-    place = Path(path).expanduser()
+    place = Path(path).expanduser() if not path.startswith("~") or path[1:2] in ("", "/", os.sep) else Path(path)
     if name is not None and place.is_dir():
         file = place / (arguments.get("subfolder") or "") / name
         arguments = {key: value for key, value in arguments.items() if key != "subfolder"}
@@ -48,7 +49,9 @@ def located(path: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[st
     else:  # on the hub, or no GGUF file at all
         if name is not None:
             _check_packages(name)
-        if not place.exists() and (place.is_absolute() or path.startswith((".", "~"))):
+        if place.exists():
+            return str(place), arguments
+        if is_local or place.is_absolute() or path.startswith((".", "~")) or "\\" in path or path.count("/") > 1:
             raise FileNotFoundError(f"path: there is no folder or file {path!r}.")
         return path, arguments
     _check(file)

@@ -39,7 +39,7 @@ def load_model(
 
     Raises:
         ImportError: ``device_map`` needs accelerate to spread the model over several devices, or a GGUF file a package.
-        FileNotFoundError: there is no such GGUF file.
+        FileNotFoundError: there is no such GGUF file, or no such folder.
         OSError, ValueError: as transformers raises them.
     """
     folder, model_kwargs = located(path, model_kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..labels import BYTE, raw_bytes, readable
 from .doubts import doubt
 from .prompts import required
-from .text import check_text, spaced
+from .text import check_text
 
 _SPACE = "▁"  # SentencePiece's
 _WORD_END = "</w>"  # a space behind the entry, in the oldest vocabularies
@@ -133,16 +133,21 @@ def single_token(text: str, tokenizer: Any | None, argument: str = "target") -> 
     raise ValueError(f"{argument}: {problem}.{hint}{more}")
 
 
-def doubt_missing_space(text: str, before: str, tokenizer: Any, argument: str = "target") -> None:
-    """Warn where a word is read right behind a word, and is a token with a space in front of it as well.
+def lacks_space(text: str, before: str, tokenizer: Any) -> bool:
+    """True for a word that is read right behind a word, where the word with a space in front is another token.
 
-    ``before`` is the text of the token that it follows.
+    ``before`` is the text of the token that it follows. Scripts without capitals, which may have no spaces, never do.
     """
-    if text[:1].isalnum() and (apart := spaced(before, text)) != text and _one(apart, tokenizer) is not None:
-        doubt(
-            f"{argument}: {text!r} has no space in front of it, and goes on the word before it, {before!r}. A word of "
-            f"its own is {apart!r}, another token."
-        )
+    first, last = text[:1], before[-1:]
+    if not (_is_spaced(first) and _is_spaced(last)) or (first.isdigit() and last.isdigit()):
+        return False
+    apart = _one(f" {text}", tokenizer)
+    return apart is not None and apart != _one(text, tokenizer)
+
+
+def _is_spaced(character: str) -> bool:
+    """True for letters of scripts that know capitals and spaces, and for digits."""
+    return character.isdigit() or character.lower() != character.upper()
 
 
 def _doubt_namesake(text: str, token: int, tokenizer: Any, argument: str) -> None:

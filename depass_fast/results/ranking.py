@@ -37,8 +37,9 @@ class NoComponent(KeyError):
 def score_of(labels: Sequence[str], scores: Tensor, label: str) -> float:
     """Return the score (of M,) that belongs to a label; raises KeyError where there is none."""
     if label not in labels:
-        near = [one for one in labels if str(label) in one][:3]
-        there = f"did you mean {' or '.join(map(repr, near))}?" if near and label else ""
+        is_word = isinstance(label, str) and len(label.strip()) > 1
+        near = [one for one in labels if label in one][:3] if is_word else []
+        there = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
         there = there or f"labels run from {labels[0]!r} to {labels[-1]!r}."
         raise NoComponent(f"no component {label!r}; {there}")
     return float(scores[labels.index(label)])

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._device import DeviceContext
 
 from ..adapters import Adapter, Norm
 from ..adapters.tuned import modules_of
@@ -37,6 +38,7 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what attention modules a
 }
 _RECORDED = ("q", "k", "resid_mid", "gate", "act")  # of a layer, beside what enters it
 _ROTATION = ("apply_rotary_pos_emb", "rotate_half")  # functions of a model's file that turn queries and keys
+_CODE = ("forward", "__call__", "_call_impl")  # what runs when a module is called
 _LIBRARIES = ("torch", "transformers", "depass_fast")
 _agreed = Checked()  # the computations of every model that our pass was compared with
 
@@ -186,7 +188,7 @@ def admit(adapter: Adapter, computation: tuple, trace: Trace, records: list[dict
 
 def admitted(adapter: Adapter, computation: tuple, longest: int) -> OwnPass | None:
     """Return the pass of our own for prompts of up to ``longest`` tokens, if it may stand in the place of a model's."""
-    own = OwnPass.of(adapter)
+    own = None if _is_watched() else OwnPass.of(adapter)
     return own if own is not None and _agreed.knows(adapter.model, (computation, _rotation(adapter)), longest) else None
 
 
@@ -229,17 +231,21 @@ def _is_of_its_class(module: nn.Module) -> bool:
     """True unless a module has hooks, or code or parts that its class does not know of."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = vars(module)
-    return not any(hooks) and "forward" not in own and own.keys().isdisjoint(module._modules)
+    return not any(hooks) and own.keys().isdisjoint({*_CODE, *module._modules})
 
 
 def _is_as_defined(kind: type[nn.Module]) -> bool:
     """True for a class of torch or transformers whose code is its own."""
-    return _is_of_a_library(kind.__module__) and _is_genuine(kind.forward) and _is_genuine(kind.__call__)
+    return _is_of_a_library(kind.__module__) and all(_is_genuine(getattr(kind, name)) for name in _CODE)
 
 
 def _is_genuine(function: Any) -> bool:
     """True for a function of torch or transformers, with all that it wraps; a bridge of ours may be around it."""
-    while isinstance(function, FunctionType) and _is_of_a_library(function.__globals__.get("__name__", "")):
+    while isinstance(function, FunctionType):
+        home = function.__globals__.get("__name__", "")
+        written_in = getattr(sys.modules.get(home), "__file__", None)
+        if not _is_of_a_library(home) or function.__code__.co_filename != written_in:
+            return False
         if not hasattr(function, "__wrapped__"):
             return True
         function = function.__wrapped__
@@ -254,6 +260,12 @@ def _rotation(adapter: Adapter) -> tuple:
     """A key of the functions of :data:`_ROTATION`, which belong to no module."""
     home = vars(sys.modules[type(adapter.decoder).__module__])
     return tuple(weakref.ref(home[name]) for name in _ROTATION)
+
+
+def _is_watched() -> bool:
+    """True where a user's mode sees every operation of torch: ours are others than the model's."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return torch._C._len_torch_dispatch_stack() > 0 or any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def _has_global_hooks() -> bool:

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from depass_fast import Contrast, DePass, Heads, InputWarning, LogProb, Tokens
 from tests.support.family_models import build_model
@@ -154,5 +154,40 @@ def test_a_target_without_its_space(target):
     dp = with_model(byte_level(" a", " b"))
     found = said(dp, lambda dp: dp.attribute("a", Tokens(), target, allocation="shapley"))
     assert len(found) == 1 and found[0].startswith("target: 'b' has no space in front of it")
-    for prompt, one in (("a ", "b"), ("a(", "b"), ("a", " b"), ("a", ".")):
+    for prompt, one in (("a ", "b"), ("a(", "b"), ("a", " b"), ("a", "."), ("a=", "b"), ("a.", "b"), ("是", "b")):
         assert not said(dp, lambda dp, p=prompt, t=one: dp.attribute(p, Tokens(), t, allocation="shapley"))
+
+
+def test_a_space_that_is_told_once():
+    dp = with_model(byte_level(" a", " b"))
+    found = said(dp, lambda dp: dp.attribute(["a", "aa", "a"], Tokens(), "b", allocation="shapley"))
+    assert len(found) == 1
+    found = said(dp, lambda dp: dp.attribute(["a", "a"], Tokens(), targets=["b", " b"], allocation="shapley"))
+    assert len(found) == 1
+
+
+def test_scripts_without_spaces_and_numbers_have_none():
+    dp = with_model(byte_level(" 巴", "巴", "是", " 2"))
+    for prompt, one in (("是", "巴"), ("a", "巴"), ("1", "2")):
+        assert not said(dp, lambda dp, p=prompt, t=one: dp.attribute(p, Tokens(), t, allocation="shapley"))
+    assert said(dp, lambda dp: dp.attribute("a", Tokens(), "2", allocation="shapley"))
+
+
+def test_a_text_that_is_read_with_its_space(llama):
+    """With SentencePiece's space in front both texts are one token."""
+    tokenizer = llama.tokenizer
+    word = next(t for t in ("The", "capital") if len(tokenizer.encode(t, add_special_tokens=False)) == 1)
+    assert not [
+        text
+        for text in said(llama, lambda dp: dp.attribute("The capital", Tokens(), word, allocation="shapley"))
+        if "has no space" in text
+    ]
+
+
+def test_tokens_of_a_template_are_no_words():
+    tokenizer = byte_level(" a", " b", bos_token="<s>")
+    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True)])
+    dp, start = with_model(tokenizer), tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert not said(dp, lambda dp: dp.attribute([start, 5, 6], Tokens()))
+    assert not said(dp, lambda dp: dp.attribute([5, start], Tokens(), "b", allocation="shapley"))
+    assert len(said(dp, lambda dp: dp.attribute([[5, 6], [6, 5], [start, 5]], Tokens()))) == 1

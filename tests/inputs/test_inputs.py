@@ -1,5 +1,7 @@
 """Bad input is refused before any work, by an error that names the argument and what is allowed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -356,7 +358,25 @@ def test_what_is_no_model_is_helped():
         DePass(AutoModelForSeq2SeqLM.from_config(config))
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "~/nowhere at all"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nowhere/at/all",
+        "./nowhere",
+        "~/nowhere at all",
+        Path("nowhere"),
+        "C:\\nowhere",
+        "a/b/nowhere",
+        "~nouser9/nowhere",
+    ],
+)
 def test_a_folder_that_is_not_there(path):
     with pytest.raises(FileNotFoundError, match=r"path: there is no folder or file '.*nowhere"):
         DePass.from_pretrained(path)
+
+
+def test_a_folder_below_home(tmp_path, monkeypatch):
+    build("llama-gqa").model.save_pretrained(tmp_path / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert DePass.from_pretrained("~/tiny").adapter.n_layers == 3

@@ -1,11 +1,15 @@
 """The forward pass by ourselves gives the bits of the model's own code, and stands back wherever it might not."""
 
 import functools
+import inspect
+import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
 from depass_fast import DePass, Tokens
@@ -246,6 +250,59 @@ def test_what_a_user_patches_is_run_also_when_its_state_changes(place, name, kee
         except RuntimeError as error:  # the comparison with the family's declaration, as it was without our pass
             found.append(str(error))
     assert found[0] == found[1] if isinstance(found[1], str) else same_bits(*found)
+
+
+def factor():
+    return STATE["by"]
+
+
+def test_source_that_was_edited_and_run_in_the_models_file_is_a_users(monkeypatch):
+    """Its functions say that they belong there."""
+    edited = inspect.getsource(modeling_llama.LlamaMLP.forward).replace(
+        "return down_proj", "return factor() * down_proj"
+    )
+    assert "factor()" in edited
+    monkeypatch.setattr(modeling_llama, "factor", factor, raising=False)
+    found = {}
+    exec(textwrap.dedent(edited), vars(modeling_llama), found)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", found["forward"])
+    dp = fresh()
+    assert own_pass.OwnPass.of(dp.adapter) is None
+
+
+def test_other_code_in_a_function_is_seen(monkeypatch):
+    dp = fresh()
+    monkeypatch.setattr(modeling_llama.LlamaMLP.forward, "__code__", (lambda self, x: 2 * x).__code__)
+    assert own_pass.OwnPass.of(dp.adapter) is None
+
+
+def test_another_way_of_calling_modules_is_seen(monkeypatch):
+    dp, call = fresh(), nn.Module._call_impl
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "_call_impl", lambda *given, **named: call(*given, **named))
+        assert own_pass.OwnPass.of(dp.adapter) is None
+    assert is_used(dp, monkeypatch)
+    dp.model.model.layers[0].mlp._call_impl = lambda x: x
+    assert own_pass.OwnPass.of(dp.adapter) is None
+
+
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Seeing, Dispatched])
+def test_a_mode_sees_the_models_own_operations(mode, monkeypatch):
+    dp = fresh()
+    with mode():
+        assert not is_used(dp, monkeypatch)
+    with torch.device("cpu"):
+        assert is_used(dp, monkeypatch)
 
 
 def test_a_function_that_is_an_object_is_left_to_the_model(monkeypatch):
