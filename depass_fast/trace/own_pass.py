@@ -196,7 +196,7 @@ def _can_run(adapter: Adapter) -> bool:
     """True if a model is one of those in :data:`_WINDOWS`, and nothing of it is another's, or hooked."""
     decoder: Any = adapter.decoder
     blocks, kind = list(adapter.blocks), _kind(decoder)
-    if kind is None or any(_kind(block) != kind for block in blocks) or not adapter.is_uniform:
+    if kind is None or any(_kind(block) != kind for block in blocks):
         return False
     if adapter.config.num_hidden_layers != len(blocks) or len(set(blocks)) != len(blocks) or _has_global_hooks():
         return False
