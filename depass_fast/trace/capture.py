@@ -51,7 +51,7 @@ def capture(adapter: Adapter, prompts: list[Tensor], progress: bool = False) -> 
         computation, longest = consistency.computation(adapter.model), max(map(len, prompts))
         is_checking = not consistency.checked.knows(adapter.model, computation, longest)
         groups = [[prompt] for prompt in prompts] if adapter.one_by_one else [prompts]
-        own = None if is_checking else own_pass.admitted(adapter, computation, longest)
+        own = None if is_checking else own_pass.admitted(adapter, computation)
         recorder, passes = Recorder(adapter, is_checking), len(groups) + is_checking
         if own is not None:
             with progress_bar("forward pass", passes * adapter.n_layers, progress) as bar, exclusive(adapter):

@@ -179,17 +179,17 @@ def admit(adapter: Adapter, computation: tuple, trace: Trace, records: list[dict
     own = OwnPass.of(adapter)
     if own is None:
         return
-    key, longest = (computation, _rotation(adapter)), max(trace.length(prompt) for prompt in range(trace.n_prompts))
+    key = computation, _rotation(adapter)
     if own.agrees(trace, records):
-        _agreed.remember(adapter.model, key, longest)
+        _agreed.remember(adapter.model, key)
     else:
         _agreed.forget(adapter.model, key)
 
 
-def admitted(adapter: Adapter, computation: tuple, longest: int) -> OwnPass | None:
-    """Return the pass of our own for prompts of up to ``longest`` tokens, if it may stand in the place of a model's."""
+def admitted(adapter: Adapter, computation: tuple) -> OwnPass | None:
+    """Return the pass of our own through a model, if it may stand in the place of the model's."""
     own = None if _is_watched() else OwnPass.of(adapter)
-    return own if own is not None and _agreed.knows(adapter.model, (computation, _rotation(adapter)), longest) else None
+    return own if own is not None and _agreed.knows(adapter.model, (computation, _rotation(adapter))) else None
 
 
 def _can_run(adapter: Adapter) -> bool:

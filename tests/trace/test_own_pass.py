@@ -109,6 +109,10 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OwnMlp(modeling_llama.LlamaMLP):
+    """A class of a user's, which may override anything that the code of its base calls."""
+
+
 class Marked(nn.Parameter):
     """A weight of a kind of its own, as quantised ones are."""
 
@@ -124,6 +128,10 @@ def changed(change):
 
 def a_subclass(model):
     model.model.layers[0].mlp.up_proj.__class__ = Doubling
+
+
+def a_class_of_a_users(model):
+    model.model.layers[0].mlp.__class__ = OwnMlp
 
 
 def two_steps(model):
@@ -187,7 +195,7 @@ def a_layer_of_another_model(model):
 CHANGES = [
     *(a_subclass, two_steps, a_forward_of_its_own, a_hook, a_hook_in_front, a_hook_on_gradients),
     *(a_weight_of_another_kind, another_dtype, fewer_layers, a_layer_twice, another_norm, a_hidden_norm),
-    *(a_hidden_final_norm, a_layer_of_another_model),
+    *(a_hidden_final_norm, a_layer_of_another_model, a_class_of_a_users),
 ]
 
 
@@ -310,6 +318,13 @@ def test_a_mode_sees_the_models_own_operations(mode, monkeypatch):
         assert is_used(dp, monkeypatch)
 
 
+def test_what_a_decorator_of_torch_wraps_is_looked_at(monkeypatch):
+    turn = modeling_llama.rotate_half
+    monkeypatch.setattr(modeling_llama, "rotate_half", torch.no_grad()(lambda x: turn(x)))
+    dp = fresh()
+    assert own_pass.OwnPass.of(dp.adapter) is None
+
+
 def test_a_function_that_is_an_object_is_left_to_the_model(monkeypatch):
     class Turn:
         __slots__ = ()
@@ -376,6 +391,10 @@ def test_the_comparison_is_of_everything(monkeypatch):
     assert not own.agrees(trace, records)
     records[1]["mask"]["chunked"] = False
     del records[2]["gate"]
+    assert not own.agrees(trace, records)
+    own, trace, records = compared(monkeypatch)
+    with torch.no_grad():
+        own.adapter.embedding.weight.mul_(1 + 1e-6)
     assert not own.agrees(trace, records)
     own, trace, records = compared(monkeypatch)
     for end in ("resid_final", "normed_final"):
