@@ -15,6 +15,7 @@ from bench.speed.gpu.predictions import Goal
 from bench.speed.gpu.session import Session
 from bench.speed.gpu.timeline import Span, spans_of, timeline
 from bench.speed.gpu.variants import Comparison, compare, comparisons, in_place, missing, place_of, switched
+from bench.speed.gpu.verification import verify_forward
 from bench.speed.gpu.workloads import Setup, Work
 
 
@@ -76,7 +77,13 @@ def test_variants_are_compared_and_those_without_their_switch_are_named():
     assert left_out["left_out"] == "there is no depass_fast.options.NOTHING"
     assert row["variant"] == "small" and row["runs"] == 1 and row["first_call_s"] > 0
     names = [comparison.name for comparison in comparisons("llama-2-7b", tiny=False)]
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 9
+
+
+def test_whose_forward_pass_is_timed_is_recorded():
+    session = Session(torch.device("cpu"), tiny=True)
+    verify_forward(session)
+    assert [row["ours"] for row in session.sections["forward"]] == [True, True]
 
 
 def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):

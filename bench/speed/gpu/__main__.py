@@ -23,7 +23,7 @@ from .machine import clocks, copy_rate, float32_rates, square_rate
 from .measurement import measure, providers_of
 from .session import Session
 from .variants import compare, comparisons
-from .verification import verify_backends, verify_others, verify_precision
+from .verification import verify_backends, verify_forward, verify_others, verify_precision
 from .workloads import Work, backends
 
 
@@ -100,6 +100,7 @@ def parts(session: Session, options: argparse.Namespace) -> Iterator[Part]:
     if backends()[0] == "triton":
         yield from kernel_parts(session, options.sanitize)
     yield Part("verify backends", lambda: verify_backends(session), 10.0)
+    yield Part("verify forward", lambda: verify_forward(session), 5.0)
     yield Part("verify precision", lambda: verify_precision(session), 10.0)
     for work in workloads.tiny() if session.tiny else workloads.full(options.models):
         yield of(session, work, options.providers)

@@ -65,6 +65,9 @@ def comparisons(shape_name: str, tiny: bool) -> Iterator[Comparison]:
         yield Comparison(f"{work.components}: products", work, dtypes)
         yield Comparison(f"{work.components}: budgets", work, budgets)
     yield Comparison("tokens: probabilities", tokens, stored)
+    passes = {"the model's": switched("depass_fast.trace.own_pass", "admitted", lambda *_: None), "ours": Setup()}
+    for work in (Work(shape, "heads", 20), Work(shape, "tokens", 20, prompts=2 if tiny else 64)):
+        yield Comparison(f"{work.components}: forward pass", work, passes)
     if not tiny:
         dense = {
             "all neurons": switched("depass_fast.backends.active", "make_groups", lambda *_: None),

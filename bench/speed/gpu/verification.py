@@ -13,6 +13,8 @@ from torch import Tensor
 
 from depass_fast import ComponentKind, DePass, Heads, Neurons, Tokens
 from depass_fast.options import Adjoint, BackendName
+from depass_fast.trace.consistency import computation
+from depass_fast.trace.own_pass import admitted
 
 from ...core.models import Model, Shape, build_model, random_prompt, randomised
 from .session import Session
@@ -77,6 +79,18 @@ def verify_precision(session: Session) -> None:
                     names = ("model", "components", "backend", "products")
                     found.append({**dict(zip(names, about, strict=True)), "error": error})
                     session.say(f"{', '.join(about)}: error {error:.1e}")
+
+
+def verify_forward(session: Session) -> None:
+    """Record whether our forward pass agrees with the models' own on this device, so that it is what is timed."""
+    found = session.sections.setdefault("forward", [])
+    for shape in VERIFIED_TINY if session.tiny else VERIFIED:
+        library = DePass(_models(shape, session.dtype, session.device)[0])
+        library.trace(random_prompt(shape, LENGTH).to(session.device))
+        ours = admitted(library.adapter, computation(library.model)) is not None
+        found.append({"model": shape.name, "ours": ours})
+        whose = "ours" if ours else "NOT OURS"
+        session.say(f"{shape.name}: the forward pass from the second call on is {whose}")
 
 
 def verify_others(session: Session, names: Sequence[str]) -> None:
