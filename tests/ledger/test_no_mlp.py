@@ -11,6 +11,7 @@ from depass_fast import DePass
 from depass_fast.adapters.recurrent import knows_recurrences
 from tests.support.command import fail, one_thread, run  # noqa: F401 (a fixture)
 from tests.support.family_models import build_variant
+from tests.support.pages import needs_pages
 
 pytestmark = pytest.mark.skipif(not knows_recurrences(), reason="the installed transformers is too old")
 IDS = [5, 11, 3, 8, 60, 2]
@@ -45,6 +46,7 @@ def test_a_ledger_holds_what_there_is(mamba, tmp_path):
             ask()
 
 
+@needs_pages
 def test_a_report_with_a_graph(mamba, tmp_path):
     report = mamba.report(IDS, 5, graph=30)
     assert "heads at" in str(report) and "neurons" not in str(report)
@@ -52,6 +54,7 @@ def test_a_report_with_a_graph(mamba, tmp_path):
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+@needs_pages
 def test_commands(capsys, folder, tmp_path):
     book = ("ledger", "--model", folder, *PROMPT)
     page = tmp_path / "page.html"
