@@ -331,6 +331,8 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         rows.append(measure(case))
         print(line(rows[-1]), flush=True)
+    if not rows:
+        raise SystemExit(f"bench.memory.plan: no case begins with {options.only!r}.")
     worst = max(abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows)
     goal = f"goal: {GOAL:.0%}, {'reached' if worst <= GOAL else 'MISSED'}"
     print(f"furthest off: {worst:.1%}; {'too small to be held to the goal' if options.quick else goal}")
