@@ -16,7 +16,7 @@ from .components.base import ComponentKind
 from .components.dealt import dealt_state
 from .components.model import Tokens
 from .components.start import initial_state, meets_bias
-from .inputs.doubts import doubt_first_word, doubt_missing_space, special_ids
+from .inputs.doubts import doubt_first_word, doubt_missing_space, is_special
 from .inputs.hook_names import layer_input
 from .inputs.loading import check_ready
 from .inputs.prompts import Prompt, as_positions, encode_all
@@ -154,18 +154,19 @@ def doubt_first_words(request: Request) -> None:
     """Warn where the first token of a prompt is a word, and is kept out of the allocation by default."""
     by_default = isinstance(request.settings.exclude_special, bool) and request.settings.exclude_special
     if by_default and isinstance(request.components, Tokens) and request.run.allocation.linear_rule is None:
-        special = special_ids(request.tokenizer)
-        if special and any(len(ids) > 1 and int(ids[0]) not in special for ids in request.prompts):
+        firsts = {int(ids[0]) for ids in request.prompts if len(ids) > 1}
+        knows_any = getattr(request.tokenizer, "all_special_ids", None)
+        if knows_any and not all(is_special(first, request.tokenizer) for first in firsts):
             doubt_first_word()
 
 
 def _doubt_spaces(request: Request, targets: Sequence[Any]) -> None:
     """Warn of target words, of each prompt's target, that lack the space which their tokens have behind a word."""
-    found, special = {}, special_ids(request.tokenizer)
+    found: dict[str, str] = {}
     for ids, tokens, target, reads in zip(request.prompts, request.tokens, targets, request.reads, strict=True):
         for text in texts_in(target):
-            before = tokens[reads[-1]]
-            if int(ids[reads[-1]]) not in special and lacks_space(text, before, request.tokenizer):
+            before, token = tokens[reads[-1]], int(ids[reads[-1]])
+            if lacks_space(text, before, request.tokenizer) and not is_special(token, request.tokenizer):
                 found.setdefault(text, before)
     for text, before in found.items():
         doubt_missing_space(text, before)

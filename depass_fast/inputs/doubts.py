@@ -80,10 +80,12 @@ def doubt_missing_space(text: str, before: str) -> None:
     )
 
 
-def special_ids(tokenizer: Any | None) -> set[int]:
-    """The ids of all tokens that are no text: those with a role, and those that templates put between messages."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return {*(getattr(tokenizer, "all_special_ids", None) or ()), *(i for i, one in added.items() if one.special)}
+def is_special(token: int, tokenizer: Any | None) -> bool:
+    """True for a token that is no text: one with a role, or one that templates put between messages."""
+    if token in (getattr(tokenizer, "all_special_ids", None) or ()):
+        return True
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}  # made anew every time, of thousands in some
+    return token in added and added[token].special
 
 
 def _special(tokenizer: Any | None, name: str) -> int | None:

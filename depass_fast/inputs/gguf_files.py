@@ -35,7 +35,9 @@ def located(path: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[st
     """
     is_local = isinstance(path, os.PathLike)  # the hub's names are text
     path, name = os.fspath(path), arguments.get("gguf_file")
-    place = Path(path).expanduser() if not path.startswith("~") or path[1:2] in ("", "/", os.sep) else Path(path)
+    place = Path(path)
+    with contextlib.suppress(RuntimeError):  # of a user who is not known here
+        place = place.expanduser()
     if name is not None and place.is_dir():
         file = place / (arguments.get("subfolder") or "") / name
         arguments = {key: value for key, value in arguments.items() if key != "subfolder"}

@@ -159,18 +159,21 @@ class OwnPass:
         angles = self._angles(entering, positions)
         if max(lengths) < 2 or angles[0].shape[2] != self.layers[0].block.self_attn.head_dim:  # a part is turned
             return False
-        pairs, entered = [(entering[0], records[0]["resid_pre"])], [one["resid_pre"] for one in records[1:]]
+        if not _are_the_same([(entering[0], records[0]["resid_pre"][last])]):
+            return False
+        recorder, entered = Recorder(self.adapter, False), [one["resid_pre"] for one in records[1:]]
+        recorder.enter(lengths)
         for layer, record, after in zip(self.layers, records, [*entered, trace.resid_final], strict=True):
-            recorder = Recorder(self.adapter, False)
-            recorder.enter(lengths)
-            leaving = layer.forward(record["resid_pre"][None, last], angles, recorder)[0]
-            own = recorder.layers[layer.index]
+            leaving, own = (
+                layer.forward(record["resid_pre"][None, last], angles, recorder)[0],
+                recorder.layers[layer.index],
+            )
             if own["mask"] != record["mask"] or any(name not in record for name in _RECORDED):
                 return False
-            pairs += [(leaving, after), *((own[name], record[name]) for name in _RECORDED)]
-            if not _are_the_same([(one, its[last]) for one, its in pairs]):
+            pairs = [(leaving, after[last]), *((own[name], record[name][last]) for name in _RECORDED)]
+            if not _are_the_same(pairs):
                 return False
-            pairs.clear()
+            own.clear()  # a layer at a time
         return _are_the_same([(self._end(trace.resid_final[None, last])[0], trace.normed_final[last])])
 
 
