@@ -186,8 +186,12 @@ def test_a_text_that_is_read_with_its_space(llama):
 
 def test_tokens_of_a_template_are_no_words():
     tokenizer = byte_level(" a", " b", bos_token="<s>")
-    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<|assistant|>", special=True), AddedToken("[END", special=True), "word"])
     dp, start = with_model(tokenizer), tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert not said(dp, lambda dp: dp.attribute([start, 5, 6], Tokens()))
     assert not said(dp, lambda dp: dp.attribute([5, start], Tokens(), "b", allocation="shapley"))
     assert len(said(dp, lambda dp: dp.attribute([[5, 6], [6, 5], [start, 5]], Tokens()))) == 1
+    end, word = (tokenizer.convert_tokens_to_ids(text) for text in ("[END", "word"))
+    assert not said(dp, lambda dp: dp.attribute([5, end], Tokens(), "b", allocation="shapley"))
+    assert len(said(dp, lambda dp: dp.attribute([5, word], Tokens(), "b", allocation="shapley"))) == 1
+    assert len(said(dp, lambda dp: dp.attribute([word, 5], Tokens()))) == 1

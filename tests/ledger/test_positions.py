@@ -32,6 +32,15 @@ def test_positions_sum_to_the_whole(model_type, rule):
                 assert torch.allclose(result.scores.sum(1), result.target_logits.to(result.scores))
 
 
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_several_positions_are_added_up(kind):
+    ask = getattr(model_of("mixtral").ledger(IDS, 3), kind)
+    for index, both in enumerate(ask(positions=[1, 4])):
+        named = slice(0, len(both.labels) - both.n_extras)
+        one, other = (ask(positions=n).by_layer[index].scores[named] for n in (1, 4))
+        assert torch.allclose(both.scores[named], one + other, rtol=0, atol=1e-12 * both.scores.abs().max())
+
+
 @pytest.mark.parametrize("read", [-1, 3, [1, -1]])
 def test_several_positions_and_what_a_result_says(read, tmp_path):
     book = model_of("llama").ledger(IDS, 3, position=read)
