@@ -73,7 +73,7 @@ def intervened(
                 after = _target(graph, model)
     if not math.isfinite(after):
         name, given = ("scale", 0.0 if scale is None else scale) if value is None else ("value", value)
-        advice = " Held norms take nothing back of what grows: leave 'norms' out of hold." if norms_held else ""
+        advice = " Held norms do not limit what grows: leave 'norms' out of hold." if norms_held else ""
         raise ValueError(f"{name}: with {given!r} the model gives no finite target.{advice}")
     before = model.runs[held][0]
     share = node.share or 0.0

@@ -66,9 +66,9 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
 def doubt_first_word() -> None:
     """Warn that the first token, which is kept out of the allocation as a start token, is a word."""
     doubt(
-        "prompt: it begins with a word, and the first token is kept out of the allocation behind it, as the place "
-        "where attention rests. Its own share says little, and what it would have had is in those of the others. "
-        "exclude_special=False counts it like them, as linear rules do."
+        "prompt: it begins with a word. By default the first token takes no part in the allocation behind it, since "
+        "attention rests there. Its share cannot be compared with the others'. exclude_special=False treats it like "
+        "them; linear rules always do."
     )
 
 

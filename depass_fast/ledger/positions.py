@@ -22,8 +22,7 @@ from .places import LayerPlaces, places_of
 class LedgerAtPositions:
     """Gives :class:`depass_fast.Ledger` its heads and neurons.
 
-    With ``positions``, one or a list of them, they have what they write there alone; what they write elsewhere is in
-    `rest`. Negative ones count from the prompt's end. That takes one more forward pass.
+    Both take ``positions`` of one prompt. Negative ones count from its end. To answer takes one more forward pass.
 
     Raises:
         ValueError: ``positions`` of a ledger of several prompts or of its second book, or out of range; a model whose
@@ -39,7 +38,8 @@ class LedgerAtPositions:
     ) -> Any:
         """Return the scores of the attention heads of one layer or several, by default of all.
 
-        ``positions``: of what they write there alone, one or a list; the rest of it is in `rest`. One prompt's.
+        With ``positions``, one or a list, a score counts what the head writes there alone. What it writes elsewhere
+        is in `rest`. The ledger must be of one prompt. Errors as of the class.
         """
         return _asked(self, Heads(**place(layer, layers)), positions)
 
@@ -52,7 +52,8 @@ class LedgerAtPositions:
     ) -> Any:
         """Return the scores of the MLP's neurons of one layer or several, by default of all.
 
-        ``positions``: of what they write there alone, one or a list; the rest of it is in `rest`. One prompt's.
+        With ``positions``, one or a list, a score counts what the neuron writes there alone. What it writes elsewhere
+        is in `rest`. The ledger must be of one prompt. Errors as of the class.
         """
         return _asked(self, Neurons(**place(layer, layers)), positions)
 

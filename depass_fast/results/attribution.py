@@ -53,6 +53,8 @@ class Attribution(DrawnLayer, AsPage):
     ``target_kinds`` says what each target is: "logit", "contrast" (the difference of two logits), "log-prob" (the
     direction of a log-probability with P frozen: scores sum to log P plus the entropy of P) or "vector".
 
+    ``written_at`` holds the positions that a ledger's heads or neurons were counted at; None: at all.
+
     ``exclude_special`` holds the positions that were kept out of the allocation, as the option of that name takes them;
     ``site`` is where in ``layer`` the components started, ``end`` the layer whose input was read (None: after the final
     norm), ``sweep`` the numbers of an adjoint sweep. ``provenance`` names the model and the packages. ``reduced`` says
