@@ -154,10 +154,7 @@ def doubt_first_words(request: Request) -> None:
     """Warn where the first token of a prompt is a word, and is kept out of the allocation by default."""
     by_default = isinstance(request.settings.exclude_special, bool) and request.settings.exclude_special
     if by_default and isinstance(request.components, Tokens) and request.run.allocation.linear_rule is None:
-        firsts = {int(ids[0]) for ids in request.prompts if len(ids) > 1}
-        knows_any = getattr(request.tokenizer, "all_special_ids", None)
-        if knows_any and not all(is_special(first, request.tokenizer) for first in firsts):
-            doubt_first_word()
+        doubt_first_word(request.prompts, request.tokenizer)
 
 
 def _doubt_spaces(request: Request, targets: Sequence[Any]) -> None:

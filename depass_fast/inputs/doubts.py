@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..runtime.log import warn_user
 
 
@@ -63,8 +65,13 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
         )
 
 
-def doubt_first_word() -> None:
-    """Warn that the first token, which is kept out of the allocation as a start token, is a word."""
+def doubt_first_word(prompts: Sequence[Tensor], tokenizer: Any | None) -> None:
+    """Warn where the first token of a prompt (N,), which is kept out of the allocation as a start token, is a word."""
+    if not getattr(tokenizer, "all_special_ids", None):
+        return  # nothing says which tokens are words
+    firsts = {ids[:1].tolist()[0] for ids in prompts if len(ids) > 1}
+    if all(is_special(first, tokenizer) for first in firsts):
+        return
     doubt(
         "prompt: it begins with a word. By default the first token takes no part in the allocation behind it, since "
         "attention rests there. Its share cannot be compared with the others'. exclude_special=False treats it like "

@@ -17,11 +17,13 @@ from depass_fast.trace.record import Trace
 from depass_fast.trace.recorder import Recorder
 from tests.support.family_models import available, build_model
 from tests.support.models import random_ids
+from tests.support.tokenizers import byte_level
 
 ON_THE_HOST = (
     "depass_fast.results.attribution",
     "depass_fast.readout.assemble",
     "depass_fast.readout.collect",
+    "depass_fast.inputs.doubts",
     "depass_fast.inputs.prompts",
     "depass_fast.inputs.token_texts",
 )  # no tensor of a device gets there
@@ -95,13 +97,13 @@ MIXTURES = {
 }
 
 
-def _traced(n_layers: int, n_prompts: int, model_type: str, changes: dict) -> tuple[DePass, Trace]:
-    dp = DePass(build_model(model_type, num_hidden_layers=n_layers, **changes), backend="triton")
+def _traced(n_layers: int, n_prompts: int, model_type: str, changes: dict, tokenizer=None) -> tuple[DePass, Trace]:
+    dp = DePass(build_model(model_type, num_hidden_layers=n_layers, **changes), tokenizer, backend="triton")
     return dp, dp.trace([random_ids(5 + prompt % 2, seed=prompt) for prompt in range(n_prompts)])
 
 
-def _counts(monkeypatch, n_layers: int, n_prompts: int, kind, model=DENSE, target=None) -> Counter:
-    dp, traced = _traced(n_layers, n_prompts, *model)
+def _counts(monkeypatch, n_layers: int, n_prompts: int, kind, model=DENSE, target=None, tokenizer=None) -> Counter:
+    dp, traced = _traced(n_layers, n_prompts, *model, tokenizer)
     with waits(monkeypatch) as found:
         dp.attribute(traced, kind, target, method="exact")
     return found
@@ -120,6 +122,14 @@ def test_waits_do_not_grow_with_layers_or_prompts(kind, monkeypatch, no_kernels)
     few = _counts(monkeypatch, 2, 1, kind)
     assert few["from_numpy"] == 0
     assert _counts(monkeypatch, 5, 1, kind) == few == _counts(monkeypatch, 2, 4, kind)
+
+
+@pytest.mark.filterwarnings("ignore:prompt. it begins with a word")
+def test_nor_with_the_words_of_a_tokenizer(monkeypatch, no_kernels):
+    tokenizer = byte_level(*" abcdefgh", bos_token="<s>")
+    vocabulary = {**DENSE[1], "vocab_size": len(tokenizer)}
+    few, many = (_counts(monkeypatch, 2, n, Tokens(), ("llama", vocabulary), 3, tokenizer) for n in (1, 4))
+    assert few == many and few["from_numpy"] == 0
 
 
 def _mixture(model_type: str) -> tuple[str, dict]:
