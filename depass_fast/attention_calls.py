@@ -19,7 +19,7 @@ from .methods.credit import credits_of
 from .methods.explain import attention_layer, check_start, explanations, heads_of, refuse_several
 from .methods.head_weights import check_mixes, head_weights
 from .options import CreditValues, LinearRuleName, LookValues, OptionValues
-from .request import with_targets, with_trace
+from .request import doubt_first_words, with_targets, with_trace
 from .results.credit import AttentionCredit
 from .results.explanation import AttentionExplanation
 from .trace.record import Trace
@@ -104,7 +104,7 @@ class AttentionCalls(Calls):
         number = attention_layer(layer, self.adapter)
         heads, one_head = heads_of(head, self.adapter, number)
         check_start(components, self.adapter, number)
-        request = self._request(prompt, components, number, options)
+        request = doubt_first_words(self._request(prompt, components, number, options))
         found = explanations(request, number, heads, one_head, query, key)
         return found if request.batch else found[0]
 
@@ -229,7 +229,7 @@ class AttentionCalls(Calls):
             )
         refuse_several(components)
         chosen = rule_of(rule, settings)
-        request = self._request(prompt, components, None, {"allocation": chosen, **options})
+        request = doubt_first_words(self._request(prompt, components, None, {"allocation": chosen, **options}))
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         if any(len(reads) > 1 for reads in request.reads):
             raise ValueError("position: attention_credit reads one position; call it for each.")

@@ -30,7 +30,7 @@ from .methods.plan import ledger_settings, plan_of
 from .options import Adjoint, CallValues, LinearRuleName, MethodName, Options, OptionValues
 from .planning.plan import Plan
 from .report_calls import ReportCalls
-from .request import Request, make_request, take_trace, with_targets
+from .request import Request, doubt_first_words, make_request, take_trace, with_targets
 from .results.attribution import Attribution
 from .results.continuation import Continuation
 from .results.generation import Generation
@@ -303,7 +303,7 @@ class DePass(StateCalls, AttentionCalls, GraphCalls, ReportCalls, SweepCalls):
             return attribute_continuation(self.adapter, self.tokenizer, settings, *given, reduce=reduce, method=method)
         if reduce is not None:
             raise ValueError(f"reduce: {reduce!r} is of the tokens of a continuation; give continuation=, too.")
-        request = self._request(prompt, components, end, options)
+        request = doubt_first_words(self._request(prompt, components, end, options))
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
         results = attributions(with_method(request, method))
         if not is_list_of_positions(position):

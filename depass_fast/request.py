@@ -127,7 +127,7 @@ def make_request(
     check_kind(components)
     components.check(adapter, [len(ids) for ids in prompts])
     last = check_end(components, adapter, end)
-    request = Request(
+    return Request(
         adapter=adapter,
         tokenizer=tokenizer,
         settings=settings,
@@ -145,20 +145,18 @@ def make_request(
         trace=trace,
         began=began,
     )
-    if not encoded:
-        doubt_first_words(request)
+
+
+def doubt_first_words(request: Request) -> Request:
+    """Return the request. Warn where its tokens pass MLPs, and one that is a word is kept out of the allocation."""
+    passes = isinstance(request.components, Tokens) and request.layer < request.end
+    if request.settings.exclude_special is True and passes and request.run.allocation.linear_rule is None:
+        doubt_first_word(request.prompts, request.tokens, request.tokenizer)
     return request
 
 
-def doubt_first_words(request: Request) -> None:
-    """Warn where the first token of a prompt is a word, and is kept out of the allocation by default."""
-    by_default = isinstance(request.settings.exclude_special, bool) and request.settings.exclude_special
-    if by_default and isinstance(request.components, Tokens) and request.run.allocation.linear_rule is None:
-        doubt_first_word(request.prompts, request.tokenizer)
-
-
-def _doubt_spaces(request: Request, targets: Sequence[Any]) -> None:
-    """Warn of target words, of each prompt's target, that lack the space which their tokens have behind a word."""
+def _doubt_spaces(request: Request, targets: Sequence[Any], argument: str) -> None:
+    """Warn of words in each prompt's ``targets``, this ``argument``, that lack the space of a word of its own."""
     found: dict[str, str] = {}
     for ids, tokens, target, reads in zip(request.prompts, request.tokens, targets, request.reads, strict=True):
         for text in texts_in(target):
@@ -166,7 +164,7 @@ def _doubt_spaces(request: Request, targets: Sequence[Any]) -> None:
             if lacks_space(text, before, request.tokenizer) and not is_special(token, request.tokenizer):
                 found.setdefault(text, before)
     for text, before in found.items():
-        doubt_missing_space(text, before)
+        doubt_missing_space(text, before, argument)
 
 
 def with_targets(
@@ -200,7 +198,8 @@ def with_targets(
         )
     reads = tuple(tuple(as_positions(position, len(ids))) for ids in request.prompts)
     request = replace(request, reads=reads, targets=specs)
-    _doubt_spaces(request, [[one, contrast] for one in wanted])
+    _doubt_spaces(request, wanted, "target" if targets is None else "targets")
+    _doubt_spaces(request, [contrast] * count, "contrast")
     return request
 
 

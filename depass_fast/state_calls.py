@@ -13,6 +13,7 @@ from .inputs.prompts import Prompt
 from .methods.focus import Focus, Partition, focus, partition
 from .methods.states import carry, check_trace, decompose, start_of
 from .options import OptionValues
+from .request import doubt_first_words
 from .state.state import ComponentState
 from .trace.record import Trace
 
@@ -38,7 +39,7 @@ class StateCalls(Calls):
         the way, a float. Arguments and errors as in :meth:`depass_fast.DePass.attribute`.
         """
         self._of_all(options, "decompose")
-        return decompose(self._request(prompt, components, end, options))
+        return decompose(doubt_first_words(self._request(prompt, components, end, options)))
 
     @torch.no_grad()
     def focus(
@@ -57,7 +58,7 @@ class StateCalls(Calls):
         components comes first. Arguments and errors as in :meth:`depass_fast.DePass.attribute`; one prompt.
         """
         self._of_all(options, "focus")
-        return focus(self._request(prompt, components, end, options), which, partition)
+        return focus(doubt_first_words(self._request(prompt, components, end, options)), which, partition)
 
     @torch.no_grad()
     def partition(
@@ -70,7 +71,7 @@ class StateCalls(Calls):
     ) -> Partition:
         """Carry all components once and keep log Z of every layer, for :meth:`focus`. Arguments and errors as there."""
         self._of_all(options, "partition")
-        return partition(self._request(prompt, components, end, options))
+        return partition(doubt_first_words(self._request(prompt, components, end, options)))
 
     @torch.no_grad()
     def start(self, trace: Trace, components: ComponentKind, **options: Unpack[OptionValues]) -> ComponentState:

@@ -244,7 +244,11 @@ def standing_in() -> Iterator[None]:
             (Adapter, "check_linear_rule", lambda adapter, rule: None),
             (capture, "check_finite", lambda adapter, trace: None),
             (capture.consistency.Checked, "knows", lambda *about: True),
-            (own_pass, "admitted", lambda adapter, computation: own_pass.OwnPass.of(adapter)),
+            (
+                own_pass,
+                "admitted",
+                lambda adapter, _: own_pass.OwnPass.of(adapter) if own_pass.can_run(adapter) else None,
+            ),
             (attention, "causal_attention", attend),
             (nn.functional, "rms_norm", rms_norm),
             (initial, "settle_rounding", lambda *parts: False),

@@ -28,8 +28,8 @@ def looked_up_once() -> Iterator[None]:
     if getattr(_here, "kept", None) is not None:  # a block within another one
         yield
         return
-    _here.kept = {}
     try:
+        _here.kept = {}
         yield
     finally:
         _here.kept = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,25 +65,29 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
         )
 
 
-def doubt_first_word(prompts: Sequence[Tensor], tokenizer: Any | None) -> None:
-    """Warn where the first token of a prompt (N,), which is kept out of the allocation as a start token, is a word."""
+def doubt_first_word(prompts: Sequence[Tensor], texts: Sequence[Sequence[str]], tokenizer: Any | None) -> None:
+    """Warn where the first token of a prompt, which is kept out of the allocation, is no start token.
+
+    ``prompts`` are ids (N,), and ``texts`` those of their tokens.
+    """
     if not getattr(tokenizer, "all_special_ids", None):
         return  # nothing says which tokens are words
-    firsts = {ids[:1].tolist()[0] for ids in prompts if len(ids) > 1}
-    if all(is_special(first, tokenizer) for first in firsts):
+    firsts = {ids[:1].tolist()[0]: tokens[0] for ids, tokens in zip(prompts, texts, strict=True) if len(ids) > 1}
+    word = next((text for first, text in firsts.items() if not is_special(first, tokenizer)), None)
+    if word is None:
         return
     doubt(
-        "prompt: it begins with a word. By default the first token takes no part in the allocation behind it, since "
-        "attention rests there. Its share cannot be compared with the others'. exclude_special=False treats it like "
-        "them; linear rules always do."
+        f"prompt: it begins with {word!r}, which is no start token. With exclude_special=True, the default, the first "
+        "token takes no part in the allocation behind it, since attention rests there. Its share cannot be compared "
+        "with the others'. exclude_special=False treats it like them; linear rules always do."
     )
 
 
-def doubt_missing_space(text: str, before: str) -> None:
-    """Warn of a target that goes on the word before it, where a word of its own has a space in front."""
+def doubt_missing_space(text: str, before: str, argument: str) -> None:
+    """Warn of a target that continues the word before it, where a word of its own has a space in front."""
     doubt(
-        f"target: {text!r} has no space in front of it, and goes on the word before it, {before!r}. A word of its own "
-        f"is {' ' + text!r}, another token."
+        f"{argument}: {text!r} has no space in front of it, and continues the word before it, {before!r}. A word of "
+        f"its own is {' ' + text!r}, another token."
     )
 
 
@@ -91,8 +95,12 @@ def is_special(token: int, tokenizer: Any | None) -> bool:
     """True for a token that is no text: one with a role, or one that templates put between messages."""
     if token in (getattr(tokenizer, "all_special_ids", None) or ()):
         return True
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}  # made anew every time, of thousands in some
-    return token in added and added[token].special
+    try:
+        added = getattr(tokenizer, "added_tokens_decoder", None)  # made anew every time, of thousands in some
+    except NotImplementedError:
+        return False
+    one = added.get(token) if isinstance(added, Mapping) else None  # a method of mistral-common's, which has none
+    return bool(getattr(one, "special", False))
 
 
 def _special(tokenizer: Any | None, name: str) -> int | None:

@@ -56,21 +56,21 @@ def encode_all(
     return batch, [encode(p, adapter, tokenizer, template_kwargs) for p in (_texts(prompt) if batch else [prompt])]
 
 
-def as_position(position: int, length: int) -> int:
+def as_position(position: int, length: int, argument: str = "position") -> int:
     """The position in a prompt of ``length`` tokens, counted from 0; negative ones count from the end."""
-    position = as_index(position, "position", POSITIONS)
+    position = as_index(position, argument, POSITIONS)
     if not -length <= position < length:
-        raise ValueError(f"position: {position} is out of range for a prompt of {length} tokens.")
+        raise ValueError(f"{argument}: {position} is out of range for a prompt of {length} tokens.")
     return position % length
 
 
-def as_positions(position: Any, length: int) -> list[int]:
+def as_positions(position: Any, length: int, argument: str = "position") -> list[int]:
     """One position, or every one of a list, as :func:`as_position`."""
     if not is_list_of_positions(position):
-        return [as_position(position, length)]
+        return [as_position(position, length, argument)]
     if len(position) == 0:
-        raise ValueError("position: empty; give at least one position.")
-    return [as_position(one, length) for one in position]
+        raise ValueError(f"{argument}: empty; give at least one position.")
+    return [as_position(one, length, argument) for one in position]
 
 
 def is_list_of_positions(position: Any) -> bool:

@@ -104,6 +104,24 @@ def places_of(request: Request, pages: Pages, trace: Trace, chosen: Chosen) -> t
     return found[::-1], way.reads.readings
 
 
+@torch.no_grad()
+def shares_of(
+    request: Request, pages: Pages, trace: Trace, kind: Heads | Neurons
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Yield the layers of some heads or neurons with their shares by where they write: (R, N, H), or (R, N, I).
+
+    None where no position was sent to any expert. ``request`` and ``trace`` as of :func:`places_of`.
+    """
+    rule = request.run.allocation.linear_rule
+    assert rule is not None and trace.n_prompts == 1
+    way = _Way(request.adapter, first_positions(trace, request.carried), pages, rule, wide_dtype(request))
+    for one in kind.each(request.adapter):
+        layer = one.resolve(request.adapter)
+        with full_precision():
+            shares = way.shares(layer, isinstance(one, Heads))
+        yield layer, shares
+
+
 class _Way:
     """A way through the layers, from the last one to the first."""
 
@@ -138,6 +156,11 @@ class _Way:
         for reading, vector in zip(self.reads.readings, self.reads.vectors, strict=True):
             entered = self._trace.resid(0)[reading.position].to(vector)
             reading.writers.append(("token", float(entered @ vector)))
+
+    def shares(self, layer: int, of_heads: bool) -> Tensor | None:
+        """Return the shares of a layer's heads or neurons, by where they write."""
+        outputs = LayerOutputs(self._adapter, self._trace, layer, 0, self._dtype)
+        return self._heads(layer, outputs)[1] if of_heads else self._neurons(layer, outputs)[1]
 
     def _join(self, begun: Sequence[tuple[Reading, Tensor]]) -> None:
         for reading, vector in begun:

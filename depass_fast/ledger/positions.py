@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..components.base import ComponentKind, SeveralLayers
+from ..components.base import SeveralLayers
 from ..components.model import Heads, Neurons
 from ..components.outputs import LayerOutputs
 from ..inputs.prompts import as_positions
 from ..request import Request, with_trace
 from ..results.attribution import Attribution
+from ..trace.record import LayerTrace, Trace
 from .given import place
 from .pages import Pages
-from .places import LayerPlaces, places_of
+from .places import shares_of
 
 
 class LedgerAtPositions:
     """Gives :class:`depass_fast.Ledger` its heads and neurons.
 
     Both take ``positions`` of one prompt. Negative ones count from its end. To answer takes one more forward pass.
-
-    Raises:
-        ValueError: ``positions`` of a ledger of several prompts or of its second book, or out of range; a model whose
-            shares are not known at single positions.
     """
 
     def heads(
@@ -39,7 +38,12 @@ class LedgerAtPositions:
         """Return the scores of the attention heads of one layer or several, by default of all.
 
         With ``positions``, one or a list, a score counts what the head writes there alone. What it writes elsewhere
-        is in `rest`. The ledger must be of one prompt. Errors as of the class.
+        is in `rest`. The ledger must be of one prompt.
+
+        Raises:
+            ValueError: a layer that is out of range or has none; the model's weights have changed. With ``positions``:
+                a ledger of several prompts, its second book, a position out of range, a model whose shares are not
+                known at single positions.
         """
         return _asked(self, Heads(**place(layer, layers)), positions)
 
@@ -53,20 +57,27 @@ class LedgerAtPositions:
         """Return the scores of the MLP's neurons of one layer or several, by default of all.
 
         With ``positions``, one or a list, a score counts what the neuron writes there alone. What it writes elsewhere
-        is in `rest`. The ledger must be of one prompt. Errors as of the class.
+        is in `rest`. The ledger must be of one prompt.
+
+        Raises:
+            ValueError: a layer that is out of range or has none; the model's weights have changed. With ``positions``:
+                a ledger of several prompts, its second book, a position out of range, a model whose shares are not
+                known at single positions.
         """
         return _asked(self, Neurons(**place(layer, layers)), positions)
 
 
-def _asked(ledger: Any, kind: ComponentKind, positions: int | Sequence[int] | None) -> Any:
+def _asked(ledger: Any, kind: Heads | Neurons, positions: int | Sequence[int] | None) -> Any:
     if positions is None:
         return ledger.scores(kind)
-    request: Request = ledger._request
+    began, request = time.perf_counter(), ledger._request
     at = _checked(request, positions, ledger._is_steered)
-    pages = _pages_at(request, ledger._pages, [one for one in at if one < request.carried[0]])
+    kind.check(request.adapter, [len(ids) for ids in request.prompts])
+    ledger._check_weights()
+    pages = _pages_at(request, ledger._pages, kind, [one for one in at if one < request.carried[0]])
     answer = type(ledger)(request, ledger._reads, pages, ledger._one_position, None, ledger._seconds).scores(kind)
     for result in _each(answer):
-        result.written_at = at
+        result.written_at, result.seconds = at, time.perf_counter() - began
     return answer
 
 
@@ -78,7 +89,7 @@ def _checked(request: Request, positions: int | Sequence[int], steered: bool) ->
     if request.adapter.beyond_one_norm:
         found = ", ".join(request.adapter.beyond_one_norm)
         raise ValueError(f"positions: shares at single positions are not known of what this model has: {found}.")
-    return sorted(set(as_positions(positions, len(request.prompts[0]))))
+    return sorted(set(as_positions(positions, len(request.prompts[0]), "positions")))
 
 
 def _each(answer: Any) -> Iterator[Attribution]:
@@ -90,26 +101,41 @@ def _each(answer: Any) -> Iterator[Attribution]:
             yield from _each(one)
 
 
-def _pages_at(request: Request, pages: Pages, at: Sequence[int]) -> Pages:
-    """Return the pages with the scores of heads and neurons by what they write at the positions ``at``."""
-    whole = with_trace(replace(request, trace=None))
-    trace, rows = whole.require_trace(), len(next(iter(pages.gradients.values())))
-    places, _ = places_of(request, pages, trace, [()] * rows)
+def _pages_at(request: Request, pages: Pages, kind: Heads | Neurons, at: Sequence[int]) -> Pages:
+    """Return the pages with the scores of some heads or neurons by what they write at the positions ``at``."""
+    trace = with_trace(replace(request, trace=None)).require_trace()
+    _check_routes(request.require_trace(), trace)
     found = replace(pages, heads={}, neurons={})
-    for one in places:
-        if one.heads is not None:
-            found.heads[one.layer] = one.heads[:, at].sum(1, keepdim=True).to(pages.heads[one.layer])
-        if one.layer in pages.neurons:
-            outputs = LayerOutputs(request.adapter, trace, one.layer, 0, torch.float32)
-            found.neurons[one.layer] = _parts(one, pages.neurons[one.layer], outputs.reached(), at)
+    for layer, shares in shares_of(request, pages, trace, kind):
+        here = None if shares is None else shares[:, at].sum(1, keepdim=True).cpu()
+        if isinstance(kind, Heads):
+            assert here is not None
+            found.heads[layer] = here.to(pages.heads[layer])
+        else:
+            outputs = LayerOutputs(request.adapter, trace, layer, 0, torch.float32)
+            found.neurons[layer] = _parts(here, pages.neurons[layer], outputs.reached())
     return found
 
 
-def _parts(place: LayerPlaces, whole: list[torch.Tensor], reached: list[int], at: Sequence[int]) -> list[torch.Tensor]:
-    """Return the scores (R, 1, I) of each MLP of a layer at some positions: zero of experts that none was sent to."""
+def _parts(sums: Tensor | None, whole: list[Tensor], reached: list[int]) -> list[Tensor]:
+    """Return neurons' scores (R, 1, I) for each MLP of a layer, of ``sums`` over those that are reached: else zero."""
     parts = [torch.zeros_like(part) for part in whole]
-    if place.neurons is not None:
-        sums = place.neurons[:, at].sum(1, keepdim=True)
+    if sums is not None:
         for part, own in zip(reached, sums.split([whole[part].shape[2] for part in reached], 2), strict=True):
             parts[part] = own.to(whole[part])
     return parts
+
+
+def _check_routes(known: Trace, again: Trace) -> None:
+    """Raise RuntimeError if a forward pass sent positions to other experts than the one before it."""
+    for index, (one, other) in enumerate(zip(known.layers, again.layers, strict=True)):
+        if _routes(one) != _routes(other):
+            raise RuntimeError(
+                f"positions: the forward pass sent positions to other experts of layer {index} than the pass that the "
+                "ledger is of, where rounding decides between two of them; make the ledger again."
+            )
+
+
+def _routes(layer: LayerTrace) -> list[tuple[int, list[int] | None]]:
+    """Return the number of every MLP or expert that was recorded, with the positions that were sent to it."""
+    return [(one.part, None if one.host_positions is None else one.host_positions.tolist()) for one in layer.mlps]

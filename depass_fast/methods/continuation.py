@@ -67,8 +67,7 @@ def attribute_continuation(
             "In a trace of prompt and continuation, read several positions (position=[...])."
         )
     batch, whole, lengths = encode_continued(prompt, continuation, adapter, tokenizer, settings.chat_template_kwargs)
-    request = make_request(adapter, tokenizer, settings, whole, components, encoded=True)
-    doubt_first_words(request)
+    request = doubt_first_words(make_request(adapter, tokenizer, settings, whole, components, encoded=True))
     request = _read_in_front(replace(request, batch=batch, began=began), lengths)
     results = [
         Continuation.of(steps, length, tokenizer, log_z)
@@ -94,8 +93,8 @@ def attribute_generation(
     ids, length = generate(adapter, ids, run.progress, **arguments)
     if len(ids) == length:
         raise ValueError("the model generated nothing: raise max_new_tokens, or give another prompt.")
-    request = replace(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True), began=began)
-    doubt_first_words(request)
+    request = doubt_first_words(make_request(adapter, tokenizer, settings, ids, Tokens(), encoded=True))
+    request = replace(request, began=began)
     ((steps, log_z),) = _decomposed(agreed(_read_in_front(request, [length])), generated=True)
     return Generation.of(steps, length, tokenizer, log_z)
 

@@ -26,6 +26,7 @@ from torch.utils._device import DeviceContext
 
 from ..adapters import Adapter, Norm
 from ..adapters.tuned import modules_of
+from ..runtime.memory import is_out_of_memory
 from .consistency import Checked, differences
 from .record import Trace
 from .recorder import Recorder
@@ -39,7 +40,9 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what attention modules a
 _RECORDED = ("q", "k", "resid_mid", "gate", "act")  # of a layer, beside what enters it
 _ROTATION = ("apply_rotary_pos_emb", "rotate_half")  # functions of a model's file that turn queries and keys
 _CODE = ("forward", "__call__", "_call_impl")  # what runs when a module is called
+_KERNELS = "kernels.layer.layer"
 _LIBRARIES = ("torch", "transformers", "depass_fast")
+_ROWS = 1024  # compared at once: float32 copies of them are made
 _agreed = Checked()  # the computations of every model that our pass was compared with
 
 Angles = tuple[Tensor, Tensor]  # cos and sin (T, 1, d), the first half of sin negative
@@ -111,10 +114,8 @@ class OwnPass:
     layers: list[_Layer]
 
     @staticmethod
-    def of(adapter: Adapter) -> OwnPass | None:
-        """The pass of a model, or None where the model's own code has to run."""
-        if not _can_run(adapter):
-            return None
+    def of(adapter: Adapter) -> OwnPass:
+        """The pass of a model that it can run."""
         return OwnPass(adapter, [_Layer.of(adapter, index) for index in range(adapter.n_layers)])
 
     @property
@@ -179,23 +180,28 @@ class OwnPass:
 
 def admit(adapter: Adapter, computation: tuple, trace: Trace, records: list[dict[str, Any]]) -> None:
     """Compare our pass with one of the model's own code, and admit it for this ``computation`` where they agree."""
-    own = OwnPass.of(adapter)
-    if own is None:
+    if not can_run(adapter):
         return
-    key = computation, _rotation(adapter)
-    if own.agrees(trace, records):
+    key = _key(adapter, computation)
+    _agreed.forget(adapter.model, key)
+    try:
+        agrees = OwnPass.of(adapter).agrees(trace, records)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return  # what was asked for may have room enough without this comparison
+    if agrees:
         _agreed.remember(adapter.model, key)
-    else:
-        _agreed.forget(adapter.model, key)
 
 
 def admitted(adapter: Adapter, computation: tuple) -> OwnPass | None:
     """Return the pass of our own through a model, if it may stand in the place of the model's."""
-    own = None if _is_watched() else OwnPass.of(adapter)
-    return own if own is not None and _agreed.knows(adapter.model, (computation, _rotation(adapter))) else None
+    if _is_watched() or not can_run(adapter) or not _agreed.knows(adapter.model, _key(adapter, computation)):
+        return None
+    return OwnPass.of(adapter)
 
 
-def _can_run(adapter: Adapter) -> bool:
+def can_run(adapter: Adapter) -> bool:
     """True if a model is one of those in :data:`_WINDOWS`, and nothing of it is another's, or hooked."""
     decoder: Any = adapter.decoder
     blocks, kind = list(adapter.blocks), _kind(decoder)
@@ -243,7 +249,15 @@ def _is_as_defined(kind: type[nn.Module]) -> bool:
 
 
 def _is_genuine(function: Any) -> bool:
-    """True for a function of torch or transformers, with all that it wraps; a bridge of ours may be around it."""
+    """True for a function of torch or transformers, with all that it wraps; a bridge of ours may be around it.
+
+    The package `kernels` has a module in the place of a function, which runs that as long as no kernel is put in.
+    """
+    if isinstance(function, nn.Module) and _is_of_its_class(function):
+        runs = type(function).forward
+        held = [cell.cell_contents for cell in runs.__closure__ or ()]
+        is_known = runs.__globals__.get("__name__") == type(function).__module__ == _KERNELS
+        function = held[0] if is_known and len(held) == 1 else None
     while isinstance(function, FunctionType):
         home = function.__globals__.get("__name__", "")
         written_in = getattr(sys.modules.get(home), "__file__", None)
@@ -259,10 +273,10 @@ def _is_of_a_library(name: str) -> bool:
     return name.partition(".")[0] in _LIBRARIES
 
 
-def _rotation(adapter: Adapter) -> tuple:
-    """A key of the functions of :data:`_ROTATION`, which belong to no module."""
+def _key(adapter: Adapter, computation: tuple) -> tuple:
+    """A key of a computation, with its device and the functions of :data:`_ROTATION`, which belong to no module."""
     home = vars(sys.modules[type(adapter.decoder).__module__])
-    return tuple(weakref.ref(home[name]) for name in _ROTATION)
+    return computation, adapter.device.type, *(weakref.ref(home[name]) for name in _ROTATION)
 
 
 def _is_watched() -> bool:
@@ -283,6 +297,12 @@ def _are_the_same(pairs: list[tuple[Tensor, Tensor]]) -> bool:
     """True if tensors (S, ...) have the same bits on a CPU, and elsewhere differ by rounding alone."""
     if pairs[0][0].device.type == "cpu":
         return all(torch.equal(own, its) for own, its in pairs)
+    return are_rounded_alike(pairs)
+
+
+def are_rounded_alike(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """True if tensors (S, ...) of one dtype differ by rounding alone."""
     eps = torch.finfo(pairs[0][0].dtype).eps
-    apart = torch.cat([differences(own.flatten(1), its.flatten(1)) for own, its in pairs]).max()
+    parts = [both for own, its in pairs for both in zip(own.split(_ROWS), its.split(_ROWS), strict=True)]
+    apart = torch.stack([differences(own.flatten(1), its.flatten(1)).max() for own, its in parts]).max()
     return bool(apart <= (1.5 if eps > 1e-4 else 64) * eps)

@@ -129,9 +129,11 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.attribute(word, Tokens(), continuation=[8]),
         lambda dp: dp.attribute_generation(word, max_new_tokens=1),
         lambda dp: dp.decompose(word, Tokens()),
+        lambda dp: dp.focus(word, Tokens(), 1),
+        lambda dp: dp.explain_attention(word, Tokens(), 1),
     ]
     for call in told:
-        assert len([text for text in said(shared, call) if "begins with a word" in text]) == 1
+        assert len([text for text in said(shared, call) if "is no start token" in text]) == 1
     untold = [
         lambda dp: dp.attribute(start, Tokens()),
         lambda dp: dp.attribute(word, Tokens(), exclude_special=False),
@@ -140,6 +142,10 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.attribute(word, Heads(0)),
         lambda dp: dp.attribute(word[:1], Tokens()),
         lambda dp: dp.ledger(word),
+        lambda dp: dp.head_weights(word, 0),
+        lambda dp: dp.explain_attention(word, Tokens(), 0),
+        lambda dp: dp.decompose(word, Tokens(), end=0),
+        lambda dp: dp.start(dp.trace(word), Tokens()),
         lambda dp: DePass(dp.model).attribute(word, Tokens()),
     ]
     for call in untold:
@@ -195,3 +201,36 @@ def test_tokens_of_a_template_are_no_words():
     assert not said(dp, lambda dp: dp.attribute([5, end], Tokens(), "b", allocation="shapley"))
     assert len(said(dp, lambda dp: dp.attribute([5, word], Tokens(), "b", allocation="shapley"))) == 1
     assert len(said(dp, lambda dp: dp.attribute([word, 5], Tokens()))) == 1
+
+
+class OfAnotherLibrary:
+    """A tokenizer as mistral-common's behind transformers: what it has no answer to is a method that raises."""
+
+    all_special_ids = (1,)
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+
+class ThatRaises(OfAnotherLibrary):
+    @property
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [OfAnotherLibrary, ThatRaises])
+def test_a_tokenizer_that_does_not_tell_its_added_tokens(kind):
+    dp = with_model(byte_level(" a", " b", bos_token="<s>"))
+    dp = DePass(dp.model, kind(dp.tokenizer))
+    (first,) = said(dp, lambda dp: dp.attribute([5, 6], Tokens()))
+    assert "which is no start token" in first
+    (space,) = said(dp, lambda dp: dp.attribute("a", Tokens(), " a", contrast="b", allocation="shapley"))
+    assert space.startswith("contrast: 'b' has no space in front of it, and continues the word before it, 'a'.")
+    (space,) = said(dp, lambda dp: dp.attribute(["a"], Tokens(), targets=["b"], allocation="shapley"))
+    assert space.startswith("targets: 'b' has no space")

@@ -1,9 +1,14 @@
 """Heads and neurons at some positions: they sum to those of all, and what is written elsewhere is in `rest`."""
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
+import depass_fast.ledger.positions as positions_of_a_ledger
 from depass_fast import Attribution, DePass, LayeredAttribution
+from depass_fast.ledger.places import _Way
 from tests.support.family_models import build_model
 from tests.support.models import random_ids
 from tests.support.trained import smollm2
@@ -83,10 +88,53 @@ def test_what_cannot_be_asked():
         book.steered.neurons(positions=0)
     assert book.neurons(positions=0).written_at == [0]
     for wrong in (6, -7, [0, 9]):
-        with pytest.raises(ValueError, match="position"):
+        with pytest.raises(ValueError, match=r"positions: -?\d is out of range"):
             book.heads(positions=wrong)
-    with pytest.raises(TypeError, match="position"):
+    with pytest.raises(TypeError, match="positions: "):
         book.heads(positions="last")
+
+
+def test_what_is_wrong_is_said_before_the_forward_pass(monkeypatch):
+    dp = model_of("llama")
+    book = dp.ledger(IDS, 3)
+    monkeypatch.setattr("depass_fast.ledger.positions.with_trace", None)
+    with pytest.raises(ValueError, match="layer: 99 is out of range"):
+        book.heads(99, positions=0)
+    with torch.no_grad():
+        dp.model.lm_head.weight.add_(1)
+    with pytest.raises(ValueError, match="the model's weights have changed"):
+        book.neurons(positions=0)
+
+
+def test_only_what_is_asked_is_worked_out(monkeypatch):
+    book, asked = model_of("llama").ledger(IDS, 3), []
+    found = _Way.shares
+
+    def counted(way, layer, of_heads):
+        asked.append((layer, of_heads))
+        return found(way, layer, of_heads)
+
+    monkeypatch.setattr(_Way, "shares", counted)
+    began = time.perf_counter()
+    one = book.heads(1, positions=0)
+    assert one.seconds <= time.perf_counter() - began
+    book.neurons(layers=[0, 2], positions=0)
+    assert asked == [(1, True), (0, False), (2, False)]
+
+
+def test_experts_that_are_others_this_time_are_seen(monkeypatch):
+    book = model_of("mixtral").ledger(IDS, 3)
+    again = positions_of_a_ledger.with_trace
+
+    def otherwise(request):
+        request = again(request)
+        layer = request.trace.layers[1]
+        request.trace.layers[1] = replace(layer, mlps=layer.mlps[::-1])
+        return request
+
+    monkeypatch.setattr(positions_of_a_ledger, "with_trace", otherwise)
+    with pytest.raises(RuntimeError, match="positions: .* other experts of layer 1 than"):
+        book.neurons(positions=0)
 
 
 def test_a_model_whose_single_positions_are_not_known(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from depass_fast import DePass, Tokens
-from depass_fast.trace import own_pass
+from depass_fast.trace import consistency, own_pass
 from tests.support.family_models import build_model
 from tests.support.models import FAMILIES, random_ids
 from tests.support.own_passes import PROMPTS, by_the_model, fresh, is_used, same_bits
@@ -172,3 +172,36 @@ def test_scores_are_those_of_a_first_call():
     dp = DePass(build_model("llama", num_key_value_heads=2))
     first, second = (dp.attribute(PROMPTS[0], Tokens()) for _ in range(2))
     assert torch.equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("another")])
+def test_memory_that_runs_out_in_the_comparison_fails_no_call(error, monkeypatch):
+    def fails(*given):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own_pass.OwnPass, "agrees", fails)
+        if isinstance(error, ValueError):
+            with pytest.raises(ValueError, match="another"):
+                fresh()
+            return
+        dp = fresh()
+    assert not is_used(dp, monkeypatch)
+
+
+def test_another_kind_of_device_is_compared_anew(monkeypatch):
+    dp = fresh()
+    monkeypatch.setattr(type(dp.adapter), "device", torch.device("meta"))
+    assert own_pass.admitted(dp.adapter, consistency.computation(dp.model)) is None
+    monkeypatch.undo()
+    assert own_pass.admitted(dp.adapter, consistency.computation(dp.model)) is not None
+
+
+def test_elsewhere_layers_may_differ_by_rounding(monkeypatch):
+    """On a CPU the bits are compared: what is compared on a GPU is tried alone."""
+    monkeypatch.setattr(own_pass, "_ROWS", 3)
+    x = torch.randn(8, 4, device="cpu").bfloat16()
+    near, far = x * (1 + 2**-8), x.clone()
+    far[7] *= 1.1
+    for other, is_same in ((x, True), (near, True), (far, False)):
+        assert own_pass.are_rounded_alike([(x, x), (x, other)]) is is_same

@@ -115,9 +115,9 @@ CHANGES = [
 def test_it_is_for_models_as_transformers_defines_them(change):
     """Some of these change no number: that they are there is enough."""
     dp = fresh()
-    assert own_pass.OwnPass.of(dp.adapter) is not None
+    assert own_pass.can_run(dp.adapter)
     change(dp.model)
-    assert own_pass.OwnPass.of(dp.adapter) is None
+    assert not own_pass.can_run(dp.adapter)
 
 
 @pytest.mark.parametrize("hook", ["register_module_forward_hook", "register_module_forward_pre_hook"])
@@ -192,23 +192,23 @@ def test_source_that_was_edited_and_run_in_the_models_file_is_a_users(monkeypatc
     exec(textwrap.dedent(edited), vars(modeling_llama), found)
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", found["forward"])
     dp = fresh()
-    assert own_pass.OwnPass.of(dp.adapter) is None
+    assert not own_pass.can_run(dp.adapter)
 
 
 def test_other_code_in_a_function_is_seen(monkeypatch):
     dp = fresh()
     monkeypatch.setattr(modeling_llama.LlamaMLP.forward, "__code__", (lambda self, x: 2 * x).__code__)
-    assert own_pass.OwnPass.of(dp.adapter) is None
+    assert not own_pass.can_run(dp.adapter)
 
 
 def test_another_way_of_calling_modules_is_seen(monkeypatch):
     dp, call = fresh(), nn.Module._call_impl
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "_call_impl", lambda *given, **named: call(*given, **named))
-        assert own_pass.OwnPass.of(dp.adapter) is None
+        assert not own_pass.can_run(dp.adapter)
     assert is_used(dp, monkeypatch)
     dp.model.model.layers[0].mlp._call_impl = lambda x: x
-    assert own_pass.OwnPass.of(dp.adapter) is None
+    assert not own_pass.can_run(dp.adapter)
 
 
 class Seeing(TorchFunctionMode):
@@ -234,7 +234,7 @@ def test_what_a_decorator_of_torch_wraps_is_looked_at(monkeypatch):
     turn = modeling_llama.rotate_half
     monkeypatch.setattr(modeling_llama, "rotate_half", torch.no_grad()(lambda x: turn(x)))
     dp = fresh()
-    assert own_pass.OwnPass.of(dp.adapter) is None
+    assert not own_pass.can_run(dp.adapter)
 
 
 def test_a_function_that_is_an_object_is_left_to_the_model(monkeypatch):
@@ -248,3 +248,29 @@ def test_a_function_that_is_an_object_is_left_to_the_model(monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Turn())
     dp = fresh()
     assert not is_used(dp, monkeypatch)
+
+
+def module_around(function, home="kernels.layer.layer"):
+    """A module that runs a function, as the package `kernels` puts one in its place."""
+    namespace = {"__name__": home, "nn": nn}
+    source = """
+    def around(func):
+        class Func(nn.Module):
+            def forward(self, *args, **kwargs):
+                return func(*args, **kwargs)
+        return Func()
+    """
+    exec(textwrap.dedent(source), namespace)
+    return namespace["around"](function)
+
+
+def test_a_module_around_a_function_runs_it_as_long_as_no_kernel_is_put_in(monkeypatch):
+    turn = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", module_around(turn))
+    dp = fresh()
+    assert is_used(dp, monkeypatch)
+    monkeypatch.setattr(modeling_llama.apply_rotary_pos_emb, "forward", lambda *given, **named: given[:2])
+    assert not own_pass.can_run(dp.adapter)
+    for other in (module_around(lambda *given: turn(*given)), module_around(turn, "a_users"), nn.Identity()):
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+        assert not own_pass.can_run(dp.adapter)
