@@ -149,10 +149,14 @@ def make_request(
 
 def doubt_first_words(request: Request) -> Request:
     """Return the request. Warn where its tokens pass MLPs, and one that is a word is kept out of the allocation."""
-    passes = isinstance(request.components, Tokens) and request.layer < request.end
-    if request.settings.exclude_special is True and passes and request.run.allocation.linear_rule is None:
-        doubt_first_word(request.prompts, request.tokens, request.tokenizer)
+    if request.layer < request.end and keeps_first_apart(request.components, request.settings, request.run):
+        doubt_first_word(request.prompts, request.tokenizer)
     return request
+
+
+def keeps_first_apart(components: ComponentKind, settings: Options, run: Run) -> bool:
+    """True if the first token takes no part in the allocation as if it were a start token: by default, of tokens."""
+    return isinstance(components, Tokens) and settings.exclude_special is True and run.allocation.linear_rule is None
 
 
 def _doubt_spaces(request: Request, targets: Sequence[Any], argument: str) -> None:

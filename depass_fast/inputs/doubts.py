@@ -65,21 +65,17 @@ def doubt_end(text: str, ids: Sequence[int], tokenizer: Any) -> None:
         )
 
 
-def doubt_first_word(prompts: Sequence[Tensor], texts: Sequence[Sequence[str]], tokenizer: Any | None) -> None:
-    """Warn where the first token of a prompt, which is kept out of the allocation, is no start token.
-
-    ``prompts`` are ids (N,), and ``texts`` those of their tokens.
-    """
+def doubt_first_word(prompts: Sequence[Tensor], tokenizer: Any | None) -> None:
+    """Warn where the first token of a prompt (N,), which is kept out of the allocation, is no start token."""
     if not getattr(tokenizer, "all_special_ids", None):
         return  # nothing says which tokens are words
-    firsts = {ids[:1].tolist()[0]: tokens[0] for ids, tokens in zip(prompts, texts, strict=True) if len(ids) > 1}
-    word = next((text for first, text in firsts.items() if not is_special(first, tokenizer)), None)
-    if word is None:
+    firsts = {ids[:1].tolist()[0] for ids in prompts if len(ids) > 1}
+    if all(is_special(first, tokenizer) for first in firsts):
         return
     doubt(
-        f"prompt: it begins with {word!r}, which is no start token. With exclude_special=True, the default, the first "
-        "token takes no part in the allocation behind it, since attention rests there. Its share cannot be compared "
-        "with the others'. exclude_special=False treats it like them; linear rules always do."
+        "prompt: it begins with no start token. With exclude_special=True, the default, the first token takes no part "
+        "in the allocation behind it, since attention rests there. Its share cannot be compared with the others'. "
+        "exclude_special=False treats it like them; linear rules always do."
     )
 
 

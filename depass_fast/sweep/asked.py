@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,14 +12,14 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..chosen_method import choose_method
 from ..components.base import ComponentKind
-from ..inputs.doubts import doubt
+from ..inputs.doubts import doubt, doubt_first_word
 from ..inputs.prompt_set import Item
 from ..inputs.prompts import as_positions, encode, is_list_of_positions
 from ..inputs.targets import LogProb, TargetSpec, parse_target
 from ..inputs.text import spaced
 from ..inputs.token_texts import token_with_text
 from ..options import Adjoint, Options
-from ..request import check_kind
+from ..request import check_kind, keeps_first_apart
 from .failed import OF_A_PROMPT, FailedPrompt
 
 
@@ -51,6 +52,11 @@ class Asked:
             kind.resolve(self.adapter)
         choose_method(self.method, self.components, self.adapter, self.settings, [1], [1])
 
+    @cached_property
+    def keeps_first_apart(self) -> bool:
+        """True if the first token of every prompt takes no part in the allocation."""
+        return keeps_first_apart(self.components, self.settings, self.settings.build(self.adapter))
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -78,6 +84,8 @@ def prepare(asked: Asked, item: Item, told: set[str] | None = None) -> Prepared 
             reads = tuple(as_positions(item.position, len(ids)))
             asked.components.check(asked.adapter, [len(ids)])
             _doubt_space(asked, item)
+            if asked.keeps_first_apart:
+                doubt_first_word([ids], asked.tokenizer)
         except OF_A_PROMPT as error:
             return FailedPrompt.of(item.id, error, _ADVICE if _lacks_space(item) else "")
     told = set() if told is None else told

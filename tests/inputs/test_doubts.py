@@ -133,7 +133,7 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.explain_attention(word, Tokens(), 1),
     ]
     for call in told:
-        assert len([text for text in said(shared, call) if "is no start token" in text]) == 1
+        assert len([text for text in said(shared, call) if "begins with no start token" in text]) == 1
     untold = [
         lambda dp: dp.attribute(start, Tokens()),
         lambda dp: dp.attribute(word, Tokens(), exclude_special=False),
@@ -229,7 +229,7 @@ def test_a_tokenizer_that_does_not_tell_its_added_tokens(kind):
     dp = with_model(byte_level(" a", " b", bos_token="<s>"))
     dp = DePass(dp.model, kind(dp.tokenizer))
     (first,) = said(dp, lambda dp: dp.attribute([5, 6], Tokens()))
-    assert "which is no start token" in first
+    assert "begins with no start token" in first
     (space,) = said(dp, lambda dp: dp.attribute("a", Tokens(), " a", contrast="b", allocation="shapley"))
     assert space.startswith("contrast: 'b' has no space in front of it, and continues the word before it, 'a'.")
     (space,) = said(dp, lambda dp: dp.attribute(["a"], Tokens(), targets=["b"], allocation="shapley"))

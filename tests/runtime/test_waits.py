@@ -124,7 +124,7 @@ def test_waits_do_not_grow_with_layers_or_prompts(kind, monkeypatch, no_kernels)
     assert _counts(monkeypatch, 5, 1, kind) == few == _counts(monkeypatch, 2, 4, kind)
 
 
-@pytest.mark.filterwarnings("ignore:prompt. it begins with")
+@pytest.mark.filterwarnings("ignore:prompt. it begins with no start token")
 def test_nor_with_the_words_of_a_tokenizer(monkeypatch, no_kernels):
     tokenizer = byte_level(*" abcdefgh", bos_token="<s>")
     vocabulary = {**DENSE[1], "vocab_size": len(tokenizer)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
-from depass_fast import Adjoint, Custom, FailedPrompt, Heads, Neurons, PromptSet, Sweep, Tokens
+from depass_fast import Adjoint, Custom, FailedPrompt, Heads, InputWarning, Neurons, PromptSet, Sweep, Tokens
 from depass_fast.sweep import folder as rooms
 from depass_fast.sweep.folder import DENSE, ERRORS, SCORES, prompts_of, shards
 from depass_fast.sweep.outcomes import Outcome
@@ -341,3 +342,26 @@ def test_other_libraries_read_the_folder(demo, tmp_path):
     files = [str(path) for path in shards(tmp_path / "run", SCORES)]
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.num_rows == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_told"),
+    [
+        (Tokens(), {}, True),
+        (Tokens(), {"exclude_special": False}, False),
+        (Tokens(), {"allocation": "shapley"}, False),
+        (Heads(0), {}, False),
+    ],
+    ids=["default", "counted", "linear", "heads"],
+)
+def test_a_first_word_that_is_kept_apart_is_said_once_and_in_its_rows(demo, tmp_path, kind, options, is_told):
+    prompts = [[demo.tokenizer.bos_token_id, 5, 6], [5, 6, 7], [6, 7, 8]]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", InputWarning)
+        frame = demo.sweep_to(tmp_path, prompts, kind, **options).to_pandas()
+    messages = [str(one.message) for one in said if one.category is InputWarning]
+    assert len(messages) == is_told and all(
+        one.startswith("prompt: it begins with no start token.") for one in messages
+    )
+    rows = frame.drop_duplicates("prompt").sort_values("prompt")["warnings"]
+    assert list(rows.notna()) == [False, is_told, is_told] and set(rows.dropna()) == set(messages)
