@@ -229,8 +229,9 @@ class AttentionCalls(Calls):
             )
         refuse_several(components)
         chosen = rule_of(rule, settings)
-        request = doubt_first_words(self._request(prompt, components, None, {"allocation": chosen, **options}))
+        request = self._request(prompt, components, None, {"allocation": chosen, **options})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
+        doubt_first_words(request)
         if any(len(reads) > 1 for reads in request.reads):
             raise ValueError("position: attention_credit reads one position; call it for each.")
         found = credits_of(request, chosen, replace(request.settings, allocation=chosen))

@@ -303,8 +303,9 @@ class DePass(StateCalls, AttentionCalls, GraphCalls, ReportCalls, SweepCalls):
             return attribute_continuation(self.adapter, self.tokenizer, settings, *given, reduce=reduce, method=method)
         if reduce is not None:
             raise ValueError(f"reduce: {reduce!r} is of the tokens of a continuation; give continuation=, too.")
-        request = doubt_first_words(self._request(prompt, components, end, options))
+        request = self._request(prompt, components, end, options)
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
+        doubt_first_words(request)
         results = attributions(with_method(request, method))
         if not is_list_of_positions(position):
             results = [result for (result,) in results]

@@ -149,8 +149,10 @@ def make_request(
 
 def doubt_first_words(request: Request) -> Request:
     """Return the request. Warn where its tokens pass MLPs, and one that is a word is kept out of the allocation."""
-    if request.layer < request.end and keeps_first_apart(request.components, request.settings, request.run):
-        doubt_first_word(request.prompts, request.tokenizer)
+    passes = any(map(request.adapter.has_mlp, range(request.layer, request.end)))
+    if passes and keeps_first_apart(request.components, request.settings, request.run):
+        carried = [ids[:n] for ids, n in zip(request.prompts, request.carried, strict=True)]
+        doubt_first_word(carried, request.tokenizer)
     return request
 
 

@@ -82,7 +82,7 @@ class StateCalls(Calls):
         """
         check_trace(trace)
         self._of_all(options, "start")
-        return start_of(self._request(trace, components, None, options))
+        return start_of(doubt_first_words(self._request(trace, components, None, options)))
 
     @torch.no_grad()
     def carry(

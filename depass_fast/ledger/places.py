@@ -142,7 +142,8 @@ class _Way:
                 names, neurons = self._neurons(layer, outputs)
             wanted = [(row, name) for row, some in enumerate(chosen) for at, name in some if at == layer]
             if adapter.has_attention(layer):
-                states, heads, sources = self._heads(layer, outputs)
+                states, heads, before = self._heads(layer, outputs)
+                sources = self._sources(outputs, before)
             begun = [] if neurons is None else self._begun(layer, outputs, wanted, names, neurons)
             if not adapter.is_parallel:
                 self._join(begun)
@@ -167,18 +168,21 @@ class _Way:
             self.reads.add(reading, vector)
 
     def _heads(self, layer: int, outputs: LayerOutputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the heads' outputs (N, H, D), and their shares by where they write and by what they carry."""
-        record = outputs.record.attention
-        assert record is not None
+        """Return the heads' outputs (N, H, D), their shares by where they write, and what they are worth: (R, N, D)."""
         gradients = self._pages.gradients[Heads(layer).entry(self._adapter)]
         values = outputs.values()
         states = values.new_empty(len(values), outputs.attention.n_heads, gradients.shape[2])
         outputs.attend(values, states)
         states, here = outputs.entering(states, "attention"), gradients.to(values.device)
         shares = torch.einsum("nhd,rnd->rnh", states, here.to(states))
-        before = outputs.back_through_stream(here, "attention")
+        return states, shares, outputs.back_through_stream(here, "attention")
+
+    def _sources(self, outputs: LayerOutputs, before: Tensor) -> Tensor:
+        """Return the heads' shares by the positions whose values they carry: (R, N, H)."""
+        record = outputs.record.attention
+        assert record is not None
         way = WayThroughAttention(outputs.attention, record, self._packing, False, self._dtype)
-        return states, shares, way.sources(before, record.resid.to(before))
+        return way.sources(before, record.resid.to(before))
 
     def _neurons(self, layer: int, outputs: LayerOutputs) -> tuple[Sequence[str], Tensor | None]:
         """Return the neurons' names, and their shares (R, N, I); None where no position was sent to any expert."""

@@ -44,6 +44,7 @@ class LedgerAtPositions:
             ValueError: a layer that is out of range or has none; the model's weights have changed. With ``positions``:
                 a ledger of several prompts, its second book, a position out of range, a model whose shares are not
                 known at single positions.
+            RuntimeError: with ``positions``, a model whose routers decide otherwise in another forward pass.
         """
         return _asked(self, Heads(**place(layer, layers)), positions)
 
@@ -63,6 +64,7 @@ class LedgerAtPositions:
             ValueError: a layer that is out of range or has none; the model's weights have changed. With ``positions``:
                 a ledger of several prompts, its second book, a position out of range, a model whose shares are not
                 known at single positions.
+            RuntimeError: with ``positions``, a model whose routers decide otherwise in another forward pass.
         """
         return _asked(self, Neurons(**place(layer, layers)), positions)
 
@@ -127,7 +129,7 @@ def _parts(sums: Tensor | None, whole: list[Tensor], reached: list[int]) -> list
 
 
 def _check_routes(known: Trace, again: Trace) -> None:
-    """Raise RuntimeError if a forward pass sent positions to other experts than the one before it."""
+    """Raise RuntimeError if a forward pass sent positions to other experts than the one of the ledger's trace."""
     for index, (one, other) in enumerate(zip(known.layers, again.layers, strict=True)):
         if _routes(one) != _routes(other):
             raise RuntimeError(

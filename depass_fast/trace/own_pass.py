@@ -253,11 +253,8 @@ def _is_genuine(function: Any) -> bool:
 
     The package `kernels` has a module in the place of a function, which runs that as long as no kernel is put in.
     """
-    if isinstance(function, nn.Module) and _is_of_its_class(function):
-        runs = type(function).forward
-        held = [cell.cell_contents for cell in runs.__closure__ or ()]
-        is_known = runs.__globals__.get("__name__") == type(function).__module__ == _KERNELS
-        function = held[0] if is_known and len(held) == 1 else None
+    if isinstance(function, nn.Module):
+        function = _held(function)
     while isinstance(function, FunctionType):
         home = function.__globals__.get("__name__", "")
         written_in = getattr(sys.modules.get(home), "__file__", None)
@@ -267,6 +264,15 @@ def _is_genuine(function: Any) -> bool:
             return True
         function = function.__wrapped__
     return False
+
+
+def _held(module: nn.Module) -> Any | None:
+    """The function that a module of the package `kernels` runs; None of any other module."""
+    runs = getattr(type(module), "forward", None)
+    if type(module).__module__ != _KERNELS or not isinstance(runs, FunctionType) or not _is_of_its_class(module):
+        return None
+    held = [cell.cell_contents for cell in runs.__closure__ or ()]
+    return held[0] if runs.__globals__.get("__name__") == _KERNELS and len(held) == 1 else None
 
 
 def _is_of_a_library(name: str) -> bool:

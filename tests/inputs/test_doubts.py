@@ -131,6 +131,10 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.decompose(word, Tokens()),
         lambda dp: dp.focus(word, Tokens(), 1),
         lambda dp: dp.explain_attention(word, Tokens(), 1),
+        lambda dp: dp.partition(word, Tokens()),
+        lambda dp: dp.start(dp.trace(word), Tokens()),
+        lambda dp: dp.attention_credit(word, Tokens(), allocation="softmax"),
+        lambda dp: dp.attribute(word, Tokens(), position=1),
     ]
     for call in told:
         assert len([text for text in said(shared, call) if "begins with no start token" in text]) == 1
@@ -145,11 +149,18 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.head_weights(word, 0),
         lambda dp: dp.explain_attention(word, Tokens(), 0),
         lambda dp: dp.decompose(word, Tokens(), end=0),
-        lambda dp: dp.start(dp.trace(word), Tokens()),
+        lambda dp: dp.attribute(word, Tokens(), position=0),
+        lambda dp: dp.attention_credit(word, Tokens()),
         lambda dp: DePass(dp.model).attribute(word, Tokens()),
     ]
     for call in untold:
         assert not said(shared, call)
+
+
+def test_where_no_mlp_shares_out_what_it_writes():
+    tokenizer = byte_level(bos_token="<s>")
+    dp = DePass(build_model("mamba", vocab_size=len(tokenizer)), tokenizer)
+    assert not said(dp, lambda dp: dp.attribute([5, 6, 7], Tokens()))
 
 
 @pytest.mark.parametrize(

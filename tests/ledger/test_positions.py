@@ -115,21 +115,31 @@ def test_only_what_is_asked_is_worked_out(monkeypatch):
         return found(way, layer, of_heads)
 
     monkeypatch.setattr(_Way, "shares", counted)
-    began = time.perf_counter()
-    one = book.heads(1, positions=0)
-    assert one.seconds <= time.perf_counter() - began
+    traced = positions_of_a_ledger.with_trace
+    monkeypatch.setattr(positions_of_a_ledger, "with_trace", lambda request: (time.sleep(0.3), traced(request))[1])
+    assert book.heads(1, positions=0).seconds >= 0.3
     book.neurons(layers=[0, 2], positions=0)
     assert asked == [(1, True), (0, False), (2, False)]
 
 
-def test_experts_that_are_others_this_time_are_seen(monkeypatch):
+def in_another_order(mlps):
+    return mlps[::-1]
+
+
+def from_other_positions(mlps):
+    at = mlps[0].positions
+    return (replace(mlps[0], positions=(at + 1) % len(IDS)), *mlps[1:])
+
+
+@pytest.mark.parametrize("change", [in_another_order, from_other_positions])
+def test_experts_that_are_others_this_time_are_seen(change, monkeypatch):
     book = model_of("mixtral").ledger(IDS, 3)
     again = positions_of_a_ledger.with_trace
 
     def otherwise(request):
         request = again(request)
         layer = request.trace.layers[1]
-        request.trace.layers[1] = replace(layer, mlps=layer.mlps[::-1])
+        request.trace.layers[1] = replace(layer, mlps=change(layer.mlps))
         return request
 
     monkeypatch.setattr(positions_of_a_ledger, "with_trace", otherwise)

@@ -271,6 +271,11 @@ def test_a_module_around_a_function_runs_it_as_long_as_no_kernel_is_put_in(monke
     assert is_used(dp, monkeypatch)
     monkeypatch.setattr(modeling_llama.apply_rotary_pos_emb, "forward", lambda *given, **named: given[:2])
     assert not own_pass.can_run(dp.adapter)
-    for other in (module_around(lambda *given: turn(*given)), module_around(turn, "a_users"), nn.Identity()):
+    of_a_user, by_a_user = module_around(turn), module_around(turn, "a_users")
+    type(of_a_user).__module__, type(by_a_user).__module__ = "a_users", own_pass._KERNELS
+    called, scripted = module_around(turn), torch.jit.script(nn.Identity())
+    type(called).forward = functools.partial(turn)
+    others = (module_around(lambda *given: turn(*given)), of_a_user, by_a_user, called, scripted, nn.Identity())
+    for other in others:
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
         assert not own_pass.can_run(dp.adapter)
