@@ -55,17 +55,7 @@ class LedgerAtPositions:
         layers: SeveralLayers | None = None,
         positions: int | Sequence[int] | None = None,
     ) -> Any:
-        """Return the scores of the MLP's neurons of one layer or several, by default of all.
-
-        With ``positions``, one or a list, a score counts what the neuron writes there alone. What it writes elsewhere
-        is in `rest`. The ledger must be of one prompt.
-
-        Raises:
-            ValueError: a layer that is out of range or has none; the model's weights have changed. With ``positions``:
-                a ledger of several prompts, its second book, a position out of range, a model whose shares are not
-                known at single positions.
-            RuntimeError: with ``positions``, a model whose routers decide otherwise in another forward pass.
-        """
+        """Return the scores of the MLPs' neurons. Arguments and errors as of :meth:`heads`."""
         return _asked(self, Neurons(**place(layer, layers)), positions)
 
 
