@@ -231,8 +231,8 @@ class AttentionCalls(Calls):
         chosen = rule_of(rule, settings)
         request = self._request(prompt, components, None, {"allocation": chosen, **options})
         request = with_targets(request, target, contrast=contrast, targets=targets, position=position)
-        doubt_first_words(request)
         if any(len(reads) > 1 for reads in request.reads):
             raise ValueError("position: attention_credit reads one position; call it for each.")
+        doubt_first_words(request)
         found = credits_of(request, chosen, replace(request.settings, allocation=chosen))
         return found if request.batch else found[0]

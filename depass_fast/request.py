@@ -148,17 +148,20 @@ def make_request(
 
 
 def doubt_first_words(request: Request) -> Request:
-    """Return the request. Warn where its tokens pass MLPs, and one that is a word is kept out of the allocation."""
-    passes = any(map(request.adapter.has_mlp, range(request.layer, request.end)))
-    if passes and keeps_first_apart(request.components, request.settings, request.run):
+    """Return the request. Warn where the first token of a prompt is kept apart as a start token, and is none."""
+    if keeps_first_apart(request.adapter, request.components, request.settings, request.end):
         carried = [ids[:n] for ids, n in zip(request.prompts, request.carried, strict=True)]
         doubt_first_word(carried, request.tokenizer)
     return request
 
 
-def keeps_first_apart(components: ComponentKind, settings: Options, run: Run) -> bool:
-    """True if the first token takes no part in the allocation as if it were a start token: by default, of tokens."""
-    return isinstance(components, Tokens) and settings.exclude_special is True and run.allocation.linear_rule is None
+def keeps_first_apart(adapter: Adapter, components: ComponentKind, settings: Options, end: int) -> bool:
+    """True if the first token takes no part in the allocation of some MLP in front of layer ``end``: the default."""
+    if not isinstance(components, Tokens) or settings.exclude_special is not True:
+        return False
+    if settings.build(adapter).allocation.linear_rule is not None:
+        return False
+    return any(map(adapter.has_mlp, range(components.resolve(adapter), end)))
 
 
 def _doubt_spaces(request: Request, targets: Sequence[Any], argument: str) -> None:

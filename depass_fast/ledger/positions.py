@@ -25,7 +25,7 @@ from .places import shares_of
 class LedgerAtPositions:
     """Gives :class:`depass_fast.Ledger` its heads and neurons.
 
-    Both take ``positions`` of one prompt. Negative ones count from its end. To answer takes one more forward pass.
+    Both take ``positions`` of one prompt. Negative ones count from its end. An answer takes one more forward pass.
     """
 
     def heads(

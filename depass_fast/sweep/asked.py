@@ -15,9 +15,9 @@ from ..components.base import ComponentKind
 from ..inputs.doubts import doubt, doubt_first_word
 from ..inputs.prompt_set import Item
 from ..inputs.prompts import as_positions, encode, is_list_of_positions
-from ..inputs.targets import LogProb, TargetSpec, parse_target
+from ..inputs.targets import LogProb, TargetSpec, parse_target, texts_in
 from ..inputs.text import spaced
-from ..inputs.token_texts import token_with_text
+from ..inputs.token_texts import lacks_space
 from ..options import Adjoint, Options
 from ..request import check_kind, keeps_first_apart
 from .failed import OF_A_PROMPT, FailedPrompt
@@ -55,7 +55,7 @@ class Asked:
     @cached_property
     def keeps_first_apart(self) -> bool:
         """True if the first token of every prompt takes no part in the allocation."""
-        return keeps_first_apart(self.components, self.settings, self.settings.build(self.adapter))
+        return keeps_first_apart(self.adapter, self.components, self.settings, self.adapter.n_layers)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def prepare(asked: Asked, item: Item, told: set[str] | None = None) -> Prepared 
             asked.components.check(asked.adapter, [len(ids)])
             _doubt_space(asked, item)
             if asked.keeps_first_apart:
-                doubt_first_word([ids], asked.tokenizer)
+                doubt_first_word([ids[: max(reads) + 1]], asked.tokenizer)
         except OF_A_PROMPT as error:
             return FailedPrompt.of(item.id, error, _ADVICE if _lacks_space(item) else "")
     told = set() if told is None else told
@@ -117,16 +117,10 @@ def _target(asked: Asked, item: Item) -> Any:
 
 def _doubt_space(asked: Asked, item: Item) -> None:
     """Warn where a target has no space and the token with one, which would follow the prompt, is another."""
-    targets = item.target if isinstance(item.target, list) else [item.target]
     if not isinstance(item.prompt, str) or asked.tokenizer is None:
         return
-    for target in targets:
-        if not isinstance(target, str) or spaced(item.prompt, target) == target:
-            continue
-        follows = token_with_text(spaced(item.prompt, target), asked.tokenizer)
-        if follows is not None and follows != parse_target(target, asked.adapter, asked.tokenizer).items[0].token:
-            doubt(
-                "target: a target that follows a word has no space in front and is read as it is given; with a space "
-                f"it would be another token.{_ADVICE}"
-            )
-            return
+    if any(lacks_space(text, item.prompt, asked.tokenizer) for text in texts_in([item.target, item.contrast])):
+        doubt(
+            "target: a target that follows a word has no space in front and is read as it is given; with a space "
+            f"it would be another token.{_ADVICE}"
+        )

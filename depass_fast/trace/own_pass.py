@@ -165,10 +165,8 @@ class OwnPass:
         recorder, entered = Recorder(self.adapter, False), [one["resid_pre"] for one in records[1:]]
         recorder.enter(lengths)
         for layer, record, after in zip(self.layers, records, [*entered, trace.resid_final], strict=True):
-            leaving, own = (
-                layer.forward(record["resid_pre"][None, last], angles, recorder)[0],
-                recorder.layers[layer.index],
-            )
+            leaving = layer.forward(record["resid_pre"][None, last], angles, recorder)[0]
+            own = recorder.layers[layer.index]
             if own["mask"] != record["mask"] or any(name not in record for name in _RECORDED):
                 return False
             pairs = [(leaving, after[last]), *((own[name], record[name][last]) for name in _RECORDED)]

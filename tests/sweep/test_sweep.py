@@ -190,9 +190,13 @@ def test_a_target_without_its_space_is_doubted(demo):
     prompt = "Nyria Morstam speaks"
     with pytest.warns(InputWarning, match="no space in front"):
         list(demo.sweep([prompt], Tokens(), targets=["s"]))
+    with pytest.warns(InputWarning, match="no space in front"):
+        list(demo.sweep([prompt], Tokens(), targets=[" Italian"], contrasts=["s"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(demo.sweep([prompt], Tokens(), targets=[" Italian"]))
+        list(demo.sweep([f"{prompt} ", f"{prompt}("], Tokens(), targets=["s", "s"]))
+        list(demo.sweep([[5, 6]], Tokens(), positions=[0]))  # the second token is not carried
 
 
 def test_chats_and_mappings_are_prompts_too(demo):
