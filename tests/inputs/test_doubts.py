@@ -149,6 +149,7 @@ def test_a_first_token_that_is_a_word(shared, llama):
         lambda dp: dp.head_weights(word, 0),
         lambda dp: dp.explain_attention(word, Tokens(), 0),
         lambda dp: dp.decompose(word, Tokens(), end=0),
+        lambda dp: dp.decompose(word, Tokens(1), end=1),
         lambda dp: dp.attribute(word, Tokens(), position=0),
         lambda dp: dp.attention_credit(word, Tokens()),
         lambda dp: DePass(dp.model).attribute(word, Tokens()),
